@@ -1,0 +1,154 @@
+// Package pageset holds sets and runs of pages of a guest's RAM blocks.
+//
+// A page is named by its block and its index in that block, counted in units of
+// the block's own page size (4 KiB, or the huge page size of its back end): the
+// unit in which QEMU's post-copy places memory. Sets are plain bit words: a 1 TiB
+// guest costs 32 MiB, and finding the next run of pages is a few instructions.
+package pageset
+
+import "math/bits"
+
+// Page is the index of a page in its block.
+type Page uint64
+
+// Run is Count consecutive pages of one block, from First on.
+type Run struct {
+	Block int
+	First Page
+	Count int
+}
+
+// End is the page after the last of the run.
+func (r Run) End() Page { return r.First + Page(r.Count) }
+
+// Pages is the number of pages in runs.
+func Pages(runs []Run) int {
+	n := 0
+	for _, r := range runs {
+		n += r.Count
+	}
+	return n
+}
+
+// Set is a set of the pages of one block. It is not safe for concurrent use.
+type Set struct {
+	words []uint64
+	size  int
+	count int
+}
+
+// New returns an empty set over a block of size pages.
+func New(size int) *Set {
+	return &Set{words: make([]uint64, (size+63)/64), size: size}
+}
+
+// Full returns the set of all pages of a block of size pages.
+func Full(size int) *Set {
+	s := New(size)
+	s.AddRun(0, size)
+	return s
+}
+
+// Size is the number of pages of the block, in the set or not.
+func (s *Set) Size() int { return s.size }
+
+// Count is the number of pages in the set.
+func (s *Set) Count() int { return s.count }
+
+// Has tells whether p is in the set. A page outside the block is in no set.
+func (s *Set) Has(p Page) bool {
+	return p < Page(s.size) && s.words[p/64]&(1<<(p%64)) != 0
+}
+
+// Add puts p into the set and tells whether it was absent.
+func (s *Set) Add(p Page) bool {
+	if p >= Page(s.size) || s.Has(p) {
+		return false
+	}
+	s.words[p/64] |= 1 << (p % 64)
+	s.count++
+	return true
+}
+
+// Remove takes p out of the set and tells whether it was there.
+func (s *Set) Remove(p Page) bool {
+	if !s.Has(p) {
+		return false
+	}
+	s.words[p/64] &^= 1 << (p % 64)
+	s.count--
+	return true
+}
+
+// AddRun puts n pages from first on into the set and returns how many were absent.
+// What lies outside the block is left out.
+func (s *Set) AddRun(first Page, n int) int {
+	return s.change(first, n, func(w *uint64, mask uint64) int {
+		absent := mask &^ *w
+		*w |= mask
+		return bits.OnesCount64(absent)
+	}, 1)
+}
+
+// RemoveRun takes n pages from first on out of the set and returns how many were there.
+func (s *Set) RemoveRun(first Page, n int) int {
+	return s.change(first, n, func(w *uint64, mask uint64) int {
+		present := mask & *w
+		*w &^= mask
+		return bits.OnesCount64(present)
+	}, -1)
+}
+
+func (s *Set) change(first Page, n int, apply func(w *uint64, mask uint64) int, sign int) int {
+	if n <= 0 || first >= Page(s.size) {
+		return 0
+	}
+	end := Page(s.size)
+	if uint64(n) < uint64(end-first) {
+		end = first + Page(n)
+	}
+	changed := 0
+	for p := first; p < end; {
+		word, low := p/64, p%64
+		mask := ^uint64(0) << low
+		if limit := (word + 1) * 64; end < limit {
+			mask &= ^uint64(0) >> (limit - end)
+		}
+		changed += apply(&s.words[word], mask)
+		p = (word + 1) * 64
+	}
+	s.count += sign * changed
+	return changed
+}
+
+// Next returns the first run of pages in the set at or after from, at most limit pages
+// long. It returns a count of 0 when there is none.
+func (s *Set) Next(from Page, limit int) (first Page, count int) {
+	first = s.find(from, 0)
+	if first >= Page(s.size) {
+		return first, 0
+	}
+	end := s.find(first, ^uint64(0))
+	if n := uint64(end - first); n < uint64(limit) {
+		return first, int(n)
+	}
+	return first, limit
+}
+
+// find returns the first page at or after from whose bit, after XOR with invert, is set;
+// the size of the block if there is none.
+func (s *Set) find(from Page, invert uint64) Page {
+	if from >= Page(s.size) {
+		return Page(s.size)
+	}
+	word := from / 64
+	w := (s.words[word] ^ invert) &^ (1<<(from%64) - 1)
+	for w == 0 {
+		word++
+		if word >= Page(len(s.words)) {
+			return Page(s.size)
+		}
+		w = s.words[word] ^ invert
+	}
+	return min(word*64+Page(bits.TrailingZeros64(w)), Page(s.size))
+}

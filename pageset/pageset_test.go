@@ -1,0 +1,87 @@
+package pageset
+
+import (
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// The set behaves like a map of pages, whatever is done to it.
+func TestSetAgainstMap(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		size := rapid.IntRange(0, 300).Draw(t, "size")
+		set, model := New(size), map[Page]bool{}
+		if rapid.Bool().Draw(t, "full") {
+			set = Full(size)
+			for p := range size {
+				model[Page(p)] = true
+			}
+		}
+		for range rapid.IntRange(0, 30).Draw(t, "steps") {
+			p := Page(rapid.IntRange(0, size+70).Draw(t, "page"))
+			n := rapid.IntRange(-1, 200).Draw(t, "n")
+			changed := 0
+			switch op := rapid.IntRange(0, 3).Draw(t, "op"); op {
+			case 0, 1:
+				got := set.Add
+				if op == 1 {
+					got = set.Remove
+				}
+				want := p < Page(size) && model[p] == (op == 1)
+				if got(p) != want {
+					t.Fatalf("op %d of page %d: want %v", op, p, want)
+				}
+				if want {
+					model[p] = op == 0
+				}
+			default:
+				for q := p; n > 0 && q < p+Page(n) && q < Page(size); q++ {
+					if model[q] == (op == 3) {
+						model[q] = op == 2
+						changed++
+					}
+				}
+				got := set.AddRun
+				if op == 3 {
+					got = set.RemoveRun
+				}
+				if c := got(p, n); c != changed {
+					t.Fatalf("op %d changed %d pages, want %d", op, c, changed)
+				}
+			}
+		}
+		count := 0
+		for p, in := range model {
+			if set.Has(p) != in {
+				t.Fatalf("page %d: in set %v, want %v", p, set.Has(p), in)
+			}
+			if in {
+				count++
+			}
+		}
+		if set.Count() != count {
+			t.Fatalf("count %d, want %d", set.Count(), count)
+		}
+		limit := rapid.IntRange(1, 100).Draw(t, "limit")
+		seen := 0
+		for p := Page(0); ; {
+			first, n := set.Next(p, limit)
+			if n == 0 {
+				break
+			}
+			if n > limit {
+				t.Fatalf("run of %d pages, limit %d", n, limit)
+			}
+			for q := first; q < first+Page(n); q++ {
+				if !model[q] {
+					t.Fatalf("run has page %d that is not in the set", q)
+				}
+			}
+			seen += n
+			p = first + Page(n)
+		}
+		if seen != count {
+			t.Fatalf("runs hold %d pages, want %d", seen, count)
+		}
+	})
+}
