@@ -45,6 +45,15 @@ func NewReader(r io.Reader) *Reader {
 	return &Reader{r: bufio.NewReaderSize(r, 64<<10)}
 }
 
+// Resume returns a reader of the stream that goes on in in after QEMU's post-copy recovery:
+// it has no header, and knows the blocks of r's stream.
+func (r *Reader) Resume(in io.Reader) *Reader {
+	return &Reader{
+		r: bufio.NewReaderSize(in, 64<<10), place: atTop,
+		section: r.section, started: r.started, blocks: r.blocks,
+	}
+}
+
 // Offset is the number of bytes of the items returned so far.
 func (r *Reader) Offset() int64 { return r.off }
 

@@ -1,0 +1,373 @@
+// Package link is the session between the two hosts of an eviction: three TCP
+// connections, one a lane, that carry checksummed frames.
+//
+//	control  set-up, package, commit, completion, abort; both ways, little of it
+//	push     source to destination: pages in the source's order; back: what was placed
+//	fetch    destination to source: pages the guest waits for; back: those pages
+//
+// The lanes are separate connections so that a fetched page never waits in a socket
+// behind pushed ones. On the wire they still share the path: who pushes bounds what is
+// in flight (see package evict).
+//
+// Each connection opens with a hello from the dialling side (the source), all integers
+// big-endian:
+//
+//	"vacate\r\n"  u16 version  u8 lane  u8 0  16 bytes of session id
+//
+// The line end makes a proxy or client of a text protocol fail at once. The answer is
+//
+//	"vacate\r\n"  u16 version  u8 0 accepted, 1 refused  u8 0  u16 len, message
+//
+// and then both sides send frames:
+//
+//	u8 type  u8 0  u16 0  u32 len  u32 crc  payload
+//
+// with the CRC-32C of the eight bytes before it and the payload: QEMU's own stream has no
+// checksum, and TCP's is weak. What a type means is package evict's; a frame longer than
+// the reader's limit is refused before anything is allocated.
+package link
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version of the protocol. Both sides must speak the same.
+const Version = 1
+
+// Lane names one of the connections of a session.
+type Lane uint8
+
+// The lanes, in the order in which they are dialled.
+const (
+	Control Lane = iota
+	Push
+	Fetch
+	lanes
+)
+
+func (l Lane) String() string {
+	return [...]string{"control", "push", "fetch", "unknown"}[min(l, lanes)]
+}
+
+const (
+	mark       = "vacate\r\n"
+	helloSize  = len(mark) + 2 + 1 + 1 + 16
+	answerSize = len(mark) + 2 + 1 + 1 + 2
+	frameHead  = 12
+
+	// handshakeTimeout is how long a peer may take to say hello or to answer one.
+	handshakeTimeout = 5 * time.Second
+	// deadAfter is how long sent bytes may stay unacknowledged, and how long a silent peer
+	// may leave keep-alive probes unanswered, until the connection is given up.
+	deadAfter = 10 * time.Second
+)
+
+// ErrPeer is wrapped by errors about bytes that are not this protocol.
+var ErrPeer = errors.New("the peer does not speak vacate's protocol")
+
+// ErrRefused is wrapped by the error of a Dial that the other side turned down.
+var ErrRefused = errors.New("refused by the destination")
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Session is the three lanes to one peer.
+type Session struct {
+	ID   [16]byte
+	lane [lanes]*Conn
+}
+
+// Lane returns one of the session's connections.
+func (s *Session) Lane(l Lane) *Conn { return s.lane[l] }
+
+// Peer is the address of the other side.
+func (s *Session) Peer() string { return s.lane[Control].c.RemoteAddr().String() }
+
+// Bytes is the number of payload bytes of TCP sent and received on all lanes.
+func (s *Session) Bytes() (sent, received uint64) {
+	for _, c := range s.lane {
+		sent += c.sent
+		received += c.received
+	}
+	return sent, received
+}
+
+// Close closes all lanes. Readers and writers blocked in them return.
+func (s *Session) Close() error {
+	var err error
+	for _, c := range s.lane {
+		if c != nil {
+			err = errors.Join(err, c.c.Close())
+		}
+	}
+	return err
+}
+
+// Dial opens a session with the destination that listens at addr, a host:port.
+func Dial(ctx context.Context, addr string) (_ *Session, err error) {
+	s := &Session{}
+	if _, err := rand.Read(s.ID[:]); err != nil {
+		return nil, fmt.Errorf("make a session id: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	dialer := net.Dialer{Timeout: handshakeTimeout}
+	for l := range lanes {
+		c, err := dialer.DialContext(ctx, "tcp", addr)
+		if err != nil {
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				return nil, fmt.Errorf("nothing listens at %s: start `vacate receive` there first: %w", addr, err)
+			}
+			return nil, fmt.Errorf("reach the destination: %w", err)
+		}
+		if s.lane[l], err = newConn(c); err != nil {
+			c.Close()
+			return nil, err
+		}
+		if err := hello(ctx, c, l, s.ID); err != nil {
+			return nil, fmt.Errorf("%v lane to %s: %w", l, addr, err)
+		}
+	}
+	return s, nil
+}
+
+func hello(ctx context.Context, c net.Conn, l Lane, id [16]byte) error {
+	defer deadline(ctx, c)()
+	b := binary.BigEndian.AppendUint16([]byte(mark), Version)
+	b = append(append(b, byte(l), 0), id[:]...)
+	if _, err := c.Write(b); err != nil {
+		return fmt.Errorf("say hello: %w", err)
+	}
+	answer := make([]byte, answerSize)
+	if _, err := io.ReadFull(c, answer); err != nil {
+		return fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there?", ErrPeer, err)
+	}
+	if !bytes.HasPrefix(answer, []byte(mark)) {
+		return fmt.Errorf("%w: it answered %q: is it `vacate receive` that listens there?", ErrPeer, answer)
+	}
+	answer = answer[len(mark):]
+	if v := binary.BigEndian.Uint16(answer); v != Version {
+		return fmt.Errorf("%w: it speaks version %d, we speak %d: use the same release of vacate on both hosts", ErrRefused, v, Version)
+	}
+	if answer[2] != 0 {
+		message := make([]byte, min(binary.BigEndian.Uint16(answer[4:]), 1024))
+		if _, err := io.ReadFull(c, message); err != nil {
+			return fmt.Errorf("%w: its reason was cut off: %w", ErrRefused, err)
+		}
+		return fmt.Errorf("%w: %q", ErrRefused, message)
+	}
+	return nil
+}
+
+// deadline bounds what follows on c by the handshake's time-out and by ctx, until the
+// returned function is called.
+func deadline(ctx context.Context, c net.Conn) func() {
+	c.SetDeadline(time.Now().Add(handshakeTimeout))
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	return func() {
+		if stop() {
+			c.SetDeadline(time.Time{})
+		}
+	}
+}
+
+// Accept waits for a session on ln. Connections that are not one, or not whole, are
+// turned away and reported to turnedAway, which may be nil, and do not end the wait. The
+// lanes of a session must all arrive before another peer's are looked at.
+func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Session, error) {
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	s := &Session{}
+	since := time.Now()
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			s.Close()
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			return nil, fmt.Errorf("accept a connection: %w", err)
+		}
+		if s.lane[Control] != nil && time.Since(since) > handshakeTimeout {
+			s.Close() // its other lanes never came
+			s = &Session{}
+		}
+		if err := s.join(ctx, c); err != nil {
+			c.Close()
+			if turnedAway != nil {
+				turnedAway(fmt.Errorf("turned %v away: %w", c.RemoteAddr(), err))
+			}
+			continue
+		}
+		since = time.Now()
+		if s.lane[lanes-1] != nil {
+			return s, nil
+		}
+	}
+}
+
+// join makes c the lane of s that its hello names.
+func (s *Session) join(ctx context.Context, c net.Conn) error {
+	defer deadline(ctx, c)()
+	b := make([]byte, helloSize)
+	if _, err := io.ReadFull(c, b); err != nil {
+		return fmt.Errorf("%w: no hello: %v", ErrPeer, err)
+	}
+	if !bytes.HasPrefix(b, []byte(mark)) {
+		return fmt.Errorf("%w: it said %q", ErrPeer, b)
+	}
+	version, l, id := binary.BigEndian.Uint16(b[len(mark):]), Lane(b[len(mark)+2]), [16]byte(b[len(mark)+4:])
+	refuse := func(why string) error {
+		answer(c, 1, why)
+		return errors.New(why)
+	}
+	switch {
+	case version != Version:
+		return refuse(fmt.Sprintf("the source speaks version %d, the destination %d: use the same release of vacate on both hosts", version, Version))
+	case l >= lanes:
+		return refuse(fmt.Sprintf("there is no lane %d", l))
+	case l == Control && s.lane[Control] != nil:
+		return refuse("the destination is taken by another eviction")
+	case l != Control && (s.lane[l-1] == nil || s.lane[l] != nil || id != s.ID):
+		return refuse("the lane belongs to no session")
+	}
+	conn, err := newConn(c)
+	if err != nil {
+		return err
+	}
+	if err := answer(c, 0, ""); err != nil {
+		return err
+	}
+	s.ID, s.lane[l] = id, conn
+	return nil
+}
+
+// Refuse turns away every connection made to ln, saying why, until ln is closed.
+func Refuse(ln net.Listener, why string) {
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		c.SetDeadline(time.Now().Add(time.Second))
+		if _, err := io.ReadFull(c, make([]byte, helloSize)); err == nil {
+			answer(c, 1, why)
+		}
+		c.Close()
+	}
+}
+
+func answer(c net.Conn, status byte, message string) error {
+	b := binary.BigEndian.AppendUint16([]byte(mark), Version)
+	b = binary.BigEndian.AppendUint16(append(b, status, 0), uint16(len(message)))
+	_, err := c.Write(append(b, message...))
+	return err
+}
+
+// Conn is one lane. One goroutine may read and several may write at the same time.
+type Conn struct {
+	c        net.Conn
+	received uint64
+	head     [frameHead]byte // of the frame being read
+
+	mu   sync.Mutex // guards the fields below and the order of writes
+	sent uint64
+	out  [frameHead]byte
+	vec  net.Buffers
+}
+
+func newConn(c net.Conn) (*Conn, error) {
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return nil, fmt.Errorf("connection of type %T, not TCP", c)
+	}
+	// Go sets TCP_NODELAY by itself.
+	err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: deadAfter / 4, Interval: deadAfter / 4, Count: 3})
+	if err != nil {
+		return nil, fmt.Errorf("set keep-alive: %w", err)
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	ctlErr := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond))
+	})
+	if err = errors.Join(ctlErr, err); err != nil {
+		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
+	}
+	return &Conn{c: c}, nil
+}
+
+// Write sends a frame whose payload is the parts, one behind the other. It keeps no
+// reference to them.
+func (c *Conn) Write(kind uint8, parts ...[]byte) error {
+	n := 0
+	for _, p := range parts {
+		n += len(p)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.out = [frameHead]byte{0: kind}
+	binary.BigEndian.PutUint32(c.out[4:], uint32(n))
+	crc := crc32.Update(0, castagnoli, c.out[:8])
+	c.vec = append(c.vec[:0], c.out[:])
+	for _, p := range parts {
+		if len(p) > 0 {
+			crc = crc32.Update(crc, castagnoli, p)
+			c.vec = append(c.vec, p)
+		}
+	}
+	binary.BigEndian.PutUint32(c.out[8:], crc)
+	vec := c.vec // WriteTo consumes it
+	sent, err := vec.WriteTo(c.c)
+	c.sent += uint64(sent)
+	if err != nil {
+		return fmt.Errorf("send to the peer: %w", err)
+	}
+	return nil
+}
+
+// Read receives a frame of at most limit bytes of payload into buf, which it grows if
+// need be. It returns io.EOF, wrapped, if the peer closed the lane between two frames.
+func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err error) {
+	if _, err := io.ReadFull(c.c, c.head[:]); err != nil {
+		return 0, nil, fmt.Errorf("receive from the peer: %w", err)
+	}
+	kind = c.head[0]
+	n := binary.BigEndian.Uint32(c.head[4:])
+	if uint64(n) > uint64(limit) {
+		return 0, nil, fmt.Errorf("%w: frame of type %d has %d bytes, more than %d", ErrPeer, kind, n, limit)
+	}
+	if c.head[1]|c.head[2]|c.head[3] != 0 {
+		return 0, nil, fmt.Errorf("%w: frame of type %d has unknown flags", ErrPeer, kind)
+	}
+	if cap(buf) < int(n) {
+		buf = make([]byte, n)
+	}
+	payload = buf[:n]
+	if _, err := io.ReadFull(c.c, payload); err != nil {
+		return 0, nil, fmt.Errorf("receive from the peer: %w", err)
+	}
+	crc := crc32.Update(crc32.Update(0, castagnoli, c.head[:8]), castagnoli, payload)
+	if crc != binary.BigEndian.Uint32(c.head[8:]) {
+		return 0, nil, fmt.Errorf("%w: frame of type %d, %d bytes, has a wrong checksum", ErrPeer, kind, n)
+	}
+	c.received += uint64(frameHead) + uint64(n)
+	return kind, payload, nil
+}
