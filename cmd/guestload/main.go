@@ -1,0 +1,43 @@
+// Command guestload is the whole user space of a lab guest: init, and a load
+// that knows what every byte of its memory should be and how long each first
+// touch of a page took. It runs on Linux for x86-64 only.
+//
+// As process 1 it mounts what it needs, loads the modules in /modules,
+// and reads its parameters from the kernel command line:
+//
+//	vacate.hot=200M     worked on all the time: pages picked at random, checked, rewritten
+//	vacate.idle=200M    written once, checked at the end
+//	vacate.other=50M    the same, in another process
+//	vacate.cache=50M    read from /dev/vda through the page cache, if there is one
+//	vacate.file=8M      a file in the root file system
+//	vacate.workers=2    threads working on the hot set; default one per CPU
+//	vacate.mode=idle    no work at all on the hot set; default "work"
+//	vacate.seed=1       what page contents are derived from
+//
+// It reports and takes commands on the second serial port; package loadproto
+// has the lines and page contents.
+package main
+
+import (
+	"fmt"
+	"os"
+	"runtime/debug"
+)
+
+func main() {
+	// No garbage to speak of, and a collection would touch pages at random.
+	debug.SetGCPercent(-1)
+	if len(os.Args) > 1 && os.Args[1] == otherArg {
+		if err := other(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "guestload: other process:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "guestload: runs as process 1 of a lab guest only; start guests with the lab")
+		os.Exit(2)
+	}
+	fmt.Fprintln(os.Stderr, "guestload: process 1, cannot return:", run())
+	select {} // the console has the reason; a kernel panic would only bury it
+}

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"vacate/lab/loadproto"
+)
+
+// params are the parameters of the kernel command line. Sizes are in pages.
+type params struct {
+	hot, idle, other, cache, file int
+	workers                       int
+	work                          bool
+	seed                          uint64
+}
+
+func parseParams(cmdline string) (params, error) {
+	p := params{workers: runtime.NumCPU(), work: true, file: 8 << 20 / loadproto.PageSize, seed: 1}
+	for _, field := range strings.Fields(cmdline) {
+		field, ours := strings.CutPrefix(field, "vacate.")
+		if !ours {
+			continue
+		}
+		key, value, _ := strings.Cut(field, "=")
+		var err error
+		switch key {
+		case "hot":
+			p.hot, err = parsePages(value)
+		case "idle":
+			p.idle, err = parsePages(value)
+		case "other":
+			p.other, err = parsePages(value)
+		case "cache":
+			p.cache, err = parsePages(value)
+		case "file":
+			p.file, err = parsePages(value)
+		case "workers":
+			p.workers, err = strconv.Atoi(value)
+			if err == nil && (p.workers < 1 || p.workers > 1024) {
+				err = fmt.Errorf("%d: want 1 to 1024", p.workers)
+			}
+		case "seed":
+			p.seed, err = strconv.ParseUint(value, 10, 64)
+		case "mode":
+			p.work = value == "work"
+			if !p.work && value != "idle" {
+				err = fmt.Errorf("%q: want work or idle", value)
+			}
+		default:
+			err = fmt.Errorf("not a parameter")
+		}
+		if err != nil {
+			return p, fmt.Errorf("kernel command line: vacate.%s: %w", key, err)
+		}
+	}
+	return p, nil
+}
+
+// parsePages reads a size in bytes, with K, M or G, and returns pages.
+func parsePages(s string) (int, error) {
+	shift := 0
+	if n := len(s); n > 0 {
+		switch s[n-1] {
+		case 'K':
+			shift = 10
+		case 'M':
+			shift = 20
+		case 'G':
+			shift = 30
+		}
+		if shift > 0 {
+			s = s[:n-1]
+		}
+	}
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("size %q: %w", s, err)
+	}
+	return int(n << shift / loadproto.PageSize), nil
+}
+
+func mountAll() error {
+	for _, m := range []struct{ kind, at string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}} {
+		if err := os.MkdirAll(m.at, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.kind, m.at, m.kind, 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m.at, err)
+		}
+	}
+	return nil
+}
+
+// loadModules loads what the lab put into the image. Which module needs which
+// differs between kernels: one that lacks another's symbols is tried again as
+// long as others get in.
+func loadModules() error {
+	files, err := filepath.Glob("/modules/*")
+	for len(files) > 0 {
+		var waiting []string
+		for _, name := range files {
+			if err = loadModule(name); err == unix.ENOENT {
+				waiting = append(waiting, name)
+			} else if err != nil {
+				return fmt.Errorf("load module %s: %w", name, err)
+			}
+		}
+		if len(waiting) == len(files) {
+			return fmt.Errorf("load module %s: it needs one that is not in the image", waiting[0])
+		}
+		files, err = waiting, nil
+	}
+	return err
+}
+
+func loadModule(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var flags int
+	if strings.HasSuffix(name, ".xz") {
+		flags = unix.MODULE_INIT_COMPRESSED_FILE
+	}
+	if err := unix.FinitModule(int(f.Fd()), "", flags); err != unix.EEXIST {
+		return err
+	}
+	return nil
+}
+
+// netUp brings the network card up, if there is one, so that its rings are in use.
+func netUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq("eth0")
+	if err != nil {
+		return err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err == unix.ENODEV {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("eth0: %w", err)
+	}
+	req.SetUint16(req.Uint16() | unix.IFF_UP)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil {
+		return fmt.Errorf("eth0 up: %w", err)
+	}
+	return nil
+}
+
+// openPort opens the report port raw, at a speed that keeps the driver's
+// time-outs short.
+func openPort() (*os.File, error) {
+	f, err := os.OpenFile("/dev/ttyS1", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	t := unix.Termios{
+		Cflag:  unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200,
+		Ispeed: unix.B115200,
+		Ospeed: unix.B115200,
+	}
+	t.Cc[unix.VMIN] = 1
+	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, &t); err != nil {
+		return nil, fmt.Errorf("set up /dev/ttyS1: %w", err)
+	}
+	return f, nil
+}

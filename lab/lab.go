@@ -1,0 +1,206 @@
+// Package lab makes real VMs on one machine, for the demo, tests and
+// benchmarks: two hosts (network namespaces, each pinned to a core) joined by
+// a shaped link, and VMs that run Debian's stock cloud kernel and a load which
+// knows what every byte of its memory should be.
+//
+//	┌─ host a: core 0 ─┐   veth pair, tbf   ┌─ host b: core 1 ─┐
+//	│ 10.77.0.1   eth0 ├────────────────────┤ eth0   10.77.0.2 │
+//	│ QEMU ─┐          │  at both ends      │          ┌─ QEMU │
+//	└───────┼──────────┘                    └──────────┼───────┘
+//	        └─ reports (ttyS1) ─► Guest ◄─ reports ────┘
+//
+// It needs Linux on x86-64, root, and on Debian the packages named in
+// Packages. It speaks to QEMU 7.2 and later (machines pc and q35).
+//
+// Nothing outlives the process: QEMUs and other children get SIGKILL when it
+// dies, namespaces have no names and vanish with their last process, and run
+// directories left behind are removed by the next lab in the same folder.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Packages are the Debian packages a lab needs.
+const Packages = "qemu-system-x86"
+
+// Options say how to make a lab. The zero value is good.
+type Options struct {
+	// Dir holds the cache (guest image, other QEMUs) and run directories.
+	// Default ".lab" in the current directory.
+	Dir string
+	// Rate of the link in bits per second, each way; 0 means unshaped.
+	Rate uint64
+	// NoPin leaves the hosts' processes free to run on any core.
+	NoPin bool
+	// Log takes progress, such as downloads; default none.
+	Log *slog.Logger
+}
+
+// Lab is two hosts and the link between them. Methods may be called from any
+// goroutine.
+type Lab struct {
+	A, B *Host
+
+	dir   string // absolute
+	run   string // run directory
+	lock  *os.File
+	log   *slog.Logger
+	link  *link
+	image func(context.Context) (*image, error) // built once, cached
+	kvm   sync.Mutex                            // one looks whether KVM works
+
+	mu  sync.Mutex
+	vms []*VM // guarded by mu
+	seq int   // VMs so far, for unique names; guarded by mu
+}
+
+// maxSocketPath is the longest path of a unix socket on Linux, in bytes.
+const maxSocketPath = 107
+
+// New makes a lab. Close it after use.
+func New(ctx context.Context, opts Options) (_ *Lab, err error) {
+	if err := Probe(); err != nil {
+		return nil, err
+	}
+	l := &Lab{log: opts.Log}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	if l.dir, err = absDir(opts.Dir); err != nil {
+		return nil, err
+	}
+	if err := l.openRunDir(); err != nil {
+		return nil, fmt.Errorf("make lab's run directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	l.image = onceImage(l.dir, l.log)
+	cores := onlineCores()
+	for i, h := range []**Host{&l.A, &l.B} {
+		core := -1
+		if !opts.NoPin {
+			core = cores[i%len(cores)]
+		}
+		if *h, err = newHost(l, string(rune('a'+i)), core); err != nil {
+			return nil, err
+		}
+	}
+	if l.link, err = newLink(l.A, l.B, opts.Rate); err != nil {
+		return nil, fmt.Errorf("link the lab's hosts: %w", err)
+	}
+	return l, ctx.Err()
+}
+
+func absDir(dir string) (string, error) {
+	if dir == "" {
+		dir = ".lab"
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", fmt.Errorf("lab directory: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("lab directory: %w", err)
+	}
+	return dir, nil
+}
+
+// openRunDir makes a run directory and locks it, and removes those whose lab
+// is dead: a lock lasts no longer than the process that holds it.
+func (l *Lab) openRunDir() error {
+	all := filepath.Join(l.dir, "run")
+	if err := os.MkdirAll(all, 0o700); err != nil {
+		return err
+	}
+	// Between making a directory and locking it another lab could take it
+	// for a dead one's.
+	unlock, err := lockFile(context.Background(), filepath.Join(l.dir, "run.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	old, err := os.ReadDir(all)
+	if err != nil {
+		return err
+	}
+	for _, e := range old {
+		dir := filepath.Join(all, e.Name())
+		if f, err := tryLock(filepath.Join(dir, "lock")); err == nil {
+			os.RemoveAll(dir)
+			f.Close()
+		} else if errors.Is(err, os.ErrNotExist) {
+			os.RemoveAll(dir)
+		}
+	}
+	if l.run, err = os.MkdirTemp(all, ""); err != nil {
+		return err
+	}
+	if longest := filepath.Join(l.run, "a-100-labqmp.sock"); len(longest) > maxSocketPath {
+		os.Remove(l.run)
+		return fmt.Errorf("unix sockets such as %s would have %d bytes, Linux allows %d: choose a shorter lab directory", longest, len(longest), maxSocketPath)
+	}
+	f, err := os.OpenFile(filepath.Join(l.run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	l.lock = f
+	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+}
+
+// tryLock locks an existing file at once or fails.
+func tryLock(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// Dir returns the lab's directory, absolute.
+func (l *Lab) Dir() string { return l.dir }
+
+// RunDir returns the directory of this lab's sockets and logs; Close removes it.
+func (l *Lab) RunDir() string { return l.run }
+
+// Close kills every VM and every process started on a host, and removes the
+// link, the hosts and the run directory.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	vms := l.vms
+	l.mu.Unlock()
+	for _, vm := range vms {
+		vm.Kill()
+	}
+	if l.link != nil {
+		l.link.close()
+	}
+	for _, h := range []*Host{l.A, l.B} {
+		if h != nil {
+			h.close()
+		}
+	}
+	var err error
+	if l.run != "" {
+		err = os.RemoveAll(l.run)
+	}
+	if l.lock != nil {
+		l.lock.Close()
+	}
+	return err
+}

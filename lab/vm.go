@@ -1,0 +1,435 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unsafe"
+
+	"vacate/lab/loadproto"
+)
+
+// Devices is what a VM has besides memory, CPUs and two serial ports.
+type Devices string
+
+const (
+	// Bare is nothing else.
+	Bare Devices = "bare"
+	// Full is disk, network card, console port and balloon (all virtio), and VGA.
+	Full Devices = "full"
+)
+
+// Spec describes a VM. The zero value is good.
+type Spec struct {
+	QEMU      QEMU    // default StockQEMU
+	Machine   string  // QEMU's machine type; default "pc"
+	MemoryMiB int     // default 512
+	VCPUs     int     // default 1
+	Memfd     bool    // RAM in a shared memfd, else anonymous
+	Devices   Devices // default Bare
+	Load      Load
+	Disk      string   // raw image of a Full VM; default one made for it
+	Accel     string   // "kvm" or "tcg"; default whichever works
+	CPU       string   // QEMU's CPU model; default all that Accel has
+	Extra     []string // more arguments for QEMU
+}
+
+// Load is what the guest keeps in memory, and does with it.
+type Load struct {
+	HotMiB   int // worked on all the time
+	IdleMiB  int // written once
+	OtherMiB int // written once, by another process
+	CacheMiB int // page cache of the disk; needs Full
+	FileMiB  int // file in the guest's root file system, which is memory
+	Workers  int // threads working on the hot set; default one per VCPU
+	Sleep    bool
+	Seed     uint64 // of page contents
+}
+
+// guestNeeds is what the kernel and an empty load need, in MiB.
+const guestNeeds = 128
+
+// kvmBootTime is how long a guest may take to boot under KVM, which needs a
+// tenth of it.
+const kvmBootTime = 20 * time.Second
+
+func (s *Spec) fill(ctx context.Context) (err error) {
+	if s.QEMU.Path == "" {
+		if s.QEMU, err = StockQEMU(ctx); err != nil {
+			return err
+		}
+	}
+	if s.Machine == "" {
+		s.Machine = "pc"
+	}
+	if s.MemoryMiB == 0 {
+		s.MemoryMiB = 512
+	}
+	if s.VCPUs == 0 {
+		s.VCPUs = 1
+	}
+	if s.Devices == "" {
+		s.Devices = Bare
+	}
+	l := &s.Load
+	if l.Workers == 0 {
+		l.Workers = s.VCPUs
+	}
+	if s.Devices != Bare && s.Devices != Full {
+		return fmt.Errorf("devices %q: want %q or %q", s.Devices, Bare, Full)
+	}
+	if s.Accel != "" && s.Accel != "kvm" && s.Accel != "tcg" {
+		return fmt.Errorf("accelerator %q: want kvm or tcg", s.Accel)
+	}
+	if s.VCPUs < 1 || l.Workers < 1 {
+		return errors.New("CPUs and workers must be at least 1")
+	}
+	var all int
+	for _, mib := range []int{l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB} {
+		if mib < 0 {
+			return errors.New("a load's size cannot be negative")
+		}
+		all += mib
+	}
+	if all+guestNeeds > s.MemoryMiB {
+		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+guestNeeds, s.MemoryMiB)
+	}
+	if l.CacheMiB > 0 && s.Devices != Full {
+		return fmt.Errorf("a load with page cache needs a disk: devices %q", Full)
+	}
+	return nil
+}
+
+func (s *Spec) cmdline() string {
+	l := s.Load
+	mode := "work"
+	if l.Sleep {
+		mode = "idle"
+	}
+	return fmt.Sprintf("console=ttyS0 oops=panic vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.mode=%s vacate.seed=%d",
+		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, mode, l.Seed)
+}
+
+// VM is a QEMU process on a host. Methods may be called from any goroutine.
+type VM struct {
+	Name    string
+	Host    *Host
+	Spec    Spec // with defaults filled in
+	Guest   *Guest
+	QMP     string // monitor socket, for the engine or operator
+	LabQMP  string // a second one, for the lab
+	Console string // file with the guest's console
+
+	stderr string
+	cmd    *exec.Cmd
+	done   chan struct{} // closed when the process has ended
+	ended  error         // how; valid once done is closed
+	all    sync.WaitGroup
+	port   net.Conn // the report port
+	write  sync.Mutex
+}
+
+// Boot starts a VM and waits until its load has begun.
+func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
+	if err := spec.fill(ctx); err != nil {
+		return nil, fmt.Errorf("boot VM: %w", err)
+	}
+	vm, err := h.launch(ctx, spec, newGuest())
+	if err != nil {
+		return nil, fmt.Errorf("boot VM on host %s: %w", h.Name, err)
+	}
+	err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
+	if err != nil {
+		err = vm.explain(fmt.Errorf("boot VM on host %s: %w", h.Name, err))
+		vm.Kill()
+		return nil, err
+	}
+	return vm, nil
+}
+
+// IncomingOptions differ from the VM whose guest is to come.
+type IncomingOptions struct {
+	QEMU QEMU // default the same
+	// Running leaves out -S: the guest runs as soon as it has come.
+	Running bool
+	Extra   []string // more arguments for QEMU
+}
+
+// Incoming starts a VM to take the guest of twin, with "-incoming defer" and,
+// unless told otherwise, "-S"; it returns when QMP answers.
+func (h *Host) Incoming(ctx context.Context, twin *VM, opts IncomingOptions) (*VM, error) {
+	spec := twin.Spec
+	if opts.QEMU.Path != "" {
+		spec.QEMU = opts.QEMU
+	}
+	extra := append(append([]string{"-incoming", "defer"}, opts.Extra...), twin.Spec.Extra...)
+	if !opts.Running {
+		extra = append(extra, "-S")
+	}
+	vm, err := h.launch(ctx, spec, twin.Guest, extra...)
+	if err != nil {
+		return nil, fmt.Errorf("start incoming VM on host %s: %w", h.Name, err)
+	}
+	for {
+		_, err := vm.Status(ctx)
+		if err == nil {
+			return vm, nil
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+			continue
+		case <-vm.done:
+			err = errors.New("qemu has exited")
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		err = vm.explain(fmt.Errorf("start incoming VM on host %s: %w", h.Name, err))
+		vm.Kill()
+		return nil, err
+	}
+}
+
+func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...string) (_ *VM, err error) {
+	l := h.lab
+	img, err := l.image(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Accel == "" {
+		if spec.Accel, err = l.accelerator(ctx, spec.QEMU, img); err != nil {
+			return nil, err
+		}
+	}
+	if spec.CPU == "" {
+		spec.CPU = defaultCPU(spec.Accel, img.release)
+	}
+	l.mu.Lock()
+	l.seq++
+	name := h.Name + "-" + strconv.Itoa(l.seq)
+	l.mu.Unlock()
+	file := func(kind string) string { return filepath.Join(l.run, name+"-"+kind) }
+	if spec.Devices == Full && spec.Disk == "" {
+		spec.Disk = file("disk.raw")
+		if err := writeDisk(spec.Disk, spec.Load); err != nil {
+			return nil, fmt.Errorf("write disk: %w", err)
+		}
+	}
+	vm := &VM{
+		Name: name, Host: h, Spec: spec, Guest: guest,
+		QMP: file("qmp.sock"), LabQMP: file("labqmp.sock"), Console: file("console.log"),
+		stderr: file("stderr.log"), done: make(chan struct{}),
+	}
+	reports, err := net.ListenUnix("unix", &net.UnixAddr{Name: file("load.sock"), Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	defer reports.Close()
+	stderr, err := os.Create(vm.stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+	vm.cmd = exec.Command(spec.QEMU.Path, append(vm.args(img, file("load.sock")), extra...)...)
+	vm.cmd.Stdout, vm.cmd.Stderr = stderr, stderr
+
+	l.mu.Lock()
+	l.vms = append(l.vms, vm)
+	l.mu.Unlock()
+	if err := h.Start(vm.cmd); err != nil {
+		vm.ended = err
+		close(vm.done)
+		return nil, err
+	}
+	vm.all.Go(func() {
+		vm.ended = vm.cmd.Wait()
+		close(vm.done)
+	})
+	// QEMU connects before it does anything else, or fails.
+	accepted := make(chan struct{})
+	vm.all.Go(func() {
+		select {
+		case <-accepted:
+		case <-vm.done:
+			reports.Close()
+		case <-ctx.Done():
+			reports.Close()
+		}
+	})
+	conn, err := reports.Accept()
+	close(accepted)
+	if err != nil {
+		err = vm.explain(errors.Join(errors.New("qemu did not start"), ctx.Err()))
+		vm.Kill()
+		return nil, err
+	}
+	vm.port = conn
+	vm.all.Go(func() {
+		guest.follow(name, conn)
+		conn.Close()
+	})
+	return vm, nil
+}
+
+// defaultCPU is everything the accelerator has. QEMU 7.2's emulation of
+// cmpxchg16b fails in Linux 6.12 and later.
+func defaultCPU(accel, release string) string {
+	if accel == "kvm" {
+		return "host"
+	}
+	var major, minor int
+	fmt.Sscanf(release, "%d.%d", &major, &minor)
+	if major > 6 || major == 6 && minor >= 12 {
+		return "max,-cx16"
+	}
+	return "max"
+}
+
+// escape makes a value fit for QEMU's comma-separated options.
+func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+func (vm *VM) args(img *image, reports string) []string {
+	s := &vm.Spec
+	machine := s.Machine
+	accel := "kvm"
+	if s.Accel == "tcg" {
+		accel = "tcg,thread=multi"
+	}
+	var args []string
+	add := func(a ...string) { args = append(args, a...) }
+	if s.Memfd {
+		machine += ",memory-backend=ram"
+		add("-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.MemoryMiB))
+	}
+	add("-name", "vacate-lab-"+vm.Name+",debug-threads=on",
+		"-nodefaults", "-no-user-config", "-display", "none",
+		"-machine", machine, "-accel", accel, "-cpu", s.CPU,
+		"-smp", strconv.Itoa(s.VCPUs), "-m", strconv.Itoa(s.MemoryMiB)+"M",
+		"-kernel", img.kernel, "-initrd", img.initrd, "-append", s.cmdline(),
+		"-chardev", "file,id=console,path="+escape(vm.Console), "-serial", "chardev:console",
+		"-chardev", "socket,id=reports,server=off,path="+escape(reports), "-serial", "chardev:reports")
+	for i, socket := range []string{vm.QMP, vm.LabQMP} {
+		id := fmt.Sprintf("qmp%d", i)
+		add("-chardev", fmt.Sprintf("socket,id=%s,server=on,wait=off,path=%s", id, escape(socket)),
+			"-mon", "mode=control,chardev="+id)
+	}
+	if s.Devices == Full {
+		add("-vga", "std",
+			"-drive", "if=none,id=disk,format=raw,file="+escape(s.Disk), "-device", "virtio-blk-pci,drive=disk",
+			"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:77:00:01",
+			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device", "virtserialport,chardev=port,name=lab.port",
+			"-device", "virtio-balloon-pci")
+	} else {
+		add("-vga", "none")
+	}
+	return append(args, s.Extra...)
+}
+
+// writeDisk makes a raw image with the pages that the guest load expects.
+func writeDisk(name string, load Load) error {
+	seed := loadproto.SetSeed(load.Seed, loadproto.SetCache)
+	const perMiB = 1 << 20 / loadproto.PageSize
+	var chunk [perMiB]loadproto.Page
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for mib := range max(1, load.CacheMiB) {
+		for i := range chunk {
+			chunk[i].Fill(loadproto.Base(seed, uint64(mib*perMiB+i), 0))
+		}
+		if _, err := f.Write((*[1 << 20]byte)(unsafe.Pointer(&chunk))[:]); err != nil {
+			return err
+		}
+	}
+	return f.Close()
+}
+
+// PID returns the process id of the VM's QEMU.
+func (vm *VM) PID() int { return vm.cmd.Process.Pid }
+
+// Done is closed when the VM's process has ended.
+func (vm *VM) Done() <-chan struct{} { return vm.done }
+
+// Alive reports whether the VM's process runs.
+func (vm *VM) Alive() bool {
+	select {
+	case <-vm.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Wait waits for the VM's process to end. Its error is nil if QEMU said all
+// was well, as after "quit".
+func (vm *VM) Wait(ctx context.Context) error {
+	select {
+	case <-vm.done:
+		return vm.ended
+	case <-ctx.Done():
+		return fmt.Errorf("wait for VM %s to end: %w", vm.Name, ctx.Err())
+	}
+}
+
+// Kill ends the VM's process at once and waits for it.
+func (vm *VM) Kill() {
+	if vm.cmd.Process != nil {
+		vm.cmd.Process.Kill()
+	}
+	vm.all.Wait()
+}
+
+// Status returns what QMP's query-status says, such as "running" or
+// "inmigrate".
+func (vm *VM) Status(ctx context.Context) (string, error) {
+	var s struct{ Status string }
+	err := execute(ctx, vm.LabQMP, "query-status", nil, &s)
+	return s.Status, err
+}
+
+// Execute runs a QMP command on the lab's own monitor. args and result are
+// JSON values, and may be nil.
+func (vm *VM) Execute(ctx context.Context, command string, args, result any) error {
+	return execute(ctx, vm.LabQMP, command, args, result)
+}
+
+// command writes a command to the guest load. The newline before it ends what
+// an earlier eviction may have torn.
+func (vm *VM) command(c string) error {
+	vm.write.Lock()
+	defer vm.write.Unlock()
+	vm.port.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.WriteString(vm.port, "\n"+c+"\n"); err != nil {
+		return vm.explain(fmt.Errorf("write to the guest on VM %s: %w", vm.Name, err))
+	}
+	return nil
+}
+
+// explain adds the ends of the VM's logs to an error.
+func (vm *VM) explain(err error) error {
+	return fmt.Errorf("%w%s%s", err, tail("qemu said", vm.stderr), tail("the guest's console", vm.Console))
+}
+
+func tail(what, file string) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	const most = 4096
+	if fi, err := f.Stat(); err == nil && fi.Size() > most {
+		f.Seek(-most, io.SeekEnd)
+	}
+	text, _ := io.ReadAll(io.LimitReader(f, most))
+	return lastLines(what, string(text))
+}
