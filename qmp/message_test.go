@@ -1,0 +1,231 @@
+package qmp
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// session returns the lines that a real QEMU said, of testdata/session.jsonl.
+func session(tb testing.TB) [][]byte {
+	tb.Helper()
+	b, err := os.ReadFile("testdata/session.jsonl")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return bytes.Split(bytes.TrimSpace(b), []byte("\n"))
+}
+
+func TestParseRecordedSession(t *testing.T) {
+	kinds := map[string]int{}
+	for _, line := range session(t) {
+		m, err := parseMessage(line)
+		switch {
+		case err != nil:
+			t.Error(err)
+		case m.QMP != nil:
+			kinds["greeting"]++
+		case m.Event != "":
+			kinds["event"]++
+		case m.Error != nil:
+			kinds["error"]++
+		default:
+			kinds["return"]++
+		}
+	}
+	if kinds["greeting"] != 1 || kinds["event"] < 2 || kinds["error"] < 3 || kinds["return"] < 10 {
+		t.Errorf("kinds of messages: %v", kinds)
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	for _, line := range []string{
+		``, `[]`, `null`, `{}`, `{"return":{}}`, `{"return":{},"id":"1"}`, `{"return":{},"id":-1}`, `{"return":{},"id":1.5}`,
+		`{"return":{},"error":{"class":"a","desc":"b"},"id":1}`, `{"return":{},"id":1}{}`, `{"error":{},"id":1}`,
+		`{"error":{"class":"GenericError","desc":"x"}}`, `{"event":"STOP"}`, `{"event":5,"timestamp":{}}`,
+		`{"return":{},"id":1,"more":2}`, `{"QMP":{}}`, `{"return":`, "\x00\xff",
+	} {
+		if m, err := parseMessage([]byte(line)); err == nil {
+			t.Errorf("%s: parsed as %+v", line, m)
+		}
+	}
+}
+
+func FuzzParseMessage(f *testing.F) {
+	for _, line := range session(f) {
+		f.Add(line)
+	}
+	f.Fuzz(func(t *testing.T, line []byte) {
+		m, err := parseMessage(line)
+		if err != nil {
+			return
+		}
+		if m.QMP == nil && m.Event == "" && m.ID == nil {
+			t.Errorf("%q: accepted as %+v", line, m)
+		}
+		var s Status
+		var q Migration
+		decodeReply(m.Return, &s)
+		decodeReply(m.Return, &q)
+	})
+}
+
+// serve returns a client's end of a connection to a server that says the first
+// line of script, waits for a command, says the rest and, if told so, hangs up.
+func serve(tb testing.TB, script []byte, hangUp bool) *net.UnixConn {
+	tb.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	end := func(fd int) *net.UnixConn {
+		f := os.NewFile(uintptr(fd), "socketpair")
+		defer f.Close()
+		c, err := net.FileConn(f)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		return c.(*net.UnixConn)
+	}
+	client, server := end(pair[0]), end(pair[1])
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		first := bytes.IndexByte(script, '\n') + 1
+		server.Write(script[:first])
+		if first > 0 {
+			server.Read(make([]byte, 4096))
+		}
+		server.Write(script[first:])
+		if hangUp {
+			server.CloseWrite()
+		}
+	}()
+	tb.Cleanup(func() { server.Close(); client.Close(); <-said })
+	return client
+}
+
+const hello = `{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "x"}, "capabilities": ["oob"]}}` + "\r\n"
+const ready = hello + `{"return": {}, "id": 1}` + "\r\n"
+
+func TestBadGreeting(t *testing.T) {
+	for name, script := range map[string]string{
+		"garbage":    "SSH-2.0-OpenSSH_9.2p1\r\n",
+		"half line":  `{"QMP": {"vers`,
+		"huge line":  strings.Repeat("x", maxGreeting+1),
+		"no line":    "",
+		"reply":      `{"return": {}, "id": 1}` + "\n",
+		"no version": `{"QMP": {"version": {}, "capabilities": []}}` + "\n",
+	} {
+		if c, err := handshake(t.Context(), serve(t, []byte(script), true)); !errors.Is(err, ErrNotQMP) {
+			t.Errorf("%s: %v, %v", name, c, err)
+		}
+	}
+}
+
+func TestLyingServer(t *testing.T) {
+	ok := `{"return": {"status": "running", "running": true}, "id": 2}` + "\n"
+	for name, script := range map[string]string{
+		"unknown id":      `{"return": {}, "id": 77}` + "\n",
+		"duplicate id":    `{"return": {}, "id": 1}` + "\n",
+		"no id":           `{"return": {}}` + "\n",
+		"garbage":         "what?\n",
+		"second greeting": hello,
+		"half line":       ok[:20],
+		"huge line":       `{"return": "` + strings.Repeat("x", maxLine) + `", "id": 2}` + "\n",
+	} {
+		c, err := handshake(t.Context(), serve(t, []byte(ready+script), true))
+		if err != nil {
+			t.Errorf("%s: handshake: %v", name, err)
+			continue
+		}
+		if s, err := c.QueryStatus(t.Context()); !errors.Is(err, ErrClosed) {
+			t.Errorf("%s: %v, %v", name, s, err)
+		}
+		c.Close()
+	}
+}
+
+func TestEventFlood(t *testing.T) {
+	const flood = 100_000
+	event := `{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RTC_CHANGE", "data": {"offset": 0}}` + "\n"
+	script := ready + strings.Repeat(event, flood)
+	conn := serve(t, []byte(script), true)
+	c, err := handshake(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	sub := c.Subscribe(10)
+	<-c.Done() // reached although nobody reads sub
+	kept := uint64(0)
+	for e := range sub.C {
+		if e.Name != "RTC_CHANGE" || !e.Time.IsZero() {
+			t.Fatalf("event %+v", e)
+		}
+		kept++
+	}
+	if kept != 10 && sub.Dropped() > 0 || kept+sub.Dropped() > flood {
+		t.Errorf("%d kept, %d dropped", kept, sub.Dropped())
+	}
+}
+
+// A server that does not read stops a command, not the client's Close.
+func TestServerStopsReading(t *testing.T) {
+	c, err := handshake(t.Context(), serve(t, []byte(ready), false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	big := strings.Repeat("x", 2<<20)
+	if _, err := c.HMP(ctx, big); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrClosed) {
+		t.Errorf("half-sent command: %v", err)
+	}
+	if _, err := c.HMP(t.Context(), "p 1"); !errors.Is(err, ErrClosed) {
+		t.Errorf("after a half-sent command: %v", err)
+	}
+	c.Close()
+}
+
+func FuzzServer(f *testing.F) {
+	f.Add(bytes.Join(session(f), []byte("\n")))
+	for _, line := range session(f) {
+		f.Add(append([]byte(ready), line...))
+	}
+	f.Fuzz(func(t *testing.T, script []byte) {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		c, err := handshake(ctx, serve(t, script, true))
+		if err != nil {
+			return
+		}
+		c.QueryStatus(ctx)
+		c.QueryMigrationCapabilities(ctx)
+		c.Close()
+		if ctx.Err() != nil {
+			t.Error("a server that hung up stopped a command")
+		}
+	})
+}
+
+func TestReadLine(t *testing.T) {
+	r := bufio.NewReaderSize(strings.NewReader("a\r\n"+strings.Repeat("b", 100)+"\nc"), 16)
+	for _, want := range []string{"a", strings.Repeat("b", 100), "c"} {
+		if line, err := readLine(r, 101); string(line) != want {
+			t.Errorf("%q, %v", line, err)
+		}
+	}
+	if _, err := readLine(bufio.NewReaderSize(strings.NewReader(fmt.Sprint(1e9, 1e9)), 16), 5); !errors.Is(err, errLongLine) {
+		t.Error(err)
+	}
+}
