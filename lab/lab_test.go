@@ -1,14 +1,26 @@
 package lab
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
+	"unsafe"
+
+	"vacate/lab/loadproto"
 )
 
 // testDir is one cache for all tests; the repository ignores it.
@@ -100,4 +112,437 @@ func TestBootAndCheck(t *testing.T) {
 	if _, err := os.Stat(filepath.Join("/proc", fmt.Sprint(pid))); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("process %d is still there: %v", pid, err)
 	}
+}
+
+// A guest of every set and every device moves with QEMU's own post-copy over
+// the shaped link, and finds all of its memory as it was.
+func TestMigrate(t *testing.T) {
+	l := newTestLab(t, Options{Rate: 1e9})
+	load := Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 32, CacheMiB: 16, FileMiB: 8}
+	src, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := src.Guest
+	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+		t.Fatal(err)
+	}
+	before, err := l.LinkBytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	ctx := deadline(t, 2*time.Minute)
+	must := func(vm *VM, command, args string) {
+		t.Helper()
+		if err := vm.Execute(ctx, command, json.RawMessage(args), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const postcopy = `{"capabilities": [{"capability": "postcopy-ram", "state": true}]}`
+	uri := fmt.Sprintf(`{"uri": "tcp:%s:4444"}`, l.B.Addr)
+	must(src, "migrate-set-capabilities", postcopy)
+	must(dst, "migrate-set-capabilities", postcopy)
+	must(dst, "migrate-incoming", uri)
+	start := time.Now()
+	must(src, "migrate", uri)
+	for status := ""; status != "completed"; {
+		var q struct{ Status string }
+		if err := src.Execute(ctx, "query-migrate", nil, &q); err != nil {
+			t.Fatal(err)
+		}
+		switch status = q.Status; status {
+		case "active":
+			src.Execute(ctx, "migrate-start-postcopy", nil, nil) // may be too early still
+		case "failed", "cancelled", "postcopy-paused":
+			t.Fatal(src.explain(dst.explain(fmt.Errorf("migration %s", status))))
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	took := time.Since(start)
+	after, err := l.LinkBytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// All that the load wrote has to cross, and no more than all memory with
+	// what its pages cost in headers.
+	least, most := uint64(64+64+32+16+8)<<20, uint64(src.Spec.MemoryMiB+32)<<20*11/10
+	if n := after - before; n < least || n > most {
+		t.Errorf("%d bytes crossed the link, want %d to %d", n, least, most)
+	}
+	if s, err := dst.Status(ctx); err != nil || s != "running" {
+		t.Errorf("the destination is %q, %v", s, err)
+	}
+	src.Kill()
+	if err := guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+		t.Fatal(err)
+	}
+	samples := guest.Samples()
+	if vm := samples[len(samples)-1].VM; vm != dst.Name {
+		t.Errorf("the last report came from VM %s", vm)
+	}
+	t.Logf("moved %d MiB in %v; torn lines %d; before %v, after %v", (after-before)>>20, took, guest.Torn(),
+		guest.Stalls(start.Add(-took), start), guest.Stalls(start, time.Now()))
+	mustCheck(t, guest, dst, (64+64+32+16+8)*pagesPerMiB)
+}
+
+// Bytes changed from outside must be found, or no other test proves anything.
+func TestCorruptionIsFound(t *testing.T) {
+	l := newTestLab(t, Options{})
+	const seed = 7
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Seed: seed}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	victims := []string{loadproto.SetIdle, loadproto.SetOther, loadproto.SetFile}
+	for i, set := range victims {
+		var page loadproto.Page
+		page.Fill(loadproto.Base(loadproto.SetSeed(seed, set), uint64(10+i), 0))
+		corrupt(t, vm, &page)
+	}
+	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if check.Bad != uint64(len(victims)) || len(check.Words) != len(victims) {
+		t.Fatalf("changed a byte in %d sets: %+v", len(victims), check)
+	}
+	for i, w := range check.Words {
+		if w.Set != victims[i] || w.Page != uint64(10+i) || w.Word != 100 || w.Got != w.Want^1 {
+			t.Errorf("changed page %d of set %s: %+v", 10+i, victims[i], w)
+		}
+	}
+}
+
+// corrupt flips a bit in word 100 of the page wherever the VM's memory has it.
+func corrupt(t *testing.T, vm *VM, page *loadproto.Page) {
+	t.Helper()
+	want := (*[loadproto.PageSize]byte)(unsafe.Pointer(page))[:]
+	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", vm.PID()), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", vm.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	buf := make([]byte, 1<<20)
+	for line := range strings.Lines(string(maps)) {
+		var from, to int64
+		fmt.Sscanf(line, "%x-%x", &from, &to)
+		if to-from != int64(vm.Spec.MemoryMiB)<<20 {
+			continue
+		}
+		for at := from; at < to; at += int64(len(buf)) {
+			if _, err := mem.ReadAt(buf, at); err != nil {
+				t.Fatal(err)
+			}
+			for off := 0; off < len(buf); off += loadproto.PageSize {
+				if bytes.Equal(buf[off:off+loadproto.PageSize], want) {
+					found++
+					if _, err := mem.WriteAt([]byte{want[800] ^ 1}, at+int64(off)+800); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+	}
+	if found != 1 {
+		t.Fatalf("the VM's memory has the page %d times", found)
+	}
+}
+
+func TestLink(t *testing.T) {
+	l := newTestLab(t, Options{})
+	send := func(bytes int64) (time.Duration, uint64) {
+		t.Helper()
+		before, err := l.LinkBytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		took := transfer(t, l, bytes)
+		after, err := l.LinkBytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return took, after - before
+	}
+	for _, rate := range []uint64{0, 1e9, 100e6} {
+		if err := l.SetRate(rate); err != nil {
+			t.Fatal(err)
+		}
+		const n = 32 << 20
+		took, crossed := send(n)
+		t.Logf("rate %d: %d bytes in %v (%.0f Mbit/s), %d crossed", rate, n, took, n*8/took.Seconds()/1e6, crossed)
+		if crossed < n || crossed > n*11/10 {
+			t.Errorf("rate %d: sent %d bytes, %d crossed", rate, n, crossed)
+		}
+		// That shaping works is no matter of how fast this machine is: a
+		// link can be slower than its rate, never faster.
+		if rate != 0 && n*8/took.Seconds() > 1.1*float64(rate) {
+			t.Errorf("rate %d: %d bytes in %v is faster", rate, n, took)
+		}
+	}
+	if err := l.SetLinkUp(false); err != nil {
+		t.Fatal(err)
+	}
+	err := l.A.Do(func() error {
+		d := net.Dialer{Timeout: 300 * time.Millisecond}
+		conn, err := d.Dial("tcp4", net.JoinHostPort(l.B.Addr, "1"))
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	var timeout net.Error
+	if !errors.As(err, &timeout) || !timeout.Timeout() {
+		t.Errorf("dialed over the cut link: %v; want a time-out", err)
+	}
+	if err := l.SetLinkUp(true); err != nil {
+		t.Fatal(err)
+	}
+	send(1 << 20)
+}
+
+// transfer sends bytes from a to b, both in this process.
+func transfer(t *testing.T, l *Lab, bytes int64) time.Duration {
+	t.Helper()
+	var ln net.Listener
+	err := l.B.Do(func() (err error) {
+		ln, err = net.Listen("tcp4", net.JoinHostPort(l.B.Addr, "0"))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	received := make(chan int64)
+	go func() {
+		var n int64
+		if conn, err := ln.Accept(); err == nil {
+			n, _ = io.Copy(io.Discard, conn)
+			conn.Write([]byte{1})
+			conn.Close()
+		}
+		received <- n
+	}()
+	var conn net.Conn
+	err = l.A.Do(func() (err error) {
+		conn, err = net.Dial("tcp4", ln.Addr().String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	start := time.Now()
+	buf := make([]byte, 256<<10)
+	for left := bytes; left > 0; left -= int64(len(buf)) {
+		if _, err := conn.Write(buf[:min(left, int64(len(buf)))]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conn.(*net.TCPConn).CloseWrite()
+	conn.Read(buf[:1])
+	took := time.Since(start)
+	if n := <-received; n != bytes {
+		t.Fatalf("%d of %d bytes arrived", n, bytes)
+	}
+	return took
+}
+
+func TestHostStartsProcesses(t *testing.T) {
+	l := newTestLab(t, Options{})
+	for _, h := range []*Host{l.A, l.B} {
+		cmd := exec.Command("sh", "-c", "grep Cpus_allowed_list /proc/self/status; cat /proc/net/fib_trie")
+		var out bytes.Buffer
+		cmd.Stdout = &out
+		if err := h.Run(cmd); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(out.String(), "Cpus_allowed_list:\t"+strconv.Itoa(h.Core)+"\n") || !strings.Contains(out.String(), h.Addr) {
+			t.Errorf("a process on host %s, core %d, address %s, sees:\n%s", h.Name, h.Core, h.Addr, out.String())
+		}
+	}
+	sleep := exec.Command("sleep", "600")
+	if err := l.A.Start(sleep); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := sleep.Wait(); err == nil || err.Error() != "signal: killed" {
+		t.Errorf("closing the lab left a process: %v", err)
+	}
+	if err := l.A.Start(exec.Command("true")); !errors.Is(err, errHostClosed) {
+		t.Errorf("start on a closed host: %v", err)
+	}
+}
+
+func TestBackportsQEMU(t *testing.T) {
+	l := newTestLab(t, Options{})
+	start := time.Now()
+	q, err := BackportsQEMU(deadline(t, 5*time.Minute), testDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%+v after %v", q, time.Since(start))
+	vm, err := l.B.Boot(deadline(t, 2*time.Minute), Spec{QEMU: q, Devices: Full, Machine: "q35", Load: Load{HotMiB: 16, CacheMiB: 4}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", vm.PID()))
+	if err != nil || !bytes.Contains(comm, []byte("/root/usr/bin/qemu-system-x86_64")) {
+		t.Errorf("the VM's process is not QEMU itself: %q, %v", comm, err)
+	}
+	mustCheck(t, vm.Guest, vm, (16+4)*pagesPerMiB)
+}
+
+const superviseEnv = "VACATE_TEST_SUPERVISE"
+
+// TestMain makes this binary a supervisor as well.
+func TestMain(m *testing.M) {
+	dir, ok := os.LookupEnv(superviseEnv)
+	if !ok {
+		os.Exit(m.Run())
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := Supervise(ctx, Options{Dir: dir}, Spec{MemoryMiB: 256}, func(State) { fmt.Println("ready") })
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func startSupervisor(t *testing.T) (*exec.Cmd, State) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), superviseEnv+"="+testDir)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	stop := context.AfterFunc(deadline(t, 2*time.Minute), func() { cmd.Process.Kill() })
+	defer stop()
+	word := make([]byte, 6)
+	if _, err := io.ReadFull(out, word); err != nil || string(word) != "ready\n" {
+		t.Fatalf("the supervisor said %q, %v", word, err)
+	}
+	s, err := Status(deadline(t, time.Minute), testDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd, s
+}
+
+// stateGone fails unless all that a supervisor made is gone soon.
+func stateGone(t *testing.T, s State) {
+	t.Helper()
+	for _, vm := range s.VMs {
+		// The processes are the kernel's to reap: they were the supervisor's.
+		proc := fmt.Sprintf("/proc/%d/cmdline", vm.PID)
+		for i := 0; ; i++ {
+			if line, err := os.ReadFile(proc); err != nil || len(line) == 0 {
+				break
+			}
+			if i == 1000 {
+				t.Errorf("VM %s, process %d, is still there", vm.Name, vm.PID)
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+}
+
+func TestSupervisor(t *testing.T) {
+	needLab(t)
+	cmd, s := startSupervisor(t)
+	want := []string{"running", "inmigrate"}
+	for i, vm := range s.VMs {
+		if vm.Status != want[i] {
+			t.Errorf("VM %s is %q, want %q", vm.Name, vm.Status, want[i])
+		}
+	}
+	ns := map[string]bool{}
+	for _, h := range s.Hosts {
+		id, err := os.Readlink(h.NetNS)
+		if err != nil {
+			t.Error(err)
+		}
+		ns[id] = true
+	}
+	if len(s.VMs) != 2 || len(ns) != 2 {
+		t.Fatalf("want 2 VMs, and 2 hosts of different namespaces: %+v", s)
+	}
+	if err := Supervise(t.Context(), Options{Dir: testDir}, Spec{}, nil); err == nil || !strings.Contains(err.Error(), "up already") {
+		t.Errorf("a second supervisor: %v", err)
+	}
+	run := filepath.Dir(s.VMs[0].QMP)
+
+	// Killed without a chance to clean up.
+	cmd.Process.Kill()
+	cmd.Wait()
+	stateGone(t, s)
+	for id := range ns {
+		if holders := namespaceHolders(t, id); holders != nil {
+			t.Errorf("processes still in namespace %s: %v", id, holders)
+		}
+	}
+	if _, err := Status(t.Context(), testDir); !errors.Is(err, ErrNoLab) {
+		t.Errorf("status after the supervisor's death: %v", err)
+	}
+	if err := Down(t.Context(), testDir); !errors.Is(err, ErrNoLab) {
+		t.Errorf("down after the supervisor's death: %v", err)
+	}
+
+	// The next cleans up after it, and goes down in order.
+	cmd, s = startSupervisor(t)
+	if _, err := os.Stat(run); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the dead lab's run directory is still there: %v", err)
+	}
+	if err := Down(deadline(t, time.Minute), testDir); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	stateGone(t, s)
+	for _, f := range []string{filepath.Dir(s.VMs[0].QMP), filepath.Join(testDir, stateFile)} {
+		if _, err := os.Stat(f); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is still there: %v", f, err)
+		}
+	}
+}
+
+// namespaceHolders returns the processes that are in a namespace or have it open.
+func namespaceHolders(t *testing.T, id string) (pids []string) {
+	var links []string
+	for _, pattern := range []string{"/proc/[0-9]*/task/*/ns/net", "/proc/[0-9]*/fd/*"} {
+		l, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		links = append(links, l...)
+	}
+	for _, l := range links {
+		if to, err := os.Readlink(l); err == nil && to == id {
+			pids = append(pids, l)
+		}
+	}
+	return pids
 }

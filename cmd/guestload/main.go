@@ -2,8 +2,8 @@
 // that knows what every byte of its memory should be and how long each first
 // touch of a page took. It runs on Linux for x86-64 only.
 //
-// As process 1 it mounts what it needs, loads the modules in /modules,
-// and reads its parameters from the kernel command line:
+// As process 1 it mounts what it needs, loads the modules in /modules, and reads
+// its parameters from the kernel command line:
 //
 //	vacate.hot=200M     worked on all the time: pages picked at random, checked, rewritten
 //	vacate.idle=200M    written once, checked at the end
@@ -28,11 +28,8 @@ func main() {
 	// No garbage to speak of, and a collection would touch pages at random.
 	debug.SetGCPercent(-1)
 	if len(os.Args) > 1 && os.Args[1] == otherArg {
-		if err := other(os.Args[2:]); err != nil {
-			fmt.Fprintln(os.Stderr, "guestload: other process:", err)
-			os.Exit(1)
-		}
-		return
+		fmt.Fprintln(os.Stderr, "guestload: other process:", other(os.Args[2:]))
+		os.Exit(1)
 	}
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "guestload: runs as process 1 of a lab guest only; start guests with the lab")

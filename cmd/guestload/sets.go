@@ -197,7 +197,8 @@ func (o *otherProcess) check(bad *badSink) (lp.SetResult, error) {
 	}
 }
 
-// other is the main function of the other process.
+// other is the main function of the other process. It returns only what it
+// cannot go on with.
 func other(args []string) error {
 	if len(args) != 2 {
 		return errors.New("want pages and seed")
