@@ -58,9 +58,9 @@ type Load struct {
 // guestNeeds is what the kernel and an empty load need, in MiB.
 const guestNeeds = 128
 
-// kvmBootTime is how long a guest may take to boot under KVM, which needs a
-// tenth of it.
-const kvmBootTime = 20 * time.Second
+// kvmBootTime is how long a guest may take to boot under KVM, which is much
+// more than it needs.
+const kvmBootTime = 10 * time.Second
 
 func (s *Spec) fill(ctx context.Context) (err error) {
 	if s.QEMU.Path == "" {
@@ -138,8 +138,13 @@ type VM struct {
 	write  sync.Mutex
 }
 
-// Boot starts a VM and waits until its load has begun.
+// bootTime is how long a boot may take on a busy machine under emulation.
+const bootTime = 3 * time.Minute
+
+// Boot starts a VM and waits until its load has begun, for at most 3 minutes.
 func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
+	ctx, cancel := context.WithTimeout(ctx, bootTime)
+	defer cancel()
 	if err := spec.fill(ctx); err != nil {
 		return nil, fmt.Errorf("boot VM: %w", err)
 	}
@@ -171,7 +176,7 @@ func (h *Host) Incoming(ctx context.Context, twin *VM, opts IncomingOptions) (*V
 	if opts.QEMU.Path != "" {
 		spec.QEMU = opts.QEMU
 	}
-	extra := append(append([]string{"-incoming", "defer"}, opts.Extra...), twin.Spec.Extra...)
+	extra := append([]string{"-incoming", "defer"}, opts.Extra...)
 	if !opts.Running {
 		extra = append(extra, "-S")
 	}
@@ -279,18 +284,20 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	return vm, nil
 }
 
-// defaultCPU is everything the accelerator has. QEMU 7.2's emulation of
-// cmpxchg16b fails in Linux 6.12 and later.
+// defaultCPU is what the accelerator has, less what hurts under emulation:
+// clearing memory with "rep stosb" takes a turn per byte (erms), and QEMU
+// 7.2's cmpxchg16b fails in Linux 6.12 and later (cx16).
 func defaultCPU(accel, release string) string {
 	if accel == "kvm" {
 		return "host"
 	}
+	cpu := "max,-erms"
 	var major, minor int
 	fmt.Sscanf(release, "%d.%d", &major, &minor)
 	if major > 6 || major == 6 && minor >= 12 {
-		return "max,-cx16"
+		cpu += ",-cx16"
 	}
-	return "max"
+	return cpu
 }
 
 // escape makes a value fit for QEMU's comma-separated options.
@@ -316,10 +323,8 @@ func (vm *VM) args(img *image, reports string) []string {
 		"-kernel", img.kernel, "-initrd", img.initrd, "-append", s.cmdline(),
 		"-chardev", "file,id=console,path="+escape(vm.Console), "-serial", "chardev:console",
 		"-chardev", "socket,id=reports,server=off,path="+escape(reports), "-serial", "chardev:reports")
-	for i, socket := range []string{vm.QMP, vm.LabQMP} {
-		id := fmt.Sprintf("qmp%d", i)
-		add("-chardev", fmt.Sprintf("socket,id=%s,server=on,wait=off,path=%s", id, escape(socket)),
-			"-mon", "mode=control,chardev="+id)
+	for _, socket := range []string{vm.QMP, vm.LabQMP} {
+		add("-qmp", "unix:"+escape(socket)+",server=on,wait=off")
 	}
 	if s.Devices == Full {
 		add("-vga", "std",

@@ -1,0 +1,32 @@
+package main
+
+import "testing"
+
+func TestParseParams(t *testing.T) {
+	p, err := parseParams("console=ttyS0 vacate.hot=200M vacate.idle=4K ro vacate.other=1G vacate.cache=4096 vacate.file=0 vacate.workers=3 vacate.mode=idle vacate.seed=18446744073709551615\n")
+	want := params{hot: 51200, idle: 1, other: 262144, cache: 1, file: 0, workers: 3, work: false, seed: 1<<64 - 1}
+	if err != nil || p != want {
+		t.Errorf("got %+v, %v; want %+v", p, err, want)
+	}
+	for _, bad := range []string{"hot", "hot=M", "hot=-1", "hot=1T", "hot=99999999999G", "workers=0", "mode=fast", "speed=1", "seed=x"} {
+		if _, err := parseParams("vacate." + bad); err == nil {
+			t.Errorf("vacate.%s was accepted", bad)
+		}
+	}
+}
+
+func FuzzParseParams(f *testing.F) {
+	f.Add("console=ttyS0 vacate.hot=200M vacate.mode=work")
+	f.Add("vacate.idle=4294967295G vacate.workers=9")
+	f.Fuzz(func(t *testing.T, cmdline string) {
+		p, err := parseParams(cmdline)
+		if err != nil {
+			return
+		}
+		for _, n := range []int{p.hot, p.idle, p.other, p.cache, p.file} {
+			if n < 0 || n*4096 < 0 {
+				t.Errorf("%q: %+v", cmdline, p)
+			}
+		}
+	})
+}
