@@ -38,6 +38,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -87,6 +88,47 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 type Session struct {
 	ID   [16]byte
 	lane [lanes]*Conn
+
+	done  chan struct{}
+	once  sync.Once
+	cause error // why it ended; set before done is closed
+}
+
+// Fail closes all lanes for a reason, which Err then returns. Only the first one counts.
+// Readers and writers blocked in the lanes return.
+func (s *Session) Fail(cause error) {
+	s.once.Do(func() {
+		s.cause = cause
+		close(s.done)
+		for _, c := range s.lane {
+			if c != nil {
+				c.c.Close()
+			}
+		}
+	})
+}
+
+// FailSoon is Fail after a moment, for the failure of one lane: a peer that gives up says
+// why on the control lane and closes all, and its words should not be lost to the order
+// in which the lanes end.
+func (s *Session) FailSoon(cause error) {
+	time.AfterFunc(farewellTime, func() { s.Fail(cause) })
+}
+
+// farewellTime is how long a peer's last words may lag behind the end of another lane.
+const farewellTime = time.Second
+
+// Done is closed when the session was ended by Fail or Close.
+func (s *Session) Done() <-chan struct{} { return s.done }
+
+// Err is the reason that Fail was given; nil as long as the session was not ended.
+func (s *Session) Err() error {
+	select {
+	case <-s.done:
+		return s.cause
+	default:
+		return nil
+	}
 }
 
 // Lane returns one of the session's connections.
@@ -98,26 +140,18 @@ func (s *Session) Peer() string { return s.lane[Control].c.RemoteAddr().String()
 // Bytes is the number of payload bytes of TCP sent and received on all lanes.
 func (s *Session) Bytes() (sent, received uint64) {
 	for _, c := range s.lane {
-		sent += c.sent
-		received += c.received
+		sent += c.sent.Load()
+		received += c.received.Load()
 	}
 	return sent, received
 }
 
-// Close closes all lanes. Readers and writers blocked in them return.
-func (s *Session) Close() error {
-	var err error
-	for _, c := range s.lane {
-		if c != nil {
-			err = errors.Join(err, c.c.Close())
-		}
-	}
-	return err
-}
+// Close closes all lanes.
+func (s *Session) Close() { s.Fail(net.ErrClosed) }
 
 // Dial opens a session with the destination that listens at addr, a host:port.
 func Dial(ctx context.Context, addr string) (_ *Session, err error) {
-	s := &Session{}
+	s := &Session{done: make(chan struct{})}
 	if _, err := rand.Read(s.ID[:]); err != nil {
 		return nil, fmt.Errorf("make a session id: %w", err)
 	}
@@ -192,7 +226,7 @@ func deadline(ctx context.Context, c net.Conn) func() {
 func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Session, error) {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
-	s := &Session{}
+	s := &Session{done: make(chan struct{})}
 	since := time.Now()
 	for {
 		c, err := ln.Accept()
@@ -205,7 +239,7 @@ func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Sess
 		}
 		if s.lane[Control] != nil && time.Since(since) > handshakeTimeout {
 			s.Close() // its other lanes never came
-			s = &Session{}
+			s = &Session{done: make(chan struct{})}
 		}
 		if err := s.join(ctx, c); err != nil {
 			c.Close()
@@ -282,13 +316,13 @@ func answer(c net.Conn, status byte, message string) error {
 // Conn is one lane. One goroutine may read and several may write at the same time.
 type Conn struct {
 	c        net.Conn
-	received uint64
+	received atomic.Uint64
+	sent     atomic.Uint64
 	head     [frameHead]byte // of the frame being read
 
-	mu   sync.Mutex // guards the fields below and the order of writes
-	sent uint64
-	out  [frameHead]byte
-	vec  net.Buffers
+	mu  sync.Mutex // guards the fields below and the order of writes
+	out [frameHead]byte
+	vec net.Buffers
 }
 
 func newConn(c net.Conn) (*Conn, error) {
@@ -336,7 +370,7 @@ func (c *Conn) Write(kind uint8, parts ...[]byte) error {
 	binary.BigEndian.PutUint32(c.out[8:], crc)
 	vec := c.vec // WriteTo consumes it
 	sent, err := vec.WriteTo(c.c)
-	c.sent += uint64(sent)
+	c.sent.Add(uint64(sent))
 	if err != nil {
 		return fmt.Errorf("send to the peer: %w", err)
 	}
@@ -368,6 +402,6 @@ func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err erro
 	if crc != binary.BigEndian.Uint32(c.head[8:]) {
 		return 0, nil, fmt.Errorf("%w: frame of type %d, %d bytes, has a wrong checksum", ErrPeer, kind, n)
 	}
-	c.received += uint64(frameHead) + uint64(n)
+	c.received.Add(uint64(frameHead) + uint64(n))
 	return kind, payload, nil
 }

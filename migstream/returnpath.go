@@ -34,7 +34,7 @@ type Message struct {
 	Block  string // MsgReqPagesID, MsgRecvBitmap; a Reader also fills it in for MsgReqPages
 	Start  uint64 // MsgReqPages…: first byte wanted
 	Length uint32 // MsgReqPages…: bytes wanted
-	// Bitmap of MsgRecvBitmap has one bit a page of the block's back end, lowest bit
+	// Bitmap of MsgRecvBitmap has one bit per TargetPageSize bytes of the block, lowest bit
 	// first, set where the page was received; its size is a multiple of 8 bytes.
 	Bitmap []byte
 }

@@ -1,0 +1,164 @@
+package evict_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"vacate/evict"
+	"vacate/lab"
+)
+
+// testDir is one cache for all tests; the repository ignores it.
+const testDir = "../.lab"
+
+// newLab makes a lab, or skips the test where none can be made, or fails it if the
+// environment says that all must run.
+func newLab(t testing.TB, opts lab.Options) *lab.Lab {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	if err := lab.Probe(); err != nil {
+		if os.Getenv("VACATE_REQUIRE") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	opts.Dir = testDir
+	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
+	l, err := lab.New(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+func within(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// boot starts a guest on host a and waits until it works.
+func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
+	t.Helper()
+	vm, err := l.A.Boot(within(t, 3*time.Minute), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !spec.Load.Sleep {
+		if err := vm.Guest.WaitOps(within(t, time.Minute), 10_000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return vm
+}
+
+// incoming starts the VM's twin on host b.
+func incoming(t testing.TB, l *lab.Lab, vm *lab.VM) *lab.VM {
+	t.Helper()
+	twin, err := l.B.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return twin
+}
+
+// listen opens a port on a host.
+func listen(t testing.TB, h *lab.Host) net.Listener {
+	t.Helper()
+	var ln net.Listener
+	err := h.Do(func() (err error) {
+		ln, err = net.Listen("tcp", net.JoinHostPort(h.Addr, "0"))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+type result struct {
+	report  evict.Report
+	source  error
+	destErr error
+}
+
+// evictVM moves vm from host a to its twin on host b with both engines in this process.
+func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) result {
+	t.Helper()
+	ln := listen(t, l.B)
+	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	received := make(chan error, 1)
+	go func() {
+		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)
+	}()
+	var r result
+	r.source = l.A.Do(func() (err error) {
+		r.report, err = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Log: log.With("side", "source")}.Evict(ctx)
+		return err
+	})
+	if r.source != nil {
+		ln.Close()
+	}
+	r.destErr = <-received
+	return r
+}
+
+func (r result) mustComplete(t testing.TB) {
+	t.Helper()
+	if r.source != nil || r.destErr != nil {
+		t.Fatalf("source: %v; destination: %v", r.source, r.destErr)
+	}
+	p := r.report.Pages
+	if p.Duplicate != 0 {
+		t.Errorf("%d pages were sent twice", p.Duplicate)
+	}
+	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped; sum != p.Total {
+		t.Errorf("%d pages sent and skipped of %d: %+v", sum, p.Total, p)
+	}
+}
+
+// mustCheck has the guest check all of its memory.
+func mustCheck(t testing.TB, vm *lab.VM) {
+	t.Helper()
+	check, err := vm.Guest.Check(within(t, 2*time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if check.Bad != 0 || check.Pages == 0 {
+		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
+	}
+}
+
+func TestEvict(t *testing.T) {
+	l := newLab(t, lab.Options{Rate: 1e9})
+	vm := boot(t, l, lab.Spec{Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}})
+	twin := incoming(t, l, vm)
+	r := evictVM(within(t, time.Minute), t, l, vm, twin)
+	t.Logf("%+v", r.report)
+	r.mustComplete(t)
+	if err := vm.Guest.WaitOps(within(t, time.Minute), 1000); err != nil {
+		t.Error(err)
+	}
+	mustCheck(t, twin)
+	select {
+	case <-vm.Done():
+	case <-time.After(10 * time.Second):
+		t.Error("the source's QEMU is still there")
+	}
+	if errors.Is(r.source, evict.ErrLost) {
+		t.Error("lost")
+	}
+}

@@ -1,0 +1,190 @@
+package evict
+
+import (
+	"context"
+	"fmt"
+
+	"vacate/guestmem"
+	"vacate/link"
+	"vacate/pageset"
+	"vacate/qmp"
+)
+
+// frozen is the memory of the VM on the source, by the numbers of its blocks on the link.
+// It may be read concurrently.
+type frozen struct {
+	mem    *guestmem.Memory
+	layout layout
+	index  []int // of each block in mem; -1 if it cannot be read there
+	// streamed holds blocks that came through QEMU's own stream.
+	streamed map[int][]byte
+}
+
+func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
+	f := &frozen{mem: mem, layout: l, index: make([]int, len(l))}
+	for i, b := range l {
+		f.index[i] = -1
+		for j, m := range mem.Blocks() {
+			if m.Name != b.Name || !m.Located {
+				continue
+			}
+			if m.PageSize != b.PageSize || m.Size < b.Length {
+				return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at", b.Name)
+			}
+			f.index[i] = j
+		}
+	}
+	return f, nil
+}
+
+// unlocated lists the blocks that must come through QEMU's stream.
+func (f *frozen) unlocated() []int {
+	var list []int
+	for i, j := range f.index {
+		if j < 0 {
+			list = append(list, i)
+		}
+	}
+	return list
+}
+
+// read reads the pages of a run into dst, which is as long as they are.
+func (f *frozen) read(dst []byte, r pageset.Run) error {
+	offset := uint64(r.First) * f.layout[r.Block].PageSize
+	if b := f.streamed[r.Block]; b != nil {
+		copy(dst, b[offset:])
+		return nil
+	}
+	if f.index[r.Block] < 0 {
+		return fmt.Errorf("memory %q is not at hand", f.layout[r.Block].Name)
+	}
+	return f.mem.Read(dst, f.index[r.Block], offset)
+}
+
+// gpaRange is a range of guest-physical addresses, in bytes.
+type gpaRange struct{ start, length uint64 }
+
+// runs translates guest-physical ranges to the pages that hold them. What is no memory
+// that can be read is left out.
+func (f *frozen) runs(ranges []gpaRange) []pageset.Run {
+	var runs []pageset.Run
+	for _, g := range ranges {
+		for at := g.start &^ 4095; at < g.start+g.length; at += 4096 {
+			j, offset, ok := f.mem.Resolve(at)
+			if !ok {
+				continue
+			}
+			for i, b := range f.layout {
+				if f.index[i] == j && offset < b.Length {
+					runs = append(runs, pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
+				}
+			}
+		}
+	}
+	return runs
+}
+
+// maxEarlyRange bounds one range that a QEMU tells us to send early.
+const maxEarlyRange = 256 << 10
+
+// touchedByLoading returns what a QEMU reads of the guest's memory while it loads the
+// devices' state: the rings of virtio queues, and the option ROM that patches the
+// guest's task priority register. It is a hint: what is missing is fetched.
+func touchedByLoading(ctx context.Context, q *qmp.Client) []gpaRange {
+	ranges := []gpaRange{{0xc0000, 0x3000}}
+	devices, err := q.QueryVirtio(ctx)
+	if err != nil {
+		return ranges
+	}
+	for _, d := range devices {
+		rings, err := q.QueryVirtioQueues(ctx, d.Path)
+		if err != nil {
+			continue
+		}
+		for _, r := range rings {
+			n := uint64(r.Num)
+			for _, g := range []gpaRange{{r.Desc, 16 * n}, {r.Avail, 6 + 2*n}, {r.Used, 6 + 8*n}} {
+				if g.start != 0 && g.length <= maxEarlyRange {
+					ranges = append(ranges, g)
+				}
+			}
+		}
+	}
+	return ranges
+}
+
+// frame builds frames of pages. It is not safe for concurrent use.
+type frame struct {
+	f     *frozen
+	buf   []byte
+	runs  []pageRun
+	head  []byte
+	parts [][]byte
+	zero  int // zero pages in the frame
+}
+
+func (f *frozen) newFrame() *frame { return &frame{f: f, buf: make([]byte, max(maxBatch, maxPage))} }
+
+// fill reads as many of the runs' pages as one frame takes and returns the rest.
+func (fr *frame) fill(runs []pageset.Run) ([]pageset.Run, error) {
+	fr.runs, fr.parts, fr.zero = fr.runs[:0], fr.parts[:0], 0
+	fr.parts = append(fr.parts, nil) // the head, once it is known
+	used := 0
+	for len(runs) > 0 && len(fr.runs) < maxRuns/2 && fr.zero < maxZeroPages {
+		r := runs[0]
+		size := int(fr.f.layout[r.Block].PageSize)
+		// A run of n pages becomes at most n runs, zero and not.
+		room := min((max(maxBatch, size)-used)/size, maxRuns-len(fr.runs))
+		if room <= 0 {
+			break
+		}
+		if r.Count > room {
+			runs[0].First += pageset.Page(room)
+			runs[0].Count -= room
+			r.Count = room
+		} else {
+			runs = runs[1:]
+		}
+		data := fr.buf[used : used+r.Count*size]
+		if err := fr.f.read(data, r); err != nil {
+			return nil, fmt.Errorf("read the frozen guest's memory: %w", err)
+		}
+		used += len(data)
+		fr.add(r, data, size)
+	}
+	fr.head = appendPages(fr.head[:0], fr.runs)
+	return runs, nil
+}
+
+// add splits a run that was read into runs of zero pages and others.
+func (fr *frame) add(r pageset.Run, data []byte, size int) {
+	for at := 0; at < r.Count; {
+		zero := guestmem.IsZero(data[at*size : (at+1)*size])
+		end := at + 1
+		for end < r.Count && guestmem.IsZero(data[end*size:(end+1)*size]) == zero {
+			end++
+		}
+		fr.runs = append(fr.runs, pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(at), Count: end - at}, zero})
+		if zero {
+			fr.zero += end - at
+		} else {
+			fr.parts = append(fr.parts, data[at*size:end*size])
+		}
+		at = end
+	}
+}
+
+// size is the number of bytes of the frame's payload.
+func (fr *frame) size() int {
+	n := len(fr.head)
+	for _, p := range fr.parts[1:] {
+		n += len(p)
+	}
+	return n
+}
+
+// write sends the frame.
+func (fr *frame) write(lane *link.Conn) error {
+	fr.parts[0] = fr.head
+	return lane.Write(framePages, fr.parts...)
+}

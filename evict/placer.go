@@ -1,0 +1,126 @@
+package evict
+
+import (
+	"fmt"
+	"net"
+	"sync"
+
+	"vacate/migstream"
+)
+
+// Sizes of the sections written to the destination's QEMU: small enough that a fetched
+// page soon gets in between two of them.
+const (
+	sectionBytes = 64 << 10
+	sectionZeros = 256
+)
+
+// placer writes pages into a QEMU as parts of the RAM section of its migration stream.
+// It may be used concurrently; urgent writes go ahead of others.
+type placer struct {
+	conn    net.Conn
+	section uint32
+	layout  layout
+
+	mu     sync.Mutex
+	free   *sync.Cond // of mu: busy was cleared, or urgent fell to zero
+	busy   bool
+	urgent int // urgent writes waiting
+	heads  []byte
+	vec    net.Buffers
+}
+
+func newPlacer(conn net.Conn, section uint32, l layout) *placer {
+	p := &placer{conn: conn, section: section, layout: l}
+	p.free = sync.NewCond(&p.mu)
+	return p
+}
+
+// acquire makes the caller the one writer.
+func (p *placer) acquire(urgent bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if urgent {
+		p.urgent++
+		defer func() { p.urgent-- }()
+	}
+	for p.busy || p.urgent > 0 && !urgent {
+		p.free.Wait()
+	}
+	p.busy = true
+}
+
+func (p *placer) release() {
+	p.mu.Lock()
+	p.busy = false
+	p.mu.Unlock()
+	p.free.Broadcast()
+}
+
+// raw writes bytes of the stream between two sections.
+func (p *placer) raw(b []byte) error {
+	p.acquire(true)
+	defer p.release()
+	if _, err := p.conn.Write(b); err != nil {
+		return fmt.Errorf("write to the destination's QEMU: %w", err)
+	}
+	return nil
+}
+
+// place writes the pages of the runs; data holds those that are not zero.
+func (p *placer) place(runs []pageRun, data []byte, urgent bool) error {
+	next := 0 // page of runs[0] to be written next
+	for len(runs) > 0 {
+		p.acquire(urgent)
+		var err error
+		runs, next, data, err = p.writeSection(runs, next, data)
+		p.release()
+		if err != nil {
+			return fmt.Errorf("write to the destination's QEMU: %w", err)
+		}
+	}
+	return nil
+}
+
+// writeSection writes as many pages as go in one section and returns what is left. A page
+// of a block's back end is written whole: QEMU places it when its last record has come.
+func (p *placer) writeSection(runs []pageRun, next int, data []byte) ([]pageRun, int, []byte, error) {
+	vec := p.vec[:0]
+	heads, from := migstream.SectionPart{ID: p.section}.Append(p.heads[:0]), 0
+	last, bytes, zeros := -1, 0, 0
+	for len(runs) > 0 && bytes < sectionBytes && zeros < sectionZeros {
+		r := runs[0]
+		blk := p.layout[r.Block]
+		offset := (uint64(r.First) + uint64(next)) * blk.PageSize
+		for end := offset + blk.PageSize; offset < end; offset += migstream.TargetPageSize {
+			rec := migstream.Page{Block: blk.Name, Offset: offset, Continue: last == r.Block}
+			last = r.Block
+			if r.Zero {
+				heads = append(rec.AppendRecordHead(heads), 0)
+				zeros++
+				continue
+			}
+			rec.Data = data[:migstream.TargetPageSize]
+			data = data[migstream.TargetPageSize:]
+			heads = rec.AppendRecordHead(heads)
+			vec = append(vec, heads[from:], rec.Data)
+			from = len(heads)
+			bytes += migstream.TargetPageSize
+		}
+		if next++; next == r.Count {
+			runs, next = runs[1:], 0
+		}
+	}
+	heads = migstream.Footer{ID: p.section}.Append(migstream.EOS{}.Append(heads))
+	vec = append(vec, heads[from:])
+	p.heads, p.vec = heads, vec
+	_, err := vec.WriteTo(p.conn)
+	return runs, next, data, err
+}
+
+// end closes the RAM section and the stream: QEMU then takes the migration for complete.
+func (p *placer) end() error {
+	b := migstream.SectionEnd{ID: p.section}.Append(nil)
+	b = migstream.Footer{ID: p.section}.Append(migstream.EOS{}.Append(b))
+	return p.raw(migstream.EOF{}.Append(b))
+}

@@ -1,0 +1,226 @@
+package evict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"vacate/guestmem"
+	"vacate/qmp"
+
+	"golang.org/x/sys/unix"
+)
+
+// pollInterval is how often a QEMU's state is asked for where it sends no event.
+const pollInterval = time.Millisecond
+
+// capabilitiesOff are switched off for the time of an eviction where a QEMU has them:
+// they change the stream, or let QEMU throttle, drop or resume on its own.
+var capabilitiesOff = []string{
+	"auto-converge", "background-snapshot", "block", "compress", "dirty-bitmaps", "mapped-ram", "multifd",
+	"pause-before-switchover", "postcopy-preempt", "rdma-pin-all", "release-ram", "return-path",
+	"switchover-ack", "validate-uuid", "x-colo", "x-ignore-shared", "xbzrle", "zero-copy-send", "zero-blocks",
+}
+
+// settings are what an eviction changes in a QEMU that may live on, to be put back.
+type settings struct {
+	capabilities map[string]bool
+	parameters   map[string]any
+}
+
+// configure sets a QEMU's migration up for an eviction and returns what it changed.
+func configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (settings, error) {
+	var old settings
+	caps, err := q.QueryMigrationCapabilities(ctx)
+	if err != nil {
+		return old, err
+	}
+	if _, ok := caps["postcopy-ram"]; !ok {
+		return old, fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with userfaultfd", q.Version())
+	}
+	want, old2 := map[string]bool{}, map[string]bool{}
+	set := func(name string, on bool) {
+		if was, ok := caps[name]; ok && was != on {
+			want[name], old2[name] = on, was
+		}
+	}
+	for _, name := range capabilitiesOff {
+		set(name, false)
+	}
+	set("postcopy-ram", true)
+	set("events", true)
+	if len(want) > 0 {
+		if err := q.SetMigrationCapabilities(ctx, want); err != nil {
+			return old, err
+		}
+	}
+	old.capabilities = old2
+	if len(parameters) > 0 {
+		var all map[string]any
+		if err := q.Run(ctx, "query-migrate-parameters", nil, &all); err != nil {
+			return old, err
+		}
+		old.parameters = map[string]any{}
+		for name := range parameters {
+			if v, ok := all[name]; ok {
+				old.parameters[name] = v
+			}
+		}
+		if err := q.SetMigrationParameters(ctx, parameters); err != nil {
+			return old, err
+		}
+	}
+	return old, nil
+}
+
+// restore puts back what configure changed.
+func (s settings) restore(ctx context.Context, q *qmp.Client) error {
+	var err error
+	if len(s.capabilities) > 0 {
+		err = q.SetMigrationCapabilities(ctx, s.capabilities)
+	}
+	if len(s.parameters) > 0 {
+		err = errors.Join(err, q.SetMigrationParameters(ctx, s.parameters))
+	}
+	return err
+}
+
+// socketTo hands one end of a new socket pair to QEMU under a name and returns the other.
+func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (net.Conn, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make a socket for QEMU: %w", err)
+	}
+	ours := os.NewFile(uintptr(pair[0]), "qemu")
+	defer ours.Close()
+	err = q.GetFD(ctx, name, pair[1])
+	unix.Close(pair[1])
+	if err != nil {
+		return nil, fmt.Errorf("hand QEMU a socket: %w", err)
+	}
+	if sendBuffer > 0 {
+		if err := unix.SetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer); err != nil {
+			return nil, fmt.Errorf("set the socket's buffer: %w", err)
+		}
+	}
+	c, err := net.FileConn(ours)
+	if err != nil {
+		return nil, fmt.Errorf("make a socket for QEMU: %w", err)
+	}
+	return c, nil
+}
+
+// describe collects what an offer says of a VM: of the source's, and of the
+// destination's to be compared with it.
+func describe(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (offer, error) {
+	machine, err := q.QueryMachine(ctx)
+	if err != nil {
+		return offer{}, err
+	}
+	cpus, err := q.QueryCPUs(ctx)
+	if err != nil {
+		return offer{}, err
+	}
+	o := offer{QEMU: q.Version().String(), Machine: machine, CPUs: len(cpus)}
+	for _, b := range mem.Blocks() {
+		o.Blocks = append(o.Blocks, blockOffer{b.Name, b.Size, b.PageSize})
+	}
+	var buses []pciBus
+	// Machines without PCI have no such list.
+	if err := q.Run(ctx, "query-pci", nil, &buses); err != nil && !isRefusal(err) {
+		return offer{}, err
+	}
+	o.Devices = pciDevices(nil, buses)
+	slices.Sort(o.Devices)
+	return o, nil
+}
+
+// pciBus is the part of QEMU's PciInfo that names devices.
+type pciBus struct {
+	Devices []struct {
+		Bus      int `json:"bus"`
+		Slot     int `json:"slot"`
+		Function int `json:"function"`
+		ID       struct {
+			Device int `json:"device"`
+			Vendor int `json:"vendor"`
+		} `json:"id"`
+		Bridge *struct {
+			Devices []struct{} `json:"devices"`
+		} `json:"pci_bridge"`
+	} `json:"devices"`
+}
+
+// pciDevices names the devices on the root buses. What is behind a bridge is left to
+// QEMU, as bus numbers there are the guest's to give.
+func pciDevices(list []string, buses []pciBus) []string {
+	for _, bus := range buses {
+		for _, d := range bus.Devices {
+			list = append(list, fmt.Sprintf("%02x:%02x.%x %04x:%04x", d.Bus, d.Slot, d.Function, d.ID.Vendor, d.ID.Device))
+		}
+	}
+	return list
+}
+
+func isRefusal(err error) bool {
+	var refusal *qmp.Error
+	return errors.As(err, &refusal)
+}
+
+// mismatch compares the offered VM with the one that the destination's QEMU was started
+// as. It returns nil if the one can become the other.
+func (o offer) mismatch(here offer) error {
+	if o.Machine != here.Machine {
+		return fmt.Errorf("the source's machine is %s, the destination's %s: start the destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
+	}
+	if o.CPUs != here.CPUs {
+		return fmt.Errorf("the source has %d vCPUs, the destination %d: start the destination's QEMU with the source's -smp", o.CPUs, here.CPUs)
+	}
+	if missing, extra := difference(o.Devices, here.Devices); len(missing)+len(extra) > 0 {
+		return fmt.Errorf("the PCI devices differ: only the source has [%s], only the destination [%s]: start the destination's QEMU with the source's -device options", strings.Join(missing, ", "), strings.Join(extra, ", "))
+	}
+	sizes := map[string]blockOffer{}
+	for _, b := range here.Blocks {
+		sizes[b.Name] = b
+	}
+	for _, b := range o.Blocks {
+		h, ok := sizes[b.Name]
+		switch {
+		case !ok:
+			return fmt.Errorf("the source has memory %q of %d KiB and the destination has none of that name: start the destination's QEMU with the source's -device and -object options", b.Name, b.Size>>10)
+		case h.PageSize != b.PageSize:
+			return fmt.Errorf("memory %q has pages of %d KiB on the source, %d KiB on the destination: start the destination's QEMU with the source's memory back end", b.Name, b.PageSize>>10, h.PageSize>>10)
+		case h.Size != b.Size && !resizable(b.Name):
+			return fmt.Errorf("memory %q has %d MiB on the source, %d MiB on the destination: start the destination's QEMU with the source's -m and -object options", b.Name, b.Size>>20, h.Size>>20)
+		}
+		delete(sizes, b.Name)
+	}
+	for name := range sizes {
+		return fmt.Errorf("the destination has memory %q and the source has none of that name: start the destination's QEMU with the source's -device and -object options", name)
+	}
+	return nil
+}
+
+// resizable tells whether QEMU adapts the block's size to the source's when it loads: it
+// does so for the tables that it hands to the firmware.
+func resizable(block string) bool { return len(block) > 5 && block[:5] == "/rom@" }
+
+// difference returns what only a has, and what only b has, of two sorted lists.
+func difference(a, b []string) (onlyA, onlyB []string) {
+	for len(a) > 0 || len(b) > 0 {
+		switch {
+		case len(b) == 0 || len(a) > 0 && a[0] < b[0]:
+			onlyA, a = append(onlyA, a[0]), a[1:]
+		case len(a) == 0 || b[0] < a[0]:
+			onlyB, b = append(onlyB, b[0]), b[1:]
+		default:
+			a, b = a[1:], b[1:]
+		}
+	}
+	return onlyA, onlyB
+}

@@ -1,0 +1,105 @@
+package evict
+
+import (
+	"slices"
+	"time"
+)
+
+// Progress is a moment of an eviction, as the source sees it. Pages only ever grow, as
+// each is sent once.
+type Progress struct {
+	State   State
+	Elapsed time.Duration
+	Pages   int     // sent
+	Total   int     // pages of the VM
+	Bytes   uint64  // sent over the link
+	Rate    float64 // bytes per second of late
+	Fetches int
+	// ETA is the time until all pages are sent at the present rate; 0 if not known.
+	ETA time.Duration
+}
+
+// Report is what an eviction did, as the source saw it. Times are in seconds; those that
+// were never reached are nil.
+type Report struct {
+	Outcome  string   `json:"outcome"` // completed, refused, aborted, lost contact
+	Reason   string   `json:"reason,omitempty"`
+	Machine  string   `json:"machine,omitempty"`
+	QEMU     string   `json:"qemu,omitempty"`
+	Phases   []Phase  `json:"phases"`
+	Transfer *float64 `json:"execution_transfer_s"` // start until the VM runs on the destination
+	Down     *float64 `json:"down_time_s"`          // frozen until it runs on the destination
+	Total    *float64 `json:"total_s"`              // start until the source holds nothing any more
+
+	Pages     PageCounts `json:"pages"`
+	LinkBytes uint64     `json:"link_bytes"` // payload of the connections, both ways
+	Rate      float64    `json:"rate_bytes_per_s"`
+	RoundTrip float64    `json:"round_trip_s"` // of the push, uncongested
+	Fetch     *Quantiles `json:"fetch_latency_s"`
+}
+
+// Phase is when a state was entered, in seconds since the start.
+type Phase struct {
+	State State   `json:"state"`
+	At    float64 `json:"at_s"`
+}
+
+// PageCounts counts pages by how they came to the destination. Early, Pushed, Near and
+// Fetched add up to Total; Zero tells how many of all were sent as a mark only.
+type PageCounts struct {
+	Total     int `json:"total"`
+	Early     int `json:"early"`   // ahead of the device state, which needs them
+	Pushed    int `json:"pushed"`  // by the plan
+	Near      int `json:"near"`    // as neighbours of fetched ones
+	Fetched   int `json:"fetched"` // because the guest waited
+	Zero      int `json:"zero"`
+	Skipped   int `json:"skipped"`   // never sent
+	Duplicate int `json:"duplicate"` // sent twice
+}
+
+// Quantiles sums up latencies, in seconds.
+type Quantiles struct {
+	P50   float64 `json:"p50"`
+	P99   float64 `json:"p99"`
+	Max   float64 `json:"max"`
+	Sum   float64 `json:"sum"`
+	Count int     `json:"count"`
+}
+
+// quantiles sums up sorted latencies; nil if there are none.
+func quantiles(sorted []float64) *Quantiles {
+	if len(sorted) == 0 {
+		return nil
+	}
+	q := &Quantiles{
+		P50: sorted[len(sorted)/2], P99: sorted[len(sorted)*99/100],
+		Max: sorted[len(sorted)-1], Count: len(sorted),
+	}
+	for _, v := range sorted {
+		q.Sum += v
+	}
+	return q
+}
+
+// phases returns a machine's history in order of time.
+func (m *machine) phases() []Phase {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var start time.Time
+	for _, at := range m.entered {
+		if start.IsZero() || at.Before(start) {
+			start = at
+		}
+	}
+	var list []Phase
+	for s, at := range m.entered {
+		list = append(list, Phase{s, at.Sub(start).Seconds()})
+	}
+	slices.SortFunc(list, func(a, b Phase) int {
+		if a.At < b.At {
+			return -1
+		}
+		return 1
+	})
+	return list
+}

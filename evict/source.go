@@ -1,0 +1,639 @@
+package evict
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vacate/guestmem"
+	"vacate/link"
+	"vacate/migstream"
+	"vacate/pageset"
+	"vacate/pushorder"
+	"vacate/qmp"
+)
+
+// Source moves a VM away from this host.
+type Source struct {
+	QMP  string // path of the QMP socket of the VM's QEMU
+	To   string // host:port where the destination listens
+	Log  *slog.Logger
+	Show func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+}
+
+// Timeouts of the source, before the commit.
+const (
+	prepareTimeout = 30 * time.Second
+	loadTimeout    = 20 * time.Second
+	commitTimeout  = 20 * time.Second
+	rollbackTime   = 30 * time.Second
+)
+
+// Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
+// VM runs on here; after it, ctx is no longer heeded, as the VM could no longer be saved.
+// The report is filled in as far as things came, also when there is an error, which is an
+// *Error.
+func (s Source) Evict(ctx context.Context) (Report, error) {
+	e := &source{Source: s, started: time.Now(), died: make(chan error, 1)}
+	if e.Log == nil {
+		e.Log = slog.New(slog.DiscardHandler)
+	}
+	e.machine = newMachine(Preparing, func(st State) {
+		e.Log.Info("state", "state", st)
+		e.show(st)
+	})
+	ticking, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var ticker sync.WaitGroup
+	ticker.Go(func() { e.tick(ticking) })
+	err := e.run(ctx)
+	stop()
+	ticker.Wait()
+	e.close()
+	report := e.report(err)
+	e.show(e.machine.current())
+	return report, err
+}
+
+// source is one eviction.
+type source struct {
+	Source
+	started time.Time
+	machine *machine
+
+	q       *qmp.Client
+	events  *qmp.Subscription
+	mem     *guestmem.Memory
+	session *link.Session
+	changed settings
+	offer   offer
+	early   <-chan []gpaRange
+	cap     *capture
+	frozen  *frozen
+
+	frozenAt atomic.Pointer[time.Time]
+	control  *controlLane
+	died     chan error // the source's QEMU
+	window   *window
+	summary  summary
+
+	mu    sync.Mutex
+	order *pushorder.Order // guarded by mu; nil before the package was read
+
+	sent  [pushorder.Reasons]atomic.Int64 // pages by reason
+	ahead atomic.Int64                    // pages sent ahead of the package
+	zero  atomic.Int64
+	total atomic.Int64
+	asked atomic.Int64
+	shown sync.Mutex // serialises Show
+	tasks sync.WaitGroup
+}
+
+func (e *source) run(ctx context.Context) error {
+	if err := e.prepare(ctx); err != nil {
+		return e.refuse(err)
+	}
+	if err := e.machine.enter(Arming); err != nil {
+		return e.refuse(err)
+	}
+	if err := e.transfer(ctx); err != nil {
+		return e.rollBack(err)
+	}
+	if err := e.commit(); err != nil {
+		return err
+	}
+	return e.finish()
+}
+
+// prepare checks everything that can be checked without touching the VM, and connects.
+func (e *source) prepare(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	defer cancel()
+	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+		return err
+	}
+	e.events = e.q.Subscribe(256)
+	if v := e.q.Version(); !v.AtLeast(4, 2) {
+		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was tried with 7.2 to 11.1", v)
+	}
+	status, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	if !status.Running {
+		return fmt.Errorf("the VM is not running, its state is %q: a VM that stands still can be moved at leisure by other means", status.Status)
+	}
+	if m, err := e.q.QueryMigrate(ctx); err != nil {
+		return err
+	} else if !over(m.Status) {
+		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+	}
+	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
+		return err
+	}
+	if e.offer, err = describe(ctx, e.q, e.mem); err != nil {
+		return err
+	}
+	if e.session, err = link.Dial(ctx, e.To); err != nil {
+		return err
+	}
+	early := make(chan []gpaRange, 1)
+	e.early = early
+	e.tasks.Go(func() { early <- touchedByLoading(ctx, e.q) })
+	e.control = newControlLane(e.session)
+	e.tasks.Go(func() { e.control.run(maxJSON) })
+	e.tasks.Go(e.watch)
+	if err := writeJSON(e.control.Conn, msgOffer, e.offer); err != nil {
+		return err
+	}
+	if _, err := e.await(ctx, msgAccepted); err != nil {
+		return err
+	}
+	e.changed, err = configure(ctx, e.q, map[string]any{"max-bandwidth": armBandwidth, "max-postcopy-bandwidth": 0})
+	return err
+}
+
+// over tells whether a migration of that state leaves room for a new one.
+func over(status string) bool {
+	switch status {
+	case "", "none", "completed", "failed", "cancelled":
+		return true
+	}
+	return false
+}
+
+// await waits for a message of the destination.
+func (e *source) await(ctx context.Context, kind uint8) ([]byte, error) {
+	f, err := e.control.await(ctx, e.died, kind)
+	return f.payload, err
+}
+
+// watch notices the end of the source's QEMU.
+func (e *source) watch() {
+	select {
+	case <-e.q.Done():
+		e.died <- fmt.Errorf("the source's QEMU is gone: %w", e.q.Err())
+	case <-e.session.Done():
+	}
+}
+
+// transfer takes the VM from running here to loaded and paused there.
+func (e *source) transfer(ctx context.Context) error {
+	arming, cancel := context.WithTimeoutCause(ctx, armTimeout, errors.New("arming took too long"))
+	defer cancel()
+	var err error
+	if e.cap, err = startCapture(arming, e.q); err != nil {
+		return err
+	}
+	if err := e.cap.readHead(arming); err != nil {
+		return err
+	}
+	if e.frozen, err = newFrozen(e.mem, e.cap.layout); err != nil {
+		return err
+	}
+	e.total.Store(int64(e.cap.layout.pages()))
+	if err := e.control.Write(msgHead, e.cap.head); err != nil {
+		return err
+	}
+	if _, err := e.await(arming, msgHeadOK); err != nil {
+		return err
+	}
+	if err := e.machine.enter(Switching); err != nil {
+		return err
+	}
+	if err := e.cap.switchOver(e.q); err != nil {
+		return err
+	}
+	e.noteFreeze()
+	loading, cancel := context.WithTimeoutCause(ctx, loadTimeout, fmt.Errorf("the destination did not load the devices within %v", loadTimeout))
+	defer cancel()
+	if unlocated := e.frozen.unlocated(); len(unlocated) > 0 {
+		streamed, err := e.cap.blocks(loading, unlocated)
+		if err != nil {
+			return err
+		}
+		e.frozen.streamed = streamed
+	}
+	blocks := make([]pushorder.Block, len(e.cap.layout))
+	for i, b := range e.cap.layout {
+		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
+	}
+	e.order = pushorder.New(blocks)
+	if err := e.machine.enter(Loading); err != nil {
+		return err
+	}
+	if err := e.sendEarly(); err != nil {
+		return err
+	}
+	if err := e.control.Write(msgLoad, e.cap.load); err != nil {
+		return err
+	}
+	// The guest's pages may follow at once: until the commit they are copies for nothing.
+	e.window = newWindow(migstream.TargetPageSize)
+	for _, task := range []func() error{e.pushAll, e.serveFetches, e.readPlaced} {
+		e.tasks.Go(func() {
+			if err := task(); err != nil {
+				e.session.FailSoon(err) // whoever waits on the control lane notices
+			}
+		})
+	}
+	settled := make(chan error, 1)
+	e.tasks.Go(func() { settled <- e.cap.settle(loading, e.q) })
+	if _, err := e.await(loading, msgLoaded); err != nil {
+		cancel()
+		<-settled
+		return err
+	}
+	return <-settled
+}
+
+// noteFreeze finds out when the guest was frozen, from QEMU's event.
+func (e *source) noteFreeze() {
+	now := time.Now()
+	for {
+		select {
+		case ev, ok := <-e.events.C:
+			if ok && ev.Name == "STOP" {
+				// Events carry QEMU's wall clock, which is ours.
+				if at := ev.Time; !at.IsZero() && at.After(e.started) && at.Before(now) {
+					now = at
+				}
+			} else if ok {
+				continue
+			}
+		default:
+		}
+		e.frozenAt.Store(&now)
+		return
+	}
+}
+
+// sendEarly sends the pages that loading the devices touches, ahead of the package, and
+// the small blocks that came through the stream: the destination's QEMU would fetch them
+// one by one while the VM stands still.
+func (e *source) sendEarly() error {
+	var want []pageset.Run
+	for i := range e.frozen.streamed {
+		want = append(want, pageset.Run{Block: i, Count: e.cap.layout[i].Pages})
+	}
+	select {
+	case ranges := <-e.early:
+		want = append(want, e.frozen.runs(ranges)...)
+	default: // not known yet: then they are fetched
+	}
+	var runs []pageset.Run
+	for _, w := range want {
+		runs = append(runs, e.order.Take(w)...)
+	}
+	e.ahead.Add(int64(pageset.Pages(runs)))
+	f := e.frozen.newFrame()
+	for len(runs) > 0 {
+		var err error
+		if runs, err = f.fill(runs); err != nil {
+			return err
+		}
+		e.zero.Add(int64(f.zero))
+		if err := f.write(e.control.Conn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pushAll pushes pages in order until none is left.
+func (e *source) pushAll() error {
+	lane := e.session.Lane(link.Push)
+	f := e.frozen.newFrame()
+	for {
+		for wait := e.window.room(); wait != nil; wait = e.window.room() {
+			select {
+			case <-wait:
+			case <-e.session.Done():
+				return nil
+			}
+		}
+		e.mu.Lock()
+		pages := e.window.batch() / migstream.TargetPageSize
+		runs, reason := e.order.Next(nil, max(1, pages))
+		e.mu.Unlock()
+		if len(runs) == 0 {
+			return nil
+		}
+		e.sent[reason].Add(int64(pageset.Pages(runs)))
+		for len(runs) > 0 {
+			var err error
+			if runs, err = f.fill(runs); err != nil {
+				return err
+			}
+			e.zero.Add(int64(f.zero))
+			e.window.send(f.size())
+			if err := f.write(lane); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// serveFetches answers the requests of the destination, until the lane ends.
+func (e *source) serveFetches() error {
+	lane := e.session.Lane(link.Fetch)
+	f := e.frozen.newFrame()
+	var buf []byte
+	for {
+		kind, payload, err := lane.Read(buf, runSize)
+		if err != nil {
+			return err
+		}
+		buf = payload
+		if kind != frameRequest {
+			return fmt.Errorf("%w: type %d on the fetch lane", errFrame, kind)
+		}
+		run, err := e.cap.layout.parseRequest(payload)
+		if err != nil {
+			return err
+		}
+		e.asked.Add(1)
+		e.mu.Lock()
+		runs := e.order.Fetch(run)
+		e.mu.Unlock()
+		e.sent[pushorder.Fetched].Add(int64(pageset.Pages(runs)))
+		for len(runs) > 0 { // else it is on its way already
+			if runs, err = f.fill(runs); err != nil {
+				return err
+			}
+			e.zero.Add(int64(f.zero))
+			if err := f.write(lane); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// readPlaced follows the destination's reports of what it has placed.
+func (e *source) readPlaced() error {
+	lane := e.session.Lane(link.Push)
+	var buf []byte
+	for {
+		kind, payload, err := lane.Read(buf, 8)
+		if err != nil {
+			return err
+		}
+		buf = payload
+		if kind != framePlaced || len(payload) != 8 || !e.window.report(binary.BigEndian.Uint64(payload)) {
+			return fmt.Errorf("%w: report of type %d on the push lane", errFrame, kind)
+		}
+	}
+}
+
+// commit tells the destination to run the VM. Its word is the only way back from here.
+func (e *source) commit() error {
+	if err := e.machine.enter(Committing); err != nil {
+		return e.rollBack(err)
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
+	defer cancel()
+	err := e.control.Write(msgCommit)
+	if err == nil {
+		_, err = e.await(ctx, msgRunning)
+	}
+	if errors.Is(err, errFarewell) {
+		return e.rollBack(err)
+	}
+	if err != nil {
+		return e.lost(err, "The commit was sent, so the VM may be running on the destination; here it stays frozen, with its memory intact. "+
+			"Ask the destination's QEMU with `query-status`. If it says \"running\", let it run as far as it gets. Only if that QEMU is gone or never ran: quit it, and this VM may be brought back here")
+	}
+	// From here on nothing must resume the source. Its stream is not at its end, so
+	// closing it leaves the guest frozen.
+	e.cap.close()
+	return e.machine.enter(Pushing)
+}
+
+// finish waits until the destination has everything and retires the source.
+func (e *source) finish() error {
+	payload, err := e.await(context.Background(), msgComplete)
+	if err == nil {
+		err = decode(payload, &e.summary)
+	}
+	if err != nil {
+		return e.lost(err, fmt.Sprintf("The VM runs on the destination, with %d of %d pages sent; it stops where it touches one that is missing. "+
+			"Here it stays frozen, with all of its memory: do not resume it and do not end its QEMU", e.pagesSent(), e.total.Load()))
+	}
+	if err := e.machine.enter(Retiring); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
+	defer cancel()
+	if err := e.q.Quit(ctx); err != nil {
+		e.Log.Warn("the source's QEMU does not quit; the VM is safe on the destination, end it by hand", "pid", e.q.PeerPID(), "error", err)
+	}
+	return e.machine.enter(Completed)
+}
+
+func (e *source) lost(err error, remedy string) error {
+	from := e.machine.current()
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+}
+
+// refuse ends an eviction that touched nothing.
+func (e *source) refuse(err error) error {
+	from := e.machine.current()
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
+	defer cancel()
+	if e.control != nil {
+		writeJSON(e.control.Conn, msgAbort, farewell{err.Error()})
+	}
+	if e.q != nil {
+		err = errors.Join(err, e.changed.restore(ctx, e.q))
+	}
+	outcome := ErrRefused
+	if errors.Is(err, context.Canceled) {
+		outcome = ErrAborted
+	}
+	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), "The VM runs on, untouched"}
+}
+
+// rollBack resumes the guest here. It is legal only while the destination cannot run it:
+// before the commit, or when the destination says that it never did.
+func (e *source) rollBack(cause error) error {
+	from := e.machine.current()
+	if err := e.machine.enter(RollingBack); err != nil {
+		return err
+	}
+	if e.control != nil {
+		// Without a commit the destination never runs the VM, whether this arrives or not.
+		writeJSON(e.control.Conn, msgAbort, farewell{cause.Error()})
+		e.session.Fail(cause)
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
+	defer cancel()
+	if err := e.resume(ctx); err != nil {
+		if e.gone() {
+			return &Error{ErrLost, from, errors.Join(cause, err, e.machine.enter(Lost)),
+				"The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew"}
+		}
+		return &Error{ErrLost, from, errors.Join(cause, fmt.Errorf("roll back: %w", err), e.machine.enter(Lost)),
+			"The VM stands frozen here, with its memory intact; the destination never ran it. Try `cont` on its QMP socket"}
+	}
+	if err := e.changed.restore(ctx, e.q); err != nil {
+		e.Log.Warn("could not put the migration settings of the VM's QEMU back", "error", err)
+	}
+	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), "The VM runs on here, unharmed"}
+}
+
+func (e *source) gone() bool {
+	select {
+	case <-e.q.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// resume brings the guest back to running, from wherever QEMU is in its migration. What
+// QEMU does when its stream ends differs by version and moment, so its state decides.
+func (e *source) resume(ctx context.Context) error {
+	if e.frozenAt.Load() == nil && e.cap != nil && e.machine.at(Switching).IsZero() {
+		// Still in pre-copy: the guest never stopped.
+		if err := e.q.MigrateCancel(ctx); err != nil {
+			return err
+		}
+	}
+	if e.cap != nil {
+		e.cap.close()
+	}
+	continued := false
+	for {
+		m, err := e.q.QueryMigrate(ctx)
+		if err != nil {
+			return err
+		}
+		status, err := e.q.QueryStatus(ctx)
+		if err != nil {
+			return err
+		}
+		switch {
+		case status.Running && over(m.Status):
+			return nil
+		case m.Status == "postcopy-paused":
+			if err := e.cap.pretendComplete(ctx, e.q); err != nil {
+				return err
+			}
+		case over(m.Status) && !continued:
+			// "postmigrate", or "finish-migrate" on its way there or to running.
+			if status.Status == "postmigrate" || status.Status == "paused" {
+				if err := e.q.Cont(ctx); err != nil {
+					return err
+				}
+				continued = true
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w; the migration's state is %q, the VM's %q", context.Cause(ctx), m.Status, status.Status)
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+// close ends everything that was started.
+func (e *source) close() {
+	if e.session != nil {
+		e.session.Close()
+	}
+	if e.cap != nil {
+		e.cap.close()
+	}
+	e.tasks.Wait()
+	if e.mem != nil {
+		e.mem.Close()
+	}
+	if e.q != nil {
+		e.q.Close()
+	}
+}
+
+// report sums the eviction up.
+func (e *source) report(err error) Report {
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases()}
+	var failed *Error
+	if errors.As(err, &failed) {
+		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
+	}
+	since := func(from time.Time, to State) *float64 {
+		at := e.machine.at(to)
+		if at.IsZero() || from.IsZero() {
+			return nil
+		}
+		s := at.Sub(from).Seconds()
+		return &s
+	}
+	r.Transfer, r.Total = since(e.started, Pushing), since(e.started, Completed)
+	if at := e.frozenAt.Load(); at != nil {
+		r.Down = since(*at, Pushing)
+	}
+	r.Pages = PageCounts{
+		Total: int(e.total.Load()), Early: int(e.ahead.Load()), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
+		Pushed: int(e.sent[pushorder.Planned].Load()), Near: int(e.sent[pushorder.Near].Load()), Fetched: int(e.sent[pushorder.Fetched].Load()),
+	}
+	r.Fetch = quantiles(e.summary.FetchDelays)
+	if r.Fetch != nil {
+		r.Fetch.Count = e.summary.Fetches
+	}
+	if e.window != nil {
+		rate, trip := e.window.measured()
+		r.Rate, r.RoundTrip = rate, trip.Seconds()
+	}
+	if e.session != nil {
+		sent, received := e.session.Bytes()
+		r.LinkBytes = sent + received
+	}
+	return r
+}
+
+func (e *source) pagesSent() int {
+	n := e.ahead.Load()
+	for i := range e.sent {
+		n += e.sent[i].Load()
+	}
+	return int(n)
+}
+
+// tick shows the progress every 100 ms.
+func (e *source) tick(ctx context.Context) {
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			e.show(e.machine.current())
+		}
+	}
+}
+
+func (e *source) show(st State) {
+	if e.Show == nil {
+		return
+	}
+	e.shown.Lock()
+	defer e.shown.Unlock()
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.pagesSent(), Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+	if p.Total > 0 {
+		sent, _ := e.session.Bytes()
+		p.Bytes = sent
+	}
+	if at := e.machine.at(Loading); !at.IsZero() {
+		took := time.Since(at)
+		p.Rate = float64(p.Bytes) / took.Seconds()
+		if p.Pages > 0 {
+			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(p.Pages))
+		}
+	}
+	e.Show(p)
+}

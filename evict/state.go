@@ -1,0 +1,144 @@
+package evict
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// State is where an eviction stands, on one side. The source's states:
+//
+//	preparing ──► arming ──► switching ──► loading ──► committing ──► pushing ──► retiring ──► completed
+//	    │            │           │            │            │             │            │
+//	    ▼            └───────────┴──────┬─────┘            │             └─────┬──────┘
+//	 refused                            ▼                  │                   ▼
+//	                             rolling back ◄────────────┴──────────────► lost
+//	                                    │          (destination says it        ▲
+//	                                    ├───► aborted    never ran)            │
+//	                                    └──────────────────────────────────────┘ (roll-back failed)
+//
+// and the destination's:
+//
+//	waiting ──► arming ──► loading ──► prepared ──► running ──► completing ──► completed
+//	   │           │          │           │            │             │
+//	   ▼           └──────────┴─────┬─────┴────────────┼──────┬──────┘
+//	refused                         ▼    (QEMU refuses │      ▼
+//	                             aborted    to run it) ┘     lost
+//
+// The guest runs on the source up to switching and after aborted; on the destination from
+// running on. In between it is frozen. What happens in each state is told in
+// docs/architecture.md.
+type State string
+
+// The states.
+const (
+	Preparing   State = "preparing"    // source: checks, connection, offer; the VM is untouched
+	Waiting     State = "waiting"      // destination: for an offer; the VM's QEMU is untouched
+	Arming      State = "arming"       // QEMU's stream has begun, the guest still runs on the source
+	Switching   State = "switching"    // source: the guest is frozen, its devices are being saved
+	Loading     State = "loading"      // the destination's QEMU loads the devices
+	Prepared    State = "prepared"     // destination: loaded and paused, waits for the commit
+	Committing  State = "committing"   // source: the destination was told to run the VM
+	Running     State = "running"      // destination: the VM runs, pages arrive
+	Pushing     State = "pushing"      // source: the VM runs on the destination, pages leave
+	Completing  State = "completing"   // destination: all pages are placed, QEMU ends its migration
+	Retiring    State = "retiring"     // source: the destination has everything, the source's QEMU quits
+	RollingBack State = "rolling back" // source: the guest is being resumed where it was
+	Refused     State = "refused"
+	Aborted     State = "aborted"
+	Completed   State = "completed"
+	Lost        State = "lost contact"
+)
+
+// next lists the states that may follow a state. A state not in it is final.
+var next = map[State][]State{
+	Preparing:   {Arming, Refused},
+	Waiting:     {Arming, Refused, Aborted},
+	Arming:      {Switching, Loading, RollingBack, Aborted},
+	Switching:   {Loading, RollingBack},
+	Loading:     {Committing, Prepared, RollingBack, Aborted},
+	Prepared:    {Running, Aborted, Lost},
+	Committing:  {Pushing, RollingBack, Lost},
+	Running:     {Completing, Aborted, Lost},
+	Pushing:     {Retiring, Lost},
+	Completing:  {Completed, Lost},
+	Retiring:    {Completed},
+	RollingBack: {Aborted, Lost},
+}
+
+// machine is the state of one side and its history. It is safe for concurrent use.
+type machine struct {
+	mu      sync.Mutex
+	state   State
+	entered map[State]time.Time
+	onEnter func(State)
+}
+
+func newMachine(first State, onEnter func(State)) *machine {
+	m := &machine{state: first, entered: map[State]time.Time{first: time.Now()}, onEnter: onEnter}
+	onEnter(first)
+	return m
+}
+
+// enter moves to a state. A move that the diagram does not have is a bug: it is not made, and reported.
+func (m *machine) enter(s State) error {
+	m.mu.Lock()
+	allowed := false
+	for _, n := range next[m.state] {
+		allowed = allowed || n == s
+	}
+	if !allowed {
+		defer m.mu.Unlock()
+		return fmt.Errorf("bug: eviction cannot go from %s to %s", m.state, s)
+	}
+	m.state = s
+	m.entered[s] = time.Now()
+	m.mu.Unlock()
+	m.onEnter(s)
+	return nil
+}
+
+func (m *machine) current() State {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state
+}
+
+// at returns when a state was entered; zero if it was not.
+func (m *machine) at(s State) time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.entered[s]
+}
+
+// An eviction that did not complete ends in an *Error, which wraps one of these.
+var (
+	// ErrRefused: nothing was touched; the VM runs on the source as before.
+	ErrRefused = errors.New("refused")
+	// ErrAborted: the VM runs on the source, after a moment's pause at worst.
+	ErrAborted = errors.New("aborted")
+	// ErrLost: the VM is, or may be, running on the destination without all of its memory,
+	// or stands frozen on the source. The message says what is known and what to do.
+	ErrLost = errors.New("lost contact")
+)
+
+// Error is why an eviction did not complete.
+type Error struct {
+	Outcome error // ErrRefused, ErrAborted or ErrLost
+	State   State // where it was when it failed
+	Err     error
+	// Remedy says what is known of the VM and what to do, in sentences.
+	Remedy string
+}
+
+func (e *Error) Error() string {
+	s := fmt.Sprintf("%v while %s: %v", e.Outcome, e.State, e.Err)
+	if e.Remedy != "" {
+		s += ". " + e.Remedy
+	}
+	return s
+}
+
+// Unwrap lets errors.Is find the outcome and the cause.
+func (e *Error) Unwrap() []error { return []error{e.Outcome, e.Err} }

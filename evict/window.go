@@ -1,0 +1,161 @@
+package evict
+
+import (
+	"sync"
+	"time"
+)
+
+// window bounds how many pushed bytes are on their way to the destination, so that a
+// fetched page, which shares the path with them, does not queue behind many.
+//
+// It is measured, not chosen: the destination reports what it has placed, and from those
+// reports come the rate of delivery (the greatest of the last second) and the round trip
+// of an uncongested path (the least of the last ten seconds). What is allowed in flight
+// is that rate times (that round trip plus allowedQueue): enough to keep the narrowest
+// place on the path busy, and to find out if it has become wider, and no more. This is the
+// model of BBR (Cardwell et al., 2016) with a fixed bound on the queue.
+type window struct {
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced when bytes were placed
+	page    int           // bytes that are always allowed
+
+	sent, placed uint64    // bytes
+	placedAt     time.Time // when placed last grew
+	firstSent    time.Time // when the frame last known to be placed was sent
+	flights      []flight  // not yet known to be placed, oldest first
+	rate         extremum  // bytes per second, greatest
+	trip         extremum  // seconds, least
+	now          func() time.Time
+}
+
+// flight is a frame on its way, and what was known when it was sent.
+type flight struct {
+	end       uint64 // value of sent behind it
+	at        time.Time
+	placed    uint64
+	placedAt  time.Time
+	firstSent time.Time
+}
+
+const (
+	// allowedQueue is how long a fetch may wait behind pushed bytes.
+	allowedQueue = 1500 * time.Microsecond
+	rateMemory   = time.Second
+	tripMemory   = 10 * time.Second
+	// startRate is assumed until the first report: a slow link's, 100 Mbit/s.
+	startRate = 12.5e6
+)
+
+func newWindow(page int) *window {
+	return &window{
+		changed: make(chan struct{}), page: page, now: time.Now,
+		rate: extremum{keep: rateMemory, better: func(a, b float64) bool { return a > b }},
+		trip: extremum{keep: tripMemory, better: func(a, b float64) bool { return a < b }},
+	}
+}
+
+// size returns how many bytes may be in flight. The caller holds mu.
+func (w *window) size() int {
+	rate, trip := w.rate.value(startRate), w.trip.value(0)
+	return max(w.page, int(rate*(trip+allowedQueue.Seconds())))
+}
+
+// batch returns how many bytes one frame should hold: a fraction of the window, so that
+// reports keep coming while later frames are on their way.
+func (w *window) batch() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return min(max(w.size()/4, w.page), max(maxBatch, w.page))
+}
+
+// room returns a channel that is closed when more may be sent, nil if it may be now.
+func (w *window) room() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if inFlight := w.sent - w.placed; inFlight == 0 || inFlight < uint64(w.size()) {
+		return nil
+	}
+	return w.changed
+}
+
+// send notes that a frame of n bytes is about to be sent.
+func (w *window) send(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := w.now()
+	if len(w.flights) == 0 {
+		w.placedAt, w.firstSent = now, now
+	}
+	w.sent += uint64(n)
+	w.flights = append(w.flights, flight{w.sent, now, w.placed, w.placedAt, w.firstSent})
+}
+
+// report notes that the destination has placed all frames up to placed bytes. It tells
+// whether that can be true.
+func (w *window) report(placed uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if placed < w.placed || placed > w.sent {
+		return false
+	}
+	now := w.now()
+	w.placed, w.placedAt = placed, now
+	n := 0
+	for n < len(w.flights) && w.flights[n].end <= placed {
+		n++
+	}
+	if n > 0 {
+		f := w.flights[n-1]
+		w.firstSent = f.at
+		w.trip.add(now, now.Sub(f.at).Seconds())
+		// Reports that arrive in a bunch must not look like a fast path: bytes were
+		// delivered no faster than they were sent.
+		took := max(now.Sub(f.placedAt), f.at.Sub(f.firstSent))
+		if took > 0 {
+			w.rate.add(now, float64(placed-f.placed)/took.Seconds())
+		}
+		w.flights = append(w.flights[:0], w.flights[n:]...)
+	}
+	close(w.changed)
+	w.changed = make(chan struct{})
+	return true
+}
+
+// measured returns the rate in bytes per second and the round trip.
+func (w *window) measured() (rate float64, trip time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.rate.value(0), time.Duration(w.trip.value(0) * float64(time.Second))
+}
+
+// extremum is the best value of the last while: between keep and half of it.
+type extremum struct {
+	keep   time.Duration
+	better func(a, b float64) bool
+
+	since         time.Time // when the current half began; zero before the first value
+	current, last *float64
+}
+
+func (e *extremum) add(now time.Time, v float64) {
+	if e.since.IsZero() {
+		e.since = now
+	}
+	if now.Sub(e.since) > e.keep/2 {
+		e.last, e.current, e.since = e.current, nil, now
+	}
+	if e.current == nil || e.better(v, *e.current) {
+		e.current = &v
+	}
+}
+
+// value returns the best value, otherwise if there is none yet.
+func (e *extremum) value(otherwise float64) float64 {
+	switch {
+	case e.current == nil && e.last == nil:
+		return otherwise
+	case e.last == nil, e.current != nil && e.better(*e.current, *e.last):
+		return *e.current
+	}
+	return *e.last
+}

@@ -1,0 +1,238 @@
+package evict
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"vacate/link"
+	"vacate/migstream"
+	"vacate/pageset"
+)
+
+// Frames of the control lane. JSON where there is something to say, else empty or raw.
+const (
+	// source to destination
+	msgOffer  uint8 = 1 // offer: the VM to be moved
+	msgHead   uint8 = 2 // raw: QEMU's stream from its header to the footer of the RAM section's start
+	msgLoad   uint8 = 3 // raw: the package with the state of all devices
+	msgCommit uint8 = 4 // empty: from here on the destination may run
+	// destination to source
+	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
+	msgHeadOK   uint8 = 17 // empty: the destination's QEMU has the same machine and memory
+	msgLoaded   uint8 = 18 // empty: the devices are loaded, the VM is paused
+	msgRunning  uint8 = 19 // empty: the VM runs on the destination
+	msgComplete uint8 = 20 // summary: every page is placed
+	// both ways
+	msgAbort uint8 = 32 // farewell: the sender has given the eviction up
+)
+
+// Frames of the other lanes; the control lane carries framePages ahead of msgLoad.
+const (
+	framePages   uint8 = 64 // pages, see appendPages
+	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
+	framePlaced  uint8 = 66 // push lane, destination to source: u64 bytes of frames placed so far
+)
+
+const (
+	maxJSON    = 1 << 20
+	maxHead    = 1 << 20
+	maxControl = migstream.MaxPackage
+	// maxBatch is the number of bytes of pages in one frame, unless a single page is larger.
+	maxBatch = 256 << 10
+	// maxRuns is the number of runs of pages in one frame.
+	maxRuns = 512
+	// maxZeroPages bounds the zero pages in one frame: each costs the destination about a
+	// microsecond, during which a fetch waits.
+	maxZeroPages = 1024
+	// maxPage is the largest page of a RAM block that we move, a huge page on x86.
+	maxPage  = 2 << 20
+	runSize  = 16
+	maxPages = max(maxBatch, maxPage) + 2 + maxRuns*runSize
+)
+
+// An offer says which VM the source wants to move, so that a destination that cannot
+// take it is found before the VM is touched.
+type offer struct {
+	QEMU    string       `json:"qemu"`    // version, for messages
+	Machine string       `json:"machine"` // versioned type: "pc-i440fx-7.2"
+	CPUs    int          `json:"cpus"`
+	Blocks  []blockOffer `json:"blocks"`
+	Devices []string     `json:"devices"` // on the PCI buses, sorted: "00:03.0 1af4:1000"
+}
+
+type blockOffer struct {
+	Name     string `json:"name"`
+	Size     uint64 `json:"size"`      // in bytes
+	PageSize uint64 `json:"page_size"` // in bytes
+}
+
+// farewell is why an eviction was given up.
+type farewell struct {
+	Reason string `json:"reason"`
+}
+
+// summary is what the destination knows of a completed eviction.
+type summary struct {
+	Duplicate   int       `json:"duplicate"` // pages that came twice and were dropped
+	Fetches     int       `json:"fetches"`
+	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
+	ContSeconds float64   `json:"cont_s"`         // what `cont` took
+}
+
+// pageRun is a run of pages in a frame: of data, or zero.
+type pageRun struct {
+	pageset.Run
+	Zero bool
+}
+
+// appendPages appends the head of a frame of pages: u16 number of runs, then per run u16
+// block, u8 zero, u8 0, u32 count, u64 first page. The data of the runs that are not zero
+// follows, in order.
+func appendPages(b []byte, runs []pageRun) []byte {
+	b = binary.BigEndian.AppendUint16(b, uint16(len(runs)))
+	for _, r := range runs {
+		b = binary.BigEndian.AppendUint16(b, uint16(r.Block))
+		zero := byte(0)
+		if r.Zero {
+			zero = 1
+		}
+		b = binary.BigEndian.AppendUint32(append(b, zero, 0), uint32(r.Count))
+		b = binary.BigEndian.AppendUint64(b, uint64(r.First))
+	}
+	return b
+}
+
+var errFrame = fmt.Errorf("%w: bad frame", link.ErrPeer)
+
+// layout is the extent of the VM's blocks, in the order of QEMU's stream; a block's
+// index in it is its number on the link.
+type layout []blockLayout
+
+type blockLayout struct {
+	Name     string
+	Length   uint64
+	PageSize uint64
+	Pages    int
+}
+
+func newLayout(blocks []migstream.Block) (layout, error) {
+	l := make(layout, len(blocks))
+	for i, b := range blocks {
+		if b.PageSize > maxPage {
+			return nil, fmt.Errorf("block %q is backed by pages of %d MiB; at most 2 MiB are supported", b.Name, b.PageSize>>20)
+		}
+		l[i] = blockLayout{b.Name, b.Length, b.PageSize, int(b.Length / b.PageSize)}
+	}
+	return l, nil
+}
+
+func (l layout) pages() int {
+	n := 0
+	for _, b := range l {
+		n += b.Pages
+	}
+	return n
+}
+
+// find returns the number of the block called name, or -1.
+func (l layout) find(name string) int {
+	for i, b := range l {
+		if b.Name == name {
+			return i
+		}
+	}
+	return -1
+}
+
+// check tells whether the run lies within its block.
+func (l layout) check(r pageset.Run) error {
+	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 || uint64(r.First) >= uint64(l[r.Block].Pages) || r.Count > l[r.Block].Pages-int(r.First) {
+		return fmt.Errorf("%w: pages %d+%d of block %d are not in the VM", errFrame, r.First, r.Count, r.Block)
+	}
+	return nil
+}
+
+// parsePages takes a frame of pages apart. The data of the runs follows one another in
+// the returned slice, which is part of b.
+func (l layout) parsePages(dst []pageRun, b []byte) (runs []pageRun, data []byte, err error) {
+	if len(b) < 2 {
+		return nil, nil, fmt.Errorf("%w: pages of %d bytes", errFrame, len(b))
+	}
+	n := binary.BigEndian.Uint16(b)
+	b = b[2:]
+	if n == 0 || n > maxRuns || len(b) < int(n)*runSize {
+		return nil, nil, fmt.Errorf("%w: %d runs of pages in %d bytes", errFrame, n, len(b))
+	}
+	runs = dst
+	want := uint64(0)
+	for range n {
+		r := pageRun{Run: pageset.Run{
+			Block: int(binary.BigEndian.Uint16(b)),
+			First: pageset.Page(binary.BigEndian.Uint64(b[8:])),
+			Count: int(binary.BigEndian.Uint32(b[4:])),
+		}, Zero: b[2] == 1}
+		if b[2] > 1 || b[3] != 0 {
+			return nil, nil, fmt.Errorf("%w: run of unknown kind", errFrame)
+		}
+		if err := l.check(r.Run); err != nil {
+			return nil, nil, err
+		}
+		if !r.Zero {
+			want += uint64(r.Count) * l[r.Block].PageSize
+		}
+		runs = append(runs, r)
+		b = b[runSize:]
+	}
+	if uint64(len(b)) != want {
+		return nil, nil, fmt.Errorf("%w: %d bytes of page data, want %d", errFrame, len(b), want)
+	}
+	return runs, b, nil
+}
+
+// appendRequest encodes a run of pages that the guest waits for.
+func appendRequest(b []byte, r pageset.Run) []byte {
+	b = binary.BigEndian.AppendUint16(b, uint16(r.Block))
+	b = binary.BigEndian.AppendUint32(append(b, 0, 0), uint32(r.Count))
+	return binary.BigEndian.AppendUint64(b, uint64(r.First))
+}
+
+func (l layout) parseRequest(b []byte) (pageset.Run, error) {
+	if len(b) != runSize {
+		return pageset.Run{}, fmt.Errorf("%w: request of %d bytes", errFrame, len(b))
+	}
+	r := pageset.Run{
+		Block: int(binary.BigEndian.Uint16(b)),
+		First: pageset.Page(binary.BigEndian.Uint64(b[8:])),
+		Count: int(binary.BigEndian.Uint32(b[4:])),
+	}
+	return r, l.check(r)
+}
+
+// decode reads a JSON message of the peer strictly.
+func decode(b []byte, into any) error {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	err := dec.Decode(into)
+	if _, end := dec.Token(); err == nil && !errors.Is(end, io.EOF) {
+		err = errors.New("bytes behind it")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: message: %v", errFrame, err)
+	}
+	return nil
+}
+
+func writeJSON(c *link.Conn, kind uint8, message any) error {
+	b, err := json.Marshal(message)
+	if err != nil {
+		return fmt.Errorf("encode a message: %w", err)
+	}
+	if len(b) > maxJSON {
+		return fmt.Errorf("message of %d bytes is longer than %d", len(b), maxJSON)
+	}
+	return c.Write(kind, b)
+}
