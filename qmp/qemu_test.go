@@ -53,6 +53,10 @@ func startQEMU(t *testing.T, args ...string) (string, *os.Process) {
 func dial(t *testing.T, path string) *qmp.Client {
 	t.Helper()
 	c, err := qmp.Dial(t.Context(), path)
+	for i := 0; i < 500 && errors.Is(err, syscall.ECONNREFUSED); i++ { // bound, but not listening yet
+		time.Sleep(20 * time.Millisecond)
+		c, err = qmp.Dial(t.Context(), path)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +381,8 @@ func TestDialErrors(t *testing.T) {
 		t.Errorf("stale socket: %v", err)
 	}
 	hmp := filepath.Join(dir, "hmp")
-	startQEMU(t, "-M", "none", "-S", "-monitor", "unix:"+hmp+",server=on,wait=off")
+	sock, _ := startQEMU(t, "-M", "none", "-S", "-monitor", "unix:"+hmp+",server=on,wait=off")
+	dial(t, sock)
 	if _, err := qmp.Dial(t.Context(), hmp); !errors.Is(err, qmp.ErrNotQMP) || !strings.Contains(err.Error(), "human monitor") {
 		t.Errorf("human monitor: %v", err)
 	}

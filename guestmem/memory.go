@@ -1,0 +1,425 @@
+// Package guestmem reads the RAM of a running QEMU's guest from outside: which
+// blocks it has, where each lies in guest-physical space and in QEMU's own
+// address space, which of its pages were ever used, and their contents.
+//
+//	info ramblock          block   name, sizes (HVA too: QEMU 10.0 and later)
+//	info mtree -f          GPA  →  region name, offset
+//	gpa2hva                GPA  →  HVA, QEMU's virtual address
+//	/proc/PID/maps         HVA  →  what backs it: anonymous memory or a file
+//
+// Nothing is believed that the others do not bear out: a block counts as
+// located only if every place where the guest sees it yields the same HVA for
+// its first byte, and mappings of QEMU cover it exactly. Before 10.0 only
+// blocks that the guest can see at the moment of Attach can be located; such as
+// option ROMs and ACPI tables often cannot, and must come through QEMU.
+//
+// Reading must not make QEMU grow. Holes of a shared memory file are therefore
+// read through the file, never through the process.
+//
+// Tried with QEMU 7.2 and 10.0 on Linux, x86-64.
+package guestmem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"vacate/qmp"
+)
+
+// PageSize is the unit of QEMU's migration on x86-64, and of Populated.
+const PageSize = 4096
+
+var (
+	// ErrGone is wrapped by errors of reading a QEMU that has exited.
+	ErrGone = errors.New("qemu process has exited")
+	// ErrNotLocated is wrapped by errors of reading a block whose Located is false.
+	ErrNotLocated = errors.New("ram block not located in qemu's address space")
+)
+
+// Kind says what memory backs a block.
+type Kind int
+
+const (
+	Unknown     Kind = iota // not located
+	Anonymous               // private memory: an untouched page is zero
+	SharedFile              // memfd, shared memory or a file, mapped shared
+	PrivateFile             // a file mapped privately: guest's changes stay in memory
+)
+
+func (k Kind) String() string {
+	return [...]string{"unknown", "anonymous", "shared file", "private file"}[k]
+}
+
+// A Block is one of QEMU's RAM blocks, as its migration stream knows them.
+type Block struct {
+	Name     string // "pc.ram", "0000:00:02.0/vga.vram"
+	Size     uint64 // bytes in use, a multiple of PageSize but for odd firmware
+	PageSize uint64 // of the host memory: 4096, or 2 MiB or 1 GiB on hugetlb
+	HVA      uint64 // of the first byte, in QEMU's address space; 0 if not located
+	Located  bool
+	Kind     Kind
+}
+
+// Memory is the RAM of one QEMU, as laid out at the time of Attach. Memory
+// hotplug, and the guest moving a device's memory, need a new Attach.
+// Its methods may be called concurrently, but none after Close.
+type Memory struct {
+	pid     int
+	pidfd   int
+	pagemap *os.File
+	blocks  []Block
+	backing []backing // of each block
+	rows    []mapped  // by guest-physical address
+}
+
+type mapped struct {
+	row
+	block int
+}
+
+// backing is the file behind a block, if any: the block's byte 0 is at offset.
+type backing struct {
+	file    *os.File
+	offset  int64
+	hugetlb bool
+}
+
+// Attach finds the memory of the QEMU behind c. It needs permission to trace
+// that process and asks a handful of HMP commands, which the guest does not
+// notice. Blocks that QEMU does not migrate are left out.
+func Attach(ctx context.Context, c *qmp.Client) (*Memory, error) {
+	if os.Getpagesize() != PageSize {
+		return nil, fmt.Errorf("attach to guest memory: host pages of %d bytes: only %d is supported", os.Getpagesize(), PageSize)
+	}
+	m, err := attach(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("attach to guest memory: %w", err)
+	}
+	return m, nil
+}
+
+func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
+	pid, err := findPID(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	m := &Memory{pid: pid, pidfd: -1}
+	defer func() {
+		if err != nil {
+			m.Close()
+		}
+	}()
+	if m.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
+		return nil, m.explain(os.NewSyscallError("pidfd_open", err))
+	}
+	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
+		return nil, m.explain(err)
+	}
+	text, err := c.HMP(ctx, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	listed, err := parseRAMBlocks(text)
+	if err != nil {
+		return nil, err
+	}
+	// Blocks without a name are not migrated and of no interest.
+	listed = slices.DeleteFunc(listed, func(b ramBlock) bool { return b.name == "" })
+	if text, err = c.HMP(ctx, "info mtree -f"); err != nil {
+		return nil, err
+	}
+	rows, err := parseMTree(text)
+	if err != nil {
+		return nil, err
+	}
+	hvas := make([]uint64, len(rows))
+	for i, r := range rows {
+		text, err := c.HMP(ctx, fmt.Sprintf("gpa2hva %#x", r.gpa))
+		if err != nil {
+			return nil, err
+		}
+		hvas[i], _ = parseGPA2HVA(text, r.gpa, r.region) // gone since: 0 fits no block
+	}
+	// QEMU has answered since the pidfd was opened, so that is QEMU's.
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	defer maps.Close()
+	vmas, err := parseMaps(maps)
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	if err := m.mayRead(vmas); err != nil {
+		return nil, err
+	}
+	m.blocks, m.rows = locate(listed, rows, hvas, vmas)
+	m.backing = make([]backing, len(m.blocks))
+	for i := range m.blocks {
+		if err := m.open(i, vmas); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// findPID returns the process that runs the virtual CPUs. That is the one at
+// the other end of the monitor's socket, unless a manager opened the socket.
+func findPID(ctx context.Context, c *qmp.Client) (int, error) {
+	cpus, err := c.QueryCPUs(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if len(cpus) == 0 {
+		return 0, errors.New("qemu has no virtual CPUs, so its process cannot be told")
+	}
+	thread := cpus[0].ThreadID
+	for _, pid := range []int{c.PeerPID(), threadGroup(thread)} {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", pid, thread)); pid > 0 && err == nil {
+			return pid, nil
+		}
+	}
+	return 0, fmt.Errorf("find qemu's process: thread %d of its CPU 0 is not in this /proc: run in the same PID namespace as qemu", thread)
+}
+
+func threadGroup(thread int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", thread))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if v, ok := strings.CutPrefix(line, "Tgid:"); ok {
+			pid, _ := strconv.Atoi(strings.TrimSpace(v))
+			return pid
+		}
+	}
+	return 0
+}
+
+// mayRead reads one byte of the process, of whatever comes first, to find out
+// now rather than in the middle of an eviction.
+func (m *Memory) mayRead(vmas []vma) error {
+	i := slices.IndexFunc(vmas, func(v vma) bool { return v.read && !v.shared })
+	if i < 0 {
+		return m.explain(unix.ESRCH)
+	}
+	_, err := m.readv(make([]byte, 1), []unix.RemoteIovec{{Base: uintptr(vmas[i].start), Len: 1}})
+	return err
+}
+
+// locate brings the tables together. See the package comment.
+func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, []mapped) {
+	blocks := make([]Block, len(listed))
+	wrong := make([]bool, len(listed)) // what is said of it does not fit
+	var seen []mapped
+	for i, b := range listed {
+		blocks[i] = Block{Name: b.name, Size: b.used, PageSize: b.pageSize, HVA: b.hva}
+	}
+	for i, r := range rows {
+		block := -1
+		for j, b := range listed {
+			switch {
+			case b.hva != 0:
+				if hvas[i] < b.hva || hvas[i]-b.hva >= b.total || hvas[i]-b.hva != r.offset {
+					continue
+				}
+			case b.name != r.region && !strings.HasSuffix(b.name, "/"+r.region):
+				continue
+			}
+			if block >= 0 { // two devices of a kind: which of them is not told
+				block = -1
+				break
+			}
+			block = j
+		}
+		if block < 0 {
+			continue
+		}
+		b := listed[block]
+		base := hvas[i] - r.offset
+		if r.offset > b.total || r.size > b.total-r.offset || hvas[i] < r.offset || hvas[i] == 0 ||
+			blocks[block].HVA != 0 && blocks[block].HVA != base {
+			wrong[block] = true
+			continue
+		}
+		blocks[block].HVA = base
+		seen = append(seen, mapped{r, block})
+	}
+	for i, b := range blocks {
+		if b.HVA == 0 || wrong[i] {
+			continue
+		}
+		size := (listed[i].total + b.PageSize - 1) / b.PageSize * b.PageSize
+		blocks[i].Kind = covering(vmas, b.HVA, b.HVA+size)
+		blocks[i].Located = blocks[i].Kind != Unknown
+	}
+	for i, a := range blocks {
+		for j, b := range blocks[:i] {
+			if a.Located && b.Located && a.HVA < b.HVA+listed[j].total && b.HVA < a.HVA+listed[i].total {
+				wrong[i], wrong[j] = true, true
+			}
+		}
+	}
+	for i := range blocks {
+		if wrong[i] {
+			blocks[i].Located, blocks[i].Kind = false, Unknown
+		}
+		if !blocks[i].Located {
+			blocks[i].HVA = 0
+		}
+	}
+	seen = slices.DeleteFunc(seen, func(s mapped) bool { return wrong[s.block] })
+	return blocks, seen
+}
+
+// covering returns the kind of memory that fills [start, end), or Unknown if
+// it is not readable throughout, is of several kinds, or if start and end are
+// not borders of mappings. QEMU maps each block apart, with a guard page
+// behind it (util/mmap-alloc.c), so the borders tell a block from a neighbour
+// that happens to bear a similar name.
+func covering(vmas []vma, start, end uint64) Kind {
+	i := sort.Search(len(vmas), func(i int) bool { return vmas[i].start >= start })
+	if i == len(vmas) || vmas[i].start != start {
+		return Unknown
+	}
+	first := vmas[i]
+	kind := Anonymous
+	switch {
+	case first.shared:
+		kind = SharedFile
+	case first.inode != 0:
+		kind = PrivateFile
+	}
+	for at := start; at < end; i++ {
+		if i == len(vmas) || vmas[i].start != at || vmas[i].end > end {
+			return Unknown
+		}
+		v := vmas[i]
+		if !v.read || v.shared != first.shared || v.inode != first.inode || v.major != first.major || v.minor != first.minor ||
+			v.inode != 0 && v.offset != first.offset+(at-start) {
+			return Unknown
+		}
+		at = v.end
+	}
+	return kind
+}
+
+// open finds the file behind block i. One that cannot be opened makes a shared
+// block unreadable, as reading it through the process would fill its holes.
+func (m *Memory) open(i int, vmas []vma) error {
+	b := &m.blocks[i]
+	if b.Kind != SharedFile && b.Kind != PrivateFile {
+		return nil
+	}
+	v := vmas[sort.Search(len(vmas), func(j int) bool { return vmas[j].start >= b.HVA })]
+	f, err := m.mappedFile(v)
+	var fsinfo unix.Statfs_t
+	if err == nil {
+		err = unix.Fstatfs(int(f.Fd()), &fsinfo)
+	}
+	if err != nil && b.Kind == SharedFile {
+		return fmt.Errorf("open the memory file of block %s: %w", b.Name, m.explain(err))
+	}
+	if err != nil {
+		f = nil // every page then counts as populated
+	}
+	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: fsinfo.Type == unix.HUGETLBFS_MAGIC}
+	return nil
+}
+
+// mappedFile opens the file of a mapping: through map_files, which works for
+// deleted files too but may need privileges, or through a descriptor of QEMU's.
+func (m *Memory) mappedFile(v vma) (*os.File, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/map_files/%x-%x", m.pid, v.start, v.end))
+	if err == nil {
+		return f, nil
+	}
+	dir := fmt.Sprintf("/proc/%d/fd", m.pid)
+	names, _ := os.ReadDir(dir)
+	for _, n := range names {
+		path := dir + "/" + n.Name()
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil && st.Ino == v.inode && unix.Major(st.Dev) == v.major && unix.Minor(st.Dev) == v.minor {
+			return os.Open(path)
+		}
+	}
+	return nil, err
+}
+
+// explain adds the remedy to errors of access, and tells a dead QEMU.
+func (m *Memory) explain(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case !m.alive() || errors.Is(err, unix.ESRCH):
+		return fmt.Errorf("%w (pid %d): %w", ErrGone, m.pid, err)
+	case errors.Is(err, fs.ErrPermission): // EPERM and EACCES
+		return fmt.Errorf("%w: may not read the memory of qemu (pid %d): run as root or with CAP_SYS_PTRACE, or as qemu's user with kernel.yama.ptrace_scope=0", err, m.pid)
+	}
+	return err
+}
+
+// alive reports whether the process that was attached to still exists, which
+// means that its number has not gone to another.
+func (m *Memory) alive() bool {
+	if m.pidfd < 0 {
+		return true // not known otherwise
+	}
+	err := unix.PidfdSendSignal(m.pidfd, 0, nil, 0)
+	return err == nil || err == unix.EPERM
+}
+
+// PID returns QEMU's process.
+func (m *Memory) PID() int { return m.pid }
+
+// Blocks returns all blocks in QEMU's order. The caller must not change them.
+// The other methods take an index into it.
+func (m *Memory) Blocks() []Block { return m.blocks }
+
+// Resolve finds the block and the byte offset behind a guest-physical address,
+// as mapped at the time of Attach, whether or not the block is located.
+func (m *Memory) Resolve(gpa uint64) (block int, offset uint64, ok bool) {
+	i := sort.Search(len(m.rows), func(i int) bool { return m.rows[i].gpa > gpa }) - 1
+	if i < 0 || gpa-m.rows[i].gpa >= m.rows[i].size {
+		return 0, 0, false
+	}
+	return m.rows[i].block, m.rows[i].offset + gpa - m.rows[i].gpa, true
+}
+
+// A Mapping says that Size bytes from guest-physical GPA on are the block's from Offset on.
+type Mapping struct {
+	GPA, Size uint64
+	Block     int
+	Offset    uint64
+}
+
+// Mappings returns what Resolve knows, by guest-physical address.
+func (m *Memory) Mappings() []Mapping {
+	out := make([]Mapping, len(m.rows))
+	for i, r := range m.rows {
+		out[i] = Mapping{r.gpa, r.size, r.block, r.offset}
+	}
+	return out
+}
+
+// Close releases the process. QEMU does not notice.
+func (m *Memory) Close() error {
+	if m.pidfd >= 0 {
+		unix.Close(m.pidfd)
+		m.pidfd = -1
+	}
+	m.pagemap.Close()
+	for _, b := range m.backing {
+		b.file.Close()
+	}
+	return nil
+}

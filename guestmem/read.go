@@ -1,0 +1,246 @@
+package guestmem
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Range is Length bytes of a block from Offset on. Neither need be aligned.
+type Range struct {
+	Block          int
+	Offset, Length uint64
+}
+
+// iovMax is the kernel's UIO_MAXIOV.
+const iovMax = 1024
+
+var iovecs = sync.Pool{New: func() any { return new([iovMax]unix.RemoteIovec) }}
+
+// Read fills dst with the block's bytes from offset on.
+func (m *Memory) Read(dst []byte, block int, offset uint64) error {
+	r := [1]Range{{block, offset, uint64(len(dst))}}
+	return m.ReadRanges(dst, r[:])
+}
+
+// ReadRanges fills dst with the ranges, one after another; dst must have
+// exactly their length. Up to 1024 of them take one system call, and a call
+// allocates nothing. The guest may change what it reads unless it is stopped.
+//
+// Pages that Populated does not report are zero; reading them is a waste, and
+// of a PrivateFile makes the host allocate them. On an error the content of
+// dst is undefined. The error wraps ErrGone if QEMU has exited.
+func (m *Memory) ReadRanges(dst []byte, ranges []Range) error {
+	sum := uint64(0)
+	for _, r := range ranges {
+		if err := m.within(r.Block, r.Offset, r.Length); err != nil {
+			return fmt.Errorf("read guest memory: %w", err)
+		}
+		if r.Length > uint64(len(dst))-sum {
+			return fmt.Errorf("read guest memory: ranges longer than the buffer of %d bytes", len(dst))
+		}
+		sum += r.Length
+	}
+	if sum != uint64(len(dst)) {
+		return fmt.Errorf("read guest memory: buffer of %d bytes for ranges of %d", len(dst), sum)
+	}
+	iov := iovecs.Get().(*[iovMax]unix.RemoteIovec)
+	defer iovecs.Put(iov)
+	n, size := 0, 0 // remote pieces gathered, and their bytes
+	flush := func() error {
+		for at := 0; n > 0 && size > 0; {
+			got, err := m.readv(dst[:size], iov[at:n])
+			if err != nil {
+				return fmt.Errorf("read guest memory: %w", err)
+			}
+			dst, size = dst[got:], size-got
+			for ; at < n && got >= int(iov[at].Len); at++ { // what a short read leaves is tried again
+				got -= int(iov[at].Len)
+			}
+			if got > 0 {
+				iov[at].Base += uintptr(got)
+				iov[at].Len -= got
+			}
+		}
+		n, size = 0, 0
+		return nil
+	}
+	for _, r := range ranges {
+		if r.Length == 0 {
+			continue
+		}
+		b := &m.blocks[r.Block]
+		if b.Kind == SharedFile {
+			if err := flush(); err != nil {
+				return err
+			}
+			f := &m.backing[r.Block]
+			if _, err := f.file.ReadAt(dst[:r.Length], f.offset+int64(r.Offset)); err != nil {
+				if err == io.EOF {
+					err = io.ErrUnexpectedEOF
+				}
+				return fmt.Errorf("read guest memory: block %s at %#x: %w", b.Name, r.Offset, m.explain(err))
+			}
+			dst = dst[r.Length:]
+			continue
+		}
+		if n == iovMax {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+		iov[n] = unix.RemoteIovec{Base: uintptr(b.HVA + r.Offset), Len: int(r.Length)}
+		n++
+		size += int(r.Length)
+	}
+	if err := flush(); err != nil {
+		return err
+	}
+	if !m.alive() {
+		return fmt.Errorf("read guest memory: %w (pid %d)", ErrGone, m.pid)
+	}
+	return nil
+}
+
+func (m *Memory) within(block int, offset, length uint64) error {
+	switch {
+	case block < 0 || block >= len(m.blocks):
+		return fmt.Errorf("no block %d", block)
+	case !m.blocks[block].Located:
+		return fmt.Errorf("%w: %s", ErrNotLocated, m.blocks[block].Name)
+	case offset > m.blocks[block].Size || length > m.blocks[block].Size-offset:
+		return fmt.Errorf("%#x bytes at %#x are beyond block %s", length, offset, m.blocks[block].Name)
+	}
+	return nil
+}
+
+// readv is process_vm_readv(2) of at least one byte.
+func (m *Memory) readv(dst []byte, remote []unix.RemoteIovec) (int, error) {
+	local := [1]unix.Iovec{{Base: &dst[0], Len: uint64(len(dst))}}
+	n, err := unix.ProcessVMReadv(m.pid, local[:], remote, 0)
+	if err == nil && n == 0 {
+		err = unix.EFAULT
+	}
+	if err != nil {
+		return 0, m.explain(fmt.Errorf("process_vm_readv at %#x: %w", remote[0].Base, err))
+	}
+	return n, nil
+}
+
+// pagemap(5): bit 63 present in memory, bit 62 in swap.
+const pagemapUsed = 3 << 62
+
+var pagemapBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+
+// Populated sets, for each of n pages of PageSize bytes from page first on, bit
+// i%64 of dst[i/64] to whether page first+i may hold anything but zero. Other
+// bits of the words it touches are cleared. Pages that swapping has moved out
+// count; so does every page of shared hugetlb memory, whose holes the kernel
+// does not show. The answer is exact while the guest is stopped.
+func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
+	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
+		return fmt.Errorf("find populated pages: bad range of %d pages at %d for %d words", n, first, len(dst))
+	}
+	if err := m.within(block, first*PageSize, n*PageSize); err != nil {
+		return fmt.Errorf("find populated pages: %w", err)
+	}
+	dst = dst[:(n+63)/64]
+	clear(dst)
+	var err error
+	kind, b := m.blocks[block].Kind, &m.backing[block]
+	if kind == SharedFile || kind == PrivateFile {
+		if b.file == nil || b.hugetlb {
+			setBits(dst, 0, n)
+		} else {
+			err = b.data(first, n, dst)
+		}
+	}
+	if err == nil && kind != SharedFile {
+		err = m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+	}
+	if err == nil && !m.alive() {
+		err = unix.ESRCH
+	}
+	if err != nil {
+		return fmt.Errorf("find populated pages of block %s: %w", m.blocks[block].Name, m.explain(err))
+	}
+	return nil
+}
+
+// touched adds the pages of QEMU's address space, from number vpn on, that
+// the process has in memory or swap.
+func (m *Memory) touched(vpn, n uint64, dst []uint64) error {
+	buf := pagemapBuffers.Get().(*[64 << 10]byte)
+	defer pagemapBuffers.Put(buf)
+	for at := uint64(0); at < n; {
+		part := buf[:min(uint64(len(buf)), (n-at)*8)]
+		if _, err := m.pagemap.ReadAt(part, int64((vpn+at)*8)); err != nil {
+			if err == io.EOF { // its memory is gone
+				err = unix.ESRCH
+			}
+			return err
+		}
+		for ; len(part) > 0; part = part[8:] {
+			if binary.NativeEndian.Uint64(part)&pagemapUsed != 0 {
+				dst[at/64] |= 1 << (at % 64)
+			}
+			at++
+		}
+	}
+	return nil
+}
+
+// data adds the pages that the file has storage for.
+func (b *backing) data(first, n uint64, dst []uint64) error {
+	start := b.offset + int64(first*PageSize)
+	end := start + int64(n*PageSize)
+	for at := start; at < end; {
+		from, err := unix.Seek(int(b.file.Fd()), at, unix.SEEK_DATA)
+		if err == unix.ENXIO || err == nil && from >= end {
+			return nil
+		}
+		if err != nil { // a file system without holes
+			setBits(dst, 0, n)
+			return nil
+		}
+		to, err := unix.Seek(int(b.file.Fd()), from, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		if from < at || to <= from {
+			return fmt.Errorf("file changed while it was searched for holes")
+		}
+		to = min(to, end)
+		setBits(dst, uint64(from-start)/PageSize, (uint64(to-start)+PageSize-1)/PageSize)
+		at = to
+	}
+	return nil
+}
+
+func setBits(dst []uint64, from, to uint64) {
+	for ; from < to; from++ {
+		if from%64 == 0 && to-from >= 64 {
+			dst[from/64] = ^uint64(0)
+			from += 63
+			continue
+		}
+		dst[from/64] |= 1 << (from % 64)
+	}
+}
+
+var zeros [64 << 10]byte
+
+// IsZero reports whether all bytes of b are zero.
+func IsZero(b []byte) bool {
+	for len(b) > len(zeros) {
+		if !bytes.Equal(b[:len(zeros)], zeros[:]) {
+			return false
+		}
+		b = b[len(zeros):]
+	}
+	return bytes.Equal(b, zeros[:len(b)])
+}
