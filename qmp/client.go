@@ -1,6 +1,6 @@
 // Package qmp speaks the QEMU Machine Protocol to a running QEMU over a unix
-// socket, as specified in docs/interop/qmp-spec.txt of QEMU 7.2 and unchanged
-// in 10.0 and 11.1. Messages are JSON objects, one a line, in both directions:
+// socket, as specified in docs/interop/qmp-spec.txt of QEMU 7.2; tried with 7.2
+// and 10.0. Messages are JSON objects, one a line, in both directions:
 //
 //	S: {"QMP": {"version": {…}, "capabilities": ["oob"]}}       greeting
 //	C: {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}, "id": 1}

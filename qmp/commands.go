@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"syscall"
 )
 
 // The reply types below hold what an eviction needs, from qapi/*.json of QEMU
-// 7.2 to 11.1. Members that they do not name are skipped, as versions differ
+// 7.2, and tried with 10.0. Members that they do not name are skipped, as versions differ
 // in them; members they name must have the right type.
 
 // Status is the run state of the VM: "running", "paused", "prelaunch",
@@ -174,7 +175,7 @@ func (c *Client) Stop(ctx context.Context) error { return c.Run(ctx, "stop", nil
 // replies. The process may take a moment longer to exit.
 func (c *Client) Quit(ctx context.Context) error {
 	err := c.Run(ctx, "quit", nil, nil)
-	if errors.Is(err, ErrClosed) && errors.Is(err, io.EOF) {
+	if errors.Is(err, ErrClosed) && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
 		return nil
 	}
 	return err
