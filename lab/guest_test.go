@@ -104,9 +104,9 @@ func TestGuestFollowsAnything(t *testing.T) {
 func TestDefaultCPU(t *testing.T) {
 	for _, c := range [][3]string{
 		{"kvm", "6.1.0-56-cloud-amd64", "host"},
-		{"tcg", "6.1.0-56-cloud-amd64", "max,-erms"},
-		{"tcg", "6.12.48+deb13-cloud-amd64", "max,-erms,-cx16"},
-		{"tcg", "7.3.1-cloud-amd64", "max,-erms,-cx16"},
+		{"tcg", "6.1.0-56-cloud-amd64", "max,-erms,-fsrm"},
+		{"tcg", "6.12.48+deb13-cloud-amd64", "max,-erms,-fsrm,-cx16"},
+		{"tcg", "7.3.1-cloud-amd64", "max,-erms,-fsrm,-cx16"},
 	} {
 		if got := defaultCPU(c[0], c[1]); got != c[2] {
 			t.Errorf("%s, Linux %s: %q, want %q", c[0], c[1], got, c[2])

@@ -118,12 +118,35 @@ func TestBootAndCheck(t *testing.T) {
 // the shaped link, and finds all of its memory as it was.
 func TestMigrate(t *testing.T) {
 	l := newTestLab(t, Options{Rate: 1e9})
+	q, err := StockQEMU(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	testMigrate(t, l, q)
+}
+
+func TestMigrateBackports(t *testing.T) {
+	l := newTestLab(t, Options{Rate: 1e9})
+	start := time.Now()
+	q, err := BackportsQEMU(deadline(t, 5*time.Minute), testDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%+v after %v", q, time.Since(start))
+	testMigrate(t, l, q)
+}
+
+func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	load := Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 32, CacheMiB: 16, FileMiB: 8}
-	src, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
+	src, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{QEMU: q, Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
 	if err != nil {
 		t.Fatal(err)
 	}
 	guest := src.Guest
+	// Its process must be QEMU itself, not a shell that waits for it.
+	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", src.PID())); err != nil || !bytes.Contains(line, []byte("/bin/qemu-system-x86_64\x00")) {
+		t.Errorf("the VM's process is %q, %v", line, err)
+	}
 	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
 	if err != nil {
 		t.Fatal(err)
@@ -385,29 +408,18 @@ func TestHostStartsProcesses(t *testing.T) {
 	}
 }
 
-func TestBackportsQEMU(t *testing.T) {
-	l := newTestLab(t, Options{})
-	start := time.Now()
-	q, err := BackportsQEMU(deadline(t, 5*time.Minute), testDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%+v after %v", q, time.Since(start))
-	vm, err := l.B.Boot(deadline(t, 2*time.Minute), Spec{QEMU: q, Devices: Full, Machine: "q35", Load: Load{HotMiB: 16, CacheMiB: 4}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", vm.PID()))
-	if err != nil || !bytes.Contains(comm, []byte("/root/usr/bin/qemu-system-x86_64")) {
-		t.Errorf("the VM's process is not QEMU itself: %q, %v", comm, err)
-	}
-	mustCheck(t, vm.Guest, vm, (16+4)*pagesPerMiB)
-}
+// With these in the environment this binary is a supervisor, or runs a command
+// on host b of a supervised lab.
+const (
+	superviseEnv = "VACATE_TEST_SUPERVISE"
+	execEnv      = "VACATE_TEST_EXEC"
+)
 
-const superviseEnv = "VACATE_TEST_SUPERVISE"
-
-// TestMain makes this binary a supervisor as well.
 func TestMain(m *testing.M) {
+	if dir, ok := os.LookupEnv(execEnv); ok {
+		fmt.Fprintln(os.Stderr, Exec(dir, "b", []string{"cat", "/proc/self/status", "/proc/net/fib_trie"}))
+		os.Exit(1)
+	}
 	dir, ok := os.LookupEnv(superviseEnv)
 	if !ok {
 		os.Exit(m.Run())
@@ -493,6 +505,12 @@ func TestSupervisor(t *testing.T) {
 		t.Errorf("a second supervisor: %v", err)
 	}
 	run := filepath.Dir(s.VMs[0].QMP)
+	inside := exec.Command(os.Args[0])
+	inside.Env = append(os.Environ(), execEnv+"="+testDir)
+	b := s.Hosts[1]
+	if out, err := inside.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(b.Addr)) || !bytes.Contains(out, []byte("Cpus_allowed_list:\t"+strconv.Itoa(b.Core)+"\n")) {
+		t.Errorf("a command on host b: %v, sees:\n%s", err, out)
+	}
 
 	// Killed without a chance to clean up.
 	cmd.Process.Kill()

@@ -285,13 +285,14 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 }
 
 // defaultCPU is what the accelerator has, less what hurts under emulation:
-// clearing memory with "rep stosb" takes a turn per byte (erms), and QEMU
-// 7.2's cmpxchg16b fails in Linux 6.12 and later (cx16).
+// clearing memory with "rep stosb" takes a turn per byte (erms; Linux 6.1
+// hangs if it then still has fsrm), and QEMU 7.2's cmpxchg16b fails in Linux
+// 6.12 and later (cx16).
 func defaultCPU(accel, release string) string {
 	if accel == "kvm" {
 		return "host"
 	}
-	cpu := "max,-erms"
+	cpu := "max,-erms,-fsrm"
 	var major, minor int
 	fmt.Sscanf(release, "%d.%d", &major, &minor)
 	if major > 6 || major == 6 && minor >= 12 {
