@@ -42,6 +42,9 @@ type Sample struct {
 	Touches loadproto.Touches
 }
 
+// maxSamples is an hour of reports; when they are too many, the older half goes.
+const maxSamples = 36_000
+
 func newGuest() *Guest { return &Guest{changed: make(chan struct{})} }
 
 // follow takes the report lines of one VM until the connection ends.
@@ -85,6 +88,9 @@ func (g *Guest) take(vm string, now time.Time, line []byte) {
 			s.Touches.Merge(&m.Before)
 		}
 		g.lastSeq = m.Seq
+		if len(g.samples) == maxSamples {
+			g.samples = slices.Delete(g.samples, 0, maxSamples/2)
+		}
 		g.samples = append(g.samples, s)
 	case loadproto.BadWord:
 		g.badSeen = append(g.badSeen, m)
@@ -120,7 +126,7 @@ func (g *Guest) wait(ctx context.Context, what string, gone <-chan struct{}, ok 
 	}
 }
 
-// Samples returns all reports so far.
+// Samples returns the reports so far, at least those of the last half hour.
 func (g *Guest) Samples() []Sample {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -238,7 +244,7 @@ func (g *Guest) WaitOps(ctx context.Context, n uint64) error {
 // Check is the result of a full check of all the guest's pages.
 type Check struct {
 	Pages uint64 // checked
-	Bad   uint64 // bad in this check, or met while working
+	Bad   uint64 // bad in this check, met while working, or bad in checks before
 	Sets  []loadproto.SetResult
 	Words []loadproto.BadWord // the first bad words, in detail
 }

@@ -93,7 +93,7 @@ func TestBootAndCheck(t *testing.T) {
 	}
 	s := vm.Guest.Samples()
 	last := s[len(s)-1].At
-	t.Logf("rate %v, stalls %+v", vm.Guest.Throughput(s[0].At, last, time.Second/2), vm.Guest.Stalls(s[0].At, last))
+	t.Logf("rate %v, stalls %+v", vm.Guest.Throughput(s[0].At, last, 100*time.Millisecond), vm.Guest.Stalls(s[0].At, last))
 	mustCheck(t, vm.Guest, vm, (64+64+16+4)*pagesPerMiB)
 	if n := vm.Guest.Torn(); n != 0 {
 		t.Errorf("%d torn lines without an eviction", n)

@@ -137,16 +137,18 @@ func (l *Lab) supervise(ctx context.Context, spec Spec, file string, ready func(
 }
 
 func (g *Guest) state() GuestState {
-	s := GuestState{TornLines: g.Torn()}
-	if err := g.Err(); err != nil {
-		s.Error = err.Error()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := GuestState{TornLines: g.torn}
+	if g.failure != nil {
+		s.Error = g.failure.Error()
 	}
-	samples := g.Samples()
-	if len(samples) > 0 {
-		last := samples[len(samples)-1]
+	if n := len(g.samples); n > 0 {
+		last := g.samples[n-1]
 		s.Pages, s.Bad = last.Ops, last.Bad
-		now := time.Now()
-		s.PagesPerSecond = max(0, opsAt(samples, now)-opsAt(samples, now.Add(-time.Second)))
+		if time.Since(last.At) < time.Second { // else the guest is silent
+			s.PagesPerSecond = max(0, float64(last.Ops)-opsAt(g.samples, last.At.Add(-time.Second)))
+		}
 	}
 	return s
 }
