@@ -30,7 +30,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := &cobra.Command{Use: "vacate", SilenceUsage: true, SilenceErrors: true}
-	root.AddCommand(evictCommand(), receiveCommand())
+	root.AddCommand(evictCommand(), receiveCommand(), labCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "vacate:", err)
 		os.Exit(exitCode(err))

@@ -1,0 +1,336 @@
+// Package bench compares ways to move a running VM, on real VMs in a lab: the
+// engine of this project ("vacate"), QEMU's own post-copy with and without
+// preemption, its pre-copy, and stop-and-copy.
+//
+// All strategies of one benchmark move identically prepared guests over the
+// same shaped link and are timed alike, by the STOP and RESUME events of the
+// two QEMUs; the guest itself says what it felt and checks all of its memory
+// in the end. QEMU's strategies are those of QEMU 7.2 to 11.1 with default
+// settings, but for a bandwidth limit that is out of the way.
+//
+//	      t = 0             STOP    RESUME                   end
+//	───────┼─ ─ ─ ─ ─ ─ ─ ─ ─┼────────┼─────────────────────────┼───► recovery
+//	before │                 │◄ down ►│                         │
+//	       │◄ execution transfer ────►│                         │
+//	       │◄ total ───────────────────────────────────────────►│
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"vacate/lab"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options say what to measure.
+type Options struct {
+	Strategies []string // in this order; see Strategies
+	Load       string   // see Loads
+	// Spec is the VM. Its Load gives sizes; whether the guest works on them
+	// is Load's affair.
+	Spec         lab.Spec
+	Lab          lab.Options // among them the link's rate
+	Repeat       int
+	PrecopyBound time.Duration // after it pre-copy is given up
+	Vacate       string        // the vacate binary; default this executable
+	Profile      string        // directory for CPU profiles of the engine; default none
+	Log          *slog.Logger
+	Done         func(Run) // called after every run; may be nil
+}
+
+// loads are what a guest may do, by name.
+var loads = []struct {
+	name string
+	set  func(*lab.Load)
+}{
+	{"hot", func(*lab.Load) {}},
+	{"idle", func(l *lab.Load) { l.Sleep = true }},
+}
+
+// Loads are the names of all loads.
+func Loads() []string {
+	var names []string
+	for _, l := range loads {
+		names = append(names, l.name)
+	}
+	return names
+}
+
+const (
+	settleLeast = 2500 * time.Millisecond
+	settleMost  = 10 * time.Second
+	moveLimit   = 5 * time.Minute  // beside the bound of pre-copy
+	recoverMost = 15 * time.Second // after the end
+	after       = 500 * time.Millisecond
+	lateStalls  = 300 * time.Millisecond // reports come every 100 ms
+)
+
+type bench struct {
+	opts Options
+	lab  *lab.Lab
+}
+
+// ErrBadPages says that a guest found its memory changed.
+var ErrBadPages = errors.New("the guest's memory is damaged")
+
+// Measure runs every strategy once per repetition. Failed runs do not end it;
+// they are in the result, and their errors are joined in the error returned.
+func Measure(ctx context.Context, opts Options) (Result, error) {
+	chosen, err := find(opts.Strategies)
+	if err != nil {
+		return Result{}, err
+	}
+	i := slices.Index(Loads(), opts.Load)
+	if i < 0 {
+		return Result{}, fmt.Errorf("no load %q: there are %s", opts.Load, strings.Join(Loads(), ", "))
+	}
+	loads[i].set(&opts.Spec.Load)
+	if opts.Repeat < 1 {
+		return Result{}, errors.New("repetitions must be at least 1")
+	}
+	if opts.PrecopyBound <= 0 {
+		return Result{}, errors.New("the bound of pre-copy must be positive")
+	}
+	if opts.Vacate == "" {
+		if opts.Vacate, err = os.Executable(); err != nil {
+			return Result{}, err
+		}
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	l, err := lab.New(ctx, opts.Lab)
+	if err != nil {
+		return Result{}, err
+	}
+	b := &bench{opts, l}
+	result, err := b.measure(ctx, chosen)
+	return result, errors.Join(err, l.Close())
+}
+
+func (b *bench) measure(ctx context.Context, chosen []strategy) (Result, error) {
+	result := Result{Version: Version, Runs: []Run{}}
+	var errs []error
+	for rep := 1; rep <= b.opts.Repeat; rep++ {
+		for _, s := range chosen {
+			run := Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}
+			b.opts.Log.Info("run", "strategy", s.name, "rep", rep)
+			if err := b.try(ctx, s, &run, &result); err != nil {
+				if ctx.Err() != nil {
+					return result, errors.Join(append(errs, ctx.Err())...)
+				}
+				run.Outcome, run.Reason = Failed, err.Error()
+				if errors.Is(err, errUnsupported) {
+					run.Outcome = Unsupported
+				} else {
+					errs = append(errs, fmt.Errorf("%s, repetition %d: %w", s.name, rep, err))
+				}
+			}
+			result.Runs = append(result.Runs, run)
+			if b.opts.Done != nil {
+				b.opts.Done(run)
+			}
+		}
+	}
+	return result, errors.Join(errs...)
+}
+
+// try boots a guest, moves it and fills in the run.
+func (b *bench) try(ctx context.Context, s strategy, run *Run, result *Result) error {
+	t := &trial{bench: b, run: run}
+	var err error
+	if t.vm, err = b.lab.A.Boot(ctx, b.opts.Spec); err != nil {
+		return err
+	}
+	defer t.vm.Kill()
+	if t.twin, err = b.lab.B.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
+		return err
+	}
+	defer t.twin.Kill()
+	if result.Machine.QEMU == "" {
+		if err := describe(result, t.vm, b.opts.Lab.Rate); err != nil {
+			return err
+		}
+	}
+	if t.src, err = watch(ctx, t.vm); err != nil {
+		return err
+	}
+	defer t.src.close()
+	if t.dst, err = watch(ctx, t.twin); err != nil {
+		return err
+	}
+	defer t.dst.close()
+
+	moving, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound, errors.New("the run took too long"))
+	defer cancel()
+	defer t.stop()
+	if err := s.prepare(t, moving); err != nil {
+		return fmt.Errorf("prepare: %w", err)
+	}
+	if err := t.settle(moving); err != nil {
+		return err
+	}
+	bytes, err := b.lab.LinkBytes()
+	if err != nil {
+		return err
+	}
+	t.start = time.Now()
+	err = s.move(t, moving)
+	if err != nil {
+		t.throughput(time.Now()) // shows what the guest felt
+		return err
+	}
+	now, err := b.lab.LinkBytes()
+	if err != nil {
+		return err
+	}
+	run.LinkBytes = ptr(now - bytes)
+	run.Total = seconds(t.end.Sub(t.start).Seconds())
+	if err := t.observe(ctx); err != nil {
+		return err
+	}
+	at := t.twin
+	if run.Outcome == NotConverged {
+		at = t.vm
+	}
+	check, err := at.Guest.Check(moving, at)
+	if err != nil {
+		return err
+	}
+	run.Bad = &check.Bad
+	if check.Bad != 0 {
+		return fmt.Errorf("%w: %d of %d pages are bad: %v", ErrBadPages, check.Bad, check.Pages, check.Words)
+	}
+	if check.Pages == 0 {
+		return errors.New("the guest checked no page")
+	}
+	return nil
+}
+
+// settle waits until the load's throughput is steady.
+func (t *trial) settle(ctx context.Context) error {
+	const second = time.Second
+	began := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(step):
+		}
+		now := time.Now()
+		if now.Sub(began) < settleLeast {
+			continue
+		}
+		r := t.vm.Guest.Throughput(now.Add(-2*second), now, second)
+		if len(r) == 2 {
+			a, b := r[0].PerSecond, r[1].PerSecond
+			if diff := a - b; max(diff, -diff) <= 0.05*max(a, b) {
+				return nil
+			}
+		}
+		if now.Sub(began) > settleMost {
+			t.opts.Log.Warn("the load's throughput is not steady")
+			return nil
+		}
+	}
+}
+
+// throughput puts the series up to a time into the run.
+func (t *trial) throughput(to time.Time) {
+	rates := t.vm.Guest.Throughput(t.start.Add(-beforeTime), to, step)
+	series := make([]Point, len(rates))
+	for i, r := range rates {
+		series[i] = Point{round(r.From.Sub(t.start).Seconds()), round(r.PerSecond)}
+	}
+	t.run.Throughput = series
+	t.run.Before = rateBefore(series)
+}
+
+// observe waits for the guest's recovery and fills in what the guest felt.
+func (t *trial) observe(ctx context.Context) error {
+	run := t.run
+	if run.Outcome == Completed {
+		e, err := t.dst.wait(ctx, t.start, "the guest to run", named("RESUME"))
+		if err != nil {
+			return err
+		}
+		run.Transfer = seconds(e.at.Sub(t.start).Seconds())
+		if stop := t.src.last("STOP", t.start, e.at); !stop.IsZero() {
+			run.Down = seconds(e.at.Sub(stop).Seconds())
+		}
+	}
+	for {
+		now := time.Now()
+		t.throughput(now)
+		if run.Before != nil && run.Transfer != nil {
+			run.Recovery = recovery(run.Throughput, *run.Before, *run.Transfer)
+		}
+		over := run.Recovery != nil || run.Before == nil || run.Transfer == nil
+		if since := now.Sub(t.end); since > after && over || since > recoverMost {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(step):
+		}
+	}
+	if run.Before != nil {
+		run.WorkLost = seconds(workLost(run.Throughput, *run.Before, *run.Total))
+		s := t.vm.Guest.Stalls(t.start, t.end.Add(lateStalls))
+		run.Stall = &Quantiles{s.P50.Seconds(), s.P99.Seconds(), s.Max.Seconds(), s.Sum.Seconds(), s.Count}
+	}
+	return nil
+}
+
+var (
+	linuxVersion = regexp.MustCompile(`Linux version (\S+)`)
+	cpuModel     = regexp.MustCompile(`(?m)^model name\s*: (.*)$`)
+)
+
+// describe fills in the machine and the VM.
+func describe(r *Result, vm *lab.VM, rate uint64) error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return err
+	}
+	cpus, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return err
+	}
+	console, err := os.ReadFile(vm.Console)
+	if err != nil {
+		return err
+	}
+	s := &vm.Spec
+	r.Machine = Machine{
+		CPU: submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
+		MemoryBytes: info.Totalram * uint64(info.Unit), Kernel: unix.ByteSliceToString(u.Release[:]),
+		QEMU: s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
+	}
+	if rate > 0 {
+		r.Machine.Link = &rate
+	}
+	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB, s.Load.IdleMiB}
+	return nil
+}
+
+func submatch(re *regexp.Regexp, text []byte) string {
+	if m := re.FindSubmatch(text); m != nil {
+		return strings.TrimSpace(string(m[1]))
+	}
+	return ""
+}

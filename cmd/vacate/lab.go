@@ -1,0 +1,162 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"vacate/bench"
+	"vacate/lab"
+
+	"github.com/spf13/cobra"
+)
+
+// labCommand is "vacate lab": real VMs on this machine, to try and to measure.
+func labCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "lab",
+		Short: "try and measure evictions on this machine, with real VMs",
+	}
+	c.AddCommand(benchCommand())
+	return c
+}
+
+// vmFlags are those that describe a VM.
+type vmFlags struct {
+	dir                    string
+	memory, hot, idle      mebibytes
+	vcpus                  int
+	qemu, machine, devices string
+	memfd                  bool
+	link                   rate
+}
+
+func (f *vmFlags) add(c *cobra.Command, linkFlag string) {
+	f.memory, f.hot, f.idle, f.link = 1024, 200, 200, 1e9
+	fl := c.Flags()
+	fl.StringVar(&f.dir, "dir", ".lab", "directory of the lab's cache and state")
+	fl.Var(&f.memory, "memory", "the VM's memory")
+	fl.IntVar(&f.vcpus, "vcpus", 1, "the VM's CPUs")
+	fl.Var(&f.hot, "hot", "memory that the guest works on all the time")
+	fl.Var(&f.idle, "idle", "memory that the guest has written once")
+	fl.StringVar(&f.qemu, "qemu", "stock", "stock (in PATH), backports (newest of Debian 13) or backports12 (of Debian 12)")
+	fl.StringVar(&f.machine, "machine", "pc", "QEMU's machine type, pc or q35")
+	fl.StringVar(&f.devices, "devices", "bare", "bare, or full: disk, network, console port, balloon, VGA")
+	fl.BoolVar(&f.memfd, "memfd", false, "keep the VM's memory in a shared memfd")
+	fl.Var(&f.link, linkFlag, "the link's rate each way, or none")
+}
+
+// spec returns the VM; it may download a QEMU.
+func (f *vmFlags) spec(ctx context.Context) (lab.Spec, error) {
+	s := lab.Spec{
+		Machine: f.machine, MemoryMiB: int(f.memory), VCPUs: f.vcpus, Memfd: f.memfd, Devices: lab.Devices(f.devices),
+		Load: lab.Load{HotMiB: int(f.hot), IdleMiB: int(f.idle), Seed: 1},
+	}
+	if f.memory == 0 || f.vcpus < 1 {
+		return s, fmt.Errorf("a VM needs memory and at least 1 CPU")
+	}
+	if !oneOf(f.machine, "pc", "q35") {
+		return s, fmt.Errorf("machine %q: want pc or q35", f.machine)
+	}
+	if !oneOf(f.devices, "bare", "full") {
+		return s, fmt.Errorf("devices %q: want bare or full", f.devices)
+	}
+	var err error
+	switch f.qemu {
+	case "stock":
+		s.QEMU, err = lab.StockQEMU(ctx)
+	case "backports":
+		s.QEMU, err = lab.BackportsQEMU(ctx, f.dir)
+	case "backports12":
+		s.QEMU, err = lab.Backports12QEMU(ctx, f.dir)
+	default:
+		err = fmt.Errorf("qemu %q: want stock, backports or backports12", f.qemu)
+	}
+	return s, err
+}
+
+func oneOf(s string, values ...string) bool {
+	for _, v := range values {
+		if s == v {
+			return true
+		}
+	}
+	return false
+}
+
+func benchCommand() *cobra.Command {
+	var (
+		f          vmFlags
+		opts       bench.Options
+		json_, svg string
+	)
+	c := &cobra.Command{
+		Use:   "bench",
+		Short: "compare ways to move a VM",
+		Args:  cobra.NoArgs,
+	}
+	f.add(c, "link")
+	fl := c.Flags()
+	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"}, "of "+strings.Join(bench.Strategies(), ", "))
+	fl.StringVar(&opts.Load, "load", "hot", "of "+strings.Join(bench.Loads(), ", "))
+	fl.IntVar(&opts.Repeat, "repeat", 1, "repetitions")
+	fl.DurationVar(&opts.PrecopyBound, "precopy-bound", 30*time.Second, "when to give pre-copy up")
+	fl.StringVar(&opts.Profile, "profile", "", "directory for CPU profiles of vacate's two processes")
+	fl.StringVar(&json_, "json", "", "file for the result as JSON (docs/bench.md)")
+	fl.StringVar(&svg, "svg", "", "file for a plot of the guest's throughput")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		var err error
+		for _, name := range []string{json_, svg} {
+			if err := writable(name); err != nil {
+				return err
+			}
+		}
+		if opts.Profile != "" {
+			if err := os.MkdirAll(opts.Profile, 0o755); err != nil {
+				return fmt.Errorf("directory for profiles: %w", err)
+			}
+		}
+		if opts.Spec, err = f.spec(c.Context()); err != nil {
+			return err
+		}
+		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+		opts.Lab = lab.Options{Dir: f.dir, Rate: uint64(f.link), Log: opts.Log}
+		opts.Done = func(r bench.Run) { opts.Log.Info("done", "strategy", r.Strategy, "rep", r.Rep, "outcome", r.Outcome) }
+		result, err := bench.Measure(c.Context(), opts)
+		if len(result.Runs) == 0 {
+			return err
+		}
+		if e := result.Table(os.Stdout); e != nil {
+			return e
+		}
+		if json_ != "" {
+			var b bytes.Buffer
+			enc := json.NewEncoder(&b)
+			if e := enc.Encode(result); e != nil {
+				return e
+			}
+			if e := os.WriteFile(json_, b.Bytes(), 0o644); e != nil {
+				return e
+			}
+		}
+		return err
+	}
+	return c
+}
+
+// writable fails if a file cannot be written later on; "" is no file.
+func writable(name string) error {
+	if name == "" {
+		return nil
+	}
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("result file: %w", err)
+	}
+	return f.Close()
+}
