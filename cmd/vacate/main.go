@@ -1,23 +1,36 @@
-// Command vacate evicts a running VM from this host to another.
+// Command vacate evicts a running VM from this host to another. `vacate --help` tells how.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
 	"os"
-	"os/signal"
-	"syscall"
+	"runtime/debug"
+	"runtime/pprof"
+	"strings"
+	"unicode"
 
 	"vacate/evict"
 
 	"github.com/spf13/cobra"
 )
 
-// Exit codes.
+func main() { os.Exit(run()) }
+
+func run() (code int) {
+	stop, err := profile(os.Getenv("VACATE_CPUPROFILE"))
+	if err == nil {
+		err = rootCommand().ExecuteContext(context.Background())
+		err = errors.Join(err, stop())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, explain(err))
+	}
+	return exitCode(err)
+}
+
+// Exit codes. exitHelp tells users of them.
 const (
 	exitCompleted = 0
 	exitUsage     = 1
@@ -26,19 +39,17 @@ const (
 	exitLost      = 4
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	root := &cobra.Command{Use: "vacate", SilenceUsage: true, SilenceErrors: true}
-	root.AddCommand(evictCommand(), receiveCommand(), labCommand())
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "vacate:", err)
-		os.Exit(exitCode(err))
-	}
-}
+const exitHelp = `Exit codes:
+  0  completed
+  1  usage or internal error
+  2  refused: nothing was touched, the VM runs on the source
+  3  aborted: the VM runs on the source, after a moment's pause at worst
+  4  lost contact: the message says where the VM is and what to do`
 
 func exitCode(err error) int {
 	switch {
+	case err == nil:
+		return exitCompleted
 	case errors.Is(err, evict.ErrRefused):
 		return exitRefused
 	case errors.Is(err, evict.ErrAborted):
@@ -49,39 +60,110 @@ func exitCode(err error) int {
 	return exitUsage
 }
 
-func evictCommand() *cobra.Command {
-	var s evict.Source
-	var asJSON bool
-	c := &cobra.Command{Use: "evict --qmp SOCKET --to HOST:PORT", Args: cobra.NoArgs}
-	c.Flags().StringVar(&s.QMP, "qmp", "", "QMP socket of the VM's QEMU")
-	c.Flags().StringVar(&s.To, "to", "", "address of `vacate receive`")
-	c.Flags().BoolVar(&asJSON, "json", false, "print JSON lines")
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		enc := json.NewEncoder(os.Stdout)
-		if asJSON {
-			s.Show = func(p evict.Progress) { enc.Encode(map[string]any{"type": "progress", "progress": p}) }
-		}
-		r, err := s.Evict(c.Context())
-		enc.Encode(map[string]any{"type": "report", "report": r})
-		return err
+// refused is an error from before an eviction was begun.
+func refused(err error) error {
+	return &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err, Remedy: "Nothing was touched"}
+}
+
+// explain puts an error in one or two lines: what happened; where the VM is and what to do.
+func explain(err error) string {
+	var e *evict.Error
+	if !errors.As(err, &e) {
+		return "vacate: " + clean(err.Error())
 	}
+	s := fmt.Sprintf("vacate: %v while %s: %s", e.Outcome, e.State, clean(e.Err.Error()))
+	if e.Remedy != "" {
+		s += "\n" + clean(e.Remedy) + "."
+	}
+	return s
+}
+
+// clean makes a text that may quote a peer, a file or a guest fit for one line of a terminal.
+func clean(s string) string {
+	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsGraphic(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
+
+func rootCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "vacate",
+		Short: "Evict a running VM to another host",
+		Long: `vacate moves a running QEMU VM off this host. The VM runs on the other host at
+once; its memory follows, each page once, those the VM waits for first. It
+works with unmodified QEMU (7.2 to 11.1 were tried) and guests. Until the VM
+runs on the destination an eviction can be aborted, and does so by itself when
+anything fails: the VM then runs on here.
+
+The usual sequence:
+  1. On the destination, start a QEMU with the source's command line, and
+     -S -incoming defer in addition.
+  2. On the destination:  vacate receive --qmp SOCKET --listen HOST:PORT
+  3. On the source:       vacate evict --qmp SOCKET --to HOST:PORT
+Both end when the destination has all memory; the source's QEMU quits. How to
+start the QEMUs is told by  vacate receive --help.
+
+` + exitHelp + `
+
+Environment:
+  VACATE_CPUPROFILE=FILE  write a CPU profile of this process there (pprof)`,
+		Version:           version(),
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	c.SetVersionTemplate("vacate {{.Version}}\n")
+	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
+	})
+	c.AddCommand(evictCommand(), receiveCommand(), inspectCommand(), labCommand())
 	return c
 }
 
-func receiveCommand() *cobra.Command {
-	var d evict.Destination
-	var listen string
-	c := &cobra.Command{Use: "receive --qmp SOCKET --listen HOST:PORT", Args: cobra.NoArgs}
-	c.Flags().StringVar(&d.QMP, "qmp", "", "QMP socket of the QEMU that waits for the VM")
-	c.Flags().StringVar(&listen, "listen", ":7601", "address to listen at")
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		d.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
-		ln, err := net.Listen("tcp", listen)
-		if err != nil {
-			return err
-		}
-		d.Log.Info("listening", "address", ln.Addr().String())
-		return d.Receive(c.Context(), ln)
+// version is what the binary knows of its build.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "of unknown build"
 	}
-	return c
+	settings := map[string]string{}
+	for _, s := range info.Settings {
+		settings[s.Key] = s.Value
+	}
+	v := info.Main.Version
+	if v == "" {
+		v = "(devel)"
+	}
+	if rev := settings["vcs.revision"]; len(rev) >= 12 && !strings.Contains(v, rev[:12]) {
+		v += " " + rev[:12]
+		if settings["vcs.modified"] == "true" {
+			v += " with changes"
+		}
+	}
+	return fmt.Sprintf("%s, %s %s/%s", v, info.GoVersion, settings["GOOS"], settings["GOARCH"])
+}
+
+// profile writes a CPU profile to file until stop is called; an empty name means none.
+func profile(file string) (stop func() error, err error) {
+	if file == "" {
+		return func() error { return nil }, nil
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return nil, fmt.Errorf("VACATE_CPUPROFILE: %w", err)
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("VACATE_CPUPROFILE: %w", err), f.Close())
+	}
+	return func() error {
+		pprof.StopCPUProfile()
+		if err := f.Close(); err != nil {
+			return fmt.Errorf("VACATE_CPUPROFILE: %w", err)
+		}
+		return nil
+	}, nil
 }

@@ -1,0 +1,160 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"syscall"
+
+	"vacate/evict"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func evictCommand() *cobra.Command {
+	var o evictOptions
+	c := &cobra.Command{
+		Use:   "evict --qmp SOCKET --to HOST:PORT",
+		Short: "Move the VM of a QEMU on this host to another host",
+		Long: `Moves a running VM to the host where ` + "`vacate receive`" + ` listens. Its QEMU here
+quits in the end.
+
+Ctrl-C (SIGINT), SIGTERM and SIGHUP abort the eviction as long as the VM has
+not been told to run on the destination; the VM then runs on here. Later they
+change nothing, as only the destination has a VM that runs. An output that
+nobody reads or that goes away does not stop an eviction.
+
+Progress goes to standard error: one line that is written over on a terminal,
+otherwise one per state and at most one a second. The report goes to standard
+output.
+
+With --json, standard output has JSON lines:
+  {"type":"progress","progress":{...}}   with the keys
+      state             preparing, arming, switching, loading, committing,
+                        pushing, retiring, rolling back, completed, refused,
+                        aborted or lost contact
+      elapsed_s         since the start
+      pages_sent, pages_total
+      link_bytes        sent over the link
+      rate_bytes_per_s
+      eta_s             until all pages are sent; null if not known
+      fetches           pages that the VM waited for
+  {"type":"report","report":{...}}       the last line
+--report FILE gets that report, too. The file's room on the disk is taken
+before the VM is touched, and the file is put in place whole at the end.
+Should that fail at the end, a warning says so; the exit code is the eviction's.
+
+` + exitHelp,
+		Example: `  vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601
+  vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601 --json --report vm7.json`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
+	}
+	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU")
+	c.Flags().StringVar(&o.source.To, "to", "", "`HOST:PORT` where vacate receive listens")
+	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
+	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
+	c.MarkFlagRequired("qmp")
+	c.MarkFlagRequired("to")
+	return c
+}
+
+type evictOptions struct {
+	source evict.Source
+	json   bool
+	report string
+}
+
+func (o evictOptions) run(ctx context.Context) error {
+	if err := checkAddress("--to", o.source.To); err != nil {
+		return err
+	}
+	var file *reportFile
+	if o.report != "" {
+		var err error
+		if file, err = reserveReport(o.report); err != nil {
+			return refused(err)
+		}
+	}
+	out := json.NewEncoder(os.Stdout)
+	to := display(newLines(os.Stderr))
+	if o.json {
+		to = jsonLines{out, newLines(os.Stderr)}
+	}
+	s := newScreen(to)
+	// asked is closed when an abort was asked for.
+	asked, late := make(chan struct{}), false
+	ctx, stop := onSignal(ctx, func(sig syscall.Signal) bool {
+		name := unix.SignalName(sig)
+		if at := s.state(); rank[at] > rank[evict.Loading] {
+			if rank[at] < rank[evict.RollingBack] {
+				s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination,\nand only there it does; its memory is still arriving. Going on.", name)
+			}
+			return false
+		}
+		select {
+		case <-asked:
+			s.note("%s: aborting already; the VM stays on this host.", name)
+		default:
+			s.note("%s: aborting; the VM stays on this host.", name)
+			close(asked)
+		}
+		return true
+	})
+	defer stop()
+	o.source.Log = slog.New(slog.NewTextHandler(notes{s}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))
+	o.source.Show = func(p evict.Progress) {
+		s.show(p)
+		if p.State != evict.Committing && p.State != evict.Pushing || late {
+			return
+		}
+		select {
+		case <-asked:
+			late = true
+			s.note("The abort came too late: the VM was already told to run on the destination. Going on.")
+		default:
+		}
+	}
+	report, err := o.source.Evict(ctx)
+	// First what lasts: the outputs may block.
+	if file != nil {
+		if err := file.write(report); err != nil {
+			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
+		}
+	}
+	s.close()
+	if o.json {
+		out.Encode(map[string]any{"type": "report", "report": report})
+	} else {
+		io.WriteString(os.Stdout, reportText(report))
+	}
+	return err
+}
+
+// checkAddress tells a mistyped address from one that cannot be reached.
+func checkAddress(flag, addr string) error {
+	if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
+		return fmt.Errorf("%s %q is not HOST:PORT, such as 10.0.0.2:7601", flag, addr)
+	}
+	return nil
+}
+
+// notes are the lines of a log as notes on a screen.
+type notes struct{ s *screen }
+
+func (n notes) Write(b []byte) (int, error) {
+	n.s.note("vacate: %s", clean(string(b)))
+	return len(b), nil
+}
+
+func withoutTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}

@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// interrupted is why a context ended: a signal.
+type interrupted struct{ signal syscall.Signal }
+
+func (i interrupted) Error() string { return "interrupted by " + unix.SignalName(i.signal) }
+
+// Is makes it a cancellation to whoever asks for that.
+func (i interrupted) Is(target error) bool { return target == context.Canceled }
+
+// onSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells whether the
+// context is to end with it, until stop is called. A broken pipe is from then on an error
+// of the write alone: an eviction does not die because its output went away. Signals that
+// the process was started with as ignored, as by nohup, stay ignored.
+func onSignal(ctx context.Context, ask func(syscall.Signal) bool) (_ context.Context, stop func()) {
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, cancel := context.WithCancelCause(ctx)
+	signals := make(chan os.Signal, 4)
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) {
+			signal.Notify(signals, s)
+		}
+	}
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		for s := range signals {
+			if s := s.(syscall.Signal); ask(s) {
+				cancel(interrupted{s})
+			}
+		}
+	})
+	return ctx, func() {
+		signal.Stop(signals)
+		close(signals)
+		wait.Wait()
+		cancel(nil)
+	}
+}

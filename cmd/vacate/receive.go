@@ -1,0 +1,186 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"vacate/evict"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func receiveCommand() *cobra.Command {
+	var d evict.Destination
+	var listen string
+	c := &cobra.Command{
+		Use:   "receive --qmp SOCKET --listen HOST:PORT",
+		Short: "Take a VM into a QEMU that waits on this host",
+		Long: `Waits for ` + "`vacate evict`" + ` on another host and takes its VM into a QEMU here. It
+ends when that QEMU has all of the VM's memory.
+
+The QEMU here must be started with the command line of the one on the source
+(machine type with its version, -m, -smp, -cpu, devices, memory back ends; the
+same disks, shared between the hosts), and in addition
+  -S                so that the VM does not run before both sides agreed
+  -incoming defer   so that it waits for what vacate sends
+and a -qmp socket of its own. Where QEMU does not run as root,
+` + "`sysctl vm.unprivileged_userfaultfd=1`" + ` lets it fetch pages.
+
+A source whose VM does not fit, or a peer that is none, is turned away and the
+wait goes on. From the first byte of a VM on the QEMU is used up: in the end it
+runs the VM, or it was killed and never ran it.
+
+The first line on standard output is "listening on HOST:PORT", with the port
+that was chosen where :0 was asked for. It comes once the QEMU was found fit.
+Whoever reaches the address can hand over a VM and read its memory on the way:
+listen on a network that only the hosts can reach.
+
+Ctrl-C (SIGINT), SIGTERM and SIGHUP end the wait, or abort until the VM runs
+here; it then runs on on the source. Later they change nothing.
+
+` + exitHelp,
+		Example: `  On the source (10.0.0.1) the VM was started with
+    qemu-system-x86_64 -machine pc-q35-7.2,accel=kvm -cpu host -smp 2 -m 4G \
+      -drive file=/shared/vm7.raw,format=raw,if=virtio,cache=none \
+      -qmp unix:/run/vm7.qmp,server=on,wait=off
+
+  On the destination (10.0.0.2):
+    qemu-system-x86_64 -machine pc-q35-7.2,accel=kvm -cpu host -smp 2 -m 4G \
+      -drive file=/shared/vm7.raw,format=raw,if=virtio,cache=none \
+      -qmp unix:/run/vm7.qmp,server=on,wait=off \
+      -S -incoming defer &
+    vacate receive --qmp /run/vm7.qmp --listen 10.0.0.2:7601
+
+  On the source:
+    vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkAddress("--listen", listen); err != nil {
+				return err
+			}
+			return receive(c.Context(), d, listen)
+		},
+	}
+	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
+	c.Flags().StringVar(&listen, "listen", ":7601", "`HOST:PORT` to listen on")
+	c.MarkFlagRequired("qmp")
+	return c
+}
+
+func receive(ctx context.Context, d evict.Destination, listen string) error {
+	out := newScreen(&lines{w: os.Stdout})
+	defer out.close()
+	problems := newScreen(&lines{w: os.Stderr})
+	defer problems.close()
+	follow := &follower{out: out, state: evict.Waiting}
+	ctx, stop := onSignal(ctx, func(sig syscall.Signal) bool {
+		name := unix.SignalName(sig)
+		switch follow.now() {
+		case evict.Running, evict.Completing:
+			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; its memory is still arriving. Going on.", name)
+			return false
+		case evict.Waiting:
+			problems.note("%s: waiting no longer.", name)
+		default:
+			problems.note("%s: aborting; the VM stays on the source.", name)
+		}
+		return true
+	})
+	defer stop()
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
+	if err != nil {
+		return refused(err)
+	}
+	defer ln.Close()
+	warnings := slog.NewTextHandler(notes{problems}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime})
+	follow.Handler = warnings
+	d.Log = slog.New(follow)
+	err = d.Receive(ctx, &announcer{Listener: ln, announce: func() { out.note("listening on %s", ln.Addr()) }})
+	if err == nil {
+		out.note("%s  the VM runs here, with all of its memory", follow.elapsed())
+	}
+	return err
+}
+
+// announcer is a listener that tells when it is first waited on: by then the engine has
+// looked at the QEMU and found it fit.
+type announcer struct {
+	net.Listener
+	once     sync.Once
+	announce func()
+}
+
+func (a *announcer) Accept() (net.Conn, error) {
+	a.once.Do(a.announce)
+	return a.Listener.Accept()
+}
+
+// follower tells what the destination's engine logs: its states and the offer it took.
+// Warnings go to the embedded handler.
+type follower struct {
+	slog.Handler
+	out *screen
+
+	mu      sync.Mutex
+	state   evict.State // guarded by mu
+	started time.Time   // when the VM began to come; guarded by mu
+}
+
+func (f *follower) now() evict.State {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.state
+}
+
+func (f *follower) elapsed() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fmt.Sprintf("%6.1f s", time.Since(f.started).Seconds())
+}
+
+// stateText says what a state means to who waits here.
+var stateText = map[evict.State]string{
+	evict.Arming:     "the VM's description comes in",
+	evict.Loading:    "the VM's devices are being loaded",
+	evict.Prepared:   "loaded and paused; the source decides",
+	evict.Running:    "the VM runs here; its memory comes in",
+	evict.Completing: "all memory is here",
+}
+
+// Enabled implements slog.Handler.
+func (f *follower) Enabled(context.Context, slog.Level) bool { return true }
+
+// Handle implements slog.Handler.
+func (f *follower) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelWarn {
+		return f.Handler.Handle(ctx, r)
+	}
+	attrs := map[string]slog.Value{}
+	r.Attrs(func(a slog.Attr) bool {
+		attrs[a.Key] = a.Value
+		return true
+	})
+	switch r.Message {
+	case "state":
+		state, _ := attrs["state"].Any().(evict.State)
+		f.mu.Lock()
+		f.state = state
+		if state == evict.Arming {
+			f.started = time.Now()
+		}
+		f.mu.Unlock()
+		if text, ok := stateText[state]; ok {
+			f.out.note("%s  %-10s  %s", f.elapsed(), state, text)
+		}
+	case "offer accepted":
+		f.out.note("a VM of machine type %s comes from %s", clean(attrs["machine"].String()), clean(attrs["source"].String()))
+	}
+	return nil
+}

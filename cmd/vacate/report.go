@@ -1,0 +1,197 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"vacate/evict"
+)
+
+// progressJSON is progress as --json shows it. Times are in seconds.
+type progressJSON struct {
+	State      evict.State `json:"state"`
+	Elapsed    float64     `json:"elapsed_s"`
+	Pages      int         `json:"pages_sent"`
+	PagesTotal int         `json:"pages_total"` // 0 as long as it is not known
+	LinkBytes  uint64      `json:"link_bytes"`  // sent over the link
+	Rate       float64     `json:"rate_bytes_per_s"`
+	ETA        *float64    `json:"eta_s"` // null if not known
+	Fetches    int         `json:"fetches"`
+}
+
+func newProgressJSON(p evict.Progress) progressJSON {
+	j := progressJSON{
+		State: p.State, Elapsed: p.Elapsed.Seconds(), Pages: p.Pages, PagesTotal: p.Total,
+		LinkBytes: p.Bytes, Rate: p.Rate, Fetches: p.Fetches,
+	}
+	if p.ETA > 0 {
+		s := p.ETA.Seconds()
+		j.ETA = &s
+	}
+	return j
+}
+
+// jsonLines shows an eviction to programs: progress as JSON lines on one output, notes as
+// text on another.
+type jsonLines struct {
+	out   *json.Encoder
+	notes *lines
+}
+
+func (j jsonLines) progress(p evict.Progress) {
+	j.out.Encode(map[string]any{"type": "progress", "progress": newProgressJSON(p)})
+}
+
+func (j jsonLines) note(line string) { j.notes.note(line) }
+
+func (j jsonLines) end() {}
+
+// reportText sums an eviction up for people, as far as it came, in at most 80 columns.
+func reportText(r evict.Report) string {
+	var b strings.Builder
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "%-20s%s\n", name, strings.TrimRight(fmt.Sprintf(format, args...), " "))
+	}
+	seconds := func(name string, s *float64, what string) {
+		if s != nil {
+			row(name, "%9.3f s  %s", *s, what)
+		}
+	}
+	row("outcome", "%s", r.Outcome)
+	if r.Machine != "" {
+		row("machine", "%s, QEMU %s", clean(r.Machine), clean(r.QEMU))
+	}
+	seconds("execution transfer", r.Transfer, "from the start until it ran on the destination")
+	seconds("down time", r.Down, "in which it stood still")
+	seconds("total", r.Total, "from the start until the source was empty")
+	if p := r.Pages; p.Total > 0 {
+		row("pages", "%9d", p.Total)
+		for _, k := range []struct {
+			name  string
+			count int
+			what  string
+		}{
+			{"early", p.Early, "ahead of the devices, which need them"},
+			{"pushed", p.Pushed, "by the plan"},
+			{"near", p.Near, "as neighbours of fetched ones"},
+			{"fetched", p.Fetched, "because the VM waited"},
+			{"skipped", p.Skipped, "never sent"},
+		} {
+			row("  "+k.name, "%9d %5.1f%%  %s", k.count, 100*float64(k.count)/float64(p.Total), k.what)
+		}
+		row("of them zero", "%9d %5.1f%%  sent as a mark only", p.Zero, 100*float64(p.Zero)/float64(p.Total))
+		if p.Duplicate > 0 {
+			row("sent twice", "%9d", p.Duplicate)
+		}
+	}
+	if r.LinkBytes > 0 {
+		row("link", "%9s  both ways", bytesText(float64(r.LinkBytes)))
+	}
+	if r.Rate > 0 {
+		row("delivery rate", "%9s/s, round trip %s", bytesText(r.Rate), shortText(r.RoundTrip))
+	}
+	if f := r.Fetch; f != nil {
+		row("fetch latency", "p50 %s, p99 %s, max %s, %d fetches", shortText(f.P50), shortText(f.P99), shortText(f.Max), f.Count)
+	}
+	for i, p := range r.Phases {
+		name := ""
+		if i == 0 {
+			name = "phases"
+		}
+		if i+1 < len(r.Phases) {
+			row(name, "%9.3f s  %-13s for %.3f s", p.At, p.State, r.Phases[i+1].At-p.At)
+		} else {
+			row(name, "%9.3f s  %s", p.At, p.State)
+		}
+	}
+	return b.String()
+}
+
+// shortText writes a short time, given in seconds, in milliseconds.
+func shortText(seconds float64) string {
+	return fmt.Sprintf("%.3g ms", seconds*1000)
+}
+
+// reportFile is the file that a report will be in. Until then what is to become it lies
+// beside it, with its room on the disk already taken.
+type reportFile struct {
+	name string
+	temp *os.File
+}
+
+// reportRoom is more than a report takes, in bytes.
+const reportRoom = 64 << 10
+
+// reserveReport makes sure that a report can be written to a file, before the eviction
+// that is to be reported. A file of that name stays what it is until write.
+func reserveReport(name string) (_ *reportFile, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("--report: %w", err)
+		}
+	}()
+	if real, err := filepath.EvalSymlinks(name); err == nil {
+		name = real
+	}
+	if fi, err := os.Stat(name); err == nil && !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no regular file: name one, or a new one", name)
+	}
+	r := &reportFile{name: name}
+	temp := filepath.Join(filepath.Dir(name), fmt.Sprintf(".%s.%d.part", filepath.Base(name), os.Getpid()))
+	if r.temp, err = os.OpenFile(temp, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o666); err != nil {
+		return nil, err
+	}
+	if _, err = r.temp.Write(make([]byte, reportRoom)); err == nil {
+		err = r.temp.Sync()
+	}
+	if err != nil {
+		r.discard()
+		return nil, err
+	}
+	return r, nil
+}
+
+// write puts the report in place, whole or not at all.
+func (r *reportFile) write(report evict.Report) error {
+	b, err := json.MarshalIndent(report, "", "  ")
+	if err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	b = append(b, '\n')
+	if _, err = r.temp.WriteAt(b, 0); err == nil {
+		err = r.temp.Truncate(int64(len(b)))
+	}
+	if err == nil {
+		err = r.temp.Sync()
+	}
+	if err == nil {
+		err = os.Rename(r.temp.Name(), r.name)
+	}
+	if err != nil {
+		r.discard()
+		return fmt.Errorf("--report: %w", err)
+	}
+	return errors.Join(r.temp.Close(), syncDir(filepath.Dir(r.name)))
+}
+
+// discard gives the room back.
+func (r *reportFile) discard() {
+	r.temp.Close()
+	os.Remove(r.temp.Name())
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	return nil
+}
