@@ -122,91 +122,120 @@ func (b *bench) measure(ctx context.Context, chosen []strategy) (Result, error) 
 	var errs []error
 	for rep := 1; rep <= b.opts.Repeat; rep++ {
 		for _, s := range chosen {
-			run := Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}
 			b.opts.Log.Info("run", "strategy", s.name, "rep", rep)
-			if err := b.try(ctx, s, &run, &result); err != nil {
-				if ctx.Err() != nil {
-					return result, errors.Join(append(errs, ctx.Err())...)
-				}
-				run.Outcome, run.Reason = Failed, err.Error()
-				if errors.Is(err, errUnsupported) {
-					run.Outcome = Unsupported
-				} else {
-					errs = append(errs, fmt.Errorf("%s, repetition %d: %w", s.name, rep, err))
+			run, err := b.try(ctx, s, rep, &result)
+			if run != nil {
+				result.Runs = append(result.Runs, *run)
+				if b.opts.Done != nil {
+					b.opts.Done(*run)
 				}
 			}
-			result.Runs = append(result.Runs, run)
-			if b.opts.Done != nil {
-				b.opts.Done(run)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s, repetition %d: %w", s.name, rep, err))
+			}
+			if run == nil || ctx.Err() != nil {
+				return result, errors.Join(append(errs, ctx.Err())...)
 			}
 		}
 	}
 	return result, errors.Join(errs...)
 }
 
-// try boots a guest, moves it and fills in the run.
-func (b *bench) try(ctx context.Context, s strategy, run *Run, result *Result) error {
-	t := &trial{bench: b, run: run}
-	var err error
-	if t.vm, err = b.lab.A.Boot(ctx, b.opts.Spec); err != nil {
+// try boots a guest and moves it. The run is nil if it did not come so far
+// that there is something to measure.
+func (b *bench) try(ctx context.Context, s strategy, rep int, result *Result) (*Run, error) {
+	t := &trial{bench: b, run: &Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}}
+	defer t.close()
+	if err := t.setUp(ctx, s, result); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound, errors.New("the run took too long"))
+	defer cancel()
+	err := t.measure(ctx, s)
+	switch {
+	case errors.Is(err, errUnsupported):
+		t.run.Outcome, t.run.Reason = Unsupported, err.Error()
+		err = nil
+	case err != nil:
+		t.run.Outcome, t.run.Reason = Failed, err.Error()
+	}
+	return t.run, err
+}
+
+// setUp boots the guest and its twin.
+func (t *trial) setUp(ctx context.Context, s strategy, result *Result) (err error) {
+	if t.vm, err = t.lab.A.Boot(ctx, t.opts.Spec); err != nil {
 		return err
 	}
-	defer t.vm.Kill()
-	if t.twin, err = b.lab.B.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
+	if t.twin, err = t.lab.B.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
 		return err
 	}
-	defer t.twin.Kill()
 	if result.Machine.QEMU == "" {
-		if err := describe(result, t.vm, b.opts.Lab.Rate); err != nil {
+		if err := describe(result, t.vm, t.opts.Lab.Rate); err != nil {
 			return err
 		}
 	}
 	if t.src, err = watch(ctx, t.vm); err != nil {
 		return err
 	}
-	defer t.src.close()
-	if t.dst, err = watch(ctx, t.twin); err != nil {
-		return err
-	}
-	defer t.dst.close()
+	t.dst, err = watch(ctx, t.twin)
+	return err
+}
 
-	moving, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound, errors.New("the run took too long"))
-	defer cancel()
-	defer t.stop()
-	if err := s.prepare(t, moving); err != nil {
+// close ends everything that was started.
+func (t *trial) close() {
+	for _, m := range []*monitor{t.src, t.dst} {
+		if m != nil {
+			m.close()
+		}
+	}
+	for _, vm := range []*lab.VM{t.vm, t.twin} {
+		if vm != nil {
+			vm.Kill()
+		}
+	}
+	if t.receiver != nil {
+		t.receiver.Process.Kill()
+		t.receiver.Wait()
+	}
+	t.tasks.Wait()
+}
+
+// measure moves the guest and fills in the run.
+func (t *trial) measure(ctx context.Context, s strategy) error {
+	if err := s.prepare(t, ctx); err != nil {
 		return fmt.Errorf("prepare: %w", err)
 	}
-	if err := t.settle(moving); err != nil {
+	if err := t.settle(ctx); err != nil {
 		return err
 	}
-	bytes, err := b.lab.LinkBytes()
+	before, err := t.lab.LinkBytes()
 	if err != nil {
 		return err
 	}
 	t.start = time.Now()
-	err = s.move(t, moving)
-	if err != nil {
+	if err := s.move(t, ctx); err != nil {
 		t.throughput(time.Now()) // shows what the guest felt
 		return err
 	}
-	now, err := b.lab.LinkBytes()
+	now, err := t.lab.LinkBytes()
 	if err != nil {
 		return err
 	}
-	run.LinkBytes = ptr(now - bytes)
-	run.Total = seconds(t.end.Sub(t.start).Seconds())
+	t.run.LinkBytes = ptr(now - before)
+	t.run.Total = seconds(t.end.Sub(t.start).Seconds())
 	if err := t.observe(ctx); err != nil {
 		return err
 	}
 	at := t.twin
-	if run.Outcome == NotConverged {
+	if t.run.Outcome == NotConverged {
 		at = t.vm
 	}
-	check, err := at.Guest.Check(moving, at)
+	check, err := at.Guest.Check(ctx, at)
 	if err != nil {
 		return err
 	}
-	run.Bad = &check.Bad
+	t.run.Bad = &check.Bad
 	if check.Bad != 0 {
 		return fmt.Errorf("%w: %d of %d pages are bad: %v", ErrBadPages, check.Bad, check.Pages, check.Words)
 	}
@@ -218,7 +247,6 @@ func (b *bench) try(ctx context.Context, s strategy, run *Run, result *Result) e
 
 // settle waits until the load's throughput is steady.
 func (t *trial) settle(ctx context.Context) error {
-	const second = time.Second
 	began := time.Now()
 	for {
 		select {
@@ -230,7 +258,7 @@ func (t *trial) settle(ctx context.Context) error {
 		if now.Sub(began) < settleLeast {
 			continue
 		}
-		r := t.vm.Guest.Throughput(now.Add(-2*second), now, second)
+		r := t.vm.Guest.Throughput(now.Add(-2*time.Second), now, time.Second)
 		if len(r) == 2 {
 			a, b := r[0].PerSecond, r[1].PerSecond
 			if diff := a - b; max(diff, -diff) <= 0.05*max(a, b) {

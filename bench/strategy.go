@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"vacate/lab"
@@ -51,13 +52,16 @@ type trial struct {
 	src, dst *monitor
 	start    time.Time
 	end      time.Time
-	receiver *exec.Cmd
-	received *bytes.Buffer // what receiver wrote on standard error
+	receiver *exec.Cmd     // nil before and after it runs
+	received *bytes.Buffer // what it wrote on standard error; read it after its end
+	tasks    sync.WaitGroup
 }
 
 const (
 	enginePort = 7601
 	qemuPort   = 4444
+	// How long "vacate receive" may take until it listens.
+	listenLimit = 20 * time.Second
 	// More than any link here has: migrations are to be limited by the link
 	// alone. In bytes per second.
 	unlimited = 1 << 40
@@ -69,12 +73,16 @@ var errUnsupported = errors.New("not supported")
 
 // receive starts the engine at the destination and waits until it listens.
 func (t *trial) receive(ctx context.Context) error {
-	t.receiver, t.received = exec.CommandContext(ctx, t.opts.Vacate, "receive", "--qmp", t.twin.QMP, "--listen", t.engineAddr()), new(bytes.Buffer)
-	t.receiver.Stderr = t.received
-	t.profile(t.receiver, "receive")
-	if err := t.lab.B.Start(t.receiver); err != nil {
+	cmd := exec.CommandContext(ctx, t.opts.Vacate, "receive", "--qmp", t.twin.QMP, "--listen", t.engineAddr())
+	t.received = new(bytes.Buffer)
+	cmd.Stderr = t.received
+	t.profile(cmd, "receive")
+	if err := t.lab.B.Start(cmd); err != nil {
 		return err
 	}
+	t.receiver = cmd
+	ctx, cancel := context.WithTimeout(ctx, listenLimit)
+	defer cancel()
 	listening := fmt.Sprintf(":%04X 00000000:0000 0A ", enginePort) // 0A: TCP_LISTEN, see proc(5)
 	for {
 		sockets, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", t.receiver.Process.Pid))
@@ -84,7 +92,8 @@ func (t *trial) receive(ctx context.Context) error {
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("vacate receive does not listen: %w: it said %s", context.Cause(ctx), t.received)
+			cmd.Process.Kill()
+			return fmt.Errorf("vacate receive does not listen: %w: %w", context.Cause(ctx), t.endReceiver())
 		}
 	}
 }
@@ -120,10 +129,10 @@ func (t *trial) evict(ctx context.Context) error {
 		return err
 	}
 	gone := make(chan time.Time, 1)
-	go func() {
-		<-t.vm.Done() // at the latest when the trial ends
+	t.tasks.Go(func() {
+		<-t.vm.Done() // at the latest when the trial is closed
 		gone <- time.Now()
-	}()
+	})
 	if err := t.lab.A.Start(cmd); err != nil {
 		return err
 	}
@@ -146,19 +155,35 @@ func (t *trial) evict(ctx context.Context) error {
 		t.run.Fetch = r.Fetch
 	}
 	if err != nil {
-		return fmt.Errorf("vacate evict: %w; it said %s; vacate receive said %s", err, &said, t.received)
+		return fmt.Errorf("vacate evict: %w; it said %s; %w", err, &said, t.endReceiver())
 	}
 	select {
 	case t.end = <-gone:
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the source's QEMU to exit: %w", context.Cause(ctx))
 	}
-	err = t.receiver.Wait()
+	return t.waitReceiver()
+}
+
+// waitReceiver waits for the end of vacate receive.
+func (t *trial) waitReceiver() error {
+	err := t.receiver.Wait()
 	t.receiver = nil
 	if err != nil {
 		return fmt.Errorf("vacate receive: %w; it said %s", err, t.received)
 	}
 	return nil
+}
+
+// endReceiver ends vacate receive, unless it ends by itself, and returns what
+// it has to say.
+func (t *trial) endReceiver() error {
+	kill := time.AfterFunc(time.Second, func() { t.receiver.Process.Kill() })
+	defer kill.Stop()
+	if err := t.waitReceiver(); err != nil {
+		return err
+	}
+	return errors.New("vacate receive ended well")
 }
 
 // readReport reads the JSON lines of "vacate evict --json" to their end and
@@ -337,14 +362,6 @@ func (t *trial) stopAndCopy(ctx context.Context) error {
 	e, err := t.dst.wait(ctx, t.start, "the guest to run", named("RESUME"))
 	t.ended(e.at)
 	return err
-}
-
-// stop ends what prepare started.
-func (t *trial) stop() {
-	if t.receiver != nil && t.receiver.Process != nil {
-		t.receiver.Process.Kill()
-		t.receiver.Wait()
-	}
 }
 
 func find(names []string) ([]strategy, error) {
