@@ -46,6 +46,7 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 	if err := e.prepare(ctx); err != nil {
 		return &Error{ErrRefused, Waiting, err, ""}
 	}
+	var offered offer
 	for {
 		session, err := link.Accept(ctx, ln, func(err error) { d.Log.Warn("peer turned away", "error", err) })
 		if err != nil {
@@ -54,7 +55,7 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 		e.session = session
 		e.control = newControlLane(session)
 		e.tasks.Go(func() { e.control.run(maxControl) })
-		offered, err := e.consider(ctx)
+		offered, err = e.consider(ctx)
 		if err != nil {
 			d.Log.Warn("offer refused", "source", session.Peer(), "error", err)
 			session.Close()
@@ -64,7 +65,7 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 		break
 	}
 	ln.Close()
-	return e.take(ctx)
+	return e.take(ctx, time.Duration(offered.LoadTimeout)*time.Millisecond)
 }
 
 // destination is one eviction.
@@ -101,6 +102,9 @@ type pageKey struct {
 	page  pageset.Page
 }
 
+// maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
+const maxLoadTimeout = 10 * time.Minute
+
 // maxDelays bounds the fetch latencies that are kept.
 const maxDelays = 1 << 20
 
@@ -111,9 +115,6 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	e.process = -1
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
-	}
-	if e.process, err = unix.PidfdOpen(e.q.PeerPID(), 0); err != nil {
-		return fmt.Errorf("hold on to QEMU's process %d: %w", e.q.PeerPID(), err)
 	}
 	status, err := e.q.QueryStatus(ctx)
 	if err != nil {
@@ -126,18 +127,21 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
 		return fmt.Errorf("the QEMU at %s does not wait for a VM (its state is %q %s): start it as the source's, with -S -incoming defer in addition", e.QMP, status.Status, m.Status)
 	}
-	if err := startsPaused(e.q.PeerPID()); err != nil {
-		return err
-	}
 	mem, err := guestmem.Attach(ctx, e.q)
 	if err != nil {
 		return err
 	}
 	defer mem.Close()
+	if e.process, err = unix.PidfdOpen(mem.PID(), 0); err != nil {
+		return fmt.Errorf("hold on to QEMU's process %d: %w", mem.PID(), err)
+	}
+	if err := startsPaused(mem.PID()); err != nil {
+		return err
+	}
 	if e.here, err = describe(ctx, e.q, mem); err != nil {
 		return err
 	}
-	if err := hasRoom(e.here); err != nil {
+	if err := hasRoom(mem); err != nil {
 		return err
 	}
 	parameters := map[string]any{}
@@ -192,11 +196,25 @@ func (e *destination) consider(ctx context.Context) (o offer, err error) {
 }
 
 // take receives the VM.
-func (e *destination) take(ctx context.Context) error {
-	if err := e.load(ctx); err != nil {
-		return e.abort(err)
+func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
+	committing, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(armTimeout+loadTimeout, func() { cancel(errors.New("no package came")) })
+	defer timer.Stop()
+	reader, err := e.arm(committing)
+	if err == nil {
+		err = e.receivePackage(committing, reader)
 	}
-	if _, err := e.control.await(ctx, e.failed, msgCommit); err != nil {
+	if err == nil {
+		timer.Stop()
+		timer = time.AfterFunc(loadTimeout, func() { cancel(errors.New("no commit came in time")) })
+		defer timer.Stop()
+		err = e.load(committing)
+	}
+	if err == nil {
+		_, err = e.control.await(committing, e.failed, msgCommit)
+	}
+	if err != nil {
 		return e.abort(err)
 	}
 	if err := e.machine.enter(Running); err != nil {
@@ -229,26 +247,26 @@ func (e *destination) fail(err error) {
 	}
 }
 
-// load takes the VM up to loaded and paused.
-func (e *destination) load(ctx context.Context) error {
-	var err error
+// arm has QEMU take the head of the stream, by which it knows whether the VM fits.
+func (e *destination) arm(ctx context.Context) (*migstream.Reader, error) {
+	err := e.machine.enter(Arming)
+	if err != nil {
+		return nil, err
+	}
 	if e.conn, err = socketTo(ctx, e.q, "vacate-destination", qemuBuffer); err != nil {
-		return err
+		return nil, err
 	}
 	if err := e.q.MigrateIncoming(ctx, "fd:vacate-destination"); err != nil {
-		return err
+		return nil, err
 	}
 	f, err := e.control.await(ctx, nil, msgHead)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	head := f.payload
-	if err := e.machine.enter(Arming); err != nil {
-		return err
-	}
 	reader, err := e.checkHead(head)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	e.pongs, e.ended, e.failed = make(chan uint32, 16), make(chan struct{}), make(chan error, 1)
 	e.tasks.Go(func() {
@@ -257,23 +275,24 @@ func (e *destination) load(ctx context.Context) error {
 		}
 	})
 	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(head)); err != nil {
-		return err
+		return nil, err
 	}
 	if err := e.awaitPong(ctx, pingHead); err != nil {
-		return err
+		return nil, err
 	}
-	if err := e.control.Write(msgHeadOK); err != nil {
-		return err
-	}
-	if err := e.receivePackage(ctx, reader); err != nil {
-		return err
-	}
+	return reader, e.control.Write(msgHeadOK)
+}
+
+// load hands the package's pages on and waits until the VM is loaded and paused.
+func (e *destination) load(ctx context.Context) error {
 	if err := e.machine.enter(Loading); err != nil {
 		return err
 	}
 	for _, lane := range []link.Lane{link.Push, link.Fetch} {
 		e.tasks.Go(func() {
-			if err := e.receivePages(lane); err != nil {
+			if err := e.receivePages(lane); errors.Is(err, errQEMU) {
+				e.fail(err)
+			} else if err != nil {
 				e.session.FailSoon(err)
 			}
 		})
@@ -546,7 +565,7 @@ func (e *destination) readReturnPath() error {
 	for {
 		m, err := r.Next()
 		if err != nil {
-			return fmt.Errorf("QEMU closed its migration: %w", err)
+			return fmt.Errorf("%w: it closed its migration: %w", errQEMU, err)
 		}
 		switch m.Type {
 		case migstream.MsgPong:
@@ -571,6 +590,10 @@ func (e *destination) readReturnPath() error {
 			}
 			if !e.want(run) {
 				continue
+			}
+			if st := e.machine.current(); st != Running {
+				// While the VM stands still, each of these makes it stand longer.
+				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
 			}
 			request = appendRequest(request[:0], run)
 			if err := lane.Write(frameRequest, request); err != nil {
@@ -625,14 +648,14 @@ var errMoment = errors.New("a moment has passed")
 
 // explain finds QEMU's own reason behind an error, if it gives one.
 func (e *destination) explain(err error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
 	defer cancel()
 	m, qerr := e.q.QueryMigrate(ctx)
 	switch {
 	case qerr == nil && m.ErrorDesc != "":
-		return fmt.Errorf("%w; the destination's QEMU says: %s", err, m.ErrorDesc)
+		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
 	case errors.Is(qerr, qmp.ErrClosed):
-		return fmt.Errorf("the destination's QEMU ended, probably because it could not load the VM; its own messages say why (devices or disks that differ from the source's are the usual reason): %w", err)
+		return fmt.Errorf("the destination's QEMU ended; its own messages say why (devices or disks that differ from the source's are the usual reason): %w", err)
 	}
 	return err
 }
@@ -720,12 +743,27 @@ func (e *destination) close() {
 	}
 }
 
-// hasRoom makes sure that this host can hold the VM's memory.
-func hasRoom(o offer) error {
+// hasRoom makes sure that this host can hold the VM's memory: when a page finds no room
+// after the commit, it is too late.
+func hasRoom(mem *guestmem.Memory) error {
 	var need uint64
-	for _, b := range o.Blocks {
-		if b.PageSize == migstream.TargetPageSize {
-			need += b.Size
+	for _, b := range mem.Blocks() {
+		if b.PageSize != migstream.TargetPageSize {
+			continue // huge pages are reserved when QEMU starts
+		}
+		need += b.Size
+		if b.Kind != guestmem.SharedFile {
+			continue
+		}
+		file := fmt.Sprintf("/proc/%d/map_files/%x-%x", mem.PID(), b.HVA, b.HVA+b.Size)
+		var fs unix.Statfs_t
+		var st unix.Stat_t
+		if unix.Statfs(file, &fs) != nil || unix.Stat(file, &st) != nil || fs.Blocks == 0 {
+			continue // memfd, or a file system without a limit
+		}
+		room := fs.Bavail*uint64(fs.Bsize) + uint64(st.Blocks)*512
+		if room < b.Size {
+			return fmt.Errorf("memory %q has %d MiB, and the file system of its back end has room for %d MiB only: make room there first", b.Name, b.Size>>20, room>>20)
 		}
 	}
 	f, err := os.Open("/proc/meminfo")

@@ -99,7 +99,7 @@ type result struct {
 func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) result {
 	t.Helper()
 	ln := listen(t, l.B)
-	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	received := make(chan error, 1)
 	go func() {
 		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)

@@ -1,13 +1,11 @@
 package evict
 
 import (
-	"context"
 	"fmt"
 
 	"vacate/guestmem"
 	"vacate/link"
 	"vacate/pageset"
-	"vacate/qmp"
 )
 
 // frozen is the memory of the VM on the source, by the numbers of its blocks on the link.
@@ -61,56 +59,22 @@ func (f *frozen) read(dst []byte, r pageset.Run) error {
 	return f.mem.Read(dst, f.index[r.Block], offset)
 }
 
-// gpaRange is a range of guest-physical addresses, in bytes.
-type gpaRange struct{ start, length uint64 }
-
-// runs translates guest-physical ranges to the pages that hold them. What is no memory
+// runs translates guest-physical addresses to the pages that hold them. What is no memory
 // that can be read is left out.
-func (f *frozen) runs(ranges []gpaRange) []pageset.Run {
+func (f *frozen) runs(addresses []uint64) []pageset.Run {
 	var runs []pageset.Run
-	for _, g := range ranges {
-		for at := g.start &^ 4095; at < g.start+g.length; at += 4096 {
-			j, offset, ok := f.mem.Resolve(at)
-			if !ok {
-				continue
-			}
-			for i, b := range f.layout {
-				if f.index[i] == j && offset < b.Length {
-					runs = append(runs, pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
-				}
+	for _, gpa := range addresses {
+		j, offset, ok := f.mem.Resolve(gpa)
+		if !ok {
+			continue
+		}
+		for i, b := range f.layout {
+			if f.index[i] == j && offset < b.Length {
+				runs = append(runs, pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
 			}
 		}
 	}
 	return runs
-}
-
-// maxEarlyRange bounds one range that a QEMU tells us to send early.
-const maxEarlyRange = 256 << 10
-
-// touchedByLoading returns what a QEMU reads of the guest's memory while it loads the
-// devices' state: the rings of virtio queues, and the option ROM that patches the
-// guest's task priority register. It is a hint: what is missing is fetched.
-func touchedByLoading(ctx context.Context, q *qmp.Client) []gpaRange {
-	ranges := []gpaRange{{0xc0000, 0x3000}}
-	devices, err := q.QueryVirtio(ctx)
-	if err != nil {
-		return ranges
-	}
-	for _, d := range devices {
-		rings, err := q.QueryVirtioQueues(ctx, d.Path)
-		if err != nil {
-			continue
-		}
-		for _, r := range rings {
-			n := uint64(r.Num)
-			for _, g := range []gpaRange{{r.Desc, 16 * n}, {r.Avail, 6 + 2*n}, {r.Used, 6 + 8*n}} {
-				if g.start != 0 && g.length <= maxEarlyRange {
-					ranges = append(ranges, g)
-				}
-			}
-		}
-	}
-	return ranges
 }
 
 // frame builds frames of pages. It is not safe for concurrent use.

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -36,6 +37,9 @@ func newPlacer(conn net.Conn, section uint32, l layout) *placer {
 	return p
 }
 
+// errQEMU is wrapped by failures of the destination's QEMU.
+var errQEMU = errors.New("the destination's QEMU failed")
+
 // acquire makes the caller the one writer.
 func (p *placer) acquire(urgent bool) {
 	p.mu.Lock()
@@ -62,7 +66,7 @@ func (p *placer) raw(b []byte) error {
 	p.acquire(true)
 	defer p.release()
 	if _, err := p.conn.Write(b); err != nil {
-		return fmt.Errorf("write to the destination's QEMU: %w", err)
+		return fmt.Errorf("%w: write to it: %w", errQEMU, err)
 	}
 	return nil
 }
@@ -76,7 +80,7 @@ func (p *placer) place(runs []pageRun, data []byte, urgent bool) error {
 		runs, next, data, err = p.writeSection(runs, next, data)
 		p.release()
 		if err != nil {
-			return fmt.Errorf("write to the destination's QEMU: %w", err)
+			return fmt.Errorf("%w: write to it: %w", errQEMU, err)
 		}
 	}
 	return nil

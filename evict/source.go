@@ -20,16 +20,18 @@ import (
 
 // Source moves a VM away from this host.
 type Source struct {
-	QMP  string // path of the QMP socket of the VM's QEMU
-	To   string // host:port where the destination listens
-	Log  *slog.Logger
-	Show func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+	QMP string // path of the QMP socket of the VM's QEMU
+	To  string // host:port where the destination listens
+	// LoadTimeout is how long the destination may take to load the devices, which is how
+	// long the guest may stand still before the eviction is aborted. Default 20 s.
+	LoadTimeout time.Duration
+	Log         *slog.Logger
+	Show        func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
 }
 
 // Timeouts of the source, before the commit.
 const (
 	prepareTimeout = 30 * time.Second
-	loadTimeout    = 20 * time.Second
 	commitTimeout  = 20 * time.Second
 	rollbackTime   = 30 * time.Second
 )
@@ -42,6 +44,9 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 	e := &source{Source: s, started: time.Now(), died: make(chan error, 1)}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
+	}
+	if e.LoadTimeout == 0 {
+		e.LoadTimeout = 20 * time.Second
 	}
 	e.machine = newMachine(Preparing, func(st State) {
 		e.Log.Info("state", "state", st)
@@ -71,7 +76,6 @@ type source struct {
 	session *link.Session
 	changed settings
 	offer   offer
-	early   <-chan []gpaRange
 	cap     *capture
 	frozen  *frozen
 
@@ -138,12 +142,10 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if e.offer, err = describe(ctx, e.q, e.mem); err != nil {
 		return err
 	}
+	e.offer.LoadTimeout = e.LoadTimeout.Milliseconds()
 	if e.session, err = link.Dial(ctx, e.To); err != nil {
 		return err
 	}
-	early := make(chan []gpaRange, 1)
-	e.early = early
-	e.tasks.Go(func() { early <- touchedByLoading(ctx, e.q) })
 	e.control = newControlLane(e.session)
 	e.tasks.Go(func() { e.control.run(maxJSON) })
 	e.tasks.Go(e.watch)
@@ -209,7 +211,7 @@ func (e *source) transfer(ctx context.Context) error {
 		return err
 	}
 	e.noteFreeze()
-	loading, cancel := context.WithTimeoutCause(ctx, loadTimeout, fmt.Errorf("the destination did not load the devices within %v", loadTimeout))
+	loading, cancel := context.WithTimeoutCause(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
 	defer cancel()
 	if unlocated := e.frozen.unlocated(); len(unlocated) > 0 {
 		streamed, err := e.cap.blocks(loading, unlocated)
@@ -280,11 +282,7 @@ func (e *source) sendEarly() error {
 	for i := range e.frozen.streamed {
 		want = append(want, pageset.Run{Block: i, Count: e.cap.layout[i].Pages})
 	}
-	select {
-	case ranges := <-e.early:
-		want = append(want, e.frozen.runs(ranges)...)
-	default: // not known yet: then they are fetched
-	}
+	want = append(want, e.frozen.runs(touchedByLoading(e.cap.load))...)
 	var runs []pageset.Run
 	for _, w := range want {
 		runs = append(runs, e.order.Take(w)...)
@@ -506,7 +504,7 @@ func (e *source) resume(ctx context.Context) error {
 	if e.cap != nil {
 		e.cap.close()
 	}
-	continued := false
+	var refused error
 	for {
 		m, err := e.q.QueryMigrate(ctx)
 		if err != nil {
@@ -523,18 +521,15 @@ func (e *source) resume(ctx context.Context) error {
 			if err := e.cap.pretendComplete(ctx, e.q); err != nil {
 				return err
 			}
-		case over(m.Status) && !continued:
-			// "postmigrate", or "finish-migrate" on its way there or to running.
-			if status.Status == "postmigrate" || status.Status == "paused" {
-				if err := e.q.Cont(ctx); err != nil {
-					return err
-				}
-				continued = true
+		case over(m.Status) && (status.Status == "postmigrate" || status.Status == "paused"):
+			// While the destination's QEMU lives, it may hold the locks of the disks.
+			if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
+				return refused
 			}
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%w; the migration's state is %q, the VM's %q", context.Cause(ctx), m.Status, status.Status)
+			return errors.Join(refused, fmt.Errorf("%w; the migration's state is %q, the VM's %q", context.Cause(ctx), m.Status, status.Status))
 		case <-time.After(pollInterval):
 		}
 	}

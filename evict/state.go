@@ -54,7 +54,7 @@ const (
 // next lists the states that may follow a state. A state not in it is final.
 var next = map[State][]State{
 	Preparing:   {Arming, Refused},
-	Waiting:     {Arming, Refused, Aborted},
+	Waiting:     {Arming, Refused},
 	Arming:      {Switching, Loading, RollingBack, Aborted},
 	Switching:   {Loading, RollingBack},
 	Loading:     {Committing, Prepared, RollingBack, Aborted},

@@ -62,6 +62,10 @@ type offer struct {
 	CPUs    int          `json:"cpus"`
 	Blocks  []blockOffer `json:"blocks"`
 	Devices []string     `json:"devices"` // on the PCI buses, sorted: "00:03.0 1af4:1000"
+	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
+	// long has passed since the package came and no commit: its QEMU may hold the locks of
+	// the disks, without which the source cannot resume the VM.
+	LoadTimeout int64 `json:"load_timeout_ms"`
 }
 
 type blockOffer struct {

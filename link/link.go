@@ -380,7 +380,9 @@ func (c *Conn) Write(kind uint8, parts ...[]byte) error {
 // Read receives a frame of at most limit bytes of payload into buf, which it grows if
 // need be. It returns io.EOF, wrapped, if the peer closed the lane between two frames.
 func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err error) {
-	if _, err := io.ReadFull(c.c, c.head[:]); err != nil {
+	if _, err := io.ReadFull(c.c, c.head[:]); err == io.EOF {
+		return 0, nil, fmt.Errorf("the peer closed the connection: %w", err)
+	} else if err != nil {
 		return 0, nil, fmt.Errorf("receive from the peer: %w", err)
 	}
 	kind = c.head[0]

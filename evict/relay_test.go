@@ -1,0 +1,120 @@
+package evict_test
+
+import (
+	"encoding/binary"
+	"io"
+	"net"
+	"sync"
+	"testing"
+
+	"vacate/lab"
+)
+
+// relay stands between a source and a destination and passes frames on, until the one
+// frame that it waits for has come: then it does something unkind.
+type relay struct {
+	t    testing.TB
+	host *lab.Host
+	to   string
+
+	lane     int   // 0 control, 1 push, 2 fetch
+	upstream bool  // from the destination to the source
+	kind     uint8 // of the frame waited for
+	do       func(r *relay, frame []byte, to net.Conn)
+
+	mu    sync.Mutex
+	conns []net.Conn
+	hit   chan struct{}
+	tasks sync.WaitGroup
+}
+
+// cut ends all connections.
+func cut(r *relay, _ []byte, _ net.Conn) { r.close() }
+
+// stall passes nothing on any more, and says nothing.
+func stall(*relay, []byte, net.Conn) {}
+
+// corrupt flips a bit of the frame.
+func corrupt(_ *relay, frame []byte, to net.Conn) {
+	frame[len(frame)-1] ^= 0x10
+	to.Write(frame)
+}
+
+// garbage puts something else in the frame's place.
+func garbage(_ *relay, _ []byte, to net.Conn) {
+	to.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\nand so on and so forth"))
+}
+
+func (r *relay) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.conns {
+		c.Close()
+	}
+}
+
+// serve relays one session, whose three connections come in the order of the lanes.
+func (r *relay) serve(ln net.Listener) {
+	defer ln.Close()
+	for lane := range 3 {
+		down, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		var up net.Conn
+		err = r.host.Do(func() (err error) {
+			up, err = net.Dial("tcp", r.to)
+			return err
+		})
+		if err != nil {
+			down.Close()
+			return
+		}
+		r.mu.Lock()
+		r.conns = append(r.conns, down, up)
+		r.mu.Unlock()
+		r.tasks.Add(2)
+		go r.pass(lane, false, down, up, 28)
+		go r.pass(lane, true, up, down, 14)
+	}
+}
+
+// pass relays one direction of one lane, first its greeting, then frames.
+func (r *relay) pass(lane int, upstream bool, from, to net.Conn, greeting int) {
+	defer r.tasks.Done()
+	b := make([]byte, greeting)
+	if _, err := io.ReadFull(from, b); err != nil {
+		to.Close()
+		return
+	}
+	to.Write(b)
+	for {
+		head := make([]byte, 12)
+		if _, err := io.ReadFull(from, head); err != nil {
+			to.Close()
+			return
+		}
+		frame := append(head, make([]byte, binary.BigEndian.Uint32(head[4:]))...)
+		if _, err := io.ReadFull(from, frame[12:]); err != nil {
+			to.Close()
+			return
+		}
+		if lane == r.lane && upstream == r.upstream && frame[0] == r.kind {
+			r.mu.Lock()
+			first := r.hit != nil
+			if first {
+				close(r.hit)
+				r.hit = nil
+			}
+			r.mu.Unlock()
+			if first {
+				r.do(r, frame, to)
+				continue
+			}
+		}
+		if _, err := to.Write(frame); err != nil {
+			from.Close()
+			return
+		}
+	}
+}
