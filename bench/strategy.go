@@ -288,7 +288,8 @@ func over(m *monitor, wanted ...string) func(event) (bool, error) {
 	}
 }
 
-// notePages takes QEMU's own counts.
+// notePages takes QEMU's own counts. What was sent beyond the VM's pages was
+// sent once more.
 func (t *trial) notePages(ctx context.Context) error {
 	m, err := t.src.QueryMigrate(ctx)
 	if err != nil {
@@ -303,7 +304,7 @@ func (t *trial) notePages(ctx context.Context) error {
 	if sent >= r.PostcopyRequests {
 		p.Pushed = ptr(sent - r.PostcopyRequests)
 	}
-	if total := r.Total / r.PageSize; m.Status == Completed && sent >= total {
+	if total := r.Total / r.PageSize; sent >= total {
 		p.Duplicate = ptr(sent - total)
 	}
 	t.run.Pages = p
@@ -323,6 +324,9 @@ func (t *trial) precopy(ctx context.Context) error {
 	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
+	if err := t.notePages(ctx); err != nil { // afterwards QEMU has no counts
+		return err
+	}
 	if err := t.src.MigrateCancel(ctx); err != nil {
 		return err
 	}
@@ -336,9 +340,6 @@ func (t *trial) precopy(ctx context.Context) error {
 	t.ended(e.at)
 	t.run.Outcome = NotConverged
 	t.run.Reason = fmt.Sprintf("given up after %v", t.opts.PrecopyBound)
-	if err := t.notePages(ctx); err != nil {
-		return err
-	}
 	status, err := t.src.QueryStatus(ctx)
 	if err == nil && !status.Running { // cancelled while it switched over
 		err = t.src.Cont(ctx)

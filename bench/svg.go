@@ -35,7 +35,8 @@ func (r *Result) SVG(w io.Writer) error {
 	bottom := plotHeight - 66 - legendLine*len(names)
 	end := r.plotEnd()
 	x := func(t float64) float64 { return left + (t+2)/(end+2)*(right-left) }
-	y := func(share float64) float64 { return float64(bottom) - min(share, 1.4)/1.4*float64(bottom-top) }
+	most := r.plotTop()
+	y := func(share float64) float64 { return float64(bottom) - min(share/most, 1.02)*float64(bottom-top) }
 
 	var b strings.Builder
 	text := func(x, y float64, attrs, s string) {
@@ -50,7 +51,7 @@ func (r *Result) SVG(w io.Writer) error {
 	text(left, 48, "", r.title())
 	text(left, 66, `font-size="11" fill="#555"`, r.subtitle())
 
-	for share := 0.0; share < 1.3; share += 0.2 {
+	for share := 0.0; share < most+0.01; share += 0.2 {
 		line(left, y(share), right, y(share), `stroke="#e4e4e4"`)
 		text(left-8, y(share)+4, `text-anchor="end"`, fmt.Sprintf("%.0f %%", share*100))
 	}
@@ -97,7 +98,7 @@ func (r *Result) SVG(w io.Writer) error {
 		text(left+50, at, `font-weight="bold"`, name)
 		text(left+220, at, "", r.legend(name))
 	}
-	text(right, float64(plotHeight-legendLine*len(names)+4), `text-anchor="end" font-size="11" fill="#555"`, "● runs on the destination   ■ source holds nothing")
+	text(right, y(0)+36, `text-anchor="end" font-size="11" fill="#555"`, "● runs on the destination   ■ source holds nothing")
 	b.WriteString("</svg>\n")
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -123,6 +124,21 @@ func (r *Result) plotEnd() float64 {
 		return data
 	}
 	return min(data, last*1.2+1)
+}
+
+// plotTop returns the share of the rate before at which the plot ends.
+func (r *Result) plotTop() float64 {
+	most := 1.2
+	for i := range r.Runs {
+		run := &r.Runs[i]
+		if run.Before == nil || run != r.typical(run.Strategy) {
+			continue
+		}
+		for i := range run.Throughput {
+			most = max(most, smoothed(run, i))
+		}
+	}
+	return min(math.Ceil(most/0.2-0.01)*0.2, 2)
 }
 
 // niceStep returns a step of 1, 2 or 5 times a power of ten that divides a

@@ -31,9 +31,10 @@ func number(n *uint64) *float64 {
 	return ptr(float64(*n))
 }
 
+// ofQuantiles takes a figure that needs at least one event.
 func ofQuantiles(q func(*Run) *Quantiles, f func(*Quantiles) float64) func(*Run) *float64 {
 	return func(r *Run) *float64 {
-		if v := q(r); v != nil {
+		if v := q(r); v != nil && v.Count > 0 {
 			return ptr(f(v))
 		}
 		return nil
@@ -47,6 +48,13 @@ func ofPages(f func(*Pages) *uint64) func(*Run) *float64 {
 		}
 		return number(f(r.Pages))
 	}
+}
+
+func stallCount(r *Run) *float64 {
+	if r.Stall == nil {
+		return nil
+	}
+	return number(&r.Stall.Count)
 }
 
 func stall(r *Run) *Quantiles { return r.Stall }
@@ -63,7 +71,7 @@ var (
 		{"bad", "pages", whole, func(r *Run) *float64 { return number(r.Bad) }, false},
 	}
 	stalls = []figure{
-		{"stalls", "", whole, ofQuantiles(stall, func(q *Quantiles) float64 { return float64(q.Count) }), true},
+		{"stalls", "", whole, stallCount, true},
 		{"stall p50", "ms", ms1, ofQuantiles(stall, func(q *Quantiles) float64 { return q.P50 }), true},
 		{"p99", "ms", ms1, ofQuantiles(stall, func(q *Quantiles) float64 { return q.P99 }), true},
 		{"max", "ms", ms, ofQuantiles(stall, func(q *Quantiles) float64 { return q.Max }), true},

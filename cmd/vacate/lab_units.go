@@ -28,7 +28,7 @@ func (m *mebibytes) Set(s string) error {
 		}
 	}
 	n, err := strconv.ParseUint(digits, 10, 20)
-	if !ok || err != nil || digits[0] == '+' {
+	if !ok || err != nil {
 		return fmt.Errorf("size %.40q: want a whole number of MiB or GiB, such as 512M or 1G, below 1048576", s)
 	}
 	*m = mebibytes(int(n) * factor)

@@ -1,0 +1,120 @@
+package bench
+
+import (
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/lab"
+)
+
+// One cache for all tests; the repository ignores it.
+const testDir = "../.lab"
+
+func needLab(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	if err := lab.Probe(); err != nil {
+		if os.Getenv("VACATE_REQUIRE") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+}
+
+func buildVacate(t *testing.T) string {
+	t.Helper()
+	bin := filepath.Join(t.TempDir(), "vacate")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "vacate/cmd/vacate").CombinedOutput(); err != nil {
+		t.Fatalf("build vacate: %v\n%s", err, out)
+	}
+	return bin
+}
+
+// Every strategy moves a guest, and is measured.
+func TestMeasure(t *testing.T) {
+	needLab(t)
+	var done []string
+	result, err := Measure(t.Context(), Options{
+		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second, Vacate: buildVacate(t),
+		Spec: lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
+		Lab:  lab.Options{Dir: testDir, Rate: 500e6},
+		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Done: func(r Run) { done = append(done, r.Strategy) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := result.Table(t.Output()); err != nil {
+		t.Error(err)
+	}
+	if got, want := strings.Join(done, " "), strings.Join(Strategies(), " "); got != want {
+		t.Errorf("ran %s, want %s", got, want)
+	}
+	m := &result.Machine
+	if m.CPU == "" || m.Cores < 1 || m.MemoryBytes == 0 || m.Kernel == "" || m.QEMU == "" || m.Accel == "" || m.GuestKernel == "" || m.Link == nil || *m.Link != 500e6 {
+		t.Errorf("the machine is not described: %+v", m)
+	}
+	for i := range result.Runs {
+		checkRun(t, &result.Runs[i])
+	}
+}
+
+func checkRun(t *testing.T, r *Run) {
+	t.Helper()
+	if r.Outcome == Unsupported && r.Strategy == "qemu-postcopy-preempt" {
+		return
+	}
+	moved := r.Outcome == Completed
+	if !moved && !(r.Outcome == NotConverged && r.Strategy == "qemu-precopy") {
+		t.Errorf("%s: outcome %s: %s", r.Strategy, r.Outcome, r.Reason)
+		return
+	}
+	missing := func(what string, is bool) {
+		if is {
+			t.Errorf("%s: no %s", r.Strategy, what)
+		}
+	}
+	missing("total", r.Total == nil)
+	missing("pages", r.Pages == nil)
+	missing("stalls", r.Stall == nil)
+	missing("check", r.Bad == nil)
+	missing("rate before", r.Before == nil)
+	missing("work lost", r.WorkLost == nil)
+	missing("bytes", r.LinkBytes == nil || *r.LinkBytes < 1<<20)
+	missing("series", len(r.Throughput) < 20 || r.Throughput[0][0] != -2)
+	missing("fetches", r.Strategy == "vacate" && r.Fetch == nil)
+	missing("engine's report", (r.Strategy == "vacate") != (r.Engine != nil))
+	if moved {
+		missing("transfer", r.Transfer == nil)
+		missing("down time", r.Down == nil)
+		// All of the load crossed.
+		missing("memory on the link", r.LinkBytes != nil && *r.LinkBytes < 60<<20)
+	}
+	if r.Transfer != nil && r.Down != nil && r.Total != nil && !(0 < *r.Down && *r.Down <= *r.Transfer && *r.Transfer <= *r.Total) {
+		t.Errorf("%s: down %v s, transfer %v s, total %v s", r.Strategy, *r.Down, *r.Transfer, *r.Total)
+	}
+}
+
+func TestBadOptions(t *testing.T) {
+	good := Options{Strategies: []string{"vacate"}, Load: "hot", Repeat: 1, PrecopyBound: time.Second}
+	for want, spoil := range map[string]func(*Options){
+		"no strategy given":   func(o *Options) { o.Strategies = nil },
+		`no strategy "magic"`: func(o *Options) { o.Strategies = []string{"vacate", "magic"} },
+		`no load "none"`:      func(o *Options) { o.Load = "none" },
+		"repetitions":         func(o *Options) { o.Repeat = 0 },
+		"bound":               func(o *Options) { o.PrecopyBound = 0 },
+	} {
+		o := good
+		spoil(&o)
+		if _, err := Measure(t.Context(), o); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v, want one with %q", err, want)
+		}
+	}
+}
