@@ -127,6 +127,7 @@ func (o evictOptions) run(ctx context.Context) error {
 			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
 		}
 	}
+	stop() // an output that blocks is from here on no reason to stay
 	s.close()
 	if o.json {
 		out.Encode(map[string]any{"type": "report", "report": report})

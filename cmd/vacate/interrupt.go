@@ -39,10 +39,10 @@ func onSignal(ctx context.Context, ask func(syscall.Signal) bool) (_ context.Con
 			}
 		}
 	})
-	return ctx, func() {
+	return ctx, sync.OnceFunc(func() {
 		signal.Stop(signals)
 		close(signals)
 		wait.Wait()
 		cancel(nil)
-	}
+	})
 }

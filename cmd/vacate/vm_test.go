@@ -252,7 +252,8 @@ func readReport(t testing.TB, name string) evict.Report {
 }
 
 // One VM is moved by vacate itself: with a Ctrl-C that comes too late; then back, with
-// nobody reading what it says; then not at all, as a Ctrl-C comes in time.
+// nobody reading what it says; then not at all, as a Ctrl-C comes in time; then to a QEMU
+// that dies.
 func TestVM(t *testing.T) {
 	l := newLab(t, lab.Options{Rate: 5e8})
 	vm, err := l.A.Boot(within(t, 3*time.Minute), lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
@@ -321,8 +322,8 @@ func TestVM(t *testing.T) {
 	if err := syscall.Kill(twin.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	src = start(t, l.A, "evict", "--qmp", back.QMP, "--to", addr, "--json", "--report", report)
-	src.awaitLine(`"state":"arming"`)
+	src = start(t, l.A, "evict", "--qmp", back.QMP, "--to", addr, "--report", report)
+	src.awaitError(" s  arming\n")
 	src.cmd.Process.Signal(os.Interrupt)
 	src.awaitError("SIGINT: aborting; the VM stays on this host.")
 	src.exit(exitAborted)
@@ -341,6 +342,28 @@ func TestVM(t *testing.T) {
 			t.Errorf("the destination's QEMU is still there: %v", err)
 		}
 	}
+	if text := strings.Join(src.rest(), "\n"); !strings.HasPrefix(text, "outcome             aborted\n") {
+		t.Errorf("the report is %s", text)
+	}
 	mustWork(t, back)
 	mustCheck(t, back)
+
+	// The destination's QEMU dies once it runs the VM.
+	twin, dest, addr = startReceive(t, l.B, back)
+	src = start(t, l.A, "evict", "--qmp", back.QMP, "--to", addr, "--report", report)
+	src.awaitError(" s  pushing")
+	twin.Kill()
+	src.exit(exitLost)
+	dest.exit(exitLost)
+	if s := src.errors(); !strings.Contains(s, "vacate: lost contact while pushing: ") || !strings.Contains(s, "do not resume it and do not end its QEMU.") {
+		t.Errorf("it said %s", s)
+	}
+	text := strings.Join(src.rest(), "\n")
+	if !strings.HasPrefix(text, "outcome             lost contact\n") || !strings.Contains(text, "\ndown time ") {
+		t.Errorf("the report is %s", text)
+	}
+	t.Logf("%s", text)
+	if r := readReport(t, report); r.Outcome != "lost contact" || r.Total != nil {
+		t.Errorf("%+v", r)
+	}
 }
