@@ -43,6 +43,7 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 	e := &destination{Destination: d}
 	e.machine = newMachine(Waiting, func(st State) { d.Log.Info("state", "state", st) })
 	defer e.close()
+	d.Log.Info("state", "state", Waiting)
 	if err := e.prepare(ctx); err != nil {
 		return &Error{ErrRefused, Waiting, err, ""}
 	}

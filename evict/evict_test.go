@@ -93,6 +93,7 @@ type result struct {
 	report  evict.Report
 	source  error
 	destErr error
+	last    evict.Progress
 }
 
 // evictVM moves vm from host a to its twin on host b with both engines in this process.
@@ -106,7 +107,7 @@ func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) re
 	}()
 	var r result
 	r.source = l.A.Do(func() (err error) {
-		r.report, err = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Log: log.With("side", "source")}.Evict(ctx)
+		r.report, err = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
 		return err
 	})
 	if r.source != nil {
@@ -114,6 +115,16 @@ func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) re
 	}
 	r.destErr = <-received
 	return r
+}
+
+// show checks that progress never runs backwards.
+func (r *result) show(t testing.TB) func(evict.Progress) {
+	return func(p evict.Progress) {
+		if p.Pages < r.last.Pages || p.Bytes < r.last.Bytes || p.Elapsed < r.last.Elapsed || p.Total < r.last.Total {
+			t.Errorf("progress went from %+v to %+v", r.last, p)
+		}
+		r.last = p
+	}
 }
 
 func (r result) mustComplete(t testing.TB) {

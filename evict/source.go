@@ -52,6 +52,8 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 		e.Log.Info("state", "state", st)
 		e.show(st)
 	})
+	e.Log.Info("state", "state", Preparing)
+	e.show(Preparing)
 	ticking, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var ticker sync.WaitGroup
 	ticker.Go(func() { e.tick(ticking) })

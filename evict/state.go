@@ -67,7 +67,8 @@ var next = map[State][]State{
 	RollingBack: {Aborted, Lost},
 }
 
-// machine is the state of one side and its history. It is safe for concurrent use.
+// machine is the state of one side and its history. It is safe for concurrent use. It
+// tells onEnter of every state but the first.
 type machine struct {
 	mu      sync.Mutex
 	state   State
@@ -76,9 +77,7 @@ type machine struct {
 }
 
 func newMachine(first State, onEnter func(State)) *machine {
-	m := &machine{state: first, entered: map[State]time.Time{first: time.Now()}, onEnter: onEnter}
-	onEnter(first)
-	return m
+	return &machine{state: first, entered: map[State]time.Time{first: time.Now()}, onEnter: onEnter}
 }
 
 // enter moves to a state. A move that the diagram does not have is a bug: it is not made, and reported.
