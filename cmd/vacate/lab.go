@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"vacate/bench"
@@ -34,7 +35,20 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
   # The engine against QEMU's own post-copy, three times.
   vacate lab bench --strategies vacate,qemu-postcopy --repeat 3`,
 	}
-	c.AddCommand(upCommand(), superviseCommand(), statusCommand(), execCommand(), downCommand(), benchCommand())
+	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()), untilSignal(statusCommand()),
+		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()))
+	return c
+}
+
+// untilSignal has a signal end a command's context, so that it can clean up.
+func untilSignal(c *cobra.Command) *cobra.Command {
+	run := c.RunE
+	c.RunE = func(c *cobra.Command, args []string) error {
+		ctx, stop := onSignal(c.Context(), func(syscall.Signal) bool { return true })
+		defer stop()
+		c.SetContext(ctx)
+		return run(c, args)
+	}
 	return c
 }
 
