@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"vacate/migstream"
 )
@@ -16,12 +17,14 @@ const (
 	sectionZeros = 256
 )
 
-// placer writes pages into a QEMU as parts of the RAM section of its migration stream.
-// It may be used concurrently; urgent writes go ahead of others.
+// placer gives pages to a QEMU: directly where that is possible, else as parts of the RAM
+// section of its migration stream. It may be used concurrently; urgent writes to the
+// stream go ahead of others.
 type placer struct {
 	conn    net.Conn
 	section uint32
 	layout  layout
+	direct  atomic.Pointer[direct] // nil until QEMU listens for pages
 
 	mu     sync.Mutex
 	free   *sync.Cond // of mu: busy was cleared, or urgent fell to zero
@@ -71,8 +74,34 @@ func (p *placer) raw(b []byte) error {
 	return nil
 }
 
-// place writes the pages of the runs; data holds those that are not zero.
+// place gives QEMU the pages of the runs; data holds those that are not zero.
 func (p *placer) place(runs []pageRun, data []byte, urgent bool) error {
+	d := p.direct.Load()
+	if d == nil {
+		return p.stream(runs, data, urgent)
+	}
+	for i, r := range runs {
+		size := p.layout[r.Block].PageSize
+		n := uint64(r.Count) * size
+		if r.Zero {
+			n = 0
+		}
+		var err error
+		if d.places(r.Block) {
+			err = d.place(r, size, data[:n])
+		} else {
+			err = p.stream(runs[i:i+1], data[:n], urgent)
+		}
+		if err != nil {
+			return err
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+// stream writes the pages of the runs to QEMU's stream.
+func (p *placer) stream(runs []pageRun, data []byte, urgent bool) error {
 	next := 0 // page of runs[0] to be written next
 	for len(runs) > 0 {
 		p.acquire(urgent)

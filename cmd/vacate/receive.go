@@ -70,6 +70,7 @@ here; it then runs on on the source. Later they change nothing.
 	}
 	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
 	c.Flags().StringVar(&listen, "listen", ":7601", "`HOST:PORT` to listen on")
+	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false, "have QEMU itself load all pages: slower, for comparison")
 	c.MarkFlagRequired("qmp")
 	return c
 }
