@@ -175,10 +175,10 @@ func (t *trial) setUp(ctx context.Context, s strategy, result *Result) (err erro
 			return err
 		}
 	}
-	if t.src, err = watch(ctx, t.vm); err != nil {
+	if t.src, err = watch(ctx, t.vm, t.opts.Log); err != nil {
 		return err
 	}
-	t.dst, err = watch(ctx, t.twin)
+	t.dst, err = watch(ctx, t.twin, t.opts.Log)
 	return err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -28,7 +29,7 @@ type event struct {
 	at     time.Time
 }
 
-func watch(ctx context.Context, vm *lab.VM) (*monitor, error) {
+func watch(ctx context.Context, vm *lab.VM, log *slog.Logger) (*monitor, error) {
 	c, err := qmp.Dial(ctx, vm.LabQMP)
 	if err != nil {
 		return nil, err
@@ -37,6 +38,7 @@ func watch(ctx context.Context, vm *lab.VM) (*monitor, error) {
 	events := c.Subscribe(1024)
 	m.all.Go(func() {
 		for e := range events.C {
+			log.Debug("event", "vm", m.name, "event", e.Name, "data", string(e.Data), "at", e.Time)
 			m.take(e, time.Now())
 		}
 	})

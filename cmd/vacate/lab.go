@@ -120,6 +120,7 @@ func benchCommand() *cobra.Command {
 		f          vmFlags
 		opts       bench.Options
 		json_, svg string
+		verbose    bool
 	)
 	c := &cobra.Command{
 		Use:   "bench",
@@ -147,6 +148,7 @@ else should run on the machine meanwhile.`,
 	fl.StringVar(&opts.Profile, "profile", "", "directory for CPU profiles of vacate's two processes")
 	fl.StringVar(&json_, "json", "", "file for the result as JSON (docs/bench.md)")
 	fl.StringVar(&svg, "svg", "", "file for a plot of the guest's throughput")
+	fl.BoolVarP(&verbose, "verbose", "v", false, "log every event of the QEMUs")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		var err error
 		for _, name := range []string{json_, svg} {
@@ -162,7 +164,11 @@ else should run on the machine meanwhile.`,
 		if opts.Spec, err = f.spec(c.Context()); err != nil {
 			return err
 		}
-		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+		level := slog.LevelInfo
+		if verbose {
+			level = slog.LevelDebug
+		}
+		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 		opts.Lab = lab.Options{Dir: f.dir, Rate: uint64(f.link), Log: opts.Log}
 		opts.Done = func(r bench.Run) { opts.Log.Info("done", "strategy", r.Strategy, "rep", r.Rep, "outcome", r.Outcome) }
 		result, err := bench.Measure(c.Context(), opts)
