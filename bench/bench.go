@@ -113,17 +113,39 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 		return Result{}, err
 	}
 	b := &bench{opts, l}
-	result, err := b.measure(ctx, chosen)
+	result := Result{Version: Version, Runs: []Run{}}
+	if result.Machine.Congestion, err = useCubic(l); err == nil {
+		err = b.measure(ctx, chosen, &result)
+	}
 	return result, errors.Join(err, l.Close())
 }
 
-func (b *bench) measure(ctx context.Context, chosen []strategy) (Result, error) {
-	result := Result{Version: Version, Runs: []Run{}}
+// useCubic has TCP on both hosts use Linux's default congestion control, where
+// the kernel has it. Some machines are set to BBR, which now and then takes a
+// busy core for a slow link, and then is slow itself for many seconds.
+func useCubic(l *lab.Lab) (string, error) {
+	var now string
+	for _, h := range []*lab.Host{l.A, l.B} {
+		err := h.Do(func() error {
+			const file = "/proc/sys/net/ipv4/tcp_congestion_control" // of this thread's namespace
+			os.WriteFile(file, []byte("cubic"), 0)                   // what is in force is told below
+			text, err := os.ReadFile(file)
+			now = strings.TrimSpace(string(text))
+			return err
+		})
+		if err != nil {
+			return "", fmt.Errorf("TCP's congestion control on host %s: %w", h.Name, err)
+		}
+	}
+	return now, nil
+}
+
+func (b *bench) measure(ctx context.Context, chosen []strategy, result *Result) error {
 	var errs []error
 	for rep := 1; rep <= b.opts.Repeat; rep++ {
 		for _, s := range chosen {
 			b.opts.Log.Info("run", "strategy", s.name, "rep", rep)
-			run, err := b.try(ctx, s, rep, &result)
+			run, err := b.try(ctx, s, rep, result)
 			if run != nil {
 				result.Runs = append(result.Runs, *run)
 				if b.opts.Done != nil {
@@ -134,11 +156,11 @@ func (b *bench) measure(ctx context.Context, chosen []strategy) (Result, error) 
 				errs = append(errs, fmt.Errorf("%s, repetition %d: %w", s.name, rep, err))
 			}
 			if run == nil || ctx.Err() != nil {
-				return result, errors.Join(append(errs, ctx.Err())...)
+				return errors.Join(append(errs, ctx.Err())...)
 			}
 		}
 	}
-	return result, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // try boots a guest and moves it. The run is nil if it did not come so far
@@ -345,7 +367,8 @@ func describe(r *Result, vm *lab.VM, rate uint64) error {
 	}
 	s := &vm.Spec
 	r.Machine = Machine{
-		CPU: submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
+		Congestion: r.Machine.Congestion,
+		CPU:        submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
 		MemoryBytes: info.Totalram * uint64(info.Unit), Kernel: unix.ByteSliceToString(u.Release[:]),
 		QEMU: s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
 	}

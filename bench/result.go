@@ -26,7 +26,8 @@ type Machine struct {
 	QEMU        string  `json:"qemu"`  // version
 	Accel       string  `json:"accel"` // kvm or tcg
 	GuestKernel string  `json:"guest_kernel"`
-	Link        *uint64 `json:"link_bits_per_s"` // each way; nil: unshaped
+	Link        *uint64 `json:"link_bits_per_s"`        // each way; nil: unshaped
+	Congestion  string  `json:"tcp_congestion_control"` // on both hosts
 }
 
 // VM is what was moved.

@@ -43,7 +43,7 @@ func sample() *Result {
 	given.Transfer, given.Down, given.Recovery, given.Outcome, given.Reason = nil, nil, nil, NotConverged, "given up after 15s"
 	return &Result{
 		Version: Version,
-		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9))},
+		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic"},
 		VM:      VM{"pc", 1024, 1, "bare", false, 200, 200},
 		Runs: []Run{
 			engine, moved(baseline, 1, 0.01, 4.1, 60000), given,
