@@ -1,0 +1,58 @@
+# vacate: `make help` lists what there is.
+#
+# Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
+# test), FUZZTIME (per fuzz target), BENCHFLAGS (for vacate lab bench).
+
+SHELL    := /bin/bash
+GO       ?= go
+PKG      ?= ./...
+FUZZTIME ?= 10s
+
+export PATH := $(PATH):/usr/local/go/bin
+
+# A checkout that git does not trust, or a copy without git, builds without a version stamp.
+export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false) $(GOFLAGS)
+
+# TestRecord is no test: it rewrites what others compare with.
+TEST = $(GO) test -skip '^TestRecord$$' $(if $(RACE),-race) $(TESTFLAGS)
+
+.PHONY: help build test unit demo deps fuzz lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## bin/vacate and bin/guestload, both static
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/guestload
+
+# One package at a time: those with VMs want the machine to themselves.
+test: deps ## all tests, those with real VMs included (root; minutes)
+	$(TEST) -count=1 -p 1 -timeout 20m $(PKG)
+
+unit: ## the tests that need neither root nor QEMU (seconds)
+	$(TEST) -short $(PKG)
+
+demo: deps build ## evict a real VM on this machine, and compare (root; under 5 minutes)
+	@bin/vacate lab demo
+
+deps: ## install the Debian packages that are missing
+	@scripts/deps $(if $(RACE),race)
+
+fuzz: ## every fuzz target for FUZZTIME (10s)
+	@$(GO) test -list '^Fuzz' ./... | \
+	awk '/^Fuzz/ { f[++n] = $$1 } /^ok/ { while (n) print $$2, f[n--] }' | \
+	while read -r pkg target; do \
+		echo "$$pkg $$target"; \
+		$(GO) test "$$pkg" -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) || exit 1; \
+	done
+
+lint: ## gofmt, go vet, staticcheck
+	@files=$$(find . -name '*.go' -not -path './.lab/*' | xargs gofmt -l) && \
+	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
+	bin/vacate lab bench $(BENCHFLAGS)
+
+clean: ## remove what was built and downloaded
+	rm -rf bin .lab
