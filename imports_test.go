@@ -1,0 +1,82 @@
+package vacate_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// imports is which packages of this module, and which modules of others, each package may
+// import outside its tests. docs/architecture.md tells why; a package that is not here is
+// not allowed.
+var imports = map[string][]string{
+	"qmp":           {"golang.org/x/sys"},
+	"migstream":     {},
+	"pageset":       {},
+	"pushorder":     {"vacate/pageset"},
+	"link":          {"golang.org/x/sys"},
+	"guestmem":      {"golang.org/x/sys", "vacate/qmp"},
+	"evict":         {"golang.org/x/sys", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
+	"inspect":       {"vacate/migstream"},
+	"lab/loadproto": {},
+	"lab":           {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
+	"bench":         {"golang.org/x/sys", "vacate/lab", "vacate/qmp"},
+	"cmd/guestload": {"golang.org/x/sys", "vacate/lab/loadproto"},
+	"cmd/vacate":    {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/evict", "vacate/inspect", "vacate/lab"},
+}
+
+func TestImports(t *testing.T) {
+	seen := map[string]bool{}
+	err := filepath.WalkDir(".", func(file string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if e.IsDir() && file != "." && (strings.HasPrefix(e.Name(), ".") || e.Name() == "testdata") {
+			return filepath.SkipDir
+		}
+		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {
+			return nil
+		}
+		pkg := path.Dir(filepath.ToSlash(file))
+		allowed, known := imports[pkg]
+		if !known {
+			t.Errorf("%s: package %s is not in the list of this test", file, pkg)
+			return nil
+		}
+		seen[pkg] = true
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		for _, spec := range f.Imports {
+			name, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				return err
+			}
+			first, _, _ := strings.Cut(name, "/")
+			if first != "vacate" && !strings.Contains(first, ".") {
+				continue // the standard library
+			}
+			if !slices.ContainsFunc(allowed, func(a string) bool {
+				return name == a || strings.Contains(first, ".") && strings.HasPrefix(name, a+"/")
+			}) {
+				t.Errorf("%s imports %s, which package %s may not", file, name, pkg)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for pkg := range imports {
+		if !seen[pkg] {
+			t.Errorf("there is no package %s: take it from the list of this test", pkg)
+		}
+	}
+}
