@@ -36,7 +36,7 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
   vacate lab bench --strategies vacate,qemu-postcopy --repeat 3`,
 	}
 	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()), untilSignal(statusCommand()),
-		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()))
+		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()), untilSignal(demoCommand()))
 	return c
 }
 
