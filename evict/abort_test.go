@@ -177,11 +177,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	go func() {
 		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(receiving, ln)
 	}()
-	var report evict.Report
-	evictErr := l.A.Do(func() (err error) {
-		report, err = evict.Source{QMP: vm.QMP, To: front.Addr().String(), LoadTimeout: a.timeout, Log: log.With("side", "source")}.Evict(ctx)
-		return err
-	})
+	report, evictErr := evict.Source{QMP: vm.QMP, To: front.Addr().String(), Dial: dialFrom(l.A), LoadTimeout: a.timeout, Log: log.With("side", "source")}.Evict(ctx)
 	select {
 	case <-hit:
 	default:

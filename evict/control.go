@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"vacate/link"
 )
@@ -51,22 +52,7 @@ var errFarewell = errors.New("the other side gave up")
 func (c *controlLane) await(ctx context.Context, failed <-chan error, kinds ...uint8) (controlFrame, error) {
 	select {
 	case f := <-c.frames:
-		if f.err != nil {
-			return f, f.err
-		}
-		if f.kind == msgAbort {
-			var bye farewell
-			if err := decode(f.payload, &bye); err != nil {
-				return f, err
-			}
-			return f, fmt.Errorf("%w: %s", errFarewell, bye.Reason)
-		}
-		for _, k := range kinds {
-			if f.kind == k {
-				return f, nil
-			}
-		}
-		return f, fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
+		return f, f.check(kinds...)
 	case err := <-failed:
 		return controlFrame{}, err
 	case <-c.session.Done():
@@ -74,4 +60,21 @@ func (c *controlLane) await(ctx context.Context, failed <-chan error, kinds ...u
 	case <-ctx.Done():
 		return controlFrame{}, context.Cause(ctx)
 	}
+}
+
+// check tells whether the frame is of one of the kinds.
+func (f controlFrame) check(kinds ...uint8) error {
+	switch {
+	case f.err != nil:
+		return f.err
+	case slices.Contains(kinds, f.kind):
+		return nil
+	case f.kind == msgAbort:
+		var bye farewell
+		if err := decode(f.payload, &bye); err != nil {
+			return err
+		}
+		return fmt.Errorf("%w: %s", errFarewell, bye.Reason)
+	}
+	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
 }

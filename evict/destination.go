@@ -141,14 +141,18 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if err := startsPaused(e.mem.PID()); err != nil {
 		return err
 	}
-	if e.here, err = describe(ctx, e.q, e.mem); err != nil {
+	if e.here, err = describe(ctx, e.q); err != nil {
 		return err
 	}
+	e.here = e.here.withMemory(e.mem)
 	if err := hasRoom(e.mem); err != nil {
 		return err
 	}
-	parameters := map[string]any{}
-	if _, err = configure(ctx, e.q, parameters); err != nil {
+	before, err := settingsOf(ctx, e.q)
+	if err != nil {
+		return err
+	}
+	if _, err := before.configure(ctx, e.q, nil); err != nil {
 		return explainPostcopy(err)
 	}
 	return nil
@@ -637,10 +641,14 @@ func (e *destination) awaitPong(ctx context.Context, value uint32) error {
 			if v == value {
 				return nil
 			}
-		default:
-			if err := e.pause(ctx); err != nil {
-				return err
-			}
+		case f := <-e.control.frames:
+			return f.check()
+		case err := <-e.failed:
+			return err
+		case <-e.session.Done():
+			return e.session.Err()
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 }

@@ -89,6 +89,18 @@ func listen(t testing.TB, h *lab.Host) net.Listener {
 	return ln
 }
 
+// dialFrom makes connections from a host.
+func dialFrom(h *lab.Host) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+		err = h.Do(func() error {
+			var d net.Dialer
+			c, err = d.DialContext(ctx, network, addr)
+			return err
+		})
+		return c, err
+	}
+}
+
 type result struct {
 	report  evict.Report
 	source  error
@@ -106,10 +118,7 @@ func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) re
 		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)
 	}()
 	var r result
-	r.source = l.A.Do(func() (err error) {
-		r.report, err = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
-		return err
-	})
+	r.report, r.source = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Dial: dialFrom(l.A), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
 	if r.source != nil {
 		ln.Close()
 	}

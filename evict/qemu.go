@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"vacate/guestmem"
@@ -27,26 +29,31 @@ var capabilitiesOff = []string{
 	"switchover-ack", "validate-uuid", "x-colo", "x-ignore-shared", "xbzrle", "zero-copy-send", "zero-blocks",
 }
 
-// settings are what an eviction changes in a QEMU that may live on, to be put back.
+// settings are the migration settings of a QEMU.
 type settings struct {
 	capabilities map[string]bool
 	parameters   map[string]any
 }
 
-// configure sets a QEMU's migration up for an eviction and returns what it changed.
-func configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (settings, error) {
-	var old settings
-	caps, err := q.QueryMigrationCapabilities(ctx)
-	if err != nil {
-		return old, err
+// settingsOf reads the settings of a QEMU.
+func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
+	if s.capabilities, err = q.QueryMigrationCapabilities(ctx); err != nil {
+		return s, err
 	}
-	if _, ok := caps["postcopy-ram"]; !ok {
-		return old, fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with userfaultfd", q.Version())
+	if _, ok := s.capabilities["postcopy-ram"]; !ok {
+		return s, fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with userfaultfd", q.Version())
 	}
-	want, old2 := map[string]bool{}, map[string]bool{}
+	return s, q.Run(ctx, "query-migrate-parameters", nil, &s.parameters)
+}
+
+// configure sets a QEMU's migration up for an eviction, with some parameters, and returns
+// what it changed, as it was before.
+func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (changed settings, err error) {
+	changed = settings{map[string]bool{}, map[string]any{}}
+	want := map[string]bool{}
 	set := func(name string, on bool) {
-		if was, ok := caps[name]; ok && was != on {
-			want[name], old2[name] = on, was
+		if was, ok := s.capabilities[name]; ok && was != on {
+			want[name], changed.capabilities[name] = on, was
 		}
 	}
 	for _, name := range capabilitiesOff {
@@ -56,26 +63,23 @@ func configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (s
 	set("events", true)
 	if len(want) > 0 {
 		if err := q.SetMigrationCapabilities(ctx, want); err != nil {
-			return old, err
+			return settings{}, err
 		}
 	}
-	old.capabilities = old2
+	if tls, ok := s.parameters["tls-creds"].(string); ok && tls != "" {
+		// The socket that we hand to QEMU is no TLS connection.
+		parameters = maps.Clone(parameters)
+		parameters["tls-creds"] = ""
+	}
+	for name := range parameters {
+		if was, ok := s.parameters[name]; ok {
+			changed.parameters[name] = was
+		}
+	}
 	if len(parameters) > 0 {
-		var all map[string]any
-		if err := q.Run(ctx, "query-migrate-parameters", nil, &all); err != nil {
-			return old, err
-		}
-		old.parameters = map[string]any{}
-		for name := range parameters {
-			if v, ok := all[name]; ok {
-				old.parameters[name] = v
-			}
-		}
-		if err := q.SetMigrationParameters(ctx, parameters); err != nil {
-			return old, err
-		}
+		err = q.SetMigrationParameters(ctx, parameters)
 	}
-	return old, nil
+	return changed, err
 }
 
 // restore puts back what configure changed.
@@ -115,29 +119,56 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 	return c, nil
 }
 
-// describe collects what an offer says of a VM: of the source's, and of the
-// destination's to be compared with it.
-func describe(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (offer, error) {
-	machine, err := q.QueryMachine(ctx)
-	if err != nil {
-		return offer{}, err
-	}
-	cpus, err := q.QueryCPUs(ctx)
-	if err != nil {
-		return offer{}, err
-	}
-	o := offer{QEMU: q.Version().String(), Machine: machine, CPUs: len(cpus)}
+// describe collects what an offer says of a VM, but its memory: of the source's, and of
+// the destination's to be compared with it.
+func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {
+	o.QEMU = q.Version().String()
+	err = together(
+		func() (err error) {
+			o.Machine, err = q.QueryMachine(ctx)
+			return err
+		},
+		func() error {
+			cpus, err := q.QueryCPUs(ctx)
+			o.CPUs = len(cpus)
+			return err
+		},
+		func() error {
+			var buses []pciBus
+			err := q.Run(ctx, "query-pci", nil, &buses)
+			if isRefusal(err) { // a machine without PCI
+				err = nil
+			}
+			o.Devices = pciDevices(nil, buses)
+			slices.Sort(o.Devices)
+			return err
+		})
+	return o, err
+}
+
+// withMemory adds the blocks of memory to an offer.
+func (o offer) withMemory(mem *guestmem.Memory) offer {
 	for _, b := range mem.Blocks() {
 		o.Blocks = append(o.Blocks, blockOffer{b.Name, b.Size, b.PageSize})
 	}
-	var buses []pciBus
-	// Machines without PCI have no such list.
-	if err := q.Run(ctx, "query-pci", nil, &buses); err != nil && !isRefusal(err) {
-		return offer{}, err
+	return o
+}
+
+// together does all at the same time and returns the first error in the order given. On a
+// busy host the main loop of a QEMU answers a command late, and several as late as one.
+func together(do ...func() error) error {
+	errs := make([]error, len(do))
+	var all sync.WaitGroup
+	for i, f := range do {
+		all.Go(func() { errs[i] = f() })
 	}
-	o.Devices = pciDevices(nil, buses)
-	slices.Sort(o.Devices)
-	return o, nil
+	all.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // pciBus is the part of QEMU's PciInfo that names devices.

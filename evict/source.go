@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,8 @@ import (
 type Source struct {
 	QMP string // path of the QMP socket of the VM's QEMU
 	To  string // host:port where the destination listens
+	// Dial makes the connections to it; nil for the usual way.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// LoadTimeout is how long the destination may take to load the devices, which is how
 	// long the guest may stand still before the eviction is aborted. Default 20 s.
 	LoadTimeout time.Duration
@@ -126,28 +129,30 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if v := e.q.Version(); !v.AtLeast(4, 2) {
 		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was tried with 7.2 to 11.1", v)
 	}
-	status, err := e.q.QueryStatus(ctx)
+	var before settings
+	err = together(
+		func() error { return e.fit(ctx) },
+		func() (err error) {
+			before, err = settingsOf(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			e.offer, err = describe(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			e.mem, err = guestmem.Attach(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			e.session, err = link.Dial(ctx, e.Dial, e.To)
+			return err
+		})
 	if err != nil {
 		return err
 	}
-	if !status.Running {
-		return fmt.Errorf("the VM is not running, its state is %q: a VM that stands still can be moved at leisure by other means", status.Status)
-	}
-	if m, err := e.q.QueryMigrate(ctx); err != nil {
-		return err
-	} else if !over(m.Status) {
-		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
-	}
-	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
-		return err
-	}
-	if e.offer, err = describe(ctx, e.q, e.mem); err != nil {
-		return err
-	}
+	e.offer = e.offer.withMemory(e.mem)
 	e.offer.LoadTimeout = e.LoadTimeout.Milliseconds()
-	if e.session, err = link.Dial(ctx, e.To); err != nil {
-		return err
-	}
 	e.control = newControlLane(e.session)
 	e.tasks.Go(func() { e.control.run(maxJSON) })
 	e.tasks.Go(e.watch)
@@ -157,8 +162,27 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if _, err := e.await(ctx, msgAccepted); err != nil {
 		return err
 	}
-	e.changed, err = configure(ctx, e.q, map[string]any{"max-bandwidth": armBandwidth, "max-postcopy-bandwidth": 0})
+	e.changed, err = before.configure(ctx, e.q, map[string]any{"max-bandwidth": armBandwidth, "max-postcopy-bandwidth": 0})
 	return err
+}
+
+// fit makes sure that the VM is in a state from which it can be evicted.
+func (e *source) fit(ctx context.Context) error {
+	status, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := e.q.QueryMigrate(ctx)
+	if err != nil {
+		return err
+	}
+	if !over(m.Status) {
+		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+	}
+	if !status.Running {
+		return fmt.Errorf("the VM is not running, its state is %q: a VM that stands still can be moved at leisure by other means", status.Status)
+	}
+	return nil
 }
 
 // over tells whether a migration of that state leaves room for a new one.
@@ -236,15 +260,8 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.control.Write(msgLoad, e.cap.load); err != nil {
 		return err
 	}
-	// The guest's pages may follow at once: until the commit they are copies for nothing.
 	e.window = newWindow(migstream.TargetPageSize)
-	for _, task := range []func() error{e.pushAll, e.serveFetches, e.readPlaced} {
-		e.tasks.Go(func() {
-			if err := task(); err != nil {
-				e.session.FailSoon(err) // whoever waits on the control lane notices
-			}
-		})
-	}
+	e.begin(e.serveFetches)
 	settled := make(chan error, 1)
 	e.tasks.Go(func() { settled <- e.cap.settle(loading, e.q) })
 	if _, err := e.await(loading, msgLoaded); err != nil {
@@ -253,6 +270,15 @@ func (e *source) transfer(ctx context.Context) error {
 		return err
 	}
 	return <-settled
+}
+
+// begin has a task of a lane done. Whoever waits on the control lane notices its failure.
+func (e *source) begin(task func() error) {
+	e.tasks.Go(func() {
+		if err := task(); err != nil {
+			e.session.FailSoon(err)
+		}
+	})
 }
 
 // noteFreeze finds out when the guest was frozen, from QEMU's event.
@@ -407,6 +433,10 @@ func (e *source) commit() error {
 		return e.lost(err, "The commit was sent, so the VM may be running on the destination; here it stays frozen, with its memory intact. "+
 			"Ask the destination's QEMU with `query-status`. If it says \"running\", let it run as far as it gets. Only if that QEMU is gone or never ran: quit it, and this VM may be brought back here")
 	}
+	// Not sooner: pages that arrive while the destination loads the devices take the CPU
+	// that it needs for that.
+	e.begin(e.readPlaced)
+	e.begin(e.pushAll)
 	// From here on nothing must resume the source. Its stream is not at its end, so
 	// closing it leaves the guest frozen.
 	e.cap.close()

@@ -65,7 +65,7 @@ func (w *window) size() int {
 func (w *window) batch() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return min(max(w.size()/4, w.page), max(maxBatch, w.page))
+	return min(max(w.size()/3, w.page), max(maxBatch, w.page))
 }
 
 // room returns a channel that is closed when more may be sent, nil if it may be now.

@@ -29,6 +29,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -124,30 +125,29 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
 		return nil, m.explain(err)
 	}
-	text, err := c.HMP(ctx, "info ramblock")
-	if err != nil {
+	// A QEMU on a busy host answers late, and two questions as late as one.
+	var blocks, tree string
+	var treeErr error
+	var asking sync.WaitGroup
+	asking.Go(func() { tree, treeErr = c.HMP(ctx, "info mtree -f") })
+	blocks, err = c.HMP(ctx, "info ramblock")
+	asking.Wait()
+	if err = errors.Join(err, treeErr); err != nil {
 		return nil, err
 	}
-	listed, err := parseRAMBlocks(text)
+	listed, err := parseRAMBlocks(blocks)
 	if err != nil {
 		return nil, err
 	}
 	// Blocks without a name are not migrated and of no interest.
 	listed = slices.DeleteFunc(listed, func(b ramBlock) bool { return b.name == "" })
-	if text, err = c.HMP(ctx, "info mtree -f"); err != nil {
-		return nil, err
-	}
-	rows, err := parseMTree(text)
+	rows, err := parseMTree(tree)
 	if err != nil {
 		return nil, err
 	}
-	hvas := make([]uint64, len(rows))
-	for i, r := range rows {
-		text, err := c.HMP(ctx, fmt.Sprintf("gpa2hva %#x", r.gpa))
-		if err != nil {
-			return nil, err
-		}
-		hvas[i], _ = parseGPA2HVA(text, r.gpa, r.region) // gone since: 0 fits no block
+	hvas, err := hostAddresses(ctx, c, listed, rows)
+	if err != nil {
+		return nil, err
 	}
 	// QEMU has answered since the pidfd was opened, so that is QEMU's.
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
@@ -214,6 +214,42 @@ func (m *Memory) mayRead(vmas []vma) error {
 	}
 	_, err := m.readv(make([]byte, 1), []unix.RemoteIovec{{Base: uintptr(vmas[i].start), Len: 1}})
 	return err
+}
+
+// hostAddresses asks QEMU where the rows lie in its address space; 0 for one that is gone
+// since. Each question costs a turn of a main loop that a busy guest makes wait: where only
+// one block bears the region's name, its first row tells of the others.
+func hostAddresses(ctx context.Context, c *qmp.Client, listed []ramBlock, rows []row) ([]uint64, error) {
+	bearers := map[string]int{}
+	for _, b := range listed {
+		bearers[b.name[strings.LastIndexByte(b.name, '/')+1:]]++
+	}
+	// The first row of a region with one bearer answers for all of them.
+	first := map[string]int{}
+	var ask []int
+	for i, r := range rows {
+		if _, asked := first[r.region]; !asked || bearers[r.region] != 1 {
+			first[r.region] = i
+			ask = append(ask, i)
+		}
+	}
+	hvas, errs := make([]uint64, len(rows)), make([]error, len(ask))
+	var asking sync.WaitGroup
+	for n, i := range ask {
+		asking.Go(func() {
+			text, err := c.HMP(ctx, fmt.Sprintf("gpa2hva %#x", rows[i].gpa))
+			errs[n] = err
+			hvas[i], _ = parseGPA2HVA(text, rows[i].gpa, rows[i].region) // gone since: 0 fits no block
+		})
+	}
+	asking.Wait()
+	for i, r := range rows {
+		f := first[r.region]
+		if bearers[r.region] == 1 && hvas[f] >= rows[f].offset {
+			hvas[i] = hvas[f] - rows[f].offset + r.offset
+		}
+	}
+	return hvas, errors.Join(errs...)
 }
 
 // locate brings the tables together. See the package comment.

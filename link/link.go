@@ -149,8 +149,9 @@ func (s *Session) Bytes() (sent, received uint64) {
 // Close closes all lanes.
 func (s *Session) Close() { s.Fail(net.ErrClosed) }
 
-// Dial opens a session with the destination that listens at addr, a host:port.
-func Dial(ctx context.Context, addr string) (_ *Session, err error) {
+// Dial opens a session with the destination that listens at addr, a host:port. It makes
+// its connections with dial, which may be nil for the usual way.
+func Dial(ctx context.Context, dial func(ctx context.Context, network, addr string) (net.Conn, error), addr string) (_ *Session, err error) {
 	s := &Session{done: make(chan struct{})}
 	if _, err := rand.Read(s.ID[:]); err != nil {
 		return nil, fmt.Errorf("make a session id: %w", err)
@@ -160,9 +161,11 @@ func Dial(ctx context.Context, addr string) (_ *Session, err error) {
 			s.Close()
 		}
 	}()
-	dialer := net.Dialer{Timeout: handshakeTimeout}
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: handshakeTimeout}).DialContext
+	}
 	for l := range lanes {
-		c, err := dialer.DialContext(ctx, "tcp", addr)
+		c, err := dial(ctx, "tcp", addr)
 		if err != nil {
 			if errors.Is(err, syscall.ECONNREFUSED) {
 				return nil, fmt.Errorf("nothing listens at %s: start `vacate receive` there first: %w", addr, err)
@@ -173,7 +176,9 @@ func Dial(ctx context.Context, addr string) (_ *Session, err error) {
 			c.Close()
 			return nil, err
 		}
-		if err := hello(ctx, c, l, s.ID); err != nil {
+		if err := hello(ctx, c, l, s.ID); ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		} else if err != nil {
 			return nil, fmt.Errorf("%v lane to %s: %w", l, addr, err)
 		}
 	}

@@ -71,6 +71,7 @@ type evictOptions struct {
 }
 
 func (o evictOptions) run(ctx context.Context) error {
+	beUrgent()
 	if err := checkAddress("--to", o.source.To); err != nil {
 		return err
 	}

@@ -76,6 +76,7 @@ here; it then runs on on the source. Later they change nothing.
 }
 
 func receive(ctx context.Context, d evict.Destination, listen string) error {
+	beUrgent()
 	out := newScreen(&lines{w: os.Stdout})
 	defer out.close()
 	problems := newScreen(&lines{w: os.Stderr})
