@@ -58,6 +58,7 @@ type Run struct {
 	Outcome  string `json:"outcome"`
 	Reason   string `json:"reason,omitempty"`
 
+	Prepare   *float64 `json:"prepare_s"` // before the start
 	Transfer  *float64 `json:"execution_transfer_s"`
 	Down      *float64 `json:"down_time_s"`
 	Total     *float64 `json:"total_s"`

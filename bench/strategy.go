@@ -113,6 +113,7 @@ func (t *trial) profile(cmd *exec.Cmd, side string) {
 type engineReport struct {
 	Outcome string `json:"outcome"`
 	Reason  string `json:"reason"`
+	Begun   *time.Time
 	Pages   struct {
 		Early, Pushed, Near, Fetched, Zero, Skipped, Duplicate uint64
 	} `json:"pages"`
@@ -149,6 +150,13 @@ func (t *trial) evict(ctx context.Context) error {
 		}
 		if r.Reason != "" {
 			err = errors.Join(err, errors.New(r.Reason))
+		}
+		if r.Begun != nil {
+			// Like QEMU's capabilities and monitors, the engines' connection is made before the
+			// clock starts.
+			prepared := r.Begun.Sub(t.start.Round(0))
+			t.run.Prepare = seconds(prepared.Seconds())
+			t.start = t.start.Add(prepared)
 		}
 		p := &r.Pages
 		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero, &p.Skipped, &p.Duplicate}

@@ -62,6 +62,7 @@ func fetch(r *Run) *Quantiles { return r.Fetch }
 
 var (
 	times = []figure{
+		{"prepare", "ms", ms, func(r *Run) *float64 { return r.Prepare }, false},
 		{"transfer", "ms", ms, func(r *Run) *float64 { return r.Transfer }, true},
 		{"down", "ms", ms, func(r *Run) *float64 { return r.Down }, true},
 		{"total", "s", secs, func(r *Run) *float64 { return r.Total }, true},

@@ -308,14 +308,6 @@ func (e *destination) load(ctx context.Context) error {
 	if err := e.awaitPong(ctx, pingLoaded); err != nil {
 		return err
 	}
-	if !e.ThroughQEMU {
-		d, err := openDirect(e.process, e.mem, e.layout)
-		if err != nil {
-			e.Log.Info("pages go through QEMU's stream", "reason", err)
-		} else {
-			e.placer.direct.Store(d)
-		}
-	}
 	for {
 		status, err := e.q.QueryStatus(ctx)
 		if err != nil {
@@ -334,7 +326,18 @@ func (e *destination) load(ctx context.Context) error {
 	if err := e.machine.enter(Prepared); err != nil {
 		return err
 	}
-	return e.control.Write(msgLoaded)
+	if err := e.control.Write(msgLoaded); err != nil {
+		return err
+	}
+	if !e.ThroughQEMU {
+		d, err := openDirect(e.process, e.mem, e.layout)
+		if err != nil {
+			e.Log.Info("pages go through QEMU's stream", "reason", err)
+		} else {
+			e.placer.direct.Store(d)
+		}
+	}
+	return nil
 }
 
 const (

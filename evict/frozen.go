@@ -5,6 +5,7 @@ import (
 
 	"vacate/guestmem"
 	"vacate/link"
+	"vacate/migstream"
 	"vacate/pageset"
 )
 
@@ -87,7 +88,17 @@ type frame struct {
 	zero  int // zero pages in the frame
 }
 
-func (f *frozen) newFrame() *frame { return &frame{f: f, buf: make([]byte, max(maxBatch, maxPage))} }
+func (f *frozen) newFrame() *frame {
+	size := uint64(maxBatch)
+	for _, b := range f.layout {
+		size = max(size, b.PageSize)
+	}
+	buf := make([]byte, size)
+	for i := 0; i < len(buf); i += migstream.TargetPageSize {
+		buf[i] = 1 // so that the kernel provides the memory now
+	}
+	return &frame{f: f, buf: buf}
+}
 
 // fill reads as many of the runs' pages as one frame takes and returns the rest.
 func (fr *frame) fill(runs []pageset.Run) ([]pageset.Run, error) {

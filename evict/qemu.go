@@ -48,7 +48,7 @@ func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
 
 // configure sets a QEMU's migration up for an eviction, with some parameters, and returns
 // what it changed, as it was before.
-func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (changed settings, err error) {
+func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (changed settings, _ error) {
 	changed = settings{map[string]bool{}, map[string]any{}}
 	want := map[string]bool{}
 	set := func(name string, on bool) {
@@ -61,11 +61,6 @@ func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[s
 	}
 	set("postcopy-ram", true)
 	set("events", true)
-	if len(want) > 0 {
-		if err := q.SetMigrationCapabilities(ctx, want); err != nil {
-			return settings{}, err
-		}
-	}
 	if tls, ok := s.parameters["tls-creds"].(string); ok && tls != "" {
 		// The socket that we hand to QEMU is no TLS connection.
 		parameters = maps.Clone(parameters)
@@ -76,10 +71,19 @@ func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[s
 			changed.parameters[name] = was
 		}
 	}
-	if len(parameters) > 0 {
-		err = q.SetMigrationParameters(ctx, parameters)
-	}
-	return changed, err
+	return changed, together(
+		func() error {
+			if len(want) == 0 {
+				return nil
+			}
+			return q.SetMigrationCapabilities(ctx, want)
+		},
+		func() error {
+			if len(parameters) == 0 {
+				return nil
+			}
+			return q.SetMigrationParameters(ctx, parameters)
+		})
 }
 
 // restore puts back what configure changed.

@@ -22,14 +22,18 @@ type Progress struct {
 // Report is what an eviction did, as the source saw it. Times are in seconds; those that
 // were never reached are nil.
 type Report struct {
-	Outcome  string   `json:"outcome"` // completed, refused, aborted, lost contact
-	Reason   string   `json:"reason,omitempty"`
-	Machine  string   `json:"machine,omitempty"`
-	QEMU     string   `json:"qemu,omitempty"`
-	Phases   []Phase  `json:"phases"`
-	Transfer *float64 `json:"execution_transfer_s"` // start until the VM runs on the destination
-	Down     *float64 `json:"down_time_s"`          // frozen until it runs on the destination
-	Total    *float64 `json:"total_s"`              // start until the source holds nothing any more
+	Outcome string  `json:"outcome"` // completed, refused, aborted, lost contact
+	Reason  string  `json:"reason,omitempty"`
+	Machine string  `json:"machine,omitempty"`
+	QEMU    string  `json:"qemu,omitempty"`
+	Phases  []Phase `json:"phases"`
+	// Begun is when the VM was first touched, by having its QEMU migrate: what came before
+	// took Prepare and left it alone.
+	Begun    *time.Time `json:"begun"`
+	Prepare  *float64   `json:"prepare_s"`
+	Transfer *float64   `json:"execution_transfer_s"` // begun until the VM runs on the destination
+	Down     *float64   `json:"down_time_s"`          // frozen until it runs on the destination
+	Total    *float64   `json:"total_s"`              // begun until the source holds nothing any more
 
 	Pages     PageCounts `json:"pages"`
 	LinkBytes uint64     `json:"link_bytes"` // payload of the connections, both ways

@@ -83,6 +83,8 @@ type source struct {
 	offer   offer
 	cap     *capture
 	frozen  *frozen
+	pushed  *frame // of the push lane, and before the push of the control lane
+	fetched *frame // of the fetch lane
 
 	frozenAt atomic.Pointer[time.Time]
 	control  *controlLane
@@ -223,6 +225,8 @@ func (e *source) transfer(ctx context.Context) error {
 	if e.frozen, err = newFrozen(e.mem, e.cap.layout); err != nil {
 		return err
 	}
+	// Made while the guest still runs: making them takes a while.
+	e.pushed, e.fetched = e.frozen.newFrame(), e.frozen.newFrame()
 	e.total.Store(int64(e.cap.layout.pages()))
 	if err := e.control.Write(msgHead, e.cap.head); err != nil {
 		return err
@@ -316,7 +320,7 @@ func (e *source) sendEarly() error {
 		runs = append(runs, e.order.Take(w)...)
 	}
 	e.ahead.Add(int64(pageset.Pages(runs)))
-	f := e.frozen.newFrame()
+	f := e.pushed
 	for len(runs) > 0 {
 		var err error
 		if runs, err = f.fill(runs); err != nil {
@@ -332,8 +336,7 @@ func (e *source) sendEarly() error {
 
 // pushAll pushes pages in order until none is left.
 func (e *source) pushAll() error {
-	lane := e.session.Lane(link.Push)
-	f := e.frozen.newFrame()
+	lane, f := e.session.Lane(link.Push), e.pushed
 	for {
 		for wait := e.window.room(); wait != nil; wait = e.window.room() {
 			select {
@@ -366,8 +369,7 @@ func (e *source) pushAll() error {
 
 // serveFetches answers the requests of the destination, until the lane ends.
 func (e *source) serveFetches() error {
-	lane := e.session.Lane(link.Fetch)
-	f := e.frozen.newFrame()
+	lane, f := e.session.Lane(link.Fetch), e.fetched
 	var buf []byte
 	for {
 		kind, payload, err := lane.Read(buf, runSize)
@@ -599,7 +601,11 @@ func (e *source) report(err error) Report {
 		s := at.Sub(from).Seconds()
 		return &s
 	}
-	r.Transfer, r.Total = since(e.started, Pushing), since(e.started, Completed)
+	begun := e.machine.at(Arming)
+	if !begun.IsZero() {
+		r.Begun = &begun
+	}
+	r.Prepare, r.Transfer, r.Total = since(e.started, Arming), since(begun, Pushing), since(begun, Completed)
 	if at := e.frozenAt.Load(); at != nil {
 		r.Down = since(*at, Pushing)
 	}

@@ -65,9 +65,10 @@ func reportText(r evict.Report) string {
 	if r.Machine != "" {
 		row("machine", "%s, QEMU %s", clean(r.Machine), clean(r.QEMU))
 	}
-	seconds("execution transfer", r.Transfer, "from the start until it ran on the destination")
+	seconds("preparation", r.Prepare, "in which the VM was left alone")
+	seconds("execution transfer", r.Transfer, "from then until it ran on the destination")
 	seconds("down time", r.Down, "in which it stood still")
-	seconds("total", r.Total, "from the start until the source was empty")
+	seconds("total", r.Total, "from then until the source was empty")
 	if p := r.Pages; p.Total > 0 {
 		row("pages", "%9d", p.Total)
 		for _, k := range []struct {
