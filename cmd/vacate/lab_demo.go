@@ -177,9 +177,10 @@ func (d *demo) compare(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintln(d.out, `
-transfer: from the start until the VM runs on host b; down: it runs nowhere; total: until
-host a holds nothing of it; work lost: as seconds of its full speed. This is one run each:
-"vacate lab bench --repeat 5" tells more, docs/bench.md what the figures mean.`)
+transfer: from QEMU's order to migrate until the VM runs on host b; down: in which it runs
+nowhere; total: until host a holds nothing of it; work lost: in seconds of its full speed.
+One run each proves little: "vacate lab bench --repeat 5" tells more, docs/bench.md what
+the figures mean.`)
 	for _, r := range result.Runs {
 		if r.Bad == nil || *r.Bad != 0 {
 			return bench.ErrBadPages
