@@ -127,7 +127,7 @@ func TestRatio(t *testing.T) {
 		{Strategy: "vacate", Rep: 3, Total: ptr(30.0)},
 		{Strategy: baseline, Rep: 3},
 	}}
-	total := times[2]
+	total := times[3]
 	if got := spreadOf(r.ratio("vacate", total)); got != (spread{1.75, 0.5, 3, 2}) {
 		t.Errorf("ratios of %s: %v", total.title, got)
 	}

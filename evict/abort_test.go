@@ -41,9 +41,9 @@ func pass(_ *relay, frame []byte, to net.Conn) { to.Write(frame) }
 
 // The frames of package evict, as they stand on the wire.
 const (
-	offer, head, load, commit                     = 1, 2, 3, 4
-	accepted, headOK, loaded, running, completeOK = 16, 17, 18, 19, 20
-	pages, request                                = 64, 65
+	offer, head, load, commit           = 1, 2, 3, 4
+	accepted, loaded, running, complete = 16, 17, 18, 19
+	pages, request                      = 64, 65
 )
 
 var attempts = []attempt{
@@ -53,13 +53,11 @@ var attempts = []attempt{
 	{name: "cut at the head", kind: head, do: cut, want: evict.ErrAborted},
 	{name: "head corrupted", kind: head, do: corrupt, want: evict.ErrAborted},
 	{name: "cancelled at the head", kind: head, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
-	{name: "cut behind the head", upstream: true, kind: headOK, do: cut, want: evict.ErrAborted},
 	{name: "cut ahead of the package", kind: pages, do: cut, want: evict.ErrAborted},
 	{name: "cut at the package", kind: load, do: cut, want: evict.ErrAborted},
 	{name: "package corrupted", kind: load, do: corrupt, want: evict.ErrAborted},
 	{name: "cancelled at the package", kind: load, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
 	{name: "destination stalls at the package", kind: load, do: stall, timeout: 500 * time.Millisecond, want: evict.ErrAborted, says: "did not load the devices within"},
-	{name: "cut at the first pushed pages", lane: 1, kind: pages, do: cut, want: evict.ErrAborted},
 	{name: "cut when loaded", upstream: true, kind: loaded, do: cut, want: evict.ErrAborted},
 	{name: "cancelled when loaded", upstream: true, kind: loaded, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
 	{name: "garbage when loaded", upstream: true, kind: loaded, do: garbage, want: evict.ErrAborted, says: "does not speak vacate's protocol"},

@@ -15,10 +15,10 @@ import (
 
 // capture is the migration stream that the source's QEMU sends us, and what it says.
 //
-// QEMU believes that it migrates to us in post-copy. Its bandwidth for pre-copy is set so
-// low (armBandwidth) that between its start and the switch it sends next to no pages, which
-// nobody wants: they are read from its memory later. To wake it from waiting out that
-// bandwidth at the switch, the return path asks for a page.
+// QEMU believes that it migrates to us, in post-copy from the start. Should it begin with
+// pre-copy all the same, its bandwidth for that is so low (preCopyBandwidth) that next to
+// no pages come, which nobody wants: they are read from its memory later. To wake it from
+// waiting out that bandwidth, the return path asks for a page.
 type capture struct {
 	conn net.Conn
 	r    *migstream.Reader
@@ -33,19 +33,18 @@ type capture struct {
 // loaded its devices (QEMU: QEMU_VM_PING_PACKAGED_LOADED).
 const pingSwitchover = 0x42
 
-func startCapture(ctx context.Context, q *qmp.Client) (*capture, error) {
-	conn, err := socketTo(ctx, q, "vacate-source", 0)
-	if err != nil {
+// startCapture has QEMU freeze the guest and save its devices, to a socket that it knows
+// by sourceFD and whose other end is conn.
+func startCapture(ctx context.Context, q *qmp.Client, conn net.Conn) (*capture, error) {
+	c := &capture{conn: conn, r: migstream.NewReader(conn)}
+	if err := q.Migrate(ctx, "fd:"+sourceFD, false); err != nil {
 		return nil, err
 	}
-	if err := q.Migrate(ctx, "fd:vacate-source", false); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return &capture{conn: conn, r: migstream.NewReader(conn)}, nil
+	// From here on there is a migration to be rolled back.
+	return c, q.MigrateStartPostcopy(ctx)
 }
 
-func (c *capture) close() error { return c.conn.Close() }
+const sourceFD = "vacate-source"
 
 // next returns the next item of the stream. It answers pings. A read past ctx fails.
 func (c *capture) next(ctx context.Context) (migstream.Item, error) {
@@ -90,7 +89,7 @@ func (c *capture) bound(ctx context.Context) (release func()) {
 	}
 }
 
-// readHead reads the stream up to the list of RAM blocks. The guest runs on.
+// readHead reads the stream up to the list of RAM blocks.
 func (c *capture) readHead(ctx context.Context) error {
 	defer c.bound(ctx)()
 	for {
@@ -115,16 +114,10 @@ func (c *capture) readHead(ctx context.Context) error {
 	}
 }
 
-// switchOver freezes the guest and reads the stream to the end of the package that holds
-// the state of its devices. It is not to be given up half-way: some versions of QEMU never
-// recover from a package that nobody reads. So it heeds no context but bounds its time.
-func (c *capture) switchOver(q *qmp.Client) error {
-	ctx, cancel := context.WithTimeout(context.Background(), switchTimeout)
-	defer cancel()
+// readPackage reads the stream to the end of the package that holds the state of the
+// devices.
+func (c *capture) readPackage(ctx context.Context) error {
 	defer c.bound(ctx)()
-	if err := q.MigrateStartPostcopy(ctx); err != nil {
-		return err
-	}
 	largest := 0
 	for i, b := range c.layout {
 		if b.Length > c.layout[largest].Length {
@@ -262,14 +255,13 @@ func (c *capture) settle(ctx context.Context, q *qmp.Client) error {
 	return err
 }
 
-// armBandwidth is QEMU's bandwidth before the switch, in bytes per second. QEMU spends a
+// preCopyBandwidth is QEMU's bandwidth in pre-copy, in bytes per second. QEMU spends a
 // tenth of it at once and then sleeps out the rest of 100 ms. The tenth must be more than
 // the head of the stream, or QEMU sleeps before it has flushed that.
-const armBandwidth = 320 << 10
+const preCopyBandwidth = 320 << 10
 
-// Bounds on what QEMU may take before the commit.
 const (
-	armTimeout    = 10 * time.Second
+	// switchTimeout is how long QEMU may take to freeze the guest and save its devices.
 	switchTimeout = 20 * time.Second
 	// maxStreamed is the size of the largest block that is moved through QEMU's stream.
 	maxStreamed = 64 << 20

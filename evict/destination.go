@@ -206,7 +206,7 @@ func (e *destination) consider(ctx context.Context) (o offer, err error) {
 func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
 	committing, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	timer := time.AfterFunc(armTimeout+loadTimeout, func() { cancel(errors.New("no package came")) })
+	timer := time.AfterFunc(prepareTimeout+switchTimeout, func() { cancel(errors.New("no package came")) })
 	defer timer.Stop()
 	reader, err := e.arm(committing)
 	if err == nil {
@@ -254,7 +254,7 @@ func (e *destination) fail(err error) {
 	}
 }
 
-// arm has QEMU take the head of the stream, by which it knows whether the VM fits.
+// arm has QEMU wait for the stream, and gives it its head.
 func (e *destination) arm(ctx context.Context) (*migstream.Reader, error) {
 	err := e.machine.enter(Arming)
 	if err != nil {
@@ -281,13 +281,7 @@ func (e *destination) arm(ctx context.Context) (*migstream.Reader, error) {
 			e.fail(err)
 		}
 	})
-	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(head)); err != nil {
-		return nil, err
-	}
-	if err := e.awaitPong(ctx, pingHead); err != nil {
-		return nil, err
-	}
-	return reader, e.control.Write(msgHeadOK)
+	return reader, e.placer.raw(head)
 }
 
 // load hands the package's pages on and waits until the VM is loaded and paused.
@@ -341,8 +335,7 @@ func (e *destination) load(ctx context.Context) error {
 }
 
 const (
-	pingHead   = 0x76616361 // ours, behind the head
-	pingLoaded = 3          // QEMU's, at the end of the package
+	pingLoaded = 3 // QEMU's, at the end of the package
 	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
 	// behind what is in it.
 	qemuBuffer = 128 << 10

@@ -15,12 +15,13 @@ type frozen struct {
 	mem    *guestmem.Memory
 	layout layout
 	index  []int // of each block in mem; -1 if it cannot be read there
-	// streamed holds blocks that came through QEMU's own stream.
+	// streamed holds blocks that came through QEMU's own stream, once ready is closed.
 	streamed map[int][]byte
+	ready    chan struct{}
 }
 
 func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
-	f := &frozen{mem: mem, layout: l, index: make([]int, len(l))}
+	f := &frozen{mem: mem, layout: l, index: make([]int, len(l)), ready: make(chan struct{})}
 	for i, b := range l {
 		f.index[i] = -1
 		for j, m := range mem.Blocks() {
@@ -50,11 +51,12 @@ func (f *frozen) unlocated() []int {
 // read reads the pages of a run into dst, which is as long as they are.
 func (f *frozen) read(dst []byte, r pageset.Run) error {
 	offset := uint64(r.First) * f.layout[r.Block].PageSize
-	if b := f.streamed[r.Block]; b != nil {
-		copy(dst, b[offset:])
-		return nil
-	}
 	if f.index[r.Block] < 0 {
+		<-f.ready
+		if b := f.streamed[r.Block]; b != nil {
+			copy(dst, b[offset:])
+			return nil
+		}
 		return fmt.Errorf("memory %q is not at hand", f.layout[r.Block].Name)
 	}
 	return f.mem.Read(dst, f.index[r.Block], offset)
@@ -88,16 +90,17 @@ type frame struct {
 	zero  int // zero pages in the frame
 }
 
-func (f *frozen) newFrame() *frame {
+// newFrame makes a frame that takes pages of mem. Its f is to be set before its use.
+func newFrame(mem *guestmem.Memory) *frame {
 	size := uint64(maxBatch)
-	for _, b := range f.layout {
-		size = max(size, b.PageSize)
+	for _, b := range mem.Blocks() {
+		size = max(size, min(b.PageSize, maxPage))
 	}
 	buf := make([]byte, size)
 	for i := 0; i < len(buf); i += migstream.TargetPageSize {
 		buf[i] = 1 // so that the kernel provides the memory now
 	}
-	return &frame{f: f, buf: buf}
+	return &frame{buf: buf}
 }
 
 // fill reads as many of the runs' pages as one frame takes and returns the rest.

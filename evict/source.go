@@ -81,7 +81,8 @@ type source struct {
 	session *link.Session
 	changed settings
 	offer   offer
-	cap     *capture
+	conn    net.Conn // to the source's QEMU
+	cap     *capture // nil until QEMU migrates
 	frozen  *frozen
 	pushed  *frame // of the push lane, and before the push of the control lane
 	fetched *frame // of the fetch lane
@@ -108,7 +109,7 @@ func (e *source) run(ctx context.Context) error {
 	if err := e.prepare(ctx); err != nil {
 		return e.refuse(err)
 	}
-	if err := e.machine.enter(Arming); err != nil {
+	if err := e.machine.enter(Switching); err != nil {
 		return e.refuse(err)
 	}
 	if err := e.transfer(ctx); err != nil {
@@ -164,8 +165,16 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if _, err := e.await(ctx, msgAccepted); err != nil {
 		return err
 	}
-	e.changed, err = before.configure(ctx, e.q, map[string]any{"max-bandwidth": armBandwidth, "max-postcopy-bandwidth": 0})
-	return err
+	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	return together(
+		func() (err error) {
+			e.changed, err = before.configure(ctx, e.q, map[string]any{"max-bandwidth": preCopyBandwidth, "max-postcopy-bandwidth": 0})
+			return err
+		},
+		func() (err error) {
+			e.conn, err = socketTo(ctx, e.q, sourceFD, 0)
+			return err
+		})
 }
 
 // fit makes sure that the VM is in a state from which it can be evicted.
@@ -213,48 +222,11 @@ func (e *source) watch() {
 
 // transfer takes the VM from running here to loaded and paused there.
 func (e *source) transfer(ctx context.Context) error {
-	arming, cancel := context.WithTimeoutCause(ctx, armTimeout, errors.New("arming took too long"))
-	defer cancel()
-	var err error
-	if e.cap, err = startCapture(arming, e.q); err != nil {
+	if err := e.capture(); err != nil {
 		return err
 	}
-	if err := e.cap.readHead(arming); err != nil {
-		return err
-	}
-	if e.frozen, err = newFrozen(e.mem, e.cap.layout); err != nil {
-		return err
-	}
-	// Made while the guest still runs: making them takes a while.
-	e.pushed, e.fetched = e.frozen.newFrame(), e.frozen.newFrame()
-	e.total.Store(int64(e.cap.layout.pages()))
-	if err := e.control.Write(msgHead, e.cap.head); err != nil {
-		return err
-	}
-	if _, err := e.await(arming, msgHeadOK); err != nil {
-		return err
-	}
-	if err := e.machine.enter(Switching); err != nil {
-		return err
-	}
-	if err := e.cap.switchOver(e.q); err != nil {
-		return err
-	}
-	e.noteFreeze()
 	loading, cancel := context.WithTimeoutCause(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
 	defer cancel()
-	if unlocated := e.frozen.unlocated(); len(unlocated) > 0 {
-		streamed, err := e.cap.blocks(loading, unlocated)
-		if err != nil {
-			return err
-		}
-		e.frozen.streamed = streamed
-	}
-	blocks := make([]pushorder.Block, len(e.cap.layout))
-	for i, b := range e.cap.layout {
-		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
-	}
-	e.order = pushorder.New(blocks)
 	if err := e.machine.enter(Loading); err != nil {
 		return err
 	}
@@ -267,13 +239,62 @@ func (e *source) transfer(ctx context.Context) error {
 	e.window = newWindow(migstream.TargetPageSize)
 	e.begin(e.serveFetches)
 	settled := make(chan error, 1)
-	e.tasks.Go(func() { settled <- e.cap.settle(loading, e.q) })
+	e.tasks.Go(func() { settled <- e.settle(loading) })
 	if _, err := e.await(loading, msgLoaded); err != nil {
 		cancel()
 		<-settled
 		return err
 	}
 	return <-settled
+}
+
+// capture freezes the guest and takes the state of its devices from QEMU. It is not to be
+// given up half-way: some versions of QEMU never recover from a package that nobody reads.
+// So it heeds no context but bounds its time.
+func (e *source) capture() error {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout, errors.New("saving the devices took too long"))
+	defer cancel()
+	var err error
+	if e.cap, err = startCapture(ctx, e.q, e.conn); err != nil {
+		return err
+	}
+	if err := e.cap.readHead(ctx); err != nil {
+		return err
+	}
+	// The destination's QEMU may look at it while the package is being made.
+	headErr := e.control.Write(msgHead, e.cap.head)
+	if err := e.cap.readPackage(ctx); err != nil {
+		return err
+	}
+	e.noteFreeze()
+	if headErr != nil {
+		return headErr
+	}
+	if e.frozen, err = newFrozen(e.mem, e.cap.layout); err != nil {
+		return err
+	}
+	e.pushed.f, e.fetched.f = e.frozen, e.frozen
+	e.total.Store(int64(e.cap.layout.pages()))
+	blocks := make([]pushorder.Block, len(e.cap.layout))
+	for i, b := range e.cap.layout {
+		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
+	}
+	e.order = pushorder.New(blocks)
+	return nil
+}
+
+// settle does what the destination need not wait for, while it loads the devices: blocks
+// that cannot be read from the process are read from the stream, and QEMU gets to where
+// it no longer resumes the guest by itself.
+func (e *source) settle(ctx context.Context) error {
+	defer close(e.frozen.ready)
+	if unlocated := e.frozen.unlocated(); len(unlocated) > 0 {
+		var err error
+		if e.frozen.streamed, err = e.cap.blocks(ctx, unlocated); err != nil {
+			return err
+		}
+	}
+	return e.cap.settle(ctx, e.q)
 }
 
 // begin has a task of a lane done. Whoever waits on the control lane notices its failure.
@@ -306,17 +327,11 @@ func (e *source) noteFreeze() {
 	}
 }
 
-// sendEarly sends the pages that loading the devices touches, ahead of the package, and
-// the small blocks that came through the stream: the destination's QEMU would fetch them
-// one by one while the VM stands still.
+// sendEarly sends the pages that loading the devices touches, ahead of the package: the
+// destination's QEMU would fetch them one by one while the VM stands still.
 func (e *source) sendEarly() error {
-	var want []pageset.Run
-	for i := range e.frozen.streamed {
-		want = append(want, pageset.Run{Block: i, Count: e.cap.layout[i].Pages})
-	}
-	want = append(want, e.frozen.runs(touchedByLoading(e.cap.load))...)
 	var runs []pageset.Run
-	for _, w := range want {
+	for _, w := range e.frozen.runs(touchedByLoading(e.cap.load)) {
 		runs = append(runs, e.order.Take(w)...)
 	}
 	e.ahead.Add(int64(pageset.Pages(runs)))
@@ -441,7 +456,7 @@ func (e *source) commit() error {
 	e.begin(e.pushAll)
 	// From here on nothing must resume the source. Its stream is not at its end, so
 	// closing it leaves the guest frozen.
-	e.cap.close()
+	e.conn.Close()
 	return e.machine.enter(Pushing)
 }
 
@@ -529,15 +544,7 @@ func (e *source) gone() bool {
 // resume brings the guest back to running, from wherever QEMU is in its migration. What
 // QEMU does when its stream ends differs by version and moment, so its state decides.
 func (e *source) resume(ctx context.Context) error {
-	if e.frozenAt.Load() == nil && e.cap != nil && e.machine.at(Switching).IsZero() {
-		// Still in pre-copy: the guest never stopped.
-		if err := e.q.MigrateCancel(ctx); err != nil {
-			return err
-		}
-	}
-	if e.cap != nil {
-		e.cap.close()
-	}
+	e.conn.Close()
 	var refused error
 	for {
 		m, err := e.q.QueryMigrate(ctx)
@@ -574,8 +581,8 @@ func (e *source) close() {
 	if e.session != nil {
 		e.session.Close()
 	}
-	if e.cap != nil {
-		e.cap.close()
+	if e.conn != nil {
+		e.conn.Close()
 	}
 	e.tasks.Wait()
 	if e.mem != nil {
@@ -601,11 +608,11 @@ func (e *source) report(err error) Report {
 		s := at.Sub(from).Seconds()
 		return &s
 	}
-	begun := e.machine.at(Arming)
+	begun := e.machine.at(Switching)
 	if !begun.IsZero() {
 		r.Begun = &begun
 	}
-	r.Prepare, r.Transfer, r.Total = since(e.started, Arming), since(begun, Pushing), since(begun, Completed)
+	r.Prepare, r.Transfer, r.Total = since(e.started, Switching), since(begun, Pushing), since(begun, Completed)
 	if at := e.frozenAt.Load(); at != nil {
 		r.Down = since(*at, Pushing)
 	}

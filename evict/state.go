@@ -9,14 +9,14 @@ import (
 
 // State is where an eviction stands, on one side. The source's states:
 //
-//	preparing ──► arming ──► switching ──► loading ──► committing ──► pushing ──► retiring ──► completed
-//	    │            │           │            │            │             │            │
-//	    ▼            └───────────┴──────┬─────┘            │             └─────┬──────┘
-//	 refused                            ▼                  │                   ▼
-//	                             rolling back ◄────────────┴──────────────► lost
-//	                                    │          (destination says it        ▲
-//	                                    ├───► aborted    never ran)            │
-//	                                    └──────────────────────────────────────┘ (roll-back failed)
+//	preparing ──► switching ──► loading ──► committing ──► pushing ──► retiring ──► completed
+//	    │             │            │            │             │
+//	    ▼             └──────┬─────┘            │             ▼
+//	 refused                 ▼                  ├──────────► lost
+//	                   rolling back ◄───────────┘             ▲
+//	                         │        (the destination says   │
+//	                         ├───► aborted   it never ran)    │
+//	                         └────────────────────────────────┘ (the guest cannot be resumed)
 //
 // and the destination's:
 //
@@ -35,8 +35,8 @@ type State string
 const (
 	Preparing   State = "preparing"    // source: checks, connection, offer; the VM is untouched
 	Waiting     State = "waiting"      // destination: for an offer; the VM's QEMU is untouched
-	Arming      State = "arming"       // QEMU's stream has begun, the guest still runs on the source
-	Switching   State = "switching"    // source: the guest is frozen, its devices are being saved
+	Arming      State = "arming"       // destination: QEMU takes the head of the stream
+	Switching   State = "switching"    // source: QEMU freezes the guest and saves its devices
 	Loading     State = "loading"      // the destination's QEMU loads the devices
 	Prepared    State = "prepared"     // destination: loaded and paused, waits for the commit
 	Committing  State = "committing"   // source: the destination was told to run the VM
@@ -53,9 +53,9 @@ const (
 
 // next lists the states that may follow a state. A state not in it is final.
 var next = map[State][]State{
-	Preparing:   {Arming, Refused},
+	Preparing:   {Switching, Refused},
 	Waiting:     {Arming, Refused},
-	Arming:      {Switching, Loading, RollingBack, Aborted},
+	Arming:      {Loading, Aborted},
 	Switching:   {Loading, RollingBack},
 	Loading:     {Committing, Prepared, RollingBack, Aborted},
 	Prepared:    {Running, Aborted, Lost},

@@ -22,10 +22,9 @@ const (
 	msgCommit uint8 = 4 // empty: from here on the destination may run
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
-	msgHeadOK   uint8 = 17 // empty: the destination's QEMU has the same machine and memory
-	msgLoaded   uint8 = 18 // empty: the devices are loaded, the VM is paused
-	msgRunning  uint8 = 19 // empty: the VM runs on the destination
-	msgComplete uint8 = 20 // summary: every page is placed
+	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
+	msgRunning  uint8 = 18 // empty: the VM runs on the destination
+	msgComplete uint8 = 19 // summary: every page is placed
 	// both ways
 	msgAbort uint8 = 32 // farewell: the sender has given the eviction up
 )
