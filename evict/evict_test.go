@@ -111,14 +111,19 @@ type result struct {
 // evictVM moves vm from host a to its twin on host b with both engines in this process.
 func evictVM(ctx context.Context, t testing.TB, l *lab.Lab, vm, twin *lab.VM) result {
 	t.Helper()
-	ln := listen(t, l.B)
+	return evictBetween(ctx, t, l.A, l.B, vm, twin)
+}
+
+func evictBetween(ctx context.Context, t testing.TB, from, to *lab.Host, vm, twin *lab.VM) result {
+	t.Helper()
+	ln := listen(t, to)
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	received := make(chan error, 1)
 	go func() {
 		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)
 	}()
 	var r result
-	r.report, r.source = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Dial: dialFrom(l.A), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
+	r.report, r.source = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Dial: dialFrom(from), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
 	if r.source != nil {
 		ln.Close()
 	}
