@@ -32,7 +32,7 @@ post-copy, and compares them. Takes about two minutes.`,
 	dirFlag(c, &dir)
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		plain := &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-			if a.Key == slog.TimeKey || a.Key == slog.LevelKey {
+			if a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "error" {
 				return slog.Attr{}
 			}
 			return a
