@@ -71,6 +71,9 @@ const (
 
 	// handshakeTimeout is how long a peer may take to say hello or to answer one.
 	handshakeTimeout = 5 * time.Second
+	// helloTimeout is how long who connects may take to say hello: meanwhile all others
+	// wait, so it is a fraction of the time for which they do.
+	helloTimeout = 2 * time.Second
 	// deadAfter is how long sent bytes may stay unacknowledged, and how long a silent peer
 	// may leave keep-alive probes unanswered, until the connection is given up.
 	deadAfter = 10 * time.Second
@@ -186,7 +189,7 @@ func Dial(ctx context.Context, dial func(ctx context.Context, network, addr stri
 }
 
 func hello(ctx context.Context, c net.Conn, l Lane, id [16]byte) error {
-	defer deadline(ctx, c)()
+	defer deadline(ctx, c, handshakeTimeout)()
 	b := binary.BigEndian.AppendUint16([]byte(mark), Version)
 	b = append(append(b, byte(l), 0), id[:]...)
 	if _, err := c.Write(b); err != nil {
@@ -213,10 +216,10 @@ func hello(ctx context.Context, c net.Conn, l Lane, id [16]byte) error {
 	return nil
 }
 
-// deadline bounds what follows on c by the handshake's time-out and by ctx, until the
-// returned function is called.
-func deadline(ctx context.Context, c net.Conn) func() {
-	c.SetDeadline(time.Now().Add(handshakeTimeout))
+// deadline bounds what follows on c by a time-out and by ctx, until the returned function
+// is called.
+func deadline(ctx context.Context, c net.Conn, timeout time.Duration) func() {
+	c.SetDeadline(time.Now().Add(timeout))
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	return func() {
 		if stop() {
@@ -242,7 +245,7 @@ func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Sess
 			}
 			return nil, fmt.Errorf("accept a connection: %w", err)
 		}
-		if s.lane[Control] != nil && time.Since(since) > handshakeTimeout {
+		if s.lane[Control] != nil && (time.Since(since) > handshakeTimeout || s.lane[Control].over()) {
 			s.Close() // its other lanes never came
 			s = &Session{done: make(chan struct{})}
 		}
@@ -262,7 +265,7 @@ func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Sess
 
 // join makes c the lane of s that its hello names.
 func (s *Session) join(ctx context.Context, c net.Conn) error {
-	defer deadline(ctx, c)()
+	defer deadline(ctx, c, helloTimeout)()
 	b := make([]byte, helloSize)
 	if _, err := io.ReadFull(c, b); err != nil {
 		return fmt.Errorf("%w: no hello: %v", ErrPeer, err)
@@ -353,6 +356,19 @@ func newConn(c net.Conn) (*Conn, error) {
 	return &Conn{c: c}, nil
 }
 
+// over tells whether the peer has ended a connection of which nothing was read yet.
+func (c *Conn) over() bool {
+	raw, err := c.c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return true
+	}
+	n := 0
+	ctlErr := raw.Control(func(fd uintptr) {
+		n, _, err = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	})
+	return ctlErr != nil || err == nil && n == 0 || err != nil && err != unix.EAGAIN
+}
+
 // Write sends a frame whose payload is the parts, one behind the other. It keeps no
 // reference to them.
 func (c *Conn) Write(kind uint8, parts ...[]byte) error {
@@ -403,6 +419,9 @@ func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err erro
 	}
 	payload = buf[:n]
 	if _, err := io.ReadFull(c.c, payload); err != nil {
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
 		return 0, nil, fmt.Errorf("receive from the peer: %w", err)
 	}
 	crc := crc32.Update(crc32.Update(0, castagnoli, c.head[:8]), castagnoli, payload)
