@@ -192,7 +192,11 @@ func (e *destination) consider(ctx context.Context) (o offer, err error) {
 	if err != nil {
 		return o, err
 	}
-	if err = decode(f.payload, &o); err == nil {
+	err = decode(f.payload, &o)
+	if err == nil && (o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds()) {
+		err = fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
+	}
+	if err == nil {
 		err = o.mismatch(e.here)
 	}
 	if err != nil {
@@ -293,7 +297,7 @@ func (e *destination) load(ctx context.Context) error {
 		e.tasks.Go(func() {
 			if err := e.receivePages(lane); errors.Is(err, errQEMU) {
 				e.fail(err)
-			} else if err != nil {
+			} else {
 				e.session.FailSoon(err)
 			}
 		})
@@ -462,7 +466,8 @@ func (e *destination) discards() []byte {
 	return b
 }
 
-// receivePages receives the pages of a lane and hands them to QEMU, until the session ends.
+// receivePages receives the pages of a lane and hands them to QEMU, until the session
+// ends, and returns why it did.
 func (e *destination) receivePages(l link.Lane) error {
 	lane := e.session.Lane(l)
 	var buf, report []byte

@@ -51,20 +51,21 @@ func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
 func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (changed settings, _ error) {
 	changed = settings{map[string]bool{}, map[string]any{}}
 	want := map[string]bool{}
-	set := func(name string, on bool) {
+	turn := func(name string, on bool) {
 		if was, ok := s.capabilities[name]; ok && was != on {
 			want[name], changed.capabilities[name] = on, was
 		}
 	}
 	for _, name := range capabilitiesOff {
-		set(name, false)
+		turn(name, false)
 	}
-	set("postcopy-ram", true)
-	set("events", true)
+	turn("postcopy-ram", true)
+	turn("events", true)
 	if tls, ok := s.parameters["tls-creds"].(string); ok && tls != "" {
 		// The socket that we hand to QEMU is no TLS connection.
-		parameters = maps.Clone(parameters)
-		parameters["tls-creds"] = ""
+		set := map[string]any{"tls-creds": ""}
+		maps.Copy(set, parameters)
+		parameters = set
 	}
 	for name := range parameters {
 		if was, ok := s.parameters[name]; ok {

@@ -39,7 +39,7 @@ type flight struct {
 
 const (
 	// allowedQueue is how long a fetch may wait behind pushed bytes.
-	allowedQueue = 1500 * time.Microsecond
+	allowedQueue = 1000 * time.Microsecond
 	rateMemory   = time.Second
 	tripMemory   = 10 * time.Second
 	// startRate is assumed until the first report: a slow link's, 100 Mbit/s.
