@@ -121,13 +121,22 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
 	}
+	if err := recent(e.q.Version()); err != nil {
+		return err
+	}
 	status, err := e.q.QueryStatus(ctx)
 	if err != nil {
 		return err
 	}
-	m, err := e.q.QueryMigrate(ctx)
-	if err != nil {
+	var m struct {
+		Status    string `json:"status"`
+		Listening []any  `json:"socket-address"`
+	}
+	if err := e.q.Run(ctx, "query-migrate", nil, &m); err != nil {
 		return err
+	}
+	if m.Listening != nil && m.Status == "" {
+		m.Status = "listening for another source"
 	}
 	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
 		return fmt.Errorf("the QEMU at %s does not wait for a VM (its state is %q %s): start it as the source's, with -S -incoming defer in addition", e.QMP, status.Status, m.Status)
@@ -363,6 +372,9 @@ func (e *destination) checkHead(head []byte) (*migstream.Reader, error) {
 			}
 		case migstream.MemSize:
 			if e.layout, err = newLayout(it.Blocks); err != nil {
+				return nil, err
+			}
+			if err := e.here.holds(e.layout); err != nil {
 				return nil, err
 			}
 		case migstream.Footer:

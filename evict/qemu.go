@@ -29,6 +29,14 @@ var capabilitiesOff = []string{
 	"switchover-ack", "validate-uuid", "x-colo", "x-ignore-shared", "xbzrle", "zero-copy-send", "zero-blocks",
 }
 
+// recent makes sure that a QEMU is not too old.
+func recent(v qmp.Version) error {
+	if !v.AtLeast(4, 2) {
+		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was tried with 7.2 to 11.1", v)
+	}
+	return nil
+}
+
 // settings are the migration settings of a QEMU.
 type settings struct {
 	capabilities map[string]bool
@@ -241,6 +249,25 @@ func (o offer) mismatch(here offer) error {
 	}
 	return nil
 }
+
+// holds makes sure that memory which the source's QEMU announces is that of the offer: a
+// hostile peer's could be without end.
+func (o offer) holds(l layout) error {
+	for _, b := range l {
+		i := slices.IndexFunc(o.Blocks, func(h blockOffer) bool { return h.Name == b.Name })
+		switch {
+		case i < 0:
+			return fmt.Errorf("%w: memory %q was not in the offer", errFrame, b.Name)
+		case b.PageSize != o.Blocks[i].PageSize,
+			b.Length != o.Blocks[i].Size && (!resizable(b.Name) || b.Length > maxResizable):
+			return fmt.Errorf("%w: memory %q has other pages or another size, %d KiB, than in the offer", errFrame, b.Name, b.Length>>10)
+		}
+	}
+	return nil
+}
+
+// maxResizable is more than QEMU lets a resizable block grow to.
+const maxResizable = 64 << 20
 
 // resizable tells whether QEMU adapts the block's size to the source's when it loads: it
 // does so for the tables that it hands to the firmware.

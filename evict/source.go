@@ -129,8 +129,8 @@ func (e *source) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	e.events = e.q.Subscribe(256)
-	if v := e.q.Version(); !v.AtLeast(4, 2) {
-		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was tried with 7.2 to 11.1", v)
+	if err := recent(e.q.Version()); err != nil {
+		return err
 	}
 	var before settings
 	err = together(

@@ -204,7 +204,7 @@ func appendRequest(b []byte, r pageset.Run) []byte {
 }
 
 func (l layout) parseRequest(b []byte) (pageset.Run, error) {
-	if len(b) != runSize {
+	if len(b) != runSize || b[2]|b[3] != 0 {
 		return pageset.Run{}, fmt.Errorf("%w: request of %d bytes", errFrame, len(b))
 	}
 	r := pageset.Run{
