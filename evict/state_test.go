@@ -1,0 +1,117 @@
+package evict
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"maps"
+	"slices"
+	"strconv"
+	"testing"
+)
+
+// states lists the constants of type State that the source declares.
+func states(t *testing.T) (all []State) {
+	file, err := parser.ParseFile(token.NewFileSet(), "state.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ast.Inspect(file, func(n ast.Node) bool {
+		spec, ok := n.(*ast.ValueSpec)
+		if !ok {
+			return true
+		}
+		if kind, ok := spec.Type.(*ast.Ident); ok && kind.Name == "State" {
+			name, err := strconv.Unquote(spec.Values[0].(*ast.BasicLit).Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, State(name))
+		}
+		return true
+	})
+	if len(all) < 10 {
+		t.Fatalf("found the states %q only", all)
+	}
+	return all
+}
+
+// Every state is in the table, can be reached on one side, and leads to an end.
+func TestStates(t *testing.T) {
+	all := states(t)
+	final := []State{Refused, Aborted, Completed, Lost}
+	reach := func(from State) map[State]bool {
+		seen := map[State]bool{from: true}
+		for todo := []State{from}; len(todo) > 0; todo = todo[1:] {
+			for _, s := range next[todo[0]] {
+				if !seen[s] {
+					seen[s] = true
+					todo = append(todo, s)
+				}
+			}
+		}
+		return seen
+	}
+	source, destination := reach(Preparing), reach(Waiting)
+	for _, s := range all {
+		if !source[s] && !destination[s] {
+			t.Errorf("%s is never reached", s)
+		}
+		if isFinal := slices.Contains(final, s); isFinal != (len(next[s]) == 0) {
+			t.Errorf("%s leads to %q", s, next[s])
+		}
+		if ends := reach(s); !slices.ContainsFunc(final, func(f State) bool { return ends[f] }) {
+			t.Errorf("%s leads to no end", s)
+		}
+	}
+	for s := range maps.Keys(next) {
+		if !slices.Contains(all, s) {
+			t.Errorf("the table has %q, which is no state", s)
+		}
+	}
+	// Once the VM may run on the destination, nothing leads back to where it runs here
+	// but the destination's word.
+	for _, s := range []State{Pushing, Retiring, Completing} {
+		if r := reach(s); r[Aborted] || r[RollingBack] || r[Refused] {
+			t.Errorf("%s leads back", s)
+		}
+	}
+}
+
+// A machine moves along the table only, tells of each move, and keeps when it was made.
+func TestMachine(t *testing.T) {
+	all := states(t)
+	for _, from := range all {
+		for _, to := range all {
+			var told []State
+			m := newMachine(from, func(s State) { told = append(told, s) })
+			err := m.enter(to)
+			allowed := slices.Contains(next[from], to)
+			if allowed != (err == nil) {
+				t.Errorf("from %s to %s: %v", from, to, err)
+			}
+			if want := map[bool]State{true: to, false: from}[allowed]; m.current() != want {
+				t.Errorf("from %s to %s: it is %s", from, to, m.current())
+			}
+			if allowed != slices.Equal(told, []State{to}) || allowed == m.at(to).IsZero() && from != to || m.at(from).IsZero() {
+				t.Errorf("from %s to %s: told of %q", from, to, told)
+			}
+		}
+	}
+	m := newMachine(Preparing, func(State) {})
+	for _, s := range []State{Switching, Loading, Committing, Pushing, Retiring, Completed} {
+		if err := m.enter(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := 0.0
+	for _, p := range m.phases() {
+		if p.At < before {
+			t.Errorf("phases %+v are not in order", m.phases())
+		}
+		before = p.At
+	}
+	if n := len(m.phases()); n != 7 {
+		t.Errorf("%d phases", n)
+	}
+}
