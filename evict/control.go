@@ -69,10 +69,13 @@ func (f controlFrame) check(kinds ...uint8) error {
 		return f.err
 	case slices.Contains(kinds, f.kind):
 		return nil
-	case f.kind == msgAbort:
+	case f.kind == msgAbort, f.kind == msgFailed:
 		var bye farewell
 		if err := decode(f.payload, &bye); err != nil {
 			return err
+		}
+		if f.kind == msgFailed {
+			return fmt.Errorf("the other side failed: %s", bye.Reason)
 		}
 		return fmt.Errorf("%w: %s", errFarewell, bye.Reason)
 	}

@@ -251,6 +251,13 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	e.stats.ContSeconds = time.Since(begun).Seconds()
 	e.mu.Unlock()
 	if err := e.finish(); err != nil {
+		// Not the farewell of one that never ran the VM.
+		writeJSON(e.control.Conn, msgFailed, farewell{err.Error()})
+		select {
+		case <-e.q.Done():
+			return e.lost(err, "The QEMU here ended, and with it the VM as it was here. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+		default:
+		}
 		e.mu.Lock()
 		missing := e.missing
 		e.mu.Unlock()

@@ -36,9 +36,9 @@ type Report struct {
 	Total    *float64   `json:"total_s"`              // begun until the source holds nothing any more
 
 	Pages     PageCounts `json:"pages"`
-	LinkBytes uint64     `json:"link_bytes"` // payload of the connections, both ways
-	Rate      float64    `json:"rate_bytes_per_s"`
-	RoundTrip float64    `json:"round_trip_s"` // of the push, uncongested
+	LinkBytes uint64     `json:"link_bytes"`       // payload of the connections, both ways
+	Rate      float64    `json:"rate_bytes_per_s"` // sent, while pages were pushed
+	RoundTrip float64    `json:"round_trip_s"`     // of the push, uncongested
 	Fetch     *Quantiles `json:"fetch_latency_s"`
 }
 

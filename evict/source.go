@@ -37,6 +37,8 @@ const (
 	prepareTimeout = 30 * time.Second
 	commitTimeout  = 20 * time.Second
 	rollbackTime   = 30 * time.Second
+	// settleTime is how long the push must have gone on for its rate to mean something.
+	settleTime = 300 * time.Millisecond
 )
 
 // Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
@@ -467,7 +469,7 @@ func (e *source) finish() error {
 		err = decode(payload, &e.summary)
 	}
 	if err != nil {
-		return e.lost(err, fmt.Sprintf("The VM runs on the destination, with %d of %d pages sent; it stops where it touches one that is missing. "+
+		return e.lost(err, fmt.Sprintf("The VM was running on the destination, with %d of %d pages sent; if its QEMU still lives, it stops where it touches one that is missing. "+
 			"Here it stays frozen, with all of its memory: do not resume it and do not end its QEMU", e.pagesSent(), e.total.Load()))
 	}
 	if err := e.machine.enter(Retiring); err != nil {
@@ -625,12 +627,14 @@ func (e *source) report(err error) Report {
 		r.Fetch.Count = e.summary.Fetches
 	}
 	if e.window != nil {
-		rate, trip := e.window.measured()
-		r.Rate, r.RoundTrip = rate, trip.Seconds()
+		r.RoundTrip = e.window.roundTrip()
 	}
 	if e.session != nil {
 		sent, received := e.session.Bytes()
 		r.LinkBytes = sent + received
+		if took := since(e.machine.at(Pushing), Retiring); took != nil {
+			r.Rate = float64(sent) / *took
+		}
 	}
 	return r
 }
@@ -668,11 +672,10 @@ func (e *source) show(st State) {
 		sent, _ := e.session.Bytes()
 		p.Bytes = sent
 	}
-	if at := e.machine.at(Loading); !at.IsZero() {
-		took := time.Since(at)
-		p.Rate = float64(p.Bytes) / took.Seconds()
-		if p.Pages > 0 {
-			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(p.Pages))
+	if at := e.machine.at(Pushing); !at.IsZero() {
+		if took := time.Since(at); took > settleTime {
+			p.Rate = float64(p.Bytes) / took.Seconds()
+			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(max(1, p.Pages)))
 		}
 	}
 	e.Show(p)

@@ -9,8 +9,8 @@ import (
 // fetched page, which shares the path with them, does not queue behind many.
 //
 // It is measured, not chosen: the destination reports what it has placed, and from those
-// reports come the rate of delivery (the greatest of the last second) and the round trip
-// of an uncongested path (the least of the last ten seconds). What is allowed in flight
+// reports come the rate of delivery (over spans of 10 ms, the greatest of the last second)
+// and the round trip of an uncongested path (the least of the last ten seconds). What is allowed in flight
 // is that rate times (that round trip plus allowedQueue): enough to keep the narrowest
 // place on the path busy, and to find out if it has become wider, and no more. This is the
 // model of BBR (Cardwell et al., 2016) with a fixed bound on the queue.
@@ -20,28 +20,28 @@ type window struct {
 	page    int           // bytes that are always allowed
 
 	sent, placed uint64    // bytes
-	placedAt     time.Time // when placed last grew
-	firstSent    time.Time // when the frame last known to be placed was sent
 	flights      []flight  // not yet known to be placed, oldest first
+	since        time.Time // begin of the span over which the rate is taken
+	before       uint64    // value of placed then
 	rate         extremum  // bytes per second, greatest
 	trip         extremum  // seconds, least
 	now          func() time.Time
 }
 
-// flight is a frame on its way, and what was known when it was sent.
+// flight is a frame on its way.
 type flight struct {
-	end       uint64 // value of sent behind it
-	at        time.Time
-	placed    uint64
-	placedAt  time.Time
-	firstSent time.Time
+	end uint64 // value of sent behind it
+	at  time.Time
 }
 
 const (
 	// allowedQueue is how long a fetch may wait behind pushed bytes.
-	allowedQueue = 1000 * time.Microsecond
-	rateMemory   = time.Second
-	tripMemory   = 10 * time.Second
+	allowedQueue = 1500 * time.Microsecond
+	// rateSpan is long enough that reports which arrive in a bunch, or a burst that the
+	// path lets through, do not look like a fast path.
+	rateSpan   = 10 * time.Millisecond
+	rateMemory = time.Second
+	tripMemory = 10 * time.Second
 	// startRate is assumed until the first report: a slow link's, 100 Mbit/s.
 	startRate = 12.5e6
 )
@@ -83,11 +83,11 @@ func (w *window) send(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := w.now()
-	if len(w.flights) == 0 {
-		w.placedAt, w.firstSent = now, now
+	if len(w.flights) == 0 && now.Sub(w.since) > rateSpan {
+		w.since, w.before = now, w.placed // the path stood idle
 	}
 	w.sent += uint64(n)
-	w.flights = append(w.flights, flight{w.sent, now, w.placed, w.placedAt, w.firstSent})
+	w.flights = append(w.flights, flight{w.sent, now})
 }
 
 // report notes that the destination has placed all frames up to placed bytes. It tells
@@ -99,33 +99,29 @@ func (w *window) report(placed uint64) bool {
 		return false
 	}
 	now := w.now()
-	w.placed, w.placedAt = placed, now
+	w.placed = placed
 	n := 0
 	for n < len(w.flights) && w.flights[n].end <= placed {
 		n++
 	}
 	if n > 0 {
-		f := w.flights[n-1]
-		w.firstSent = f.at
-		w.trip.add(now, now.Sub(f.at).Seconds())
-		// Reports that arrive in a bunch must not look like a fast path: bytes were
-		// delivered no faster than they were sent.
-		took := max(now.Sub(f.placedAt), f.at.Sub(f.firstSent))
-		if took > 0 {
-			w.rate.add(now, float64(placed-f.placed)/took.Seconds())
-		}
+		w.trip.add(now, now.Sub(w.flights[n-1].at).Seconds())
 		w.flights = append(w.flights[:0], w.flights[n:]...)
+	}
+	if span := now.Sub(w.since); span >= rateSpan {
+		w.rate.add(now, float64(placed-w.before)/span.Seconds())
+		w.since, w.before = now, placed
 	}
 	close(w.changed)
 	w.changed = make(chan struct{})
 	return true
 }
 
-// measured returns the rate in bytes per second and the round trip.
-func (w *window) measured() (rate float64, trip time.Duration) {
+// roundTrip returns the least round trip measured, in seconds; 0 if there was none.
+func (w *window) roundTrip() float64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.rate.value(0), time.Duration(w.trip.value(0) * float64(time.Second))
+	return w.trip.value(0)
 }
 
 // extremum is the best value of the last while: between keep and half of it.

@@ -25,8 +25,9 @@ const (
 	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
 	msgRunning  uint8 = 18 // empty: the VM runs on the destination
 	msgComplete uint8 = 19 // summary: every page is placed
+	msgFailed   uint8 = 20 // farewell: the VM ran here, and something broke
 	// both ways
-	msgAbort uint8 = 32 // farewell: the sender has given the eviction up
+	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
 )
 
 // Frames of the other lanes; the control lane carries framePages ahead of msgLoad.
