@@ -13,7 +13,9 @@ import (
 // and the round trip of an uncongested path (the least of the last ten seconds). What is allowed in flight
 // is that rate times (that round trip plus allowedQueue): enough to keep the narrowest
 // place on the path busy, and to find out if it has become wider, and no more. This is the
-// model of BBR (Cardwell et al., 2016) with a fixed bound on the queue.
+// model of BBR (Cardwell et al., 2016) with a fixed bound on the queue. As there, the path
+// is let run empty now and then, and a single page measures it: else the queue that is
+// always there would in time be taken for a part of the path.
 type window struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced when bytes were placed
@@ -25,6 +27,7 @@ type window struct {
 	before       uint64    // value of placed then
 	rate         extremum  // bytes per second, greatest
 	trip         extremum  // seconds, least
+	empty        time.Time // when nothing was in flight last
 	now          func() time.Time
 }
 
@@ -42,6 +45,8 @@ const (
 	rateSpan   = 10 * time.Millisecond
 	rateMemory = time.Second
 	tripMemory = 10 * time.Second
+	// emptyEvery is how often the path is let run empty.
+	emptyEvery = tripMemory / 4
 	// startRate is assumed until the first report: a slow link's, 100 Mbit/s.
 	startRate = 12.5e6
 )
@@ -61,18 +66,24 @@ func (w *window) size() int {
 }
 
 // batch returns how many bytes one frame should hold: a fraction of the window, so that
-// reports keep coming while later frames are on their way.
+// reports keep coming while later frames are on their way, and of what may queue, which
+// is all that keeps a long path busy while a frame goes through its narrowest place.
 func (w *window) batch() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return min(max(w.size()/3, w.page), max(maxBatch, w.page))
+	if w.sent == w.placed {
+		return w.page
+	}
+	queued := int(w.rate.value(startRate) * allowedQueue.Seconds() / 2)
+	return min(max(min(w.size()/3, queued), w.page), max(maxBatch, w.page))
 }
 
 // room returns a channel that is closed when more may be sent, nil if it may be now.
 func (w *window) room() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if inFlight := w.sent - w.placed; inFlight == 0 || inFlight < uint64(w.size()) {
+	inFlight := w.sent - w.placed
+	if inFlight == 0 || inFlight < uint64(w.size()) && w.now().Sub(w.empty) < emptyEvery {
 		return nil
 	}
 	return w.changed
@@ -85,6 +96,9 @@ func (w *window) send(n int) {
 	now := w.now()
 	if len(w.flights) == 0 && now.Sub(w.since) > rateSpan {
 		w.since, w.before = now, w.placed // the path stood idle
+	}
+	if w.sent == w.placed {
+		w.empty = now
 	}
 	w.sent += uint64(n)
 	w.flights = append(w.flights, flight{w.sent, now})
