@@ -121,7 +121,7 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 }
 
 // useCubic has TCP on both hosts use Linux's default congestion control, where
-// the kernel has it. Some machines are set to BBR, which now and then takes a
+// the kernel has and allows it. Some machines are set to BBR, which now and then takes a
 // busy core for a slow link, and then is slow itself for many seconds.
 func useCubic(l *lab.Lab) (string, error) {
 	var now string
