@@ -63,6 +63,11 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 		if err != nil {
 			d.Log.Warn("offer refused", "source", session.Peer(), "error", err)
 			session.Close()
+			select {
+			case <-e.q.Done():
+				return &Error{ErrRefused, Waiting, err, "The QEMU that waited here is gone"}
+			default:
+			}
 			continue
 		}
 		d.Log.Info("offer accepted", "source", session.Peer(), "machine", offered.Machine)
@@ -208,6 +213,13 @@ func (e *destination) consider(ctx context.Context) (o offer, err error) {
 	if err == nil {
 		err = o.mismatch(e.here)
 	}
+	if err == nil {
+		if e.conn != nil {
+			e.conn.Close() // of an offer before, whose source went away
+		}
+		// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
+		e.conn, err = socketTo(ctx, e.q, destinationFD, qemuBuffer)
+	}
 	if err != nil {
 		writeJSON(e.control.Conn, msgAbort, farewell{err.Error()})
 		return o, err
@@ -276,14 +288,10 @@ func (e *destination) fail(err error) {
 
 // arm has QEMU wait for the stream, and gives it its head.
 func (e *destination) arm(ctx context.Context) (*migstream.Reader, error) {
-	err := e.machine.enter(Arming)
-	if err != nil {
+	if err := e.machine.enter(Arming); err != nil {
 		return nil, err
 	}
-	if e.conn, err = socketTo(ctx, e.q, "vacate-destination", qemuBuffer); err != nil {
-		return nil, err
-	}
-	if err := e.q.MigrateIncoming(ctx, "fd:vacate-destination"); err != nil {
+	if err := e.q.MigrateIncoming(ctx, "fd:"+destinationFD); err != nil {
 		return nil, err
 	}
 	f, err := e.control.await(ctx, nil, msgHead)
@@ -355,7 +363,8 @@ func (e *destination) load(ctx context.Context) error {
 }
 
 const (
-	pingLoaded = 3 // QEMU's, at the end of the package
+	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
+	pingLoaded    = 3                    // QEMU's, at the end of the package
 	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
 	// behind what is in it.
 	qemuBuffer = 128 << 10

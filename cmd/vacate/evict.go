@@ -35,8 +35,8 @@ output.
 
 With --json, standard output has JSON lines:
   {"type":"progress","progress":{...}}   with the keys
-      state             preparing, arming, switching, loading, committing,
-                        pushing, retiring, rolling back, completed, refused,
+      state             preparing, switching, loading, committing, pushing,
+                        retiring, rolling back, completed, refused,
                         aborted or lost contact
       elapsed_s         since the start
       pages_sent, pages_total
