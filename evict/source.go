@@ -26,7 +26,7 @@ type Source struct {
 	// Dial makes the connections to it; nil for the usual way.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// LoadTimeout is how long the destination may take to load the devices, which is how
-	// long the guest may stand still before the eviction is aborted. Default 20 s.
+	// long the guest may stand still before the eviction is aborted. Default 5 s.
 	LoadTimeout time.Duration
 	Log         *slog.Logger
 	Show        func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
@@ -51,7 +51,7 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 		e.Log = slog.New(slog.DiscardHandler)
 	}
 	if e.LoadTimeout == 0 {
-		e.LoadTimeout = 20 * time.Second
+		e.LoadTimeout = 5 * time.Second
 	}
 	e.machine = newMachine(Preparing, func(st State) {
 		e.Log.Info("state", "state", st)
