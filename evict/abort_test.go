@@ -114,12 +114,7 @@ func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}) }
 func TestAbortsBackports(t *testing.T) {
 	newLab(t, lab.Options{}) // skips where there can be none
 	q, err := lab.BackportsQEMU(within(t, 5*time.Minute), testDir)
-	if err != nil {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	need(t, err)
 	testAborts(t, q)
 }
 

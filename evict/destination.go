@@ -252,16 +252,12 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
-	begun := time.Now()
 	if err := e.q.Cont(context.WithoutCancel(ctx)); err != nil {
 		if isRefusal(err) {
 			return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
 		}
 		return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
 	}
-	e.mu.Lock()
-	e.stats.ContSeconds = time.Since(begun).Seconds()
-	e.mu.Unlock()
 	if err := e.finish(); err != nil {
 		// Not the farewell of one that never ran the VM.
 		writeJSON(e.control.Conn, msgFailed, farewell{err.Error()})

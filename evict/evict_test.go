@@ -16,6 +16,19 @@ import (
 // testDir is one cache for all tests; the repository ignores it.
 const testDir = "../.lab"
 
+// need skips the test when err tells what this machine lacks for it, or fails it if the
+// environment says that all must run.
+func need(t testing.TB, err error) {
+	t.Helper()
+	if err == nil {
+		return
+	}
+	if os.Getenv("VACATE_REQUIRE") == "1" {
+		t.Fatal(err)
+	}
+	t.Skip(err)
+}
+
 // newLab makes a lab, or skips the test where none can be made, or fails it if the
 // environment says that all must run.
 func newLab(t testing.TB, opts lab.Options) *lab.Lab {
@@ -23,12 +36,7 @@ func newLab(t testing.TB, opts lab.Options) *lab.Lab {
 	if testing.Short() {
 		t.Skip("short: boots VMs")
 	}
-	if err := lab.Probe(); err != nil {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	need(t, lab.Probe())
 	opts.Dir = testDir
 	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	l, err := lab.New(t.Context(), opts)

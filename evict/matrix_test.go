@@ -2,7 +2,6 @@ package evict_test
 
 import (
 	"context"
-	"os"
 	"testing"
 	"time"
 
@@ -59,12 +58,7 @@ func TestBackports(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t, lab.Options{Rate: 2e9})
 			q, err := find(within(t, 5*time.Minute), testDir)
-			if err != nil {
-				if os.Getenv("VACATE_REQUIRE") == "1" {
-					t.Fatal(err)
-				}
-				t.Skip(err)
-			}
+			need(t, err)
 			t.Log(q)
 			for _, d := range []lab.Devices{lab.Bare, lab.Full} {
 				matrix(t, l, lab.Spec{QEMU: q, Devices: d, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20}}, false)

@@ -329,10 +329,7 @@ func reserveHugePages(t *testing.T, n int) {
 	}
 	set(t, file, strconv.Itoa(have+n))
 	if free := meminfo(t, "HugePages_Free"); free < n {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatalf("%d huge pages could be had, %d are needed", free, n)
-		}
-		t.Skipf("%d huge pages could be had, %d are needed: free memory", free, n)
+		need(t, fmt.Errorf("%d huge pages could be had, %d are needed: free memory", free, n))
 	}
 }
 

@@ -84,7 +84,6 @@ type summary struct {
 	Duplicate   int       `json:"duplicate"` // pages that came twice and were dropped
 	Fetches     int       `json:"fetches"`
 	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
-	ContSeconds float64   `json:"cont_s"`         // what `cont` took
 }
 
 // pageRun is a run of pages in a frame: of data, or zero.
