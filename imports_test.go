@@ -19,6 +19,9 @@ var imports = map[string][]string{
 	"qmp":           {"golang.org/x/sys"},
 	"migstream":     {},
 	"pageset":       {},
+	"pageclass":     {},
+	"guestlinux":    {"github.com/cilium/ebpf", "vacate/guestmem", "vacate/pageclass", "vacate/qmp", "golang.org/x/sys"},
+	"guesthints":    {"vacate/pageclass"},
 	"pushorder":     {"vacate/pageset"},
 	"link":          {"golang.org/x/sys"},
 	"guestmem":      {"golang.org/x/sys", "vacate/qmp"},
@@ -27,6 +30,8 @@ var imports = map[string][]string{
 	"lab/loadproto": {},
 	"lab":           {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
 	"bench":         {"golang.org/x/sys", "vacate/lab", "vacate/qmp"},
+	"cmd/guestchurn":   {"golang.org/x/sys"},
+	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload": {"golang.org/x/sys", "vacate/lab/loadproto"},
 	"cmd/vacate":    {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/evict", "vacate/inspect", "vacate/lab"},
 }
