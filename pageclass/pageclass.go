@@ -144,7 +144,7 @@ type Process struct {
 	OnCPU   bool          // a CPU was running it
 	LastRun time.Duration // before the survey
 	CPUTime time.Duration // in all, of all of its threads
-	// Recent is the CPU time since an earlier look, some fraction of a second before; negative if there was none.
+	// Recent is the CPU time that it used of late, in about the last 100 ms; negative if that is not known.
 	Recent time.Duration
 }
 
