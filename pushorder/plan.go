@@ -1,0 +1,298 @@
+package pushorder
+
+import (
+	"cmp"
+	"math/rand/v2"
+	"slices"
+
+	"vacate/pageclass"
+	"vacate/pageset"
+)
+
+// Plan is an order of pages. Its parts are not to be changed once it is given to an Order.
+type Plan struct {
+	Runs []pageset.Run
+	kin  *kinship // nil where neighbours are those in physical memory
+}
+
+// Frames says which pages of a block some of the guest's page frames are: those from
+// First on (counted in 4 KiB of guest-physical address) fill the pages of Run, in order,
+// each of which has as many frames as its block's page size holds.
+type Frames struct {
+	First uint64
+	Run   pageset.Run
+}
+
+// frameSize is the unit of Frames and of surveys, in bytes.
+const frameSize = 4096
+
+// NewPlan makes the plan of a policy. Where the policy needs to know the pages, s tells
+// of them, and frames where they are; what is not told of comes last. s may be nil
+// otherwise.
+func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) Plan {
+	switch {
+	case p.Base == Reverse:
+		return Plan{Runs: reverse(blocks)}
+	case p.Base == Random:
+		return Plan{Runs: shuffled(blocks)}
+	case !p.Knows() || s == nil:
+		return Plan{}
+	}
+	plan := Plan{Runs: byRank(newRanking(p.Base, s), blocks, s.Pages, frames)}
+	if p.Base == Enlightened && p.Near {
+		plan.kin = newKinship(blocks, s.Sequence, frames)
+	}
+	return plan
+}
+
+func reverse(blocks []Block) []pageset.Run {
+	var runs []pageset.Run
+	for i := len(blocks) - 1; i >= 0; i-- {
+		for p := blocks[i].Pages - 1; p >= 0; p-- {
+			runs = append(runs, pageset.Run{Block: i, First: pageset.Page(p), Count: 1})
+		}
+	}
+	return runs
+}
+
+func shuffled(blocks []Block) []pageset.Run {
+	runs := reverse(blocks)
+	r := rand.New(rand.NewPCG(1, 2))
+	r.Shuffle(len(runs), func(i, j int) { runs[i], runs[j] = runs[j], runs[i] })
+	return runs
+}
+
+// ranking gives each page its rank: the lower, the sooner.
+type ranking struct {
+	base  Base
+	fresh bool
+	heat  []uint16 // rank of each process among the others, from 0 to maxHeat
+}
+
+const (
+	maxHeat = 63 // processes that are told apart
+	tiers   = 16
+	ranks   = tiers * (maxHeat + 1)
+)
+
+func newRanking(base Base, s *pageclass.Survey) *ranking {
+	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes))}
+	order := make([]int, len(s.Processes))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(i, j int) int {
+		a, b := &s.Processes[i], &s.Processes[j]
+		if base == Enlightened {
+			// Idle run-times of languages wake now and then, so the last run tells little of
+			// how much memory a process is about to use. The CPU time of late does.
+			if c := cmp.Compare(b.Recent, a.Recent); c != 0 {
+				return c
+			}
+		}
+		return cmp.Compare(a.LastRun, b.LastRun)
+	})
+	for rank, i := range order {
+		r.heat[i] = uint16(min(rank, maxHeat))
+	}
+	return r
+}
+
+// rank returns the rank of a page, less than ranks.
+func (r *ranking) rank(p pageclass.Page) uint16 {
+	heat := uint16(maxHeat)
+	if n := int(p.Owner); n > 0 && n <= len(r.heat) {
+		heat = r.heat[n-1]
+	}
+	if r.base == Classes {
+		if p.Class == pageclass.Unknown || p.Kind == pageclass.None {
+			return ranks - 1
+		}
+		return uint16(p.Class)*(maxHeat+1) + heat
+	}
+	return r.tier(p)*(maxHeat+1) + heat
+}
+
+// tier orders pages by how likely the guest is to need them soon, per byte sent.
+func (r *ranking) tier(p pageclass.Page) uint16 {
+	user := p.Class == pageclass.UserCode || p.Class == pageclass.UserData
+	cold := r.fresh && p.Flags&(pageclass.Mapped|pageclass.Accessed) == pageclass.Mapped
+	switch p.Kind {
+	case pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced:
+		return 0
+	case pageclass.UserPageTable:
+		if p.Class == pageclass.PageTable {
+			return 0
+		}
+		return 8
+	case pageclass.KernelText, pageclass.KernelImage:
+		return 1
+	case pageclass.Anon, pageclass.Shmem, pageclass.Hugetlb, pageclass.ZeroPage:
+		switch {
+		case user && !cold:
+			return 2
+		case user:
+			return 7
+		}
+		return 9
+	case pageclass.File:
+		switch {
+		case user && !cold, p.Flags&pageclass.Active != 0 && !cold:
+			return 3
+		case p.Flags&pageclass.Dirty != 0:
+			return 6
+		}
+		return 10
+	case pageclass.Slab, pageclass.KernelOther:
+		return 4
+	case pageclass.PageDescriptors:
+		return 5
+	case pageclass.Reserved, pageclass.Poisoned:
+		return 11
+	case pageclass.FreePerCPU:
+		return 12
+	case pageclass.FreeBuddy, pageclass.Offline:
+		return 13
+	}
+	return 14
+}
+
+// byRank collects the pages by rank; within one, they keep the order of addresses, so that
+// they make long runs.
+func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames) []pageset.Run {
+	buckets := make([][]pageset.Run, ranks)
+	// Pages beside one another are mostly alike.
+	var like pageclass.Page
+	rankOfLike := r.rank(like)
+	for _, f := range frames {
+		b := blocks[f.Run.Block]
+		each := uint64(b.PageSize / frameSize)
+		current, first := uint16(ranks), f.Run.First
+		add := func(end pageset.Page) {
+			if end > first {
+				buckets[current] = append(buckets[current], pageset.Run{Block: f.Run.Block, First: first, Count: int(end - first)})
+			}
+		}
+		for i := range f.Run.Count {
+			from := f.First + uint64(i)*each
+			if from >= uint64(len(pages)) {
+				f.Run.Count = i
+				break
+			}
+			rank := uint16(ranks - 1)
+			for _, p := range pages[from:min(from+each, uint64(len(pages)))] {
+				if p != like {
+					like, rankOfLike = p, r.rank(p)
+				}
+				rank = min(rank, rankOfLike)
+			}
+			if rank != current {
+				add(f.Run.First + pageset.Page(i))
+				current, first = rank, f.Run.First+pageset.Page(i)
+			}
+		}
+		add(f.Run.End())
+	}
+	return slices.Concat(buckets...)
+}
+
+// Skippable returns the pages all of whose frames the survey holds to be free beyond doubt.
+func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
+	var runs []pageset.Run
+	for _, f := range frames {
+		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
+		start := -1
+		for i := range f.Run.Count + 1 {
+			from := f.First + uint64(i)*each
+			free := i < f.Run.Count && from+each <= uint64(len(s.Pages))
+			if free {
+				for _, p := range s.Pages[from : from+each] {
+					free = free && p.Flags&pageclass.Skippable != 0
+				}
+			}
+			switch {
+			case free && start < 0:
+				start = i
+			case !free && start >= 0:
+				runs = append(runs, pageset.Run{Block: f.Run.Block, First: f.Run.First + pageset.Page(start), Count: i - start})
+				start = -1
+			}
+		}
+	}
+	return runs
+}
+
+// kinship knows which pages lie beside one another in the address spaces of the guest's
+// processes.
+type kinship struct {
+	base     []uint32   // number of each block's first page; pages are numbered through
+	blocks   []Block    //
+	sequence []uint32   // page numbers in virtual order
+	places   [][]uint32 // 1 + place in the sequence, of each page of each block
+}
+
+const noPage = ^uint32(0)
+
+func newKinship(blocks []Block, sequence []uint32, frames []Frames) *kinship {
+	k := &kinship{blocks: blocks, sequence: make([]uint32, 0, len(sequence))}
+	n := uint64(0)
+	for _, b := range blocks {
+		if n+uint64(b.Pages) >= uint64(noPage) {
+			return nil // more than 16 TiB: physical neighbours will do
+		}
+		k.base = append(k.base, uint32(n))
+		k.places = append(k.places, make([]uint32, b.Pages))
+		n += uint64(b.Pages)
+	}
+	frames = slices.Clone(frames)
+	slices.SortFunc(frames, func(a, b Frames) int { return cmp.Compare(a.First, b.First) })
+	var f Frames
+	var each, end uint64 // of f
+	for _, pfn := range sequence {
+		if frame := uint64(pfn); frame < f.First || frame >= end {
+			i, _ := slices.BinarySearchFunc(frames, frame, func(f Frames, frame uint64) int { return cmp.Compare(f.First, frame+1) })
+			if i == 0 {
+				continue
+			}
+			f = frames[i-1]
+			each = uint64(blocks[f.Run.Block].PageSize / frameSize)
+			end = f.First + uint64(f.Run.Count)*each
+			if frame >= end {
+				f, end = Frames{}, 0
+				continue
+			}
+		}
+		page := f.Run.First + pageset.Page((uint64(pfn)-f.First)/each)
+		place := &k.places[f.Run.Block][page]
+		if *place != 0 {
+			continue
+		}
+		k.sequence = append(k.sequence, k.base[f.Run.Block]+uint32(page))
+		*place = uint32(len(k.sequence))
+	}
+	return k
+}
+
+// place returns where in the sequence a page is.
+func (k *kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
+	if k == nil || p >= pageset.Page(len(k.places[block])) || k.places[block][p] == 0 {
+		return 0, false
+	}
+	return pageset.Page(k.places[block][p] - 1), true
+}
+
+// page returns the page at a place in the sequence.
+func (k *kinship) page(at pageset.Page) (block int, p pageset.Page, ok bool) {
+	if at >= pageset.Page(len(k.sequence)) {
+		return 0, 0, false
+	}
+	n := k.sequence[at]
+	block, found := slices.BinarySearch(k.base, n)
+	if !found {
+		block--
+	}
+	for block+1 < len(k.base) && k.base[block+1] == n { // empty blocks
+		block++
+	}
+	return block, pageset.Page(n - k.base[block]), true
+}
