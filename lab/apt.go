@@ -36,6 +36,17 @@ func debianRepos(ctx context.Context) (codename string, repos []repo, err error)
 	return codename, repos, nil
 }
 
+// suiteRepos returns where another of Debian's suites is: the mirror that has
+// this machine's release has the others.
+func suiteRepos(own string, repos []repo, suite string) ([]repo, error) {
+	for _, r := range repos {
+		if r.release == own {
+			return []repo{{r.uri, suite, "main"}}, nil
+		}
+	}
+	return nil, fmt.Errorf("apt has no source of Debian %s itself", own)
+}
+
 func debianCodename() (string, error) {
 	f, err := os.Open("/etc/os-release")
 	if err != nil {
@@ -114,6 +125,21 @@ func (a *privateApt) run(ctx context.Context, name string, args ...string) ([]by
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
 	cmd.Dir = a.dir
 	return output(cmd)
+}
+
+// depends returns what a package depends on, as far as it begins with prefix.
+func (a *privateApt) depends(ctx context.Context, pkg, prefix string) ([]string, error) {
+	out, err := a.run(ctx, "apt-cache", "depends", "--important", pkg)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for line := range strings.Lines(string(out)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok && strings.HasPrefix(name, prefix) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
 }
 
 // unpack unpacks packages that apt has downloaded.

@@ -123,6 +123,9 @@ func TestSpecsThatCannotWork(t *testing.T) {
 		{Load: Load{HotMiB: -1}},
 		{MemoryMiB: 256, Load: Load{HotMiB: 200}},
 		{Load: Load{CacheMiB: 1}},
+		{Init: "../vacate"},
+		{Run: []string{"a b"}},
+		{Init: "vacate", Run: []string{"vacate"}},
 	} {
 		if err := s.fill(t.Context()); err == nil {
 			t.Errorf("%+v was accepted", s)

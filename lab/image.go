@@ -20,39 +20,40 @@ type image struct {
 	release        string // such as 6.1.0-56-cloud-amd64
 }
 
-// modules are the drivers a guest may need, the needed before those
-// that need them. One that the kernel package does not have is built in.
-var modules = []string{
-	"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
-	"virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon",
+// images are the images made so far, and makes others; what fails is tried
+// again.
+type images struct {
+	dir string
+	log *slog.Logger
+
+	mu    sync.Mutex
+	built map[string]*image // guarded by mu
 }
 
-// onceImage builds the image once; what fails is tried again.
-func onceImage(dir string, log *slog.Logger) func(context.Context) (*image, error) {
-	var mu sync.Mutex
-	var built *image
-	return func(ctx context.Context) (*image, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if built == nil {
-			img, err := buildImage(ctx, dir, log)
-			if err != nil {
-				return nil, fmt.Errorf("build guest image: %w", err)
-			}
-			built = img
-		}
-		return built, nil
+// get returns the image with a kernel and programs of this module (see
+// programs), the first of which is init.
+func (is *images) get(ctx context.Context, k Kernel, programs []string) (*image, error) {
+	is.mu.Lock()
+	defer is.mu.Unlock()
+	key := fmt.Sprint(k, programs)
+	if img := is.built[key]; img != nil {
+		return img, nil
 	}
+	img, err := buildImage(ctx, is.dir, k, programs, is.log)
+	if err != nil {
+		return nil, fmt.Errorf("build guest image: %w", err)
+	}
+	if is.built == nil {
+		is.built = map[string]*image{}
+	}
+	is.built[key] = img
+	return img, nil
 }
 
 // buildImage returns the image in the cache; it makes what is missing there.
 // The name of the initramfs is a hash of what is in it.
-func buildImage(ctx context.Context, dir string, log *slog.Logger) (*image, error) {
-	kernel := filepath.Join(dir, "kernel")
-	err := makeDir(ctx, kernel, func(tmp string) error {
-		log.Info("fetching the guest kernel")
-		return fetchKernel(ctx, tmp)
-	})
+func buildImage(ctx context.Context, dir string, k Kernel, programs []string, log *slog.Logger) (*image, error) {
+	kernel, err := kernelDir(ctx, dir, k, log)
 	if err != nil {
 		return nil, fmt.Errorf("kernel: %w", err)
 	}
@@ -60,14 +61,15 @@ func buildImage(ctx context.Context, dir string, log *slog.Logger) (*image, erro
 	if err != nil {
 		return nil, err
 	}
-	load, err := guestLoad(ctx)
+	binaries, err := build(ctx, programs)
 	if err != nil {
-		return nil, fmt.Errorf("guest load: %w", err)
+		return nil, fmt.Errorf("programs: %w", err)
 	}
 	var b bytes.Buffer
 	c := cpio{w: &b}
 	c.add("dev", dirMode, nil)
 	c.add("proc", dirMode, nil)
+	c.add("sys", dirMode, nil)
 	c.add("modules", dirMode, nil)
 	files, err := filepath.Glob(filepath.Join(kernel, "modules", "*"))
 	if err != nil {
@@ -80,7 +82,12 @@ func buildImage(ctx context.Context, dir string, log *slog.Logger) (*image, erro
 		}
 		c.add("modules/"+filepath.Base(f), fileMode, data)
 	}
-	c.add("init", execMode, load)
+	for i, name := range programs {
+		if i == 0 {
+			name = "init"
+		}
+		c.add(name, execMode, binaries[i])
+	}
 	c.end()
 	img := &image{
 		kernel:  filepath.Join(kernel, "vmlinuz"),
@@ -93,97 +100,46 @@ func buildImage(ctx context.Context, dir string, log *slog.Logger) (*image, erro
 	return img, writeFile(img.initrd, b.Bytes())
 }
 
-// fetchKernel downloads Debian's cloud kernel and keeps vmlinuz, release and
-// modules/NN-NAME.ko. Nothing is installed.
-func fetchKernel(ctx context.Context, dir string) error {
-	_, repos, err := debianRepos(ctx)
+// build returns the binaries of this module's programs, by their directories'
+// names in cmd: the files of their names beside this program if there are,
+// else they are built from the source tree.
+func build(ctx context.Context, programs []string) ([][]byte, error) {
+	binaries := make([][]byte, len(programs))
+	self, err := os.Executable()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	work := filepath.Join(dir, "work")
-	apt, err := newPrivateApt(ctx, work, repos)
-	if err != nil {
-		return err
-	}
-	const meta = "linux-image-cloud-amd64"
-	depends, err := apt.run(ctx, "apt-cache", "depends", "--important", meta)
-	if err != nil {
-		return err
-	}
-	var pkg string
-	for line := range strings.Lines(string(depends)) {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
-			pkg = "linux-image-" + name
-		}
-	}
-	if pkg == "" {
-		return fmt.Errorf("package %s depends on no kernel", meta)
-	}
-	if _, err := apt.run(ctx, "apt-get", "download", pkg); err != nil {
-		return err
-	}
-	debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
-	if err != nil {
-		return err
-	}
-	tree := filepath.Join(work, "tree")
-	if err := unpack(ctx, debs, tree); err != nil {
-		return err
-	}
-	release := strings.TrimPrefix(pkg, "linux-image-")
-	release = strings.TrimSuffix(release, "-unsigned")
-	if err := os.Rename(filepath.Join(tree, "boot", "vmlinuz-"+release), filepath.Join(dir, "vmlinuz")); err != nil {
-		return err
-	}
-	if err := os.Mkdir(filepath.Join(dir, "modules"), 0o755); err != nil {
-		return err
-	}
-	lib := filepath.Join(tree, "lib/modules", release)
-	if _, err := os.Stat(lib); errors.Is(err, os.ErrNotExist) {
-		lib = filepath.Join(tree, "usr/lib/modules", release)
-	}
-	err = filepath.WalkDir(lib, func(path string, _ os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		file := filepath.Base(path)
-		for i, m := range modules {
-			if file == m+".ko" || file == m+".ko.xz" {
-				return os.Rename(path, filepath.Join(dir, "modules", fmt.Sprintf("%02d-%s", i, file)))
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(dir, "release"), []byte(release+"\n"), 0o644); err != nil {
-		return err
-	}
-	return os.RemoveAll(work)
-}
-
-// guestLoad returns the guest load's binary: the file "guestload" beside this
-// program if there is one, else it is built from the source tree.
-func guestLoad(ctx context.Context) ([]byte, error) {
-	if self, err := os.Executable(); err == nil {
-		data, err := os.ReadFile(filepath.Join(filepath.Dir(self), "guestload"))
-		if !errors.Is(err, os.ErrNotExist) {
-			return data, err
-		}
-	}
-	tmp, err := os.MkdirTemp("", "guestload")
+	tmp, err := os.MkdirTemp("", "vacate-lab")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	out := filepath.Join(tmp, "guestload")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out, "vacate/cmd/guestload")
+	args := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", tmp + "/"}
+	missing := len(args)
+	for i, name := range programs {
+		binaries[i], err = os.ReadFile(filepath.Join(filepath.Dir(self), name))
+		if errors.Is(err, os.ErrNotExist) {
+			args = append(args, "vacate/cmd/"+name)
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	if len(args) == missing {
+		return binaries, nil
+	}
+	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
 	if _, err := output(cmd); err != nil {
-		return nil, fmt.Errorf("%w\nput a built guestload beside this program, or run it inside the source tree", err)
+		return nil, fmt.Errorf("%w\nput them, built, beside this program, or run it inside the source tree", err)
 	}
-	return os.ReadFile(out)
+	for i, name := range programs {
+		if binaries[i] == nil {
+			if binaries[i], err = os.ReadFile(filepath.Join(tmp, name)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return binaries, nil
 }
 
 const (

@@ -55,8 +55,8 @@ type Lab struct {
 	lock  *os.File
 	log   *slog.Logger
 	link  *link
-	image func(context.Context) (*image, error) // built once, cached
-	kvm   sync.Mutex                            // one looks whether KVM works
+	image images
+	kvm   sync.Mutex // one looks whether KVM works
 
 	mu  sync.Mutex
 	vms []*VM // guarded by mu
@@ -86,7 +86,7 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	l.image = onceImage(l.dir, l.log)
+	l.image.dir, l.image.log = l.dir, l.log
 	cores := onlineCores()
 	for i, h := range []**Host{&l.A, &l.B} {
 		core := -1

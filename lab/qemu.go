@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -113,14 +112,13 @@ func fetchQEMU(ctx context.Context, dir, codename string) error {
 	if err != nil {
 		return err
 	}
-	// The mirror that has this machine's release has the others.
-	i := slices.IndexFunc(repos, func(r repo) bool { return r.release == own })
-	if i < 0 {
-		return fmt.Errorf("apt has no source of Debian %s itself", own)
-	}
 	from := codename + "-backports"
+	release, err := suiteRepos(own, repos, codename)
+	if err != nil {
+		return err
+	}
 	work := filepath.Join(dir, "work")
-	apt, err := newPrivateApt(ctx, work, []repo{{repos[i].uri, codename, "main"}, {repos[i].uri, from, "main"}})
+	apt, err := newPrivateApt(ctx, work, append(release, repo{release[0].uri, from, "main"}))
 	if err != nil {
 		return err
 	}
@@ -179,7 +177,7 @@ exec %q --argv0 %q --library-path "%s" \
 // accelerator returns "kvm" if a guest really boots under it, else "tcg". That
 // /dev/kvm opens proves nothing. The answer is kept in the lab directory; the
 // environment variable VACATE_ACCEL overrides it.
-func (l *Lab) accelerator(ctx context.Context, q QEMU, img *image) (string, error) {
+func (l *Lab) accelerator(ctx context.Context, q QEMU, k Kernel, img *image) (string, error) {
 	if a := os.Getenv("VACATE_ACCEL"); a != "" {
 		if a != "kvm" && a != "tcg" {
 			return "", fmt.Errorf("VACATE_ACCEL is %q: want kvm or tcg", a)
@@ -206,7 +204,7 @@ func (l *Lab) accelerator(ctx context.Context, q QEMU, img *image) (string, erro
 	short, cancel := context.WithTimeout(ctx, kvmBootTime)
 	defer cancel()
 	accel := "kvm"
-	vm, err := l.A.Boot(short, Spec{QEMU: q, Accel: "kvm", MemoryMiB: 256})
+	vm, err := l.A.Boot(short, Spec{QEMU: q, Kernel: k, Accel: "kvm", MemoryMiB: 256})
 	if err == nil {
 		vm.Kill()
 	} else if ctx.Err() != nil {

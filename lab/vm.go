@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,11 +38,36 @@ type Spec struct {
 	VCPUs     int     // default 1
 	Memfd     bool    // RAM in a shared memfd, else anonymous
 	Devices   Devices // default Bare
+	Kernel    Kernel  // default this machine's release's
 	Load      Load
 	Disk      string   // raw image of a Full VM; default one made for it
 	Accel     string   // "kvm" or "tcg"; default whichever works
 	CPU       string   // QEMU's CPU model; default all that Accel has
-	Extra     []string // more arguments for QEMU
+	Cmdline   string   // more of the kernel's command line
+	Init      string   // program of this module, by its name in cmd, to be the guest's whole user space; default guestload
+	Run       []string // programs that guestload starts beside its load; what they write is on the console
+	// Agent has guestload start the program vacate-guest, and gives the VM a
+	// virtio-serial port for it, AgentPort; see VM.AgentSocket.
+	Agent bool
+	Extra []string // more arguments for QEMU
+}
+
+// AgentPort is the name of the agent's virtio-serial port.
+const AgentPort = "org.vacate.agent"
+
+const (
+	guestLoad = "guestload"
+	agent     = "vacate-guest"
+)
+
+// programs are those in the guest's image, init first, and those of them that
+// guestload is to start.
+func (s *Spec) programs() (all, run []string) {
+	run = s.Run
+	if s.Agent && s.Init == guestLoad {
+		run = append(slices.Clone(run), agent)
+	}
+	return append([]string{s.Init}, run...), run
 }
 
 // Load is what the guest keeps in memory, and does with it.
@@ -80,6 +107,9 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	if s.Devices == "" {
 		s.Devices = Bare
 	}
+	if s.Init == "" {
+		s.Init = guestLoad
+	}
 	l := &s.Load
 	if l.Workers == 0 {
 		l.Workers = s.VCPUs
@@ -92,6 +122,14 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	}
 	if s.VCPUs < 1 || l.Workers < 1 {
 		return errors.New("CPUs and workers must be at least 1")
+	}
+	for _, p := range append([]string{s.Init}, s.Run...) {
+		if !programName.MatchString(p) {
+			return fmt.Errorf("program %.40q: want a name in cmd, such as %q", p, guestLoad)
+		}
+	}
+	if s.Init != guestLoad && len(s.Run) > 0 {
+		return fmt.Errorf("only %s starts other programs, and init is %s", guestLoad, s.Init)
 	}
 	var all int
 	for _, mib := range []int{l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB} {
@@ -109,14 +147,35 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	return nil
 }
 
+var programName = regexp.MustCompile(`^[a-z][a-z0-9-]*$`)
+
 func (s *Spec) cmdline() string {
+	line := "console=ttyS0 oops=panic"
+	if s.Init == guestLoad {
+		line += s.loadParameters()
+	}
+	if s.Cmdline != "" {
+		line += " " + s.Cmdline
+	}
+	return line
+}
+
+func (s *Spec) loadParameters() string {
 	l := s.Load
 	mode := "work"
 	if l.Sleep {
 		mode = "idle"
 	}
-	return fmt.Sprintf("console=ttyS0 oops=panic vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.mode=%s vacate.seed=%d",
+	line := fmt.Sprintf(" vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.mode=%s vacate.seed=%d",
 		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, mode, l.Seed)
+	if s.Agent {
+		line += " vacate.port=" + AgentPort
+	}
+	_, run := s.programs()
+	for _, p := range run {
+		line += " vacate.run=/" + p
+	}
+	return line
 }
 
 // VM is a QEMU process on a host. Methods may be called from any goroutine.
@@ -128,6 +187,9 @@ type VM struct {
 	QMP     string // monitor socket, for the engine or operator
 	LabQMP  string // a second one, for the lab
 	Console string // file with the guest's console
+	// AgentSocket is where QEMU listens for who talks to the guest's agent,
+	// one at a time; empty without Spec.Agent.
+	AgentSocket string
 
 	stderr string
 	cmd    *exec.Cmd
@@ -142,6 +204,7 @@ type VM struct {
 const bootTime = 90 * time.Second
 
 // Boot starts a VM and waits until its load has begun, for at most 3 minutes.
+// With another init than the load it waits for QEMU only.
 func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
 	vm, err := h.boot(ctx, spec)
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
@@ -162,6 +225,9 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 	vm, err := h.launch(ctx, spec, newGuest())
 	if err != nil {
 		return nil, fmt.Errorf("boot VM on host %s: %w", h.Name, err)
+	}
+	if spec.Init != guestLoad {
+		return vm, nil
 	}
 	err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
 	if err != nil {
@@ -216,12 +282,13 @@ func (h *Host) Incoming(ctx context.Context, twin *VM, opts IncomingOptions) (*V
 
 func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...string) (_ *VM, err error) {
 	l := h.lab
-	img, err := l.image(ctx)
+	programs, _ := spec.programs()
+	img, err := l.image.get(ctx, spec.Kernel, programs)
 	if err != nil {
 		return nil, err
 	}
 	if spec.Accel == "" {
-		if spec.Accel, err = l.accelerator(ctx, spec.QEMU, img); err != nil {
+		if spec.Accel, err = l.accelerator(ctx, spec.QEMU, spec.Kernel, img); err != nil {
 			return nil, err
 		}
 	}
@@ -243,6 +310,9 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 		Name: name, Host: h, Spec: spec, Guest: guest,
 		QMP: file("qmp.sock"), LabQMP: file("labqmp.sock"), Console: file("console.log"),
 		stderr: file("stderr.log"), done: make(chan struct{}),
+	}
+	if spec.Agent {
+		vm.AgentSocket = file("agent.sock")
 	}
 	reports, err := net.ListenUnix("unix", &net.UnixAddr{Name: file("load.sock"), Net: "unix"})
 	if err != nil {
@@ -288,6 +358,9 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 		return nil, err
 	}
 	vm.port = conn
+	if spec.Init != guestLoad {
+		return vm, nil
+	}
 	vm.all.Go(func() {
 		guest.follow(name, conn)
 		conn.Close()
@@ -347,6 +420,12 @@ func (vm *VM) args(img *image, reports string) []string {
 	} else {
 		add("-vga", "none")
 	}
+	if s.Agent {
+		if s.Devices == Bare {
+			add("-device", "virtio-serial-pci")
+		}
+		add("-chardev", "socket,id=agent,server=on,wait=off,path="+escape(vm.AgentSocket), "-device", "virtserialport,chardev=agent,name="+AgentPort)
+	}
 	return append(args, s.Extra...)
 }
 
@@ -373,6 +452,10 @@ func writeDisk(name string, load Load) error {
 
 // PID returns the process id of the VM's QEMU.
 func (vm *VM) PID() int { return vm.cmd.Process.Pid }
+
+// Port is the guest's second serial port, for a Spec.Init that is not
+// guestload; guestload's is the lab's. Kill closes it.
+func (vm *VM) Port() net.Conn { return vm.port }
 
 // Done is closed when the VM's process has ended.
 func (vm *VM) Done() <-chan struct{} { return vm.done }
@@ -404,6 +487,9 @@ func (vm *VM) Kill() {
 		vm.cmd.Process.Kill()
 	}
 	vm.all.Wait()
+	if vm.port != nil {
+		vm.port.Close()
+	}
 }
 
 // Status returns what QMP's query-status says, such as "running" or

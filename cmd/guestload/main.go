@@ -13,6 +13,10 @@
 //	vacate.workers=2    threads working on the hot set; default one per CPU
 //	vacate.mode=idle    no work at all on the hot set; default "work"
 //	vacate.seed=1       what page contents are derived from
+//	vacate.port=NAME    waits for this virtio-serial port and links it in /dev/virtio-ports
+//	vacate.run=/FILE    starts this program
+//
+// It takes no note of parameters without "vacate.": others' are not to have it.
 //
 // It reports and takes commands on the second serial port; package loadproto
 // has the lines and page contents.

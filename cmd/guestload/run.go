@@ -50,6 +50,14 @@ func load(port *os.File, modules error) error {
 	if err != nil {
 		return err
 	}
+	if err := linkPorts(p.ports); err != nil {
+		return err
+	}
+	for _, name := range p.run {
+		if err := start(name); err != nil {
+			return err
+		}
+	}
 	// Reports must not wait for a worker to be preempted by the Go runtime;
 	// the kernel is the better judge.
 	runtime.GOMAXPROCS(p.workers + 2)

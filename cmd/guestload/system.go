@@ -3,10 +3,12 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +21,8 @@ type params struct {
 	workers                       int
 	work                          bool
 	seed                          uint64
+	ports                         []string // names of virtio-serial ports to wait for
+	run                           []string // files of programs to start
 }
 
 func parseParams(cmdline string) (params, error) {
@@ -48,6 +52,10 @@ func parseParams(cmdline string) (params, error) {
 			}
 		case "seed":
 			p.seed, err = strconv.ParseUint(value, 10, 64)
+		case "port":
+			p.ports = append(p.ports, value)
+		case "run":
+			p.run = append(p.run, value)
 		case "mode":
 			p.work = value == "work"
 			if !p.work && value != "idle" {
@@ -87,7 +95,7 @@ func parsePages(s string) (int, error) {
 }
 
 func mountAll() error {
-	for _, m := range []struct{ kind, at string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}} {
+	for _, m := range []struct{ kind, at string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
 			return err
 		}
@@ -127,12 +135,71 @@ func loadModule(name string) error {
 	}
 	defer f.Close()
 	var flags int
-	if strings.HasSuffix(name, ".xz") {
+	if !strings.HasSuffix(name, ".ko") { // but .ko.xz, for the kernel to unpack
 		flags = unix.MODULE_INIT_COMPRESSED_FILE
 	}
 	if err := unix.FinitModule(int(f.Fd()), "", flags); err != unix.EEXIST {
 		return err
 	}
+	return nil
+}
+
+// portWait is how long a driver may take to find a port.
+const portWait = 10 * time.Second
+
+// linkPorts waits for virtio-serial ports and gives them their names in /dev,
+// as udev does.
+func linkPorts(names []string) error {
+	if len(names) == 0 {
+		return nil
+	}
+	const dir = "/dev/virtio-ports"
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	for _, want := range names {
+		for begun := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+			device, err := findPort(want)
+			if err != nil {
+				return err
+			}
+			if device != "" {
+				if err := os.Symlink("../"+device, filepath.Join(dir, filepath.Base(want))); err != nil {
+					return err
+				}
+				break
+			}
+			if time.Since(begun) > portWait {
+				return fmt.Errorf("the machine has no virtio-serial port %q", want)
+			}
+		}
+	}
+	return nil
+}
+
+// findPort returns a port's device in /dev, or nothing.
+func findPort(want string) (string, error) {
+	files, err := filepath.Glob("/sys/class/virtio-ports/*/name")
+	for _, f := range files {
+		name, err := os.ReadFile(f)
+		if err == nil && strings.TrimSpace(string(name)) == want {
+			return filepath.Base(filepath.Dir(f)), nil
+		}
+	}
+	return "", err
+}
+
+// start starts a program, whose end is told on the console.
+func start(name string) error {
+	cmd := exec.Command(name)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		err := cmd.Wait()
+		fmt.Fprintf(os.Stderr, "guestload: %s has ended: %v\n", name, err)
+	}()
 	return nil
 }
 

@@ -1,0 +1,82 @@
+package lab
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Every kernel boots with every device, and an agent's port.
+func TestKernels(t *testing.T) {
+	l := newTestLab(t, Options{})
+	for _, k := range Kernels {
+		t.Run(k.Name, func(t *testing.T) {
+			start := time.Now()
+			vm, err := l.A.Boot(deadline(t, 5*time.Minute), Spec{Kernel: k, Devices: Full, Load: Load{HotMiB: 16, CacheMiB: 4}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer vm.Kill()
+			t.Logf("booted in %v", time.Since(start))
+			mustCheck(t, vm.Guest, vm, (16+4)*pagesPerMiB)
+		})
+	}
+}
+
+func TestKernelThatIsNotThere(t *testing.T) {
+	needLab(t)
+	log := slog.New(slog.DiscardHandler)
+	_, err := kernelDir(t.Context(), t.TempDir(), Kernel{"none", "no-such-suite"}, log)
+	if err == nil || !strings.Contains(err.Error(), "no-such-suite") {
+		t.Errorf("a kernel of no suite: %v", err)
+	}
+	t.Log(err)
+	if k, err := FindKernel("2.6"); err == nil || !strings.Contains(err.Error(), "6.12") {
+		t.Errorf("kernel 2.6: %v, %v", k, err)
+	}
+	if k, err := FindKernel(""); err != nil || k != (Kernel{}) {
+		t.Errorf("kernel of no name: %v, %v", k, err)
+	}
+}
+
+// Programs run beside the load, and instead of it.
+func TestPrograms(t *testing.T) {
+	l := newTestLab(t, Options{})
+	for _, test := range []struct {
+		spec Spec
+		says string
+	}{
+		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"}, "runs as process 1 of a lab guest only"},
+		{Spec{Init: "vacate", Cmdline: "quiet"}, "Available Commands"},
+	} {
+		s, says := test.spec, test.says
+		vm, err := l.A.Boot(deadline(t, 2*time.Minute), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := deadline(t, time.Minute)
+		for {
+			console, err := os.ReadFile(vm.Console)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text := string(console); strings.Contains(text, says) {
+				if strings.Contains(text, "Command line:") {
+					t.Errorf("the kernel's command line lacks %q:\n%s", s.Cmdline, text)
+				}
+				break
+			}
+			select {
+			case <-time.After(50 * time.Millisecond):
+			case <-vm.Done():
+				t.Fatal(vm.explain(errors.New("the VM is gone")))
+			case <-ctx.Done():
+				t.Fatal(vm.explain(ctx.Err()))
+			}
+		}
+		vm.Kill()
+	}
+}
