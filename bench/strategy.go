@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/pushorder"
 	"vacate/qmp"
 )
 
@@ -28,11 +29,35 @@ type strategy struct {
 }
 
 var strategies = []strategy{
-	{"vacate", true, (*trial).receive, (*trial).evict},
-	{"qemu-postcopy", false, qemu("postcopy-ram"), (*trial).postcopy},
-	{"qemu-postcopy-preempt", false, qemu("postcopy-ram", "postcopy-preempt"), (*trial).postcopy},
-	{"qemu-precopy", false, qemu(), (*trial).precopy},
-	{"stop-and-copy", false, qemu(), (*trial).stopAndCopy},
+	// The first, which variants are made of.
+	{name: "vacate", paused: true, prepare: (*trial).receive, move: evict()},
+	{name: "qemu-postcopy", prepare: qemu("postcopy-ram"), move: (*trial).postcopy},
+	{name: "qemu-postcopy-preempt", prepare: qemu("postcopy-ram", "postcopy-preempt"), move: (*trial).postcopy},
+	{name: "qemu-precopy", prepare: qemu(), move: (*trial).precopy},
+	{name: "stop-and-copy", prepare: qemu(), move: (*trial).stopAndCopy},
+}
+
+// variant makes a strategy of vacate with other options, by a name like
+// "vacate:address+near:off:all": an order of the push, where the guest's pages are learnt of
+// (a value of --enlighten), and "all" for moving free pages, too; each may be left out.
+func variant(name string) (strategy, error) {
+	var flags []string
+	for part := range strings.SplitSeq(strings.TrimPrefix(name, "vacate:"), ":") {
+		switch part {
+		case "all":
+			flags = append(flags, "--send-free")
+		case "auto", "host", "agent", "off":
+			flags = append(flags, "--enlighten", part)
+		default:
+			if _, err := pushorder.ParsePolicy(part); err != nil {
+				return strategy{}, fmt.Errorf("strategy %q: %w", name, err)
+			}
+			flags = append(flags, "--order", part)
+		}
+	}
+	s := strategies[0]
+	s.name, s.move = name, evict(flags...)
+	return s, nil
 }
 
 // Strategies are the names of all strategies.
@@ -120,8 +145,13 @@ type engineReport struct {
 	Fetch *Quantiles `json:"fetch_latency_s"`
 }
 
-func (t *trial) evict(ctx context.Context) error {
-	cmd := exec.CommandContext(ctx, t.opts.Vacate, "evict", "--qmp", t.vm.QMP, "--to", t.engineAddr(), "--json")
+// evict moves the VM by this project's engine, with more flags if need be.
+func evict(flags ...string) func(*trial, context.Context) error {
+	return func(t *trial, ctx context.Context) error { return t.evict(ctx, flags) }
+}
+
+func (t *trial) evict(ctx context.Context, flags []string) error {
+	cmd := exec.CommandContext(ctx, t.opts.Vacate, append([]string{"evict", "--qmp", t.vm.QMP, "--to", t.engineAddr(), "--json"}, flags...)...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	t.profile(cmd, "evict")
@@ -382,8 +412,16 @@ func find(names []string) ([]strategy, error) {
 				i = j
 			}
 		}
+		if strings.HasPrefix(n, "vacate:") {
+			v, err := variant(n)
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, v)
+			continue
+		}
 		if i < 0 {
-			return nil, fmt.Errorf("no strategy %q: there are %s", n, strings.Join(Strategies(), ", "))
+			return nil, fmt.Errorf("no strategy %q: there are %s, and vacate:ORDER", n, strings.Join(Strategies(), ", "))
 		}
 		found = append(found, strategies[i])
 	}
