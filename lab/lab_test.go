@@ -114,6 +114,35 @@ func TestBootAndCheck(t *testing.T) {
 	}
 }
 
+// The memory of several processes lies mixed, and one works on some pages more
+// than on others.
+func TestMixedLoad(t *testing.T) {
+	l := newTestLab(t, Options{})
+	start := time.Now()
+	load := Load{HotMiB: 64, OtherMiB: 90, Others: 4, CacheMiB: 32, Zipf: true, Mixed: true, Seed: 3}
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{VCPUs: 2, Devices: Full, Load: load})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("booted in %v", time.Since(start))
+	if err := vm.Guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+		t.Fatal(err)
+	}
+	var page loadproto.Page
+	page.Fill(loadproto.Base(loadproto.SetSeed(load.Seed, loadproto.SetOther), 80*pagesPerMiB, 0))
+	corrupt(t, vm, &page)
+	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if check.Pages != (64+90+32)*pagesPerMiB || check.Bad != 1 || len(check.Sets) != 6 {
+		t.Errorf("%d MiB in 6 sets, one page of which was changed: %+v", 64+90+32, check)
+	}
+	if len(check.Words) != 1 || check.Words[0].Set != loadproto.SetOther || check.Words[0].Page != 80*pagesPerMiB {
+		t.Errorf("page %d of the other processes was changed: %+v", 80*pagesPerMiB, check.Words)
+	}
+}
+
 // A guest of every set and every device moves with QEMU's own post-copy over
 // the shaped link, and finds all of its memory as it was.
 func TestMigrate(t *testing.T) {

@@ -72,14 +72,17 @@ func (s *Spec) programs() (all, run []string) {
 
 // Load is what the guest keeps in memory, and does with it.
 type Load struct {
-	HotMiB   int // worked on all the time
-	IdleMiB  int // written once
-	OtherMiB int // written once, by another process
-	CacheMiB int // page cache of the disk; needs Full
-	FileMiB  int // file in the guest's root file system, which is memory
-	Workers  int // threads working on the hot set; default one per VCPU
+	HotMiB   int  // worked on all the time
+	IdleMiB  int  // written once, by the process that works
+	OtherMiB int  // written once, by other processes
+	Others   int  // how many those are; default 1
+	CacheMiB int  // page cache of the disk; needs Full
+	FileMiB  int  // file in the guest's root file system, which is memory
+	Workers  int  // threads working on the hot set; default one per VCPU
+	Zipf     bool // hot pages are picked by Zipf's law (exponent 1); else uniformly
+	Mixed    bool // free memory is fragmented first, and all sets take of it in turns
 	Sleep    bool
-	Seed     uint64 // of page contents
+	Seed     uint64 // of page contents, and of all that is random
 }
 
 // guestNeeds is what the kernel and an empty load need, in MiB.
@@ -114,14 +117,17 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	if l.Workers == 0 {
 		l.Workers = s.VCPUs
 	}
+	if l.Others == 0 {
+		l.Others = 1
+	}
 	if s.Devices != Bare && s.Devices != Full {
 		return fmt.Errorf("devices %q: want %q or %q", s.Devices, Bare, Full)
 	}
 	if s.Accel != "" && s.Accel != "kvm" && s.Accel != "tcg" {
 		return fmt.Errorf("accelerator %q: want kvm or tcg", s.Accel)
 	}
-	if s.VCPUs < 1 || l.Workers < 1 {
-		return errors.New("CPUs and workers must be at least 1")
+	if s.VCPUs < 1 || l.Workers < 1 || l.Others < 1 {
+		return errors.New("CPUs, workers and other processes must be at least 1")
 	}
 	for _, p := range append([]string{s.Init}, s.Run...) {
 		if !programName.MatchString(p) {
@@ -162,12 +168,17 @@ func (s *Spec) cmdline() string {
 
 func (s *Spec) loadParameters() string {
 	l := s.Load
-	mode := "work"
+	line := fmt.Sprintf(" vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.others=%d vacate.seed=%d",
+		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, l.Others, l.Seed)
 	if l.Sleep {
-		mode = "idle"
+		line += " vacate.mode=idle"
 	}
-	line := fmt.Sprintf(" vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.mode=%s vacate.seed=%d",
-		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, mode, l.Seed)
+	if l.Zipf {
+		line += " vacate.access=zipf"
+	}
+	if l.Mixed {
+		line += " vacate.place=mixed"
+	}
 	if s.Agent {
 		line += " vacate.port=" + AgentPort
 	}

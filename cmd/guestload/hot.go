@@ -27,6 +27,7 @@ func tscHz() float64 {
 // hotSet is rewritten all the time by its workers, each in its own share.
 type hotSet struct {
 	workers []*worker
+	grown   int
 	stop    atomic.Bool
 	done    sync.WaitGroup
 }
@@ -37,6 +38,7 @@ type worker struct {
 	pages []lp.Page
 	first int      // number of the share's first page in the whole set
 	gen   []uint32 // the generation each page should have
+	pick  picker
 	bad   *badSink
 	slow  uint64  // the least slow touch, in ticks
 	tick  float64 // nanoseconds
@@ -48,7 +50,7 @@ type worker struct {
 	_       [64]byte // the counters of two workers share no cache line
 }
 
-func newHotSet(seed uint64, n, workers int, bad *badSink) (*hotSet, error) {
+func newHotSet(seed uint64, n, workers int, zipf bool, bad *badSink) (*hotSet, error) {
 	workers = min(workers, n)
 	h := &hotSet{}
 	if workers == 0 {
@@ -66,9 +68,7 @@ func newHotSet(seed uint64, n, workers int, bad *badSink) (*hotSet, error) {
 			gen: make([]uint32, len(pages)), bad: bad,
 			slow: uint64(lp.SlowTouch * hz / 1e9), tick: 1e9 / hz,
 		}
-		for j := range pages {
-			pages[j].Fill(w.base(j))
-		}
+		w.pick = newPicker(w.seed+uint64(first), len(pages), zipf)
 		h.workers = append(h.workers, w)
 	}
 	return h, nil
@@ -76,6 +76,26 @@ func newHotSet(seed uint64, n, workers int, bad *badSink) (*hotSet, error) {
 
 func (w *worker) base(i int) uint64 {
 	return lp.Base(w.seed, uint64(w.first+i), uint64(w.gen[i]))
+}
+
+func (h *hotSet) size() (n int) {
+	for _, w := range h.workers {
+		n += len(w.pages)
+	}
+	return n
+}
+
+func (h *hotSet) grow(n int) error {
+	for range n {
+		for _, w := range h.workers {
+			if i := h.grown - w.first; i < len(w.pages) {
+				w.pages[i].Fill(w.base(i))
+				break
+			}
+		}
+		h.grown++
+	}
+	return nil
 }
 
 func (h *hotSet) start() {
@@ -91,14 +111,9 @@ func (h *hotSet) start() {
 func (w *worker) run() {
 	defer w.set.done.Done()
 	runtime.LockOSThread()
-	x := w.seed + uint64(w.first)*2 + 1
-	n := uint64(len(w.pages))
 	var word uint64
 	for !w.set.stop.Load() {
-		x ^= x << 13
-		x ^= x >> 7
-		x ^= x << 17
-		i := int((x >> 32) * n >> 32)
+		i := w.pick.next()
 		page := &w.pages[i]
 
 		before := rdtsc()

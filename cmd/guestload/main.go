@@ -2,14 +2,17 @@
 // that knows what every byte of its memory should be and how long each first
 // touch of a page took. It runs on Linux for x86-64 only.
 //
-// As process 1 it mounts what it needs, loads the modules in /modules, and reads
-// its parameters from the kernel command line:
+// As process 1 it mounts what it needs, loads the modules in /modules, and starts
+// the load in a process of its own. Parameters are on the kernel command line:
 //
 //	vacate.hot=200M     worked on all the time: pages picked at random, checked, rewritten
 //	vacate.idle=200M    written once, checked at the end
-//	vacate.other=50M    the same, in another process
+//	vacate.other=50M    the same, in other processes, which wake every few seconds
+//	vacate.others=4     how many other processes; default 1
 //	vacate.cache=50M    read from /dev/vda through the page cache, if there is one
 //	vacate.file=8M      a file in the root file system
+//	vacate.access=zipf  hot pages are picked by Zipf's law; default uniform
+//	vacate.place=mixed  free memory is fragmented, and all take of it in turns; default ordered
 //	vacate.workers=2    threads working on the hot set; default one per CPU
 //	vacate.mode=idle    no work at all on the hot set; default "work"
 //	vacate.seed=1       what page contents are derived from
@@ -32,7 +35,11 @@ func main() {
 	// No garbage to speak of, and a collection would touch pages at random.
 	debug.SetGCPercent(-1)
 	if len(os.Args) > 1 && os.Args[1] == otherArg {
-		fmt.Fprintln(os.Stderr, "guestload: other process:", other(os.Args[2:]))
+		fmt.Fprintln(os.Stderr, "guestload: another process:", other(os.Args[2:]))
+		os.Exit(1)
+	}
+	if len(os.Args) > 1 && os.Args[1] == loadArg {
+		fmt.Fprintln(os.Stderr, "guestload: the load:", load())
 		os.Exit(1)
 	}
 	if os.Getpid() != 1 {

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"time"
@@ -20,33 +22,30 @@ func run() error {
 	if err := mountAll(); err != nil {
 		return err
 	}
-	// The drivers may not be needed at all; what needs one will say so.
-	modules := loadModules()
-	port, err := openPort()
-	if err != nil {
-		return err
+	err := prepare()
+	if err == nil {
+		// The load is a process like any other of a guest.
+		cmd := exec.Command("/init", loadArg)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		err = fmt.Errorf("the load has ended: %v", cmd.Run())
 	}
-	err = load(port, modules)
+	port, portErr := openPort()
+	if portErr != nil {
+		return errors.Join(err, portErr)
+	}
 	port.Write(lp.Append(nil, lp.Fail{Text: err.Error()}))
 	return err
 }
 
-type checker interface {
-	check(*badSink) (lp.SetResult, error)
-}
-
-func load(port *os.File, modules error) error {
-	if modules != nil {
-		return modules
+// prepare has the guest ready for the load.
+func prepare() error {
+	if err := loadModules(); err != nil {
+		return err
 	}
 	if err := netUp(); err != nil {
 		return err
 	}
-	cmdline, err := os.ReadFile("/proc/cmdline")
-	if err != nil {
-		return err
-	}
-	p, err := parseParams(string(cmdline))
+	p, err := readParams()
 	if err != nil {
 		return err
 	}
@@ -58,46 +57,50 @@ func load(port *os.File, modules error) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// loadArg is the first argument of the load's process.
+const loadArg = "load"
+
+// load is the main function of the load's process. It returns only what it
+// cannot go on with.
+func load() error {
+	p, err := readParams()
+	if err != nil {
+		return err
+	}
+	port, err := openPort()
+	if err != nil {
+		return err
+	}
+	err = work(port, p)
+	port.Write(lp.Append(nil, lp.Fail{Text: err.Error()}))
+	return err
+}
+
+func work(port *os.File, p params) error {
 	// Reports must not wait for a worker to be preempted by the Go runtime;
 	// the kernel is the better judge.
 	runtime.GOMAXPROCS(p.workers + 2)
 
 	bad := &badSink{words: make(chan lp.BadWord, reportedBad)}
-	hot, err := newHotSet(p.seed, p.hot, p.workers, bad)
+	hot, sets, err := makeSets(p, bad)
 	if err != nil {
 		return err
 	}
-	sets := []checker{hot}
-	pages := p.hot + p.idle + p.other + p.cache + p.file
-	if p.idle > 0 {
-		s, err := newStill(lp.SetIdle, p.seed, p.idle)
-		if err != nil {
-			return err
-		}
-		sets = append(sets, s)
+	if p.scatter {
+		err = scatter(sets, p.seed)
+	} else {
+		err = fill(sets)
 	}
-	if p.other > 0 {
-		o, err := startOther(p.seed, p.other)
-		if err != nil {
-			return err
-		}
-		sets = append(sets, o)
+	if err != nil {
+		return err
 	}
-	if p.cache > 0 {
-		d, err := newDisk(p.seed, p.cache, bad)
-		if err != nil {
-			return err
-		}
-		sets = append(sets, d)
+	pages := 0
+	for _, s := range sets {
+		pages += s.size()
 	}
-	if p.file > 0 {
-		f, err := newFile(p.seed, p.file)
-		if err != nil {
-			return err
-		}
-		sets = append(sets, f)
-	}
-
 	hello := lp.Hello{Version: lp.Version, Pages: uint64(pages), Workers: uint64(len(hot.workers))}
 	if _, err := port.Write(lp.Append(nil, hello)); err != nil {
 		return err
@@ -108,8 +111,50 @@ func load(port *os.File, modules error) error {
 	return report(port, hot, sets, bad)
 }
 
+// makeSets makes the sets, empty still; the hot one is the first of all.
+func makeSets(p params, bad *badSink) (*hotSet, []set, error) {
+	hot, err := newHotSet(p.seed, p.hot, p.workers, p.zipf, bad)
+	if err != nil {
+		return nil, nil, err
+	}
+	sets := []set{hot}
+	if p.idle > 0 {
+		s, err := newStill(lp.SetIdle, p.seed, 0, p.idle)
+		if err != nil {
+			return nil, nil, err
+		}
+		sets = append(sets, s)
+	}
+	for i := range p.others {
+		first, end := p.other*i/p.others, p.other*(i+1)/p.others
+		if end == first {
+			continue
+		}
+		o, err := startOther(p.seed, first, end-first)
+		if err != nil {
+			return nil, nil, err
+		}
+		sets = append(sets, o)
+	}
+	if p.cache > 0 {
+		d, err := newDisk(p.seed, p.cache)
+		if err != nil {
+			return nil, nil, err
+		}
+		sets = append(sets, d)
+	}
+	if p.file > 0 {
+		f, err := newFile(p.seed, p.file)
+		if err != nil {
+			return nil, nil, err
+		}
+		sets = append(sets, f)
+	}
+	return hot, sets, nil
+}
+
 // report writes reports and obeys commands until something fails.
-func report(port *os.File, hot *hotSet, sets []checker, bad *badSink) error {
+func report(port *os.File, hot *hotSet, sets []set, bad *badSink) error {
 	commands := make(chan string)
 	go func() {
 		lines := bufio.NewScanner(port)
@@ -152,7 +197,7 @@ func report(port *os.File, hot *hotSet, sets []checker, bad *badSink) error {
 	}
 }
 
-func checkAll(b []byte, sets []checker, bad *badSink) ([]byte, error) {
+func checkAll(b []byte, sets []set, bad *badSink) ([]byte, error) {
 	var final lp.Final
 	for _, s := range sets {
 		r, err := s.check(bad)

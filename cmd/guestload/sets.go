@@ -1,13 +1,8 @@
 package main
 
 import (
-	"bufio"
-	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
-	"strconv"
 	"sync/atomic"
 	"unsafe"
 
@@ -50,29 +45,47 @@ func mapPages(n int) ([]lp.Page, error) {
 	return unsafe.Slice((*lp.Page)(unsafe.Pointer(unsafe.SliceData(mem))), n), nil
 }
 
+// A set is some of the load's memory. It is made empty, and grows to its size.
+type set interface {
+	size() int        // in pages, when it is whole
+	grow(n int) error // by so many pages
+	check(*badSink) (lp.SetResult, error)
+}
+
 // still is memory that is written once.
 type still struct {
 	set   string
 	seed  uint64
+	first int // number of its first page in the whole set
 	pages []lp.Page
+	grown int
 }
 
-func newStill(set string, seed uint64, n int) (*still, error) {
-	s := &still{set: set, seed: lp.SetSeed(seed, set)}
+func newStill(set string, seed uint64, first, n int) (*still, error) {
+	s := &still{set: set, seed: lp.SetSeed(seed, set), first: first}
 	var err error
 	if s.pages, err = mapPages(n); err != nil {
 		return nil, fmt.Errorf("%s set: %w", set, err)
 	}
-	for i := range s.pages {
-		s.pages[i].Fill(lp.Base(s.seed, uint64(i), 0))
-	}
 	return s, nil
+}
+
+func (s *still) base(i int) uint64 { return lp.Base(s.seed, uint64(s.first+i), 0) }
+
+func (s *still) size() int { return len(s.pages) }
+
+func (s *still) grow(n int) error {
+	for range n {
+		s.pages[s.grown].Fill(s.base(s.grown))
+		s.grown++
+	}
+	return nil
 }
 
 func (s *still) check(bad *badSink) (lp.SetResult, error) {
 	r := lp.SetResult{Set: s.set, Pages: uint64(len(s.pages))}
 	for i := range s.pages {
-		if bad.look(s.set, i, &s.pages[i], lp.Base(s.seed, uint64(i), 0)) {
+		if bad.look(s.set, s.first+i, &s.pages[i], s.base(i)) {
 			r.Bad++
 		}
 	}
@@ -81,25 +94,20 @@ func (s *still) check(bad *badSink) (lp.SetResult, error) {
 
 // onFile is the page cache of a file or disk.
 type onFile struct {
-	set  string
-	seed uint64
-	f    *os.File
-	n    int
+	set   string
+	seed  uint64
+	f     *os.File
+	n     int
+	grown int
 }
 
-// newDisk reads n pages of the lab's disk into the page cache.
-func newDisk(seed uint64, n int, bad *badSink) (*onFile, error) {
+// newDisk is to read n pages of the lab's disk into the page cache.
+func newDisk(seed uint64, n int) (*onFile, error) {
 	f, err := os.Open("/dev/vda")
 	if err != nil {
 		return nil, fmt.Errorf("cache set: %w; it needs a machine with a disk", err)
 	}
-	d := &onFile{lp.SetCache, lp.SetSeed(seed, lp.SetCache), f, n}
-	if r, err := d.check(bad); err != nil {
-		return nil, err
-	} else if r.Bad > 0 {
-		return nil, fmt.Errorf("cache set: %d of %d pages of the disk do not hold the lab's pattern", r.Bad, n)
-	}
-	return d, nil
+	return &onFile{set: lp.SetCache, seed: lp.SetSeed(seed, lp.SetCache), f: f, n: n}, nil
 }
 
 func newFile(seed uint64, n int) (*onFile, error) {
@@ -107,15 +115,28 @@ func newFile(seed uint64, n int) (*onFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("file set: %w", err)
 	}
-	d := &onFile{lp.SetFile, lp.SetSeed(seed, lp.SetFile), f, n}
+	return &onFile{set: lp.SetFile, seed: lp.SetSeed(seed, lp.SetFile), f: f, n: n}, nil
+}
+
+func (d *onFile) size() int { return d.n }
+
+func (d *onFile) grow(n int) error {
 	var p lp.Page
-	for i := range n {
-		p.Fill(lp.Base(d.seed, uint64(i), 0))
-		if _, err := f.WriteAt(bytesOf(&p), int64(i)*lp.PageSize); err != nil {
-			return nil, fmt.Errorf("file set: %w", err)
+	for range n {
+		base, at := lp.Base(d.seed, uint64(d.grown), 0), int64(d.grown)*lp.PageSize
+		var err error
+		if d.set == lp.SetFile {
+			p.Fill(base)
+			_, err = d.f.WriteAt(bytesOf(&p), at)
+		} else if _, err = d.f.ReadAt(bytesOf(&p), at); err == nil && !p.Good(base) {
+			err = fmt.Errorf("page %d of the disk does not hold the lab's pattern", d.grown)
 		}
+		if err != nil {
+			return fmt.Errorf("%s set: %w", d.set, err)
+		}
+		d.grown++
 	}
-	return d, nil
+	return nil
 }
 
 func bytesOf(p *lp.Page) []byte { return (*[lp.PageSize]byte)(unsafe.Pointer(p))[:] }
@@ -132,107 +153,4 @@ func (d *onFile) check(bad *badSink) (lp.SetResult, error) {
 		}
 	}
 	return r, nil
-}
-
-// otherArg is the first argument of the other process; pages and seed follow.
-const otherArg = "other"
-
-// otherProcess is the parent's end of the other process: it says "ready" once,
-// then answers each newline with its check's lines.
-type otherProcess struct {
-	pages int
-	in    io.Writer
-	out   *bufio.Reader
-}
-
-func startOther(seed uint64, n int) (*otherProcess, error) {
-	cmd := exec.Command("/init", otherArg, strconv.Itoa(n), strconv.FormatUint(seed, 10))
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start the other process: %w", err)
-	}
-	o := &otherProcess{n, in, bufio.NewReader(out)}
-	if line, err := o.out.ReadString('\n'); err != nil || line != "ready\n" {
-		return nil, fmt.Errorf("the other process said %q: %v; give the guest more memory", line, err)
-	}
-	return o, nil
-}
-
-func (o *otherProcess) check(bad *badSink) (lp.SetResult, error) {
-	if _, err := o.in.Write([]byte("\n")); err != nil {
-		return lp.SetResult{}, fmt.Errorf("the other process is gone: %w", err)
-	}
-	for {
-		line, err := o.out.ReadSlice('\n')
-		if err != nil {
-			return lp.SetResult{}, fmt.Errorf("the other process is gone: %w", err)
-		}
-		m, err := lp.Parse(line[:len(line)-1])
-		if err != nil {
-			return lp.SetResult{}, fmt.Errorf("the other process: %w", err)
-		}
-		switch m := m.(type) {
-		case lp.BadWord:
-			if bad.pages.Load() < reportedBad {
-				bad.words <- m
-			}
-			bad.pages.Add(1)
-		case lp.SetResult:
-			// Only the first bad words were sent, one each.
-			if m.Bad > reportedBad {
-				bad.pages.Add(m.Bad - reportedBad)
-			}
-			return m, nil
-		default:
-			return lp.SetResult{}, fmt.Errorf("the other process said %T", m)
-		}
-	}
-}
-
-// other is the main function of the other process. It returns only what it
-// cannot go on with.
-func other(args []string) error {
-	if len(args) != 2 {
-		return errors.New("want pages and seed")
-	}
-	n, err := strconv.Atoi(args[0])
-	if err != nil {
-		return err
-	}
-	seed, err := strconv.ParseUint(args[1], 10, 64)
-	if err != nil {
-		return err
-	}
-	s, err := newStill(lp.SetOther, seed, n)
-	if err != nil {
-		return err
-	}
-	fmt.Println("ready")
-	ask := bufio.NewReader(os.Stdin)
-	for {
-		if _, err := ask.ReadByte(); err != nil {
-			return err
-		}
-		bad := &badSink{words: make(chan lp.BadWord, reportedBad)}
-		r, err := s.check(bad)
-		if err != nil {
-			return err
-		}
-		close(bad.words)
-		var out []byte
-		for w := range bad.words {
-			out = lp.Append(out, w)
-		}
-		if _, err := os.Stdout.Write(lp.Append(out, r)); err != nil {
-			return err
-		}
-	}
 }

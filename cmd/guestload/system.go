@@ -18,15 +18,15 @@ import (
 // params are the parameters of the kernel command line. Sizes are in pages.
 type params struct {
 	hot, idle, other, cache, file int
-	workers                       int
-	work                          bool
+	workers, others               int
+	work, zipf, scatter           bool
 	seed                          uint64
 	ports                         []string // names of virtio-serial ports to wait for
 	run                           []string // files of programs to start
 }
 
 func parseParams(cmdline string) (params, error) {
-	p := params{workers: runtime.NumCPU(), work: true, file: 8 << 20 / loadproto.PageSize, seed: 1}
+	p := params{workers: runtime.NumCPU(), others: 1, work: true, file: 8 << 20 / loadproto.PageSize, seed: 1}
 	for _, field := range strings.Fields(cmdline) {
 		field, ours := strings.CutPrefix(field, "vacate.")
 		if !ours {
@@ -46,10 +46,9 @@ func parseParams(cmdline string) (params, error) {
 		case "file":
 			p.file, err = parsePages(value)
 		case "workers":
-			p.workers, err = strconv.Atoi(value)
-			if err == nil && (p.workers < 1 || p.workers > 1024) {
-				err = fmt.Errorf("%d: want 1 to 1024", p.workers)
-			}
+			p.workers, err = parseCount(value)
+		case "others":
+			p.others, err = parseCount(value)
 		case "seed":
 			p.seed, err = strconv.ParseUint(value, 10, 64)
 		case "port":
@@ -57,10 +56,11 @@ func parseParams(cmdline string) (params, error) {
 		case "run":
 			p.run = append(p.run, value)
 		case "mode":
-			p.work = value == "work"
-			if !p.work && value != "idle" {
-				err = fmt.Errorf("%q: want work or idle", value)
-			}
+			p.work, err = oneOf(value, "work", "idle")
+		case "access":
+			p.zipf, err = oneOf(value, "zipf", "uniform")
+		case "place":
+			p.scatter, err = oneOf(value, "mixed", "ordered")
 		default:
 			err = fmt.Errorf("not a parameter")
 		}
@@ -69,6 +69,31 @@ func parseParams(cmdline string) (params, error) {
 		}
 	}
 	return p, nil
+}
+
+func readParams() (params, error) {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return params{}, err
+	}
+	return parseParams(string(cmdline))
+}
+
+// oneOf reports whether s is the first of two words, and fails if it is
+// neither.
+func oneOf(s, yes, no string) (bool, error) {
+	if s != yes && s != no {
+		return false, fmt.Errorf("%q: want %s or %s", s, yes, no)
+	}
+	return s == yes, nil
+}
+
+func parseCount(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err == nil && (n < 1 || n > 1024) {
+		err = fmt.Errorf("%d: want 1 to 1024", n)
+	}
+	return n, err
 }
 
 // parsePages reads a size in bytes, with K, M or G, and returns pages.

@@ -63,7 +63,9 @@ type Reader struct {
 }
 
 // NewReader returns a Reader of r.
-func NewReader(r io.Reader) *Reader { return &Reader{in: bufio.NewReaderSize(r, headerSize+MaxPayload)} }
+func NewReader(r io.Reader) *Reader {
+	return &Reader{in: bufio.NewReaderSize(r, headerSize+MaxPayload)}
+}
 
 // Next returns the next whole frame, whose payload is valid until the next call; what is no
 // frame is skipped. Its error is that of the stream.
