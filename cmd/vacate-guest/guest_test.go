@@ -1,0 +1,384 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/guesthints"
+	"vacate/pageclass"
+	"vacate/qmp"
+)
+
+// need skips the test for want of something, or fails it if the environment says that all
+// must run.
+func need(t testing.TB, err error) {
+	t.Helper()
+	if err == nil {
+		return
+	}
+	if os.Getenv("VACATE_REQUIRE") == "1" {
+		t.Fatal(err)
+	}
+	t.Skip(err)
+}
+
+// machine is a real guest with the agent's port, and its memory in a file.
+type machine struct {
+	t       testing.TB
+	agent   string // socket of the agent's port
+	monitor string
+	memory  *os.File
+	frames  uint64
+	conn    net.Conn // the port "test"
+	lines   *bufio.Reader
+	console string
+}
+
+// kernelDir has vmlinuz and modules/: the lab's kernel, or that of VACATE_GUEST_KERNEL.
+func kernelDir() string {
+	if dir := os.Getenv("VACATE_GUEST_KERNEL"); dir != "" {
+		return dir
+	}
+	return "../../.lab/kernel"
+}
+
+func build(t testing.TB, dir, name, pkg string) []byte {
+	t.Helper()
+	out := filepath.Join(dir, name)
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	data, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// archive writes a cpio archive in the format "newc".
+func archive(b *bytes.Buffer, name string, mode int, data []byte) {
+	fmt.Fprintf(b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
+		b.Len()+1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0, name)
+	for b.Len()%4 != 0 {
+		b.WriteByte(0)
+	}
+	b.Write(data)
+	for b.Len()%4 != 0 {
+		b.WriteByte(0)
+	}
+}
+
+func boot(t testing.TB, mib int, flags ...string) *machine {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("short: boots a VM")
+	}
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	need(t, err)
+	kernel := filepath.Join(kernelDir(), "vmlinuz")
+	_, err = os.Stat(kernel)
+	need(t, err) // tests of package lab put it there
+	dir := t.TempDir()
+	var initrd bytes.Buffer
+	for _, d := range []string{"dev", "proc", "sys", "modules"} {
+		archive(&initrd, d, 0o040755, nil)
+	}
+	modules, _ := filepath.Glob(filepath.Join(kernelDir(), "modules", "*"))
+	for _, m := range modules {
+		data, err := os.ReadFile(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		archive(&initrd, "modules/"+filepath.Base(m), 0o100644, data)
+	}
+	archive(&initrd, "vacate-guest", 0o100755, build(t, dir, "vacate-guest", "."))
+	archive(&initrd, "init", 0o100755, build(t, dir, "init", "./testdata/init"))
+	archive(&initrd, "TRAILER!!!", 0, nil)
+	file := func(name string) string { return filepath.Join(dir, name) }
+	if err := os.WriteFile(file("initrd"), initrd.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := &machine{t: t, agent: file("agent"), monitor: file("qmp"), console: file("console"), frames: uint64(mib) << 8}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,memory-backend=ram",
+		"-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm,-cx16", "-smp", "2", "-m", strconv.Itoa(mib) + "M",
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=on,mem-path=%s", mib, file("memory")),
+		"-kernel", kernel, "-initrd", file("initrd"), "-append", "console=ttyS0 panic=-1 quiet",
+		"-chardev", "file,id=console,path=" + m.console, "-serial", "chardev:console",
+		"-qmp", "unix:" + m.monitor + ",server=on,wait=off",
+		"-device", "virtio-serial-pci",
+		"-chardev", "socket,id=agent,server=on,wait=off,path=" + m.agent,
+		"-device", "virtserialport,chardev=agent,name=" + guesthints.PortName,
+		"-chardev", "socket,id=test,server=on,wait=off,path=" + file("test"),
+		"-device", "virtserialport,chardev=test,name=test",
+	}
+	cmd := exec.Command(qemu, append(args, flags...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-ended
+		if t.Failed() {
+			text, _ := os.ReadFile(m.console)
+			t.Logf("qemu: %s\nconsole: %s", stderr.Bytes(), text[max(0, len(text)-4096):])
+		}
+	})
+	for m.conn == nil {
+		select {
+		case <-ended:
+			t.Fatalf("qemu has ended: %s", stderr.Bytes())
+		case <-time.After(50 * time.Millisecond):
+		}
+		m.conn, _ = net.Dial("unix", file("test"))
+	}
+	t.Cleanup(func() { m.conn.Close() })
+	m.lines = bufio.NewReader(m.conn)
+	m.conn.SetReadDeadline(time.Now().Add(2 * time.Minute))
+	if line, err := m.lines.ReadString('\n'); err != nil || line != "up\n" {
+		t.Fatalf("boot: %q, %v", line, err)
+	}
+	if m.memory, err = os.Open(file("memory")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.memory.Close() })
+	return m
+}
+
+// do has the guest's init carry a command out.
+func (m *machine) do(command string) string {
+	m.t.Helper()
+	m.conn.SetDeadline(time.Now().Add(2 * time.Minute))
+	if _, err := fmt.Fprintln(m.conn, command); err != nil {
+		m.t.Fatal(err)
+	}
+	line, err := m.lines.ReadString('\n')
+	if err != nil {
+		m.t.Fatalf("%s: %v", command, err)
+	}
+	return strings.TrimSpace(line)
+}
+
+func (m *machine) number(command string) int {
+	m.t.Helper()
+	n, err := strconv.Atoi(m.do(command))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return n
+}
+
+func (m *machine) dial() *guesthints.Agent {
+	m.t.Helper()
+	a, err := guesthints.Dial(m.t.Context(), m.agent)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { a.Close() })
+	return a
+}
+
+// patience is a deadline that a busy machine does not miss.
+const patience = 20 * time.Second
+
+func (m *machine) ask(a *guesthints.Agent) (*pageclass.Survey, guesthints.Stats) {
+	m.t.Helper()
+	s, st, err := a.Ask(m.t.Context(), guesthints.Options{Frames: m.frames, Deadline: patience})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return s, st
+}
+
+// marks reads from outside which pages hold which marks: role and index by frame.
+func (m *machine) marks() map[uint32][2]uint64 {
+	m.t.Helper()
+	found := map[uint32][2]uint64{}
+	buf := make([]byte, 4096)
+	for f := range m.frames {
+		if _, err := m.memory.ReadAt(buf, int64(f)*4096); err != nil {
+			m.t.Fatal(err)
+		}
+		if binary.LittleEndian.Uint64(buf) == 0x5ca1ab1ecafef00d {
+			found[uint32(f)] = [2]uint64{binary.LittleEndian.Uint64(buf[8:]), binary.LittleEndian.Uint64(buf[16:])}
+		}
+	}
+	return found
+}
+
+// TestGuest compares what the agent tells of a real guest with what is known from outside:
+// the processes' pages bear marks, which are read from the guest's memory.
+func TestGuest(t *testing.T) {
+	m := boot(t, 768)
+	const mib = 48
+	t.Log(m.do("run /vacate-guest --print"))
+	for _, role := range []string{"idle", "huge", "hot"} {
+		if got := m.do(fmt.Sprint("spawn ", role, " ", mib)); got != "ready "+role {
+			t.Fatalf("spawn %s: %s", role, got)
+		}
+	}
+	c, err := qmp.Dial(t.Context(), m.monitor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := guesthints.Find(t.Context(), c); err == nil {
+		t.Error("found an agent before it was started")
+	} else {
+		t.Log(err)
+	}
+	m.do("agent")
+	var path string
+	for begin := time.Now(); path == ""; time.Sleep(50 * time.Millisecond) {
+		if path, err = guesthints.Find(t.Context(), c); err != nil && time.Since(begin) > patience {
+			t.Fatal(err)
+		}
+	}
+	if path != m.agent {
+		t.Errorf("found %s, want %s", path, m.agent)
+	}
+	a := m.dial()
+	time.Sleep(17 * time.Second) // until idle processes are not active
+	st, err := a.Prepare(t.Context(), guesthints.Options{Deadline: patience})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("prepare: %+v", st)
+	time.Sleep(3 * time.Second)
+	s, st := m.ask(a)
+	t.Logf("ask: %+v; %.0f bytes/GiB", st, float64(st.Bytes)/float64(m.frames)*(1<<18))
+	t.Logf("classes %v", s.Counts())
+	for i, p := range s.Processes {
+		t.Logf("%d %+v", i+1, p)
+	}
+	if uint64(len(s.Pages)) < m.frames*9/10 || st.Incomplete {
+		t.Errorf("%d pages of %d, incomplete %v", len(s.Pages), m.frames, st.Incomplete)
+	}
+	if !s.Fresh {
+		t.Error("accessed bits are not fresh after prepare")
+	}
+	place := make([]int, len(s.Pages))
+	for i, f := range s.Sequence {
+		place[f] = i + 1
+	}
+	type sum struct{ marked, owned, class, kind, accessed, mapped, sorted int }
+	sums := map[uint64]*sum{}
+	names := map[uint64]string{1: "hot", 2: "idle", 3: "huge"}
+	last := map[uint64][2]int{} // index and place
+	marks := m.marks()
+	for f := range uint32(len(s.Pages)) {
+		mark, ok := marks[f]
+		if !ok {
+			continue
+		}
+		role := names[mark[0]]
+		x := sums[mark[0]]
+		if x == nil {
+			x = &sum{}
+			sums[mark[0]] = x
+		}
+		p := s.Pages[f]
+		x.marked++
+		if p.Owner != 0 && s.Processes[p.Owner-1].Name == role {
+			x.owned++
+		}
+		want := pageclass.UserData
+		if role != "hot" {
+			want = pageclass.Other
+		}
+		if p.Class == want {
+			x.class++
+		}
+		if p.Kind == pageclass.Anon {
+			x.kind++
+		}
+		if p.Flags&pageclass.Accessed != 0 {
+			x.accessed++
+		}
+		if p.Flags&pageclass.Mapped != 0 {
+			x.mapped++
+		}
+		if l := last[mark[0]]; place[f] != 0 && (int(mark[1]) > l[0]) == (place[f] > l[1]) {
+			x.sorted++
+		}
+		last[mark[0]] = [2]int{int(mark[1]), place[f]}
+	}
+	const pages = mib << 8
+	for role, name := range names {
+		x := sums[role]
+		if x == nil {
+			t.Errorf("%s: no page bears its mark", name)
+			continue
+		}
+		t.Logf("%s: %+v", name, *x)
+		// The process's stack or the compiler may keep a mark or two elsewhere.
+		if most := pages - pages/100; x.owned < most || x.class < most || x.kind < most || x.mapped < most || x.sorted < most {
+			t.Errorf("%s: of %d pages only %+v are told right", name, pages, *x)
+		}
+		switch {
+		case name == "hot" && x.accessed < pages*9/10:
+			t.Errorf("only %d of %d hot pages are told accessed", x.accessed, pages)
+		case name == "idle" && x.accessed > pages/10:
+			t.Errorf("%d of %d idle pages are told accessed", x.accessed, pages)
+		}
+	}
+	counts := s.Counts()
+	for _, c := range []pageclass.Class{pageclass.KernelCode, pageclass.Kernel, pageclass.PageTable, pageclass.UserCode, pageclass.UserData, pageclass.FileInactive, pageclass.Free} {
+		if counts[c] == 0 {
+			t.Errorf("no page of class %v", c)
+		}
+	}
+	for _, p := range s.Processes {
+		if p.Name != "init" && p.Active != (p.Name == "hot") {
+			t.Errorf("process %+v", p)
+		}
+	}
+	if name := os.Getenv("VACATE_RECORD"); name != "" {
+		record(t, m, name)
+	}
+	t.Log(m.do("run /vacate-guest --print"))
+
+	t.Run("costs", func(t *testing.T) {
+		cpu := m.number("cpu")
+		const idle = 20 * time.Second
+		time.Sleep(idle)
+		t.Logf("idle: %v of CPU in %v; resident %d pages", time.Duration(m.number("cpu")-cpu), idle, m.number("rss"))
+		for range 3 {
+			_, st := m.ask(a)
+			t.Logf("ask: %+v", st)
+		}
+		t.Logf("resident %d pages", m.number("rss"))
+	})
+}
+
+// record keeps the bytes of a real answer for the fuzz tests.
+func record(t *testing.T, m *machine, name string) {
+	conn, err := net.Dial("unix", m.agent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	_ = name
+}
+
+var _ = context.Background
