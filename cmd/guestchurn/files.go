@@ -1,0 +1,357 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A file's page i was filled with seeds[i], or is a hole.
+type file struct {
+	*os.File
+	seeds []uint64
+}
+
+// files writes, reads, maps, moves, punches, truncates and removes files in dir.
+func (w *worker) files(dir string) error {
+	what := filepath.Base(dir) + " file"
+	buf, err := mmap(64*pageSize, 0) // aligned, for direct transfers
+	if err != nil {
+		return err
+	}
+	dir, err = os.MkdirTemp(dir, "")
+	if err != nil {
+		return err
+	}
+	var open []*file
+	total, serial := 0, 0
+	for {
+		op := w.IntN(12)
+		if total > w.budget {
+			op = 11
+		}
+		if len(open) == 0 || op == 0 || total < w.budget/2 {
+			serial++
+			f, err := os.Create(filepath.Join(dir, fmt.Sprint("file-", serial)))
+			if err != nil {
+				return err
+			}
+			open = append(open, &file{File: f})
+			op = 1
+		}
+		k := w.IntN(len(open))
+		if op == 1 {
+			k = len(open) - 1
+		}
+		f := open[k]
+		if len(f.seeds) == 0 {
+			op = 1
+		}
+		from, to := 0, 1+w.IntN(64)
+		if len(f.seeds) > 0 {
+			from = w.IntN(len(f.seeds))
+		}
+		if op > 1 {
+			to = min(len(f.seeds)-from, to)
+		}
+		to += from
+		part := buf[:(to-from)*pageSize]
+		switch op {
+		case 1, 2: // write, beyond the end too
+			for i := range to - from {
+				w.put(f, from+i, part[i*pageSize:], &total)
+			}
+			if _, err := f.WriteAt(part, int64(from)*pageSize); err != nil {
+				if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.ENOMEM) {
+					return fmt.Errorf("%s of %d pages, %d in all: %w", what, len(f.seeds), total, err)
+				}
+				return err
+			}
+		case 3, 4, 5: // read
+			if err := w.read(what, f, from, part); err != nil {
+				return err
+			}
+		case 6: // from the disk
+			if err := f.Sync(); err != nil {
+				return err
+			}
+			if err := unix.Fadvise(int(f.Fd()), int64(from)*pageSize, int64(len(part)), unix.FADV_DONTNEED); err != nil {
+				return err
+			}
+			if w.IntN(3) == 0 {
+				direct, err := os.OpenFile(f.Name(), os.O_RDONLY|unix.O_DIRECT, 0)
+				if err == nil { // tmpfs has none before 6.6
+					err = w.read(what+", direct", &file{direct, f.seeds}, from, part)
+					direct.Close()
+					if err != nil {
+						return err
+					}
+				}
+			} else if err := w.read(what+", read anew", f, from, part); err != nil {
+				return err
+			}
+		case 7, 8: // through a mapping
+			shared := unix.MAP_SHARED
+			if w.IntN(3) == 0 {
+				shared = unix.MAP_PRIVATE
+			}
+			mem, err := unix.Mmap(int(f.Fd()), int64(from)*pageSize, len(part), unix.PROT_READ|unix.PROT_WRITE, shared)
+			if err != nil {
+				return fmt.Errorf("map %s: %w", what, err)
+			}
+			for i := range to - from {
+				p := mem[i*pageSize : (i+1)*pageSize]
+				if !w.check(what+", mapped", p, f.seeds[from+i], addressOf(p)) {
+					f.seeds[from+i] = w.seed()
+					w.fill(p, f.seeds[from+i])
+				}
+				if w.IntN(3) == 0 {
+					s := w.seed()
+					w.fill(p, s)
+					if shared == unix.MAP_SHARED {
+						f.seeds[from+i] = s
+					}
+				}
+			}
+			if err := unix.Munmap(mem); err != nil {
+				return err
+			}
+		case 9: // a hole
+			if err := w.read(what, f, from, part); err != nil {
+				return err
+			}
+			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(from)*pageSize, int64(len(part))); err != nil {
+				return fmt.Errorf("punch hole: %w", err)
+			}
+			clear(f.seeds[from:to])
+		case 10: // shorter
+			if err := f.Truncate(int64(from) * pageSize); err != nil {
+				return err
+			}
+			total -= len(f.seeds) - from
+			f.seeds = f.seeds[:from]
+		default: // remove
+			for at := 0; at < len(f.seeds); at += 64 {
+				n := min(64, len(f.seeds)-at)
+				if err := w.read(what, f, at, buf[:n*pageSize]); err != nil {
+					return err
+				}
+			}
+			if err := os.Remove(f.Name()); err != nil {
+				return err
+			}
+			f.Close()
+			total -= len(f.seeds)
+			open[k] = open[len(open)-1]
+			open = open[:len(open)-1]
+		}
+		w.did(to - from)
+	}
+}
+
+// put chooses the content of page i of a file that is to be written.
+func (w *worker) put(f *file, i int, p []byte, total *int) {
+	for len(f.seeds) <= i {
+		f.seeds = append(f.seeds, 0)
+		*total++
+	}
+	f.seeds[i] = w.seed()
+	w.fill(p, f.seeds[i])
+}
+
+// read reads and verifies pages of a file from page "from" on.
+func (w *worker) read(what string, f *file, from int, buf []byte) error {
+	if _, err := f.ReadAt(buf, int64(from)*pageSize); err != nil {
+		return fmt.Errorf("read %s at page %d of %d: %w", what, from, len(f.seeds), err)
+	}
+	for i := range len(buf) / pageSize {
+		p := buf[i*pageSize : (i+1)*pageSize]
+		if !w.check(what, p, f.seeds[from+i], uint64(from+i)*pageSize) {
+			f.seeds[from+i] = w.seed()
+			w.fill(p, f.seeds[from+i])
+			g, err := os.OpenFile(f.Name(), os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			_, err = g.WriteAt(p, int64(from+i)*pageSize)
+			g.Close()
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// names keeps small objects in the kernel: directory entries, inodes, symbolic links,
+// extended attributes, messages and keys, all of which say what they are.
+func (w *worker) names() error {
+	dirs := []string{shmemDir}
+	if _, err := os.Stat(diskDir + "/lost+found"); err == nil {
+		dirs = append(dirs, diskDir)
+	}
+	for i := range dirs {
+		var err error
+		if dirs[i], err = os.MkdirTemp(dirs[i], ""); err != nil {
+			return err
+		}
+	}
+	queue, err := newQueue()
+	if err != nil {
+		return err
+	}
+	alive := map[string]uint64{} // path: seed
+	serial := 0
+	for {
+		switch w.IntN(3) {
+		case 0: // make
+			for range 40 {
+				serial++
+				name := filepath.Join(dirs[w.IntN(len(dirs))], fmt.Sprintf("%0*d", 1+w.IntN(60), serial))
+				seed := w.seed()
+				if err := os.Symlink(text(seed, 20+int(seed%900)), name); err != nil {
+					return err
+				}
+				// Not of "user.": a symbolic link has none.
+				if err := unix.Lsetxattr(name, "trusted.churn", []byte(text(seed+1, 100+int(seed%1500))), 0); err != nil && err != unix.EOPNOTSUPP && err != unix.ENOSPC {
+					return fmt.Errorf("setxattr: %w", err)
+				}
+				alive[name] = seed
+			}
+		case 1: // look
+			n := 0
+			for name, seed := range alive {
+				if err := w.look(name, seed); err != nil {
+					return err
+				}
+				if n++; n > 60 {
+					break
+				}
+			}
+		default: // remove
+			n := 0
+			for name, seed := range alive {
+				if n++; n > 60 || len(alive) < 500 {
+					break
+				}
+				if err := w.look(name, seed); err != nil {
+					return err
+				}
+				if err := os.Remove(name); err != nil {
+					return err
+				}
+				delete(alive, name)
+			}
+		}
+		if err := queue.turn(w); err != nil {
+			return err
+		}
+		w.did(0)
+	}
+}
+
+func (w *worker) look(name string, seed uint64) error {
+	target, err := os.Readlink(name)
+	if err != nil {
+		return fmt.Errorf("a name is gone: %w", err)
+	}
+	w.same("symbolic link", []byte(target), []byte(text(seed, 20+int(seed%900))))
+	var buf [2048]byte
+	n, err := unix.Lgetxattr(name, "trusted.churn", buf[:])
+	if err == unix.ENODATA || err == unix.EOPNOTSUPP {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("getxattr: %w", err)
+	}
+	w.same("extended attribute", buf[:n], []byte(text(seed+1, 100+int(seed%1500))))
+	return nil
+}
+
+// text returns n printable bytes that belong to a seed.
+func text(seed uint64, n int) string {
+	b := make([]byte, n)
+	for i := range b {
+		seed = seed*6364136223846793005 + 1442695040888963407
+		b[i] = 'a' + byte(seed>>59)%26
+	}
+	return string(b)
+}
+
+// same compares bytes, and reports the first that differ, eight at a time.
+func (w *worker) same(what string, found, want []byte) bool {
+	if bytes.Equal(found, want) {
+		return true
+	}
+	at := 0
+	for at < len(found) && at < len(want) && found[at] == want[at] {
+		at++
+	}
+	at &^= 7
+	w.bad(fmt.Sprintf("%s of %d bytes, now %d", what, len(want), len(found)), uint64(at), word(want, at), word(found, at))
+	return false
+}
+
+func word(b []byte, at int) uint64 {
+	var w [8]byte
+	if at < len(b) {
+		copy(w[:], b[at:])
+	}
+	return *(*uint64)(unsafe.Pointer(&w))
+}
+
+// A queue is a System V message queue: its messages lie in the kernel's slabs.
+type queue struct {
+	id    uintptr
+	seeds []uint64
+}
+
+func newQueue() (*queue, error) {
+	if err := os.WriteFile("/proc/sys/kernel/msgmnb", []byte("2000000"), 0); err != nil {
+		return nil, err
+	}
+	id, _, e := unix.Syscall(unix.SYS_MSGGET, 0, 0o600|0o1000, 0) // IPC_PRIVATE, IPC_CREAT
+	if e != 0 {
+		return nil, fmt.Errorf("msgget: %w", e)
+	}
+	return &queue{id: id}, nil
+}
+
+func (q *queue) turn(w *worker) error {
+	var msg struct {
+		kind int64
+		text [8192]byte
+	}
+	for range w.IntN(20) {
+		seed := w.seed()
+		n := 1 + seed%6000
+		msg.kind = 1
+		copy(msg.text[:], text(seed, int(n)))
+		if _, _, e := unix.Syscall6(unix.SYS_MSGSND, q.id, uintptr(unsafe.Pointer(&msg)), uintptr(n), 0o4000, 0, 0); e == unix.EAGAIN {
+			break
+		} else if e != 0 {
+			return fmt.Errorf("msgsnd: %w", e)
+		}
+		q.seeds = append(q.seeds, seed)
+	}
+	for range w.IntN(20) {
+		if len(q.seeds) == 0 {
+			break
+		}
+		n, _, e := unix.Syscall6(unix.SYS_MSGRCV, q.id, uintptr(unsafe.Pointer(&msg)), 8192, 0, 0o4000, 0)
+		if e != 0 {
+			return fmt.Errorf("msgrcv: %w", e)
+		}
+		seed := q.seeds[0]
+		q.seeds = q.seeds[1:]
+		w.same("message", msg.text[:n], []byte(text(seed, int(1+seed%6000))))
+	}
+	time.Sleep(time.Duration(w.IntN(5)) * time.Millisecond)
+	return nil
+}
