@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io/fs"
 	"net"
 	"os"
@@ -195,7 +194,7 @@ func (a *Agent) exchange(r *Request, st *Stats) ([]byte, frameType, error) {
 			if whole := headerSize + int(h.length); len(a.buf) >= whole {
 				body := a.buf[headerSize:whole:whole]
 				a.buf = a.buf[whole:]
-				if crc32.Checksum(body, castagnoli) != h.bodySum {
+				if checksum(body) != h.bodySum {
 					return nil, 0, fmt.Errorf("%w: wrong checksum", ErrBroken)
 				}
 				return body, h.typ, nil

@@ -55,6 +55,8 @@ var magic = [8]byte{'v', 'a', 'c', 'a', 't', 'e', 'G', version}
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+func checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+
 // A kind of frame.
 type frameType uint8
 
@@ -80,8 +82,8 @@ func appendFrame(b []byte, typ frameType, id uint64, body []byte) []byte {
 	b = append(b, byte(typ), 0, 0, 0)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(body)))
 	b = binary.LittleEndian.AppendUint64(b, id)
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(body, castagnoli))
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b[start:], castagnoli))
+	b = binary.LittleEndian.AppendUint32(b, checksum(body))
+	b = binary.LittleEndian.AppendUint32(b, checksum(b[start:]))
 	return append(b, body...)
 }
 
@@ -101,7 +103,7 @@ func findHeader(b []byte) (h header, at int, ok bool) {
 			continue
 		}
 		if string(rest[:7]) != string(magic[:7]) ||
-			binary.LittleEndian.Uint32(rest[28:]) != crc32.Checksum(rest[:28], castagnoli) {
+			binary.LittleEndian.Uint32(rest[28:]) != checksum(rest[:28]) {
 			continue
 		}
 		return header{
@@ -167,7 +169,7 @@ func NextRequest(b []byte) (r Request, refusal []byte, n int, ok bool) {
 			return r, nil, n, false
 		}
 		body := b[n+headerSize : n+RequestSize]
-		if crc32.Checksum(body, castagnoli) != h.bodySum {
+		if checksum(body) != h.bodySum {
 			n++
 			continue
 		}

@@ -5,7 +5,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -353,9 +355,6 @@ func TestGuest(t *testing.T) {
 			t.Errorf("process %+v", p)
 		}
 	}
-	if name := os.Getenv("VACATE_RECORD"); name != "" {
-		record(t, m, name)
-	}
 	t.Log(m.do("run /vacate-guest --print"))
 
 	t.Run("costs", func(t *testing.T) {
@@ -371,14 +370,156 @@ func TestGuest(t *testing.T) {
 	})
 }
 
-// record keeps the bytes of a real answer for the fuzz tests.
-func record(t *testing.T, m *machine, name string) {
+// TestRecord is no test: it writes an answer and files of /proc from a real guest, for tests
+// that need no guest.
+func TestRecord(t *testing.T) {
+	m := boot(t, 256)
+	m.do("spawn idle 4")
+	m.do("spawn hot 4")
+	m.do("agent")
+	a := m.dial()
+	if _, err := a.Prepare(t.Context(), guesthints.Options{Deadline: patience}); err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	time.Sleep(time.Second)
 	conn, err := net.Dial("unix", m.agent)
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.Close()
-	_ = name
+	defer conn.Close()
+	r := guesthints.Request{ID: 1, Deadline: 5 * time.Second, ActiveWithin: 16 * time.Second, MaxBytes: 1 << 20, Frames: 1 << 16}
+	conn.Write(r.Append(nil))
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	answer, _ := io.ReadAll(conn)
+	put := func(name string, data []byte) {
+		if err := os.WriteFile(name, data, 0o644); err != nil || len(data) == 0 {
+			t.Fatal(name, err)
+		}
+	}
+	release, err := strconv.Unquote(m.do("read /proc/sys/kernel/osrelease"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	release = strings.TrimSpace(release)
+	put("../../guesthints/testdata/answer-"+release, answer)
+	for _, name := range []string{"1/stat", "1/sched", "1/maps", "iomem", "kcore"} {
+		text, err := strconv.Unquote(m.do("read /proc/" + name))
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		put("testdata/"+strings.ReplaceAll(name, "/", "-")+"-"+release, []byte(text))
+	}
 }
 
-var _ = context.Background
+// TestRestless has the host and the agent come and go at the worst moments.
+func TestRestless(t *testing.T) {
+	m := boot(t, 256)
+	m.do("agent")
+	o := guesthints.Options{Frames: m.frames, Deadline: patience}
+	short := o
+	short.Deadline = 300 * time.Millisecond
+
+	t.Run("host goes", func(t *testing.T) {
+		request := (&guesthints.Request{ID: 9, Deadline: time.Second, MaxBytes: 1 << 20, Frames: m.frames}).Append(nil)
+		for i := range 30 {
+			conn, err := net.Dial("unix", m.agent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i%3 == 0 {
+				conn.Write(request[:1+i])
+			} else {
+				conn.Write(request)
+			}
+			time.Sleep(time.Duration(i%10) * 20 * time.Millisecond)
+			if i%4 == 0 { // amid the answer
+				io.ReadFull(conn, make([]byte, 40))
+			}
+			conn.Close()
+		}
+		a := m.dial()
+		_, st := m.ask(a)
+		t.Logf("%+v", st)
+		a.Close()
+	})
+	t.Run("cut requests", func(t *testing.T) {
+		conn, err := net.Dial("unix", m.agent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		r := guesthints.Request{ID: 11, Prepare: true, Deadline: patience, MaxBytes: 1 << 20, Frames: m.frames}
+		b := r.Append(nil)
+		conn.Write(append(append([]byte("garbage"), b[:50]...), b...))
+		conn.SetReadDeadline(time.Now().Add(patience))
+		answer := make([]byte, 32)
+		if _, err := io.ReadFull(conn, answer); err != nil || string(answer[:7]) != "vacateG" || binary.LittleEndian.Uint64(answer[16:]) != 11 {
+			t.Errorf("%q, %v", answer, err)
+		}
+	})
+	t.Run("agent stalls", func(t *testing.T) {
+		a := m.dial()
+		defer a.Close()
+		m.do("signal 19")
+		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, guesthints.ErrSilent) {
+			t.Error(err)
+		}
+		m.do("signal 18")
+		m.ask(a)
+	})
+	t.Run("no time", func(t *testing.T) {
+		a := m.dial()
+		defer a.Close()
+		for _, d := range []time.Duration{time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond} {
+			o := o
+			o.Deadline = d
+			s, st, err := a.Ask(t.Context(), o)
+			if err != nil && !errors.Is(err, guesthints.ErrSilent) {
+				t.Error(d, err)
+			}
+			if err == nil {
+				t.Logf("%v: incomplete %v, %v", d, st.Incomplete, s.Counts())
+			}
+		}
+		m.ask(a)
+	})
+	t.Run("agent is killed", func(t *testing.T) {
+		a := m.dial()
+		defer a.Close()
+		m.do("signal 9")
+		m.do("wait")
+		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, guesthints.ErrSilent) {
+			t.Error(err)
+		}
+		done := make(chan error, 1)
+		go func() { // what waits in the socket comes first
+			_, _, err := a.Ask(context.Background(), short)
+			done <- err
+		}()
+		got := m.do("garbage")
+		if err := <-done; err == nil {
+			t.Error("garbage is an answer")
+		} else {
+			t.Log(got, err)
+		}
+	})
+	t.Run("agent comes again", func(t *testing.T) {
+		m.do("agent --clear 10s")
+		a := m.dial()
+		defer a.Close()
+		m.ask(a)
+		time.Sleep(11 * time.Second)
+		if _, st := m.ask(a); st.Prepared < 0 {
+			t.Error("accessed bits were not cleared without being asked")
+		}
+		m.do("signal 15")
+		m.do("wait")
+	})
+	t.Run("port is named", func(t *testing.T) {
+		text := m.do("run /vacate-guest --port /dev/nothing")
+		if !strings.Contains(text, "no such file") {
+			t.Error(text)
+		}
+	})
+}

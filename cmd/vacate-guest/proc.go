@@ -242,8 +242,8 @@ func (g *guest) tasks(within time.Duration, before sample) ([]task, error) {
 			t.Active = t.Active || th.running
 		}
 		t.LastRun = max(t.LastRun, 0)
-		if old, ok := before.times[t.PID]; ok && t.CPUTime >= old {
-			t.Recent = t.CPUTime - old
+		if old, ok := before.times[t.PID]; ok {
+			t.Recent = max(0, t.CPUTime-old) // a thread may have ended since
 		}
 		if t.unknown && t.Recent == 0 {
 			t.LastRun = time.Since(before.at) // at least

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -94,8 +95,15 @@ func command(line string) string {
 	case "rss":
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/statm", agent.Process.Pid))
 		return strings.Fields(string(b))[1]
-	case "pid":
-		return strconv.Itoa(agent.Process.Pid)
+	case "read":
+		file, err := os.Open(f[1])
+		if err != nil {
+			return err.Error()
+		}
+		defer file.Close()
+		b := make([]byte, 4096)
+		n, _ := io.ReadFull(file, b)
+		return strconv.Quote(string(b[:n]))
 	case "spawn":
 		return spawn(f[1], f[2])
 	case "garbage": // write to the port what the agent would not
