@@ -122,7 +122,7 @@ func NewMap(s *pageclass.Survey, title string) *Map {
 // Measures of a picture, in pixels or the like.
 const (
 	margin    = 28
-	mapLeft   = margin + 190 // left of it are addresses
+	mapLeft   = margin + 206 // left of it are addresses
 	mapTop    = margin + 62  // above it is the title
 	mapWidth  = 1024
 	maxHeight = 1100 // of the map
@@ -157,9 +157,10 @@ func (l *layout) deep() int { return rowHeight / l.dy }
 // rowPages is how many pages are in a row.
 func (l *layout) rowPages() int { return mapWidth / l.dx * l.deep() * l.cell }
 
-// layout returns the largest one that fits the height, of at least least pages in a cell.
+// layout returns the one with the largest cells that fits the height, where a cell has
+// least pages, a power of two, or more.
 func (m *Map) layout(least int) layout {
-	l := layout{cell: 1, dx: maxCell, dy: maxCell}
+	l := layout{cell: least, dx: maxCell, dy: maxCell}
 	fine := l.rowPages()
 	used := make([]bool, (len(m.pages)+fine-1)/fine) // by row
 	for i, p := range m.pages {
@@ -169,7 +170,7 @@ func (m *Map) layout(least int) layout {
 	}
 	for {
 		l.place(used)
-		if l.height <= maxHeight && l.cell >= least {
+		if l.height <= maxHeight {
 			return l
 		}
 		switch { // a row takes twice as much

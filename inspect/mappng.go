@@ -35,7 +35,7 @@ func (m *Map) PNG(w io.Writer) error {
 			continue
 		}
 		size, hex := l.address(r)
-		c.text(margin+84, y+21, right, ink, inconsolata.Regular8x16, size)
+		c.text(margin+80, y+21, right, ink, inconsolata.Regular8x16, size)
 		c.text(mapLeft-12, y+21, right, quiet, inconsolata.Regular8x16, hex)
 		m.runs(&l, r, func(at, n int, h shade) {
 			l.boxes(at, n, func(box image.Rectangle) { c.shade(box.Add(image.Pt(mapLeft, y)), h) })

@@ -47,7 +47,7 @@ func (m *Map) SVG(w io.Writer) error {
 			continue
 		}
 		size, hex := l.address(r)
-		p(`<text x="%d" y="%d" class="end num">%s</text>`, margin+84, y+21, size)
+		p(`<text x="%d" y="%d" class="end num">%s</text>`, margin+80, y+21, size)
 		p(`<text x="%d" y="%d" class="end num quiet small">%s</text>`, mapLeft-12, y+21, hex)
 		p(`<rect fill="url(#hole)" x="%d" y="%d" width="%d" height="%d"/>`, mapLeft, y, mapWidth, rowHeight)
 	}
