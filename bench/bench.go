@@ -34,10 +34,14 @@ import (
 // Options say what to measure.
 type Options struct {
 	Strategies []string // in this order; see Strategies
-	Load       string   // see Loads
-	// Spec is the VM. Its Load gives sizes; whether the guest works on them
-	// is Load's affair.
-	Spec         lab.Spec
+	Load       string   // what the result is to call the load; see Loads
+	// Spec is the VM with its load, such as function Spec returns.
+	Spec lab.Spec
+	// Chain has one guest serve all strategies of a repetition, from host to
+	// host and back, as long as it comes through well; repetitions take
+	// strategies from the first and from the last in turn. It saves the boots.
+	// Where one strategy skips free pages another sends them as zeroes next.
+	Chain        bool
 	Lab          lab.Options // among them the link's rate
 	Repeat       int
 	PrecopyBound time.Duration // after it pre-copy is given up
@@ -45,24 +49,6 @@ type Options struct {
 	Profile      string        // directory for CPU profiles of the engine; default none
 	Log          *slog.Logger
 	Done         func(Run) // called after every run; may be nil
-}
-
-// loads are what a guest may do, by name.
-var loads = []struct {
-	name string
-	set  func(*lab.Load)
-}{
-	{"hot", func(*lab.Load) {}},
-	{"idle", func(l *lab.Load) { l.Sleep = true }},
-}
-
-// Loads are the names of all loads.
-func Loads() []string {
-	var names []string
-	for _, l := range loads {
-		names = append(names, l.name)
-	}
-	return names
 }
 
 const (
@@ -89,11 +75,9 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	i := slices.Index(Loads(), opts.Load)
-	if i < 0 {
-		return Result{}, fmt.Errorf("no load %q: there are %s", opts.Load, strings.Join(Loads(), ", "))
+	if _, err := Spec(opts.Load); err != nil {
+		return Result{}, err
 	}
-	loads[i].set(&opts.Spec.Load)
 	if opts.Repeat < 1 {
 		return Result{}, errors.New("repetitions must be at least 1")
 	}
@@ -143,9 +127,16 @@ func useCubic(l *lab.Lab) (string, error) {
 func (b *bench) measure(ctx context.Context, chosen []strategy, result *Result) error {
 	var errs []error
 	for rep := 1; rep <= b.opts.Repeat; rep++ {
-		for _, s := range chosen {
+		order := slices.Clone(chosen)
+		if b.opts.Chain && rep%2 == 0 { // what drifts along a chain hits all alike
+			slices.Reverse(order)
+		}
+		var guest *guest // left by the run before
+		for i, s := range order {
 			b.opts.Log.Info("run", "strategy", s.name, "rep", rep)
-			run, err := b.try(ctx, s, rep, result)
+			var run *Run
+			var err error
+			run, guest, err = b.try(ctx, s, rep, guest, b.opts.Chain && i < len(order)-1, result)
 			if run != nil {
 				result.Runs = append(result.Runs, *run)
 				if b.opts.Done != nil {
@@ -163,13 +154,23 @@ func (b *bench) measure(ctx context.Context, chosen []strategy, result *Result) 
 	return errors.Join(errs...)
 }
 
-// try boots a guest and moves it. The run is nil if it did not come so far
-// that there is something to measure.
-func (b *bench) try(ctx context.Context, s strategy, rep int, result *Result) (*Run, error) {
-	t := &trial{bench: b, run: &Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}}
+// A guest is one that can be evicted once more.
+type guest struct {
+	vm      *lab.VM
+	evicted int // so many times
+}
+
+// try moves a guest, or boots one if that is nil; if it is to keep the guest and
+// that came through well, it is returned. The run is nil if it did not come so
+// far that there is something to measure.
+func (b *bench) try(ctx context.Context, s strategy, rep int, g *guest, keep bool, result *Result) (*Run, *guest, error) {
+	t := &trial{bench: b, keep: keep, run: &Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}}
 	defer t.close()
+	if g != nil {
+		t.vm, t.run.EvictedBefore = g.vm, g.evicted
+	}
 	if err := t.setUp(ctx, s, result); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound, errors.New("the run took too long"))
 	defer cancel()
@@ -180,16 +181,26 @@ func (b *bench) try(ctx context.Context, s strategy, rep int, result *Result) (*
 		err = nil
 	case err != nil:
 		t.run.Outcome, t.run.Reason = Failed, err.Error()
+	case keep && t.run.Outcome == Completed:
+		g = &guest{t.twin, t.run.EvictedBefore + 1}
+		t.twin = nil // not to be closed
+		return t.run, g, nil
 	}
-	return t.run, err
+	return t.run, nil, err
 }
 
-// setUp boots the guest and its twin.
+// setUp boots the guest, if need be, and starts its twin on the other host.
 func (t *trial) setUp(ctx context.Context, s strategy, result *Result) (err error) {
-	if t.vm, err = t.lab.A.Boot(ctx, t.opts.Spec); err != nil {
-		return err
+	if t.vm == nil {
+		if t.vm, err = t.lab.A.Boot(ctx, t.opts.Spec); err != nil {
+			return err
+		}
 	}
-	if t.twin, err = t.lab.B.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
+	to := t.lab.A
+	if t.vm.Host == to {
+		to = t.lab.B
+	}
+	if t.twin, err = to.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
 		return err
 	}
 	if result.Machine.QEMU == "" {
@@ -249,9 +260,25 @@ func (t *trial) measure(ctx context.Context, s strategy) error {
 	if err := t.observe(ctx); err != nil {
 		return err
 	}
+	return t.check(ctx)
+}
+
+// check has the guest check its memory, unless it is to be kept: a guest works
+// no more afterwards. A kept guest has checked what it has met.
+func (t *trial) check(ctx context.Context) error {
 	at := t.twin
 	if t.run.Outcome == NotConverged {
 		at = t.vm
+	} else if t.keep {
+		last, err := t.reported(ctx)
+		if err != nil {
+			return err
+		}
+		t.run.Bad = &last.Bad
+		if last.Bad != 0 {
+			return fmt.Errorf("%w: %d pages are bad so far: %v", ErrBadPages, last.Bad, at.Guest.Bad())
+		}
+		return t.forget(ctx)
 	}
 	check, err := at.Guest.Check(ctx, at)
 	if err != nil {
@@ -265,6 +292,24 @@ func (t *trial) measure(ctx context.Context, s strategy) error {
 		return errors.New("the guest checked no page")
 	}
 	return nil
+}
+
+// reported returns the guest's last report, once it has one from its new host.
+func (t *trial) reported(ctx context.Context) (lab.Sample, error) {
+	for {
+		if err := t.twin.Guest.Err(); err != nil {
+			return lab.Sample{}, err
+		}
+		samples := t.twin.Guest.Samples()
+		if n := len(samples); n > 0 && samples[n-1].VM == t.twin.Name {
+			return samples[n-1], nil
+		}
+		select {
+		case <-ctx.Done():
+			return lab.Sample{}, fmt.Errorf("wait for a report from VM %s: %w", t.twin.Name, context.Cause(ctx))
+		case <-time.After(step):
+		}
+	}
 }
 
 // settle waits until the load's throughput is steady.
@@ -375,7 +420,7 @@ func describe(r *Result, vm *lab.VM, rate uint64) error {
 	if rate > 0 {
 		r.Machine.Link = &rate
 	}
-	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB, s.Load.IdleMiB}
+	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB, s.Load.IdleMiB, s.Load.OtherMiB, s.Load.CacheMiB}
 	return nil
 }
 

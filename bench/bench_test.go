@@ -118,3 +118,58 @@ func TestBadOptions(t *testing.T) {
 		}
 	}
 }
+
+// One guest serves strategies of all kinds, to and fro, and is whole in the end.
+func TestChain(t *testing.T) {
+	needLab(t)
+	spec, err := Spec("zipf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec.MemoryMiB, spec.Load.HotMiB = 256, 64
+	strategies := []string{"vacate", "qemu-postcopy", "vacate", "stop-and-copy"}
+	result, err := Measure(t.Context(), Options{
+		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second, Vacate: buildVacate(t), Chain: true,
+		Spec: spec, Lab: lab.Options{Dir: testDir, Rate: 500e6}, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(result.Runs); n != 2*len(strategies) {
+		t.Fatalf("%d runs, want %d", n, 2*len(strategies))
+	}
+	for i, r := range result.Runs {
+		at := i % len(strategies)
+		want := strategies[at]
+		if r.Rep == 2 {
+			want = strategies[len(strategies)-1-at]
+		}
+		if r.Strategy != want || r.EvictedBefore != at {
+			t.Errorf("run %d is %s on a guest evicted %d times, want %s and %d", i, r.Strategy, r.EvictedBefore, want, at)
+		}
+		checkRun(t, &result.Runs[i])
+	}
+}
+
+func TestLoads(t *testing.T) {
+	for _, name := range Loads() {
+		spec, err := Spec(name)
+		if err != nil || spec.MemoryMiB == 0 || spec.Load.HotMiB == 0 || spec.Load.Seed == 0 {
+			t.Errorf("load %s: %+v, %v", name, spec, err)
+		}
+	}
+}
+
+func TestAlike(t *testing.T) {
+	for names, want := range map[string]bool{
+		"vacate":                               true,
+		"vacate vacate:address vacate:reverse": true,
+		"vacate vacate:address:all":            false,
+		"vacate:off vacate:address:all":        true,
+		"vacate:address qemu-postcopy":         false,
+	} {
+		if got := Alike(strings.Fields(names)); got != want {
+			t.Errorf("%s: %v", names, got)
+		}
+	}
+}

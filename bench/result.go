@@ -39,6 +39,8 @@ type VM struct {
 	Memfd     bool   `json:"memfd"`
 	HotMiB    int    `json:"hot_mib"`
 	IdleMiB   int    `json:"idle_mib"`
+	OtherMiB  int    `json:"other_mib"`
+	CacheMiB  int    `json:"cache_mib"`
 }
 
 // Outcomes of a run.
@@ -55,8 +57,10 @@ type Run struct {
 	Strategy string `json:"strategy"`
 	Load     string `json:"load"`
 	Rep      int    `json:"rep"` // from 1
-	Outcome  string `json:"outcome"`
-	Reason   string `json:"reason,omitempty"`
+	// EvictedBefore is how often this very guest was: 0 if it has just booted.
+	EvictedBefore int    `json:"evicted_before"`
+	Outcome       string `json:"outcome"`
+	Reason        string `json:"reason,omitempty"`
 
 	Prepare   *float64 `json:"prepare_s"` // before the start
 	Transfer  *float64 `json:"execution_transfer_s"`

@@ -42,13 +42,15 @@ func sample() *Result {
 	engine.Engine = json.RawMessage(`{"outcome":"completed"}`)
 	given := moved("qemu-precopy", 1, 0, 15, 250000)
 	given.Transfer, given.Down, given.Recovery, given.Outcome, given.Reason = nil, nil, nil, NotConverged, "given up after 15s"
+	again := moved("vacate", 2, 0.06, 4.6, 110000)
+	again.EvictedBefore = 2
 	return &Result{
 		Version: Version,
 		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic"},
-		VM:      VM{"pc", 1024, 1, "bare", false, 200, 200},
+		VM:      VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0},
 		Runs: []Run{
 			engine, moved(baseline, 1, 0.01, 4.1, 60000), given,
-			moved("vacate", 2, 0.06, 4.6, 110000), moved(baseline, 2, 0.012, 4.3, 50000),
+			again, moved(baseline, 2, 0.012, 4.3, 50000),
 			{Strategy: "qemu-postcopy-preempt", Load: "hot", Rep: 1, Outcome: Unsupported, Reason: "no such capability", Throughput: []Point{}},
 		},
 	}

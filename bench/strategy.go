@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -69,11 +70,27 @@ func Strategies() []string {
 	return names
 }
 
+// Alike reports whether all strategies leave a guest alike, so that one can be
+// moved by all in turn: they are this project's engine, which moves free pages
+// with each or with none.
+func Alike(names []string) bool {
+	var free []bool
+	for _, name := range names {
+		parts := strings.Split(name, ":")
+		if parts[0] != strategies[0].name {
+			return false
+		}
+		free = append(free, slices.ContainsFunc(parts, func(p string) bool { return p == "all" || p == "off" || p == "agent" }))
+	}
+	return len(slices.Compact(free)) <= 1
+}
+
 // trial is one run under way.
 type trial struct {
 	*bench
 	run      *Run
 	vm, twin *lab.VM
+	keep     bool // the guest is to be evicted once more
 	src, dst *monitor
 	start    time.Time
 	end      time.Time
@@ -102,7 +119,7 @@ func (t *trial) receive(ctx context.Context) error {
 	t.received = new(bytes.Buffer)
 	cmd.Stderr = t.received
 	t.profile(cmd, "receive")
-	if err := t.lab.B.Start(cmd); err != nil {
+	if err := t.twin.Host.Start(cmd); err != nil {
 		return err
 	}
 	t.receiver = cmd
@@ -123,7 +140,7 @@ func (t *trial) receive(ctx context.Context) error {
 	}
 }
 
-func (t *trial) engineAddr() string { return fmt.Sprintf("%s:%d", t.lab.B.Addr, enginePort) }
+func (t *trial) engineAddr() string { return fmt.Sprintf("%s:%d", t.twin.Host.Addr, enginePort) }
 
 // profile has an engine write a CPU profile.
 func (t *trial) profile(cmd *exec.Cmd, side string) {
@@ -164,7 +181,7 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 		<-t.vm.Done() // at the latest when the trial is closed
 		gone <- time.Now()
 	})
-	if err := t.lab.A.Start(cmd); err != nil {
+	if err := t.vm.Host.Start(cmd); err != nil {
 		return err
 	}
 	report, err := readReport(bufio.NewScanner(out))
@@ -243,7 +260,7 @@ func readReport(lines *bufio.Scanner) (report json.RawMessage, err error) {
 	return report, lines.Err()
 }
 
-func (t *trial) uri() string { return fmt.Sprintf("tcp:%s:%d", t.lab.B.Addr, qemuPort) }
+func (t *trial) uri() string { return fmt.Sprintf("tcp:%s:%d", t.twin.Host.Addr, qemuPort) }
 
 // qemu returns the preparation of QEMU's own migration with capabilities.
 func qemu(capabilities ...string) func(*trial, context.Context) error {
@@ -269,6 +286,25 @@ func qemu(capabilities ...string) func(*trial, context.Context) error {
 		}
 		return t.dst.MigrateIncoming(ctx, t.uri())
 	}
+}
+
+// forget has the guest's new QEMU forget the capabilities that qemu set: the
+// next strategy is to find it as if it were new.
+func (t *trial) forget(ctx context.Context) error {
+	has, err := t.dst.QueryMigrationCapabilities(ctx)
+	if err != nil {
+		return err
+	}
+	off := map[string]bool{}
+	for c, on := range has {
+		if on {
+			off[c] = false
+		}
+	}
+	if len(off) == 0 {
+		return nil
+	}
+	return t.dst.SetMigrationCapabilities(ctx, off)
 }
 
 func (t *trial) postcopy(ctx context.Context) error {

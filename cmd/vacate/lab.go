@@ -16,6 +16,7 @@ import (
 	"vacate/lab"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // labCommand is "vacate lab": real VMs on this machine, to try and to measure.
@@ -57,42 +58,70 @@ type vmFlags struct {
 	dir                    string
 	memory, hot, idle      mebibytes
 	vcpus                  int
+	load, kernel           string
 	qemu, machine, devices string
-	memfd                  bool
+	memfd, agent           bool
 	link                   rate
+	set                    *pflag.FlagSet
 }
 
 func (f *vmFlags) add(c *cobra.Command, linkFlag string) {
-	f.memory, f.hot, f.idle, f.link = 1024, 200, 200, 1e9
+	f.link = 1e9
 	fl := c.Flags()
+	f.set = fl
 	fl.StringVar(&f.dir, "dir", ".lab", "directory of the lab's cache and state")
-	fl.Var(&f.memory, "memory", "the VM's memory")
+	fl.StringVar(&f.load, "load", "hot", "what the guest does, and the VM for it: "+strings.Join(bench.Loads(), ", "))
+	fl.Var(&f.memory, "memory", "the VM's memory (default: the load's)")
 	fl.IntVar(&f.vcpus, "vcpus", 1, "the VM's CPUs")
-	fl.Var(&f.hot, "hot", "memory that the guest works on all the time")
-	fl.Var(&f.idle, "idle", "memory that the guest has written once")
+	fl.Var(&f.hot, "hot", "memory that the guest works on all the time (default: the load's)")
+	fl.Var(&f.idle, "idle", "memory that the guest has written once (default: the load's)")
+	for _, name := range []string{"memory", "hot", "idle"} {
+		fl.Lookup(name).DefValue = ""
+	}
+	var kernels []string
+	for _, k := range lab.Kernels {
+		kernels = append(kernels, k.Name)
+	}
+	fl.StringVar(&f.kernel, "kernel", "", "the guest's kernel, of Debian: "+strings.Join(kernels, ", ")+" (default: that of this machine's release)")
 	fl.StringVar(&f.qemu, "qemu", "stock", "stock (in PATH), backports (newest of Debian 13) or backports12 (of Debian 12)")
 	fl.StringVar(&f.machine, "machine", "pc", "QEMU's machine type, pc or q35")
-	fl.StringVar(&f.devices, "devices", "bare", "bare, or full: disk, network, console port, balloon, VGA")
+	fl.StringVar(&f.devices, "devices", "", "bare, or full: disk, network, console port, balloon, VGA (default: the load's, else bare)")
 	fl.BoolVar(&f.memfd, "memfd", false, "keep the VM's memory in a shared memfd")
+	fl.BoolVar(&f.agent, "agent", false, "run vacate-guest in the guest")
 	fl.Var(&f.link, linkFlag, "the link's rate each way, or none")
 }
 
 // spec returns the VM; it may download a QEMU.
 func (f *vmFlags) spec(ctx context.Context) (lab.Spec, error) {
-	s := lab.Spec{
-		Machine: f.machine, MemoryMiB: int(f.memory), VCPUs: f.vcpus, Memfd: f.memfd, Devices: lab.Devices(f.devices),
-		Load: lab.Load{HotMiB: int(f.hot), IdleMiB: int(f.idle), Seed: 1},
+	s, err := bench.Spec(f.load)
+	if err != nil {
+		return s, err
 	}
-	if f.memory == 0 || f.vcpus < 1 {
+	if s.Kernel, err = lab.FindKernel(f.kernel); err != nil {
+		return s, err
+	}
+	s.Machine, s.VCPUs, s.Memfd, s.Agent = f.machine, f.vcpus, f.memfd, f.agent
+	if f.set.Changed("memory") {
+		s.MemoryMiB = int(f.memory)
+	}
+	if f.set.Changed("hot") {
+		s.Load.HotMiB = int(f.hot)
+	}
+	if f.set.Changed("idle") {
+		s.Load.IdleMiB = int(f.idle)
+	}
+	if f.devices != "" {
+		s.Devices = lab.Devices(f.devices)
+	}
+	if s.MemoryMiB == 0 || f.vcpus < 1 {
 		return s, fmt.Errorf("a VM needs memory and at least 1 CPU")
 	}
 	if !oneOf(f.machine, "pc", "q35") {
 		return s, fmt.Errorf("machine %q: want pc or q35", f.machine)
 	}
-	if !oneOf(f.devices, "bare", "full") {
+	if !oneOf(f.devices, "", "bare", "full") {
 		return s, fmt.Errorf("devices %q: want bare or full", f.devices)
 	}
-	var err error
 	switch f.qemu {
 	case "stock":
 		s.QEMU, err = lab.StockQEMU(ctx)
@@ -131,10 +160,11 @@ then ratios to QEMU's own post-copy. The guest checks all of its memory after
 every move; a bad page is an error. What the figures mean, and the form of the
 JSON, is in docs/bench.md.
 
-Each run takes about 15 seconds, with pre-copy up to its bound more. Nothing
+Each run takes about 15 seconds, with a large load or pre-copy more. Nothing
 else should run on the machine meanwhile.`,
 		Example: `  vacate lab bench --json result.json --svg throughput.svg
   vacate lab bench --strategies vacate,qemu-postcopy --link none --repeat 5
+  vacate lab bench --load hot-process --kernel 6.12
   vacate lab bench --memory 4G --hot 1G --idle 2G --link 10Gbit --devices full
   vacate lab bench --strategies vacate --profile profiles && go tool pprof profiles/evict-1.pprof`,
 		Args: cobra.NoArgs,
@@ -142,8 +172,8 @@ else should run on the machine meanwhile.`,
 	f.add(c, "link")
 	fl := c.Flags()
 	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"}, "of "+strings.Join(bench.Strategies(), ", "))
-	fl.StringVar(&opts.Load, "load", "hot", "of "+strings.Join(bench.Loads(), ", "))
 	fl.IntVar(&opts.Repeat, "repeat", 1, "repetitions")
+	fl.BoolVar(&opts.Chain, "chain", false, "one guest for all strategies of a repetition, evicted to and fro (default: if all are vacate's)")
 	fl.DurationVar(&opts.PrecopyBound, "precopy-bound", 30*time.Second, "when to give pre-copy up")
 	fl.StringVar(&opts.Profile, "profile", "", "directory for CPU profiles of vacate's two processes")
 	fl.StringVar(&json_, "json", "", "file for the result as JSON (docs/bench.md)")
@@ -163,6 +193,10 @@ else should run on the machine meanwhile.`,
 		}
 		if opts.Spec, err = f.spec(c.Context()); err != nil {
 			return err
+		}
+		opts.Load = f.load
+		if !fl.Changed("chain") {
+			opts.Chain = bench.Alike(opts.Strategies)
 		}
 		level := slog.LevelInfo
 		if verbose {

@@ -64,6 +64,8 @@ func TestLabRefuses(t *testing.T) {
 		"bench --machine z":           `machine "z"`,
 		"bench --devices z":           `devices "z"`,
 		"bench --qemu z":              `qemu "z"`,
+		"bench --load z":              `no load "z"`,
+		"bench --kernel z":            `no kernel "z"`,
 		"bench --vcpus 0":             "at least 1 CPU",
 		"up --rate 1":                 "want none",
 		"exec a ip":                   "want a host, --",
