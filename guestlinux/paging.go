@@ -61,7 +61,7 @@ func (s *space) table(addr uint64) (*table, error) {
 	} else {
 		t = new(table)
 	}
-	if err := readPhys(s.mem, words(t[:]), addr); err != nil {
+	if err := readPhys(s.mem, bytesOf(t[:]), addr); err != nil {
 		s.spare = append(s.spare, t)
 		return nil, fmt.Errorf("read page table: %w", err)
 	}

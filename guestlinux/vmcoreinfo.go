@@ -71,19 +71,19 @@ func (v *vmcoreinfo) number(key string) (int64, bool) {
 func findNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte) (done bool)) error {
 	// Only the populated pages are read: it is quicker, and reading others would make
 	// the machine grow.
-	const batch = 1 << 10
+	const perBatch = 1 << 10
 	var (
-		ranges [batch]Range
-		heads  [batch * noteHeader]byte
-		bitmap [batch / 64]uint64
+		ranges [perBatch]Range
+		heads  [perBatch * noteHeader]byte
+		bitmap [perBatch / 64]uint64
 		found  int
 	)
 	for _, e := range mem.Extents() {
-		for at := e.Addr; at < e.Addr+e.Len; at += batch * pageSize {
+		for at := e.Addr; at < e.Addr+e.Len; at += perBatch * pageSize {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			n := min(batch, (e.Addr+e.Len-at)/pageSize)
+			n := min(perBatch, (e.Addr+e.Len-at)/pageSize)
 			if err := mem.Populated(at, n, bitmap[:]); err != nil {
 				return err
 			}
