@@ -99,7 +99,8 @@ type destination struct {
 	tasks  sync.WaitGroup
 
 	mu       sync.Mutex
-	received []*pageset.Set        // guarded by mu
+	received []*pageset.Set        // guarded by mu; those left out count as received
+	skipped  []*pageset.Set        // left out and not yet placed as zero; guarded by mu
 	missing  int                   // pages not received; guarded by mu
 	whole    chan struct{}         // closed when missing falls to 0
 	waiting  map[pageKey]time.Time // pages asked for and when; guarded by mu
@@ -396,6 +397,7 @@ func (e *destination) checkHead(head []byte) (*migstream.Reader, error) {
 			e.placer = newPlacer(e.conn, r.SectionID(), e.layout)
 			for _, b := range e.layout {
 				e.received = append(e.received, pageset.New(b.Pages))
+				e.skipped = append(e.skipped, pageset.New(b.Pages))
 			}
 			e.missing = e.layout.pages()
 			e.whole = make(chan struct{})
@@ -502,6 +504,12 @@ func (e *destination) receivePages(l link.Lane) error {
 			return err
 		}
 		buf = payload[:cap(payload)]
+		if kind == frameSkipped && l == link.Push {
+			if err := e.skip(payload); err != nil {
+				return err
+			}
+			continue
+		}
 		if kind != framePages {
 			return fmt.Errorf("%w: type %d on the %v lane", errFrame, kind, l)
 		}
@@ -532,6 +540,47 @@ func (e *destination) receive(payload []byte, urgent bool) error {
 		return err
 	}
 	e.placed(runs)
+	return nil
+}
+
+// skip notes pages that never come: they read as zero, since QEMU was told to drop all
+// that did not come ahead of the package. Those that the guest waits for are placed now.
+func (e *destination) skip(payload []byte) error {
+	runs, _, err := e.layout.parsePages(nil, payload)
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(runs, func(r pageRun) bool { return !r.Zero }) {
+		return fmt.Errorf("%w: pages that are left out, with data", errFrame)
+	}
+	var wanted []pageRun
+	n := 0
+	e.mu.Lock()
+	for _, r := range runs {
+		for p := r.First; p < r.End(); p++ {
+			if !e.received[r.Block].Add(p) {
+				e.stats.Duplicate++
+			} else if _, ok := e.waiting[pageKey{r.Block, p}]; ok {
+				wanted = append(wanted, pageRun{pageset.Run{Block: r.Block, First: p, Count: 1}, true})
+			} else {
+				e.skipped[r.Block].Add(p)
+				n++
+			}
+		}
+	}
+	e.missing -= n
+	e.stats.FreeTouched += len(wanted)
+	if n > 0 && e.missing == 0 {
+		close(e.whole)
+	}
+	e.mu.Unlock()
+	if len(wanted) == 0 {
+		return nil
+	}
+	if err := e.placer.place(wanted, nil, true); err != nil {
+		return err
+	}
+	e.placed(wanted)
 	return nil
 }
 
@@ -628,7 +677,13 @@ func (e *destination) readReturnPath() error {
 			if err := e.layout.check(run); err != nil {
 				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
 			}
-			if !e.want(run) {
+			missing, free := e.want(run)
+			if len(free) > 0 {
+				if err := e.placer.place(free, nil, true); err != nil {
+					return err
+				}
+			}
+			if !missing {
 				continue
 			}
 			if st := e.machine.current(); st != Running {
@@ -643,19 +698,44 @@ func (e *destination) readReturnPath() error {
 	}
 }
 
-// want notes that the guest waits for pages and tells whether they must be asked for.
-func (e *destination) want(r pageset.Run) bool {
+// want notes that the guest waits for pages and tells whether they must be asked for. It
+// returns those that were left out, with what was left out around them: they are to be
+// placed as zero.
+func (e *destination) want(r pageset.Run) (missing bool, free []pageRun) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := time.Now()
-	missing := false
 	for p := r.First; p < r.End(); p++ {
-		if !e.received[r.Block].Has(p) {
+		switch {
+		case !e.received[r.Block].Has(p):
 			missing = true
 			e.waiting[pageKey{r.Block, p}] = now
+		case e.skipped[r.Block].Has(p):
+			e.stats.FreeTouched++
+			free = e.takeSkipped(free, r.Block, p)
 		}
 	}
-	return missing
+	return missing, free
+}
+
+// freeAround is how much memory that was left out is placed at once when the guest touches
+// it: whoever allocated one free page is likely to use the next.
+const freeAround = 128 << 10
+
+// takeSkipped takes the pages around p that were left out. The caller holds mu.
+func (e *destination) takeSkipped(runs []pageRun, block int, p pageset.Page) []pageRun {
+	n := pageset.Page(max(1, freeAround/e.layout[block].PageSize))
+	set := e.skipped[block]
+	for at, end := p/n*n, p/n*n+n; ; {
+		first, count := set.Next(at, int(n))
+		if count == 0 || first >= end {
+			return runs
+		}
+		count = min(count, int(end-first))
+		set.RemoveRun(first, count)
+		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: count}, true})
+		at = first + pageset.Page(count)
+	}
 }
 
 // awaitPong waits until QEMU has loaded all before a ping.

@@ -87,7 +87,8 @@ type frame struct {
 	runs  []pageRun
 	head  []byte
 	parts [][]byte
-	zero  int // zero pages in the frame
+	zero  int            // zero pages in the frame
+	zeros []*pageset.Set // all so far, per block; nil until there is one
 }
 
 // newFrame makes a frame that takes pages of mem. Its f is to be set before its use.
@@ -145,11 +146,22 @@ func (fr *frame) add(r pageset.Run, data []byte, size int) {
 		fr.runs = append(fr.runs, pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(at), Count: end - at}, zero})
 		if zero {
 			fr.zero += end - at
+			fr.note(r.Block, r.First+pageset.Page(at), end-at)
 		} else {
 			fr.parts = append(fr.parts, data[at*size:end*size])
 		}
 		at = end
 	}
+}
+
+// note remembers pages of zeroes.
+func (fr *frame) note(block int, first pageset.Page, n int) {
+	if fr.zeros == nil {
+		for _, b := range fr.f.layout {
+			fr.zeros = append(fr.zeros, pageset.New(b.Pages))
+		}
+	}
+	fr.zeros[block].AddRun(first, n)
 }
 
 // size is the number of bytes of the frame's payload.

@@ -10,7 +10,7 @@ import (
 type Progress struct {
 	State   State
 	Elapsed time.Duration
-	Pages   int     // sent
+	Pages   int     // sent, or free and left out
 	Total   int     // pages of the VM
 	Bytes   uint64  // sent over the link
 	Rate    float64 // bytes per second of late
@@ -35,11 +35,13 @@ type Report struct {
 	Down     *float64   `json:"down_time_s"`          // frozen until it runs on the destination
 	Total    *float64   `json:"total_s"`              // begun until the source holds nothing any more
 
-	Pages     PageCounts `json:"pages"`
-	LinkBytes uint64     `json:"link_bytes"`       // payload of the connections, both ways
-	Rate      float64    `json:"rate_bytes_per_s"` // sent, while pages were pushed
-	RoundTrip float64    `json:"round_trip_s"`     // of the push, uncongested
-	Fetch     *Quantiles `json:"fetch_latency_s"`
+	Order         string       `json:"order"`         // of the push
+	Enlightenment Enlightening `json:"enlightenment"` // what was known of the guest's pages
+	Pages         PageCounts   `json:"pages"`
+	LinkBytes     uint64       `json:"link_bytes"`       // payload of the connections, both ways
+	Rate          float64      `json:"rate_bytes_per_s"` // sent, while pages were pushed
+	RoundTrip     float64      `json:"round_trip_s"`     // of the push, uncongested
+	Fetch         *Quantiles   `json:"fetch_latency_s"`
 }
 
 // Phase is when a state was entered, in seconds since the start.
@@ -48,17 +50,20 @@ type Phase struct {
 	At    float64 `json:"at_s"`
 }
 
-// PageCounts counts pages by how they came to the destination. Early, Pushed, Near and
-// Fetched add up to Total; Zero tells how many of all were sent as a mark only.
+// PageCounts counts pages by how they came to the destination. Early, Pushed, Near,
+// Fetched and Skipped add up to Total; Zero tells how many of all were sent as a mark only.
 type PageCounts struct {
-	Total     int `json:"total"`
-	Early     int `json:"early"`   // ahead of the device state, which needs them
-	Pushed    int `json:"pushed"`  // by the plan
-	Near      int `json:"near"`    // as neighbours of fetched ones
-	Fetched   int `json:"fetched"` // because the guest waited
-	Zero      int `json:"zero"`
-	Skipped   int `json:"skipped"`   // never sent
-	Duplicate int `json:"duplicate"` // sent twice
+	Total   int `json:"total"`
+	Early   int `json:"early"`   // ahead of the device state, which needs them
+	Pushed  int `json:"pushed"`  // by the plan
+	Near    int `json:"near"`    // as neighbours of fetched ones
+	Fetched int `json:"fetched"` // because the guest waited
+	Zero    int `json:"zero"`
+	Skipped int `json:"skipped"` // free in the guest, never sent
+	// SkippedTouched are pages of these that the guest asked for before the end; each got
+	// zeroes from the destination at once.
+	SkippedTouched int `json:"skipped_touched"`
+	Duplicate      int `json:"duplicate"` // sent twice
 }
 
 // Quantiles sums up latencies, in seconds.

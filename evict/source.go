@@ -28,8 +28,14 @@ type Source struct {
 	// LoadTimeout is how long the destination may take to load the devices, which is how
 	// long the guest may stand still before the eviction is aborted. Default 5 s.
 	LoadTimeout time.Duration
-	Log         *slog.Logger
-	Show        func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+	// Order is that of the push; the zero value is pushorder.Default.
+	Order pushorder.Policy
+	// Enlightenment is where it is learnt what the guest's pages are used for. Default Auto.
+	Enlightenment Enlightenment
+	// SendFree moves free pages, too.
+	SendFree bool
+	Log      *slog.Logger
+	Show     func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
 }
 
 // Timeouts of the source, before the commit.
@@ -39,6 +45,9 @@ const (
 	rollbackTime   = 30 * time.Second
 	// settleTime is how long the push must have gone on for its rate to mean something.
 	settleTime = 300 * time.Millisecond
+	// demandTime is how long nothing is pushed where the order is demand-only; as the guest
+	// may never touch some pages, the eviction would not end otherwise.
+	demandTime = 20 * time.Second
 )
 
 // Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
@@ -46,12 +55,15 @@ const (
 // The report is filled in as far as things came, also when there is an error, which is an
 // *Error.
 func (s Source) Evict(ctx context.Context) (Report, error) {
-	e := &source{Source: s, started: time.Now(), died: make(chan error, 1)}
+	e := &source{Source: s, started: time.Now(), died: make(chan error, 1), touched: make(chan struct{}, 1)}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
 	}
 	if e.LoadTimeout == 0 {
 		e.LoadTimeout = 5 * time.Second
+	}
+	if e.Order.Base == pushorder.Unset {
+		e.Order = pushorder.Default
 	}
 	e.machine = newMachine(Preparing, func(st State) {
 		e.Log.Info("state", "state", st)
@@ -97,9 +109,11 @@ type source struct {
 
 	mu    sync.Mutex
 	order *pushorder.Order // guarded by mu; nil before the package was read
+	light light            // guarded by mu
+
+	touched chan struct{} // capacity 1: something was fetched
 
 	sent  [pushorder.Reasons]atomic.Int64 // pages by reason
-	ahead atomic.Int64                    // pages sent ahead of the package
 	zero  atomic.Int64
 	total atomic.Int64
 	asked atomic.Int64
@@ -146,8 +160,11 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			return err
 		},
 		func() (err error) {
-			e.mem, err = guestmem.Attach(ctx, e.q)
-			return err
+			if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
+				return err
+			}
+			e.look(ctx)
+			return nil
 		},
 		func() (err error) {
 			e.session, err = link.Dial(ctx, e.Dial, e.To)
@@ -232,6 +249,7 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.machine.enter(Loading); err != nil {
 		return err
 	}
+	e.tasks.Go(e.enlighten)
 	if err := e.sendEarly(); err != nil {
 		return err
 	}
@@ -277,11 +295,9 @@ func (e *source) capture() error {
 	}
 	e.pushed.f, e.fetched.f = e.frozen, e.frozen
 	e.total.Store(int64(e.cap.layout.pages()))
-	blocks := make([]pushorder.Block, len(e.cap.layout))
-	for i, b := range e.cap.layout {
-		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
-	}
-	e.order = pushorder.New(blocks)
+	blocks := e.cap.layout.blocks()
+	e.order = pushorder.New(blocks, e.Order.Near)
+	e.order.SetPlan(pushorder.NewPlan(e.Order, blocks, nil, nil))
 	return nil
 }
 
@@ -333,10 +349,12 @@ func (e *source) noteFreeze() {
 // destination's QEMU would fetch them one by one while the VM stands still.
 func (e *source) sendEarly() error {
 	var runs []pageset.Run
+	e.mu.Lock()
 	for _, w := range e.frozen.runs(touchedByLoading(e.cap.load)) {
-		runs = append(runs, e.order.Take(w)...)
+		runs = append(runs, e.order.Take(w, pushorder.Early)...)
 	}
-	e.ahead.Add(int64(pageset.Pages(runs)))
+	e.mu.Unlock()
+	e.sent[pushorder.Early].Add(int64(pageset.Pages(runs)))
 	f := e.pushed
 	for len(runs) > 0 {
 		var err error
@@ -354,6 +372,9 @@ func (e *source) sendEarly() error {
 // pushAll pushes pages in order until none is left.
 func (e *source) pushAll() error {
 	lane, f := e.session.Lane(link.Push), e.pushed
+	held := e.Order.Base == pushorder.DemandOnly
+	release := time.NewTimer(demandTime)
+	defer release.Stop()
 	for {
 		for wait := e.window.room(); wait != nil; wait = e.window.room() {
 			select {
@@ -362,12 +383,20 @@ func (e *source) pushAll() error {
 				return nil
 			}
 		}
-		e.mu.Lock()
-		pages := e.window.batch() / migstream.TargetPageSize
-		runs, reason := e.order.Next(nil, max(1, pages))
-		e.mu.Unlock()
-		if len(runs) == 0 {
+		pages := max(1, e.window.batch()/migstream.TargetPageSize)
+		runs, reason, left := e.next(held, pages)
+		switch {
+		case left == 0 && len(runs) == 0:
 			return nil
+		case len(runs) == 0:
+			select {
+			case <-e.touched:
+			case <-release.C:
+				held = false
+			case <-e.session.Done():
+				return nil
+			}
+			continue
 		}
 		e.sent[reason].Add(int64(pageset.Pages(runs)))
 		for len(runs) > 0 {
@@ -382,6 +411,18 @@ func (e *source) pushAll() error {
 			}
 		}
 	}
+}
+
+// next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
+func (e *source) next(held bool, limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if held {
+		runs, reason = e.order.NextNear(nil, limit), pushorder.Near
+	} else {
+		runs, reason = e.order.Next(nil, limit)
+	}
+	return runs, reason, e.order.Left()
 }
 
 // serveFetches answers the requests of the destination, until the lane ends.
@@ -406,6 +447,10 @@ func (e *source) serveFetches() error {
 		runs := e.order.Fetch(run)
 		e.mu.Unlock()
 		e.sent[pushorder.Fetched].Add(int64(pageset.Pages(runs)))
+		select {
+		case e.touched <- struct{}{}:
+		default:
+		}
 		for len(runs) > 0 { // else it is on its way already
 			if runs, err = f.fill(runs); err != nil {
 				return err
@@ -469,8 +514,8 @@ func (e *source) finish() error {
 		err = decode(payload, &e.summary)
 	}
 	if err != nil {
-		return e.lost(err, fmt.Sprintf("The VM was running on the destination, with %d of %d pages sent; if its QEMU still lives, it stops where it touches one that is missing. "+
-			"Here it stays frozen, with all of its memory: do not resume it and do not end its QEMU", e.pagesSent(), e.total.Load()))
+		return e.lost(err, fmt.Sprintf("The VM was running on the destination, with %d of %d pages dealt with; if its QEMU still lives, it stops where it touches one that is missing. "+
+			"Here it stays frozen, with all of its memory: do not resume it and do not end its QEMU", e.settled(), e.total.Load()))
 	}
 	if err := e.machine.enter(Retiring); err != nil {
 		return err
@@ -619,9 +664,11 @@ func (e *source) report(err error) Report {
 		r.Down = since(*at, Pushing)
 	}
 	r.Pages = PageCounts{
-		Total: int(e.total.Load()), Early: int(e.ahead.Load()), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
-		Pushed: int(e.sent[pushorder.Planned].Load()), Near: int(e.sent[pushorder.Near].Load()), Fetched: int(e.sent[pushorder.Fetched].Load()),
+		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
+		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
+		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched,
 	}
+	r.Order, r.Enlightenment = e.Order.String(), e.account()
 	r.Fetch = quantiles(e.summary.FetchDelays)
 	if r.Fetch != nil {
 		r.Fetch.Count = e.summary.Fetches
@@ -639,8 +686,11 @@ func (e *source) report(err error) Report {
 	return r
 }
 
-func (e *source) pagesSent() int {
-	n := e.ahead.Load()
+func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
+
+// settled is the number of pages that are sent, or need not be.
+func (e *source) settled() int {
+	n := int64(0)
 	for i := range e.sent {
 		n += e.sent[i].Load()
 	}
@@ -667,7 +717,7 @@ func (e *source) show(st State) {
 	}
 	e.shown.Lock()
 	defer e.shown.Unlock()
-	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.pagesSent(), Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.settled(), Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
 		sent, _ := e.session.Bytes()
 		p.Bytes = sent
@@ -675,7 +725,8 @@ func (e *source) show(st State) {
 	if at := e.machine.at(Pushing); !at.IsZero() {
 		if took := time.Since(at); took > settleTime {
 			p.Rate = float64(p.Bytes) / took.Seconds()
-			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(max(1, p.Pages)))
+			sent := p.Pages - e.pages(pushorder.Skipped)
+			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(max(1, sent)))
 		}
 	}
 	e.Show(p)

@@ -11,6 +11,7 @@ import (
 	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageset"
+	"vacate/pushorder"
 )
 
 // Frames of the control lane. JSON where there is something to say, else empty or raw.
@@ -34,7 +35,8 @@ const (
 const (
 	framePages   uint8 = 64 // pages, see appendPages
 	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
-	framePlaced  uint8 = 66 // push lane, destination to source: u64 bytes of frames placed so far
+	framePlaced  uint8 = 66 // push lane, destination to source: u64 bytes of frames of pages placed so far
+	frameSkipped uint8 = 67 // push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
 )
 
 const (
@@ -83,6 +85,7 @@ type farewell struct {
 type summary struct {
 	Duplicate   int       `json:"duplicate"` // pages that came twice and were dropped
 	Fetches     int       `json:"fetches"`
+	FreeTouched int       `json:"free_touched"`   // requests for pages that were left out
 	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
 }
 
@@ -131,6 +134,15 @@ func newLayout(blocks []migstream.Block) (layout, error) {
 		l[i] = blockLayout{b.Name, b.Length, b.PageSize, int(b.Length / b.PageSize)}
 	}
 	return l, nil
+}
+
+// blocks is the layout as pushorder wants it.
+func (l layout) blocks() []pushorder.Block {
+	blocks := make([]pushorder.Block, len(l))
+	for i, b := range l {
+		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
+	}
+	return blocks
 }
 
 func (l layout) pages() int {

@@ -46,7 +46,7 @@ import (
 )
 
 // Version of the protocol. Both sides must speak the same.
-const Version = 1
+const Version = 2
 
 // Lane names one of the connections of a session.
 type Lane uint8

@@ -8,9 +8,12 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 
 	"vacate/evict"
+	"vacate/pushorder"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -29,6 +32,13 @@ not been told to run on the destination; the VM then runs on here. Later they
 change nothing, as only the destination has a VM that runs. An output that
 nobody reads or that goes away does not stop an eviction.
 
+Memory is pushed in the order in which the guest will need it, as its own page
+descriptors tell when it is frozen, and its free memory is not moved at all.
+Where the guest cannot be looked into, an agent in it is asked (vacate-guest, if it
+runs there); else pages go by address. In any case pages that the guest waits
+for, and their neighbours, go first. --order, --enlighten and --send-free change
+that; the report tells what was known.
+
 Progress goes to standard error: one line that is written over on a terminal,
 otherwise one per state and at most one a second. The report goes to standard
 output.
@@ -39,7 +49,8 @@ With --json, standard output has JSON lines:
                         retiring, rolling back, completed, refused,
                         aborted or lost contact
       elapsed_s         since the start
-      pages_sent, pages_total
+      pages_sent        or free in the guest and left out
+      pages_total
       link_bytes        sent over the link
       rate_bytes_per_s
       eta_s             until all pages are sent; null if not known
@@ -59,15 +70,38 @@ Should that fail at the end, a warning says so; the exit code is the eviction's.
 	c.Flags().StringVar(&o.source.To, "to", "", "`HOST:PORT` where vacate receive listens")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
+	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(), "`ORDER` of the push: "+orderNames())
+	c.Flags().StringVar(&o.enlighten, "enlighten", string(evict.Auto), "`WHERE` to learn what the guest's pages are used for: "+enlightenNames())
+	c.Flags().BoolVar(&o.source.SendFree, "send-free", false, "move the guest's free memory, too")
 	c.MarkFlagRequired("qmp")
 	c.MarkFlagRequired("to")
 	return c
 }
 
+func orderNames() string {
+	var names []string
+	for _, p := range pushorder.Policies() {
+		if !p.Near {
+			names = append(names, p.String())
+		}
+	}
+	return strings.Join(names, ", ") + "; with +near, pages beside fetched ones go first"
+}
+
+func enlightenNames() string {
+	var names []string
+	for _, e := range evict.Enlightenments() {
+		names = append(names, string(e))
+	}
+	return strings.Join(names, ", ")
+}
+
 type evictOptions struct {
-	source evict.Source
-	json   bool
-	report string
+	source    evict.Source
+	order     string
+	enlighten string
+	json      bool
+	report    string
 }
 
 func (o evictOptions) run(ctx context.Context) error {
@@ -75,9 +109,16 @@ func (o evictOptions) run(ctx context.Context) error {
 	if err := checkAddress("--to", o.source.To); err != nil {
 		return err
 	}
+	var err error
+	if o.source.Order, err = pushorder.ParsePolicy(o.order); err != nil {
+		return fmt.Errorf("--order: %w", err)
+	}
+	o.source.Enlightenment = evict.Enlightenment(o.enlighten)
+	if !slices.Contains(evict.Enlightenments(), o.source.Enlightenment) {
+		return fmt.Errorf("--enlighten %q: there are %s", o.enlighten, enlightenNames())
+	}
 	var file *reportFile
 	if o.report != "" {
-		var err error
 		if file, err = reserveReport(o.report); err != nil {
 			return refused(err)
 		}

@@ -80,7 +80,7 @@ func reportText(r evict.Report) string {
 			{"pushed", p.Pushed, "by the plan"},
 			{"near", p.Near, "as neighbours of fetched ones"},
 			{"fetched", p.Fetched, "because the VM waited"},
-			{"skipped", p.Skipped, "never sent"},
+			{"skipped", p.Skipped, "free in the guest, never sent"},
 		} {
 			row("  "+k.name, "%9d %5.1f%%  %s", k.count, 100*float64(k.count)/float64(p.Total), k.what)
 		}
@@ -89,6 +89,7 @@ func reportText(r evict.Report) string {
 			row("sent twice", "%9d", p.Duplicate)
 		}
 	}
+	enlightenmentText(row, r)
 	if r.LinkBytes > 0 {
 		row("link", "%9s  both ways", bytesText(float64(r.LinkBytes)))
 	}
@@ -110,6 +111,30 @@ func reportText(r evict.Report) string {
 		}
 	}
 	return b.String()
+}
+
+// enlightenmentText tells what was known of the guest's pages, and what came of it.
+func enlightenmentText(row func(name, format string, args ...any), r evict.Report) {
+	if r.Pages.Total == 0 {
+		return
+	}
+	row("order", "%s", r.Order)
+	e := r.Enlightenment
+	if e.Doubts != "" {
+		row("not known", "%s", clean(e.Doubts))
+	}
+	if e.Source == evict.Off {
+		return
+	}
+	row("enlightenment", "by the %s, Linux %s", e.Source, clean(e.Kernel))
+	row("", "ready in %s, survey %s, plan known %s after the freeze", shortText(e.Attach), shortText(e.Survey), shortText(e.Known))
+	for _, n := range e.Notes {
+		row("", "%s", clean(n))
+	}
+	row("  class", "%9s %8s %8s %8s %8s %8s", "pages", "skipped", "pushed", "near", "fetched", "late")
+	for _, c := range e.Classes {
+		row("  "+c.Class.String(), "%9d %8d %8d %8d %8d %8d", c.Pages, c.Skipped, c.Early+c.Pushed, c.Near, c.Fetched, c.Late)
+	}
 }
 
 // shortText writes a short time, given in seconds, in milliseconds.

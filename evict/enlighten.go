@@ -1,0 +1,324 @@
+package evict
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"vacate/guesthints"
+	"vacate/guestlinux"
+	"vacate/link"
+	"vacate/migstream"
+	"vacate/pageclass"
+	"vacate/pageset"
+	"vacate/pushorder"
+)
+
+// Enlightenment is where it is learnt what the guest's pages are used for.
+type Enlightenment string
+
+// The places.
+const (
+	Auto  Enlightenment = "auto"  // the guest's memory; failing that its agent
+	Host  Enlightenment = "host"  // the guest's own page descriptors, read from outside once it is frozen
+	Agent Enlightenment = "agent" // an agent in the guest, asked while it still runs. It never makes a page be left out
+	Off   Enlightenment = "off"
+)
+
+// Enlightenments lists them.
+func Enlightenments() []Enlightenment { return []Enlightenment{Auto, Host, Agent, Off} }
+
+// Limits of what it may take, as the VM's host is overloaded and its guest may be hostile.
+const (
+	lookLimit   = 2 * time.Second // while the guest runs; the agent has a limit of its own
+	surveyLimit = 5 * time.Second // beside the push
+)
+
+// light is what is known of the guest's pages.
+type light struct {
+	guest  *guestlinux.Guest // nil if it cannot be looked into
+	survey *pageclass.Survey // nil until it is made
+	joined bool              // the push follows it
+	report Enlightening
+}
+
+// look gets ready to learn what the guest's pages are used for, while it runs. That this is
+// not to be had is no reason not to evict: the pages then go in plain order.
+func (e *source) look(ctx context.Context) {
+	l := &e.light
+	if e.Enlightenment == Off || !e.Order.Knows() && e.SendFree {
+		return
+	}
+	start := time.Now()
+	if e.Enlightenment != Agent {
+		var err error
+		if l.guest, err = e.attach(ctx); err == nil {
+			l.report.Source, l.report.Kernel = Host, l.guest.Release()
+		} else {
+			l.doubt("the guest cannot be looked into from outside", err)
+		}
+	}
+	if e.Enlightenment == Agent || e.Enlightenment == Auto && l.guest == nil {
+		if err := e.ask(ctx); err == nil {
+			l.report.Source = Agent
+		} else {
+			l.doubt("the guest's agent", err)
+		}
+	}
+	l.report.Attach = time.Since(start).Seconds()
+}
+
+// ask has the guest's agent tell what its pages are used for.
+func (e *source) ask(ctx context.Context) error {
+	path, err := guesthints.Find(ctx, e.q)
+	if err != nil {
+		return err
+	}
+	agent, err := guesthints.Dial(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer agent.Close()
+	end := uint64(0)
+	for _, m := range e.mem.Mappings() {
+		end = max(end, (m.GPA+m.Size)/migstream.TargetPageSize)
+	}
+	survey, stats, err := agent.Ask(ctx, guesthints.Options{Frames: end})
+	if err != nil {
+		return err
+	}
+	e.light.survey, e.light.report.AnswerBytes, e.light.report.AnswerCPU = survey, stats.Bytes, stats.CPU.Seconds()
+	return nil
+}
+
+func (e *source) attach(ctx context.Context) (*guestlinux.Guest, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit, fmt.Errorf("it took longer than %v", lookLimit))
+	defer cancel()
+	mem, err := guestlinux.NewLive(e.mem, e.q)
+	if err != nil {
+		return nil, err
+	}
+	return guestlinux.Attach(ctx, mem)
+}
+
+func (l *light) doubt(what string, err error) {
+	if l.report.Doubts != "" {
+		l.report.Doubts += "; "
+	}
+	l.report.Doubts += fmt.Sprintf("%s: %v", what, err)
+}
+
+// enlighten learns what the frozen guest's pages are used for, and has the push follow it.
+// The guest may run at the destination by then, and the push may be under way.
+func (e *source) enlighten() {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
+	defer cancel()
+	e.tasks.Go(func() {
+		select {
+		case <-e.session.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	start := time.Now()
+	survey := e.light.survey
+	if e.light.guest != nil {
+		r, err := e.light.guest.Survey(ctx)
+		if err != nil {
+			e.mu.Lock()
+			e.light.doubt("the frozen guest is not what it was", err)
+			e.mu.Unlock()
+			return
+		}
+		survey = &r.Survey
+		e.mu.Lock()
+		e.light.report.Notes = r.Notes
+		e.light.report.Stages = r.Timings
+		e.mu.Unlock()
+	}
+	if survey == nil {
+		return
+	}
+	blocks, frames := e.cap.layout.blocks(), e.frozen.frames()
+	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
+	var free []pageset.Run
+	if e.light.guest != nil && !e.SendFree {
+		free = pushorder.Skippable(blocks, survey, frames)
+	}
+	var skipped []pageset.Run
+	e.mu.Lock()
+	e.order.SetPlan(plan)
+	for _, r := range free {
+		skipped = append(skipped, e.order.Take(r, pushorder.Skipped)...)
+	}
+	now := time.Now()
+	e.light.survey, e.light.joined = survey, true
+	e.light.report.Survey = now.Sub(start).Seconds()
+	if at := e.frozenAt.Load(); at != nil {
+		e.light.report.Known = now.Sub(*at).Seconds()
+	}
+	e.mu.Unlock()
+	e.sent[pushorder.Skipped].Add(int64(pageset.Pages(skipped)))
+	if err := e.sendSkipped(skipped); err != nil {
+		e.session.FailSoon(err)
+	}
+}
+
+// sendSkipped tells the destination which pages never come.
+func (e *source) sendSkipped(skipped []pageset.Run) error {
+	lane := e.session.Lane(link.Push)
+	for len(skipped) > 0 {
+		n := min(len(skipped), maxRuns)
+		runs := make([]pageRun, n)
+		for i, r := range skipped[:n] {
+			runs[i] = pageRun{r, true}
+		}
+		if err := lane.Write(frameSkipped, appendPages(nil, runs)); err != nil {
+			return err
+		}
+		skipped = skipped[n:]
+	}
+	return nil
+}
+
+// frames tells which guest page frames fill which pages of the blocks. Blocks that the
+// guest sees at several addresses are left out, as are pages of which it does not see all.
+func (f *frozen) frames() []pushorder.Frames {
+	var frames []pushorder.Frames
+	seen := make([]*pageset.Set, len(f.layout))
+	twice := make([]bool, len(f.layout))
+	for _, m := range f.mem.Mappings() {
+		i := -1
+		for n, j := range f.index {
+			if j == m.Block {
+				i = n
+			}
+		}
+		if i < 0 || m.GPA%migstream.TargetPageSize != 0 || m.Offset >= f.layout[i].Length {
+			continue
+		}
+		b := f.layout[i]
+		skip := (b.PageSize - m.Offset%b.PageSize) % b.PageSize
+		size := min(m.Size, b.Length-m.Offset)
+		if size < skip+b.PageSize || (m.GPA+skip)%migstream.TargetPageSize != 0 {
+			continue
+		}
+		run := pageset.Run{Block: i, First: pageset.Page((m.Offset + skip) / b.PageSize), Count: int((size - skip) / b.PageSize)}
+		frames = append(frames, pushorder.Frames{First: (m.GPA + skip) / migstream.TargetPageSize, Run: run})
+		if seen[i] == nil {
+			seen[i] = pageset.New(b.Pages)
+		}
+		if seen[i].AddRun(run.First, run.Count) != run.Count {
+			twice[i] = true
+		}
+	}
+	once := frames[:0]
+	for _, fr := range frames {
+		if !twice[fr.Run.Block] {
+			once = append(once, fr)
+		}
+	}
+	return once
+}
+
+// Enlightening is what was known of the guest's pages, and what came of it.
+type Enlightening struct {
+	Source Enlightenment `json:"source"`           // host or agent; off if nothing was known
+	Doubts string        `json:"doubts,omitempty"` // why less was known than was asked for
+	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
+	Attach float64       `json:"attach_s"`         // getting ready, while the guest ran
+	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
+	Known  float64       `json:"known_s"`          // from the freeze until the plan was there
+	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
+	Notes []string `json:"notes,omitempty"`
+	// Stages are what the survey's time went to; of guestlinux.
+	Stages guestlinux.Timings `json:"stages"`
+	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the guest.
+	AnswerBytes int     `json:"answer_bytes,omitempty"`
+	AnswerCPU   float64 `json:"answer_cpu_s,omitempty"`
+	// Classes counts pages by what they were used for, all of them; none if nothing was known.
+	Classes []ClassCount `json:"classes"`
+}
+
+// ClassCount counts the pages of a class by how they came to the destination.
+type ClassCount struct {
+	Class   pageclass.Class `json:"class"`
+	Pages   int             `json:"pages"`
+	Bytes   uint64          `json:"bytes"` // of pages sent with their content
+	Early   int             `json:"early"`
+	Pushed  int             `json:"pushed"` // by the plan
+	Near    int             `json:"near"`
+	Fetched int             `json:"fetched"` // the guest's first use came before the push
+	Late    int             `json:"late"`    // of those pushed and near: the first use came while they were on their way
+	Skipped int             `json:"skipped"`
+	Zero    int             `json:"zero"`
+}
+
+// account sums up by class. Nothing may be sent any more.
+func (e *source) account() Enlightening {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r := e.light.report
+	if !e.light.joined {
+		r.Source = Off
+		return r
+	}
+	var counts [pageclass.Classes]ClassCount
+	classes := make([][]pageclass.Class, len(e.cap.layout))
+	for i, b := range e.cap.layout {
+		classes[i] = make([]pageclass.Class, b.Pages)
+	}
+	for _, f := range e.frozen.frames() {
+		each := e.cap.layout[f.Run.Block].PageSize / migstream.TargetPageSize
+		for i := range f.Run.Count {
+			from := min(f.First+uint64(i)*each, uint64(len(e.light.survey.Pages)))
+			class := pageclass.Unknown
+			// A huge page is of the first class of the paper's order that is in it.
+			for _, p := range e.light.survey.Pages[from:min(from+each, uint64(len(e.light.survey.Pages)))] {
+				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
+					class = p.Class
+				}
+			}
+			classes[f.Run.Block][f.Run.First+pageset.Page(i)] = class
+		}
+	}
+	for i, b := range e.cap.layout {
+		for p := range pageset.Page(b.Pages) {
+			c := &counts[classes[i][p]]
+			c.Pages++
+			why, late := e.order.Why(i, p)
+			switch why {
+			case pushorder.Early:
+				c.Early++
+			case pushorder.Planned:
+				c.Pushed++
+			case pushorder.Near:
+				c.Near++
+			case pushorder.Fetched:
+				c.Fetched++
+			case pushorder.Skipped:
+				c.Skipped++
+			}
+			if late {
+				c.Late++
+			}
+			switch {
+			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
+				c.Zero++
+			case why != pushorder.Left && why != pushorder.Skipped:
+				c.Bytes += b.PageSize
+			}
+		}
+	}
+	for c, count := range counts {
+		if count.Class = pageclass.Class(c); count.Pages > 0 {
+			r.Classes = append(r.Classes, count)
+		}
+	}
+	return r
+}
+
+// wasZero tells whether a page was sent as one of zeroes.
+func (fr *frame) wasZero(block int, p pageset.Page) bool {
+	return fr.zeros != nil && fr.zeros[block].Has(p)
+}
