@@ -323,16 +323,20 @@ func (w *worker) press() error {
 
 // poke has the kernel move and drop pages.
 func (w *worker) poke() error {
+	// 4: no line in the log each time.
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("4"), 0); err != nil {
+		return err
+	}
 	for {
 		time.Sleep(time.Duration(w.IntN(800)) * time.Millisecond)
 		file, value := "compact_memory", "1"
 		switch w.IntN(6) {
 		case 0:
-			file, value = "drop_caches", "5" // 1, and no line in the log
+			file, value = "drop_caches", "1"
 		case 1:
-			file, value = "drop_caches", "6"
+			file, value = "drop_caches", "2"
 		case 2:
-			file, value = "drop_caches", "7"
+			file, value = "drop_caches", "3"
 		case 3: // how much the CPUs keep in their own lists; since 5.14
 			file, value = "percpu_pagelist_high_fraction", fmt.Sprint([]int{0, 8, 100}[w.IntN(3)])
 		}

@@ -19,6 +19,10 @@ import (
 // arrays, in pages of its own or, by CPU, in its per-CPU areas.
 func (w *worker) kernel() error {
 	const mapArray, mapPerCPUArray = 2, 6 // enum bpf_map_type
+	// Before 5.11 this bounds the memory of such arrays.
+	if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}); err != nil {
+		return err
+	}
 	cpus := runtime.NumCPU()
 	var arrays []*array
 	total := 0

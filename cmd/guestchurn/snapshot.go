@@ -91,29 +91,22 @@ type snapshots struct {
 }
 
 func newSnapshots() (*snapshots, error) {
-	b, err := os.ReadFile("/proc/zoneinfo")
+	b, err := os.ReadFile("/proc/iomem")
 	if err != nil {
 		return nil, err
 	}
-	end := 0 // page frame number
-	start, spanned := 0, 0
+	end := uint64(0) // page frame number
 	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		switch {
-		case len(f) == 2 && f[0] == "spanned":
-			spanned, _ = strconv.Atoi(f[1])
-		case len(f) == 2 && f[0] == "start_pfn:":
-			start, _ = strconv.Atoi(f[1])
-			if spanned > 0 {
-				end = max(end, start+spanned)
-			}
+		var from, to uint64
+		if n, _ := fmt.Sscanf(line, "%x-%x : System RAM", &from, &to); n == 2 && strings.Contains(line, "System RAM") {
+			end = max(end, (to+1)/pageSize)
 		}
 	}
 	s := &snapshots{}
 	for _, p := range []*[]byte{&s.flags[0], &s.flags[1], &s.count} {
-		*p = touched(end * 8)
+		*p = touched(int(end) * 8)
 	}
-	s.maps, s.zones = touched(end*8), touched(256<<10)
+	s.maps, s.zones = touched(int(end)*8), touched(256<<10)
 	return s, nil
 }
 

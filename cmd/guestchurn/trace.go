@@ -1,13 +1,14 @@
 package main
 
 import (
-	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,11 +16,12 @@ import (
 	"vacate/lab/churnproto"
 )
 
-// ringPages are the data pages of one CPU's ring: about 90,000 events.
-const ringPages = 1024
+// ringPages are the data pages of one CPU's ring: about 40,000 events.
+const ringPages = 512
 
 // traceAllocator has the kernel write each allocation and each freeing of pages into
 // perf(2) rings. Nobody in the guest reads them: the host does, in the guest's memory.
+// There it knows them by what is in them, as not all kernels tell a process where they are.
 func traceAllocator(dir string) (*churnproto.Trace, error) {
 	if dir == "" {
 		return nil, fmt.Errorf("there is no tracefs")
@@ -31,39 +33,82 @@ func traceAllocator(dir string) (*churnproto.Trace, error) {
 		}
 	}
 	for cpu := range runtime.NumCPU() {
-		leader := -1
-		for _, id := range []int{t.Alloc.ID, t.Free.ID} {
-			attr := unix.PerfEventAttr{
-				Type: unix.PERF_TYPE_TRACEPOINT, Config: uint64(id), Sample: 1,
-				Sample_type: unix.PERF_SAMPLE_TIME | unix.PERF_SAMPLE_RAW,
-				Bits:        unix.PerfBitWatermark | unix.PerfBitUseClockID,
-				Wakeup:      ringPages * pageSize, // never: nobody waits
-				Clockid:     unix.CLOCK_MONOTONIC_RAW,
-			}
-			attr.Size = uint32(unsafe.Sizeof(attr))
-			fd, err := unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
-			if err != nil {
-				return nil, fmt.Errorf("perf_event_open: %w", err)
-			}
-			if leader >= 0 {
-				if err := unix.IoctlSetInt(fd, unix.PERF_EVENT_IOC_SET_OUTPUT, leader); err != nil {
-					return nil, fmt.Errorf("share a ring: %w", err)
-				}
-				continue
-			}
-			leader = fd
-			ring, err := unix.Mmap(fd, 0, (1+ringPages)*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-			if err != nil {
-				return nil, fmt.Errorf("map the ring: %w", err)
-			}
-			frames, err := framesOf(ring)
-			if err != nil {
-				return nil, err
-			}
-			t.Rings = append(t.Rings, frames)
+		ring, err := openRing(cpu, t.Alloc.ID, t.Free.ID)
+		if err != nil {
+			return nil, err
 		}
+		words := unsafe.Slice((*uint64)(unsafe.Pointer(&ring[0])), len(ring)/8)
+		if err := fillRing(cpu, words); err != nil {
+			return nil, err
+		}
+		r := churnproto.Ring{Mark: rand.Uint64()}
+		words[churnproto.MarkOffset/8] = r.Mark
+		for i := range ringPages {
+			r.Sums = append(r.Sums, churnproto.Sum((*churnproto.Words)(unsafe.Pointer(&ring[(1+i)*pageSize]))))
+		}
+		t.Rings = append(t.Rings, r)
 	}
 	return t, nil
+}
+
+// openRing returns a ring of a CPU's events of both kinds: struct perf_event_mmap_page,
+// then the data.
+func openRing(cpu int, events ...int) (ring []byte, err error) {
+	leader := -1
+	for _, id := range events {
+		attr := unix.PerfEventAttr{
+			Type: unix.PERF_TYPE_TRACEPOINT, Config: uint64(id), Sample: 1,
+			Sample_type: unix.PERF_SAMPLE_TIME | unix.PERF_SAMPLE_RAW,
+			Bits:        unix.PerfBitWatermark | unix.PerfBitUseClockID,
+			Wakeup:      ringPages * pageSize, // never: nobody waits
+			Clockid:     unix.CLOCK_MONOTONIC_RAW,
+		}
+		attr.Size = uint32(unsafe.Sizeof(attr))
+		fd, err := unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("perf_event_open: %w", err)
+		}
+		if leader >= 0 {
+			if err := unix.IoctlSetInt(fd, unix.PERF_EVENT_IOC_SET_OUTPUT, leader); err != nil {
+				return nil, fmt.Errorf("share a ring: %w", err)
+			}
+			continue
+		}
+		leader = fd
+		if ring, err = unix.Mmap(fd, 0, (1+ringPages)*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+			return nil, fmt.Errorf("map the ring: %w", err)
+		}
+	}
+	return ring, nil
+}
+
+// fillRing allocates and frees pages on a CPU until the ring takes no more.
+func fillRing(cpu int, ring []uint64) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before, only unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		return err
+	}
+	defer unix.SchedSetaffinity(0, &before)
+	only.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &only); err != nil {
+		return err
+	}
+	const largest = 64 // bytes of a record, and some
+	for range 10_000 {
+		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-largest {
+			return nil
+		}
+		mem, err := mmap(64*pageSize, unix.MAP_POPULATE)
+		if err != nil {
+			return err
+		}
+		if err := munmap(mem); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("the ring of CPU %d does not fill", cpu)
 }
 
 // readEvent reads the layout of a tracepoint's record, lines such as
@@ -102,29 +147,3 @@ func readEvent(dir string, e *churnproto.Event) error {
 	}
 	return nil
 }
-
-// framesOf returns the page frames behind memory that never moves.
-func framesOf(mem []byte) ([]uint64, error) {
-	f, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	frames := make([]uint64, len(mem)/pageSize)
-	var entry [8]byte
-	for i := range frames {
-		_ = *(*byte)(&mem[i*pageSize]) // map it
-		sink += mem[i*pageSize]
-		if _, err := f.ReadAt(entry[:], int64((addressOf(mem)/pageSize+uint64(i))*8)); err != nil {
-			return nil, err
-		}
-		v := binary.LittleEndian.Uint64(entry[:])
-		if v>>63 == 0 || v&(1<<55-1) == 0 {
-			return nil, fmt.Errorf("pagemap does not tell where page %d of the ring is", i)
-		}
-		frames[i] = v & (1<<55 - 1)
-	}
-	return frames, nil
-}
-
-var sink byte

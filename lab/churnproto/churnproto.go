@@ -137,14 +137,35 @@ type Reply struct {
 	Trace *Trace `json:"trace,omitempty"`
 }
 
-// Trace says where the guest's kernel writes what its page allocator does: perf(2) rings of
-// the tracepoints kmem:mm_page_alloc and kmem:mm_page_free, one a CPU. Whoever reads them
-// moves their tail himself.
+// Trace says how to find what the guest's kernel writes when its page allocator allocates
+// or frees: perf(2) rings of the tracepoints kmem:mm_page_alloc and kmem:mm_page_free, one
+// a CPU. Whoever reads them moves their tail himself; as long as nobody has, they are full.
 type Trace struct {
-	// Rings holds for each CPU the frames of struct perf_event_mmap_page and then of the data.
-	Rings [][]uint64 `json:"rings"`
-	Alloc Event      `json:"alloc"`
-	Free  Event      `json:"free"`
+	Rings []Ring `json:"rings"`
+	Alloc Event  `json:"alloc"`
+	Free  Event  `json:"free"`
+}
+
+// Ring tells the pages of a ring by what is in them.
+type Ring struct {
+	Mark uint64   `json:"mark"` // in the first page, struct perf_event_mmap_page, at MarkOffset
+	Sums []uint64 `json:"sums"` // of the pages of data
+}
+
+// Offsets in struct perf_event_mmap_page (include/uapi/linux/perf_event.h), in bytes.
+const (
+	MarkOffset = 1016 // the end of what it holds in reserve
+	HeadOffset = 1024
+	TailOffset = 1032
+)
+
+// Sum sums up a page.
+func Sum(w *Words) (sum uint64) {
+	for _, v := range w {
+		sum = (sum ^ v) * stepBase
+		sum ^= sum >> 32
+	}
+	return sum
 }
 
 // Event is the layout of a tracepoint's record: offsets in bytes.
