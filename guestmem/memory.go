@@ -78,8 +78,9 @@ type Memory struct {
 	pidfd   int
 	pagemap *os.File
 	blocks  []Block
-	backing []backing // of each block
-	rows    []mapped  // by guest-physical address
+	backing []backing  // of each block
+	rows    []mapped   // by guest-physical address
+	viewing sync.Mutex // guards the views
 }
 
 type mapped struct {
@@ -92,6 +93,7 @@ type backing struct {
 	file    *os.File
 	offset  int64
 	hugetlb bool
+	view    []byte // the block's bytes, once View was called
 }
 
 // Attach finds the memory of the QEMU behind c. It needs permission to trace
@@ -456,6 +458,9 @@ func (m *Memory) Close() error {
 	m.pagemap.Close()
 	for _, b := range m.backing {
 		b.file.Close()
+		if b.view != nil {
+			unix.Munmap(b.view)
+		}
 	}
 	return nil
 }

@@ -458,3 +458,42 @@ func TestRecord(t *testing.T) {
 		v.cmd.Process.Kill()
 	}
 }
+
+// A view shows what reading shows, of shared blocks only, and does not outlive Close.
+func TestView(t *testing.T) {
+	for _, kind := range []string{"memfd", "ram"} {
+		t.Run(kind, func(t *testing.T) {
+			pattern := bytes.Repeat([]byte("view"), PageSize)
+			file := filepath.Join(t.TempDir(), "pattern")
+			if err := os.WriteFile(file, pattern, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			v := start(t, append(backend(kind, "64M", ""), "-S", "-device", "loader,file="+file+",addr=0x1234000,force-raw=on")...)
+			m := v.attach(t)
+			block, offset, ok := m.Resolve(0x1234000)
+			if !ok {
+				t.Fatal("address not resolved")
+			}
+			view, err := m.View(block)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if kind == "ram" {
+				if view != nil {
+					t.Fatal("private memory has a view")
+				}
+				return
+			}
+			if uint64(len(view)) != m.Blocks()[block].Size || !bytes.Equal(view[offset:][:len(pattern)], pattern) {
+				t.Fatalf("view of %d bytes differs from what was loaded", len(view))
+			}
+			again, err := m.View(block)
+			if err != nil || &again[0] != &view[0] {
+				t.Fatalf("second view is another: %v", err)
+			}
+			if _, err := m.View(len(m.Blocks())); err == nil {
+				t.Fatal("view of a block that does not exist")
+			}
+		})
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -104,6 +105,32 @@ func (m *Memory) ReadRanges(dst []byte, ranges []Range) error {
 		return fmt.Errorf("read guest memory: %w (pid %d)", ErrGone, m.pid)
 	}
 	return nil
+}
+
+// View returns the memory of a SharedFile block itself, read-only, or nil for one that is not. It
+// stays until Close. The guest changes it under the reader's eyes unless it is stopped.
+//
+// Only populated pages may be read: reading another makes QEMU grow by it. If QEMU's memory file
+// is cut short, reading faults (see debug.SetPanicOnFault).
+func (m *Memory) View(block int) ([]byte, error) {
+	if err := m.within(block, 0, 0); err != nil {
+		return nil, fmt.Errorf("map guest memory: %w", err)
+	}
+	b, f := &m.blocks[block], &m.backing[block]
+	if b.Kind != SharedFile {
+		return nil, nil
+	}
+	m.viewing.Lock()
+	defer m.viewing.Unlock()
+	if f.view == nil {
+		size := (b.Size + b.PageSize - 1) / b.PageSize * b.PageSize
+		view, err := unix.Mmap(int(f.file.Fd()), f.offset, int(size), unix.PROT_READ, unix.MAP_SHARED)
+		if err != nil {
+			return nil, fmt.Errorf("map guest memory: block %s: %w", b.Name, os.NewSyscallError("mmap", err))
+		}
+		f.view = view
+	}
+	return f.view[:b.Size], nil
 }
 
 func (m *Memory) within(block int, offset, length uint64) error {
