@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 var (
@@ -25,6 +26,9 @@ var (
 // it was attached; memory that a kernel frees or moves must be read while it is stopped.
 // Its methods must not be called concurrently.
 type Guest struct {
+	// ActiveWithin is how long ago a process may have run to be active; 0 is DefaultActive.
+	ActiveWithin time.Duration
+
 	mem      Memory
 	info     *vmcoreinfo
 	noteAddr uint64 // guest-physical, of the note's page
@@ -290,7 +294,7 @@ func (g *Guest) learn(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return g.probe()
+	return g.probe(ctx)
 }
 
 // cache keeps what was made of a few pieces of guests' memory, by the hash of all of it:

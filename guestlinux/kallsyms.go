@@ -55,7 +55,7 @@ func (c offsetCoding) address(base, array uint64, i, offset uint32) uint64 {
 		return base + uint64(offset)
 	case c == placeRelative:
 		return array + uint64(i)*4 + uint64(int64(int32(offset)))
-	case int32(offset) >= 0:
+	case c == absolutePerCPU && int32(offset) >= 0:
 		return uint64(offset)
 	}
 	return base - 1 - uint64(int64(int32(offset)))

@@ -34,12 +34,12 @@ type layout struct {
 	sectionTable uint64 // address of the array of roots
 	mapOffset    uint64 // of section_mem_map
 
-	zoneSize, zoneCount                                           uint64
-	nodeZones                                                     uint64
-	freeArea, areaSize, nrFree                                    uint64
-	orders, lists                                                 uint64 // MAX_ORDER (+1) and migrate types
-	zoneLock, zoneStart, zoneSpan, zoneManaged, zoneName, zonePCP uint64
-	nodeData, nodes                                               uint64
+	zoneSize, zoneCount                                 uint64
+	nodeZones                                           uint64
+	freeArea, areaSize, nrFree                          uint64
+	orders, lists                                       uint64 // MAX_ORDER (+1) and migrate types
+	zoneLock, zoneStart, zoneSpan, zoneManaged, zonePCP uint64
+	nodeData, nodes                                     uint64
 
 	pcp struct { // per-CPU lists, if their lock is known
 		ok                 bool
@@ -152,7 +152,7 @@ func (g *Guest) learnLayout() error {
 	l.allFlags = 1<<(n&63) - 1
 	g.learnPageTypes(a)
 
-	bits := a.number("NUMBER(SECTION_SIZE_BITS)", 21, 34)
+	bits := a.number("NUMBER(SECTION_SIZE_BITS)", 24, 30)
 	l.sectionPages = 1 << (bits - 12)
 	l.sectionSize = a.number("SIZE(mem_section)", 8, 4096)
 	l.perRoot = pageSize / l.sectionSize

@@ -82,6 +82,19 @@ func (l *Live) ReadRanges(dst []byte, ranges []Range) error {
 	return l.mem.ReadRanges(dst, list)
 }
 
+// View implements viewer: shared memory need not be copied.
+func (l *Live) View(addr, size uint64) []byte {
+	i := inRAM(l.extents, Range{addr, size})
+	if i < 0 {
+		return nil
+	}
+	view, err := l.mem.View(l.places[i].block)
+	if err != nil || view == nil {
+		return nil
+	}
+	return view[l.places[i].offset+addr-l.extents[i].Addr:][:size:size]
+}
+
 // Populated implements Memory.
 func (l *Live) Populated(addr, n uint64, dst []uint64) error {
 	r := Range{addr, n * pageSize}

@@ -23,7 +23,7 @@ type Result struct {
 
 // Timings are how long the stages of a survey took.
 type Timings struct {
-	Validate, Scan, FreeLists, Total time.Duration
+	Validate, Scan, FreeLists, Census, Total time.Duration
 }
 
 func (r *Result) note(format string, args ...any) {
@@ -35,6 +35,7 @@ func (r *Result) note(format string, args ...any) {
 // features is what the guest's kernel is like, and what Survey needs.
 type features struct {
 	layout     layout
+	census     census
 	pages      pages
 	hot        uint64 // flags besides PG_active that mean as much
 	regions    []region
@@ -56,7 +57,7 @@ type region struct {
 }
 
 // probe learns what a survey needs and makes room for it. The guest may run.
-func (g *Guest) probe() error {
+func (g *Guest) probe(ctx context.Context) error {
 	if err := g.learnLayout(); err != nil {
 		return err
 	}
@@ -82,15 +83,17 @@ func (g *Guest) probe() error {
 	if err := g.findSections(); err != nil {
 		return err
 	}
-	// Once over, so that the first survey meets no page that its own process has yet to touch.
-	for _, s := range g.pages.sections {
-		for i := 0; i < len(s.arena); i += pageSize / 8 {
-			s.arena[i] = 1
+	// Once over, so that the first survey meets no memory that its own process has yet to touch.
+	// What the guest, running, shows meanwhile is of no interest.
+	if err := g.scan(ctx); err != nil && ctx.Err() != nil {
+		return err
+	}
+	for _, sec := range g.pages.sections {
+		for i := 0; i < len(sec.arena) && len(sec.words) > 0 && &sec.words[0] == &sec.arena[0]; i += pageSize / 8 {
+			sec.arena[i] = 0
 		}
 	}
-	for i := 0; i < len(g.pages.list); i += 512 {
-		g.pages.list[i] = pageclass.Page{}
-	}
+	g.prepareCensus(int(g.pages.highest))
 	return nil
 }
 
@@ -197,6 +200,10 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	r.Timings.FreeLists, lap = time.Since(lap), time.Now()
 	p := &g.pages
 	r.Pages = p.list[:p.highest]
+	if err := g.takeCensus(ctx, r); err != nil {
+		return nil, err
+	}
+	r.Timings.Census, lap = time.Since(lap), time.Now()
 	if p.beyond {
 		r.note("memory behind %d GiB is not looked at: holes are too large", p.highest>>18)
 	}

@@ -110,7 +110,7 @@ func compare(t *testing.T, told []uint64, r *Result) {
 
 func BenchmarkSurvey(b *testing.B) {
 	for _, memfd := range []bool{false, true} {
-		b.Run(fmt.Sprintf("memfd=%v", memfd), func(b *testing.B) {
+		b.Run(map[bool]string{false: "anonymous", true: "memfd"}[memfd], func(b *testing.B) {
 			m := boot(b, spec{kernel: kernels(b)[0], mib: 1024, cpus: 2, memfd: memfd})
 			g, err := Attach(b.Context(), m)
 			if err != nil {
