@@ -15,9 +15,9 @@ import (
 )
 
 func inspectCommand() *cobra.Command {
-	c := &cobra.Command{Use: "inspect", Short: "Look into what evictions are made of", Args: cobra.NoArgs,
+	c := &cobra.Command{Use: "inspect", Short: "Look into a guest's memory, or into recorded migrations", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
-	c.AddCommand(inspectStreamCommand())
+	c.AddCommand(inspectMemoryCommand(), inspectStreamCommand())
 	return c
 }
 
