@@ -21,8 +21,10 @@ var loads = []struct {
 	{"zipf", lab.Spec{MemoryMiB: 1536, Load: lab.Load{HotMiB: 1024, Zipf: true}}},
 	// All memory is alike: no order can win.
 	{"uniform", lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 700}}},
-	// Most memory is free.
+	// Most memory is free, and was never used.
 	{"fresh-boot", lab.Spec{MemoryMiB: 2048, Load: lab.Load{HotMiB: 64}}},
+	// Most memory is free, but was used.
+	{"freed", lab.Spec{MemoryMiB: 2048, Load: lab.Load{HotMiB: 64, Stale: true}}},
 }
 
 // Loads are the names of all loads.

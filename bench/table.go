@@ -227,7 +227,7 @@ func (r *Result) title() string {
 	if v.VCPUs != 1 {
 		cpus = fmt.Sprintf("%d CPUs", v.VCPUs)
 	}
-	return fmt.Sprintf("VM of %d MiB, %s, %d MiB hot, %d MiB idle%s; %s", v.MemoryMiB, cpus, v.HotMiB, v.IdleMiB, load, link)
+	return fmt.Sprintf("VM of %d MiB, %s, %d MiB hot, %d MiB idle%s; %s", v.MemoryMiB, cpus, v.HotMiB, v.IdleMiB+v.OtherMiB, load, link)
 }
 
 func (r *Result) subtitle() string {

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"vacate/guesthints"
 )
 
 // Every kernel boots with every device, and an agent's port.
@@ -50,7 +52,7 @@ func TestPrograms(t *testing.T) {
 		says string
 	}{
 		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"}, "runs as process 1 of a lab guest only"},
-		{Spec{Init: "vacate", Cmdline: "quiet"}, "Available Commands"},
+		{Spec{Init: agent, Cmdline: "quiet"}, agent + ": "},
 	} {
 		s, says := test.spec, test.says
 		vm, err := l.A.Boot(deadline(t, 2*time.Minute), s)
@@ -77,6 +79,30 @@ func TestPrograms(t *testing.T) {
 				t.Fatal(vm.explain(ctx.Err()))
 			}
 		}
+		vm.Kill()
+	}
+}
+
+// The agent runs beside the load, and answers at its socket.
+func TestAgent(t *testing.T) {
+	l := newTestLab(t, Options{})
+	for _, d := range []Devices{Bare, Full} {
+		vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Agent: true, Devices: d, Load: Load{HotMiB: 16}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		agent, err := guesthints.Dial(t.Context(), vm.AgentSocket)
+		if err != nil {
+			t.Fatal(vm.explain(err))
+		}
+		survey, stats, err := agent.Ask(deadline(t, time.Minute), guesthints.Options{Frames: 1 << 20, Deadline: 30 * time.Second})
+		if err != nil {
+			t.Fatal(vm.explain(err))
+		}
+		if len(survey.Pages) == 0 {
+			t.Errorf("%s: the agent knows of no page: %+v", d, stats)
+		}
+		agent.Close()
 		vm.Kill()
 	}
 }

@@ -80,7 +80,8 @@ type Load struct {
 	FileMiB  int  // file in the guest's root file system, which is memory
 	Workers  int  // threads working on the hot set; default one per VCPU
 	Zipf     bool // hot pages are picked by Zipf's law (exponent 1); else uniformly
-	Mixed    bool // free memory is fragmented first, and all sets take of it in turns
+	Stale    bool // free memory was used before, and holds what was there; else zeroes mostly
+	Mixed    bool // free memory was used before and is in pieces, of which all sets take in turns
 	Sleep    bool
 	Seed     uint64 // of page contents, and of all that is random
 }
@@ -176,6 +177,9 @@ func (s *Spec) loadParameters() string {
 	if l.Zipf {
 		line += " vacate.access=zipf"
 	}
+	if l.Stale {
+		line += " vacate.free=stale"
+	}
 	if l.Mixed {
 		line += " vacate.place=mixed"
 	}
@@ -215,7 +219,7 @@ type VM struct {
 const bootTime = 90 * time.Second
 
 // Boot starts a VM and waits until its load has begun, for at most 3 minutes.
-// With another init than the load it waits for QEMU only.
+// With another init than the load it waits until QMP answers.
 func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
 	vm, err := h.boot(ctx, spec)
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
@@ -238,9 +242,10 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 		return nil, fmt.Errorf("boot VM on host %s: %w", h.Name, err)
 	}
 	if spec.Init != guestLoad {
-		return vm, nil
+		err = vm.answer(ctx)
+	} else {
+		err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
 	}
-	err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
 	if err != nil {
 		err = vm.explain(fmt.Errorf("boot VM on host %s: %w", h.Name, err))
 		vm.Kill()
@@ -272,22 +277,28 @@ func (h *Host) Incoming(ctx context.Context, twin *VM, opts IncomingOptions) (*V
 	if err != nil {
 		return nil, fmt.Errorf("start incoming VM on host %s: %w", h.Name, err)
 	}
-	for {
-		_, err := vm.Status(ctx)
-		if err == nil {
-			return vm, nil
-		}
-		select {
-		case <-time.After(10 * time.Millisecond):
-			continue
-		case <-vm.done:
-			err = errors.New("qemu has exited")
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
+	if err := vm.answer(ctx); err != nil {
 		err = vm.explain(fmt.Errorf("start incoming VM on host %s: %w", h.Name, err))
 		vm.Kill()
 		return nil, err
+	}
+	return vm, nil
+}
+
+// answer waits until QMP does.
+func (vm *VM) answer(ctx context.Context) error {
+	for {
+		_, err := vm.Status(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-vm.done:
+			return errors.New("qemu has exited")
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 

@@ -12,7 +12,8 @@
 //	vacate.cache=50M    read from /dev/vda through the page cache, if there is one
 //	vacate.file=8M      a file in the root file system
 //	vacate.access=zipf  hot pages are picked by Zipf's law; default uniform
-//	vacate.place=mixed  free memory is fragmented, and all take of it in turns; default ordered
+//	vacate.place=mixed  free memory was used and is in pieces, of which all take in turns; default ordered
+//	vacate.free=stale   free memory was used; default fresh
 //	vacate.workers=2    threads working on the hot set; default one per CPU
 //	vacate.mode=idle    no work at all on the hot set; default "work"
 //	vacate.seed=1       what page contents are derived from

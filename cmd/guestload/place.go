@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"math/rand/v2"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -29,8 +30,8 @@ const (
 )
 
 // scatter grows the sets to their sizes as on a machine that has run for long,
-// where addresses tell nothing: free memory is in pieces, and all sets take of
-// it in turns.
+// where addresses tell nothing: free memory is in pieces, which hold what was
+// there before, and all sets take of it in turns.
 func scatter(sets []set, seed uint64) error {
 	r := rand.New(rand.NewPCG(seed, 1))
 	need := 0
@@ -71,27 +72,66 @@ func inTurns(sets []set, r *rand.Rand) error {
 	return nil
 }
 
+// spoil has most free memory hold what was there before, as it does on a
+// machine that has run for long.
+func spoil() error {
+	free, err := freePages()
+	if err != nil {
+		return err
+	}
+	used, err := use(free * 7 / 8)
+	if err != nil {
+		return err
+	}
+	return unix.Close(used)
+}
+
+func freePages() (int, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, err
+	}
+	return int(info.Freeram) * int(info.Unit) / lp.PageSize, nil
+}
+
+// use takes n pages and writes to them. They are those of a file in memory,
+// which has single pages, never huge ones, and costs no page fault for each.
+func use(n int) (fd int, err error) {
+	fd, err = unix.MemfdCreate("used", unix.MFD_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("use free memory: %w", err)
+	}
+	chunk := make([]lp.Page, 256)
+	for first := 0; first < n; first += len(chunk) {
+		chunk = chunk[:min(len(chunk), n-first)]
+		for i := range chunk {
+			chunk[i].Fill(lp.Base(usedSeed, uint64(first+i), 0))
+		}
+		bytes := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(chunk))), len(chunk)*lp.PageSize)
+		if _, err := unix.Write(fd, bytes); err != nil {
+			return -1, fmt.Errorf("use %d free pages: %w", n, err)
+		}
+	}
+	return fd, nil
+}
+
+// usedSeed is that of pages that are freed again: no set's.
+const usedSeed = 0x75736564
+
 // fragment takes nearly all free memory and gives it back in pieces, in no
 // order, but for some that lie between them: those go when held is closed.
 func fragment(r *rand.Rand, need int) (held int, err error) {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
+	free, err := freePages()
+	if err != nil {
 		return -1, err
 	}
-	free := int(info.Freeram) * int(info.Unit) / lp.PageSize
 	if need > free {
 		return -1, fmt.Errorf("the load needs %d pages, %d are free; give the guest more memory", need, free)
 	}
 	n := free * 7 / 8
 	hold := min(n/8, (free-need)/2)
-	// A file in memory has single pages, never huge ones, and takes them without
-	// a page fault for each.
-	held, err = unix.MemfdCreate("held", unix.MFD_CLOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("fragment memory: %w", err)
-	}
-	if err := unix.Fallocate(held, 0, 0, int64(n)*lp.PageSize); err != nil {
-		return -1, fmt.Errorf("take %d of %d free pages: %w", n, free, err)
+	if held, err = use(n); err != nil {
+		return -1, err
 	}
 	type piece struct{ first, size int }
 	var pieces []piece

@@ -89,9 +89,12 @@ func work(port *os.File, p params) error {
 	if err != nil {
 		return err
 	}
-	if p.scatter {
+	switch {
+	case p.scatter:
 		err = scatter(sets, p.seed)
-	} else {
+	case p.stale:
+		err = errors.Join(spoil(), fill(sets))
+	default:
 		err = fill(sets)
 	}
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 type params struct {
 	hot, idle, other, cache, file int
 	workers, others               int
-	work, zipf, scatter           bool
+	work, zipf, scatter, stale    bool
 	seed                          uint64
 	ports                         []string // names of virtio-serial ports to wait for
 	run                           []string // files of programs to start
@@ -61,6 +61,8 @@ func parseParams(cmdline string) (params, error) {
 			p.zipf, err = oneOf(value, "zipf", "uniform")
 		case "place":
 			p.scatter, err = oneOf(value, "mixed", "ordered")
+		case "free":
+			p.stale, err = oneOf(value, "stale", "fresh")
 		default:
 			err = fmt.Errorf("not a parameter")
 		}
