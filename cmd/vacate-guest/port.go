@@ -184,14 +184,14 @@ func serve(ctx context.Context, g *guest, device string, clear time.Duration, lo
 		told = false
 		err = p.serve(g, clear)
 		p.close()
-		if err != nil && err != io.EOF && !errors.Is(err, fs.ErrNotExist) {
+		if err != io.EOF && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
 }
 
-// serve answers until the port has gone.
+// serve answers until the port has gone (fs.ErrNotExist) or the agent is to end (io.EOF).
 func (p *port) serve(g *guest, clear time.Duration) error {
 	var got []byte
 	buf := make([]byte, 4096)
