@@ -109,8 +109,8 @@ func NewMemory(s *pageclass.Survey) Memory {
 		}
 		k := &kinds[p.Kind]
 		k.classes[p.Class]++
-		for i := range k.flags {
-			k.flags[i] += int(p.Flags >> i & 1)
+		for f := p.Flags; f != 0; f &= f - 1 {
+			k.flags[bits.TrailingZeros8(uint8(f))]++
 		}
 		if p.Owner != 0 && int(p.Owner) <= len(owned) {
 			owned[p.Owner-1][p.Class]++

@@ -156,6 +156,7 @@ func (f *finding) take(ctx context.Context, g *guestlinux.Guest) error {
 		{Name: "validation", Seconds: t.Validate.Seconds()},
 		{Name: "page descriptors", Seconds: t.Scan.Seconds()},
 		{Name: "free lists", Seconds: t.FreeLists.Seconds()},
+		{Name: "processes and page tables", Seconds: t.Census.Seconds()},
 	}
 	return nil
 }

@@ -301,6 +301,9 @@ func TestInspectMemory(t *testing.T) {
 	if anon < 80*256 { // hot, idle and other
 		t.Errorf("%d anonymous pages", anon)
 	}
+	if len(live.Processes) == 0 || live.Processes[0].Name != "init" || !live.Processes[0].Active || live.Processes[0].Pages < 40*256 {
+		t.Errorf("%+v", live.Processes)
+	}
 	b, err := os.ReadFile(picture)
 	if err != nil {
 		t.Fatal(err)

@@ -96,7 +96,7 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 	if len(m.Processes) == 0 {
 		return b.String()
 	}
-	fmt.Fprintf(&b, "\n%7s %8s %7s %7s %7s %7s %8s %7s %-6s %s\n", "PID", "MiB", "code", "data", "tables", "rest", "last run", "CPU", "", "NAME")
+	fmt.Fprintf(&b, "\n%7s %7s %7s %7s %6s %6s %7s %7s %-6s %s\n", "PID", "MiB", "code", "data", "tables", "rest", "ran ago", "CPU", "", "NAME")
 	list := m.Processes
 	if !all {
 		list = list[:min(len(list), shownProcesses)]
@@ -110,7 +110,7 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		case p.Active:
 			state = "active"
 		}
-		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%7d %8s %7s %7s %7s %7s %8s %7s %-6s %s", p.PID, mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
+		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%7d %7s %7s %7s %6s %6s %7s %7s %-6s %s", p.PID, mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
 			timeText(p.LastRun), timeText(p.CPU), state, escape(p.Name)), " "))
 	}
 	if rest := m.Processes[len(list):]; len(rest) > 0 {
@@ -118,17 +118,20 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		for _, p := range rest {
 			pages += p.Pages
 		}
-		fmt.Fprintf(&b, "%7s %8s in %d more; --all lists them\n", "", mib(pages), len(rest))
+		fmt.Fprintf(&b, "%7s %7s in %d more; --all lists them\n", "", mib(pages), len(rest))
 	}
 	return b.String()
 }
 
 // mib writes the size of pages in MiB.
 func mib(pages int) string {
-	if pages == 0 {
+	switch {
+	case pages == 0:
 		return "-"
+	case pages*20 < 256:
+		return "<0.1"
 	}
-	return fmt.Sprintf("%.1f", math.Max(float64(pages)/256, 0.1))
+	return fmt.Sprintf("%.1f", float64(pages)/256)
 }
 
 // share writes a part of a whole in percent.
