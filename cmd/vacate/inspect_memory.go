@@ -167,7 +167,13 @@ func surveyVM(ctx context.Context, path string, limit time.Duration) (*finding, 
 	start := time.Now()
 	attaching, cancel := context.WithTimeoutCause(ctx, attachLimit, fmt.Errorf("it took longer than %v", attachLimit))
 	defer cancel()
-	refuse := func(err error) error { return fmt.Errorf("%w: %w", evict.ErrRefused, cause(attaching, err)) }
+	refuse := func(err error) error {
+		outcome := evict.ErrRefused
+		if ctx.Err() != nil { // interrupted
+			outcome = evict.ErrAborted
+		}
+		return fmt.Errorf("%w: %w; the VM was not touched", outcome, cause(attaching, err))
+	}
 	c, err := qmp.Dial(attaching, path)
 	if err != nil {
 		return nil, refuse(err)
