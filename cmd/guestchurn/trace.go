@@ -95,8 +95,8 @@ func fillRing(cpu int, ring []uint64) error {
 	if err := unix.SchedSetaffinity(0, &only); err != nil {
 		return err
 	}
-	const largest = 64 // bytes of a record, and some
-	for range 10_000 {
+	const largest = 256 // what the kernel leaves free at most: room for a record and the note of a loss
+	for range 2000 {
 		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-largest {
 			return nil
 		}

@@ -22,17 +22,17 @@ var loads = []struct {
 	needs func(*system) bool
 	run   func(*worker) error
 }{
-	{"anon", 12, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
-	{"huge", 12, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
-	{"fork", 3, always, (*worker).fork},
-	{"disk", 10, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
-	{"shmem", 8, always, func(w *worker) error { return w.files(shmemDir) }},
+	{"anon", 16, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
+	{"huge", 18, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
+	{"fork", 4, always, (*worker).fork},
+	{"disk", 14, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
+	{"shmem", 10, always, func(w *worker) error { return w.files(shmemDir) }},
 	{"names", 2, always, (*worker).names},
 	{"kernel", 4, always, (*worker).kernel},
 	{"pipe", 2, always, (*worker).pipes},
 	{"socket", 2, always, (*worker).sockets},
 	{"echo", 1, func(s *system) bool { return s.net }, (*worker).echo},
-	{"hugetlb", 6, always, (*worker).hugetlb},
+	{"hugetlb", 7, always, (*worker).hugetlb},
 	{"press", 0, func(s *system) bool { return s.swap }, (*worker).press},
 	{"poke", 0, always, (*worker).poke},
 }
