@@ -123,7 +123,7 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 		"-qmp", "unix:" + m.monitor + ",server=on,wait=off",
 		"-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,server=on,wait=off,path=" + m.agent,
-		"-device", "virtserialport,chardev=agent,name=" + guesthints.PortName,
+		"-device", "virtserialport,id=port,chardev=agent,name=" + guesthints.PortName,
 		"-chardev", "socket,id=test,server=on,wait=off,path=" + file("test"),
 		"-device", "virtserialport,chardev=test,name=test",
 	}
@@ -538,8 +538,49 @@ func TestRestless(t *testing.T) {
 		if _, st := m.ask(a); st.Prepared < 0 {
 			t.Error("accessed bits were not cleared without being asked")
 		}
+	})
+	t.Run("port comes and goes", func(t *testing.T) {
+		c, err := qmp.Dial(t.Context(), m.monitor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		find := func(want error) {
+			t.Helper()
+			var path string
+			var err error
+			for begin := time.Now(); time.Since(begin) < patience; time.Sleep(100 * time.Millisecond) {
+				if path, err = guesthints.Find(t.Context(), c); errors.Is(err, want) {
+					return
+				}
+			}
+			t.Fatalf("found %q, %v, want %v", path, err, want)
+		}
+		find(nil)
+		if err := c.Run(t.Context(), "device_del", map[string]any{"id": "port"}, nil); err != nil {
+			t.Fatal(err)
+		}
+		find(guesthints.ErrNoPort)
+		// Without an id it is in another place of QEMU's tree.
+		for begin := time.Now(); ; time.Sleep(100 * time.Millisecond) { // QEMU lets the old one go some time later
+			err := c.Run(t.Context(), "device_add", map[string]any{"driver": "virtserialport", "chardev": "agent", "name": guesthints.PortName}, nil)
+			if err == nil {
+				break
+			}
+			if time.Since(begin) > patience {
+				t.Fatal(err)
+			}
+		}
+		find(nil)
+		a := m.dial()
+		defer a.Close()
+		m.ask(a)
+	})
+	t.Run("agent ends", func(t *testing.T) {
 		m.do("signal 15")
-		m.do("wait")
+		if got := m.do("wait"); got != "exit status 0" {
+			t.Errorf("on SIGTERM: %s", got)
+		}
 	})
 	t.Run("port is named", func(t *testing.T) {
 		text := m.do("run /vacate-guest --port /dev/nothing")

@@ -67,8 +67,12 @@ func run(args []string, stdout, stderr io.Writer) error {
 	if *show {
 		return g.print(stdout)
 	}
-	// An answer that is late is worth nothing, and this sleeps until it is asked.
-	unix.Setpriority(unix.PRIO_PROCESS, 0, -10)
+	// An answer that is late is worth nothing, and this sleeps until it is asked. Linux has a
+	// priority for each thread; new ones inherit it. Where it may not be raised, so be it.
+	threads, _ := pids("/proc/self/task")
+	for _, tid := range threads {
+		unix.Setpriority(unix.PRIO_PROCESS, tid, -10)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	return serve(ctx, g, *port, *clear, stderr)

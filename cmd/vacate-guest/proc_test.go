@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vacate/guesthints"
 	"vacate/pageclass"
 )
 
@@ -205,8 +207,16 @@ func TestPresent(t *testing.T) {
 
 // The agent reads its own kernel's files, but must not die of a strange one.
 func FuzzProc(f *testing.F) {
-	for _, name := range []string{"1-stat", "1-sched", "1-maps", "iomem", "kcore"} {
-		f.Add(recorded(f, name))
+	names, err := filepath.Glob("testdata/*-*")
+	if err != nil || len(names) == 0 {
+		f.Fatal("nothing recorded", err)
+	}
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		parseStat(b)
@@ -231,6 +241,44 @@ func FuzzProc(f *testing.F) {
 			t.Error("frames are twice in the sequence")
 		}
 	})
+}
+
+// TestHere surveys the machine that the test runs on: as root, of itself and a child.
+func TestHere(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: needs root")
+	}
+	g := newGuest("/proc", "/sys")
+	need(t, g.check())
+	child := exec.Command("sleep", "1000")
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer child.Wait()
+	defer child.Process.Kill()
+	owned := func(s *pageclass.Survey) (n int) {
+		for _, p := range s.Pages {
+			if p.Owner != 0 && s.Processes[p.Owner-1].PID == child.Process.Pid {
+				n++
+			}
+		}
+		return n
+	}
+	r := &guesthints.Request{Deadline: time.Minute, ActiveWithin: time.Hour, Frames: 1 << 32}
+	s, incomplete, err := g.survey(r, time.Now())
+	if err != nil || incomplete || owned(s) < 10 {
+		t.Errorf("%v, incomplete %v, %d pages of the child", err, incomplete, owned(s))
+	}
+	// Half of the time is over before it begins, so that no page flags are read, but maps are.
+	s, incomplete, err = g.survey(r, time.Now().Add(-31*time.Second))
+	if err != nil || !incomplete || owned(s) < 10 || len(s.Sequence) < 10 {
+		t.Errorf("without page flags: %v, incomplete %v, %d pages of the child", err, incomplete, owned(s))
+	}
+	r.Deadline, r.Frames = 0, 1000
+	s, incomplete, err = g.survey(r, time.Now())
+	if err != nil || !incomplete || len(s.Pages) != 1000 {
+		t.Errorf("without time: %v, incomplete %v, %d pages", err, incomplete, len(s.Pages))
+	}
 }
 
 func TestFlags(t *testing.T) {

@@ -80,6 +80,7 @@ func command(line string) string {
 		agent.Process.Signal(syscall.Signal(n))
 	case "wait":
 		agent.Wait()
+		return agent.ProcessState.String()
 	case "run":
 		out, err := exec.Command(f[1], f[2:]...).CombinedOutput()
 		return strconv.Quote(string(out)) + fmt.Sprint(err)
