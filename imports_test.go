@@ -26,14 +26,16 @@ var imports = map[string][]string{
 	"link":             {"golang.org/x/sys"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
-	"inspect":          {"vacate/migstream"},
+	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
 	"lab/loadproto":    {},
+	"lab/churnproto":   {},
+	"lab/churn":        {"golang.org/x/sys", "vacate/guestlinux", "vacate/guestmem", "vacate/lab", "vacate/lab/churnproto", "vacate/pageclass", "vacate/qmp"},
 	"lab":              {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
-	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/qmp"},
-	"cmd/guestchurn":   {"golang.org/x/sys"},
+	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/pushorder", "vacate/qmp"},
+	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
-	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/evict", "vacate/inspect", "vacate/lab", "vacate/pushorder"},
+	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/evict", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
 }
 
 func TestImports(t *testing.T) {
