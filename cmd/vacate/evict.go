@@ -34,8 +34,8 @@ nobody reads or that goes away does not stop an eviction.
 
 Memory is pushed in the order in which the guest will need it, as its own page
 descriptors tell when it is frozen, and its free memory is not moved at all.
-Where the guest cannot be looked into, an agent in it is asked (vacate-guest, if it
-runs there); else pages go by address. In any case pages that the guest waits
+Where the guest cannot be looked into, an agent in it is asked (vacate-guest, if
+it runs there); else pages go by address. In any case pages that the guest waits
 for, and their neighbours, go first. --order, --enlighten and --send-free change
 that; the report tells what was known.
 
