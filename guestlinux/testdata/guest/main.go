@@ -3,7 +3,9 @@
 //
 // Then it takes commands on the second serial port, a line each:
 //
+//	rest, go   stops and resumes its work, and answers "end\n"
 //	flags      writes the words of /proc/kpageflags to the port, as runs: "HEX COUNT\n", and "end\n"
+//	census     starts two processes and tells of them
 package main
 
 import (
@@ -12,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -19,6 +22,7 @@ import (
 
 func main() {
 	if len(os.Args) > 1 {
+		helper(os.Args[1])
 		child()
 	}
 	if err := run(); err != nil {
@@ -26,6 +30,8 @@ func main() {
 	}
 	select {}
 }
+
+var working sync.Mutex // held while a piece of work is done
 
 func run() error {
 	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}} {
@@ -67,17 +73,24 @@ func run() error {
 	fmt.Println("guest is ready")
 	go func() { // some life
 		for i := 0; ; i++ {
+			working.Lock()
 			huge[i*4096%len(huge)]++
 			os.WriteFile("/tmp/changing", small[:(i%64)<<12], 0o644)
+			working.Unlock()
 			time.Sleep(time.Millisecond)
 		}
 	}()
 	lines := bufio.NewScanner(port)
 	for lines.Scan() {
-		if strings.TrimSpace(lines.Text()) == "flags" {
-			if err := flags(port); err != nil {
-				return err
-			}
+		var err error
+		switch strings.TrimSpace(lines.Text()) {
+		case "flags":
+			err = flags(port)
+		case "census":
+			err = census(port)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return lines.Err()
