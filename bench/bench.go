@@ -326,14 +326,17 @@ func (t *trial) settle(ctx context.Context) error {
 			continue
 		}
 		r := t.vm.Guest.Throughput(now.Add(-2*time.Second), now, time.Second)
-		if len(r) == 2 {
+		samples := t.vm.Guest.Samples()
+		// A guest that stands still is as steady as can be.
+		runs := len(samples) > 0 && now.Sub(samples[len(samples)-1].At) < time.Second
+		if len(r) == 2 && runs {
 			a, b := r[0].PerSecond, r[1].PerSecond
 			if diff := a - b; max(diff, -diff) <= 0.05*max(a, b) {
 				return nil
 			}
 		}
 		if now.Sub(began) > settleMost {
-			t.opts.Log.Warn("the load's throughput is not steady")
+			t.opts.Log.Warn("the load's throughput is not steady", "runs", runs)
 			return nil
 		}
 	}

@@ -75,7 +75,7 @@ func kernelDir(ctx context.Context, dir string, k Kernel, log *slog.Logger) (str
 		return fetchKernel(ctx, tmp, repos)
 	})
 	if err != nil && k.Suite != "" {
-		err = fmt.Errorf("of Debian %s: %w", k.Suite, err)
+		err = fmt.Errorf("%s of Debian %s: %w", k.Name, k.Suite, err)
 	}
 	return name, err
 }

@@ -242,6 +242,31 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	mustCheck(t, guest, dst, (64+64+32+16+8)*pagesPerMiB)
 }
 
+// Two labs in one directory do not know of each other.
+func TestTwoLabs(t *testing.T) {
+	one, two := newTestLab(t, Options{Rate: 1e9}), newTestLab(t, Options{Rate: 100e6})
+	const n = 4 << 20
+	before, err := two.LinkBytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	transfer(t, one.A, one.B, n)
+	after, err := two.LinkBytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after-before > n/2 {
+		t.Errorf("%d bytes crossed the link of another lab", after-before)
+	}
+	if one.RunDir() == two.RunDir() {
+		t.Error("both have the same run directory")
+	}
+	if err := one.Close(); err != nil {
+		t.Fatal(err)
+	}
+	transfer(t, two.B, two.A, n)
+}
+
 // Bytes changed from outside must be found, or no other test proves anything.
 func TestCorruptionIsFound(t *testing.T) {
 	l := newTestLab(t, Options{})
@@ -312,13 +337,13 @@ func corrupt(t *testing.T, vm *VM, page *loadproto.Page) {
 
 func TestLink(t *testing.T) {
 	l := newTestLab(t, Options{})
-	send := func(bytes int64) (time.Duration, uint64) {
+	send := func(from, to *Host, bytes int64) (time.Duration, uint64) {
 		t.Helper()
 		before, err := l.LinkBytes()
 		if err != nil {
 			t.Fatal(err)
 		}
-		took := transfer(t, l, bytes)
+		took := transfer(t, from, to, bytes)
 		after, err := l.LinkBytes()
 		if err != nil {
 			t.Fatal(err)
@@ -329,16 +354,18 @@ func TestLink(t *testing.T) {
 		if err := l.SetRate(rate); err != nil {
 			t.Fatal(err)
 		}
-		const n = 32 << 20
-		took, crossed := send(n)
-		t.Logf("rate %d: %d bytes in %v (%.0f Mbit/s), %d crossed", rate, n, took, n*8/took.Seconds()/1e6, crossed)
-		if crossed < n || crossed > n*11/10 {
-			t.Errorf("rate %d: sent %d bytes, %d crossed", rate, n, crossed)
-		}
-		// That shaping works is no matter of how fast this machine is: a
-		// link can be slower than its rate, never faster.
-		if rate != 0 && n*8/took.Seconds() > 1.1*float64(rate) {
-			t.Errorf("rate %d: %d bytes in %v is faster", rate, n, took)
+		for _, ends := range [][2]*Host{{l.A, l.B}, {l.B, l.A}} {
+			const n = 32 << 20
+			took, crossed := send(ends[0], ends[1], n)
+			t.Logf("rate %d from %s: %d bytes in %v (%.0f Mbit/s), %d crossed", rate, ends[0].Name, n, took, n*8/took.Seconds()/1e6, crossed)
+			if crossed < n || crossed > n*11/10 {
+				t.Errorf("rate %d: sent %d bytes, %d crossed", rate, n, crossed)
+			}
+			// That shaping works is no matter of how fast this machine is: a
+			// link can be slower than its rate, never faster.
+			if rate != 0 && n*8/took.Seconds() > 1.1*float64(rate) {
+				t.Errorf("rate %d from %s: %d bytes in %v is faster", rate, ends[0].Name, n, took)
+			}
 		}
 	}
 	if err := l.SetLinkUp(false); err != nil {
@@ -359,15 +386,15 @@ func TestLink(t *testing.T) {
 	if err := l.SetLinkUp(true); err != nil {
 		t.Fatal(err)
 	}
-	send(1 << 20)
+	send(l.A, l.B, 1<<20)
 }
 
-// transfer sends bytes from a to b, both in this process.
-func transfer(t *testing.T, l *Lab, bytes int64) time.Duration {
+// transfer sends bytes from one host to another, both in this process.
+func transfer(t *testing.T, from, to *Host, bytes int64) time.Duration {
 	t.Helper()
 	var ln net.Listener
-	err := l.B.Do(func() (err error) {
-		ln, err = net.Listen("tcp4", net.JoinHostPort(l.B.Addr, "0"))
+	err := to.Do(func() (err error) {
+		ln, err = net.Listen("tcp4", net.JoinHostPort(to.Addr, "0"))
 		return err
 	})
 	if err != nil {
@@ -385,7 +412,7 @@ func transfer(t *testing.T, l *Lab, bytes int64) time.Duration {
 		received <- n
 	}()
 	var conn net.Conn
-	err = l.A.Do(func() (err error) {
+	err = from.Do(func() (err error) {
 		conn, err = net.Dial("tcp4", ln.Addr().String())
 		return err
 	})

@@ -215,10 +215,15 @@ type VM struct {
 	write  sync.Mutex
 }
 
-// bootTime is how long a boot may take on a busy machine under emulation.
-const bootTime = 90 * time.Second
+// How long a boot may take on a busy machine under emulation, and how long the
+// load may take to use a MiB of memory.
+const (
+	bootTime   = 90 * time.Second
+	timePerMiB = 50 * time.Millisecond
+)
 
-// Boot starts a VM and waits until its load has begun, for at most 3 minutes.
+// Boot starts a VM and waits until its load has begun, for at most 3 minutes and
+// 0.1 s for each MiB of memory.
 // With another init than the load it waits until QMP answers.
 func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
 	vm, err := h.boot(ctx, spec)
@@ -232,11 +237,11 @@ func (h *Host) Boot(ctx context.Context, spec Spec) (*VM, error) {
 }
 
 func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
-	ctx, cancel := context.WithTimeout(ctx, bootTime)
-	defer cancel()
 	if err := spec.fill(ctx); err != nil {
 		return nil, fmt.Errorf("boot VM: %w", err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, bootTime+time.Duration(spec.MemoryMiB)*timePerMiB)
+	defer cancel()
 	vm, err := h.launch(ctx, spec, newGuest())
 	if err != nil {
 		return nil, fmt.Errorf("boot VM on host %s: %w", h.Name, err)
