@@ -90,7 +90,7 @@ func (a *Agent) Prepare(ctx context.Context, o Options) (Stats, error) {
 	return st, nil
 }
 
-// Ask asks for a survey. The agent aims to answer within seven eighths of the deadline,
+// Ask asks for a survey. The agent aims to be done within three quarters of the deadline,
 // and tells less if that is short. The survey is consistent in itself, nothing more: it may
 // be wrong in every detail. Errors are as Prepare's.
 func (a *Agent) Ask(ctx context.Context, o Options) (*pageclass.Survey, Stats, error) {

@@ -91,7 +91,7 @@ func classify(f uint64, mglru bool) (p pageclass.Page) {
 
 // chunkFrames is how many frames are read at once: larger than compound pages but those of
 // 1 GiB, whose tails all say that they are huge.
-const chunkFrames = 1 << 15
+const chunkFrames = 1 << 13
 
 // readPages reads up to frames page flags, on several CPUs, until the time is over.
 // Frames that it did not get to are of kind None; whole says that there are none.

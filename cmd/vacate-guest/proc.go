@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"vacate/pageclass"
 )
@@ -20,9 +23,8 @@ type task struct {
 	unknown bool // the kernel does not say when it last ran
 }
 
-// clocks collects what its threads say of each CPU's clock. The scheduler's clocks of two
-// CPUs may be far apart, as they leave out the time that the host took; but something has
-// just run on each, so the latest time that a thread ran there is nearly now.
+// clocks is what time it is on each CPU. The scheduler's clocks of two CPUs may be far apart,
+// as they leave out the time that the host took.
 type clocks map[int]time.Duration
 
 // thread is a line of /proc/PID/stat, and /proc/PID/sched: its last run on its CPU's clock.
@@ -91,18 +93,66 @@ func schedTime(b []byte, name string) (time.Duration, error) {
 }
 
 // read reads a small file of /proc into the guest's buffer, which the next read overwrites.
-// os.ReadFile would ask for the size first.
+// There are many: os.File would cost twice as many system calls.
 func (g *guest) read(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
-	defer f.Close()
-	n, err := f.Read(g.small)
+	defer unix.Close(fd)
+	n, err := unix.Read(fd, g.small)
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "read", Path: name, Err: err}
 	}
 	return g.small[:n], nil
+}
+
+// userPIDs lists the processes but this one and, where the kernel lists the children of its
+// kthreadd (CONFIG_PROC_CHILDREN), but its own threads. Those are most of an idle guest's.
+func (g *guest) userPIDs() ([]int, error) {
+	all, err := pids(g.proc)
+	if err != nil {
+		return nil, err
+	}
+	leave := map[int]bool{os.Getpid(): true}
+	if f, err := os.ReadFile(g.proc + "/2/task/2/children"); err == nil {
+		for _, n := range bytes.Fields(f) {
+			if pid, err := strconv.Atoi(string(n)); err == nil {
+				leave[pid] = true
+			}
+		}
+	}
+	return slices.DeleteFunc(all, func(pid int) bool { return leave[pid] }), nil
+}
+
+// now reads the clocks of the CPUs by running on each for a moment: a thread that has just
+// got to a CPU began to run now. CPUs that it may not run on, or has no time for, are left out.
+func (g *guest) now(until time.Time) clocks {
+	done := make(chan clocks)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, and nobody inherits its CPU.
+		runtime.LockOSThread()
+		c := clocks{}
+		var own unix.CPUSet
+		if unix.SchedGetaffinity(0, &own) == nil {
+			for cpu, left := 0, own.Count(); left > 0 && time.Now().Before(until); cpu++ {
+				if !own.IsSet(cpu) {
+					continue
+				}
+				left--
+				var one unix.CPUSet
+				one.Set(cpu)
+				if unix.SchedSetaffinity(0, &one) != nil {
+					continue
+				}
+				if s, err := g.sched(g.proc + "/thread-self"); err == nil {
+					c[cpu] = s.ran
+				}
+			}
+		}
+		done <- c
+	}()
+	return <-done
 }
 
 // pids lists the numbers in a directory such as /proc.
@@ -124,7 +174,7 @@ func pids(dir string) ([]int, error) {
 
 // cpuTimes is the CPU time of each process that has memory of its own, but this one.
 func (g *guest) cpuTimes() (map[int]time.Duration, error) {
-	list, err := pids(g.proc)
+	list, err := g.userPIDs()
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +182,7 @@ func (g *guest) cpuTimes() (map[int]time.Duration, error) {
 	for _, pid := range list {
 		dir := g.proc + "/" + strconv.Itoa(pid)
 		st, err := g.stat(dir)
-		if err != nil || st.kernel || pid == os.Getpid() {
+		if err != nil || st.kernel {
 			continue
 		}
 		times[pid], _ = g.cpuTime(dir, st.threads)
@@ -186,12 +236,12 @@ func (g *guest) sched(dir string) (sched, error) {
 
 // tasks lists the processes that have memory of their own, but this one, those first that
 // matter most: on a CPU, most CPU time since before, most recently run.
-func (g *guest) tasks(within time.Duration, before sample) ([]task, error) {
-	all, err := pids(g.proc)
+func (g *guest) tasks(within time.Duration, before sample, until time.Time) ([]task, error) {
+	all, err := g.userPIDs()
 	if err != nil {
 		return nil, err
 	}
-	now := clocks{}
+	now := g.now(until)
 	type found struct {
 		task
 		threads []thread
@@ -200,13 +250,13 @@ func (g *guest) tasks(within time.Duration, before sample) ([]task, error) {
 	for _, pid := range all {
 		dir := g.proc + "/" + strconv.Itoa(pid)
 		st, err := g.stat(dir)
-		if err != nil {
-			continue // it has ended
+		if err != nil || st.kernel {
+			continue // or it has ended
 		}
 		f := found{task: task{rss: st.rss}}
 		f.PID, f.Name, f.Recent = pid, st.name, -1
 		f.threads = []thread{{stat: st}}
-		if !st.kernel && st.threads > 1 {
+		if st.threads > 1 {
 			tids, _ := pids(dir + "/task")
 			f.threads = f.threads[:0]
 			for _, tid := range tids {
@@ -224,9 +274,7 @@ func (g *guest) tasks(within time.Duration, before sample) ([]task, error) {
 		for _, t := range f.threads {
 			now[t.processor] = max(now[t.processor], t.ran)
 		}
-		if !st.kernel && pid != os.Getpid() {
-			list = append(list, f)
-		}
+		list = append(list, f)
 	}
 	tasks := make([]task, 0, len(list))
 	for i := range list {

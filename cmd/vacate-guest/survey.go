@@ -74,7 +74,7 @@ func (g *guest) survey(r *guesthints.Request, begin time.Time) (_ *pageclass.Sur
 	if err != nil {
 		return nil, false, err
 	}
-	tasks, err := g.tasks(r.ActiveWithin, before)
+	tasks, err := g.tasks(r.ActiveWithin, before, until)
 	if err != nil {
 		return nil, false, err
 	}
@@ -104,7 +104,7 @@ const minClear = 256
 // Writing 1 to clear_refs does not flush TLBs: a page that a CPU has used just before may
 // look as if it were not used, until its entry falls out of that CPU's TLB.
 func (g *guest) prepare(until time.Time) error {
-	list, err := pids(g.proc)
+	list, err := g.userPIDs()
 	if err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func (g *guest) prepare(until time.Time) error {
 	for _, pid := range list {
 		dir := g.proc + "/" + strconv.Itoa(pid)
 		st, err := g.stat(dir)
-		if err != nil || st.kernel || st.rss < minClear || pid == os.Getpid() {
+		if err != nil || st.kernel || st.rss < minClear {
 			continue
 		}
 		if time.Now().After(until) {
