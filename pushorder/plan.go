@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"math/rand/v2"
 	"slices"
+	"time"
 
 	"vacate/pageclass"
 	"vacate/pageset"
@@ -67,6 +68,7 @@ type ranking struct {
 	base  Base
 	fresh bool
 	heat  []uint16 // rank of each process among the others, from 0 to maxHeat
+	busy  []bool   // of each process
 }
 
 const (
@@ -75,8 +77,15 @@ const (
 	ranks   = tiers * (maxHeat + 1)
 )
 
+// A process is busy if it had this much CPU time of late or, where that is not known, if it
+// ran that short a time ago.
+const (
+	busyTime = time.Millisecond
+	busyRun  = 100 * time.Millisecond
+)
+
 func newRanking(base Base, s *pageclass.Survey) *ranking {
-	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes))}
+	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes)), busy: make([]bool, len(s.Processes))}
 	order := make([]int, len(s.Processes))
 	for i := range order {
 		order[i] = i
@@ -93,7 +102,9 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 		return cmp.Compare(a.LastRun, b.LastRun)
 	})
 	for rank, i := range order {
+		p := &s.Processes[i]
 		r.heat[i] = uint16(min(rank, maxHeat))
+		r.busy[i] = p.OnCPU || p.Recent >= busyTime || p.Recent < 0 && p.LastRun < busyRun
 	}
 	return r
 }
@@ -115,46 +126,61 @@ func (r *ranking) rank(p pageclass.Page) uint16 {
 
 // tier orders pages by how likely the guest is to need them soon, per byte sent.
 func (r *ranking) tier(p pageclass.Page) uint16 {
+	n := int(p.Owner)
+	busy := n > 0 && n <= len(r.busy) && r.busy[n-1]
 	user := p.Class == pageclass.UserCode || p.Class == pageclass.UserData
 	cold := r.fresh && p.Flags&(pageclass.Mapped|pageclass.Accessed) == pageclass.Mapped
 	switch p.Kind {
 	case pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced:
 		return 0
 	case pageclass.UserPageTable:
-		if p.Class == pageclass.PageTable {
+		switch {
+		case busy:
 			return 0
+		case p.Class == pageclass.PageTable:
+			return 5
 		}
-		return 8
+		return 9
 	case pageclass.KernelText, pageclass.KernelImage:
 		return 1
 	case pageclass.Anon, pageclass.Shmem, pageclass.Hugetlb, pageclass.ZeroPage:
 		switch {
-		case user && !cold:
+		case busy && p.Class == pageclass.UserCode:
+			return 1
+		case busy && !cold:
 			return 2
-		case user:
-			return 7
-		}
-		return 9
-	case pageclass.File:
-		switch {
-		case user && !cold, p.Flags&pageclass.Active != 0 && !cold:
-			return 3
-		case p.Flags&pageclass.Dirty != 0:
+		case busy:
+			return 8
+		case user && !cold:
 			return 6
 		}
 		return 10
+	case pageclass.File:
+		switch {
+		case busy && p.Class == pageclass.UserCode && !cold:
+			return 1
+		case busy && !cold:
+			return 2
+		case p.Flags&pageclass.Active != 0 && !cold:
+			return 3
+		case p.Flags&pageclass.Dirty != 0:
+			return 7
+		case user && !cold:
+			return 6
+		}
+		return 11
 	case pageclass.Slab, pageclass.KernelOther:
 		return 4
 	case pageclass.PageDescriptors:
 		return 5
 	case pageclass.Reserved, pageclass.Poisoned:
-		return 11
-	case pageclass.FreePerCPU:
 		return 12
-	case pageclass.FreeBuddy, pageclass.Offline:
+	case pageclass.FreePerCPU:
 		return 13
+	case pageclass.FreeBuddy, pageclass.Offline:
+		return 14
 	}
-	return 14
+	return 15
 }
 
 // byRank collects the pages by rank; within one, they keep the order of addresses, so that

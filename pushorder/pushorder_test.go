@@ -3,6 +3,7 @@ package pushorder
 import (
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"vacate/pageclass"
 	"vacate/pageset"
@@ -174,7 +175,7 @@ var (
 
 func smallSurvey() *pageclass.Survey {
 	s := &pageclass.Survey{Pages: make([]pageclass.Page, 106), Processes: []pageclass.Process{
-		{Name: "idle", LastRun: 1, Active: true, Recent: 0}, {Name: "busy", LastRun: 2, Active: true, Recent: 100},
+		{Name: "idle", LastRun: 1, Active: true, Recent: 0}, {Name: "busy", LastRun: 2, Active: true, Recent: 50 * time.Millisecond},
 	}}
 	s.Pages[0] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free, Flags: pageclass.Skippable}
 	s.Pages[1] = pageclass.Page{Kind: pageclass.FreePerCPU, Class: pageclass.Free}
@@ -199,8 +200,8 @@ func TestPlans(t *testing.T) {
 	}{
 		{Enlightened, []pageset.Run{
 			page(0, 2), page(0, 5), // page tables, kernel text
-			page(0, 0), page(1, 3), // the busy process before the idle one
-			page(0, 4), page(1, 2), page(0, 1), page(0, 3), page(1, 1), page(1, 0),
+			page(0, 0), page(0, 4), page(1, 2), page(1, 3), // the busy process long before the idle one
+			page(0, 1), page(0, 3), page(1, 1), page(1, 0),
 		}},
 		{Classes, []pageset.Run{
 			page(0, 5), page(1, 2), page(0, 2),
