@@ -127,7 +127,7 @@ func TestChain(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec.MemoryMiB, spec.Load.HotMiB = 256, 64
-	strategies := []string{"vacate", "qemu-postcopy", "vacate", "stop-and-copy"}
+	strategies := []string{"vacate", "qemu-postcopy", "stop-and-copy"}
 	result, err := Measure(t.Context(), Options{
 		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second, Vacate: buildVacate(t), Chain: true,
 		Spec: spec, Lab: lab.Options{Dir: testDir, Rate: 500e6}, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
