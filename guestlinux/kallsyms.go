@@ -88,7 +88,7 @@ func decodeNames(count uint32, index *[512]byte, tokens []byte, read func(at int
 			return nil, errors.New("a token is too long")
 		}
 	}
-	k := &kallsyms{number: make(map[uint64]uint32, count)}
+	k := &kallsyms{number: make(map[uint64]uint32, min(count, 1<<16))}
 	var (
 		part []byte // of the coded names
 		at   int    // how many bytes were taken

@@ -20,7 +20,7 @@ func (m *machine) kpageflags(t testing.TB) []uint64 { return m.ask(t, "flags") }
 // ask sends a command to the guest's program and returns the runs of numbers of its answer.
 func (m *machine) ask(t testing.TB, command string) []uint64 {
 	t.Helper()
-	m.port.SetDeadline(time.Now().Add(time.Minute))
+	m.port.SetDeadline(time.Now().Add(20 * time.Second))
 	if _, err := fmt.Fprintln(m.port, command); err != nil {
 		t.Fatal(err)
 	}
