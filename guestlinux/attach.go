@@ -422,7 +422,9 @@ func (g *Guest) searchImage() error {
 	}
 	const imageSize = 64 << 20 // larger than any image with its data
 	image := make([]byte, imageSize)
-	image = image[:g.readPart(image, text)]
+	for at := 0; at < len(image); at += pageSize { // under page table isolation, it has holes
+		at += g.readPart(image[at:], text+uint64(at))
+	}
 	// struct btf_header: magic 0xeb9f, version 1, flags 0, header's length 24; then offset
 	// and length of types, offset and length of strings, from the header's end on.
 	magic := []byte{0x9f, 0xeb, 1, 0, 24, 0, 0, 0}
