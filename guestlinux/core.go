@@ -144,7 +144,7 @@ func parseNotes(b []byte) ([]CPU, error) {
 			if len(desc) < control+5*8 || u32(desc) != 1 {
 				return nil, fmt.Errorf("a note with registers has %d bytes, version unknown", len(desc))
 			}
-			cpus = append(cpus, CPU{CR0: u64(desc[control:]), CR3: u64(desc[control+24:]), CR4: u64(desc[control+32:])})
+			cpus = append(cpus, CPU{CR0: u64(desc[control:]), CR3: u64(desc[control+24:]), CR4: u64(desc[control+32:]), Position: corePosition(desc)})
 		}
 		b = b[min(uint64(len(b)), nameEnd+(data+3)&^3):]
 	}

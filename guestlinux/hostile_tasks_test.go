@@ -170,6 +170,12 @@ func TestHostileProcesses(t *testing.T) {
 		if r := p.survey(g); r != nil { // a kernel's table may be broken, too
 			sane(t, g, r)
 		}
+		list, _ := g.First(t.Context())
+		for _, pfn := range list {
+			if pfn >= uint64(len(p.clean)) && inRAM(p.Extents(), Range{pfn * pageSize, pageSize}) < 0 {
+				t.Fatalf("page %#x is not RAM", pfn)
+			}
+		}
 		p.heal()
 	}
 }

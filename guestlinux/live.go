@@ -135,6 +135,7 @@ func parseRegisters(text string) ([]CPU, error) {
 			continue
 		}
 		cpu := &cpus[len(cpus)-1]
+		cpu.parse(line)
 		for i, reg := range []struct {
 			name string
 			to   *uint64

@@ -14,7 +14,10 @@ const pageSize = 4096
 type Range struct{ Addr, Len uint64 }
 
 // A CPU holds the registers that say how a virtual CPU translates addresses.
-type CPU struct{ CR0, CR3, CR4 uint64 }
+type CPU struct {
+	CR0, CR3, CR4 uint64
+	Position      // only First needs it
+}
 
 // Memory is the guest-physical memory of a virtual machine. Its methods may be called
 // concurrently.

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -195,6 +197,8 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 		t.Errorf("idle has %d page tables: want %d", tables, want)
 	}
 
+	testFirst(t, m, g, r)
+
 	g.ActiveWithin = 0
 	if r, err = g.Survey(t.Context()); err != nil {
 		t.Fatal(err)
@@ -208,6 +212,51 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 		if p := r.Pages[f]; p.Owner == owner["idle"] && p.Kind == pageclass.Anon && p.Class != pageclass.UserData && p.Class != pageclass.UserCode {
 			t.Fatalf("a page of an active process is %+v", p)
 		}
+	}
+}
+
+// testFirst verifies that each CPU's code and stack are among the first pages.
+func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
+	began := time.Now()
+	list, err := g.First(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d first pages in %v", len(list), time.Since(began))
+	cpus, err := m.CPUs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stacks := 0
+	for i, pfn := range list {
+		if slices.Index(list, pfn) != i || inRAM(m.Extents(), Range{pfn * pageSize, pageSize}) < 0 {
+			t.Errorf("page %#x is twice in the list, or not RAM", pfn)
+		}
+		stacks += b2i(r.Pages[pfn].Kind == pageclass.KernelStack)
+	}
+	if stacks < 4 || len(list) > 400 {
+		t.Errorf("%d first pages, %d of stacks", len(list), stacks)
+	}
+	checked := 0
+	for i, cpu := range cpus {
+		for _, va := range []uint64{cpu.RIP, cpu.RSP, cpu.IDT, cpu.TR} {
+			// QEMU's own translation is that of the CPU asked.
+			answer, err := m.HMP(t.Context(), fmt.Sprintf("gva2gpa %#x", va))
+			var gpa uint64
+			if _, serr := fmt.Sscanf(answer, "gpa: %v", &gpa); err != nil || serr != nil || i > 0 {
+				continue // it does not translate for this CPU
+			}
+			checked++
+			if !slices.Contains(list, gpa/pageSize) {
+				t.Errorf("cpu %d's address %#x, at %#x, is not among the first pages", i, va, gpa)
+			}
+		}
+		if cpu.RIP == 0 || cpu.RSP == 0 || cpu.IDT>>63 == 0 || cpu.TR>>63 == 0 {
+			t.Errorf("cpu %d: %+v", i, cpu)
+		}
+	}
+	if checked == 0 {
+		t.Error("qemu translates no address")
 	}
 }
 
@@ -256,4 +305,36 @@ func b2i(b bool) int {
 		return 1
 	}
 	return 0
+}
+
+// BenchmarkCensus takes the census of a guest of 1 GiB with some 130,000 mapped pages.
+func BenchmarkCensus(b *testing.B) {
+	for _, kernel := range kernels(b) {
+		b.Run(filepath.Base(filepath.Dir(kernel)), func(b *testing.B) {
+			m := boot(b, spec{kernel: kernel, mib: 1024, cpus: 2})
+			fmt.Fprintln(m.port, "crowd")
+			m.port.SetDeadline(time.Now().Add(2 * time.Minute))
+			if line, err := bufio.NewReader(m.port).ReadString('\n'); err != nil {
+				b.Fatal(line, err)
+			}
+			g, err := Attach(b.Context(), m)
+			if err != nil {
+				b.Fatal(err)
+			}
+			m.stop(b)
+			var all []time.Duration
+			b.ReportAllocs()
+			b.ResetTimer()
+			for range b.N {
+				r, err := g.Survey(b.Context())
+				if err != nil {
+					b.Fatal(err)
+				}
+				all = append(all, r.Timings.Census)
+			}
+			slices.Sort(all)
+			b.Logf("%d tasks, %d mapped pages: best %v, median %v", len(g.census.threads), g.census.mapped, all[0], all[len(all)/2])
+			b.ReportMetric(float64(all[len(all)/2].Nanoseconds()), "ns/census")
+		})
+	}
 }

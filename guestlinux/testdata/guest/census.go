@@ -29,6 +29,10 @@ func helper(name string) {
 		for i := 0; ; i = (i + 4096) % len(b) {
 			b[i]++
 		}
+	case "member":
+		fill(20<<20, syscall.MADV_NOHUGEPAGE)
+		fmt.Println("ready")
+		time.Sleep(time.Hour)
 	case "idle":
 		fill(idleSmall, syscall.MADV_NOHUGEPAGE)
 		fill(idleHuge, syscall.MADV_HUGEPAGE)
@@ -150,5 +154,24 @@ func census(port *os.File) error {
 	}
 	time.Sleep(300 * time.Millisecond)
 	_, err = fmt.Fprintln(port, "end")
+	return err
+}
+
+// crowd starts processes that hold 480 MB in small pages, all told.
+func crowd(port *os.File) error {
+	for range 24 {
+		cmd := exec.Command("/init", "member")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			return err
+		}
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintln(port, "end")
 	return err
 }

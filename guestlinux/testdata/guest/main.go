@@ -6,6 +6,7 @@
 //	rest, go   stops and resumes its work, and answers "end\n"
 //	flags      writes the words of /proc/kpageflags to the port, as runs: "HEX COUNT\n", and "end\n"
 //	census     starts two processes and tells of them
+//	crowd      starts many
 package main
 
 import (
@@ -94,6 +95,8 @@ func run() error {
 			fmt.Fprintln(port, "end")
 		case "census":
 			err = census(port)
+		case "crowd":
+			err = crowd(port)
 		}
 		if err != nil {
 			return err
