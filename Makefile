@@ -21,8 +21,8 @@ TEST = $(GO) test -skip '^TestRecord$$' $(if $(RACE),-race) $(TESTFLAGS)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/vacate and bin/guestload, both static
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/guestload
+build: ## bin/vacate, bin/vacate-guest and bin/guestload, all static
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacate-guest ./cmd/guestload
 
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)

@@ -19,7 +19,7 @@ func TestSkip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := layout{
 			{Name: "pc.ram", Length: 300 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 300},
-			{Name: "huge", Length: 4 << 21, PageSize: 2 << 20, Pages: 4},
+			{Name: "large", Length: 4 << 14, PageSize: 16 << 10, Pages: 4},
 		}
 		out := &sink{}
 		e := &destination{layout: l, placer: newPlacer(out, testSection, l), missing: l.pages(), whole: make(chan struct{}), waiting: map[pageKey]time.Time{}}
@@ -67,6 +67,9 @@ func TestSkip(t *testing.T) {
 		}
 		if len(e.waiting) != 0 {
 			t.Fatalf("%d pages are still waited for", len(e.waiting))
+		}
+		if err := e.placer.end(); err != nil {
+			t.Fatal(err)
 		}
 		placed := decoded(t, l, out.Bytes()) // fails if one comes twice
 		for i, b := range l {
