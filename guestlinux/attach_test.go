@@ -62,5 +62,20 @@ func TestAttach(t *testing.T) {
 		if g2.Release() != g.Release() || g2.noteAddr != g.noteAddr {
 			t.Errorf("core file has linux %s, note at %#x; the guest %s, at %#x", g2.Release(), g2.noteAddr, g.Release(), g.noteAddr)
 		}
+
+		// The guest stands, so both must see the same.
+		live, err1 := g.Survey(t.Context())
+		dead, err2 := g2.Survey(t.Context())
+		if err1 != nil || err2 != nil {
+			t.Fatal(err1, err2)
+		}
+		if live.Free != dead.Free || live.Skippable != dead.Skippable || live.Skippable == 0 {
+			t.Errorf("free %d, skippable %d; from the core file %d, %d", live.Free, live.Skippable, dead.Free, dead.Skippable)
+		}
+		for i, p := range live.Pages {
+			if i < len(dead.Pages) && p.Kind != dead.Pages[i].Kind {
+				t.Fatalf("page %#x is %v; from the core file %v", i, p, dead.Pages[i])
+			}
+		}
 	})
 }

@@ -309,15 +309,16 @@ const poisonSamples = 64
 
 // poisoned reports whether free pages hold the pattern of page_poison.
 func (g *Guest) poisoned() (bool, error) {
-	p := &g.pages
 	list := g.virtual[:0]
-	// Free pages from all over memory, for these it is likely that they were in use.
-	step := max(1, p.highest/poisonSamples)
-	for at := uint64(0); at < p.highest; at += step {
-		for i := at; i < min(at+step, p.highest); i++ {
-			if p.list[i].Flags&pageclass.Skippable != 0 {
-				list = append(list, Range{i*pageSize + 64, 64})
-				break
+	// From all over memory, as it is likely that some of them were in use before.
+	step := max(1, g.pages.highest/poisonSamples)
+	next := uint64(0)
+	for s, pages := range g.online() {
+		for i := range pages {
+			pfn := s*g.layout.sectionPages + uint64(i)
+			if pfn >= next && pages[i].Flags&pageclass.Skippable != 0 && len(list) < poisonSamples {
+				list = append(list, Range{pfn*pageSize + 64, 64})
+				next = pfn + step
 			}
 		}
 	}

@@ -408,6 +408,14 @@ func TestHostileNoise(t *testing.T) {
 		}
 		return rng.Uint64()
 	}
+	// Where an address is, as far as the damage so far leaves it somewhere.
+	place := func(va uint64) []byte {
+		addr, _, err := p.space.translate(va)
+		if err != nil {
+			return nil
+		}
+		return p.at(addr)
+	}
 	damage := func() {
 		for range 1 + rng.IntN(32) {
 			var b []byte
@@ -415,19 +423,22 @@ func TestHostileNoise(t *testing.T) {
 			case 0:
 				b = p.at(p.noteAddr)[rng.Uint64N(4096)&^7:]
 			case 1:
-				b = p.phys(root + rng.Uint64N(4096)&^7)
+				b = place(root + rng.Uint64N(4096)&^7)
 			case 2:
 				b = p.at(tables[rng.IntN(len(tables))])[rng.Uint64N(4096)&^7:]
 			case 3:
-				b = p.phys(node + rng.Uint64N(l.nodeZones+l.zoneSize*l.zoneCount)&^7)
+				b = place(node + rng.Uint64N(l.nodeZones+l.zoneSize*l.zoneCount)&^7)
 			case 4:
-				b = p.phys(uts + rng.Uint64N(512)&^7)
+				b = place(uts + rng.Uint64N(512)&^7)
 			case 5:
-				b = p.phys((offsets|names)&^7 + rng.Uint64N(1<<16)&^7)
+				b = place((offsets|names)&^7 + rng.Uint64N(1<<16)&^7)
 			case 6:
-				b = p.phys(btf&^7 + rng.Uint64N(3<<20)&^7)
+				b = place(btf&^7 + rng.Uint64N(3<<20)&^7)
 			default:
-				b = p.word(rng.Uint64N(uint64(len(p.clean))), uint8(rng.IntN(8)))
+				b = place(p.descAddr(rng.Uint64N(uint64(len(p.clean)))) + rng.Uint64N(descSize)&^7)
+			}
+			if len(b) < 8 {
+				continue
 			}
 			if rng.IntN(2) == 0 {
 				p.set(b, b[0]^1<<rng.UintN(8))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math/bits"
 	"unsafe"
 
@@ -121,6 +122,18 @@ func (p *pages) desc(pfn, perSection uint64) *desc {
 		return nil
 	}
 	return (*desc)(p.sections[s].words[pfn%perSection*8:])
+}
+
+// online yields the pages of each section that there is, by the section's number.
+func (g *Guest) online() iter.Seq2[uint64, []pageclass.Page] {
+	return func(yield func(uint64, []pageclass.Page) bool) {
+		per := g.layout.sectionPages
+		for s := range g.pages.sections {
+			if g.pages.sections[s].words != nil && !yield(uint64(s), g.pages.list[uint64(s)*per:][:per]) {
+				return
+			}
+		}
+	}
 }
 
 // batch is how many descriptors are read before they are looked at: few enough to be in

@@ -46,7 +46,7 @@ type features struct {
 	cpuOffsets []uint64
 	virtual    []Range
 	onPCP      []pcpBlock
-	sample     [(poisonSamples + 2) * 64]byte
+	sample     [poisonSamples * 64]byte
 }
 
 // region is where the kernel has something at a fixed place: pages first to end of
@@ -195,8 +195,13 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	g.markRegions(r)
 	r.Timings.Scan, lap = time.Since(lap), time.Now()
 	if err := g.skippable(r); err != nil {
-		return nil, err
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		r.note("nothing is skipped: %v", err)
+		g.pages.distrust(0, g.pages.highest)
 	}
+	g.countFree(r)
 	r.Timings.FreeLists, lap = time.Since(lap), time.Now()
 	p := &g.pages
 	r.Pages = p.list[:p.highest]
@@ -283,11 +288,16 @@ func (g *Guest) skippable(r *Result) error {
 		r.note("nothing is skipped: %s", why)
 		p.distrust(0, p.highest)
 	}
-	for i := range p.list[:p.highest] {
-		if p.list[i].Class == pageclass.Free {
-			r.Free++
-			r.Skippable += int(p.list[i].Flags&pageclass.Skippable) / int(pageclass.Skippable)
+	return nil
+}
+
+func (g *Guest) countFree(r *Result) {
+	for _, pages := range g.online() {
+		for i := range pages {
+			if pages[i].Class == pageclass.Free {
+				r.Free++
+				r.Skippable += int(pages[i].Flags&pageclass.Skippable) / int(pageclass.Skippable)
+			}
 		}
 	}
-	return nil
 }

@@ -228,7 +228,9 @@ func TestVariants(t *testing.T) {
 		"numa": {mib: 512, cpus: 2, extra: []string{"-object", "memory-backend-ram,id=a,size=256M", "-object", "memory-backend-ram,id=b,size=256M",
 			"-numa", "node,memdev=a,cpus=0", "-numa", "node,memdev=b,cpus=1", "-machine", "q35"}},
 		"beyond 4 GiB": {mib: 5120, cpus: 2},
-		"debug":        {cmdline: "slub_debug=FZPU page_owner=on debug_pagealloc=on", mib: 256, cpus: 1},
+		"hotplug": {cmdline: "memhp_default_state=online", mib: 256, cpus: 1, extra: []string{"-m", "256M,slots=2,maxmem=1G",
+			"-object", "memory-backend-ram,id=d,size=256M", "-device", "pc-dimm,memdev=d"}},
+		"debug": {cmdline: "slub_debug=FZPU page_owner=on debug_pagealloc=on", mib: 256, cpus: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s.kernel = kernel

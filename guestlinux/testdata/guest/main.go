@@ -124,7 +124,7 @@ func child() {
 	}
 }
 
-var words [8 << 20 / 8]uint64
+var words [16 << 20 / 8]uint64 // for up to 8 GiB
 
 func flags(port *os.File) error {
 	f, err := os.Open("/proc/kpageflags")
