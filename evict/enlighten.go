@@ -122,6 +122,18 @@ func (e *source) enlighten() {
 	})
 	start := time.Now()
 	survey := e.light.survey
+	blocks, frames := e.cap.layout.blocks(), e.frozen.frames()
+	var first []pageset.Run
+	if e.light.guest != nil && e.Order.Base == pushorder.Enlightened {
+		list, err := e.light.guest.First(ctx)
+		if err == nil { // else the survey says the same
+			first = pushorder.Locate(blocks, list, frames)
+			e.mu.Lock()
+			e.order.SetPlan(pushorder.Plan{Runs: first})
+			e.light.report.First = e.sinceFreeze()
+			e.mu.Unlock()
+		}
+	}
 	if e.light.guest != nil {
 		r, err := e.light.guest.Survey(ctx)
 		if err != nil {
@@ -133,14 +145,14 @@ func (e *source) enlighten() {
 		survey = &r.Survey
 		e.mu.Lock()
 		e.light.report.Notes = r.Notes
-		e.light.report.Stages = r.Timings
+		e.light.report.Stages = &r.Timings
 		e.mu.Unlock()
 	}
 	if survey == nil {
 		return
 	}
-	blocks, frames := e.cap.layout.blocks(), e.frozen.frames()
 	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
+	plan.Runs = append(first, plan.Runs...)
 	var free []pageset.Run
 	if e.light.guest != nil && !e.SendFree {
 		free = pushorder.Skippable(blocks, survey, frames)
@@ -151,17 +163,19 @@ func (e *source) enlighten() {
 	for _, r := range free {
 		skipped = append(skipped, e.order.Take(r, pushorder.Skipped)...)
 	}
-	now := time.Now()
 	e.light.survey, e.light.joined = survey, true
-	e.light.report.Survey = now.Sub(start).Seconds()
-	if at := e.frozenAt.Load(); at != nil {
-		e.light.report.Known = now.Sub(*at).Seconds()
-	}
+	e.light.report.Survey = time.Since(start).Seconds()
+	e.light.report.Known = e.sinceFreeze()
 	e.mu.Unlock()
 	e.sent[pushorder.Skipped].Add(int64(pageset.Pages(skipped)))
 	if err := e.sendSkipped(skipped); err != nil {
 		e.session.FailSoon(err)
 	}
+}
+
+// sinceFreeze is the time for which the guest has been frozen here, in seconds.
+func (e *source) sinceFreeze() float64 {
+	return time.Since(*e.frozenAt.Load()).Seconds()
 }
 
 // sendSkipped tells the destination which pages never come.
@@ -228,11 +242,12 @@ type Enlightening struct {
 	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
 	Attach float64       `json:"attach_s"`         // getting ready, while the guest ran
 	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
-	Known  float64       `json:"known_s"`          // from the freeze until the plan was there
+	First  float64       `json:"first_known_s"`    // from the freeze until the first pages of the plan were known; 0 if they never were
+	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was
 	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
 	Notes []string `json:"notes,omitempty"`
 	// Stages are what the survey's time went to; of guestlinux.
-	Stages guestlinux.Timings `json:"stages"`
+	Stages *guestlinux.Timings `json:"stages_ns,omitempty"`
 	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the guest.
 	AnswerBytes int     `json:"answer_bytes,omitempty"`
 	AnswerCPU   float64 `json:"answer_cpu_s,omitempty"`

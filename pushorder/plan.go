@@ -248,6 +248,53 @@ func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.R
 	return runs
 }
 
+// Locate returns the pages that are filled by page frames, in that order. Those of which
+// it is not told where they are, it leaves out.
+func Locate(blocks []Block, list []uint64, frames []Frames) []pageset.Run {
+	var runs []pageset.Run
+	find := newFinder(blocks, frames)
+	for _, frame := range list {
+		if block, page, ok := find.page(frame); ok {
+			runs = append(runs, pageset.Run{Block: block, First: page, Count: 1})
+		}
+	}
+	return runs
+}
+
+// finder finds the page that a page frame is in.
+type finder struct {
+	blocks []Block
+	frames []Frames // by First
+	last   Frames   // the one found last; those asked for mostly lie close together
+	each   uint64   // frames in a page of it
+}
+
+func newFinder(blocks []Block, frames []Frames) *finder {
+	frames = slices.Clone(frames)
+	slices.SortFunc(frames, func(a, b Frames) int { return cmp.Compare(a.First, b.First) })
+	return &finder{blocks: blocks, frames: frames, each: 1}
+}
+
+func (f *finder) page(frame uint64) (block int, p pageset.Page, ok bool) {
+	if frame < f.last.First || (frame-f.last.First)/f.each >= uint64(f.last.Run.Count) {
+		i, _ := slices.BinarySearchFunc(f.frames, frame, func(f Frames, frame uint64) int {
+			if f.First <= frame {
+				return -1
+			}
+			return 1
+		})
+		if i == 0 {
+			return 0, 0, false
+		}
+		f.last = f.frames[i-1]
+		f.each = uint64(f.blocks[f.last.Run.Block].PageSize / frameSize)
+		if (frame-f.last.First)/f.each >= uint64(f.last.Run.Count) {
+			return 0, 0, false
+		}
+	}
+	return f.last.Run.Block, f.last.Run.First + pageset.Page((frame-f.last.First)/f.each), true
+}
+
 // kinship knows which pages lie beside one another in the address spaces of the guest's
 // processes.
 type kinship struct {
@@ -270,30 +317,17 @@ func newKinship(blocks []Block, sequence []uint32, frames []Frames) *kinship {
 		k.places = append(k.places, make([]uint32, b.Pages))
 		n += uint64(b.Pages)
 	}
-	frames = slices.Clone(frames)
-	slices.SortFunc(frames, func(a, b Frames) int { return cmp.Compare(a.First, b.First) })
-	var f Frames
-	var each, end uint64 // of f
-	for _, pfn := range sequence {
-		if frame := uint64(pfn); frame < f.First || frame >= end {
-			i, _ := slices.BinarySearchFunc(frames, frame, func(f Frames, frame uint64) int { return cmp.Compare(f.First, frame+1) })
-			if i == 0 {
-				continue
-			}
-			f = frames[i-1]
-			each = uint64(blocks[f.Run.Block].PageSize / frameSize)
-			end = f.First + uint64(f.Run.Count)*each
-			if frame >= end {
-				f, end = Frames{}, 0
-				continue
-			}
+	find := newFinder(blocks, frames)
+	for _, frame := range sequence {
+		block, page, ok := find.page(uint64(frame))
+		if !ok {
+			continue
 		}
-		page := f.Run.First + pageset.Page((uint64(pfn)-f.First)/each)
-		place := &k.places[f.Run.Block][page]
+		place := &k.places[block][page]
 		if *place != 0 {
 			continue
 		}
-		k.sequence = append(k.sequence, k.base[f.Run.Block]+uint32(page))
+		k.sequence = append(k.sequence, k.base[block]+uint32(page))
 		*place = uint32(len(k.sequence))
 	}
 	return k

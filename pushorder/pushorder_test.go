@@ -244,6 +244,14 @@ func TestHugePages(t *testing.T) {
 	}
 }
 
+func TestLocate(t *testing.T) {
+	got := Locate(smallBlocks, []uint64{105, 2, 4, 99, 106, 1 << 60, 100, 0}, smallFrames)
+	want := []pageset.Run{{Block: 0, First: 5, Count: 1}, {Block: 1, First: 2, Count: 1}, {Block: 0, First: 0, Count: 1}, {Block: 1, First: 0, Count: 1}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // Where the address spaces are known, the neighbours of a fetch are those in them.
 func TestKin(t *testing.T) {
 	s := smallSurvey()

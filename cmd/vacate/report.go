@@ -127,7 +127,7 @@ func enlightenmentText(row func(name, format string, args ...any), r evict.Repor
 		return
 	}
 	row("enlightenment", "by the %s, Linux %s", e.Source, clean(e.Kernel))
-	row("", "ready in %s, survey %s, plan known %s after the freeze", shortText(e.Attach), shortText(e.Survey), shortText(e.Known))
+	row("", "ready in %s; survey %s, known %s after the freeze", shortText(e.Attach), shortText(e.Survey), shortText(e.Known))
 	for _, n := range e.Notes {
 		row("", "%s", clean(n))
 	}
