@@ -61,6 +61,12 @@ func (w *worker) checkPage(what string, a *area, i int) {
 	}
 }
 
+func (w *worker) checkAll(what string, a *area) {
+	for i := range a.seeds {
+		w.checkPage(what, a, i)
+	}
+}
+
 func (a *area) rewrite(w *worker, i int) {
 	a.seeds[i] = w.seed()
 	w.fill(a.page(i), a.seeds[i])
@@ -81,6 +87,14 @@ func (w *worker) anon(advice int) error {
 	var areas []*area
 	total := 0
 	for {
+		if err := w.checkNow(func() error {
+			for _, a := range areas {
+				w.checkAll(what, a)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
 		op := w.IntN(10)
 		if total > w.budget {
 			op = 9
@@ -147,9 +161,7 @@ func (w *worker) anon(advice int) error {
 				w.checkPage(what, a, i)
 			}
 		default: // unmap
-			for i := range a.seeds {
-				w.checkPage(what, a, i)
-			}
+			w.checkAll(what, a)
 			if err := munmap(a.mem); err != nil {
 				return err
 			}
@@ -176,6 +188,12 @@ func (w *worker) fork() error {
 	}
 	children := 0
 	for {
+		if err := w.checkNow(func() error {
+			w.checkAll("copied on write, parent", a)
+			return nil
+		}); err != nil {
+			return err
+		}
 		if children < 5 {
 			from, to := w.span(a)
 			to = min(to, from+w.budget/4)
@@ -252,14 +270,15 @@ func (w *worker) hugetlb() error {
 	var held *area
 	for {
 		if held != nil {
-			for i := range held.seeds {
-				w.checkPage("hugetlb", held, i)
-			}
+			w.checkAll("hugetlb", held)
 			if err := munmap(held.mem); err != nil {
 				return err
 			}
 			w.did(len(held.seeds))
 			held = nil
+		}
+		if err := w.checkNow(func() error { return nil }); err != nil { // just done
+			return err
 		}
 		if err := os.WriteFile("/proc/sys/vm/nr_hugepages", fmt.Appendf(nil, "%d", w.IntN(most+1)), 0); err != nil {
 			return err
@@ -285,7 +304,7 @@ func (w *worker) press() error {
 	for {
 		var areas []*area
 		floor := 6<<10 + w.IntN(24<<10)
-		for len(areas) < 1000 {
+		for total, most := 0, w.IntN(w.budget); total < most && !w.checkDue(); {
 			avail, err := meminfo("MemAvailable")
 			if err != nil {
 				return err
@@ -305,17 +324,19 @@ func (w *worker) press() error {
 				a.rewrite(w, i)
 			}
 			areas = append(areas, a)
+			total += len(a.seeds)
 			w.did(0)
 		}
 		time.Sleep(time.Duration(w.IntN(300)) * time.Millisecond)
 		for _, a := range areas {
-			for i := range a.seeds {
-				w.checkPage("anonymous, under pressure", a, i)
-			}
+			w.checkAll("anonymous, under pressure", a)
 			if err := munmap(a.mem); err != nil {
 				return err
 			}
 			w.did(len(a.seeds))
+		}
+		if err := w.checkNow(func() error { return nil }); err != nil { // just done
+			return err
 		}
 		time.Sleep(time.Duration(w.IntN(1500)) * time.Millisecond)
 	}
@@ -329,6 +350,9 @@ func (w *worker) poke() error {
 	}
 	for {
 		time.Sleep(time.Duration(w.IntN(800)) * time.Millisecond)
+		if err := w.checkNow(func() error { return nil }); err != nil { // it has nothing
+			return err
+		}
 		file, value := "compact_memory", "1"
 		switch w.IntN(6) {
 		case 0:

@@ -31,7 +31,26 @@ func (w *worker) files(dir string) error {
 	}
 	var open []*file
 	total, serial := 0, 0
+	readAll := func(f *file) error {
+		for at := 0; at < len(f.seeds); at += 64 {
+			n := min(64, len(f.seeds)-at)
+			if err := w.read(what, f, at, buf[:n*pageSize]); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	for {
+		if err := w.checkNow(func() error {
+			for _, f := range open {
+				if err := readAll(f); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
 		op := w.IntN(12)
 		if total > w.budget {
 			op = 11
@@ -137,11 +156,8 @@ func (w *worker) files(dir string) error {
 			total -= len(f.seeds) - from
 			f.seeds = f.seeds[:from]
 		default: // remove
-			for at := 0; at < len(f.seeds); at += 64 {
-				n := min(64, len(f.seeds)-at)
-				if err := w.read(what, f, at, buf[:n*pageSize]); err != nil {
-					return err
-				}
+			if err := readAll(f); err != nil {
+				return err
 			}
 			if err := os.Remove(f.Name()); err != nil {
 				return err
@@ -209,6 +225,16 @@ func (w *worker) names() error {
 	alive := map[string]uint64{} // path: seed
 	serial := 0
 	for {
+		if err := w.checkNow(func() error {
+			for name, seed := range alive {
+				if err := w.look(name, seed); err != nil {
+					return err
+				}
+			}
+			return queue.drain(w, len(queue.seeds))
+		}); err != nil {
+			return err
+		}
 		switch w.IntN(3) {
 		case 0: // make
 			for range 40 {
@@ -323,11 +349,13 @@ func newQueue() (*queue, error) {
 	return &queue{id: id}, nil
 }
 
+type message struct {
+	kind int64
+	text [8192]byte
+}
+
 func (q *queue) turn(w *worker) error {
-	var msg struct {
-		kind int64
-		text [8192]byte
-	}
+	var msg message
 	for range w.IntN(20) {
 		seed := w.seed()
 		n := 1 + seed%6000
@@ -340,10 +368,14 @@ func (q *queue) turn(w *worker) error {
 		}
 		q.seeds = append(q.seeds, seed)
 	}
-	for range w.IntN(20) {
-		if len(q.seeds) == 0 {
-			break
-		}
+	time.Sleep(time.Duration(w.IntN(5)) * time.Millisecond)
+	return q.drain(w, min(len(q.seeds), w.IntN(20)))
+}
+
+// drain takes n messages.
+func (q *queue) drain(w *worker, n int) error {
+	var msg message
+	for range n {
 		n, _, e := unix.Syscall6(unix.SYS_MSGRCV, q.id, uintptr(unsafe.Pointer(&msg)), 8192, 0, 0o4000, 0)
 		if e != 0 {
 			return fmt.Errorf("msgrcv: %w", e)
@@ -352,6 +384,5 @@ func (q *queue) turn(w *worker) error {
 		q.seeds = q.seeds[1:]
 		w.same("message", msg.text[:n], []byte(text(seed, int(1+seed%6000))))
 	}
-	time.Sleep(time.Duration(w.IntN(5)) * time.Millisecond)
 	return nil
 }

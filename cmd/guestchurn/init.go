@@ -236,6 +236,24 @@ func (c *control) serve() error {
 	}
 }
 
+// checkAll has all workers verify all that they have.
+func (c *control) checkAll() error {
+	n := c.shared.checks.Add(1)
+	for range 3000 {
+		waiting := ""
+		for i, name := range c.workers {
+			if c.shared.done[i].Load() != n {
+				waiting = name
+			}
+		}
+		if waiting == "" {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("not all workers come to an end of verifying")
+}
+
 func (c *control) obey(id, verb string, r *churnproto.Reply) error {
 	switch verb {
 	case "sync":
@@ -251,10 +269,19 @@ func (c *control) obey(id, verb string, r *churnproto.Reply) error {
 		r.Trace = c.trace
 		return nil
 	case "check":
+		if err := c.checkAll(); err != nil {
+			return err
+		}
 		if c.sum == 0 {
 			return nil
 		}
+		if err := quiet(); err != nil {
+			return err
+		}
 		sum, err := ftraceSum()
+		if e := letGo(); err == nil {
+			err = e
+		}
 		if err == nil && sum != c.sum {
 			c.send(churnproto.TypeBad, churnproto.Bad{Worker: -1, What: "ftrace's records", Want: c.sum, Found: sum})
 		}

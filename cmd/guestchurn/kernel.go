@@ -49,6 +49,18 @@ func (w *worker) kernel() error {
 			arrays = append(arrays, a)
 			total += a.pages()
 		}
+		if err := w.checkNow(func() error {
+			for _, a := range arrays {
+				for i := range a.entries {
+					if err := w.checkEntry(a, i, buf); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
 		k := w.IntN(len(arrays))
 		a := arrays[k]
 		remove := w.IntN(6) == 0
@@ -56,24 +68,10 @@ func (w *worker) kernel() error {
 			if !remove && w.IntN(3) > 0 {
 				continue
 			}
+			if err := w.checkEntry(a, i, buf); err != nil {
+				return err
+			}
 			value := buf[:a.size*a.cpus]
-			if err := bpfElement(bpfLookup, a.fd, i, value); err != nil {
-				return fmt.Errorf("look up in bpf array: %w", err)
-			}
-			for at := range len(value) / 8 {
-				want := uint64(0)
-				if a.seeds[i] != 0 {
-					want = a.seeds[i] + uint64(at)*w.step()
-				}
-				if found := word(value, at*8); found != want {
-					what := "bpf array"
-					if a.cpus > 1 {
-						what = "bpf per-cpu array"
-					}
-					w.bad(what, uint64(i*a.size+at*8), want, found)
-					break
-				}
-			}
 			a.seeds[i] = w.seed()
 			for at := range len(value) / 8 {
 				*(*uint64)(unsafe.Pointer(&value[at*8])) = a.seeds[i] + uint64(at)*w.step()
@@ -100,6 +98,29 @@ type array struct {
 }
 
 func (a *array) pages() int { return (a.entries*a.size*a.cpus + pageSize - 1) / pageSize }
+
+// checkEntry verifies entry i of an array, by way of buf.
+func (w *worker) checkEntry(a *array, i int, buf []byte) error {
+	value := buf[:a.size*a.cpus]
+	if err := bpfElement(bpfLookup, a.fd, i, value); err != nil {
+		return fmt.Errorf("look up in bpf array: %w", err)
+	}
+	for at := range len(value) / 8 {
+		want := uint64(0)
+		if a.seeds[i] != 0 {
+			want = a.seeds[i] + uint64(at)*w.step()
+		}
+		if found := word(value, at*8); found != want {
+			what := "bpf array"
+			if a.cpus > 1 {
+				what = "bpf per-cpu array"
+			}
+			w.bad(what, uint64(i*a.size+at*8), want, found)
+			break
+		}
+	}
+	return nil
+}
 
 // Commands of bpf(2).
 const (
@@ -170,7 +191,7 @@ func (w *worker) take(what string, s *stream, buf []byte) (none bool, err error)
 		return false, fmt.Errorf("read from %s: %w", what, err)
 	}
 	if n == 0 {
-		return false, fmt.Errorf("%s has ended", what)
+		return false, fmt.Errorf("read from %s: %w", what, io.ErrUnexpectedEOF)
 	}
 	var want churnproto.Words
 	want.Fill(s.seed+uint64(s.got/pageSize)*8, w.step())
@@ -193,6 +214,16 @@ func (w *worker) streams(what string, count int, open func() (*stream, error), t
 			s.seed = w.seed()
 			all = append(all, s)
 		}
+		if err := w.checkNow(func() error {
+			for _, s := range all {
+				if err := w.drain(what, s, buf); err != nil && !broken(what, err) {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
 		k := w.IntN(len(all))
 		s := all[k]
 		if tune != nil && w.IntN(30) == 0 {
@@ -200,19 +231,15 @@ func (w *worker) streams(what string, count int, open func() (*stream, error), t
 				return fmt.Errorf("tune %s: %w", what, err)
 			}
 		}
-		if err := w.flow(what, s, buf, w.IntN(40)); err != nil {
+		err := w.flow(what, s, buf, w.IntN(40))
+		done := w.IntN(100) == 0
+		if err == nil && done {
+			err = w.drain(what, s, buf)
+		}
+		if err != nil && !broken(what, err) {
 			return err
 		}
-		if w.IntN(100) == 0 {
-			for s.got < s.sent {
-				none, err := w.take(what, s, buf)
-				if err != nil {
-					return err
-				}
-				if none {
-					time.Sleep(time.Millisecond)
-				}
-			}
+		if done || err != nil {
 			unix.Close(s.in)
 			if s.in != s.out {
 				unix.Close(s.out)
@@ -225,6 +252,26 @@ func (w *worker) streams(what string, count int, open func() (*stream, error), t
 			time.Sleep(time.Duration(w.IntN(6)) * time.Millisecond)
 		}
 	}
+}
+
+// drain takes all that is in a stream.
+func (w *worker) drain(what string, s *stream, buf []byte) error {
+	for s.got < s.sent {
+		none, err := w.take(what, s, buf)
+		if err != nil {
+			return err
+		}
+		if none {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	return nil
+}
+
+// broken says whether a connection's end is nothing to worry about: QEMU's network forgets
+// connections when the VM is set back.
+func broken(what string, err error) bool {
+	return what == "network" && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 func (w *worker) pipes() error {

@@ -11,7 +11,7 @@
 //	snapshot       quiet; read kpageflags, kpagecount, zoneinfo and pagemaps; have the VM
 //	               paused at that very instruction (pvpanic); read kpageflags again; go
 //	trace          have the kernel record what its page allocator does
-//	check          verify what is not verified all the time: the kernel's own tables
+//	check          verify everything there is at once, and tables that the kernel keeps
 //	sync           nothing: the reply tells that all before it is done
 //
 // Its parameters are on the kernel command line: churn.seed=1, and churn.workers=anon,file

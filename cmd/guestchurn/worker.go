@@ -22,18 +22,18 @@ var loads = []struct {
 	needs func(*system) bool
 	run   func(*worker) error
 }{
-	{"anon", 16, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
-	{"huge", 18, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
-	{"fork", 4, always, (*worker).fork},
-	{"disk", 14, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
-	{"shmem", 10, always, func(w *worker) error { return w.files(shmemDir) }},
+	{"anon", 13, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
+	{"huge", 14, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
+	{"fork", 3, always, (*worker).fork},
+	{"disk", 11, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
+	{"shmem", 8, always, func(w *worker) error { return w.files(shmemDir) }},
 	{"names", 2, always, (*worker).names},
 	{"kernel", 4, always, (*worker).kernel},
 	{"pipe", 2, always, (*worker).pipes},
 	{"socket", 2, always, (*worker).sockets},
 	{"echo", 1, func(s *system) bool { return s.net }, (*worker).echo},
 	{"hugetlb", 7, always, (*worker).hugetlb},
-	{"press", 0, func(s *system) bool { return s.swap }, (*worker).press},
+	{"press", 30, func(s *system) bool { return s.swap }, (*worker).press},
 	{"poke", 0, always, (*worker).poke},
 }
 
@@ -41,8 +41,10 @@ func always(*system) bool { return true }
 
 // counters are shared by all processes.
 type counters struct {
-	pages atomic.Uint64
-	ops   [64]atomic.Uint64
+	pages  atomic.Uint64
+	checks atomic.Uint64     // how often all workers were asked to verify all they have
+	ops    [64]atomic.Uint64 // by worker
+	done   [64]atomic.Uint64 // the last check that it has carried out
 }
 
 // Descriptors that a worker inherits.
@@ -85,6 +87,7 @@ func work(name string, index int) error {
 			if err := randomSeed(&seed); err != nil {
 				return err
 			}
+			shared.done[index].Store(shared.checks.Load())
 			return l.run(&worker{
 				Rand: rand.New(rand.NewPCG(seed[0], seed[1])), index: index, budget: kib / 4 * l.share / 100,
 				shared: shared, report: os.NewFile(fdReport, "report"),
@@ -102,6 +105,22 @@ func randomSeed(seed *[2]uint64) error {
 		seed[0], seed[1] = uint64(t.Nano()), uint64(os.Getpid())
 	}
 	return err
+}
+
+// checkDue says whether checkNow would call.
+func (w *worker) checkDue() bool { return w.shared.done[w.index].Load() != w.shared.checks.Load() }
+
+// checkNow calls verify if all that the worker has is to be verified now. It is called often.
+func (w *worker) checkNow(verify func() error) error {
+	n := w.shared.checks.Load()
+	if w.shared.done[w.index].Load() == n {
+		return nil
+	}
+	if err := verify(); err != nil {
+		return err
+	}
+	w.shared.done[w.index].Store(n)
+	return nil
 }
 
 // did counts an operation and the pages that it verified.

@@ -26,11 +26,12 @@ const (
 	SaidShmem
 	SaidFile
 	SaidReserved
+	SaidMapped // by a process, and nothing else: memory of a driver
 	SaidNothing
 	Saids
 )
 
-var saidNames = [Saids]string{"no page", "free", "offline", "poisoned", "slab", "page table", "hugetlb", "zero page", "anonymous", "shared memory", "file", "reserved", "(nothing)"}
+var saidNames = [Saids]string{"no page", "free", "offline", "poisoned", "slab", "page table", "hugetlb", "zero page", "anonymous", "shared memory", "file", "reserved", "mapped", "(nothing)"}
 
 func (s Said) String() string { return saidNames[s] }
 
@@ -60,6 +61,8 @@ func said(f uint64) Said {
 		return SaidShmem
 	case f&(kpfLRU|kpfUnevictable) != 0:
 		return SaidFile
+	case f&kpfMmap != 0:
+		return SaidMapped
 	}
 	return SaidNothing
 }
@@ -73,12 +76,14 @@ var agree = [Saids][]pageclass.Kind{
 	SaidSlab:      {pageclass.Slab},
 	SaidPageTable: {pageclass.UserPageTable},
 	SaidHugetlb:   {pageclass.Hugetlb},
-	SaidZero:      {pageclass.ZeroPage},
+	SaidZero:      {pageclass.ZeroPage, pageclass.Reserved}, // where it is, a kernel without kallsyms does not tell
 	SaidAnon:      {pageclass.Anon},
 	SaidShmem:     {pageclass.Shmem},
 	SaidFile:      {pageclass.File},
 	SaidReserved:  {pageclass.Reserved, pageclass.KernelText, pageclass.KernelImage, pageclass.PageDescriptors, pageclass.PerCPU, pageclass.ZeroPage},
-	SaidNothing: {pageclass.FreePerCPU, pageclass.KernelOther, pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced,
+	SaidMapped:    {pageclass.KernelOther, pageclass.File},
+	// Of page tables only the lower two levels are marked as such before 6.15 or so.
+	SaidNothing: {pageclass.FreePerCPU, pageclass.UserPageTable, pageclass.KernelOther, pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced,
 		pageclass.PageDescriptors, pageclass.KernelText, pageclass.KernelImage, pageclass.Reserved},
 }
 

@@ -40,7 +40,7 @@ import (
 // Config describes a guest. The zero value is good.
 type Config struct {
 	Kernel     lab.Kernel
-	MemoryMiB  int // default 320
+	MemoryMiB  int // default 384
 	VCPUs      int // default 1
 	Seed       uint64
 	SingleStep bool   // under emulation: stop after any instruction, not only where a block of them ends
@@ -100,7 +100,7 @@ var runs atomic.Int64
 // Boot starts a guest on host a of the lab and waits until its load has begun.
 func Boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 	if c.MemoryMiB == 0 {
-		c.MemoryMiB = 320
+		c.MemoryMiB = 384
 	}
 	if c.VCPUs == 0 {
 		c.VCPUs = 1
@@ -419,11 +419,14 @@ func (g *Guest) Silent(most time.Duration) {
 	}
 }
 
-// sinceBeat returns how long ago the guest has told of itself.
-func (g *Guest) sinceBeat() time.Duration {
+// answered reports whether the command under way is carried out; that it failed is a problem.
+func (g *Guest) answered() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return time.Since(g.beatAt)
+	if g.reply != nil && g.reply.Error != "" {
+		g.problem(Problem{time.Now(), "silent", "the guest cannot do as told: " + g.reply.Error})
+	}
+	return g.reply != nil
 }
 
 // forget drops all problems, as when the guest is set back to a time before them.

@@ -161,7 +161,7 @@ func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, erro
 		return r, ctx.Err()
 	}
 	if len(r.Problems) == 0 {
-		if err := g.finally(ctx); err != nil {
+		if _, err := g.Command(ctx, "check"); err != nil {
 			r.Problems = append(r.Problems, Problem{time.Now(), "silent", err.Error()})
 		}
 		r.Problems = append(r.Problems, g.Problems()...)

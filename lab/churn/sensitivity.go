@@ -129,26 +129,27 @@ func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, 
 	}
 	r := &Trial{Target: t.Name, Pages: len(pfns)}
 	began := time.Now()
-	checked := false
+	checking := false
 	for {
 		g.Silent(hung)
+		done := checking && g.answered()
 		if p := g.Problems(); len(p) > 0 {
 			r.Noticed, r.Text, r.After = p[0].Kind, p[0].Text, time.Since(began)
 			return r, nil
 		}
-		if time.Since(began) > wait && g.sinceBeat() < hung/2 {
-			if checked {
-				return r, nil
-			}
+		if done {
+			return r, nil
+		}
+		if time.Since(began) > wait && !checking {
 			// The check that comes at the end of Overwrite as well.
-			checked = true
-			if err := g.finally(ctx); ctx.Err() != nil {
+			checking = true
+			if err := g.send("check"); err != nil {
 				return nil, err
-			} else if err != nil {
-				r.Noticed, r.Text, r.After = "silent", err.Error(), time.Since(began)
-				return r, nil
 			}
-			continue
+		}
+		if time.Since(began) > wait+commandTime {
+			r.Noticed, r.Text, r.After = "silent", "the guest does not come to an end of checking", time.Since(began)
+			return r, nil
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
@@ -161,16 +162,28 @@ func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, 
 // hung is how long a guest that is alive may say nothing, here, where a mistake costs little.
 const hung = 8 * time.Second
 
-// finally has the guest check what is not checked all the time.
-func (g *Guest) finally(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*hung)
-	defer cancel()
-	for _, verb := range []string{"quiet", "check", "go"} {
-		if _, err := g.Command(ctx, verb); err != nil {
+// reset resets the VM, so that QEMU is willing to let it run.
+func (g *Guest) reset(ctx context.Context) error {
+	action := func(a string) error {
+		return g.qmp.Run(ctx, "set-action", map[string]string{"reboot": a}, nil)
+	}
+	if err := action("reset"); err != nil {
+		return err
+	}
+	if err := g.qmp.Run(ctx, "system_reset", nil, nil); err != nil {
+		return err
+	}
+	for range 100 {
+		st, err := g.qmp.QueryStatus(ctx)
+		if err != nil {
 			return err
 		}
+		if st.Status != "shutdown" && st.Status != "internal-error" {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	return nil
+	return action("shutdown")
 }
 
 // rewind sets the guest back to its snapshot and lets it run.
@@ -179,8 +192,8 @@ func (g *Guest) rewind(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if st.Status == "shutdown" || st.Status == "internal-error" { // else it cannot run on
-		if err := g.qmp.Run(ctx, "system_reset", nil, nil); err != nil {
+	if st.Status == "shutdown" || st.Status == "internal-error" { // it cannot run on
+		if err := g.reset(ctx); err != nil {
 			return err
 		}
 	}
