@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -236,6 +237,21 @@ func (c *control) serve() error {
 	}
 }
 
+func vmstat() (map[string]uint64, error) {
+	b, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return nil, err
+	}
+	counts := map[string]uint64{}
+	for line := range strings.Lines(string(b)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if n, err := strconv.ParseUint(value, 10, 64); err == nil {
+			counts[name] = n
+		}
+	}
+	return counts, nil
+}
+
 // checkAll has all workers verify all that they have.
 func (c *control) checkAll() error {
 	n := c.shared.checks.Add(1)
@@ -254,7 +270,7 @@ func (c *control) checkAll() error {
 	return fmt.Errorf("not all workers come to an end of verifying")
 }
 
-func (c *control) obey(id, verb string, r *churnproto.Reply) error {
+func (c *control) obey(id, verb string, r *churnproto.Reply) (err error) {
 	switch verb {
 	case "sync":
 		return nil
@@ -270,6 +286,9 @@ func (c *control) obey(id, verb string, r *churnproto.Reply) error {
 		return nil
 	case "check":
 		if err := c.checkAll(); err != nil {
+			return err
+		}
+		if r.Vmstat, err = vmstat(); err != nil {
 			return err
 		}
 		if c.sum == 0 {

@@ -20,7 +20,7 @@ var (
 	kernelFlag  = flag.String("kernel", "6.1", "kernels by their names in the lab, with commas between, or \"all\"")
 	stopsFlag   = flag.Int("stops", 25, "TestOverwrite: stops per kernel")
 	perFlag     = flag.Int("per", 250, "TestOverwrite: stops per guest")
-	plainFlag   = flag.Bool("plain", false, "TestOverwrite: no single steps, slab checks and second CPU for some of the guests")
+	plainFlag   = flag.Bool("plain", false, "TestOverwrite: all guests alike: one CPU, no slab checks, no single steps, no free page reporting")
 	snapsFlag   = flag.Int("snapshots", 3, "TestCompare: snapshots per kernel")
 	trialsFlag  = flag.Int("trials", 1, "TestSensitivity: trials per target")
 	pagesFlag   = flag.Int("pages", 8, "TestSensitivity: pages overwritten per trial")
@@ -119,7 +119,7 @@ func write(t *testing.T, name string, f func(io.Writer)) {
 // allocator must not contradict.
 func TestOverwrite(t *testing.T) {
 	l := newLab(t)
-	variants := []Config{{}, {SlabChecks: true}, {VCPUs: 2}, {SingleStep: true}}
+	variants := []Config{{}, {SlabChecks: true}, {VCPUs: 2}, {SingleStep: true}, {VCPUs: 2, Reporting: true}}
 	if *plainFlag {
 		variants = variants[:1]
 	}

@@ -45,6 +45,7 @@ type Config struct {
 	Seed       uint64
 	SingleStep bool   // under emulation: stop after any instruction, not only where a block of them ends
 	SlabChecks bool   // have the kernel check its slabs as it goes (slub_debug=FZ)
+	Reporting  bool   // have the kernel report free pages, which QEMU then takes away
 	Cmdline    string // more of the kernel's
 }
 
@@ -55,6 +56,9 @@ func (c *Config) String() string {
 	}
 	if c.SlabChecks {
 		s += ", slab checks"
+	}
+	if c.Reporting {
+		s += ", free page reporting"
 	}
 	return s
 }
@@ -131,6 +135,9 @@ func Boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 		"-device", "virtserialport,chardev=churn,name=" + churnproto.Port,
 		// A guest that breaks stands still, rather than that it starts anew or ends.
 		"-device", "pvpanic", "-action", "panic=pause,reboot=shutdown,shutdown=pause",
+	}
+	if c.Reporting {
+		extra = append(extra, "-device", "virtio-balloon-pci,free-page-reporting=on")
 	}
 	if c.SingleStep {
 		extra = append(extra, "-singlestep")

@@ -3,6 +3,7 @@ package churn
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"unsafe"
@@ -99,89 +100,112 @@ func newOracle(w *writer, t *churnproto.Trace) (*oracle, error) {
 // read takes the events up to now; the guest must be stopped.
 func (o *oracle) read() error {
 	o.events = o.events[:0]
+	lost := uint64(0)
 	for cpu, ring := range o.rings {
-		n, err := o.drain(ring)
+		n := len(o.events)
+		b, head, err := o.records(ring)
+		var missing uint64
+		if err == nil {
+			o.events, missing, err = parseRecords(o.events, b, &o.trace)
+		}
+		if err == nil {
+			err = o.w.write(ring[0]*pageSize+churnproto.TailOffset, head)
+		}
 		if err != nil {
 			return fmt.Errorf("guest's trace of CPU %d: %w", cpu, err)
 		}
+		lost += missing
 		o.first[cpu] = append(o.first[cpu][:0], o.events[n:min(len(o.events), n+16)]...)
 	}
 	o.Events += uint64(len(o.events))
-	if len(o.trace.Rings) > 1 {
+	if lost > 0 { // what was freed, too
+		o.Lost += lost
+		clear(o.allocated)
+		return nil
+	}
+	if len(o.rings) > 1 {
 		slices.SortStableFunc(o.events, func(a, b event) int { return cmp.Compare(a.time, b.time) })
 	}
 	for _, e := range o.events {
-		for pfn := e.pfn; pfn < e.pfn+1<<e.order && pfn < uint64(len(o.allocated)); pfn++ {
+		if e.pfn >= uint64(len(o.allocated)) {
+			continue
+		}
+		for pfn := e.pfn; pfn < min(e.pfn+1<<e.order, uint64(len(o.allocated))); pfn++ {
 			o.allocated[pfn] = e.alloc
 		}
 	}
 	return nil
 }
 
-// drain appends a ring's events; it returns how many there were before.
-func (o *oracle) drain(ring []uint64) (before int, err error) {
-	before = len(o.events)
+// records returns what has come into a ring, and where it ends there.
+func (o *oracle) records(ring []uint64) (b []byte, head uint64, err error) {
 	control, data := ring[0]*pageSize, ring[1:]
 	var ends [16]byte
 	if err := o.w.read(ends[:], control+churnproto.HeadOffset); err != nil {
-		return before, err
+		return nil, 0, err
 	}
 	head, tail := binary.LittleEndian.Uint64(ends[:]), binary.LittleEndian.Uint64(ends[8:])
 	size := uint64(len(data)) * pageSize
 	if head < tail || head-tail > size {
-		return before, fmt.Errorf("head %d, tail %d", head, tail)
+		return nil, 0, fmt.Errorf("head %d, tail %d", head, tail)
 	}
 	o.buf = slices.Grow(o.buf[:0], int(head-tail))[:head-tail]
 	for at := tail; at < head; {
 		n := min(head-at, pageSize-at%pageSize)
 		if err := o.w.read(o.buf[at-tail:at-tail+n], data[at%size/pageSize]*pageSize+at%pageSize); err != nil {
-			return before, err
+			return nil, 0, err
 		}
 		at += n
 	}
+	return o.buf, head, nil
+}
+
+// parseRecords appends the events of perf records: u32 type, u16 flags, u16 size in bytes with this
+// header. Of samples follow u64 time, u32 size and what the tracepoint's format says; of lost
+// records u64 id, u64 how many.
+func parseRecords(events []event, b []byte, t *churnproto.Trace) (_ []event, lost uint64, err error) {
 	le := binary.LittleEndian
-	for b := o.buf; len(b) > 0; {
+	for len(b) > 0 {
 		if len(b) < 8 {
-			return before, fmt.Errorf("a record is cut")
+			return nil, 0, errors.New("a record is cut")
 		}
 		n := int(le.Uint16(b[6:]))
 		if n < 8 || n > len(b) {
-			return before, fmt.Errorf("a record of %d bytes", n)
+			return nil, 0, fmt.Errorf("a record of %d bytes", n)
 		}
 		r := b[:n]
 		b = b[n:]
 		switch le.Uint32(r) {
 		case recordLost:
-			if n >= 24 {
-				o.Lost += le.Uint64(r[16:])
-			}
-			clear(o.allocated)
-		case recordSample: // u64 time, u32 size, the tracepoint's own
 			if n < 24 {
-				return before, fmt.Errorf("a sample of %d bytes", n)
+				return nil, 0, fmt.Errorf("a note of a loss of %d bytes", n)
+			}
+			lost += max(1, le.Uint64(r[16:])&(1<<40-1))
+		case recordSample:
+			if n < 24 {
+				return nil, 0, fmt.Errorf("a sample of %d bytes", n)
 			}
 			raw := r[20:]
-			id := int(le.Uint16(raw))
-			layout := &o.trace.Alloc
-			if id == o.trace.Free.ID {
-				layout = &o.trace.Free
-			} else if id != o.trace.Alloc.ID {
-				return before, fmt.Errorf("a sample of event %d", id)
+			layout := &t.Alloc
+			if id := int(le.Uint16(raw)); id == t.Free.ID {
+				layout = &t.Free
+			} else if id != t.Alloc.ID {
+				return nil, 0, fmt.Errorf("a sample of event %d", id)
 			}
-			if layout.PFN < 0 || layout.Order < 0 || layout.PFN+8 > len(raw) || layout.Order+4 > len(raw) {
-				return before, fmt.Errorf("a sample of %d bytes", len(raw))
+			if min(layout.PFN, layout.Order) < 0 || max(layout.PFN, layout.Order) > 1<<16 || layout.PFN+8 > len(raw) || layout.Order+4 > len(raw) {
+				return nil, 0, fmt.Errorf("a sample of %d bytes", len(raw))
 			}
-			e := event{time: le.Uint64(r[8:]), pfn: le.Uint64(raw[layout.PFN:]), order: le.Uint32(raw[layout.Order:]), alloc: id == o.trace.Alloc.ID}
-			if e.alloc && (e.pfn == 0 || e.pfn == ^uint64(0)) { // it failed
+			e := event{time: le.Uint64(r[8:]), pfn: le.Uint64(raw[layout.PFN:]), order: le.Uint32(raw[layout.Order:]), alloc: layout == &t.Alloc}
+			if e.pfn == 0 || e.pfn == ^uint64(0) { // no page: it failed
 				continue
 			}
-			if e.order > 20 {
-				return before, fmt.Errorf("an event of order %d", e.order)
+			if e.order > 20 || e.pfn > 1<<52 {
+				return nil, 0, fmt.Errorf("an event of order %d at page %#x", e.order, e.pfn)
 			}
-			o.events = append(o.events, e)
+			events = append(events, e)
 		}
 	}
-	return before, o.w.write(control+churnproto.TailOffset, head)
+	return events, lost, nil
 }
 
 // known counts the pages that are allocated for all that the oracle knows.

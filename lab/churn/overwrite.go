@@ -19,6 +19,8 @@ type OverwriteResult struct {
 	Events      uint64 // of the guests' allocators, that the oracle has followed
 	Problems    []Problem
 	OOM         uint64 // deaths of the worker that is meant to die
+	// Vmstat are the guests' own counters, from boot on, of such as swapping and compaction.
+	Vmstat map[string]uint64
 
 	// The oracle's stops: those at which no event was missing.
 	OracleStops    int
@@ -41,6 +43,12 @@ func (r *OverwriteResult) add(o *OverwriteResult) {
 	r.Events += o.Events
 	r.Problems = append(r.Problems, o.Problems...)
 	r.OOM += o.OOM
+	for name, n := range o.Vmstat {
+		if r.Vmstat == nil {
+			r.Vmstat = map[string]uint64{}
+		}
+		r.Vmstat[name] += n
+	}
 	r.OracleStops += o.OracleStops
 	r.Known += o.Known
 	r.Contradictions = append(r.Contradictions, o.Contradictions...)
@@ -161,8 +169,11 @@ func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, erro
 		return r, ctx.Err()
 	}
 	if len(r.Problems) == 0 {
-		if _, err := g.Command(ctx, "check"); err != nil {
+		reply, err := g.Command(ctx, "check")
+		if err != nil {
 			r.Problems = append(r.Problems, Problem{time.Now(), "silent", err.Error()})
+		} else {
+			r.Vmstat = reply.Vmstat
 		}
 		r.Problems = append(r.Problems, g.Problems()...)
 	}

@@ -33,6 +33,15 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 	}
 	table(w, rows...)
 	for i, r := range results {
+		var did []string
+		for _, c := range counters {
+			n := uint64(0)
+			for _, name := range c.names {
+				n += r.Vmstat[name]
+			}
+			did = append(did, fmt.Sprintf("%s %d", c.what, n))
+		}
+		fmt.Fprintf(w, "\n- %s, by its own counters: %s; out of memory on purpose %d", names[i], strings.Join(did, ", "), r.OOM)
 		for _, p := range r.Problems {
 			fmt.Fprintf(w, "\n- %s: %s", names[i], oneLine(p.String()))
 		}
@@ -47,6 +56,23 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 		}
 	}
 	fmt.Fprintln(w)
+}
+
+// counters are those of /proc/vmstat that show what the guests went through.
+var counters = []struct {
+	what  string
+	names []string
+}{
+	{"pages allocated", []string{"pgalloc_dma", "pgalloc_dma32", "pgalloc_normal", "pgalloc_movable"}},
+	{"swapped out", []string{"pswpout"}},
+	{"swapped in", []string{"pswpin"}},
+	{"reclaimed", []string{"pgsteal_kswapd", "pgsteal_direct"}},
+	{"migrated", []string{"pgmigrate_success"}},
+	{"compactions", []string{"compact_success", "compact_fail"}},
+	{"huge pages faulted", []string{"thp_fault_alloc"}},
+	{"split", []string{"thp_split_page"}},
+	{"hugetlb pages", []string{"htlb_buddy_alloc_success"}},
+	{"balloon pages", []string{"balloon_inflate"}},
 }
 
 func keys(m map[string]int) (all []string) {

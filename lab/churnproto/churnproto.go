@@ -135,6 +135,8 @@ type Reply struct {
 	ID    string `json:"id"`
 	Error string `json:"error,omitempty"`
 	Trace *Trace `json:"trace,omitempty"`
+	// Vmstat is /proc/vmstat at the end of the command "check".
+	Vmstat map[string]uint64 `json:"vmstat,omitempty"`
 }
 
 // Trace says how to find what the guest's kernel writes when its page allocator allocates
