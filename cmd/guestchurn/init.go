@@ -28,6 +28,7 @@ type control struct {
 	mu   sync.Mutex
 	port *os.File // guarded by mu when written to
 	out  []byte   // guarded by mu
+	told uint64   // messages Bad and Death sent; guarded by mu
 
 	workers []string
 	procs   sync.Map // process → index in workers
@@ -191,7 +192,7 @@ func (c *control) beat() {
 			b.Ops[i] = c.shared.ops[i].Load()
 		}
 		c.mu.Lock()
-		b.OOM = uint64(c.oom)
+		b.OOM, b.Told = uint64(c.oom), c.told
 		c.mu.Unlock()
 		c.send(churnproto.TypeBeat, b)
 	}
@@ -209,6 +210,9 @@ func (c *control) sendRaw(t churnproto.Type, b []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.out = churnproto.AppendFrame(c.out[:0], t, b)
+	if t == churnproto.TypeBad || t == churnproto.TypeDeath {
+		c.told++
+	}
 	if _, err := c.port.Write(c.out); err != nil {
 		fmt.Fprintln(os.Stderr, "guestchurn: BUG: write to the host:", err)
 	}

@@ -19,11 +19,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,9 +46,10 @@ type Config struct {
 	MemoryMiB  int // default 384
 	VCPUs      int // default 1
 	Seed       uint64
-	SingleStep bool   // under emulation: stop after any instruction, not only where a block of them ends
+	SingleStep bool   // under emulation: Overwrite stops after any instruction, not only where a block of them ends
 	SlabChecks bool   // have the kernel check its slabs as it goes (slub_debug=FZ)
 	Reporting  bool   // have the kernel report free pages, which QEMU then takes away
+	Movable    bool   // fit for Move: with disks that two hosts share, and no network card; snapshots cannot be taken
 	Cmdline    string // more of the kernel's
 }
 
@@ -59,6 +63,9 @@ func (c *Config) String() string {
 	}
 	if c.Reporting {
 		s += ", free page reporting"
+	}
+	if c.Movable {
+		s += ", movable"
 	}
 	return s
 }
@@ -78,9 +85,11 @@ type Guest struct {
 	Hello  churnproto.Hello
 
 	vm      *lab.VM
+	files   string // what the names of its files begin with
 	qmp     *qmp.Client
 	events  *qmp.Subscription
 	conn    net.Conn
+	moves   chan net.Conn // takes the guest's port on each VM after the first
 	reading sync.WaitGroup
 	mem     *guestmem.Memory
 	linux   *guestlinux.Guest
@@ -91,9 +100,11 @@ type Guest struct {
 	changed  chan struct{} // closed and replaced with every message
 	hello    bool
 	beat     churnproto.Beat
+	beats    int
 	beatAt   time.Time
 	moved    []time.Time // when each worker's count last grew
 	problems []Problem
+	told     uint64 // problems of which the guest has told
 	waiting  string // id of the command under way; what belongs to others is dropped
 	reply    *churnproto.Reply
 	tables   map[string][]byte
@@ -116,9 +127,8 @@ func Boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 			err = fmt.Errorf("boot churn guest with kernel %s: %w", c.Kernel.Name, err)
 		}
 	}()
-	n := runs.Add(1)
-	file := func(kind string) string { return filepath.Join(l.RunDir(), fmt.Sprintf("churn-%d-%s", n, kind)) }
-	if err := writeDisks(ctx, file("disk"), file("swap")); err != nil {
+	g.files = filepath.Join(l.RunDir(), fmt.Sprintf("churn-%d-", runs.Add(1)))
+	if err := writeDisks(ctx, g.files+"disk", g.files+"swap"); err != nil {
 		return nil, err
 	}
 	// Debian's own checks are on by default, such as those of lists; time-outs would only
@@ -127,57 +137,83 @@ func Boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 	if c.SlabChecks {
 		cmdline += " slub_debug=FZ"
 	}
-	extra := []string{
-		"-drive", "if=none,id=disk,format=raw,snapshot=on,file=" + file("disk"), "-device", "virtio-blk-pci,drive=disk",
-		"-drive", "if=none,id=swap,format=raw,snapshot=on,file=" + file("swap"), "-device", "virtio-blk-pci,drive=swap",
-		"-netdev", "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device", "virtio-net-pci,netdev=net",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=churn,server=on,wait=off,path=" + file("port"),
-		"-device", "virtserialport,chardev=churn,name=" + churnproto.Port,
-		// A guest that breaks stands still, rather than that it starts anew or ends.
-		"-device", "pvpanic", "-action", "panic=pause,reboot=shutdown,shutdown=pause",
-	}
-	if c.Reporting {
-		extra = append(extra, "-device", "virtio-balloon-pci,free-page-reporting=on")
-	}
-	if c.SingleStep {
-		extra = append(extra, "-singlestep")
-	}
+	port := g.files + "port"
 	g.vm, err = l.A.Boot(ctx, lab.Spec{
 		Kernel: c.Kernel, MemoryMiB: c.MemoryMiB, VCPUs: c.VCPUs,
-		Init: "guestchurn", Cmdline: cmdline + " " + c.Cmdline, Extra: extra,
+		Init: "guestchurn", Cmdline: cmdline + " " + c.Cmdline, Extra: g.devices(port),
 	})
 	if err != nil {
 		return nil, err
 	}
 	g.console.name = g.vm.Console
-	for g.qmp == nil { // QEMU makes its sockets one after the other
-		if g.qmp, err = qmp.Dial(ctx, g.vm.QMP); err == nil {
-			break
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-g.vm.Done():
-			return nil, fmt.Errorf("qemu has exited: %w", err)
-		case <-ctx.Done():
-			return nil, err
-		}
-		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ECONNREFUSED) {
-			return nil, err
-		}
+	if g.qmp, g.conn, err = connect(ctx, g.vm, port); err != nil {
+		return nil, err
 	}
 	g.events = g.qmp.Subscribe(64)
-	if g.conn, err = net.Dial("unix", file("port")); err != nil {
-		return nil, err
-	}
-	g.reading.Go(g.follow)
+	g.moves = make(chan net.Conn, 1)
+	in := &ports{now: g.conn, next: g.moves}
+	g.reading.Go(func() { g.follow(in) })
 	if err := g.wait(ctx, 2*time.Minute, "the guest's load to begin", func() bool { return g.hello }); err != nil {
 		return nil, err
+	}
+	if c.Movable {
+		g.Hello.Lacks = slices.DeleteFunc(g.Hello.Lacks, func(what string) bool { return strings.HasPrefix(what, "network: ") })
 	}
 	g.console.read() // what it says while it boots is nobody's doing
 	if g.mem, err = guestmem.Attach(ctx, g.qmp); err != nil {
 		return nil, err
 	}
 	return g, nil
+}
+
+// devices are QEMU's arguments for what the guest has, its port at a socket of that name.
+func (g *Guest) devices(port string) []string {
+	c := &g.Config
+	// What is not written to the files themselves, a twin would not see.
+	snapshot := ",snapshot=on"
+	if c.Movable {
+		snapshot = ""
+	}
+	extra := []string{
+		"-drive", "if=none,id=disk,format=raw,file=" + g.files + "disk" + snapshot, "-device", "virtio-blk-pci,drive=disk",
+		"-drive", "if=none,id=swap,format=raw,file=" + g.files + "swap" + snapshot, "-device", "virtio-blk-pci,drive=swap",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=churn,server=on,wait=off,path=" + port,
+		"-device", "virtserialport,chardev=churn,name=" + churnproto.Port,
+		// A guest that breaks stands still, rather than that it starts anew or ends.
+		"-device", "pvpanic", "-action", "panic=pause,reboot=shutdown,shutdown=pause",
+	}
+	if !c.Movable { // the network's program, which echoes, cannot move
+		extra = append(extra, "-netdev", "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device", "virtio-net-pci,netdev=net")
+	}
+	if c.Reporting {
+		extra = append(extra, "-device", "virtio-balloon-pci,free-page-reporting=on")
+	}
+	return extra
+}
+
+// connect connects to a VM's monitor and to the guest's port.
+func connect(ctx context.Context, vm *lab.VM, port string) (client *qmp.Client, conn net.Conn, err error) {
+	for client == nil { // QEMU makes its sockets one after the other
+		// The other monitor, which serves one client at a time, is for who evicts the VM.
+		if client, err = qmp.Dial(ctx, vm.LabQMP); err == nil {
+			break
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-vm.Done():
+			return nil, nil, fmt.Errorf("qemu has exited: %w", err)
+		case <-ctx.Done():
+			return nil, nil, err
+		}
+		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ECONNREFUSED) {
+			return nil, nil, err
+		}
+	}
+	if conn, err = net.Dial("unix", port); err != nil {
+		client.Close()
+		return nil, nil, err
+	}
+	return client, conn, nil
 }
 
 // Attach finds the guest's kernel, for Survey.
@@ -233,13 +269,17 @@ func (g *Guest) Close() error {
 	if g.conn != nil {
 		g.conn.Close()
 	}
+	if g.moves != nil {
+		close(g.moves)
+		g.moves = nil
+	}
 	g.reading.Wait()
 	return nil
 }
 
-// follow takes the guest's messages until the port ends.
-func (g *Guest) follow() {
-	in := churnproto.NewReader(g.conn)
+// follow takes the guest's messages until they end.
+func (g *Guest) follow(from io.Reader) {
+	in := churnproto.NewReader(from)
 	for {
 		t, payload, err := in.Next()
 		if err == nil {
@@ -272,17 +312,24 @@ func (g *Guest) take(t churnproto.Type, payload []byte) (err error) {
 		before := g.beat.Ops
 		g.beat = churnproto.Beat{}
 		err = json.Unmarshal(payload, &g.beat)
+		g.beats++
 		g.beatAt = now
+		if lost := g.beat.Told - min(g.beat.Told, g.told); lost > 0 {
+			g.told = g.beat.Told
+			g.problem(Problem{now, "bad", fmt.Sprintf("the guest has told of %d problems more than were heard of", lost)})
+		}
 		for i := range min(len(g.moved), len(g.beat.Ops)) {
 			if i >= len(before) || before[i] != g.beat.Ops[i] {
 				g.moved[i] = now
 			}
 		}
 	case churnproto.TypeBad:
+		g.told++
 		var b churnproto.Bad
 		err = json.Unmarshal(payload, &b)
 		g.problem(Problem{now, "bad", g.worker(b.Worker) + b.String()})
 	case churnproto.TypeDeath:
+		g.told++
 		var d churnproto.Death
 		err = json.Unmarshal(payload, &d)
 		g.problem(Problem{now, "death", g.worker(d.Worker) + d.Status + ": " + d.Said})
@@ -377,6 +424,23 @@ func (g *Guest) Command(ctx context.Context, verb string) (*churnproto.Reply, er
 
 // Stop stops the guest where it is.
 func (g *Guest) Stop(ctx context.Context) error { return g.qmp.Stop(ctx) }
+
+// stopAnywhere stops the guest after any instruction. Emulation stops only where a block of
+// instructions ends; for the last few milliseconds these are made to have one each.
+func (g *Guest) stopAnywhere(ctx context.Context, after time.Duration) error {
+	command := "one-insn-per-tb"
+	if !g.qmp.Version().AtLeast(8, 1) {
+		command = "singlestep"
+	}
+	if err := g.hmp(ctx, command+" on"); err != nil {
+		return err
+	}
+	time.Sleep(after)
+	if err := g.Stop(ctx); err != nil {
+		return err
+	}
+	return g.hmp(ctx, command+" off")
+}
 
 // Cont lets it run on.
 func (g *Guest) Cont(ctx context.Context) error {

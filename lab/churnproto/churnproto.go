@@ -108,6 +108,8 @@ type Beat struct {
 	Pages uint64   `json:"pages"` // verified in all, by all workers
 	// OOM counts the deaths of the worker that presses memory, which is meant to die first.
 	OOM uint64 `json:"oom"`
+	// Told is how many messages Bad and Death were sent before, as a move may cut some.
+	Told uint64 `json:"told"`
 }
 
 // Bad is a word of memory, or of what the kernel kept for the load, that is wrong.
@@ -154,6 +156,9 @@ type Ring struct {
 	Sums []uint64 `json:"sums"` // of the pages of data
 }
 
+// FullBut is how many bytes a ring lacks at most when it counts as full.
+const FullBut = 256
+
 // Offsets in struct perf_event_mmap_page (include/uapi/linux/perf_event.h), in bytes.
 const (
 	MarkOffset = 1016 // the end of what it holds in reserve
@@ -161,9 +166,9 @@ const (
 	TailOffset = 1032
 )
 
-// Sum sums up a page.
+// Sum sums up a page, but for its end: a ring that is full may still take a short record.
 func Sum(w *Words) (sum uint64) {
-	for _, v := range w {
+	for _, v := range w[:len(w)-FullBut/8] {
 		sum = (sum ^ v) * stepBase
 		sum ^= sum >> 32
 	}
