@@ -95,9 +95,8 @@ func fillRing(cpu int, ring []uint64) error {
 	if err := unix.SchedSetaffinity(0, &only); err != nil {
 		return err
 	}
-	const largest = 256 // what the kernel leaves free at most: room for a record and the note of a loss
 	for range 2000 {
-		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-largest {
+		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-churnproto.FullBut {
 			return nil
 		}
 		mem, err := mmap(64*pageSize, unix.MAP_POPULATE)

@@ -208,14 +208,14 @@ func parseRecords(events []event, b []byte, t *churnproto.Trace) (_ []event, los
 	return events, lost, nil
 }
 
-// known counts the pages that are allocated for all that the oracle knows.
-func (o *oracle) known() (n int) {
-	for _, a := range o.allocated {
-		if a {
-			n++
+// cover counts the pages of each kind, and those that are allocated for all that the oracle knows.
+func (o *oracle) cover(kinds *[pageclass.Kinds]Coverage, s *pageclass.Survey) {
+	for pfn, p := range s.Pages {
+		kinds[p.Kind].Pages++
+		if pfn < len(o.allocated) && o.allocated[pfn] {
+			kinds[p.Kind].Known++
 		}
 	}
-	return n
 }
 
 // contradictions returns the pages that are allocated and yet skippable.

@@ -24,7 +24,7 @@ type OverwriteResult struct {
 
 	// The oracle's stops: those at which no event was missing.
 	OracleStops    int
-	Known          uint64   // pages that it knew to be allocated, over all of its stops
+	Kinds          [pageclass.Kinds]Coverage
 	Contradictions []string // pages skippable and yet allocated
 	Belated        int      // those that an unpublished record of their being freed explains
 
@@ -34,6 +34,10 @@ type OverwriteResult struct {
 
 	Stop, Look, Fill, Read, Run time.Duration
 }
+
+// Coverage is how many pages of a kind there were over all of the oracle's stops, and how many
+// of them it knew to be allocated: of these it would have noticed if they had been skippable.
+type Coverage struct{ Pages, Known uint64 }
 
 func (r *OverwriteResult) add(o *OverwriteResult) {
 	r.Stops += o.Stops
@@ -50,7 +54,10 @@ func (r *OverwriteResult) add(o *OverwriteResult) {
 		r.Vmstat[name] += n
 	}
 	r.OracleStops += o.OracleStops
-	r.Known += o.Known
+	for k := range r.Kinds {
+		r.Kinds[k].Pages += o.Kinds[k].Pages
+		r.Kinds[k].Known += o.Kinds[k].Known
+	}
 	r.Contradictions = append(r.Contradictions, o.Contradictions...)
 	r.Belated += o.Belated
 	r.Failed += o.Failed
@@ -103,7 +110,12 @@ func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, erro
 			return r, ctx.Err()
 		}
 		lapped(&r.Run)
-		if err := g.Stop(ctx); err != nil {
+		if g.Config.SingleStep {
+			err = g.stopAnywhere(ctx, time.Duration(1+chance.IntN(20))*time.Millisecond)
+		} else {
+			err = g.Stop(ctx)
+		}
+		if err != nil {
 			return r, fmt.Errorf("stop the guest: %w; its problems: %v", err, g.Problems())
 		}
 		lapped(&r.Stop)
@@ -141,7 +153,7 @@ func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, erro
 			doubted = doubted[:0]
 			if lost == o.Lost && err == nil {
 				r.OracleStops++
-				r.Known += uint64(o.known())
+				o.cover(&r.Kinds, &s.Survey)
 				doubted = append(doubted, o.contradictions(&s.Survey)...)
 			}
 			lapped(&r.Read)

@@ -22,14 +22,35 @@ func table(w io.Writer, rows ...[]string) {
 
 // WriteOverwrites writes a table of results by name.
 func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
-	rows := [][]string{{"guest", "stops", "pages overwritten", "share of memory", "pages verified", "corruptions and alarms", "oracle's stops", "events", "pages known allocated", "contradictions", "stop+cont", "survey", "fill"}}
+	rows := [][]string{{"guest", "stops", "pages overwritten", "share of memory", "pages verified", "corruptions and alarms", "oracle's stops", "events", "pages in use it knew", "contradictions", "stop+cont", "survey", "fill"}}
 	for i, r := range results {
 		n := time.Duration(max(1, r.Stops))
+		var all, known uint64 // in use
+		for k, c := range r.Kinds {
+			if k := pageclass.Kind(k); k > pageclass.Offline {
+				all, known = all+c.Pages, known+c.Known
+			}
+		}
 		rows = append(rows, []string{
 			names[i], fmt.Sprint(r.Stops), fmt.Sprint(r.Overwritten), percent(r.Overwritten, r.Memory), fmt.Sprint(r.Verified), fmt.Sprint(len(r.Problems)),
-			fmt.Sprint(r.OracleStops), fmt.Sprint(r.Events), percent(r.Known*r.Memory/max(1, r.Memory), r.Memory*uint64(r.OracleStops)/uint64(max(1, r.Stops))), fmt.Sprint(len(r.Contradictions)),
+			fmt.Sprint(r.OracleStops), fmt.Sprint(r.Events), percent(known, all), fmt.Sprint(len(r.Contradictions)),
 			ms(r.Stop / n), ms(r.Look / n), ms(r.Fill / n),
 		})
+	}
+	table(w, rows...)
+	fmt.Fprintf(w, "\nWhat the oracle knew to be allocated, by kind:\n\n")
+	rows = [][]string{{"kind", "pages a stop", "known to be allocated"}}
+	for k := range pageclass.Kinds {
+		var c Coverage
+		stops := 0
+		for _, r := range results {
+			c.Pages += r.Kinds[k].Pages
+			c.Known += r.Kinds[k].Known
+			stops += r.OracleStops
+		}
+		if c.Pages > 0 && k != pageclass.None {
+			rows = append(rows, []string{k.String(), fmt.Sprint(c.Pages / uint64(max(1, stops))), percent(c.Known, c.Pages)})
+		}
 	}
 	table(w, rows...)
 	for i, r := range results {
