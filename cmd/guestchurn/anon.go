@@ -99,16 +99,18 @@ func (w *worker) anon(advice int) error {
 		if total > w.budget {
 			op = 9
 		}
-		if len(areas) == 0 || op == 0 || total < w.budget/2 {
+		if len(areas) == 0 || op == 0 || total < w.budget*7/8 {
 			n := 1 << w.IntN(12)
-			if advice == unix.MADV_HUGEPAGE && w.IntN(4) > 0 {
-				n = 1024 // whatever its address, at least one huge page fits
+			n = 1 + w.IntN(min(n, largest))
+			whole := advice == unix.MADV_HUGEPAGE && w.IntN(4) > 0
+			if whole {
+				n = 1023 + w.IntN(512) // whatever its address, at least one huge page fits
 			}
-			a, err := w.mapArea(1+w.IntN(min(n, largest)), 0, advice)
+			a, err := w.mapArea(n, 0, advice)
 			if err != nil {
 				return err
 			}
-			if advice == unix.MADV_HUGEPAGE && n == 1024 || w.IntN(2) == 0 {
+			if whole || w.IntN(2) == 0 {
 				for i := range a.seeds {
 					a.rewrite(w, i)
 				}
@@ -304,7 +306,7 @@ func (w *worker) press() error {
 	for {
 		var areas []*area
 		floor := 6<<10 + w.IntN(24<<10)
-		for total, most := 0, w.IntN(w.budget); total < most && !w.checkDue(); {
+		for total, most := 0, w.budget/2+w.IntN(w.budget/2); total < most && !w.checkDue(); {
 			avail, err := meminfo("MemAvailable")
 			if err != nil {
 				return err

@@ -55,7 +55,7 @@ func (w *worker) files(dir string) error {
 		if total > w.budget {
 			op = 11
 		}
-		if len(open) == 0 || op == 0 || total < w.budget/2 {
+		if len(open) == 0 || op == 0 || total < w.budget*7/8 {
 			serial++
 			f, err := os.Create(filepath.Join(dir, fmt.Sprint("file-", serial)))
 			if err != nil {

@@ -259,7 +259,7 @@ func vmstat() (map[string]uint64, error) {
 // checkAll has all workers verify all that they have.
 func (c *control) checkAll() error {
 	n := c.shared.checks.Add(1)
-	for range 3000 {
+	for began := time.Now(); ; {
 		waiting := ""
 		for i, name := range c.workers {
 			if c.shared.done[i].Load() != n {
@@ -269,9 +269,11 @@ func (c *control) checkAll() error {
 		if waiting == "" {
 			return nil
 		}
+		if time.Since(began) > time.Minute {
+			return fmt.Errorf("worker %s does not come to an end of verifying", waiting)
+		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return fmt.Errorf("not all workers come to an end of verifying")
 }
 
 func (c *control) obey(id, verb string, r *churnproto.Reply) (err error) {

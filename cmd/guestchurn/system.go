@@ -37,15 +37,19 @@ const (
 
 func setUp() (*system, error) {
 	s := &system{seed: 1}
-	for _, m := range []struct{ kind, at string }{
-		{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"tmpfs", shmemDir},
+	for _, m := range []struct{ kind, at, options string }{
+		{"devtmpfs", "/dev", ""}, {"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"tmpfs", shmemDir, "huge=within_size"},
 	} {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
 			return nil, err
 		}
-		if err := unix.Mount(m.kind, m.at, m.kind, 0, ""); err != nil {
+		if err := unix.Mount(m.kind, m.at, m.kind, 0, m.options); err != nil {
 			return nil, fmt.Errorf("mount %s: %w", m.at, err)
 		}
+	}
+	// With less than 512 MiB, Linux would use no transparent huge pages.
+	if err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("always"), 0); err != nil {
+		return nil, err
 	}
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {

@@ -22,18 +22,18 @@ var loads = []struct {
 	needs func(*system) bool
 	run   func(*worker) error
 }{
-	{"anon", 13, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
-	{"huge", 14, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
+	{"anon", 16, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
+	{"huge", 18, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
 	{"fork", 3, always, (*worker).fork},
-	{"disk", 11, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
-	{"shmem", 8, always, func(w *worker) error { return w.files(shmemDir) }},
+	{"disk", 13, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
+	{"shmem", 9, always, func(w *worker) error { return w.files(shmemDir) }},
 	{"names", 2, always, (*worker).names},
 	{"kernel", 4, always, (*worker).kernel},
 	{"pipe", 2, always, (*worker).pipes},
 	{"socket", 2, always, (*worker).sockets},
 	{"echo", 1, func(s *system) bool { return s.net }, (*worker).echo},
 	{"hugetlb", 7, always, (*worker).hugetlb},
-	{"press", 30, func(s *system) bool { return s.swap }, (*worker).press},
+	{"press", 45, func(s *system) bool { return s.swap }, (*worker).press},
 	{"poke", 0, always, (*worker).poke},
 }
 

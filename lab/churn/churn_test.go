@@ -89,7 +89,7 @@ func start(t *testing.T, l *lab.Lab, c Config) *Guest {
 	}
 	// Let the load fill memory.
 	select {
-	case <-time.After(2 * time.Second):
+	case <-time.After(4 * time.Second):
 	case <-t.Context().Done():
 	}
 	if err := g.Attach(t.Context()); err != nil {

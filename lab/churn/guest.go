@@ -411,7 +411,7 @@ func (g *Guest) finish(ctx context.Context, verb string) (*churnproto.Reply, map
 }
 
 // commandTime is how long a guest may take for a command on a busy machine.
-const commandTime = time.Minute
+const commandTime = 2 * time.Minute
 
 // Command has the guest carry out a command of cmd/guestchurn.
 func (g *Guest) Command(ctx context.Context, verb string) (*churnproto.Reply, error) {
