@@ -302,7 +302,7 @@ func (g *Guest) take(t churnproto.Type, payload []byte) (err error) {
 	now := time.Now()
 	switch t {
 	case churnproto.TypeHello:
-		g.hello = true
+		g.hello, g.beatAt = true, now
 		err = json.Unmarshal(payload, &g.Hello)
 		g.moved = make([]time.Time, len(g.Hello.Workers))
 		for i := range g.moved {
