@@ -646,7 +646,7 @@ func TestHostileKernels(t *testing.T) {
 					}
 				}
 			}, pageclass.UserPageTable)
-		}},
+		}, may: true},
 		{name: "everything mixed up", frozen: shuffle(16, all...)},
 		{name: "everything zero", frozen: fill(0)},
 		{name: "everything ones", frozen: fill(^uint64(0))},
