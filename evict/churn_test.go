@@ -122,14 +122,17 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 		res.mustComplete(t)
 		r.take(t, &res.report)
 	}
-	for {
+	for try := 1; ; try++ {
 		// On a busy machine it takes a worker long; one that is stuck shows by itself in time.
 		_, err := g.Command(within(t, 2*time.Minute), "check")
 		if err == nil {
 			break
 		}
 		t.Log(err, g.Beat())
-		if !judge() || t.Context().Err() != nil {
+		if try == 5 {
+			t.Error(err)
+		}
+		if !judge() || try == 5 {
 			return table
 		}
 	}
