@@ -256,22 +256,28 @@ func (w *worker) streams(what string, count int, open func() (*stream, error), t
 
 // drain takes all that is in a stream.
 func (w *worker) drain(what string, s *stream, buf []byte) error {
-	for s.got < s.sent {
+	for last := time.Now(); s.got < s.sent; {
 		none, err := w.take(what, s, buf)
 		if err != nil {
 			return err
 		}
-		if none {
+		if !none {
+			last = time.Now()
+		} else if what == network && time.Since(last) > 5*time.Second {
+			return io.ErrUnexpectedEOF // from such a connection nothing comes at all
+		} else {
 			time.Sleep(time.Millisecond)
 		}
 	}
 	return nil
 }
 
+const network = "network"
+
 // broken says whether a connection's end is nothing to worry about: QEMU's network forgets
 // connections when the VM is set back.
 func broken(what string, err error) bool {
-	return what == "network" && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF))
+	return what == network && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 func (w *worker) pipes() error {
@@ -338,7 +344,7 @@ func loopback() (*stream, error) {
 
 // echo sends to the host over the virtio network card, and verifies what comes back.
 func (w *worker) echo() error {
-	return w.streams("network", 2, func() (*stream, error) {
+	return w.streams(network, 2, func() (*stream, error) {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return nil, err
