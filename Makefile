@@ -14,7 +14,13 @@ export PATH := $(PATH):/usr/local/go/bin
 export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false) $(GOFLAGS)
 
 # TestRecord is no test: it rewrites what others compare with.
-TEST = $(GO) test -skip '^TestRecord$$' $(if $(RACE),-race) $(TESTFLAGS)
+TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
+
+# These compute much and one thing at a time: the race detector would find little, slowly.
+SEQUENTIAL = vacate/guestlinux vacate/lab/churn
+
+# $(call alltests,PACKAGES,FLAGS)
+alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
 
 .PHONY: help build test unit demo deps fuzz lint bench clean
 
@@ -26,7 +32,9 @@ build: ## bin/vacate, bin/vacate-guest and bin/guestload, all static
 
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)
-	$(TEST) -count=1 -p 1 -timeout 20m $(PKG)
+	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
+	$(call alltests,$(filter-out $(SEQUENTIAL),$(PACKAGES)),$(if $(RACE),-race))
+	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)))
 
 unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)

@@ -682,6 +682,7 @@ func (e *destination) readReturnPath() error {
 				if err := e.placer.place(free, nil, true); err != nil {
 					return err
 				}
+				e.placed(free)
 			}
 			if !missing {
 				continue
@@ -712,7 +713,11 @@ func (e *destination) want(r pageset.Run) (missing bool, free []pageRun) {
 			e.waiting[pageKey{r.Block, p}] = now
 		case e.skipped[r.Block].Has(p):
 			e.stats.FreeTouched++
-			free = e.takeSkipped(free, r.Block, p)
+			// Until they are placed they are missing, lest QEMU stops waiting for pages meanwhile.
+			// When none is, it is about to: then they read as zero by themselves.
+			if e.missing > 0 {
+				free = e.takeSkipped(free, r.Block, p)
+			}
 		}
 	}
 	return missing, free
@@ -733,6 +738,7 @@ func (e *destination) takeSkipped(runs []pageRun, block int, p pageset.Page) []p
 		}
 		count = min(count, int(end-first))
 		set.RemoveRun(first, count)
+		e.missing += count
 		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: count}, true})
 		at = first + pageset.Page(count)
 	}

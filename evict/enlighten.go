@@ -3,6 +3,7 @@ package evict
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"vacate/guesthints"
@@ -98,14 +99,18 @@ func (e *source) attach(ctx context.Context) (*guestlinux.Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	return guestlinux.Attach(ctx, mem)
+	guest, err := guestlinux.Attach(ctx, mem)
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return guest, err
 }
 
 func (l *light) doubt(what string, err error) {
 	if l.report.Doubts != "" {
 		l.report.Doubts += "; "
 	}
-	l.report.Doubts += fmt.Sprintf("%s: %v", what, err)
+	l.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it.

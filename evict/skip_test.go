@@ -58,6 +58,9 @@ func TestSkip(t *testing.T) {
 				if err := e.placer.place(zero, nil, true); err != nil {
 					t.Fatal(err)
 				}
+				if len(zero) > 0 {
+					e.placed(zero)
+				}
 			}
 		}
 		select {
@@ -93,5 +96,34 @@ func TestSkipRefusesData(t *testing.T) {
 	r := []pageRun{{pageset.Run{Count: 1}, false}}
 	if err := e.skip(append(appendPages(nil, r), pageData(l, r)...)); !errors.Is(err, link.ErrPeer) {
 		t.Error(err)
+	}
+}
+
+// Pages that were left out and that the guest has touched are missing until they are placed:
+// QEMU must not be told before that it has all.
+func TestSkippedInFlight(t *testing.T) {
+	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
+	e := &destination{layout: l, missing: 4, whole: make(chan struct{}), waiting: map[pageKey]time.Time{},
+		received: []*pageset.Set{pageset.New(4)}, skipped: []*pageset.Set{pageset.New(4)}}
+	whole := func() bool {
+		select {
+		case <-e.whole:
+			return true
+		default:
+			return false
+		}
+	}
+	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 0, Count: 2}, true}})); err != nil {
+		t.Fatal(err)
+	}
+	_, free := e.want(pageset.Run{First: 0, Count: 1})
+	last, _ := e.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
+	e.placed(last)
+	if len(free) == 0 || whole() {
+		t.Fatal("all is said to be there, and pages that the guest waits for are yet to be placed")
+	}
+	e.placed(free)
+	if !whole() {
+		t.Fatal("all is there, and that is not said")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -17,11 +18,11 @@ import (
 	"time"
 
 	"vacate/guestmem"
+	"vacate/lab"
 	"vacate/qmp"
 )
 
-// guestKernels names more kernels to test with than the lab's own.
-var guestKernels = flag.String("kernels", os.Getenv("VACATE_KERNELS"), "kernels (vmlinuz files) to test with besides the lab's, separated by colons")
+var guestKernels = flag.String("kernel", "6.1,backports", "kernels to test with, by their names in the lab, with commas between, or \"all\"")
 
 // need skips a test that lacks something, or fails it where nothing may be lacking.
 func need(t testing.TB, ok bool, what string) {
@@ -35,7 +36,7 @@ func need(t testing.TB, ok bool, what string) {
 	}
 }
 
-// kernels lists the guest kernels at hand.
+// kernels returns the directories of the guest kernels to test with.
 func kernels(t testing.TB) []string {
 	if testing.Short() {
 		t.Skip("boots guests")
@@ -43,14 +44,24 @@ func kernels(t testing.TB) []string {
 	_, err := exec.LookPath("qemu-system-x86_64")
 	need(t, err == nil, "qemu-system-x86_64: install the package qemu-system-x86")
 	need(t, os.Geteuid() == 0, "root, to read the memory of qemu")
-	all, _ := filepath.Glob("../.lab/kernel*/vmlinuz")
-	for f := range strings.SplitSeq(*guestKernels, ":") {
-		if f != "" {
-			all = append(all, f)
-		}
+	var names []string
+	for _, k := range lab.Kernels {
+		names = append(names, k.Name)
 	}
-	need(t, len(all) > 0, "a guest kernel: run `vacate lab up` once, or give one with -kernels")
-	return all
+	if *guestKernels != "all" {
+		names = strings.Split(*guestKernels, ",")
+	}
+	var dirs []string
+	for _, name := range names {
+		k, err := lab.FindKernel(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir, err := lab.FetchKernel(t.Context(), "../.lab", k, slog.New(slog.DiscardHandler))
+		need(t, err == nil, fmt.Sprintf("a guest kernel: %v", err))
+		dirs = append(dirs, dir)
+	}
+	return dirs
 }
 
 // A machine is a QEMU with a guest.
@@ -64,7 +75,7 @@ type machine struct {
 }
 
 type spec struct {
-	kernel, cmdline string
+	kernel, cmdline string // the kernel's directory
 	mib, cpus       int
 	memfd           bool
 	extra           []string
@@ -82,12 +93,13 @@ func boot(t testing.TB, s spec) *machine {
 		s.cpus = 1
 	}
 	console, sock := filepath.Join(dir, "console"), filepath.Join(dir, "qmp")
-	cpu := "max,-erms,-fsrm"
-	if out, err := exec.Command("file", "-bL", s.kernel).Output(); err == nil && !bytes.Contains(out, []byte("version 6.1.")) && !bytes.Contains(out, []byte("version 5.")) {
-		cpu += ",-cx16" // see the lab
+	release, err := os.ReadFile(filepath.Join(s.kernel, "release"))
+	if err != nil {
+		t.Fatal(err)
 	}
+	cpu := lab.DefaultCPU("tcg", string(release))
 	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-accel", "tcg,thread=multi", "-cpu", cpu,
-		"-smp", fmt.Sprint(s.cpus), "-m", fmt.Sprintf("%dM", s.mib), "-kernel", s.kernel, "-initrd", initrd,
+		"-smp", fmt.Sprint(s.cpus), "-m", fmt.Sprintf("%dM", s.mib), "-kernel", filepath.Join(s.kernel, "vmlinuz"), "-initrd", initrd,
 		"-append", "console=ttyS0 oops=panic panic=-1 " + s.cmdline,
 		"-chardev", "file,id=console,path=" + console, "-serial", "chardev:console",
 		"-chardev", "socket,id=port,path=" + filepath.Join(dir, "port") + ",server=on,wait=off", "-serial", "chardev:port",
@@ -140,7 +152,6 @@ func boot(t testing.TB, s spec) *machine {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	var err error
 	if m.port, err = net.Dial("unix", filepath.Join(dir, "port")); err != nil {
 		t.Fatal(err)
 	}
@@ -198,10 +209,6 @@ func initramfs(t testing.TB) []byte {
 
 func forKernels(t *testing.T, f func(t *testing.T, kernel string)) {
 	for _, k := range kernels(t) {
-		name := filepath.Base(k)
-		if name == "vmlinuz" {
-			name = filepath.Base(filepath.Dir(k))
-		}
-		t.Run(name, func(t *testing.T) { f(t, k) })
+		t.Run(filepath.Base(k), func(t *testing.T) { f(t, k) })
 	}
 }

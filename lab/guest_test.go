@@ -108,7 +108,7 @@ func TestDefaultCPU(t *testing.T) {
 		{"tcg", "6.12.48+deb13-cloud-amd64", "max,-erms,-fsrm,-cx16"},
 		{"tcg", "7.3.1-cloud-amd64", "max,-erms,-fsrm,-cx16"},
 	} {
-		if got := defaultCPU(c[0], c[1]); got != c[2] {
+		if got := DefaultCPU(c[0], c[1]); got != c[2] {
 			t.Errorf("%s, Linux %s: %q, want %q", c[0], c[1], got, c[2])
 		}
 	}

@@ -53,7 +53,7 @@ func (is *images) get(ctx context.Context, k Kernel, programs []string) (*image,
 // buildImage returns the image in the cache; it makes what is missing there.
 // The name of the initramfs is a hash of what is in it.
 func buildImage(ctx context.Context, dir string, k Kernel, programs []string, log *slog.Logger) (*image, error) {
-	kernel, err := kernelDir(ctx, dir, k, log)
+	kernel, err := FetchKernel(ctx, dir, k, log)
 	if err != nil {
 		return nil, fmt.Errorf("kernel: %w", err)
 	}

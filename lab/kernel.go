@@ -51,9 +51,9 @@ var modules = []string{
 	"virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon",
 }
 
-// kernelDir returns the cache's directory with the kernel's vmlinuz, release
+// FetchKernel returns the directory of a cache, dir, that has the kernel's vmlinuz, release
 // and modules/NN-NAME.ko; it downloads what is missing there.
-func kernelDir(ctx context.Context, dir string, k Kernel, log *slog.Logger) (string, error) {
+func FetchKernel(ctx context.Context, dir string, k Kernel, log *slog.Logger) (string, error) {
 	own, err := debianCodename()
 	if err != nil {
 		return "", err
@@ -81,7 +81,7 @@ func kernelDir(ctx context.Context, dir string, k Kernel, log *slog.Logger) (str
 }
 
 // fetchKernel downloads Debian's newest cloud kernel of the given sources and
-// keeps what kernelDir returns. Nothing is installed.
+// keeps what FetchKernel returns. Nothing is installed.
 func fetchKernel(ctx context.Context, dir string, repos []repo) error {
 	work := filepath.Join(dir, "work")
 	apt, err := newPrivateApt(ctx, work, repos)

@@ -31,7 +31,7 @@ func TestKernels(t *testing.T) {
 func TestKernelThatIsNotThere(t *testing.T) {
 	needLab(t)
 	log := slog.New(slog.DiscardHandler)
-	_, err := kernelDir(t.Context(), t.TempDir(), Kernel{"none", "no-such-suite"}, log)
+	_, err := FetchKernel(t.Context(), t.TempDir(), Kernel{"none", "no-such-suite"}, log)
 	if err == nil || !strings.Contains(err.Error(), "no-such-suite") {
 		t.Errorf("a kernel of no suite: %v", err)
 	}

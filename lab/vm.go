@@ -320,7 +320,7 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 		}
 	}
 	if spec.CPU == "" {
-		spec.CPU = defaultCPU(spec.Accel, img.release)
+		spec.CPU = DefaultCPU(spec.Accel, img.release)
 	}
 	l.mu.Lock()
 	l.seq++
@@ -395,11 +395,12 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	return vm, nil
 }
 
-// defaultCPU is what the accelerator has, less what hurts under emulation:
+// DefaultCPU is the CPU model for an accelerator ("kvm" or "tcg") and a guest kernel of some
+// release: all that there is, less what hurts under emulation:
 // clearing memory with "rep stosb" takes a turn per byte (erms; Linux 6.1
 // hangs if it then still has fsrm), and QEMU 7.2's cmpxchg16b fails in Linux
 // 6.12 and later (cx16).
-func defaultCPU(accel, release string) string {
+func DefaultCPU(accel, release string) string {
 	if accel == "kvm" {
 		return "host"
 	}

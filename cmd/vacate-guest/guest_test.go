@@ -6,8 +6,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -18,6 +20,7 @@ import (
 	"time"
 
 	"vacate/guesthints"
+	"vacate/lab"
 	"vacate/pageclass"
 	"vacate/qmp"
 )
@@ -47,12 +50,17 @@ type machine struct {
 	console string
 }
 
-// kernelDir has vmlinuz and modules/: the lab's kernel, or that of VACATE_GUEST_KERNEL.
-func kernelDir() string {
-	if dir := os.Getenv("VACATE_GUEST_KERNEL"); dir != "" {
-		return dir
+var guestKernel = flag.String("kernel", "6.1", "kernel to test with, by its name in the lab")
+
+// kernelDir returns the directory with the kernel's vmlinuz, release and modules/.
+func kernelDir(t testing.TB) string {
+	k, err := lab.FindKernel(*guestKernel)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return "../../.lab/kernel"
+	dir, err := lab.FetchKernel(t.Context(), "../../.lab", k, slog.New(slog.DiscardHandler))
+	need(t, err)
+	return dir
 }
 
 func build(t testing.TB, dir, name, pkg string) []byte {
@@ -90,15 +98,17 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	need(t, err)
-	kernel := filepath.Join(kernelDir(), "vmlinuz")
-	_, err = os.Stat(kernel)
-	need(t, err) // tests of package lab put it there
+	kernel := kernelDir(t)
+	release, err := os.ReadFile(filepath.Join(kernel, "release"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	dir := t.TempDir()
 	var initrd bytes.Buffer
 	for _, d := range []string{"dev", "proc", "sys", "modules"} {
 		archive(&initrd, d, 0o040755, nil)
 	}
-	modules, _ := filepath.Glob(filepath.Join(kernelDir(), "modules", "*"))
+	modules, _ := filepath.Glob(filepath.Join(kernel, "modules", "*"))
 	for _, m := range modules {
 		data, err := os.ReadFile(m)
 		if err != nil {
@@ -116,9 +126,9 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 	m := &machine{t: t, agent: file("agent"), monitor: file("qmp"), console: file("console"), frames: uint64(mib) << 8}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,memory-backend=ram",
-		"-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm,-cx16", "-smp", "2", "-m", strconv.Itoa(mib) + "M",
+		"-accel", "tcg,thread=multi", "-cpu", lab.DefaultCPU("tcg", string(release)), "-smp", "2", "-m", strconv.Itoa(mib) + "M",
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=on,mem-path=%s", mib, file("memory")),
-		"-kernel", kernel, "-initrd", file("initrd"), "-append", "console=ttyS0 panic=-1 quiet",
+		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", file("initrd"), "-append", "console=ttyS0 panic=-1 quiet",
 		"-chardev", "file,id=console,path=" + m.console, "-serial", "chardev:console",
 		"-qmp", "unix:" + m.monitor + ",server=on,wait=off",
 		"-device", "virtio-serial-pci",
