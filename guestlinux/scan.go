@@ -383,10 +383,10 @@ func (g *Guest) userPage(d *desc, words []uint64, flags uint64, mapcount uint32,
 		f |= pageclass.Mapped
 	}
 	switch {
+	case flags&l.headBit != 0 && l.hugetlbDtor >= 0 && g.isHugetlb(words): // mapped privately, it is anonymous, too
+		return page(pageclass.Hugetlb, f)
 	case mapping&1 != 0: // PAGE_MAPPING_ANON
 		return page(pageclass.Anon, f)
-	case flags&l.headBit != 0 && l.hugetlbDtor >= 0 && g.isHugetlb(words):
-		return page(pageclass.Hugetlb, f)
 	case flags&l.swapbacked != 0:
 		return page(pageclass.Shmem, f)
 	}
