@@ -127,7 +127,11 @@ func TestTables(t *testing.T) {
 	s := survey{g: newGuest("", "")}
 	s.Pages = make([]pageclass.Page, 4096)
 	s.Pages[9].Kind = pageclass.UserPageTable
-	s.Pages[2000] = pageclass.Page{Kind: pageclass.Anon, Owner: 3}
+	for i := 1000; i < 3000; i++ {
+		s.Pages[i].Kind = pageclass.Anon
+	}
+	s.Pages[2000].Owner = 3
+	s.Pages[1030] = pageclass.Page{} // its flags were not read
 	table := make([]byte, 4096)
 	for i, e := range []uint64{
 		2000<<12 | 0x27, 2001<<12 | 0x07, 2002<<12 | 0x26, 2003<<12 | 0x23, // accessed, not, not present, the kernel's
@@ -140,7 +144,7 @@ func TestTables(t *testing.T) {
 	if mapped != 515 || accessed != 514 || below != 9 || s.Pages[8].Owner != 3 {
 		t.Errorf("mapped %d, accessed %d, below %d, owner %d", mapped, accessed, below, s.Pages[8].Owner)
 	}
-	for frame, want := range map[int]bool{2000: true, 2001: false, 2002: false, 2003: false, 2004: true, 1024: true, 1535: true, 1536: false} {
+	for frame, want := range map[int]bool{2000: true, 2001: false, 2002: false, 2003: false, 2004: true, 1024: true, 1030: false, 1535: true, 1536: false} {
 		if got := s.Pages[frame].Flags&pageclass.Accessed != 0; got != want {
 			t.Errorf("frame %d: accessed %v, want %v", frame, got, want)
 		}

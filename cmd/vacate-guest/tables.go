@@ -137,7 +137,9 @@ func (s *survey) readTable(frame uint32, table []byte) (mapped, accessed int, be
 		if e&pteAccessed != 0 {
 			accessed += int(n)
 			for i := range n {
-				s.Pages[to+i].Flags |= pageclass.Accessed
+				if p := &s.Pages[to+i]; p.Kind != pageclass.None { // there may have been no time for its flags
+					p.Flags |= pageclass.Accessed
+				}
 			}
 		}
 		if me.Owner == 0 {
