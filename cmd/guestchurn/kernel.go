@@ -29,7 +29,7 @@ func (w *worker) kernel() error {
 	buf := make([]byte, 64<<10)
 	for {
 		if len(arrays) == 0 || total < w.budget/2 || total < w.budget && w.IntN(8) == 0 {
-			a := &array{size: 8 << w.IntN(13), cpus: 1}
+			a := &array{size: 128 << w.IntN(9), cpus: 1} // no smaller: each entry takes a system call
 			a.entries = 1 + w.IntN(max(1, 256<<10/a.size))
 			kind := mapArray
 			if w.IntN(2) == 0 {
