@@ -62,7 +62,8 @@ func newWindow(page int) *window {
 // size returns how many bytes may be in flight. The caller holds mu.
 func (w *window) size() int {
 	rate, trip := w.rate.value(startRate), w.trip.value(0)
-	return max(w.page, int(rate*(trip+allowedQueue.Seconds())))
+	// With one page a slow path would stand idle while that page is reported.
+	return max(2*w.page, int(rate*(trip+allowedQueue.Seconds())))
 }
 
 // batch returns how many bytes one frame should hold: a fraction of the window, so that
