@@ -10,7 +10,7 @@
 // kernel/vmcore_info.c; before 6.9 kernel/crash_core.c) and BPF (BTF,
 // Documentation/bpf/btf.rst). There is no table of kernel versions: sizes, offsets and
 // constants come from these two, and a kernel in which one is missing is refused.
-// Tried with Debian's 5.10, 6.1, 6.12, 6.18, 7.2 and 7.3.
+// Tried with Debian's 5.10, 6.1, 6.12, 7.2 and 7.3.
 //
 // Attach may be called while the guest runs; all that it finds is looked at again when the
 // guest is stopped. All of the guest's memory is held to be hostile: every count, length and
