@@ -408,7 +408,7 @@ func TestDialRefused(t *testing.T) {
 		"closes":        {nil, ErrPeer, "is it `vacate receive` that listens there?"},
 		"half answer":   {[]byte(mark), ErrPeer, "is it `vacate receive` that listens there?"},
 		"HTTP":          {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrPeer, "it answered \"HTTP/1.1 400"},
-		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused, "it speaks version 9, we speak 1: use the same release"},
+		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused, fmt.Sprintf("it speaks version 9, we speak %d: use the same release", Version)},
 		"refusal":       {append([]byte(mark), 0, Version, 1, 0, 0, 4, 'b', 'u', 's', 'y'), ErrRefused, `"busy"`},
 		"cut refusal":   {append([]byte(mark), 0, Version, 1, 0, 0, 9, 'b'), ErrRefused, "cut off"},
 	} {

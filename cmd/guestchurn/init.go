@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -260,20 +261,35 @@ func vmstat() (map[string]uint64, error) {
 func (c *control) checkAll() error {
 	n := c.shared.checks.Add(1)
 	for began := time.Now(); ; {
-		waiting := ""
-		for i, name := range c.workers {
-			if c.shared.done[i].Load() != n {
-				waiting = name
+		var waiting []string
+		c.procs.Range(func(pid, i any) bool {
+			if i := i.(int); c.shared.done[i].Load() != n {
+				waiting = append(waiting, fmt.Sprintf("%s (%s)", c.workers[i], whereabouts(pid.(int))))
 			}
-		}
-		if waiting == "" {
+			return true
+		})
+		if waiting == nil {
 			return nil
 		}
 		if time.Since(began) > time.Minute {
-			return fmt.Errorf("worker %s does not come to an end of verifying", waiting)
+			return fmt.Errorf("these workers do not come to an end of verifying: %s", strings.Join(waiting, "; "))
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// whereabouts says where in the kernel the threads of a process are.
+func whereabouts(pid int) string {
+	var at []string
+	dirs, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	for _, d := range dirs {
+		stat, _ := os.ReadFile(d + "/stat")
+		wchan, _ := os.ReadFile(d + "/wchan")
+		if _, rest, ok := strings.Cut(string(stat), ") "); ok {
+			at = append(at, fmt.Sprintf("%.1s %s", rest, wchan))
+		}
+	}
+	return strings.Join(at, ", ")
 }
 
 func (c *control) obey(id, verb string, r *churnproto.Reply) (err error) {
