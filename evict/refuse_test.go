@@ -395,10 +395,10 @@ func (r *refusals) peers() {
 	for name, c := range map[string]struct{ answer, says string }{
 		"web server":         {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ask},
 		"noise":              {strings.Repeat("\x00\xff\x17", 40), ask},
-		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", "speaks version 99, we speak 1: use the same release of vacate on both hosts"},
-		"taken":              {"vacate\r\n\x00\x01\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
+		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", "speaks version 99, we speak 2: use the same release of vacate on both hosts"},
+		"taken":              {"vacate\r\n\x00\x02\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
 		"silent destination": {"", ask},
-		"mirror":             {"vacate\r\n\x00\x01\x00\x00\x00\x00" + "vacate\r\n\x00\x01\x00\x00\x00\x00", "does not speak vacate's protocol"},
+		"mirror":             {"vacate\r\n\x00\x02\x00\x00\x00\x00" + "vacate\r\n\x00\x02\x00\x00\x00\x00", "does not speak vacate's protocol"},
 	} {
 		r.run(name, func(t *testing.T) { refused(t, r.evict(t, r.vm.QMP, serve(t, c.answer)), c.says) })
 	}
@@ -484,7 +484,7 @@ func (r *refusals) strangers() {
 		for lane := range byte(3) {
 			c := connect(t, hello(1, lane))
 			answer := make([]byte, 14)
-			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != "vacate\r\n\x00\x01\x00\x00\x00\x00" {
+			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != "vacate\r\n\x00\x02\x00\x00\x00\x00" {
 				t.Fatalf("answered %q, %v", answer, err)
 			}
 			if lane == 0 {

@@ -94,6 +94,11 @@ func (g *guest) survey(r *guesthints.Request, begin time.Time) (_ *pageclass.Sur
 	if err != nil { // without /proc/kcore there are no accessed bits
 		read = true
 	}
+	for i := range s.Pages { // the host takes it for a lie if something is known of an unknown page
+		if s.Pages[i].Kind == pageclass.None {
+			s.Pages[i] = pageclass.Page{}
+		}
+	}
 	return &s.Survey, !s.whole || !done || !read, nil
 }
 
