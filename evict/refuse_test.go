@@ -20,6 +20,7 @@ import (
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/link"
 	"vacate/qmp"
 
 	"golang.org/x/sys/unix"
@@ -482,7 +483,7 @@ func (r *refusals) strangers() {
 		t.Helper()
 		var control net.Conn
 		for lane := range byte(3) {
-			c := connect(t, hello(1, lane))
+			c := connect(t, hello(link.Version, lane))
 			answer := make([]byte, 14)
 			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != "vacate\r\n\x00\x02\x00\x00\x00\x00" {
 				t.Fatalf("answered %q, %v", answer, err)
@@ -503,9 +504,9 @@ func (r *refusals) strangers() {
 		says  string
 	}{
 		"web client":         {true, []byte("GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"), "does not speak vacate's protocol"},
-		"half a hello":       {true, hello(1, 0)[:11], "no hello"},
-		"another version":    {true, hello(2, 0), "use the same release of vacate on both hosts"},
-		"fetch lane only":    {true, hello(1, 2), "belongs to no session"},
+		"half a hello":       {true, hello(link.Version, 0)[:11], "no hello"},
+		"another version":    {true, hello(link.Version+1, 0), "use the same release of vacate on both hosts"},
+		"fetch lane only":    {true, hello(link.Version, 2), "belongs to no session"},
 		"garbage":            {say: []byte(strings.Repeat("garbage ", 100)), says: "does not speak vacate's protocol"},
 		"huge frame":         {say: []byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}, says: "4294967295 bytes, more than"},
 		"wrong checksum":     {say: append(frame(offer, nil)[:8], 1, 2, 3, 4), says: "wrong checksum"},
@@ -536,7 +537,7 @@ func (r *refusals) strangers() {
 		})
 	}
 	r.run("stranger: control lane only", func(t *testing.T) {
-		c := connect(t, hello(1, 0))
+		c := connect(t, hello(link.Version, 0))
 		if _, err := io.ReadFull(c, make([]byte, 14)); err != nil {
 			t.Fatal(err)
 		}
