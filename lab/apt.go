@@ -74,6 +74,10 @@ const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 type privateApt struct{ dir string }
 
 func newPrivateApt(ctx context.Context, dir string, repos []repo) (*privateApt, error) {
+	dir, err := filepath.Abs(dir) // apt runs in it
+	if err != nil {
+		return nil, err
+	}
 	for _, d := range []string{"state/lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
@@ -116,7 +120,7 @@ Acquire::PDiffs "false";
 	}
 	a := &privateApt{dir}
 	// "any": without it a source that fails is only a warning.
-	_, err := a.run(ctx, "apt-get", "update", "--error-on=any")
+	_, err = a.run(ctx, "apt-get", "update", "--error-on=any")
 	return a, err
 }
 
