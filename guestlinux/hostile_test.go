@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -303,6 +304,30 @@ func TestHostileStructures(t *testing.T) {
 	p.t = t
 	if r := p.survey(p.Guest); r == nil || r.Skippable == 0 {
 		t.Fatal("the guest did not recover: the test is broken")
+	}
+}
+
+// What was to be read makes no sense where another kernel runs: that is what is to be said then.
+func TestOverwrittenByAnother(t *testing.T) {
+	p := newPatient(t)
+	sections, ok := p.symbol("mem_section")
+	if !ok {
+		t.Fatal("no mem_section")
+	}
+	p.set64(p.phys(sections), 0xffff800000000000) // mapped nowhere
+	_, err := p.Survey(t.Context())
+	if err == nil || errors.Is(err, ErrChanged) {
+		t.Errorf("a broken table in the same kernel: %v", err)
+	}
+	cpus := p.cpus
+	p.cpus = []CPU{{}, {}} // as a reset leaves them
+	if _, err := p.Survey(t.Context()); !errors.Is(err, ErrChanged) {
+		t.Errorf("a broken table after a reset: %v", err)
+	}
+	p.cpus = cpus
+	p.heal()
+	if _, err := p.Survey(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package guestlinux
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -186,17 +187,40 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	}()
 	lap := time.Now()
 	r.Timings.Validate = lap.Sub(began)
-	if err := g.findSections(); err != nil {
+	lap, err = g.look(ctx, r, lap)
+	if ctx.Err() != nil {
 		return nil, err
 	}
-	if err := g.scan(ctx); err != nil {
+	a := <-asked
+	waited = true
+	// Where another kernel runs, that is why what was to be read made no sense.
+	if a.err == nil {
+		if changed := g.inForce(a.cpus); changed != nil {
+			return nil, fmt.Errorf("%w: %w", ErrChanged, changed)
+		}
+	}
+	if err := cmp.Or(err, a.err); err != nil {
 		return nil, err
+	}
+	r.Timings.Validate += time.Since(lap)
+	r.Timings.Total = time.Since(began)
+	return r, nil
+}
+
+// look does Survey's work on the memory of a guest that is taken for the one that was
+// attached. It returns when it was done, and must have begun at lap.
+func (g *Guest) look(ctx context.Context, r *Result, lap time.Time) (time.Time, error) {
+	if err := g.findSections(); err != nil {
+		return lap, err
+	}
+	if err := g.scan(ctx); err != nil {
+		return lap, err
 	}
 	g.markRegions(r)
 	r.Timings.Scan, lap = time.Since(lap), time.Now()
 	if err := g.skippable(r); err != nil {
 		if ctx.Err() != nil {
-			return nil, err
+			return lap, err
 		}
 		r.note("nothing is skipped: %v", err)
 		g.pages.distrust(0, g.pages.highest)
@@ -206,23 +230,13 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	p := &g.pages
 	r.Pages = p.list[:p.highest]
 	if err := g.takeCensus(ctx, r); err != nil {
-		return nil, err
+		return lap, err
 	}
 	r.Timings.Census, lap = time.Since(lap), time.Now()
 	if p.beyond {
 		r.note("memory behind %d GiB is not looked at: holes are too large", p.highest>>18)
 	}
-	a := <-asked
-	waited = true
-	if a.err != nil {
-		return nil, a.err
-	}
-	if err := g.inForce(a.cpus); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrChanged, err)
-	}
-	r.Timings.Validate += time.Since(lap)
-	r.Timings.Total = time.Since(began)
-	return r, nil
+	return lap, nil
 }
 
 // markRegions gives pages their kind by where they are.
