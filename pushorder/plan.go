@@ -142,7 +142,8 @@ func (r *ranking) tier(p pageclass.Page) uint16 {
 		}
 		return 9
 	case pageclass.KernelText, pageclass.KernelImage:
-		return 1
+		// The guest needs a fraction of it, which lies together, so that a few fetches bring it.
+		return 3
 	case pageclass.Anon, pageclass.Shmem, pageclass.Hugetlb, pageclass.ZeroPage:
 		switch {
 		case busy && p.Class == pageclass.UserCode:

@@ -199,8 +199,9 @@ func TestPlans(t *testing.T) {
 		want []pageset.Run
 	}{
 		{Enlightened, []pageset.Run{
-			page(0, 2), page(0, 5), // page tables, kernel text
-			page(0, 0), page(0, 4), page(1, 2), page(1, 3), // the busy process long before the idle one
+			page(0, 2), page(0, 0), // page tables and memory of the busy process
+			{Block: 0, First: 4, Count: 2}, page(1, 2), // active file, kernel text; slab
+			page(1, 3), // the idle process
 			page(0, 1), page(0, 3), page(1, 1), page(1, 0),
 		}},
 		{Classes, []pageset.Run{
