@@ -18,6 +18,8 @@ import (
 	"unsafe"
 
 	"vacate/lab/loadproto"
+
+	"golang.org/x/sys/unix"
 )
 
 // Devices is what a VM has besides memory, CPUs and two serial ports.
@@ -441,7 +443,7 @@ func (vm *VM) args(img *image, reports string) []string {
 	}
 	if s.Devices == Full {
 		add("-vga", "std",
-			"-drive", "if=none,id=disk,format=raw,file="+escape(s.Disk), "-device", "virtio-blk-pci,drive=disk",
+			"-drive", "if=none,id=disk,format=raw,cache="+diskCache(s.Disk)+",file="+escape(s.Disk), "-device", "virtio-blk-pci,drive=disk",
 			"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:77:00:01",
 			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device", "virtserialport,chardev=port,name=lab.port",
 			"-device", "virtio-balloon-pci")
@@ -455,6 +457,18 @@ func (vm *VM) args(img *image, reports string) []string {
 		add("-chardev", "socket,id=agent,server=on,wait=off,path="+escape(vm.AgentSocket), "-device", "virtserialport,chardev=agent,name="+AgentPort)
 	}
 	return append(args, s.Extra...)
+}
+
+// diskCache returns how QEMU is to cache a disk: as is right for one that two hosts share, not
+// at all. With QEMU's default a VM stands still while the destination drops what the host
+// has cached of its disk. Some file systems cannot do without.
+func diskCache(name string) string {
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return "writeback"
+	}
+	f.Close()
+	return "none"
 }
 
 // writeDisk makes a raw image with the pages that the guest load expects.
