@@ -200,6 +200,9 @@ func (t *trial) setUp(ctx context.Context, s strategy, result *Result) (err erro
 	if t.vm.Host == to {
 		to = t.lab.B
 	}
+	if t.release, err = warm(t.opts.Spec.MemoryMiB << 20); err != nil {
+		return err
+	}
 	if t.twin, err = to.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
 		return err
 	}
@@ -217,6 +220,9 @@ func (t *trial) setUp(ctx context.Context, s strategy, result *Result) (err erro
 
 // close ends everything that was started.
 func (t *trial) close() {
+	if t.release != nil {
+		t.release()
+	}
 	for _, m := range []*monitor{t.src, t.dst} {
 		if m != nil {
 			m.close()
