@@ -66,17 +66,17 @@ func (w *window) size() int {
 	return max(2*w.page, int(rate*(trip+allowedQueue.Seconds())))
 }
 
-// batch returns how many bytes one frame should hold: a fraction of the window, so that
-// reports keep coming while later frames are on their way, and of what may queue, which
-// is all that keeps a long path busy while a frame goes through its narrowest place.
+// batch returns how many bytes one frame should hold: somewhat more than half of what may
+// queue, so that two frames fill a short path. While one is placed and reported, the other goes
+// through the narrowest place. Smaller ones would cost both hosts more CPU time.
 func (w *window) batch() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.sent == w.placed {
 		return w.page
 	}
-	queued := int(w.rate.value(startRate) * allowedQueue.Seconds() / 2)
-	return min(max(min(w.size()/3, queued), w.page), max(maxBatch, w.page))
+	queued := int(w.rate.value(startRate) * allowedQueue.Seconds() * 3 / 5)
+	return min(max(queued, w.page), max(maxBatch, w.page))
 }
 
 // room returns a channel that is closed when more may be sent, nil if it may be now.
