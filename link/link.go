@@ -105,7 +105,7 @@ func (s *Session) Fail(cause error) {
 		close(s.done)
 		for _, c := range s.lane {
 			if c != nil {
-				c.c.Close()
+				c.s.Close()
 			}
 		}
 	})
@@ -138,7 +138,7 @@ func (s *Session) Err() error {
 func (s *Session) Lane(l Lane) *Conn { return s.lane[l] }
 
 // Peer is the address of the other side.
-func (s *Session) Peer() string { return s.lane[Control].c.RemoteAddr().String() }
+func (s *Session) Peer() string { return s.lane[Control].peer }
 
 // Bytes is the number of payload bytes of TCP sent and received on all lanes.
 func (s *Session) Bytes() (sent, received uint64) {
@@ -175,13 +175,15 @@ func Dial(ctx context.Context, dial func(ctx context.Context, network, addr stri
 			}
 			return nil, fmt.Errorf("reach the destination: %w", err)
 		}
-		if s.lane[l], err = newConn(c); err != nil {
-			c.Close()
-			return nil, err
+		err = hello(ctx, c, l, s.ID)
+		if err == nil {
+			s.lane[l], err = newConn(c)
 		}
-		if err := hello(ctx, c, l, s.ID); ctx.Err() != nil {
+		c.Close()
+		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
-		} else if err != nil {
+		}
+		if err != nil {
 			return nil, fmt.Errorf("%v lane to %s: %w", l, addr, err)
 		}
 	}
@@ -245,12 +247,13 @@ func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Sess
 			}
 			return nil, fmt.Errorf("accept a connection: %w", err)
 		}
-		if s.lane[Control] != nil && (time.Since(since) > handshakeTimeout || s.lane[Control].over()) {
+		if s.lane[Control] != nil && (time.Since(since) > handshakeTimeout || s.lane[Control].s.over()) {
 			s.Close() // its other lanes never came
 			s = &Session{done: make(chan struct{})}
 		}
-		if err := s.join(ctx, c); err != nil {
-			c.Close()
+		err = s.join(ctx, c)
+		c.Close()
+		if err != nil {
 			if turnedAway != nil {
 				turnedAway(fmt.Errorf("turned %v away: %w", c.RemoteAddr(), err))
 			}
@@ -293,6 +296,7 @@ func (s *Session) join(ctx context.Context, c net.Conn) error {
 		return err
 	}
 	if err := answer(c, 0, ""); err != nil {
+		conn.s.Close()
 		return err
 	}
 	s.ID, s.lane[l] = id, conn
@@ -321,18 +325,28 @@ func answer(c net.Conn, status byte, message string) error {
 	return err
 }
 
+// stream is a socket, or a test's.
+type stream interface {
+	io.Reader
+	writev(parts [][]byte) (int, error)
+	over() bool
+	io.Closer
+}
+
 // Conn is one lane. One goroutine may read and several may write at the same time.
 type Conn struct {
-	c        net.Conn
+	s        stream
+	peer     string
 	received atomic.Uint64
 	sent     atomic.Uint64
 	head     [frameHead]byte // of the frame being read
 
 	mu  sync.Mutex // guards the fields below and the order of writes
 	out [frameHead]byte
-	vec net.Buffers
+	vec [][]byte
 }
 
+// newConn makes a lane of a connection, which the caller closes in any case.
 func newConn(c net.Conn) (*Conn, error) {
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {
@@ -353,20 +367,11 @@ func newConn(c net.Conn) (*Conn, error) {
 	if err = errors.Join(ctlErr, err); err != nil {
 		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
 	}
-	return &Conn{c: c}, nil
-}
-
-// over tells whether the peer has ended a connection of which nothing was read yet.
-func (c *Conn) over() bool {
-	raw, err := c.c.(*net.TCPConn).SyscallConn()
+	sock, err := newSocket(tcp)
 	if err != nil {
-		return true
+		return nil, err
 	}
-	n := 0
-	ctlErr := raw.Control(func(fd uintptr) {
-		n, _, err = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	})
-	return ctlErr != nil || err == nil && n == 0 || err != nil && err != unix.EAGAIN
+	return &Conn{s: sock, peer: c.RemoteAddr().String()}, nil
 }
 
 // Write sends a frame whose payload is the parts, one behind the other. It keeps no
@@ -389,8 +394,7 @@ func (c *Conn) Write(kind uint8, parts ...[]byte) error {
 		}
 	}
 	binary.BigEndian.PutUint32(c.out[8:], crc)
-	vec := c.vec // WriteTo consumes it
-	sent, err := vec.WriteTo(c.c)
+	sent, err := c.s.writev(c.vec)
 	c.sent.Add(uint64(sent))
 	if err != nil {
 		return fmt.Errorf("send to the peer: %w", err)
@@ -401,7 +405,7 @@ func (c *Conn) Write(kind uint8, parts ...[]byte) error {
 // Read receives a frame of at most limit bytes of payload into buf, which it grows if
 // need be. It returns io.EOF, wrapped, if the peer closed the lane between two frames.
 func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err error) {
-	if _, err := io.ReadFull(c.c, c.head[:]); err == io.EOF {
+	if _, err := io.ReadFull(c.s, c.head[:]); err == io.EOF {
 		return 0, nil, fmt.Errorf("the peer closed the connection: %w", err)
 	} else if err != nil {
 		return 0, nil, fmt.Errorf("receive from the peer: %w", err)
@@ -418,7 +422,7 @@ func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err erro
 		buf = make([]byte, n)
 	}
 	payload = buf[:n]
-	if _, err := io.ReadFull(c.c, payload); err != nil {
+	if _, err := io.ReadFull(c.s, payload); err != nil {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}

@@ -153,10 +153,14 @@ type wire struct {
 func (w *wire) Read(b []byte) (int, error)  { return w.in.Read(b) }
 func (w *wire) Write(b []byte) (int, error) { return w.out.Write(b) }
 func (w *wire) SetDeadline(time.Time) error { return nil }
-func (w *wire) received(b []byte) *Conn     { w.in = bytes.NewReader(b); return &Conn{c: w} }
+func (w *wire) over() bool                  { return false }
+func (w *wire) writev(parts [][]byte) (int, error) {
+	return w.out.Write(bytes.Join(parts, nil))
+}
+func (w *wire) received(b []byte) *Conn { w.in = bytes.NewReader(b); return &Conn{s: w} }
 func frame(kind uint8, payload ...[]byte) []byte {
 	w := &wire{}
-	(&Conn{c: w}).Write(kind, payload...)
+	(&Conn{s: w}).Write(kind, payload...)
 	return w.out.Bytes()
 }
 func readFrame(b []byte, limit int) (uint8, []byte, error) {
@@ -597,7 +601,7 @@ func FuzzJoin(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte, there uint8) {
 		s := &Session{done: make(chan struct{}), ID: [16]byte(bytes.Repeat([]byte{1}, 16))}
 		for l := range Lane(min(there, uint8(lanes)-1)) {
-			s.lane[l] = &Conn{c: &wire{}}
+			s.lane[l] = &Conn{s: &wire{}}
 		}
 		lanesBefore, idBefore := s.lane, s.ID
 		w := &wire{in: bytes.NewReader(b)}
