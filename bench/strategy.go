@@ -91,7 +91,7 @@ type trial struct {
 	run      *Run
 	vm, twin *lab.VM
 	release  func() // the memory that is kept at hand for the twin; nil if there is none
-	keep     bool // the guest is to be evicted once more
+	keep     bool   // the guest is to be evicted once more
 	src, dst *monitor
 	start    time.Time
 	end      time.Time
