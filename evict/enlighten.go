@@ -134,7 +134,7 @@ func (e *source) enlighten() {
 		if err == nil { // else the survey says the same
 			first = pushorder.Locate(blocks, list, frames)
 			e.mu.Lock()
-			e.order.SetPlan(pushorder.Plan{Runs: first})
+			e.order.SetPlan(first)
 			e.light.report.First = e.sinceFreeze()
 			e.mu.Unlock()
 		}
@@ -157,7 +157,7 @@ func (e *source) enlighten() {
 		return
 	}
 	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
-	plan.Runs = append(first, plan.Runs...)
+	plan = append(first, plan...)
 	var free []pageset.Run
 	if e.light.guest != nil && !e.SendFree {
 		free = pushorder.Skippable(blocks, survey, frames)
@@ -175,7 +175,13 @@ func (e *source) enlighten() {
 	e.sent[pushorder.Skipped].Add(int64(pageset.Pages(skipped)))
 	if err := e.sendSkipped(skipped); err != nil {
 		e.session.FailSoon(err)
+		return
 	}
+	// Until it is known, neighbours are those in physical memory.
+	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)
+	e.mu.Lock()
+	e.order.SetKinship(kin)
+	e.mu.Unlock()
 }
 
 // sinceFreeze is the time for which the guest has been frozen here, in seconds.

@@ -10,12 +10,6 @@ import (
 	"vacate/pageset"
 )
 
-// Plan is an order of pages. Its parts are not to be changed once it is given to an Order.
-type Plan struct {
-	Runs []pageset.Run
-	kin  *kinship // nil where neighbours are those in physical memory
-}
-
 // Frames says which pages of a block some of the guest's page frames are: those from
 // First on (counted in 4 KiB of guest-physical address) fill the pages of Run, in order,
 // each of which has as many frames as its block's page size holds.
@@ -27,23 +21,19 @@ type Frames struct {
 // frameSize is the unit of Frames and of surveys, in bytes.
 const frameSize = 4096
 
-// NewPlan makes the plan of a policy. Where the policy needs to know the pages, s tells
-// of them, and frames where they are; what is not told of comes last. s may be nil
-// otherwise.
-func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) Plan {
+// NewPlan returns the pages in the order of a policy. Where the policy needs to know the
+// pages, s tells of them, and frames where they are; what is not told of comes last. s may be
+// nil otherwise.
+func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
 	switch {
 	case p.Base == Reverse:
-		return Plan{Runs: reverse(blocks)}
+		return reverse(blocks)
 	case p.Base == Random:
-		return Plan{Runs: shuffled(blocks)}
+		return shuffled(blocks)
 	case !p.Knows() || s == nil:
-		return Plan{}
+		return nil
 	}
-	plan := Plan{Runs: byRank(newRanking(p.Base, s), blocks, s.Pages, frames)}
-	if p.Base == Enlightened && p.Near {
-		plan.kin = newKinship(blocks, s.Sequence, frames)
-	}
-	return plan
+	return byRank(newRanking(p.Base, s), blocks, s.Pages, frames)
 }
 
 func reverse(blocks []Block) []pageset.Run {
@@ -184,43 +174,57 @@ func (r *ranking) tier(p pageclass.Page) uint16 {
 	return 15
 }
 
-// byRank collects the pages by rank; within one, they keep the order of addresses, so that
-// they make long runs.
+// byRank sorts the pages by rank; within one, they keep the order of addresses, so that
+// they make long runs. It looks at all pages twice rather than keep what it found, as fresh
+// memory costs more than that.
 func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames) []pageset.Run {
-	buckets := make([][]pageset.Run, ranks)
+	var at [ranks + 1]int // where the runs of a rank begin; first, how many the rank before has
+	eachRun(r, blocks, pages, frames, func(rank uint16, _ pageset.Run) { at[rank+1]++ })
+	for i := range ranks {
+		at[i+1] += at[i]
+	}
+	sorted := make([]pageset.Run, at[ranks])
+	eachRun(r, blocks, pages, frames, func(rank uint16, run pageset.Run) {
+		sorted[at[rank]] = run
+		at[rank]++
+	})
+	return sorted
+}
+
+// eachRun calls found for all runs of pages of one rank, in the order of frames.
+func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames, found func(rank uint16, run pageset.Run)) {
 	// Pages beside one another are mostly alike.
 	var like pageclass.Page
 	rankOfLike := r.rank(like)
 	for _, f := range frames {
-		b := blocks[f.Run.Block]
-		each := uint64(b.PageSize / frameSize)
+		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
 		current, first := uint16(ranks), f.Run.First
-		add := func(end pageset.Page) {
-			if end > first {
-				buckets[current] = append(buckets[current], pageset.Run{Block: f.Run.Block, First: first, Count: int(end - first)})
+		end := func(at pageset.Page) {
+			if at > first {
+				found(current, pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)})
 			}
 		}
+		known := pages[min(f.First, uint64(len(pages))):]
+		f.Run.Count = min(f.Run.Count, int((uint64(len(known))+each-1)/each))
 		for i := range f.Run.Count {
-			from := f.First + uint64(i)*each
-			if from >= uint64(len(pages)) {
-				f.Run.Count = i
-				break
+			if each == 1 && known[i] == like && current == rankOfLike {
+				continue // as most do
 			}
+			from := uint64(i) * each
 			rank := uint16(ranks - 1)
-			for _, p := range pages[from:min(from+each, uint64(len(pages)))] {
+			for _, p := range known[from:min(from+each, uint64(len(known)))] {
 				if p != like {
 					like, rankOfLike = p, r.rank(p)
 				}
 				rank = min(rank, rankOfLike)
 			}
 			if rank != current {
-				add(f.Run.First + pageset.Page(i))
+				end(f.Run.First + pageset.Page(i))
 				current, first = rank, f.Run.First+pageset.Page(i)
 			}
 		}
-		add(f.Run.End())
+		end(f.Run.End())
 	}
-	return slices.Concat(buckets...)
 }
 
 // Skippable returns the pages all of whose frames the survey holds to be free beyond doubt.
@@ -296,9 +300,9 @@ func (f *finder) page(frame uint64) (block int, p pageset.Page, ok bool) {
 	return f.last.Run.Block, f.last.Run.First + pageset.Page((frame-f.last.First)/f.each), true
 }
 
-// kinship knows which pages lie beside one another in the address spaces of the guest's
-// processes.
-type kinship struct {
+// Kinship knows which pages lie beside one another in the address spaces of the guest's
+// processes. Nil knows of none.
+type Kinship struct {
 	base     []uint32   // number of each block's first page; pages are numbered through
 	blocks   []Block    //
 	sequence []uint32   // page numbers in virtual order
@@ -307,8 +311,12 @@ type kinship struct {
 
 const noPage = ^uint32(0)
 
-func newKinship(blocks []Block, sequence []uint32, frames []Frames) *kinship {
-	k := &kinship{blocks: blocks, sequence: make([]uint32, 0, len(sequence))}
+// NewKinship returns what a survey knows of it; nil if a policy does not want to know.
+func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) *Kinship {
+	if p.Base != Enlightened || !p.Near {
+		return nil
+	}
+	k := &Kinship{blocks: blocks, sequence: make([]uint32, 0, len(s.Sequence))}
 	n := uint64(0)
 	for _, b := range blocks {
 		if n+uint64(b.Pages) >= uint64(noPage) {
@@ -319,7 +327,7 @@ func newKinship(blocks []Block, sequence []uint32, frames []Frames) *kinship {
 		n += uint64(b.Pages)
 	}
 	find := newFinder(blocks, frames)
-	for _, frame := range sequence {
+	for _, frame := range s.Sequence {
 		block, page, ok := find.page(uint64(frame))
 		if !ok {
 			continue
@@ -335,7 +343,7 @@ func newKinship(blocks []Block, sequence []uint32, frames []Frames) *kinship {
 }
 
 // place returns where in the sequence a page is.
-func (k *kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
+func (k *Kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
 	if k == nil || p >= pageset.Page(len(k.places[block])) || k.places[block][p] == 0 {
 		return 0, false
 	}
@@ -343,7 +351,7 @@ func (k *kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
 }
 
 // page returns the page at a place in the sequence.
-func (k *kinship) page(at pageset.Page) (block int, p pageset.Page, ok bool) {
+func (k *Kinship) page(at pageset.Page) (block int, p pageset.Page, ok bool) {
 	if at >= pageset.Page(len(k.sequence)) {
 		return 0, 0, false
 	}

@@ -15,6 +15,8 @@
 package pushorder
 
 import (
+	"slices"
+
 	"vacate/pageset"
 )
 
@@ -57,7 +59,7 @@ type Order struct {
 	spans []span // of neighbours, the newest last
 	plan  []pageset.Run
 	at    int // first run of the plan that may still have pages
-	kin   *kinship
+	kin   *Kinship
 }
 
 // span is a run of neighbours: of a block's pages or, where virtual is set, of places in
@@ -83,19 +85,25 @@ func New(blocks []Block, near bool) *Order {
 		o.why = append(o.why, make([]uint8, b.Pages))
 		o.total += b.Pages
 	}
-	o.SetPlan(Plan{})
+	o.SetPlan(nil)
 	return o
 }
 
 // SetPlan replaces the order of the pages for which there is no better reason. It may be
 // called at any time, and the plan may name any pages; those that it does not name come
 // behind it, by address.
-func (o *Order) SetPlan(p Plan) {
-	o.plan, o.at, o.kin = append([]pageset.Run(nil), p.Runs...), 0, p.kin
+func (o *Order) SetPlan(plan []pageset.Run) {
+	o.plan, o.at = slices.Clone(plan), 0
 	for i, set := range o.left {
 		o.plan = append(o.plan, pageset.Run{Block: i, Count: set.Size()})
 	}
-	o.spans = o.spans[:0] // they name places in the plan before
+}
+
+// SetKinship has the neighbours of pages be those in the guest's address spaces, as far as
+// they are known. It may be called at any time.
+func (o *Order) SetKinship(k *Kinship) {
+	o.kin = k
+	o.spans = slices.DeleteFunc(o.spans, func(s span) bool { return s.virtual }) // they name places in the one before
 }
 
 // Left is the number of pages not yet handed out.

@@ -83,11 +83,14 @@ func TestEachPageOnce(t *testing.T) {
 			case op == 1 && step < 200:
 				account(o.Take(run.Draw(t, "take"), Early))
 			case op == 2 && step < 200:
-				o.SetPlan(Plan{Runs: rapid.SliceOf(run).Draw(t, "plan")})
+				o.SetPlan(rapid.SliceOf(run).Draw(t, "plan"))
 			case op == 3 && step < 200:
 				policy := Policy{Base(rapid.IntRange(0, int(bases)-1).Draw(t, "base")), near}
 				s := survey(t, int(at))
 				o.SetPlan(NewPlan(policy, blocks, s, frames))
+				if rapid.Bool().Draw(t, "kin") {
+					o.SetKinship(NewKinship(policy, blocks, s, frames))
+				}
 				if rapid.Bool().Draw(t, "skip") {
 					for _, r := range Skippable(blocks, s, frames) {
 						account(o.Take(r, Skipped))
@@ -144,7 +147,7 @@ func TestNeighboursOfTheLatestFetchComeFirst(t *testing.T) {
 
 func TestPlanIsFollowed(t *testing.T) {
 	o := New([]Block{{Pages: 100, PageSize: 4096}, {Pages: 10, PageSize: 2 << 20}}, true)
-	o.SetPlan(Plan{Runs: []pageset.Run{{Block: 1, First: 3, Count: 2}, {Block: 0, First: 90, Count: 50}}})
+	o.SetPlan([]pageset.Run{{Block: 1, First: 3, Count: 2}, {Block: 0, First: 90, Count: 50}})
 	var got []pageset.Run
 	for o.Left() > 0 {
 		got, _ = o.Next(got, 1000)
@@ -257,9 +260,10 @@ func TestLocate(t *testing.T) {
 func TestKin(t *testing.T) {
 	s := smallSurvey()
 	s.Sequence = []uint32{100, 3, 500, 101, 3, 102}
-	plan := NewPlan(Policy{Enlightened, true}, smallBlocks, s, smallFrames)
+	policy := Policy{Enlightened, true}
 	o := New(smallBlocks, true)
-	o.SetPlan(plan)
+	o.SetPlan(NewPlan(policy, smallBlocks, s, smallFrames))
+	o.SetKinship(NewKinship(policy, smallBlocks, s, smallFrames))
 	o.Fetch(pageset.Run{Block: 1, First: 3, Count: 1})
 	var got [][]pageset.Run
 	for range 2 {
@@ -311,7 +315,14 @@ func BenchmarkPlan(b *testing.B) {
 			i++
 		}
 	}
-	for b.Loop() {
-		NewPlan(Default, blocks, s, frames)
-	}
+	b.Run("plan", func(b *testing.B) {
+		for b.Loop() {
+			NewPlan(Default, blocks, s, frames)
+		}
+	})
+	b.Run("kinship", func(b *testing.B) {
+		for b.Loop() {
+			NewKinship(Default, blocks, s, frames)
+		}
+	})
 }
