@@ -113,7 +113,17 @@ type Guest struct {
 var runs atomic.Int64
 
 // Boot starts a guest on host a of the lab and waits until its load has begun.
-func Boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
+func Boot(ctx context.Context, l *lab.Lab, c Config) (*Guest, error) {
+	g, err := boot(ctx, l, c)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		// Seen once in some hundred boots under emulation, before anything here looks at the
+		// guest: an oops where the kernel patches its own code while another CPU runs it.
+		g, err = boot(ctx, l, c)
+	}
+	return g, err
+}
+
+func boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 	if c.MemoryMiB == 0 {
 		c.MemoryMiB = 384
 	}
