@@ -17,6 +17,7 @@ type ram struct {
 	extents []Range
 	data    []byte // of all extents, one after another
 	cpus    []CPU
+	reading func() // called before each read, if it is not nil
 }
 
 func (r *ram) Extents() []Range {
@@ -39,6 +40,9 @@ func (r *ram) at(addr uint64) []byte {
 }
 
 func (r *ram) ReadRanges(dst []byte, ranges []Range) error {
+	if r.reading != nil {
+		r.reading()
+	}
 	for _, x := range ranges {
 		if inRAM(r.Extents(), x) < 0 {
 			return errNotRAM(x)
@@ -304,6 +308,25 @@ func TestHostileStructures(t *testing.T) {
 	p.t = t
 	if r := p.survey(p.Guest); r == nil || r.Skippable == 0 {
 		t.Fatal("the guest did not recover: the test is broken")
+	}
+}
+
+// A survey that is called off, at whichever of its reads, has a result or says why it has none.
+func TestCalledOff(t *testing.T) {
+	p := newPatient(t)
+	for last, done := 0, false; !done; last++ {
+		ctx, cancel := context.WithCancel(t.Context())
+		reads := 0
+		p.reading = func() {
+			if reads++; reads == last {
+				cancel()
+			}
+		}
+		if r, err := p.Survey(ctx); (r == nil) == (err == nil) {
+			t.Errorf("called off at read %d: %v, %v", last, r, err)
+		}
+		done = last > reads
+		cancel()
 	}
 }
 

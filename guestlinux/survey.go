@@ -188,7 +188,7 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	lap := time.Now()
 	r.Timings.Validate = lap.Sub(began)
 	lap, err = g.look(ctx, r, lap)
-	if ctx.Err() != nil {
+	if err != nil && ctx.Err() != nil {
 		return nil, err
 	}
 	a := <-asked
