@@ -249,7 +249,6 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.machine.enter(Loading); err != nil {
 		return err
 	}
-	e.tasks.Go(e.enlighten)
 	if err := e.sendEarly(); err != nil {
 		return err
 	}
@@ -259,7 +258,14 @@ func (e *source) transfer(ctx context.Context) error {
 	e.window = newWindow(migstream.TargetPageSize)
 	e.begin(e.serveFetches)
 	settled := make(chan error, 1)
-	e.tasks.Go(func() { settled <- e.settle(loading) })
+	e.tasks.Go(func() {
+		err := e.settle(loading)
+		settled <- err
+		// Not sooner: on a host with a single core to spare, QEMU needs that until then.
+		if err == nil {
+			e.enlighten()
+		}
+	})
 	if _, err := e.await(loading, msgLoaded); err != nil {
 		cancel()
 		<-settled
