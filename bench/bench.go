@@ -98,6 +98,7 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 	}
 	b := &bench{opts, l}
 	result := Result{Version: Version, Runs: []Run{}}
+	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core
 	if result.Machine.Congestion, err = useCubic(l); err == nil {
 		err = b.measure(ctx, chosen, &result)
 	}
@@ -421,8 +422,8 @@ func describe(r *Result, vm *lab.VM, rate uint64) error {
 	}
 	s := &vm.Spec
 	r.Machine = Machine{
-		Congestion: r.Machine.Congestion,
-		CPU:        submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
+		Congestion: r.Machine.Congestion, Pinned: r.Machine.Pinned,
+		CPU: submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
 		MemoryBytes: info.Totalram * uint64(info.Unit), Kernel: unix.ByteSliceToString(u.Release[:]),
 		QEMU: s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
 	}

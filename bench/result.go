@@ -28,6 +28,7 @@ type Machine struct {
 	GuestKernel string  `json:"guest_kernel"`
 	Link        *uint64 `json:"link_bits_per_s"`        // each way; nil: unshaped
 	Congestion  string  `json:"tcp_congestion_control"` // on both hosts
+	Pinned      bool    `json:"pinned"`                 // each host to a core of its own
 }
 
 // VM is what was moved.

@@ -46,7 +46,7 @@ func sample() *Result {
 	again.EvictedBefore = 2
 	return &Result{
 		Version: Version,
-		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic"},
+		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true},
 		VM:      VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0},
 		Runs: []Run{
 			engine, moved(baseline, 1, 0.01, 4.1, 60000), given,

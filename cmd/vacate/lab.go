@@ -150,6 +150,7 @@ func benchCommand() *cobra.Command {
 		opts       bench.Options
 		json_, svg string
 		verbose    bool
+		pin        bool
 	)
 	c := &cobra.Command{
 		Use:   "bench",
@@ -175,6 +176,7 @@ else should run on the machine meanwhile.`,
 	fl.IntVar(&opts.Repeat, "repeat", 1, "repetitions")
 	fl.BoolVar(&opts.Chain, "chain", false, "one guest for all strategies of a repetition, evicted to and fro (default: if all are vacate's)")
 	fl.DurationVar(&opts.PrecopyBound, "precopy-bound", 30*time.Second, "when to give pre-copy up")
+	fl.BoolVar(&pin, "pin", true, "give each host a core of its own; else both share all")
 	fl.StringVar(&opts.Profile, "profile", "", "directory for CPU profiles of vacate's two processes")
 	fl.StringVar(&json_, "json", "", "file for the result as JSON (docs/bench.md)")
 	fl.StringVar(&svg, "svg", "", "file for a plot of the guest's throughput")
@@ -203,7 +205,7 @@ else should run on the machine meanwhile.`,
 			level = slog.LevelDebug
 		}
 		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-		opts.Lab = lab.Options{Dir: f.dir, Rate: uint64(f.link), Log: opts.Log}
+		opts.Lab = lab.Options{Dir: f.dir, Rate: uint64(f.link), NoPin: !pin, Log: opts.Log}
 		opts.Done = func(r bench.Run) { opts.Log.Info("done", "strategy", r.Strategy, "rep", r.Rep, "outcome", r.Outcome) }
 		result, err := bench.Measure(c.Context(), opts)
 		if len(result.Runs) == 0 {
