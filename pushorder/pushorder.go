@@ -38,8 +38,8 @@ func (r Reason) String() string {
 	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "none"}[min(r, Reasons)]
 }
 
-// Neighbourhood is how much around a fetched page is pushed next: half of it before, half
-// behind, in bytes.
+// Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it
+// before, half behind. Around a page that is known to be the kernel's, it is a quarter of that.
 const Neighbourhood = 256 << 10
 
 // maxNear bounds the spans of neighbours that are remembered; older ones are left to the plan.
@@ -140,6 +140,10 @@ func (o *Order) addNeighbours(run pageset.Run) {
 	radius, virtual := o.radius[run.Block], false
 	if at, ok := o.kin.place(run.Block, run.First); ok {
 		run, virtual = pageset.Run{First: at}, true
+	} else if o.kin != nil {
+		// It belongs to no process, so it is the kernel's, of which little is used soon: the
+		// neighbours of 150 such pages, 23 MiB, held up what a busy process waited for.
+		radius = max(1, radius/4)
 	}
 	first := run.First - min(run.First, radius)
 	// What lies behind the page is more likely to be next than what lies before it.
