@@ -357,19 +357,13 @@ func newConn(c net.Conn) (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set keep-alive: %w", err)
 	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	ctlErr := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond))
-	})
-	if err = errors.Join(ctlErr, err); err != nil {
-		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
-	}
 	sock, err := newSocket(tcp)
 	if err != nil {
 		return nil, err
+	}
+	if err := unix.SetsockoptInt(sock.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond)); err != nil {
+		sock.Close()
+		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
 	}
 	return &Conn{s: sock, peer: c.RemoteAddr().String()}, nil
 }
