@@ -185,9 +185,9 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 			<-asked
 		}
 	}()
-	lap := time.Now()
-	r.Timings.Validate = lap.Sub(began)
-	lap, err = g.look(ctx, r, lap)
+	r.Timings.Validate = time.Since(began)
+	err = g.look(ctx, r)
+	looked := time.Now()
 	if err != nil && ctx.Err() != nil {
 		return nil, err
 	}
@@ -202,25 +202,26 @@ func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	if err := cmp.Or(err, a.err); err != nil {
 		return nil, err
 	}
-	r.Timings.Validate += time.Since(lap)
+	r.Timings.Validate += time.Since(looked)
 	r.Timings.Total = time.Since(began)
 	return r, nil
 }
 
 // look does Survey's work on the memory of a guest that is taken for the one that was
-// attached. It returns when it was done, and must have begun at lap.
-func (g *Guest) look(ctx context.Context, r *Result, lap time.Time) (time.Time, error) {
+// attached.
+func (g *Guest) look(ctx context.Context, r *Result) error {
+	lap := time.Now()
 	if err := g.findSections(); err != nil {
-		return lap, err
+		return err
 	}
 	if err := g.scan(ctx); err != nil {
-		return lap, err
+		return err
 	}
 	g.markRegions(r)
 	r.Timings.Scan, lap = time.Since(lap), time.Now()
 	if err := g.skippable(r); err != nil {
 		if ctx.Err() != nil {
-			return lap, err
+			return err
 		}
 		r.note("nothing is skipped: %v", err)
 		g.pages.distrust(0, g.pages.highest)
@@ -230,13 +231,13 @@ func (g *Guest) look(ctx context.Context, r *Result, lap time.Time) (time.Time, 
 	p := &g.pages
 	r.Pages = p.list[:p.highest]
 	if err := g.takeCensus(ctx, r); err != nil {
-		return lap, err
+		return err
 	}
-	r.Timings.Census, lap = time.Since(lap), time.Now()
+	r.Timings.Census = time.Since(lap)
 	if p.beyond {
 		r.note("memory behind %d GiB is not looked at: holes are too large", p.highest>>18)
 	}
-	return lap, nil
+	return nil
 }
 
 // markRegions gives pages their kind by where they are.
