@@ -24,15 +24,14 @@ func warm(size int) (release func(), err error) {
 		return nil, fmt.Errorf("touch the machine's free memory: %w", err)
 	}
 	release = func() { unix.Munmap(b) }
-	if err := unix.Madvise(b, unix.MADV_NOHUGEPAGE); err == nil || err == unix.EINVAL {
-		for i := 0; i < size; i += pageSize {
-			b[i] = 1
-		}
-		for i := 0; i < size; i += kept {
-			if err := unix.Madvise(b[i+pageSize:min(i+kept, size)], unix.MADV_DONTNEED); err != nil {
-				release()
-				return nil, fmt.Errorf("give memory back: %w", err)
-			}
+	unix.Madvise(b, unix.MADV_NOHUGEPAGE) // a kernel without huge pages does not know it
+	for i := 0; i < size; i += pageSize {
+		b[i] = 1
+	}
+	for i := 0; i < size; i += kept {
+		if err := unix.Madvise(b[i+pageSize:min(i+kept, size)], unix.MADV_DONTNEED); err != nil {
+			release()
+			return nil, fmt.Errorf("give memory back: %w", err)
 		}
 	}
 	return release, nil
