@@ -285,6 +285,31 @@ func TestKin(t *testing.T) {
 	}
 }
 
+// Where the address spaces are known, a page that is in none has a quarter of the neighbours.
+func TestFewNeighboursOfTheKernel(t *testing.T) {
+	blocks := []Block{{Pages: 1000, PageSize: 4096}}
+	frames := []Frames{{0, pageset.Run{Count: 1000}}}
+	s := &pageclass.Survey{Pages: make([]pageclass.Page, 1000), Sequence: []uint32{1, 2}}
+	for _, test := range []struct {
+		kin   *Kinship
+		pages int
+	}{
+		{nil, Neighbourhood/4096 - 1},
+		{NewKinship(Default, blocks, s, frames), Neighbourhood/4096/4 - 1},
+	} {
+		o := New(blocks, true)
+		o.SetKinship(test.kin)
+		o.Fetch(pageset.Run{First: 500, Count: 1})
+		n := 0
+		for near := o.NextNear(nil, 1000); len(near) > 0; near = o.NextNear(nil, 1000) {
+			n += pageset.Pages(near)
+		}
+		if n != test.pages {
+			t.Errorf("%d neighbours, want %d", n, test.pages)
+		}
+	}
+}
+
 func TestPolicyNames(t *testing.T) {
 	for _, p := range Policies() {
 		if got, err := ParsePolicy(p.String()); err != nil || got != p {
