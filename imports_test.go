@@ -23,7 +23,8 @@ var imports = map[string][]string{
 	"guestlinux":       {"github.com/cilium/ebpf", "vacate/guestmem", "vacate/pageclass", "vacate/qmp", "golang.org/x/sys"},
 	"guesthints":       {"vacate/pageclass", "vacate/qmp"},
 	"pushorder":        {"vacate/pageclass", "vacate/pageset"},
-	"link":             {"golang.org/x/sys"},
+	"certs":            {},
+	"link":             {"golang.org/x/sys", "vacate/certs"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
 	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
@@ -35,7 +36,7 @@ var imports = map[string][]string{
 	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
-	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/evict", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
+	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/certs", "vacate/evict", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
 }
 
 func TestImports(t *testing.T) {

@@ -50,9 +50,13 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 	if err := e.prepare(ctx); err != nil {
 		return &Error{ErrRefused, Waiting, err, ""}
 	}
+	sessions := link.NewListener(ln, link.ListenOptions{TurnedAway: func(from string, err error) {
+		d.Log.Warn("peer turned away", "from", from, "error", err)
+	}})
+	defer sessions.Close()
 	var offered offer
 	for {
-		session, err := link.Accept(ctx, ln, func(err error) { d.Log.Warn("peer turned away", "error", err) })
+		session, err := sessions.Accept(ctx)
 		if err != nil {
 			return &Error{ErrRefused, Waiting, err, "The QEMU that waits here was not touched"}
 		}
@@ -73,7 +77,7 @@ func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
 		d.Log.Info("offer accepted", "source", session.Peer(), "machine", offered.Machine)
 		break
 	}
-	ln.Close()
+	sessions.Close()
 	return e.take(ctx, time.Duration(offered.LoadTimeout)*time.Millisecond)
 }
 

@@ -74,8 +74,8 @@ func (r *relay) serve(ln net.Listener) {
 		r.conns = append(r.conns, down, up)
 		r.mu.Unlock()
 		r.tasks.Add(2)
-		go r.pass(lane, false, down, up, 28)
-		go r.pass(lane, true, up, down, 14)
+		go r.pass(lane, false, down, up, 36)
+		go r.pass(lane, true, up, down, 22)
 	}
 }
 

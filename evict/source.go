@@ -167,7 +167,7 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			return nil
 		},
 		func() (err error) {
-			e.session, err = link.Dial(ctx, e.Dial, e.To)
+			e.session, err = link.Dialer{Addr: e.To, Dial: e.Dial}.Session(ctx)
 			return err
 		})
 	if err != nil {

@@ -9,16 +9,22 @@
 // behind pushed ones. On the wire they still share the path: who pushes bounds what is
 // in flight (see package evict).
 //
-// Each connection opens with a hello from the dialling side (the source), all integers
-// big-endian:
+// Each lane may be under TLS 1.3 with certificates on both sides, which is what makes the
+// link safe in a network where others listen and talk; all of a session are, or none is.
+// In that case nobody says a word of what follows to a peer without a good certificate.
 //
-//	"vacate\r\n"  u16 version  u8 lane  u8 0  16 bytes of session id
+// Each connection opens with a hello from the dialling side, all integers big-endian:
 //
-// The line end makes a proxy or client of a text protocol fail at once. The answer is
+//	"vacate\r\n"  u16 version  u8 lane  u8 0  16 bytes of session id  u64 features
 //
-//	"vacate\r\n"  u16 version  u8 0 accepted, 1 refused  u8 0  u16 len, message
+// The line end makes a proxy or client of a text protocol fail at once. The features are
+// bits; none is defined yet. The answer is
 //
-// and then both sides send frames:
+//	"vacate\r\n"  u16 version  u8 0 accepted, 1 refused  u8 0  u16 len, len bytes:
+//	accepted: u64 features that both sides have; refused: why, in words
+//
+// All versions share a hello's first 28 bytes and an answer's first 14, so that each can
+// tell another one. Then both sides send frames:
 //
 //	u8 type  u8 0  u16 0  u32 len  u32 crc  payload
 //
@@ -28,9 +34,7 @@
 package link
 
 import (
-	"bytes"
-	"context"
-	"crypto/rand"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,14 +43,16 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Version of the protocol. Both sides must speak the same.
-const Version = 2
+const Version = 3
+
+// features are the bits of what this side can do beyond what its version must.
+const features uint64 = 0
 
 // Lane names one of the connections of a session.
 type Lane uint8
@@ -65,36 +71,38 @@ func (l Lane) String() string {
 
 const (
 	mark       = "vacate\r\n"
-	helloSize  = len(mark) + 2 + 1 + 1 + 16
-	answerSize = len(mark) + 2 + 1 + 1 + 2
+	helloStart = len(mark) + 2 + 1 + 1 + 16 // the same in all versions
+	helloSize  = helloStart + 8
+	answerHead = len(mark) + 2 + 1 + 1 + 2 // the same in all versions
 	frameHead  = 12
 
-	// handshakeTimeout is how long a peer may take to say hello or to answer one.
+	// dialTimeout is how long a connection may take to come about: an address that is dead
+	// must not keep who redials from trying again.
+	dialTimeout = 2 * time.Second
+	// handshakeTimeout is how long a peer may take for TLS and to answer a hello.
 	handshakeTimeout = 5 * time.Second
-	// helloTimeout is how long who connects may take to say hello: meanwhile all others
-	// wait, so it is a fraction of the time for which they do.
-	helloTimeout = 2 * time.Second
-	// deadAfter is how long sent bytes may stay unacknowledged, and how long a silent peer
-	// may leave keep-alive probes unanswered, until the connection is given up.
-	deadAfter = 10 * time.Second
+	// deadAfter is how long sent bytes may stay unacknowledged until the connection is given
+	// up, or a peer may leave its window shut. Where nothing is sent, keep-alive probes find a
+	// dead peer in a second more.
+	deadAfter = 3 * time.Second
 )
 
 // ErrPeer is wrapped by errors about bytes that are not this protocol.
 var ErrPeer = errors.New("the peer does not speak vacate's protocol")
 
-// ErrRefused is wrapped by the error of a Dial that the other side turned down.
-var ErrRefused = errors.New("refused by the destination")
-
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Session is the three lanes to one peer.
 type Session struct {
-	ID   [16]byte
-	lane [lanes]*Conn
+	ID       [16]byte
+	lane     [lanes]*Conn
+	name     string // of the peer, by its certificate
+	features uint64
 
 	done  chan struct{}
 	once  sync.Once
-	cause error // why it ended; set before done is closed
+	cause error  // why it ended; set before done is closed
+	ended func() // called once it did; nil for none
 }
 
 // Fail closes all lanes for a reason, which Err then returns. Only the first one counts.
@@ -107,6 +115,9 @@ func (s *Session) Fail(cause error) {
 			if c != nil {
 				c.s.Close()
 			}
+		}
+		if s.ended != nil {
+			s.ended()
 		}
 	})
 }
@@ -140,7 +151,14 @@ func (s *Session) Lane(l Lane) *Conn { return s.lane[l] }
 // Peer is the address of the other side.
 func (s *Session) Peer() string { return s.lane[Control].peer }
 
-// Bytes is the number of payload bytes of TCP sent and received on all lanes.
+// PeerName is the other side's name by its certificate, empty on a link without TLS. Whoever
+// dialled has the name that it asked for.
+func (s *Session) PeerName() string { return s.name }
+
+// Features are the bits of what both sides can do.
+func (s *Session) Features() uint64 { return s.features }
+
+// Bytes is the number of bytes of frames sent and received on all lanes. TLS adds some 0.15 %.
 func (s *Session) Bytes() (sent, received uint64) {
 	for _, c := range s.lane {
 		sent += c.sent.Load()
@@ -152,190 +170,17 @@ func (s *Session) Bytes() (sent, received uint64) {
 // Close closes all lanes.
 func (s *Session) Close() { s.Fail(net.ErrClosed) }
 
-// Dial opens a session with the destination that listens at addr, a host:port. It makes
-// its connections with dial, which may be nil for the usual way.
-func Dial(ctx context.Context, dial func(ctx context.Context, network, addr string) (net.Conn, error), addr string) (_ *Session, err error) {
-	s := &Session{done: make(chan struct{})}
-	if _, err := rand.Read(s.ID[:]); err != nil {
-		return nil, fmt.Errorf("make a session id: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			s.Close()
-		}
-	}()
-	if dial == nil {
-		dial = (&net.Dialer{Timeout: handshakeTimeout}).DialContext
-	}
-	for l := range lanes {
-		c, err := dial(ctx, "tcp", addr)
-		if err != nil {
-			if errors.Is(err, syscall.ECONNREFUSED) {
-				return nil, fmt.Errorf("nothing listens at %s: start `vacate receive` there first: %w", addr, err)
-			}
-			return nil, fmt.Errorf("reach the destination: %w", err)
-		}
-		err = hello(ctx, c, l, s.ID)
-		if err == nil {
-			s.lane[l], err = newConn(c)
-		}
-		c.Close()
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%v lane to %s: %w", l, addr, err)
-		}
-	}
-	return s, nil
-}
-
-func hello(ctx context.Context, c net.Conn, l Lane, id [16]byte) error {
-	defer deadline(ctx, c, handshakeTimeout)()
-	b := binary.BigEndian.AppendUint16([]byte(mark), Version)
-	b = append(append(b, byte(l), 0), id[:]...)
-	if _, err := c.Write(b); err != nil {
-		return fmt.Errorf("say hello: %w", err)
-	}
-	answer := make([]byte, answerSize)
-	if _, err := io.ReadFull(c, answer); err != nil {
-		return fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there?", ErrPeer, err)
-	}
-	if !bytes.HasPrefix(answer, []byte(mark)) {
-		return fmt.Errorf("%w: it answered %q: is it `vacate receive` that listens there?", ErrPeer, answer)
-	}
-	answer = answer[len(mark):]
-	if v := binary.BigEndian.Uint16(answer); v != Version {
-		return fmt.Errorf("%w: it speaks version %d, we speak %d: use the same release of vacate on both hosts", ErrRefused, v, Version)
-	}
-	if answer[2] != 0 {
-		message := make([]byte, min(binary.BigEndian.Uint16(answer[4:]), 1024))
-		if _, err := io.ReadFull(c, message); err != nil {
-			return fmt.Errorf("%w: its reason was cut off: %w", ErrRefused, err)
-		}
-		return fmt.Errorf("%w: %q", ErrRefused, message)
-	}
-	return nil
-}
-
-// deadline bounds what follows on c by a time-out and by ctx, until the returned function
-// is called.
-func deadline(ctx context.Context, c net.Conn, timeout time.Duration) func() {
-	c.SetDeadline(time.Now().Add(timeout))
-	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	return func() {
-		if stop() {
-			c.SetDeadline(time.Time{})
-		}
-	}
-}
-
-// Accept waits for a session on ln. Connections that are not one, or not whole, are
-// turned away and reported to turnedAway, which may be nil, and do not end the wait. The
-// lanes of a session must all arrive before another peer's are looked at.
-func Accept(ctx context.Context, ln net.Listener, turnedAway func(error)) (*Session, error) {
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
-	defer stop()
-	s := &Session{done: make(chan struct{})}
-	since := time.Now()
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			s.Close()
-			if ctx.Err() != nil {
-				return nil, ctx.Err()
-			}
-			return nil, fmt.Errorf("accept a connection: %w", err)
-		}
-		if s.lane[Control] != nil && (time.Since(since) > handshakeTimeout || s.lane[Control].s.over()) {
-			s.Close() // its other lanes never came
-			s = &Session{done: make(chan struct{})}
-		}
-		err = s.join(ctx, c)
-		c.Close()
-		if err != nil {
-			if turnedAway != nil {
-				turnedAway(fmt.Errorf("turned %v away: %w", c.RemoteAddr(), err))
-			}
-			continue
-		}
-		since = time.Now()
-		if s.lane[lanes-1] != nil {
-			return s, nil
-		}
-	}
-}
-
-// join makes c the lane of s that its hello names.
-func (s *Session) join(ctx context.Context, c net.Conn) error {
-	defer deadline(ctx, c, helloTimeout)()
-	b := make([]byte, helloSize)
-	if _, err := io.ReadFull(c, b); err != nil {
-		return fmt.Errorf("%w: no hello: %v", ErrPeer, err)
-	}
-	if !bytes.HasPrefix(b, []byte(mark)) {
-		return fmt.Errorf("%w: it said %q", ErrPeer, b)
-	}
-	version, l, id := binary.BigEndian.Uint16(b[len(mark):]), Lane(b[len(mark)+2]), [16]byte(b[len(mark)+4:])
-	refuse := func(why string) error {
-		answer(c, 1, why)
-		return errors.New(why)
-	}
-	switch {
-	case version != Version:
-		return refuse(fmt.Sprintf("the source speaks version %d, the destination %d: use the same release of vacate on both hosts", version, Version))
-	case l >= lanes:
-		return refuse(fmt.Sprintf("there is no lane %d", l))
-	case l == Control && s.lane[Control] != nil:
-		return refuse("the destination is taken by another eviction")
-	case l != Control && (s.lane[l-1] == nil || s.lane[l] != nil || id != s.ID):
-		return refuse("the lane belongs to no session")
-	}
-	conn, err := newConn(c)
-	if err != nil {
-		return err
-	}
-	if err := answer(c, 0, ""); err != nil {
-		conn.s.Close()
-		return err
-	}
-	s.ID, s.lane[l] = id, conn
-	return nil
-}
-
-// Refuse turns away every connection made to ln, saying why, until ln is closed.
-func Refuse(ln net.Listener, why string) {
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		c.SetDeadline(time.Now().Add(time.Second))
-		if _, err := io.ReadFull(c, make([]byte, helloSize)); err == nil {
-			answer(c, 1, why)
-		}
-		c.Close()
-	}
-}
-
-func answer(c net.Conn, status byte, message string) error {
-	b := binary.BigEndian.AppendUint16([]byte(mark), Version)
-	b = binary.BigEndian.AppendUint16(append(b, status, 0), uint16(len(message)))
-	_, err := c.Write(append(b, message...))
-	return err
-}
-
-// stream is a socket, or a test's.
+// stream is a socket, TLS over one, or a test's.
 type stream interface {
 	io.Reader
 	writev(parts [][]byte) (int, error)
-	over() bool
 	io.Closer
 }
 
 // Conn is one lane. One goroutine may read and several may write at the same time.
 type Conn struct {
 	s        stream
+	sock     *socket // below s
 	peer     string
 	received atomic.Uint64
 	sent     atomic.Uint64
@@ -346,26 +191,74 @@ type Conn struct {
 	vec [][]byte
 }
 
-// newConn makes a lane of a connection, which the caller closes in any case.
-func newConn(c net.Conn) (*Conn, error) {
+// setUp has a connection notice a peer that died (deadAfter). Go sets TCP_NODELAY by itself.
+func setUp(c net.Conn) (*net.TCPConn, error) {
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {
 		return nil, fmt.Errorf("connection of type %T, not TCP", c)
 	}
-	// Go sets TCP_NODELAY by itself.
-	err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: deadAfter / 4, Interval: deadAfter / 4, Count: 3})
-	if err != nil {
+	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 3}); err != nil {
 		return nil, fmt.Errorf("set keep-alive: %w", err)
 	}
-	sock, err := newSocket(tcp)
+	raw, err := tcp.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.SetsockoptInt(sock.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond)); err != nil {
-		sock.Close()
+	ctlErr := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond))
+	})
+	if err = errors.Join(ctlErr, err); err != nil {
 		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
 	}
-	return &Conn{s: sock, peer: c.RemoteAddr().String()}, nil
+	return tcp, nil
+}
+
+// newcomer is a connection that is not a lane yet.
+type newcomer struct {
+	net.Conn // what hello and answer pass over: tcp, or tls
+	tcp      *net.TCPConn
+	tls      *tls.Conn // nil on a plain link
+	records  *records  // below tls
+}
+
+// newNewcomer sets a connection up, and puts TLS over it if there is a configuration. There
+// is no handshake yet.
+func newNewcomer(c net.Conn, config *tls.Config, side func(net.Conn, *tls.Config) *tls.Conn) (*newcomer, error) {
+	tcp, err := setUp(c)
+	if err != nil || config == nil {
+		return &newcomer{Conn: tcp, tcp: tcp}, err
+	}
+	r := &records{Conn: tcp}
+	t := side(r, config)
+	return &newcomer{t, tcp, t, r}, nil
+}
+
+// lane makes a lane of a newcomer, once hello and answer have passed. The caller closes the
+// connection in any case.
+func (h *newcomer) lane() (*Conn, error) {
+	sock, err := newSocket(h.tcp)
+	if err != nil {
+		return nil, err
+	}
+	c := &Conn{s: sock, sock: sock, peer: h.tcp.RemoteAddr().String()}
+	if h.tls != nil {
+		h.records.sock = sock
+		c.s = &secret{socket: sock, conn: h.tls, records: h.records}
+	}
+	return c, nil
+}
+
+// Background marks the lane's packets as those of least effort (DSCP LE, RFC 8622): routers
+// and hosts that know it let others pass first.
+func (c *Conn) Background() error {
+	const leastEffort = 1 << 2
+	if err := c.sock.option(unix.IPPROTO_IP, unix.IP_TOS, leastEffort); err != nil {
+		return fmt.Errorf("mark the lane as background: %w", err)
+	}
+	if err := c.sock.option(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, leastEffort); err != nil && err != unix.ENOPROTOOPT {
+		return fmt.Errorf("mark the lane as background: %w", err)
+	}
+	return nil
 }
 
 // Write sends a frame whose payload is the parts, one behind the other. It keeps no

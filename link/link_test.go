@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"vacate/certs"
 )
 
 func listen(t testing.TB) net.Listener {
@@ -26,35 +28,81 @@ func listen(t testing.TB) net.Listener {
 	return ln
 }
 
-// pair makes a session and returns both ends, the dialling one first.
-func pair(t testing.TB) (*Session, *Session) {
+// server makes a listener. Unless told otherwise, nobody may be turned away from it.
+func server(t testing.TB, o ListenOptions) (l *Listener, addr string) {
 	t.Helper()
+	if o.TurnedAway == nil {
+		o.TurnedAway = func(from string, err error) { t.Errorf("turned %s away: %v", from, err) }
+	}
 	ln := listen(t)
-	return meet(t, ln, ln.Addr().String())
+	l = NewListener(ln, o)
+	t.Cleanup(func() { l.Close() })
+	return l, ln.Addr().String()
 }
 
-func meet(t testing.TB, ln net.Listener, addr string) (*Session, *Session) {
+// meet makes a session and returns both ends, the dialling one first.
+func meet(t testing.TB, l *Listener, d Dialer) (*Session, *Session) {
 	t.Helper()
-	type end struct {
-		s   *Session
-		err error
-	}
-	accepted := make(chan end, 1)
-	go func() {
-		s, err := Accept(context.Background(), ln, func(err error) { t.Error(err) })
-		accepted <- end{s, err}
-	}()
-	a, err := Dial(context.Background(), nil, addr)
+	a, err := d.Session(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(a.Close)
-	b := <-accepted
-	if b.err != nil {
-		t.Fatal(b.err)
+	b, err := l.Accept(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(b.s.Close)
-	return a, b.s
+	t.Cleanup(b.Close)
+	return a, b
+}
+
+// pair makes a session over a plain link.
+func pair(t testing.TB) (*Session, *Session) {
+	t.Helper()
+	l, addr := server(t, ListenOptions{})
+	return meet(t, l, Dialer{Addr: addr})
+}
+
+// authority makes certificates of hosts, all of one CA.
+type authority struct {
+	t   testing.TB
+	dir string
+}
+
+func newAuthority(t testing.TB) authority {
+	t.Helper()
+	dir := t.TempDir()
+	if err := certs.Init(dir); err != nil {
+		t.Fatal(err)
+	}
+	return authority{t, dir}
+}
+
+func (a authority) identity(name string) *certs.Identity {
+	a.t.Helper()
+	out := a.t.TempDir()
+	if err := certs.Issue(a.dir, name, out, 1, false); err != nil {
+		a.t.Fatal(err)
+	}
+	i, err := certs.Load(out, func(err error) { a.t.Error(err) })
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return i
+}
+
+// securePair makes a session over TLS, from hosta to hostb.
+func securePair(t testing.TB) (*Session, *Session) {
+	t.Helper()
+	ca := newAuthority(t)
+	l, addr := server(t, ListenOptions{TLS: ca.identity("hostb").Server()})
+	return meet(t, l, Dialer{Addr: addr, TLS: ca.identity("hosta").Client("hostb")})
+}
+
+// bothWays runs a test with sessions over a plain link and over TLS.
+func bothWays(t *testing.T, test func(t *testing.T, pair func(testing.TB) (*Session, *Session))) {
+	t.Run("plain", func(t *testing.T) { test(t, pair) })
+	t.Run("TLS", func(t *testing.T) { test(t, securePair) })
 }
 
 // content is what frame i of a lane and direction holds: of any size, empty ones included.
@@ -69,78 +117,82 @@ func content(lane Lane, side, i int) []byte {
 
 // Frames arrive whole and in order on every lane, in both directions at once.
 func TestSession(t *testing.T) {
-	a, b := pair(t)
-	if a.ID != b.ID || a.ID == [16]byte{} {
-		t.Errorf("the sessions are %x and %x", a.ID, b.ID)
-	}
-	if a.Err() != nil || b.Err() != nil {
-		t.Errorf("errors before the end: %v, %v", a.Err(), b.Err())
-	}
-	const frames = 300
-	var tasks sync.WaitGroup
-	for l := range lanes {
-		for side, s := range []*Session{a, b} {
-			tasks.Go(func() {
-				for i := range frames {
-					c := content(l, side, i)
-					cut := len(c) / 3
-					if err := s.Lane(l).Write(uint8(i), c[:cut], nil, c[cut:]); err != nil {
-						t.Errorf("%v: %v", l, err)
-						return
-					}
-				}
-			})
-			tasks.Go(func() {
-				var buf []byte
-				for i := range frames {
-					kind, payload, err := s.Lane(l).Read(buf, 64<<10)
-					if err != nil {
-						t.Errorf("%v: %v", l, err)
-						return
-					}
-					if kind != uint8(i) || !bytes.Equal(payload, content(l, 1-side, i)) {
-						t.Errorf("%v: frame %d came as type %d with %d bytes", l, i, kind, len(payload))
-						return
-					}
-					buf = payload
-				}
-			})
+	bothWays(t, func(t *testing.T, pair func(testing.TB) (*Session, *Session)) {
+		a, b := pair(t)
+		if a.ID != b.ID || a.ID == [16]byte{} {
+			t.Errorf("the sessions are %x and %x", a.ID, b.ID)
 		}
-	}
-	tasks.Wait()
-	sent, received := a.Bytes()
-	if s, r := b.Bytes(); sent != r || received != s || sent == 0 {
-		t.Errorf("one side counts %d bytes sent and %d received, the other %d and %d", sent, received, s, r)
-	}
+		if a.Err() != nil || b.Err() != nil {
+			t.Errorf("errors before the end: %v, %v", a.Err(), b.Err())
+		}
+		const frames = 300
+		var tasks sync.WaitGroup
+		for l := range lanes {
+			for side, s := range []*Session{a, b} {
+				tasks.Go(func() {
+					for i := range frames {
+						c := content(l, side, i)
+						cut := len(c) / 3
+						if err := s.Lane(l).Write(uint8(i), c[:cut], nil, c[cut:]); err != nil {
+							t.Errorf("%v: %v", l, err)
+							return
+						}
+					}
+				})
+				tasks.Go(func() {
+					var buf []byte
+					for i := range frames {
+						kind, payload, err := s.Lane(l).Read(buf, 64<<10)
+						if err != nil {
+							t.Errorf("%v: %v", l, err)
+							return
+						}
+						if kind != uint8(i) || !bytes.Equal(payload, content(l, 1-side, i)) {
+							t.Errorf("%v: frame %d came as type %d with %d bytes", l, i, kind, len(payload))
+							return
+						}
+						buf = payload
+					}
+				})
+			}
+		}
+		tasks.Wait()
+		sent, received := a.Bytes()
+		if s, r := b.Bytes(); sent != r || received != s || sent == 0 {
+			t.Errorf("one side counts %d bytes sent and %d received, the other %d and %d", sent, received, s, r)
+		}
+	})
 }
 
 // Several goroutines may write to a lane: frames do not mix.
 func TestConcurrentWriters(t *testing.T) {
-	a, b := pair(t)
-	const writers, frames = 4, 200
-	var tasks sync.WaitGroup
-	for w := range writers {
-		tasks.Go(func() {
-			for i := range frames {
-				if err := a.Lane(Control).Write(uint8(w), content(Control, w, i)); err != nil {
-					t.Error(err)
-					return
+	bothWays(t, func(t *testing.T, pair func(testing.TB) (*Session, *Session)) {
+		a, b := pair(t)
+		const writers, frames = 4, 200
+		var tasks sync.WaitGroup
+		for w := range writers {
+			tasks.Go(func() {
+				for i := range frames {
+					if err := a.Lane(Control).Write(uint8(w), content(Control, w, i)); err != nil {
+						t.Error(err)
+						return
+					}
 				}
+			})
+		}
+		var seen [writers]int
+		for range writers * frames {
+			kind, payload, err := b.Lane(Control).Read(nil, 64<<10)
+			if err != nil {
+				t.Fatal(err)
 			}
-		})
-	}
-	var seen [writers]int
-	for range writers * frames {
-		kind, payload, err := b.Lane(Control).Read(nil, 64<<10)
-		if err != nil {
-			t.Fatal(err)
+			if !bytes.Equal(payload, content(Control, int(kind), seen[kind])) {
+				t.Fatalf("frame %d of writer %d is not what was sent", seen[kind], kind)
+			}
+			seen[kind]++
 		}
-		if !bytes.Equal(payload, content(Control, int(kind), seen[kind])) {
-			t.Fatalf("frame %d of writer %d is not what was sent", seen[kind], kind)
-		}
-		seen[kind]++
-	}
-	tasks.Wait()
+		tasks.Wait()
+	})
 }
 
 // wire is a net.Conn made of bytes.
@@ -153,7 +205,6 @@ type wire struct {
 func (w *wire) Read(b []byte) (int, error)  { return w.in.Read(b) }
 func (w *wire) Write(b []byte) (int, error) { return w.out.Write(b) }
 func (w *wire) SetDeadline(time.Time) error { return nil }
-func (w *wire) over() bool                  { return false }
 func (w *wire) writev(parts [][]byte) (int, error) {
 	return w.out.Write(bytes.Join(parts, nil))
 }
@@ -207,181 +258,66 @@ func TestDamage(t *testing.T) {
 }
 
 func TestCloseUnblocks(t *testing.T) {
-	a, b := pair(t)
-	cause := errors.New("enough")
-	var ends sync.WaitGroup
-	begun := make(chan struct{}, 2*lanes)
-	for l := range lanes {
-		ends.Go(func() {
-			begun <- struct{}{}
-			if _, _, err := a.Lane(l).Read(nil, 10); err == nil {
-				t.Error("a frame that nobody sent")
-			}
-		})
-		ends.Go(func() {
-			begun <- struct{}{}
-			for big := make([]byte, 1<<20); ; { // until nothing goes out any more, as nobody reads
-				if err := a.Lane(l).Write(1, big); err != nil {
-					return
+	bothWays(t, func(t *testing.T, pair func(testing.TB) (*Session, *Session)) {
+		a, b := pair(t)
+		cause := errors.New("enough")
+		var ends sync.WaitGroup
+		begun := make(chan struct{}, 2*lanes)
+		for l := range lanes {
+			ends.Go(func() {
+				begun <- struct{}{}
+				if _, _, err := a.Lane(l).Read(nil, 10); err == nil {
+					t.Error("a frame that nobody sent")
 				}
-			}
-		})
-	}
-	for range 2 * lanes {
-		<-begun
-	}
-	a.Fail(cause)
-	a.Fail(errors.New("a later one"))
-	ends.Wait()
-	<-a.Done()
-	if a.Err() != cause {
-		t.Errorf("the session ended for %v", a.Err())
-	}
-	for l := range lanes { // the other side has it too, behind what was sent
-		var err error
-		for err == nil {
-			_, _, err = b.Lane(l).Read(nil, 1<<20)
+			})
+			ends.Go(func() {
+				begun <- struct{}{}
+				for big := make([]byte, 1<<20); ; { // until nothing goes out any more, as nobody reads
+					if err := a.Lane(l).Write(1, big); err != nil {
+						return
+					}
+				}
+			})
 		}
-	}
+		for range 2 * lanes {
+			<-begun
+		}
+		a.Fail(cause)
+		a.Fail(errors.New("a later one"))
+		ends.Wait()
+		<-a.Done()
+		if a.Err() != cause {
+			t.Errorf("the session ended for %v", a.Err())
+		}
+		for l := range lanes { // the other side has it too, behind what was sent
+			var err error
+			for err == nil {
+				_, _, err = b.Lane(l).Read(nil, 1<<20)
+			}
+		}
+	})
 }
 
 // The peer's reason, which comes on another lane, counts more than that a lane ended.
 func TestFailSoon(t *testing.T) {
-	a, _ := pair(t)
-	reason := errors.New("the peer said why")
-	a.FailSoon(errors.New("the push lane ended"))
-	if a.Err() != nil {
-		t.Error("it failed at once")
-	}
-	a.Fail(reason)
-	if a.Err() != reason {
-		t.Error(a.Err())
-	}
-	b, _ := pair(t)
-	b.FailSoon(reason)
-	<-b.Done()
-	if b.Err() != reason || a.Err() != reason {
-		t.Errorf("%v, %v", b.Err(), a.Err())
-	}
-}
-
-// greeting encodes a hello.
-func greeting(version uint16, lane uint8, id byte) []byte {
-	b := binary.BigEndian.AppendUint16([]byte(mark), version)
-	return append(append(b, lane, 0), bytes.Repeat([]byte{id}, 16)...)
-}
-
-// Whoever else comes is turned away, is told why where it speaks the protocol, and does
-// not keep the source that comes next from its session.
-func TestAcceptTurnsAway(t *testing.T) {
-	ln := listen(t)
-	reasons := make(chan error, 100)
-	accepted := make(chan *Session, 1)
-	go func() {
-		s, err := Accept(context.Background(), ln, func(err error) { reasons <- err })
-		if err != nil {
-			t.Error(err)
+	bothWays(t, func(t *testing.T, pair func(testing.TB) (*Session, *Session)) {
+		a, _ := pair(t)
+		reason := errors.New("the peer said why")
+		a.FailSoon(errors.New("the push lane ended"))
+		if a.Err() != nil {
+			t.Error("it failed at once")
 		}
-		accepted <- s
-	}()
-	connect := func(say []byte) net.Conn {
-		c, err := net.Dial("tcp", ln.Addr().String())
-		if err != nil {
-			t.Fatal(err)
+		a.Fail(reason)
+		if a.Err() != reason {
+			t.Error(a.Err())
 		}
-		t.Cleanup(func() { c.Close() })
-		if _, err := c.Write(say); err != nil {
-			t.Fatal(err)
+		b, _ := pair(t)
+		b.FailSoon(reason)
+		<-b.Done()
+		if b.Err() != reason || a.Err() != reason {
+			t.Errorf("%v, %v", b.Err(), a.Err())
 		}
-		return c
-	}
-	turnedAway := func(name, want string) {
-		t.Helper()
-		if err := <-reasons; !strings.Contains(err.Error(), want) {
-			t.Errorf("%s was turned away with %q; want %q", name, err, want)
-		}
-	}
-	// refused reads the answer and wants a reason in it.
-	refused := func(c net.Conn, name, want string) {
-		t.Helper()
-		b, err := io.ReadAll(c)
-		if err != nil || len(b) < answerSize || b[len(mark)+2] != 1 || !strings.Contains(string(b[answerSize:]), want) {
-			t.Errorf("%s was answered %q, %v; want %q", name, b, err, want)
-		}
-		turnedAway(name, want)
-	}
-	taken := func(c net.Conn) {
-		t.Helper()
-		b := make([]byte, answerSize)
-		if _, err := io.ReadFull(c, b); err != nil || b[len(mark)+2] != 0 {
-			t.Fatalf("answered %q, %v", b, err)
-		}
-	}
-
-	connect(nil).Close()
-	turnedAway("a port scan", "no hello")
-	connect(greeting(Version, 0, 1)[:20]).Close()
-	turnedAway("half a hello", "no hello")
-	connect([]byte("GET /index.html HTTP/1.1\r\nHost: b\r\n\r\n"))
-	turnedAway("a browser", "does not speak vacate's protocol")
-	refused(connect(greeting(Version+1, 0, 1)), "another version", "use the same release of vacate on both hosts")
-	refused(connect(greeting(Version, 9, 1)), "lane 9", "there is no lane 9")
-	refused(connect(greeting(Version, uint8(Push), 1)), "a push lane", "belongs to no session")
-
-	half := connect(greeting(Version, uint8(Control), 1))
-	taken(half)
-	refused(connect(greeting(Version, uint8(Control), 2)), "a second session", "taken by another eviction")
-	refused(connect(greeting(Version, uint8(Push), 2)), "another session's lane", "belongs to no session")
-	refused(connect(greeting(Version, uint8(Fetch), 1)), "a lane too early", "belongs to no session")
-	taken(connect(greeting(Version, uint8(Push), 1)))
-	refused(connect(greeting(Version, uint8(Push), 1)), "a lane twice", "belongs to no session")
-	half.Close() // its other lanes will never come
-
-	s, err := Dial(context.Background(), nil, ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	other := <-accepted
-	defer other.Close()
-	if s.ID != other.ID {
-		t.Error("another session was accepted")
-	}
-	if err := s.Lane(Fetch).Write(3, []byte("page")); err != nil {
-		t.Fatal(err)
-	}
-	if kind, p, err := other.Lane(Fetch).Read(nil, 10); err != nil || kind != 3 || string(p) != "page" {
-		t.Error(kind, p, err)
-	}
-}
-
-// Who connects and says nothing holds a source up, but not for as long as that is patient.
-func TestSilentStranger(t *testing.T) {
-	if testing.Short() {
-		t.Skip("short: waits for seconds")
-	}
-	ln := listen(t)
-	c, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	accepted := make(chan error, 1)
-	go func() {
-		s, err := Accept(context.Background(), ln, nil)
-		if err == nil {
-			s.Close()
-		}
-		accepted <- err
-	}()
-	s, err := Dial(context.Background(), nil, ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	if err := <-accepted; err != nil {
-		t.Error(err)
-	}
+	})
 }
 
 // serve answers every connection with bytes, and closes it unless told to hold it.
@@ -409,8 +345,8 @@ func TestDialRefused(t *testing.T) {
 		is     error
 		says   string
 	}{
-		"closes":        {nil, ErrPeer, "is it `vacate receive` that listens there?"},
-		"half answer":   {[]byte(mark), ErrPeer, "is it `vacate receive` that listens there?"},
+		"closes":        {nil, ErrPeer, "is it vacate that listens there"},
+		"half answer":   {[]byte(mark), ErrPeer, "is it vacate that listens there"},
 		"HTTP":          {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrPeer, "it answered \"HTTP/1.1 400"},
 		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused, fmt.Sprintf("it speaks version 9, we speak %d: use the same release", Version)},
 		"refusal":       {append([]byte(mark), 0, Version, 1, 0, 0, 4, 'b', 'u', 's', 'y'), ErrRefused, `"busy"`},
@@ -418,19 +354,14 @@ func TestDialRefused(t *testing.T) {
 	} {
 		ln := listen(t)
 		serve(t, ln, c.answer, false)
-		_, err := Dial(context.Background(), nil, ln.Addr().String())
+		_, err := Dialer{Addr: ln.Addr().String()}.Session(t.Context())
 		if !errors.Is(err, c.is) || !strings.Contains(fmt.Sprint(err), c.says) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	ln := listen(t)
 	ln.Close()
-	if _, err := Dial(context.Background(), nil, ln.Addr().String()); !strings.Contains(fmt.Sprint(err), "start `vacate receive` there first") {
-		t.Error(err)
-	}
-	ln = listen(t)
-	go Refuse(ln, "it has a VM already")
-	if _, err := Dial(context.Background(), nil, ln.Addr().String()); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "it has a VM already") {
+	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(fmt.Sprint(err), "start vacate there first") {
 		t.Error(err)
 	}
 }
@@ -442,7 +373,7 @@ func TestDialSilent(t *testing.T) {
 	}
 	ln := listen(t)
 	serve(t, ln, nil, true)
-	if _, err := Dial(context.Background(), nil, ln.Addr().String()); !errors.Is(err, ErrPeer) || !strings.Contains(err.Error(), "no answer") {
+	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !errors.Is(err, ErrPeer) || !strings.Contains(err.Error(), "no answer") {
 		t.Error(err)
 	}
 }
@@ -453,25 +384,29 @@ func TestCancel(t *testing.T) {
 	enough := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(context.Background())
 	time.AfterFunc(20*time.Millisecond, func() { cancel(enough) })
-	if s, err := Dial(ctx, nil, ln.Addr().String()); err != enough || s != nil {
+	if s, err := (Dialer{Addr: ln.Addr().String()}).Session(ctx); err != enough || s != nil {
 		t.Errorf("dial: %v", err)
 	}
 
-	for name, say := range map[string][]byte{"nobody comes": nil, "half a hello": []byte(mark), "half a session": greeting(Version, 0, 1)} {
-		ln := listen(t)
-		ctx, cancel := context.WithCancel(context.Background())
+	l, addr := server(t, ListenOptions{})
+	for name, say := range map[string][]byte{"nobody comes": nil, "half a hello": []byte(mark), "half a session": appendHello(nil, Control, [16]byte{1})} {
+		ctx, cancel := context.WithCancelCause(context.Background())
 		if say != nil {
-			c, err := net.Dial("tcp", ln.Addr().String())
+			c, err := net.Dial("tcp", addr)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
 			c.Write(say)
 		}
-		time.AfterFunc(20*time.Millisecond, cancel)
-		if s, err := Accept(ctx, ln, nil); !errors.Is(err, context.Canceled) || s != nil {
+		time.AfterFunc(20*time.Millisecond, func() { cancel(enough) })
+		if s, err := l.Accept(ctx); err != enough || s != nil {
 			t.Errorf("accept, %s: %v", name, err)
 		}
+	}
+	l.Close() // does not wait for those
+	if s, err := l.Accept(t.Context()); !errors.Is(err, net.ErrClosed) || s != nil {
+		t.Errorf("accept, after the end: %v", err)
 	}
 }
 
@@ -529,9 +464,9 @@ func tap(t testing.TB, to string) (addr string, up, down func() [][]byte) {
 
 // recorded holds the bytes of a real session.
 func recorded(t testing.TB) (up, down [][]byte) {
-	ln := listen(t)
-	addr, ups, downs := tap(t, ln.Addr().String())
-	a, b := meet(t, ln, addr)
+	l, to := server(t, ListenOptions{})
+	addr, ups, downs := tap(t, to)
+	a, b := meet(t, l, Dialer{Addr: addr})
 	for l := range lanes {
 		for i, s := range []*Session{a, b} {
 			if err := errors.Join(s.Lane(l).Write(64, []byte("some"), []byte("pages")), s.Lane(l).Write(1)); err != nil {
@@ -555,7 +490,7 @@ func FuzzRead(f *testing.F) {
 		f.Add(b[helloSize:])
 	}
 	for _, b := range down {
-		f.Add(b[answerSize:])
+		f.Add(b[answerHead+8:])
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		const limit = 1 << 10
@@ -587,35 +522,65 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
-// Whatever is said in place of a hello, it is turned away, and if it is answered then with
-// something that a source understands.
+// Whatever is said in place of a hello, it is turned away or understood; and if it is answered then
+// with something that a source understands.
 func FuzzJoin(f *testing.F) {
 	up, _ := recorded(f)
 	for _, b := range up {
-		f.Add(b, uint8(0))
-		f.Add(b, uint8(1))
-		f.Add(b, uint8(2))
+		f.Add(b, uint8(0), false)
+		f.Add(b, uint8(1), false)
+		f.Add(b, uint8(7), true)
 	}
-	f.Add(greeting(Version+1, 0, 1), uint8(0))
-	f.Add(greeting(Version, 3, 1), uint8(0))
-	f.Fuzz(func(t *testing.T, b []byte, there uint8) {
-		s := &Session{done: make(chan struct{}), ID: [16]byte(bytes.Repeat([]byte{1}, 16))}
-		for l := range Lane(min(there, uint8(lanes)-1)) {
-			s.lane[l] = &Conn{s: &wire{}}
-		}
-		lanesBefore, idBefore := s.lane, s.ID
-		w := &wire{in: bytes.NewReader(b)}
-		err := s.join(context.Background(), w)
-		if err == nil { // what is no TCP connection is never taken
-			t.Fatal("taken")
-		}
-		if s.lane != lanesBefore || s.ID != idBefore {
-			t.Fatal("a connection that was turned away changed the session")
-		}
-		if w.out.Len() == 0 {
+	other := appendHello(nil, Control, [16]byte{1})
+	other[len(mark)+1]++
+	f.Add(other[:helloStart], uint8(0), false)
+	f.Add(appendHello(nil, lanes, [16]byte{1}), uint8(0), false)
+	f.Fuzz(func(t *testing.T, b []byte, there uint8, crowded bool) {
+		h, err := readHello(&wire{in: bytes.NewReader(b)})
+		if err != nil {
+			if !errors.Is(err, ErrPeer) {
+				t.Fatal(err)
+			}
 			return
 		}
-		said := hello(context.Background(), &wire{in: &w.out}, Control, s.ID)
+		if h.version == Version {
+			again := binary.BigEndian.AppendUint64(appendHello(nil, h.lane, h.id)[:helloStart], h.features)
+			again[helloStart-17] = b[helloStart-17] // means nothing
+			if !bytes.HasPrefix(b, again) {
+				t.Fatalf("%+v was read from %x", h, b)
+			}
+		}
+		l := &Listener{o: ListenOptions{Waiting: 2, WaitingPerPeer: 2}, sessions: map[ticket]*place{}}
+		for lane := range lanes {
+			if there>>lane&1 != 0 {
+				if _, _, err := l.reserve(ticket{"a", h.id}, "a", greeting{Version, lane, h.id, 0}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if crowded {
+			for i := range byte(2) {
+				l.reserve(ticket{"a", [16]byte{i, 99}}, "a", greeting{Version, Control, [16]byte{i, 99}, 0})
+			}
+		}
+		if err = h.unfit(); err == nil {
+			var p *place
+			var first bool
+			if p, first, err = l.reserve(ticket{"a", h.id}, "a", h); err == nil {
+				if there>>h.lane&1 != 0 || first != (there&7 == 0) || p.s.ID != h.id || p.s.features&^features != 0 {
+					t.Fatalf("%+v took place %+v beside lanes %b", h, p, there)
+				}
+			}
+		}
+		if n := len(l.sessions); n > 2 {
+			t.Fatalf("%d sessions", n)
+		}
+		if err == nil {
+			return
+		}
+		w := &wire{}
+		answer(w, 0, err)
+		_, said := hello(&wire{in: &w.out}, Control, h.id)
 		if !errors.Is(said, ErrRefused) || !strings.Contains(said.Error(), fmt.Sprintf("%q", err.Error())) {
 			t.Fatalf("turned away for %q, and the source understands %q", err, said)
 		}
@@ -629,16 +594,16 @@ func FuzzAnswer(f *testing.F) {
 		f.Add(b)
 	}
 	w := &wire{}
-	answer(w, 1, "the destination is taken by another eviction")
+	answer(w, 0, errors.New("there is no room"))
 	f.Add(w.out.Bytes())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		w := &wire{in: bytes.NewReader(b)}
-		err := hello(context.Background(), w, Push, [16]byte{7})
-		if !bytes.Equal(w.out.Bytes(), append(greeting(Version, uint8(Push), 0)[:len(mark)+4:len(mark)+4], append([]byte{7}, make([]byte, 15)...)...)) {
+		common, err := hello(w, Push, [16]byte{7})
+		if !bytes.Equal(w.out.Bytes(), appendHello(nil, Push, [16]byte{7})) {
 			t.Fatalf("said %x", w.out.Bytes())
 		}
 		if err == nil {
-			if want := append([]byte(mark), 0, Version, 0); !bytes.HasPrefix(b, want) {
+			if want := append([]byte(mark), 0, Version, 0); !bytes.HasPrefix(b, want) || common&^features != 0 {
 				t.Fatalf("took %x for an answer", b)
 			}
 			return

@@ -88,7 +88,11 @@ func (s *socket) Close() error {
 }
 
 // Read fills b as far as the stream goes.
-func (s *socket) Read(b []byte) (int, error) {
+func (s *socket) Read(b []byte) (int, error) { return s.receive(b, unix.MSG_WAITALL) }
+
+// receive reads into b: what is there, but at least a byte, or with MSG_WAITALL all of it as
+// far as the stream goes.
+func (s *socket) receive(b []byte, flags int) (int, error) {
 	if err := s.enter(); err != nil {
 		return 0, err
 	}
@@ -98,7 +102,7 @@ func (s *socket) Read(b []byte) (int, error) {
 		runtime.Gosched()
 	}
 	for {
-		n, _, err := unix.Recvfrom(s.fd, b, unix.MSG_WAITALL)
+		n, _, err := unix.Recvfrom(s.fd, b, flags)
 		switch {
 		case err == unix.EINTR:
 		case err != nil:
@@ -109,6 +113,15 @@ func (s *socket) Read(b []byte) (int, error) {
 			return n, nil
 		}
 	}
+}
+
+// option sets an option of the socket.
+func (s *socket) option(level, name, value int) error {
+	if err := s.enter(); err != nil {
+		return err
+	}
+	defer s.leave()
+	return unix.SetsockoptInt(s.fd, level, name, value)
 }
 
 // writev writes the parts, one behind the other, and returns how many bytes it wrote. It
@@ -146,13 +159,3 @@ func (s *socket) writev(parts [][]byte) (int, error) {
 
 // maxParts is the kernel's limit of parts in one call (IOV_MAX).
 const maxParts = 1024
-
-// over tells whether the peer has ended a connection of which nothing was read yet.
-func (s *socket) over() bool {
-	if s.enter() != nil {
-		return true
-	}
-	defer s.leave()
-	n, _, err := unix.Recvfrom(s.fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	return err == nil && n == 0 || err != nil && err != unix.EAGAIN
-}
