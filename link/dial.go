@@ -78,7 +78,7 @@ func (d Dialer) lane(ctx context.Context, l Lane, id [16]byte) (*Conn, uint64, e
 	conn, err := dial(dialling, "tcp", d.Addr)
 	cancel()
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, 0, fmt.Errorf("nothing listens there: start vacate there first: %w", err)
+		return nil, 0, fmt.Errorf("nothing listens at %s: start `vacate receive` there first: %w", d.Addr, err)
 	} else if err != nil {
 		return nil, 0, fmt.Errorf("reach the destination: %w", err)
 	}
@@ -141,10 +141,10 @@ func hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
 	if _, err := io.ReadFull(c, head); remote(err) { // a server of TLS 1.3 judges the client last
 		return 0, fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
 	} else if err != nil {
-		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it vacate that listens there, and for links such as this (TLS or plain)?", ErrPeer, err)
+		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there, and for links such as this (TLS or plain)?", ErrPeer, err)
 	}
 	if !bytes.HasPrefix(head, []byte(mark)) {
-		return 0, fmt.Errorf("%w: it answered %q: is it vacate that listens there?", ErrPeer, head)
+		return 0, fmt.Errorf("%w: it answered %q: is it `vacate receive` that listens there?", ErrPeer, head)
 	}
 	head = head[len(mark):]
 	if v := binary.BigEndian.Uint16(head); v != Version {
@@ -156,8 +156,10 @@ func hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
 		return 0, fmt.Errorf("%w: it accepts with %d bytes of features", ErrPeer, n)
 	}
 	rest := make([]byte, min(n, maxReason))
-	if _, err := io.ReadFull(c, rest); err != nil {
+	if _, err := io.ReadFull(c, rest); err != nil && accepted {
 		return 0, fmt.Errorf("%w: its answer was cut off: %w", ErrPeer, err)
+	} else if err != nil {
+		return 0, fmt.Errorf("%w: its reason was cut off: %w", ErrRefused, err)
 	}
 	if !accepted {
 		return 0, fmt.Errorf("%w: %q", ErrRefused, rest)

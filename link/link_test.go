@@ -345,8 +345,8 @@ func TestDialRefused(t *testing.T) {
 		is     error
 		says   string
 	}{
-		"closes":        {nil, ErrPeer, "is it vacate that listens there"},
-		"half answer":   {[]byte(mark), ErrPeer, "is it vacate that listens there"},
+		"closes":        {nil, ErrPeer, "is it `vacate receive` that listens there"},
+		"half answer":   {[]byte(mark), ErrPeer, "is it `vacate receive` that listens there"},
 		"HTTP":          {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrPeer, "it answered \"HTTP/1.1 400"},
 		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused, fmt.Sprintf("it speaks version 9, we speak %d: use the same release", Version)},
 		"refusal":       {append([]byte(mark), 0, Version, 1, 0, 0, 4, 'b', 'u', 's', 'y'), ErrRefused, `"busy"`},
@@ -361,7 +361,7 @@ func TestDialRefused(t *testing.T) {
 	}
 	ln := listen(t)
 	ln.Close()
-	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(fmt.Sprint(err), "start vacate there first") {
+	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(fmt.Sprint(err), "start `vacate receive` there first") {
 		t.Error(err)
 	}
 }

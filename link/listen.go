@@ -27,6 +27,7 @@ var (
 	ErrUnauthorised = errors.New("not authorised")
 	ErrTooSlow      = errors.New("too slow")
 	ErrTooMany      = errors.New("too many at the same time")
+	ErrVersion      = errors.New("another version")
 	ErrTaken        = errors.New("taken by another connection")
 )
 
@@ -344,7 +345,7 @@ func readHello(c net.Conn) (h greeting, err error) {
 func (h greeting) unfit() error {
 	switch {
 	case h.version != Version:
-		return fmt.Errorf("the source speaks version %d, the destination %d: use the same release of vacate on both hosts", h.version, Version)
+		return fmt.Errorf("%w: the source speaks version %d, the destination %d: use the same release of vacate on both hosts", ErrVersion, h.version, Version)
 	case h.lane >= lanes:
 		return fmt.Errorf("%w: there is no lane %d", ErrPeer, h.lane)
 	}

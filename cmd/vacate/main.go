@@ -121,7 +121,7 @@ Environment:
 	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})
-	c.AddCommand(evictCommand(), receiveCommand(), inspectCommand(), labCommand())
+	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), labCommand())
 	return c
 }
 
