@@ -38,7 +38,7 @@ func load(t testing.TB, dir string) *Identity {
 }
 
 // meet has two hosts shake hands; it returns what each side thinks of it.
-func meet(t testing.TB, client, server *tls.Config) (clientErr, serverErr error, clientName string) {
+func meet(t testing.TB, client, server *tls.Config) (clientName string, clientErr, serverErr error) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -73,7 +73,7 @@ func meet(t testing.TB, client, server *tls.Config) (clientErr, serverErr error,
 	if serverErr = <-done; serverErr == nil {
 		clientName, serverErr = NameOf(s.ConnectionState().PeerCertificates[0])
 	}
-	return clientErr, serverErr, clientName
+	return clientName, clientErr, serverErr
 }
 
 func TestIssue(t *testing.T) {
@@ -91,11 +91,11 @@ func TestIssue(t *testing.T) {
 		if fi, err := os.Stat(filepath.Join(b, keyFile)); err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("%s: the key's mode: %v, %v", name, fi.Mode(), err)
 		}
-		clientErr, serverErr, who := meet(t, load(t, a).Client(name), load(t, b).Server())
+		who, clientErr, serverErr := meet(t, load(t, a).Client(name), load(t, b).Server())
 		if clientErr != nil || serverErr != nil || who != "hosta" {
 			t.Errorf("hosta and %s: %v, %v, %q", name, clientErr, serverErr, who)
 		}
-		if clientErr, _, _ = meet(t, load(t, a).Client("other"), load(t, b).Server()); clientErr == nil {
+		if _, clientErr, _ = meet(t, load(t, a).Client("other"), load(t, b).Server()); clientErr == nil {
 			t.Errorf("%s passes for another host", name)
 		}
 	}
@@ -104,17 +104,17 @@ func TestIssue(t *testing.T) {
 func TestStrangers(t *testing.T) {
 	_, a := authority(t, "hosta")
 	_, b := authority(t, "hostb")
-	clientErr, serverErr, _ := meet(t, load(t, a).Client("hostb"), load(t, b).Server())
+	_, clientErr, serverErr := meet(t, load(t, a).Client("hostb"), load(t, b).Server())
 	if clientErr == nil || serverErr == nil {
 		t.Errorf("hosts of two CAs: %v, %v", clientErr, serverErr)
 	}
 	trusting := load(t, a).Client("hostb")
 	trusting.VerifyConnection = nil
-	if clientErr, serverErr, _ = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
+	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
 		t.Errorf("a client of another CA: %v, %v", clientErr, serverErr)
 	}
 	trusting.GetClientCertificate = nil
-	if clientErr, serverErr, _ = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
+	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
 		t.Errorf("a client without a certificate: %v, %v", clientErr, serverErr)
 	}
 }
@@ -134,7 +134,7 @@ func TestReload(t *testing.T) {
 	client, serverConfig := load(t, a).Client("hostb"), server.Server()
 	works := func(what string) {
 		t.Helper()
-		if clientErr, serverErr, _ := meet(t, client, serverConfig); clientErr != nil || serverErr != nil {
+		if _, clientErr, serverErr := meet(t, client, serverConfig); clientErr != nil || serverErr != nil {
 			t.Fatalf("%s: %v, %v", what, clientErr, serverErr)
 		}
 	}
@@ -198,7 +198,7 @@ func TestReload(t *testing.T) {
 	}
 	trusting := load(t, old).Client("hostb")
 	trusting.VerifyConnection = nil
-	if _, serverErr, _ := meet(t, trusting, serverConfig); serverErr == nil {
+	if _, _, serverErr := meet(t, trusting, serverConfig); serverErr == nil {
 		t.Error("the CA of before is still believed")
 	}
 }

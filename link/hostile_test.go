@@ -95,10 +95,11 @@ func otherHello(version uint16, l Lane, id byte, features uint64) []byte {
 // Over a plain link, too, whoever does not belong is turned away, and keeps nobody from a session.
 func TestPlainStrangers(t *testing.T) {
 	why := make(reasons, 100)
-	l, addr := server(t, ListenOptions{TurnedAway: why.note, Timeout: time.Second, WaitingPerPeer: 2})
+	l, addr := server(t, ListenOptions{TurnedAway: why.note, Timeout: 2 * time.Second, WaitingPerPeer: 2})
 	refused := func(c net.Conn, who string, is error, says string) {
 		t.Helper()
 		b, err := io.ReadAll(c)
+		c.Close()
 		if err != nil || len(b) < answerHead || b[len(mark)+2] != 1 || !strings.Contains(string(b[answerHead:]), says) {
 			t.Errorf("%s was answered %q, %v; want %q", who, b, err, says)
 		}
@@ -186,12 +187,11 @@ func TestStrangers(t *testing.T) {
 
 	trusting := func(c *tls.Config) *tls.Config { c.VerifyConnection = nil; return c }
 	for name, c := range map[string]struct {
-		tls       *tls.Config
-		is        error // as the listener sees it
-		says      string
-		dialIs    error
-		dialSays  string
-		elsewhere bool // the dialler says no first
+		tls      *tls.Config
+		is       error // as the listener sees it
+		says     string
+		dialIs   error
+		dialSays string
 	}{
 		"no certificate": {tls: &tls.Config{InsecureSkipVerify: true}, is: ErrUnauthenticated, says: "didn't provide a certificate", dialIs: ErrUnauthenticated, dialSays: "certificate required"},
 		"another CA":     {tls: trusting(otherCA.identity("hosta").Client("hostb")), is: ErrUnauthenticated, says: "unknown authority", dialIs: ErrUnauthenticated, dialSays: "unknown certificate authority"},
@@ -281,7 +281,9 @@ func selfSigned(t testing.TB) *tls.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, InsecureSkipVerify: true, ServerName: "hostb"}
+	cert := &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	return &tls.Config{InsecureSkipVerify: true, ServerName: "hostb", // and it shows its certificate though nobody asks for such
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }}
 }
 
 // The other way round: TLS to a plain listener.
