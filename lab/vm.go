@@ -264,19 +264,25 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 // IncomingOptions differ from the VM whose guest is to come.
 type IncomingOptions struct {
 	QEMU QEMU // default the same
+	// From is where QEMU is to take the guest from, as "-incoming" has it; default "defer",
+	// which leaves that to QMP.
+	From string
 	// Running leaves out -S: the guest runs as soon as it has come.
 	Running bool
 	Extra   []string // more arguments for QEMU
 }
 
-// Incoming starts a VM to take the guest of twin, with "-incoming defer" and,
-// unless told otherwise, "-S"; it returns when QMP answers.
+// Incoming starts a VM to take the guest of twin, with "-incoming defer" and "-S",
+// unless told otherwise; it returns when QMP answers.
 func (h *Host) Incoming(ctx context.Context, twin *VM, opts IncomingOptions) (*VM, error) {
 	spec := twin.Spec
 	if opts.QEMU.Path != "" {
 		spec.QEMU = opts.QEMU
 	}
-	extra := append([]string{"-incoming", "defer"}, opts.Extra...)
+	if opts.From == "" {
+		opts.From = "defer"
+	}
+	extra := append([]string{"-incoming", opts.From}, opts.Extra...)
 	if !opts.Running {
 		extra = append(extra, "-S")
 	}
