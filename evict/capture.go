@@ -165,12 +165,9 @@ func (c *capture) blocks(ctx context.Context, want []int) (map[int][]byte, error
 			return nil, err
 		}
 	}
-	all := 0
-	for _, b := range c.layout {
-		all += int(b.Length / migstream.TargetPageSize)
-	}
+	half := c.records() / 2
 	for left > 0 {
-		if c.pages > all/2 {
+		if c.pages > half {
 			return nil, fmt.Errorf("QEMU sent half of its memory, but not all of %d small blocks that were asked for", len(want))
 		}
 		item, err := c.next(ctx)
@@ -196,6 +193,15 @@ func (c *capture) blocks(ctx context.Context, want []int) (map[int][]byte, error
 	return got, nil
 }
 
+// records is how many page records all memory has in the stream, where huge pages are many.
+func (c *capture) records() int {
+	n := 0
+	for _, b := range c.layout {
+		n += int(b.Length / migstream.TargetPageSize)
+	}
+	return n
+}
+
 // settle reads on, discarding, until QEMU is wholly in post-copy: before that it would
 // resume the guest by itself when the stream ends. Before QEMU 10.2 it is at once.
 func (c *capture) settle(ctx context.Context, q *qmp.Client) error {
@@ -214,13 +220,13 @@ func (c *capture) settle(ctx context.Context, q *qmp.Client) error {
 	done := make(chan error, 1)
 	go func() {
 		defer c.bound(reading)()
-		all := c.layout.pages()
+		half := c.records() / 2
 		for {
 			if _, err := c.next(reading); err != nil {
 				done <- err
 				return
 			}
-			if c.pages > all/2 {
+			if c.pages > half {
 				done <- errors.New("QEMU sent half of its memory and is still not in post-copy")
 				return
 			}
