@@ -18,17 +18,24 @@ const (
 	queueBytes = 2 << 20
 )
 
+// Shape of a stalled link: a byte per millisecond, in a bucket of one packet.
+const (
+	stallRate  = 1000 // bytes per second
+	stallBurst = 1600 // bytes
+)
+
 // link is the veth pair between the hosts.
 type link struct {
-	mu   sync.Mutex // guards rate and down
-	rate uint64     // bits per second; 0 is unshaped
-	down bool
-	ends [2]linkEnd
+	mu      sync.Mutex // guards rate, stalled and the ends' down
+	rate    uint64     // bits per second; 0 is unshaped
+	stalled bool
+	ends    [2]linkEnd
 }
 
 type linkEnd struct {
-	nl  *netlink.Handle
-	dev netlink.Link
+	nl   *netlink.Handle
+	dev  netlink.Link
+	down bool // drops what it sends
 }
 
 func newLink(a, b *Host, rate uint64) (_ *link, err error) {
@@ -79,8 +86,10 @@ func (l *link) apply() error {
 		}
 		var q netlink.Qdisc
 		switch {
-		case l.down:
+		case end.down:
 			q = &netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "blackhole"}
+		case l.stalled:
+			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: stallRate, Limit: queueBytes, Buffer: netlink.Xmittime(stallRate, stallBurst)}
 		case l.rate == 0:
 			continue
 		default:
@@ -106,12 +115,25 @@ func (l *link) close() {
 	}
 }
 
-// SetLinkUp cuts the link (false) or mends it. While it is cut both ends drop
-// all packets and are told nothing, as when a switch fails.
-func (l *Lab) SetLinkUp(up bool) error {
+// SetLinkUp cuts the link (false) or mends it, both ways; see SetLink.
+func (l *Lab) SetLinkUp(up bool) error { return l.SetLink(up, up) }
+
+// SetLink cuts (false) or mends each direction of the link. An end that may not send
+// drops all packets and is told nothing, as when a switch fails.
+func (l *Lab) SetLink(aToB, bToA bool) error {
 	l.link.mu.Lock()
 	defer l.link.mu.Unlock()
-	l.link.down = !up
+	l.link.ends[0].down, l.link.ends[1].down = !aToB, !bToA
+	return l.link.apply()
+}
+
+// Stall slows the link to 8 kbit/s each way, or gives it its rate again. No more than
+// signs of life pass while it is stalled, which keep connections from timing out. What
+// is queued when it ends is dropped.
+func (l *Lab) Stall(stalled bool) error {
+	l.link.mu.Lock()
+	defer l.link.mu.Unlock()
+	l.link.stalled = stalled
 	return l.link.apply()
 }
 
