@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -17,12 +18,14 @@ import (
 
 // Host is one of the lab's hosts: an unnamed network namespace and a core.
 type Host struct {
-	Name string // "a" or "b"
-	Addr string // IPv4 address on the link
+	Name string // "a", "b" or "client"
+	Addr string // IPv4 address
 	Core int    // core its processes are pinned to, or -1
 
-	lab *Lab
-	ns  netns.NsHandle
+	lab    *Lab
+	ns     netns.NsHandle
+	nl     *netlink.Handle
+	bridge netlink.Link // has the address
 	// One thread, in the namespace and on the core, starts every process: a
 	// child gets both from the thread, and its parent-death signal comes when
 	// this very thread ends.
@@ -48,12 +51,20 @@ func onlineCores() []int {
 	return cores
 }
 
-func newHost(l *Lab, name string, core int) (*Host, error) {
-	h := &Host{Name: name, Core: core, lab: l, ns: -1, calls: make(chan func()), closed: make(chan struct{}), done: make(chan struct{})}
+// The lab's network, to which all hosts and guests are bridged.
+var (
+	network   = net.CIDRMask(16, 32)
+	hostAddr  = func(n byte) net.IP { return net.IPv4(10, 77, 0, n).To4() }
+	guestAddr = func(n byte) net.IP { return net.IPv4(10, 77, 1, n).To4() }
+)
+
+// newHost makes a host; n is its number in the lab.
+func newHost(l *Lab, name string, n byte, core int) (*Host, error) {
+	h := &Host{Name: name, Addr: hostAddr(n).String(), Core: core, lab: l, ns: -1, calls: make(chan func()), closed: make(chan struct{}), done: make(chan struct{})}
 	ready := make(chan error)
-	go h.serve(ready)
+	go h.serve(n, ready)
 	if err := <-ready; err != nil {
-		<-h.done
+		h.close()
 		return nil, fmt.Errorf("make host %s: %w", name, err)
 	}
 	return h, nil
@@ -61,10 +72,10 @@ func newHost(l *Lab, name string, core int) (*Host, error) {
 
 // serve runs on the host's thread until close. The thread is never unlocked,
 // so it ends with the goroutine.
-func (h *Host) serve(ready chan<- error) {
+func (h *Host) serve(n byte, ready chan<- error) {
 	defer close(h.done)
 	runtime.LockOSThread()
-	if err := h.enterNew(); err != nil {
+	if err := h.enterNew(n); err != nil {
 		ready <- err
 		return
 	}
@@ -79,28 +90,83 @@ func (h *Host) serve(ready chan<- error) {
 	}
 }
 
-func (h *Host) enterNew() (err error) {
+func (h *Host) enterNew(n byte) (err error) {
 	if h.ns, err = netns.New(); err != nil { // moves this thread into it
 		return fmt.Errorf("new network namespace: %w", err)
 	}
-	if h.Core >= 0 {
-		if err := pin(h.Core); err != nil {
-			return err
-		}
-		if err := receiveOn(h.Core); err != nil {
-			return err
-		}
-	}
-	nl, err := netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE)
-	if err != nil {
+	if h.nl, err = netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("netlink: %w", err)
 	}
-	defer nl.Close()
-	lo, err := nl.LinkByName("lo")
+	lo, err := h.nl.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
-	return nl.LinkSetUp(lo)
+	if err := h.nl.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("loopback up: %w", err)
+	}
+	if err := h.addBridge(n); err != nil {
+		return fmt.Errorf("bridge: %w", err)
+	}
+	if h.Core < 0 {
+		return nil
+	}
+	if err := pin(h.Core); err != nil {
+		return err
+	}
+	// After the bridge: its ports have passed on what it receives.
+	return receiveOn(h.Core)
+}
+
+// addBridge gives the host its address, on a bridge without ports. A bridge forwards at once
+// as long as it speaks no spanning tree protocol, which it does only if told to.
+func (h *Host) addBridge(n byte) (err error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "br0"
+	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 77, 0, n} // else it has a port's, and another with each port
+	snoop := false
+	if err := h.nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snoop}); err != nil {
+		return fmt.Errorf("kernel option BRIDGE: %w", err)
+	}
+	// Bridged packets need not pass by the (empty) packet filter. Without it there is no such file.
+	if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if h.bridge, err = h.nl.LinkByName(attrs.Name); err != nil {
+		return err
+	}
+	if err := h.nl.AddrAdd(h.bridge, &netlink.Addr{IPNet: &net.IPNet{IP: hostAddr(n), Mask: network}}); err != nil {
+		return fmt.Errorf("address %s: %w", h.Addr, err)
+	}
+	return h.nl.LinkSetUp(h.bridge)
+}
+
+// addPort makes a device in the host's network a port of its bridge.
+func (h *Host) addPort(name string) (netlink.Link, error) {
+	dev, err := h.nl.LinkByName(name)
+	if err == nil {
+		err = h.nl.LinkSetMaster(dev, h.bridge)
+	}
+	if err == nil {
+		err = h.nl.LinkSetUp(dev)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("bridge %s on host %s: %w", name, h.Name, err)
+	}
+	return dev, nil
+}
+
+// addTap makes a tap on the host's bridge. It stays as long as the host.
+func (h *Host) addTap(name string) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	err := h.Do(func() error {
+		return netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP})
+	})
+	if err != nil {
+		return fmt.Errorf("make tap %s on host %s (kernel option TUN): %w", name, h.Name, err)
+	}
+	_, err = h.addPort(name)
+	return err
 }
 
 // pin moves the calling thread, and what it starts from now on, to one core.
@@ -185,6 +251,9 @@ func (h *Host) close() {
 	h.once.Do(func() {
 		close(h.closed)
 		<-h.done
+		if h.nl != nil {
+			h.nl.Close()
+		}
 		h.ns.Close()
 	})
 }

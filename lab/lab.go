@@ -3,11 +3,17 @@
 // a shaped link, and VMs that run Debian's stock cloud kernel and a load which
 // knows what every byte of its memory should be.
 //
-//	┌─ host a: core 0 ─┐   veth pair, tbf   ┌─ host b: core 1 ─┐
-//	│ 10.77.0.1   eth0 ├────────────────────┤ eth0   10.77.0.2 │
-//	│ QEMU ─┐          │  at both ends      │          ┌─ QEMU │
-//	└───────┼──────────┘                    └──────────┼───────┘
-//	        └─ reports (ttyS1) ─► Guest ◄─ reports ────┘
+//	┌─ client ─────────┐
+//	│ 10.77.0.3    br0 ├──┐ veth pair
+//	└──────────────────┘  │
+//	┌─ host a: core 0 ────┴─┐   veth pair, tbf   ┌─ host b: core 1 ──────┐
+//	│ 10.77.0.1    br0─eth0 ├────────────────────┤ eth0─br0    10.77.0.2 │
+//	│ QEMU ─┬─ tap ─┘       │  at both ends      │       └─ tap ─┬─ QEMU │
+//	└───────┼───────────────┘                    └───────────────┼───────┘
+//	        └──── reports (ttyS1) ─► Guest ◄─ reports ───────────┘
+//
+// All hosts, and the guests that have a tap (10.77.1.1 and up), are in one
+// Ethernet. Guests keep their addresses wherever they run.
 //
 // It needs Linux on x86-64, root, and on Debian the packages named in
 // Packages. It speaks to QEMU 7.2 and later (machines pc and q35).
@@ -49,6 +55,9 @@ type Options struct {
 // goroutine.
 type Lab struct {
 	A, B *Host
+	// Client is a third host, not pinned and beside a on its bridge, for the clients of
+	// guests. What it says to a guest on b crosses the link.
+	Client *Host
 
 	dir   string // absolute
 	run   string // run directory
@@ -61,6 +70,8 @@ type Lab struct {
 	mu  sync.Mutex
 	vms []*VM // guarded by mu
 	seq int   // VMs so far, for unique names; guarded by mu
+
+	guests byte // guests with an address so far; guarded by mu
 }
 
 // maxSocketPath is the longest path of a unix socket on Linux, in bytes.
@@ -93,9 +104,15 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 		if !opts.NoPin {
 			core = cores[i%len(cores)]
 		}
-		if *h, err = newHost(l, string(rune('a'+i)), core); err != nil {
+		if *h, err = newHost(l, string(rune('a'+i)), byte(1+i), core); err != nil {
 			return nil, err
 		}
+	}
+	if l.Client, err = newHost(l, "client", 3, -1); err != nil {
+		return nil, err
+	}
+	if _, err := plug(l.A, "client", l.Client, "eth0"); err != nil {
+		return nil, fmt.Errorf("link the lab's client: %w", err)
 	}
 	if l.link, err = newLink(l.A, l.B, opts.Rate); err != nil {
 		return nil, fmt.Errorf("link the lab's hosts: %w", err)
@@ -187,10 +204,8 @@ func (l *Lab) Close() error {
 	for _, vm := range vms {
 		vm.Kill()
 	}
-	if l.link != nil {
-		l.link.close()
-	}
-	for _, h := range []*Host{l.A, l.B} {
+	// The network goes with the hosts.
+	for _, h := range []*Host{l.A, l.B, l.Client} {
 		if h != nil {
 			h.close()
 		}

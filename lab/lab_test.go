@@ -3,7 +3,6 @@ package lab
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -189,32 +188,8 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	}
 
 	ctx := deadline(t, 2*time.Minute)
-	must := func(vm *VM, command, args string) {
-		t.Helper()
-		if err := vm.Execute(ctx, command, json.RawMessage(args), nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	const postcopy = `{"capabilities": [{"capability": "postcopy-ram", "state": true}]}`
-	uri := fmt.Sprintf(`{"uri": "tcp:%s:4444"}`, l.B.Addr)
-	must(src, "migrate-set-capabilities", postcopy)
-	must(dst, "migrate-set-capabilities", postcopy)
-	must(dst, "migrate-incoming", uri)
 	start := time.Now()
-	must(src, "migrate", uri)
-	for status := ""; status != "completed"; {
-		var q struct{ Status string }
-		if err := src.Execute(ctx, "query-migrate", nil, &q); err != nil {
-			t.Fatal(err)
-		}
-		switch status = q.Status; status {
-		case "active":
-			src.Execute(ctx, "migrate-start-postcopy", nil, nil) // may be too early still
-		case "failed", "cancelled", "postcopy-paused":
-			t.Fatal(src.explain(dst.explain(fmt.Errorf("migration %s", status))))
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	postcopy(ctx, t, l, src, dst)
 	took := time.Since(start)
 	after, err := l.LinkBytes()
 	if err != nil {

@@ -2,7 +2,6 @@ package lab
 
 import (
 	"fmt"
-	"net"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -24,7 +23,7 @@ const (
 	stallBurst = 1600 // bytes
 )
 
-// link is the veth pair between the hosts.
+// link is the veth pair between hosts a and b.
 type link struct {
 	mu      sync.Mutex // guards rate, stalled and the ends' down
 	rate    uint64     // bits per second; 0 is unshaped
@@ -33,45 +32,35 @@ type link struct {
 }
 
 type linkEnd struct {
-	nl   *netlink.Handle
+	nl   *netlink.Handle // the host's
 	dev  netlink.Link
 	down bool // drops what it sends
 }
 
-func newLink(a, b *Host, rate uint64) (_ *link, err error) {
-	l := &link{rate: rate}
-	defer func() {
-		if err != nil {
-			l.close()
-		}
-	}()
-	for i, h := range []*Host{a, b} {
-		if l.ends[i].nl, err = netlink.NewHandleAt(h.ns, unix.NETLINK_ROUTE); err != nil {
-			return nil, fmt.Errorf("netlink: %w", err)
-		}
+func newLink(a, b *Host, rate uint64) (*link, error) {
+	const name = "eth0"
+	ends, err := plug(a, name, b, name)
+	if err != nil {
+		return nil, err
 	}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "eth0"
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(b.ns)}
-	if err := l.ends[0].nl.LinkAdd(veth); err != nil {
-		return nil, fmt.Errorf("add veth pair: %w", err)
-	}
-	for i, h := range []*Host{a, b} {
-		end := &l.ends[i]
-		if end.dev, err = end.nl.LinkByName("eth0"); err != nil {
-			return nil, err
-		}
-		ip := net.IPv4(10, 77, 0, byte(1+i)).To4()
-		h.Addr = ip.String()
-		addr := &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: net.CIDRMask(24, 32)}}
-		if err := end.nl.AddrAdd(end.dev, addr); err != nil {
-			return nil, fmt.Errorf("address %s: %w", ip, err)
-		}
-		if err := end.nl.LinkSetUp(end.dev); err != nil {
-			return nil, fmt.Errorf("eth0 up: %w", err)
-		}
-	}
+	l := &link{rate: rate, ends: ends}
 	return l, l.apply()
+}
+
+// plug joins the bridges of two hosts by a veth pair.
+func plug(a *Host, aName string, b *Host, bName string) (ends [2]linkEnd, err error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = aName
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: bName, PeerNamespace: netlink.NsFd(b.ns)}
+	if err := a.nl.LinkAdd(veth); err != nil {
+		return ends, fmt.Errorf("add veth pair: %w", err)
+	}
+	ends[0].nl, ends[1].nl = a.nl, b.nl
+	if ends[0].dev, err = a.addPort(aName); err != nil {
+		return ends, err
+	}
+	ends[1].dev, err = b.addPort(bName)
+	return ends, err
 }
 
 // apply sets the queueing discipline at both ends. The caller holds mu, or
@@ -102,17 +91,6 @@ func (l *link) apply() error {
 		}
 	}
 	return nil
-}
-
-func (l *link) close() {
-	for i := range l.ends {
-		if end := &l.ends[i]; end.nl != nil {
-			if i == 0 && end.dev != nil {
-				end.nl.LinkDel(end.dev) // and its peer
-			}
-			end.nl.Close()
-		}
-	}
 }
 
 // SetLinkUp cuts the link (false) or mends it, both ways; see SetLink.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,6 +52,10 @@ type Spec struct {
 	// Agent has guestload start the program vacate-guest, and gives the VM a
 	// virtio-serial port for it, AgentPort; see VM.AgentSocket.
 	Agent bool
+	// Tap has a Full VM's network card on its host's bridge, and not by itself. The guest
+	// has Addr wherever it runs.
+	Tap   bool
+	Addr  string   // IPv4 address of a guest with a Tap; default one of its own
 	Extra []string // more arguments for QEMU
 }
 
@@ -150,6 +155,14 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	if all+guestNeeds > s.MemoryMiB {
 		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+guestNeeds, s.MemoryMiB)
 	}
+	if s.Tap && (s.Devices != Full || s.Init != guestLoad) {
+		return fmt.Errorf("a tap needs a network card and %s: devices %q", guestLoad, Full)
+	}
+	if s.Addr != "" {
+		if a, err := netip.ParseAddr(s.Addr); err != nil || !a.Is4() || !s.Tap {
+			return fmt.Errorf("guest's address %.40q: want an IPv4 address of a guest with a tap", s.Addr)
+		}
+	}
 	if l.CacheMiB > 0 && s.Devices != Full {
 		return fmt.Errorf("a load with page cache needs a disk: devices %q", Full)
 	}
@@ -187,6 +200,10 @@ func (s *Spec) loadParameters() string {
 	}
 	if s.Agent {
 		line += " vacate.port=" + AgentPort
+	}
+	if s.Tap {
+		ones, _ := network.Size()
+		line += fmt.Sprintf(" vacate.addr=%s/%d", s.Addr, ones)
 	}
 	_, run := s.programs()
 	for _, p := range run {
@@ -341,6 +358,16 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 			return nil, fmt.Errorf("write disk: %w", err)
 		}
 	}
+	if spec.Tap {
+		if err := h.addTap(tapName(name)); err != nil {
+			return nil, err
+		}
+		if spec.Addr == "" {
+			if spec.Addr, err = l.newGuestAddr(); err != nil {
+				return nil, err
+			}
+		}
+	}
 	vm := &VM{
 		Name: name, Host: h, Spec: spec, Guest: guest,
 		QMP: file("qmp.sock"), LabQMP: file("labqmp.sock"), Console: file("console.log"),
@@ -403,6 +430,19 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	return vm, nil
 }
 
+func tapName(vm string) string { return "tap-" + vm }
+
+// newGuestAddr returns an address that no guest of the lab has yet.
+func (l *Lab) newGuestAddr() (string, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.guests == 254 {
+		return "", errors.New("the lab has no more addresses for guests: make a new one")
+	}
+	l.guests++
+	return guestAddr(l.guests).String(), nil
+}
+
 // DefaultCPU is the CPU model for an accelerator ("kvm" or "tcg") and a guest kernel of some
 // release: all that there is, less what hurts under emulation:
 // clearing memory with "rep stosb" takes a turn per byte (erms; Linux 6.1
@@ -448,9 +488,15 @@ func (vm *VM) args(img *image, reports string) []string {
 		add("-qmp", "unix:"+escape(socket)+",server=on,wait=off")
 	}
 	if s.Devices == Full {
+		netdev, mac := "user,id=net,restrict=on", "52:54:00:77:00:01"
+		if s.Tap {
+			netdev = "tap,id=net,script=no,downscript=no,ifname=" + tapName(vm.Name)
+			ip := netip.MustParseAddr(s.Addr).As4() // see fill
+			mac = net.HardwareAddr{0x52, 0x54, 0, 0x77, ip[2], ip[3]}.String()
+		}
 		add("-vga", "std",
 			"-drive", "if=none,id=disk,format=raw,cache="+diskCache(s.Disk)+",file="+escape(s.Disk), "-device", "virtio-blk-pci,drive=disk",
-			"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,mac=52:54:00:77:00:01",
+			"-netdev", netdev, "-device", "virtio-net-pci,netdev=net,mac="+mac,
 			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device", "virtserialport,chardev=port,name=lab.port",
 			"-device", "virtio-balloon-pci")
 	} else {

@@ -42,11 +42,11 @@ func prepare() error {
 	if err := loadModules(); err != nil {
 		return err
 	}
-	if err := netUp(); err != nil {
-		return err
-	}
 	p, err := readParams()
 	if err != nil {
+		return err
+	}
+	if err := netUp(p.addr); err != nil {
 		return err
 	}
 	if err := linkPorts(p.ports); err != nil {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,8 +23,9 @@ type params struct {
 	workers, others               int
 	work, zipf, scatter, stale    bool
 	seed                          uint64
-	ports                         []string // names of virtio-serial ports to wait for
-	run                           []string // files of programs to start
+	addr                          netip.Prefix // IPv4, or not valid: none
+	ports                         []string     // names of virtio-serial ports to wait for
+	run                           []string     // files of programs to start
 }
 
 func parseParams(cmdline string) (params, error) {
@@ -51,6 +54,8 @@ func parseParams(cmdline string) (params, error) {
 			p.others, err = parseCount(value)
 		case "seed":
 			p.seed, err = strconv.ParseUint(value, 10, 64)
+		case "addr":
+			p.addr, err = parseAddr(value)
 		case "port":
 			p.ports = append(p.ports, value)
 		case "run":
@@ -88,6 +93,14 @@ func oneOf(s, yes, no string) (bool, error) {
 		return false, fmt.Errorf("%q: want %s or %s", s, yes, no)
 	}
 	return s == yes, nil
+}
+
+func parseAddr(s string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(s)
+	if err == nil && !p.Addr().Is4() {
+		err = fmt.Errorf("%s is no IPv4 address", p)
+	}
+	return p, err
 }
 
 func parseCount(s string) (int, error) {
@@ -230,8 +243,9 @@ func start(name string) error {
 	return nil
 }
 
-// netUp brings the network card up, if there is one, so that its rings are in use.
-func netUp() error {
+// netUp brings the network card up, if there is one, so that its rings are in use. It gets
+// addr, if that is one.
+func netUp(addr netip.Prefix) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -241,7 +255,7 @@ func netUp() error {
 	if err != nil {
 		return err
 	}
-	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err == unix.ENODEV {
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err == unix.ENODEV && !addr.IsValid() {
 		return nil
 	} else if err != nil {
 		return fmt.Errorf("eth0: %w", err)
@@ -249,6 +263,23 @@ func netUp() error {
 	req.SetUint16(req.Uint16() | unix.IFF_UP)
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil {
 		return fmt.Errorf("eth0 up: %w", err)
+	}
+	if !addr.IsValid() {
+		return nil
+	}
+	for _, set := range []struct {
+		request uint
+		value   []byte
+	}{
+		{unix.SIOCSIFADDR, addr.Addr().AsSlice()},
+		{unix.SIOCSIFNETMASK, net.CIDRMask(addr.Bits(), 32)},
+	} {
+		if err := req.SetInet4Addr(set.value); err != nil {
+			return err
+		}
+		if err := unix.IoctlIfreq(fd, set.request, req); err != nil {
+			return fmt.Errorf("address %s of eth0: %w", addr, err)
+		}
 	}
 	return nil
 }
