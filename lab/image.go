@@ -30,16 +30,16 @@ type images struct {
 	built map[string]*image // guarded by mu
 }
 
-// get returns the image with a kernel and programs of this module (see
-// programs), the first of which is init.
-func (is *images) get(ctx context.Context, k Kernel, programs []string) (*image, error) {
+// get returns the image with the kernel and programs that a VM is to have.
+func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
 	is.mu.Lock()
 	defer is.mu.Unlock()
-	key := fmt.Sprint(k, programs)
+	programs, _ := s.programs()
+	key := fmt.Sprint(s.Kernel, programs, s.MemcachedMiB > 0)
 	if img := is.built[key]; img != nil {
 		return img, nil
 	}
-	img, err := buildImage(ctx, is.dir, k, programs, is.log)
+	img, err := buildImage(ctx, is.dir, s.Kernel, programs, s.MemcachedMiB > 0, is.log)
 	if err != nil {
 		return nil, fmt.Errorf("build guest image: %w", err)
 	}
@@ -50,9 +50,10 @@ func (is *images) get(ctx context.Context, k Kernel, programs []string) (*image,
 	return img, nil
 }
 
-// buildImage returns the image in the cache; it makes what is missing there.
-// The name of the initramfs is a hash of what is in it.
-func buildImage(ctx context.Context, dir string, k Kernel, programs []string, log *slog.Logger) (*image, error) {
+// buildImage returns the image in the cache with a kernel and programs of this module (see
+// build), the first of which is init, and memcached if told to; it makes what is missing
+// there. The name of the initramfs is a hash of what is in it.
+func buildImage(ctx context.Context, dir string, k Kernel, programs []string, withMemcached bool, log *slog.Logger) (*image, error) {
 	kernel, err := FetchKernel(ctx, dir, k, log)
 	if err != nil {
 		return nil, fmt.Errorf("kernel: %w", err)
@@ -87,6 +88,15 @@ func buildImage(ctx context.Context, dir string, k Kernel, programs []string, lo
 			name = "init"
 		}
 		c.add(name, execMode, binaries[i])
+	}
+	if withMemcached {
+		files, err := fetchMemcached(ctx, dir, log)
+		if err == nil {
+			err = addMemcached(&c, files)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", memcached, err)
+		}
 	}
 	c.end()
 	img := &image{

@@ -54,9 +54,12 @@ type Spec struct {
 	Agent bool
 	// Tap has a Full VM's network card on its host's bridge, and not by itself. The guest
 	// has Addr wherever it runs.
-	Tap   bool
-	Addr  string   // IPv4 address of a guest with a Tap; default one of its own
-	Extra []string // more arguments for QEMU
+	Tap  bool
+	Addr string // IPv4 address of a guest with a Tap; default one of its own
+	// MemcachedMiB, if not 0, has memcached run in a guest with a Tap, beside its load, with so
+	// much memory for items; see VM.Memcached.
+	MemcachedMiB int
+	Extra        []string // more arguments for QEMU
 }
 
 // AgentPort is the name of the agent's virtio-serial port.
@@ -152,6 +155,11 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 		}
 		all += mib
 	}
+	if s.MemcachedMiB < 0 || s.MemcachedMiB > 0 && !s.Tap {
+		return errors.New("memcached needs a tap, and memory for items")
+	} else if s.MemcachedMiB > 0 {
+		all += s.MemcachedMiB + memcachedNeeds
+	}
 	if all+guestNeeds > s.MemoryMiB {
 		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+guestNeeds, s.MemoryMiB)
 	}
@@ -208,6 +216,9 @@ func (s *Spec) loadParameters() string {
 	_, run := s.programs()
 	for _, p := range run {
 		line += " vacate.run=/" + p
+	}
+	if s.MemcachedMiB > 0 {
+		line += " vacate.run=/" + memcached + "," + strings.Join(s.memcachedArgs(), ",")
 	}
 	return line
 }
@@ -334,8 +345,7 @@ func (vm *VM) answer(ctx context.Context) error {
 
 func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...string) (_ *VM, err error) {
 	l := h.lab
-	programs, _ := spec.programs()
-	img, err := l.image.get(ctx, spec.Kernel, programs)
+	img, err := l.image.get(ctx, &spec)
 	if err != nil {
 		return nil, err
 	}

@@ -19,7 +19,7 @@
 //	vacate.seed=1       what page contents are derived from
 //	vacate.port=NAME    waits for this virtio-serial port and links it in /dev/virtio-ports
 //	vacate.addr=10.77.1.1/16  the network card's IPv4 address
-//	vacate.run=/FILE    starts this program
+//	vacate.run=/FILE,ARGUMENT,...  starts this program
 //
 // It takes no note of parameters without "vacate.": others' are not to have it.
 //

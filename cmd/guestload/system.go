@@ -230,8 +230,12 @@ func findPort(want string) (string, error) {
 }
 
 // start starts a program, whose end is told on the console.
-func start(name string) error {
+func start(run string) error {
+	name, args, _ := strings.Cut(run, ",")
 	cmd := exec.Command(name)
+	if args != "" {
+		cmd.Args = append(cmd.Args, strings.Split(args, ",")...)
+	}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", name, err)
