@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -241,6 +242,16 @@ func (h *Host) Do(f func() error) error {
 		result <- f()
 	}()
 	return <-result
+}
+
+// Dial makes a connection from the host to an address with an IP, not a name.
+func (h *Host) Dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
+	err = h.Do(func() error {
+		var d net.Dialer
+		conn, err = d.DialContext(ctx, network, addr)
+		return err
+	})
+	return conn, err
 }
 
 // NetNS returns a path of the host's network namespace, good while this
