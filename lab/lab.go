@@ -19,7 +19,7 @@
 // Packages. It speaks to QEMU 7.2 and later (machines pc and q35).
 //
 // Nothing outlives the process: QEMUs and other children get SIGKILL when it
-// dies, namespaces have no names and vanish with their last process, and run
+// dies (QEMUs that a daemon under test has started, too: see Expected), namespaces have no names and vanish with their last process, and run
 // directories left behind are removed by the next lab in the same folder.
 package lab
 
@@ -71,7 +71,8 @@ type Lab struct {
 	vms []*VM // guarded by mu
 	seq int   // VMs so far, for unique names; guarded by mu
 
-	guests byte // guests with an address so far; guarded by mu
+	guests   byte        // guests with an address so far; guarded by mu
+	expected []*Expected // guarded by mu
 }
 
 // maxSocketPath is the longest path of a unix socket on Linux, in bytes.
@@ -155,10 +156,10 @@ func (l *Lab) openRunDir() error {
 	for _, e := range old {
 		dir := filepath.Join(all, e.Name())
 		if f, err := tryLock(filepath.Join(dir, "lock")); err == nil {
-			os.RemoveAll(dir)
+			removeRunDir(dir)
 			f.Close()
 		} else if errors.Is(err, os.ErrNotExist) {
-			os.RemoveAll(dir)
+			removeRunDir(dir)
 		}
 	}
 	if l.run, err = os.MkdirTemp(all, ""); err != nil {
@@ -174,6 +175,21 @@ func (l *Lab) openRunDir() error {
 	}
 	l.lock = f
 	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+}
+
+// removeRunDir removes a run directory, with the disks that are mounted in it.
+func removeRunDir(dir string) error {
+	disks, err := filepath.Glob(filepath.Join(dir, diskPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, d := range disks {
+		// Also if a process has files open there, as one that is being killed may.
+		if err := unix.Unmount(d, unix.MNT_DETACH); err != nil && err != unix.EINVAL { // not mounted
+			return fmt.Errorf("unmount %s: %w", d, err)
+		}
+	}
+	return os.RemoveAll(dir)
 }
 
 // tryLock locks an existing file at once or fails.
@@ -195,9 +211,15 @@ func (l *Lab) Dir() string { return l.dir }
 // RunDir returns the directory of this lab's sockets and logs; Close removes it.
 func (l *Lab) RunDir() string { return l.run }
 
-// Close kills every VM and every process started on a host, and removes the
-// link, the hosts and the run directory.
+// Close kills every VM, those that others started included, and every process started on a
+// host, and removes the link, the hosts and the run directory.
 func (l *Lab) Close() error {
+	l.mu.Lock()
+	expected := l.expected
+	l.mu.Unlock()
+	for _, e := range expected {
+		e.close() // no more VMs come
+	}
 	l.mu.Lock()
 	vms := l.vms
 	l.mu.Unlock()
@@ -212,7 +234,7 @@ func (l *Lab) Close() error {
 	}
 	var err error
 	if l.run != "" {
-		err = os.RemoveAll(l.run)
+		err = removeRunDir(l.run)
 	}
 	if l.lock != nil {
 		l.lock.Close()

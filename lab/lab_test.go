@@ -451,12 +451,17 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, Exec(dir, "b", []string{"cat", "/proc/self/status", "/proc/net/fib_trie"}))
 		os.Exit(1)
 	}
-	dir, ok := os.LookupEnv(superviseEnv)
-	if !ok {
-		os.Exit(m.Run())
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if dir, ok := os.LookupEnv(expectEnv); ok {
+		fmt.Fprintln(os.Stderr, expectOnly(ctx, dir))
+		os.Exit(1)
+	}
+	dir, ok := os.LookupEnv(superviseEnv)
+	if !ok {
+		stop() // signals are for the tests as they are
+		os.Exit(m.Run())
+	}
 	err := Supervise(ctx, Options{Dir: dir}, Spec{MemoryMiB: 256}, func(State) { fmt.Println("ready") })
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

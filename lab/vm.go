@@ -235,14 +235,16 @@ type VM struct {
 	// AgentSocket is where QEMU listens for who talks to the guest's agent,
 	// one at a time; empty without Spec.Agent.
 	AgentSocket string
+	// Args are QEMU and its arguments, but for those that have it wait for a guest to come.
+	Args []string
 
-	stderr string
-	cmd    *exec.Cmd
-	done   chan struct{} // closed when the process has ended
-	ended  error         // how; valid once done is closed
-	all    sync.WaitGroup
-	port   net.Conn // the report port
-	write  sync.Mutex
+	stderr  string
+	process *os.Process
+	done    chan struct{} // closed when the process has ended
+	ended   error         // how; valid once done is closed
+	all     sync.WaitGroup
+	port    net.Conn // the report port
+	write   sync.Mutex
 }
 
 // How long a boot may take on a busy machine under emulation, and how long the
@@ -343,7 +345,76 @@ func (vm *VM) answer(ctx context.Context) error {
 	}
 }
 
-func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...string) (_ *VM, err error) {
+func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...string) (*VM, error) {
+	l := h.lab
+	p, err := h.prepare(ctx, spec, guest)
+	if err != nil {
+		return nil, err
+	}
+	defer p.reports.Close()
+	vm := p.vm()
+	stderr, err := os.Create(vm.stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+	cmd := exec.Command(vm.Args[0], append(slices.Clone(vm.Args[1:]), extra...)...)
+	cmd.Stdout, cmd.Stderr = stderr, stderr
+	if err := h.Start(cmd); err != nil {
+		return nil, err
+	}
+	vm.process = cmd.Process
+	vm.all.Go(func() {
+		vm.ended = cmd.Wait()
+		close(vm.done)
+	})
+	l.mu.Lock()
+	l.vms = append(l.vms, vm)
+	l.mu.Unlock()
+	// QEMU connects before it does anything else, or fails.
+	accepted := make(chan struct{})
+	vm.all.Go(func() {
+		select {
+		case <-accepted:
+		case <-vm.done:
+			p.reports.Close()
+		case <-ctx.Done():
+			p.reports.Close()
+		}
+	})
+	conn, err := p.reports.Accept()
+	close(accepted)
+	if err != nil {
+		err = vm.explain(errors.Join(errors.New("qemu did not start"), ctx.Err()))
+		vm.Kill()
+		return nil, err
+	}
+	vm.follow(conn)
+	return vm, nil
+}
+
+// follow takes the guest's reports from the process's connection.
+func (vm *VM) follow(conn net.Conn) {
+	vm.port = conn
+	if vm.Spec.Init == guestLoad {
+		vm.all.Go(func() {
+			vm.Guest.follow(vm.Name, conn)
+			conn.Close()
+		})
+	}
+}
+
+// prepared is all that a QEMU needs to be started on a host.
+type prepared struct {
+	host    *Host
+	name    string
+	spec    Spec
+	guest   *Guest
+	args    []string
+	reports *net.UnixListener
+}
+
+func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepared, err error) {
 	l := h.lab
 	img, err := l.image.get(ctx, &spec)
 	if err != nil {
@@ -359,17 +430,16 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	}
 	l.mu.Lock()
 	l.seq++
-	name := h.Name + "-" + strconv.Itoa(l.seq)
+	p := &prepared{host: h, name: h.Name + "-" + strconv.Itoa(l.seq), guest: guest}
 	l.mu.Unlock()
-	file := func(kind string) string { return filepath.Join(l.run, name+"-"+kind) }
 	if spec.Devices == Full && spec.Disk == "" {
-		spec.Disk = file("disk.raw")
+		spec.Disk = p.file("disk.raw")
 		if err := writeDisk(spec.Disk, spec.Load); err != nil {
 			return nil, fmt.Errorf("write disk: %w", err)
 		}
 	}
 	if spec.Tap {
-		if err := h.addTap(tapName(name)); err != nil {
+		if err := h.addTap(tapName(p.name)); err != nil {
 			return nil, err
 		}
 		if spec.Addr == "" {
@@ -378,66 +448,25 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 			}
 		}
 	}
-	vm := &VM{
-		Name: name, Host: h, Spec: spec, Guest: guest,
-		QMP: file("qmp.sock"), LabQMP: file("labqmp.sock"), Console: file("console.log"),
-		stderr: file("stderr.log"), done: make(chan struct{}),
-	}
-	if spec.Agent {
-		vm.AgentSocket = file("agent.sock")
-	}
-	reports, err := net.ListenUnix("unix", &net.UnixAddr{Name: file("load.sock"), Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	defer reports.Close()
-	stderr, err := os.Create(vm.stderr)
-	if err != nil {
-		return nil, err
-	}
-	defer stderr.Close()
-	vm.cmd = exec.Command(spec.QEMU.Path, append(vm.args(img, file("load.sock")), extra...)...)
-	vm.cmd.Stdout, vm.cmd.Stderr = stderr, stderr
+	p.spec = spec
+	p.args = append([]string{spec.QEMU.Path}, p.vm().args(img, p.file("load.sock"))...)
+	p.reports, err = net.ListenUnix("unix", &net.UnixAddr{Name: p.file("load.sock"), Net: "unix"})
+	return p, err
+}
 
-	l.mu.Lock()
-	l.vms = append(l.vms, vm)
-	l.mu.Unlock()
-	if err := h.Start(vm.cmd); err != nil {
-		vm.ended = err
-		close(vm.done)
-		return nil, err
+func (p *prepared) file(kind string) string { return filepath.Join(p.host.lab.run, p.name+"-"+kind) }
+
+// vm returns the VM of a process that is not there yet.
+func (p *prepared) vm() *VM {
+	vm := &VM{
+		Name: p.name, Host: p.host, Spec: p.spec, Guest: p.guest, Args: p.args,
+		QMP: p.file("qmp.sock"), LabQMP: p.file("labqmp.sock"), Console: p.file("console.log"),
+		stderr: p.file("stderr.log"), done: make(chan struct{}),
 	}
-	vm.all.Go(func() {
-		vm.ended = vm.cmd.Wait()
-		close(vm.done)
-	})
-	// QEMU connects before it does anything else, or fails.
-	accepted := make(chan struct{})
-	vm.all.Go(func() {
-		select {
-		case <-accepted:
-		case <-vm.done:
-			reports.Close()
-		case <-ctx.Done():
-			reports.Close()
-		}
-	})
-	conn, err := reports.Accept()
-	close(accepted)
-	if err != nil {
-		err = vm.explain(errors.Join(errors.New("qemu did not start"), ctx.Err()))
-		vm.Kill()
-		return nil, err
+	if p.spec.Agent {
+		vm.AgentSocket = p.file("agent.sock")
 	}
-	vm.port = conn
-	if spec.Init != guestLoad {
-		return vm, nil
-	}
-	vm.all.Go(func() {
-		guest.follow(name, conn)
-		conn.Close()
-	})
-	return vm, nil
+	return vm
 }
 
 func tapName(vm string) string { return "tap-" + vm }
@@ -555,7 +584,7 @@ func writeDisk(name string, load Load) error {
 }
 
 // PID returns the process id of the VM's QEMU.
-func (vm *VM) PID() int { return vm.cmd.Process.Pid }
+func (vm *VM) PID() int { return vm.process.Pid }
 
 // Port is the guest's second serial port, for a Spec.Init that is not
 // guestload; guestload's is the lab's. Kill closes it.
@@ -575,7 +604,7 @@ func (vm *VM) Alive() bool {
 }
 
 // Wait waits for the VM's process to end. Its error is nil if QEMU said all
-// was well, as after "quit".
+// was well, as after "quit", and always nil for a QEMU that another process started.
 func (vm *VM) Wait(ctx context.Context) error {
 	select {
 	case <-vm.done:
@@ -587,9 +616,7 @@ func (vm *VM) Wait(ctx context.Context) error {
 
 // Kill ends the VM's process at once and waits for it.
 func (vm *VM) Kill() {
-	if vm.cmd.Process != nil {
-		vm.cmd.Process.Kill()
-	}
+	vm.process.Kill()
 	vm.all.Wait()
 	if vm.port != nil {
 		vm.port.Close()
