@@ -1,0 +1,670 @@
+// Package journal keeps evictions on disk, so that a daemon that was killed at any moment knows
+// afterwards what it had promised. A directory of its own holds all of one daemon:
+//
+//	DIR/lock                 locked (flock) by the daemon that has it open
+//	DIR/ID/log               an eviction, by its ID in hex: the records
+//	DIR/ID/NAME              what is kept with it ([Entry.Keep])
+//	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
+//
+// A log starts with 16 bytes, "vacate-journal1\n". Then come records, each whole in itself, so that
+// the last one is all that counts:
+//
+//	u32 length of the JSON | u32 its CRC-32C | JSON, a Record
+//
+// (integers are big-endian) and then zeroes: the log is written with zeroes up to 64 KiB when it is made,
+// so that a record that comes later needs no space on a disk that is full by then, and its
+// fdatasync no change of the file's metadata. A record is durable when [Entry.Note] returns without
+// an error; one that is not whole does not count ([Entry.Torn]).
+//
+// Whatever is kept is its CRC-32C, u32, and then the data; it is written beside and renamed.
+package journal
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	header    = "vacate-journal1\n"
+	prepared  = 64 << 10  // bytes of a new log
+	maxRecord = 256 << 10 // bytes of a record's JSON
+	maxLog    = 4 << 20   // bytes of a log
+	maxBlob   = 1 << 30   // bytes of what is kept under one name
+
+	// keepFinished is how many finished evictions stay on disk.
+	keepFinished = 200
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// ErrLocked: another process has the journal open.
+var ErrLocked = errors.New("in use by another process")
+
+// An ID names an eviction, on both hosts. In text it is 32 digits, in hex.
+type ID [16]byte
+
+// NewID returns an ID that nothing else has.
+func NewID() (id ID) {
+	rand.Read(id[:]) // never fails
+	return id
+}
+
+// ParseID reads an ID from its 32 digits.
+func ParseID(s string) (id ID, err error) {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(id) {
+		return id, fmt.Errorf("%.64q is not the ID of an eviction: that has 32 digits in hex", s)
+	}
+	return ID(b), nil
+}
+
+func (id ID) String() string { return hex.EncodeToString(id[:]) }
+
+// MarshalText returns the digits.
+func (id ID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
+// UnmarshalText reads the digits.
+func (id *ID) UnmarshalText(b []byte) (err error) {
+	*id, err = ParseID(string(b))
+	return err
+}
+
+// Role is which side of an eviction this host is.
+type Role string
+
+// The roles.
+const (
+	Source      Role = "source"
+	Destination Role = "destination"
+)
+
+// A Record is all that is known of an eviction at some moment.
+type Record struct {
+	ID       ID     `json:"id"`
+	Role     Role   `json:"role"`
+	VM       string `json:"vm"`
+	Peer     string `json:"peer"`                // the other host, by its name; empty on a link without names
+	PeerAddr string `json:"peer_addr,omitempty"` // host:port of the other host
+	QMP      string `json:"qmp,omitempty"`       // path of the QMP socket of the QEMU here
+
+	// PID and StartTime tell that QEMU: /proc/PID/stat, field 22, in ticks since the host booted.
+	PID       int    `json:"pid,omitempty"`
+	StartTime uint64 `json:"start_time,omitempty"`
+	// Boot is /proc/sys/kernel/random/boot_id when the record was written: after the host booted anew,
+	// neither the process nor the start time mean anything. Create and Note fill it in.
+	Boot string `json:"boot,omitempty"`
+
+	Mark   string    `json:"mark"`             // what was promised last; package evict has the names
+	Reason string    `json:"reason,omitempty"` // in a sentence, for people
+	Begun  time.Time `json:"begun"`            // of the first record
+	At     time.Time `json:"at"`               // of this one
+	Ended  time.Time `json:"ended,omitzero"`   // of the last one there will be; zero until then
+
+	Options json.RawMessage `json:"options,omitempty"`
+	Report  json.RawMessage `json:"report,omitempty"`
+}
+
+// BootID returns what tells this boot of the host from all others.
+func BootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it, no boot equals another
+	return strings.TrimSpace(string(b))
+}
+
+// A Journal is a directory of evictions, which belongs to this process from Open to Close. Its methods and
+// those of its entries may be called concurrently.
+type Journal struct {
+	dir  string
+	lock *os.File
+	boot string
+
+	mu      sync.Mutex // guards what follows
+	entries map[ID]*Entry
+}
+
+// Open opens the journal in dir, makes it if there is none, and reads all evictions. It wraps ErrLocked
+// when another process has it open.
+func Open(dir string) (*Journal, error) {
+	j := &Journal{dir: dir, boot: BootID(), entries: map[ID]*Entry{}}
+	if err := j.open(); err != nil {
+		j.Close()
+		return nil, fmt.Errorf("open journal %s: %w", dir, explain(dir, err))
+	}
+	return j, nil
+}
+
+func (j *Journal) open() error {
+	if err := os.MkdirAll(j.dir, 0o700); err != nil {
+		return err
+	}
+	if err := syncDir(filepath.Dir(j.dir)); err != nil {
+		return err
+	}
+	// It holds the state of devices: nothing for the eyes of others.
+	if err := os.Chmod(j.dir, 0o700); err != nil {
+		return err
+	}
+	var err error
+	if j.lock, err = os.OpenFile(filepath.Join(j.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	switch err := unix.Flock(int(j.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case err == unix.EWOULDBLOCK:
+		return fmt.Errorf("%w: a vacated runs already: end it first, or give this one another directory", ErrLocked)
+	case err != nil:
+		return os.NewSyscallError("flock", err)
+	}
+	files, err := os.ReadDir(j.dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		path := filepath.Join(j.dir, f.Name())
+		if strings.HasPrefix(f.Name(), newPrefix) {
+			if err := os.RemoveAll(path); err != nil {
+				return err
+			}
+			continue
+		}
+		id, err := ParseID(f.Name())
+		if err != nil || !f.IsDir() || id.String() != f.Name() {
+			continue // not of ours
+		}
+		j.entries[id] = j.load(id, path)
+	}
+	return j.prune()
+}
+
+const newPrefix = ".new-"
+
+// load reads an entry. What is wrong with it, the entry tells.
+func (j *Journal) load(id ID, dir string) *Entry {
+	e := &Entry{journal: j, dir: dir, last: Record{ID: id}}
+	e.err = func() error {
+		tmp, err := filepath.Glob(filepath.Join(dir, "*.tmp"))
+		for _, f := range tmp {
+			err = errors.Join(err, os.Remove(f))
+		}
+		if err != nil {
+			return err
+		}
+		b, err := readFile(filepath.Join(dir, "log"), maxLog)
+		if err != nil {
+			return err
+		}
+		r, end, used, err := parse(b)
+		if err != nil {
+			return err
+		}
+		if r.ID != id {
+			return fmt.Errorf("its log is that of eviction %v", r.ID)
+		}
+		e.last, e.end, e.used = r, end, used
+		e.torn = used > end
+		if !r.Ended.IsZero() {
+			return e.drop() // as Finish may not have come to it
+		}
+		return nil
+	}()
+	if e.err != nil {
+		e.err = fmt.Errorf("eviction %v in journal %s is damaged: %w. "+
+			"See with vacate status, on both hosts, where the VM is, and remove the directory when that is settled", id, j.dir, e.err)
+		if info, err := os.Stat(dir); err == nil {
+			e.last.Begun, e.last.At = info.ModTime(), info.ModTime()
+		}
+	}
+	return e
+}
+
+// Close gives the journal up to whoever opens it next. Its entries must not be used any more.
+func (j *Journal) Close() error {
+	if j.lock == nil {
+		return nil
+	}
+	return j.lock.Close()
+}
+
+// List returns all evictions, the earliest first, damaged ones ([Entry.Err]) included.
+func (j *Journal) List() []*Entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	list := make([]*Entry, 0, len(j.entries))
+	for _, e := range j.entries {
+		list = append(list, e)
+	}
+	// Begun does not change once an entry is in the list.
+	slices.SortFunc(list, func(a, b *Entry) int {
+		return cmp.Or(a.begun().Compare(b.begun()), bytes.Compare(a.ID().bytes(), b.ID().bytes()))
+	})
+	return list
+}
+
+func (id ID) bytes() []byte { return id[:] }
+
+// Find returns an eviction, or nil.
+func (j *Journal) Find(id ID) *Entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.entries[id]
+}
+
+// Create begins an eviction, which is durable then. It fails if there is one with this ID: a source that
+// offers it again must not make a second of it.
+func (j *Journal) Create(r Record) (*Entry, error) {
+	e := &Entry{journal: j, dir: filepath.Join(j.dir, r.ID.String())}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err := j.create(e, r); err != nil {
+		return nil, fmt.Errorf("begin eviction %v in journal %s: %w", r.ID, j.dir, explain(j.dir, err))
+	}
+	j.entries[r.ID] = e
+	return e, nil
+}
+
+func (j *Journal) create(e *Entry, r Record) error {
+	if j.entries[r.ID] != nil {
+		return fs.ErrExist
+	}
+	r.Begun = time.Now()
+	r.At, r.Boot, r.Ended = r.Begun, j.boot, time.Time{}
+	b, err := appendRecord([]byte(header), r)
+	if err != nil {
+		return err
+	}
+	e.last, e.end, e.used = r, len(b), len(b)
+	if len(b) < prepared {
+		b = append(b, make([]byte, prepared-len(b))...)
+	}
+	tmp := filepath.Join(j.dir, newPrefix+r.ID.String())
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return err
+	}
+	err = writeAt(filepath.Join(tmp, "log"), 0, b, os.O_CREATE|os.O_EXCL)
+	if err == nil {
+		err = syncDir(tmp)
+	}
+	if err == nil {
+		err = os.Rename(tmp, e.dir)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := syncDir(j.dir); err != nil {
+		return errors.Join(err, os.RemoveAll(e.dir)) // it was not begun: nothing may be made of it later
+	}
+	return nil
+}
+
+// prune removes the finished entries that are too many. The caller holds mu, or is alone.
+func (j *Journal) prune() error {
+	var finished []*Entry
+	for _, e := range j.entries {
+		if r := e.Record(); e.Err() == nil && !r.Ended.IsZero() {
+			finished = append(finished, e)
+		}
+	}
+	slices.SortFunc(finished, func(a, b *Entry) int { return a.Record().Ended.Compare(b.Record().Ended) })
+	for len(finished) > keepFinished {
+		if err := finished[0].remove(); err != nil {
+			return err
+		}
+		delete(j.entries, finished[0].ID())
+		finished = finished[1:]
+	}
+	return nil
+}
+
+// An Entry is an eviction in a journal.
+type Entry struct {
+	journal *Journal
+	dir     string
+	err     error // that it is damaged; fixed
+
+	mu   sync.Mutex // guards what follows, and the log
+	last Record
+	end  int // of the last whole record in the log, in bytes
+	used int // behind the last byte in the log that may not be zero
+	torn bool
+}
+
+// ID returns the eviction's ID.
+func (e *Entry) ID() ID {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.last.ID
+}
+
+func (e *Entry) begun() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.last.Begun
+}
+
+// Err is nil, or says how the entry is damaged: its Record then has nothing but the ID and the times of
+// its directory, and nothing can be noted. Nobody can tell what such an eviction has promised.
+func (e *Entry) Err() error { return e.err }
+
+// Record returns the last record.
+func (e *Entry) Record() Record {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.last
+}
+
+// Torn reports whether something that is no whole record followed the last record when the journal was opened:
+// the daemon died, or the host lost power, before a Note returned; or else the disk damaged a record that was
+// whole. Where the two would lead to different ends, the safer must be chosen.
+func (e *Entry) Torn() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.torn
+}
+
+// Note makes durable that the eviction has come to a mark, and why, and what else change, which may be nil, alters
+// in the record. When it fails the mark was not reached, as far as this process is concerned; after a crash it may
+// turn out to be there all the same.
+func (e *Entry) Note(mark, reason string, change func(*Record)) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.note(mark, reason, false, change)
+}
+
+// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it goes. Finished
+// evictions stay until two hundred have finished later.
+func (e *Entry) Finish(mark, reason string, change func(*Record)) error {
+	e.mu.Lock()
+	err := e.note(mark, reason, true, change)
+	if err == nil {
+		err = e.drop()
+	}
+	e.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	e.journal.mu.Lock()
+	defer e.journal.mu.Unlock()
+	return e.journal.prune()
+}
+
+func (e *Entry) note(mark, reason string, ended bool, change func(*Record)) error {
+	if e.err != nil {
+		return e.err
+	}
+	r := e.last
+	if change != nil {
+		change(&r)
+	}
+	r.ID, r.Begun = e.last.ID, e.last.Begun
+	r.Mark, r.Reason, r.At, r.Boot = mark, reason, time.Now(), e.journal.boot
+	if ended {
+		r.Ended = r.At
+	}
+	err := e.append(r)
+	if err != nil {
+		return fmt.Errorf("note %q of eviction %v in journal %s: %w", mark, r.ID, e.journal.dir, explain(e.dir, err))
+	}
+	e.last, e.torn = r, false
+	return nil
+}
+
+func (e *Entry) append(r Record) error {
+	b, err := appendRecord(nil, r)
+	if err != nil {
+		return err
+	}
+	end := e.end + len(b)
+	if end > maxLog {
+		return fmt.Errorf("its log would have more than %d bytes", maxLog)
+	}
+	// Zeroes over what is left of a record that failed.
+	if end < e.used {
+		b = append(b, make([]byte, e.used-end)...)
+	}
+	path := filepath.Join(e.dir, "log")
+	if err := writeAt(path, int64(e.end), b, 0); err != nil {
+		if info, statErr := os.Stat(path); statErr == nil { // some of it may be there
+			e.used = max(e.used, min(e.end+len(b), int(info.Size())))
+		}
+		return err
+	}
+	e.end, e.used = end, end
+	return nil
+}
+
+var blobName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+
+// Keep makes data durable with the eviction, under a name of lower-case letters, digits and dashes. What was kept under that name
+// before is replaced: at no time is there neither.
+func (e *Entry) Keep(name string, data []byte) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	path, err := e.path(name)
+	if err != nil {
+		return err
+	}
+	if len(data) > maxBlob {
+		return fmt.Errorf("keep %s: %d bytes are more than %d", name, len(data), maxBlob)
+	}
+	tmp := path + ".tmp"
+	sum := binary.BigEndian.AppendUint32(nil, crc32.Checksum(data, castagnoli))
+	err = writeAt(tmp, 0, sum, os.O_CREATE|os.O_TRUNC)
+	if err == nil {
+		err = writeAt(tmp, int64(len(sum)), data, 0)
+	}
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err == nil {
+		err = syncDir(e.dir)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("keep %s of eviction %v in journal %s: %w", name, e.last.ID, e.journal.dir, explain(e.dir, err))
+	}
+	return nil
+}
+
+// Blob returns what was kept under a name. It wraps fs.ErrNotExist when that is nothing.
+func (e *Entry) Blob(name string) ([]byte, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	path, err := e.path(name)
+	if err != nil {
+		return nil, err
+	}
+	b, err := readFile(path, maxBlob+4)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) < 4 || binary.BigEndian.Uint32(b) != crc32.Checksum(b[4:], castagnoli) {
+		return nil, fmt.Errorf("%s is damaged: its checksum is another", path)
+	}
+	return b[4:], nil
+}
+
+func (e *Entry) path(name string) (string, error) {
+	if !blobName.MatchString(name) || name == "log" {
+		return "", fmt.Errorf("nothing can be kept under the name %.64q", name)
+	}
+	return filepath.Join(e.dir, name), nil
+}
+
+// drop removes what is kept.
+func (e *Entry) drop() error {
+	files, err := os.ReadDir(e.dir)
+	for _, f := range files {
+		if f.Name() != "log" {
+			err = errors.Join(err, os.Remove(filepath.Join(e.dir, f.Name())))
+		}
+	}
+	return err
+}
+
+// Remove removes the eviction and all that is kept with it.
+func (e *Entry) Remove() error {
+	e.journal.mu.Lock()
+	defer e.journal.mu.Unlock()
+	if err := e.remove(); err != nil {
+		return err
+	}
+	delete(e.journal.entries, e.ID())
+	return nil
+}
+
+// remove takes the directory away from under its name first, so that no half of it is ever read.
+func (e *Entry) remove() error {
+	tmp := filepath.Join(e.journal.dir, newPrefix+filepath.Base(e.dir))
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := os.Rename(e.dir, tmp); err != nil {
+		return err
+	}
+	if err := syncDir(e.journal.dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(tmp)
+}
+
+// appendRecord appends a record to a log.
+func appendRecord(b []byte, r Record) ([]byte, error) {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return nil, fmt.Errorf("encode record: %w", err)
+	}
+	if len(text) > maxRecord {
+		return nil, fmt.Errorf("record of %d bytes: at most %d fit", len(text), maxRecord)
+	}
+	b = binary.BigEndian.AppendUint32(b, uint32(len(text)))
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(text, castagnoli))
+	return append(b, text...), nil
+}
+
+// parse returns the last whole record of a log, where it ends, and where that ends which is not
+// zero. It fails if there is no record.
+func parse(log []byte) (last Record, end, used int, err error) {
+	if !bytes.HasPrefix(log, []byte(header)) {
+		return last, 0, 0, errors.New("its log does not begin as the log of an eviction does")
+	}
+	for next := len(header); ; {
+		r, n, ok := parseRecord(log[next:])
+		if !ok {
+			break
+		}
+		next += n
+		last, end = r, next
+	}
+	if end == 0 {
+		return last, 0, 0, errors.New("its log has no whole record")
+	}
+	return last, end, len(bytes.TrimRight(log, "\x00")), nil
+}
+
+func parseRecord(b []byte) (r Record, n int, ok bool) {
+	if len(b) < 8 {
+		return r, 0, false
+	}
+	length, sum := binary.BigEndian.Uint32(b), binary.BigEndian.Uint32(b[4:])
+	b = b[8:]
+	if length == 0 || length > maxRecord || int(length) > len(b) {
+		return r, 0, false
+	}
+	b = b[:length]
+	if crc32.Checksum(b, castagnoli) != sum || json.Unmarshal(b, &r) != nil {
+		return r, 0, false
+	}
+	return r, 8 + len(b), true
+}
+
+// writeAt writes to a file and waits until that is on disk.
+func writeAt(path string, offset int64, b []byte, flag int) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|flag, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, offset)
+	if err == nil {
+		err = os.NewSyscallError("fdatasync", unix.Fdatasync(int(f.Fd())))
+	}
+	return errors.Join(err, f.Close())
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// readFile is os.ReadFile for a file of bounded size.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%s has more than %d bytes", path, limit)
+	}
+	return b, nil
+}
+
+// explain adds to an error of writing what an operator can do about it.
+func explain(dir string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w: free some space on the file system at %s", err, mountPoint(dir))
+	case errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%w: raise the quota on the file system at %s", err, mountPoint(dir))
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: the kernel log tells whether the file system at %s was made read-only for errors; mend it and remount it", err, mountPoint(dir))
+	case errors.Is(err, unix.EIO):
+		return fmt.Errorf("%w: the kernel log tells what is wrong with the disk that holds %s", err, mountPoint(dir))
+	}
+	return err
+}
+
+// mountPoint returns the directory that a file system is mounted on: the last one upwards on the same device.
+func mountPoint(dir string) string {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return dir
+	}
+	var st unix.Stat_t
+	for unix.Stat(dir, &st) != nil && dir != "/" {
+		dir = filepath.Dir(dir)
+	}
+	for dir != "/" {
+		var up unix.Stat_t
+		if unix.Stat(filepath.Dir(dir), &up) != nil || up.Dev != st.Dev {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	return dir
+}

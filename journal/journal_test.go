@@ -1,0 +1,383 @@
+package journal
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+func open(t testing.TB, dir string) *Journal {
+	t.Helper()
+	j, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { j.Close() })
+	return j
+}
+
+// reopen is what a daemon does that was killed and started again.
+func reopen(t testing.TB, j *Journal) *Journal {
+	t.Helper()
+	j.Close()
+	return open(t, j.dir)
+}
+
+func create(t testing.TB, j *Journal, vm string) *Entry {
+	t.Helper()
+	e, err := j.Create(Record{
+		ID: NewID(), Role: Source, VM: vm, Peer: "hostB", PeerAddr: "10.0.0.2:7601", QMP: "/run/" + vm + ".qmp",
+		PID: 4711, StartTime: 123456, Mark: "begun", Options: json.RawMessage(`{"order":"tier"}`),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestJournal(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "journal")
+	j := open(t, dir)
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	a, b := create(t, j, "a"), create(t, j, "b")
+	must(t, b.Note("may-run", "", func(r *Record) { r.PID = 4712 }))
+	must(t, a.Note("may-run", "the link is down", nil))
+	must(t, a.Keep("package", []byte("devices")))
+	must(t, a.Keep("package", []byte("other devices")))
+	must(t, a.Keep("head", nil))
+	want := []Record{a.Record(), b.Record()}
+	if r := want[0]; r.Mark != "may-run" || r.Reason != "the link is down" || r.PID != 4711 || r.VM != "a" || r.Boot != BootID() ||
+		r.Begun.IsZero() || r.At.Before(r.Begun) || want[1].PID != 4712 {
+		t.Errorf("%+v", want)
+	}
+	if _, err := j.Create(want[0]); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("the same ID twice: %v", err)
+	}
+	if _, err := Open(dir); !errors.Is(err, ErrLocked) {
+		t.Errorf("opened twice: %v", err)
+	}
+
+	j = reopen(t, j)
+	var got []Record
+	for _, e := range j.List() {
+		must(t, e.Err())
+		if e.Torn() {
+			t.Error("torn")
+		}
+		got = append(got, e.Record())
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	a = j.Find(want[0].ID)
+	if b, err := a.Blob("package"); string(b) != "other devices" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if b, err := a.Blob("head"); len(b) != 0 || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if _, err := a.Blob("none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	for _, name := range []string{"", "log", "../x", "x.tmp", "X", strings.Repeat("x", 33)} {
+		if a.Keep(name, nil) == nil {
+			t.Errorf("something was kept under %q", name)
+		}
+	}
+
+	must(t, a.Finish("completed", "", func(r *Record) { r.Report = json.RawMessage(`{"outcome":"completed"}`) }))
+	must(t, j.Find(want[1].ID).Remove())
+	j = reopen(t, j)
+	list := j.List()
+	if len(list) != 1 || list[0].ID() != a.ID() {
+		t.Fatalf("%v", list)
+	}
+	if r := list[0].Record(); r.Mark != "completed" || r.Ended.IsZero() || string(r.Report) != `{"outcome":"completed"}` {
+		t.Errorf("%+v", r)
+	}
+	if files, err := os.ReadDir(list[0].dir); len(files) != 1 || err != nil {
+		t.Errorf("left with a finished eviction: %v, %v", files, err)
+	}
+}
+
+func TestPrune(t *testing.T) {
+	j := open(t, t.TempDir())
+	live := create(t, j, "live")
+	var first, last *Entry
+	for i := range keepFinished + 1 {
+		e := create(t, j, "vm")
+		must(t, e.Finish("completed", "", nil))
+		if i == 0 {
+			first = e
+		}
+		last = e
+	}
+	for range 2 {
+		if n := len(j.List()); n != keepFinished+1 {
+			t.Errorf("%d evictions", n)
+		}
+		if j.Find(live.ID()) == nil || j.Find(first.ID()) != nil || j.Find(last.ID()) == nil {
+			t.Error("the wrong ones were removed")
+		}
+		j = reopen(t, j)
+	}
+}
+
+// TestCrash damages the log at each byte: cut there, as when the file's end never came to the disk; from there on
+// zeroes, or garbage, as when an append was torn; that one byte another.
+func TestCrash(t *testing.T) {
+	j := open(t, t.TempDir())
+	e := create(t, j, "vm")
+	ends := []int{e.end}
+	records := []Record{e.Record()}
+	for _, mark := range []string{"may-run", "completed"} {
+		must(t, e.Note(mark, "", nil))
+		ends, records = append(ends, e.end), append(records, e.Record())
+	}
+	path := filepath.Join(e.dir, "log")
+	whole, err := os.ReadFile(path)
+	must(t, err)
+	if len(whole) != prepared || e.end >= prepared {
+		t.Fatalf("a log of %d bytes, %d of them used", len(whole), e.end)
+	}
+	for at := range e.end {
+		garbage := append(whole[:at:at], bytes.Repeat([]byte{0xa5}, 100)...)
+		flipped := bytes.Clone(whole)
+		flipped[at] ^= 0x10
+		for name, log := range map[string][]byte{
+			"cut": whole[:at], "zero": append(whole[:at:at], make([]byte, 1000)...), "garbage": garbage, "flipped": flipped,
+		} {
+			must(t, os.WriteFile(path, log, 0o600))
+			got := j.load(e.ID(), e.dir)
+			survived := -1
+			for survived+1 < len(ends) && ends[survived+1] <= at {
+				survived++
+			}
+			if survived < 0 {
+				if got.Err() == nil || got.ID() != e.ID() || got.Note("may-run", "", nil) == nil {
+					t.Fatalf("%s at %d: %+v, %v", name, at, got.Record(), got.Err())
+				}
+				continue
+			}
+			if got.Err() != nil {
+				t.Fatalf("%s at %d: %v", name, at, got.Err())
+			}
+			if d := cmp.Diff(records[survived], got.Record()); d != "" {
+				t.Fatalf("%s at %d: %s", name, at, d)
+			}
+			if len(bytes.Trim(log[ends[survived]:], "\x00")) > 0 != got.Torn() {
+				t.Fatalf("%s at %d: torn %v", name, at, got.Torn())
+			}
+			// What comes next is whole, and the damage gone.
+			if at%16 == 0 {
+				must(t, got.Note("next", "", nil))
+				again := j.load(e.ID(), e.dir)
+				if again.Err() != nil || again.Torn() || again.Record().Mark != "next" {
+					t.Fatalf("%s at %d: %+v, %v", name, at, again.Record(), again.Err())
+				}
+			}
+		}
+	}
+}
+
+func TestDamaged(t *testing.T) {
+	j := open(t, t.TempDir())
+	a, b, c, d := create(t, j, "a"), create(t, j, "b"), create(t, j, "c"), create(t, j, "d")
+	must(t, os.Remove(filepath.Join(a.dir, "log")))
+	log, err := os.ReadFile(filepath.Join(c.dir, "log"))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(b.dir, "log"), log, 0o600))
+	must(t, os.Truncate(filepath.Join(c.dir, "log"), maxLog+1))
+	must(t, d.Keep("package", []byte("devices")))
+	must(t, os.WriteFile(filepath.Join(d.dir, "package"), []byte("\x00\x00\x00\x00devices"), 0o600))
+	// What a crash in Create, in Keep, and what others leave behind.
+	must(t, os.Mkdir(filepath.Join(j.dir, newPrefix+NewID().String()), 0o700))
+	must(t, os.WriteFile(filepath.Join(d.dir, "head.tmp"), nil, 0o600))
+	must(t, os.WriteFile(filepath.Join(j.dir, "lost+found"), nil, 0o600))
+	j = reopen(t, j)
+	if n := len(j.List()); n != 4 {
+		t.Errorf("%d evictions", n)
+	}
+	for e, want := range map[*Entry]string{a: "no such file", b: "its log is that of eviction " + c.ID().String(), c: "more than 4194304 bytes"} {
+		e := j.Find(e.ID())
+		if e.Err() == nil || !strings.Contains(e.Err().Error(), want) || e.Record().Begun.IsZero() {
+			t.Errorf("%v: want %q", e.Err(), want)
+		}
+	}
+	if b, err := j.Find(d.ID()).Blob("package"); err == nil {
+		t.Errorf("%q", b)
+	}
+	for _, gone := range []string{newPrefix + "*", "*/*.tmp"} {
+		if left, _ := filepath.Glob(filepath.Join(j.dir, gone)); left != nil {
+			t.Errorf("left: %v", left)
+		}
+	}
+	must(t, j.Find(a.ID()).Remove())
+	if n := len(reopen(t, j).List()); n != 3 {
+		t.Errorf("%d evictions", n)
+	}
+}
+
+// TestDiskFull has a file system without space: what was begun can be noted all the same.
+func TestDiskFull(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("VACATE_REQUIRE") == "1" {
+			t.Fatal("needs root, to mount a small file system")
+		}
+		t.Skip("needs root, to mount a small file system")
+	}
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"))
+	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	j := open(t, filepath.Join(dir, "journal"))
+	e := create(t, j, "vm")
+	full := func(err error) {
+		t.Helper()
+		if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "free some space on the file system at "+dir) {
+			t.Errorf("%v", err)
+		}
+	}
+	full(e.Keep("package", make([]byte, 1<<20)))
+	if left, _ := filepath.Glob(filepath.Join(e.dir, "*.tmp")); left != nil {
+		t.Errorf("left: %v", left)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	_, err := j.Create(Record{ID: NewID(), VM: "other"})
+	full(err)
+	for range 20 {
+		must(t, e.Note("may-run", "", nil))
+	}
+	// A record for which there is no room leaves no trace.
+	big, err := json.Marshal(strings.Repeat("x", 100<<10))
+	must(t, err)
+	full(e.Note("completed", "", func(r *Record) { r.Report = big }))
+	must(t, e.Note("lost", "", nil))
+	j = reopen(t, j)
+	if list := j.List(); len(list) != 1 || list[0].Err() != nil || list[0].Torn() || list[0].Record().Mark != "lost" {
+		t.Errorf("%+v", list[0])
+	}
+	must(t, j.Find(e.ID()).Finish("resumed", "", nil))
+}
+
+func TestLimits(t *testing.T) {
+	j := open(t, t.TempDir())
+	e := create(t, j, "vm")
+	big, err := json.Marshal(strings.Repeat("x", maxRecord))
+	must(t, err)
+	if err := e.Note("completed", "", func(r *Record) { r.Report = big }); err == nil {
+		t.Error("a record that is too long was written")
+	}
+	for {
+		err = e.Note("may-run", "", func(r *Record) { r.Report = big[: maxRecord/2 : maxRecord/2]; r.Report[len(r.Report)-1] = '"' })
+		if err != nil {
+			break
+		}
+	}
+	if !strings.Contains(err.Error(), "more than 4194304 bytes") {
+		t.Error(err)
+	}
+	j = reopen(t, j)
+	if e := j.List()[0]; e.Err() != nil || e.Record().Mark != "may-run" {
+		t.Errorf("%v", e.Err())
+	}
+}
+
+// TestKilled has a process that notes all the time killed: what it said to have noted is there.
+func TestKilled(t *testing.T) {
+	if dir := os.Getenv("JOURNAL_TO_KILL"); dir != "" {
+		e := create(t, open(t, dir), "vm")
+		for i := range 10_000 {
+			must(t, e.Keep("package", []byte(fmt.Sprint(i))))
+			must(t, e.Note(fmt.Sprint(i), "", func(r *Record) { r.PID = i }))
+			if i%50 == 0 {
+				fmt.Println("noted", i)
+			}
+		}
+	}
+	dir := t.TempDir()
+	cmd := exec.Command(os.Args[0], "-test.run", "^TestKilled$")
+	cmd.Env = append(os.Environ(), "JOURNAL_TO_KILL="+dir)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	var noted int
+	for noted < 100 {
+		if _, err := fmt.Fscanf(out, "noted %d\n", &noted); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	e := open(t, dir).List()[0]
+	must(t, e.Err())
+	if e.Record().PID < noted {
+		t.Errorf("%d is the last that is there, after %d", e.Record().PID, noted)
+	}
+	var kept int
+	b, err := e.Blob("package")
+	must(t, err)
+	if fmt.Sscan(string(b), &kept); kept < noted {
+		t.Errorf("%d is kept, after %d", kept, noted)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	r := Record{ID: NewID(), Role: Destination, VM: "vm", Mark: "accepted", Begun: time.Unix(1, 0), At: time.Unix(2, 0)}
+	one, err := appendRecord([]byte(header), r)
+	must(f, err)
+	two, err := appendRecord(one, r)
+	must(f, err)
+	for _, log := range [][]byte{nil, []byte(header), one, two, append(two[:len(two):len(two)], 0, 0), two[:len(two)-1], append(one[:len(one):len(one)], 0xff, 0xff, 0xff, 0xff)} {
+		f.Add(log)
+	}
+	f.Fuzz(func(t *testing.T, log []byte) {
+		_, end, used, err := parse(log)
+		if err != nil {
+			return
+		}
+		if end <= len(header) || end > len(log) || used > len(log) || used < end {
+			t.Fatalf("end %d, used %d of %d", end, used, len(log))
+		}
+		r.Mark = "next"
+		next, err := appendRecord(log[:end:end], r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, end, used, err := parse(next)
+		if err != nil || got.Mark != "next" || end != len(next) || used != end {
+			t.Fatalf("%+v, %d, %d, %v", got, end, used, err)
+		}
+	})
+}
+
+// BenchmarkNote tells what it costs to pass a mark.
+func BenchmarkNote(b *testing.B) {
+	e := create(b, open(b, b.TempDir()), "vm")
+	end := e.end
+	for b.Loop() {
+		must(b, e.Note("may-run", "", nil))
+		e.end, e.used = end, prepared // the log is to stay small
+	}
+}
