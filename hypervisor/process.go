@@ -1,0 +1,139 @@
+package hypervisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Process is one process and no other: a number may have been given to another since, but not with the same
+// start. It means nothing after the host has booted anew.
+type Process struct {
+	PID       int
+	StartTime uint64 // in ticks since the host booted: /proc/PID/stat, field 22, proc(5)
+}
+
+// ErrGone: the process has ended.
+var ErrGone = errors.New("process has ended")
+
+// FindProcess returns the process that has a number now.
+func FindProcess(pid int) (Process, error) {
+	start, err := startTime(pid)
+	return Process{pid, start}, err
+}
+
+// Alive reports whether the process runs. One that has ended does not, even if nobody has waited for it yet.
+func (p Process) Alive() bool {
+	fd, err := p.open()
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
+}
+
+// Kill ends the process with SIGKILL and returns when it has ended, its memory included. It returns nil, too,
+// when it had ended before.
+func (p Process) Kill(ctx context.Context) error {
+	fd, err := p.open()
+	if errors.Is(err, ErrGone) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+		return fmt.Errorf("kill process %d: %w", p.PID, err)
+	}
+	return p.wait(ctx, fd)
+}
+
+// Wait returns nil when the process has ended, or ctx's error.
+func (p Process) Wait(ctx context.Context) error {
+	fd, err := p.open()
+	if errors.Is(err, ErrGone) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return p.wait(ctx, fd)
+}
+
+// pollTime is how long a wait may take to notice that its context is done.
+const pollTime = 50 * time.Millisecond
+
+func (p Process) wait(ctx context.Context, fd int) error {
+	for {
+		switch ended, err := poll(fd, pollTime); {
+		case err != nil:
+			return err
+		case ended:
+			return nil
+		case ctx.Err() != nil:
+			return fmt.Errorf("wait for the end of process %d: %w", p.PID, ctx.Err())
+		}
+	}
+}
+
+// open returns a descriptor of the process. It is of this one, as it has not ended yet when the start of whoever
+// has the number is read.
+func (p Process) open() (int, error) {
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread has the number, or none can have it
+		return -1, ErrGone
+	} else if err != nil {
+		return -1, os.NewSyscallError("pidfd_open", err)
+	}
+	start, err := startTime(p.PID)
+	ended := false
+	if err == nil {
+		ended, err = poll(fd, 0)
+	}
+	if err == nil && (ended || start != p.StartTime) {
+		err = ErrGone
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// poll reports whether a process has ended, and waits for that for a time.
+func poll(fd int, d time.Duration) (bool, error) {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(d.Milliseconds()))
+		if err == unix.EINTR {
+			continue
+		}
+		return n > 0, os.NewSyscallError("poll", err)
+	}
+}
+
+func startTime(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return 0, ErrGone
+	} else if err != nil {
+		return 0, err
+	}
+	return parseStat(b)
+}
+
+// parseStat reads the start time from /proc/PID/stat. The second field is the name, which may have anything in it.
+func parseStat(b []byte) (uint64, error) {
+	i := bytes.LastIndexByte(b, ')')
+	fields := bytes.Fields(b[i+1:])
+	if i < 0 || len(fields) < 20 {
+		return 0, fmt.Errorf("not what the kernel tells of a process: %.100q", b)
+	}
+	return strconv.ParseUint(string(fields[19]), 10, 64)
+}

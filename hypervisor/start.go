@@ -1,0 +1,215 @@
+package hypervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/user"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"vacate/qmp"
+
+	"golang.org/x/sys/unix"
+)
+
+// startTimeLimit is how long a QEMU may take until it answers.
+const startTimeLimit = 30 * time.Second
+
+// A PresentError is why no twin was started: there is a QEMU of the VM here.
+type PresentError struct {
+	VM   string
+	Seen Seen
+}
+
+func (e *PresentError) Error() string {
+	pid := fmt.Sprintf("process %d", e.Seen.Process.PID)
+	switch e.Seen.State {
+	case Running:
+		return fmt.Sprintf("VM %s runs here already (%s)", e.VM, pid)
+	case Incoming:
+		return fmt.Sprintf("a twin of VM %s waits here already (%s): if no eviction needs it, end it with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
+	case Frozen:
+		return fmt.Sprintf("VM %s is here already, frozen by an eviction (%s, %s): see vacate status", e.VM, pid, e.Seen.Status)
+	case Silent:
+		return fmt.Sprintf("a QEMU of VM %s is here already, and its monitor does not answer: another eviction, or another client, has it", e.VM)
+	}
+	return fmt.Sprintf("VM %s is here already, %s (%s)", e.VM, e.Seen.Status, pid)
+}
+
+// StartTwin starts the VM's QEMU so that it waits for the VM to arrive, and returns when it does. It fails with a
+// *PresentError when a QEMU answers at the VM's QMP socket: one more would take the socket away from it.
+//
+// The QEMU lives on when this process ends: it has a session, a log file and an environment of its own, and none of our
+// descriptors. One goroutine stays until the QEMU ends, to take note of that for the kernel.
+func StartTwin(ctx context.Context, vm VM) (Process, error) {
+	p, err := startTwin(ctx, vm)
+	if err != nil {
+		return Process{}, fmt.Errorf("start twin: %w", err)
+	}
+	return p, nil
+}
+
+func startTwin(ctx context.Context, vm VM) (Process, error) {
+	// The description is a good lock: there is one for each VM.
+	lock, err := os.Open(vm.file)
+	if err != nil {
+		return Process{}, err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		return Process{}, fmt.Errorf("a twin of VM %s is being started already", vm.Name)
+	} else if err != nil {
+		return Process{}, os.NewSyscallError("flock", err)
+	}
+	seen, err := Look(ctx, vm)
+	if err != nil {
+		return Process{}, err
+	}
+	if seen.State != None {
+		return Process{}, &PresentError{vm.Name, seen}
+	}
+
+	ctx, cancel := context.WithTimeout(ctx, startTimeLimit)
+	defer cancel()
+	log, err := os.OpenFile(vm.Log, os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return Process{}, fmt.Errorf("open its log: %w", err)
+	}
+	defer log.Close()
+	said, err := log.Seek(0, io.SeekEnd)
+	if err != nil {
+		return Process{}, fmt.Errorf("%s, its log, is not a file: %w", vm.Log, err)
+	}
+	cmd, err := vm.start(log)
+	if err != nil {
+		return Process{}, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait() // what it ended with, its log tells
+		close(ended)
+	}()
+	p, err := answers(ctx, vm, cmd.Process.Pid, ended)
+	if err != nil {
+		cmd.Process.Kill()
+		<-ended
+		return Process{}, fmt.Errorf("%w%s", err, lastWords(log, said))
+	}
+	return p, nil
+}
+
+// start starts the twin as a process of its own.
+func (vm VM) start(log *os.File) (*exec.Cmd, error) {
+	args := vm.Args(true)
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	for k, v := range vm.Env {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	if vm.User != "" {
+		cred, err := credential(vm.User)
+		if err != nil {
+			return nil, err
+		}
+		cmd.SysProcAttr.Credential = cred
+	}
+	// Go opens all files so that they close by themselves. Those that we were started with may not.
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL {
+		return nil, os.NewSyscallError("close_range", err)
+	}
+	if err := asUsual(cmd.Start); err != nil {
+		return nil, err
+	}
+	// As a daemon may be spared when memory runs out, and a VM should not for that reason. It may always be raised.
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0)
+	return cmd, nil
+}
+
+// asUsual calls f on a thread of usual priority, which the processes that it starts inherit.
+func asUsual(f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	const usual = 20 // getpriority(2): the system call returns 20 less the nice value
+	was, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err == nil && was != usual && unix.Setpriority(unix.PRIO_PROCESS, 0, 0) == nil {
+		defer unix.Setpriority(unix.PRIO_PROCESS, 0, usual-was)
+	}
+	return f()
+}
+
+func credential(name string) (*syscall.Credential, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	groups, err := u.GroupIds()
+	if err != nil {
+		return nil, fmt.Errorf("groups of user %s: %w", name, err)
+	}
+	ids := make([]uint32, 0, 2+len(groups))
+	for _, s := range append([]string{u.Uid, u.Gid}, groups...) {
+		id, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("user %s: %w", name, err)
+		}
+		ids = append(ids, uint32(id))
+	}
+	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
+}
+
+// answers waits until the QEMU that was started answers, and waits for the VM.
+func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (Process, error) {
+	for {
+		q, err := qmp.Dial(ctx, vm.QMP)
+		if err == nil {
+			defer q.Close()
+			if q.PeerPID() != pid {
+				if sid, err := unix.Getsid(q.PeerPID()); err == nil && sid == pid { // of ours, by a detour
+					if p, err := FindProcess(q.PeerPID()); err == nil {
+						p.Kill(ctx)
+					}
+				}
+				return Process{}, fmt.Errorf("another process (%d) answers at %s than the one started (%d): the command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
+			}
+			seen, err := ask(ctx, q)
+			if err == nil && seen.State != Incoming {
+				err = fmt.Errorf("the QEMU does not wait for a VM: it is %s", seen.Status)
+			}
+			return seen.Process, err
+		}
+		if ctx.Err() == nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
+			return Process{}, err
+		}
+		select {
+		case <-ended:
+			return Process{}, errors.New("QEMU ended at once")
+		case <-ctx.Done():
+			return Process{}, fmt.Errorf("QEMU does not answer at %s: %w", vm.QMP, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// lastWords is what was written to a log from an offset on, or its end.
+func lastWords(log *os.File, from int64) string {
+	const most = 1000
+	end, err := log.Seek(0, io.SeekEnd)
+	if err != nil || end <= from {
+		return ""
+	}
+	b := make([]byte, min(end-from, most))
+	n, _ := log.ReadAt(b, end-int64(len(b)))
+	words := strings.TrimSpace(string(b[:n]))
+	return fmt.Sprintf(": %s has: %s", log.Name(), words)
+}
