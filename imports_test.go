@@ -30,6 +30,7 @@ var imports = map[string][]string{
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
+	"doctor":           {"golang.org/x/sys", "vacate/guestmem", "vacate/qmp"},
 	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
 	"lab/loadproto":    {},
 	"lab/churnproto":   {},

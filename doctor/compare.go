@@ -313,9 +313,11 @@ var ofKernel = strings.Fields(`acc_power amd_lbr_v2 amd_lbr_pmc_freeze aperfmper
 func (r *report) processor(source HostFacts, vm VMFacts, h HostFacts) {
 	const check = "cpu"
 	if vm.CPUs > h.CPU.Count {
-		r.add(Warning, h.Name, check, fmt.Sprintf("the VM has %d vCPUs, and the host %d CPUs", vm.CPUs, h.CPU.Count), "choose a host with more CPUs, or restart the VM with fewer: `-smp`")
+		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("the VM has %d vCPUs, and the host %d CPUs", vm.CPUs, h.CPU.Count), "choose a host with more CPUs, or restart the VM with fewer: `-smp`")
 	} else if h.Load+float64(vm.CPUs) > 1.5*float64(h.CPU.Count) {
-		r.add(Warning, h.Name, check, fmt.Sprintf("%.1f tasks want its %d CPUs already, before the VM's %d vCPUs come", h.Load, h.CPU.Count, vm.CPUs), "choose a host with a lesser load, or move VMs away from it first: `vacate evict NAME --to HOST` there")
+		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("%.1f tasks want its %d CPUs already, before the VM's %d vCPUs come", h.Load, h.CPU.Count, vm.CPUs), "choose a host with a lesser load, or move VMs away from it first: `vacate evict NAME --to HOST` there")
+	} else {
+		r.add(OK, h.Name, "vcpus", fmt.Sprintf("%d find room on %d CPUs with a load of %.1f", vm.CPUs, h.CPU.Count, h.Load), "")
 	}
 	if vm.Accel != "kvm" {
 		r.add(OK, h.Name, check, fmt.Sprintf("QEMU emulates it (%s): the host's does not matter", vm.Accel), "")

@@ -13,7 +13,7 @@ import (
 const textWidth = 100
 
 // Text writes findings as a table, the worst first, each with its remedy beneath it, and then a line
-// that sums them up. What is OK shares lines.
+// that sums them up.
 func Text(w io.Writer, findings []Finding) error {
 	sorted := slices.Clone(findings)
 	slices.SortStableFunc(sorted, func(a, b Finding) int { return cmp.Compare(b.Level, a.Level) })

@@ -69,9 +69,6 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 		}
 		v.CPUModel = strings.TrimSuffix(model, "-x86_64-cpu")
 	}
-	if v.Backends, err = backends(ctx, q); err != nil {
-		return v, err
-	}
 	for _, at := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
 		if err := v.devices(ctx, q, at); err != nil {
 			return v, err
@@ -83,19 +80,22 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 	}
 	v.Networks = parseNetworks(text)
 
-	pid := 0
+	dir := "" // QEMU's working directory
 	mem, err := guestmem.Attach(ctx, q)
 	if err != nil {
 		v.MemoryErr = err.Error()
 	} else {
 		defer mem.Close()
-		pid = mem.PID()
+		dir, _ = os.Readlink(fmt.Sprintf("/proc/%d/cwd", mem.PID()))
 		for _, b := range mem.Blocks() {
 			v.Memory = append(v.Memory, MemoryFacts{b.Name, b.Size, b.PageSize})
 		}
-		v.Used = parseUsed(head(fmt.Sprintf("/proc/%d/status", pid), 16<<10))
+		v.Used = parseUsed(head(fmt.Sprintf("/proc/%d/status", mem.PID()), 16<<10))
 	}
-	if v.Disks, err = disks(ctx, q, pid); err != nil {
+	if v.Backends, err = backends(ctx, q, dir); err != nil {
+		return v, err
+	}
+	if v.Disks, err = disks(ctx, q, dir); err != nil {
 		return v, err
 	}
 	clip(&v)
@@ -108,7 +108,7 @@ func get(ctx context.Context, q *qmp.Client, path, property string, v any) error
 
 // backends returns the memory back ends that are files. A userfaultfd catches no page of a file, but
 // for those of tmpfs and hugetlbfs.
-func backends(ctx context.Context, q *qmp.Client) (all []BackendFacts, _ error) {
+func backends(ctx context.Context, q *qmp.Client, dir string) (all []BackendFacts, _ error) {
 	var list []struct {
 		ID string `json:"id"`
 	}
@@ -123,9 +123,12 @@ func backends(ctx context.Context, q *qmp.Client) (all []BackendFacts, _ error) 
 		if err := get(ctx, q, "/objects/"+m.ID, "mem-path", &path); err != nil {
 			return nil, err
 		}
+		if !filepath.IsAbs(path) && dir != "" {
+			path = filepath.Join(dir, path)
+		}
 		b := BackendFacts{ID: m.ID, Path: path}
 		var fs unix.Statfs_t
-		if unix.Statfs(path, &fs) == nil {
+		if filepath.IsAbs(path) && unix.Statfs(path, &fs) == nil {
 			b.FS = fmt.Sprintf("type %#x", uint32(fs.Type))
 			switch fs.Type {
 			case unix.TMPFS_MAGIC:
@@ -204,14 +207,10 @@ type blockDrive struct {
 	} `json:"inserted"`
 }
 
-func disks(ctx context.Context, q *qmp.Client, pid int) (all []DiskFacts, _ error) {
+func disks(ctx context.Context, q *qmp.Client, dir string) (all []DiskFacts, _ error) {
 	var list []blockDrive
 	if err := q.Run(ctx, "query-block", nil, &list); err != nil {
 		return nil, err
-	}
-	dir := ""
-	if pid > 0 {
-		dir, _ = os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
 	}
 	for _, d := range list {
 		all = append(all, d.images(dir)...)
