@@ -1,0 +1,215 @@
+package evict
+
+// What each side of an eviction does when something failed, decided by nothing but what its
+// journal says and what it finds: so the functions below are pure, and model_test.go tries
+// them with every sequence of failures. The rules they embody are in docs/protocol.md.
+
+// Mark is the last thing that the journal of one side says of an eviction; "" if it has no
+// record of it. Its text is what is stored on disk.
+//
+//	source       begun ──► may-run ──► completed
+//	               │          ├──────► lost ──► resumed here, discarded   (the operator's word)
+//	               │          ├──────► resumed here, discarded            (the same)
+//	               └──────────┴──────► rolled back
+//
+//	destination  accepted ──► may-run ──► completed
+//	                 │           ├──────► lost
+//	                 └───────────┴──────► never ran
+//
+// The source's may-run is durable before it sends the commit, the destination's before it
+// sends `cont`. That of the destination is not written before the commit came. Every other
+// mark but accepted and begun only saves asking again: where it cannot be written, what it
+// says may be done all the same. The one exception is never ran behind may-run.
+type Mark string
+
+// The marks.
+const (
+	MarkBegun       Mark = "begun"        // source: QEMU may be migrating, and no commit was sent
+	MarkAccepted    Mark = "accepted"     // destination: a twin may live, and it never ran
+	MarkMayRun      Mark = "may-run"      // the twin may run, or may have run, from here on
+	MarkRolledBack  Mark = "rolled back"  // source: the twin never runs; the guest is to run here
+	MarkNeverRan    Mark = "never ran"    // destination: the twin never ran and never will; it is to be killed
+	MarkCompleted   Mark = "completed"    // the twin has every page; the source's QEMU is to be ended
+	MarkLost        Mark = "lost"         // one QEMU ended too early, and the other cannot go on alone
+	MarkResumedHere Mark = "resumed here" // source: the operator says that the twin is dead for good
+	MarkDiscarded   Mark = "discarded"    // source: the operator gives up the copy here
+)
+
+// Final tells whether the two sides have nothing left to settle. What follows a final mark
+// is the operator's word, or the end of what was begun after the mark was written.
+func (m Mark) Final() bool {
+	switch m {
+	case "", MarkBegun, MarkAccepted, MarkMayRun:
+		return false
+	}
+	return true
+}
+
+// Answer is what a destination says of an eviction when its source asks. It is sent as it is.
+type Answer string
+
+// The answers.
+const (
+	AnswerNone     Answer = ""          // none yet: something is to be done first
+	AnswerUnknown  Answer = "unknown"   // no record: it was never accepted here, or the journal is gone
+	AnswerNeverRan Answer = "never ran" // and never will
+	AnswerPaused   Answer = "paused"    // the twin is loaded and waits to hear that the source committed
+	AnswerRunning  Answer = "running"   // pages are missing
+	AnswerComplete Answer = "complete"  // the twin has every page
+	AnswerLost     Answer = "lost"      // the twin is dead, and it may have run
+)
+
+// copyState is what the QEMU of one side, as the journal identifies it, is found doing.
+type copyState int
+
+const (
+	copyGone     copyState = iota
+	copyIncoming           // a twin that has not loaded the devices
+	copyPaused             // at the source: frozen in its migration. A twin: loaded, its migration not over, and not running
+	copyRunning            // at the source: the guest runs. A twin: the guest runs, or waits for pages
+	copyComplete           // a twin whose migration is over, whether its guest runs or was paused since
+)
+
+// step is what is to be done.
+type step string
+
+const (
+	stepNone step = "none"
+	// Of a source.
+	stepRollBack step = "roll back" // mark rolled back, have the guest run here, and tell the destination
+	stepAsk      step = "ask"       // look again and ask (again), with back-off; say what the operator may choose
+	stepPush     step = "push"      // send what is missing
+	stepRetire   step = "retire"    // mark completed, then end the QEMU; where the operator discards, so is its mark
+	// Of a destination.
+	stepAbandon  step = "abandon"      // mark never ran, kill the twin, only then say so
+	stepAwait    step = "await commit" // keep the twin paused until the source says that it committed
+	stepTakeUp   step = "take up"      // learn which pages are placed, and take the others
+	stepComplete step = "complete"     // mark completed, then say so
+	// Of both.
+	stepLose step = "lose" // mark lost and say so; a source keeps its QEMU, a destination kills what is left of the twin
+	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
+)
+
+// sourceStep is what a source does when it starts again, and each time before it asks. It
+// asks with a resume that says that it committed, which is true of every source that asks.
+func sourceStep(m Mark, here copyState) step {
+	switch m {
+	case MarkBegun:
+		if here == copyGone {
+			return stepLose
+		}
+		return stepRollBack // no commit was sent
+	case MarkMayRun:
+		if here == copyRunning {
+			// QEMU resumed it when its stream ended, so it was not wholly in post-copy, so
+			// no commit was sent; or a roll-back got that far.
+			return stepRollBack
+		}
+		return stepAsk
+	case MarkRolledBack, MarkResumedHere:
+		if here == copyPaused {
+			return stepRollBack
+		}
+	case MarkCompleted, MarkDiscarded:
+		switch here {
+		case copyPaused:
+			return stepRetire
+		case copyRunning:
+			return stepHold
+		}
+	}
+	return stepNone
+}
+
+// sourceOnAnswer is what a source whose mark is may-run does with an answer. heardRunning is
+// whether it heard before that the twin runs.
+func sourceOnAnswer(here copyState, heardRunning bool, a Answer) step {
+	switch {
+	case a == AnswerNone || a == AnswerUnknown:
+		return stepAsk
+	case here == copyRunning && a != AnswerNeverRan, heardRunning && a == AnswerNeverRan:
+		return stepHold
+	}
+	switch a {
+	case AnswerNeverRan:
+		if here == copyGone {
+			return stepLose
+		}
+		return stepRollBack
+	case AnswerRunning:
+		if here == copyGone {
+			return stepHold // the twin lacks pages that nobody has
+		}
+		return stepPush
+	case AnswerComplete:
+		return stepRetire
+	case AnswerLost:
+		return stepLose
+	}
+	return stepAsk
+}
+
+// destinationStep is what a destination does with an eviction when it starts again, loses
+// its session, is asked in a new one, or has anything else fail.
+func destinationStep(m Mark, twin copyState) step {
+	switch m {
+	case MarkAccepted:
+		return stepAbandon // the source may roll back without asking
+	case MarkMayRun:
+		switch twin {
+		case copyPaused:
+			return stepAwait
+		case copyRunning:
+			return stepTakeUp
+		case copyComplete:
+			return stepComplete
+		}
+		return stepLose
+	case MarkNeverRan:
+		if twin != copyGone {
+			return stepAbandon
+		}
+	case MarkLost:
+		if twin != copyGone {
+			return stepLose
+		}
+	}
+	return stepNone
+}
+
+// destinationOnAbort is what a destination does when it hears that its source has rolled
+// back, or that the operator had it resume the guest there.
+func destinationOnAbort(m Mark) step {
+	switch m {
+	case MarkAccepted, MarkNeverRan:
+		return stepAbandon
+	case MarkMayRun, MarkLost:
+		return stepLose
+	}
+	return stepNone
+}
+
+// answerOf is what a destination says once destinationStep was done.
+func answerOf(m Mark, twin copyState) Answer {
+	switch m {
+	case "":
+		return AnswerUnknown
+	case MarkCompleted:
+		return AnswerComplete
+	case MarkMayRun:
+		switch twin {
+		case copyPaused:
+			return AnswerPaused
+		case copyRunning:
+			return AnswerRunning
+		}
+		return AnswerNone
+	}
+	switch {
+	case twin != copyGone:
+		return AnswerNone
+	case m == MarkLost:
+		return AnswerLost
+	}
+	return AnswerNeverRan
+}
