@@ -16,10 +16,11 @@ package evict
 //	                 │           ├──────► lost
 //	                 └───────────┴──────► never ran
 //
-// The source's may-run is durable before it sends the commit, the destination's before it
-// sends `cont`. That of the destination is not written before the commit came. Every other
-// mark but accepted and begun only saves asking again: where it cannot be written, what it
-// says may be done all the same. The one exception is never ran behind may-run.
+// A write that failed may still have reached the disk, so what follows a failure must be right
+// either way. Without begun, accepted and may-run nothing goes on: the source refuses or rolls
+// back, the destination abandons. The operator's word is not acted upon, and the journal is
+// read again. All other marks only save asking again; where one cannot be written, what it
+// says is done all the same.
 type Mark string
 
 // The marks.
@@ -76,7 +77,7 @@ type step string
 const (
 	stepNone step = "none"
 	// Of a source.
-	stepRollBack step = "roll back" // mark rolled back, have the guest run here, and tell the destination
+	stepRollBack step = "roll back" // mark rolled back (resumed here stays), have the guest run here, and tell the destination
 	stepAsk      step = "ask"       // look again and ask (again), with back-off; say what the operator may choose
 	stepPush     step = "push"      // send what is missing
 	stepRetire   step = "retire"    // mark completed, then end the QEMU; where the operator discards, so is its mark
@@ -90,8 +91,18 @@ const (
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
-// sourceStep is what a source does when it starts again, and each time before it asks. It
-// asks with a resume that says that it committed, which is true of every source that asks.
+// mayCommit tells whether a source may send the commit: its mark is durable, and its QEMU is
+// wholly in post-copy, so that it cannot resume the guest by itself.
+func mayCommit(m Mark, wholly bool) bool { return m == MarkMayRun && wholly }
+
+// mayCont tells whether a destination may have its twin run: its mark is durable, and in the
+// present session the source said that it committed.
+func mayCont(m Mark, committed bool) bool { return m == MarkMayRun && committed }
+
+// sourceStep is what a source does when it starts again, and each time before it asks. A
+// source that knows that it sent no commit, since it has not been restarted, counts as begun.
+// It asks with a resume that says that it committed: true wherever the destination's mark is
+// may-run, and elsewhere not believed.
 func sourceStep(m Mark, here copyState) step {
 	switch m {
 	case MarkBegun:
