@@ -1,0 +1,898 @@
+package evict
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A model of the protocol of docs/protocol.md, small enough to try everything that can happen
+// in it: every order of the two engines' steps and of every fault, as many faults as there is
+// room for, since the model's states are finite. What the engines decide, the functions of
+// decide.go decide here, too. What the model takes into account and what it leaves out is
+// told in docs/protocol.md.
+
+// rules is what the model runs by. The mutants of TestModelMutants break one each.
+type rules struct {
+	mayCommit          func(Mark, bool) bool
+	mayCont            func(Mark, bool) bool
+	sourceStep         func(Mark, copyState) step
+	sourceOnAnswer     func(copyState, bool, Answer) step
+	destinationStep    func(Mark, copyState) step
+	destinationOnAbort func(Mark) step
+	answerOf           func(Mark, copyState) Answer
+
+	killFirst     bool // abandon kills before it marks. This is allowed
+	tellFirst     bool // abandon says never ran before it kills
+	spare         bool // abandon does not kill
+	believeResume bool // a resume counts as a commit where the mark is accepted
+	eager         bool // a paused twin runs without hearing from the source again
+	impatient     bool // a destination that does not answer counts as one that never ran it
+	askOn         bool // a source goes on asking when the operator's word could not be written
+	lateWords     bool // what was said in one session may be heard in the next
+	keepBooks     bool // pages sent in one session count as sent in the next
+	trustBuffers  bool // pages received count as placed
+}
+
+func realRules() rules {
+	return rules{mayCommit: mayCommit, mayCont: mayCont, sourceStep: sourceStep, sourceOnAnswer: sourceOnAnswer,
+		destinationStep: destinationStep, destinationOnAbort: destinationOnAbort, answerOf: answerOf}
+}
+
+// phase is where an engine stands: what it would forget if it were killed.
+type phase uint8
+
+const (
+	down phase = iota
+	idle
+	ended
+
+	// The source's.
+	offering  // until the offer is accepted
+	loading   // the guest is frozen, no commit was sent
+	committed // the commit was sent, and no answer came
+	asking    // after a loss of the session, or a restart
+	pushing   // the twin runs
+	holding   // contradiction, or the twin lacks what is gone here
+	rolling   // is to write the mark, and then
+	resuming  // to have the guest run here
+	retiring  // is to write the mark, and then
+	quitting  // to end the QEMU
+	losing
+
+	// The destination's.
+	arming   // accepted; the package did not come yet
+	prepared // the twin is loaded and paused
+	marking  // the commit came, may-run is to be written
+	starting // may-run is written, `cont` is to be sent
+	awaiting // after a restart: the twin is paused, its mark is may-run
+	running
+	completing
+	marksNeverRan // is to write the mark, and then
+	kills         // to kill the twin
+	marksLast     // the same the other way round
+	tellsLost
+)
+
+// word is a message on the control lane.
+type word uint8
+
+const (
+	silence word = iota
+	offers
+	loads // the package
+	commits
+	resumes
+	aborts
+	accepts
+	loaded
+	runs // in answer to a commit
+	// Answers to a resume, and at the end of the session that accepted.
+	unknown
+	neverRan
+	stands
+	runsWith0 // the twin runs and has no page; +1: the one in use, +2: the one left out
+	runsWith1
+	runsWith2
+	runsWith3
+	completes
+	lost
+)
+
+var answers = map[word]Answer{unknown: AnswerUnknown, neverRan: AnswerNeverRan, stands: AnswerPaused, runs: AnswerRunning, runsWith0: AnswerRunning,
+	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning, completes: AnswerComplete, lost: AnswerLost}
+
+// pages is a set of the model's two: one in use, and one that is left out, of which the
+// destination needs to hear nothing but that.
+type pages uint8
+
+const (
+	inUse   pages = 1
+	leftOut pages = 2
+	all           = inUse | leftOut
+)
+
+// guest is what the source's QEMU does.
+type guest uint8
+
+const (
+	gone     guest = iota
+	runsHere       // before the eviction, and after it was rolled back
+	freezing       // frozen; when its stream ends it may, by its version, resume by itself
+	standing       // frozen for good
+)
+
+func (g guest) state() copyState {
+	return [...]copyState{copyGone, copyRunning, copyPaused, copyPaused}[g]
+}
+
+var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan, MarkCompleted, MarkLost, MarkResumedHere, MarkDiscarded}
+
+// record is a Mark as its place in marks, which makes a world small.
+type record uint8
+
+func (r record) mark() Mark { return marks[r] }
+
+func recordOf(m Mark) record { return record(slices.Index(marks, m)) }
+
+// queue is what is under way on the control lane, in one direction.
+type queue [5]word
+
+func (q *queue) put(w word) {
+	i := slices.Index(q[:], silence)
+	if i < 0 {
+		panic(fmt.Sprintf("model: no room behind %v", *q))
+	}
+	q[i] = w
+}
+
+func (q *queue) take() (w word) {
+	w = q[0]
+	copy(q[:], q[1:])
+	q[len(q)-1] = silence
+	return w
+}
+
+// world is a state of everything.
+type world struct {
+	s struct {
+		phase   phase
+		journal record
+		guest   guest
+		stream  bool  // the engine holds the other end of QEMU's migration
+		session bool  // has not noticed that its session ended
+		loaded  bool  // heard
+		heard   bool  // that the twin runs
+		sent    pages // need not be sent
+	}
+	d struct {
+		phase     phase
+		journal   record
+		twin      copyState
+		session   bool
+		committed bool  // heard
+		held      pages // in the engine's memory: received and not placed, or known to be left out
+		placed    pages
+	}
+	toD, toS         queue
+	moving           pages // under way to the destination
+	lateToD, lateToS word  // of an older session
+
+	// What no engine knows: what was true at some time.
+	ran     bool // the twin did
+	whole   bool // it has had every page
+	aborted bool // the operator was told that the eviction was aborted
+	bereft  bool // fault: the twin died, and the destination's journal has it that it may have run
+	died    bool // fault: the source's QEMU died
+	forgot  bool // fault: the destination's journal was lost
+	resumed bool // the operator had the guest resumed here
+	gaveUp  bool // the operator gave up the copy here
+
+	bad string // what must never happen, and did
+}
+
+// edge is a step from one world to the next.
+type edge struct {
+	what  string
+	fault bool // or the operator's word: nothing that can be relied on to happen
+	to    world
+}
+
+// model finds out what may happen next.
+type model struct {
+	rules
+	from  world
+	edges []edge
+}
+
+func (m *model) add(what string, fault bool, do func(w *world)) {
+	w := m.from
+	do(&w)
+	switch there := w.d.twin == copyRunning || w.d.twin == copyComplete; {
+	case w.bad != "":
+	case there && w.s.guest == runsHere:
+		w.bad = "two copies run"
+	case there && w.aborted:
+		w.bad = "the twin runs after the operator was told that the eviction was aborted"
+	case w.ran && w.s.guest == runsHere && !w.resumed:
+		w.bad = "the guest runs here from an older state than it had there, and nobody said so"
+	}
+	m.edges = append(m.edges, edge{what, fault, w})
+}
+
+// write adds what may come of writing a mark: it is written, or it is not; or it is and the
+// writer is told that it is not.
+func (m *model) write(what string, source bool, mark Mark, done, failed func(w *world)) {
+	set := func(w *world) {
+		if source {
+			w.s.journal = recordOf(mark)
+		} else {
+			w.d.journal = recordOf(mark)
+		}
+	}
+	what = fmt.Sprintf("%s writes %q", what, mark)
+	m.add(what, false, func(w *world) { set(w); done(w) })
+	m.add(what+", which fails", true, failed)
+	m.add(what+", which seems to fail", true, func(w *world) { set(w); failed(w) })
+}
+
+func (w *world) sayToD(what word) {
+	if w.d.session {
+		w.toD.put(what)
+	}
+}
+
+func (w *world) sayToS(what word) {
+	if what == neverRan && w.d.twin != copyGone {
+		w.bad = "the destination says never ran while the twin lives"
+	}
+	if w.s.session {
+		w.toS.put(what)
+	}
+}
+
+// leaveS: the source takes its session for ended. What comes in it is not read any more.
+func (m *model) leaveS(w *world) {
+	if m.lateWords && w.toS[0] != silence {
+		w.lateToS = w.toS[0]
+	}
+	w.s.session, w.toS = false, queue{}
+}
+
+func (m *model) leaveD(w *world) {
+	if m.lateWords && w.toD[0] != silence {
+		w.lateToD = w.toD[0]
+	}
+	w.d.session, w.toD, w.moving = false, queue{}, 0
+}
+
+// connect begins a new session.
+func (m *model) connect(w *world, first word) {
+	m.leaveD(w)
+	m.leaveS(w)
+	w.s.session, w.d.session = true, true
+	w.toD.put(first)
+	if !m.keepBooks {
+		w.s.sent = 0
+	}
+}
+
+func (m *model) next(w world) []edge {
+	m.from, m.edges = w, m.edges[:0]
+	if w.s.phase == down {
+		m.add("source starts again", false, func(w *world) { m.sourceTakes(w, m.sourceStep(w.s.journal.mark(), w.s.guest.state())) })
+	} else {
+		m.source(w)
+	}
+	if w.d.phase == down {
+		m.add("destination starts again", false, func(w *world) {
+			w.d.phase = idle
+			if w.d.journal != 0 {
+				m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), w.d.twin))
+			}
+		})
+	} else {
+		m.destination(w)
+	}
+	m.qemu(w)
+	return m.edges
+}
+
+// sourceTakes has the source's engine do a step.
+func (m *model) sourceTakes(w *world, st step) {
+	switch st {
+	case stepRollBack:
+		w.s.phase = rolling
+		if w.s.session {
+			w.sayToD(aborts)
+		}
+		m.leaveS(w)
+	case stepAsk:
+		w.s.phase = asking
+		m.leaveS(w)
+	case stepPush:
+		w.s.phase, w.s.heard = pushing, true
+	case stepRetire:
+		w.s.phase = retiring
+	case stepLose:
+		w.s.phase = losing
+	case stepHold:
+		w.s.phase = holding
+		if w.s.guest != gone {
+			w.bad = "the source finds a contradiction"
+		}
+	default:
+		w.s.phase = ended
+	}
+}
+
+func (m *model) source(w world) {
+	// A source that sent no commit, and knows it, counts as begun.
+	m.add("source is killed", true, func(w *world) {
+		m.leaveS(w)
+		w.s.phase, w.s.stream, w.s.loaded, w.s.heard, w.s.sent = down, false, false, false, 0
+	})
+	state := w.s.guest.state()
+	early := w.s.phase == offering || w.s.phase == loading
+	if w.s.session {
+		notice := func(w *world) {
+			m.leaveS(w)
+			switch {
+			case early:
+				m.sourceTakes(w, m.sourceStep(MarkBegun, state))
+			case w.s.phase == committed || w.s.phase == pushing || w.s.phase == holding:
+				w.s.phase = asking
+			}
+		}
+		m.add("source loses its session", w.d.session, notice)
+		if w.toS[0] != silence {
+			m.add("source hears", false, func(w *world) { m.sourceHears(w, w.toS.take()) })
+		}
+		if w.lateToS != silence {
+			m.add("source hears late", false, func(w *world) {
+				said := w.lateToS
+				w.lateToS = silence
+				m.sourceHears(w, said)
+			})
+		}
+		if (w.s.phase == loading || w.s.phase == committed || w.s.phase == pushing) && w.s.guest != gone {
+			for _, p := range []pages{inUse, leftOut} {
+				if w.s.sent&p == 0 {
+					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
+						w.s.sent |= p
+						if w.d.session {
+							w.moving |= p
+						}
+					})
+				}
+			}
+		}
+	}
+	if early {
+		m.add("source gives up, or the operator does", true, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
+		if w.s.guest == gone {
+			m.add("source notices that its QEMU died", false, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, copyGone)) })
+		}
+	}
+	switch w.s.phase {
+	case idle:
+		m.write("source", true, MarkBegun, func(w *world) { w.s.phase = offering }, func(w *world) { w.s.phase = ended })
+	case offering:
+		if !w.s.session && w.d.phase != down {
+			m.add("source offers", false, func(w *world) { m.connect(w, offers) })
+		}
+	case loading:
+		if w.s.guest == freezing {
+			m.add("source's QEMU is wholly in post-copy", false, func(w *world) { w.s.guest = standing })
+		}
+		if w.s.journal.mark() == MarkBegun { // as soon as it likes
+			m.write("source", true, MarkMayRun, func(w *world) {}, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
+		}
+		if w.s.loaded && w.s.session && w.s.guest != gone && m.mayCommit(w.s.journal.mark(), w.s.guest == standing) {
+			m.add("source commits", false, func(w *world) {
+				w.s.phase = committed
+				w.sayToD(commits)
+			})
+		}
+	case pushing:
+		if w.s.guest == gone {
+			m.add("source notices that its QEMU died", false, func(w *world) { w.s.phase = holding })
+		}
+	case asking:
+		if w.s.session {
+			break
+		}
+		if st := m.sourceStep(w.s.journal.mark(), state); st != stepAsk {
+			m.add("source looks again", false, func(w *world) { m.sourceTakes(w, st) })
+		} else if w.d.phase != down {
+			m.add("source asks", false, func(w *world) { m.connect(w, resumes) })
+		} else if m.impatient {
+			m.add("source tires of asking", false, func(w *world) { w.s.phase = rolling })
+		}
+	case rolling:
+		do := func(w *world) { w.s.phase = resuming }
+		if w.s.journal.mark() == MarkResumedHere {
+			m.add("source begins to resume the guest", false, do)
+		} else {
+			m.write("source", true, MarkRolledBack, do, do)
+		}
+	case resuming:
+		if w.s.guest == gone {
+			m.add("source finds its QEMU dead", false, func(w *world) { w.s.phase = losing })
+		} else {
+			m.add("source resumes the guest", false, func(w *world) {
+				w.s.phase, w.s.guest, w.s.stream, w.aborted = ended, runsHere, false, !w.resumed
+			})
+		}
+	case retiring:
+		do := func(w *world) { w.s.phase = quitting }
+		if w.s.journal.mark() == MarkDiscarded {
+			m.add("source begins to end its QEMU", false, do)
+		} else {
+			m.write("source", true, MarkCompleted, do, do)
+		}
+	case quitting:
+		m.add("source ends its QEMU", false, func(w *world) {
+			if w.s.guest != gone && !w.whole && !w.gaveUp {
+				w.bad = "the source ends its QEMU, and the twin lacks pages"
+			}
+			w.s.phase, w.s.guest = ended, gone
+			m.leaveS(w)
+		})
+	case losing:
+		do := func(w *world) {
+			w.s.phase = ended
+			m.leaveS(w)
+		}
+		m.write("source", true, MarkLost, do, do)
+	case ended:
+		if mark := w.s.journal.mark(); (mark == MarkResumedHere) && !w.s.session && w.d.phase != down && !w.d.journal.mark().Final() && w.d.journal != 0 {
+			m.add("source tells that it resumed the guest", false, func(w *world) { m.connect(w, aborts) })
+		}
+	}
+	m.operator(w)
+}
+
+// operator says how to go on where the source cannot know. He may be wrong about the
+// destination's being dead as far as its twin does not run.
+func (m *model) operator(w world) {
+	mark := w.s.journal.mark()
+	if w.s.guest != standing || mark != MarkMayRun && mark != MarkLost || w.s.phase != asking && w.s.phase != holding && w.s.phase != ended {
+		return
+	}
+	// Whether the word was written is found out by reading the journal again.
+	failed := func(w *world) {
+		if !m.askOn {
+			m.leaveS(w)
+			w.s.phase = down
+		}
+	}
+	if w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down {
+		m.word("operator has the guest resumed here: source", MarkResumedHere, func(w *world) {
+			w.resumed = true
+			m.sourceTakes(w, stepRollBack)
+		}, func(w *world) { w.resumed = true; failed(w) })
+	}
+	m.word("operator gives up the copy here: source", MarkDiscarded, func(w *world) {
+		w.gaveUp, w.s.phase = true, retiring
+		m.leaveS(w)
+	}, func(w *world) { w.gaveUp = true; failed(w) })
+}
+
+func (m *model) word(what string, mark Mark, done, failed func(*world)) {
+	from := len(m.edges)
+	m.write(what, true, mark, done, failed)
+	for i := from; i < len(m.edges); i++ {
+		m.edges[i].fault = true
+	}
+}
+
+func (m *model) sourceHears(w *world, said word) {
+	switch w.s.phase {
+	case offering, loading:
+		switch said {
+		case accepts:
+			if w.s.guest == gone {
+				return
+			}
+			w.s.phase, w.s.guest, w.s.stream = loading, freezing, true
+			w.sayToD(loads)
+		case loaded:
+			w.s.loaded = true
+		case neverRan, unknown:
+			m.sourceTakes(w, m.sourceStep(MarkBegun, w.s.guest.state()))
+		default:
+			w.bad = "a source that did not commit hears that the twin may run"
+		}
+	case committed, asking, pushing, holding:
+		a, ok := answers[said]
+		if !ok {
+			return
+		}
+		if said >= runsWith0 && said <= runsWith3 {
+			w.s.sent = pages(said - runsWith0)
+		}
+		m.sourceTakes(w, m.sourceOnAnswer(w.s.guest.state(), w.s.heard, a))
+	}
+}
+
+// destinationTakes has the destination's engine do a step.
+func (m *model) destinationTakes(w *world, st step) {
+	switch st {
+	case stepAbandon:
+		w.d.phase = marksNeverRan
+		if m.killFirst {
+			w.d.phase = kills
+		}
+		if m.tellFirst && w.d.session {
+			w.sayToS(neverRan)
+		}
+	case stepAwait:
+		w.d.phase = awaiting
+	case stepTakeUp:
+		w.d.phase = running
+	case stepComplete:
+		w.d.phase = completing
+	case stepLose:
+		w.d.phase = tellsLost
+	case stepHold:
+		w.bad = "the destination finds a contradiction"
+	default:
+		w.d.phase = ended
+	}
+}
+
+func (m *model) destination(w world) {
+	m.add("destination is killed", true, func(w *world) {
+		m.leaveD(w)
+		w.d.phase, w.d.held, w.d.committed = down, 0, false
+	})
+	ph := w.d.phase
+	// Between these it does one thing after the other, and hears of nothing.
+	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running || ph == ended
+	early := ph == arming || ph == prepared
+	look := func(w *world) { m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), w.d.twin)) }
+	if w.d.session {
+		m.add("destination loses its session", w.s.session, func(w *world) {
+			m.leaveD(w)
+			if early {
+				look(w)
+			}
+		})
+		if stable && w.toD[0] != silence {
+			m.add("destination hears", false, func(w *world) { m.destinationHears(w, w.toD.take()) })
+		}
+		if stable && w.lateToD != silence {
+			m.add("destination hears late", false, func(w *world) {
+				said := w.lateToD
+				w.lateToD = silence
+				m.destinationHears(w, said)
+			})
+		}
+		if w.moving != 0 && (early || ph == marking || ph == starting || ph == running) {
+			m.add("destination receives pages", false, func(w *world) {
+				w.d.held |= w.moving &^ w.d.placed
+				w.moving = 0
+			})
+		}
+	}
+	if early {
+		m.add("destination gives up", true, look)
+	}
+	if w.d.twin == copyGone && (early || ph == awaiting || ph == running) {
+		m.add("destination notices that the twin died", false, look)
+	}
+	mayCont := w.d.twin == copyPaused && (ph == prepared || ph == marking || ph == starting) && m.mayCont(w.d.journal.mark(), w.d.committed)
+	if mayCont {
+		m.add("destination says cont", false, func(w *world) {
+			m.cont(w)
+			w.sayToSIfAny(runs)
+		})
+		m.add("the twin refuses cont", true, func(w *world) { m.destinationTakes(w, stepAbandon) })
+	}
+	switch ph {
+	case marking:
+		if w.d.twin == copyGone {
+			m.add("destination notices that the twin died", false, look)
+		}
+		m.write("destination", false, MarkMayRun, func(w *world) { w.d.phase = starting }, func(w *world) { m.destinationTakes(w, stepAbandon) })
+	case starting:
+		if w.d.twin == copyGone {
+			m.add("destination finds the twin dead, which had no cont", false, func(w *world) { m.destinationTakes(w, stepAbandon) })
+		}
+	case awaiting:
+		if m.eager && w.d.twin == copyPaused {
+			m.add("destination says cont unasked", false, m.cont)
+		}
+	case running:
+		if w.d.journal.mark() == MarkAccepted { // only where that rule is broken
+			m.write("destination", false, MarkMayRun, func(w *world) {}, func(w *world) {})
+		}
+		if w.d.held&inUse != 0 && w.d.twin != copyGone {
+			m.add("destination places a page", false, func(w *world) {
+				w.d.held &^= inUse
+				w.d.placed |= inUse
+			})
+		}
+		if has := w.d.placed | w.d.held&leftOut; w.d.twin != copyGone && (has == all || m.trustBuffers && w.d.held|w.d.placed == all) {
+			m.add("destination ends the twin's migration", false, func(w *world) {
+				w.d.twin, w.whole, w.d.phase = copyComplete, has == all, completing
+			})
+		}
+	case completing:
+		do := func(w *world) { w.d.phase = ended; w.sayToSIfAny(completes) }
+		m.write("destination", false, MarkCompleted, do, do)
+	case marksNeverRan:
+		do := func(w *world) { w.d.phase = kills }
+		if m.killFirst {
+			do = m.toldNeverRan
+		}
+		m.write("destination", false, MarkNeverRan, do, do)
+	case kills:
+		m.add("destination kills the twin", false, func(w *world) {
+			if w.ran && !w.resumed {
+				w.bad = "the destination kills a twin that ran"
+			}
+			if w.d.twin != copyGone && w.d.journal.mark() == MarkMayRun {
+				w.bereft = true // for it dies after it may have run, by what is on disk
+			}
+			if !m.spare {
+				w.d.twin = copyGone
+			}
+			if m.killFirst {
+				w.d.phase = marksNeverRan
+			} else {
+				m.toldNeverRan(w)
+			}
+		})
+	case tellsLost:
+		do := func(w *world) {
+			if w.d.twin != copyGone && w.ran && !w.resumed {
+				w.bad = "the destination kills a twin that ran"
+			}
+			w.d.twin, w.d.phase = copyGone, ended
+			w.sayToSIfAny(lost)
+		}
+		m.write("destination", false, MarkLost, do, do)
+	}
+}
+
+func (m *model) cont(w *world) {
+	w.d.twin, w.d.phase, w.ran = copyRunning, running, true
+	if w.s.guest == gone && !w.died && !w.gaveUp {
+		w.bad = "the twin runs though its source was retired"
+	}
+}
+
+func (m *model) toldNeverRan(w *world) {
+	w.d.phase = ended
+	w.sayToSIfAny(neverRan)
+}
+
+// sayToSIfAny says something if there is a session to say it in.
+func (w *world) sayToSIfAny(what word) {
+	if w.d.session {
+		w.sayToS(what)
+	}
+}
+
+func (m *model) destinationHears(w *world, said word) {
+	mark := w.d.journal.mark()
+	switch said {
+	case offers:
+		if w.d.phase != idle {
+			return
+		}
+		refuse := func(w *world) { w.d.phase = ended; w.sayToSIfAny(neverRan) }
+		w.d.phase = ended
+		refused := *w
+		refuse(&refused)
+		m.edges = append(m.edges, edge{"destination writes \"accepted\", which fails", true, refused})
+		refused.d.journal = recordOf(MarkAccepted)
+		m.edges = append(m.edges, edge{"destination writes \"accepted\", which seems to fail", true, refused})
+		w.d.journal, w.d.twin, w.d.phase = recordOf(MarkAccepted), copyIncoming, arming
+		w.sayToSIfAny(accepts)
+	case loads:
+		if w.d.phase == arming && w.d.twin == copyIncoming {
+			w.d.twin, w.d.phase = copyPaused, prepared
+			w.sayToSIfAny(loaded)
+		}
+	case commits:
+		if w.d.phase == prepared {
+			w.d.committed, w.d.phase = true, marking
+		}
+	case aborts:
+		if mark != "" && w.d.phase != ended {
+			m.destinationTakes(w, m.destinationOnAbort(mark))
+		}
+	case resumes:
+		switch w.d.phase {
+		case running:
+			w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
+			return
+		case prepared:
+			if m.believeResume {
+				w.d.committed, w.d.phase = true, marking
+				return
+			}
+		case awaiting:
+			if w.d.twin != copyPaused {
+				break
+			}
+			if !m.mayCont(mark, true) {
+				w.sayToSIfAny(stands)
+				return
+			}
+			refused := *w
+			refused.sayToSIfAny(stands)
+			m.edges = append(m.edges, edge{"the twin refuses cont", true, refused})
+			m.cont(w)
+			w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
+			return
+		case ended, idle:
+			for said, a := range answers {
+				if a == m.answerOf(mark, w.d.twin) && said != runs {
+					w.sayToSIfAny(said)
+					return
+				}
+			}
+			return
+		}
+		// A new session is the end of the one before.
+		m.destinationTakes(w, m.destinationStep(mark, w.d.twin))
+	}
+}
+
+// qemu is what the two QEMUs and the disks do by themselves.
+func (m *model) qemu(w world) {
+	if w.s.guest == freezing && !w.s.stream {
+		m.add("source's QEMU resumes the guest by itself", false, func(w *world) { w.s.guest = runsHere })
+		m.add("source's QEMU stays frozen", false, func(w *world) { w.s.guest = standing })
+	}
+	if w.s.guest != gone && !(w.s.phase == ended && w.s.guest == runsHere) {
+		m.add("source's QEMU dies", true, func(w *world) { w.s.guest, w.died = gone, true })
+	}
+	if w.d.twin != copyGone && w.d.twin != copyComplete {
+		m.add("the twin dies", true, func(w *world) {
+			w.d.twin = copyGone
+			w.bereft = w.bereft || w.d.journal.mark() == MarkMayRun
+		})
+	}
+	if w.d.twin == copyRunning {
+		m.add("somebody pauses the twin", true, func(w *world) { w.d.twin = copyPaused })
+	}
+	if w.d.phase == down && w.d.journal != 0 {
+		m.add("the destination's journal is lost", true, func(w *world) { w.d.journal, w.forgot = 0, true })
+	}
+}
+
+// settled tells whether the eviction has come to an end that docs/protocol.md promises.
+func settled(w *world) bool {
+	if w.s.phase == down || w.d.phase == down {
+		return false
+	}
+	over := w.s.phase == ended
+	there := w.d.twin == copyRunning || w.d.twin == copyComplete
+	switch {
+	case over && w.s.guest == runsHere && w.d.twin == copyGone && (w.d.phase == ended || w.d.phase == idle):
+		return true // it runs here
+	case over && w.s.guest == runsHere && w.forgot && !there:
+		return true // the same, but nobody knows of the twin any more
+	case over && w.s.guest == gone && w.d.twin == copyComplete && w.d.phase == ended && w.whole:
+		return true // it runs there
+	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
+		return true // lost, and kept here
+	case w.died && w.s.guest == gone && (over || w.s.phase == holding || w.s.phase == pushing) && (w.d.twin == copyGone || there || w.d.phase == awaiting || w.d.phase == running):
+		return true // the source's QEMU died; a twin that runs lacks pages
+	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
+		return true // it stands here until the operator says what he found there
+	case w.gaveUp:
+		return over && w.s.guest == gone
+	}
+	return false
+}
+
+// verdict is what came of trying everything.
+type verdict struct {
+	states, steps int
+	settled       int
+	bad           string
+	trace         []string
+}
+
+// explore tries everything, breadth first, so that its trace is one of the shortest.
+func explore(r rules, limit int) verdict {
+	type origin struct {
+		from int32
+		what string
+	}
+	var first world
+	first.s.phase, first.d.phase, first.s.guest = idle, idle, runsHere
+	m := &model{rules: r}
+	worlds, origins := []world{first}, []origin{{-1, ""}}
+	number := map[world]int32{first: 0}
+	var v verdict
+	trace := func(i int32) (t []string) {
+		for ; i > 0; i = origins[i].from {
+			t = append(t, origins[i].what)
+		}
+		slices.Reverse(t)
+		return t
+	}
+	type arc struct{ from, to int32 }
+	var arcs []arc // those that need no fault
+	for i := int32(0); int(i) < len(worlds); i++ {
+		for _, e := range m.next(worlds[i]) {
+			v.steps++
+			n, known := number[e.to]
+			if !known {
+				n = int32(len(worlds))
+				number[e.to] = n
+				worlds, origins = append(worlds, e.to), append(origins, origin{i, e.what})
+				if e.to.bad != "" {
+					v.states, v.bad, v.trace = len(worlds), e.to.bad, trace(n)
+					return v
+				}
+				if len(worlds) > limit {
+					v.states, v.bad = len(worlds), "too many states"
+					return v
+				}
+			}
+			if !e.fault && n != i {
+				arcs = append(arcs, arc{i, n})
+			}
+		}
+	}
+	v.states = len(worlds)
+	// From where is an end in reach without another fault?
+	start := make([]int32, len(worlds)+1)
+	for _, a := range arcs {
+		start[a.to+1]++
+	}
+	for i := range worlds {
+		start[i+1] += start[i]
+	}
+	before, fill := make([]int32, len(arcs)), slices.Clone(start)
+	for _, a := range arcs {
+		before[fill[a.to]] = a.from
+		fill[a.to]++
+	}
+	ends := make([]bool, len(worlds))
+	var todo []int32
+	for i := range worlds {
+		if settled(&worlds[i]) {
+			ends[i] = true
+			todo = append(todo, int32(i))
+			v.settled++
+		}
+	}
+	for len(todo) > 0 {
+		i := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		for _, b := range before[start[i]:start[i+1]] {
+			if !ends[b] {
+				ends[b] = true
+				todo = append(todo, b)
+			}
+		}
+	}
+	if i := slices.Index(ends, false); i >= 0 {
+		v.bad, v.trace = "it does not end", append(trace(int32(i)), fmt.Sprintf("%+v", worlds[i]))
+	}
+	return v
+}
+
+const modelLimit = 3_000_000
+
+func TestModel(t *testing.T) {
+	for _, killFirst := range []bool{false, true} {
+		r := realRules()
+		r.killFirst = killFirst
+		v := explore(r, modelLimit)
+		t.Logf("%d states, %d of them ends, %d steps", v.states, v.settled, v.steps)
+		if v.bad != "" {
+			t.Errorf("%s:\n  %s", v.bad, strings.Join(v.trace, "\n  "))
+		}
+	}
+}
