@@ -183,7 +183,7 @@ type world struct {
 	ran     bool // the twin did
 	whole   bool // it has had every page
 	aborted bool // the operator was told that the eviction was aborted
-	bereft  bool // fault: the twin died, and the destination's journal has it that it may have run
+	bereft  bool // fault: the twin is dead, and the destination's journal has had it that it may have run
 	died    bool // fault: the source's QEMU died
 	forgot  bool // fault: the destination's journal was lost
 	resumed bool // the operator had the guest resumed here
@@ -229,6 +229,7 @@ func (m *model) write(what string, source bool, mark Mark, done, failed func(w *
 			w.s.journal = recordOf(mark)
 		} else {
 			w.d.journal = recordOf(mark)
+			w.bereft = w.bereft || mark == MarkMayRun && w.d.twin == copyGone
 		}
 	}
 	what = fmt.Sprintf("%s writes %q", what, mark)
@@ -783,9 +784,9 @@ func settled(w *world) bool {
 		return true // it runs there
 	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
 		return true // lost, and kept here
-	case w.died && w.s.guest == gone && (over || w.s.phase == holding || w.s.phase == pushing) && (w.d.twin == copyGone || there || w.d.phase == awaiting || w.d.phase == running):
+	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot):
 		return true // the source's QEMU died; a twin that runs lacks pages
-	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
+	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere && w.s.guest != freezing:
 		return true // it stands here until the operator says what he found there
 	case w.gaveUp:
 		return over && w.s.guest == gone
@@ -835,7 +836,7 @@ func explore(r rules, limit int) verdict {
 					return v
 				}
 				if len(worlds) > limit {
-					v.states, v.bad = len(worlds), "too many states"
+					v.states, v.bad = len(worlds), tooMany
 					return v
 				}
 			}
@@ -883,7 +884,10 @@ func explore(r rules, limit int) verdict {
 	return v
 }
 
-const modelLimit = 3_000_000
+const (
+	modelLimit = 3_000_000 // states; more than there are where no rule is broken
+	tooMany    = "too many states"
+)
 
 func TestModel(t *testing.T) {
 	for _, killFirst := range []bool{false, true} {
@@ -894,5 +898,88 @@ func TestModel(t *testing.T) {
 		if v.bad != "" {
 			t.Errorf("%s:\n  %s", v.bad, strings.Join(v.trace, "\n  "))
 		}
+	}
+}
+
+// Every rule is needed: break one, and the model finds what comes of it.
+func TestModelMutants(t *testing.T) {
+	sourceAnswers := func(when Answer, then step) func(*rules) {
+		return func(r *rules) {
+			r.sourceOnAnswer = func(here copyState, heard bool, a Answer) step {
+				if a == when {
+					return then
+				}
+				return sourceOnAnswer(here, heard, a)
+			}
+		}
+	}
+	sourceSteps := func(mark Mark, here copyState, then step) func(*rules) {
+		return func(r *rules) {
+			r.sourceStep = func(m Mark, c copyState) step {
+				if m == mark && c == here {
+					return then
+				}
+				return sourceStep(m, c)
+			}
+		}
+	}
+	destinationSteps := func(mark Mark, twin copyState, then step) func(*rules) {
+		return func(r *rules) {
+			r.destinationStep = func(m Mark, c copyState) step {
+				if m == mark && c == twin {
+					return then
+				}
+				return destinationStep(m, c)
+			}
+		}
+	}
+	for _, mutant := range []struct {
+		rule, name string
+		mutate     func(*rules)
+	}{
+		{"R1", "cont before the destination's may-run is durable", func(r *rules) { r.mayCont = func(m Mark, committed bool) bool { return committed } }},
+		{"R1", "cont without a commit", func(r *rules) { r.mayCont = func(Mark, bool) bool { return true } }},
+		{"R1", "a resume counts as a commit", func(r *rules) { r.believeResume = true }},
+		{"R2", "a destination that was not told to commit keeps its twin", destinationSteps(MarkAccepted, copyPaused, stepAwait)},
+		{"R2", "never ran is said before the twin is killed", func(r *rules) { r.tellFirst = true }},
+		{"R2", "never ran is said and the twin is not killed", func(r *rules) { r.spare = true }},
+		{"R2", "a twin that was to be killed is not, after a restart", destinationSteps(MarkNeverRan, copyPaused, stepNone)},
+		{"R3", "commit before the source's may-run is durable", func(r *rules) { r.mayCommit = func(m Mark, wholly bool) bool { return wholly } }},
+		{"R3", "commit while QEMU may resume the guest by itself", func(r *rules) { r.mayCommit = func(m Mark, wholly bool) bool { return m == MarkMayRun } }},
+		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
+		{"R5", "a source that may have sent a commit rolls back", sourceSteps(MarkMayRun, copyPaused, stepRollBack)},
+		{"R5", "a source whose guest runs after all goes on asking", sourceSteps(MarkMayRun, copyRunning, stepAsk)},
+		{"R5", "rolls back when there is no answer", func(r *rules) { r.impatient = true }},
+		{"R5", "rolls back on unknown", sourceAnswers(AnswerUnknown, stepRollBack)},
+		{"R5", "rolls back on paused", sourceAnswers(AnswerPaused, stepRollBack)},
+		{"R5", "rolls back on lost", sourceAnswers(AnswerLost, stepRollBack)},
+		{"R5", "rolls back on running", sourceAnswers(AnswerRunning, stepRollBack)},
+		{"R5", "retires on running", sourceAnswers(AnswerRunning, stepRetire)},
+		{"R5", "retires on lost", sourceAnswers(AnswerLost, stepRetire)},
+		{"R5", "does not push on running", sourceAnswers(AnswerRunning, stepAsk)},
+		{"R5", "asks on never ran", sourceAnswers(AnswerNeverRan, stepAsk)},
+		{"R5", "asks on lost", sourceAnswers(AnswerLost, stepAsk)},
+		{"R5", "asks on complete", sourceAnswers(AnswerComplete, stepAsk)},
+		{"R5", "a roll-back is not finished after a restart", sourceSteps(MarkRolledBack, copyPaused, stepNone)},
+		{"R5", "a source is not retired after a restart", sourceSteps(MarkCompleted, copyPaused, stepNone)},
+		{"R6", "cont after a restart without hearing from the source", func(r *rules) { r.eager = true }},
+		{"R6", "a twin that ran and stands is killed as one that never ran", destinationSteps(MarkMayRun, copyPaused, stepAbandon)},
+		{"R6", "a twin that runs is killed after a restart", destinationSteps(MarkMayRun, copyRunning, stepLose)},
+		{"R6", "a dead twin that may have run counts as one that never ran", destinationSteps(MarkMayRun, copyGone, stepAbandon)},
+		{"R7", "a source asks on although it may have been told to resume", func(r *rules) { r.askOn = true }},
+		{"R7", "a destination does not heed that the source was resumed", func(r *rules) { r.destinationOnAbort = func(Mark) step { return stepAwait } }},
+		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
+		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
+		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},
+	} {
+		t.Run(mutant.rule+" "+mutant.name, func(t *testing.T) {
+			r := realRules()
+			mutant.mutate(&r)
+			v := explore(r, modelLimit)
+			if v.bad == "" || v.bad == tooMany {
+				t.Fatalf("%d states, and nothing bad was found: %s", v.states, v.bad)
+			}
+			t.Logf("%s (%d states):\n  %s", v.bad, v.states, strings.Join(v.trace, "\n  "))
+		})
 	}
 }
