@@ -732,6 +732,9 @@ func (m *model) destinationHears(w *world, said word) {
 			w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
 			return
 		case ended, idle:
+			if mark != "" && !mark.Final() {
+				break // it could not be written how it ended
+			}
 			for said, a := range answers {
 				if a == m.answerOf(mark, w.d.twin) && said != runs {
 					w.sayToSIfAny(said)
@@ -784,7 +787,7 @@ func settled(w *world) bool {
 		return true // it runs there
 	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
 		return true // lost, and kept here
-	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot):
+	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot || w.resumed):
 		return true // the source's QEMU died; a twin that runs lacks pages
 	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere && w.s.guest != freezing:
 		return true // it stands here until the operator says what he found there
@@ -967,7 +970,14 @@ func TestModelMutants(t *testing.T) {
 		{"R6", "a twin that runs is killed after a restart", destinationSteps(MarkMayRun, copyRunning, stepLose)},
 		{"R6", "a dead twin that may have run counts as one that never ran", destinationSteps(MarkMayRun, copyGone, stepAbandon)},
 		{"R7", "a source asks on although it may have been told to resume", func(r *rules) { r.askOn = true }},
-		{"R7", "a destination does not heed that the source was resumed", func(r *rules) { r.destinationOnAbort = func(Mark) step { return stepAwait } }},
+		{"R7", "a destination does not heed that the source was resumed", func(r *rules) {
+			r.destinationOnAbort = func(m Mark) step {
+				if m == MarkMayRun {
+					return stepAwait
+				}
+				return destinationOnAbort(m)
+			}
+		}},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
 		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
 		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},
