@@ -783,7 +783,7 @@ func settled(w *world) bool {
 		return true // it runs here
 	case over && w.s.guest == runsHere && w.forgot && !there:
 		return true // the same, but nobody knows of the twin any more
-	case over && w.s.guest == gone && w.d.twin == copyComplete && w.d.phase == ended && w.whole:
+	case over && w.s.guest == gone && w.d.twin == copyComplete && (w.d.phase == ended || w.forgot) && w.whole:
 		return true // it runs there
 	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
 		return true // lost, and kept here
