@@ -22,10 +22,10 @@ SEQUENTIAL = vacate/guestlinux vacate/lab/churn
 # $(call alltests,PACKAGES,FLAGS)
 alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
 
-.PHONY: help build test unit demo deps fuzz lint bench clean
+.PHONY: help build test unit demo deps fuzz lint generate bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/vacate, bin/vacate-guest and bin/guestload, all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacate-guest ./cmd/guestload
@@ -58,6 +58,13 @@ lint: ## gofmt, go vet, staticcheck
 	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+
+generate: ## the Go code of hostapi/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
+	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }
+	protoc --plugin=$$($(GO) tool -n protoc-gen-go) --plugin=$$($(GO) tool -n protoc-gen-connect-go) \
+		--go_out=. --go_opt=paths=source_relative \
+		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
+		hostapi/v1/host.proto
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
 	bin/vacate lab bench $(BENCHFLAGS)

@@ -27,6 +27,7 @@ var imports = map[string][]string{
 	"link":             {"golang.org/x/sys", "vacate/certs"},
 	"journal":          {"golang.org/x/sys"},
 	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/qmp"},
+	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},

@@ -168,9 +168,9 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	receiving, stopReceiving := context.WithCancel(within(t, time.Minute))
 	defer stopReceiving()
 	go func() {
-		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(receiving, ln)
+		received <- receiveOn(receiving, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
-	report, evictErr := evict.Source{QMP: vm.QMP, To: front.Addr().String(), Dial: dialFrom(l.A), LoadTimeout: a.timeout, Log: log.With("side", "source")}.Evict(ctx)
+	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()), LoadTimeout: a.timeout, Log: log.With("side", "source")}.Evict(ctx)
 	select {
 	case <-hit:
 	default:

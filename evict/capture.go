@@ -1,13 +1,16 @@
 package evict
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"time"
 
+	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageset"
 	"vacate/qmp"
@@ -276,7 +279,7 @@ const (
 // pretendComplete has a QEMU whose guest is frozen in a broken post-copy take the
 // migration for complete: we play a destination that recovers and has every page. Its
 // guest then stands in "postmigrate", with its memory untouched, and can be resumed.
-func (c *capture) pretendComplete(ctx context.Context, q *qmp.Client) error {
+func pretendComplete(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) error {
 	conn, err := socketTo(ctx, q, "vacate-rollback", 0)
 	if err != nil {
 		return err
@@ -287,7 +290,7 @@ func (c *capture) pretendComplete(ctx context.Context, q *qmp.Client) error {
 	if err := q.Migrate(ctx, "fd:vacate-rollback", true); err != nil {
 		return err
 	}
-	again := &capture{conn: conn, r: c.r.Resume(conn), layout: c.layout}
+	again := &capture{conn: conn, r: migstream.NewRecoveryReader(conn)}
 	for {
 		item, err := again.r.Next()
 		if errors.Is(err, io.EOF) {
@@ -300,10 +303,7 @@ func (c *capture) pretendComplete(ctx context.Context, q *qmp.Client) error {
 		case migstream.Page:
 			return errors.New("QEMU sends pages although it was told that all have arrived")
 		case migstream.EOF:
-			if err := again.answer(migstream.Message{Type: migstream.MsgShut}); err != nil {
-				return err
-			}
-			return nil
+			return again.answer(migstream.Message{Type: migstream.MsgShut})
 		case migstream.Command:
 			var reply migstream.Message
 			switch it.ID {
@@ -312,15 +312,12 @@ func (c *capture) pretendComplete(ctx context.Context, q *qmp.Client) error {
 				if err != nil {
 					return err
 				}
-				i := c.layout.find(name)
+				i := slices.IndexFunc(mem.Blocks(), func(b guestmem.Block) bool { return b.Name == name })
 				if i < 0 {
 					return fmt.Errorf("QEMU asks for the pages received of unknown memory %q", name)
 				}
-				bits := c.layout[i].Length / migstream.TargetPageSize
-				reply = migstream.Message{Type: migstream.MsgRecvBitmap, Block: name, Bitmap: make([]byte, (bits+63)/64*8)}
-				for j := range reply.Bitmap {
-					reply.Bitmap[j] = 0xff
-				}
+				bits := mem.Blocks()[i].Size / migstream.TargetPageSize
+				reply = migstream.Message{Type: migstream.MsgRecvBitmap, Block: name, Bitmap: bytes.Repeat([]byte{0xff}, int((bits+63)/64*8))}
 			case migstream.CmdPostcopyResume:
 				reply = migstream.Message{Type: migstream.MsgResumeAck}
 			default:

@@ -2,12 +2,47 @@ package evict
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"time"
 
 	"vacate/link"
 )
+
+// attachment is one session with the other side, and what runs in it. An eviction has one
+// at a time, and more than one in a row if the link or an engine fails.
+type attachment struct {
+	*link.Session
+	control *controlLane
+	window  *window // source: of the push
+	tasks   sync.WaitGroup
+}
+
+// attach takes a session over, whose frames of the control lane have at most limit bytes.
+func attach(s *link.Session, limit int) *attachment {
+	a := &attachment{Session: s, control: newControlLane(s)}
+	a.tasks.Go(func() { a.control.run(limit) })
+	return a
+}
+
+// begin has a task of a lane done, whose failure ends the session, but not before the
+// other side could say why it ended it.
+func (a *attachment) begin(task func() error) {
+	a.tasks.Go(func() {
+		if err := task(); err != nil {
+			a.FailSoon(err)
+		}
+	})
+}
+
+// end closes the session and waits for all that runs in it.
+func (a *attachment) end() {
+	a.Close()
+	a.tasks.Wait()
+}
 
 // controlLane hands the frames of a session's control lane on, one at a time.
 type controlLane struct {
@@ -47,14 +82,15 @@ func (c *controlLane) run(limit int) {
 // destination it is the promise that its QEMU never ran the VM and never will.
 var errFarewell = errors.New("the other side gave up")
 
-// await waits for a frame of one of the kinds. It fails with the peer's farewell, when
-// the session or ctx ends, and when there is a value on failed.
-func (c *controlLane) await(ctx context.Context, failed <-chan error, kinds ...uint8) (controlFrame, error) {
+// errFailed is wrapped by the error for a destination that ran the VM and lost it.
+var errFailed = errors.New("the other side failed")
+
+// await waits for a frame of one of the kinds. It fails with the peer's farewell, and when
+// the session or ctx ends.
+func (c *controlLane) await(ctx context.Context, kinds ...uint8) (controlFrame, error) {
 	select {
 	case f := <-c.frames:
 		return f, f.check(kinds...)
-	case err := <-failed:
-		return controlFrame{}, err
 	case <-c.session.Done():
 		return controlFrame{}, c.session.Err()
 	case <-ctx.Done():
@@ -75,9 +111,163 @@ func (f controlFrame) check(kinds ...uint8) error {
 			return err
 		}
 		if f.kind == msgFailed {
-			return fmt.Errorf("the other side failed: %s", bye.Reason)
+			return fmt.Errorf("%w: %s", errFailed, bye.Reason)
 		}
 		return fmt.Errorf("%w: %s", errFarewell, bye.Reason)
 	}
 	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
+}
+
+// Purpose is what a peer wants with a session.
+type Purpose uint8
+
+// The purposes.
+const (
+	ToOffer  Purpose = iota + 1 // a VM
+	ToResume                    // an eviction, after the link or an engine failed
+	ToAsk                       // something that touches no VM
+)
+
+// Request is a session whose peer has said what it wants. It is to be handed to a
+// Destination, or ended with Refuse, Answer or Tell.
+type Request struct {
+	*attachment
+	Purpose  Purpose
+	Eviction ID              // to offer or to resume
+	VM       string          // to offer: its name at the source, which the peer is free to choose; may be empty
+	Question json.RawMessage // to ask
+
+	offer  offer
+	resume resume
+}
+
+// requestTime is how long a peer may take to say what it wants.
+const requestTime = 10 * time.Second
+
+// ReadRequest learns what the peer of a new session wants. If that fails the session is
+// closed.
+func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTime, errors.New("the peer did not say what it wants"))
+	defer cancel()
+	r := &Request{attachment: attach(s, maxControl)}
+	defer func() {
+		if err != nil {
+			r.end()
+		}
+	}()
+	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk)
+	if err != nil {
+		return nil, err
+	}
+	if len(f.payload) > maxJSON {
+		return nil, fmt.Errorf("%w: a request of %d bytes", errFrame, len(f.payload))
+	}
+	switch f.kind {
+	case msgOffer:
+		err = decode(f.payload, &r.offer)
+		r.Purpose, r.Eviction, r.VM = ToOffer, r.offer.Eviction, r.offer.VM
+	case msgResume:
+		err = decode(f.payload, &r.resume)
+		r.Purpose, r.Eviction = ToResume, r.resume.Eviction
+	case msgAsk:
+		r.Purpose = ToAsk
+		if r.Question = f.payload; !json.Valid(f.payload) {
+			err = fmt.Errorf("%w: a question that is no JSON", errFrame)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Refuse turns the peer away, saying why, and ends the session. To an offer it is the
+// promise that the VM will not run here.
+func (r *Request) Refuse(reason error) {
+	if r.Purpose == ToResume {
+		r.Answer(AnswerUnknown, reason.Error(), nil)
+		return
+	}
+	writeJSON(r.control.Conn, msgAbort, farewell{reason.Error()})
+	r.end()
+}
+
+// Answer tells the source what became of the eviction that it wants to resume, and that is
+// not under way here, and ends the session. What was received is what Destination returned,
+// and is told of one that is complete.
+func (r *Request) Answer(a Answer, reason string, received *Received) {
+	st := status{Answer: a, Reason: reason, Summary: received}
+	writeJSON(r.control.Conn, msgStatus, st)
+	r.linger()
+}
+
+// Tell answers a question and ends the session.
+func (r *Request) Tell(answer any) error {
+	err := writeJSON(r.control.Conn, msgTold, answer)
+	r.linger()
+	return err
+}
+
+// linger ends the session when the peer has, or after a while: its end must not overtake
+// what was said.
+func (r *Request) linger() {
+	select {
+	case <-r.control.frames:
+	case <-r.Done():
+	case <-time.After(requestTime):
+	}
+	r.end()
+}
+
+// Ask puts a question, which is JSON of the caller's, to the host behind a new session,
+// and returns its answer. It closes the session.
+func Ask(ctx context.Context, s *link.Session, question any, answer any) error {
+	a := attach(s, maxJSON)
+	defer a.end()
+	if err := writeJSON(a.control.Conn, msgAsk, question); err != nil {
+		return err
+	}
+	f, err := a.control.await(ctx, msgTold)
+	if err != nil {
+		return err
+	}
+	return decode(f.payload, answer)
+}
+
+// Requests has what the peers of sessions want handed on, in the channel that it returns,
+// until ctx is done and the function that it returns has returned: that waits for all that
+// was started, and ends the sessions of requests that nobody took. Sessions come from
+// accept; when that fails, stopped is told why, and no more come. turnedAway hears of peers
+// that say nothing of use.
+func Requests(ctx context.Context, accept func(context.Context) (*link.Session, error), turnedAway func(peer string, err error), stopped func(error)) (<-chan *Request, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	requests := make(chan *Request)
+	var tasks sync.WaitGroup
+	tasks.Go(func() {
+		for {
+			s, err := accept(ctx)
+			if err != nil {
+				if ctx.Err() == nil {
+					stopped(err)
+				}
+				return
+			}
+			tasks.Go(func() {
+				r, err := ReadRequest(ctx, s)
+				if err != nil {
+					turnedAway(s.Peer(), err)
+					return
+				}
+				select {
+				case requests <- r:
+				case <-ctx.Done():
+					r.end()
+				}
+			})
+		}
+	})
+	return requests, func() {
+		cancel()
+		tasks.Wait()
+	}
 }

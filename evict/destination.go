@@ -1,9 +1,8 @@
 package evict
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,10 +12,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"vacate/guestmem"
-	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageset"
 	"vacate/qmp"
@@ -32,89 +31,106 @@ type Destination struct {
 	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
 	// memory directly where this process has the right to, which is several times faster.
 	ThroughQEMU bool
-	Log         *slog.Logger
+	// Patient goes on waiting after an offer that does not fit.
+	Patient bool
+	// Journal survives the engine; without one its death costs the VM. It must have the mark
+	// MarkAccepted before the QEMU is started.
+	Journal Journal
+	Log     *slog.Logger
+	Show    func(Progress) // called from one goroutine at a time; may be nil
 }
 
-// Receive waits on ln for a source and takes its VM. A source whose VM does not fit, or a
-// peer that is none, is turned away without touching the QEMU, and the wait goes on until
-// ctx is done. From the first byte given to the QEMU on, it is used up: it runs the VM in
-// the end, or it was killed and never ran it. Errors are *Error.
-func (d Destination) Receive(ctx context.Context, ln net.Listener) error {
-	if d.Log == nil {
-		d.Log = slog.New(slog.DiscardHandler)
-	}
-	e := &destination{Destination: d}
-	e.machine = newMachine(Waiting, func(st State) { d.Log.Info("state", "state", st) })
+// Receive takes the VM of a source. Its first requests are offers: one whose VM does not fit
+// is turned away without touching the QEMU. From the first byte given to the QEMU on, it is
+// used up: it runs the VM in the end, or it was killed and never ran it. While the VM runs
+// here, requests that resume the eviction bring the source back after the link was lost; it
+// is waited for without end. All requests are answered. Errors are *Error.
+//
+// When ctx is done, the eviction is aborted, unless the source committed it; with the cause
+// ErrLeave it is then left.
+func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Received, error) {
+	e := d.engine(Waiting)
 	defer e.close()
-	d.Log.Info("state", "state", Waiting)
 	if err := e.prepare(ctx); err != nil {
-		return &Error{ErrRefused, Waiting, err, ""}
+		return Received{}, &Error{ErrRefused, Waiting, err, ""}
 	}
-	sessions := link.NewListener(ln, link.ListenOptions{TurnedAway: func(from string, err error) {
-		d.Log.Warn("peer turned away", "from", from, "error", err)
-	}})
-	defer sessions.Close()
-	var offered offer
-	for {
-		session, err := sessions.Accept(ctx)
-		if err != nil {
-			return &Error{ErrRefused, Waiting, err, "The QEMU that waits here was not touched"}
-		}
-		e.session = session
-		e.control = newControlLane(session)
-		e.tasks.Go(func() { e.control.run(maxControl) })
-		offered, err = e.consider(ctx)
-		if err != nil {
-			d.Log.Warn("offer refused", "source", session.Peer(), "error", err)
-			session.Close()
-			select {
-			case <-e.q.Done():
-				return &Error{ErrRefused, Waiting, err, "The QEMU that waited here is gone"}
-			default:
-			}
-			continue
-		}
-		d.Log.Info("offer accepted", "source", session.Peer(), "machine", offered.Machine)
-		break
+	e.report(Waiting)
+	loadTimeout, err := e.awaitOffer(ctx, requests)
+	if err != nil {
+		return Received{}, &Error{ErrRefused, Waiting, err, "The QEMU that waits here was not touched"}
 	}
-	sessions.Close()
-	return e.take(ctx, time.Duration(offered.LoadTimeout)*time.Millisecond)
+	e.tasks.Go(func() { e.sort(requests) })
+	if err := e.take(ctx, loadTimeout); err != nil {
+		return Received{}, err
+	}
+	return e.summary(), nil
 }
 
 // destination is one eviction.
 type destination struct {
 	Destination
+	started time.Time
 	machine *machine
+	// life ends when the QEMU does, or this engine; its cause tells.
+	life context.Context
+	die  context.CancelCauseFunc
 
-	q       *qmp.Client
-	process int // pidfd of the QEMU
-	mem     *guestmem.Memory
-	here    offer
-	session *link.Session
-	control *controlLane
-	failed  chan error // something here broke
+	eviction ID
+	q        *qmp.Client // nil when it does not answer
+	process  int         // pidfd of the QEMU
+	mem      *guestmem.Memory
+	here     offer
+	at       atomic.Pointer[attachment] // nil while the source is not there
+	rejoin   chan *Request              // capacity 1: the source came back
 
-	conn   net.Conn // to the QEMU
-	pongs  chan uint32
-	ended  chan struct{} // closed when QEMU has ended its migration
-	status uint32        // with which it did; set before ended is closed
-	layout layout
-	placer *placer
-	tasks  sync.WaitGroup
+	head    []byte
+	reader  *migstream.Reader // of the head
+	layout  layout
+	placer  *placer
+	stream  *stream // of QEMU's migration; nil when it is broken
+	pending bool    // the QEMU was not told to run the VM yet
+	settled chan error
+	kept    chan error // what was to be kept is, or an error
+	tasks   sync.WaitGroup
 
 	mu       sync.Mutex
 	received []*pageset.Set        // guarded by mu; those left out count as received
 	skipped  []*pageset.Set        // left out and not yet placed as zero; guarded by mu
 	missing  int                   // pages not received; guarded by mu
-	whole    chan struct{}         // closed when missing falls to 0
+	whole    chan struct{}         // closed when missing falls to 0; guarded by mu
 	waiting  map[pageKey]time.Time // pages asked for and when; guarded by mu
 	delays   []float64             // seconds; guarded by mu
-	stats    summary               // guarded by mu
+	stats    Received              // guarded by mu
 }
 
 type pageKey struct {
 	block int
 	page  pageset.Page
+}
+
+// stream is QEMU's end of a migration that we play the source of.
+type stream struct {
+	conn   net.Conn
+	pongs  chan uint32
+	ended  chan struct{} // closed when QEMU has ended its migration
+	status uint32        // with which it did; set before ended is closed
+	broken chan struct{} // closed when the stream is of no more use
+	once   sync.Once
+	why    error // set before broken is closed
+	reader sync.WaitGroup
+}
+
+func newStream(conn net.Conn) *stream {
+	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}), broken: make(chan struct{})}
+}
+
+// fail notes that the stream broke. Only the first reason counts.
+func (s *stream) fail(err error) {
+	s.once.Do(func() {
+		s.why = err
+		close(s.broken)
+		s.conn.Close()
+	})
 }
 
 // maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
@@ -123,11 +139,54 @@ const maxLoadTimeout = 10 * time.Minute
 // maxDelays bounds the fetch latencies that are kept.
 const maxDelays = 1 << 20
 
+const (
+	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
+	pingLoaded    = 3                    // QEMU's, at the end of the package
+	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
+	// behind what is in it.
+	qemuBuffer = 128 << 10
+)
+
+// engine makes one that is in a state.
+func (d Destination) engine(first State) *destination {
+	e := &destination{
+		Destination: d, started: time.Now(), process: -1,
+		rejoin: make(chan *Request, 1), kept: make(chan error, 1),
+		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}),
+	}
+	if e.Log == nil {
+		e.Log = slog.New(slog.DiscardHandler)
+	}
+	e.life, e.die = context.WithCancelCause(context.Background())
+	e.machine = newMachine(first, e.report)
+	return e
+}
+
+// report tells of a state that was entered.
+func (e *destination) report(st State) {
+	e.Log.Info("state", "state", st)
+	e.show(st)
+}
+
+func (e *destination) show(st State) {
+	if e.Show == nil {
+		return
+	}
+	p := Progress{State: st, Elapsed: time.Since(e.started)}
+	e.mu.Lock()
+	p.Total = e.layout.pages()
+	if p.Total > 0 {
+		p.Pages = p.Total - e.missing
+	}
+	p.Fetches = e.stats.Fetches
+	e.mu.Unlock()
+	e.Show(p)
+}
+
 // prepare looks at the QEMU that waits here.
 func (e *destination) prepare(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
 	defer cancel()
-	e.process = -1
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
 	}
@@ -157,6 +216,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if e.process, err = unix.PidfdOpen(e.mem.PID(), 0); err != nil {
 		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
 	}
+	e.tasks.Go(e.watch)
 	if err := startsPaused(e.mem.PID()); err != nil {
 		return err
 	}
@@ -171,10 +231,401 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, err := before.configure(ctx, e.q, nil); err != nil {
+	want, _ := before.plan(nil)
+	if err := want.apply(ctx, e.q); err != nil {
 		return explainPostcopy(err)
 	}
 	return nil
+}
+
+// errTwinGone is wrapped by the reason for which life ends when the QEMU does.
+var errTwinGone = errors.New("the QEMU here ended")
+
+// watch notices the end of the QEMU.
+func (e *destination) watch() {
+	fds := []unix.PollFd{{Fd: int32(e.process), Events: unix.POLLIN}}
+	for e.life.Err() == nil {
+		// The time-out is for the engine's own end.
+		if n, err := unix.Poll(fds, 100); n > 0 || err != nil && err != unix.EINTR {
+			e.die(fmt.Errorf("%w: its own messages say why", errTwinGone))
+		}
+	}
+}
+
+// awaitOffer waits for an offer that fits, and returns how long the source is willing to
+// wait for the devices to be loaded.
+func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) (time.Duration, error) {
+	for {
+		var r *Request
+		select {
+		case r = <-requests:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		case <-e.life.Done():
+			return 0, context.Cause(e.life)
+		}
+		if r.Purpose != ToOffer {
+			r.Refuse(errors.New("there is no such eviction here"))
+			continue
+		}
+		err := e.consider(ctx, r)
+		if err == nil {
+			e.Log.Info("offer accepted", "source", r.Session.Peer(), "machine", r.offer.Machine)
+			e.eviction = r.Eviction
+			e.at.Store(r.attachment)
+			return time.Duration(r.offer.LoadTimeout) * time.Millisecond, nil
+		}
+		r.Refuse(err)
+		e.Log.Warn("offer refused", "source", r.Session.Peer(), "error", err)
+		if e.life.Err() != nil {
+			return 0, context.Cause(e.life)
+		}
+		if !e.Patient {
+			return 0, err
+		}
+	}
+}
+
+// consider looks at an offer, and accepts it if it fits.
+func (e *destination) consider(ctx context.Context, r *Request) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	defer cancel()
+	o := r.offer
+	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
+		return fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
+	}
+	if err := o.mismatch(e.here); err != nil {
+		return err
+	}
+	if e.stream != nil {
+		e.stream.conn.Close() // of an offer before, whose source went away
+	}
+	// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
+	conn, err := socketTo(ctx, e.q, destinationFD, qemuBuffer)
+	if err != nil {
+		return err
+	}
+	e.stream = newStream(conn)
+	return r.control.Write(msgAccepted)
+}
+
+// sort takes all further requests: those that resume this eviction are kept for whoever
+// serves it, the newest only, and its old session ends.
+func (e *destination) sort(requests <-chan *Request) {
+	for {
+		select {
+		case r := <-requests:
+			if r.Purpose != ToResume || r.Eviction != e.eviction {
+				r.Refuse(errors.New("the destination is taken by another eviction"))
+				continue
+			}
+			select {
+			case old := <-e.rejoin:
+				old.end()
+			default:
+			}
+			e.rejoin <- r
+			if a := e.at.Load(); a != nil {
+				a.Fail(errors.New("the source has made a new session"))
+			}
+		case <-e.life.Done():
+			return
+		}
+	}
+}
+
+// bound returns a context that also ends with the QEMU.
+func (e *destination) bound(ctx context.Context) (context.Context, context.CancelCauseFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(e.life, func() { cancel(context.Cause(e.life)) })
+	return ctx, func(cause error) {
+		stop()
+		cancel(cause)
+	}
+}
+
+// take receives the VM.
+func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
+	committing, cancel := e.bound(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(prepareTimeout+switchTimeout, func() { cancel(errors.New("no package came")) })
+	defer timer.Stop()
+	control := e.at.Load().control
+	err := e.arm(committing)
+	if err == nil {
+		err = e.receivePackage(committing)
+	}
+	if err == nil {
+		timer.Stop()
+		timer = time.AfterFunc(loadTimeout, func() { cancel(errors.New("no commit came in time")) })
+		defer timer.Stop()
+		err = e.load(committing)
+	}
+	if err == nil {
+		_, err = control.await(committing, msgCommit)
+	}
+	if err == nil {
+		err = <-e.kept
+	}
+	if err == nil {
+		err = note(e.Journal, MarkMayRun, "")
+	}
+	if err != nil {
+		return e.abort(err)
+	}
+	if err := e.run(ctx); err != nil {
+		return err
+	}
+	if err := control.Write(msgRunning); err != nil {
+		e.at.Load().Fail(err)
+	}
+	return e.serve(ctx)
+}
+
+// run has the QEMU run the VM. The source has committed the eviction, and that is on record.
+func (e *destination) run(ctx context.Context) error {
+	if err := e.machine.enter(Running); err != nil {
+		return e.abort(err)
+	}
+	if err := e.q.Cont(context.WithoutCancel(ctx)); err != nil {
+		if isRefusal(err) {
+			return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
+		}
+		return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
+	}
+	e.pending = false
+	return nil
+}
+
+// arm has QEMU wait for the stream, and gives it its head.
+func (e *destination) arm(ctx context.Context) error {
+	if err := e.machine.enter(Arming); err != nil {
+		return err
+	}
+	if err := e.q.MigrateIncoming(ctx, "fd:"+destinationFD); err != nil {
+		return err
+	}
+	f, err := e.at.Load().control.await(ctx, msgHead)
+	if err != nil {
+		return err
+	}
+	if err := e.takeHead(f.payload); err != nil {
+		return err
+	}
+	e.tasks.Go(func() { e.kept <- e.keep() })
+	e.follow(e.stream, migstream.NewReturnReader(e.stream.conn, 0))
+	return e.placer.raw(e.head)
+}
+
+// keep stores what another engine needs to go on.
+func (e *destination) keep() error {
+	if e.Journal == nil {
+		return nil
+	}
+	twin, err := e.twin()
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(twin)
+	if err != nil {
+		return fmt.Errorf("encode what is known of the QEMU here: %w", err)
+	}
+	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
+}
+
+// follow reads what QEMU says of a stream, and gives the stream up when that ends.
+func (e *destination) follow(s *stream, r *migstream.ReturnReader) {
+	s.reader.Go(func() {
+		if err := e.readReturnPath(s, r); err != nil {
+			s.fail(err)
+		}
+	})
+}
+
+// load waits until the VM is loaded and paused.
+func (e *destination) load(ctx context.Context) error {
+	if err := e.machine.enter(Loading); err != nil {
+		return err
+	}
+	e.receiveLanes(e.at.Load())
+	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are loaded.
+	if err := e.awaitPong(ctx, pingLoaded); err != nil {
+		return err
+	}
+	for {
+		status, err := e.q.QueryStatus(ctx)
+		if err != nil {
+			return err
+		}
+		if status.Status == "paused" {
+			break
+		}
+		if status.Status != "inmigrate" {
+			return fmt.Errorf("the destination's QEMU went to state %q in place of paused", status.Status)
+		}
+		if err := e.pause(ctx); err != nil {
+			return err
+		}
+	}
+	if err := e.machine.enter(Prepared); err != nil {
+		return err
+	}
+	if err := e.at.Load().control.Write(msgLoaded); err != nil {
+		return err
+	}
+	e.placeDirectly()
+	return nil
+}
+
+// placeDirectly has pages placed in QEMU's memory, if that may be.
+func (e *destination) placeDirectly() {
+	if e.ThroughQEMU {
+		return
+	}
+	d, err := openDirect(e.process, e.mem, e.layout)
+	if err != nil {
+		e.Log.Info("pages go through QEMU's stream", "reason", err)
+		return
+	}
+	e.placer.direct.Store(d)
+}
+
+// awaitPong waits until QEMU has loaded all before a ping.
+func (e *destination) awaitPong(ctx context.Context, value uint32) error {
+	a := e.at.Load()
+	for {
+		select {
+		case v := <-e.stream.pongs:
+			if v == value {
+				return nil
+			}
+		case f := <-a.control.frames:
+			return f.check()
+		case <-e.stream.broken:
+			return e.stream.why
+		case <-a.Done():
+			return a.Err()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// pause waits for a moment. It fails at once if the eviction has failed.
+func (e *destination) pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pollInterval, errMoment)
+	defer cancel()
+	if _, err := e.at.Load().control.await(ctx); !errors.Is(err, errMoment) {
+		return err
+	}
+	select {
+	case <-e.stream.broken:
+		return e.stream.why
+	default:
+		return nil
+	}
+}
+
+var errMoment = errors.New("a moment has passed")
+
+// explain finds QEMU's own reason behind an error, if it gives one.
+func (e *destination) explain(err error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
+	defer cancel()
+	m, qerr := e.q.QueryMigrate(ctx)
+	switch {
+	case qerr == nil && m.ErrorDesc != "":
+		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
+	case errors.Is(qerr, qmp.ErrClosed):
+		return fmt.Errorf("the destination's QEMU ended; its own messages say why (devices or disks that differ from the source's are the usual reason): %w", err)
+	}
+	return err
+}
+
+// kill ends the QEMU and waits until it is gone.
+func (e *destination) kill() error {
+	if err := unix.PidfdSendSignal(e.process, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("end the QEMU here: %w", err)
+	}
+	select {
+	case <-e.life.Done():
+	case <-time.After(5 * time.Second):
+		return errors.New("the QEMU here was killed, and does not end")
+	}
+	return nil
+}
+
+// abort ends an attempt that never ran the VM: it ends the QEMU, so that it never will,
+// and then says so.
+func (e *destination) abort(err error) error {
+	from := e.machine.current()
+	if e.q != nil {
+		err = e.explain(err)
+	}
+	if killErr := e.kill(); killErr != nil {
+		return e.lost(errors.Join(err, killErr), "The VM never ran here. End this QEMU by hand")
+	}
+	if noteErr := note(e.Journal, MarkNeverRan, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM never ran here", "error", noteErr)
+	}
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgAbort, farewell{err.Error()})
+	}
+	e.answerRejoin(AnswerNeverRan, err.Error())
+	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)), "The VM never ran here, and the QEMU that was to take it was ended; it runs on on the source"}
+}
+
+// lost ends an eviction that cannot be completed although the VM ran here.
+func (e *destination) lost(err error, remedy string) error {
+	from := e.machine.current()
+	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM is lost here", "error", noteErr)
+	}
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgFailed, farewell{err.Error()})
+	}
+	e.answerRejoin(AnswerLost, err.Error())
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+}
+
+// answerRejoin answers a source that came back when all was over.
+func (e *destination) answerRejoin(a Answer, reason string) {
+	select {
+	case r := <-e.rejoin:
+		r.Answer(a, reason, nil)
+	default:
+	}
+}
+
+func (e *destination) close() {
+	if e.stream != nil {
+		e.stream.fail(net.ErrClosed)
+		e.stream.reader.Wait()
+	}
+	if a := e.at.Load(); a != nil {
+		a.end()
+	}
+	e.die(net.ErrClosed)
+	e.tasks.Wait()
+	select {
+	case r := <-e.rejoin:
+		r.end()
+	default:
+	}
+	if e.placer != nil {
+		if d := e.placer.direct.Load(); d != nil {
+			d.close()
+		}
+	}
+	if e.mem != nil {
+		e.mem.Close()
+	}
+	if e.q != nil {
+		e.q.Close()
+	}
+	if e.process >= 0 {
+		unix.Close(e.process)
+	}
 }
 
 // startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
@@ -201,688 +652,6 @@ func explainPostcopy(err error) error {
 		return fmt.Errorf("%w: QEMU may not use userfaultfd: run `sysctl vm.unprivileged_userfaultfd=1`, or run QEMU with CAP_SYS_PTRACE", err)
 	}
 	return err
-}
-
-// consider reads an offer and answers it.
-func (e *destination) consider(ctx context.Context) (o offer, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("no offer came"))
-	defer cancel()
-	f, err := e.control.await(ctx, nil, msgOffer)
-	if err != nil {
-		return o, err
-	}
-	err = decode(f.payload, &o)
-	if err == nil && (o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds()) {
-		err = fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
-	}
-	if err == nil {
-		err = o.mismatch(e.here)
-	}
-	if err == nil {
-		if e.conn != nil {
-			e.conn.Close() // of an offer before, whose source went away
-		}
-		// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
-		e.conn, err = socketTo(ctx, e.q, destinationFD, qemuBuffer)
-	}
-	if err != nil {
-		writeJSON(e.control.Conn, msgAbort, farewell{err.Error()})
-		return o, err
-	}
-	return o, e.control.Write(msgAccepted)
-}
-
-// take receives the VM.
-func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
-	committing, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	timer := time.AfterFunc(prepareTimeout+switchTimeout, func() { cancel(errors.New("no package came")) })
-	defer timer.Stop()
-	reader, err := e.arm(committing)
-	if err == nil {
-		err = e.receivePackage(committing, reader)
-	}
-	if err == nil {
-		timer.Stop()
-		timer = time.AfterFunc(loadTimeout, func() { cancel(errors.New("no commit came in time")) })
-		defer timer.Stop()
-		err = e.load(committing)
-	}
-	if err == nil {
-		_, err = e.control.await(committing, e.failed, msgCommit)
-	}
-	if err != nil {
-		return e.abort(err)
-	}
-	if err := e.machine.enter(Running); err != nil {
-		return e.abort(err)
-	}
-	if err := e.q.Cont(context.WithoutCancel(ctx)); err != nil {
-		if isRefusal(err) {
-			return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
-		}
-		return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
-	}
-	if err := e.finish(); err != nil {
-		// Not the farewell of one that never ran the VM.
-		writeJSON(e.control.Conn, msgFailed, farewell{err.Error()})
-		select {
-		case <-e.q.Done():
-			return e.lost(err, "The QEMU here ended, and with it the VM as it was here. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
-		default:
-		}
-		e.mu.Lock()
-		missing := e.missing
-		e.mu.Unlock()
-		return e.lost(err, fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. The source holds them, frozen: end neither QEMU", missing))
-	}
-	return e.machine.enter(Completed)
-}
-
-// fail notes that something here broke. Whoever waits for the source or QEMU then stops waiting.
-func (e *destination) fail(err error) {
-	select {
-	case e.failed <- err:
-	default: // the first counts
-	}
-}
-
-// arm has QEMU wait for the stream, and gives it its head.
-func (e *destination) arm(ctx context.Context) (*migstream.Reader, error) {
-	if err := e.machine.enter(Arming); err != nil {
-		return nil, err
-	}
-	if err := e.q.MigrateIncoming(ctx, "fd:"+destinationFD); err != nil {
-		return nil, err
-	}
-	f, err := e.control.await(ctx, nil, msgHead)
-	if err != nil {
-		return nil, err
-	}
-	head := f.payload
-	reader, err := e.checkHead(head)
-	if err != nil {
-		return nil, err
-	}
-	e.pongs, e.ended, e.failed = make(chan uint32, 16), make(chan struct{}), make(chan error, 1)
-	e.tasks.Go(func() {
-		if err := e.readReturnPath(); err != nil {
-			e.fail(err)
-		}
-	})
-	return reader, e.placer.raw(head)
-}
-
-// load hands the package's pages on and waits until the VM is loaded and paused.
-func (e *destination) load(ctx context.Context) error {
-	if err := e.machine.enter(Loading); err != nil {
-		return err
-	}
-	for _, lane := range []link.Lane{link.Push, link.Fetch} {
-		e.tasks.Go(func() {
-			if err := e.receivePages(lane); errors.Is(err, errQEMU) {
-				e.fail(err)
-			} else {
-				e.session.FailSoon(err)
-			}
-		})
-	}
-	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are loaded.
-	if err := e.awaitPong(ctx, pingLoaded); err != nil {
-		return err
-	}
-	for {
-		status, err := e.q.QueryStatus(ctx)
-		if err != nil {
-			return err
-		}
-		if status.Status == "paused" {
-			break
-		}
-		if status.Status != "inmigrate" {
-			return fmt.Errorf("the destination's QEMU went to state %q in place of paused", status.Status)
-		}
-		if err := e.pause(ctx); err != nil {
-			return err
-		}
-	}
-	if err := e.machine.enter(Prepared); err != nil {
-		return err
-	}
-	if err := e.control.Write(msgLoaded); err != nil {
-		return err
-	}
-	if !e.ThroughQEMU {
-		d, err := openDirect(e.process, e.mem, e.layout)
-		if err != nil {
-			e.Log.Info("pages go through QEMU's stream", "reason", err)
-		} else {
-			e.placer.direct.Store(d)
-		}
-	}
-	return nil
-}
-
-const (
-	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
-	pingLoaded    = 3                    // QEMU's, at the end of the package
-	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
-	// behind what is in it.
-	qemuBuffer = 128 << 10
-)
-
-// checkHead makes sure that the head is what a source may send, and learns the layout.
-func (e *destination) checkHead(head []byte) (*migstream.Reader, error) {
-	r := migstream.NewReader(bytes.NewReader(head))
-	for {
-		item, err := r.Next()
-		if err != nil {
-			return nil, fmt.Errorf("the stream's head: %w", err)
-		}
-		switch it := item.(type) {
-		case migstream.Header, migstream.Configuration, migstream.SectionStart, migstream.EOS:
-		case migstream.Command:
-			switch it.ID {
-			case migstream.CmdOpenReturnPath, migstream.CmdPing, migstream.CmdPostcopyAdvise:
-			default:
-				return nil, fmt.Errorf("%w: %v in the stream's head", errFrame, it.ID)
-			}
-		case migstream.MemSize:
-			if e.layout, err = newLayout(it.Blocks); err != nil {
-				return nil, err
-			}
-			if err := e.here.holds(e.layout); err != nil {
-				return nil, err
-			}
-		case migstream.Footer:
-			if r.Offset() != int64(len(head)) {
-				return nil, fmt.Errorf("%w: bytes behind the stream's head", errFrame)
-			}
-			e.placer = newPlacer(e.conn, r.SectionID(), e.layout)
-			for _, b := range e.layout {
-				e.received = append(e.received, pageset.New(b.Pages))
-				e.skipped = append(e.skipped, pageset.New(b.Pages))
-			}
-			e.missing = e.layout.pages()
-			e.whole = make(chan struct{})
-			e.waiting = map[pageKey]time.Time{}
-			return r, nil
-		default:
-			return nil, fmt.Errorf("%w: %T in the stream's head", errFrame, item)
-		}
-	}
-}
-
-// receivePackage receives the pages that come ahead of the package, and the package, and
-// hands them to QEMU. In between it has QEMU drop what it has of all other pages: it wrote
-// ROMs into them when it started.
-func (e *destination) receivePackage(ctx context.Context, head *migstream.Reader) error {
-	for {
-		f, err := e.control.await(ctx, e.failed, framePages, msgLoad)
-		if err != nil {
-			return err
-		}
-		if f.kind == framePages {
-			if err := e.receive(f.payload, false); err != nil {
-				return err
-			}
-			continue
-		}
-		load, err := checkLoad(head.Resume(bytes.NewReader(f.payload)))
-		if err != nil {
-			return err
-		}
-		return e.placer.raw(append(e.discards(), load...))
-	}
-}
-
-// checkLoad makes sure that the load is a package and no more.
-func checkLoad(r *migstream.Reader) ([]byte, error) {
-	var b []byte
-	for {
-		item, err := r.Next()
-		if err != nil {
-			return nil, fmt.Errorf("the package: %w", err)
-		}
-		b = item.Append(b)
-		switch it := item.(type) {
-		case migstream.Packaged:
-			if _, err := r.Next(); !errors.Is(err, io.ErrUnexpectedEOF) {
-				return nil, fmt.Errorf("%w: bytes behind the package", errFrame)
-			}
-			return b, nil
-		case migstream.Command:
-			if it.ID != migstream.CmdSwitchoverStart {
-				return nil, fmt.Errorf("%w: %v with the package", errFrame, it.ID)
-			}
-		default:
-			return nil, fmt.Errorf("%w: %T with the package", errFrame, item)
-		}
-	}
-}
-
-// discards encodes commands to drop all pages but those received.
-func (e *destination) discards() []byte {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	var b []byte
-	for i, set := range e.received {
-		absent := pageset.Full(set.Size())
-		for p := pageset.Page(0); ; {
-			first, n := set.Next(p, set.Size())
-			if n == 0 {
-				break
-			}
-			absent.RemoveRun(first, n)
-			p = first + pageset.Page(n)
-		}
-		size := e.layout[i].PageSize
-		var ranges []migstream.Range
-		for p := pageset.Page(0); ; {
-			first, n := absent.Next(p, absent.Size())
-			if n > 0 {
-				ranges = append(ranges, migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
-			}
-			if len(ranges) == migstream.MaxDiscardRanges || n == 0 && len(ranges) > 0 {
-				b = migstream.DiscardCommand(e.layout[i].Name, ranges).Append(b)
-				ranges = nil
-			}
-			if n == 0 {
-				break
-			}
-			p = first + pageset.Page(n)
-		}
-	}
-	return b
-}
-
-// receivePages receives the pages of a lane and hands them to QEMU, until the session
-// ends, and returns why it did.
-func (e *destination) receivePages(l link.Lane) error {
-	lane := e.session.Lane(l)
-	var buf, report []byte
-	placed := uint64(0)
-	for {
-		kind, payload, err := lane.Read(buf, maxPages)
-		if err != nil {
-			return err
-		}
-		buf = payload[:cap(payload)]
-		if kind == frameSkipped && l == link.Push {
-			if err := e.skip(payload); err != nil {
-				return err
-			}
-			continue
-		}
-		if kind != framePages {
-			return fmt.Errorf("%w: type %d on the %v lane", errFrame, kind, l)
-		}
-		if err := e.receive(payload, l == link.Fetch); err != nil {
-			return err
-		}
-		if l == link.Push {
-			placed += uint64(len(payload))
-			report = binary.BigEndian.AppendUint64(report[:0], placed)
-			if err := lane.Write(framePlaced, report); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// receive takes a frame of pages and hands those to QEMU that it does not have yet.
-func (e *destination) receive(payload []byte, urgent bool) error {
-	runs, data, err := e.layout.parsePages(nil, payload)
-	if err != nil {
-		return err
-	}
-	runs, data = e.claim(runs, data)
-	if len(runs) == 0 {
-		return nil
-	}
-	if err := e.placer.place(runs, data, urgent); err != nil {
-		return err
-	}
-	e.placed(runs)
-	return nil
-}
-
-// skip notes pages that never come: they read as zero, since QEMU was told to drop all
-// that did not come ahead of the package. Those that the guest waits for are placed now.
-func (e *destination) skip(payload []byte) error {
-	runs, _, err := e.layout.parsePages(nil, payload)
-	if err != nil {
-		return err
-	}
-	if slices.ContainsFunc(runs, func(r pageRun) bool { return !r.Zero }) {
-		return fmt.Errorf("%w: pages that are left out, with data", errFrame)
-	}
-	var wanted []pageRun
-	n := 0
-	e.mu.Lock()
-	for _, r := range runs {
-		for p := r.First; p < r.End(); p++ {
-			if !e.received[r.Block].Add(p) {
-				e.stats.Duplicate++
-			} else if _, ok := e.waiting[pageKey{r.Block, p}]; ok {
-				wanted = append(wanted, pageRun{pageset.Run{Block: r.Block, First: p, Count: 1}, true})
-			} else {
-				e.skipped[r.Block].Add(p)
-				n++
-			}
-		}
-	}
-	e.missing -= n
-	e.stats.FreeTouched += len(wanted)
-	if n > 0 && e.missing == 0 {
-		close(e.whole)
-	}
-	e.mu.Unlock()
-	if len(wanted) == 0 {
-		return nil
-	}
-	if err := e.placer.place(wanted, nil, true); err != nil {
-		return err
-	}
-	e.placed(wanted)
-	return nil
-}
-
-// claim marks pages as received and drops those that already were: QEMU takes a page that
-// comes twice for an error.
-func (e *destination) claim(runs []pageRun, data []byte) ([]pageRun, []byte) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	twice := false
-	for _, r := range runs {
-		set := e.received[r.Block]
-		if first, n := set.Next(r.First, 1); n > 0 && first < r.End() {
-			twice = true
-		}
-	}
-	if !twice {
-		for _, r := range runs {
-			e.received[r.Block].AddRun(r.First, r.Count)
-		}
-		return runs, data
-	}
-	var fresh []pageRun
-	var kept []byte
-	for _, r := range runs {
-		size := int(e.layout[r.Block].PageSize)
-		for i := range r.Count {
-			p := r.First + pageset.Page(i)
-			if e.received[r.Block].Add(p) {
-				fresh = append(fresh, pageRun{pageset.Run{Block: r.Block, First: p, Count: 1}, r.Zero})
-				if !r.Zero {
-					kept = append(kept, data[i*size:(i+1)*size]...)
-				}
-			} else {
-				e.stats.Duplicate++
-			}
-		}
-		if !r.Zero {
-			data = data[r.Count*size:]
-		}
-	}
-	return fresh, kept
-}
-
-// placed notes that QEMU was handed pages.
-func (e *destination) placed(runs []pageRun) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	now := time.Now()
-	for _, r := range runs {
-		e.missing -= r.Count
-		for p := r.First; p < r.End() && len(e.waiting) > 0; p++ {
-			if since, ok := e.waiting[pageKey{r.Block, p}]; ok {
-				delete(e.waiting, pageKey{r.Block, p})
-				e.stats.Fetches++
-				if len(e.delays) < maxDelays {
-					e.delays = append(e.delays, now.Sub(since).Seconds())
-				}
-			}
-		}
-	}
-	if e.missing == 0 {
-		close(e.whole)
-	}
-}
-
-// readReturnPath follows what QEMU says, and asks the source for the pages it wants.
-func (e *destination) readReturnPath() error {
-	r := migstream.NewReturnReader(e.conn, 0)
-	lane := e.session.Lane(link.Fetch)
-	var request []byte
-	for {
-		m, err := r.Next()
-		if err != nil {
-			return fmt.Errorf("%w: it closed its migration: %w", errQEMU, err)
-		}
-		switch m.Type {
-		case migstream.MsgPong:
-			select {
-			case e.pongs <- m.Value:
-			default:
-				return errors.New("QEMU answers pings that nobody sent")
-			}
-		case migstream.MsgShut:
-			e.status = m.Value
-			close(e.ended)
-			return nil
-		case migstream.MsgReqPagesID, migstream.MsgReqPages:
-			i := e.layout.find(m.Block)
-			if i < 0 {
-				return fmt.Errorf("QEMU wants a page of unknown memory %q", m.Block)
-			}
-			size := e.layout[i].PageSize
-			run := pageset.Run{Block: i, First: pageset.Page(m.Start / size), Count: int((uint64(m.Length) + size - 1) / size)}
-			if err := e.layout.check(run); err != nil {
-				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
-			}
-			missing, free := e.want(run)
-			if len(free) > 0 {
-				if err := e.placer.place(free, nil, true); err != nil {
-					return err
-				}
-				e.placed(free)
-			}
-			if !missing {
-				continue
-			}
-			if st := e.machine.current(); st != Running {
-				// While the VM stands still, each of these makes it stand longer.
-				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
-			}
-			request = appendRequest(request[:0], run)
-			if err := lane.Write(frameRequest, request); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// want notes that the guest waits for pages and tells whether they must be asked for. It
-// returns those that were left out, with what was left out around them: they are to be
-// placed as zero.
-func (e *destination) want(r pageset.Run) (missing bool, free []pageRun) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	now := time.Now()
-	for p := r.First; p < r.End(); p++ {
-		switch {
-		case !e.received[r.Block].Has(p):
-			missing = true
-			e.waiting[pageKey{r.Block, p}] = now
-		case e.skipped[r.Block].Has(p):
-			e.stats.FreeTouched++
-			// Until they are placed they are missing, lest QEMU stops waiting for pages meanwhile.
-			// When none is, it is about to: then they read as zero by themselves.
-			if e.missing > 0 {
-				free = e.takeSkipped(free, r.Block, p)
-			}
-		}
-	}
-	return missing, free
-}
-
-// freeAround is how much memory that was left out is placed at once when the guest touches
-// it: whoever allocated one free page is likely to use the next.
-const freeAround = 128 << 10
-
-// takeSkipped takes the pages around p that were left out. The caller holds mu.
-func (e *destination) takeSkipped(runs []pageRun, block int, p pageset.Page) []pageRun {
-	n := pageset.Page(max(1, freeAround/e.layout[block].PageSize))
-	set := e.skipped[block]
-	for at, end := p/n*n, p/n*n+n; ; {
-		first, count := set.Next(at, int(n))
-		if count == 0 || first >= end {
-			return runs
-		}
-		count = min(count, int(end-first))
-		set.RemoveRun(first, count)
-		e.missing += count
-		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: count}, true})
-		at = first + pageset.Page(count)
-	}
-}
-
-// awaitPong waits until QEMU has loaded all before a ping.
-func (e *destination) awaitPong(ctx context.Context, value uint32) error {
-	for {
-		select {
-		case v := <-e.pongs:
-			if v == value {
-				return nil
-			}
-		case f := <-e.control.frames:
-			return f.check()
-		case err := <-e.failed:
-			return err
-		case <-e.session.Done():
-			return e.session.Err()
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-// pause waits for a moment. It fails at once if the eviction has failed.
-func (e *destination) pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, pollInterval, errMoment)
-	defer cancel()
-	if _, err := e.control.await(ctx, e.failed); !errors.Is(err, errMoment) {
-		return err
-	}
-	return nil
-}
-
-var errMoment = errors.New("a moment has passed")
-
-// explain finds QEMU's own reason behind an error, if it gives one.
-func (e *destination) explain(err error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
-	defer cancel()
-	m, qerr := e.q.QueryMigrate(ctx)
-	switch {
-	case qerr == nil && m.ErrorDesc != "":
-		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
-	case errors.Is(qerr, qmp.ErrClosed):
-		return fmt.Errorf("the destination's QEMU ended; its own messages say why (devices or disks that differ from the source's are the usual reason): %w", err)
-	}
-	return err
-}
-
-// finish tells the source that the VM runs, and completes QEMU's migration when all pages are there.
-func (e *destination) finish() error {
-	if err := e.control.Write(msgRunning); err != nil {
-		return err
-	}
-	wait := func(done <-chan struct{}) error {
-		select {
-		case <-done:
-			return nil
-		case err := <-e.failed:
-			return e.explain(err)
-		case <-e.session.Done():
-			return e.session.Err()
-		}
-	}
-	if err := wait(e.whole); err != nil {
-		return err
-	}
-	if err := e.machine.enter(Completing); err != nil {
-		return err
-	}
-	if err := e.placer.end(); err != nil {
-		return e.explain(err)
-	}
-	if err := wait(e.ended); err != nil {
-		return err
-	}
-	if e.status != 0 {
-		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", e.status))
-	}
-	e.mu.Lock()
-	slices.Sort(e.delays)
-	stats := e.stats
-	step := len(e.delays)/1000 + 1
-	for i := len(e.delays) - 1; i >= 0; i -= step {
-		stats.FetchDelays = append(stats.FetchDelays, e.delays[i])
-	}
-	slices.Reverse(stats.FetchDelays)
-	e.mu.Unlock()
-	// The VM is whole here; if the source does not hear it, only the source has a problem.
-	if err := writeJSON(e.control.Conn, msgComplete, stats); err != nil {
-		e.Log.Warn("the VM is whole here, but the source could not be told", "error", err)
-	}
-	return nil
-}
-
-// abort ends an attempt that never ran the VM: it ends the QEMU, so that it never will,
-// and then says so.
-func (e *destination) abort(err error) error {
-	from := e.machine.current()
-	err = e.explain(err)
-	if killErr := unix.PidfdSendSignal(e.process, unix.SIGKILL, nil, 0); killErr != nil && !errors.Is(killErr, unix.ESRCH) {
-		return e.lost(errors.Join(err, fmt.Errorf("end the QEMU here: %w", killErr)), "The VM never ran here. End this QEMU by hand")
-	}
-	select {
-	case <-e.q.Done():
-	case <-time.After(5 * time.Second):
-	}
-	writeJSON(e.control.Conn, msgAbort, farewell{err.Error()})
-	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)), "The VM never ran here, and the QEMU that was to take it was ended; it runs on on the source"}
-}
-
-func (e *destination) lost(err error, remedy string) error {
-	from := e.machine.current()
-	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
-}
-
-func (e *destination) close() {
-	if e.session != nil {
-		e.session.Close()
-	}
-	if e.conn != nil {
-		e.conn.Close()
-	}
-	e.tasks.Wait()
-	if e.placer != nil {
-		if d := e.placer.direct.Load(); d != nil {
-			d.close()
-		}
-	}
-	if e.mem != nil {
-		e.mem.Close()
-	}
-	if e.q != nil {
-		e.q.Close()
-	}
-	if e.process >= 0 {
-		unix.Close(e.process)
-	}
 }
 
 // hasRoom makes sure that this host can hold the VM's memory: when a page finds no room

@@ -8,7 +8,6 @@ import (
 
 	"vacate/guesthints"
 	"vacate/guestlinux"
-	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageclass"
 	"vacate/pageset"
@@ -116,18 +115,11 @@ func (l *light) doubt(what string, err error) {
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it.
 // The guest may run at the destination by then, and the push may be under way.
 func (e *source) enlighten() {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
+	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
-	e.tasks.Go(func() {
-		select {
-		case <-e.session.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	})
 	start := time.Now()
 	survey := e.light.survey
-	blocks, frames := e.cap.layout.blocks(), e.frozen.frames()
+	blocks, frames := e.frozen.layout.blocks(), e.frozen.frames()
 	var first []pageset.Run
 	if e.light.guest != nil && e.Order.Base == pushorder.Enlightened {
 		list, err := e.light.guest.First(ctx)
@@ -173,9 +165,10 @@ func (e *source) enlighten() {
 	e.light.report.Known = e.sinceFreeze()
 	e.mu.Unlock()
 	e.sent[pushorder.Skipped].Add(int64(pageset.Pages(skipped)))
-	if err := e.sendSkipped(skipped); err != nil {
-		e.session.FailSoon(err)
-		return
+	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
+		if err := sendSkipped(a, skipped); err != nil {
+			a.FailSoon(err)
+		}
 	}
 	// Until it is known, neighbours are those in physical memory.
 	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)
@@ -187,23 +180,6 @@ func (e *source) enlighten() {
 // sinceFreeze is the time for which the guest has been frozen here, in seconds.
 func (e *source) sinceFreeze() float64 {
 	return time.Since(*e.frozenAt.Load()).Seconds()
-}
-
-// sendSkipped tells the destination which pages never come.
-func (e *source) sendSkipped(skipped []pageset.Run) error {
-	lane := e.session.Lane(link.Push)
-	for len(skipped) > 0 {
-		n := min(len(skipped), maxRuns)
-		runs := make([]pageRun, n)
-		for i, r := range skipped[:n] {
-			runs[i] = pageRun{r, true}
-		}
-		if err := lane.Write(frameSkipped, appendPages(nil, runs)); err != nil {
-			return err
-		}
-		skipped = skipped[n:]
-	}
-	return nil
 }
 
 // frames tells which guest page frames fill which pages of the blocks. Blocks that the
@@ -290,12 +266,12 @@ func (e *source) account() Enlightening {
 		return r
 	}
 	var counts [pageclass.Classes]ClassCount
-	classes := make([][]pageclass.Class, len(e.cap.layout))
-	for i, b := range e.cap.layout {
+	classes := make([][]pageclass.Class, len(e.frozen.layout))
+	for i, b := range e.frozen.layout {
 		classes[i] = make([]pageclass.Class, b.Pages)
 	}
 	for _, f := range e.frozen.frames() {
-		each := e.cap.layout[f.Run.Block].PageSize / migstream.TargetPageSize
+		each := e.frozen.layout[f.Run.Block].PageSize / migstream.TargetPageSize
 		for i := range f.Run.Count {
 			from := min(f.First+uint64(i)*each, uint64(len(e.light.survey.Pages)))
 			class := pageclass.Unknown
@@ -308,7 +284,7 @@ func (e *source) account() Enlightening {
 			classes[f.Run.Block][f.Run.First+pageset.Page(i)] = class
 		}
 	}
-	for i, b := range e.cap.layout {
+	for i, b := range e.frozen.layout {
 		for p := range pageset.Page(b.Pages) {
 			c := &counts[classes[i][p]]
 			c.Pages++

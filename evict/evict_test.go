@@ -11,6 +11,7 @@ import (
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/link"
 )
 
 // testDir is one cache for all tests; the repository ignores it.
@@ -109,6 +110,29 @@ func dialFrom(h *lab.Host) func(context.Context, string, string) (net.Conn, erro
 	}
 }
 
+// connectTo makes sessions from a host with what listens at addr.
+func connectTo(h *lab.Host, addr string) func(context.Context) (*link.Session, error) {
+	return link.Dialer{Addr: addr, Dial: dialFrom(h)}.Session
+}
+
+// receiveOn takes a VM from who comes to ln.
+func receiveOn(ctx context.Context, d evict.Destination, ln net.Listener) error {
+	log := d.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	turnedAway := func(peer string, err error) { log.Warn("peer turned away", "peer", peer, "error", err) }
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	sessions := link.NewListener(ln, link.ListenOptions{TurnedAway: turnedAway})
+	defer sessions.Close()
+	requests, stop := evict.Requests(ctx, sessions.Accept, turnedAway, func(err error) { cancel(err) })
+	defer stop()
+	d.Patient = true
+	_, err := d.Receive(ctx, requests)
+	return err
+}
+
 type result struct {
 	report  evict.Report
 	source  error
@@ -128,10 +152,10 @@ func evictBetween(ctx context.Context, t testing.TB, from, to *lab.Host, vm, twi
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	received := make(chan error, 1)
 	go func() {
-		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)
+		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	var r result
-	r.report, r.source = evict.Source{QMP: vm.QMP, To: ln.Addr().String(), Dial: dialFrom(from), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
+	r.report, r.source = evict.Source{QMP: vm.QMP, Connect: connectTo(from, ln.Addr().String()), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
 	if r.source != nil {
 		ln.Close()
 	}

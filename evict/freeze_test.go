@@ -31,7 +31,8 @@ func Freeze(ctx context.Context, socket string) (f Captured, err error) {
 	if err != nil {
 		return f, err
 	}
-	if _, err := before.configure(ctx, q, map[string]any{"max-bandwidth": preCopyBandwidth, "max-postcopy-bandwidth": 0}); err != nil {
+	want, _ := before.plan(map[string]any{"max-bandwidth": preCopyBandwidth, "max-postcopy-bandwidth": 0})
+	if err := want.apply(ctx, q); err != nil {
 		return f, err
 	}
 	conn, err := socketTo(ctx, q, sourceFD, 0)

@@ -1,6 +1,8 @@
 package evict
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"vacate/guestmem"
@@ -46,6 +48,65 @@ func (f *frozen) unlocated() []int {
 		}
 	}
 	return list
+}
+
+// appendStreamed encodes the blocks that came through QEMU's stream: as one frame of pages for
+// each 1 MiB at most, u32 length ahead of it. Pages of zeroes have no data in it.
+func (f *frozen) appendStreamed(b []byte) []byte {
+	for i := range f.layout {
+		data := f.streamed[i]
+		for at := 0; at < len(data); at += maxBatch {
+			fr := frame{f: f, runs: make([]pageRun, 0, 2)}
+			part := data[at:min(at+maxBatch, len(data))]
+			size := int(f.layout[i].PageSize)
+			fr.parts = [][]byte{nil}
+			fr.add(pageset.Run{Block: i, First: pageset.Page(at / size), Count: len(part) / size}, part, size)
+			head := appendPages(nil, fr.runs)
+			n := len(head)
+			for _, p := range fr.parts {
+				n += len(p)
+			}
+			b = append(binary.BigEndian.AppendUint32(b, uint32(n)), head...)
+			for _, p := range fr.parts {
+				b = append(b, p...)
+			}
+		}
+	}
+	return b
+}
+
+// parseStreamed is the reverse of appendStreamed.
+func (f *frozen) parseStreamed(b []byte) error {
+	f.streamed = map[int][]byte{}
+	for _, i := range f.unlocated() {
+		if f.layout[i].Length > maxStreamed {
+			return fmt.Errorf("memory %q of %d MiB is not at hand", f.layout[i].Name, f.layout[i].Length>>20)
+		}
+		f.streamed[i] = make([]byte, f.layout[i].Length)
+	}
+	for len(b) > 0 {
+		if len(b) < 4 || uint64(len(b)-4) < uint64(binary.BigEndian.Uint32(b)) {
+			return errors.New("what was kept of the VM's ROMs is cut off")
+		}
+		n := binary.BigEndian.Uint32(b)
+		runs, data, err := f.layout.parsePages(nil, b[4:4+n])
+		if err != nil {
+			return fmt.Errorf("what was kept of the VM's ROMs: %w", err)
+		}
+		for _, r := range runs {
+			if f.streamed[r.Block] == nil {
+				return fmt.Errorf("what was kept of the VM's ROMs has pages of %q", f.layout[r.Block].Name)
+			}
+			if r.Zero {
+				continue
+			}
+			size := f.layout[r.Block].PageSize
+			k := copy(f.streamed[r.Block][uint64(r.First)*size:], data[:uint64(r.Count)*size])
+			data = data[k:]
+		}
+		b = b[4+n:]
+	}
+	return nil
 }
 
 // read reads the pages of a run into dst, which is as long as they are.

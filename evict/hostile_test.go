@@ -36,10 +36,10 @@ func evictAs(ctx context.Context, t testing.TB, vm, twin *lab.VM, s evict.Source
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	received := make(chan error, 1)
 	go func() {
-		received <- evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}.Receive(ctx, ln)
+		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	var r result
-	s.QMP, s.To, s.Dial, s.Log = vm.QMP, ln.Addr().String(), dialFrom(vm.Host), log.With("side", "source")
+	s.QMP, s.Connect, s.Log = vm.QMP, connectTo(vm.Host, ln.Addr().String()), log.With("side", "source")
 	r.report, r.source = s.Evict(ctx)
 	if r.source != nil {
 		ln.Close()

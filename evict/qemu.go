@@ -37,31 +37,31 @@ func recent(v qmp.Version) error {
 	return nil
 }
 
-// settings are the migration settings of a QEMU.
+// settings are migration settings of a QEMU.
 type settings struct {
-	capabilities map[string]bool
-	parameters   map[string]any
+	Capabilities map[string]bool `json:"capabilities"`
+	Parameters   map[string]any  `json:"parameters"`
 }
 
 // settingsOf reads the settings of a QEMU.
 func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
-	if s.capabilities, err = q.QueryMigrationCapabilities(ctx); err != nil {
+	if s.Capabilities, err = q.QueryMigrationCapabilities(ctx); err != nil {
 		return s, err
 	}
-	if _, ok := s.capabilities["postcopy-ram"]; !ok {
+	if _, ok := s.Capabilities["postcopy-ram"]; !ok {
 		return s, fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with userfaultfd", q.Version())
 	}
-	return s, q.Run(ctx, "query-migrate-parameters", nil, &s.parameters)
+	return s, q.Run(ctx, "query-migrate-parameters", nil, &s.Parameters)
 }
 
-// configure sets a QEMU's migration up for an eviction, with some parameters, and returns
-// what it changed, as it was before.
-func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[string]any) (changed settings, _ error) {
-	changed = settings{map[string]bool{}, map[string]any{}}
-	want := map[string]bool{}
+// plan returns what is to be set for an eviction in place of s, with some parameters, and
+// the same settings as they are in s.
+func (s settings) plan(parameters map[string]any) (want, was settings) {
+	want = settings{map[string]bool{}, map[string]any{}}
+	was = settings{map[string]bool{}, map[string]any{}}
 	turn := func(name string, on bool) {
-		if was, ok := s.capabilities[name]; ok && was != on {
-			want[name], changed.capabilities[name] = on, was
+		if is, ok := s.Capabilities[name]; ok && is != on {
+			want.Capabilities[name], was.Capabilities[name] = on, is
 		}
 	}
 	for _, name := range capabilitiesOff {
@@ -69,42 +69,34 @@ func (s settings) configure(ctx context.Context, q *qmp.Client, parameters map[s
 	}
 	turn("postcopy-ram", true)
 	turn("events", true)
-	if tls, ok := s.parameters["tls-creds"].(string); ok && tls != "" {
+	maps.Copy(want.Parameters, parameters)
+	if tls, ok := s.Parameters["tls-creds"].(string); ok && tls != "" {
 		// The socket that we hand to QEMU is no TLS connection.
-		set := map[string]any{"tls-creds": ""}
-		maps.Copy(set, parameters)
-		parameters = set
+		want.Parameters["tls-creds"] = ""
 	}
-	for name := range parameters {
-		if was, ok := s.parameters[name]; ok {
-			changed.parameters[name] = was
+	for name := range want.Parameters {
+		if is, ok := s.Parameters[name]; ok {
+			was.Parameters[name] = is
 		}
 	}
-	return changed, together(
-		func() error {
-			if len(want) == 0 {
-				return nil
-			}
-			return q.SetMigrationCapabilities(ctx, want)
-		},
-		func() error {
-			if len(parameters) == 0 {
-				return nil
-			}
-			return q.SetMigrationParameters(ctx, parameters)
-		})
+	return want, was
 }
 
-// restore puts back what configure changed.
-func (s settings) restore(ctx context.Context, q *qmp.Client) error {
-	var err error
-	if len(s.capabilities) > 0 {
-		err = q.SetMigrationCapabilities(ctx, s.capabilities)
-	}
-	if len(s.parameters) > 0 {
-		err = errors.Join(err, q.SetMigrationParameters(ctx, s.parameters))
-	}
-	return err
+// apply makes the settings those of a QEMU.
+func (s settings) apply(ctx context.Context, q *qmp.Client) error {
+	return together(
+		func() error {
+			if len(s.Capabilities) == 0 {
+				return nil
+			}
+			return q.SetMigrationCapabilities(ctx, s.Capabilities)
+		},
+		func() error {
+			if len(s.Parameters) == 0 {
+				return nil
+			}
+			return q.SetMigrationParameters(ctx, s.Parameters)
+		})
 }
 
 // socketTo hands one end of a new socket pair to QEMU under a name and returns the other.

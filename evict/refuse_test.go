@@ -85,7 +85,7 @@ func refused(t *testing.T, err error, says ...string) {
 
 // evict has a VM leave for an address of host b.
 func (r *refusals) evict(t *testing.T, monitor, to string) error {
-	report, err := evict.Source{QMP: monitor, To: to, Dial: dialFrom(r.lab.A)}.Evict(within(t, time.Minute))
+	report, err := evict.Source{QMP: monitor, Connect: connectTo(r.lab.A, to)}.Evict(within(t, time.Minute))
 	if err != nil && report.Reason != err.Error() {
 		t.Errorf("the report says %q, the error %q", report.Reason, err)
 	}
@@ -94,7 +94,7 @@ func (r *refusals) evict(t *testing.T, monitor, to string) error {
 
 // receive waits for a VM at a monitor that is not fit for one.
 func (r *refusals) receive(t *testing.T, monitor string) error {
-	return evict.Destination{QMP: monitor}.Receive(within(t, time.Minute), listen(t, r.lab.B))
+	return receiveOn(within(t, time.Minute), evict.Destination{QMP: monitor}, listen(t, r.lab.B))
 }
 
 const nowhere = "10.77.0.2:9" // on host b, where nothing listens
@@ -240,7 +240,7 @@ func (r *refusals) twins() {
 			ctx, stop := context.WithCancel(within(t, time.Minute))
 			defer stop()
 			received := make(chan error, 1)
-			go func() { received <- evict.Destination{QMP: twin.QMP, Log: slog.New(log)}.Receive(ctx, ln) }()
+			go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln) }()
 			refused(t, r.evict(t, r.vm.QMP, ln.Addr().String()), append(c.says, "The VM runs on, untouched")...)
 			log.expect(t, c.says[0])
 			stop()
@@ -463,7 +463,7 @@ func (r *refusals) strangers() {
 	log := make(refusalLog, 10)
 	received := make(chan error, 1)
 	go func() {
-		received <- evict.Destination{QMP: twin.QMP, Log: slog.New(log)}.Receive(within(t, 3*time.Minute), ln)
+		received <- receiveOn(within(t, 3*time.Minute), evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
 	}()
 
 	connect := func(t *testing.T, say []byte) net.Conn {
@@ -539,7 +539,7 @@ func (r *refusals) strangers() {
 	if r.Failed() {
 		return
 	}
-	report, err := evict.Source{QMP: r.vm.QMP, To: ln.Addr().String(), Dial: dialFrom(r.lab.A)}.Evict(within(t, time.Minute))
+	report, err := evict.Source{QMP: r.vm.QMP, Connect: connectTo(r.lab.A, ln.Addr().String())}.Evict(within(t, time.Minute))
 	result{report: report, source: err, destErr: <-received}.mustComplete(t)
 	mustCheck(t, twin)
 }

@@ -42,6 +42,8 @@ type Report struct {
 	Rate          float64      `json:"rate_bytes_per_s"` // sent, while pages were pushed
 	RoundTrip     float64      `json:"round_trip_s"`     // of the push, uncongested
 	Fetch         *Quantiles   `json:"fetch_latency_s"`
+	// Gaps are the times after the commit in which there was no link.
+	Gaps []Gap `json:"gaps,omitempty"`
 }
 
 // Phase is when a state was entered, in seconds since the start.
@@ -51,7 +53,7 @@ type Phase struct {
 }
 
 // PageCounts counts pages by how they came to the destination. Early, Pushed, Near,
-// Fetched and Skipped add up to Total; Zero tells how many of all were sent as a mark only.
+// Fetched, Skipped and Before add up to Total; Zero tells how many of all were sent as a mark only.
 type PageCounts struct {
 	Total   int `json:"total"`
 	Early   int `json:"early"`   // ahead of the device state, which needs them
@@ -64,6 +66,8 @@ type PageCounts struct {
 	// zeroes from the destination at once.
 	SkippedTouched int `json:"skipped_touched"`
 	Duplicate      int `json:"duplicate"` // sent twice
+	// Before are those that were there when this engine took the eviction up.
+	Before int `json:"before,omitempty"`
 }
 
 // Quantiles sums up latencies, in seconds.

@@ -2,7 +2,7 @@ package evict
 
 import (
 	"context"
-	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,17 +14,18 @@ import (
 	"vacate/guestmem"
 	"vacate/link"
 	"vacate/migstream"
-	"vacate/pageset"
 	"vacate/pushorder"
 	"vacate/qmp"
 )
 
 // Source moves a VM away from this host.
 type Source struct {
-	QMP string // path of the QMP socket of the VM's QEMU
-	To  string // host:port where the destination listens
-	// Dial makes the connections to it; nil for the usual way.
-	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	Eviction ID     // zero for a new one
+	VM       string // its name at the destination; empty where a QEMU waits for just this VM
+	QMP      string // path of the QMP socket of the VM's QEMU
+	// Connect makes a session with the destination. It is called again whenever the link
+	// is lost after the commit.
+	Connect func(context.Context) (*link.Session, error)
 	// LoadTimeout is how long the destination may take to load the devices, which is how
 	// long the guest may stand still before the eviction is aborted. Default 5 s.
 	LoadTimeout time.Duration
@@ -34,8 +35,10 @@ type Source struct {
 	Enlightenment Enlightenment
 	// SendFree moves free pages, too.
 	SendFree bool
-	Log      *slog.Logger
-	Show     func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+	// Journal survives the engine; without one its death leaves the VM frozen.
+	Journal Journal
+	Log     *slog.Logger
+	Show    func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
 }
 
 // Timeouts of the source, before the commit.
@@ -45,17 +48,24 @@ const (
 	rollbackTime   = 30 * time.Second
 	// settleTime is how long the push must have gone on for its rate to mean something.
 	settleTime = 300 * time.Millisecond
-	// demandTime is how long nothing is pushed where the order is demand-only; as the guest
-	// may never touch some pages, the eviction would not end otherwise.
-	demandTime = 20 * time.Second
 )
 
 // Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
-// VM runs on here; after it, ctx is no longer heeded, as the VM could no longer be saved.
+// VM runs on here. After it the VM could no longer be saved, so only the cause ErrLeave is
+// heeded: the eviction is then left as it is, for Resume.
 // The report is filled in as far as things came, also when there is an error, which is an
 // *Error.
 func (s Source) Evict(ctx context.Context) (Report, error) {
-	e := &source{Source: s, started: time.Now(), died: make(chan error, 1), touched: make(chan struct{}, 1)}
+	e := s.engine(Preparing)
+	return e.done(e.run(ctx))
+}
+
+// engine makes one that is in a state, and shows its progress.
+func (s Source) engine(first State) *source {
+	e := &source{Source: s, started: time.Now(), touched: make(chan struct{}, 1)}
+	if e.Eviction == (ID{}) {
+		e.Eviction = NewID()
+	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
 	}
@@ -65,18 +75,19 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
 	}
-	e.machine = newMachine(Preparing, func(st State) {
+	e.life, e.die = context.WithCancelCause(context.Background())
+	note := func(st State) {
 		e.Log.Info("state", "state", st)
 		e.show(st)
-	})
-	e.Log.Info("state", "state", Preparing)
-	e.show(Preparing)
-	ticking, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var ticker sync.WaitGroup
-	ticker.Go(func() { e.tick(ticking) })
-	err := e.run(ctx)
-	stop()
-	ticker.Wait()
+	}
+	e.machine = newMachine(first, note)
+	note(first)
+	e.tasks.Go(e.tick)
+	return e
+}
+
+// done ends the engine.
+func (e *source) done(err error) (Report, error) {
 	e.close()
 	report := e.report(err)
 	e.show(e.machine.current())
@@ -88,11 +99,13 @@ type source struct {
 	Source
 	started time.Time
 	machine *machine
+	// life ends when the QEMU does, or this engine; its cause tells.
+	life context.Context
+	die  context.CancelCauseFunc
 
 	q       *qmp.Client
 	events  *qmp.Subscription
 	mem     *guestmem.Memory
-	session *link.Session
 	changed settings
 	offer   offer
 	conn    net.Conn // to the source's QEMU
@@ -102,14 +115,17 @@ type source struct {
 	fetched *frame // of the fetch lane
 
 	frozenAt atomic.Pointer[time.Time]
-	control  *controlLane
-	died     chan error // the source's QEMU
-	window   *window
-	summary  summary
+	ranThere bool // the destination said that the VM runs there
+	summary  Received
 
-	mu    sync.Mutex
-	order *pushorder.Order // guarded by mu; nil before the package was read
-	light light            // guarded by mu
+	at     atomic.Pointer[attachment] // nil while there is no session
+	before linkBytes                  // of sessions that ended; guarded by mu
+	gaps   []Gap                      // in which there was none, after the commit; guarded by mu
+
+	mu      sync.Mutex
+	order   *pushorder.Order // guarded by mu; nil before the package was read
+	light   light            // guarded by mu
+	highest int              // pages shown; guarded by shown
 
 	touched chan struct{} // capacity 1: something was fetched
 
@@ -121,6 +137,8 @@ type source struct {
 	tasks sync.WaitGroup
 }
 
+type linkBytes struct{ sent, received uint64 }
+
 func (e *source) run(ctx context.Context) error {
 	if err := e.prepare(ctx); err != nil {
 		return e.refuse(err)
@@ -131,21 +149,26 @@ func (e *source) run(ctx context.Context) error {
 	if err := e.transfer(ctx); err != nil {
 		return e.rollBack(err)
 	}
-	if err := e.commit(); err != nil {
-		return err
+	return e.commit(ctx)
+}
+
+// bound returns a context that also ends with the QEMU, or after a time.
+func (e *source) bound(ctx context.Context, limit time.Duration, late error) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(e.life, func() { cancel(context.Cause(e.life)) })
+	timer := time.AfterFunc(limit, func() { cancel(late) })
+	return ctx, func() {
+		stop()
+		timer.Stop()
+		cancel(nil)
 	}
-	return e.finish()
 }
 
 // prepare checks everything that can be checked without touching the VM, and connects.
 func (e *source) prepare(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("preparing took too long"))
 	defer cancel()
-	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
-		return err
-	}
-	e.events = e.q.Subscribe(256)
-	if err := recent(e.q.Version()); err != nil {
+	if err := e.open(ctx); err != nil {
 		return err
 	}
 	var before settings
@@ -166,34 +189,58 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			e.look(ctx)
 			return nil
 		},
-		func() (err error) {
-			e.session, err = link.Dialer{Addr: e.To, Dial: e.Dial}.Session(ctx)
-			return err
+		func() error {
+			s, err := e.Connect(ctx)
+			if err != nil {
+				return err
+			}
+			e.at.Store(attach(s, maxJSON))
+			return nil
 		})
 	if err != nil {
 		return err
 	}
 	e.offer = e.offer.withMemory(e.mem)
-	e.offer.LoadTimeout = e.LoadTimeout.Milliseconds()
-	e.control = newControlLane(e.session)
-	e.tasks.Go(func() { e.control.run(maxJSON) })
-	e.tasks.Go(e.watch)
-	if err := writeJSON(e.control.Conn, msgOffer, e.offer); err != nil {
+	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
+	control := e.at.Load().control
+	if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
 		return err
 	}
-	if _, err := e.await(ctx, msgAccepted); err != nil {
+	if _, err := control.await(ctx, msgAccepted); err != nil {
 		return err
 	}
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	want, was := before.plan(map[string]any{"max-bandwidth": preCopyBandwidth, "max-postcopy-bandwidth": 0})
+	b, err := json.Marshal(was)
+	if err != nil {
+		return fmt.Errorf("encode QEMU's settings: %w", err)
+	}
+	if err := keep(e.Journal, keptSettings, b); err != nil {
+		return err
+	}
+	e.changed = was
 	return together(
-		func() (err error) {
-			e.changed, err = before.configure(ctx, e.q, map[string]any{"max-bandwidth": preCopyBandwidth, "max-postcopy-bandwidth": 0})
-			return err
-		},
+		func() error { return want.apply(ctx, e.q) },
 		func() (err error) {
 			e.conn, err = socketTo(ctx, e.q, sourceFD, 0)
 			return err
 		})
+}
+
+// open takes hold of the VM's QEMU.
+func (e *source) open(ctx context.Context) (err error) {
+	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+		return err
+	}
+	e.events = e.q.Subscribe(256)
+	e.tasks.Go(func() {
+		select {
+		case <-e.q.Done():
+			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.q.Err()))
+		case <-e.life.Done():
+		}
+	})
+	return recent(e.q.Version())
 }
 
 // fit makes sure that the VM is in a state from which it can be evicted.
@@ -224,49 +271,39 @@ func over(status string) bool {
 	return false
 }
 
-// await waits for a message of the destination.
-func (e *source) await(ctx context.Context, kind uint8) ([]byte, error) {
-	f, err := e.control.await(ctx, e.died, kind)
-	return f.payload, err
-}
-
-// watch notices the end of the source's QEMU.
-func (e *source) watch() {
-	select {
-	case <-e.q.Done():
-		e.died <- fmt.Errorf("the source's QEMU is gone: %w", e.q.Err())
-	case <-e.session.Done():
-	}
-}
-
 // transfer takes the VM from running here to loaded and paused there.
 func (e *source) transfer(ctx context.Context) error {
 	if err := e.capture(); err != nil {
 		return err
 	}
-	loading, cancel := context.WithTimeoutCause(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
+	loading, cancel := e.bound(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
 	defer cancel()
 	if err := e.machine.enter(Loading); err != nil {
 		return err
 	}
-	if err := e.sendEarly(); err != nil {
+	a := e.at.Load()
+	if err := e.sendEarly(a); err != nil {
 		return err
 	}
-	if err := e.control.Write(msgLoad, e.cap.load); err != nil {
+	if err := a.control.Write(msgLoad, e.cap.load); err != nil {
 		return err
 	}
-	e.window = newWindow(migstream.TargetPageSize)
-	e.begin(e.serveFetches)
+	a.window = newWindow(migstream.TargetPageSize)
+	a.begin(func() error { return e.serveFetches(a) })
 	settled := make(chan error, 1)
 	e.tasks.Go(func() {
 		err := e.settle(loading)
+		if err == nil {
+			// Beside the loading, so that the commit need not wait for the disk.
+			err = e.keep()
+		}
 		settled <- err
 		// Not sooner: on a host with a single core to spare, QEMU needs that until then.
 		if err == nil {
 			e.enlighten()
 		}
 	})
-	if _, err := e.await(loading, msgLoaded); err != nil {
+	if _, err := a.control.await(loading, msgLoaded); err != nil {
 		cancel()
 		<-settled
 		return err
@@ -288,7 +325,7 @@ func (e *source) capture() error {
 		return err
 	}
 	// The destination's QEMU may look at it while the package is being made.
-	headErr := e.control.Write(msgHead, e.cap.head)
+	headErr := e.at.Load().control.Write(msgHead, e.cap.head)
 	if err := e.cap.readPackage(ctx); err != nil {
 		return err
 	}
@@ -296,12 +333,19 @@ func (e *source) capture() error {
 	if headErr != nil {
 		return headErr
 	}
-	if e.frozen, err = newFrozen(e.mem, e.cap.layout); err != nil {
+	return e.layOut(e.cap.layout)
+}
+
+// layOut gets ready to send the pages of a layout.
+func (e *source) layOut(l layout) (err error) {
+	if e.frozen, err = newFrozen(e.mem, l); err != nil {
 		return err
 	}
 	e.pushed.f, e.fetched.f = e.frozen, e.frozen
-	e.total.Store(int64(e.cap.layout.pages()))
-	blocks := e.cap.layout.blocks()
+	e.total.Store(int64(l.pages()))
+	blocks := l.blocks()
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.order = pushorder.New(blocks, e.Order.Near)
 	e.order.SetPlan(pushorder.NewPlan(e.Order, blocks, nil, nil))
 	return nil
@@ -321,13 +365,21 @@ func (e *source) settle(ctx context.Context) error {
 	return e.cap.settle(ctx, e.q)
 }
 
-// begin has a task of a lane done. Whoever waits on the control lane notices its failure.
-func (e *source) begin(task func() error) {
-	e.tasks.Go(func() {
-		if err := task(); err != nil {
-			e.session.FailSoon(err)
+// keep stores what another engine needs to go on, and last the mark without which the
+// commit must not be sent.
+func (e *source) keep() error {
+	if e.Journal == nil {
+		return nil
+	}
+	for _, k := range []struct {
+		name string
+		b    []byte
+	}{{keptHead, e.cap.head}, {keptLoad, e.cap.load}, {keptBlocks, e.frozen.appendStreamed(nil)}} {
+		if err := e.Journal.Keep(k.name, k.b); err != nil {
+			return err
 		}
-	})
+	}
+	return e.Journal.Note(MarkMayRun, "")
 }
 
 // noteFreeze finds out when the guest was frozen, from QEMU's event.
@@ -351,192 +403,38 @@ func (e *source) noteFreeze() {
 	}
 }
 
-// sendEarly sends the pages that loading the devices touches, ahead of the package: the
-// destination's QEMU would fetch them one by one while the VM stands still.
-func (e *source) sendEarly() error {
-	var runs []pageset.Run
-	e.mu.Lock()
-	for _, w := range e.frozen.runs(touchedByLoading(e.cap.load)) {
-		runs = append(runs, e.order.Take(w, pushorder.Early)...)
-	}
-	e.mu.Unlock()
-	e.sent[pushorder.Early].Add(int64(pageset.Pages(runs)))
-	f := e.pushed
-	for len(runs) > 0 {
-		var err error
-		if runs, err = f.fill(runs); err != nil {
-			return err
-		}
-		e.zero.Add(int64(f.zero))
-		if err := f.write(e.control.Conn); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// pushAll pushes pages in order until none is left.
-func (e *source) pushAll() error {
-	lane, f := e.session.Lane(link.Push), e.pushed
-	held := e.Order.Base == pushorder.DemandOnly
-	release := time.NewTimer(demandTime)
-	defer release.Stop()
-	for {
-		for wait := e.window.room(); wait != nil; wait = e.window.room() {
-			select {
-			case <-wait:
-			case <-e.session.Done():
-				return nil
-			}
-		}
-		pages := max(1, e.window.batch()/migstream.TargetPageSize)
-		runs, reason, left := e.next(held, pages)
-		switch {
-		case left == 0 && len(runs) == 0:
-			return nil
-		case len(runs) == 0:
-			select {
-			case <-e.touched:
-			case <-release.C:
-				held = false
-			case <-e.session.Done():
-				return nil
-			}
-			continue
-		}
-		e.sent[reason].Add(int64(pageset.Pages(runs)))
-		for len(runs) > 0 {
-			var err error
-			if runs, err = f.fill(runs); err != nil {
-				return err
-			}
-			e.zero.Add(int64(f.zero))
-			e.window.send(f.size())
-			if err := f.write(lane); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
-func (e *source) next(held bool, limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if held {
-		runs, reason = e.order.NextNear(nil, limit), pushorder.Near
-	} else {
-		runs, reason = e.order.Next(nil, limit)
-	}
-	return runs, reason, e.order.Left()
-}
-
-// serveFetches answers the requests of the destination, until the lane ends.
-func (e *source) serveFetches() error {
-	lane, f := e.session.Lane(link.Fetch), e.fetched
-	var buf []byte
-	for {
-		kind, payload, err := lane.Read(buf, runSize)
-		if err != nil {
-			return err
-		}
-		buf = payload
-		if kind != frameRequest {
-			return fmt.Errorf("%w: type %d on the fetch lane", errFrame, kind)
-		}
-		run, err := e.cap.layout.parseRequest(payload)
-		if err != nil {
-			return err
-		}
-		e.asked.Add(1)
-		e.mu.Lock()
-		runs := e.order.Fetch(run)
-		e.mu.Unlock()
-		e.sent[pushorder.Fetched].Add(int64(pageset.Pages(runs)))
-		select {
-		case e.touched <- struct{}{}:
-		default:
-		}
-		for len(runs) > 0 { // else it is on its way already
-			if runs, err = f.fill(runs); err != nil {
-				return err
-			}
-			e.zero.Add(int64(f.zero))
-			if err := f.write(lane); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// readPlaced follows the destination's reports of what it has placed.
-func (e *source) readPlaced() error {
-	lane := e.session.Lane(link.Push)
-	var buf []byte
-	for {
-		kind, payload, err := lane.Read(buf, 8)
-		if err != nil {
-			return err
-		}
-		buf = payload
-		if kind != framePlaced || len(payload) != 8 || !e.window.report(binary.BigEndian.Uint64(payload)) {
-			return fmt.Errorf("%w: report of type %d on the push lane", errFrame, kind)
-		}
-	}
-}
-
 // commit tells the destination to run the VM. Its word is the only way back from here.
-func (e *source) commit() error {
+func (e *source) commit(ctx context.Context) error {
 	if err := e.machine.enter(Committing); err != nil {
 		return e.rollBack(err)
 	}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
+	await, cancel := e.bound(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
 	defer cancel()
-	err := e.control.Write(msgCommit)
+	a := e.at.Load()
+	err := a.control.Write(msgCommit)
 	if err == nil {
-		_, err = e.await(ctx, msgRunning)
+		_, err = a.control.await(await, msgRunning)
 	}
 	if errors.Is(err, errFarewell) {
 		return e.rollBack(err)
 	}
-	if err != nil {
-		return e.lost(err, "The commit was sent, so the VM may be running on the destination; here it stays frozen, with its memory intact. "+
-			"Ask the destination's QEMU with `query-status`. If it says \"running\", let it run as far as it gets. Only if that QEMU is gone or never ran: quit it, and this VM may be brought back here")
-	}
-	// Not sooner: pages that arrive while the destination loads the devices take the CPU
-	// that it needs for that.
-	e.begin(e.readPlaced)
-	e.begin(e.pushAll)
 	// From here on nothing must resume the source. Its stream is not at its end, so
 	// closing it leaves the guest frozen.
 	e.conn.Close()
-	return e.machine.enter(Pushing)
-}
-
-// finish waits until the destination has everything and retires the source.
-func (e *source) finish() error {
-	payload, err := e.await(context.Background(), msgComplete)
-	if err == nil {
-		err = decode(payload, &e.summary)
-	}
 	if err != nil {
-		return e.lost(err, fmt.Sprintf("The VM was running on the destination, with %d of %d pages dealt with; if its QEMU still lives, it stops where it touches one that is missing. "+
-			"Here it stays frozen, with all of its memory: do not resume it and do not end its QEMU", e.settled(), e.total.Load()))
+		if stateErr := e.machine.enter(InDoubt); stateErr != nil {
+			return e.lost(errors.Join(err, stateErr), "")
+		}
+		return e.converse(ctx, err)
 	}
-	if err := e.machine.enter(Retiring); err != nil {
-		return err
+	e.ranThere = true
+	// Not sooner: pages that arrive while the destination loads the devices take the CPU
+	// that it needs for that.
+	e.beginPush(a)
+	if err := e.machine.enter(Pushing); err != nil {
+		return e.lost(err, "")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
-	defer cancel()
-	if err := e.q.Quit(ctx); err != nil {
-		e.Log.Warn("the source's QEMU does not quit; the VM is safe on the destination, end it by hand", "pid", e.q.PeerPID(), "error", err)
-	}
-	return e.machine.enter(Completed)
-}
-
-func (e *source) lost(err error, remedy string) error {
-	from := e.machine.current()
-	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+	return e.converse(ctx, nil)
 }
 
 // refuse ends an eviction that touched nothing.
@@ -544,43 +442,59 @@ func (e *source) refuse(err error) error {
 	from := e.machine.current()
 	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
 	defer cancel()
-	if e.control != nil {
-		writeJSON(e.control.Conn, msgAbort, farewell{err.Error()})
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgAbort, farewell{err.Error()})
 	}
 	if e.q != nil {
-		err = errors.Join(err, e.changed.restore(ctx, e.q))
+		err = errors.Join(err, e.changed.apply(ctx, e.q))
 	}
 	outcome := ErrRefused
 	if errors.Is(err, context.Canceled) {
 		outcome = ErrAborted
 	}
+	if noteErr := note(e.Journal, MarkRolledBack, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
+	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), "The VM runs on, untouched"}
 }
 
+// lost ends an eviction that this engine can do nothing more for.
+func (e *source) lost(err error, remedy string) error {
+	from := e.machine.current()
+	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take what became of the VM", "error", noteErr)
+	}
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+}
+
 // rollBack resumes the guest here. It is legal only while the destination cannot run it:
-// before the commit, or when the destination says that it never did.
+// before the commit, or when the destination says that it never did and never will.
 func (e *source) rollBack(cause error) error {
 	from := e.machine.current()
-	if err := e.machine.enter(RollingBack); err != nil {
-		return err
+	if from != RollingBack {
+		if err := e.machine.enter(RollingBack); err != nil {
+			return err
+		}
 	}
-	if e.control != nil {
+	if a := e.at.Load(); a != nil {
 		// Without a commit the destination never runs the VM, whether this arrives or not.
-		writeJSON(e.control.Conn, msgAbort, farewell{cause.Error()})
-		e.session.Fail(cause)
+		writeJSON(a.control.Conn, msgAbort, farewell{cause.Error()})
+		a.Fail(cause)
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
 	defer cancel()
 	if err := e.resume(ctx); err != nil {
 		if e.gone() {
-			return &Error{ErrLost, from, errors.Join(cause, err, e.machine.enter(Lost)),
-				"The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew"}
+			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
 		}
-		return &Error{ErrLost, from, errors.Join(cause, fmt.Errorf("roll back: %w", err), e.machine.enter(Lost)),
-			"The VM stands frozen here, with its memory intact; the destination never ran it. Try `cont` on its QMP socket"}
+		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
+			"The VM stands frozen here, with its memory intact; the destination never ran it. Try `cont` on its QMP socket")
 	}
-	if err := e.changed.restore(ctx, e.q); err != nil {
+	if err := e.changed.apply(ctx, e.q); err != nil {
 		e.Log.Warn("could not put the migration settings of the VM's QEMU back", "error", err)
+	}
+	if err := note(e.Journal, MarkRolledBack, cause.Error()); err != nil {
+		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
 	}
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), "The VM runs on here, unharmed"}
 }
@@ -597,7 +511,9 @@ func (e *source) gone() bool {
 // resume brings the guest back to running, from wherever QEMU is in its migration. What
 // QEMU does when its stream ends differs by version and moment, so its state decides.
 func (e *source) resume(ctx context.Context) error {
-	e.conn.Close()
+	if e.conn != nil {
+		e.conn.Close()
+	}
 	var refused error
 	for {
 		m, err := e.q.QueryMigrate(ctx)
@@ -612,7 +528,7 @@ func (e *source) resume(ctx context.Context) error {
 		case status.Running && over(m.Status):
 			return nil
 		case m.Status == "postcopy-paused":
-			if err := e.cap.pretendComplete(ctx, e.q); err != nil {
+			if err := pretendComplete(ctx, e.q, e.mem); err != nil {
 				return err
 			}
 		case over(m.Status) && (status.Status == "postmigrate" || status.Status == "paused"):
@@ -631,12 +547,13 @@ func (e *source) resume(ctx context.Context) error {
 
 // close ends everything that was started.
 func (e *source) close() {
-	if e.session != nil {
-		e.session.Close()
+	if a := e.at.Load(); a != nil {
+		a.end()
 	}
 	if e.conn != nil {
 		e.conn.Close()
 	}
+	e.die(net.ErrClosed)
 	e.tasks.Wait()
 	if e.mem != nil {
 		e.mem.Close()
@@ -648,7 +565,7 @@ func (e *source) close() {
 
 // report sums the eviction up.
 func (e *source) report(err error) Report {
-	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases()}
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases(), Gaps: e.gaps}
 	var failed *Error
 	if errors.As(err, &failed) {
 		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
@@ -672,24 +589,33 @@ func (e *source) report(err error) Report {
 	r.Pages = PageCounts{
 		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
 		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
-		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched,
+		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
 	r.Fetch = quantiles(e.summary.FetchDelays)
 	if r.Fetch != nil {
 		r.Fetch.Count = e.summary.Fetches
 	}
-	if e.window != nil {
-		r.RoundTrip = e.window.roundTrip()
+	if a := e.at.Load(); a != nil && a.window != nil {
+		r.RoundTrip = a.window.roundTrip()
 	}
-	if e.session != nil {
-		sent, received := e.session.Bytes()
-		r.LinkBytes = sent + received
-		if took := since(e.machine.at(Pushing), Retiring); took != nil {
-			r.Rate = float64(sent) / *took
-		}
+	sent, received := e.bytes()
+	r.LinkBytes = sent + received
+	if took := since(e.machine.at(Pushing), Retiring); took != nil {
+		r.Rate = float64(sent) / *took
 	}
 	return r
+}
+
+// bytes is what was sent and received over all sessions.
+func (e *source) bytes() (sent, received uint64) {
+	e.mu.Lock()
+	b := e.before
+	e.mu.Unlock()
+	if a := e.at.Load(); a != nil {
+		sent, received = a.Bytes()
+	}
+	return sent + b.sent, received + b.received
 }
 
 func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
@@ -704,12 +630,12 @@ func (e *source) settled() int {
 }
 
 // tick shows the progress every 100 ms.
-func (e *source) tick(ctx context.Context) {
+func (e *source) tick() {
 	t := time.NewTicker(100 * time.Millisecond)
 	defer t.Stop()
 	for {
 		select {
-		case <-ctx.Done():
+		case <-e.life.Done():
 			return
 		case <-t.C:
 			e.show(e.machine.current())
@@ -723,10 +649,11 @@ func (e *source) show(st State) {
 	}
 	e.shown.Lock()
 	defer e.shown.Unlock()
-	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.settled(), Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+	// After the link was lost, some that were on their way are sent once more.
+	e.highest = max(e.highest, e.settled())
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
-		sent, _ := e.session.Bytes()
-		p.Bytes = sent
+		p.Bytes, _ = e.bytes()
 	}
 	if at := e.machine.at(Pushing); !at.IsZero() {
 		if took := time.Since(at); took > settleTime {

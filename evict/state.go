@@ -9,62 +9,71 @@ import (
 
 // State is where an eviction stands, on one side. The source's states:
 //
-//	preparing ──► switching ──► loading ──► committing ──► pushing ──► retiring ──► completed
-//	    │             │            │            │             │
-//	    ▼             └──────┬─────┘            │             ▼
-//	 refused                 ▼                  ├──────────► lost
-//	                   rolling back ◄───────────┘             ▲
-//	                         │        (the destination says   │
-//	                         ├───► aborted   it never ran)    │
-//	                         └────────────────────────────────┘ (the guest cannot be resumed)
+//	preparing ─► switching ─► loading ─► committing ─► pushing ◄──► reconnecting
+//	    │            │           │         │    │         │  │           │
+//	    ▼            └─────┬─────┘         │    ▼         │  └─► lost ◄──┤
+//	 refused               ▼               │ in doubt ────┤        ▲     │
+//	                 rolling back ◄────────┴────┤         ▼        │     │
+//	                       │   it never ran     └──────► retiring ◄┼─────┘
+//	                       ▼   there                      │        │
+//	                    aborted                           ▼        └── in doubt, rolling back
+//	                                                  completed
 //
 // and the destination's:
 //
-//	waiting ──► arming ──► loading ──► prepared ──► running ──► completing ──► completed
-//	   │           │          │           │            │             │
-//	   ▼           └──────────┴─────┬─────┴────────────┼──────┬──────┘
-//	refused                         ▼    (QEMU refuses │      ▼
-//	                             aborted    to run it) ┘     lost
+//	waiting ─► arming ─► loading ─► prepared ─► running ◄─► cut off
+//	   │          │         │          │         │    │        │
+//	   ▼          └─────────┴────┬─────┴─────────┤    ▼        ▼
+//	refused                      ▼       QEMU    │   completing ─► completed
+//	                          aborted  refuses ──┘        │
+//	                                   to run it          └─► lost ◄─ running, cut off
 //
 // The guest runs on the source up to switching and after aborted; on the destination from
-// running on. In between it is frozen. What happens in each state is told in
-// docs/architecture.md.
+// running on. In between it is frozen. An engine that is started anew begins in rolling
+// back or in doubt at the source, in cut off at the destination. What happens in each
+// state is told in docs/architecture.md.
 type State string
 
 // The states.
 const (
-	Preparing   State = "preparing"    // source: checks, connection, offer; the VM is untouched
-	Waiting     State = "waiting"      // destination: for an offer; the VM's QEMU is untouched
-	Arming      State = "arming"       // destination: QEMU takes the head of the stream
-	Switching   State = "switching"    // source: QEMU freezes the guest and saves its devices
-	Loading     State = "loading"      // the destination's QEMU loads the devices
-	Prepared    State = "prepared"     // destination: loaded and paused, waits for the commit
-	Committing  State = "committing"   // source: the destination was told to run the VM
-	Running     State = "running"      // destination: the VM runs, pages arrive
-	Pushing     State = "pushing"      // source: the VM runs on the destination, pages leave
-	Completing  State = "completing"   // destination: all pages are placed, QEMU ends its migration
-	Retiring    State = "retiring"     // source: the destination has everything, the source's QEMU quits
-	RollingBack State = "rolling back" // source: the guest is being resumed where it was
-	Refused     State = "refused"
-	Aborted     State = "aborted"
-	Completed   State = "completed"
-	Lost        State = "lost contact"
+	Preparing    State = "preparing"    // source: checks, connection, offer; the VM is untouched
+	Waiting      State = "waiting"      // destination: for an offer; the VM's QEMU is untouched
+	Arming       State = "arming"       // destination: QEMU takes the head of the stream
+	Switching    State = "switching"    // source: QEMU freezes the guest and saves its devices
+	Loading      State = "loading"      // the destination's QEMU loads the devices
+	Prepared     State = "prepared"     // destination: loaded and paused, waits for the commit
+	Committing   State = "committing"   // source: the destination was told to run the VM
+	Running      State = "running"      // destination: the VM runs, pages arrive
+	Pushing      State = "pushing"      // source: the VM runs on the destination, pages leave
+	Completing   State = "completing"   // destination: all pages are placed, QEMU ends its migration
+	InDoubt      State = "in doubt"     // source: the commit was sent, and it is not known what came of it; the guest stays frozen
+	Reconnecting State = "reconnecting" // source: the link is lost; the VM runs on the destination as far as its pages go
+	CutOff       State = "cut off"      // destination: the source is not there; the VM runs as far as its pages go
+	Retiring     State = "retiring"     // source: the destination has everything, the source's QEMU quits
+	RollingBack  State = "rolling back" // source: the guest is being resumed where it was
+	Refused      State = "refused"
+	Aborted      State = "aborted"
+	Completed    State = "completed"
+	Lost         State = "lost contact"
 )
 
 // next lists the states that may follow a state. A state not in it is final.
 var next = map[State][]State{
-	Preparing:   {Switching, Refused},
-	Waiting:     {Arming, Refused},
-	Arming:      {Loading, Aborted},
-	Switching:   {Loading, RollingBack},
-	Loading:     {Committing, Prepared, RollingBack, Aborted},
-	Prepared:    {Running, Aborted, Lost},
-	Committing:  {Pushing, RollingBack, Lost},
-	Running:     {Completing, Aborted, Lost},
-	Pushing:     {Retiring, Lost},
-	Completing:  {Completed, Lost},
-	Retiring:    {Completed},
-	RollingBack: {Aborted, Lost},
+	Preparing:    {Switching, Refused},
+	Waiting:      {Arming, Refused},
+	Arming:       {Loading, Aborted},
+	Switching:    {Loading, RollingBack},
+	Loading:      {Committing, Prepared, RollingBack, Aborted},
+	Prepared:     {Running, Aborted, Lost},
+	Committing:   {Pushing, InDoubt, RollingBack, Lost},
+	InDoubt:      {Pushing, Retiring, RollingBack, Lost},
+	Reconnecting: {Pushing, Retiring, Lost},
+	Running:      {CutOff, Completing, Aborted, Lost},
+	CutOff:       {Running, Completing, Aborted, Lost},
+	Pushing:      {Reconnecting, Retiring, Lost},
+	Completing:   {Completed, Lost},
+	Retiring:     {Completed},
+	RollingBack:  {Aborted, Lost},
 }
 
 // machine is the state of one side and its history. It is safe for concurrent use. It
@@ -120,7 +129,14 @@ var (
 	// ErrLost: the VM is, or may be, running on the destination without all of its memory,
 	// or stands frozen on the source. The message says what is known and what to do.
 	ErrLost = errors.New("lost contact")
+	// ErrLeft: the engine was told to leave the eviction as it is, for another to go on
+	// with it (Source.Resume, Destination.Resume).
+	ErrLeft = errors.New("left")
 )
+
+// ErrLeave is the cause to cancel an engine's context with, to have it leave: where the
+// eviction can no longer be aborted it then ends with ErrLeft and touches nothing.
+var ErrLeave = errors.New("the engine is to leave")
 
 // Error is why an eviction did not complete.
 type Error struct {

@@ -21,12 +21,19 @@ const (
 	msgHead   uint8 = 2 // raw: QEMU's stream from its header to the footer of the RAM section's start
 	msgLoad   uint8 = 3 // raw: the package with the state of all devices
 	msgCommit uint8 = 4 // empty: from here on the destination may run
+	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
+	msgAsk    uint8 = 6 // JSON of the caller's: a question that touches no VM, in place of an offer
+	msgHeard  uint8 = 7 // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
 	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
 	msgRunning  uint8 = 18 // empty: the VM runs on the destination
-	msgComplete uint8 = 19 // summary: every page is placed
-	msgFailed   uint8 = 20 // farewell: the VM ran here, and something broke
+	msgComplete uint8 = 19 // Received: every page is placed
+	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
+	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
+	msgHas      uint8 = 22 // pages that are here, see appendHas; several, behind a status that says "running"
+	msgReady    uint8 = 23 // empty: those were all
+	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
 	// both ways
 	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
 )
@@ -56,14 +63,19 @@ const (
 	maxPages = max(maxBatch, maxPage) + 2 + maxRuns*runSize
 )
 
+// maxHas is the number of pages of a block that one frame of msgHas tells of.
+const maxHas = 1 << 22
+
 // An offer says which VM the source wants to move, so that a destination that cannot
 // take it is found before the VM is touched.
 type offer struct {
-	QEMU    string       `json:"qemu"`    // version, for messages
-	Machine string       `json:"machine"` // versioned type: "pc-i440fx-7.2"
-	CPUs    int          `json:"cpus"`
-	Blocks  []blockOffer `json:"blocks"`
-	Devices []string     `json:"devices"` // on the PCI buses, sorted: "00:03.0 1af4:1000"
+	Eviction ID           `json:"eviction"`
+	VM       string       `json:"vm,omitempty"` // its name on both hosts, where they have names for VMs
+	QEMU     string       `json:"qemu"`         // version, for messages
+	Machine  string       `json:"machine"`      // versioned type: "pc-i440fx-7.2"
+	CPUs     int          `json:"cpus"`
+	Blocks   []blockOffer `json:"blocks"`
+	Devices  []string     `json:"devices"` // on the PCI buses, sorted: "00:03.0 1af4:1000"
 	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.
@@ -76,13 +88,28 @@ type blockOffer struct {
 	PageSize uint64 `json:"page_size"` // in bytes
 }
 
+// resume is what a source says first that goes on with an eviction.
+type resume struct {
+	Eviction ID `json:"eviction"`
+	// Committed says that the source cannot run the VM any more unless the destination
+	// says that it never did.
+	Committed bool `json:"committed"`
+}
+
+// status is what a destination knows of an eviction.
+type status struct {
+	Answer  Answer    `json:"answer"`
+	Reason  string    `json:"reason,omitempty"`
+	Summary *Received `json:"summary,omitempty"` // of a complete one
+}
+
 // farewell is why an eviction was given up.
 type farewell struct {
 	Reason string `json:"reason"`
 }
 
-// summary is what the destination knows of a completed eviction.
-type summary struct {
+// Received is what the destination knows of an eviction that is complete.
+type Received struct {
 	Duplicate   int       `json:"duplicate"` // pages that came twice and were dropped
 	Fetches     int       `json:"fetches"`
 	FreeTouched int       `json:"free_touched"`   // requests for pages that were left out
@@ -225,6 +252,58 @@ func (l layout) parseRequest(b []byte) (pageset.Run, error) {
 		Count: int(binary.BigEndian.Uint32(b[4:])),
 	}
 	return r, l.check(r)
+}
+
+// appendHas appends a frame that tells which pages of a block are here: u16 block, u16 0, u32
+// count of pages, u64 first page, then a bit for each page from the first on, the least
+// significant of a byte first, padded to 8 bytes.
+func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
+	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
+	words := make([]uint64, (count+63)/64)
+	for p := pageset.Page(first); ; {
+		at, n := set.Next(p, set.Size())
+		if n == 0 || int(at) >= first+count {
+			break
+		}
+		for ; n > 0 && int(at) < first+count; n, at = n-1, at+1 {
+			i := int(at) - first
+			words[i/64] |= 1 << (i % 64)
+		}
+		p = at
+	}
+	for _, w := range words {
+		b = binary.LittleEndian.AppendUint64(b, w)
+	}
+	return b
+}
+
+// parseHas adds the pages that a frame tells of to the sets, one for each block.
+func (l layout) parseHas(b []byte, sets []*pageset.Set) error {
+	if len(b) < runSize {
+		return fmt.Errorf("%w: pages received, in %d bytes", errFrame, len(b))
+	}
+	r, err := l.parseRequest(b[:runSize])
+	if err != nil {
+		return err
+	}
+	if b = b[runSize:]; len(b) != (r.Count+63)/64*8 {
+		return fmt.Errorf("%w: %d bytes tell of %d pages", errFrame, len(b), r.Count)
+	}
+	addBits(sets[r.Block], r.First, r.Count, b)
+	return nil
+}
+
+// addBits adds the pages from first on whose bits are set, of count bits in bytes.
+func addBits(set *pageset.Set, first pageset.Page, count int, bits []byte) {
+	for i := 0; i < count; i++ {
+		if bits[i/8] == 0 && i%8 == 0 {
+			i += 7
+			continue
+		}
+		if bits[i/8]>>(i%8)&1 != 0 {
+			set.Add(first + pageset.Page(i))
+		}
+	}
 }
 
 // decode reads a JSON message of the peer strictly.

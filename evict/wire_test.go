@@ -236,7 +236,8 @@ func split(t testing.TB, stream []byte) (head, load []byte, blocks []migstream.B
 
 // offered is a destination that has accepted an offer of the blocks.
 func offered(blocks []migstream.Block) *destination {
-	e := &destination{}
+	e := Destination{}.engine(Waiting)
+	e.stream = newStream(nil)
 	for _, b := range blocks {
 		e.here.Blocks = append(e.here.Blocks, blockOffer{b.Name, b.Length, b.PageSize})
 	}
@@ -248,7 +249,7 @@ func TestHeadAndLoad(t *testing.T) {
 	for _, name := range recordings {
 		head, load, blocks := split(t, golden(t, name))
 		e := offered(blocks)
-		r, err := e.checkHead(head)
+		err := e.takeHead(head)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -256,36 +257,36 @@ func TestHeadAndLoad(t *testing.T) {
 		if e.missing != e.layout.pages() || len(e.layout) != len(blocks) || len(e.received) != len(blocks) || e.placer == nil {
 			t.Errorf("%s: %d pages of %+v", name, e.missing, e.layout)
 		}
-		got, err := checkLoad(r.Resume(bytes.NewReader(load)))
+		got, err := checkLoad(e.reader.Resume(bytes.NewReader(load)))
 		if err != nil || !bytes.Equal(got, load) {
 			t.Errorf("%s: %d bytes of load became %d, %v", name, len(load), len(got), err)
 		}
 		for _, bad := range [][]byte{nil, load[:len(load)-1], append(bytes.Clone(load), 0), append(bytes.Clone(load), load...), head} {
-			if _, err := checkLoad(r.Resume(bytes.NewReader(bad))); err == nil {
+			if _, err := checkLoad(e.reader.Resume(bytes.NewReader(bad))); err == nil {
 				t.Errorf("%s: a load of %d bytes was taken for one of %d", name, len(bad), len(load))
 			}
 		}
 		for n := range head {
-			if _, err := offered(blocks).checkHead(head[:n]); err == nil {
+			if err := offered(blocks).takeHead(head[:n]); err == nil {
 				t.Errorf("%s: a head cut at %d was taken", name, n)
 			}
 		}
-		if _, err := offered(blocks).checkHead(append(bytes.Clone(head), load...)); err == nil {
+		if err := offered(blocks).takeHead(append(bytes.Clone(head), load...)); err == nil {
 			t.Errorf("%s: a head with more behind it was taken", name)
 		}
 		for i := range blocks {
 			other := bytes.Clone(head)
 			name := append([]byte{byte(len(blocks[i].Name))}, blocks[i].Name...)
 			other[bytes.LastIndex(other, name)+len(name)+2] ^= 1 // 1 TiB more or less
-			if _, err := offered(blocks).checkHead(other); err == nil {
+			if err := offered(blocks).takeHead(other); err == nil {
 				t.Errorf("%s: a head with a block of any size was taken", name)
 			}
-			if _, err := offered(blocks[:i]).checkHead(head); !errors.Is(err, errFrame) {
+			if err := offered(blocks[:i]).takeHead(head); !errors.Is(err, errFrame) {
 				t.Errorf("%s: a head with a block that was not offered: %v", name, err)
 			}
 			grown := offered(blocks)
 			grown.here.Blocks[i].Size *= 2
-			if _, err := grown.checkHead(head); err == nil != resizable(blocks[i].Name) {
+			if err := grown.takeHead(head); err == nil != resizable(blocks[i].Name) {
 				t.Errorf("%s: %s has half the size that was offered: %v", name, blocks[i].Name, err)
 			}
 		}
@@ -305,12 +306,12 @@ func FuzzHead(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		e := offered(blocks)
-		r, err := e.checkHead(b)
+		err := e.takeHead(b)
 		if err != nil {
 			return
 		}
-		if r.Offset() != int64(len(b)) || len(e.layout) == 0 || e.missing < len(e.layout) || e.missing > most {
-			t.Fatalf("took %d of %d bytes, %d pages of %+v", r.Offset(), len(b), e.missing, e.layout)
+		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 || e.missing < len(e.layout) || e.missing > most {
+			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b), e.missing, e.layout)
 		}
 	})
 }
@@ -327,12 +328,12 @@ func FuzzLoad(f *testing.F) {
 	}
 	f.Add(migstream.PingCommand(3).Append(nil))
 	f.Add(migstream.Packaged{}.Append(migstream.Command{ID: migstream.CmdSwitchoverStart}.Append(nil)))
-	r, err := offered(blocks).checkHead(head)
-	if err != nil {
+	e := offered(blocks)
+	if err := e.takeHead(head); err != nil {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		load, err := checkLoad(r.Resume(bytes.NewReader(b)))
+		load, err := checkLoad(e.reader.Resume(bytes.NewReader(b)))
 		if err == nil && !bytes.Equal(load, b) {
 			t.Fatalf("%x was understood as %x", b, load)
 		}

@@ -174,6 +174,47 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 	return m, nil
 }
 
+// Reopen returns the memory of a QEMU that was attached to before and has not ended since,
+// without asking it: it may not be able to answer. blocks are those of the earlier Memory.
+// Guest-physical addresses are not known.
+func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
+	m := &Memory{pid: pid, pidfd: -1, blocks: slices.Clone(blocks)}
+	defer func() {
+		if err != nil {
+			m.Close()
+			err = fmt.Errorf("reopen guest memory: %w", err)
+		}
+	}()
+	if m.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
+		return nil, m.explain(os.NewSyscallError("pidfd_open", err))
+	}
+	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
+		return nil, m.explain(err)
+	}
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	defer maps.Close()
+	vmas, err := parseMaps(maps)
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	m.backing = make([]backing, len(m.blocks))
+	for i, b := range m.blocks {
+		if !b.Located {
+			continue
+		}
+		if b.Size > 1<<62 || covering(vmas, b.HVA, b.HVA+b.Size) != b.Kind {
+			return nil, fmt.Errorf("block %s is not where it was", b.Name)
+		}
+		if err := m.open(i, vmas); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
 // findPID returns the process that runs the virtual CPUs. That is the one at
 // the other end of the monitor's socket, unless a manager opened the socket.
 func findPID(ctx context.Context, c *qmp.Client) (int, error) {
@@ -455,7 +496,9 @@ func (m *Memory) Close() error {
 		unix.Close(m.pidfd)
 		m.pidfd = -1
 	}
-	m.pagemap.Close()
+	if m.pagemap != nil {
+		m.pagemap.Close()
+	}
 	for _, b := range m.backing {
 		b.file.Close()
 		if b.view != nil {

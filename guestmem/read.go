@@ -198,6 +198,33 @@ func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
 	return nil
 }
 
+// Placed sets bits of dst as Populated does, to whether page first+i is there, be it zero or
+// not: a thread that touches one which is not has the kernel make it, or waits for userfaultfd.
+// It is exact for pages that were there when it was called and are not taken away.
+func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
+	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
+		return fmt.Errorf("find placed pages: bad range of %d pages at %d for %d words", n, first, len(dst))
+	}
+	if err := m.within(block, first*PageSize, n*PageSize); err != nil {
+		return fmt.Errorf("find placed pages: %w", err)
+	}
+	dst = dst[:(n+63)/64]
+	clear(dst)
+	var err error
+	if b := &m.backing[block]; m.blocks[block].Kind == SharedFile && !b.hugetlb {
+		err = b.data(first, n, dst)
+	} else {
+		err = m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+	}
+	if err == nil && !m.alive() {
+		err = unix.ESRCH
+	}
+	if err != nil {
+		return fmt.Errorf("find placed pages of block %s: %w", m.blocks[block].Name, m.explain(err))
+	}
+	return nil
+}
+
 // touched adds the pages of QEMU's address space, from number vpn on, that
 // the process has in memory or swap.
 func (m *Memory) touched(vpn, n uint64, dst []uint64) error {

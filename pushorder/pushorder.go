@@ -31,11 +31,12 @@ const (
 	Near                  // a neighbour of one that was fetched
 	Planned
 	Skipped // it need not be sent at all
+	Before  // it was there already
 	Reasons // the number of reasons
 )
 
 func (r Reason) String() string {
-	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "none"}[min(r, Reasons)]
+	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "before", "none"}[min(r, Reasons)]
 }
 
 // Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it
@@ -60,6 +61,8 @@ type Order struct {
 	plan  []pageset.Run
 	at    int // first run of the plan that may still have pages
 	kin   *Kinship
+
+	returned []pageset.Run // ahead of the plan
 }
 
 // span is a run of neighbours: of a block's pages or, where virtual is set, of places in
@@ -158,6 +161,11 @@ func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
 	if got := o.NextNear(dst, limit); len(got) > len(dst) {
 		return got, Near
 	}
+	for ; len(o.returned) > 0; o.returned = o.returned[1:] {
+		if got := o.take(dst, o.returned[0], limit, Planned); len(got) > len(dst) {
+			return got, Planned
+		}
+	}
 	for ; o.at < len(o.plan); o.at++ {
 		run := &o.plan[o.at]
 		got := o.take(dst, *run, limit, Planned)
@@ -238,6 +246,22 @@ func (o *Order) take(dst []pageset.Run, run pageset.Run, limit int, why Reason) 
 		p = first + pageset.Page(n)
 	}
 	return dst
+}
+
+// Return takes pages back that were handed out and did not arrive. They are the next of the plan.
+func (o *Order) Return(run pageset.Run) {
+	set := o.left[run.Block]
+	for p := run.First; p < run.End(); p++ {
+		if set.Add(p) {
+			o.why[run.Block][p] = uint8(Left)
+			o.total++
+		}
+	}
+	if n := len(o.returned) - 1; n >= 0 && o.returned[n].Block == run.Block && o.returned[n].End() == run.First {
+		o.returned[n].Count += run.Count
+		return
+	}
+	o.returned = append(o.returned, run)
 }
 
 // Why tells why a page was handed out, and whether the guest came to wait for it while it

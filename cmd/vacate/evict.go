@@ -12,7 +12,9 @@ import (
 	"strings"
 	"syscall"
 
+	"vacate/certs"
 	"vacate/evict"
+	"vacate/link"
 	"vacate/pushorder"
 
 	"github.com/spf13/cobra"
@@ -45,9 +47,9 @@ output.
 
 With --json, standard output has JSON lines:
   {"type":"progress","progress":{...}}   with the keys
-      state             preparing, switching, loading, committing, pushing,
-                        retiring, rolling back, completed, refused,
-                        aborted or lost contact
+      state             preparing, switching, loading, committing, in doubt,
+                        pushing, reconnecting, retiring, rolling back,
+                        completed, refused, aborted or lost contact
       elapsed_s         since the start
       pages_sent        or free in the guest and left out
       pages_total
@@ -67,7 +69,8 @@ Should that fail at the end, a warning says so; the exit code is the eviction's.
 		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
 	}
 	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU")
-	c.Flags().StringVar(&o.source.To, "to", "", "`HOST:PORT` where vacate receive listens")
+	c.Flags().StringVar(&o.to, "to", "", "`HOST:PORT` where vacate receive listens")
+	c.Flags().StringVar(&o.certs, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link is under TLS, as --certs of vacate receive must have it")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
 	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(), "`ORDER` of the push: "+orderNames())
@@ -98,6 +101,8 @@ func enlightenNames() string {
 
 type evictOptions struct {
 	source    evict.Source
+	to        string
+	certs     string
 	order     string
 	enlighten string
 	json      bool
@@ -106,13 +111,23 @@ type evictOptions struct {
 
 func (o evictOptions) run(ctx context.Context) error {
 	beUrgent()
-	if err := checkAddress("--to", o.source.To); err != nil {
+	if err := checkAddress("--to", o.to); err != nil {
 		return err
 	}
 	var err error
 	if o.source.Order, err = pushorder.ParsePolicy(o.order); err != nil {
 		return fmt.Errorf("--order: %w", err)
 	}
+	dialer := link.Dialer{Addr: o.to}
+	if o.certs != "" {
+		identity, err := certs.Load(o.certs, nil)
+		if err != nil {
+			return refused(err)
+		}
+		host, _, _ := net.SplitHostPort(o.to)
+		dialer.TLS = identity.Client(host)
+	}
+	o.source.Connect = dialer.Session
 	o.source.Enlightenment = evict.Enlightenment(o.enlighten)
 	if !slices.Contains(evict.Enlightenments(), o.source.Enlightenment) {
 		return fmt.Errorf("--enlighten %q: there are %s", o.enlighten, enlightenNames())

@@ -10,15 +10,17 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/certs"
 	"vacate/evict"
+	"vacate/link"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
 
 func receiveCommand() *cobra.Command {
-	var d evict.Destination
-	var listen string
+	d := evict.Destination{Patient: true}
+	var listen, identity string
 	c := &cobra.Command{
 		Use:   "receive --qmp SOCKET --listen HOST:PORT",
 		Short: "Take a VM into a QEMU that waits on this host",
@@ -39,8 +41,8 @@ runs the VM, or it was killed and never ran it.
 
 The first line on standard output is "listening on HOST:PORT", with the port
 that was chosen where :0 was asked for. It comes once the QEMU was found fit.
-Whoever reaches the address can hand over a VM and read its memory on the way:
-listen on a network that only the hosts can reach.
+Without --certs, whoever reaches the address can hand over a VM and read its
+memory on the way: listen on a network that only the hosts can reach.
 
 Ctrl-C (SIGINT), SIGTERM and SIGHUP end the wait, or abort until the VM runs
 here; it then runs on on the source. Later they change nothing.
@@ -65,17 +67,18 @@ here; it then runs on on the source. Later they change nothing.
 			if err := checkAddress("--listen", listen); err != nil {
 				return err
 			}
-			return receive(c.Context(), d, listen)
+			return receive(c.Context(), d, listen, identity)
 		},
 	}
 	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
 	c.Flags().StringVar(&listen, "listen", ":7601", "`HOST:PORT` to listen on")
+	c.Flags().StringVar(&identity, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link is under TLS, and only hosts with certificates may send a VM")
 	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false, "have QEMU itself load all pages: slower, for comparison")
 	c.MarkFlagRequired("qmp")
 	return c
 }
 
-func receive(ctx context.Context, d evict.Destination, listen string) error {
+func receive(ctx context.Context, d evict.Destination, listen, identity string) error {
 	beUrgent()
 	out := newScreen(&lines{w: os.Stdout})
 	defer out.close()
@@ -85,7 +88,7 @@ func receive(ctx context.Context, d evict.Destination, listen string) error {
 	ctx, stop := onSignal(ctx, func(sig syscall.Signal) bool {
 		name := unix.SignalName(sig)
 		switch follow.now() {
-		case evict.Running, evict.Completing:
+		case evict.Running, evict.CutOff, evict.Completing:
 			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; its memory is still arriving. Going on.", name)
 			return false
 		case evict.Waiting:
@@ -96,32 +99,39 @@ func receive(ctx context.Context, d evict.Destination, listen string) error {
 		return true
 	})
 	defer stop()
+	var options link.ListenOptions
+	if identity != "" {
+		id, err := certs.Load(identity, nil)
+		if err != nil {
+			return refused(err)
+		}
+		options.TLS = id.Server()
+	}
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
 	if err != nil {
 		return refused(err)
 	}
-	defer ln.Close()
 	warnings := slog.NewTextHandler(notes{problems}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime})
 	follow.Handler = warnings
 	d.Log = slog.New(follow)
-	err = d.Receive(ctx, &announcer{Listener: ln, announce: func() { out.note("listening on %s", ln.Addr()) }})
+	turnedAway := func(peer string, err error) { d.Log.Warn("peer turned away", "peer", peer, "error", err) }
+	options.TurnedAway = turnedAway
+	sessions := link.NewListener(ln, options)
+	defer sessions.Close()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	requests, wait := evict.Requests(ctx, sessions.Accept, turnedAway, fail)
+	defer wait()
+	d.Show = func(p evict.Progress) {
+		if p.State == evict.Waiting {
+			out.note("listening on %s", ln.Addr())
+		}
+	}
+	_, err = d.Receive(ctx, requests)
 	if err == nil {
 		out.note("%s  the VM runs here, with all of its memory", follow.elapsed())
 	}
 	return err
-}
-
-// announcer is a listener that tells when it is first waited on: by then the engine has
-// looked at the QEMU and found it fit.
-type announcer struct {
-	net.Listener
-	once     sync.Once
-	announce func()
-}
-
-func (a *announcer) Accept() (net.Conn, error) {
-	a.once.Do(a.announce)
-	return a.Listener.Accept()
 }
 
 // follower tells what the destination's engine logs: its states and the offer it took.
@@ -153,6 +163,7 @@ var stateText = map[evict.State]string{
 	evict.Loading:    "the VM's devices are being loaded",
 	evict.Prepared:   "loaded and paused; the source decides",
 	evict.Running:    "the VM runs here; its memory comes in",
+	evict.CutOff:     "the source cannot be reached; the VM runs here until it needs what is missing",
 	evict.Completing: "all memory is here",
 }
 

@@ -1,0 +1,512 @@
+package evict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+	"time"
+
+	"vacate/guestmem"
+	"vacate/migstream"
+	"vacate/pageset"
+	"vacate/pushorder"
+	"vacate/qmp"
+)
+
+// How long a source waits before it tries to reach the destination again, and for its answers.
+const (
+	firstPause = 100 * time.Millisecond
+	lastPause  = time.Second
+	answerTime = 10 * time.Second
+	// connectTime is how long a new session may take to be made.
+	connectTime = 5 * time.Second
+)
+
+// Gap is a time in which a committed eviction had no link.
+type Gap struct {
+	At    float64 `json:"at_s"`   // since the start
+	For   float64 `json:"for_s"`  // until pages were sent again
+	Again int     `json:"again"`  // pages that were on their way and had to be sent once more
+	Why   string  `json:"reason"` // of the first failure
+}
+
+// converse goes on with a committed eviction to its end, through any number of sessions. why
+// is the reason for which the present one is of no use; nil if pages are being pushed in it.
+func (e *source) converse(ctx context.Context, why error) error {
+	leave := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(context.Cause(ctx), ErrLeave) {
+			close(leave)
+		}
+	})
+	defer stop()
+	for {
+		if why == nil {
+			done, err := e.await(leave)
+			if done {
+				return err
+			}
+			why = err
+			if err := e.machine.enter(Reconnecting); err != nil {
+				return e.lost(errors.Join(why, err), e.frozenRemedy())
+			}
+		}
+		e.drop(why)
+		e.Log.Warn("the destination is out of reach; the VM stays frozen here, and pages wait", "error", why)
+		done, err := e.reach(leave, why)
+		if done {
+			return err
+		}
+		why = nil
+	}
+}
+
+// await waits for the end of a push, or of its session.
+func (e *source) await(leave <-chan struct{}) (done bool, err error) {
+	a := e.at.Load()
+	select {
+	case f := <-a.control.frames:
+		err := f.check(msgComplete)
+		if err == nil {
+			err = decode(f.payload, &e.summary)
+		}
+		switch {
+		case err == nil:
+			return true, e.retire()
+		case errors.Is(err, errFailed), errors.Is(err, errFarewell):
+			return true, e.lostThere(err)
+		}
+		return false, err
+	case <-a.Done():
+		return false, a.Err()
+	case <-e.life.Done():
+		return true, e.lostHere(context.Cause(e.life))
+	case <-leave:
+		return true, e.left()
+	}
+}
+
+// reach makes sessions with the destination until it has said what became of the eviction,
+// and does what follows from it. It returns with done unset when pages are pushed again.
+func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) {
+	since := time.Now()
+	pause := time.Duration(0)
+	for {
+		select {
+		case <-time.After(pause):
+		case <-e.life.Done():
+			// The destination may have every page already, so it is asked all the same. But
+			// nobody can answer if it has not.
+			if pause > 0 {
+				return true, e.lostHere(context.Cause(e.life))
+			}
+		case <-leave:
+			return true, e.left()
+		}
+		pause = min(max(2*pause, firstPause), lastPause)
+		a, st, err := e.inquire(leave)
+		if err != nil {
+			e.Log.Debug("the destination cannot be asked", "error", err)
+			continue
+		}
+		here := copyPaused
+		if e.life.Err() != nil {
+			here = copyGone
+		}
+		switch next := sourceOnAnswer(here, e.ranThere, st.Answer); next {
+		case stepPush:
+			again, err := e.rejoin(a)
+			if err != nil {
+				a.Fail(err)
+				a.end()
+				continue
+			}
+			e.mu.Lock()
+			e.gaps = append(e.gaps, Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
+			e.mu.Unlock()
+			if err := e.machine.enter(Pushing); err != nil {
+				return true, e.lost(err, e.frozenRemedy())
+			}
+			return false, nil
+		case stepRetire:
+			if st.Summary != nil {
+				e.summary = *st.Summary
+			}
+			a.end()
+			return true, e.retire()
+		case stepRollBack:
+			a.end()
+			return true, e.rollBack(fmt.Errorf("the destination never ran the VM: %s", st.Reason))
+		case stepLose:
+			a.end()
+			if here == copyGone {
+				return true, e.lostHere(context.Cause(e.life))
+			}
+			return true, e.lostThere(fmt.Errorf("%w: %s", errFailed, st.Reason))
+		case stepHold:
+			a.end()
+			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
+		default:
+			a.end()
+			e.Log.Warn("the destination cannot tell what became of the VM; it stays frozen here", "answer", st.Answer, "reason", st.Reason)
+			pause = lastPause
+		}
+	}
+}
+
+// inquire makes a new session and asks what became of the eviction.
+func (e *source) inquire(leave <-chan struct{}) (*attachment, status, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), connectTime)
+	defer cancel()
+	left := make(chan struct{})
+	defer close(left)
+	go func() {
+		select {
+		case <-leave:
+			cancel()
+		case <-left:
+		}
+	}()
+	s, err := e.Connect(ctx)
+	if err != nil {
+		return nil, status{}, err
+	}
+	a := attach(s, maxHas/8+runSize)
+	st, err := func() (st status, err error) {
+		if err := writeJSON(a.control.Conn, msgResume, resume{Eviction: e.Eviction, Committed: true}); err != nil {
+			return st, err
+		}
+		ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not answer"))
+		defer cancel()
+		f, err := a.control.await(ctx, msgStatus)
+		if err != nil {
+			return st, err
+		}
+		return st, decode(f.payload, &st)
+	}()
+	if err != nil {
+		a.end()
+		return nil, st, err
+	}
+	return a, st, nil
+}
+
+// rejoin learns which pages the destination has, and pushes the others in a new session. It
+// returns how many of them were sent before.
+func (e *source) rejoin(a *attachment) (again int, err error) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not tell what it has"))
+	defer cancel()
+	l := e.frozen.layout
+	has := make([]*pageset.Set, len(l))
+	for i, b := range l {
+		has[i] = pageset.New(b.Pages)
+	}
+	for {
+		f, err := a.control.await(ctx, msgHas, msgReady)
+		if err != nil {
+			return 0, err
+		}
+		if f.kind == msgReady {
+			break
+		}
+		if err := l.parseHas(f.payload, has); err != nil {
+			return 0, err
+		}
+	}
+	var skipped []pageset.Run
+	e.mu.Lock()
+	for i, b := range l {
+		for p := range pageset.Page(b.Pages) {
+			run := pageset.Run{Block: i, First: p, Count: 1}
+			switch why, _ := e.order.Why(i, p); {
+			case has[i].Has(p) && why == pushorder.Left:
+				e.order.Take(run, pushorder.Before)
+				e.sent[pushorder.Before].Add(1)
+			case has[i].Has(p) || why == pushorder.Left:
+			case why == pushorder.Skipped:
+				skipped = append(skipped, run)
+			default:
+				e.order.Return(run)
+				e.sent[why].Add(-1)
+				again++
+			}
+		}
+	}
+	e.mu.Unlock()
+	e.ranThere = true
+	a.window = newWindow(migstream.TargetPageSize)
+	e.at.Store(a)
+	a.begin(func() error { return e.serveFetches(a) })
+	a.begin(func() error {
+		if err := sendSkipped(a, join(skipped)); err != nil {
+			return err
+		}
+		e.beginPush(a)
+		return nil
+	})
+	return again, nil
+}
+
+// join makes runs of pages that follow one another into one.
+func join(runs []pageset.Run) []pageset.Run {
+	out := runs[:0]
+	for _, r := range runs {
+		if n := len(out) - 1; n >= 0 && out[n].Block == r.Block && out[n].End() == r.First {
+			out[n].Count += r.Count
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// drop ends the present session.
+func (e *source) drop(why error) {
+	a := e.at.Swap(nil)
+	if a == nil {
+		return
+	}
+	a.Fail(why)
+	a.end()
+	sent, received := a.Bytes()
+	e.mu.Lock()
+	e.before.sent += sent
+	e.before.received += received
+	e.mu.Unlock()
+}
+
+// retire ends the QEMU here, as the destination has every page.
+func (e *source) retire() error {
+	if err := e.machine.enter(Retiring); err != nil {
+		return e.lost(err, "The VM is whole on the destination. Nothing is lost")
+	}
+	if err := note(e.Journal, MarkCompleted, ""); err != nil {
+		e.Log.Warn("the journal does not take it that the eviction is complete", "error", err)
+	}
+	if a := e.at.Load(); a != nil {
+		a.control.Write(msgHeard)
+	}
+	e.quit()
+	return e.machine.enter(Completed)
+}
+
+// quit ends the QEMU here.
+func (e *source) quit() {
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
+	defer cancel()
+	if e.gone() {
+		return
+	}
+	if err := e.q.Quit(ctx); err != nil {
+		e.Log.Warn("the source's QEMU does not quit; the VM is safe on the destination, end it by hand", "pid", e.q.PeerPID(), "error", err)
+	}
+}
+
+// frozenRemedy says what an operator can do with a VM that stands frozen here.
+func (e *source) frozenRemedy() string {
+	return fmt.Sprintf("Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it. "+
+		"`vacate export %[1]s FILE` saves memory and devices as they were when it was frozen; "+
+		"`vacate decide %[1]s resume-here`, only if the VM is gone on the destination for good, has it go on here from then; "+
+		"`vacate decide %[1]s discard` gives this copy up", e.Eviction)
+}
+
+// lostThere ends an eviction whose VM is lost at the destination.
+func (e *source) lostThere(err error) error {
+	return e.lost(err, fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
+}
+
+// lostHere ends an eviction whose frozen VM ended before all of its pages were sent.
+func (e *source) lostHere(err error) error {
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgFailed, farewell{err.Error()})
+	}
+	return e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
+}
+
+func (e *source) left() error {
+	return &Error{ErrLeft, e.machine.current(), ErrLeave, "The VM stays frozen here, and another engine can go on with the eviction"}
+}
+
+// Resume goes on with an eviction that another engine left or died over, whose last mark in
+// the journal is m: it rolls back one that was not committed, and completes the others. It
+// ends as Evict does after the commit.
+func (s Source) Resume(ctx context.Context, m Mark) (Report, error) {
+	first := InDoubt
+	if m == MarkBegun || m == MarkRolledBack {
+		first = RollingBack
+	}
+	e := s.engine(first)
+	return e.done(e.takeUp(ctx, m))
+}
+
+var errEngineDied = errors.New("the engine died")
+
+// takeUp is Resume.
+func (e *source) takeUp(ctx context.Context, m Mark) error {
+	opening, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
+	defer cancel()
+	here := copyPaused
+	if err := e.open(opening); err != nil {
+		if !notThere(err) {
+			return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
+		}
+		here = copyGone
+		e.die(err)
+	} else if status, err := e.q.QueryStatus(opening); err != nil {
+		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
+	} else if status.Running {
+		here = copyRunning
+	}
+	switch sourceStep(m, here) {
+	case stepRollBack:
+		if err := e.remember(opening); err != nil {
+			return &Error{ErrLeft, e.machine.current(), err, "The VM is here, and was never told to run elsewhere"}
+		}
+		return e.rollBack(errEngineDied)
+	case stepAsk:
+		if here == copyPaused {
+			if err := e.reopen(opening); err != nil {
+				return &Error{ErrLeft, e.machine.current(), err, e.frozenRemedy()}
+			}
+		}
+		return e.converse(ctx, errEngineDied)
+	case stepLose:
+		return e.lost(errEngineDied, "The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
+	case stepRetire:
+		e.quit()
+		return nil
+	case stepHold:
+		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")
+	}
+	return nil
+}
+
+// remember reads what rolling back needs.
+func (e *source) remember(ctx context.Context) (err error) {
+	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
+		return err
+	}
+	b, err := e.kept(keptSettings)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing was set yet
+	}
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, &e.changed)
+}
+
+// reopen gets ready to send the frozen VM's pages once more.
+func (e *source) reopen(ctx context.Context) error {
+	if err := e.remember(ctx); err != nil {
+		return err
+	}
+	head, err := e.kept(keptHead)
+	if err != nil {
+		return err
+	}
+	l, _, err := parseHead(head)
+	if err != nil {
+		return err
+	}
+	if e.offer, err = describe(ctx, e.q); err != nil {
+		return err
+	}
+	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	if err := e.layOut(l); err != nil {
+		return err
+	}
+	blocks, err := e.kept(keptBlocks)
+	if err != nil {
+		return err
+	}
+	if err := e.frozen.parseStreamed(blocks); err != nil {
+		return err
+	}
+	close(e.frozen.ready)
+	e.frozenAt.Store(&e.started)
+	e.tasks.Go(func() {
+		ctx, cancel := e.bound(context.Background(), lookLimit, errors.New("looking into the guest took too long"))
+		e.look(ctx)
+		cancel()
+		e.enlighten()
+	})
+	return nil
+}
+
+func (e *source) kept(name string) ([]byte, error) {
+	if e.Journal == nil {
+		return nil, errors.New("an eviction cannot be resumed without a journal")
+	}
+	return e.Journal.Kept(name)
+}
+
+// A Decision is an operator's, of a VM that stands frozen.
+type Decision string
+
+// The decisions.
+const (
+	// ResumeHere has the VM go on at the source, from when it was frozen. Whoever decides
+	// so knows that the VM is gone at the destination, and that nobody starts it there.
+	ResumeHere Decision = "resume-here"
+	// Discard gives the copy at the source up.
+	Discard Decision = "discard"
+)
+
+// Decide does what an operator decided. No engine may be at work on the eviction.
+func (s Source) Decide(ctx context.Context, d Decision) error {
+	e := s.engine(RollingBack)
+	_, err := e.done(e.decide(ctx, d))
+	return err
+}
+
+func (e *source) decide(ctx context.Context, d Decision) error {
+	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
+	defer cancel()
+	if err := e.open(ctx); err != nil {
+		return err
+	}
+	switch d {
+	case ResumeHere:
+		if err := e.remember(ctx); err != nil {
+			return err
+		}
+		if err := note(e.Journal, MarkResumedHere, "the operator decided so"); err != nil {
+			return err
+		}
+		e.tellAbort(ctx)
+		if err := e.resume(ctx); err != nil {
+			return err
+		}
+		return e.changed.apply(ctx, e.q)
+	case Discard:
+		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
+			return err
+		}
+		return e.q.Quit(ctx)
+	}
+	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
+}
+
+// tellAbort tells the destination, if it can be reached, that the VM runs here again.
+func (e *source) tellAbort(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, connectTime)
+	defer cancel()
+	s, err := e.Connect(ctx)
+	if err != nil {
+		return
+	}
+	a := attach(s, maxHas/8+runSize)
+	defer a.end()
+	writeJSON(a.control.Conn, msgResume, resume{Eviction: e.Eviction})
+	writeJSON(a.control.Conn, msgAbort, farewell{"the VM was resumed at the source, by an operator's decision"})
+	a.control.await(ctx, msgStatus)
+}
+
+// notThere tells whether an error of reaching a QEMU says that it has ended.
+func notThere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, qmp.ErrClosed)
+}

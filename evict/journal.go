@@ -1,0 +1,37 @@
+package evict
+
+// Journal is where an engine notes what must not be forgotten when it dies, of one
+// eviction. Its methods return when that is durable, and may be called concurrently.
+type Journal interface {
+	// Note sets the eviction's mark, and why it got it.
+	Note(m Mark, reason string) error
+	// Keep stores bytes under a name of the engine's, in place of those stored before.
+	Keep(name string, b []byte) error
+	// Kept returns what was stored; an error that wraps fs.ErrNotExist if nothing was.
+	Kept(name string) ([]byte, error)
+}
+
+// What engines keep, by its name.
+const (
+	keptSettings = "settings" // source: JSON of QEMU's migration settings to be put back
+	keptHead     = "head"     // both: QEMU's stream from its header to the footer of the RAM section's start
+	keptLoad     = "load"     // source: the package
+	keptBlocks   = "blocks"   // source: blocks that cannot be read from QEMU's memory, see appendPages
+	keptMemory   = "memory"   // destination: JSON of guestmem.Block, where the twin's memory is
+)
+
+// note is Note for an engine that may have no journal.
+func note(j Journal, m Mark, reason string) error {
+	if j == nil {
+		return nil
+	}
+	return j.Note(m, reason)
+}
+
+// keep is Keep for an engine that may have no journal.
+func keep(j Journal, name string, b []byte) error {
+	if j == nil {
+		return nil
+	}
+	return j.Keep(name, b)
+}

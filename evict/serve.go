@@ -1,0 +1,587 @@
+package evict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"vacate/guestmem"
+	"vacate/link"
+	"vacate/migstream"
+	"vacate/pageset"
+	"vacate/qmp"
+
+	"golang.org/x/sys/unix"
+)
+
+// lingerTime is how long a destination without a journal stays after the end to tell a
+// source that comes back.
+const lingerTime = time.Minute
+
+// serve takes the pages of a VM that runs here, for as long as it takes, through any number
+// of sessions with the source and of streams to QEMU, and completes the migration.
+func (e *destination) serve(ctx context.Context) error {
+	leave := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(context.Cause(ctx), ErrLeave) {
+			close(leave)
+		}
+	})
+	defer stop()
+	mended := make(chan mended, 1)
+	mending := false
+	tick := time.NewTicker(500 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		var whole, broken, gone <-chan struct{}
+		var frames chan controlFrame
+		rejoin := e.rejoin
+		if e.stream != nil {
+			whole, broken = e.whole, e.stream.broken
+		} else {
+			if !mending {
+				mending = true
+				e.tasks.Go(func() { mended <- e.mend() })
+			}
+			if e.placer.direct.Load() == nil || e.pending {
+				rejoin = nil // pages would have nowhere to go
+			}
+		}
+		if a := e.at.Load(); a != nil {
+			gone, frames = a.Done(), a.control.frames
+		}
+		select {
+		case <-whole:
+			err := e.complete()
+			if err == nil {
+				return nil
+			}
+			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
+				return e.lost(err, "The VM is whole here, but its QEMU does not end the migration: ask it with `query-migrate`. The source still holds its memory")
+			}
+			e.dropStream(err)
+		case <-broken:
+			e.dropStream(e.stream.why)
+		case m := <-mended:
+			mending = false
+			if m.err == nil {
+				m.err = e.useStream(m)
+			}
+			switch {
+			case errors.Is(m.err, errCompleted):
+				return e.finish()
+			case m.err != nil:
+				e.Log.Warn("QEMU's migration cannot be taken up yet", "error", m.err)
+			}
+		case f := <-frames:
+			err := f.check()
+			switch {
+			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
+				return e.lost(errors.Join(err, e.kill()), "The source runs the VM again. The one here was ended")
+			case errors.Is(err, errFailed):
+				return e.lost(err, e.leftovers())
+			}
+			e.at.Load().Fail(err)
+		case <-gone:
+			e.detach(e.at.Load().Err())
+		case r := <-rejoin:
+			if err := e.attach(ctx, r); err != nil {
+				return err
+			}
+		case <-e.life.Done():
+			return e.lost(context.Cause(e.life), "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+		case <-leave:
+			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
+		case <-tick.C:
+			e.show(e.machine.current())
+		}
+	}
+}
+
+// leftovers says what is here of a VM that cannot become whole.
+func (e *destination) leftovers() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. Save what can be saved from it, then end its QEMU", e.missing)
+}
+
+// detach ends the session with the source.
+func (e *destination) detach(why error) {
+	a := e.at.Swap(nil)
+	if a == nil {
+		return
+	}
+	a.Fail(why)
+	a.end()
+	if e.machine.current() == Running {
+		if err := e.machine.enter(CutOff); err != nil {
+			e.Log.Error("state", "error", err)
+		}
+	}
+	e.Log.Warn("the source is not there; the VM runs as far as its pages go, until the source is back", "error", why)
+}
+
+// dropStream gives QEMU's stream up. What was on its way in it may be lost, so the source
+// has to come again and learn what is here.
+func (e *destination) dropStream(why error) {
+	e.detach(fmt.Errorf("the stream to QEMU broke: %w", why))
+	e.stream.fail(why)
+	e.stream.reader.Wait()
+	e.stream = nil
+}
+
+// attach goes on with a source that came back: it tells it what is here, and asks for what
+// the guest waits for. A failure of the session is no error.
+func (e *destination) attach(ctx context.Context, r *Request) error {
+	e.detach(errors.New("the source has made a new session"))
+	if e.pending {
+		if !r.resume.Committed {
+			r.end() // it is none of ours: ours asks with this only
+			return nil
+		}
+		if err := e.run(ctx); err != nil {
+			e.at.Store(r.attachment)
+			return err
+		}
+	}
+	a := r.attachment
+	if err := e.tellHas(a); err != nil {
+		a.Fail(err)
+		a.end()
+		return nil
+	}
+	e.Log.Info("the source is back", "source", a.Session.Peer())
+	e.receiveLanes(a)
+	e.at.Store(a)
+	if e.machine.current() == CutOff {
+		if err := e.machine.enter(Running); err != nil {
+			return e.lost(err, e.leftovers())
+		}
+	}
+	e.mu.Lock()
+	runs := make([]pageset.Run, 0, len(e.waiting))
+	for k := range e.waiting {
+		runs = append(runs, pageset.Run{Block: k.block, First: k.page, Count: 1})
+	}
+	e.mu.Unlock()
+	for _, run := range runs {
+		if err := a.Lane(link.Fetch).Write(frameRequest, appendRequest(nil, run)); err != nil {
+			a.FailSoon(err)
+			break
+		}
+	}
+	return nil
+}
+
+// tellHas tells the source that the VM runs, and which pages are here or need not come.
+func (e *destination) tellHas(a *attachment) error {
+	if err := writeJSON(a.control.Conn, msgStatus, status{Answer: AnswerRunning}); err != nil {
+		return err
+	}
+	for i, b := range e.layout {
+		for first := 0; first < b.Pages; first += maxHas {
+			e.mu.Lock()
+			frame := appendHas(nil, i, first, min(maxHas, b.Pages-first), e.received[i])
+			e.mu.Unlock()
+			if err := a.control.Write(msgHas, frame); err != nil {
+				return err
+			}
+		}
+	}
+	return a.control.Write(msgReady)
+}
+
+// complete ends QEMU's migration, as all pages are there.
+func (e *destination) complete() error {
+	if st := e.machine.current(); st != Completing {
+		if err := e.machine.enter(Completing); err != nil {
+			return err
+		}
+	}
+	if err := e.placer.end(); err != nil {
+		return err
+	}
+	select {
+	case <-e.stream.ended:
+	case <-e.stream.broken:
+		return e.stream.why
+	case <-e.life.Done():
+		return context.Cause(e.life)
+	}
+	if e.stream.status != 0 {
+		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", e.stream.status))
+	}
+	return e.finish()
+}
+
+// finish tells the source that the VM is whole here.
+func (e *destination) finish() error {
+	if e.machine.current() != Completing {
+		if err := e.machine.enter(Completing); err != nil {
+			return err
+		}
+	}
+	if err := note(e.Journal, MarkCompleted, ""); err != nil {
+		e.Log.Warn("the journal does not take it that the VM is whole here", "error", err)
+	}
+	received := e.summary()
+	timer := time.NewTimer(lingerTime)
+	defer timer.Stop()
+	a := e.at.Load()
+	if a != nil {
+		if err := writeJSON(a.control.Conn, msgComplete, received); err != nil {
+			a.Fail(err)
+		}
+	}
+	// Until the source has heard it. Later ones are answered from the journal.
+	for done := false; !done && (a != nil || e.Journal == nil); {
+		var gone <-chan struct{}
+		var frames chan controlFrame
+		if a != nil {
+			gone, frames = a.Done(), a.control.frames
+		}
+		select {
+		case f := <-frames:
+			done = f.check(msgHeard) == nil
+			if !done {
+				a.Fail(f.check())
+			}
+		case <-gone:
+			e.at.Store(nil)
+			a.end()
+			a = nil
+		case r := <-e.rejoin:
+			r.Answer(AnswerComplete, "", &received)
+			done = true
+		case <-timer.C:
+			e.Log.Warn("the VM is whole here, but the source could not be told")
+			done = true
+		case <-e.life.Done(): // whatever happens to the VM now, it is no longer ours
+			done = true
+		}
+	}
+	return e.machine.enter(Completed)
+}
+
+// summary sums up what was received.
+func (e *destination) summary() Received {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	slices.Sort(e.delays)
+	stats := e.stats
+	step := len(e.delays)/1000 + 1
+	for i := len(e.delays) - 1; i >= 0; i -= step {
+		stats.FetchDelays = append(stats.FetchDelays, e.delays[i])
+	}
+	slices.Reverse(stats.FetchDelays)
+	return stats
+}
+
+// twin is what another engine needs to know of the QEMU here to place pages in its memory,
+// even while it does not answer because it waits for one of them.
+type twin struct {
+	PID    int              `json:"pid"`
+	Start  uint64           `json:"start_ticks"` // of the process, since boot, in clock ticks
+	Blocks []guestmem.Block `json:"blocks"`
+}
+
+func (e *destination) twin() (twin, error) {
+	start, err := startOf(e.mem.PID())
+	return twin{e.mem.PID(), start, e.mem.Blocks()}, err
+}
+
+// startOf returns when a process was started, which tells it from a later one of its number
+// (proc(5), field 22 of stat).
+func startOf(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("look at process %d: %w", pid, err)
+	}
+	s := string(b)
+	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// Resume goes on with an eviction that another engine left or died over, whose last mark in
+// the journal is m. It ends as Receive does. Requests to resume the eviction are answered by it.
+func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan *Request) (Received, error) {
+	e := d.engine(CutOff)
+	defer e.close()
+	e.eviction = id
+	e.report(CutOff)
+	e.tasks.Go(func() { e.sort(requests) })
+	var err error
+	found := copyGone
+	if err = e.find(); err == nil {
+		found = copyRunning
+	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
+		return Received{}, &Error{ErrLeft, CutOff, err, "Nothing was touched. The VM may run here as far as its pages go"}
+	}
+	switch destinationStep(m, found) {
+	case stepAbandon:
+		if found == copyGone {
+			if err := note(d.Journal, MarkNeverRan, "the engine died before the VM was told to run"); err != nil {
+				return Received{}, &Error{ErrLeft, CutOff, err, "The VM never ran here"}
+			}
+			e.answerRejoin(AnswerNeverRan, "the destination's engine died before the VM was told to run")
+			return Received{}, &Error{ErrAborted, CutOff, errors.Join(errDied, e.machine.enter(Aborted)), "The VM never ran here"}
+		}
+		return Received{}, e.abort(errDied)
+	case stepTakeUp:
+		if err := e.serve(ctx); err != nil {
+			return Received{}, err
+		}
+		return e.summary(), nil
+	}
+	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it", errTwinGone), "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+}
+
+var errDied = errors.New("the engine died before the VM was told to run")
+
+// find takes hold of the QEMU of an eviction that is resumed, and of its memory, without
+// asking it anything: it may not be able to answer.
+func (e *destination) find() error {
+	if e.Journal == nil {
+		return errors.New("an eviction cannot be resumed without a journal")
+	}
+	b, err := e.Journal.Kept(keptMemory)
+	if err != nil {
+		return fmt.Errorf("which QEMU took the VM: %w", err)
+	}
+	var t twin
+	if err := json.Unmarshal(b, &t); err != nil {
+		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
+	}
+	if e.process, err = unix.PidfdOpen(t.PID, 0); err != nil {
+		return fmt.Errorf("%w: process %d: %w", errTwinGone, t.PID, err)
+	}
+	if start, err := startOf(t.PID); err != nil || start != t.Start {
+		return fmt.Errorf("%w: process %d is another one now", errTwinGone, t.PID)
+	}
+	e.tasks.Go(e.watch)
+	head, err := e.Journal.Kept(keptHead)
+	if err != nil {
+		return fmt.Errorf("the VM's memory: %w", err)
+	}
+	l, r, err := parseHead(head)
+	if err != nil {
+		return err
+	}
+	e.adopt(head, l, r)
+	if e.mem, err = guestmem.Reopen(t.PID, t.Blocks); err != nil {
+		return err
+	}
+	e.placer = newPlacer(nil, r.SectionID(), l)
+	e.placeDirectly()
+	return e.takeStock(nil)
+}
+
+// takeStock finds out which pages are here, from QEMU's page tables: while it may wait for
+// pages, one that is there was placed. Of blocks whose place is not known only QEMU can
+// tell, by a bitmap for each; before it did, none of theirs counts as missing.
+func (e *destination) takeStock(bitmaps map[string][]byte) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.missing, e.whole = 0, make(chan struct{})
+	for i, b := range e.layout {
+		set, per := pageset.New(b.Pages), int(b.PageSize/migstream.TargetPageSize)
+		frames := b.Pages * per
+		words := make([]uint64, (frames+63)/64)
+		at := slices.IndexFunc(e.mem.Blocks(), func(m guestmem.Block) bool {
+			return m.Name == b.Name && m.Located && m.PageSize == b.PageSize && m.Size >= b.Length
+		})
+		switch bits := bitmaps[b.Name]; {
+		case at >= 0:
+			if err := e.mem.Placed(at, 0, uint64(frames), words); err != nil {
+				return err
+			}
+		case bitmaps == nil:
+			for j := range words {
+				words[j] = ^uint64(0)
+			}
+		case len(bits)*8 < frames:
+			return fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8, b.Name, frames)
+		default:
+			for j := range frames {
+				words[j/64] |= uint64(bits[j/8]>>(j%8)&1) << (j % 64)
+			}
+		}
+		for p := range b.Pages {
+			f := p * per
+			if words[f/64]>>(f%64)&1 != 0 || e.skipped[i].Has(pageset.Page(p)) {
+				set.Add(pageset.Page(p))
+			}
+		}
+		e.received[i] = set
+		e.missing += b.Pages - set.Count()
+	}
+	for k := range e.waiting {
+		if e.received[k.block].Has(k.page) && !e.skipped[k.block].Has(k.page) {
+			delete(e.waiting, k)
+		}
+	}
+	return nil
+}
+
+// errCompleted says that QEMU has ended its migration, which it is told to when it has all pages.
+var errCompleted = errors.New("the migration is complete")
+
+const (
+	recoverFD   = "vacate-recover"
+	recoverTime = 5 * time.Second
+	mendPause   = time.Second // after an attempt that failed
+)
+
+// mended is a new stream to QEMU.
+type mended struct {
+	conn    net.Conn
+	r       *migstream.ReturnReader // of its return path
+	bitmaps map[string][]byte       // by block, a bit for each of 4 KiB that QEMU has taken from streams
+	pending bool                    // the QEMU was not told to run the VM yet
+	err     error
+}
+
+// mend takes QEMU's migration up again by its post-copy recovery: QEMU gets a new stream, tells
+// which pages it has, and once more for which it waits. It is called while e.stream is nil.
+func (e *destination) mend() mended {
+	m := e.recover()
+	if m.err != nil && !errors.Is(m.err, errCompleted) {
+		select {
+		case <-time.After(mendPause):
+		case <-e.life.Done():
+		}
+	}
+	return m
+}
+
+func (e *destination) recover() (m mended) {
+	ctx, cancel := e.bound(context.Background())
+	defer cancel(nil)
+	timer := time.AfterFunc(recoverTime, func() { cancel(errors.New("QEMU does not answer: it may wait for a page itself")) })
+	defer timer.Stop()
+	if e.q == nil || e.q.Err() != nil {
+		q, err := qmp.Dial(ctx, e.QMP)
+		if err != nil {
+			return mended{err: err}
+		}
+		if e.q != nil {
+			e.q.Close()
+		}
+		e.q = q
+	}
+	if m.err = e.awaitPaused(ctx); m.err != nil {
+		return m
+	}
+	st, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return mended{err: err}
+	}
+	// Of a QEMU that took the VM and has all devices, "paused" means that it was not told to run.
+	m.pending = st.Status == "paused"
+	if m.conn, m.err = socketTo(ctx, e.q, recoverFD, 0); m.err != nil {
+		return m
+	}
+	if m.err = e.handshake(ctx, &m); m.err != nil {
+		m.conn.Close()
+	}
+	return m
+}
+
+// handshake is that of QEMU's post-copy recovery.
+func (e *destination) handshake(ctx context.Context, m *mended) error {
+	// All in one piece, and before QEMU reads any of it: some versions do not survive a
+	// connection that ends before it said enough.
+	var hello []byte
+	most := 0
+	for _, b := range e.layout {
+		hello = migstream.RecvBitmapCommand(b.Name).Append(hello)
+		most = max(most, int(b.Length/migstream.TargetPageSize))
+	}
+	hello = migstream.Command{ID: migstream.CmdPostcopyResume}.Append(hello)
+	if _, err := m.conn.Write(hello); err != nil {
+		return fmt.Errorf("write to QEMU: %w", err)
+	}
+	if err := e.q.MigrateRecover(ctx, "fd:"+recoverFD); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { m.conn.SetDeadline(time.Unix(1, 0)) })
+	m.r, m.bitmaps = migstream.NewReturnReader(m.conn, most), map[string][]byte{}
+	for {
+		msg, err := m.r.Next()
+		if err != nil {
+			return fmt.Errorf("QEMU's recovery: %w", errors.Join(err, context.Cause(ctx)))
+		}
+		switch msg.Type {
+		case migstream.MsgRecvBitmap:
+			m.bitmaps[msg.Block] = msg.Bitmap
+		case migstream.MsgResumeAck:
+			if !stop() {
+				return context.Cause(ctx)
+			}
+			return nil
+		}
+	}
+}
+
+// useStream goes on with a new stream to QEMU. If the source is there, it has to come again,
+// as other pages may be here than it knows.
+func (e *destination) useStream(m mended) error {
+	e.detach(errors.New("QEMU has a new stream"))
+	d := e.placer.direct.Load()
+	e.pending, e.stream = m.pending, newStream(m.conn)
+	e.placer = newPlacer(m.conn, e.reader.SectionID(), e.layout)
+	if d != nil {
+		e.placer.direct.Store(d)
+	} else {
+		e.placeDirectly()
+	}
+	if err := e.takeStock(m.bitmaps); err != nil {
+		e.stream.fail(err)
+		e.stream = nil
+		return err
+	}
+	e.mu.Lock()
+	e.checkWhole()
+	e.mu.Unlock()
+	e.follow(e.stream, m.r)
+	return nil
+}
+
+// awaitPaused waits until QEMU has noticed that its stream broke.
+func (e *destination) awaitPaused(ctx context.Context) error {
+	for asked := false; ; {
+		m, err := e.q.QueryMigrate(ctx)
+		switch {
+		case err != nil:
+			return err
+		case m.Status == "postcopy-paused":
+			return nil
+		case m.Status == "completed":
+			return errCompleted
+		case m.Status == "failed":
+			return fmt.Errorf("QEMU's migration failed: %s", m.ErrorDesc)
+		case m.Status == "postcopy-active" && !asked:
+			asked = true
+			// Refused where it has just noticed by itself.
+			if err := e.q.MigratePause(ctx); err != nil && !isRefusal(err) {
+				return err
+			}
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%w; its migration is %q", context.Cause(ctx), m.Status)
+		}
+	}
+}
