@@ -219,6 +219,7 @@ type newcomer struct {
 	tcp      *net.TCPConn
 	tls      *tls.Conn // nil on a plain link
 	records  *records  // below tls
+	blocking bool      // a lane has it: its calls block, and deadlines are not heeded
 }
 
 // newNewcomer sets a connection up, and puts TLS over it if there is a configuration. There
@@ -230,12 +231,13 @@ func newNewcomer(c net.Conn, config *tls.Config, side func(net.Conn, *tls.Config
 	}
 	r := &records{Conn: tcp}
 	t := side(r, config)
-	return &newcomer{t, tcp, t, r}, nil
+	return &newcomer{Conn: t, tcp: tcp, tls: t, records: r}, nil
 }
 
 // lane makes a lane of a newcomer, once hello and answer have passed. The caller closes the
 // connection in any case.
 func (h *newcomer) lane() (*Conn, error) {
+	h.blocking = true
 	sock, err := newSocket(h.tcp)
 	if err != nil {
 		return nil, err

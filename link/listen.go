@@ -300,6 +300,9 @@ func judge(err error) error {
 // would be reset, and the words could be lost.
 func (c *newcomer) part() {
 	c.tcp.CloseWrite()
+	if c.blocking {
+		return
+	}
 	c.tcp.SetReadDeadline(time.Now().Add(farewellTime / 2))
 	io.CopyN(io.Discard, c.tcp, 64<<10)
 }
