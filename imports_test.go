@@ -29,7 +29,7 @@ var imports = map[string][]string{
 	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/qmp"},
 	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
-	"evict":            {"golang.org/x/sys", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
+	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
 	"doctor":           {"golang.org/x/sys", "vacate/guestmem", "vacate/qmp"},
 	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/export"
 	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageset"
@@ -401,29 +402,11 @@ func (e *source) remember(ctx context.Context) (err error) {
 
 // reopen gets ready to send the frozen VM's pages once more.
 func (e *source) reopen(ctx context.Context) error {
-	if err := e.remember(ctx); err != nil {
+	if _, err := e.recall(ctx); err != nil {
 		return err
 	}
-	head, err := e.kept(keptHead)
-	if err != nil {
-		return err
-	}
-	l, _, err := parseHead(head)
-	if err != nil {
-		return err
-	}
+	var err error
 	if e.offer, err = describe(ctx, e.q); err != nil {
-		return err
-	}
-	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
-	if err := e.layOut(l); err != nil {
-		return err
-	}
-	blocks, err := e.kept(keptBlocks)
-	if err != nil {
-		return err
-	}
-	if err := e.frozen.parseStreamed(blocks); err != nil {
 		return err
 	}
 	close(e.frozen.ready)
@@ -435,6 +418,30 @@ func (e *source) reopen(ctx context.Context) error {
 		e.enlighten()
 	})
 	return nil
+}
+
+// recall reads from the journal what the frozen VM is, and returns the head of its stream.
+func (e *source) recall(ctx context.Context) (head []byte, err error) {
+	if err := e.remember(ctx); err != nil {
+		return nil, err
+	}
+	head, err = e.kept(keptHead)
+	if err != nil {
+		return nil, err
+	}
+	l, _, err := parseHead(head)
+	if err != nil {
+		return nil, err
+	}
+	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	if err := e.layOut(l); err != nil {
+		return nil, err
+	}
+	blocks, err := e.kept(keptBlocks)
+	if err != nil {
+		return nil, err
+	}
+	return head, e.frozen.parseStreamed(blocks)
 }
 
 func (e *source) kept(name string) ([]byte, error) {
@@ -491,6 +498,42 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
 }
 
+// Export writes the memory and the devices of a VM that stands frozen to a new file, from
+// which QEMU starts it as it was when it was frozen; see export.VM.WriteFile. No engine may
+// be at work on the eviction.
+func (s Source) Export(ctx context.Context, file string) error {
+	e := s.engine(InDoubt)
+	err := e.export(ctx, file)
+	e.done(err)
+	return err
+}
+
+func (e *source) export(ctx context.Context, file string) error {
+	if err := e.open(ctx); err != nil {
+		return err
+	}
+	status, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	if status.Running {
+		return errors.New("the VM is not frozen here: it runs")
+	}
+	head, err := e.recall(ctx)
+	if err != nil {
+		return err
+	}
+	load, err := e.kept(keptLoad)
+	if err != nil {
+		return err
+	}
+	vm := export.VM{Memory: e.mem, Head: head, Load: load, Streamed: map[string][]byte{}}
+	for i, data := range e.frozen.streamed {
+		vm.Streamed[e.frozen.layout[i].Name] = data
+	}
+	return vm.WriteFile(ctx, file, nil)
+}
+
 // tellAbort tells the destination, if it can be reached, that the VM runs here again.
 func (e *source) tellAbort(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, connectTime)
@@ -508,5 +551,5 @@ func (e *source) tellAbort(ctx context.Context) {
 
 // notThere tells whether an error of reaching a QEMU says that it has ended.
 func notThere(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, qmp.ErrClosed)
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, qmp.ErrClosed) || errors.Is(err, errAnother)
 }

@@ -23,6 +23,10 @@ type Source struct {
 	Eviction ID     // zero for a new one
 	VM       string // its name at the destination; empty where a QEMU waits for just this VM
 	QMP      string // path of the QMP socket of the VM's QEMU
+	// PID and StartTime (proc(5), field 22 of stat, in ticks) tell the QEMU from one that was
+	// started since: of another one, Resume and Decide take it that this one ended. Zero: any.
+	PID       int
+	StartTime uint64
 	// Connect makes a session with the destination. It is called again whenever the link
 	// is lost after the commit.
 	Connect func(context.Context) (*link.Session, error)
@@ -232,6 +236,11 @@ func (e *source) open(ctx context.Context) (err error) {
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
 	}
+	if e.PID != 0 {
+		if start, err := startOf(e.PID); err != nil || start != e.StartTime || e.q.PeerPID() != e.PID {
+			return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.PID, e.q.PeerPID())
+		}
+	}
 	e.events = e.q.Subscribe(256)
 	e.tasks.Go(func() {
 		select {
@@ -242,6 +251,9 @@ func (e *source) open(ctx context.Context) (err error) {
 	})
 	return recent(e.q.Version())
 }
+
+// errAnother is wrapped by the error of a QEMU that is not the one that had the VM.
+var errAnother = errors.New("the VM's QEMU ended")
 
 // fit makes sure that the VM is in a state from which it can be evicted.
 func (e *source) fit(ctx context.Context) error {
