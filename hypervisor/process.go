@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -136,4 +137,29 @@ func parseStat(b []byte) (uint64, error) {
 		return 0, fmt.Errorf("not what the kernel tells of a process: %.100q", b)
 	}
 	return strconv.ParseUint(string(fields[19]), 10, 64)
+}
+
+// Twins returns the processes whose command line is that of the VM's twin, in this PID namespace.
+func Twins(vm VM) ([]Process, error) {
+	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var list []Process
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(d.Name())
+		if err != nil {
+			continue
+		}
+		// The start first: if the process ends and its number is given anew, that is no longer it.
+		p, err := FindProcess(pid)
+		if err != nil {
+			continue
+		}
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Equal(line, want) {
+			list = append(list, p)
+		}
+	}
+	return list, nil
 }

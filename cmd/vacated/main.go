@@ -1,0 +1,109 @@
+// Command vacated is the daemon of a host from which VMs are evicted, or to which. `vacated --help` tells how.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"vacate/host"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	if err := command().ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "vacated:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	var file, format string
+	var check bool
+	c := &cobra.Command{
+		Use:   "vacated",
+		Short: "Evict VMs from this host, and take those of others",
+		Long: `Evicts VMs of this host as ` + "`vacate`" + ` asks, and takes those that other hosts
+bring. Both hosts of an eviction run one. It may be killed at any time and
+started again: VMs live on, and it goes on with what was under way.
+
+SIGTERM and SIGINT stop it: evictions that can still be aborted are, and the
+others wait for the next start, their VMs running or frozen as they are.
+
+The configuration (TOML):
+  certs   = "/etc/vacate/certs"         # who this host is; see vacate certs
+  listen  = ":7601"                     # other hosts bring VMs there
+  socket  = "/run/vacate/vacated.sock"  # vacate asks here; /metrics, too
+  journal = "/var/lib/vacate"           # what must not be forgotten
+  vms     = "/etc/vacate/vms"           # NAME.toml for each VM, see below
+  metrics = "127.0.0.1:9601"            # /metrics for Prometheus
+  [api]                                 # as the socket, over TLS
+  listen    = ":7600"
+  operators = ["admin"]                 # by the names in their certificates
+  [peers.hostb]                         # by the name in its certificate
+  address  = "hostb:7601"
+  may_send = true                       # it may bring VMs here
+listen, metrics and api are off by default. In place of certs there may be
+  plain = true                          # no TLS, and peers are known by their
+  name  = "hosta"                       # IP addresses
+
+A VM (in vms, on both hosts, under one name; what is started is decided here):
+  command = ["/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm",
+             "-m", "4G", "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
+  qmp     = "/run/vacate/{name}.qmp"
+  user    = "qemu"
+{incoming} becomes what has a QEMU wait for the VM, or nothing.`,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(c *cobra.Command, _ []string) error {
+			config, err := host.ReadConfig(file)
+			if err != nil || check {
+				return err
+			}
+			return run(c.Context(), config, format)
+		},
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		Version:           version(),
+	}
+	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml", "`FILE` with the configuration")
+	c.Flags().StringVar(&format, "log-format", "text", "of the log on standard error: text or json")
+	c.Flags().BoolVar(&check, "check", false, "only check the configuration")
+	return c
+}
+
+func run(ctx context.Context, config host.Config, format string) error {
+	var handler slog.Handler = slog.NewTextHandler(os.Stderr, nil)
+	switch format {
+	case "text":
+	case "json":
+		handler = slog.NewJSONHandler(os.Stderr, nil)
+	default:
+		return fmt.Errorf("--log-format %q: there are text and json", format)
+	}
+	// A log that nobody reads any more must not end the daemon.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	h, err := host.Open(config, version(), slog.New(handler))
+	if err != nil {
+		return err
+	}
+	if err := h.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}

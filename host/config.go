@@ -1,0 +1,185 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"vacate/hypervisor"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Config is how a host's daemon is set up. It is read from a file of TOML:
+//
+//	certs   = "/etc/vacate/certs"           # who this host is: see vacate certs
+//	listen  = ":7601"                       # where other hosts bring VMs; without it, none may come
+//	socket  = "/run/vacate/vacated.sock"    # where this host's operators ask, and the path of /metrics
+//	journal = "/var/lib/vacate"             # what must not be forgotten: on a disk that keeps it
+//	vms     = "/etc/vacate/vms"             # descriptions of VMs: see package hypervisor
+//	metrics = "127.0.0.1:9601"              # /metrics for Prometheus, over plain HTTP; default: only on the socket
+//
+//	[api]                                   # the same as on the socket, over TLS
+//	listen    = ":7600"
+//	operators = ["admin"]                   # names in the certificates of those who may
+//
+//	[peers.hostb]                           # another host, by the name in its certificate
+//	address  = "hostb.example:7601"         # where it listens; without it, no VM goes there
+//	may_send = true                         # it may bring VMs here
+//
+// All but peers has the default shown, except for listen, metrics and api, which are off. With
+//
+//	plain = true                            # no TLS: whoever reaches the link can read and forge memory
+//
+// the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
+type Config struct {
+	Name    string          `toml:"name"` // of this host on a plain link; else its certificate has it
+	Certs   string          `toml:"certs"`
+	Plain   bool            `toml:"plain"`
+	Listen  string          `toml:"listen"`
+	Socket  string          `toml:"socket"`
+	Journal string          `toml:"journal"`
+	VMs     string          `toml:"vms"`
+	Metrics string          `toml:"metrics"`
+	API     API             `toml:"api"`
+	Peers   map[string]Peer `toml:"peers"`
+}
+
+// API is who may ask over TCP.
+type API struct {
+	Listen    string   `toml:"listen"`
+	Operators []string `toml:"operators"`
+}
+
+// Peer is another host.
+type Peer struct {
+	Address string `toml:"address"`
+	MaySend bool   `toml:"may_send"`
+}
+
+// maxConfig bounds the file, in bytes.
+const maxConfig = 1 << 20
+
+// ReadConfig reads a file, and fills in the defaults. Relative paths in it count from its directory.
+func ReadConfig(file string) (Config, error) {
+	c := Config{
+		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate", VMs: "/etc/vacate/vms",
+	}
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("%w: make one, see vacated --help", err)
+	} else if err != nil {
+		return c, err
+	}
+	if info.Size() > maxConfig {
+		return c, fmt.Errorf("%s has more than %d bytes", file, maxConfig)
+	}
+	meta, err := toml.DecodeFile(file, &c)
+	if err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return c, fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
+	}
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err != nil {
+		return c, err
+	}
+	for _, path := range []*string{&c.Certs, &c.Socket, &c.Journal, &c.VMs} {
+		if *path != "" && !filepath.IsAbs(*path) {
+			*path = filepath.Join(dir, *path)
+		}
+	}
+	if err := c.check(); err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+// check says what is wrong with a configuration.
+func (c Config) check() error {
+	for name, path := range map[string]string{"socket": c.Socket, "journal": c.Journal, "vms": c.VMs} {
+		if path == "" {
+			return fmt.Errorf("%s is empty", name)
+		}
+	}
+	for _, a := range []struct{ name, addr string }{{"listen", c.Listen}, {"metrics", c.Metrics}, {"api.listen", c.API.Listen}} {
+		if a.addr == "" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(a.addr); err != nil {
+			return fmt.Errorf("%s = %q is not HOST:PORT", a.name, a.addr)
+		}
+	}
+	if c.Plain && c.Name == "" {
+		return errors.New("plain = true needs name, this host's")
+	}
+	if !c.Plain && c.Name != "" {
+		return errors.New("name is for plain = true only: this host's certificate has its name")
+	}
+	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
+		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		p := c.Peers[name]
+		if err := hypervisor.CheckName(name); err != nil {
+			return fmt.Errorf("peers.%s: %w", name, err)
+		}
+		if p.Address == "" {
+			if c.Plain && p.MaySend {
+				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which is missing", name)
+			}
+			continue
+		}
+		host, _, err := net.SplitHostPort(p.Address)
+		if err != nil {
+			return fmt.Errorf("peers.%s: address = %q is not HOST:PORT", name, p.Address)
+		}
+		if _, err := netip.ParseAddr(host); c.Plain && err != nil {
+			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by which the peer is known", name, p.Address)
+		}
+	}
+	return nil
+}
+
+// peerAt is the name of the peer on a plain link that has the IP address of addr, a host:port.
+func (c Config) peerAt(addr string) (string, error) {
+	from, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		at, err := netip.ParseAddrPort(c.Peers[name].Address)
+		if err == nil && at.Addr().Unmap() == from.Addr().Unmap() {
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("no peer has the address %s", from.Addr())
+}
+
+// mayCome says whether a peer may bring VMs here.
+func (c Config) mayCome(name string) error {
+	p, ok := c.Peers[name]
+	switch {
+	case !ok:
+		return fmt.Errorf("host %q is no peer of this one: it wants [peers.%s] in the configuration of vacated here", name, name)
+	case !p.MaySend:
+		return fmt.Errorf("host %q may not bring VMs to this one: it wants may_send = true under [peers.%s] in the configuration of vacated here", name, name)
+	}
+	return nil
+}
+
+// peerNames are those of all peers, for messages.
+func (c Config) peerNames() string {
+	if len(c.Peers) == 0 {
+		return "none is configured"
+	}
+	return "there are " + strings.Join(slices.Sorted(maps.Keys(c.Peers)), ", ")
+}

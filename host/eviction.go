@@ -1,0 +1,295 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"vacate/evict"
+	"vacate/hypervisor"
+	"vacate/journal"
+)
+
+// eviction is one in the journal, and the engine that works on it, if there is one.
+type eviction struct {
+	host     *Host
+	entry    *journal.Entry
+	requests chan *evict.Request // a destination's: to its engine
+
+	mu         sync.Mutex
+	state      evict.State // the engine's; empty if there is none. Guarded by mu, as all below
+	progress   evict.Progress
+	outcome    string // how it ended
+	reason     string // why it did not complete, or why it does not go on
+	reconnects uint32
+	alone      time.Time               // since when the other host is out of reach; zero while it is not
+	cancel     context.CancelCauseFunc // ends the engine
+	idle       chan struct{}           // closed when no engine is at work
+	changed    chan struct{}           // closed at the next change
+}
+
+func (h *Host) newEviction(entry *journal.Entry) *eviction {
+	idle := make(chan struct{})
+	close(idle)
+	v := &eviction{host: h, entry: entry, requests: make(chan *evict.Request, 1), idle: idle, changed: make(chan struct{})}
+	r := entry.Record()
+	if !r.Ended.IsZero() {
+		v.outcome, v.reason = outcomes[evict.Mark(r.Mark)], r.Reason
+	}
+	return v
+}
+
+// outcomes is what a mark that an eviction ended with says to people.
+var outcomes = map[evict.Mark]string{
+	evict.MarkCompleted: string(evict.Completed), evict.MarkRolledBack: string(evict.Aborted), evict.MarkNeverRan: string(evict.Aborted),
+	evict.MarkLost: string(evict.Lost), evict.MarkResumedHere: "resumed here", evict.MarkDiscarded: "discarded",
+}
+
+// record is the journal of an engine.
+type record struct{ *journal.Entry }
+
+// Note implements evict.Journal.
+func (r record) Note(m evict.Mark, reason string) error { return r.Entry.Note(string(m), reason, nil) }
+
+// Kept implements evict.Journal.
+func (r record) Kept(name string) ([]byte, error) { return r.Blob(name) }
+
+func (v *eviction) mark() evict.Mark { return evict.Mark(v.entry.Record().Mark) }
+
+// ended tells whether nothing remains to be done.
+func (v *eviction) ended() bool {
+	return v.entry.Err() == nil && !v.entry.Record().Ended.IsZero()
+}
+
+// change alters the eviction, and wakes those who watch.
+func (v *eviction) change(f func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	f()
+	close(v.changed)
+	v.changed = make(chan struct{})
+}
+
+// show is told of the engine's progress.
+func (v *eviction) show(p evict.Progress) {
+	entered := false
+	v.change(func() {
+		entered = p.State != v.state
+		if entered {
+			switch p.State {
+			case evict.Reconnecting, evict.CutOff, evict.InDoubt:
+				if v.alone.IsZero() {
+					v.alone = time.Now()
+				}
+			case evict.Pushing, evict.Running:
+				if !v.alone.IsZero() {
+					v.reconnects++
+				}
+				v.alone, v.reason = time.Time{}, ""
+			}
+		}
+		v.state, v.progress = p.State, p
+	})
+	if entered && v.host.onState != nil {
+		r := v.entry.Record()
+		v.host.onState(r.Role, r.ID, p.State)
+	}
+}
+
+// start has an engine work on the eviction. work is called until it does not leave the eviction, first with resumed
+// unset unless resume is. ended is told how it ended.
+func (v *eviction) start(resume bool, work func(ctx context.Context, resumed bool) (any, error), ended func(report json.RawMessage, err error)) {
+	ctx, cancel := context.WithCancelCause(v.host.life)
+	idle := make(chan struct{})
+	v.change(func() { v.cancel, v.idle = cancel, idle })
+	v.host.tasks.Go(func() {
+		defer cancel(nil)
+		for {
+			report, err := work(ctx, resume)
+			if !errors.Is(err, evict.ErrLeft) {
+				b, _ := json.Marshal(report)
+				ended(b, err)
+				break
+			}
+			v.change(func() { v.reason = err.Error() })
+			if ctx.Err() != nil {
+				break
+			}
+			resume = true
+			v.host.log.Warn("an eviction cannot go on yet", "eviction", v.entry.ID(), "error", err)
+			select {
+			case <-time.After(retryPause):
+			case <-ctx.Done():
+			}
+			if ctx.Err() != nil {
+				break
+			}
+		}
+		v.change(func() { v.cancel, v.state, v.alone = nil, "", time.Time{} })
+		close(idle)
+	})
+}
+
+// retryPause is how long an eviction is left alone that could not be taken up.
+const retryPause = 2 * time.Second
+
+// stop has the engine leave the eviction, and waits until it has.
+func (v *eviction) stop(ctx context.Context) error {
+	v.mu.Lock()
+	cancel, idle := v.cancel, v.idle
+	v.mu.Unlock()
+	if cancel != nil {
+		cancel(evict.ErrLeave)
+	}
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// finish ends the eviction in the journal.
+func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report json.RawMessage) {
+	reason := ""
+	if err != nil {
+		reason = err.Error()
+	}
+	change := func(r *journal.Record) {
+		if len(report) <= maxReport {
+			r.Report = report
+		}
+	}
+	if jerr := v.entry.Finish(string(m), reason, change); jerr != nil {
+		v.host.log.Error("the journal does not take the end of an eviction", "eviction", v.entry.ID(), "error", jerr)
+	}
+	r := v.entry.Record()
+	v.change(func() { v.outcome, v.reason = string(outcome), reason })
+	v.host.metrics.ended.WithLabelValues(string(r.Role), string(outcome)).Inc()
+	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer", r.Peer, "outcome", outcome, "reason", reason)
+}
+
+// maxReport bounds a report in the journal, in bytes.
+const maxReport = 128 << 10
+
+// process is the QEMU of an eviction, as the journal has it; one that never lives if the host has booted since.
+func (v *eviction) process() hypervisor.Process {
+	r := v.entry.Record()
+	if r.Boot != journal.BootID() {
+		return hypervisor.Process{PID: -1}
+	}
+	return hypervisor.Process{PID: r.PID, StartTime: r.StartTime}
+}
+
+// decidable tells whether an operator's word would be heeded: the VM stands frozen here, it may have run on the other host, and
+// that cannot be asked, or has lost it.
+func (v *eviction) decidable() bool {
+	r := v.entry.Record()
+	if r.Role != journal.Source || v.ended() {
+		return false
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch m := evict.Mark(r.Mark); {
+	case m == evict.MarkLost:
+		return v.cancel == nil
+	case m == evict.MarkMayRun:
+		return v.state == evict.InDoubt || v.state == evict.Reconnecting || v.state == ""
+	}
+	return false
+}
+
+// abortable tells whether an abort would be heeded.
+func (v *eviction) abortable() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch v.state {
+	case evict.Preparing, evict.Switching, evict.Waiting, evict.Arming, evict.Loading, evict.Prepared:
+		return v.cancel != nil
+	}
+	return false
+}
+
+// remedies are the commands that an operator may choose between.
+func (v *eviction) remedies() []string {
+	if !v.decidable() {
+		return nil
+	}
+	r := v.entry.Record()
+	return []string{
+		fmt.Sprintf("vacate export %v FILE", r.ID),
+		fmt.Sprintf("vacate decide %v resume-here --confirm %s", r.ID, r.VM),
+		fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM),
+	}
+}
+
+// openFor returns the eviction of a VM that has not ended, or nil.
+func (h *Host) openFor(vm string) *eviction {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, v := range h.evictions {
+		if r := v.entry.Record(); r.VM == vm && !v.ended() {
+			return v
+		}
+	}
+	return nil
+}
+
+var errStopping = errors.New("this daemon is stopping")
+
+// take reserves a VM for an eviction that is being set up, until what it returns is called.
+func (h *Host) take(vm string) (release func(), err error) {
+	if v := h.openFor(vm); v != nil {
+		return nil, &takenError{vm, v.entry.ID()}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.stopping:
+		return nil, errStopping
+	case h.taken[vm]:
+		return nil, &takenError{vm: vm}
+	}
+	h.taken[vm] = true
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		delete(h.taken, vm)
+	}, nil
+}
+
+// takenError: an eviction has the VM.
+type takenError struct {
+	vm string
+	id journal.ID // zero while it is being set up
+}
+
+func (e *takenError) Error() string {
+	if e.id == (journal.ID{}) {
+		return fmt.Sprintf("an eviction of VM %s is being set up here", e.vm)
+	}
+	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s", e.vm, e.id)
+}
+
+// add makes an eviction known.
+func (h *Host) add(v *eviction) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.evictions[v.entry.ID()] = v
+	// Those that the journal has forgotten.
+	for id := range h.evictions {
+		if h.journal.Find(id) == nil {
+			delete(h.evictions, id)
+		}
+	}
+}
+
+// find returns an eviction, or nil.
+func (h *Host) find(id journal.ID) *eviction {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.evictions[id]
+}
