@@ -3,6 +3,7 @@ package evict
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -74,6 +75,24 @@ var next = map[State][]State{
 	Completing:   {Completed, Lost},
 	Retiring:     {Completed},
 	RollingBack:  {Aborted, Lost},
+}
+
+// SourceStates returns the states that a source can be in.
+func SourceStates() []State { return reach([]State{Preparing}, Prepared) }
+
+// DestinationStates returns the states that a destination can be in.
+func DestinationStates() []State { return reach([]State{Waiting}, Committing, RollingBack) }
+
+// reach adds all states that may come after those in a list, but for some: of the other side.
+func reach(list []State, but ...State) []State {
+	for i := 0; i < len(list); i++ {
+		for _, s := range next[list[i]] {
+			if !slices.Contains(list, s) && !slices.Contains(but, s) {
+				list = append(list, s)
+			}
+		}
+	}
+	return list
 }
 
 // machine is the state of one side and its history. It is safe for concurrent use. It

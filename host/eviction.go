@@ -152,7 +152,7 @@ func (v *eviction) stop(ctx context.Context) error {
 	}
 }
 
-// finish ends the eviction in the journal.
+// finish ends the eviction in the journal, for which it tries as long as it takes.
 func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report json.RawMessage) {
 	reason := ""
 	if err != nil {
@@ -163,13 +163,25 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 			r.Report = report
 		}
 	}
-	if jerr := v.entry.Finish(string(m), reason, change); jerr != nil {
-		v.host.log.Error("the journal does not take the end of an eviction", "eviction", v.entry.ID(), "error", jerr)
-	}
 	r := v.entry.Record()
 	v.change(func() { v.outcome, v.reason = string(outcome), reason })
 	v.host.metrics.ended.WithLabelValues(string(r.Role), string(outcome)).Inc()
 	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer", r.Peer, "outcome", outcome, "reason", reason)
+	for told := false; ; told = true {
+		jerr := v.entry.Finish(string(m), reason, change)
+		if jerr == nil {
+			break
+		}
+		if !told {
+			v.host.log.Error("the journal does not take the end of an eviction: trying again until it does", "eviction", v.entry.ID(), "error", jerr)
+		}
+		select {
+		case <-time.After(retryPause):
+		case <-v.host.life.Done():
+			return // the next daemon comes to the same end
+		}
+	}
+	v.change(func() {})
 }
 
 // maxReport bounds a report in the journal, in bytes.
