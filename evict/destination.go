@@ -52,12 +52,12 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 	e := d.engine(Waiting)
 	defer e.close()
 	if err := e.prepare(ctx); err != nil {
-		return Received{}, &Error{ErrRefused, Waiting, err, ""}
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
 	}
 	e.report(Waiting)
 	loadTimeout, err := e.awaitOffer(ctx, requests)
 	if err != nil {
-		return Received{}, &Error{ErrRefused, Waiting, err, "The QEMU that waits here was not touched"}
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), "The QEMU that waits here was not touched"}
 	}
 	e.tasks.Go(func() { e.sort(requests) })
 	if err := e.take(ctx, loadTimeout); err != nil {

@@ -133,9 +133,9 @@ func (v *eviction) send(resume bool) {
 func (v *eviction) sent(report json.RawMessage, err error) {
 	switch {
 	case err == nil:
-		// An operator's word that was being carried out when a daemon died is no completion.
+		// What an engine had come to when a daemon died stays.
 		m := v.mark()
-		if m != evict.MarkDiscarded && m != evict.MarkResumedHere {
+		if m == evict.MarkBegun || m == evict.MarkMayRun {
 			m = evict.MarkCompleted
 		}
 		v.finish(m, evict.State(outcomes[m]), nil, report)
