@@ -1,12 +1,13 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), BENCHFLAGS (for vacate lab bench).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), BENCHFLAGS (for vacate lab bench).
 
 SHELL    := /bin/bash
 GO       ?= go
 PKG      ?= ./...
 FUZZTIME ?= 10s
+CHAOS    ?= 2
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -22,13 +23,13 @@ SEQUENTIAL = vacate/guestlinux vacate/lab/churn
 # $(call alltests,PACKAGES,FLAGS)
 alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
 
-.PHONY: help build test unit demo deps fuzz lint generate bench clean
+.PHONY: help build test unit demo deps fuzz lint generate chaos bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/vacate, bin/vacate-guest and bin/guestload, all static
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacate-guest ./cmd/guestload
+build: ## bin/vacate, bin/vacated, bin/vacate-guest and bin/guestload, all static
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacated ./cmd/vacate-guest ./cmd/guestload
 
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)
@@ -65,6 +66,9 @@ generate: ## the Go code of hostapi/v1/host.proto (needs Debian's protobuf-compi
 		--go_out=. --go_opt=paths=source_relative \
 		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
 		hostapi/v1/host.proto
+
+chaos: deps ## have every fault happen in every state of an eviction, CHAOS (2) times (root; an hour)
+	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./host
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
 	bin/vacate lab bench $(BENCHFLAGS)

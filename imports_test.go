@@ -31,6 +31,7 @@ var imports = map[string][]string{
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
+	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/pushorder", "vacate/qmp"},
 	"doctor":           {"golang.org/x/sys", "vacate/guestmem", "vacate/qmp"},
 	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
 	"lab/loadproto":    {},
@@ -42,7 +43,8 @@ var imports = map[string][]string{
 	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
-	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/certs", "vacate/evict", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
+	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host"},
+	"cmd/vacate":       {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "vacate/bench", "vacate/certs", "vacate/evict", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
 }
 
 func TestImports(t *testing.T) {

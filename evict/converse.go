@@ -84,7 +84,10 @@ func (e *source) await(leave <-chan struct{}) (done bool, err error) {
 	case <-a.Done():
 		return false, a.Err()
 	case <-e.life.Done():
-		return true, e.lostHere(context.Cause(e.life))
+		if e.settled() < int(e.total.Load()) {
+			return true, e.lostHere(context.Cause(e.life))
+		}
+		return false, context.Cause(e.life) // the destination may have it all: it is asked
 	case <-leave:
 		return true, e.left()
 	}
@@ -96,14 +99,10 @@ func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) 
 	since := time.Now()
 	pause := time.Duration(0)
 	for {
+		// Even where the QEMU here has ended: the destination may have every page already, and
+		// if it has not, it has to know that no more will come.
 		select {
 		case <-time.After(pause):
-		case <-e.life.Done():
-			// The destination may have every page already, so it is asked all the same. But
-			// nobody can answer if it has not.
-			if pause > 0 {
-				return true, e.lostHere(context.Cause(e.life))
-			}
 		case <-leave:
 			return true, e.left()
 		}
@@ -148,6 +147,10 @@ func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) 
 			}
 			return true, e.lostThere(fmt.Errorf("%w: %s", errFailed, st.Reason))
 		case stepHold:
+			if here == copyGone {
+				e.at.Store(a)
+				return true, e.lostHere(context.Cause(e.life))
+			}
 			a.end()
 			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
 		default:
@@ -322,7 +325,14 @@ func (e *source) lostThere(err error) error {
 // lostHere ends an eviction whose frozen VM ended before all of its pages were sent.
 func (e *source) lostHere(err error) error {
 	if a := e.at.Load(); a != nil {
-		writeJSON(a.control.Conn, msgFailed, farewell{err.Error()})
+		if writeJSON(a.control.Conn, msgFailed, farewell{err.Error()}) == nil {
+			// What it still says must not go unread: the words above could be lost.
+			ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+			for f, err := a.control.await(ctx, msgHas, msgReady, msgComplete); err == nil && f.kind != msgComplete; {
+				f, err = a.control.await(ctx, msgHas, msgReady, msgComplete)
+			}
+			cancel()
+		}
 	}
 	return e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
 }
@@ -473,7 +483,11 @@ func (s Source) Decide(ctx context.Context, d Decision) error {
 func (e *source) decide(ctx context.Context, d Decision) error {
 	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
 	defer cancel()
-	if err := e.open(ctx); err != nil {
+	err := e.open(ctx)
+	if notThere(err) && d == Discard {
+		return note(e.Journal, MarkDiscarded, "the operator decided so")
+	}
+	if err != nil {
 		return err
 	}
 	switch d {
@@ -488,6 +502,7 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 		if err := e.resume(ctx); err != nil {
 			return err
 		}
+		announce(ctx, e.q, e.Log)
 		return e.changed.apply(ctx, e.q)
 	case Discard:
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {

@@ -394,6 +394,12 @@ func (e *destination) run(ctx context.Context) error {
 		return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
 	}
 	e.pending = false
+	q := e.q
+	e.tasks.Go(func() {
+		ctx, cancel := e.bound(context.Background())
+		defer cancel(nil)
+		announce(ctx, q, e.Log)
+	})
 	return nil
 }
 

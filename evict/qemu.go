@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"os"
@@ -97,6 +98,18 @@ func (s settings) apply(ctx context.Context, q *qmp.Client) error {
 			}
 			return q.SetMigrationParameters(ctx, s.Parameters)
 		})
+}
+
+// announce has the VM's network cards tell where they are, so that bridges and switches send
+// to here what is for them. QEMU does so by itself when it has loaded a VM, which here is
+// before it is settled where that runs.
+func announce(ctx context.Context, q *qmp.Client, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	err := q.Run(ctx, "announce-self", map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil) // ms; QEMU's own values
+	if err != nil {
+		log.Debug("the VM's network cards do not tell where they are", "error", err)
+	}
 }
 
 // socketTo hands one end of a new socket pair to QEMU under a name and returns the other.

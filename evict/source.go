@@ -461,13 +461,17 @@ func (e *source) refuse(err error) error {
 		err = errors.Join(err, e.changed.apply(ctx, e.q))
 	}
 	outcome := ErrRefused
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, ErrAbort) || errors.Is(err, ErrLeave) {
 		outcome = ErrAborted
 	}
 	if noteErr := note(e.Journal, MarkRolledBack, err.Error()); noteErr != nil {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
 	}
-	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), "The VM runs on, untouched"}
+	remedy := "The VM runs on, untouched"
+	if e.q == nil || e.gone() {
+		remedy = "The VM was not touched"
+	}
+	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
 }
 
 // lost ends an eviction that this engine can do nothing more for.
@@ -502,6 +506,7 @@ func (e *source) rollBack(cause error) error {
 		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
 			"The VM stands frozen here, with its memory intact; the destination never ran it. Try `cont` on its QMP socket")
 	}
+	announce(ctx, e.q, e.Log)
 	if err := e.changed.apply(ctx, e.q); err != nil {
 		e.Log.Warn("could not put the migration settings of the VM's QEMU back", "error", err)
 	}

@@ -157,6 +157,9 @@ var (
 // eviction can no longer be aborted it then ends with ErrLeft and touches nothing.
 var ErrLeave = errors.New("the engine is to leave")
 
+// ErrAbort is to be wrapped by the cause to cancel an engine's context with, to have it abort.
+var ErrAbort = errors.New("it was told to abort")
+
 // Error is why an eviction did not complete.
 type Error struct {
 	Outcome error // ErrRefused, ErrAborted or ErrLost

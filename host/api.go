@@ -305,15 +305,15 @@ func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest
 	if !v.abortable() {
 		return nil, coded(&stateError{errors.New("it cannot be aborted any more: " + v.undecidable())})
 	}
-	reason := "an operator aborted it"
+	cause := fmt.Errorf("%w by an operator", evict.ErrAbort)
 	if req.Msg.Reason != "" {
-		reason += ": " + req.Msg.Reason
+		cause = fmt.Errorf("%w: %s", cause, req.Msg.Reason)
 	}
 	v.mu.Lock()
 	cancel, idle := v.cancel, v.idle
 	v.mu.Unlock()
 	if cancel != nil {
-		cancel(errors.New(reason))
+		cancel(cause)
 	}
 	// It may be too late: then it goes on to its end.
 	for {

@@ -50,7 +50,7 @@ const (
 	moved   outcome = "runs on the destination"
 	stayed  outcome = "runs on the source"
 	frozen  outcome = "frozen on the source, resumed there by an operator"
-	dead    outcome = "ended, as its QEMU on the source was killed while it ran there"
+	dead    outcome = "ended, as its QEMU was killed where it ran, whole"
 	halved  outcome = "lost, as its QEMU on the source was killed while it held pages"
 	nowhere outcome = "lost" // never allowed
 )
@@ -100,7 +100,7 @@ var faults = []fault{
 	{"destination daemon killed", func(r *run) { r.restart(r.b) }, nil},
 	{"both daemons killed", func(r *run) { r.restart(r.a); r.restart(r.b) }, nil},
 	{"source QEMU killed", func(r *run) { r.vm.Kill() }, []outcome{dead, halved}},
-	{"destination QEMU killed", func(r *run) { r.killTwin() }, []outcome{frozen}},
+	{"destination QEMU killed", func(r *run) { r.killTwin() }, []outcome{frozen, dead}},
 	{"link cut", func(r *run) { r.cut(false, false) }, nil},
 	{"link cut to the destination", func(r *run) { r.cut(false, true) }, nil},
 	{"link cut to the source", func(r *run) { r.cut(true, false) }, nil},
@@ -336,6 +336,8 @@ func (r *run) settle(c cell) outcome {
 	}
 	o := nowhere
 	switch {
+	case here == "" && there == "" && (src.Outcome == "refused" || c.at == "source/aborted" || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.fault.name == "destination QEMU killed"):
+		o = dead // after the end, or as good as
 	case src.Outcome == "completed":
 		if there != "running" || here != "" {
 			t.Fatalf("it is told to be complete, and the source's QEMU is %q, the destination's %q", here, there)
