@@ -473,6 +473,10 @@ const (
 	Discard Decision = "discard"
 )
 
+// ErrUndecided is wrapped by the error of Decide when the journal does not take the decision.
+// It may be there all the same after a crash, so nobody may go on as if it had not been made.
+var ErrUndecided = errors.New("the journal does not take the decision: make room and decide again")
+
 // Decide does what an operator decided. No engine may be at work on the eviction.
 func (s Source) Decide(ctx context.Context, d Decision) error {
 	e := s.engine(RollingBack)
@@ -496,7 +500,7 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 			return err
 		}
 		if err := note(e.Journal, MarkResumedHere, "the operator decided so"); err != nil {
-			return err
+			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 		e.tellAbort(ctx)
 		if err := e.resume(ctx); err != nil {
@@ -506,7 +510,7 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 		return e.changed.apply(ctx, e.q)
 	case Discard:
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
-			return err
+			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 		return e.q.Quit(ctx)
 	}

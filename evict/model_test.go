@@ -274,9 +274,6 @@ func (m *model) connect(w *world, first word) {
 	m.leaveS(w)
 	w.s.session, w.d.session = true, true
 	w.toD.put(first)
-	if !m.keepBooks {
-		w.s.sent = 0
-	}
 }
 
 func (m *model) next(w world) []edge {
@@ -512,7 +509,10 @@ func (m *model) sourceHears(w *world, said word) {
 			return
 		}
 		if said >= runsWith0 && said <= runsWith3 {
-			w.s.sent = pages(said - runsWith0)
+			if !m.keepBooks {
+				w.s.sent = 0
+			}
+			w.s.sent |= pages(said - runsWith0)
 		}
 		m.sourceTakes(w, m.sourceOnAnswer(w.s.guest.state(), w.s.heard, a))
 	}

@@ -173,7 +173,9 @@ func (v *eviction) decide(ctx context.Context, d evict.Decision) error {
 	}
 	// What was decided is done, whoever listens.
 	if err := s.Decide(context.WithoutCancel(ctx), d); err != nil {
-		v.send(true)
+		if !errors.Is(err, evict.ErrUndecided) {
+			v.recoverSource()
+		}
 		return err
 	}
 	m := evict.MarkResumedHere
