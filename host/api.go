@@ -264,7 +264,7 @@ func (h api) WatchEviction(ctx context.Context, req *connect.Request[hostv1.Watc
 		if err := stream.Send(m); err != nil {
 			return err
 		}
-		if m.Outcome != "" {
+		if m.Outcome != "" && m.State == "" {
 			return nil
 		}
 		select {

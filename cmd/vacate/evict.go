@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -24,15 +25,25 @@ import (
 func evictCommand() *cobra.Command {
 	var o evictOptions
 	c := &cobra.Command{
-		Use:   "evict --qmp SOCKET --to HOST:PORT",
-		Short: "Move the VM of a QEMU on this host to another host",
-		Long: `Moves a running VM to the host where ` + "`vacate receive`" + ` listens. Its QEMU here
-quits in the end.
+		Use:   "evict VM --to HOST",
+		Short: "Move a VM of this host to another host",
+		Long: `Moves a running VM to another host. Its QEMU here quits in the end.
 
-Ctrl-C (SIGINT), SIGTERM and SIGHUP abort the eviction as long as the VM has
-not been told to run on the destination; the VM then runs on here. Later they
-change nothing, as only the destination has a VM that runs. An output that
-nobody reads or that goes away does not stop an eviction.
+With the name of a VM, this host's daemon does it, and HOST is the name of one
+of its peers. What stands against it is looked for first (vacate doctor). The
+daemon goes on with an eviction whatever becomes of this command. Ctrl-C asks
+whether to abort it, and has that done if the VM has not been told to run on the
+destination; where standard input is no terminal, and upon SIGTERM and SIGHUP,
+without asking. The second signal ends this command alone.
+
+Without a daemon, with --qmp, it moves the VM of that QEMU to where vacate
+receive listens. Such an eviction survives the loss of the link, but not the
+death of either command. Ctrl-C (SIGINT), SIGTERM and SIGHUP abort it as long as
+the VM has not been told to run on the destination; the VM then runs on here.
+Later they change nothing, as only the destination has a VM that runs; but while
+the destination is out of reach, the second one ends this command and leaves the
+VM frozen here. An output that nobody reads or that goes away does not stop an
+eviction.
 
 Memory is pushed in the order in which the guest will need it, as its own page
 descriptors tell when it is frozen, and its free memory is not moved at all.
@@ -63,20 +74,33 @@ before the VM is touched, and the file is put in place whole at the end.
 Should that fail at the end, a warning says so; the exit code is the eviction's.
 
 ` + exitHelp,
-		Example: `  vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601
+		Example: `  vacate evict web1 --to hostb
+  vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601
   vacate evict --qmp /run/vm7.qmp --to 10.0.0.2:7601 --json --report vm7.json`,
-		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return o.run(c.Context()) },
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := o.check(c, args); err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				return o.runByName(c.Context(), args[0])
+			}
+			return o.run(c.Context())
+		},
 	}
-	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU")
-	c.Flags().StringVar(&o.to, "to", "", "`HOST:PORT` where vacate receive listens")
+	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU, to do without a daemon")
+	c.Flags().StringVar(&o.to, "to", "", "the other `HOST`; without a daemon, HOST:PORT where vacate receive listens")
 	c.Flags().StringVar(&o.certs, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link is under TLS, as --certs of vacate receive must have it")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
 	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(), "`ORDER` of the push: "+orderNames())
 	c.Flags().StringVar(&o.enlighten, "enlighten", string(evict.Auto), "`WHERE` to learn what the guest's pages are used for: "+enlightenNames())
 	c.Flags().BoolVar(&o.source.SendFree, "send-free", false, "move the guest's free memory, too")
-	c.MarkFlagRequired("qmp")
+	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false, "do not look what stands against it first (with a daemon)")
+	c.Flags().BoolVar(&o.detach, "detach", false, "print the eviction's ID, and do not follow it (with a daemon)")
+	c.Flags().BoolVar(&o.yield, "yield", false, "have the push yield to other traffic")
+	c.Flags().Var(&o.rate, "rate-limit", "push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
+	socketFlag(c, &o.daemon)
 	c.MarkFlagRequired("to")
 	return c
 }
@@ -107,6 +131,55 @@ type evictOptions struct {
 	enlighten string
 	json      bool
 	report    string
+
+	daemon     daemon
+	skipChecks bool
+	detach     bool
+	yield      bool
+	rate       rate
+}
+
+// check tells the two ways to use the command apart.
+func (o evictOptions) check(c *cobra.Command, args []string) error {
+	var only []string // flags of the other way
+	switch {
+	case len(args) == 1 && o.source.QMP != "":
+		return errors.New("a VM by name is evicted by the daemon, one by --qmp without it: give one of them")
+	case len(args) == 1:
+		only = []string{"certs"}
+	case o.source.QMP == "":
+		return errors.New("which VM? Give its name, or --qmp; see `vacate evict --help`")
+	default:
+		only = []string{"skip-checks", "detach", "socket"}
+	}
+	for _, name := range only {
+		if c.Flags().Changed(name) {
+			return fmt.Errorf("--%s does not go together with the other arguments; see `vacate evict --help`", name)
+		}
+	}
+	return nil
+}
+
+// reserve takes the room for the report, if one is wanted.
+func (o evictOptions) reserve() (*reportFile, error) {
+	if o.report == "" {
+		return nil, nil
+	}
+	file, err := reserveReport(o.report)
+	if err != nil {
+		return nil, refused(err)
+	}
+	return file, nil
+}
+
+// screen is where progress is shown, and what encodes JSON lines.
+func (o evictOptions) screen() (*screen, *json.Encoder) {
+	out := json.NewEncoder(os.Stdout)
+	to := display(newLines(os.Stderr))
+	if o.json {
+		to = jsonLines{out, newLines(os.Stderr)}
+	}
+	return newScreen(to), out
 }
 
 func (o evictOptions) run(ctx context.Context) error {
@@ -132,27 +205,29 @@ func (o evictOptions) run(ctx context.Context) error {
 	if !slices.Contains(evict.Enlightenments(), o.source.Enlightenment) {
 		return fmt.Errorf("--enlighten %q: there are %s", o.enlighten, enlightenNames())
 	}
-	var file *reportFile
-	if o.report != "" {
-		if file, err = reserveReport(o.report); err != nil {
-			return refused(err)
-		}
+	file, err := o.reserve()
+	if err != nil {
+		return err
 	}
-	out := json.NewEncoder(os.Stdout)
-	to := display(newLines(os.Stderr))
-	if o.json {
-		to = jsonLines{out, newLines(os.Stderr)}
-	}
-	s := newScreen(to)
+	s, out := o.screen()
 	// asked is closed when an abort was asked for.
 	asked, late := make(chan struct{}), false
-	ctx, stop := onSignal(ctx, func(sig syscall.Signal) bool {
+	told := false // what a second signal does
+	ctx, stop := onSignal(ctx, func(sig syscall.Signal) error {
 		name := unix.SignalName(sig)
-		if at := s.state(); rank[at] > rank[evict.Loading] {
+		switch at := s.state(); {
+		case at == evict.InDoubt || at == evict.Reconnecting:
+			if told {
+				return evict.ErrLeave
+			}
+			told = true
+			s.note("%s: the destination is out of reach. The VM may run there, and waits for pages that only\nthis host has. Going on; once more leaves it frozen here, with its memory.", name)
+			return nil
+		case rank[at] > rank[evict.Loading]:
 			if rank[at] < rank[evict.RollingBack] {
 				s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination,\nand only there it does; its memory is still arriving. Going on.", name)
 			}
-			return false
+			return nil
 		}
 		select {
 		case <-asked:
@@ -161,7 +236,7 @@ func (o evictOptions) run(ctx context.Context) error {
 			s.note("%s: aborting; the VM stays on this host.", name)
 			close(asked)
 		}
-		return true
+		return interrupted{sig}
 	})
 	defer stop()
 	o.source.Log = slog.New(slog.NewTextHandler(notes{s}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))

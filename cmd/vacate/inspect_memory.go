@@ -100,9 +100,9 @@ func (o memoryOptions) run(ctx context.Context) (err error) {
 	if o.limit <= 0 {
 		return fmt.Errorf("--freeze-limit %v leaves no time: name one such as 5s", o.limit)
 	}
-	ctx, stop := onSignal(ctx, func(s syscall.Signal) bool {
+	ctx, stop := onSignal(ctx, func(s syscall.Signal) error {
 		fmt.Fprintf(os.Stderr, "%s: giving up.\n", unix.SignalName(s))
-		return true
+		return interrupted{s}
 	})
 	defer stop()
 	var found *finding

@@ -18,11 +18,11 @@ func (i interrupted) Error() string { return "interrupted by " + unix.SignalName
 // Is makes it a cancellation to whoever asks for that.
 func (i interrupted) Is(target error) bool { return target == context.Canceled }
 
-// onSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells whether the
-// context is to end with it, until stop is called. A broken pipe is from then on an error
+// onSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the
+// context is to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error
 // of the write alone: an eviction does not die because its output went away. Signals that
 // the process was started with as ignored, as by nohup, stay ignored.
-func onSignal(ctx context.Context, ask func(syscall.Signal) bool) (_ context.Context, stop func()) {
+func onSignal(ctx context.Context, ask func(syscall.Signal) error) (_ context.Context, stop func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 4)
@@ -34,8 +34,8 @@ func onSignal(ctx context.Context, ask func(syscall.Signal) bool) (_ context.Con
 	var wait sync.WaitGroup
 	wait.Go(func() {
 		for s := range signals {
-			if s := s.(syscall.Signal); ask(s) {
-				cancel(interrupted{s})
+			if cause := ask(s.(syscall.Signal)); cause != nil {
+				cancel(cause)
 			}
 		}
 	})

@@ -45,7 +45,7 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 func untilSignal(c *cobra.Command) *cobra.Command {
 	run := c.RunE
 	c.RunE = func(c *cobra.Command, args []string) error {
-		ctx, stop := onSignal(c.Context(), func(syscall.Signal) bool { return true })
+		ctx, stop := onSignal(c.Context(), func(s syscall.Signal) error { return interrupted{s} })
 		defer stop()
 		c.SetContext(ctx)
 		return run(c, args)

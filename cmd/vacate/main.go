@@ -37,6 +37,7 @@ const (
 	exitRefused   = 2
 	exitAborted   = 3
 	exitLost      = 4
+	exitDetached  = 5
 )
 
 const exitHelp = `Exit codes:
@@ -44,7 +45,8 @@ const exitHelp = `Exit codes:
   1  usage or internal error
   2  refused: nothing was touched, the VM runs on the source
   3  aborted: the VM runs on the source, after a moment's pause at worst
-  4  lost contact: the message says where the VM is and what to do`
+  4  lost contact: the message says where the VM is and what to do
+  5  the eviction goes on without this command`
 
 func exitCode(err error) int {
 	switch {
@@ -56,6 +58,8 @@ func exitCode(err error) int {
 		return exitAborted
 	case errors.Is(err, evict.ErrLost):
 		return exitLost
+	case errors.Is(err, errDetached), errors.Is(err, evict.ErrLeft):
+		return exitDetached
 	}
 	return exitUsage
 }
@@ -67,6 +71,10 @@ func refused(err error) error {
 
 // explain puts an error in one or two lines: what happened; where the VM is and what to do.
 func explain(err error) string {
+	var of *ended
+	if errors.As(err, &of) {
+		return "vacate: " + cleanLines(of.Error())
+	}
 	var e *evict.Error
 	if !errors.As(err, &e) {
 		return "vacate: " + clean(err.Error())
@@ -99,7 +107,14 @@ works with unmodified QEMU (7.2 to 11.1 were tried) and guests. Until the VM
 runs on the destination an eviction can be aborted, and does so by itself when
 anything fails: the VM then runs on here.
 
-The usual sequence:
+With a daemon, vacated, on each host (see vacated --help):
+  vacate ls                        the VMs of this host
+  vacate doctor web1 --to hostb    what would stand against evicting web1
+  vacate evict web1 --to hostb     evict it
+  vacate status                    what is going on
+Evictions then survive the death of either daemon and of the link.
+
+Without a daemon:
   1. On the destination, start a QEMU with the source's command line, and
      -S -incoming defer in addition.
   2. On the destination:  vacate receive --qmp SOCKET --listen HOST:PORT
@@ -110,6 +125,7 @@ start the QEMUs is told by  vacate receive --help.
 ` + exitHelp + `
 
 Environment:
+  VACATE_SOCKET=SOCKET    where this host's daemon is asked
   VACATE_CPUPROFILE=FILE  write a CPU profile of this process there (pprof)`,
 		Version:           version(),
 		SilenceUsage:      true,
@@ -122,6 +138,7 @@ Environment:
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})
 	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), labCommand())
+	c.AddCommand(hostCommands()...)
 	return c
 }
 

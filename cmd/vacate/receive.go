@@ -85,18 +85,18 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 	problems := newScreen(&lines{w: os.Stderr})
 	defer problems.close()
 	follow := &follower{out: out, state: evict.Waiting}
-	ctx, stop := onSignal(ctx, func(sig syscall.Signal) bool {
+	ctx, stop := onSignal(ctx, func(sig syscall.Signal) error {
 		name := unix.SignalName(sig)
 		switch follow.now() {
 		case evict.Running, evict.CutOff, evict.Completing:
 			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; its memory is still arriving. Going on.", name)
-			return false
+			return nil
 		case evict.Waiting:
 			problems.note("%s: waiting no longer.", name)
 		default:
 			problems.note("%s: aborting; the VM stays on the source.", name)
 		}
-		return true
+		return interrupted{sig}
 	})
 	defer stop()
 	var options link.ListenOptions

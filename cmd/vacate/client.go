@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"vacate/evict"
+	hostv1 "vacate/hostapi/v1"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+)
+
+// defaultSocket is where a host's daemon is asked, unless VACATE_SOCKET or --socket tell.
+const defaultSocket = "/run/vacate/vacated.sock"
+
+// daemon is this host's daemon, as a command asks it.
+type daemon struct {
+	hostv1.HostClient
+	socket string
+}
+
+// socketFlag gives a command the flag for the daemon's socket.
+func socketFlag(c *cobra.Command, d *daemon) {
+	path := os.Getenv("VACATE_SOCKET")
+	if path == "" {
+		path = defaultSocket
+	}
+	c.Flags().StringVar(&d.socket, "socket", path, "`SOCKET` of this host's daemon; default also by VACATE_SOCKET")
+}
+
+// open gets ready to ask.
+func (d *daemon) open() {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", d.socket)
+	}}
+	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "http://vacated")
+}
+
+// explain adds to the error of a call what to do, where nobody answers.
+func (d *daemon) explain(err error) error {
+	var said *connect.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s may be used by root only, or by vacated's own user: %w", d.socket, err)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say where it is (--socket, VACATE_SOCKET)", d.socket)
+	case errors.As(err, &said):
+		return errors.New(said.Message())
+	}
+	return err
+}
+
+// away tells whether an error says that the daemon went away, or is stopping.
+func away(err error) bool {
+	return connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// find returns the eviction that a word means: an ID, the first digits of one, or a VM, of which it is the one under way or
+// else the latest.
+func (d *daemon) find(ctx context.Context, word string) (*hostv1.Eviction, error) {
+	r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	var byVM, byID *hostv1.Eviction
+	several := false
+	for _, e := range r.Msg.Evictions {
+		if e.Vm == word && (byVM == nil || byVM.EndedAt != nil || e.EndedAt == nil) {
+			byVM = e
+		}
+		if len(word) >= 4 && strings.HasPrefix(e.Id, word) {
+			several = byID != nil
+			byID = e
+		}
+	}
+	switch {
+	case byVM != nil:
+		return byVM, nil
+	case several:
+		return nil, fmt.Errorf("several evictions begin with %q: give more digits", word)
+	case byID != nil:
+		return byID, nil
+	}
+	return nil, fmt.Errorf("there is no eviction %q on this host, by ID or VM: see vacate status", word)
+}
+
+// progressOf is an eviction's progress as screens show it.
+func progressOf(e *hostv1.Eviction) (evict.Progress, bool) {
+	p := e.GetProgress()
+	if p == nil || e.State == "" {
+		return evict.Progress{}, false
+	}
+	seconds := func(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+	return evict.Progress{
+		State: evict.State(e.State), Elapsed: seconds(p.ElapsedS), Pages: int(p.PagesSent), Total: int(p.PagesTotal), Bytes: p.LinkBytes,
+		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()),
+	}, true
+}
+
+// failure is how an eviction ended, as an error; nil if it is complete.
+func failure(e *hostv1.Eviction) error {
+	outcome := map[string]error{"refused": evict.ErrRefused, "aborted": evict.ErrAborted, "lost contact": evict.ErrLost}[e.Outcome]
+	switch {
+	case e.Outcome == "completed":
+		return nil
+	case outcome == nil:
+		return fmt.Errorf("the eviction was ended by an operator: %s", clean(e.Outcome))
+	}
+	err := &ended{outcome: outcome, text: e.Reason}
+	if len(e.Remedy) > 0 {
+		err.text += "\nChoose one of:\n  " + strings.Join(e.Remedy, "\n  ")
+	}
+	return err
+}
+
+// ended is how an eviction of a daemon failed.
+type ended struct {
+	outcome error
+	text    string
+}
+
+func (e *ended) Error() string { return e.text }
+func (e *ended) Unwrap() error { return e.outcome }
+
+// cleanLines is clean for a text of several lines.
+func cleanLines(s string) string {
+	var lines []string
+	for l := range strings.Lines(s) {
+		indent := l[:len(l)-len(strings.TrimLeft(l, " "))]
+		lines = append(lines, indent+clean(l))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// errDetached: the command ends, the eviction goes on.
+var errDetached = errors.New("the eviction goes on in the daemon: see vacate watch")
+
+// awayTime is how long a daemon may be away before its eviction is watched no longer.
+const awayTime = 2 * time.Minute
+
+// follow shows an eviction until it has ended, and returns it as it was then. seen, which may be nil, is told of each message.
+func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (*hostv1.Eviction, error) {
+	gone := time.Time{}
+	for {
+		last, err := d.stream(ctx, id, s, seen)
+		switch {
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case last != nil && err == nil:
+			return last, nil
+		case err != nil && !away(err):
+			return nil, d.explain(err)
+		case last != nil || gone.IsZero():
+			gone = time.Now()
+			s.note("The daemon went away. It goes on with the eviction when it is back: waiting for it.")
+		case time.Since(gone) > awayTime:
+			return nil, fmt.Errorf("%w: %w", errDetached, d.explain(err))
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// stream follows an eviction as far as the daemon tells. An eviction without an error is one that has ended.
+func (d *daemon) stream(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (last *hostv1.Eviction, err error) {
+	stream, err := d.WatchEviction(ctx, connect.NewRequest(&hostv1.WatchEvictionRequest{Id: id}))
+	if err != nil {
+		return nil, err
+	}
+	defer stream.Close()
+	for stream.Receive() {
+		last = stream.Msg()
+		if p, ok := progressOf(last); ok {
+			s.show(p)
+		}
+		if seen != nil {
+			seen(last)
+		}
+	}
+	if err := stream.Err(); err != nil {
+		return last, err
+	}
+	if last == nil || last.Outcome == "" {
+		return last, connect.NewError(connect.CodeUnavailable, errors.New("the daemon ended the watch"))
+	}
+	return last, nil
+}

@@ -1,0 +1,160 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"vacate/doctor"
+	"vacate/evict"
+	hostv1 "vacate/hostapi/v1"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// runByName has this host's daemon evict a VM, and follows it.
+func (o evictOptions) runByName(ctx context.Context, vm string) error {
+	o.daemon.open()
+	file, err := o.reserve()
+	if err != nil {
+		return err
+	}
+	s, out := o.screen()
+	defer s.close()
+	if !o.skipChecks {
+		if err := o.preflight(ctx, vm, s); err != nil {
+			return err
+		}
+	}
+	started, err := o.daemon.Evict(ctx, connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: o.to, Options: &hostv1.EvictOptions{
+		Order: o.order, Enlightenment: o.enlighten, SendFree: o.source.SendFree, RateLimit: uint64(o.rate) / 8, Yield: o.yield, SkipChecks: true,
+	}}))
+	if err != nil {
+		return refused(o.daemon.explain(err))
+	}
+	id := started.Msg.Id
+	if o.detach {
+		fmt.Fprintln(os.Stdout, id)
+		return nil
+	}
+	last, err := o.daemon.attend(ctx, id, s)
+	if err != nil {
+		return err
+	}
+	var report evict.Report
+	told := last.ReportJson != "" && json.Unmarshal([]byte(last.ReportJson), &report) == nil
+	if file != nil && told {
+		if err := file.write(report); err != nil {
+			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
+		}
+	}
+	s.close()
+	switch {
+	case !told:
+	case o.json:
+		out.Encode(map[string]any{"type": "report", "report": report})
+	default:
+		io.WriteString(os.Stdout, reportText(report))
+	}
+	return failure(last)
+}
+
+// preflight shows what stands against an eviction, and refuses it if anything would have it fail.
+func (o evictOptions) preflight(ctx context.Context, vm string, s *screen) error {
+	r, err := o.daemon.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{Vm: vm, To: o.to}))
+	if err != nil {
+		return refused(o.daemon.explain(err))
+	}
+	var fatal []string
+	for _, f := range findings(r.Msg.Findings) {
+		switch f.Level {
+		case doctor.Warning:
+			s.note("warning: %s", findingLine(f))
+		case doctor.Fatal:
+			fatal = append(fatal, findingLine(f))
+		}
+	}
+	if fatal != nil {
+		return refused(errors.New(strings.Join(fatal, "; ")))
+	}
+	return nil
+}
+
+// findingLine is a finding in one line.
+func findingLine(f doctor.Finding) string {
+	where := f.Check
+	if f.Host != "" {
+		where = f.Host + ": " + f.Check
+	}
+	line := where + ": " + f.Text
+	if f.Remedy != "" {
+		line += "; " + f.Remedy
+	}
+	return clean(line)
+}
+
+// attend follows an eviction. SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was
+// confirmed; the second one ends the command alone.
+func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Eviction, error) {
+	var mu sync.Mutex
+	var now *hostv1.Eviction
+	abort := func(why string) {
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if _, err := d.Abort(ctx, connect.NewRequest(&hostv1.AbortRequest{Id: id, Reason: why})); err != nil {
+			s.note("vacate: %s. Going on.", clean(d.explain(err).Error()))
+		}
+	}
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	asked := false
+	watching, stop := onSignal(ctx, func(sig syscall.Signal) error {
+		name := unix.SignalName(sig)
+		mu.Lock()
+		can := now == nil || now.Abortable
+		mu.Unlock()
+		switch {
+		case asked:
+			return interrupted{sig}
+		case !can:
+			s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination.\nThe daemon goes on with it without this command: once more ends this command.", name)
+		case sig == unix.SIGINT && term.IsTerminal(int(os.Stdin.Fd())):
+			s.note("%s: abort the eviction? The VM stays on this host. [y/N]", name)
+			// Not waited for: nothing interrupts who reads from a terminal.
+			go func() {
+				line, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+				if strings.EqualFold(strings.TrimSpace(line), "y") {
+					abort(name)
+					return
+				}
+				s.note("Going on.")
+			}()
+		default:
+			s.note("%s: aborting; the VM stays on this host.", name)
+			tasks.Go(func() { abort(name) })
+		}
+		asked = true
+		return nil
+	})
+	defer stop()
+	last, err := d.follow(watching, id, s, func(e *hostv1.Eviction) {
+		mu.Lock()
+		now = e
+		mu.Unlock()
+	})
+	var signal interrupted
+	if errors.As(err, &signal) {
+		return nil, fmt.Errorf("%w %s", errDetached, id)
+	}
+	return last, err
+}

@@ -1,0 +1,396 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"vacate/doctor"
+	"vacate/evict"
+	hostv1 "vacate/hostapi/v1"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+)
+
+// hostCommands are those that ask this host's daemon.
+func hostCommands() []*cobra.Command {
+	return []*cobra.Command{lsCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand()}
+}
+
+// askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's JSON.
+func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args []string, w io.Writer) (answer proto.Message, err error)) *cobra.Command {
+	var d daemon
+	var asJSON bool
+	socketFlag(c, &d)
+	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output, as hostapi/v1/host.proto has it")
+	c.RunE = func(c *cobra.Command, args []string) error {
+		d.open()
+		w := c.OutOrStdout()
+		if asJSON {
+			w = io.Discard
+		}
+		answer, err := ask(c.Context(), &d, args, w)
+		if answer != nil && asJSON {
+			b, jsonErr := protojson.MarshalOptions{UseProtoNames: true}.Marshal(answer)
+			err = errors.Join(err, jsonErr)
+			// protojson varies its spaces on purpose.
+			var out json.RawMessage = b
+			if b, jsonErr = json.MarshalIndent(out, "", "  "); jsonErr == nil {
+				fmt.Fprintf(c.OutOrStdout(), "%s\n", b)
+			}
+		}
+		return d.explain(err)
+	}
+	return c
+}
+
+func lsCommand() *cobra.Command {
+	return askCommand(&cobra.Command{
+		Use:   "ls",
+		Short: "List the VMs of this host",
+		Long: `Lists the VMs that this host has descriptions of, and what there is of each:
+  none      nothing: it is elsewhere, or is not started
+  running   it runs here
+  paused    it is stopped, and could be told to run
+  incoming  its QEMU waits for it to arrive, or loads it
+  frozen    it has left or is leaving, and its memory is still here
+  silent    its monitor does not answer`,
+		Args: cobra.NoArgs,
+	}, func(ctx context.Context, d *daemon, _ []string, w io.Writer) (proto.Message, error) {
+		r, err := d.ListVMs(ctx, connect.NewRequest(&hostv1.ListVMsRequest{}))
+		if err != nil {
+			return nil, err
+		}
+		t := table(w, "VM", "STATE", "MEMORY", "VCPUS", "QEMU", "EVICTION")
+		for _, vm := range r.Msg.Vms {
+			memory, vcpus := "-", "-"
+			if vm.MemoryBytes > 0 {
+				memory, vcpus = fmt.Sprintf("%d MiB", vm.MemoryBytes>>20), fmt.Sprint(vm.Vcpus)
+			}
+			row(t, vm.Name, vm.State, memory, vcpus, vm.QemuVersion, vm.EvictionId)
+		}
+		t.Flush()
+		for _, vm := range r.Msg.Vms {
+			if vm.Problem != "" {
+				fmt.Fprintf(w, "%s: %s\n", clean(vm.Name), clean(vm.Problem))
+			}
+		}
+		for _, p := range r.Msg.Problems {
+			fmt.Fprintln(w, clean(p))
+		}
+		return r.Msg, nil
+	})
+}
+
+// table starts a table with a head.
+func table(w io.Writer, head ...string) *tabwriter.Writer {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row(t, head...)
+	return t
+}
+
+func row(t *tabwriter.Writer, cells ...string) {
+	for i, c := range cells {
+		if cells[i] = clean(c); cells[i] == "" {
+			cells[i] = "-"
+		}
+	}
+	fmt.Fprintln(t, strings.Join(cells, "\t"))
+}
+
+// recent is how many evictions that have ended are listed.
+const recent = 10
+
+func evictionsCommand() *cobra.Command {
+	return askCommand(&cobra.Command{
+		Use:   "status [VM|ID]",
+		Short: "List evictions, or tell all about one",
+		Long: `Without an argument, lists the evictions out of this host and into it that are
+under way or need an operator, and the latest that have ended. With one, tells
+all about the eviction of that ID (its first digits will do) or of that VM:
+where it stands, why, and what an operator may do.`,
+		Args: cobra.MaximumNArgs(1),
+	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+		if len(args) == 1 {
+			e, err := d.find(ctx, args[0])
+			if err == nil {
+				describe(w, e)
+			}
+			return e, err
+		}
+		r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+		if err != nil {
+			return nil, err
+		}
+		over := 0
+		for _, e := range r.Msg.Evictions {
+			if e.EndedAt != nil {
+				over++
+			}
+		}
+		t := table(w, "ID", "VM", "ROLE", "OTHER HOST", "STATE", "PAGES", "SINCE")
+		for _, e := range r.Msg.Evictions {
+			if e.EndedAt != nil {
+				if over--; over >= recent {
+					continue
+				}
+			}
+			row(t, e.Id[:min(len(e.Id), 8)], e.Vm, e.Role, e.Peer, stateOf(e), pagesOf(e), e.StartedAt.AsTime().Local().Format(time.DateTime))
+		}
+		t.Flush()
+		for _, e := range r.Msg.Evictions {
+			if e.Decidable || e.Damage != "" {
+				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm), clean(e.Id))
+			}
+		}
+		return r.Msg, nil
+	})
+}
+
+func stateOf(e *hostv1.Eviction) string {
+	switch {
+	case e.Damage != "":
+		return "damaged"
+	case e.Outcome != "" && e.EndedAt == nil && e.State == "":
+		return e.Outcome + ", undecided"
+	case e.Outcome != "":
+		return e.Outcome
+	case e.State != "":
+		return e.State
+	}
+	return "waiting"
+}
+
+func pagesOf(e *hostv1.Eviction) string {
+	if p := e.GetProgress(); p != nil && p.PagesTotal > 0 {
+		return fmt.Sprintf("%.1f %%", percent(int(p.PagesSent), int(p.PagesTotal)))
+	}
+	return ""
+}
+
+// describe tells all about an eviction.
+func describe(w io.Writer, e *hostv1.Eviction) {
+	line := func(name, format string, args ...any) {
+		if text := clean(fmt.Sprintf(format, args...)); text != "" {
+			fmt.Fprintf(w, "%-12s %s\n", name, text)
+		}
+	}
+	line("eviction", "%s", e.Id)
+	line("VM", "%s", e.Vm)
+	line("this host", "is the %s", e.Role)
+	line("other host", "%s (%s)", e.Peer, e.PeerAddress)
+	line("state", "%s", stateOf(e))
+	line("journal", "%s", e.Mark)
+	line("begun", "%s", e.StartedAt.AsTime().Local().Format(time.DateTime))
+	if e.EndedAt != nil {
+		line("ended", "%s", e.EndedAt.AsTime().Local().Format(time.DateTime))
+	}
+	if p := e.GetProgress(); p != nil {
+		line("pages", "%d of %d", p.PagesSent, p.PagesTotal)
+		line("fetches", "%d", p.Fetches)
+		if p.Reconnects > 0 {
+			line("link", "made anew %d times", p.Reconnects)
+		}
+		if p.SilentS > 0 {
+			line("link", "nothing came for %.0f s", p.SilentS)
+		}
+	}
+	line("reason", "%s", e.Reason)
+	line("damage", "%s", e.Damage)
+	if e.Abortable {
+		line("may be", "aborted: vacate abort %.8s", e.Id)
+	}
+	if len(e.Remedy) > 0 {
+		fmt.Fprintf(w, "The VM stands frozen here, with its memory intact. Look on the other host whether it runs there; then choose:\n")
+		for _, r := range e.Remedy {
+			fmt.Fprintf(w, "  %s\n", clean(r))
+		}
+		fmt.Fprintln(w, "See vacate decide --help for what each means.")
+	}
+}
+
+func watchCommand() *cobra.Command {
+	var d daemon
+	c := &cobra.Command{
+		Use:   "watch VM|ID",
+		Short: "Follow an eviction to its end",
+		Long: `Shows the progress of an eviction, out of this host or into it, until it has
+ended. Ctrl-C ends the command alone: the eviction goes on. The exit code is
+the eviction's.
+
+` + exitHelp,
+		Args: cobra.ExactArgs(1),
+	}
+	socketFlag(c, &d)
+	c.RunE = func(c *cobra.Command, args []string) error {
+		d.open()
+		e, err := d.find(c.Context(), args[0])
+		if err != nil {
+			return err
+		}
+		s := newScreen(newLines(os.Stderr))
+		defer s.close()
+		last, err := d.follow(c.Context(), e.Id, s, nil)
+		if err != nil {
+			return err
+		}
+		s.close()
+		return failure(last)
+	}
+	return c
+}
+
+func abortCommand() *cobra.Command {
+	return askCommand(&cobra.Command{
+		Use:   "abort VM|ID",
+		Short: "Abort an eviction that can still be",
+		Long: `Has an eviction aborted, on either host, and returns when the VM runs on where
+it was. From when it was told to run on the destination it cannot be aborted any
+more.`,
+		Args: cobra.ExactArgs(1),
+	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+		e, err := d.find(ctx, args[0])
+		if err != nil {
+			return nil, err
+		}
+		r, err := d.Abort(ctx, connect.NewRequest(&hostv1.AbortRequest{Id: e.Id}))
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "aborted: %s\n", clean(r.Msg.Reason))
+		return r.Msg, nil
+	})
+}
+
+func decideCommand() *cobra.Command {
+	var confirm string
+	c := &cobra.Command{
+		Use:   "decide VM|ID resume-here|discard --confirm VM",
+		Short: "End an eviction that only an operator can end",
+		Long: `When the other host has lost a VM that may have run there, or cannot be asked
+what became of it, the VM stays frozen here with all of its memory as it was
+when it was frozen, and this host goes on asking. An operator who knows more may
+decide:
+
+  resume-here  The VM goes on here, from when it was frozen. You assert that it
+               is dead on the other host for good, and that nobody starts it
+               there. If it is not, two copies run, and spoil the disks that
+               they share. What it did there after it was frozen here is lost,
+               but for what it wrote to its disks, which it does not know of.
+  discard      The copy here is given up: its QEMU is ended. If the VM does not
+               run on the other host with all of its memory, it is lost.
+
+To keep a copy whatever is decided: vacate export.`,
+		Args: cobra.ExactArgs(2),
+	}
+	c.Flags().StringVar(&confirm, "confirm", "", "`NAME` of the VM, once more")
+	c.MarkFlagRequired("confirm")
+	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+		decision, ok := map[string]hostv1.Decision{
+			string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE, string(evict.Discard): hostv1.Decision_DECISION_DISCARD,
+		}[args[1]]
+		if !ok {
+			return nil, fmt.Errorf("%q is no decision: there are %s and %s", args[1], evict.ResumeHere, evict.Discard)
+		}
+		e, err := d.find(ctx, args[0])
+		if err != nil {
+			return nil, err
+		}
+		r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: decision, Confirm: confirm}))
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "%s: %s\n", clean(r.Msg.Vm), clean(r.Msg.Outcome))
+		return r.Msg, nil
+	})
+}
+
+func exportCommand() *cobra.Command {
+	return askCommand(&cobra.Command{
+		Use:   "export VM|ID FILE",
+		Short: "Write the memory and devices of a frozen VM to a file",
+		Long: `Writes the memory and the device state of a VM that stands frozen here to a new
+file, from which QEMU starts it as it was when it was frozen. Its disks are not
+in it. The VM stays as it is.`,
+		Args: cobra.ExactArgs(2),
+	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+		e, err := d.find(ctx, args[0])
+		if err != nil {
+			return nil, err
+		}
+		file, err := filepath.Abs(args[1])
+		if err != nil {
+			return nil, err
+		}
+		r, err := d.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: e.Id, Path: file}))
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "%s: %d MiB\n", clean(r.Msg.Path), r.Msg.Bytes>>20)
+		for _, u := range r.Msg.Usage {
+			fmt.Fprintln(w, clean(u))
+		}
+		return r.Msg, nil
+	})
+}
+
+// errFatal: the doctor found what would have an eviction fail.
+var errFatal = fmt.Errorf("%w: an eviction would fail", evict.ErrRefused)
+
+func doctorCommand() *cobra.Command {
+	var to string
+	c := &cobra.Command{
+		Use:   "doctor [VM] [--to HOST]",
+		Short: "Look what would stand against an eviction",
+		Long: `Looks at this host; at a VM on it, if one is named; and at the other host and
+the link to it, if one is named: userfaultfd, versions of QEMU, machine type,
+page sizes, devices and disks, space, clocks, link and certificates. Each
+finding has its remedy. Nothing is touched. The exit code is 2 if an eviction
+would fail.`,
+		Args: cobra.MaximumNArgs(1),
+	}
+	c.Flags().StringVar(&to, "to", "", "the other `HOST`, by its name")
+	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+		q := &hostv1.DoctorRequest{To: to}
+		if len(args) == 1 {
+			q.Vm = args[0]
+		}
+		r, err := d.Doctor(ctx, connect.NewRequest(q))
+		if err != nil {
+			return nil, err
+		}
+		list := findings(r.Msg.Findings)
+		if err := doctor.Text(w, list); err != nil {
+			return nil, err
+		}
+		if doctor.Worst(list) == doctor.Fatal {
+			return r.Msg, errFatal
+		}
+		return r.Msg, nil
+	})
+}
+
+// findings are those of the daemon, fit for a terminal.
+func findings(list []*hostv1.Finding) (out []doctor.Finding) {
+	levels := map[hostv1.Level]doctor.Level{
+		hostv1.Level_LEVEL_OK: doctor.OK, hostv1.Level_LEVEL_NOTE: doctor.Note, hostv1.Level_LEVEL_WARNING: doctor.Warning,
+	}
+	for _, f := range list {
+		level, ok := levels[f.Level]
+		if !ok {
+			level = doctor.Fatal
+		}
+		out = append(out, doctor.Finding{Host: clean(f.Host), Check: clean(f.Check), Level: level, Text: clean(f.Text), Remedy: clean(f.Remedy)})
+	}
+	return out
+}
