@@ -42,6 +42,9 @@ func (a *attachment) begin(task func() error) {
 func (a *attachment) end() {
 	a.Close()
 	a.tasks.Wait()
+	if a.window != nil {
+		a.window.leave()
+	}
 }
 
 // controlLane hands the frames of a session's control lane on, one at a time.

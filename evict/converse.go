@@ -241,7 +241,7 @@ func (e *source) rejoin(a *attachment) (again int, err error) {
 	}
 	e.mu.Unlock()
 	e.ranThere = true
-	a.window = newWindow(migstream.TargetPageSize)
+	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	e.at.Store(a)
 	a.begin(func() error { return e.serveFetches(a) })
 	a.begin(func() error {

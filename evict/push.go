@@ -52,15 +52,14 @@ func (e *source) pushAll(a *attachment) error {
 	release := time.NewTimer(demandTime)
 	defer release.Stop()
 	for {
-		for wait := a.window.room(); wait != nil; wait = a.window.room() {
-			select {
-			case <-wait:
-			case <-a.Done():
-				return nil
-			}
+		room := a.window.wait(a.Done())
+		if room == 0 {
+			return nil
 		}
-		pages := max(1, a.window.batch()/migstream.TargetPageSize)
-		runs, reason, left := e.next(held, pages)
+		runs, reason, left := e.next(held, max(1, room/migstream.TargetPageSize))
+		if len(runs) == 0 {
+			a.window.pass()
+		}
 		switch {
 		case left == 0 && len(runs) == 0:
 			return nil
@@ -132,6 +131,7 @@ func (e *source) serveFetches(a *attachment) error {
 				return err
 			}
 			e.zero.Add(int64(f.zero))
+			a.window.fetched(f.size())
 			if err := f.write(lane); err != nil {
 				return err
 			}

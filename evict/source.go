@@ -39,6 +39,13 @@ type Source struct {
 	Enlightenment Enlightenment
 	// SendFree moves free pages, too.
 	SendFree bool
+	// Path is what the eviction shares with others; nil if it is alone.
+	Path *Path
+	// Limit is how many bytes per second are sent, at most; nil for any number. Fetched pages
+	// count but never wait.
+	Limit *Limit
+	// Yield has the push give way to other traffic on the path.
+	Yield bool
 	// Journal survives the engine; without one its death leaves the VM frozen.
 	Journal Journal
 	Log     *slog.Logger
@@ -78,6 +85,9 @@ func (s Source) engine(first State) *source {
 	}
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
+	}
+	if e.Path == nil {
+		e.Path = NewPath(0)
 	}
 	e.life, e.die = context.WithCancelCause(context.Background())
 	note := func(st State) {
@@ -300,7 +310,7 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := a.control.Write(msgLoad, e.cap.load); err != nil {
 		return err
 	}
-	a.window = newWindow(migstream.TargetPageSize)
+	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	a.begin(func() error { return e.serveFetches(a) })
 	settled := make(chan error, 1)
 	e.tasks.Go(func() {

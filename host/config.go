@@ -33,6 +33,7 @@ import (
 //	[peers.hostb]                           # another host, by the name in its certificate
 //	address  = "hostb.example:7601"         # where it listens; without it, no VM goes there
 //	may_send = true                         # it may bring VMs here
+//	rate     = 500                          # most that is sent there, in Mbit/s; default: no limit
 //
 // All but peers has the default shown, except for listen, metrics and api, which are off. With
 //
@@ -62,7 +63,11 @@ type API struct {
 type Peer struct {
 	Address string `toml:"address"`
 	MaySend bool   `toml:"may_send"`
+	Rate    uint64 `toml:"rate"` // Mbit/s
 }
+
+// maxRate bounds a peer's rate, in Mbit/s.
+const maxRate = 10_000_000
 
 // maxConfig bounds the file, in bytes.
 const maxConfig = 1 << 20
@@ -131,6 +136,9 @@ func (c Config) check() error {
 		p := c.Peers[name]
 		if err := hypervisor.CheckName(name); err != nil {
 			return fmt.Errorf("peers.%s: %w", name, err)
+		}
+		if p.Rate > maxRate {
+			return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
 		}
 		if p.Address == "" {
 			if c.Plain && p.MaySend {

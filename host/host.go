@@ -38,6 +38,7 @@ type Host struct {
 	identity *certs.Identity // nil on a plain link
 	journal  *journal.Journal
 	metrics  *metrics
+	paths    map[string]*evict.Path // to each peer, for the evictions that share it
 	started  time.Time
 	link     net.Listener // nil: no VM comes here
 	socket   net.Listener
@@ -62,7 +63,10 @@ type Host struct {
 func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	h := &Host{
 		config: c, version: version, log: log, started: time.Now(),
-		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{},
+		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{}, paths: map[string]*evict.Path{},
+	}
+	for name, p := range c.Peers {
+		h.paths[name] = evict.NewPath(int64(p.Rate) * bytesPerMbit)
 	}
 	h.life, h.leave = context.WithCancelCause(context.Background())
 	h.metrics = newMetrics(h)
@@ -98,6 +102,8 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	}
 	return h, nil
 }
+
+const bytesPerMbit = 1_000_000 / 8
 
 // listenUnix listens on a socket for this user alone. One that nobody listens on is replaced.
 func listenUnix(path string) (net.Listener, error) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -58,6 +59,11 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		return s, err
 	}
 	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = evict.ID(r.ID), r.VM, r.QMP, d.Session, o.SendFree
+	s.Path, s.Yield = h.paths[r.Peer], o.Yield
+	if o.RateLimit > 0 {
+		s.Limit = new(evict.Limit)
+		s.Limit.Set(int64(min(o.RateLimit, math.MaxInt64)))
+	}
 	if v != nil {
 		p := v.process()
 		s.PID, s.StartTime = p.PID, p.StartTime

@@ -191,6 +191,8 @@ func (o evictOptions) run(ctx context.Context) error {
 	if o.source.Order, err = pushorder.ParsePolicy(o.order); err != nil {
 		return fmt.Errorf("--order: %w", err)
 	}
+	o.source.Yield, o.source.Limit = o.yield, new(evict.Limit)
+	o.source.Limit.Set(int64(o.rate) / 8)
 	dialer := link.Dialer{Addr: o.to}
 	if o.certs != "" {
 		identity, err := certs.Load(o.certs, nil)

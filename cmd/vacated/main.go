@@ -49,6 +49,7 @@ The configuration (TOML):
   [peers.hostb]                         # by the name in its certificate
   address  = "hostb:7601"
   may_send = true                       # it may bring VMs here
+  rate     = 500                        # Mbit/s at most to it; default: any
 listen, metrics and api are off by default. In place of certs there may be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses
