@@ -61,7 +61,7 @@ var attempts = []attempt{
 	{name: "cut when loaded", upstream: true, kind: loaded, do: cut, want: evict.ErrAborted},
 	{name: "cancelled when loaded", upstream: true, kind: loaded, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
 	{name: "garbage when loaded", upstream: true, kind: loaded, do: garbage, want: evict.ErrAborted, says: "does not speak vacate's protocol"},
-	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin, want: evict.ErrRefused, says: "QMP connection closed"},
+	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin, want: evict.ErrRefused, says: "the other side gave up"},
 	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin, want: evict.ErrAborted},
 	{name: "destination's QEMU dies at the package", kind: load, do: pass, atHit: killTwin, want: evict.ErrAborted, says: "destination's QEMU ended"},
 	{name: "a device differs in what only loading it shows", twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},

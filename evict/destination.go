@@ -252,6 +252,9 @@ func (e *destination) watch() {
 	}
 }
 
+// lastWords is how long a destination that gives up waits for who has just come.
+const lastWords = 100 * time.Millisecond
+
 // awaitOffer waits for an offer that fits, and returns how long the source is willing to
 // wait for the devices to be loaded.
 func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) (time.Duration, error) {
@@ -262,6 +265,12 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		case <-e.life.Done():
+			// Who comes just now should hear why.
+			select {
+			case r := <-requests:
+				r.Refuse(context.Cause(e.life))
+			case <-time.After(lastWords):
+			}
 			return 0, context.Cause(e.life)
 		}
 		if r.Purpose != ToOffer {

@@ -392,7 +392,7 @@ func (r *run) once(o outcome) {
 			changes, last = changes+1, s.VM
 		}
 	}
-	if most := map[outcome]int{moved: 1, frozen: 2, halved: 1}[o]; changes > most {
+	if most := map[outcome]int{moved: 1, frozen: 2, dead: 1, halved: 1}[o]; changes > most {
 		r.t.Errorf("the guest reported from one QEMU and the other, with %d changes", changes)
 	}
 }
