@@ -76,6 +76,9 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 
 // evict begins an eviction of a VM here to another host.
 func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks bool) (*eviction, error) {
+	if err := hypervisor.CheckName(name); err != nil {
+		return nil, &argumentError{err}
+	}
 	vm, err := hypervisor.Find(h.config.VMs, name)
 	if err != nil {
 		return nil, err
