@@ -221,6 +221,9 @@ func (e *source) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if _, err := control.await(ctx, msgAccepted); err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("the destination neither took the offer nor turned it down: %w", err)
+		}
 		return err
 	}
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)

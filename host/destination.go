@@ -75,9 +75,8 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	}
 	v := h.newEviction(entry)
 	h.add(v)
-	ctx, cancel := context.WithCancel(h.life)
-	defer cancel()
-	twin, err := hypervisor.StartTwin(ctx, vm)
+	h.log.Info("offer taken", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
+	twin, err := hypervisor.StartTwin(h.life, vm)
 	if err == nil {
 		// From the process alone it would have to be guessed after our death.
 		err = entry.Note(string(evict.MarkAccepted), "", func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })

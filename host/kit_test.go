@@ -144,6 +144,11 @@ func sites(t testing.TB, l *lab.Lab) (a, b *site) {
 			if t.Failed() {
 				b, _ := os.ReadFile(s.log.Name())
 				t.Logf("log of %s:\n%s", s.name, b[max(0, len(b)-30_000):])
+				logs, _ := filepath.Glob(filepath.Join(s.dir, "*.log"))
+				for _, file := range logs {
+					b, _ := os.ReadFile(file)
+					t.Logf("%s:\n%s", file, b[max(0, len(b)-5000):])
+				}
 			}
 		})
 	}
