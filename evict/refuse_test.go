@@ -372,7 +372,7 @@ func smallFS(t *testing.T) string {
 
 // peers tries what else may listen where a destination is expected.
 func (r *refusals) peers() {
-	const ask = "is it `vacate receive` that listens there?"
+	const ask = "is it `vacate receive` that listens there"
 	serve := func(t *testing.T, say string) string {
 		ln := listen(t, r.lab.B)
 		go func() {
@@ -396,10 +396,10 @@ func (r *refusals) peers() {
 	for name, c := range map[string]struct{ answer, says string }{
 		"web server":         {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ask},
 		"noise":              {strings.Repeat("\x00\xff\x17", 40), ask},
-		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", "speaks version 99, we speak 2: use the same release of vacate on both hosts"},
-		"taken":              {"vacate\r\n\x00\x02\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
+		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", "speaks version 99, we speak 3: use the same release of vacate on both hosts"},
+		"taken":              {"vacate\r\n\x00\x03\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
 		"silent destination": {"", ask},
-		"mirror":             {"vacate\r\n\x00\x02\x00\x00\x00\x00" + "vacate\r\n\x00\x02\x00\x00\x00\x00", "does not speak vacate's protocol"},
+		"mirror":             {"vacate\r\n\x00\x03\x00\x00\x00\x00" + "vacate\r\n\x00\x03\x00\x00\x00\x00", "does not speak vacate's protocol"},
 	} {
 		r.run(name, func(t *testing.T) { refused(t, r.evict(t, r.vm.QMP, serve(t, c.answer)), c.says) })
 	}
