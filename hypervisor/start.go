@@ -168,27 +168,19 @@ func credential(name string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
 }
 
+// attemptTime is how long a QEMU that was just started may take to answer once. A command that reaches QEMU 7.2 in the moment
+// when its main loop begins may lie there until another client comes (seen once in some 300 starts).
+const attemptTime = 3 * time.Second
+
 // answers waits until the QEMU that was started answers, and waits for the VM.
 func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (Process, error) {
 	for {
-		q, err := qmp.Dial(ctx, vm.QMP)
+		seen, err := answer(ctx, vm, pid)
 		if err == nil {
-			defer q.Close()
-			if q.PeerPID() != pid {
-				if sid, err := unix.Getsid(q.PeerPID()); err == nil && sid == pid { // of ours, by a detour
-					if p, err := FindProcess(q.PeerPID()); err == nil {
-						p.Kill(ctx)
-					}
-				}
-				return Process{}, fmt.Errorf("another process (%d) answers at %s than the one started (%d): the command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
-			}
-			seen, err := ask(ctx, q)
-			if err == nil && seen.State != Incoming {
-				err = fmt.Errorf("the QEMU does not wait for a VM: it is %s", seen.Status)
-			}
-			return seen.Process, err
+			return seen.Process, nil
 		}
-		if ctx.Err() == nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
+		again := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrBusy)
+		if ctx.Err() == nil && !again {
 			return Process{}, err
 		}
 		select {
@@ -199,6 +191,30 @@ func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (Proces
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// answer asks the QEMU that was started once.
+func answer(ctx context.Context, vm VM, pid int) (Seen, error) {
+	ctx, cancel := context.WithTimeout(ctx, attemptTime)
+	defer cancel()
+	q, err := qmp.Dial(ctx, vm.QMP)
+	if err != nil {
+		return Seen{}, err
+	}
+	defer q.Close()
+	if q.PeerPID() != pid {
+		if sid, err := unix.Getsid(q.PeerPID()); err == nil && sid == pid { // of ours, by a detour
+			if p, err := FindProcess(q.PeerPID()); err == nil {
+				p.Kill(ctx)
+			}
+		}
+		return Seen{}, fmt.Errorf("another process (%d) answers at %s than the one started (%d): the command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
+	}
+	seen, err := ask(ctx, q)
+	if err == nil && seen.State != Incoming {
+		err = fmt.Errorf("the QEMU does not wait for a VM: it is %s", seen.Status)
+	}
+	return seen, err
 }
 
 // lastWords is what was written to a log from an offset on, or its end.
