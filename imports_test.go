@@ -26,7 +26,8 @@ var imports = map[string][]string{
 	"certs":            {},
 	"link":             {"golang.org/x/sys", "vacate/certs"},
 	"journal":          {"golang.org/x/sys"},
-	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/qmp"},
+	"urgent":           {"golang.org/x/sys"},
+	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/qmp", "vacate/urgent"},
 	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/pushorder", "vacate/qmp"},
@@ -43,8 +44,8 @@ var imports = map[string][]string{
 	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
-	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host"},
-	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/pageclass", "vacate/pushorder", "vacate/qmp"},
+	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host", "vacate/urgent"},
+	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/urgent"},
 }
 
 func TestImports(t *testing.T) {

@@ -125,7 +125,7 @@ func BenchmarkFour(b *testing.B) {
 	hosta, hostb := sites(b, l)
 	hosta.start()
 	hostb.start()
-	spec := lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 24, IdleMiB: 120, Workers: 1}}
+	spec := lab.Spec{MemoryMiB: 288, Load: lab.Load{HotMiB: 24, IdleMiB: 120, Workers: 1}}
 	names := []string{"web1", "web2", "web3", "web4"}
 	var ratios []float64
 	for b.Loop() {

@@ -23,6 +23,7 @@ import (
 	hostv1 "vacate/hostapi/v1"
 	"vacate/journal"
 	"vacate/lab"
+	"vacate/urgent"
 
 	"connectrpc.com/connect"
 )
@@ -42,6 +43,7 @@ func TestMain(m *testing.M) {
 // runDaemon is a daemon that tells its parent, on standard output, of each state of its engines, and waits in those that the
 // parent names (ROLE/STATE, on standard input) until it says "go".
 func runDaemon(file string) error {
+	urgent.Process()
 	config, err := ReadConfig(file)
 	if err != nil {
 		return err

@@ -9,13 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"vacate/qmp"
+	"vacate/urgent"
 
 	"golang.org/x/sys/unix"
 )
@@ -128,24 +128,12 @@ func (vm VM) start(log *os.File) (*exec.Cmd, error) {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL {
 		return nil, os.NewSyscallError("close_range", err)
 	}
-	if err := asUsual(cmd.Start); err != nil {
+	if err := urgent.Usual(cmd.Start); err != nil {
 		return nil, err
 	}
 	// As a daemon may be spared when memory runs out, and a VM should not for that reason. It may always be raised.
 	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0)
 	return cmd, nil
-}
-
-// asUsual calls f on a thread of usual priority, which the processes that it starts inherit.
-func asUsual(f func() error) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	const usual = 20 // getpriority(2): the system call returns 20 less the nice value
-	was, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
-	if err == nil && was != usual && unix.Setpriority(unix.PRIO_PROCESS, 0, 0) == nil {
-		defer unix.Setpriority(unix.PRIO_PROCESS, 0, usual-was)
-	}
-	return f()
 }
 
 func credential(name string) (*syscall.Credential, error) {

@@ -17,6 +17,7 @@ import (
 	"vacate/evict"
 	"vacate/link"
 	"vacate/pushorder"
+	"vacate/urgent"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -183,7 +184,7 @@ func (o evictOptions) screen() (*screen, *json.Encoder) {
 }
 
 func (o evictOptions) run(ctx context.Context) error {
-	beUrgent()
+	urgent.Process()
 	if err := checkAddress("--to", o.to); err != nil {
 		return err
 	}

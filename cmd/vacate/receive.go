@@ -13,6 +13,7 @@ import (
 	"vacate/certs"
 	"vacate/evict"
 	"vacate/link"
+	"vacate/urgent"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -79,7 +80,7 @@ here; it then runs on on the source. Later they change nothing.
 }
 
 func receive(ctx context.Context, d evict.Destination, listen, identity string) error {
-	beUrgent()
+	urgent.Process()
 	out := newScreen(&lines{w: os.Stdout})
 	defer out.close()
 	problems := newScreen(&lines{w: os.Stderr})

@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"vacate/host"
+	"vacate/urgent"
 
 	"github.com/spf13/cobra"
 )
@@ -88,6 +89,7 @@ func run(ctx context.Context, config host.Config, format string) error {
 	default:
 		return fmt.Errorf("--log-format %q: there are text and json", format)
 	}
+	urgent.Process()
 	// A log that nobody reads any more must not end the daemon.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
