@@ -87,9 +87,8 @@ type destination struct {
 	reader  *migstream.Reader // of the head
 	layout  layout
 	placer  *placer
-	stream  *stream // of QEMU's migration; nil when it is broken
-	pending bool    // the QEMU was not told to run the VM yet
-	settled chan error
+	stream  *stream    // of QEMU's migration; nil when it is broken
+	pending bool       // the QEMU was not told to run the VM yet
 	kept    chan error // what was to be kept is, or an error
 	tasks   sync.WaitGroup
 

@@ -107,7 +107,7 @@ const bytesPerMbit = 1_000_000 / 8
 
 // listenUnix listens on a socket for this user alone. One that nobody listens on is replaced.
 func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { // #nosec G301 -- as /run has it; the socket in it is for one user
 		return nil, err
 	}
 	// The journal's lock was taken before: a socket that is there is of a daemon that died, or of another configuration.

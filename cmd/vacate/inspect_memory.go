@@ -413,7 +413,7 @@ func reservePicture(name string) (*pictureFile, error) {
 	}
 	temp := filepath.Join(filepath.Dir(name), fmt.Sprintf(".%s.%d.part", filepath.Base(name), os.Getpid()))
 	var err error
-	if p.temp, err = os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o666); err != nil {
+	if p.temp, err = os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o666); err != nil { // #nosec G302 -- as the umask has it
 		return nil, fmt.Errorf("--map: %w", err)
 	}
 	return p, nil

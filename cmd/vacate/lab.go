@@ -189,7 +189,7 @@ else should run on the machine meanwhile.`,
 			}
 		}
 		if opts.Profile != "" {
-			if err := os.MkdirAll(opts.Profile, 0o755); err != nil {
+			if err := os.MkdirAll(opts.Profile, 0o755); err != nil { // #nosec G301 -- results are for all to read
 				return fmt.Errorf("directory for profiles: %w", err)
 			}
 		}
@@ -219,7 +219,7 @@ else should run on the machine meanwhile.`,
 			if e := json.NewEncoder(&b).Encode(result); e != nil {
 				return errors.Join(err, e)
 			}
-			if e := os.WriteFile(json_, b.Bytes(), 0o644); e != nil {
+			if e := os.WriteFile(json_, b.Bytes(), 0o644); e != nil { // #nosec G306 -- results are for all to read
 				return errors.Join(err, e)
 			}
 		}
@@ -228,7 +228,7 @@ else should run on the machine meanwhile.`,
 			if e := result.SVG(&b); e != nil {
 				return errors.Join(err, e)
 			}
-			if e := os.WriteFile(svg, b.Bytes(), 0o644); e != nil {
+			if e := os.WriteFile(svg, b.Bytes(), 0o644); e != nil { // #nosec G306 -- results are for all to read
 				return errors.Join(err, e)
 			}
 		}
@@ -242,7 +242,7 @@ func writable(name string) error {
 	if name == "" {
 		return nil
 	}
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o644)
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o644) // #nosec G302 -- results are for all to read
 	if err != nil {
 		return fmt.Errorf("result file: %w", err)
 	}
