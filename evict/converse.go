@@ -15,6 +15,8 @@ import (
 	"vacate/pageset"
 	"vacate/pushorder"
 	"vacate/qmp"
+
+	"golang.org/x/sys/unix"
 )
 
 // How long a source waits before it tries to reach the destination again, and for its answers.
@@ -293,19 +295,45 @@ func (e *source) retire() error {
 	if a := e.at.Load(); a != nil {
 		a.control.Write(msgHeard)
 	}
-	e.quit()
+	wait := e.quit()
+	defer wait()
 	return e.machine.enter(Completed)
 }
 
-// quit ends the QEMU here.
-func (e *source) quit() {
-	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
-	defer cancel()
+// quitTime is how long a QEMU may take to quit.
+const quitTime = 5 * time.Second
+
+// quit tells the QEMU here to quit, as it is of no more use to anyone. What it returns waits
+// until it has ended, and ends it by force if it has not in quitTime.
+func (e *source) quit() (wait func()) {
 	if e.gone() {
-		return
+		return func() {}
 	}
+	pid := e.q.PeerPID()
+	process, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		e.Log.Warn("the source's QEMU is not looked after until its end", "pid", pid, "error", err)
+		process = -1
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	if err := e.q.Quit(ctx); err != nil {
-		e.Log.Warn("the source's QEMU does not quit; the VM is safe on the destination, end it by hand", "pid", e.q.PeerPID(), "error", err)
+		e.Log.Warn("the source's QEMU does not answer when told to quit; the VM is safe on the destination", "pid", pid, "error", err)
+	}
+	return func() {
+		defer cancel()
+		if process < 0 {
+			return
+		}
+		defer unix.Close(process)
+		for ctx.Err() == nil {
+			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(process), Events: unix.POLLIN}}, 50); n > 0 || err != nil && err != unix.EINTR {
+				return
+			}
+		}
+		e.Log.Warn("the source's QEMU does not quit: it is killed", "pid", pid)
+		if err := unix.PidfdSendSignal(process, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", pid, "error", err)
+		}
 	}
 }
 
@@ -387,7 +415,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	case stepLose:
 		return e.lost(errEngineDied, "The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
 	case stepRetire:
-		e.quit()
+		e.quit()()
 		return nil
 	case stepHold:
 		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")

@@ -87,9 +87,10 @@ type destination struct {
 	reader  *migstream.Reader // of the head
 	layout  layout
 	placer  *placer
-	stream  *stream    // of QEMU's migration; nil when it is broken
-	pending bool       // the QEMU was not told to run the VM yet
-	kept    chan error // what was to be kept is, or an error
+	stream  *stream      // of QEMU's migration; nil when it is broken
+	pending bool         // the QEMU was not told to run the VM yet
+	cont    <-chan error // its answer when it is told, if that takes long
+	kept    chan error   // what was to be kept is, or an error
 	tasks   sync.WaitGroup
 
 	mu       sync.Mutex
@@ -381,7 +382,7 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err != nil {
 		return e.abort(err)
 	}
-	if err := e.run(ctx); err != nil {
+	if err := e.run(); err != nil {
 		return err
 	}
 	if err := control.Write(msgRunning); err != nil {
@@ -390,25 +391,47 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	return e.serve(ctx)
 }
 
+// contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
+const contTime = time.Second
+
 // run has the QEMU run the VM. The source has committed the eviction, and that is on record.
-func (e *destination) run(ctx context.Context) error {
+// QEMU may be unable to answer until a page has come, which the VM touched at once: then
+// serve, without which no page comes after the loss of the session, hears the answer.
+func (e *destination) run() error {
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
-	if err := e.q.Cont(context.WithoutCancel(ctx)); err != nil {
-		if isRefusal(err) {
-			return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
-		}
-		return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
-	}
-	e.pending = false
-	q := e.q
+	q, answer := e.q, make(chan error, 1)
 	e.tasks.Go(func() {
 		ctx, cancel := e.bound(context.Background())
 		defer cancel(nil)
-		announce(ctx, q, e.Log)
+		err := q.Cont(ctx)
+		answer <- err
+		if err == nil {
+			announce(ctx, q, e.Log)
+		}
 	})
-	return nil
+	e.pending = false
+	select {
+	case err := <-answer:
+		return e.continued(err)
+	case <-time.After(contTime):
+		e.cont = answer
+		return nil
+	}
+}
+
+// continued is told how QEMU answered `cont`.
+func (e *destination) continued(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case isRefusal(err):
+		return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
+	case e.life.Err() != nil:
+		return e.lost(context.Cause(e.life), "The VM that ran here, or was about to, is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+	}
+	return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
 }
 
 // arm has QEMU wait for the stream, and gives it its head.

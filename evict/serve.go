@@ -93,7 +93,12 @@ func (e *destination) serve(ctx context.Context) error {
 		case <-gone:
 			e.detach(e.at.Load().Err())
 		case r := <-rejoin:
-			if err := e.attach(ctx, r); err != nil {
+			if err := e.attach(r); err != nil {
+				return err
+			}
+		case err := <-e.cont:
+			e.cont = nil
+			if err := e.continued(err); err != nil {
 				return err
 			}
 		case <-e.life.Done():
@@ -140,14 +145,14 @@ func (e *destination) dropStream(why error) {
 
 // attach goes on with a source that came back: it tells it what is here, and asks for what
 // the guest waits for. A failure of the session is no error.
-func (e *destination) attach(ctx context.Context, r *Request) error {
+func (e *destination) attach(r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.pending {
 		if !r.resume.Committed {
 			r.end() // it is none of ours: ours asks with this only
 			return nil
 		}
-		if err := e.run(ctx); err != nil {
+		if err := e.run(); err != nil {
 			e.at.Store(r.attachment)
 			return err
 		}

@@ -336,7 +336,7 @@ func (r *run) settle(c cell) outcome {
 	}
 	o := nowhere
 	switch {
-	case here == "" && there == "" && (src.Outcome == "refused" || c.at == "source/aborted" || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.fault.name == "destination QEMU killed"):
+	case here == "" && there == "" && ((src.Outcome == "refused" || src.Outcome == "aborted") && c.fault.name == "source QEMU killed" || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.fault.name == "destination QEMU killed"):
 		o = dead // after the end, or as good as
 	case src.Outcome == "completed":
 		if there != "running" || here != "" {

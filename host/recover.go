@@ -45,7 +45,7 @@ func (v *eviction) recoverSource() error {
 			v.finish(evict.MarkLost, evict.Lost, errors.New("the VM that stood frozen here is gone"), nil)
 			return nil
 		}
-		v.change(func() { v.outcome, v.reason = string(evict.Lost), v.entry.Record().Reason })
+		v.undecided(v.entry.Record().Reason)
 		return nil
 	case evict.MarkBegun:
 		if v.entry.Torn() {

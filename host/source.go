@@ -157,12 +157,23 @@ func (v *eviction) sent(report json.RawMessage, err error) {
 		}
 		v.finish(m, evict.State(outcomes[m]), err, report)
 	case v.process().Alive():
-		// The VM stands frozen here: an operator has to decide, or the journal to be mended.
-		v.change(func() { v.outcome, v.reason = string(evict.Lost), err.Error() })
+		// The VM stands frozen here: an operator has to decide.
+		v.undecided(err.Error())
 		v.host.log.Error("eviction needs an operator", "eviction", v.entry.ID(), "vm", v.entry.Record().VM, "error", err, "remedy", v.remedies())
 	default:
 		v.finish(evict.MarkLost, evict.Lost, err, report)
 	}
+}
+
+// undecided has the eviction wait for an operator, or for the end of the QEMU here.
+func (v *eviction) undecided(reason string) {
+	v.change(func() { v.outcome, v.reason = string(evict.Lost), reason })
+	v.host.tasks.Go(func() {
+		// What an operator decides ends the QEMU, too, or has the VM run on.
+		if v.process().Wait(v.host.life) == nil && v.mark() == evict.MarkLost && !v.ended() {
+			v.finish(evict.MarkLost, evict.Lost, errors.New(reason+". The QEMU that held it here has ended since"), nil)
+		}
+	})
 }
 
 // decide does what an operator decided of a VM that stands frozen here.
