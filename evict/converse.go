@@ -339,10 +339,13 @@ func (e *source) quit() (wait func()) {
 
 // frozenRemedy says what an operator can do with a VM that stands frozen here.
 func (e *source) frozenRemedy() string {
-	return fmt.Sprintf("Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it. "+
-		"`vacate export %[1]s FILE` saves memory and devices as they were when it was frozen; "+
-		"`vacate decide %[1]s resume-here`, only if the VM is gone on the destination for good, has it go on here from then; "+
-		"`vacate decide %[1]s discard` gives this copy up", e.Eviction)
+	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it"
+	if e.Journal == nil {
+		return keep
+	}
+	return fmt.Sprintf(keep+". `vacate export %[1]s FILE` saves memory and devices as they were when it was frozen; "+
+		"`vacate decide %[1]s resume-here --confirm %[2]s`, only if the VM is gone on the destination for good, has it go on here from then; "+
+		"`vacate decide %[1]s discard --confirm %[2]s` gives this copy up", e.Eviction, e.VM)
 }
 
 // lostThere ends an eviction whose VM is lost at the destination.
