@@ -381,3 +381,74 @@ func FuzzTouchedByLoading(f *testing.F) {
 		}
 	})
 }
+
+// What a destination says that it has is a set of pages that there are.
+func FuzzHas(f *testing.F) {
+	full := pageset.New(small[0].Pages)
+	for p := range pageset.Page(small[0].Pages) {
+		if p%3 != 0 {
+			full.Add(p)
+		}
+	}
+	f.Add(appendHas(nil, 0, 0, small[0].Pages, full))
+	f.Add(appendHas(nil, 0, 2, 5, full))
+	f.Add(appendRequest(nil, run(0, 0, 1)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		sets := make([]*pageset.Set, len(small))
+		for i, block := range small {
+			sets[i] = pageset.New(block.Pages)
+		}
+		if err := small.parseHas(b, sets); err != nil {
+			if !errors.Is(err, link.ErrPeer) {
+				t.Fatal(err)
+			}
+			return
+		}
+		r, err := small.parseRequest(b[:runSize])
+		if err != nil {
+			t.Fatal(err)
+		}
+		again := []*pageset.Set{}
+		for _, block := range small {
+			again = append(again, pageset.New(block.Pages))
+		}
+		if err := small.parseHas(appendHas(nil, r.Block, int(r.First), r.Count, sets[r.Block]), again); err != nil {
+			t.Fatal(err)
+		}
+		for i := range sets {
+			for p := range pageset.Page(small[i].Pages) {
+				if sets[i].Has(p) != again[i].Has(p) {
+					t.Fatalf("page %d of block %d changed", p, i)
+				}
+			}
+		}
+	})
+}
+
+// All messages of JSON but the offer, which has a test of its own: each is taken as what it is, or refused.
+func FuzzMessages(f *testing.F) {
+	for _, m := range []any{
+		resume{Eviction: NewID(), Committed: true}, status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
+		farewell{"why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2}, settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
+	} {
+		b, err := json.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte(`{"eviction":"00"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for _, into := range []any{new(resume), new(status), new(farewell), new(Received)} {
+			if err := decode(b, into); err != nil {
+				if !errors.Is(err, link.ErrPeer) {
+					t.Fatal(err)
+				}
+				continue
+			}
+			if _, err := json.Marshal(into); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}

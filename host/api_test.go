@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 
 	"connectrpc.com/connect"
@@ -190,6 +191,23 @@ func FuzzConfig(f *testing.F) {
 		c, err := ReadConfig(file)
 		if err == nil && c.check() != nil {
 			t.Error("a configuration was taken that is wrong")
+		}
+	})
+}
+
+// A peer may ask anything.
+func FuzzQuestion(f *testing.F) {
+	f.Add([]byte(`{"facts":{"vm":"web1"}}`))
+	f.Add([]byte(`{"echo":5}`))
+	f.Add([]byte(`{"echo":99999999999}`))
+	f.Add([]byte(`{}`))
+	h := &Host{config: Config{Name: "hosta", VMs: f.TempDir()}} // it has no peers, so that nobody gets facts
+	f.Fuzz(func(t *testing.T, b []byte) {
+		answer, err := h.asked(&evict.Request{Question: b}, "hostb")
+		if err == nil {
+			if text, ok := answer.([]byte); !ok || len(text) > echoSize {
+				t.Errorf("%q was answered with %T", b, answer)
+			}
 		}
 	})
 }
