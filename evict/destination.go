@@ -75,6 +75,8 @@ type destination struct {
 	life context.Context
 	die  context.CancelCauseFunc
 
+	ended chan struct{} // closed when the engine ends
+
 	eviction ID
 	q        *qmp.Client // nil when it does not answer
 	process  int         // pidfd of the QEMU
@@ -152,7 +154,7 @@ func (d Destination) engine(first State) *destination {
 	e := &destination{
 		Destination: d, started: time.Now(), process: -1,
 		rejoin: make(chan *Request, 1), kept: make(chan error, 1),
-		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}),
+		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}), ended: make(chan struct{}),
 	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
@@ -337,7 +339,7 @@ func (e *destination) sort(requests <-chan *Request) {
 			if a := e.at.Load(); a != nil {
 				a.Fail(errors.New("the source has made a new session"))
 			}
-		case <-e.life.Done():
+		case <-e.ended:
 			return
 		}
 	}
@@ -625,12 +627,22 @@ func (e *destination) lost(err error, remedy string) error {
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
 }
 
-// answerRejoin answers a source that came back when all was over.
+// answerRejoin answers a source that came back when all was over. Where no journal remembers,
+// one that committed, and does not know what became of that, is waited for.
 func (e *destination) answerRejoin(a Answer, reason string) {
 	select {
 	case r := <-e.rejoin:
 		r.Answer(a, reason, nil)
+		return
 	default:
+	}
+	if e.Journal != nil || e.at.Load() != nil || e.machine.at(Running).IsZero() {
+		return
+	}
+	select {
+	case r := <-e.rejoin:
+		r.Answer(a, reason, nil)
+	case <-time.After(lingerTime):
 	}
 }
 
@@ -643,6 +655,7 @@ func (e *destination) close() {
 		a.end()
 	}
 	e.die(net.ErrClosed)
+	close(e.ended)
 	e.tasks.Wait()
 	select {
 	case r := <-e.rejoin:

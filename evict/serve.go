@@ -69,6 +69,12 @@ func (e *destination) serve(ctx context.Context) error {
 			}
 			e.dropStream(err)
 		case <-broken:
+			// If that is because the QEMU ends, the source should hear it in this session.
+			select {
+			case <-e.life.Done():
+				continue
+			case <-time.After(lastWords):
+			}
 			e.dropStream(e.stream.why)
 		case m := <-mended:
 			mending = false
