@@ -19,6 +19,8 @@ TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
 SEQUENTIAL = vacate/guestlinux vacate/lab/churn
+# So do these, of vacate/evict: the model check, and paths in simulated time.
+COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath)$$
 
 # $(call alltests,PACKAGES,FLAGS)
 alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
@@ -34,7 +36,8 @@ build: ## bin/vacate, bin/vacated, bin/vacate-guest and bin/guestload, all stati
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
-	$(call alltests,$(filter-out $(SEQUENTIAL),$(PACKAGES)),$(if $(RACE),-race))
+	$(call alltests,$(filter-out $(SEQUENTIAL),$(PACKAGES)),$(if $(RACE),-race -skip '^TestRecord$$|$(COMPUTING)'))
+	$(if $(RACE),$(call alltests,$(filter vacate/evict,$(PACKAGES)),-run '$(COMPUTING)'))
 	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)))
 
 unit: ## the tests that need neither root nor QEMU (seconds)

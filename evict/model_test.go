@@ -983,6 +983,7 @@ func TestModelMutants(t *testing.T) {
 		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},
 	} {
 		t.Run(mutant.rule+" "+mutant.name, func(t *testing.T) {
+			t.Parallel()
 			r := realRules()
 			mutant.mutate(&r)
 			v := explore(r, modelLimit)
