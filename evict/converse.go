@@ -13,10 +13,9 @@ import (
 	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageset"
+	"vacate/process"
 	"vacate/pushorder"
 	"vacate/qmp"
-
-	"golang.org/x/sys/unix"
 )
 
 // How long a source waits before it tries to reach the destination again, and for its answers.
@@ -310,10 +309,9 @@ func (e *source) quit() (wait func()) {
 		return func() {}
 	}
 	pid := e.q.PeerPID()
-	process, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
+	qemu, err := process.Find(pid)
+	if err != nil && !errors.Is(err, process.ErrGone) {
 		e.Log.Warn("the source's QEMU is not looked after until its end", "pid", pid, "error", err)
-		process = -1
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	if err := e.q.Quit(ctx); err != nil {
@@ -321,17 +319,13 @@ func (e *source) quit() (wait func()) {
 	}
 	return func() {
 		defer cancel()
-		if process < 0 {
+		if qemu.Wait(ctx) == nil {
 			return
 		}
-		defer unix.Close(process)
-		for ctx.Err() == nil {
-			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(process), Events: unix.POLLIN}}, 50); n > 0 || err != nil && err != unix.EINTR {
-				return
-			}
-		}
 		e.Log.Warn("the source's QEMU does not quit: it is killed", "pid", pid)
-		if err := unix.PidfdSendSignal(process, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+		ctx, cancel := context.WithTimeout(context.Background(), quitTime)
+		defer cancel()
+		if err := qemu.Kill(ctx); err != nil {
 			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", pid, "error", err)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageset"
+	"vacate/process"
 	"vacate/qmp"
 
 	"golang.org/x/sys/unix"
@@ -78,8 +79,8 @@ type destination struct {
 	ended chan struct{} // closed when the engine ends
 
 	eviction ID
-	q        *qmp.Client // nil when it does not answer
-	process  int         // pidfd of the QEMU
+	q        *qmp.Client     // nil when it does not answer
+	process  process.Process // the QEMU
 	mem      *guestmem.Memory
 	here     offer
 	at       atomic.Pointer[attachment] // nil while the source is not there
@@ -152,7 +153,7 @@ const (
 // engine makes one that is in a state.
 func (d Destination) engine(first State) *destination {
 	e := &destination{
-		Destination: d, started: time.Now(), process: -1,
+		Destination: d, started: time.Now(),
 		rejoin: make(chan *Request, 1), kept: make(chan error, 1),
 		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}), ended: make(chan struct{}),
 	}
@@ -215,7 +216,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
 		return err
 	}
-	if e.process, err = unix.PidfdOpen(e.mem.PID(), 0); err != nil {
+	if e.process, err = process.Find(e.mem.PID()); err != nil {
 		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
 	}
 	e.tasks.Go(e.watch)
@@ -245,12 +246,8 @@ var errTwinGone = errors.New("the QEMU here ended")
 
 // watch notices the end of the QEMU.
 func (e *destination) watch() {
-	fds := []unix.PollFd{{Fd: int32(e.process), Events: unix.POLLIN}}
-	for e.life.Err() == nil {
-		// The time-out is for the engine's own end.
-		if n, err := unix.Poll(fds, 100); n > 0 || err != nil && err != unix.EINTR {
-			e.die(fmt.Errorf("%w: its own messages say why", errTwinGone))
-		}
+	if err := e.process.Wait(e.life); err == nil || e.life.Err() == nil {
+		e.die(fmt.Errorf("%w: its own messages say why", errTwinGone))
 	}
 }
 
@@ -461,11 +458,7 @@ func (e *destination) keep() error {
 	if e.Journal == nil {
 		return nil
 	}
-	twin, err := e.twin()
-	if err != nil {
-		return err
-	}
-	b, err := json.Marshal(twin)
+	b, err := json.Marshal(e.twin())
 	if err != nil {
 		return fmt.Errorf("encode what is known of the QEMU here: %w", err)
 	}
@@ -583,16 +576,16 @@ func (e *destination) explain(err error) error {
 
 // kill ends the QEMU and waits until it is gone.
 func (e *destination) kill() error {
-	if err := unix.PidfdSendSignal(e.process, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	if err := e.process.Kill(ctx); err != nil {
 		return fmt.Errorf("end the QEMU here: %w", err)
-	}
-	select {
-	case <-e.life.Done():
-	case <-time.After(5 * time.Second):
-		return errors.New("the QEMU here was killed, and does not end")
 	}
 	return nil
 }
+
+// killTime is how long a QEMU may take to end when it was killed.
+const killTime = 5 * time.Second
 
 // abort ends an attempt that never ran the VM: it ends the QEMU, so that it never will,
 // and then says so.
@@ -672,9 +665,6 @@ func (e *destination) close() {
 	}
 	if e.q != nil {
 		e.q.Close()
-	}
-	if e.process >= 0 {
-		unix.Close(e.process)
 	}
 }
 

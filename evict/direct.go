@@ -10,6 +10,7 @@ import (
 
 	"vacate/guestmem"
 	"vacate/migstream"
+	"vacate/process"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,7 +41,7 @@ const (
 var errNoDirect = errors.New("pages cannot be placed directly")
 
 // openDirect finds the userfaultfd of a QEMU that listens for pages.
-func openDirect(process int, mem *guestmem.Memory, l layout) (*direct, error) {
+func openDirect(qemu process.Process, mem *guestmem.Memory, l layout) (*direct, error) {
 	dir := fmt.Sprintf("/proc/%d/fd", mem.PID())
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -75,7 +76,12 @@ func openDirect(process int, mem *guestmem.Memory, l layout) (*direct, error) {
 		largest = max(largest, b.PageSize)
 	}
 	d.zero = make([]byte, largest)
-	if d.uffd, err = unix.PidfdGetfd(process, found, 0); err != nil {
+	pidfd, err := qemu.Open()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoDirect, err)
+	}
+	defer unix.Close(pidfd)
+	if d.uffd, err = unix.PidfdGetfd(pidfd, found, 0); err != nil {
 		return nil, fmt.Errorf("%w: take QEMU's userfaultfd: %w", errNoDirect, err)
 	}
 	return d, nil

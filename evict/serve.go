@@ -7,16 +7,14 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"vacate/guestmem"
 	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageset"
+	"vacate/process"
 	"vacate/qmp"
 
 	"golang.org/x/sys/unix"
@@ -304,24 +302,8 @@ type twin struct {
 	Blocks []guestmem.Block `json:"blocks"`
 }
 
-func (e *destination) twin() (twin, error) {
-	start, err := startOf(e.mem.PID())
-	return twin{e.mem.PID(), start, e.mem.Blocks()}, err
-}
-
-// startOf returns when a process was started, which tells it from a later one of its number
-// (proc(5), field 22 of stat).
-func startOf(pid int) (uint64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("look at process %d: %w", pid, err)
-	}
-	s := string(b)
-	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
+func (e *destination) twin() twin {
+	return twin{e.process.PID, e.process.StartTime, e.mem.Blocks()}
 }
 
 // Resume goes on with an eviction that another engine left or died over, whose last mark in
@@ -374,12 +356,14 @@ func (e *destination) find() error {
 	if err := json.Unmarshal(b, &t); err != nil {
 		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
 	}
-	if e.process, err = unix.PidfdOpen(t.PID, 0); err != nil {
-		return fmt.Errorf("%w: process %d: %w", errTwinGone, t.PID, err)
+	e.process = process.Process{PID: t.PID, StartTime: t.Start}
+	pidfd, err := e.process.Open()
+	if errors.Is(err, process.ErrGone) {
+		return fmt.Errorf("%w: process %d", errTwinGone, t.PID)
+	} else if err != nil {
+		return err
 	}
-	if start, err := startOf(t.PID); err != nil || start != t.Start {
-		return fmt.Errorf("%w: process %d is another one now", errTwinGone, t.PID)
-	}
+	unix.Close(pidfd)
 	e.tasks.Go(e.watch)
 	head, err := e.Journal.Kept(keptHead)
 	if err != nil {

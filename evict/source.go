@@ -14,6 +14,7 @@ import (
 	"vacate/guestmem"
 	"vacate/link"
 	"vacate/migstream"
+	"vacate/process"
 	"vacate/pushorder"
 	"vacate/qmp"
 )
@@ -23,10 +24,9 @@ type Source struct {
 	Eviction ID     // zero for a new one
 	VM       string // its name at the destination; empty where a QEMU waits for just this VM
 	QMP      string // path of the QMP socket of the VM's QEMU
-	// PID and StartTime (proc(5), field 22 of stat, in ticks) tell the QEMU from one that was
-	// started since: of another one, Resume and Decide take it that this one ended. Zero: any.
-	PID       int
-	StartTime uint64
+	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
+	// that this one ended. Zero: any.
+	Process process.Process
 	// Connect makes a session with the destination. It is called again whenever the link
 	// is lost after the commit.
 	Connect func(context.Context) (*link.Session, error)
@@ -249,9 +249,12 @@ func (e *source) open(ctx context.Context) (err error) {
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
 	}
-	if e.PID != 0 {
-		if start, err := startOf(e.PID); err != nil || start != e.StartTime || e.q.PeerPID() != e.PID {
-			return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.PID, e.q.PeerPID())
+	if e.Process != (process.Process{}) {
+		switch answers, err := process.Find(e.q.PeerPID()); {
+		case err != nil && !errors.Is(err, process.ErrGone):
+			return err
+		case err != nil || answers != e.Process:
+			return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.Process.PID, e.q.PeerPID())
 		}
 	}
 	e.events = e.q.Subscribe(256)

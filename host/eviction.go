@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"vacate/evict"
-	"vacate/hypervisor"
 	"vacate/journal"
+	"vacate/process"
 )
 
 // eviction is one in the journal, and the engine that works on it, if there is one.
@@ -188,12 +188,12 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 const maxReport = 128 << 10
 
 // process is the QEMU of an eviction, as the journal has it; one that never lives if the host has booted since.
-func (v *eviction) process() hypervisor.Process {
+func (v *eviction) process() process.Process {
 	r := v.entry.Record()
 	if r.Boot != journal.BootID() {
-		return hypervisor.Process{PID: -1}
+		return process.Process{PID: -1}
 	}
-	return hypervisor.Process{PID: r.PID, StartTime: r.StartTime}
+	return process.Process{PID: r.PID, StartTime: r.StartTime}
 }
 
 // decidable tells whether an operator's word would be heeded: the VM stands frozen here, it may have run on the other host, and

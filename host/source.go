@@ -65,8 +65,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		s.Limit.Set(int64(min(o.RateLimit, math.MaxInt64)))
 	}
 	if v != nil {
-		p := v.process()
-		s.PID, s.StartTime = p.PID, p.StartTime
+		s.Process = v.process()
 		s.Journal = record{v.entry}
 		s.Log = h.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
 		s.Show = v.show

@@ -1,13 +1,18 @@
 package hypervisor
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
+	"vacate/process"
 	"vacate/qmp"
 )
 
@@ -40,11 +45,11 @@ var states = map[string]State{
 // Seen is a VM as it was found.
 type Seen struct {
 	State     State
-	Status    string      // QEMU's run state: "running", "postmigrate"…
-	Migration string      // status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
-	Process   Process     // the QEMU, in this PID namespace
-	Version   qmp.Version // of QEMU
-	Memory    uint64      // bytes of guest memory
+	Status    string          // QEMU's run state: "running", "postmigrate"…
+	Migration string          // status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
+	Process   process.Process // the QEMU, in this PID namespace
+	Version   qmp.Version     // of QEMU
+	Memory    uint64          // bytes of guest memory
 	VCPUs     int
 }
 
@@ -93,7 +98,7 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	if s.State == "" {
 		s.State = Paused
 	}
-	if s.Process, err = FindProcess(q.PeerPID()); err != nil {
+	if s.Process, err = process.Find(q.PeerPID()); err != nil {
 		return s, fmt.Errorf("find the process of QEMU: %w", err)
 	}
 	migration, err := q.QueryMigrate(ctx)
@@ -115,4 +120,29 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	}
 	s.VCPUs = len(cpus)
 	return s, nil
+}
+
+// Twins returns the processes whose command line is that of the VM's twin, in this PID namespace.
+func Twins(vm VM) ([]process.Process, error) {
+	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var list []process.Process
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(d.Name())
+		if err != nil {
+			continue
+		}
+		// The start first: if the process ends and its number is given anew, that is no longer it.
+		p, err := process.Find(pid)
+		if err != nil {
+			continue
+		}
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Equal(line, want) {
+			list = append(list, p)
+		}
+	}
+	return list, nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vacate/process"
 	"vacate/qmp"
 )
 
@@ -57,7 +58,7 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
-func kill(t *testing.T, p Process) {
+func kill(t *testing.T, p process.Process) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -69,7 +70,7 @@ func kill(t *testing.T, p Process) {
 	}
 }
 
-func startTwinOf(t *testing.T, vm VM) Process {
+func startTwinOf(t *testing.T, vm VM) process.Process {
 	t.Helper()
 	p, err := StartTwin(within(t, 30*time.Second), vm)
 	if err != nil {
@@ -89,7 +90,7 @@ func look(t *testing.T, vm VM) Seen {
 }
 
 // proc reads a file of a process.
-func proc(t *testing.T, p Process, file string) string {
+func proc(t *testing.T, p process.Process, file string) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p.PID, file))
 	if err != nil {
@@ -163,7 +164,7 @@ func TestTwin(t *testing.T) {
 	// Once more, over the socket that was left behind.
 	kill(t, startTwinOf(t, vm))
 	for i := 0; ; i++ { // the zombie goes
-		if _, err := FindProcess(p.PID); errors.Is(err, ErrGone) {
+		if _, err := process.Find(p.PID); errors.Is(err, process.ErrGone) {
 			break
 		} else if i == 500 {
 			t.Fatalf("process %d is still to be waited for: %v", p.PID, err)
@@ -197,7 +198,7 @@ func TestSurvive(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	var p Process
+	var p process.Process
 	if _, err := fmt.Fscanf(out, "started %d %d\n", &p.PID, &p.StartTime); err != nil {
 		t.Fatal(err)
 	}
@@ -334,51 +335,4 @@ func TestLook(t *testing.T) {
 	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "frozen by an eviction") {
 		t.Error(err)
 	}
-}
-
-func TestProcess(t *testing.T) {
-	own, err := FindProcess(os.Getpid())
-	if err != nil || !own.Alive() {
-		t.Fatalf("%+v, %v", own, err)
-	}
-	// Another process had our number: it is dead, and killing it kills nobody.
-	other := Process{own.PID, own.StartTime - 1}
-	if other.Alive() {
-		t.Error("another process with our number lives")
-	}
-	kill(t, other)
-	if err := other.Wait(t.Context()); err != nil {
-		t.Error(err)
-	}
-	if err := own.Wait(within(t, 10*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
-		t.Error(err)
-	}
-	for _, none := range []Process{{}, {PID: -1}, {PID: 1 << 30}} {
-		if none.Alive() {
-			t.Errorf("%+v lives", none)
-		}
-		kill(t, none)
-	}
-	// A child that has ended and was not waited for.
-	cmd := exec.Command("/bin/cat")
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()
-	child, err := FindProcess(cmd.Process.Pid)
-	if err != nil || !child.Alive() {
-		t.Fatalf("%+v, %v", child, err)
-	}
-	in.Close()
-	if err := child.Wait(within(t, 10*time.Second)); err != nil {
-		t.Error(err)
-	}
-	if child.Alive() {
-		t.Error("a zombie lives")
-	}
-	kill(t, child)
 }

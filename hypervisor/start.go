@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/process"
 	"vacate/qmp"
 	"vacate/urgent"
 
@@ -49,48 +50,48 @@ func (e *PresentError) Error() string {
 //
 // The QEMU lives on when this process ends: it has a session, a log file and an environment of its own, and none of our
 // descriptors. One goroutine stays until the QEMU ends, to take note of that for the kernel.
-func StartTwin(ctx context.Context, vm VM) (Process, error) {
+func StartTwin(ctx context.Context, vm VM) (process.Process, error) {
 	p, err := startTwin(ctx, vm)
 	if err != nil {
-		return Process{}, fmt.Errorf("start twin: %w", err)
+		return process.Process{}, fmt.Errorf("start twin: %w", err)
 	}
 	return p, nil
 }
 
-func startTwin(ctx context.Context, vm VM) (Process, error) {
+func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 	// The description is a good lock: there is one for each VM.
 	lock, err := os.Open(vm.file)
 	if err != nil {
-		return Process{}, err
+		return process.Process{}, err
 	}
 	defer lock.Close()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return Process{}, fmt.Errorf("a twin of VM %s is being started already", vm.Name)
+		return process.Process{}, fmt.Errorf("a twin of VM %s is being started already", vm.Name)
 	} else if err != nil {
-		return Process{}, os.NewSyscallError("flock", err)
+		return process.Process{}, os.NewSyscallError("flock", err)
 	}
 	seen, err := Look(ctx, vm)
 	if err != nil {
-		return Process{}, err
+		return process.Process{}, err
 	}
 	if seen.State != None {
-		return Process{}, &PresentError{vm.Name, seen}
+		return process.Process{}, &PresentError{vm.Name, seen}
 	}
 
 	ctx, cancel := context.WithTimeout(ctx, startTimeLimit)
 	defer cancel()
 	log, err := os.OpenFile(vm.Log, os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
-		return Process{}, fmt.Errorf("open its log: %w", err)
+		return process.Process{}, fmt.Errorf("open its log: %w", err)
 	}
 	defer log.Close()
 	said, err := log.Seek(0, io.SeekEnd)
 	if err != nil {
-		return Process{}, fmt.Errorf("%s, its log, is not a file: %w", vm.Log, err)
+		return process.Process{}, fmt.Errorf("%s, its log, is not a file: %w", vm.Log, err)
 	}
 	cmd, err := vm.start(log)
 	if err != nil {
-		return Process{}, err
+		return process.Process{}, err
 	}
 	ended := make(chan struct{})
 	go func() {
@@ -101,7 +102,7 @@ func startTwin(ctx context.Context, vm VM) (Process, error) {
 	if err != nil {
 		cmd.Process.Kill()
 		<-ended
-		return Process{}, fmt.Errorf("%w%s", err, lastWords(log, said))
+		return process.Process{}, fmt.Errorf("%w%s", err, lastWords(log, said))
 	}
 	return p, nil
 }
@@ -161,7 +162,7 @@ func credential(name string) (*syscall.Credential, error) {
 const attemptTime = 3 * time.Second
 
 // answers waits until the QEMU that was started answers, and waits for the VM.
-func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (Process, error) {
+func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (process.Process, error) {
 	for {
 		seen, err := answer(ctx, vm, pid)
 		if err == nil {
@@ -169,13 +170,13 @@ func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (Proces
 		}
 		again := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrBusy)
 		if ctx.Err() == nil && !again {
-			return Process{}, err
+			return process.Process{}, err
 		}
 		select {
 		case <-ended:
-			return Process{}, errors.New("QEMU ended at once")
+			return process.Process{}, errors.New("QEMU ended at once")
 		case <-ctx.Done():
-			return Process{}, fmt.Errorf("QEMU does not answer at %s: %w", vm.QMP, ctx.Err())
+			return process.Process{}, fmt.Errorf("QEMU does not answer at %s: %w", vm.QMP, ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -192,7 +193,7 @@ func answer(ctx context.Context, vm VM, pid int) (Seen, error) {
 	defer q.Close()
 	if q.PeerPID() != pid {
 		if sid, err := unix.Getsid(q.PeerPID()); err == nil && sid == pid { // of ours, by a detour
-			if p, err := FindProcess(q.PeerPID()); err == nil {
+			if p, err := process.Find(q.PeerPID()); err == nil {
 				p.Kill(ctx)
 			}
 		}

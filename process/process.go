@@ -1,4 +1,5 @@
-package hypervisor
+// Package process tells one process from a later one of its number, waits for its end, and ends it.
+package process
 
 import (
 	"bytes"
@@ -8,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,15 +24,15 @@ type Process struct {
 // ErrGone: the process has ended.
 var ErrGone = errors.New("process has ended")
 
-// FindProcess returns the process that has a number now.
-func FindProcess(pid int) (Process, error) {
+// Find returns the process that has a number now.
+func Find(pid int) (Process, error) {
 	start, err := startTime(pid)
 	return Process{pid, start}, err
 }
 
 // Alive reports whether the process runs. One that has ended does not, even if nobody has waited for it yet.
 func (p Process) Alive() bool {
-	fd, err := p.open()
+	fd, err := p.Open()
 	if err != nil {
 		return false
 	}
@@ -43,7 +43,7 @@ func (p Process) Alive() bool {
 // Kill ends the process with SIGKILL and returns when it has ended, its memory included. It returns nil, too,
 // when it had ended before.
 func (p Process) Kill(ctx context.Context) error {
-	fd, err := p.open()
+	fd, err := p.Open()
 	if errors.Is(err, ErrGone) {
 		return nil
 	} else if err != nil {
@@ -58,7 +58,7 @@ func (p Process) Kill(ctx context.Context) error {
 
 // Wait returns nil when the process has ended, or ctx's error.
 func (p Process) Wait(ctx context.Context) error {
-	fd, err := p.open()
+	fd, err := p.Open()
 	if errors.Is(err, ErrGone) {
 		return nil
 	} else if err != nil {
@@ -84,9 +84,10 @@ func (p Process) wait(ctx context.Context, fd int) error {
 	}
 }
 
-// open returns a descriptor of the process. It is of this one, as it has not ended yet when the start of whoever
+// Open returns a descriptor of the process (pidfd), which the caller closes. It wraps ErrGone when that has ended. It is of
+// this one, as it has not ended yet when the start of whoever
 // has the number is read.
-func (p Process) open() (int, error) {
+func (p Process) Open() (int, error) {
 	fd, err := unix.PidfdOpen(p.PID, 0)
 	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread has the number, or none can have it
 		return -1, ErrGone
@@ -137,29 +138,4 @@ func parseStat(b []byte) (uint64, error) {
 		return 0, fmt.Errorf("not what the kernel tells of a process: %.100q", b)
 	}
 	return strconv.ParseUint(string(fields[19]), 10, 64)
-}
-
-// Twins returns the processes whose command line is that of the VM's twin, in this PID namespace.
-func Twins(vm VM) ([]Process, error) {
-	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
-	dirs, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, err
-	}
-	var list []Process
-	for _, d := range dirs {
-		pid, err := strconv.Atoi(d.Name())
-		if err != nil {
-			continue
-		}
-		// The start first: if the process ends and its number is given anew, that is no longer it.
-		p, err := FindProcess(pid)
-		if err != nil {
-			continue
-		}
-		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Equal(line, want) {
-			list = append(list, p)
-		}
-	}
-	return list, nil
 }

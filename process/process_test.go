@@ -1,0 +1,85 @@
+package process
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+)
+
+func within(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func kill(t *testing.T, p Process) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := p.Kill(ctx); err != nil {
+		t.Error(err)
+	}
+	if p.Alive() {
+		t.Errorf("process %d lives", p.PID)
+	}
+}
+
+func TestProcess(t *testing.T) {
+	own, err := Find(os.Getpid())
+	if err != nil || !own.Alive() {
+		t.Fatalf("%+v, %v", own, err)
+	}
+	// Another process had our number: it is dead, and killing it kills nobody.
+	other := Process{own.PID, own.StartTime - 1}
+	if other.Alive() {
+		t.Error("another process with our number lives")
+	}
+	kill(t, other)
+	if err := other.Wait(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := own.Wait(within(t, 10*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	for _, none := range []Process{{}, {PID: -1}, {PID: 1 << 30}} {
+		if none.Alive() {
+			t.Errorf("%+v lives", none)
+		}
+		kill(t, none)
+	}
+	// A child that has ended and was not waited for.
+	cmd := exec.Command("/bin/cat")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	child, err := Find(cmd.Process.Pid)
+	if err != nil || !child.Alive() {
+		t.Fatalf("%+v, %v", child, err)
+	}
+	in.Close()
+	if err := child.Wait(within(t, 10*time.Second)); err != nil {
+		t.Error(err)
+	}
+	if child.Alive() {
+		t.Error("a zombie lives")
+	}
+	kill(t, child)
+}
+
+func FuzzParseStat(f *testing.F) {
+	own, err := os.ReadFile("/proc/self/stat")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(own)
+	f.Add([]byte("1 (a) b) (c) S 0 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 17 1 1"))
+	f.Fuzz(func(t *testing.T, b []byte) { parseStat(b) })
+}
