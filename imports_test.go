@@ -31,7 +31,7 @@ var imports = map[string][]string{
 	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/process", "vacate/qmp", "vacate/urgent"},
 	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
-	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/process", "vacate/pushorder", "vacate/qmp"},
+	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/process", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
 	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/process", "vacate/pushorder", "vacate/qmp"},
 	"doctor":           {"golang.org/x/sys", "vacate/guestmem", "vacate/qmp"},

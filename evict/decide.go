@@ -200,6 +200,14 @@ func destinationOnAbort(m Mark) step {
 	return stepNone
 }
 
+// AnswerOf is what a destination says of an eviction that nobody works on there.
+func AnswerOf(m Mark) Answer {
+	if !m.Final() {
+		return AnswerUnknown
+	}
+	return answerOf(m, copyGone)
+}
+
 // answerOf is what a destination says once destinationStep was done.
 func answerOf(m Mark, twin copyState) Answer {
 	switch m {

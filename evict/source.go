@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"vacate/guestmem"
+	"vacate/journal"
 	"vacate/link"
 	"vacate/migstream"
 	"vacate/process"
@@ -75,7 +76,7 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now(), touched: make(chan struct{}, 1)}
 	if e.Eviction == (ID{}) {
-		e.Eviction = NewID()
+		e.Eviction = journal.NewID()
 	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"testing"
 
+	"vacate/journal"
 	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageset"
@@ -428,7 +429,7 @@ func FuzzHas(f *testing.F) {
 // All messages of JSON but the offer, which has a test of its own: each is taken as what it is, or refused.
 func FuzzMessages(f *testing.F) {
 	for _, m := range []any{
-		resume{Eviction: NewID(), Committed: true}, status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
+		resume{Eviction: journal.NewID(), Committed: true}, status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
 		farewell{"why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2}, settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
 	} {
 		b, err := json.Marshal(m)

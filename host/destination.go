@@ -68,7 +68,7 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)
 	}
 	entry, err := h.journal.Create(journal.Record{
-		ID: journal.ID(r.Eviction), Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), QMP: vm.QMP, Mark: string(evict.MarkAccepted),
+		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), QMP: vm.QMP, Mark: string(evict.MarkAccepted),
 	})
 	if err != nil {
 		return err
@@ -114,7 +114,7 @@ func (v *eviction) receive(resume bool) {
 		r := v.entry.Record()
 		d := evict.Destination{QMP: r.QMP, Journal: record{v.entry}, Log: h.log.With("eviction", id, "vm", r.VM, "role", r.Role), Show: v.show}
 		if resumed {
-			return d.Resume(ctx, evict.ID(id), v.mark(), v.requests)
+			return d.Resume(ctx, id, v.mark(), v.requests)
 		}
 		return d.Receive(ctx, v.requests)
 	}, v.taken)
@@ -146,7 +146,7 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 
 // resumed serves a source that wants to go on with an eviction.
 func (h *Host) resumed(r *evict.Request, peer string) {
-	v := h.find(journal.ID(r.Eviction))
+	v := h.find(r.Eviction)
 	if v == nil || v.entry.Record().Role != journal.Destination || v.entry.Err() == nil && v.entry.Record().Peer != peer {
 		r.Refuse(fmt.Errorf("host %s knows of no such eviction from host %s", h.name(), peer))
 		return
@@ -188,16 +188,7 @@ func (v *eviction) answer(r *evict.Request) {
 			received = nil
 		}
 	}
-	answer := evict.AnswerUnknown
-	switch evict.Mark(rec.Mark) {
-	case evict.MarkCompleted:
-		answer = evict.AnswerComplete
-	case evict.MarkNeverRan:
-		answer = evict.AnswerNeverRan
-	case evict.MarkLost:
-		answer = evict.AnswerLost
-	}
-	r.Answer(answer, v.describe(), received)
+	r.Answer(evict.AnswerOf(evict.Mark(rec.Mark)), v.describe(), received)
 }
 
 // describe is what is known of the eviction, in a sentence.

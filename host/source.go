@@ -58,7 +58,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 	if err != nil {
 		return s, err
 	}
-	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = evict.ID(r.ID), r.VM, r.QMP, d.Session, o.SendFree
+	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
 	s.Path, s.Yield = h.paths[r.Peer], o.Yield
 	if o.RateLimit > 0 {
 		s.Limit = new(evict.Limit)
