@@ -38,16 +38,11 @@ type Gap struct {
 // converse goes on with a committed eviction to its end, through any number of sessions. why
 // is the reason for which the present one is of no use; nil if pages are being pushed in it.
 func (e *source) converse(ctx context.Context, why error) error {
-	leave := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		if errors.Is(context.Cause(ctx), ErrLeave) {
-			close(leave)
-		}
-	})
+	left, stop := untilLeft(ctx)
 	defer stop()
 	for {
 		if why == nil {
-			done, err := e.await(leave)
+			done, err := e.await(left)
 			if done {
 				return err
 			}
@@ -58,7 +53,7 @@ func (e *source) converse(ctx context.Context, why error) error {
 		}
 		e.drop(why)
 		e.Log.Warn("the destination is out of reach; the VM stays frozen here, and pages wait", "error", why)
-		done, err := e.reach(leave, why)
+		done, err := e.reach(left, why)
 		if done {
 			return err
 		}
@@ -67,7 +62,7 @@ func (e *source) converse(ctx context.Context, why error) error {
 }
 
 // await waits for the end of a push, or of its session.
-func (e *source) await(leave <-chan struct{}) (done bool, err error) {
+func (e *source) await(left context.Context) (done bool, err error) {
 	a := e.at.Load()
 	select {
 	case f := <-a.control.frames:
@@ -89,14 +84,14 @@ func (e *source) await(leave <-chan struct{}) (done bool, err error) {
 			return true, e.lostHere(context.Cause(e.life))
 		}
 		return false, context.Cause(e.life) // the destination may have it all: it is asked
-	case <-leave:
+	case <-left.Done():
 		return true, e.left()
 	}
 }
 
 // reach makes sessions with the destination until it has said what became of the eviction,
 // and does what follows from it. It returns with done unset when pages are pushed again.
-func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) {
+func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	since := time.Now()
 	pause := time.Duration(0)
 	for {
@@ -104,11 +99,11 @@ func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) 
 		// if it has not, it has to know that no more will come.
 		select {
 		case <-time.After(pause):
-		case <-leave:
+		case <-left.Done():
 			return true, e.left()
 		}
 		pause = min(max(2*pause, firstPause), lastPause)
-		a, st, err := e.inquire(leave)
+		a, st, err := e.inquire(left)
 		if err != nil {
 			e.Log.Debug("the destination cannot be asked", "error", err)
 			continue
@@ -163,18 +158,9 @@ func (e *source) reach(leave <-chan struct{}, why error) (done bool, err error) 
 }
 
 // inquire makes a new session and asks what became of the eviction.
-func (e *source) inquire(leave <-chan struct{}) (*attachment, status, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), connectTime)
+func (e *source) inquire(left context.Context) (*attachment, status, error) {
+	ctx, cancel := context.WithTimeout(left, connectTime)
 	defer cancel()
-	left := make(chan struct{})
-	defer close(left)
-	go func() {
-		select {
-		case <-leave:
-			cancel()
-		case <-left:
-		}
-	}()
 	s, err := e.Connect(ctx)
 	if err != nil {
 		return nil, status{}, err

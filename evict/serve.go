@@ -27,12 +27,7 @@ const lingerTime = time.Minute
 // serve takes the pages of a VM that runs here, for as long as it takes, through any number
 // of sessions with the source and of streams to QEMU, and completes the migration.
 func (e *destination) serve(ctx context.Context) error {
-	leave := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		if errors.Is(context.Cause(ctx), ErrLeave) {
-			close(leave)
-		}
-	})
+	left, stop := untilLeft(ctx)
 	defer stop()
 	mended := make(chan mended, 1)
 	mending := false
@@ -106,14 +101,17 @@ func (e *destination) serve(ctx context.Context) error {
 				return err
 			}
 		case <-e.life.Done():
-			return e.lost(context.Cause(e.life), "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
-		case <-leave:
+			return e.lost(context.Cause(e.life), goneHere)
+		case <-left.Done():
 			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
 		case <-tick.C:
 			e.show(e.machine.current())
 		}
 	}
 }
+
+// goneHere says what is left of a VM whose QEMU here ended.
+const goneHere = "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU"
 
 // leftovers says what is here of a VM that cannot become whole.
 func (e *destination) leftovers() string {
@@ -337,7 +335,7 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 		}
 		return e.summary(), nil
 	}
-	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it", errTwinGone), "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it", errTwinGone), goneHere)
 }
 
 var errDied = errors.New("the engine died before the VM was told to run")

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -156,6 +157,21 @@ var (
 // ErrLeave is the cause to cancel an engine's context with, to have it leave: where the
 // eviction can no longer be aborted it then ends with ErrLeft and touches nothing.
 var ErrLeave = errors.New("the engine is to leave")
+
+// untilLeft returns a context that ends when the engine of ctx is told to leave, and for no
+// other reason until the function that it returns is called.
+func untilLeft(ctx context.Context) (context.Context, func()) {
+	left, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(context.Cause(ctx), ErrLeave) {
+			cancel(ErrLeave)
+		}
+	})
+	return left, func() {
+		stop()
+		cancel(nil)
+	}
+}
 
 // ErrAbort is to be wrapped by the cause to cancel an engine's context with, to have it abort.
 var ErrAbort = errors.New("it was told to abort")
