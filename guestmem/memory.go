@@ -115,18 +115,15 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Memory{pid: pid, pidfd: -1}
+	m, err := hold(pid)
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			m.Close()
 		}
 	}()
-	if m.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
-		return nil, m.explain(os.NewSyscallError("pidfd_open", err))
-	}
-	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
-		return nil, m.explain(err)
-	}
 	// A QEMU on a busy host answers late, and two questions as late as one.
 	var blocks, tree string
 	var treeErr error
@@ -152,14 +149,9 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 		return nil, err
 	}
 	// QEMU has answered since the pidfd was opened, so that is QEMU's.
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	vmas, err := m.mappings()
 	if err != nil {
-		return nil, m.explain(err)
-	}
-	defer maps.Close()
-	vmas, err := parseMaps(maps)
-	if err != nil {
-		return nil, m.explain(err)
+		return nil, err
 	}
 	if err := m.mayRead(vmas); err != nil {
 		return nil, err
@@ -178,28 +170,21 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 // without asking it: it may not be able to answer. blocks are those of the earlier Memory.
 // Guest-physical addresses are not known.
 func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
-	m := &Memory{pid: pid, pidfd: -1, blocks: slices.Clone(blocks)}
+	m, err := hold(pid)
+	if err != nil {
+		return nil, fmt.Errorf("reopen guest memory: %w", err)
+	}
 	defer func() {
 		if err != nil {
 			m.Close()
 			err = fmt.Errorf("reopen guest memory: %w", err)
 		}
 	}()
-	if m.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
-		return nil, m.explain(os.NewSyscallError("pidfd_open", err))
-	}
-	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
-		return nil, m.explain(err)
-	}
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	vmas, err := m.mappings()
 	if err != nil {
-		return nil, m.explain(err)
+		return nil, err
 	}
-	defer maps.Close()
-	vmas, err := parseMaps(maps)
-	if err != nil {
-		return nil, m.explain(err)
-	}
+	m.blocks = slices.Clone(blocks)
 	m.backing = make([]backing, len(m.blocks))
 	for i, b := range m.blocks {
 		if !b.Located {
@@ -213,6 +198,35 @@ func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
 		}
 	}
 	return m, nil
+}
+
+// hold opens what is needed of a QEMU's process for as long as its memory is read.
+func hold(pid int) (*Memory, error) {
+	m := &Memory{pid: pid, pidfd: -1}
+	var err error
+	if m.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
+		return nil, m.explain(os.NewSyscallError("pidfd_open", err))
+	}
+	if m.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", pid)); err != nil {
+		err = m.explain(err)
+		m.Close()
+		return nil, err
+	}
+	return m, nil
+}
+
+// mappings reads the process's memory map.
+func (m *Memory) mappings() ([]vma, error) {
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	defer maps.Close()
+	vmas, err := parseMaps(maps)
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	return vmas, nil
 }
 
 // findPID returns the process that runs the virtual CPUs. That is the one at

@@ -169,58 +169,51 @@ var pagemapBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 // count; so does every page of shared hugetlb memory, whose holes the kernel
 // does not show. The answer is exact while the guest is stopped.
 func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
-	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
-		return fmt.Errorf("find populated pages: bad range of %d pages at %d for %d words", n, first, len(dst))
-	}
-	if err := m.within(block, first*PageSize, n*PageSize); err != nil {
-		return fmt.Errorf("find populated pages: %w", err)
-	}
-	dst = dst[:(n+63)/64]
-	clear(dst)
-	var err error
-	kind, b := m.blocks[block].Kind, &m.backing[block]
-	if kind == SharedFile || kind == PrivateFile {
-		if b.file == nil || b.hugetlb {
-			setBits(dst, 0, n)
-		} else {
-			err = b.data(first, n, dst)
+	return m.scan("populated", block, first, n, dst, func(dst []uint64) error {
+		kind, b := m.blocks[block].Kind, &m.backing[block]
+		if kind == SharedFile || kind == PrivateFile {
+			if b.file == nil || b.hugetlb {
+				setBits(dst, 0, n)
+			} else if err := b.data(first, n, dst); err != nil {
+				return err
+			}
 		}
-	}
-	if err == nil && kind != SharedFile {
-		err = m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
-	}
-	if err == nil && !m.alive() {
-		err = unix.ESRCH
-	}
-	if err != nil {
-		return fmt.Errorf("find populated pages of block %s: %w", m.blocks[block].Name, m.explain(err))
-	}
-	return nil
+		if kind == SharedFile {
+			return nil
+		}
+		return m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+	})
 }
 
 // Placed sets bits of dst as Populated does, to whether page first+i is there, be it zero or
 // not: a thread that touches one which is not has the kernel make it, or waits for userfaultfd.
 // It is exact for pages that were there when it was called and are not taken away.
 func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
+	return m.scan("placed", block, first, n, dst, func(dst []uint64) error {
+		if b := &m.backing[block]; m.blocks[block].Kind == SharedFile && !b.hugetlb {
+			return b.data(first, n, dst)
+		}
+		return m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+	})
+}
+
+// scan has bits set of n pages from page first on, by find, which gets the words for them
+// cleared. kind says for messages which pages are looked for.
+func (m *Memory) scan(kind string, block int, first, n uint64, dst []uint64, find func(dst []uint64) error) error {
 	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
-		return fmt.Errorf("find placed pages: bad range of %d pages at %d for %d words", n, first, len(dst))
+		return fmt.Errorf("find %s pages: bad range of %d pages at %d for %d words", kind, n, first, len(dst))
 	}
 	if err := m.within(block, first*PageSize, n*PageSize); err != nil {
-		return fmt.Errorf("find placed pages: %w", err)
+		return fmt.Errorf("find %s pages: %w", kind, err)
 	}
 	dst = dst[:(n+63)/64]
 	clear(dst)
-	var err error
-	if b := &m.backing[block]; m.blocks[block].Kind == SharedFile && !b.hugetlb {
-		err = b.data(first, n, dst)
-	} else {
-		err = m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
-	}
+	err := find(dst)
 	if err == nil && !m.alive() {
 		err = unix.ESRCH
 	}
 	if err != nil {
-		return fmt.Errorf("find placed pages of block %s: %w", m.blocks[block].Name, m.explain(err))
+		return fmt.Errorf("find %s pages of block %s: %w", kind, m.blocks[block].Name, m.explain(err))
 	}
 	return nil
 }
