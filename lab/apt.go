@@ -131,6 +131,19 @@ func (a *privateApt) run(ctx context.Context, name string, args ...string) ([]by
 	return output(cmd)
 }
 
+// unpacked downloads packages, and returns the directory in which they are unpacked.
+func (a *privateApt) unpacked(ctx context.Context, packages []string) (string, error) {
+	if _, err := a.run(ctx, "apt-get", append([]string{"download"}, packages...)...); err != nil {
+		return "", err
+	}
+	debs, err := filepath.Glob(filepath.Join(a.dir, "*.deb"))
+	if err != nil {
+		return "", err
+	}
+	tree := filepath.Join(a.dir, "tree")
+	return tree, unpack(ctx, debs, tree)
+}
+
 // depends returns what a package depends on, as far as it begins with prefix.
 func (a *privateApt) depends(ctx context.Context, pkg, prefix string) ([]string, error) {
 	out, err := a.run(ctx, "apt-cache", "depends", "--important", pkg)

@@ -102,22 +102,15 @@ func fetchKernel(ctx context.Context, dir string, repos []repo) error {
 	if err != nil {
 		return err
 	}
-	download := []string{"download", depends[0]}
+	packages := depends
 	release = strings.TrimSuffix(release, "-unsigned")
 	for _, p := range parts {
 		if strings.HasSuffix(p, "-"+release) {
-			download = append(download, p)
+			packages = append(packages, p)
 		}
 	}
-	if _, err := apt.run(ctx, "apt-get", download...); err != nil {
-		return err
-	}
-	debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
+	tree, err := apt.unpacked(ctx, packages)
 	if err != nil {
-		return err
-	}
-	tree := filepath.Join(work, "tree")
-	if err := unpack(ctx, debs, tree); err != nil {
 		return err
 	}
 	lib := filepath.Join(tree, "usr/lib/modules", release)

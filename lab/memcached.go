@@ -58,15 +58,8 @@ func fetchMemcached(ctx context.Context, dir string, log *slog.Logger) (string, 
 			}
 			packages = appendNew(packages, more...)
 		}
-		if _, err := apt.run(ctx, "apt-get", append([]string{"download"}, packages...)...); err != nil {
-			return err
-		}
-		debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
+		tree, err := apt.unpacked(ctx, packages)
 		if err != nil {
-			return err
-		}
-		tree := filepath.Join(work, "tree")
-		if err := unpack(ctx, debs, tree); err != nil {
 			return err
 		}
 		if err := pickLinked(filepath.Join(tree, "usr/bin", memcached), tree, tmp); err != nil {
