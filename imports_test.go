@@ -39,6 +39,7 @@ var imports = map[string][]string{
 	"lab/loadproto":    {},
 	"lab/churnproto":   {},
 	"lab/memclient":    {},
+	"lab/labtest":      {"vacate/lab"},
 	"lab/churn":        {"golang.org/x/sys", "vacate/guestlinux", "vacate/guestmem", "vacate/lab", "vacate/lab/churnproto", "vacate/pageclass", "vacate/qmp"},
 	"lab":              {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
 	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/pushorder", "vacate/qmp"},

@@ -2,7 +2,6 @@ package bench
 
 import (
 	"log/slog"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -10,22 +9,15 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
-
-// One cache for all tests; the repository ignores it.
-const testDir = "../.lab"
 
 func needLab(t *testing.T) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("short: boots VMs")
 	}
-	if err := lab.Probe(); err != nil {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	labtest.Need(t, lab.Probe())
 }
 
 func buildVacate(t *testing.T) string {
@@ -44,7 +36,7 @@ func TestMeasure(t *testing.T) {
 	result, err := Measure(t.Context(), Options{
 		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second, Vacate: buildVacate(t),
 		Spec: lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
-		Lab:  lab.Options{Dir: testDir, Rate: 500e6},
+		Lab:  lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
 		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
 		Done: func(r Run) { done = append(done, r.Strategy) },
 	})
@@ -130,7 +122,7 @@ func TestChain(t *testing.T) {
 	strategies := []string{"vacate", "qemu-postcopy", "stop-and-copy"}
 	result, err := Measure(t.Context(), Options{
 		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second, Vacate: buildVacate(t), Chain: true,
-		Spec: spec, Lab: lab.Options{Dir: testDir, Rate: 500e6}, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Spec: spec, Lab: lab.Options{Dir: labtest.Dir(t), Rate: 500e6}, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

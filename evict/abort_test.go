@@ -13,6 +13,7 @@ import (
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/qmp"
 
 	"golang.org/x/sys/unix"
@@ -112,19 +113,19 @@ func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}) }
 
 // The same with the newest QEMU, whose source behaves differently when its stream ends.
 func TestAbortsBackports(t *testing.T) {
-	newLab(t, lab.Options{}) // skips where there can be none
-	q, err := lab.BackportsQEMU(within(t, 5*time.Minute), testDir)
-	need(t, err)
+	labtest.New(t, lab.Options{}) // skips where there can be none
+	q, err := lab.BackportsQEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
+	labtest.Need(t, err)
 	testAborts(t, q)
 }
 
 func testAborts(t *testing.T, q lab.QEMU) {
-	l := newLab(t, lab.Options{Rate: 2e9})
+	l := labtest.New(t, lab.Options{Rate: 2e9})
 	vm := boot(t, l, lab.Spec{QEMU: q, Devices: lab.Full, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, CacheMiB: 20}})
 	for _, a := range attempts {
 		t.Run(a.name, func(t *testing.T) {
 			a.run(t, l, vm)
-			if err := vm.Guest.WaitOps(within(t, 20*time.Second), 1000); err != nil {
+			if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {
 				t.Fatalf("the guest does not work on: %v", err)
 			}
 		})
@@ -133,13 +134,13 @@ func testAborts(t *testing.T, q lab.QEMU) {
 		}
 	}
 	twin := incoming(t, l, vm)
-	evictVM(within(t, time.Minute), t, l, vm, twin).mustComplete(t)
-	mustCheck(t, twin)
+	evictVM(labtest.Within(t, time.Minute), t, l, vm, twin).mustComplete(t)
+	labtest.MustCheck(t, twin)
 }
 
 func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	before := settingsOf(t, vm)
-	twin, err := l.B.Incoming(within(t, time.Minute), vm, a.twin)
+	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, a.twin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +148,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	if a.with != nil {
 		a.with(t, l, vm, twin)
 	}
-	ctx, cancel := context.WithCancel(within(t, time.Minute))
+	ctx, cancel := context.WithCancel(labtest.Within(t, time.Minute))
 	defer cancel()
 	ln, front := listen(t, l.B), listen(t, l.B)
 	r := &relay{t: t, host: l.B, to: ln.Addr().String(), lane: a.lane, upstream: a.upstream, kind: a.kind, hit: make(chan struct{})}
@@ -165,7 +166,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	go func() { defer close(serving); r.serve(front) }()
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	received := make(chan error, 1)
-	receiving, stopReceiving := context.WithCancel(within(t, time.Minute))
+	receiving, stopReceiving := context.WithCancel(labtest.Within(t, time.Minute))
 	defer stopReceiving()
 	go func() {
 		received <- receiveOn(receiving, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
@@ -193,7 +194,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	if destErr == nil || errors.Is(destErr, evict.ErrLost) {
 		t.Errorf("destination: %v", destErr)
 	}
-	if status, err := vm.Status(within(t, 10*time.Second)); err != nil || status != "running" {
+	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != "running" {
 		t.Fatalf("the VM is %q on the source: %v", status, err)
 	}
 	if after := settingsOf(t, vm); after != before {
@@ -204,7 +205,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 // settingsOf returns all migration settings of a VM's QEMU.
 func settingsOf(t *testing.T, vm *lab.VM) string {
 	t.Helper()
-	q, err := qmp.Dial(within(t, 10*time.Second), vm.QMP)
+	q, err := qmp.Dial(labtest.Within(t, 10*time.Second), vm.QMP)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"vacate/evict"
 	"vacate/lab"
 	"vacate/lab/churn"
+	"vacate/lab/labtest"
 )
 
 // By default TestChurn is short. A campaign is, for example:
@@ -45,7 +46,7 @@ type churned struct {
 // TestChurn evicts guests that allocate and free memory of every kind all the time, to and
 // fro, and leaves out what is free. They verify every byte: nothing may ever be wrong.
 func TestChurn(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 1e9})
+	l := labtest.New(t, lab.Options{Rate: 1e9})
 	kernels := lab.Kernels
 	if *kernelFlag != "all" {
 		kernels = nil
@@ -73,7 +74,7 @@ func TestChurn(t *testing.T) {
 
 // chain evicts a guest so many times, and adds to the table.
 func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*churned) []*churned {
-	g, err := churn.Boot(within(t, 5*time.Minute), l, c)
+	g, err := churn.Boot(labtest.Within(t, 5*time.Minute), l, c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +111,7 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 			to = l.A
 		}
 		var res result
-		ctx := within(t, 3*time.Minute)
+		ctx := labtest.Within(t, 3*time.Minute)
 		err := g.Move(ctx, to, func(ctx context.Context, vm, twin *lab.VM) error {
 			res = evictBetween(ctx, t, vm.Host, twin.Host, vm, twin)
 			return errors.Join(res.source, res.destErr)
@@ -124,7 +125,7 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 	}
 	for try := 1; ; try++ {
 		// On a busy machine it takes a worker long; one that is stuck shows by itself in time.
-		_, err := g.Command(within(t, 2*time.Minute), "check")
+		_, err := g.Command(labtest.Within(t, 2*time.Minute), "check")
 		if err == nil {
 			break
 		}
@@ -136,7 +137,7 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 			return table
 		}
 	}
-	if err := g.Hear(within(t, time.Minute), 2); err != nil {
+	if err := g.Hear(labtest.Within(t, time.Minute), 2); err != nil {
 		t.Error(err)
 	}
 	judge()

@@ -5,68 +5,24 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"os"
 	"testing"
 	"time"
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/link"
 )
-
-// testDir is one cache for all tests; the repository ignores it.
-const testDir = "../.lab"
-
-// need skips the test when err tells what this machine lacks for it, or fails it if the
-// environment says that all must run.
-func need(t testing.TB, err error) {
-	t.Helper()
-	if err == nil {
-		return
-	}
-	if os.Getenv("VACATE_REQUIRE") == "1" {
-		t.Fatal(err)
-	}
-	t.Skip(err)
-}
-
-// newLab makes a lab, or skips the test where none can be made, or fails it if the
-// environment says that all must run.
-func newLab(t testing.TB, opts lab.Options) *lab.Lab {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("short: boots VMs")
-	}
-	need(t, lab.Probe())
-	opts.Dir = testDir
-	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
-	l, err := lab.New(t.Context(), opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l
-}
-
-func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
 
 // boot starts a guest on host a and waits until it works.
 func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 	t.Helper()
-	vm, err := l.A.Boot(within(t, 3*time.Minute), spec)
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !spec.Load.Sleep {
-		if err := vm.Guest.WaitOps(within(t, time.Minute), 10_000); err != nil {
+		if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -76,7 +32,7 @@ func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 // incoming starts the VM's twin on host b.
 func incoming(t testing.TB, l *lab.Lab, vm *lab.VM) *lab.VM {
 	t.Helper()
-	twin, err := l.B.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{})
+	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,29 +143,17 @@ func (r result) mustComplete(t testing.TB) {
 	}
 }
 
-// mustCheck has the guest check all of its memory.
-func mustCheck(t testing.TB, vm *lab.VM) {
-	t.Helper()
-	check, err := vm.Guest.Check(within(t, 2*time.Minute), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if check.Bad != 0 || check.Pages == 0 {
-		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
-	}
-}
-
 func TestEvict(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 1e9})
+	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}})
 	twin := incoming(t, l, vm)
-	r := evictVM(within(t, time.Minute), t, l, vm, twin)
+	r := evictVM(labtest.Within(t, time.Minute), t, l, vm, twin)
 	t.Logf("%+v", r.report)
 	r.mustComplete(t)
-	if err := vm.Guest.WaitOps(within(t, time.Minute), 1000); err != nil {
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
 		t.Error(err)
 	}
-	mustCheck(t, twin)
+	labtest.MustCheck(t, twin)
 	select {
 	case <-vm.Done():
 	case <-time.After(10 * time.Second):

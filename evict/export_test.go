@@ -15,6 +15,7 @@ import (
 	"vacate/export"
 	"vacate/guestmem"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/migstream"
 	"vacate/qmp"
 )
@@ -22,7 +23,7 @@ import (
 // A VM that was frozen and whose QEMU is gone goes on from the file that it was exported to.
 func TestExport(t *testing.T) {
 	load := lab.Load{HotMiB: 60, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
-	stock, trixie, bookworm := lab.StockQEMU, cached(lab.BackportsQEMU), cached(lab.Backports12QEMU)
+	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t, lab.Backports12QEMU)
 	const exec, file = "exec:cat 'FILE'", "file:FILE"
 	for _, c := range []struct {
 		name string
@@ -41,10 +42,10 @@ func TestExport(t *testing.T) {
 		{"newest, huge pages", trixie, file, lab.Spec{Load: load}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l := newLab(t, lab.Options{})
+			l := labtest.New(t, lab.Options{})
 			var err error
-			c.spec.QEMU, err = c.find(within(t, 5*time.Minute))
-			need(t, err)
+			c.spec.QEMU, err = c.find(labtest.Within(t, 5*time.Minute))
+			labtest.Need(t, err)
 			if strings.Contains(c.name, "huge pages") {
 				reserveHugePages(t, 512)
 				// QEMU sends 64 of them before it looks up, and must not get far until it is in post-copy.
@@ -57,23 +58,23 @@ func TestExport(t *testing.T) {
 }
 
 // cached binds a finder of a QEMU to the tests' cache.
-func cached(find func(context.Context, string) (lab.QEMU, error)) func(context.Context) (lab.QEMU, error) {
-	return func(ctx context.Context) (lab.QEMU, error) { return find(ctx, testDir) }
+func cached(t testing.TB, find func(context.Context, string) (lab.QEMU, error)) func(context.Context) (lab.QEMU, error) {
+	return func(ctx context.Context) (lab.QEMU, error) { return find(ctx, labtest.Dir(t)) }
 }
 
 func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	vm := boot(t, l, spec)
-	captured, err := evict.Freeze(within(t, time.Minute), vm.QMP)
+	captured, err := evict.Freeze(labtest.Within(t, time.Minute), vm.QMP)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// As an engine finds it that was started anew.
-	q, err := qmp.Dial(within(t, time.Minute), vm.QMP)
+	q, err := qmp.Dial(labtest.Within(t, time.Minute), vm.QMP)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	mem, err := guestmem.Attach(within(t, time.Minute), q)
+	mem, err := guestmem.Attach(labtest.Within(t, time.Minute), q)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +84,7 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	name := filepath.Join(t.TempDir(), "a VM.state")
 	began := time.Now()
 	frozen := export.VM{Memory: mem, Head: captured.Head, Load: captured.Load, Streamed: captured.Streamed}
-	if err := frozen.WriteFile(within(t, time.Minute), name, nil); err != nil {
+	if err := frozen.WriteFile(labtest.Within(t, time.Minute), name, nil); err != nil {
 		t.Fatal(err)
 	}
 	fi, err := os.Stat(name)
@@ -96,7 +97,7 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	mem.Close() // and with it, huge pages
 	ops := len(vm.Guest.Samples())
 
-	again, err := l.B.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{From: strings.ReplaceAll(from, "FILE", name)})
+	again, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{From: strings.ReplaceAll(from, "FILE", name)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +108,7 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 			t.Error("QEMU misses something in the file")
 		}
 	}()
-	for ctx := within(t, time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	for ctx := labtest.Within(t, time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		status, err := again.Status(ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -122,13 +123,13 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	if n := len(vm.Guest.Samples()); n != ops {
 		t.Errorf("%d reports of a guest that is not to run", n-ops)
 	}
-	if err := again.Execute(within(t, time.Minute), "cont", nil, nil); err != nil {
+	if err := again.Execute(labtest.Within(t, time.Minute), "cont", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := vm.Guest.WaitOps(within(t, time.Minute), 10_000); err != nil {
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
 		t.Fatal(err)
 	}
-	mustCheck(t, again)
+	labtest.MustCheck(t, again)
 }
 
 // compare makes sure that the file holds the frozen memory, page by page.

@@ -25,6 +25,7 @@ import (
 	"vacate/guestlinux"
 	"vacate/guestmem"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/pageclass"
 	"vacate/qmp"
 )
@@ -60,7 +61,7 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(t
 	if vm.Host == l.B {
 		to = l.A
 	}
-	twin, err := to.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{})
+	twin, err := to.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +70,7 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(t
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	r := evictAs(within(t, time.Minute), t, vm, twin, s)
+	r := evictAs(labtest.Within(t, time.Minute), t, vm, twin, s)
 	runtime.ReadMemStats(&after)
 	r.mustComplete(t)
 	if n := after.TotalAlloc - before.TotalAlloc; n > allowance {
@@ -85,7 +86,7 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(t
 		}
 	}
 	vm.Kill()
-	if err := twin.Guest.WaitOps(within(t, time.Minute), 2000); err != nil {
+	if err := twin.Guest.WaitOps(labtest.Within(t, time.Minute), 2000); err != nil {
 		status, qerr := twin.Status(t.Context())
 		log, _ := os.ReadFile(twin.Console)
 		t.Fatalf("%v; the VM is %s %v; its console: %s", err, status, qerr, log)
@@ -103,7 +104,7 @@ var complaint = regexp.MustCompile(`\bBUG\b|WARNING:|Oops|[Bb]ad page|corrupt|Ca
 
 // TestHostileAgents: an agent can spoil the order at worst.
 func TestHostileAgents(t *testing.T) {
-	l := newLab(t, lab.Options{})
+	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Agent: true, Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	answers(t, vm)
 	for _, a := range []struct {
@@ -174,7 +175,7 @@ func TestHostileAgents(t *testing.T) {
 			return
 		}
 	}
-	mustCheck(t, vm)
+	labtest.MustCheck(t, vm)
 }
 
 // answers waits until the guest's agent has opened its port.
@@ -185,7 +186,7 @@ func answers(t testing.TB, vm *lab.VM) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	ctx := within(t, time.Minute)
+	ctx := labtest.Within(t, time.Minute)
 	for {
 		_, err := guesthints.Find(ctx, c)
 		if err == nil {
@@ -520,7 +521,7 @@ func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(guestmem.Pag
 // eviction goes on, at worst in plain order and with nothing left out. What is broken is put
 // right before the guest runs on, so that it can tell whether its memory is whole.
 func TestHostileKernels(t *testing.T) {
-	l := newLab(t, lab.Options{})
+	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	descriptors := func(f func(d []uint64)) func(*victim) {
 		return func(v *victim) {
@@ -699,5 +700,5 @@ func TestHostileKernels(t *testing.T) {
 			return
 		}
 	}
-	mustCheck(t, vm)
+	labtest.MustCheck(t, vm)
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
 
 // Every kind of VM that is promised to work moves, runs on, and finds all of its memory as it was.
@@ -25,7 +26,7 @@ func TestMatrix(t *testing.T) {
 		"rebooted":         {spec: lab.Spec{Load: load}, reboot: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := newLab(t, lab.Options{Rate: 2e9})
+			l := labtest.New(t, lab.Options{Rate: 2e9})
 			matrix(t, l, c.spec, c.reboot)
 		})
 	}
@@ -34,20 +35,20 @@ func TestMatrix(t *testing.T) {
 func matrix(t *testing.T, l *lab.Lab, spec lab.Spec, reboot bool) {
 	vm := boot(t, l, spec)
 	if reboot {
-		if err := vm.Guest.Reboot(within(t, 2*time.Minute), vm); err != nil {
+		if err := vm.Guest.Reboot(labtest.Within(t, 2*time.Minute), vm); err != nil {
 			t.Fatal(err)
 		}
 	}
 	twin := incoming(t, l, vm)
-	r := evictVM(within(t, 2*time.Minute), t, l, vm, twin)
+	r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
 	t.Logf("%+v", r.report)
 	r.mustComplete(t)
 	if !spec.Load.Sleep {
-		if err := vm.Guest.WaitOps(within(t, time.Minute), 1000); err != nil {
+		if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
 			t.Error(err)
 		}
 	}
-	mustCheck(t, twin)
+	labtest.MustCheck(t, twin)
 }
 
 // The newest QEMU of Debian's backports works like the stock one.
@@ -56,9 +57,9 @@ func TestBackports(t *testing.T) {
 		"newest": lab.BackportsQEMU, "debian 12": lab.Backports12QEMU,
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := newLab(t, lab.Options{Rate: 2e9})
-			q, err := find(within(t, 5*time.Minute), testDir)
-			need(t, err)
+			l := labtest.New(t, lab.Options{Rate: 2e9})
+			q, err := find(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
+			labtest.Need(t, err)
 			t.Log(q)
 			for _, d := range []lab.Devices{lab.Bare, lab.Full} {
 				matrix(t, l, lab.Spec{QEMU: q, Devices: d, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20}}, false)

@@ -20,6 +20,7 @@ import (
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/link"
 	"vacate/qmp"
 
@@ -30,7 +31,7 @@ import (
 // the message says what to do. One guest goes through all of it, works on, and is moved in
 // the end by the destination that has turned everybody else away.
 func TestRefusals(t *testing.T) {
-	l := newLab(t, lab.Options{})
+	l := labtest.New(t, lab.Options{})
 	r := &refusals{T: t, lab: l}
 	r.vm = boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 20, IdleMiB: 30, OtherMiB: 10},
 		Extra: []string{"-device", "virtio-rng-pci"}})
@@ -56,13 +57,13 @@ func (r *refusals) run(name string, f func(t *testing.T)) {
 	r.Run(name, func(t *testing.T) {
 		before := settingsOf(t, r.vm)
 		f(t)
-		if status, err := r.vm.Status(within(t, 10*time.Second)); err != nil || status != "running" {
+		if status, err := r.vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != "running" {
 			t.Errorf("the VM is %q: %v", status, err)
 		}
 		if after := settingsOf(t, r.vm); after != before {
 			t.Errorf("migration settings before %s, after %s", before, after)
 		}
-		if err := r.vm.Guest.WaitOps(within(t, 20*time.Second), 100); err != nil {
+		if err := r.vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 100); err != nil {
 			t.Errorf("the guest does not work on: %v", err)
 		}
 	})
@@ -85,7 +86,7 @@ func refused(t *testing.T, err error, says ...string) {
 
 // evict has a VM leave for an address of host b.
 func (r *refusals) evict(t *testing.T, monitor, to string) error {
-	report, err := evict.Source{QMP: monitor, Connect: connectTo(r.lab.A, to)}.Evict(within(t, time.Minute))
+	report, err := evict.Source{QMP: monitor, Connect: connectTo(r.lab.A, to)}.Evict(labtest.Within(t, time.Minute))
 	if err != nil && report.Reason != err.Error() {
 		t.Errorf("the report says %q, the error %q", report.Reason, err)
 	}
@@ -94,7 +95,7 @@ func (r *refusals) evict(t *testing.T, monitor, to string) error {
 
 // receive waits for a VM at a monitor that is not fit for one.
 func (r *refusals) receive(t *testing.T, monitor string) error {
-	return receiveOn(within(t, time.Minute), evict.Destination{QMP: monitor}, listen(t, r.lab.B))
+	return receiveOn(labtest.Within(t, time.Minute), evict.Destination{QMP: monitor}, listen(t, r.lab.B))
 }
 
 const nowhere = "10.77.0.2:9" // on host b, where nothing listens
@@ -125,7 +126,7 @@ func (r *refusals) monitors() {
 		both(t, speak(t, filepath.Join(dir, "hmp.sock"), "QEMU 7.2.22 monitor - type 'help' for more information\r\n(qemu) ", nil), "human monitor", "-qmp unix:PATH")
 	})
 	r.run("monitor of another client", func(t *testing.T) {
-		q, err := qmp.Dial(within(t, 10*time.Second), r.vm.QMP)
+		q, err := qmp.Dial(labtest.Within(t, 10*time.Second), r.vm.QMP)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +196,7 @@ func (r *refusals) twin(t *testing.T, opts lab.IncomingOptions, change func(*lab
 	if change != nil {
 		change(&spec)
 	}
-	twin, err := r.lab.B.Incoming(within(t, time.Minute), &lab.VM{Spec: spec, Guest: r.vm.Guest}, opts)
+	twin, err := r.lab.B.Incoming(labtest.Within(t, time.Minute), &lab.VM{Spec: spec, Guest: r.vm.Guest}, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,7 +238,7 @@ func (r *refusals) twins() {
 			twin := r.twin(t, lab.IncomingOptions{Extra: c.extra}, c.change)
 			ln := listen(t, r.lab.B)
 			log := make(refusalLog, 10)
-			ctx, stop := context.WithCancel(within(t, time.Minute))
+			ctx, stop := context.WithCancel(labtest.Within(t, time.Minute))
 			defer stop()
 			received := make(chan error, 1)
 			go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln) }()
@@ -245,7 +246,7 @@ func (r *refusals) twins() {
 			log.expect(t, c.says[0])
 			stop()
 			refused(t, <-received, "not touched")
-			if status, err := twin.Status(within(t, 10*time.Second)); status != "inmigrate" {
+			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status != "inmigrate" {
 				t.Errorf("the destination's QEMU is %q: %v", status, err)
 			}
 		})
@@ -273,7 +274,7 @@ func (r *refusals) twins() {
 		}, says: []string{"userfaultfd", "sysctl vm.unprivileged_userfaultfd=1", "CAP_SYS_PTRACE"}},
 		"waits for somebody else": {then: func(t *testing.T, twin *lab.VM) {
 			uri := map[string]any{"uri": "unix:" + filepath.Join(t.TempDir(), "in.sock")}
-			if err := twin.Execute(within(t, 10*time.Second), "migrate-incoming", uri, nil); err != nil {
+			if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-incoming", uri, nil); err != nil {
 				t.Fatal(err)
 			}
 		}, says: []string{"does not wait for a VM", "listening for another source", "-S -incoming defer"}},
@@ -330,7 +331,7 @@ func reserveHugePages(t *testing.T, n int) {
 	}
 	set(t, file, strconv.Itoa(have+n))
 	if free := meminfo(t, "HugePages_Free"); free < n {
-		need(t, fmt.Errorf("%d huge pages could be had, %d are needed: free memory", free, n))
+		labtest.Need(t, fmt.Errorf("%d huge pages could be had, %d are needed: free memory", free, n))
 	}
 }
 
@@ -409,7 +410,7 @@ func (r *refusals) peers() {
 func (r *refusals) states() {
 	do := func(t *testing.T, command string, args any) {
 		t.Helper()
-		if err := r.vm.Execute(within(t, 10*time.Second), command, args, nil); err != nil {
+		if err := r.vm.Execute(labtest.Within(t, 10*time.Second), command, args, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -424,7 +425,7 @@ func (r *refusals) states() {
 		do(t, "migrate", map[string]any{"uri": "exec:cat > /dev/null"})
 		refused(t, r.evict(t, r.vm.QMP, nowhere), "being migrated already", "wait for its end or cancel it")
 		do(t, "migrate_cancel", nil)
-		for ctx := within(t, 30*time.Second); ; {
+		for ctx := labtest.Within(t, 30*time.Second); ; {
 			var m struct{ Status string }
 			if err := r.vm.Execute(ctx, "query-migrate", nil, &m); err != nil {
 				t.Fatal(err)
@@ -456,19 +457,19 @@ func (r *refusals) strangers() {
 	}
 	t := r.T
 	twin := r.twin(t, lab.IncomingOptions{}, nil)
-	if err := twin.Execute(within(t, 10*time.Second), "migrate-set-parameters", map[string]any{"tls-creds": "none-such"}, nil); err != nil {
+	if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-set-parameters", map[string]any{"tls-creds": "none-such"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	ln := listen(t, r.lab.B)
 	log := make(refusalLog, 10)
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(within(t, 3*time.Minute), evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
+		received <- receiveOn(labtest.Within(t, 3*time.Minute), evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
 	}()
 
 	connect := func(t *testing.T, say []byte) net.Conn {
 		t.Helper()
-		c, err := dialFrom(r.lab.A)(within(t, 10*time.Second), "tcp", ln.Addr().String())
+		c, err := dialFrom(r.lab.A)(labtest.Within(t, 10*time.Second), "tcp", ln.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -531,7 +532,7 @@ func (r *refusals) strangers() {
 				session(t, c.say)
 			}
 			log.expect(t, c.says)
-			if status, err := twin.Status(within(t, 10*time.Second)); status != "inmigrate" {
+			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status != "inmigrate" {
 				t.Errorf("the destination's QEMU is %q: %v", status, err)
 			}
 		})
@@ -539,9 +540,9 @@ func (r *refusals) strangers() {
 	if r.Failed() {
 		return
 	}
-	report, err := evict.Source{QMP: r.vm.QMP, Connect: connectTo(r.lab.A, ln.Addr().String())}.Evict(within(t, time.Minute))
+	report, err := evict.Source{QMP: r.vm.QMP, Connect: connectTo(r.lab.A, ln.Addr().String())}.Evict(labtest.Within(t, time.Minute))
 	result{report: report, source: err, destErr: <-received}.mustComplete(t)
-	mustCheck(t, twin)
+	labtest.MustCheck(t, twin)
 }
 
 func hello(version uint16, lane byte) []byte {

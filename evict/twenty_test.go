@@ -5,28 +5,29 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
 
 // Twenty evictions in a row, the guest at work in between: each page once, none bad. The
 // guest moves to and fro between the hosts, and is checked whole at the end of every journey.
 func TestTwenty(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 1e9})
+	l := labtest.New(t, lab.Options{Rate: 1e9})
 	const journeys, legs = 4, 5
 	for range journeys {
 		vm := boot(t, l, lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200, OtherMiB: 50, FileMiB: 4}})
 		from, to := l.A, l.B
 		for range legs {
-			twin, err := to.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{})
+			twin, err := to.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			evictBetween(within(t, time.Minute), t, from, to, vm, twin).mustComplete(t)
-			if err := vm.Guest.WaitOps(within(t, time.Minute), 10_000); err != nil {
+			evictBetween(labtest.Within(t, time.Minute), t, from, to, vm, twin).mustComplete(t)
+			if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
 				t.Fatal(err)
 			}
 			vm, from, to = twin, to, from
 		}
-		mustCheck(t, vm)
+		labtest.MustCheck(t, vm)
 		vm.Kill()
 	}
 }

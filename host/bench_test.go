@@ -13,6 +13,7 @@ import (
 	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
 
 // What docs/results has of daemons is measured here: go test -run '^$' -bench NAME -benchtime 3x ./host
@@ -69,7 +70,7 @@ func place(t testing.TB, l *lab.Lab, a, b *site, names []string, spec lab.Spec) 
 		for i, vm := range vms {
 			for _, twin := range expected[i].VMs() {
 				if twin.Alive() {
-					mustCheck(t, twin)
+					labtest.MustCheck(t, twin)
 				}
 				twin.Kill()
 			}
@@ -81,7 +82,7 @@ func place(t testing.TB, l *lab.Lab, a, b *site, names []string, spec lab.Spec) 
 // A link that is cut for ten seconds in mid-push costs its eviction those, and little more.
 func BenchmarkLinkCut(b *testing.B) {
 	const cut = 10 * time.Second
-	l := newLab(b, lab.Options{Rate: 1e9})
+	l := labtest.New(b, lab.Options{Rate: 1e9})
 	hosta, hostb := sites(b, l)
 	hosta.start()
 	hostb.start()
@@ -121,7 +122,7 @@ func BenchmarkLinkCut(b *testing.B) {
 
 // Four evictions at once over one link: how long fetches take in each, against one alone.
 func BenchmarkFour(b *testing.B) {
-	l := newLab(b, lab.Options{Rate: 1e9})
+	l := labtest.New(b, lab.Options{Rate: 1e9})
 	hosta, hostb := sites(b, l)
 	hosta.start()
 	hostb.start()
@@ -149,7 +150,7 @@ func BenchmarkFour(b *testing.B) {
 
 // What TLS costs: the time of an eviction, and CPU time of both daemons for a gigabyte.
 func BenchmarkTLS(b *testing.B) {
-	l := newLab(b, lab.Options{Rate: 1e9})
+	l := labtest.New(b, lab.Options{Rate: 1e9})
 	spec := lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 50, IdleMiB: 700}}
 	secureA, secureB := sites(b, l)
 	plainA, plainB := sites(b, l)

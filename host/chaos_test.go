@@ -17,6 +17,7 @@ import (
 	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
+	"vacate/lab/labtest"
 
 	"connectrpc.com/connect"
 )
@@ -169,7 +170,7 @@ func (c cell) String() string { return c.at + ": " + c.fault.name }
 // TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By default it takes a sample by
 // chance; VACATE_CHAOS=N has it take all cells N times, and VACATE_CHAOS_RESULT=FILE a table written.
 func TestChaos(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 4e8})
+	l := labtest.New(t, lab.Options{Rate: 4e8})
 	var cells []cell
 	for _, at := range points() {
 		for _, f := range faults {
@@ -289,7 +290,7 @@ func (r *run) at(point string) *site {
 
 // look returns the eviction as a daemon sees it; nil if it knows of none.
 func (r *run) look(s *site) *hostv1.Eviction {
-	e, err := s.api.GetEviction(within(r.t, 10*time.Second), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction}))
+	e, err := s.api.GetEviction(labtest.Within(r.t, 10*time.Second), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction}))
 	if connect.CodeOf(err) == connect.CodeNotFound {
 		return nil
 	}
@@ -343,20 +344,20 @@ func (r *run) settle(c cell) outcome {
 			t.Fatalf("it is told to be complete, and the source's QEMU is %q, the destination's %q", here, there)
 		}
 		o = moved
-		mustCheck(t, twin)
+		labtest.MustCheck(t, twin)
 	case src.Outcome == "aborted", src.Outcome == "refused":
 		if here != "running" || there != "" {
 			t.Fatalf("it is told to be %s, and the source's QEMU is %q, the destination's %q", src.Outcome, here, there)
 		}
 		o = stayed
-		mustCheck(t, r.vm)
+		labtest.MustCheck(t, r.vm)
 	case here != "" && src.Decidable:
 		if len(src.Remedy) == 0 || there != "" {
 			t.Fatalf("it is frozen with the remedies %q, and the destination's QEMU is %q", src.Remedy, there)
 		}
 		r.decide(src)
 		o = frozen
-		mustCheck(t, r.vm)
+		labtest.MustCheck(t, r.vm)
 	case here == "" && there == "" && len(twins) == 0, here == "" && there == "" && dst != nil && dst.Mark == string(evict.MarkNeverRan):
 		o = dead
 	case here == "":
@@ -375,7 +376,7 @@ func (r *run) settle(c cell) outcome {
 
 // decide has the VM that stands frozen go on at the source.
 func (r *run) decide(e *hostv1.Eviction) {
-	_, err := r.a.api.Decide(within(r.t, time.Minute), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
+	_, err := r.a.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -7,13 +7,14 @@ import (
 
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
+	"vacate/lab/labtest"
 
 	"connectrpc.com/connect"
 )
 
 // The pre-flight finds nothing fatal between two hosts of the lab, and refuses an eviction that cannot succeed before the VM is touched.
 func TestDoctor(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 1e9})
+	l := labtest.New(t, lab.Options{Rate: 1e9})
 	a, b := sites(t, l)
 	vm := boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 16}})
 	a.describe("web1", vm.QMP, vm.Args)
@@ -21,7 +22,7 @@ func TestDoctor(t *testing.T) {
 	b.start()
 	examine := func() map[string]*hostv1.Finding {
 		t.Helper()
-		r, err := a.api.Doctor(within(t, time.Minute), connect.NewRequest(&hostv1.DoctorRequest{Vm: "web1", To: "hostb"}))
+		r, err := a.api.Doctor(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.DoctorRequest{Vm: "web1", To: "hostb"}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -45,7 +46,7 @@ func TestDoctor(t *testing.T) {
 	if list := fatal(); len(list) != 1 {
 		t.Errorf("without a description on the other host: %v; want one finding", list)
 	}
-	_, err := a.api.Evict(within(t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: "web1", To: "hostb"}))
+	_, err := a.api.Evict(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: "web1", To: "hostb"}))
 	if connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "web1") {
 		t.Errorf("evicted to where it is not described: %v", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 
 	hostv1 "vacate/hostapi/v1"
 
@@ -13,7 +14,7 @@ import (
 
 // A VM goes to the other host by its name, and comes back; daemons that are started anew find it.
 func TestThereAndBack(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 1e9})
+	l := labtest.New(t, lab.Options{Rate: 1e9})
 	a, b := sites(t, l)
 	vm := boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 32, IdleMiB: 32}})
 	a.describe("web1", vm.QMP, vm.Args)
@@ -31,11 +32,11 @@ func TestThereAndBack(t *testing.T) {
 	if end, err = b.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" || end.Role != "destination" || end.Peer != "hosta" {
 		t.Fatalf("%v, %v", end, err)
 	}
-	twin, err := there.Started(within(t, time.Minute))
+	twin, err := there.Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := vm.Wait(within(t, 10*time.Second)); err == nil && vm.Alive() {
+	if err := vm.Wait(labtest.Within(t, 10*time.Second)); err == nil && vm.Alive() {
 		t.Error("the source's QEMU is still there")
 	}
 	back := a.expect("web1", twin)
@@ -53,9 +54,9 @@ func TestThereAndBack(t *testing.T) {
 	if end, err := b.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
-	vm, err = back.Started(within(t, time.Minute))
+	vm, err = back.Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	mustCheck(t, vm)
+	labtest.MustCheck(t, vm)
 }

@@ -17,13 +17,14 @@ import (
 	"vacate/certs"
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
+	"vacate/lab/labtest"
 
 	"connectrpc.com/connect"
 )
 
 // Peers that have no business on the link are turned away and counted while a VM is moved past them, which takes no harm.
 func TestHostilePeers(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 4e8})
+	l := labtest.New(t, lab.Options{Rate: 4e8})
 	a, b := sites(t, l)
 	vm := boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})
 	a.describe("web1", vm.QMP, vm.Args)
@@ -120,11 +121,11 @@ func TestHostilePeers(t *testing.T) {
 			t.Errorf("nobody was turned away as %q: %v", reason, after)
 		}
 	}
-	twin, err := expected.Started(within(t, time.Minute))
+	twin, err := expected.Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	mustCheck(t, twin)
+	labtest.MustCheck(t, twin)
 }
 
 // turnedAway counts who was turned away by a host, by reason.

@@ -23,6 +23,7 @@ import (
 	hostv1 "vacate/hostapi/v1"
 	"vacate/journal"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/urgent"
 
 	"connectrpc.com/connect"
@@ -204,7 +205,7 @@ func (s *site) start(hold ...string) {
 	case <-ended:
 		s.t.Fatalf("the daemon of %s ended", s.name)
 	}
-	ctx := within(s.t, 10*time.Second)
+	ctx := labtest.Within(s.t, 10*time.Second)
 	for {
 		_, err := s.api.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{}))
 		if err == nil {
@@ -275,7 +276,7 @@ func (s *site) describe(name, qmp string, args []string) {
 // expect has the host be ready for a VM that its daemon will start.
 func (s *site) expect(name string, vm *lab.VM) *lab.Expected {
 	s.t.Helper()
-	e, err := s.host.Expect(within(s.t, time.Minute), vm)
+	e, err := s.host.Expect(labtest.Within(s.t, time.Minute), vm)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -285,7 +286,7 @@ func (s *site) expect(name string, vm *lab.VM) *lab.Expected {
 
 // evict begins an eviction.
 func (s *site) evict(vm, to string) (*hostv1.Eviction, error) {
-	r, err := s.api.Evict(within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: &hostv1.EvictOptions{SkipChecks: true}}))
+	r, err := s.api.Evict(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: &hostv1.EvictOptions{SkipChecks: true}}))
 	if err != nil {
 		return nil, err
 	}
@@ -308,55 +309,14 @@ func (s *site) watch(id string, limit time.Duration) (*hostv1.Eviction, error) {
 	return last, stream.Err()
 }
 
-func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-func newLab(t testing.TB, opts lab.Options) *lab.Lab {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("short: boots VMs")
-	}
-	if err := lab.Probe(); err != nil {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	opts.Dir = "../.lab"
-	l, err := lab.New(t.Context(), opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l
-}
-
 func boot(t testing.TB, h *lab.Host, spec lab.Spec) *lab.VM {
 	t.Helper()
-	vm, err := h.Boot(within(t, 3*time.Minute), spec)
+	vm, err := h.Boot(labtest.Within(t, 3*time.Minute), spec)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := vm.Guest.WaitOps(within(t, time.Minute), 1000); err != nil {
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
 		t.Fatal(err)
 	}
 	return vm
-}
-
-func mustCheck(t testing.TB, vm *lab.VM) {
-	t.Helper()
-	check, err := vm.Guest.Check(within(t, 2*time.Minute), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if check.Bad != 0 || check.Pages == 0 {
-		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
-	}
 }

@@ -20,6 +20,7 @@ import (
 	"vacate/evict"
 	"vacate/inspect"
 	"vacate/lab"
+	"vacate/lab/labtest"
 	"vacate/pageclass"
 	"vacate/qmp"
 
@@ -135,7 +136,7 @@ func spinning(t *testing.T) (path string, other *qmp.Client, process *os.Process
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	for ctx := within(t, time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	for ctx := labtest.Within(t, time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		if other, err = qmp.Dial(ctx, dir+"/2"); err == nil {
 			t.Cleanup(func() { other.Close() })
 			return path, other, cmd.Process
@@ -150,7 +151,7 @@ func spinning(t *testing.T) (path string, other *qmp.Client, process *os.Process
 // was paused stays paused.
 func TestStill(t *testing.T) {
 	path, other, process := spinning(t)
-	ctx := within(t, 2*time.Minute)
+	ctx := labtest.Within(t, 2*time.Minute)
 	running := func() bool {
 		t.Helper()
 		s, err := other.QueryStatus(ctx)
@@ -271,8 +272,8 @@ func TestStill(t *testing.T) {
 // A real guest is surveyed while it works, with and without success, and from a core file.
 // It works on, and its memory is what it was.
 func TestInspectMemory(t *testing.T) {
-	l := newLab(t, lab.Options{})
-	vm, err := l.A.Boot(within(t, 3*time.Minute), lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8}})
+	l := labtest.New(t, lab.Options{})
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -325,7 +326,7 @@ func TestInspectMemory(t *testing.T) {
 	}
 	mustWork(t, vm)
 
-	c, err := qmp.Dial(within(t, time.Minute), vm.QMP)
+	c, err := qmp.Dial(labtest.Within(t, time.Minute), vm.QMP)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +335,7 @@ func TestInspectMemory(t *testing.T) {
 	if err := c.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Run(within(t, time.Minute), "dump-guest-memory", map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
+	if err := c.Run(labtest.Within(t, time.Minute), "dump-guest-memory", map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()
@@ -348,7 +349,7 @@ func TestInspectMemory(t *testing.T) {
 	if dumped.Source != "core" || !cmp.Equal(dumped.Free, paused.Free) {
 		t.Errorf("the core file says %+v, the VM %+v", dumped.Free, paused.Free)
 	}
-	if c, err = qmp.Dial(within(t, time.Minute), vm.QMP); err != nil {
+	if c, err = qmp.Dial(labtest.Within(t, time.Minute), vm.QMP); err != nil {
 		t.Fatal(err)
 	}
 	if s, err := c.QueryStatus(t.Context()); err != nil || s.Running {
@@ -359,7 +360,7 @@ func TestInspectMemory(t *testing.T) {
 	}
 	c.Close()
 	mustWork(t, vm)
-	mustCheck(t, vm)
+	labtest.MustCheck(t, vm)
 	if list, _ := filepath.Glob(filepath.Join(dir, ".*")); len(list) > 0 {
 		t.Errorf("left behind: %v", list)
 	}

@@ -3,11 +3,9 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,40 +17,8 @@ import (
 
 	"vacate/evict"
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
-
-// newLab makes a lab, or skips the test where none can be made, or fails it if the
-// environment says that all must run.
-func newLab(t testing.TB, opts lab.Options) *lab.Lab {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("short: boots VMs")
-	}
-	if err := lab.Probe(); err != nil {
-		if os.Getenv("VACATE_REQUIRE") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	opts.Dir = "../../.lab"
-	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
-	l, err := lab.New(t.Context(), opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l
-}
-
-func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
 
 // process is the test binary as vacate, on a lab's host.
 type process struct {
@@ -181,7 +147,7 @@ func (p *process) rest() []string {
 // receive starts the twin of a VM on a host, and vacate for it; it returns where that listens.
 func startReceive(t testing.TB, h *lab.Host, vm *lab.VM) (twin *lab.VM, p *process, addr string) {
 	t.Helper()
-	twin, err := h.Incoming(within(t, time.Minute), vm, lab.IncomingOptions{})
+	twin, err := h.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,23 +163,11 @@ func startReceive(t testing.TB, h *lab.Host, vm *lab.VM) (twin *lab.VM, p *proce
 // mustWork waits until the guest has worked on, and met no bad page.
 func mustWork(t testing.TB, vm *lab.VM) {
 	t.Helper()
-	if err := vm.Guest.WaitOps(within(t, time.Minute), 1000); err != nil {
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
 		t.Fatal(err)
 	}
 	if s := vm.Guest.Samples(); s[len(s)-1].Bad != 0 || s[len(s)-1].VM != vm.Name {
 		t.Fatalf("the guest says %+v", s[len(s)-1])
-	}
-}
-
-// mustCheck has the guest check all of its memory. It does no work after that.
-func mustCheck(t testing.TB, vm *lab.VM) {
-	t.Helper()
-	check, err := vm.Guest.Check(within(t, 2*time.Minute), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if check.Bad != 0 || check.Pages == 0 {
-		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
 	}
 }
 
@@ -255,12 +209,12 @@ func readReport(t testing.TB, name string) evict.Report {
 // nobody reading what it says; then not at all, as a Ctrl-C comes in time; then to a QEMU
 // that dies.
 func TestVM(t *testing.T) {
-	l := newLab(t, lab.Options{Rate: 5e8})
-	vm, err := l.A.Boot(within(t, 3*time.Minute), lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
+	l := labtest.New(t, lab.Options{Rate: 5e8})
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := vm.Guest.WaitOps(within(t, time.Minute), 10_000); err != nil {
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
 		t.Fatal(err)
 	}
 	report := filepath.Join(t.TempDir(), "report.json")
@@ -346,7 +300,7 @@ func TestVM(t *testing.T) {
 		t.Errorf("the report is %s", text)
 	}
 	mustWork(t, back)
-	mustCheck(t, back)
+	labtest.MustCheck(t, back)
 
 	// The destination's QEMU dies once it runs the VM.
 	twin, dest, addr = startReceive(t, l.B, back)

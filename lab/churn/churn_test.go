@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
 
 // By default the tests are short. A campaign is, for example:
@@ -29,35 +30,7 @@ var (
 	outFlag     = flag.String("out", "", "directory that takes tables of the results")
 )
 
-// need skips the test if something is missing, or fails it where nothing may be.
-func need(t testing.TB, ok bool, what string) {
-	t.Helper()
-	if ok {
-		return
-	}
-	if os.Getenv("VACATE_REQUIRE") == "1" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
-}
-
-func newLab(t *testing.T) *lab.Lab {
-	if testing.Short() {
-		t.Skip("boots guests")
-	}
-	err := lab.Probe()
-	need(t, err == nil, fmt.Sprint(err))
-	l, err := lab.New(t.Context(), lab.Options{Dir: "../../.lab", NoPin: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l
-}
+func newLab(t *testing.T) *lab.Lab { return labtest.New(t, lab.Options{NoPin: true}) }
 
 // eachKernel runs f as a subtest for each kernel asked for.
 func eachKernel(t *testing.T, f func(t *testing.T, k lab.Kernel)) {

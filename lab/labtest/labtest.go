@@ -1,0 +1,86 @@
+// Package labtest has what tests with a lab's VMs have in common.
+package labtest
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"vacate/lab"
+)
+
+// Need skips the test when err tells what this machine lacks for it, or fails it if the
+// environment says that all must run (VACATE_REQUIRE=1).
+func Need(t testing.TB, err error) {
+	t.Helper()
+	if err == nil {
+		return
+	}
+	if os.Getenv("VACATE_REQUIRE") == "1" {
+		t.Fatal(err)
+	}
+	t.Skip(err)
+}
+
+// Dir is one cache for the labs of all tests, in the module's directory, whose repository
+// ignores it.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.Getwd() // a test's is that of its package
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return filepath.Join(dir, ".lab")
+		}
+		up := filepath.Dir(dir)
+		if up == dir {
+			t.Fatal("there is no go.mod above this test's directory")
+		}
+		dir = up
+	}
+}
+
+// New makes a lab, or skips the test where none can be made, as Need has it.
+func New(t testing.TB, opts lab.Options) *lab.Lab {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	Need(t, lab.Probe())
+	opts.Dir = Dir(t)
+	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
+	l, err := lab.New(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+// Within returns a context of the test that ends after a time.
+func Within(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// MustCheck has the guest check all of its memory. It does no work after that.
+func MustCheck(t testing.TB, vm *lab.VM) {
+	t.Helper()
+	check, err := vm.Guest.Check(Within(t, 2*time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if check.Bad != 0 || check.Pages == 0 {
+		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
+	}
+}
