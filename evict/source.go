@@ -246,18 +246,16 @@ func (e *source) prepare(ctx context.Context) (err error) {
 }
 
 // open takes hold of the VM's QEMU.
-func (e *source) open(ctx context.Context) (err error) {
-	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+func (e *source) open(ctx context.Context) error {
+	q, err := qmp.Dial(ctx, e.QMP)
+	if err != nil {
 		return err
 	}
-	if e.Process != (process.Process{}) {
-		switch answers, err := process.Find(e.q.PeerPID()); {
-		case err != nil && !errors.Is(err, process.ErrGone):
-			return err
-		case err != nil || answers != e.Process:
-			return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.Process.PID, e.q.PeerPID())
-		}
+	if err := e.own(q.PeerPID()); err != nil {
+		q.Close()
+		return err
 	}
+	e.q = q
 	e.events = e.q.Subscribe(256)
 	e.tasks.Go(func() {
 		select {
@@ -267,6 +265,21 @@ func (e *source) open(ctx context.Context) (err error) {
 		}
 	})
 	return recent(e.q.Version())
+}
+
+// own makes sure that the QEMU of a process is the eviction's.
+func (e *source) own(pid int) error {
+	if e.Process == (process.Process{}) {
+		return nil
+	}
+	answers, err := process.Find(pid)
+	switch {
+	case err != nil && !errors.Is(err, process.ErrGone):
+		return err
+	case err != nil || answers != e.Process:
+		return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.Process.PID, pid)
+	}
+	return nil
 }
 
 // errAnother is wrapped by the error of a QEMU that is not the one that had the VM.
@@ -485,7 +498,7 @@ func (e *source) refuse(err error) error {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
 	}
 	remedy := "The VM runs on, untouched"
-	if e.q == nil || e.gone() {
+	if e.gone() {
 		remedy = "The VM was not touched"
 	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
@@ -533,7 +546,11 @@ func (e *source) rollBack(cause error) error {
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), "The VM runs on here, unharmed"}
 }
 
+// gone tells whether the QEMU has ended, or was not there from the start.
 func (e *source) gone() bool {
+	if e.q == nil {
+		return true
+	}
 	select {
 	case <-e.q.Done():
 		return true
