@@ -18,6 +18,7 @@ type eviction struct {
 	host     *Host
 	entry    *journal.Entry
 	requests chan *evict.Request // a destination's: to its engine
+	operator sync.Mutex          // held while an operator's word is being done: one at a time
 
 	mu         sync.Mutex
 	state      evict.State // the engine's; empty if there is none. Guarded by mu, as all below

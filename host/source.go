@@ -177,6 +177,8 @@ func (v *eviction) undecided(reason string) {
 
 // decide does what an operator decided of a VM that stands frozen here.
 func (v *eviction) decide(ctx context.Context, d evict.Decision) error {
+	v.operator.Lock()
+	defer v.operator.Unlock()
 	if !v.decidable() {
 		return &stateError{errors.New(v.undecidable())}
 	}
@@ -221,6 +223,8 @@ func (v *eviction) undecidable() string {
 
 // export writes a VM that stands frozen here to a file.
 func (v *eviction) export(ctx context.Context, file string) error {
+	v.operator.Lock()
+	defer v.operator.Unlock()
 	if !v.decidable() {
 		return &stateError{errors.New(v.undecidable())}
 	}
