@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"vacate/lab"
@@ -22,6 +23,8 @@ type relay struct {
 	kind     uint8 // of the frame waited for
 	do       func(r *relay, frame []byte, to net.Conn)
 
+	stalled atomic.Bool
+
 	mu    sync.Mutex
 	conns []net.Conn
 	hit   chan struct{}
@@ -31,8 +34,8 @@ type relay struct {
 // cut ends all connections.
 func cut(r *relay, _ []byte, _ net.Conn) { r.close() }
 
-// stall passes nothing on any more, and says nothing.
-func stall(*relay, []byte, net.Conn) {}
+// stall passes nothing more on in this direction of the lane, and says nothing.
+func stall(r *relay, _ []byte, _ net.Conn) { r.stalled.Store(true) }
 
 // corrupt flips a bit of the frame.
 func corrupt(_ *relay, frame []byte, to net.Conn) {
@@ -99,7 +102,11 @@ func (r *relay) pass(lane int, upstream bool, from, to net.Conn, greeting int) {
 			to.Close()
 			return
 		}
-		if lane == r.lane && upstream == r.upstream && frame[0] == r.kind {
+		here := lane == r.lane && upstream == r.upstream
+		if here && r.stalled.Load() {
+			continue
+		}
+		if here && frame[0] == r.kind {
 			r.mu.Lock()
 			first := r.hit != nil
 			if first {
