@@ -28,6 +28,7 @@ var imports = map[string][]string{
 	"journal":          {"golang.org/x/sys"},
 	"urgent":           {"golang.org/x/sys"},
 	"process":          {"golang.org/x/sys"},
+	"pressure":         {"github.com/prometheus/procfs", "golang.org/x/sys", "vacate/process"},
 	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/process", "vacate/qmp", "vacate/urgent"},
 	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
