@@ -18,7 +18,7 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
-SEQUENTIAL = vacate/guestlinux vacate/lab/churn
+SEQUENTIAL = vacate/guestlinux vacate/lab/churn vacate/relief
 # So do these, of vacate/evict: the model check, and paths in simulated time.
 COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath)$$
 

@@ -1,0 +1,268 @@
+// Package relief decides which VM leaves a host that is short of CPU or memory, and where to. For every VM and every other host it
+// predicts what an eviction would gain and how long it would take, and tells for each that is not to be why not.
+//
+// It decides by numbers alone: what they are read from is the matter of package pressure and of who asks. All CPU is in cores, all
+// sizes are in bytes.
+//
+// # What is predicted
+//
+// A host's VMs want some CPU: what they have and what they wait for. As long as that fits into its cores, each gets what it wants;
+// beyond, they get the cores there are. The gain of an eviction is how many more cores the VMs of both hosts get together.
+//
+// How long it takes follows from the memory to be moved, as post-copy moves each page once:
+//
+//	transfer   until the VM runs on the other host, and those that stay have the host for themselves: hardly depends on anything
+//	total      transfer, then all memory in use over the link
+//	back       until all VMs together do 90 % of what they will in the end
+//
+// back is between the two. When the VM has moved, those that stay are back at once. Should they be 90 % of all, back is transfer.
+// Otherwise the VM that moved must reach the share x of its own speed that is missing. While it lacks pages it waits for those that it
+// touches, each fetchCost times as long as what it does with one. With the share p of its hot memory there, its speed is
+// 1 ÷ (1 + fetchCost (1-p)), so that it is at x once p = 1 - (1÷x - 1) ÷ fetchCost; and hot memory goes first.
+package relief
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// VM is a VM on the host that is to be relieved.
+type VM struct {
+	Name         string
+	CPU, Waiting float64 // cores its vCPUs have, and cores they wait for
+	Memory       uint64  // size of its memory, which the other host must have room for
+	Resident     uint64  // what this host gets back
+	InUse        uint64  // what has to be sent
+	Hot          uint64  // of that, what it works on
+	Priority     int     // those with the least leave first; 0 is usual
+	Pinned       bool    // it never leaves
+	Barred       string  // why it cannot be evicted now; empty: it can
+	Moved        time.Time
+}
+
+// Wants is the CPU that the VM would use if it got it.
+func (v VM) Wants() float64 { return v.CPU + v.Waiting }
+
+// Host is a host with its VMs.
+type Host struct {
+	Name             string
+	CPUs             float64
+	Used             float64 // by everything on it
+	Waiting          float64 // what its VMs want beyond that
+	Total, Available uint64  // memory
+	Rate             float64 // bytes per second that go there from the host to be relieved
+	Incoming         uint64  // memory of VMs that are on their way to it
+	Barred           string  // why no VM can go there now; empty: it can
+}
+
+// wants is the CPU that all on the host would use if they got it.
+func (h Host) wants() float64 { return h.Used + h.Waiting }
+
+// Limits are what must not come of an eviction, and what is known of evictions here.
+type Limits struct {
+	// MaxLoad of the host that a VM goes to, with it: CPU wanted for each core.
+	MaxLoad float64
+	// Reserve is the share of a host's memory, 0 to 1, that a VM must leave there.
+	Reserve float64
+	// Transfer is how long execution transfer takes here.
+	Transfer time.Duration
+}
+
+// Starving is the share of the CPU it wants below which a VM starves: less than all by as much as counts for "back".
+const Starving = 0.9
+
+// DefaultLimits have a VM go only to where nobody starves for it.
+var DefaultLimits = Limits{MaxLoad: 1 / Starving, Reserve: 0.05, Transfer: 150 * time.Millisecond}
+
+// fetchCost is how much longer a guest waits for a page from the other host than it works with one that it has: some 0.5 ms to 50 µs.
+const fetchCost = 10
+
+// back is the share of their final speed at which VMs count as recovered, as in the paper.
+const back = 0.9
+
+// Candidate is one VM going to one host.
+type Candidate struct {
+	VM   string  `json:"vm"`
+	To   string  `json:"to"`
+	Gain float64 `json:"gain_cores"` // cores that all VMs together get more
+	// Load is what is wanted for each core once it has moved, here and there.
+	LoadHere  float64 `json:"load_here"`
+	LoadThere float64 `json:"load_there"`
+	Freed     uint64  `json:"freed_bytes"`
+	// What is predicted to take so long, from the decision on.
+	Transfer time.Duration `json:"transfer_ns"`
+	Back     time.Duration `json:"back_ns"`
+	Total    time.Duration `json:"total_ns"`
+	Meets    bool          `json:"meets"`             // the goal is reached with it
+	Refused  string        `json:"refused,omitempty"` // why it is not to be; empty: it may be
+
+	priority int
+}
+
+// Choose returns every VM going to every other host, the best first: of those that may be and reach the goal, those of the
+// least priority, and of these the one that has all back the soonest. Where none reaches the goal, the one that comes the nearest to
+// it. The others follow with their reasons. If the goal is met already, all are refused.
+func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
+	met := g.Met(here)
+	list := []Candidate{}
+	for _, v := range vms {
+		for _, to := range others {
+			c := predict(here, v, to, vms, l)
+			after := here
+			after.Used, after.Waiting = here.without(v)
+			after.Available += v.Resident
+			c.Meets = g.Met(after)
+			switch {
+			case met && c.Refused == "":
+				c.Refused = "the goal is met as it is"
+			case c.Refused == "" && g.CPU > 0 && g.Free == 0 && c.Gain < leastGain:
+				c.Refused = fmt.Sprintf("it would gain %.2f cores", max(0, c.Gain))
+			}
+			list = append(list, c)
+		}
+	}
+	nearest := func(c Candidate) float64 {
+		if g.Free > 0 {
+			return -float64(c.Freed)
+		}
+		return c.LoadHere
+	}
+	slices.SortStableFunc(list, func(a, b Candidate) int {
+		if c := cmp.Or(first(a.Refused == "", b.Refused == ""), first(a.Meets, b.Meets), cmp.Compare(a.priority, b.priority)); c != 0 {
+			return c
+		}
+		if a.Meets {
+			return cmp.Or(cmp.Compare(a.Back, b.Back), cmp.Compare(b.Gain, a.Gain), cmp.Compare(a.LoadThere, b.LoadThere))
+		}
+		return cmp.Or(cmp.Compare(nearest(a), nearest(b)), cmp.Compare(a.Back, b.Back), cmp.Compare(a.LoadThere, b.LoadThere))
+	})
+	return list
+}
+
+// leastGain is how much an eviction for the sake of CPU must gain, in cores: less is noise.
+const leastGain = 0.02
+
+func first(a, b bool) int {
+	switch {
+	case a && !b:
+		return -1
+	case b && !a:
+		return 1
+	}
+	return 0
+}
+
+// without is the CPU that is used and waited for on a host once a VM has left it: what it had, those take that wait.
+func (h Host) without(v VM) (used, waiting float64) {
+	waiting = max(0, h.Waiting-v.Waiting)
+	taken := min(waiting, v.CPU)
+	return max(0, h.Used-v.CPU) + taken, waiting - taken
+}
+
+// predict tells what comes of one eviction.
+func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
+	c := Candidate{VM: v.Name, To: to.Name, Freed: v.Resident, priority: v.Priority}
+	used, waiting := here.without(v)
+	there := to.wants() + v.Wants()
+	c.LoadHere, c.LoadThere = (used+waiting)/here.CPUs, there/to.CPUs
+	c.Gain = used + min(there, to.CPUs) - min(here.Used, here.CPUs) - min(to.Used, to.CPUs)
+
+	c.Transfer = l.Transfer
+	if to.Rate > 0 {
+		c.Total = c.Transfer + overLink(v.InUse, to.Rate)
+		c.Back = c.Transfer + time.Duration(hotShare(v, all)*float64(overLink(min(v.Hot, v.InUse), to.Rate)))
+	}
+	room := float64(to.Available) - float64(to.Incoming) - l.Reserve*float64(to.Total)
+	switch {
+	case v.Pinned:
+		c.Refused = "the VM is pinned"
+	case v.Barred != "":
+		c.Refused = v.Barred
+	case to.Barred != "":
+		c.Refused = to.Barred
+	case to.Rate <= 0:
+		c.Refused = "it is not known how fast the link is"
+	case float64(v.Memory) > room:
+		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, Size(uint64(max(0, room))), Size(v.Memory))
+	case c.LoadThere > l.MaxLoad:
+		c.Refused = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
+	}
+	return c
+}
+
+func overLink(bytes uint64, rate float64) time.Duration {
+	const most = 10000 * time.Hour // longer than anybody waits, and a duration to calculate with
+	return time.Duration(min(float64(bytes)/rate, most.Seconds()) * 1e9)
+}
+
+// hotShare is the share of the VM's hot memory that must have arrived for all to be back.
+func hotShare(v VM, all []VM) float64 {
+	sum := 0.0
+	for _, o := range all {
+		sum += o.Wants()
+	}
+	if sum <= 0 || v.Wants() <= 0 {
+		return 0
+	}
+	// The speed that it has to reach, of its own.
+	x := 1 - (1-back)*sum/v.Wants()
+	if x <= 0 {
+		return 0
+	}
+	return max(0, 1-(1/x-1)/fetchCost)
+}
+
+// Evacuate tells where each VM of a host is to go, in the order in which they are best sent to free the host the soonest: those whose
+// memory takes the least time first, as each that has gone gives back its CPU and its memory at once. What a host has room for is
+// counted down as VMs are given to it. Those that cannot go anywhere are last, with a reason.
+func Evacuate(here Host, vms []VM, others []Host, l Limits) []Candidate {
+	others = slices.Clone(others)
+	vms = slices.Clone(vms)
+	slices.SortStableFunc(vms, func(a, b VM) int {
+		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.InUse, b.InUse))
+	})
+	var going, staying []Candidate
+	for _, v := range vms {
+		best := -1
+		var chosen Candidate
+		var refused []string
+		for i, to := range others {
+			c := predict(here, v, to, vms, l)
+			if c.Refused != "" {
+				refused = append(refused, c.Refused)
+				continue
+			}
+			if best < 0 || c.LoadThere < chosen.LoadThere {
+				best, chosen = i, c
+			}
+		}
+		if best < 0 {
+			slices.Sort(refused)
+			why := strings.Join(slices.Compact(refused), "; ")
+			if len(others) == 0 {
+				why = "there is no other host"
+			}
+			staying = append(staying, Candidate{VM: v.Name, Refused: why})
+			continue
+		}
+		to := &others[best]
+		to.Used, to.Waiting = min(to.wants()+v.Wants(), to.CPUs), max(0, to.wants()+v.Wants()-to.CPUs)
+		to.Incoming += v.Memory
+		going = append(going, chosen)
+	}
+	return append(going, staying...)
+}
+
+// Size is a size as people read it.
+func Size(n uint64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
+	}
+	return fmt.Sprintf("%.0f KiB", float64(n)/(1<<10))
+}
