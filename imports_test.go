@@ -35,7 +35,7 @@ var imports = map[string][]string{
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/process", "vacate/pushorder", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
-	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/process", "vacate/pushorder", "vacate/qmp"},
+	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pressure", "vacate/process", "vacate/pushorder", "vacate/qmp", "vacate/relief"},
 	"doctor":           {"golang.org/x/sys", "vacate/guestmem", "vacate/qmp"},
 	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
 	"lab/loadproto":    {},
@@ -49,7 +49,7 @@ var imports = map[string][]string{
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
 	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host", "vacate/urgent"},
-	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/urgent"},
+	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/urgent"},
 }
 
 func TestImports(t *testing.T) {

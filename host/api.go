@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -21,6 +22,7 @@ import (
 	hostv1 "vacate/hostapi/v1"
 	"vacate/hypervisor"
 	"vacate/journal"
+	"vacate/relief"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -131,7 +133,7 @@ func (h api) Status(context.Context, *connect.Request[hostv1.StatusRequest]) (*c
 		r.CertificateExpiresAt = timestamppb.New(h.identity.Info().NotAfter)
 	}
 	h.mu.Lock()
-	r.Stopping = h.stopping
+	r.Stopping, r.Guard = h.stopping, h.verdict
 	h.mu.Unlock()
 	return connect.NewResponse(r), nil
 }
@@ -420,4 +422,88 @@ func optionsMessage(b json.RawMessage) *hostv1.EvictOptions {
 		return nil
 	}
 	return &hostv1.EvictOptions{Order: o.Order, Enlightenment: o.Enlightenment, SendFree: o.SendFree, RateLimit: o.RateLimit, Yield: o.Yield, LoadTimeoutMs: o.LoadTimeout}
+}
+
+// overOf is the time of a request to measure.
+func overOf(ms uint32) (time.Duration, error) {
+	over := time.Duration(cmp.Or(ms, uint32(usualOver.Milliseconds()))) * time.Millisecond
+	if over < leastOver || over > mostOver {
+		return 0, &argumentError{fmt.Errorf("over_ms = %d: want %d to %d", ms, leastOver.Milliseconds(), mostOver.Milliseconds())}
+	}
+	return over, nil
+}
+
+// Pressure implements hostv1.HostHandler.
+func (h api) Pressure(ctx context.Context, req *connect.Request[hostv1.PressureRequest]) (*connect.Response[hostv1.PressureResponse], error) {
+	over, err := overOf(req.Msg.OverMs)
+	if err != nil {
+		return nil, coded(err)
+	}
+	p, err := h.measure(ctx, over)
+	if err != nil {
+		return nil, coded(err)
+	}
+	l := p.load
+	r := &hostv1.PressureResponse{
+		OverS: l.Over.Seconds(), Cpus: uint32(l.CPUs), CpuCores: l.CPU, WaitingCores: p.answer(0).Waiting, Stalls: stallsMessage(l.Some, l.Full),
+		MemoryBytes: l.Memory.Total, AvailableBytes: l.Memory.Available, SwapUsedBytes: l.Memory.SwapTotal - l.Memory.SwapFree,
+		RefaultsPerS: l.Refaults, SwappedInPerS: l.SwappedIn, Links: l.Links,
+	}
+	for _, v := range p.vms {
+		r.Vms = append(r.Vms, &hostv1.VMPressure{
+			Name: v.vm.Name, CpuCores: v.load.CPU, WaitingCores: v.load.Waiting, Steal: v.load.Steal(), OverheadCores: v.load.Overhead,
+			ResidentBytes: v.load.Resident, SwappedBytes: v.load.Swapped, MajorFaultsPerS: v.load.MajorFaults,
+			Stalls: stallsMessage(v.load.Some, v.load.Full), Throttled: v.load.Throttled, RefaultsPerS: v.load.Refaults, Problem: v.problem,
+		})
+	}
+	return connect.NewResponse(r), nil
+}
+
+func stallsMessage(some, full map[string]float64) map[string]*hostv1.Stall {
+	m := map[string]*hostv1.Stall{}
+	for what, share := range some {
+		m[what] = &hostv1.Stall{Some: share, Full: full[what]}
+	}
+	return m
+}
+
+// Plan implements hostv1.HostHandler.
+func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
+	over, err := overOf(req.Msg.OverMs)
+	if err != nil {
+		return nil, coded(err)
+	}
+	goal := relief.DefaultGoal
+	if req.Msg.Goal != "" {
+		if req.Msg.All {
+			return nil, coded(&argumentError{errors.New("for all VMs to leave there is no goal")})
+		}
+		if goal, err = relief.ParseGoal(req.Msg.Goal); err != nil {
+			return nil, coded(&argumentError{err})
+		}
+	}
+	s, err := h.survey(ctx, over, true)
+	if err != nil {
+		return nil, coded(err)
+	}
+	r := &hostv1.PlanResponse{}
+	for _, o := range append([]relief.Host{s.here}, s.others...) {
+		r.Hosts = append(r.Hosts, &hostv1.HostLoad{
+			Name: o.Name, Cpus: o.CPUs, CpuCores: o.Used, WaitingCores: o.Waiting, MemoryBytes: o.Total, AvailableBytes: o.Available, Rate: o.Rate, Barred: o.Barred,
+		})
+	}
+	var list []relief.Candidate
+	if req.Msg.All {
+		list = relief.Evacuate(s.here, s.vms, s.others, s.limits)
+	} else {
+		r.Goal, r.Met = goal.String(), goal.Met(s.here)
+		list = relief.Choose(s.here, s.vms, s.others, goal, s.limits)
+	}
+	for _, c := range list {
+		r.Candidates = append(r.Candidates, &hostv1.Candidate{
+			Vm: c.VM, To: c.To, GainCores: c.Gain, LoadHere: c.LoadHere, LoadThere: c.LoadThere, FreedBytes: c.Freed,
+			TransferS: c.Transfer.Seconds(), BackS: c.Back.Seconds(), TotalS: c.Total.Seconds(), Meets: c.Meets, Refused: c.Refused,
+		})
+	}
+	return connect.NewResponse(r), nil
 }

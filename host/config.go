@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,8 +12,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"vacate/hypervisor"
+	"vacate/relief"
 
 	"github.com/BurntSushi/toml"
 )
@@ -35,7 +38,17 @@ import (
 //	may_send = true                         # it may bring VMs here
 //	rate     = 500                          # most that is sent there, in Mbit/s; default: no limit
 //
-// All but peers has the default shown, except for listen, metrics and api, which are off. With
+//	[guard]                                 # evict by itself when this host is overloaded; without it, only when told
+//	goal       = "cpu<111%"                 # what this host is to be like: see relief.ParseGoal
+//	max_load   = 0.8                        # CPU wanted for each core that a host may come to, to which a VM goes
+//	reserve    = 0.1                        # share of its memory that stays free there
+//	sustain    = "30s"                      # how long the goal is missed before anything is done
+//	settle     = "1m"                       # how long nothing is done after an eviction
+//	cool_down  = "30m"                      # how long a VM stays where it came to
+//	concurrent = 1                          # how many evictions there may be at once
+//	interval   = "5s"                       # over which each look at the host is
+//
+// All but peers has the default shown, except for listen, metrics, api and guard, which are off. With
 //
 //	plain = true                            # no TLS: whoever reaches the link can read and forge memory
 //
@@ -51,7 +64,56 @@ type Config struct {
 	Metrics string          `toml:"metrics"`
 	API     API             `toml:"api"`
 	Peers   map[string]Peer `toml:"peers"`
+	Guard   *Guard          `toml:"guard"` // nil: off
 }
+
+// Guard is when, and how, the daemon evicts by itself. What is not set has its default.
+type Guard struct {
+	Goal       string        `toml:"goal"`
+	MaxLoad    float64       `toml:"max_load"`
+	Reserve    *float64      `toml:"reserve"`
+	Sustain    time.Duration `toml:"sustain"`
+	Settle     time.Duration `toml:"settle"`
+	CoolDown   time.Duration `toml:"cool_down"`
+	Concurrent int           `toml:"concurrent"`
+	Interval   time.Duration `toml:"interval"`
+}
+
+// policy is the guard's, with what is not set filled in.
+func (g Guard) policy() (relief.Policy, error) {
+	p := relief.DefaultPolicy
+	if g.Goal != "" {
+		var err error
+		if p.Goal, err = relief.ParseGoal(g.Goal); err != nil {
+			return p, err
+		}
+	}
+	set(&p.Limits.MaxLoad, g.MaxLoad)
+	set(&p.Sustain, g.Sustain)
+	set(&p.Settle, g.Settle)
+	set(&p.CoolDown, g.CoolDown)
+	set(&p.Concurrent, g.Concurrent)
+	if g.Reserve != nil {
+		p.Limits.Reserve = *g.Reserve
+	}
+	switch {
+	case !(p.Limits.MaxLoad > 0 && p.Limits.MaxLoad <= 10):
+		return p, fmt.Errorf("max_load = %v: want more than 0, and 10 at most", p.Limits.MaxLoad)
+	case !(p.Limits.Reserve >= 0 && p.Limits.Reserve < 1):
+		return p, fmt.Errorf("reserve = %v: want a share from 0 to 1", p.Limits.Reserve)
+	case min(p.Sustain, p.Settle, p.CoolDown) < 0 || p.Concurrent < 0:
+		return p, errors.New("no time, and no number of evictions, can be less than 0")
+	case g.Interval != 0 && (g.Interval < leastOver || g.Interval > time.Minute):
+		return p, fmt.Errorf("interval = %v: want %v to a minute", g.Interval, leastOver)
+	}
+	return p, nil
+}
+
+// interval is over what time each look is.
+func (g Guard) interval() time.Duration { return cmp.Or(g.Interval, 5*time.Second) }
+
+// set sets a value unless it is none.
+func set[T comparable](to *T, value T) { *to = cmp.Or(value, *to) }
 
 // API is who may ask over TCP.
 type API struct {
@@ -131,6 +193,11 @@ func (c Config) check() error {
 	}
 	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
 		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+	}
+	if c.Guard != nil {
+		if _, err := c.Guard.policy(); err != nil {
+			return fmt.Errorf("guard: %w", err)
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
 		p := c.Peers[name]

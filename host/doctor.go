@@ -15,6 +15,7 @@ import (
 	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 	"vacate/hypervisor"
+	"vacate/link"
 	"vacate/qmp"
 
 	"connectrpc.com/connect"
@@ -23,6 +24,7 @@ import (
 // question is what one daemon asks another.
 type question struct {
 	Facts *factsQuestion `json:"facts,omitempty"`
+	Load  *loadQuestion  `json:"load,omitempty"`
 	Echo  int            `json:"echo,omitempty"` // bytes to be sent back, to measure the link
 }
 
@@ -53,6 +55,16 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 	switch {
 	case q.Echo > 0 && q.Echo <= echoSize:
 		return bytes.Repeat([]byte{'.'}, q.Echo*3/4), nil // base64 makes 4 bytes of 3
+	case q.Load != nil:
+		if err := h.config.mayCome(peer); err != nil {
+			return nil, err
+		}
+		over := min(max(time.Duration(q.Load.OverMS)*time.Millisecond, leastOver), mostOver)
+		p, err := h.measure(h.life, over)
+		if err != nil {
+			return nil, err
+		}
+		return p.answer(h.arriving(p.vms)), nil
 	case q.Facts != nil:
 		if err := h.config.mayCome(peer); err != nil {
 			return nil, err
@@ -165,23 +177,42 @@ func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 	return &facts, nil
 }
 
+// putTo puts a question to another host, and returns how long the answer took.
+func putTo(ctx context.Context, d link.Dialer, q question, answer any) (time.Duration, error) {
+	s, err := d.Session(ctx)
+	if err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	err = evict.Ask(ctx, s, q, answer)
+	return time.Since(start), err
+}
+
+// measureLink finds the round trip to another host, and the rate.
+func measureLink(ctx context.Context, d link.Dialer) (facts doctor.LinkFacts, err error) {
+	var b []byte
+	for range 3 {
+		took, err := putTo(ctx, d, question{Echo: 4}, &b)
+		if err != nil {
+			return facts, err
+		}
+		if facts.RoundTrip == 0 || took < facts.RoundTrip {
+			facts.RoundTrip = took
+		}
+	}
+	took, err := putTo(ctx, d, question{Echo: echoSize}, &b)
+	facts.Rate = echoSize / max(took-facts.RoundTrip, time.Microsecond).Seconds()
+	return facts, err
+}
+
 // ask gathers the facts of another host and of the link to it.
 func (h *Host) ask(ctx context.Context, to, vm string) (there doctor.HostFacts, twin doctor.TwinFacts, link doctor.LinkFacts, err error) {
 	d, err := h.dialer(to)
 	if err != nil {
 		return
 	}
-	put := func(q question, answer any) (took time.Duration, err error) {
-		s, err := d.Session(ctx)
-		if err != nil {
-			return 0, err
-		}
-		start := time.Now()
-		err = evict.Ask(ctx, s, q, answer)
-		return time.Since(start), err
-	}
 	var f facts
-	if _, err = put(question{Facts: &factsQuestion{vm}}, &f); err != nil {
+	if _, err = putTo(ctx, d, question{Facts: &factsQuestion{vm}}, &f); err != nil {
 		return
 	}
 	arrived := time.Now()
@@ -193,22 +224,10 @@ func (h *Host) ask(ctx context.Context, to, vm string) (there doctor.HostFacts, 
 			return
 		}
 	}
-	link.Plain = h.identity == nil
-	var b []byte
-	for range 3 {
-		var took time.Duration
-		if took, err = put(question{Echo: 4}, &b); err != nil {
-			return
-		}
-		if link.RoundTrip == 0 || took < link.RoundTrip {
-			link.RoundTrip = took
-		}
-	}
-	var took time.Duration
-	if took, err = put(question{Echo: echoSize}, &b); err != nil {
+	if link, err = measureLink(ctx, d); err != nil {
 		return
 	}
-	link.Rate = echoSize / max(took-link.RoundTrip, time.Microsecond).Seconds()
+	link.Plain = h.identity == nil
 	link.ClockOffset = there.Time.Sub(arrived.Add(-link.RoundTrip / 2))
 	return there, twin, link, nil
 }

@@ -28,6 +28,7 @@ import (
 	"vacate/evict"
 	"vacate/journal"
 	"vacate/link"
+	"vacate/process"
 )
 
 // Host is the daemon. Its methods may be called by several goroutines.
@@ -56,6 +57,10 @@ type Host struct {
 	evictions map[journal.ID]*eviction // guarded by mu
 	taken     map[string]bool          // VMs that an eviction is being set up for; guarded by mu
 	stopping  bool                     // guarded by mu
+
+	known   map[string]process.Process // QEMUs of VMs, which may have ended since; guarded by mu
+	ahead   map[string]lookedAhead     // of VMs; guarded by mu
+	verdict string                     // of the guard; guarded by mu
 }
 
 // Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet. version is told to those who
@@ -64,6 +69,7 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	h := &Host{
 		config: c, version: version, log: log, started: time.Now(),
 		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{}, paths: map[string]*evict.Path{},
+		known: map[string]process.Process{}, ahead: map[string]lookedAhead{},
 	}
 	for name, p := range c.Peers {
 		h.paths[name] = evict.NewPath(int64(p.Rate) * bytesPerMbit)
@@ -171,8 +177,13 @@ func (h *Host) Run(ctx context.Context) error {
 	serve(h.tcp, api, true)
 	serve(h.scrape, h.metrics.handler(), false)
 	stopLink := h.serveLink(ctx, fail)
+	var guard sync.WaitGroup
+	if h.config.Guard != nil {
+		guard.Go(func() { h.guard(ctx) })
+	}
 	h.log.Info("serving", "host", h.name(), "listen", addrOf(h.link), "socket", h.config.Socket, "api", addrOf(h.tcp), "metrics", addrOf(h.scrape))
 	<-ctx.Done()
+	guard.Wait()
 
 	h.log.Info("stopping")
 	h.mu.Lock()

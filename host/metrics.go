@@ -16,6 +16,7 @@ type metrics struct {
 	ended         *prometheus.CounterVec
 	refused       *prometheus.CounterVec
 	offersRefused prometheus.Counter
+	guarded       prometheus.Counter
 }
 
 func newMetrics(h *Host) *metrics {
@@ -30,8 +31,11 @@ func newMetrics(h *Host) *metrics {
 		offersRefused: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "vacate_offers_refused_total", Help: "VMs that were offered by peers and not taken.",
 		}),
+		guarded: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "vacate_guard_evictions_total", Help: "Evictions that the daemon began by itself, as its host was overloaded.",
+		}),
 	}
-	m.registry.MustRegister(m.ended, m.refused, m.offersRefused, open{h}, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.ended, m.refused, m.offersRefused, m.guarded, open{h}, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

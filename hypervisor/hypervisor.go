@@ -14,6 +14,8 @@
 //	user = "qemu"                           # whom it runs as; default: as the daemon
 //	log = "/var/log/vacate/{name}.log"      # where its output is appended; default: the socket's path and .log
 //	env = { LANG = "C.UTF-8" }              # its environment, to which PATH is added; the daemon's is not inherited
+//	pinned = true                           # it is never chosen to leave; by name it can be evicted all the same
+//	priority = 1                            # of the VMs of a host, those with the least are chosen first; default: 0
 //
 // {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own; it becomes
 // "-S", "-incoming", "defer" for a twin, and nothing else otherwise. Where it is missing it comes last.
@@ -61,6 +63,9 @@ type VM struct {
 	User    string // empty: the daemon's
 	Log     string // path
 	Env     map[string]string
+	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
+	Pinned   bool
+	Priority int
 
 	file string
 }
@@ -186,6 +191,9 @@ func parse(name, text string) (VM, error) {
 		User    string            `toml:"user"`
 		Log     string            `toml:"log"`
 		Env     map[string]string `toml:"env"`
+
+		Pinned   bool `toml:"pinned"`
+		Priority int  `toml:"priority"`
 	}
 	if !utf8.ValidString(text) {
 		return VM{}, errors.New("not UTF-8")
@@ -195,7 +203,7 @@ func parse(name, text string) (VM, error) {
 		return VM{}, err
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log and env", unknown[0].String())
+		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, pinned and priority", unknown[0].String())
 	}
 	all := append(slices.Collect(maps.Keys(d.Env)), slices.Collect(maps.Values(d.Env))...)
 	for _, s := range append(append(all, d.QMP, d.User, d.Log), d.Command...) {
@@ -210,7 +218,7 @@ func parse(name, text string) (VM, error) {
 	}
 
 	named := strings.NewReplacer("{name}", name)
-	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env}
+	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, Pinned: d.Pinned, Priority: d.Priority}
 	switch {
 	case d.QMP == "":
 		return VM{}, errors.New(`qmp is missing, such as qmp = "/run/vacate/{name}.qmp"`)

@@ -64,7 +64,9 @@ type ranking struct {
 const (
 	maxHeat = 63 // processes that are told apart
 	tiers   = 16
-	ranks   = tiers * (maxHeat + 1)
+	// hotTiers are those of what busy processes work on, and of what the kernel needs for any of them.
+	hotTiers = 3
+	ranks    = tiers * (maxHeat + 1)
 )
 
 // A process is busy if it had this much CPU time of late or, where that is not known, if it
@@ -97,6 +99,19 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 		r.busy[i] = p.OnCPU || p.Recent >= busyTime || p.Recent < 0 && p.LastRun < busyRun
 	}
 	return r
+}
+
+// Hot counts the pages of the busy processes and of the kernel that the default order puts ahead of all others: what the guest
+// works on, as far as is known.
+func Hot(s *pageclass.Survey) int {
+	r := newRanking(Enlightened, s)
+	n := 0
+	for _, p := range s.Pages {
+		if p.Kind != pageclass.None && p.Class != pageclass.Free && r.tier(p) < hotTiers {
+			n++
+		}
+	}
+	return n
 }
 
 // rank returns the rank of a page, less than ranks.

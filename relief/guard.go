@@ -35,6 +35,24 @@ type Guard struct {
 	busy   bool
 }
 
+// Due tells whether Observe, if it were told this, could return a candidate: otherwise it needs to know nothing of VMs and other hosts.
+func (g *Guard) Due(now time.Time, here Host, under int) bool {
+	return !g.Policy.Goal.Met(here) && !g.missed.IsZero() && g.wait(now, under) == ""
+}
+
+// wait is why nothing is to be done at a moment although the goal is missed.
+func (g *Guard) wait(now time.Time, under int) string {
+	switch {
+	case under >= g.Policy.Concurrent:
+		return fmt.Sprintf("%d evictions are under way", under)
+	case now.Sub(g.missed) < g.Policy.Sustain:
+		return fmt.Sprintf("the goal is missed, not for %v yet", g.Policy.Sustain)
+	case !g.busy && !g.quiet.IsZero() && now.Sub(g.quiet) < g.Policy.Settle:
+		return fmt.Sprintf("an eviction has ended less than %v ago", g.Policy.Settle)
+	}
+	return ""
+}
+
 // Observe is told what the host, its VMs and the others are like at a moment, and how many evictions from it are under way. It
 // returns what Choose does with the policy's limits, its first being the eviction to begin now; or no candidate, and why not. Moments
 // must not go back.
@@ -51,13 +69,8 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under
 	if g.missed.IsZero() {
 		g.missed = now
 	}
-	switch {
-	case under >= g.Policy.Concurrent:
-		return nil, fmt.Sprintf("%d evictions are under way", under)
-	case now.Sub(g.missed) < g.Policy.Sustain:
-		return nil, fmt.Sprintf("the goal is missed for %v: not for %v yet", now.Sub(g.missed).Round(time.Second), g.Policy.Sustain)
-	case !g.quiet.IsZero() && now.Sub(g.quiet) < g.Policy.Settle:
-		return nil, fmt.Sprintf("an eviction has ended less than %v ago", g.Policy.Settle)
+	if why := g.wait(now, under); why != "" {
+		return nil, why
 	}
 	rested := make([]VM, len(vms))
 	for i, v := range vms {

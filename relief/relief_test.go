@@ -383,22 +383,22 @@ func TestGuard(t *testing.T) {
 			t.Errorf("%s; want %s", why, want)
 		}
 	}
-	observe(0, 0, "not for 30s")
-	observe(29*time.Second, 0, "not for 30s")
+	observe(0, 0, "not for 30s yet")
+	observe(29*time.Second, 0, "not for 30s yet")
 	here.Waiting = 0
 	observe(time.Second, 0, "goal is met")
 	here.Waiting = 1
-	observe(time.Second, 0, "not for 30s")
+	observe(time.Second, 0, "not for 30s yet")
 	observe(30*time.Second, 0, "evict small")
 	observe(time.Second, 1, "under way")
 	observe(60*time.Second, 0, "ended less than")
 	vms[1].Moved = now
 	observe(61*time.Second, 0, "evict big")
 	vms[0].Moved = now
-	observe(61*time.Second, 0, "not for 30s")
+	observe(61*time.Second, 0, "not for 30s yet")
 	observe(61*time.Second, 0, "stays for")
 	observe(30*time.Minute, 0, "evict small")
 	others = nil
-	observe(time.Second, 0, "not for 30s")
+	observe(time.Second, 0, "not for 30s yet")
 	observe(30*time.Second, 0, "no host to go to")
 }

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/certs"
 	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 
@@ -22,27 +23,51 @@ import (
 // defaultSocket is where a host's daemon is asked, unless VACATE_SOCKET or --socket tell.
 const defaultSocket = "/run/vacate/vacated.sock"
 
-// daemon is this host's daemon, as a command asks it.
+// daemon is a host's daemon, as a command asks it.
 type daemon struct {
 	hostv1.HostClient
 	socket string
+	host   string // NAME or NAME@HOST:PORT of another host's; empty: this one's
+	certs  string // directory of an operator's certificate, to ask another host's
 }
 
-// socketFlag gives a command the flag for the daemon's socket.
+// apiPort is where a daemon is asked by operators from elsewhere, unless they say another.
+const apiPort = "7600"
+
+// socketFlag gives a command the flags for the daemon that it asks.
 func socketFlag(c *cobra.Command, d *daemon) {
 	path := os.Getenv("VACATE_SOCKET")
 	if path == "" {
 		path = defaultSocket
 	}
 	c.Flags().StringVar(&d.socket, "socket", path, "`SOCKET` of this host's daemon; default also by VACATE_SOCKET")
+	c.Flags().StringVar(&d.host, "host", "", "ask the daemon of another host, `NAME[@HOST:PORT]`, where NAME is that in its certificate; its api.listen (7600) is meant")
+	c.Flags().StringVar(&d.certs, "operator-certs", "/etc/vacate/certs", "directory of your certificate, for --host")
 }
 
 // open gets ready to ask.
-func (d *daemon) open() {
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", d.socket)
-	}}
-	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "http://vacated")
+func (d *daemon) open() error {
+	if d.host == "" {
+		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", d.socket)
+		}}
+		d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "http://vacated")
+		return nil
+	}
+	name, address, given := strings.Cut(d.host, "@")
+	if !given {
+		address = net.JoinHostPort(name, apiPort)
+	}
+	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
+		return refused(fmt.Errorf("--host %q: want NAME or NAME@HOST:PORT", d.host))
+	}
+	identity, err := certs.Load(d.certs, func(error) {})
+	if err != nil {
+		return refused(fmt.Errorf("%w: --host needs an operator's certificate, see --operator-certs", err))
+	}
+	transport := &http.Transport{TLSClientConfig: identity.Client(name), DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
+	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "https://"+address)
+	return nil
 }
 
 // explain adds to the error of a call what to do, where nobody answers.
@@ -51,6 +76,8 @@ func (d *daemon) explain(err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case d.host != "" && (away(err) || errors.Is(err, context.DeadlineExceeded)):
+		return fmt.Errorf("the daemon of %s cannot be asked, which wants api.listen and api.operators in its configuration: %w", d.host, err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s may be used by root only, or by vacated's own user: %w", d.socket, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):

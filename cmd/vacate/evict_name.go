@@ -24,7 +24,9 @@ import (
 
 // runByName has this host's daemon evict a VM, and follows it.
 func (o evictOptions) runByName(ctx context.Context, vm string) error {
-	o.daemon.open()
+	if err := o.daemon.open(); err != nil {
+		return err
+	}
 	file, err := o.reserve()
 	if err != nil {
 		return err

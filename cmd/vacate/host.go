@@ -24,7 +24,8 @@ import (
 
 // hostCommands are those that ask this host's daemon.
 func hostCommands() []*cobra.Command {
-	return []*cobra.Command{lsCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand()}
+	return []*cobra.Command{lsCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand(),
+		pressureCommand(), relieveCommand(), evacuateCommand()}
 }
 
 // askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's JSON.
@@ -34,24 +35,34 @@ func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args 
 	socketFlag(c, &d)
 	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output, as hostapi/v1/host.proto has it")
 	c.RunE = func(c *cobra.Command, args []string) error {
-		d.open()
+		if err := d.open(); err != nil {
+			return err
+		}
 		w := c.OutOrStdout()
 		if asJSON {
 			w = io.Discard
 		}
 		answer, err := ask(c.Context(), &d, args, w)
 		if answer != nil && asJSON {
-			b, jsonErr := protojson.MarshalOptions{UseProtoNames: true}.Marshal(answer)
-			err = errors.Join(err, jsonErr)
-			// protojson varies its spaces on purpose.
-			var out json.RawMessage = b
-			if b, jsonErr = json.MarshalIndent(out, "", "  "); jsonErr == nil {
-				fmt.Fprintf(c.OutOrStdout(), "%s\n", b)
-			}
+			err = errors.Join(err, writeJSON(c.OutOrStdout(), answer))
 		}
 		return d.explain(err)
 	}
 	return c
+}
+
+// writeJSON writes an answer as the API's JSON.
+func writeJSON(w io.Writer, m proto.Message) error {
+	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+	if err != nil {
+		return err
+	}
+	// protojson varies its spaces on purpose.
+	if b, err = json.MarshalIndent(json.RawMessage(b), "", "  "); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s\n", b)
+	return err
 }
 
 func lsCommand() *cobra.Command {
@@ -233,7 +244,9 @@ the eviction's.
 	}
 	socketFlag(c, &d)
 	c.RunE = func(c *cobra.Command, args []string) error {
-		d.open()
+		if err := d.open(); err != nil {
+			return err
+		}
 		e, err := d.find(c.Context(), args[0])
 		if err != nil {
 			return err

@@ -64,6 +64,10 @@ const (
 	HostExportProcedure = "/vacate.host.v1.Host/Export"
 	// HostDoctorProcedure is the fully-qualified name of the Host's Doctor RPC.
 	HostDoctorProcedure = "/vacate.host.v1.Host/Doctor"
+	// HostPressureProcedure is the fully-qualified name of the Host's Pressure RPC.
+	HostPressureProcedure = "/vacate.host.v1.Host/Pressure"
+	// HostPlanProcedure is the fully-qualified name of the Host's Plan RPC.
+	HostPlanProcedure = "/vacate.host.v1.Host/Plan"
 )
 
 // HostClient is a client for the vacate.host.v1.Host service.
@@ -99,6 +103,12 @@ type HostClient interface {
 	// Doctor checks this host; a VM on it, if one is named; and the other host and the link to it, if one is named. It
 	// touches nothing, and takes some seconds. Codes: not_found (no such VM, no such host).
 	Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error)
+	// Pressure tells how short of CPU, memory and link this host and its VMs are, over some time, for which it takes. It only reads
+	// Linux's accounting. Codes: invalid_argument (over_ms).
+	Pressure(context.Context, *connect.Request[PressureRequest]) (*connect.Response[PressureResponse], error)
+	// Plan tells which VMs of this host are best evicted, and where to, with what is predicted to come of it; it asks the other hosts, and
+	// takes some seconds. It evicts none: Evict does. Codes: invalid_argument (goal, over_ms).
+	Plan(context.Context, *connect.Request[PlanRequest]) (*connect.Response[PlanResponse], error)
 }
 
 // NewHostClient constructs a client for the vacate.host.v1.Host service. By default, it uses the
@@ -176,6 +186,20 @@ func NewHostClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(hostMethods.ByName("Doctor")),
 			connect.WithClientOptions(opts...),
 		),
+		pressure: connect.NewClient[PressureRequest, PressureResponse](
+			httpClient,
+			baseURL+HostPressureProcedure,
+			connect.WithSchema(hostMethods.ByName("Pressure")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		plan: connect.NewClient[PlanRequest, PlanResponse](
+			httpClient,
+			baseURL+HostPlanProcedure,
+			connect.WithSchema(hostMethods.ByName("Plan")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -191,6 +215,8 @@ type hostClient struct {
 	decide        *connect.Client[DecideRequest, Eviction]
 	export        *connect.Client[ExportRequest, ExportResponse]
 	doctor        *connect.Client[DoctorRequest, DoctorResponse]
+	pressure      *connect.Client[PressureRequest, PressureResponse]
+	plan          *connect.Client[PlanRequest, PlanResponse]
 }
 
 // Status calls vacate.host.v1.Host.Status.
@@ -243,6 +269,16 @@ func (c *hostClient) Doctor(ctx context.Context, req *connect.Request[DoctorRequ
 	return c.doctor.CallUnary(ctx, req)
 }
 
+// Pressure calls vacate.host.v1.Host.Pressure.
+func (c *hostClient) Pressure(ctx context.Context, req *connect.Request[PressureRequest]) (*connect.Response[PressureResponse], error) {
+	return c.pressure.CallUnary(ctx, req)
+}
+
+// Plan calls vacate.host.v1.Host.Plan.
+func (c *hostClient) Plan(ctx context.Context, req *connect.Request[PlanRequest]) (*connect.Response[PlanResponse], error) {
+	return c.plan.CallUnary(ctx, req)
+}
+
 // HostHandler is an implementation of the vacate.host.v1.Host service.
 type HostHandler interface {
 	// Status tells what daemon this is.
@@ -276,6 +312,12 @@ type HostHandler interface {
 	// Doctor checks this host; a VM on it, if one is named; and the other host and the link to it, if one is named. It
 	// touches nothing, and takes some seconds. Codes: not_found (no such VM, no such host).
 	Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error)
+	// Pressure tells how short of CPU, memory and link this host and its VMs are, over some time, for which it takes. It only reads
+	// Linux's accounting. Codes: invalid_argument (over_ms).
+	Pressure(context.Context, *connect.Request[PressureRequest]) (*connect.Response[PressureResponse], error)
+	// Plan tells which VMs of this host are best evicted, and where to, with what is predicted to come of it; it asks the other hosts, and
+	// takes some seconds. It evicts none: Evict does. Codes: invalid_argument (goal, over_ms).
+	Plan(context.Context, *connect.Request[PlanRequest]) (*connect.Response[PlanResponse], error)
 }
 
 // NewHostHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -349,6 +391,20 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(hostMethods.ByName("Doctor")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostPressureHandler := connect.NewUnaryHandler(
+		HostPressureProcedure,
+		svc.Pressure,
+		connect.WithSchema(hostMethods.ByName("Pressure")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostPlanHandler := connect.NewUnaryHandler(
+		HostPlanProcedure,
+		svc.Plan,
+		connect.WithSchema(hostMethods.ByName("Plan")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vacate.host.v1.Host/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostStatusProcedure:
@@ -371,6 +427,10 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 			hostExportHandler.ServeHTTP(w, r)
 		case HostDoctorProcedure:
 			hostDoctorHandler.ServeHTTP(w, r)
+		case HostPressureProcedure:
+			hostPressureHandler.ServeHTTP(w, r)
+		case HostPlanProcedure:
+			hostPlanHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -418,4 +478,12 @@ func (UnimplementedHostHandler) Export(context.Context, *connect.Request[ExportR
 
 func (UnimplementedHostHandler) Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Doctor is not implemented"))
+}
+
+func (UnimplementedHostHandler) Pressure(context.Context, *connect.Request[PressureRequest]) (*connect.Response[PressureResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Pressure is not implemented"))
+}
+
+func (UnimplementedHostHandler) Plan(context.Context, *connect.Request[PlanRequest]) (*connect.Response[PlanResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Plan is not implemented"))
 }

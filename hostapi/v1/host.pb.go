@@ -200,7 +200,9 @@ type StatusResponse struct {
 	// Until when its certificate is valid. Not set: the link is plain.
 	CertificateExpiresAt *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=certificate_expires_at,json=certificateExpiresAt,proto3" json:"certificate_expires_at,omitempty"`
 	// It is stopping: it begins no more evictions.
-	Stopping      bool `protobuf:"varint,8,opt,name=stopping,proto3" json:"stopping,omitempty"`
+	Stopping bool `protobuf:"varint,8,opt,name=stopping,proto3" json:"stopping,omitempty"`
+	// What the daemon, evicting by itself, makes of this host, in a sentence. Empty: it evicts only when told.
+	Guard         string `protobuf:"bytes,9,opt,name=guard,proto3" json:"guard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -289,6 +291,13 @@ func (x *StatusResponse) GetStopping() bool {
 		return x.Stopping
 	}
 	return false
+}
+
+func (x *StatusResponse) GetGuard() string {
+	if x != nil {
+		return x.Guard
+	}
+	return ""
 }
 
 // Another host.
@@ -1650,12 +1659,762 @@ func (x *Finding) GetHost() string {
 	return ""
 }
 
+type PressureRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Over what time, in milliseconds. 0: 2000. 100 to 10000.
+	OverMs        uint32 `protobuf:"varint,1,opt,name=over_ms,json=overMs,proto3" json:"over_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PressureRequest) Reset() {
+	*x = PressureRequest{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PressureRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PressureRequest) ProtoMessage() {}
+
+func (x *PressureRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PressureRequest.ProtoReflect.Descriptor instead.
+func (*PressureRequest) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *PressureRequest) GetOverMs() uint32 {
+	if x != nil {
+		return x.OverMs
+	}
+	return 0
+}
+
+type PressureResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Over what time.
+	OverS float64 `protobuf:"fixed64,1,opt,name=over_s,json=overS,proto3" json:"over_s,omitempty"`
+	// Cores that the daemon, and the VMs of this host with it, may use.
+	Cpus uint32 `protobuf:"varint,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	// Cores in use, by anything.
+	CpuCores float64 `protobuf:"fixed64,3,opt,name=cpu_cores,json=cpuCores,proto3" json:"cpu_cores,omitempty"`
+	// Cores that the VMs' vCPUs waited for beyond what they had.
+	WaitingCores float64 `protobuf:"fixed64,4,opt,name=waiting_cores,json=waitingCores,proto3" json:"waiting_cores,omitempty"`
+	// Of the whole machine: pressure stall information, by cpu, memory, io. Empty: the kernel keeps none.
+	Stalls map[string]*Stall `protobuf:"bytes,5,rep,name=stalls,proto3" json:"stalls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Bytes of memory.
+	MemoryBytes    uint64 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	AvailableBytes uint64 `protobuf:"varint,7,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"`
+	SwapUsedBytes  uint64 `protobuf:"varint,8,opt,name=swap_used_bytes,json=swapUsedBytes,proto3" json:"swap_used_bytes,omitempty"`
+	// Pages per second that were read again soon after they had been dropped, and that came back from swap.
+	RefaultsPerS  float64 `protobuf:"fixed64,9,opt,name=refaults_per_s,json=refaultsPerS,proto3" json:"refaults_per_s,omitempty"`
+	SwappedInPerS float64 `protobuf:"fixed64,10,opt,name=swapped_in_per_s,json=swappedInPerS,proto3" json:"swapped_in_per_s,omitempty"`
+	// Bytes per second on each network interface, in its busier direction.
+	Links map[string]float64 `protobuf:"bytes,11,rep,name=links,proto3" json:"links,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	// In order of name.
+	Vms           []*VMPressure `protobuf:"bytes,12,rep,name=vms,proto3" json:"vms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PressureResponse) Reset() {
+	*x = PressureResponse{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PressureResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PressureResponse) ProtoMessage() {}
+
+func (x *PressureResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PressureResponse.ProtoReflect.Descriptor instead.
+func (*PressureResponse) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *PressureResponse) GetOverS() float64 {
+	if x != nil {
+		return x.OverS
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetCpuCores() float64 {
+	if x != nil {
+		return x.CpuCores
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetWaitingCores() float64 {
+	if x != nil {
+		return x.WaitingCores
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetStalls() map[string]*Stall {
+	if x != nil {
+		return x.Stalls
+	}
+	return nil
+}
+
+func (x *PressureResponse) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetAvailableBytes() uint64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetSwapUsedBytes() uint64 {
+	if x != nil {
+		return x.SwapUsedBytes
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetRefaultsPerS() float64 {
+	if x != nil {
+		return x.RefaultsPerS
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetSwappedInPerS() float64 {
+	if x != nil {
+		return x.SwappedInPerS
+	}
+	return 0
+}
+
+func (x *PressureResponse) GetLinks() map[string]float64 {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+func (x *PressureResponse) GetVms() []*VMPressure {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+// Shares of the time, 0 to 1, in which tasks stood still for want of something.
+type Stall struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At least one task.
+	Some float64 `protobuf:"fixed64,1,opt,name=some,proto3" json:"some,omitempty"`
+	// All tasks that were not idle.
+	Full          float64 `protobuf:"fixed64,2,opt,name=full,proto3" json:"full,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stall) Reset() {
+	*x = Stall{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stall) ProtoMessage() {}
+
+func (x *Stall) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stall.ProtoReflect.Descriptor instead.
+func (*Stall) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Stall) GetSome() float64 {
+	if x != nil {
+		return x.Some
+	}
+	return 0
+}
+
+func (x *Stall) GetFull() float64 {
+	if x != nil {
+		return x.Full
+	}
+	return 0
+}
+
+// How a VM fares.
+type VMPressure struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Cores that its vCPUs had, and that they waited for.
+	CpuCores     float64 `protobuf:"fixed64,2,opt,name=cpu_cores,json=cpuCores,proto3" json:"cpu_cores,omitempty"`
+	WaitingCores float64 `protobuf:"fixed64,3,opt,name=waiting_cores,json=waitingCores,proto3" json:"waiting_cores,omitempty"`
+	// waiting ÷ (had + waiting): the share of the CPU it wants that it does not get, 0 to 1.
+	Steal float64 `protobuf:"fixed64,4,opt,name=steal,proto3" json:"steal,omitempty"`
+	// Cores that the rest of its QEMU used.
+	OverheadCores float64 `protobuf:"fixed64,5,opt,name=overhead_cores,json=overheadCores,proto3" json:"overhead_cores,omitempty"`
+	// Bytes of memory, and of swap.
+	ResidentBytes uint64 `protobuf:"varint,6,opt,name=resident_bytes,json=residentBytes,proto3" json:"resident_bytes,omitempty"`
+	SwappedBytes  uint64 `protobuf:"varint,7,opt,name=swapped_bytes,json=swappedBytes,proto3" json:"swapped_bytes,omitempty"`
+	// Pages per second that had to be read from a disk.
+	MajorFaultsPerS float64 `protobuf:"fixed64,8,opt,name=major_faults_per_s,json=majorFaultsPerS,proto3" json:"major_faults_per_s,omitempty"`
+	// Of its control group, if it has one of its own: stalls, the share of the time it was held back by a quota, refaults.
+	Stalls       map[string]*Stall `protobuf:"bytes,9,rep,name=stalls,proto3" json:"stalls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Throttled    float64           `protobuf:"fixed64,10,opt,name=throttled,proto3" json:"throttled,omitempty"`
+	RefaultsPerS float64           `protobuf:"fixed64,11,opt,name=refaults_per_s,json=refaultsPerS,proto3" json:"refaults_per_s,omitempty"`
+	// Why there are no figures. Empty: there are.
+	Problem       string `protobuf:"bytes,12,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMPressure) Reset() {
+	*x = VMPressure{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMPressure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMPressure) ProtoMessage() {}
+
+func (x *VMPressure) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMPressure.ProtoReflect.Descriptor instead.
+func (*VMPressure) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *VMPressure) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VMPressure) GetCpuCores() float64 {
+	if x != nil {
+		return x.CpuCores
+	}
+	return 0
+}
+
+func (x *VMPressure) GetWaitingCores() float64 {
+	if x != nil {
+		return x.WaitingCores
+	}
+	return 0
+}
+
+func (x *VMPressure) GetSteal() float64 {
+	if x != nil {
+		return x.Steal
+	}
+	return 0
+}
+
+func (x *VMPressure) GetOverheadCores() float64 {
+	if x != nil {
+		return x.OverheadCores
+	}
+	return 0
+}
+
+func (x *VMPressure) GetResidentBytes() uint64 {
+	if x != nil {
+		return x.ResidentBytes
+	}
+	return 0
+}
+
+func (x *VMPressure) GetSwappedBytes() uint64 {
+	if x != nil {
+		return x.SwappedBytes
+	}
+	return 0
+}
+
+func (x *VMPressure) GetMajorFaultsPerS() float64 {
+	if x != nil {
+		return x.MajorFaultsPerS
+	}
+	return 0
+}
+
+func (x *VMPressure) GetStalls() map[string]*Stall {
+	if x != nil {
+		return x.Stalls
+	}
+	return nil
+}
+
+func (x *VMPressure) GetThrottled() float64 {
+	if x != nil {
+		return x.Throttled
+	}
+	return 0
+}
+
+func (x *VMPressure) GetRefaultsPerS() float64 {
+	if x != nil {
+		return x.RefaultsPerS
+	}
+	return 0
+}
+
+func (x *VMPressure) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+type PlanRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What this host is to be like, such as "cpu<80%" or "free 8GiB". Empty: no VM starves (cpu<111%). Not for all.
+	Goal string `protobuf:"bytes,1,opt,name=goal,proto3" json:"goal,omitempty"`
+	// Plan for all VMs to leave.
+	All bool `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
+	// Over what time loads are measured, in milliseconds. 0: 2000.
+	OverMs        uint32 `protobuf:"varint,3,opt,name=over_ms,json=overMs,proto3" json:"over_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanRequest) Reset() {
+	*x = PlanRequest{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanRequest) ProtoMessage() {}
+
+func (x *PlanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
+func (*PlanRequest) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *PlanRequest) GetGoal() string {
+	if x != nil {
+		return x.Goal
+	}
+	return ""
+}
+
+func (x *PlanRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PlanRequest) GetOverMs() uint32 {
+	if x != nil {
+		return x.OverMs
+	}
+	return 0
+}
+
+type PlanResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The goal, as understood. Empty for all.
+	Goal string `protobuf:"bytes,1,opt,name=goal,proto3" json:"goal,omitempty"`
+	// It is met as it is.
+	Met bool `protobuf:"varint,2,opt,name=met,proto3" json:"met,omitempty"`
+	// This host first, then the others.
+	Hosts []*HostLoad `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// Each VM to each other host, the best first; for all, each VM once, in the order in which they are best sent.
+	Candidates    []*Candidate `protobuf:"bytes,4,rep,name=candidates,proto3" json:"candidates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanResponse) Reset() {
+	*x = PlanResponse{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanResponse) ProtoMessage() {}
+
+func (x *PlanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
+func (*PlanResponse) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PlanResponse) GetGoal() string {
+	if x != nil {
+		return x.Goal
+	}
+	return ""
+}
+
+func (x *PlanResponse) GetMet() bool {
+	if x != nil {
+		return x.Met
+	}
+	return false
+}
+
+func (x *PlanResponse) GetHosts() []*HostLoad {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetCandidates() []*Candidate {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
+// How loaded a host is.
+type HostLoad struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Cpus           float64                `protobuf:"fixed64,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	CpuCores       float64                `protobuf:"fixed64,3,opt,name=cpu_cores,json=cpuCores,proto3" json:"cpu_cores,omitempty"`
+	WaitingCores   float64                `protobuf:"fixed64,4,opt,name=waiting_cores,json=waitingCores,proto3" json:"waiting_cores,omitempty"`
+	MemoryBytes    uint64                 `protobuf:"varint,5,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	AvailableBytes uint64                 `protobuf:"varint,6,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"`
+	// Bytes per second to it. 0: this host, or not known.
+	Rate float64 `protobuf:"fixed64,7,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Why no VM can go there. Empty: some may.
+	Barred        string `protobuf:"bytes,8,opt,name=barred,proto3" json:"barred,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostLoad) Reset() {
+	*x = HostLoad{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostLoad) ProtoMessage() {}
+
+func (x *HostLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
+func (*HostLoad) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *HostLoad) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HostLoad) GetCpus() float64 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *HostLoad) GetCpuCores() float64 {
+	if x != nil {
+		return x.CpuCores
+	}
+	return 0
+}
+
+func (x *HostLoad) GetWaitingCores() float64 {
+	if x != nil {
+		return x.WaitingCores
+	}
+	return 0
+}
+
+func (x *HostLoad) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *HostLoad) GetAvailableBytes() uint64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+func (x *HostLoad) GetRate() float64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *HostLoad) GetBarred() string {
+	if x != nil {
+		return x.Barred
+	}
+	return ""
+}
+
+// A VM going to a host, and what is predicted to come of it.
+type Candidate struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	To    string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// Cores that the VMs of both hosts get more.
+	GainCores float64 `protobuf:"fixed64,3,opt,name=gain_cores,json=gainCores,proto3" json:"gain_cores,omitempty"`
+	// CPU wanted for each core after it, on this host and on the other.
+	LoadHere  float64 `protobuf:"fixed64,4,opt,name=load_here,json=loadHere,proto3" json:"load_here,omitempty"`
+	LoadThere float64 `protobuf:"fixed64,5,opt,name=load_there,json=loadThere,proto3" json:"load_there,omitempty"`
+	// Bytes of memory that this host gets back.
+	FreedBytes uint64 `protobuf:"varint,6,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
+	// Seconds until the VM runs there; until all VMs together are back at 90 % of what they will do; until nothing is left here.
+	TransferS float64 `protobuf:"fixed64,7,opt,name=transfer_s,json=transferS,proto3" json:"transfer_s,omitempty"`
+	BackS     float64 `protobuf:"fixed64,8,opt,name=back_s,json=backS,proto3" json:"back_s,omitempty"`
+	TotalS    float64 `protobuf:"fixed64,9,opt,name=total_s,json=totalS,proto3" json:"total_s,omitempty"`
+	// The goal is reached with it.
+	Meets bool `protobuf:"varint,10,opt,name=meets,proto3" json:"meets,omitempty"`
+	// Why it is not to be. Empty: it may be.
+	Refused       string `protobuf:"bytes,11,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Candidate) Reset() {
+	*x = Candidate{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Candidate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Candidate) ProtoMessage() {}
+
+func (x *Candidate) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
+func (*Candidate) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Candidate) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *Candidate) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Candidate) GetGainCores() float64 {
+	if x != nil {
+		return x.GainCores
+	}
+	return 0
+}
+
+func (x *Candidate) GetLoadHere() float64 {
+	if x != nil {
+		return x.LoadHere
+	}
+	return 0
+}
+
+func (x *Candidate) GetLoadThere() float64 {
+	if x != nil {
+		return x.LoadThere
+	}
+	return 0
+}
+
+func (x *Candidate) GetFreedBytes() uint64 {
+	if x != nil {
+		return x.FreedBytes
+	}
+	return 0
+}
+
+func (x *Candidate) GetTransferS() float64 {
+	if x != nil {
+		return x.TransferS
+	}
+	return 0
+}
+
+func (x *Candidate) GetBackS() float64 {
+	if x != nil {
+		return x.BackS
+	}
+	return 0
+}
+
+func (x *Candidate) GetTotalS() float64 {
+	if x != nil {
+		return x.TotalS
+	}
+	return 0
+}
+
+func (x *Candidate) GetMeets() bool {
+	if x != nil {
+		return x.Meets
+	}
+	return false
+}
+
+func (x *Candidate) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
 var File_hostapi_v1_host_proto protoreflect.FileDescriptor
 
 const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"\x15hostapi/v1/host.proto\x12\x0evacate.host.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\xc1\x03\n" +
+	"\rStatusRequest\"\xd7\x03\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12%\n" +
@@ -1665,7 +2424,8 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12P\n" +
 	"\x16certificate_expires_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x14certificateExpiresAt\x12\x1a\n" +
-	"\bstopping\x18\b \x01(\bR\bstopping\x1a;\n" +
+	"\bstopping\x18\b \x01(\bR\bstopping\x12\x14\n" +
+	"\x05guard\x18\t \x01(\tR\x05guard\x1a;\n" +
 	"\rCountersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"O\n" +
@@ -1774,7 +2534,88 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\x05level\x18\x02 \x01(\x0e2\x15.vacate.host.v1.LevelR\x05level\x12\x12\n" +
 	"\x04text\x18\x03 \x01(\tR\x04text\x12\x16\n" +
 	"\x06remedy\x18\x04 \x01(\tR\x06remedy\x12\x12\n" +
-	"\x04host\x18\x05 \x01(\tR\x04host*T\n" +
+	"\x04host\x18\x05 \x01(\tR\x04host\"*\n" +
+	"\x0fPressureRequest\x12\x17\n" +
+	"\aover_ms\x18\x01 \x01(\rR\x06overMs\"\x85\x05\n" +
+	"\x10PressureResponse\x12\x15\n" +
+	"\x06over_s\x18\x01 \x01(\x01R\x05overS\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12\x1b\n" +
+	"\tcpu_cores\x18\x03 \x01(\x01R\bcpuCores\x12#\n" +
+	"\rwaiting_cores\x18\x04 \x01(\x01R\fwaitingCores\x12D\n" +
+	"\x06stalls\x18\x05 \x03(\v2,.vacate.host.v1.PressureResponse.StallsEntryR\x06stalls\x12!\n" +
+	"\fmemory_bytes\x18\x06 \x01(\x04R\vmemoryBytes\x12'\n" +
+	"\x0favailable_bytes\x18\a \x01(\x04R\x0eavailableBytes\x12&\n" +
+	"\x0fswap_used_bytes\x18\b \x01(\x04R\rswapUsedBytes\x12$\n" +
+	"\x0erefaults_per_s\x18\t \x01(\x01R\frefaultsPerS\x12'\n" +
+	"\x10swapped_in_per_s\x18\n" +
+	" \x01(\x01R\rswappedInPerS\x12A\n" +
+	"\x05links\x18\v \x03(\v2+.vacate.host.v1.PressureResponse.LinksEntryR\x05links\x12,\n" +
+	"\x03vms\x18\f \x03(\v2\x1a.vacate.host.v1.VMPressureR\x03vms\x1aP\n" +
+	"\vStallsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12+\n" +
+	"\x05value\x18\x02 \x01(\v2\x15.vacate.host.v1.StallR\x05value:\x028\x01\x1a8\n" +
+	"\n" +
+	"LinksEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"/\n" +
+	"\x05Stall\x12\x12\n" +
+	"\x04some\x18\x01 \x01(\x01R\x04some\x12\x12\n" +
+	"\x04full\x18\x02 \x01(\x01R\x04full\"\x88\x04\n" +
+	"\n" +
+	"VMPressure\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
+	"\tcpu_cores\x18\x02 \x01(\x01R\bcpuCores\x12#\n" +
+	"\rwaiting_cores\x18\x03 \x01(\x01R\fwaitingCores\x12\x14\n" +
+	"\x05steal\x18\x04 \x01(\x01R\x05steal\x12%\n" +
+	"\x0eoverhead_cores\x18\x05 \x01(\x01R\roverheadCores\x12%\n" +
+	"\x0eresident_bytes\x18\x06 \x01(\x04R\rresidentBytes\x12#\n" +
+	"\rswapped_bytes\x18\a \x01(\x04R\fswappedBytes\x12+\n" +
+	"\x12major_faults_per_s\x18\b \x01(\x01R\x0fmajorFaultsPerS\x12>\n" +
+	"\x06stalls\x18\t \x03(\v2&.vacate.host.v1.VMPressure.StallsEntryR\x06stalls\x12\x1c\n" +
+	"\tthrottled\x18\n" +
+	" \x01(\x01R\tthrottled\x12$\n" +
+	"\x0erefaults_per_s\x18\v \x01(\x01R\frefaultsPerS\x12\x18\n" +
+	"\aproblem\x18\f \x01(\tR\aproblem\x1aP\n" +
+	"\vStallsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12+\n" +
+	"\x05value\x18\x02 \x01(\v2\x15.vacate.host.v1.StallR\x05value:\x028\x01\"L\n" +
+	"\vPlanRequest\x12\x12\n" +
+	"\x04goal\x18\x01 \x01(\tR\x04goal\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\x12\x17\n" +
+	"\aover_ms\x18\x03 \x01(\rR\x06overMs\"\x9f\x01\n" +
+	"\fPlanResponse\x12\x12\n" +
+	"\x04goal\x18\x01 \x01(\tR\x04goal\x12\x10\n" +
+	"\x03met\x18\x02 \x01(\bR\x03met\x12.\n" +
+	"\x05hosts\x18\x03 \x03(\v2\x18.vacate.host.v1.HostLoadR\x05hosts\x129\n" +
+	"\n" +
+	"candidates\x18\x04 \x03(\v2\x19.vacate.host.v1.CandidateR\n" +
+	"candidates\"\xec\x01\n" +
+	"\bHostLoad\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\x01R\x04cpus\x12\x1b\n" +
+	"\tcpu_cores\x18\x03 \x01(\x01R\bcpuCores\x12#\n" +
+	"\rwaiting_cores\x18\x04 \x01(\x01R\fwaitingCores\x12!\n" +
+	"\fmemory_bytes\x18\x05 \x01(\x04R\vmemoryBytes\x12'\n" +
+	"\x0favailable_bytes\x18\x06 \x01(\x04R\x0eavailableBytes\x12\x12\n" +
+	"\x04rate\x18\a \x01(\x01R\x04rate\x12\x16\n" +
+	"\x06barred\x18\b \x01(\tR\x06barred\"\xa6\x02\n" +
+	"\tCandidate\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x1d\n" +
+	"\n" +
+	"gain_cores\x18\x03 \x01(\x01R\tgainCores\x12\x1b\n" +
+	"\tload_here\x18\x04 \x01(\x01R\bloadHere\x12\x1d\n" +
+	"\n" +
+	"load_there\x18\x05 \x01(\x01R\tloadThere\x12\x1f\n" +
+	"\vfreed_bytes\x18\x06 \x01(\x04R\n" +
+	"freedBytes\x12\x1d\n" +
+	"\n" +
+	"transfer_s\x18\a \x01(\x01R\ttransferS\x12\x15\n" +
+	"\x06back_s\x18\b \x01(\x01R\x05backS\x12\x17\n" +
+	"\atotal_s\x18\t \x01(\x01R\x06totalS\x12\x14\n" +
+	"\x05meets\x18\n" +
+	" \x01(\bR\x05meets\x12\x18\n" +
+	"\arefused\x18\v \x01(\tR\arefused*T\n" +
 	"\bDecision\x12\x18\n" +
 	"\x14DECISION_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14DECISION_RESUME_HERE\x10\x01\x12\x14\n" +
@@ -1785,7 +2626,7 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"LEVEL_NOTE\x10\x02\x12\x11\n" +
 	"\rLEVEL_WARNING\x10\x03\x12\x0f\n" +
-	"\vLEVEL_FATAL\x10\x042\x84\x06\n" +
+	"\vLEVEL_FATAL\x10\x042\xa0\a\n" +
 	"\x04Host\x12L\n" +
 	"\x06Status\x12\x1d.vacate.host.v1.StatusRequest\x1a\x1e.vacate.host.v1.StatusResponse\"\x03\x90\x02\x01\x12O\n" +
 	"\aListVMs\x12\x1e.vacate.host.v1.ListVMsRequest\x1a\x1f.vacate.host.v1.ListVMsResponse\"\x03\x90\x02\x01\x12a\n" +
@@ -1796,7 +2637,9 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\x05Abort\x12\x1c.vacate.host.v1.AbortRequest\x1a\x18.vacate.host.v1.Eviction\x12A\n" +
 	"\x06Decide\x12\x1d.vacate.host.v1.DecideRequest\x1a\x18.vacate.host.v1.Eviction\x12G\n" +
 	"\x06Export\x12\x1d.vacate.host.v1.ExportRequest\x1a\x1e.vacate.host.v1.ExportResponse\x12G\n" +
-	"\x06Doctor\x12\x1d.vacate.host.v1.DoctorRequest\x1a\x1e.vacate.host.v1.DoctorResponseB\x1aZ\x18vacate/hostapi/v1;hostv1b\x06proto3"
+	"\x06Doctor\x12\x1d.vacate.host.v1.DoctorRequest\x1a\x1e.vacate.host.v1.DoctorResponse\x12R\n" +
+	"\bPressure\x12\x1f.vacate.host.v1.PressureRequest\x1a .vacate.host.v1.PressureResponse\"\x03\x90\x02\x01\x12F\n" +
+	"\x04Plan\x12\x1b.vacate.host.v1.PlanRequest\x1a\x1c.vacate.host.v1.PlanResponse\"\x03\x90\x02\x01B\x1aZ\x18vacate/hostapi/v1;hostv1b\x06proto3"
 
 var (
 	file_hostapi_v1_host_proto_rawDescOnce sync.Once
@@ -1811,7 +2654,7 @@ func file_hostapi_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_hostapi_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_hostapi_v1_host_proto_goTypes = []any{
 	(Decision)(0),                 // 0: vacate.host.v1.Decision
 	(Level)(0),                    // 1: vacate.host.v1.Level
@@ -1836,49 +2679,72 @@ var file_hostapi_v1_host_proto_goTypes = []any{
 	(*DoctorRequest)(nil),         // 20: vacate.host.v1.DoctorRequest
 	(*DoctorResponse)(nil),        // 21: vacate.host.v1.DoctorResponse
 	(*Finding)(nil),               // 22: vacate.host.v1.Finding
-	nil,                           // 23: vacate.host.v1.StatusResponse.CountersEntry
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*PressureRequest)(nil),       // 23: vacate.host.v1.PressureRequest
+	(*PressureResponse)(nil),      // 24: vacate.host.v1.PressureResponse
+	(*Stall)(nil),                 // 25: vacate.host.v1.Stall
+	(*VMPressure)(nil),            // 26: vacate.host.v1.VMPressure
+	(*PlanRequest)(nil),           // 27: vacate.host.v1.PlanRequest
+	(*PlanResponse)(nil),          // 28: vacate.host.v1.PlanResponse
+	(*HostLoad)(nil),              // 29: vacate.host.v1.HostLoad
+	(*Candidate)(nil),             // 30: vacate.host.v1.Candidate
+	nil,                           // 31: vacate.host.v1.StatusResponse.CountersEntry
+	nil,                           // 32: vacate.host.v1.PressureResponse.StallsEntry
+	nil,                           // 33: vacate.host.v1.PressureResponse.LinksEntry
+	nil,                           // 34: vacate.host.v1.VMPressure.StallsEntry
+	(*timestamppb.Timestamp)(nil), // 35: google.protobuf.Timestamp
 }
 var file_hostapi_v1_host_proto_depIdxs = []int32{
 	4,  // 0: vacate.host.v1.StatusResponse.peers:type_name -> vacate.host.v1.Peer
-	23, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
-	24, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	24, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
+	31, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
+	35, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	35, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
 	7,  // 4: vacate.host.v1.ListVMsResponse.vms:type_name -> vacate.host.v1.VM
 	18, // 5: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
 	13, // 6: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
 	0,  // 7: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
 	19, // 8: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
-	24, // 9: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
-	24, // 10: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
+	35, // 9: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
+	35, // 10: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
 	13, // 11: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
 	22, // 12: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
 	1,  // 13: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
-	2,  // 14: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
-	5,  // 15: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
-	8,  // 16: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
-	10, // 17: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
-	11, // 18: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
-	12, // 19: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
-	14, // 20: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
-	15, // 21: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
-	16, // 22: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
-	20, // 23: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
-	3,  // 24: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
-	6,  // 25: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
-	9,  // 26: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
-	18, // 27: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
-	18, // 28: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
-	18, // 29: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
-	18, // 30: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
-	18, // 31: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
-	17, // 32: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
-	21, // 33: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
-	24, // [24:34] is the sub-list for method output_type
-	14, // [14:24] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	32, // 14: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
+	33, // 15: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
+	26, // 16: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
+	34, // 17: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
+	29, // 18: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
+	30, // 19: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
+	25, // 20: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	25, // 21: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	2,  // 22: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
+	5,  // 23: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
+	8,  // 24: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
+	10, // 25: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
+	11, // 26: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
+	12, // 27: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
+	14, // 28: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
+	15, // 29: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
+	16, // 30: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
+	20, // 31: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
+	23, // 32: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
+	27, // 33: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
+	3,  // 34: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
+	6,  // 35: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
+	9,  // 36: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
+	18, // 37: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
+	18, // 38: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
+	18, // 39: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
+	18, // 40: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
+	18, // 41: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
+	17, // 42: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
+	21, // 43: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
+	24, // 44: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
+	28, // 45: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
+	34, // [34:46] is the sub-list for method output_type
+	22, // [22:34] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_hostapi_v1_host_proto_init() }
@@ -1893,7 +2759,7 @@ func file_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostapi_v1_host_proto_rawDesc), len(file_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   22,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"vacate/evict"
+	hostv1 "vacate/hostapi/v1"
+	"vacate/relief"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
+)
+
+func pressureCommand() *cobra.Command {
+	var over time.Duration
+	c := askCommand(&cobra.Command{
+		Use:   "pressure",
+		Short: "Tell how short of CPU, memory and link this host and its VMs are",
+		Long: `Measures over some time, from Linux's own accounting, how loaded this host is
+and how each of its VMs fares. Neither QEMU nor the guest is asked.
+
+  CPU       cores in use; of a VM those that its vCPUs had
+  WAITING   cores that vCPUs waited for beyond that
+  STEAL     the share of the CPU it wants that a VM does not get`,
+		Args: cobra.NoArgs,
+	}, func(ctx context.Context, d *daemon, _ []string, w io.Writer) (proto.Message, error) {
+		r, err := d.Pressure(ctx, connect.NewRequest(&hostv1.PressureRequest{OverMs: uint32(over.Milliseconds())}))
+		if err != nil {
+			return nil, err
+		}
+		m := r.Msg
+		fmt.Fprintf(w, "over %.1f s: %.2f of %d cores in use, VMs wait for %.2f more; %s of %s of memory available\n", m.OverS, m.CpuCores, m.Cpus, m.WaitingCores,
+			relief.Size(m.AvailableBytes), relief.Size(m.MemoryBytes))
+		if m.SwapUsedBytes > 0 || m.RefaultsPerS > 0 {
+			fmt.Fprintf(w, "%s in swap, %.0f pages/s come back from it; %.0f pages/s are read again that were dropped too soon\n", relief.Size(m.SwapUsedBytes), m.SwappedInPerS, m.RefaultsPerS)
+		}
+		for _, what := range slices.Sorted(maps.Keys(m.Stalls)) {
+			fmt.Fprintf(w, "%s: some task of the machine stood still for it %.0f %% of the time, all %.0f %%\n", clean(what), m.Stalls[what].Some*100, m.Stalls[what].Full*100)
+		}
+		for _, name := range slices.Sorted(maps.Keys(m.Links)) {
+			fmt.Fprintf(w, "%s: %.1f Mbit/s\n", clean(name), m.Links[name]*8/1e6)
+		}
+		fmt.Fprintln(w)
+		t := table(w, "VM", "CPU", "WAITING", "STEAL", "QEMU", "MEMORY", "SWAP", "FAULTS/S")
+		for _, v := range m.Vms {
+			if v.Problem != "" {
+				row(t, v.Name, v.Problem)
+				continue
+			}
+			row(t, v.Name, cores(v.CpuCores), cores(v.WaitingCores), fmt.Sprintf("%.0f %%", v.Steal*100), cores(v.OverheadCores),
+				relief.Size(v.ResidentBytes), relief.Size(v.SwappedBytes), fmt.Sprintf("%.0f", v.MajorFaultsPerS))
+		}
+		return m, t.Flush()
+	})
+	c.Flags().DurationVar(&over, "over", 2*time.Second, "how long to measure")
+	return c
+}
+
+func cores(n float64) string { return fmt.Sprintf("%.2f", n) }
+
+// relieveOptions are those of relieve and evacuate.
+type relieveOptions struct {
+	daemon daemon
+	goal   string
+	all    bool
+	dryRun bool
+	json   bool
+}
+
+func relieveCommand() *cobra.Command {
+	o := relieveOptions{}
+	c := &cobra.Command{
+		Use:   "relieve",
+		Short: "Evict what VM it takes for this host not to be overloaded",
+		Long: `Measures how loaded this host and the others are, predicts for each VM and each
+other host what an eviction would gain and how long it would take, shows that,
+and evicts the VM that reaches the goal the soonest; then once more, until the
+goal is met or no eviction helps. No VM goes to where it would have others
+starve; those that are pinned in their descriptions stay.
+
+Goals: cpu<80% is about the CPU wanted for each core, which is more than 100 %
+where VMs wait for each other; free 8GiB about memory. The usual one is that no
+VM gets less than nine tenths of the CPU it wants.`,
+		Example: `  vacate relieve --dry-run
+  vacate relieve --goal 'cpu<80%'
+  vacate relieve --goal 'free 8GiB'`,
+		Args: cobra.NoArgs,
+	}
+	o.flags(c)
+	c.Flags().StringVar(&o.goal, "goal", "", "what this host is to be like (default cpu<111%)")
+	c.RunE = func(c *cobra.Command, _ []string) error { return o.relieve(c.Context()) }
+	return c
+}
+
+func evacuateCommand() *cobra.Command {
+	o := relieveOptions{all: true}
+	c := &cobra.Command{
+		Use:   "evacuate",
+		Short: "Evict all VMs of this host",
+		Long: `Evicts the VMs of this host one after the other, those first whose memory takes
+the least time, so that each gives back CPU and memory as soon as can be. Where
+each goes is decided by the room and the CPU that the other hosts have. Those
+that cannot go anywhere stay, and it is said why. One that fails does not keep
+the others.`,
+		Args: cobra.NoArgs,
+	}
+	o.flags(c)
+	c.RunE = func(c *cobra.Command, _ []string) error { return o.evacuate(c.Context()) }
+	return c
+}
+
+func (o *relieveOptions) flags(c *cobra.Command) {
+	socketFlag(c, &o.daemon)
+	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
+	c.Flags().BoolVar(&o.json, "json", false, "with --dry-run: JSON, as hostapi/v1/host.proto has it")
+}
+
+// plan asks for the choice, and shows it.
+func (o *relieveOptions) plan(ctx context.Context) (*hostv1.PlanResponse, error) {
+	if o.json && !o.dryRun {
+		return nil, refused(errors.New("--json goes with --dry-run"))
+	}
+	r, err := o.daemon.Plan(ctx, connect.NewRequest(&hostv1.PlanRequest{Goal: o.goal, All: o.all}))
+	if err != nil {
+		return nil, refused(o.daemon.explain(err))
+	}
+	if o.json {
+		return r.Msg, writeJSON(os.Stdout, r.Msg)
+	}
+	return r.Msg, planText(os.Stdout, r.Msg)
+}
+
+// planText shows a choice and what it was made from.
+func planText(w io.Writer, p *hostv1.PlanResponse) error {
+	t := table(w, "HOST", "CPU", "WAITING", "OF", "AVAILABLE", "LINK", "")
+	for i, h := range p.Hosts {
+		if h.Barred != "" {
+			row(t, h.Name, "", "", "", "", "", h.Barred)
+			continue
+		}
+		link := "this host"
+		if i > 0 {
+			link = fmt.Sprintf("%.0f Mbit/s", h.Rate*8/1e6)
+		}
+		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), relief.Size(h.AvailableBytes), link, " ")
+	}
+	t.Flush()
+	fmt.Fprintln(w)
+	t = table(w, "VM", "TO", "GAIN", "LOAD HERE", "LOAD THERE", "FREES", "RUNS THERE", "ALL BACK", "DONE", "")
+	load := func(l float64) string { return fmt.Sprintf("%.0f %%", l*100) }
+	took := func(s float64) string { return fmt.Sprintf("%.1f s", s) }
+	for i, c := range p.Candidates {
+		why := c.Refused
+		switch {
+		case why == "" && c.Meets && i == 0:
+			why = "best: it reaches the goal, and has all back the soonest"
+		case why == "" && c.Meets:
+			why = "reaches the goal"
+		case why == "" && p.Goal != "":
+			why = "comes nearer to the goal"
+		case why == "":
+			why = "goes"
+		}
+		if c.To == "" {
+			row(t, c.Vm, "", "", "", "", "", "", "", "", why)
+			continue
+		}
+		row(t, c.Vm, c.To, fmt.Sprintf("%+.2f", c.GainCores), load(c.LoadHere), load(c.LoadThere), relief.Size(c.FreedBytes), took(c.TransferS), took(c.BackS), took(c.TotalS), why)
+	}
+	return t.Flush()
+}
+
+func (o *relieveOptions) relieve(ctx context.Context) error {
+	if err := o.daemon.open(); err != nil {
+		return err
+	}
+	for round := 0; ; round++ {
+		p, err := o.plan(ctx)
+		switch {
+		case err != nil:
+			return err
+		case o.json:
+			return nil
+		case p.Met:
+			fmt.Printf("\nThe goal is met: %s.\n", clean(p.Goal))
+			return nil
+		case len(p.Candidates) == 0:
+			return refused(errors.New("there is no VM that could go, or no host to go to"))
+		case p.Candidates[0].Refused != "":
+			return refused(fmt.Errorf("no eviction helps to reach %s: the table tells why", p.Goal))
+		case o.dryRun:
+			return nil
+		case round > len(p.Hosts)+len(p.Candidates):
+			return fmt.Errorf("%w: %d VMs have left, and the goal is not met: it moves away as fast", evict.ErrAborted, round)
+		}
+		if err := o.evict(ctx, p.Candidates[0]); err != nil {
+			return err
+		}
+		fmt.Println()
+	}
+}
+
+func (o *relieveOptions) evacuate(ctx context.Context) error {
+	if err := o.daemon.open(); err != nil {
+		return err
+	}
+	p, err := o.plan(ctx)
+	if err != nil || o.dryRun {
+		return err
+	}
+	var errs []error
+	for _, c := range p.Candidates {
+		if c.Refused != "" {
+			errs = append(errs, refused(fmt.Errorf("%s stays: %s", clean(c.Vm), clean(c.Refused))))
+			continue
+		}
+		err := o.evict(ctx, c)
+		if errors.Is(err, errDetached) || ctx.Err() != nil {
+			return errors.Join(append(errs, err)...)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", clean(c.Vm), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// evict does what was chosen, and follows it.
+func (o *relieveOptions) evict(ctx context.Context, c *hostv1.Candidate) error {
+	fmt.Printf("\nvacate evict %s --to %s\n", clean(c.Vm), clean(c.To))
+	e := evictOptions{to: c.To, daemon: o.daemon}
+	return e.runByName(ctx, c.Vm)
+}
