@@ -215,7 +215,7 @@ func (e *source) rejoin(a *attachment) (again int, err error) {
 			switch why, _ := e.order.Why(i, p); {
 			case has[i].Has(p) && why == pushorder.Left:
 				e.order.Take(run, pushorder.Before)
-				e.sent[pushorder.Before].Add(1)
+				e.count(pushorder.Before, []pageset.Run{run})
 			case has[i].Has(p) || why == pushorder.Left:
 			case why == pushorder.Skipped:
 				skipped = append(skipped, run)

@@ -164,7 +164,7 @@ func (e *source) enlighten() {
 	e.light.report.Survey = time.Since(start).Seconds()
 	e.light.report.Known = e.sinceFreeze()
 	e.mu.Unlock()
-	e.sent[pushorder.Skipped].Add(int64(pageset.Pages(skipped)))
+	e.count(pushorder.Skipped, skipped)
 	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
 		if err := sendSkipped(a, skipped); err != nil {
 			a.FailSoon(err)

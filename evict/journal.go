@@ -1,5 +1,7 @@
 package evict
 
+import "vacate/journal"
+
 // Journal is where an engine notes what must not be forgotten when it dies, of one
 // eviction. Its methods return when that is durable, and may be called concurrently.
 type Journal interface {
@@ -17,7 +19,9 @@ const (
 	keptHead     = "head"     // both: QEMU's stream from its header to the footer of the RAM section's start
 	keptLoad     = "load"     // source: the package
 	keptBlocks   = "blocks"   // source: blocks that cannot be read from QEMU's memory, see appendPages
-	keptMemory   = "memory"   // destination: JSON of guestmem.Block, where the twin's memory is
+	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
+	KeptTrace  = journal.Lasting + "trace"
+	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
 )
 
 // note is Note for an engine that may have no journal.

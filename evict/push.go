@@ -24,7 +24,7 @@ func (e *source) sendEarly(a *attachment) error {
 		runs = append(runs, e.order.Take(w, pushorder.Early)...)
 	}
 	e.mu.Unlock()
-	e.sent[pushorder.Early].Add(int64(pageset.Pages(runs)))
+	e.count(pushorder.Early, runs)
 	f := e.pushed
 	for len(runs) > 0 {
 		var err error
@@ -73,7 +73,7 @@ func (e *source) pushAll(a *attachment) error {
 			}
 			continue
 		}
-		e.sent[reason].Add(int64(pageset.Pages(runs)))
+		e.count(reason, runs)
 		for len(runs) > 0 {
 			var err error
 			if runs, err = f.fill(runs); err != nil {
@@ -121,7 +121,7 @@ func (e *source) serveFetches(a *attachment) error {
 		e.mu.Lock()
 		runs := e.order.Fetch(run)
 		e.mu.Unlock()
-		e.sent[pushorder.Fetched].Add(int64(pageset.Pages(runs)))
+		e.count(pushorder.Fetched, runs)
 		select {
 		case e.touched <- struct{}{}:
 		default:

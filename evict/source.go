@@ -104,6 +104,9 @@ func (s Source) engine(first State) *source {
 // done ends the engine.
 func (e *source) done(err error) (Report, error) {
 	e.close()
+	if !errors.Is(err, ErrLeft) {
+		e.keepTrace()
+	}
 	report := e.report(err)
 	e.show(e.machine.current())
 	return report, err
@@ -144,12 +147,13 @@ type source struct {
 
 	touched chan struct{} // capacity 1: something was fetched
 
-	sent  [pushorder.Reasons]atomic.Int64 // pages by reason
-	zero  atomic.Int64
-	total atomic.Int64
-	asked atomic.Int64
-	shown sync.Mutex // serialises Show
-	tasks sync.WaitGroup
+	sent   [pushorder.Reasons]atomic.Int64 // pages by reason
+	tracer tracer
+	zero   atomic.Int64
+	total  atomic.Int64
+	asked  atomic.Int64
+	shown  sync.Mutex // serialises Show
+	tasks  sync.WaitGroup
 }
 
 type linkBytes struct{ sent, received uint64 }
@@ -385,6 +389,11 @@ func (e *source) layOut(l layout) (err error) {
 	}
 	e.pushed.f, e.fetched.f = e.frozen, e.frozen
 	e.total.Store(int64(l.pages()))
+	begun := e.machine.at(Switching)
+	if begun.IsZero() { // it was another engine that began
+		begun = time.Now()
+	}
+	e.tracer.open(begun, l)
 	blocks := l.blocks()
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -249,6 +249,22 @@ func (h api) GetEviction(_ context.Context, req *connect.Request[hostv1.GetEvict
 	return connect.NewResponse(v.message()), nil
 }
 
+// GetTrace implements hostv1.HostHandler.
+func (h api) GetTrace(_ context.Context, req *connect.Request[hostv1.GetTraceRequest]) (*connect.Response[hostv1.GetTraceResponse], error) {
+	v, err := h.get(req.Msg.Id)
+	if err != nil {
+		return nil, coded(err)
+	}
+	b, err := v.entry.Blob(evict.KeptTrace)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = &unknownError{fmt.Errorf("nothing is kept of what eviction %s did: that is so only on the host that the VM left, once it has ended", v.entry.ID())}
+	}
+	if err != nil {
+		return nil, coded(err)
+	}
+	return connect.NewResponse(&hostv1.GetTraceResponse{Trace: b}), nil
+}
+
 // watchPause is the least time between two messages of a watch.
 const watchPause = 100 * time.Millisecond
 

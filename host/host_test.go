@@ -32,6 +32,13 @@ func TestThereAndBack(t *testing.T) {
 	if end, err = b.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" || end.Role != "destination" || end.Peer != "hosta" {
 		t.Fatalf("%v, %v", end, err)
 	}
+	trace, err := a.api.GetTrace(t.Context(), connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id}))
+	if err != nil || len(trace.Msg.Trace) < 1000 {
+		t.Errorf("trace: %v, %v", trace, err)
+	}
+	if _, err := b.api.GetTrace(t.Context(), connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id})); connect.CodeOf(err) != connect.CodeNotFound {
+		t.Errorf("trace at the destination: %v", err)
+	}
 	twin, err := there.Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)

@@ -389,8 +389,8 @@ func (e *Entry) Note(mark, reason string, change func(*Record)) error {
 	return e.note(mark, reason, false, change)
 }
 
-// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it goes. Finished
-// evictions stay until two hundred have finished later.
+// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it goes, unless its name begins
+// with Lasting. Finished evictions stay until two hundred have finished later.
 func (e *Entry) Finish(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	err := e.note(mark, reason, true, change)
@@ -509,11 +509,14 @@ func (e *Entry) path(name string) (string, error) {
 	return filepath.Join(e.dir, name), nil
 }
 
-// drop removes what is kept.
+// Lasting begins the names of what stays when an eviction finishes.
+const Lasting = "lasting-"
+
+// drop removes what is kept, but for what is to last.
 func (e *Entry) drop() error {
 	files, err := os.ReadDir(e.dir)
 	for _, f := range files {
-		if f.Name() != "log" {
+		if f.Name() != "log" && !strings.HasPrefix(f.Name(), Lasting) {
 			err = errors.Join(err, os.Remove(filepath.Join(e.dir, f.Name())))
 		}
 	}

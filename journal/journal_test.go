@@ -105,6 +105,7 @@ func TestJournal(t *testing.T) {
 		}
 	}
 
+	must(t, a.Keep(Lasting+"x", []byte("y")))
 	must(t, a.Finish("completed", "", func(r *Record) { r.Report = json.RawMessage(`{"outcome":"completed"}`) }))
 	must(t, j.Find(want[1].ID).Remove())
 	j = reopen(t, j)
@@ -115,8 +116,11 @@ func TestJournal(t *testing.T) {
 	if r := list[0].Record(); r.Mark != "completed" || r.Ended.IsZero() || string(r.Report) != `{"outcome":"completed"}` {
 		t.Errorf("%+v", r)
 	}
-	if files, err := os.ReadDir(list[0].dir); len(files) != 1 || err != nil {
+	if files, err := os.ReadDir(list[0].dir); len(files) != 2 || err != nil {
 		t.Errorf("left with a finished eviction: %v, %v", files, err)
+	}
+	if b, err := list[0].Blob(Lasting + "x"); string(b) != "y" || err != nil {
+		t.Errorf("what was to last: %q, %v", b, err)
 	}
 }
 

@@ -52,6 +52,8 @@ const (
 	HostListEvictionsProcedure = "/vacate.host.v1.Host/ListEvictions"
 	// HostGetEvictionProcedure is the fully-qualified name of the Host's GetEviction RPC.
 	HostGetEvictionProcedure = "/vacate.host.v1.Host/GetEviction"
+	// HostGetTraceProcedure is the fully-qualified name of the Host's GetTrace RPC.
+	HostGetTraceProcedure = "/vacate.host.v1.Host/GetTrace"
 	// HostWatchEvictionProcedure is the fully-qualified name of the Host's WatchEviction RPC.
 	HostWatchEvictionProcedure = "/vacate.host.v1.Host/WatchEviction"
 	// HostEvictProcedure is the fully-qualified name of the Host's Evict RPC.
@@ -80,6 +82,9 @@ type HostClient interface {
 	ListEvictions(context.Context, *connect.Request[ListEvictionsRequest]) (*connect.Response[ListEvictionsResponse], error)
 	// GetEviction returns one eviction. Codes: invalid_argument (no ID), not_found.
 	GetEviction(context.Context, *connect.Request[GetEvictionRequest]) (*connect.Response[Eviction], error)
+	// GetTrace returns what an eviction from this host did, page by page and over time. Codes: invalid_argument (no ID), not_found (no
+	// such eviction, or nothing is kept of it: it has not ended, came here, or sent no page).
+	GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error)
 	// WatchEviction returns an eviction at once, then whenever it changes but at most ten times a second, and a last time when
 	// it has ended. The daemon may end the stream earlier when it stops (unavailable): the eviction goes on. Codes:
 	// invalid_argument (no ID), not_found.
@@ -150,6 +155,13 @@ func NewHostClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 			connect.WithClientOptions(opts...),
 		),
+		getTrace: connect.NewClient[GetTraceRequest, GetTraceResponse](
+			httpClient,
+			baseURL+HostGetTraceProcedure,
+			connect.WithSchema(hostMethods.ByName("GetTrace")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		watchEviction: connect.NewClient[WatchEvictionRequest, Eviction](
 			httpClient,
 			baseURL+HostWatchEvictionProcedure,
@@ -209,6 +221,7 @@ type hostClient struct {
 	listVMs       *connect.Client[ListVMsRequest, ListVMsResponse]
 	listEvictions *connect.Client[ListEvictionsRequest, ListEvictionsResponse]
 	getEviction   *connect.Client[GetEvictionRequest, Eviction]
+	getTrace      *connect.Client[GetTraceRequest, GetTraceResponse]
 	watchEviction *connect.Client[WatchEvictionRequest, Eviction]
 	evict         *connect.Client[EvictRequest, Eviction]
 	abort         *connect.Client[AbortRequest, Eviction]
@@ -237,6 +250,11 @@ func (c *hostClient) ListEvictions(ctx context.Context, req *connect.Request[Lis
 // GetEviction calls vacate.host.v1.Host.GetEviction.
 func (c *hostClient) GetEviction(ctx context.Context, req *connect.Request[GetEvictionRequest]) (*connect.Response[Eviction], error) {
 	return c.getEviction.CallUnary(ctx, req)
+}
+
+// GetTrace calls vacate.host.v1.Host.GetTrace.
+func (c *hostClient) GetTrace(ctx context.Context, req *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error) {
+	return c.getTrace.CallUnary(ctx, req)
 }
 
 // WatchEviction calls vacate.host.v1.Host.WatchEviction.
@@ -289,6 +307,9 @@ type HostHandler interface {
 	ListEvictions(context.Context, *connect.Request[ListEvictionsRequest]) (*connect.Response[ListEvictionsResponse], error)
 	// GetEviction returns one eviction. Codes: invalid_argument (no ID), not_found.
 	GetEviction(context.Context, *connect.Request[GetEvictionRequest]) (*connect.Response[Eviction], error)
+	// GetTrace returns what an eviction from this host did, page by page and over time. Codes: invalid_argument (no ID), not_found (no
+	// such eviction, or nothing is kept of it: it has not ended, came here, or sent no page).
+	GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error)
 	// WatchEviction returns an eviction at once, then whenever it changes but at most ten times a second, and a last time when
 	// it has ended. The daemon may end the stream earlier when it stops (unavailable): the eviction goes on. Codes:
 	// invalid_argument (no ID), not_found.
@@ -355,6 +376,13 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostGetTraceHandler := connect.NewUnaryHandler(
+		HostGetTraceProcedure,
+		svc.GetTrace,
+		connect.WithSchema(hostMethods.ByName("GetTrace")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostWatchEvictionHandler := connect.NewServerStreamHandler(
 		HostWatchEvictionProcedure,
 		svc.WatchEviction,
@@ -415,6 +443,8 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 			hostListEvictionsHandler.ServeHTTP(w, r)
 		case HostGetEvictionProcedure:
 			hostGetEvictionHandler.ServeHTTP(w, r)
+		case HostGetTraceProcedure:
+			hostGetTraceHandler.ServeHTTP(w, r)
 		case HostWatchEvictionProcedure:
 			hostWatchEvictionHandler.ServeHTTP(w, r)
 		case HostEvictProcedure:
@@ -454,6 +484,10 @@ func (UnimplementedHostHandler) ListEvictions(context.Context, *connect.Request[
 
 func (UnimplementedHostHandler) GetEviction(context.Context, *connect.Request[GetEvictionRequest]) (*connect.Response[Eviction], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.GetEviction is not implemented"))
+}
+
+func (UnimplementedHostHandler) GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.GetTrace is not implemented"))
 }
 
 func (UnimplementedHostHandler) WatchEviction(context.Context, *connect.Request[WatchEvictionRequest], *connect.ServerStream[Eviction]) error {

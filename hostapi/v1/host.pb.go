@@ -716,6 +716,96 @@ func (x *GetEvictionRequest) GetId() string {
 	return ""
 }
 
+type GetTraceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 32 digits in hex.
+	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetTraceRequest) Reset() {
+	*x = GetTraceRequest{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetTraceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetTraceRequest) ProtoMessage() {}
+
+func (x *GetTraceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetTraceRequest.ProtoReflect.Descriptor instead.
+func (*GetTraceRequest) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *GetTraceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type GetTraceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JSON, compressed with gzip: the type Trace of package evict.
+	Trace         []byte `protobuf:"bytes,1,opt,name=trace,proto3" json:"trace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetTraceResponse) Reset() {
+	*x = GetTraceResponse{}
+	mi := &file_hostapi_v1_host_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetTraceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetTraceResponse) ProtoMessage() {}
+
+func (x *GetTraceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostapi_v1_host_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetTraceResponse.ProtoReflect.Descriptor instead.
+func (*GetTraceResponse) Descriptor() ([]byte, []int) {
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GetTraceResponse) GetTrace() []byte {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
 type WatchEvictionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 32 digits in hex.
@@ -726,7 +816,7 @@ type WatchEvictionRequest struct {
 
 func (x *WatchEvictionRequest) Reset() {
 	*x = WatchEvictionRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[9]
+	mi := &file_hostapi_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +828,7 @@ func (x *WatchEvictionRequest) String() string {
 func (*WatchEvictionRequest) ProtoMessage() {}
 
 func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[9]
+	mi := &file_hostapi_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +841,7 @@ func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEvictionRequest.ProtoReflect.Descriptor instead.
 func (*WatchEvictionRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchEvictionRequest) GetId() string {
@@ -775,7 +865,7 @@ type EvictRequest struct {
 
 func (x *EvictRequest) Reset() {
 	*x = EvictRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[10]
+	mi := &file_hostapi_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +877,7 @@ func (x *EvictRequest) String() string {
 func (*EvictRequest) ProtoMessage() {}
 
 func (x *EvictRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[10]
+	mi := &file_hostapi_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +890,7 @@ func (x *EvictRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictRequest.ProtoReflect.Descriptor instead.
 func (*EvictRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EvictRequest) GetVm() string {
@@ -848,7 +938,7 @@ type EvictOptions struct {
 
 func (x *EvictOptions) Reset() {
 	*x = EvictOptions{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[11]
+	mi := &file_hostapi_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +950,7 @@ func (x *EvictOptions) String() string {
 func (*EvictOptions) ProtoMessage() {}
 
 func (x *EvictOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[11]
+	mi := &file_hostapi_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +963,7 @@ func (x *EvictOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictOptions.ProtoReflect.Descriptor instead.
 func (*EvictOptions) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *EvictOptions) GetOrder() string {
@@ -937,7 +1027,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[12]
+	mi := &file_hostapi_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1039,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[12]
+	mi := &file_hostapi_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1052,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -993,7 +1083,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[13]
+	mi := &file_hostapi_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1095,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[13]
+	mi := &file_hostapi_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1108,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -1054,7 +1144,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[14]
+	mi := &file_hostapi_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1156,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[14]
+	mi := &file_hostapi_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1169,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExportRequest) GetId() string {
@@ -1110,7 +1200,7 @@ type ExportResponse struct {
 
 func (x *ExportResponse) Reset() {
 	*x = ExportResponse{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[15]
+	mi := &file_hostapi_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1212,7 @@ func (x *ExportResponse) String() string {
 func (*ExportResponse) ProtoMessage() {}
 
 func (x *ExportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[15]
+	mi := &file_hostapi_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1225,7 @@ func (x *ExportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportResponse.ProtoReflect.Descriptor instead.
 func (*ExportResponse) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExportResponse) GetPath() string {
@@ -1206,7 +1296,7 @@ type Eviction struct {
 
 func (x *Eviction) Reset() {
 	*x = Eviction{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[16]
+	mi := &file_hostapi_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1308,7 @@ func (x *Eviction) String() string {
 func (*Eviction) ProtoMessage() {}
 
 func (x *Eviction) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[16]
+	mi := &file_hostapi_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1321,7 @@ func (x *Eviction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Eviction.ProtoReflect.Descriptor instead.
 func (*Eviction) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Eviction) GetId() string {
@@ -1387,7 +1477,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[17]
+	mi := &file_hostapi_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1489,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[17]
+	mi := &file_hostapi_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1502,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Progress) GetElapsedS() float64 {
@@ -1490,7 +1580,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[18]
+	mi := &file_hostapi_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1592,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[18]
+	mi := &file_hostapi_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +1605,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DoctorRequest) GetVm() string {
@@ -1542,7 +1632,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[19]
+	mi := &file_hostapi_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1644,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[19]
+	mi := &file_hostapi_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1657,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -1596,7 +1686,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[20]
+	mi := &file_hostapi_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1698,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[20]
+	mi := &file_hostapi_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1711,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Finding) GetCheck() string {
@@ -1669,7 +1759,7 @@ type PressureRequest struct {
 
 func (x *PressureRequest) Reset() {
 	*x = PressureRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[21]
+	mi := &file_hostapi_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1681,7 +1771,7 @@ func (x *PressureRequest) String() string {
 func (*PressureRequest) ProtoMessage() {}
 
 func (x *PressureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[21]
+	mi := &file_hostapi_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1694,7 +1784,7 @@ func (x *PressureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureRequest.ProtoReflect.Descriptor instead.
 func (*PressureRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PressureRequest) GetOverMs() uint32 {
@@ -1733,7 +1823,7 @@ type PressureResponse struct {
 
 func (x *PressureResponse) Reset() {
 	*x = PressureResponse{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[22]
+	mi := &file_hostapi_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1745,7 +1835,7 @@ func (x *PressureResponse) String() string {
 func (*PressureResponse) ProtoMessage() {}
 
 func (x *PressureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[22]
+	mi := &file_hostapi_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +1848,7 @@ func (x *PressureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureResponse.ProtoReflect.Descriptor instead.
 func (*PressureResponse) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PressureResponse) GetOverS() float64 {
@@ -1858,7 +1948,7 @@ type Stall struct {
 
 func (x *Stall) Reset() {
 	*x = Stall{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[23]
+	mi := &file_hostapi_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +1960,7 @@ func (x *Stall) String() string {
 func (*Stall) ProtoMessage() {}
 
 func (x *Stall) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[23]
+	mi := &file_hostapi_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +1973,7 @@ func (x *Stall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stall.ProtoReflect.Descriptor instead.
 func (*Stall) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Stall) GetSome() float64 {
@@ -1928,7 +2018,7 @@ type VMPressure struct {
 
 func (x *VMPressure) Reset() {
 	*x = VMPressure{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[24]
+	mi := &file_hostapi_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1940,7 +2030,7 @@ func (x *VMPressure) String() string {
 func (*VMPressure) ProtoMessage() {}
 
 func (x *VMPressure) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[24]
+	mi := &file_hostapi_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1953,7 +2043,7 @@ func (x *VMPressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMPressure.ProtoReflect.Descriptor instead.
 func (*VMPressure) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VMPressure) GetName() string {
@@ -2054,7 +2144,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[25]
+	mi := &file_hostapi_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2156,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[25]
+	mi := &file_hostapi_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2169,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PlanRequest) GetGoal() string {
@@ -2119,7 +2209,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[26]
+	mi := &file_hostapi_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2131,7 +2221,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[26]
+	mi := &file_hostapi_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2144,7 +2234,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PlanResponse) GetGoal() string {
@@ -2194,7 +2284,7 @@ type HostLoad struct {
 
 func (x *HostLoad) Reset() {
 	*x = HostLoad{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[27]
+	mi := &file_hostapi_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2206,7 +2296,7 @@ func (x *HostLoad) String() string {
 func (*HostLoad) ProtoMessage() {}
 
 func (x *HostLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[27]
+	mi := &file_hostapi_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2219,7 +2309,7 @@ func (x *HostLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
 func (*HostLoad) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *HostLoad) GetName() string {
@@ -2304,7 +2394,7 @@ type Candidate struct {
 
 func (x *Candidate) Reset() {
 	*x = Candidate{}
-	mi := &file_hostapi_v1_host_proto_msgTypes[28]
+	mi := &file_hostapi_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2406,7 @@ func (x *Candidate) String() string {
 func (*Candidate) ProtoMessage() {}
 
 func (x *Candidate) ProtoReflect() protoreflect.Message {
-	mi := &file_hostapi_v1_host_proto_msgTypes[28]
+	mi := &file_hostapi_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2419,7 @@ func (x *Candidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
 func (*Candidate) Descriptor() ([]byte, []int) {
-	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_hostapi_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Candidate) GetVm() string {
@@ -2455,7 +2545,11 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\x15ListEvictionsResponse\x126\n" +
 	"\tevictions\x18\x01 \x03(\v2\x18.vacate.host.v1.EvictionR\tevictions\"$\n" +
 	"\x12GetEvictionRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"&\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"!\n" +
+	"\x0fGetTraceRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
+	"\x10GetTraceResponse\x12\x14\n" +
+	"\x05trace\x18\x01 \x01(\fR\x05trace\"&\n" +
 	"\x14WatchEvictionRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"f\n" +
 	"\fEvictRequest\x12\x0e\n" +
@@ -2626,12 +2720,13 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"LEVEL_NOTE\x10\x02\x12\x11\n" +
 	"\rLEVEL_WARNING\x10\x03\x12\x0f\n" +
-	"\vLEVEL_FATAL\x10\x042\xa0\a\n" +
+	"\vLEVEL_FATAL\x10\x042\xf4\a\n" +
 	"\x04Host\x12L\n" +
 	"\x06Status\x12\x1d.vacate.host.v1.StatusRequest\x1a\x1e.vacate.host.v1.StatusResponse\"\x03\x90\x02\x01\x12O\n" +
 	"\aListVMs\x12\x1e.vacate.host.v1.ListVMsRequest\x1a\x1f.vacate.host.v1.ListVMsResponse\"\x03\x90\x02\x01\x12a\n" +
 	"\rListEvictions\x12$.vacate.host.v1.ListEvictionsRequest\x1a%.vacate.host.v1.ListEvictionsResponse\"\x03\x90\x02\x01\x12P\n" +
-	"\vGetEviction\x12\".vacate.host.v1.GetEvictionRequest\x1a\x18.vacate.host.v1.Eviction\"\x03\x90\x02\x01\x12Q\n" +
+	"\vGetEviction\x12\".vacate.host.v1.GetEvictionRequest\x1a\x18.vacate.host.v1.Eviction\"\x03\x90\x02\x01\x12R\n" +
+	"\bGetTrace\x12\x1f.vacate.host.v1.GetTraceRequest\x1a .vacate.host.v1.GetTraceResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\rWatchEviction\x12$.vacate.host.v1.WatchEvictionRequest\x1a\x18.vacate.host.v1.Eviction0\x01\x12?\n" +
 	"\x05Evict\x12\x1c.vacate.host.v1.EvictRequest\x1a\x18.vacate.host.v1.Eviction\x12?\n" +
 	"\x05Abort\x12\x1c.vacate.host.v1.AbortRequest\x1a\x18.vacate.host.v1.Eviction\x12A\n" +
@@ -2654,7 +2749,7 @@ func file_hostapi_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_hostapi_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_hostapi_v1_host_proto_goTypes = []any{
 	(Decision)(0),                 // 0: vacate.host.v1.Decision
 	(Level)(0),                    // 1: vacate.host.v1.Level
@@ -2667,81 +2762,85 @@ var file_hostapi_v1_host_proto_goTypes = []any{
 	(*ListEvictionsRequest)(nil),  // 8: vacate.host.v1.ListEvictionsRequest
 	(*ListEvictionsResponse)(nil), // 9: vacate.host.v1.ListEvictionsResponse
 	(*GetEvictionRequest)(nil),    // 10: vacate.host.v1.GetEvictionRequest
-	(*WatchEvictionRequest)(nil),  // 11: vacate.host.v1.WatchEvictionRequest
-	(*EvictRequest)(nil),          // 12: vacate.host.v1.EvictRequest
-	(*EvictOptions)(nil),          // 13: vacate.host.v1.EvictOptions
-	(*AbortRequest)(nil),          // 14: vacate.host.v1.AbortRequest
-	(*DecideRequest)(nil),         // 15: vacate.host.v1.DecideRequest
-	(*ExportRequest)(nil),         // 16: vacate.host.v1.ExportRequest
-	(*ExportResponse)(nil),        // 17: vacate.host.v1.ExportResponse
-	(*Eviction)(nil),              // 18: vacate.host.v1.Eviction
-	(*Progress)(nil),              // 19: vacate.host.v1.Progress
-	(*DoctorRequest)(nil),         // 20: vacate.host.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 21: vacate.host.v1.DoctorResponse
-	(*Finding)(nil),               // 22: vacate.host.v1.Finding
-	(*PressureRequest)(nil),       // 23: vacate.host.v1.PressureRequest
-	(*PressureResponse)(nil),      // 24: vacate.host.v1.PressureResponse
-	(*Stall)(nil),                 // 25: vacate.host.v1.Stall
-	(*VMPressure)(nil),            // 26: vacate.host.v1.VMPressure
-	(*PlanRequest)(nil),           // 27: vacate.host.v1.PlanRequest
-	(*PlanResponse)(nil),          // 28: vacate.host.v1.PlanResponse
-	(*HostLoad)(nil),              // 29: vacate.host.v1.HostLoad
-	(*Candidate)(nil),             // 30: vacate.host.v1.Candidate
-	nil,                           // 31: vacate.host.v1.StatusResponse.CountersEntry
-	nil,                           // 32: vacate.host.v1.PressureResponse.StallsEntry
-	nil,                           // 33: vacate.host.v1.PressureResponse.LinksEntry
-	nil,                           // 34: vacate.host.v1.VMPressure.StallsEntry
-	(*timestamppb.Timestamp)(nil), // 35: google.protobuf.Timestamp
+	(*GetTraceRequest)(nil),       // 11: vacate.host.v1.GetTraceRequest
+	(*GetTraceResponse)(nil),      // 12: vacate.host.v1.GetTraceResponse
+	(*WatchEvictionRequest)(nil),  // 13: vacate.host.v1.WatchEvictionRequest
+	(*EvictRequest)(nil),          // 14: vacate.host.v1.EvictRequest
+	(*EvictOptions)(nil),          // 15: vacate.host.v1.EvictOptions
+	(*AbortRequest)(nil),          // 16: vacate.host.v1.AbortRequest
+	(*DecideRequest)(nil),         // 17: vacate.host.v1.DecideRequest
+	(*ExportRequest)(nil),         // 18: vacate.host.v1.ExportRequest
+	(*ExportResponse)(nil),        // 19: vacate.host.v1.ExportResponse
+	(*Eviction)(nil),              // 20: vacate.host.v1.Eviction
+	(*Progress)(nil),              // 21: vacate.host.v1.Progress
+	(*DoctorRequest)(nil),         // 22: vacate.host.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 23: vacate.host.v1.DoctorResponse
+	(*Finding)(nil),               // 24: vacate.host.v1.Finding
+	(*PressureRequest)(nil),       // 25: vacate.host.v1.PressureRequest
+	(*PressureResponse)(nil),      // 26: vacate.host.v1.PressureResponse
+	(*Stall)(nil),                 // 27: vacate.host.v1.Stall
+	(*VMPressure)(nil),            // 28: vacate.host.v1.VMPressure
+	(*PlanRequest)(nil),           // 29: vacate.host.v1.PlanRequest
+	(*PlanResponse)(nil),          // 30: vacate.host.v1.PlanResponse
+	(*HostLoad)(nil),              // 31: vacate.host.v1.HostLoad
+	(*Candidate)(nil),             // 32: vacate.host.v1.Candidate
+	nil,                           // 33: vacate.host.v1.StatusResponse.CountersEntry
+	nil,                           // 34: vacate.host.v1.PressureResponse.StallsEntry
+	nil,                           // 35: vacate.host.v1.PressureResponse.LinksEntry
+	nil,                           // 36: vacate.host.v1.VMPressure.StallsEntry
+	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
 }
 var file_hostapi_v1_host_proto_depIdxs = []int32{
 	4,  // 0: vacate.host.v1.StatusResponse.peers:type_name -> vacate.host.v1.Peer
-	31, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
-	35, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	35, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
+	33, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
+	37, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	37, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
 	7,  // 4: vacate.host.v1.ListVMsResponse.vms:type_name -> vacate.host.v1.VM
-	18, // 5: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
-	13, // 6: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
+	20, // 5: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
+	15, // 6: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
 	0,  // 7: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
-	19, // 8: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
-	35, // 9: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
-	35, // 10: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
-	13, // 11: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
-	22, // 12: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
+	21, // 8: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
+	37, // 9: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
+	37, // 10: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
+	15, // 11: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
+	24, // 12: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
 	1,  // 13: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
-	32, // 14: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
-	33, // 15: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
-	26, // 16: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
-	34, // 17: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
-	29, // 18: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
-	30, // 19: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
-	25, // 20: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	25, // 21: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	34, // 14: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
+	35, // 15: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
+	28, // 16: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
+	36, // 17: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
+	31, // 18: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
+	32, // 19: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
+	27, // 20: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	27, // 21: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
 	2,  // 22: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
 	5,  // 23: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
 	8,  // 24: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
 	10, // 25: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
-	11, // 26: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
-	12, // 27: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
-	14, // 28: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
-	15, // 29: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
-	16, // 30: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
-	20, // 31: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
-	23, // 32: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
-	27, // 33: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
-	3,  // 34: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
-	6,  // 35: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
-	9,  // 36: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
-	18, // 37: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
-	18, // 38: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
-	18, // 39: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
-	18, // 40: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
-	18, // 41: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
-	17, // 42: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
-	21, // 43: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
-	24, // 44: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
-	28, // 45: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
-	34, // [34:46] is the sub-list for method output_type
-	22, // [22:34] is the sub-list for method input_type
+	11, // 26: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
+	13, // 27: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
+	14, // 28: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
+	16, // 29: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
+	17, // 30: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
+	18, // 31: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
+	22, // 32: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
+	25, // 33: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
+	29, // 34: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
+	3,  // 35: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
+	6,  // 36: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
+	9,  // 37: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
+	20, // 38: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
+	12, // 39: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
+	20, // 40: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
+	20, // 41: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
+	20, // 42: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
+	20, // 43: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
+	19, // 44: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
+	23, // 45: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
+	26, // 46: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
+	30, // 47: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
+	35, // [35:48] is the sub-list for method output_type
+	22, // [22:35] is the sub-list for method input_type
 	22, // [22:22] is the sub-list for extension type_name
 	22, // [22:22] is the sub-list for extension extendee
 	0,  // [0:22] is the sub-list for field type_name
@@ -2752,14 +2851,14 @@ func file_hostapi_v1_host_proto_init() {
 	if File_hostapi_v1_host_proto != nil {
 		return
 	}
-	file_hostapi_v1_host_proto_msgTypes[17].OneofWrappers = []any{}
+	file_hostapi_v1_host_proto_msgTypes[19].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostapi_v1_host_proto_rawDesc), len(file_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
