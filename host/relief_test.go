@@ -164,7 +164,7 @@ func TestGuard(t *testing.T) {
 		t.Errorf("%d evictions: %v", n, evictions())
 	}
 	r, err := a.api.Status(t.Context(), connect.NewRequest(&hostv1.StatusRequest{}))
-	if err != nil || r.Msg.Guard == "" || r.Msg.Counters["guard_evictions_total"] != 1 {
+	if err != nil || r.Msg.Guard == "" || r.Msg.Counters["vacate_guard_evictions_total"] != 1 {
 		t.Errorf("%v, %v", r, err)
 	}
 }

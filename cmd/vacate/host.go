@@ -25,7 +25,7 @@ import (
 // hostCommands are those that ask this host's daemon.
 func hostCommands() []*cobra.Command {
 	return []*cobra.Command{lsCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand(),
-		pressureCommand(), relieveCommand(), evacuateCommand()}
+		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand()}
 }
 
 // askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's JSON.

@@ -2,6 +2,8 @@
 (function () {
   const r = data.report, t = data.trace, p = r.pages || {};
   const pageSize = 4096;
+  const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)); // as Go's encoding/json writes them
+  if (t) Object.assign(t, { why: bytes(t.why), class: bytes(t.class) });
   const reasonText = { early: "ahead of the devices, which need them", fetched: "fetched: the guest waited for it", near: "neighbour of one that was fetched", planned: "pushed by the plan", skipped: "never sent: free in the guest", before: "was there when the eviction was taken up again", left: "left", none: "none" };
   const reasonColour = { early: "#cc79a7", fetched: "#d55e00", near: "#e69f00", planned: "#0072b2", skipped: "#b8c4cc", before: "#7f6b00" };
 
