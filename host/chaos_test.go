@@ -412,7 +412,7 @@ func (r *run) clean() {
 			r.t.Error(err)
 		}
 		for _, f := range files {
-			if filepath.Base(f) != "log" {
+			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace {
 				r.t.Errorf("%s is left behind", f)
 			}
 		}
