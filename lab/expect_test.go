@@ -78,7 +78,7 @@ func TestExpect(t *testing.T) {
 	if vm := samples[len(samples)-1].VM; vm != e.Name {
 		t.Errorf("the last report came from VM %s, not %s", vm, e.Name)
 	}
-	answers(t, l, dst.Spec.Addr)
+	pings(t, l, dst.Spec.Addr)
 	mustCheck(t, dst.Guest, dst, (16+16)*pagesPerMiB)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)

@@ -35,11 +35,11 @@ func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
 	is.mu.Lock()
 	defer is.mu.Unlock()
 	programs, _ := s.programs()
-	key := fmt.Sprint(s.Kernel, programs, s.MemcachedMiB > 0)
+	key := fmt.Sprint(s.Kernel, programs)
 	if img := is.built[key]; img != nil {
 		return img, nil
 	}
-	img, err := buildImage(ctx, is.dir, s.Kernel, programs, s.MemcachedMiB > 0, is.log)
+	img, err := buildImage(ctx, is.dir, s.Kernel, programs, is.log)
 	if err != nil {
 		return nil, fmt.Errorf("build guest image: %w", err)
 	}
@@ -51,9 +51,9 @@ func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
 }
 
 // buildImage returns the image in the cache with a kernel and programs of this module (see
-// build), the first of which is init, and memcached if told to; it makes what is missing
+// build), the first of which is init; it makes what is missing
 // there. The name of the initramfs is a hash of what is in it.
-func buildImage(ctx context.Context, dir string, k Kernel, programs []string, withMemcached bool, log *slog.Logger) (*image, error) {
+func buildImage(ctx context.Context, dir string, k Kernel, programs []string, log *slog.Logger) (*image, error) {
 	kernel, err := FetchKernel(ctx, dir, k, log)
 	if err != nil {
 		return nil, fmt.Errorf("kernel: %w", err)
@@ -71,32 +71,26 @@ func buildImage(ctx context.Context, dir string, k Kernel, programs []string, wi
 	c.add("dev", dirMode, nil)
 	c.add("proc", dirMode, nil)
 	c.add("sys", dirMode, nil)
-	c.add("modules", dirMode, nil)
-	files, err := filepath.Glob(filepath.Join(kernel, "modules", "*"))
-	if err != nil {
-		return nil, err
-	}
-	for _, f := range files {
-		data, err := os.ReadFile(f)
+	c.add("server", dirMode, nil)
+	for _, kind := range []string{"modules", "disk-modules"} {
+		c.add(kind, dirMode, nil)
+		files, err := filepath.Glob(filepath.Join(kernel, kind, "*"))
 		if err != nil {
 			return nil, err
 		}
-		c.add("modules/"+filepath.Base(f), fileMode, data)
+		for _, f := range files {
+			data, err := os.ReadFile(f)
+			if err != nil {
+				return nil, err
+			}
+			c.add(kind+"/"+filepath.Base(f), fileMode, data)
+		}
 	}
 	for i, name := range programs {
 		if i == 0 {
 			name = "init"
 		}
 		c.add(name, execMode, binaries[i])
-	}
-	if withMemcached {
-		files, err := fetchMemcached(ctx, dir, log)
-		if err == nil {
-			err = addMemcached(&c, files)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", memcached, err)
-		}
 	}
 	c.end()
 	img := &image{

@@ -51,14 +51,17 @@ var modules = []string{
 	"virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon",
 }
 
-// FetchKernel returns the directory of a cache, dir, that has the kernel's vmlinuz, release
-// and modules/NN-NAME.ko; it downloads what is missing there.
+// diskModules are those for the disk of a server.
+var diskModules = []string{"crc32c_generic", "crc16", "mbcache", "jbd2", "ext4"}
+
+// FetchKernel returns the directory of a cache, dir, that has the kernel's vmlinuz, release,
+// modules/NN-NAME.ko and disk-modules/NN-NAME.ko; it downloads what is missing there.
 func FetchKernel(ctx context.Context, dir string, k Kernel, log *slog.Logger) (string, error) {
 	own, err := debianCodename()
 	if err != nil {
 		return "", err
 	}
-	name := "kernel"
+	name := "linux"
 	if k.Suite != "" && k.Suite != own {
 		name += "-" + k.Name
 	}
@@ -124,18 +127,23 @@ func fetchKernel(ctx context.Context, dir string, repos []repo) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(dir, "modules"), 0o755); err != nil {
-		return err
+	kinds := map[string][]string{"modules": modules, "disk-modules": diskModules}
+	for kind := range kinds {
+		if err := os.Mkdir(filepath.Join(dir, kind), 0o755); err != nil {
+			return err
+		}
 	}
 	err = filepath.WalkDir(lib, func(path string, _ os.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		file := filepath.Base(path)
-		for i, m := range modules {
-			// The kernels that have compressed modules unpack them themselves.
-			if file == m+".ko" || file == m+".ko.xz" || file == m+".ko.zst" {
-				return os.Rename(path, filepath.Join(dir, "modules", fmt.Sprintf("%02d-%s", i, file)))
+		for kind, names := range kinds {
+			for i, m := range names {
+				// The kernels that have compressed modules unpack them themselves.
+				if file == m+".ko" || file == m+".ko.xz" || file == m+".ko.zst" {
+					return os.Rename(path, filepath.Join(dir, kind, fmt.Sprintf("%02d-%s", i, file)))
+				}
 			}
 		}
 		return nil

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// answers fails unless the guest at addr says, to the client, that nothing listens there.
-func answers(t *testing.T, l *Lab, addr string) {
+// pings fails unless the guest at addr says, to the client, that nothing listens there.
+func pings(t *testing.T, l *Lab, addr string) {
 	t.Helper()
 	for ctx := deadline(t, time.Minute); ; {
 		err := l.Client.Do(func() error {
@@ -50,17 +50,17 @@ func TestTap(t *testing.T) {
 	if other.Spec.Addr == src.Spec.Addr {
 		t.Fatalf("both guests have the address %s", src.Spec.Addr)
 	}
-	answers(t, l, other.Spec.Addr)
-	answers(t, l, src.Spec.Addr)
+	pings(t, l, other.Spec.Addr)
+	pings(t, l, src.Spec.Addr)
 	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	answers(t, l, src.Spec.Addr)
+	pings(t, l, src.Spec.Addr)
 	postcopy(deadline(t, 2*time.Minute), t, l, src, dst)
 	src.Kill()
-	answers(t, l, src.Spec.Addr)
-	answers(t, l, other.Spec.Addr)
+	pings(t, l, src.Spec.Addr)
+	pings(t, l, other.Spec.Addr)
 	// It is the link that the client's packets cross now.
 	if err := l.SetLinkUp(false); err != nil {
 		t.Fatal(err)

@@ -56,10 +56,12 @@ type Spec struct {
 	// has Addr wherever it runs.
 	Tap  bool
 	Addr string // IPv4 address of a guest with a Tap; default one of its own
-	// MemcachedMiB, if not 0, has memcached run in a guest with a Tap, beside its load, with so
-	// much memory for items; see VM.Memcached.
-	MemcachedMiB int
-	Extra        []string // more arguments for QEMU
+	// Server runs in a guest with a Tap, beside its load, and serves so much memory (PostgreSQL: a table of that size); see VM.ServerAddr.
+	Server    Server
+	ServerMiB int
+	Extra     []string // more arguments for QEMU
+
+	server server // its disk is the VM's own
 }
 
 // AgentPort is the name of the agent's virtio-serial port.
@@ -155,10 +157,12 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 		}
 		all += mib
 	}
-	if s.MemcachedMiB < 0 || s.MemcachedMiB > 0 && !s.Tap {
-		return errors.New("memcached needs a tap, and memory for items")
-	} else if s.MemcachedMiB > 0 {
-		all += s.MemcachedMiB + memcachedNeeds
+	if s.Server != NoServer {
+		r, ok := recipes[s.Server]
+		if !ok || !s.Tap || s.ServerMiB < 1 {
+			return fmt.Errorf("server %q: want one of %v, which needs a tap, and memory to serve", s.Server, Servers())
+		}
+		all += s.ServerMiB + r.needs
 	}
 	if all+guestNeeds > s.MemoryMiB {
 		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+guestNeeds, s.MemoryMiB)
@@ -217,8 +221,8 @@ func (s *Spec) loadParameters() string {
 	for _, p := range run {
 		line += " vacate.run=/" + p
 	}
-	if s.MemcachedMiB > 0 {
-		line += " vacate.run=/" + memcached + "," + strings.Join(s.memcachedArgs(), ",")
+	if s.Server != NoServer {
+		line += s.serve(s.server.program)
 	}
 	return line
 }
@@ -438,6 +442,16 @@ func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepare
 			return nil, fmt.Errorf("write disk: %w", err)
 		}
 	}
+	if spec.Server != NoServer && spec.server.disk == "" {
+		if spec.server, err = fetchServer(ctx, l.dir, spec.Server, spec.ServerMiB, l.log); err != nil {
+			return nil, err
+		}
+		own := p.file("server.raw")
+		if _, err := output(exec.CommandContext(ctx, "cp", "--sparse=always", "--reflink=auto", spec.server.disk, own)); err != nil {
+			return nil, fmt.Errorf("copy the disk of server %s: %w", spec.Server, err)
+		}
+		spec.server.disk = own
+	}
 	if spec.Tap {
 		if err := h.addTap(tapName(p.name)); err != nil {
 			return nil, err
@@ -538,6 +552,9 @@ func (vm *VM) args(img *image, reports string) []string {
 			"-netdev", netdev, "-device", "virtio-net-pci,netdev=net,mac="+mac,
 			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device", "virtserialport,chardev=port,name=lab.port",
 			"-device", "virtio-balloon-pci")
+		if s.Server != NoServer {
+			add("-drive", "if=none,id=server,format=raw,cache="+diskCache(s.server.disk)+",file="+escape(s.server.disk), "-device", "virtio-blk-pci,drive=server")
+		}
 	} else {
 		add("-vga", "none")
 	}

@@ -20,6 +20,7 @@
 //	vacate.port=NAME    waits for this virtio-serial port and links it in /dev/virtio-ports
 //	vacate.addr=10.77.1.1/16  the network card's IPv4 address
 //	vacate.run=/FILE,ARGUMENT,...  starts this program
+//	vacate.serve=USER,/FILE,ARGUMENT,...  mounts the disk /dev/vdb (ext4), and starts this program of it there, as a user by number
 //
 // It takes no note of parameters without "vacate.": others' are not to have it.
 //

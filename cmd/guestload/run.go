@@ -39,7 +39,7 @@ func run() error {
 
 // prepare has the guest ready for the load.
 func prepare() error {
-	if err := loadModules(); err != nil {
+	if err := loadModules("/modules"); err != nil {
 		return err
 	}
 	p, err := readParams()
@@ -56,6 +56,9 @@ func prepare() error {
 		if err := start(name); err != nil {
 			return err
 		}
+	}
+	if p.serve != nil {
+		return p.serve.begin()
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,22 @@ type params struct {
 	addr                          netip.Prefix // IPv4, or not valid: none
 	ports                         []string     // names of virtio-serial ports to wait for
 	run                           []string     // files of programs to start
+	serve                         *server      // nil: none
+}
+
+// server is a program of the server's disk.
+type server struct {
+	user uint32
+	args []string // with its file
+}
+
+func parseServer(s string) (*server, error) {
+	user, rest, ok := strings.Cut(s, ",")
+	n, err := strconv.ParseUint(user, 10, 32)
+	if !ok || err != nil || !strings.HasPrefix(rest, "/") {
+		return nil, fmt.Errorf("%.40q: want USER,/FILE", s)
+	}
+	return &server{uint32(n), strings.Split(rest, ",")}, nil
 }
 
 func parseParams(cmdline string) (params, error) {
@@ -60,6 +77,8 @@ func parseParams(cmdline string) (params, error) {
 			p.ports = append(p.ports, value)
 		case "run":
 			p.run = append(p.run, value)
+		case "serve":
+			p.serve, err = parseServer(value)
 		case "mode":
 			p.work, err = oneOf(value, "work", "idle")
 		case "access":
@@ -149,8 +168,8 @@ func mountAll() error {
 // loadModules loads what the lab put into the image. Which module needs which
 // differs between kernels: one that lacks another's symbols is tried again as
 // long as others get in.
-func loadModules() error {
-	files, err := filepath.Glob("/modules/*")
+func loadModules(dir string) error {
+	files, err := filepath.Glob(dir + "/*")
 	for len(files) > 0 {
 		var waiting []string
 		for _, name := range files {
@@ -236,15 +255,45 @@ func start(run string) error {
 	if args != "" {
 		cmd.Args = append(cmd.Args, strings.Split(args, ",")...)
 	}
+	return begin(cmd)
+}
+
+func begin(cmd *exec.Cmd) error {
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start %s: %w", name, err)
+		return fmt.Errorf("start %s: %w", cmd.Path, err)
 	}
 	go func() {
 		err := cmd.Wait()
-		fmt.Fprintf(os.Stderr, "guestload: %s has ended: %v\n", name, err)
+		fmt.Fprintf(os.Stderr, "guestload: %s has ended: %v\n", cmd.Path, err)
 	}()
 	return nil
+}
+
+// begin mounts the server's disk, and starts it there.
+func (s *server) begin() error {
+	const disk, root = "/dev/vdb", "/server"
+	if err := loadModules("/disk-modules"); err != nil {
+		return err
+	}
+	for begun := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Mount(disk, root, "ext4", unix.MS_NOATIME, "")
+		if err == nil {
+			break
+		} else if err != unix.ENOENT || time.Since(begun) > portWait {
+			return fmt.Errorf("mount %s: %w", disk, err)
+		}
+	}
+	for _, m := range []struct{ kind, at string }{{"devtmpfs", "dev"}, {"proc", "proc"}} {
+		if err := unix.Mount(m.kind, filepath.Join(root, m.at), m.kind, 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m.at, err)
+		}
+	}
+	cmd := exec.Command(s.args[0], s.args[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/bin", "LC_ALL=C", "TZ=UTC"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Credential: &syscall.Credential{Uid: s.user, Gid: s.user}}
+	return begin(cmd)
 }
 
 // netUp brings the network card up, if there is one, so that its rings are in use. It gets

@@ -44,7 +44,7 @@ them. Takes about two minutes. vacated has to lie beside this program.`,
 		d := demo{
 			out:  os.Stdout,
 			opts: lab.Options{Dir: dir, Rate: 1e9, Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
-			spec: lab.Spec{MemoryMiB: 1024, Devices: lab.Full, Tap: true, MemcachedMiB: 64, Load: lab.Load{HotMiB: 100, IdleMiB: 200, Seed: 1}},
+			spec: lab.Spec{MemoryMiB: 1024, Devices: lab.Full, Tap: true, Server: lab.Memcached, ServerMiB: 64, Load: lab.Load{HotMiB: 100, IdleMiB: 200, Seed: 1}},
 		}
 		if err := d.show(c.Context()); err != nil {
 			return err
@@ -84,7 +84,7 @@ on each makes one Ethernet of both, in which a client is, too.`)
 	if err := vm.Guest.WaitOps(ctx, 100_000); err != nil {
 		return err
 	}
-	client, err := memclient.Start(ctx, memclient.Options{Addr: vm.Memcached(), Dial: l.Client.Dial, Rate: 1000})
+	client, err := memclient.Start(ctx, memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rate: 1000})
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,4 @@
-// Package memclient is a client of memcached that notices what users of a guest would notice
+// Package memclient is a client of memcached, or Redis, that notices what users of a guest would notice
 // while it moves: wrong answers, broken connections, silence. It knows what every value
 // should be, keeps its connections, and never makes another in place of one that broke.
 //
@@ -7,6 +7,11 @@
 //
 //	set KEY 0 0 BYTES\r\n DATA \r\n     STORED\r\n
 //	get KEY\r\n                         VALUE KEY 0 BYTES\r\n DATA \r\n END\r\n, or END\r\n
+//
+// or Redis's, RESP (https://redis.io/docs/latest/develop/reference/protocol-spec):
+//
+//	SET KEY BYTES, as an array of 3 bulk strings     +OK\r\n
+//	GET KEY\r\n                                      $BYTES\r\n DATA \r\n, or $-1\r\n
 //
 // An item belongs to one connection, which so knows its version. A value is the item's number
 // and version (little-endian, 8 bytes each) and random bytes, which follow from both and the
@@ -23,11 +28,12 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"vacate/lab/answers"
 )
 
 // Options say what a client does. All but Addr may be left out.
@@ -42,6 +48,7 @@ type Options struct {
 	Writes float64
 	Rate   float64 // requests per second of all connections; default as many as are answered
 	Seed   uint64
+	Redis  bool // the server is Redis
 }
 
 // MaxBytes is the longest value, in bytes; memcached's own limit is some bytes more.
@@ -72,38 +79,13 @@ func (o *Options) fill() error {
 
 // Client is at work from Start to Stop. Methods may be called from any goroutine.
 type Client struct {
-	opts  Options
-	begun time.Time
-	ctx   context.Context // done when told to stop
-	stop  context.CancelFunc
-	all   sync.WaitGroup
+	opts Options
+	ctx  context.Context // done when told to stop
+	stop context.CancelFunc
+	all  sync.WaitGroup
 
-	mu       sync.Mutex // guards all that follows
-	stats    Stats      // without what Stats computes
-	last     time.Time  // when the last reply came
-	ended    time.Time  // when it was told to stop
-	requests []request  // the youngest, in order of their replies
+	*answers.Log
 }
-
-type request struct{ replied, took time.Duration } // the first since begun
-
-// maxRequests bounds what is kept of requests; when they are too many, the older half goes.
-const maxRequests = 4 << 20
-
-// Stats are what a client saw since Start. A client all of whose connections work and
-// whose values are all right has Wrong and Broken 0.
-type Stats struct {
-	Requests uint64 // answered
-	Wrong    uint64 // values that were not as last written, or gone
-	Broken   int    // connections that did not last, or got an answer that is none
-	// Silence is the longest time in which no reply came, the one that lasts still
-	// included. Pauses that Options.Rate makes count.
-	Silence      time.Duration
-	SilenceBegan time.Time
-	Errors       []error // the first of wrong values and broken connections, at most 20
-}
-
-const maxErrors = 20
 
 // Start connects, writes all items, and begins to read and write them at random. It tries
 // until ctx ends to connect, for a guest may have its address before its memcached. A context
@@ -126,11 +108,10 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 				k.Close()
 			}
 		}
-		return nil, fmt.Errorf("memcached at %s: %w", o.Addr, err)
+		return nil, fmt.Errorf("server at %s: %w", o.Addr, err)
 	}
 	c.ctx, c.stop = context.WithCancel(context.WithoutCancel(ctx))
-	c.begun = time.Now()
-	c.last = c.begun
+	c.Log = answers.New()
 	for _, k := range conns {
 		c.all.Go(func() { c.work(k) })
 	}
@@ -138,85 +119,11 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 }
 
 // Stop ends the work and closes the connections. It returns what Stats does from then on.
-func (c *Client) Stop() Stats {
-	c.mu.Lock()
-	if c.ended.IsZero() {
-		c.ended = time.Now()
-	}
-	c.mu.Unlock()
+func (c *Client) Stop() answers.Stats {
+	c.End()
 	c.stop()
 	c.all.Wait()
 	return c.Stats()
-}
-
-// Stats returns what was seen so far.
-func (c *Client) Stats() Stats {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := c.ended
-	if now.IsZero() {
-		now = time.Now()
-	}
-	s := c.stats
-	s.Errors = slices.Clone(s.Errors)
-	s.silent(c.last, now)
-	return s
-}
-
-func (s *Stats) silent(from, to time.Time) {
-	if d := to.Sub(from); d > s.Silence {
-		s.Silence, s.SilenceBegan = d, from
-	}
-}
-
-// Latencies returns how long the requests took that were answered after one time, up to
-// another, in no order. Of a client that has worked for long the oldest may be forgotten.
-func (c *Client) Latencies(from, to time.Time) []time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var took []time.Duration
-	for _, r := range c.requests {
-		if r.replied > from.Sub(c.begun) && r.replied <= to.Sub(c.begun) {
-			took = append(took, r.took)
-		}
-	}
-	return took
-}
-
-// replied takes note of an answered request; wrong tells what was wrong with its value.
-func (c *Client) replied(asked time.Time, wrong error) {
-	now := time.Now()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.ended.IsZero() {
-		return
-	}
-	c.stats.silent(c.last, now)
-	c.last = now
-	c.stats.Requests++
-	if len(c.requests) == maxRequests {
-		c.requests = slices.Delete(c.requests, 0, maxRequests/2)
-	}
-	c.requests = append(c.requests, request{now.Sub(c.begun), now.Sub(asked)})
-	if wrong != nil {
-		c.stats.Wrong++
-		c.stats.note(wrong)
-	}
-}
-
-func (c *Client) broke(err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.ended.IsZero() {
-		c.stats.Broken++
-		c.stats.note(err)
-	}
-}
-
-func (s *Stats) note(err error) {
-	if len(s.Errors) < maxErrors {
-		s.Errors = append(s.Errors, fmt.Errorf("%s: %w", time.Now().Format("15:04:05.000"), err))
-	}
 }
 
 // conn is a connection with its items: number, number+step and so on.
@@ -225,6 +132,7 @@ type conn struct {
 	in       *bufio.Reader
 	number   int
 	step     int
+	redis    bool
 	seed     uint64
 	versions []uint64 // of the items as last written
 	out      []byte
@@ -250,7 +158,7 @@ func (c *Client) connect(ctx context.Context, number int) (*conn, error) {
 		}
 	}
 	k := &conn{
-		Conn: raw, in: bufio.NewReader(raw), number: number, step: c.opts.Conns, seed: c.opts.Seed,
+		Conn: raw, in: bufio.NewReader(raw), number: number, step: c.opts.Conns, redis: c.opts.Redis, seed: c.opts.Seed,
 		versions: make([]uint64, (c.opts.Items-number+c.opts.Conns-1)/c.opts.Conns),
 		want:     make([]byte, c.opts.Bytes), got: make([]byte, MaxBytes),
 	}
@@ -297,10 +205,10 @@ func (c *Client) work(k *conn) {
 			wrong, err = k.get(i)
 		}
 		if err != nil {
-			c.broke(fmt.Errorf("connection %d, %s: %w", k.number, k.LocalAddr(), err))
+			c.Broke(fmt.Errorf("connection %d, %s: %w", k.number, k.LocalAddr(), err))
 			return
 		}
-		c.replied(asked, wrong)
+		c.Note(asked, wrong)
 	}
 }
 
@@ -312,14 +220,19 @@ func key(item int) string { return "item-" + strconv.Itoa(item) }
 func (k *conn) set(i int) error {
 	item := k.item(i)
 	value(k.want, k.seed, uint64(item), k.versions[i])
+	ok := "STORED"
 	k.out = fmt.Appendf(k.out[:0], "set %s 0 0 %d\r\n", key(item), len(k.want))
+	if k.redis {
+		ok = "+OK"
+		k.out = fmt.Appendf(k.out[:0], "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n", len(key(item)), key(item), len(k.want))
+	}
 	k.out = append(append(k.out, k.want...), "\r\n"...)
 	if _, err := k.Write(k.out); err != nil {
 		return err
 	}
 	line, err := readLine(k.in)
-	if err == nil && line != "STORED" {
-		err = fmt.Errorf("set %s: memcached said %.100q", key(item), line)
+	if err == nil && line != ok {
+		err = fmt.Errorf("set %s: the server said %.100q", key(item), line)
 	}
 	return err
 }
@@ -331,7 +244,11 @@ func (k *conn) get(i int) (wrong, err error) {
 	if _, err := k.Write(k.out); err != nil {
 		return nil, err
 	}
-	got, err := readValue(k.in, key(item), k.got)
+	read := readValue
+	if k.redis {
+		read = readBulk
+	}
+	got, err := read(k.in, key(item), k.got)
 	if err != nil {
 		return nil, err
 	}
@@ -373,11 +290,11 @@ func readLine(in *bufio.Reader) (string, error) {
 		if err == io.EOF && len(line) > 0 {
 			err = io.ErrUnexpectedEOF
 		}
-		return "", fmt.Errorf("read memcached's answer: %w", err)
+		return "", fmt.Errorf("read the server's answer: %w", err)
 	}
 	text, ok := strings.CutSuffix(string(line), "\r\n")
 	if !ok {
-		return "", fmt.Errorf("memcached said %.100q: no line of its protocol", line)
+		return "", fmt.Errorf("the server said %.100q: no line of its protocol", line)
 	}
 	return text, nil
 }
@@ -395,7 +312,7 @@ func readValue(in *bufio.Reader, key string, buf []byte) ([]byte, error) {
 	length, ok := strings.CutPrefix(line, "VALUE "+key+" 0 ")
 	n, err := strconv.ParseUint(length, 10, 31)
 	if !ok || err != nil || n > uint64(len(buf)) {
-		return nil, fmt.Errorf("get %s: memcached said %.100q", key, line)
+		return nil, fmt.Errorf("get %s: the server said %.100q", key, line)
 	}
 	if _, err := io.ReadFull(in, buf[:n]); err != nil {
 		return nil, fmt.Errorf("read value of %s: %w", key, err)
@@ -406,8 +323,31 @@ func readValue(in *bufio.Reader, key string, buf []byte) ([]byte, error) {
 			return nil, err
 		}
 		if line != want {
-			return nil, fmt.Errorf("get %s: memcached said %.100q after the value", key, line)
+			return nil, fmt.Errorf("get %s: the server said %.100q after the value", key, line)
 		}
 	}
 	return buf[:n], nil
+}
+
+// readBulk is readValue for Redis.
+func readBulk(in *bufio.Reader, key string, buf []byte) ([]byte, error) {
+	line, err := readLine(in)
+	if err != nil {
+		return nil, err
+	}
+	if line == "$-1" {
+		return nil, nil
+	}
+	length, ok := strings.CutPrefix(line, "$")
+	n, err := strconv.ParseUint(length, 10, 31)
+	if !ok || err != nil || n > uint64(len(buf)) {
+		return nil, fmt.Errorf("get %s: the server said %.100q", key, line)
+	}
+	if _, err := io.ReadFull(in, buf[:n]); err != nil {
+		return nil, fmt.Errorf("read value of %s: %w", key, err)
+	}
+	if line, err = readLine(in); err == nil && line != "" {
+		err = fmt.Errorf("get %s: the server said %.100q after the value", key, line)
+	}
+	return buf[:n], err
 }

@@ -5,15 +5,27 @@ import (
 	"testing"
 	"time"
 
+	"vacate/lab/answers"
 	"vacate/lab/memclient"
+	"vacate/lab/pgclient"
 )
 
-// clientOf starts a client of a guest's memcached, in the lab's client.
-func clientOf(t *testing.T, l *Lab, vm *VM, o memclient.Options) *memclient.Client {
+// client is one of a server in a guest.
+type client interface {
+	Stats() answers.Stats
+	Stop() answers.Stats
+}
+
+// clientOf starts a client of a guest's server, in the lab's client.
+func clientOf(t *testing.T, l *Lab, vm *VM) client {
 	t.Helper()
-	o.Addr = vm.Memcached()
-	o.Dial = l.Client.Dial
-	c, err := memclient.Start(deadline(t, time.Minute), o)
+	var c client
+	var err error
+	if ctx := deadline(t, time.Minute); vm.Spec.Server == PostgreSQL {
+		c, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / ItemBytes})
+	} else {
+		c, err = memclient.Start(ctx, memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Items: 2000, Rate: 500, Redis: vm.Spec.Server == Redis})
+	}
 	if err != nil {
 		t.Fatal(vm.explain(err))
 	}
@@ -22,12 +34,12 @@ func clientOf(t *testing.T, l *Lab, vm *VM, o memclient.Options) *memclient.Clie
 }
 
 // more waits for n more answers to a client, and fails if one was wrong.
-func more(ctx context.Context, t *testing.T, c *memclient.Client, n uint64) memclient.Stats {
+func more(ctx context.Context, t *testing.T, c client, n uint64) answers.Stats {
 	t.Helper()
 	for goal := c.Stats().Requests + n; ; time.Sleep(10 * time.Millisecond) {
 		s := c.Stats()
 		if s.Wrong != 0 || s.Broken != 0 || ctx.Err() != nil {
-			t.Fatalf("the client of memcached: %v, saw %+v", ctx.Err(), s)
+			t.Fatalf("the client: %v, saw %+v", ctx.Err(), s)
 		}
 		if s.Requests >= goal {
 			return s
@@ -35,14 +47,20 @@ func more(ctx context.Context, t *testing.T, c *memclient.Client, n uint64) memc
 	}
 }
 
-// A memcached in a guest, and its client's connections, move with the guest.
-func TestMemcached(t *testing.T) {
+// A server in a guest, and its client's connections, move with the guest.
+func TestServers(t *testing.T) {
 	l := newTestLab(t, Options{Rate: 1e9})
-	src, err := l.A.Boot(deadline(t, 3*time.Minute), Spec{Devices: Full, Tap: true, MemcachedMiB: 64, Load: Load{HotMiB: 4}})
+	for _, kind := range Servers() {
+		t.Run(string(kind), func(t *testing.T) { serverMoves(t, l, kind) })
+	}
+}
+
+func serverMoves(t *testing.T, l *Lab, kind Server) {
+	src, err := l.A.Boot(deadline(t, 5*time.Minute), Spec{MemoryMiB: 768, Devices: Full, Tap: true, Server: kind, ServerMiB: 64, Load: Load{HotMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := clientOf(t, l, src, memclient.Options{Items: 4000, Rate: 500})
+	c := clientOf(t, l, src)
 	more(deadline(t, time.Minute), t, c, 1000)
 	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
 	if err != nil {
@@ -50,6 +68,7 @@ func TestMemcached(t *testing.T) {
 	}
 	postcopy(deadline(t, 2*time.Minute), t, l, src, dst)
 	src.Kill()
+	t.Cleanup(dst.Kill)
 	s := more(deadline(t, time.Minute), t, c, 1000)
 	t.Logf("%d answers, silent for %v", s.Requests, s.Silence)
 
@@ -70,6 +89,6 @@ func TestMemcached(t *testing.T) {
 		t.Errorf("the link was cut for %v, and the client's longest silence was %v", late, s.Silence)
 	}
 	if s := c.Stop(); s.Wrong != 0 || s.Broken != 0 {
-		t.Errorf("the client of memcached saw %+v", s)
+		t.Errorf("the client saw %+v", s)
 	}
 }
