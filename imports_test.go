@@ -17,7 +17,7 @@ import (
 // not allowed.
 var imports = map[string][]string{
 	"relief":           {},
-	"page":             {"vacate/evict"},
+	"page":             {"vacate/bench", "vacate/evict"},
 	"qmp":              {"golang.org/x/sys"},
 	"migstream":        {},
 	"pageset":          {},
@@ -47,7 +47,7 @@ var imports = map[string][]string{
 	"lab/labtest":      {"vacate/lab"},
 	"lab/churn":        {"golang.org/x/sys", "vacate/guestlinux", "vacate/guestmem", "vacate/lab", "vacate/lab/churnproto", "vacate/pageclass", "vacate/qmp"},
 	"lab":              {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
-	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/pushorder", "vacate/qmp"},
+	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/lab/answers", "vacate/lab/memclient", "vacate/lab/pgclient", "vacate/pushorder", "vacate/qmp"},
 	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},

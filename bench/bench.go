@@ -285,7 +285,7 @@ func (t *trial) check(ctx context.Context) error {
 		if last.Bad != 0 {
 			return fmt.Errorf("%w: %d pages are bad so far: %v", ErrBadPages, last.Bad, at.Guest.Bad())
 		}
-		return t.forget(ctx)
+		return t.dst.forget(ctx)
 	}
 	check, err := at.Guest.Check(ctx, at)
 	if err != nil {
@@ -360,17 +360,25 @@ func (t *trial) throughput(to time.Time) {
 	t.run.Before = rateBefore(series)
 }
 
+// noteTransfer finds out when the guest ran at the destination.
+func (t *trial) noteTransfer(ctx context.Context) error {
+	e, err := t.dst.wait(ctx, t.start, "the guest to run", named("RESUME"))
+	if err != nil {
+		return err
+	}
+	t.run.Transfer = seconds(e.at.Sub(t.start).Seconds())
+	if stop := t.src.last("STOP", t.start, e.at); !stop.IsZero() {
+		t.run.Down = seconds(e.at.Sub(stop).Seconds())
+	}
+	return nil
+}
+
 // observe waits for the guest's recovery and fills in what the guest felt.
 func (t *trial) observe(ctx context.Context) error {
 	run := t.run
 	if run.Outcome == Completed {
-		e, err := t.dst.wait(ctx, t.start, "the guest to run", named("RESUME"))
-		if err != nil {
+		if err := t.noteTransfer(ctx); err != nil {
 			return err
-		}
-		run.Transfer = seconds(e.at.Sub(t.start).Seconds())
-		if stop := t.src.last("STOP", t.start, e.at); !stop.IsZero() {
-			run.Down = seconds(e.at.Sub(stop).Seconds())
 		}
 	}
 	for {

@@ -35,6 +35,7 @@ var strategies = []strategy{
 	{name: "qemu-postcopy", prepare: qemu("postcopy-ram"), move: (*trial).postcopy},
 	{name: "qemu-postcopy-preempt", prepare: qemu("postcopy-ram", "postcopy-preempt"), move: (*trial).postcopy},
 	{name: "qemu-precopy", prepare: qemu(), move: (*trial).precopy},
+	{name: "qemu-precopy-autoconverge", prepare: qemu("auto-converge"), move: (*trial).precopy},
 	{name: "stop-and-copy", prepare: qemu(), move: (*trial).stopAndCopy},
 }
 
@@ -289,10 +290,10 @@ func qemu(capabilities ...string) func(*trial, context.Context) error {
 	}
 }
 
-// forget has the guest's new QEMU forget the capabilities that qemu set: the
+// forget has a QEMU that took a guest forget the capabilities that it was given for that: the
 // next strategy is to find it as if it were new.
-func (t *trial) forget(ctx context.Context) error {
-	has, err := t.dst.QueryMigrationCapabilities(ctx)
+func (m *monitor) forget(ctx context.Context) error {
+	has, err := m.QueryMigrationCapabilities(ctx)
 	if err != nil {
 		return err
 	}
@@ -305,7 +306,7 @@ func (t *trial) forget(ctx context.Context) error {
 	if len(off) == 0 {
 		return nil
 	}
-	return t.dst.SetMigrationCapabilities(ctx, off)
+	return m.SetMigrationCapabilities(ctx, off)
 }
 
 func (t *trial) postcopy(ctx context.Context) error {

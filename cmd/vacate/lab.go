@@ -37,7 +37,7 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
   vacate lab bench --strategies vacate,qemu-postcopy --repeat 3`,
 	}
 	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()), untilSignal(statusCommand()),
-		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()), untilSignal(demoCommand()))
+		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()), untilSignal(demoCommand()), untilSignal(paperCommand()))
 	return c
 }
 

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"vacate/bench"
+	"vacate/lab"
+	"vacate/page"
+
+	"github.com/spf13/cobra"
+)
+
+func paperCommand() *cobra.Command {
+	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3}
+	memory, serve := mebibytes(768), mebibytes(384)
+	servers, rates := []string{"memcached", "redis", "postgresql"}, []string{"400Mbit", "200Mbit", "100Mbit"}
+	var out string
+	c := &cobra.Command{
+		Use:   "paper",
+		Short: "repeat the evaluation of the paper on enlightened post-copy",
+		Long: `Has two VMs with a server each, and clients that ask as fast as they are
+answered, contend for the core of host a; evicts one of them to host b by each
+strategy, over links of several rates; and measures when each VM, and both
+together, are back at 90 % of their final level. See docs/paper.md for what is
+scaled, and how.
+
+Writes contention.json, contention.csv and paper.html into a directory.`,
+		Args: cobra.NoArgs,
+	}
+	fl := c.Flags()
+	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "qemu-precopy-autoconverge", "stop-and-copy", "vacate:demand-only"}, "of "+strings.Join(bench.Strategies(), ", ")+", vacate:ORDER")
+	fl.StringSliceVar(&servers, "servers", servers, "what the VMs serve")
+	fl.StringSliceVar(&rates, "rates", rates, "of the link")
+	fl.Var(&memory, "memory", "of each VM")
+	fl.Var(&serve, "serve", "how much of it the servers hold")
+	fl.IntVar(&opts.Repeat, "repeat", opts.Repeat, "how often all is measured")
+	fl.Float64Var(&opts.PrecopyBound, "precopy-bound", opts.PrecopyBound, "pre-copy is given up after so many times as long as all memory takes")
+	fl.StringVar(&out, "out", ".lab/paper", "`DIR`ectory for the results")
+	dirFlag(c, &opts.Lab.Dir)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		for _, s := range servers {
+			opts.Servers = append(opts.Servers, lab.Server(s))
+		}
+		for _, text := range rates {
+			var r rate
+			if err := r.Set(text); err != nil {
+				return err
+			}
+			if r == 0 {
+				return errors.New("--rates: a link without a limit is none of the paper's")
+			}
+			opts.Rates = append(opts.Rates, uint64(r))
+		}
+		opts.MemoryMiB, opts.ServerMiB = int(memory), int(serve)
+		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+		opts.Lab.Log = opts.Log
+		if err := os.MkdirAll(out, 0o755); err != nil { // #nosec G301 -- results are to be shown
+			return err
+		}
+		opts.Done = func(r bench.ContentionRun) { fmt.Println(r) }
+		result, err := bench.Contend(c.Context(), opts)
+		return errors.Join(err, writePaper(out, result))
+	}
+	return c
+}
+
+// writePaper writes the results into a directory.
+func writePaper(dir string, result bench.Contention) error {
+	write := func(name string, f func(io.Writer) error) error {
+		file, err := os.Create(filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		return errors.Join(f(file), file.Close())
+	}
+	return errors.Join(
+		write("contention.json", func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
+		write("contention.csv", result.CSV),
+		write("paper.html", func(w io.Writer) error { return page.WriteContention(w, result) }))
+}
