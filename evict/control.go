@@ -158,7 +158,12 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 			r.end()
 		}
 	}()
-	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk)
+	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk, msgFill)
+	for left := maxFill; err == nil && f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {
+		if left -= len(f.payload); left < 0 || len(f.payload) == 0 {
+			return nil, fmt.Errorf("%w: a question behind too much of nothing", errFrame)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -223,10 +228,17 @@ func (r *Request) linger() {
 }
 
 // Ask puts a question, which is JSON of the caller's, to the host behind a new session,
-// and returns its answer. It closes the session.
-func Ask(ctx context.Context, s *link.Session, question any, answer any) error {
+// and returns its answer. So many bytes of zeroes, at most maxFill, go ahead of it, and are read by the other side first: to measure the
+// link. It closes the session.
+func Ask(ctx context.Context, s *link.Session, fill int, question any, answer any) error {
 	a := attach(s, maxJSON)
 	defer a.end()
+	for nothing := make([]byte, min(fill, maxBatch)); fill > 0; fill -= len(nothing) {
+		nothing = nothing[:min(fill, len(nothing))]
+		if err := a.control.Write(msgFill, nothing); err != nil {
+			return err
+		}
+	}
 	if err := writeJSON(a.control.Conn, msgAsk, question); err != nil {
 		return err
 	}

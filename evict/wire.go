@@ -23,6 +23,7 @@ const (
 	msgCommit uint8 = 4 // empty: from here on the destination may run
 	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
 	msgAsk    uint8 = 6 // JSON of the caller's: a question that touches no VM, in place of an offer
+	msgFill   uint8 = 8 // zeroes, ahead of msgAsk: nothing but their time matters
 	msgHeard  uint8 = 7 // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
@@ -49,6 +50,7 @@ const (
 const (
 	maxJSON    = 1 << 20
 	maxHead    = 1 << 20
+	maxFill    = 16 << 20 // bytes of all frames ahead of a question
 	maxControl = migstream.MaxPackage
 	// maxBatch is the number of bytes of pages in one frame, unless a single page is larger.
 	maxBatch = 256 << 10

@@ -198,14 +198,14 @@ func FuzzConfig(f *testing.F) {
 // A peer may ask anything.
 func FuzzQuestion(f *testing.F) {
 	f.Add([]byte(`{"facts":{"vm":"web1"}}`))
-	f.Add([]byte(`{"echo":5}`))
-	f.Add([]byte(`{"echo":99999999999}`))
+	f.Add([]byte(`{"ping":true}`))
+	f.Add([]byte(`{"load":{"over_ms":1000}}`))
 	f.Add([]byte(`{}`))
 	h := &Host{config: Config{Name: "hosta", VMs: f.TempDir()}} // it has no peers, so that nobody gets facts
 	f.Fuzz(func(t *testing.T, b []byte) {
 		answer, err := h.asked(&evict.Request{Question: b}, "hostb")
 		if err == nil {
-			if text, ok := answer.([]byte); !ok || len(text) > echoSize {
+			if answer != true {
 				t.Errorf("%q was answered with %T", b, answer)
 			}
 		}

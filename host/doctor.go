@@ -25,7 +25,7 @@ import (
 type question struct {
 	Facts *factsQuestion `json:"facts,omitempty"`
 	Load  *loadQuestion  `json:"load,omitempty"`
-	Echo  int            `json:"echo,omitempty"` // bytes to be sent back, to measure the link
+	Ping  bool           `json:"ping,omitempty"` // answered at once, to measure the link
 }
 
 type factsQuestion struct {
@@ -38,8 +38,12 @@ type facts struct {
 	Twin json.RawMessage `json:"twin,omitempty"` // doctor.TwinFacts
 }
 
-// echoSize is how much is sent to measure the link, in bytes: less than a question may have.
-const echoSize = 512 << 10
+// The link is measured with so many bytes, and if it took no longer than a moment with more.
+const (
+	fewBytes  = 256 << 10
+	manyBytes = 8 << 20
+	moment    = 50 * time.Millisecond
+)
 
 // askTime is how long a host may take to gather its facts.
 const askTime = 20 * time.Second
@@ -53,8 +57,8 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 		return nil, fmt.Errorf("host %s does not understand the question: %w", h.name(), err)
 	}
 	switch {
-	case q.Echo > 0 && q.Echo <= echoSize:
-		return bytes.Repeat([]byte{'.'}, q.Echo*3/4), nil // base64 makes 4 bytes of 3
+	case q.Ping:
+		return true, nil
 	case q.Load != nil:
 		if err := h.config.mayCome(peer); err != nil {
 			return nil, err
@@ -177,22 +181,22 @@ func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 	return &facts, nil
 }
 
-// putTo puts a question to another host, and returns how long the answer took.
-func putTo(ctx context.Context, d link.Dialer, q question, answer any) (time.Duration, error) {
+// putTo puts a question to another host, behind so many bytes, and returns how long the answer took.
+func putTo(ctx context.Context, d link.Dialer, fill int, q question, answer any) (time.Duration, error) {
 	s, err := d.Session(ctx)
 	if err != nil {
 		return 0, err
 	}
 	start := time.Now()
-	err = evict.Ask(ctx, s, q, answer)
+	err = evict.Ask(ctx, s, fill, q, answer)
 	return time.Since(start), err
 }
 
 // measureLink finds the round trip to another host, and the rate.
 func measureLink(ctx context.Context, d link.Dialer) (facts doctor.LinkFacts, err error) {
-	var b []byte
+	var pong bool
 	for range 3 {
-		took, err := putTo(ctx, d, question{Echo: 4}, &b)
+		took, err := putTo(ctx, d, 0, question{Ping: true}, &pong)
 		if err != nil {
 			return facts, err
 		}
@@ -200,9 +204,17 @@ func measureLink(ctx context.Context, d link.Dialer) (facts doctor.LinkFacts, er
 			facts.RoundTrip = took
 		}
 	}
-	took, err := putTo(ctx, d, question{Echo: echoSize}, &b)
-	facts.Rate = echoSize / max(took-facts.RoundTrip, time.Microsecond).Seconds()
-	return facts, err
+	for _, n := range []int{fewBytes, manyBytes} {
+		took, err := putTo(ctx, d, n, question{Ping: true}, &pong)
+		if err != nil {
+			return facts, err
+		}
+		facts.Rate = float64(n) / max(took-facts.RoundTrip, time.Microsecond).Seconds()
+		if took > moment {
+			break
+		}
+	}
+	return facts, nil
 }
 
 // ask gathers the facts of another host and of the link to it.
@@ -212,7 +224,7 @@ func (h *Host) ask(ctx context.Context, to, vm string) (there doctor.HostFacts, 
 		return
 	}
 	var f facts
-	if _, err = putTo(ctx, d, question{Facts: &factsQuestion{vm}}, &f); err != nil {
+	if _, err = putTo(ctx, d, 0, question{Facts: &factsQuestion{vm}}, &f); err != nil {
 		return
 	}
 	arrived := time.Now()

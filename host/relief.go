@@ -209,7 +209,7 @@ func (h *Host) survey(ctx context.Context, over time.Duration, ahead bool) (scen
 		s.limits.Transfer = t
 	}
 	for _, v := range p.vms {
-		vm := relief.VM{Name: v.vm.Name, CPU: v.load.CPU, Waiting: v.load.Waiting, Resident: v.load.Resident, Pinned: v.vm.Pinned, Priority: v.vm.Priority, Moved: h.movedAt(v.vm.Name)}
+		vm := relief.VM{Name: v.vm.Name, CPU: v.load.CPU, Waiting: v.load.Waiting, Overhead: v.load.Overhead, Resident: v.load.Resident, Pinned: v.vm.Pinned, Priority: v.vm.Priority, Moved: h.movedAt(v.vm.Name)}
 		// Until more is known: all that its QEMU has.
 		vm.Memory, vm.InUse, vm.Hot = vm.Resident, vm.Resident, vm.Resident
 		switch {
@@ -239,7 +239,7 @@ func (h *Host) other(ctx context.Context, name string, over time.Duration) relie
 	var a loadAnswer
 	d, err := h.dialer(name)
 	if err == nil {
-		_, err = putTo(ctx, d, question{Load: &loadQuestion{uint32(over.Milliseconds())}}, &a)
+		_, err = putTo(ctx, d, 0, question{Load: &loadQuestion{uint32(over.Milliseconds())}}, &a)
 	}
 	if err == nil {
 		err = a.check()

@@ -33,6 +33,7 @@ import (
 type VM struct {
 	Name         string
 	CPU, Waiting float64 // cores its vCPUs have, and cores they wait for
+	Overhead     float64 // cores that the rest of its QEMU uses
 	Memory       uint64  // size of its memory, which the other host must have room for
 	Resident     uint64  // what this host gets back
 	InUse        uint64  // what has to be sent
@@ -158,14 +159,15 @@ func first(a, b bool) int {
 // without is the CPU that is used and waited for on a host once a VM has left it: what it had, those take that wait.
 func (h Host) without(v VM) (used, waiting float64) {
 	waiting = max(0, h.Waiting-v.Waiting)
-	taken := min(waiting, v.CPU)
-	return max(0, h.Used-v.CPU) + taken, waiting - taken
+	taken := min(waiting, v.CPU+v.Overhead)
+	return max(0, h.Used-v.CPU-v.Overhead) + taken, waiting - taken
 }
 
 // predict tells what comes of one eviction.
 func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	c := Candidate{VM: v.Name, To: to.Name, Freed: v.Resident, priority: v.Priority}
 	used, waiting := here.without(v)
+	// Without its overhead: a host that has just the cores for a VM is good enough.
 	there := to.wants() + v.Wants()
 	c.LoadHere, c.LoadThere = (used+waiting)/here.CPUs, there/to.CPUs
 	c.Gain = used + min(there, to.CPUs) - min(here.Used, here.CPUs) - min(to.Used, to.CPUs)

@@ -106,10 +106,10 @@ func TestChoices(t *testing.T) {
 		here := Host{Name: "here", CPUs: float64(rapid.IntRange(1, 8).Draw(r, "cpus")), Available: size("available")}
 		var vms []VM
 		for i := range rapid.IntRange(0, 6).Draw(r, "vms") {
-			v := VM{Name: fmt.Sprint("vm", i), CPU: cores("cpu", here.CPUs/6), Waiting: cores("waiting", 2), Memory: size("memory"), Pinned: rapid.Bool().Draw(r, "pinned"), Priority: rapid.IntRange(-1, 1).Draw(r, "priority")}
+			v := VM{Name: fmt.Sprint("vm", i), CPU: cores("cpu", here.CPUs/7), Overhead: cores("overhead", here.CPUs/50), Waiting: cores("waiting", 2), Memory: size("memory"), Pinned: rapid.Bool().Draw(r, "pinned"), Priority: rapid.IntRange(-1, 1).Draw(r, "priority")}
 			v.InUse, v.Resident = v.Memory/2, v.Memory/2
 			v.Hot = v.InUse / 2
-			here.Used, here.Waiting = here.Used+v.CPU, here.Waiting+v.Waiting
+			here.Used, here.Waiting = here.Used+v.CPU+v.Overhead, here.Waiting+v.Waiting
 			vms = append(vms, v)
 		}
 		var others []Host

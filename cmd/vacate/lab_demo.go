@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -16,24 +20,31 @@ import (
 
 	"vacate/bench"
 	"vacate/certs"
+	"vacate/evict"
+	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
 	"vacate/lab/memclient"
+	"vacate/page"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 )
 
 func demoCommand() *cobra.Command {
-	var dir string
+	var dir, file string
 	c := &cobra.Command{
 		Use:   "demo",
-		Short: "show an eviction, then measure it against QEMU's own post-copy",
-		Long: `Boots a VM with a memcached on one host of a lab, and a daemon on each; evicts the
-VM to the other host while a client uses it; and has it check all of its memory.
-Then moves one more VM by this engine and one by QEMU's own post-copy, and compares
-them. Takes about two minutes. vacated has to lie beside this program.`,
+		Short: "show VMs that starve each other, and relief; then measure it",
+		Long: `Boots two VMs with a memcached each on one host of a lab, where they starve each
+other, and a daemon on each host; has one VM evicted to relieve the host, while
+clients use both; and has it check all of its memory. Writes a page of HTML that
+shows it all. Then moves one more VM by this engine and one by QEMU's own
+post-copy, and compares them. Takes about three minutes. vacated has to lie
+beside this program.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
+	c.Flags().StringVar(&file, "html", "", "`FILE` for the page (default demo.html in the lab's directory)")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		plain := &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "error" {
@@ -43,8 +54,8 @@ them. Takes about two minutes. vacated has to lie beside this program.`,
 		}}
 		d := demo{
 			out:  os.Stdout,
+			page: cmp.Or(file, filepath.Join(dir, "demo.html")),
 			opts: lab.Options{Dir: dir, Rate: 1e9, Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
-			spec: lab.Spec{MemoryMiB: 1024, Devices: lab.Full, Tap: true, Server: lab.Memcached, ServerMiB: 64, Load: lab.Load{HotMiB: 100, IdleMiB: 200, Seed: 1}},
 		}
 		if err := d.show(c.Context()); err != nil {
 			return err
@@ -57,8 +68,26 @@ them. Takes about two minutes. vacated has to lie beside this program.`,
 type demo struct {
 	out  io.Writer
 	opts lab.Options
-	spec lab.Spec
+	page string // file
 	step int
+}
+
+// demoVM is a VM of the demo, with its client.
+type demoVM struct {
+	name   string
+	spec   lab.Spec
+	vm     *lab.VM
+	twin   *lab.Expected
+	client *memclient.Client
+}
+
+// demoVMs are alike but for their size.
+func demoVMs() []*demoVM {
+	spec := lab.Spec{MemoryMiB: 768, Devices: lab.Full, Tap: true, Server: lab.Memcached}
+	web1, web2 := spec, spec
+	web1.ServerMiB, web1.Load = 80, lab.Load{IdleMiB: 100, Sleep: true, Seed: 1}
+	web2.ServerMiB, web2.Load = 160, lab.Load{IdleMiB: 250, Sleep: true, Seed: 2}
+	return []*demoVM{{name: "web1", spec: web1}, {name: "web2", spec: web2}}
 }
 
 // say begins a step.
@@ -67,51 +96,44 @@ func (d *demo) say(format string, args ...any) {
 	fmt.Fprintf(d.out, "\n%d. %s\n", d.step, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "\n   "))
 }
 
-// show evicts one VM as an operator would.
+// show relieves a host as an operator would.
 func (d *demo) show(ctx context.Context) (err error) {
 	d.say(`Two hosts, a and b, on this machine: each is a network namespace of its own,
 pinned to one core. A veth pair between them is shaped to 1 Gbit/s each way; a bridge
-on each makes one Ethernet of both, in which a client is, too.`)
+on each makes one Ethernet of both, in which clients are, too.`)
 	l, err := lab.New(ctx, d.opts)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	vm, err := l.A.Boot(ctx, d.spec)
-	if err != nil {
-		return err
-	}
-	if err := vm.Guest.WaitOps(ctx, 100_000); err != nil {
-		return err
-	}
-	client, err := memclient.Start(ctx, memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rate: 1000})
-	if err != nil {
-		return err
-	}
-	defer client.Stop()
-	time.Sleep(time.Second) // of throughput, to tell it
-	d.say(`On host a the VM web1 has booted: QEMU %s (%s), 1 GiB, Debian's own kernel. Its
-program keeps 300 MiB in which every word has a known value, and works on 100 MiB of
-it: it checks and rewrites %s pages a second. Beside it runs Debian's memcached,
-and a client outside reads and writes values of it, checks each that it reads, and
-keeps its 4 connections.`, vm.Spec.QEMU.Version, vm.Spec.Accel, pagesPerSecond(vm.Guest))
-	twin, err := l.B.Expect(ctx, vm)
-	if err != nil {
-		return err
-	}
 	site, err := newDemoSite(l)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, site.close()) }()
-	d.say(`Each host gets a certificate (vacate certs init, vacate certs issue), a description
-of web1, and a daemon, vacated, which has the other as its peer:`)
-	for _, h := range []struct {
-		host *lab.Host
-		qmp  string
-		args []string
-	}{{l.A, vm.QMP, vm.Args}, {l.B, twin.QMP, twin.Args}} {
-		if err := site.start(ctx, h.host, h.qmp, h.args); err != nil {
+	vms := demoVMs()
+	defer func() {
+		for _, v := range vms {
+			if v.client != nil {
+				v.client.Stop()
+			}
+		}
+	}()
+	for _, v := range vms {
+		if err := d.boot(ctx, l, site, v); err != nil {
+			return err
+		}
+	}
+	time.Sleep(2 * time.Second) // of throughput, to tell it
+	now := time.Now()
+	d.say(`On host a two VMs have booted, web1 and web2: QEMU %s (%s), 768 MiB each, Debian's
+own kernel, Debian's memcached. A client of each reads and writes values as fast as it is
+answered, checks each that it reads, and keeps its 4 connections. There is one core for
+both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
+	d.say(`Each host has a certificate (vacate certs init, vacate certs issue), descriptions
+of the VMs, and a daemon, vacated, which has the other as its peer:`)
+	for _, h := range []*lab.Host{l.A, l.B} {
+		if err := site.start(ctx, h); err != nil {
 			return err
 		}
 	}
@@ -120,54 +142,131 @@ of web1, and a daemon, vacated, which has the other as its peer:`)
 		return err
 	}
 	d.quote(string(config))
-	d.say(`On host a the operator runs
+	d.say("vacate pressure, on host a, tells how the VMs starve (STEAL):")
+	said, err := site.ask(ctx, l.A, "pressure")
+	if err != nil {
+		return err
+	}
+	d.quote(said)
+	d.say(`The operator runs
 
-     vacate evict web1 --to hostb
+     vacate relieve
 
-which looks whether anything stands against it, and follows what the daemons do:`)
+which predicts what comes of evicting each VM, and evicts the best:`)
 	fmt.Fprintln(d.out)
 	began := time.Now()
-	evict := site.command(ctx, l.A, "evict", "web1", "--to", "hostb")
-	evict.Stdout, evict.Stderr = d.out, os.Stderr
-	if err := l.A.Run(evict); err != nil {
+	relieve := site.command(ctx, l.A, "relieve")
+	relieve.Stdout, relieve.Stderr = d.out, os.Stderr
+	if err := l.A.Run(relieve); err != nil {
 		return err
 	}
-	d.say("vacate ls, on host b:")
-	ls := site.command(ctx, l.B, "ls")
-	var listed strings.Builder
-	ls.Stdout, ls.Stderr = &listed, os.Stderr
-	if err := l.B.Run(ls); err != nil {
+	time.Sleep(3 * time.Second)
+	moved, stayed := vms[0], vms[1]
+	e, report, err := site.last(ctx, l.A)
+	if err != nil {
 		return err
 	}
-	d.quote(listed.String())
-	if err := vm.Wait(ctx); err != nil {
+	if e.Vm == stayed.name {
+		moved, stayed = stayed, moved
+	}
+	end := time.Now()
+	d.say(`%s runs on host b now, and %s has the core of host a for itself. %s answers
+%.0f requests a second now, %.0f before; %s %.0f, %.0f before. The longest silence that a
+client of %[1]s saw was %[9]d ms.`, moved.name, stayed.name, moved.name, perSecond(moved.client, end.Add(-2*time.Second), end), perSecond(moved.client, began.Add(-2*time.Second), began),
+		stayed.name, perSecond(stayed.client, end.Add(-2*time.Second), end), perSecond(stayed.client, began.Add(-2*time.Second), began), moved.client.Stats().Silence.Milliseconds())
+	if err := d.write(ctx, site, l, e, report, moved, stayed); err != nil {
+		return err
+	}
+	for _, v := range vms {
+		s := v.client.Stop()
+		if s.Wrong != 0 || s.Broken != 0 {
+			return errors.Join(append([]error{fmt.Errorf("a client of %s noticed: %d wrong answers, %d broken connections", v.name, s.Wrong, s.Broken)}, s.Errors...)...)
+		}
+	}
+	if err := moved.vm.Wait(ctx); err != nil {
 		return fmt.Errorf("the source's QEMU: %w", err)
 	}
-	arrived, err := twin.Started(ctx)
+	arrived, err := moved.twin.Started(ctx)
 	if err != nil {
 		return err
 	}
-	if err := vm.Guest.WaitOps(ctx, 10_000); err != nil {
-		return err
-	}
-	stats := client.Stop()
-	d.say(`The client has had %d answers, %d of them wrong, and %d of its connections broke.
-Its longest silence was %d ms.`, stats.Requests, stats.Wrong, stats.Broken, stats.Silence.Milliseconds())
-	if !stats.SilenceBegan.Before(began) {
-		fmt.Fprintf(d.out, "   It began %.2f s after the operator's command.\n", stats.SilenceBegan.Sub(began).Seconds())
-	}
-	if stats.Wrong != 0 || stats.Broken != 0 {
-		return errors.Join(append([]error{errors.New("the client noticed the eviction")}, stats.Errors...)...)
-	}
-	check, err := vm.Guest.Check(ctx, arrived)
+	check, err := moved.vm.Guest.Check(ctx, arrived)
 	if err != nil {
 		return err
 	}
-	d.say(`The QEMU on host a has ended. The VM, on host b, has worked on, and has now
-checked each of its %d pages: %d bad pages.`, check.Pages, check.Bad)
+	d.say(`No client had a wrong answer, and none of their connections broke. The QEMU of
+%s on host a has ended; the VM has now checked each of the %d pages whose content it
+knows: %d bad pages.`, moved.name, check.Pages, check.Bad)
 	if check.Bad != 0 || check.Pages == 0 {
 		return bench.ErrBadPages
 	}
+	return nil
+}
+
+// boot boots a VM on host a, gets host b ready for it, and has its client begin.
+func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) (err error) {
+	if v.vm, err = l.A.Boot(ctx, v.spec); err != nil {
+		return err
+	}
+	if v.twin, err = l.B.Expect(ctx, v.vm); err != nil {
+		return err
+	}
+	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args), site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
+		return err
+	}
+	v.client, err = memclient.Start(ctx, memclient.Options{Addr: v.vm.ServerAddr(), Dial: l.Client.Dial, Bytes: 4000, Items: v.spec.ServerMiB << 20 / 5 * 4 / 4000})
+	return err
+}
+
+// perSecond is how many answers came in a time.
+func perSecond(c *memclient.Client, from, to time.Time) float64 {
+	return float64(len(c.Latencies(from, to))) / to.Sub(from).Seconds()
+}
+
+// write writes the page.
+func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction, report evict.Report, moved, stayed *demoVM) error {
+	h := daemon{socket: site.socket(l.A)}
+	if err := h.open(); err != nil {
+		return err
+	}
+	p, err := h.pageOf(ctx, e, report)
+	if err != nil {
+		return err
+	}
+	if report.Begun == nil {
+		return errors.New("the report does not tell when the VM was first touched")
+	}
+	p.Notes = []string{
+		fmt.Sprintf("Two VMs, %s and %s, with a memcached each and clients that ask as fast as they are answered, starved each other on the one core of host a. "+
+			"The operator ran vacate relieve, which chose %[1]s to leave for host b. Both then have a core of their own.", moved.name, stayed.name),
+		"The first chart shows it: the answers of both per second. The VM that stays has the core as soon as the other has left. The one that moves has to fetch what it touches first, and is back as its hot memory has come.",
+	}
+	rates := page.Chart{Title: "Answers of the two memcached", Unit: "answers per second"}
+	latencies := page.Chart{Title: "What the clients waited", Unit: "ms, 90th percentile"}
+	for _, v := range []*demoVM{moved, stayed} {
+		rate, latency := page.Line{Name: v.name}, page.Line{Name: v.name}
+		if v == moved {
+			rate.Name, latency.Name = v.name+", which moves", v.name+", which moves"
+		}
+		for _, r := range v.client.Rates(report.Begun.Add(-4*time.Second), time.Now(), 100*time.Millisecond) {
+			at := math.Round(r.From.Sub(*report.Begun).Seconds()*100) / 100
+			rate.Points = append(rate.Points, [2]float64{at, r.PerSecond})
+			if r.P90 > 0 {
+				latency.Points = append(latency.Points, [2]float64{at, float64(r.P90.Microseconds()) / 1000})
+			}
+		}
+		rates.Lines, latencies.Lines = append(rates.Lines, rate), append(latencies.Lines, latency)
+	}
+	p.Charts = []page.Chart{rates, latencies}
+	var b bytes.Buffer
+	if err := page.Write(&b, p); err != nil {
+		return err
+	}
+	if err := os.WriteFile(d.page, b.Bytes(), 0o644); err != nil { // #nosec G306 -- a page is to be shown
+		return err
+	}
+	d.say(`%s shows it: open it in a browser. It needs no network. Of any other
+eviction, vacate report VM --html FILE writes such a page.`, d.page)
 	return nil
 }
 
@@ -194,8 +293,25 @@ func newDemoSite(l *lab.Lab) (*demoSite, error) {
 func (s *demoSite) home(h *lab.Host) string   { return filepath.Join(s.dir, "host"+h.Name) }
 func (s *demoSite) config(h *lab.Host) string { return filepath.Join(s.home(h), "vacated.toml") }
 
-// start starts a host's daemon, with the description of web1.
-func (s *demoSite) start(ctx context.Context, h *lab.Host, qmp string, args []string) error {
+func (s *demoSite) socket(h *lab.Host) string { return filepath.Join(s.home(h), "vacated.sock") }
+
+// describe gives a host the description of a VM.
+func (s *demoSite) describe(h *lab.Host, name, qmp string, args []string) error {
+	dir := filepath.Join(s.home(h), "vms")
+	if err := os.MkdirAll(dir, 0o755); err != nil { // #nosec G301 -- descriptions have nothing secret
+		return err
+	}
+	var vm strings.Builder
+	fmt.Fprintf(&vm, "qmp = %q\nlog = %q\ncommand = [", qmp, filepath.Join(s.home(h), name+".log"))
+	for _, a := range args {
+		fmt.Fprintf(&vm, "\n  %q,", a)
+	}
+	vm.WriteString("\n]\n")
+	return os.WriteFile(filepath.Join(dir, name+".toml"), []byte(vm.String()), 0o644) // #nosec G306 -- no more than the demo shows
+}
+
+// start starts a host's daemon.
+func (s *demoSite) start(ctx context.Context, h *lab.Host) error {
 	peer := s.lab.A
 	if h == peer {
 		peer = s.lab.B
@@ -204,15 +320,6 @@ func (s *demoSite) start(ctx context.Context, h *lab.Host, qmp string, args []st
 	if err := certs.Issue(filepath.Join(s.dir, "ca"), "host"+h.Name, filepath.Join(home, "certs"), certs.DefaultDays, false); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(home, "vms"), 0o755); err != nil { // #nosec G301 -- descriptions have nothing secret
-		return err
-	}
-	var vm strings.Builder
-	fmt.Fprintf(&vm, "qmp = %q\nlog = %q\ncommand = [", qmp, filepath.Join(home, "web1.log"))
-	for _, a := range args {
-		fmt.Fprintf(&vm, "\n  %q,", a)
-	}
-	vm.WriteString("\n]\n")
 	config := fmt.Sprintf(`certs   = "certs"
 vms     = "vms"
 journal = "journal"
@@ -223,10 +330,8 @@ listen  = "%s:%d"
 address  = "%s:%d"
 may_send = true
 `, h.Addr, labPort, peer.Name, peer.Addr, labPort)
-	for file, text := range map[string]string{filepath.Join(home, "vms", "web1.toml"): vm.String(), s.config(h): config} {
-		if err := os.WriteFile(file, []byte(text), 0o644); err != nil { // #nosec G306 -- no more than the demo shows
-			return err
-		}
+	if err := os.WriteFile(s.config(h), []byte(config), 0o644); err != nil { // #nosec G306 -- no more than the demo shows
+		return err
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -244,7 +349,7 @@ may_send = true
 	}
 	s.daemons = append(s.daemons, daemon)
 	for {
-		c, err := net.Dial("unix", filepath.Join(home, "vacated.sock"))
+		c, err := net.Dial("unix", s.socket(h))
 		if err == nil {
 			return c.Close()
 		}
@@ -266,8 +371,35 @@ func (s *demoSite) command(ctx context.Context, h *lab.Host, args ...string) *ex
 	c.Args[0] = "vacate"
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
 	c.WaitDelay = 10 * time.Second
-	c.Env = append(os.Environ(), "VACATE_SOCKET="+filepath.Join(s.home(h), "vacated.sock"))
+	c.Env = append(os.Environ(), "VACATE_SOCKET="+s.socket(h))
 	return c
+}
+
+// ask runs this program on a host, and returns what it says.
+func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string, error) {
+	c := s.command(ctx, h, args...)
+	var said strings.Builder
+	c.Stdout, c.Stderr = &said, os.Stderr
+	err := h.Run(c)
+	return said.String(), err
+}
+
+// last is the latest eviction from a host, with its report.
+func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, evict.Report, error) {
+	var report evict.Report
+	d := daemon{socket: s.socket(h)}
+	if err := d.open(); err != nil {
+		return nil, report, err
+	}
+	r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+	if err != nil {
+		return nil, report, err
+	}
+	if len(r.Msg.Evictions) == 0 {
+		return nil, report, errors.New("no VM was evicted: the machine may be busy with something else")
+	}
+	e := r.Msg.Evictions[len(r.Msg.Evictions)-1]
+	return e, report, json.Unmarshal([]byte(e.ReportJson), &report)
 }
 
 // close stops the daemons, and removes what they had.
@@ -277,15 +409,6 @@ func (s *demoSite) close() error {
 		errs = append(errs, d.Process.Signal(syscall.SIGTERM), d.Wait())
 	}
 	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
-}
-
-// pagesPerSecond is how fast the guest worked in the last second.
-func pagesPerSecond(g *lab.Guest) string {
-	now := time.Now()
-	if r := g.Throughput(now.Add(-time.Second), now, time.Second); len(r) == 1 {
-		return fmt.Sprintf("%.0f", r[0].PerSecond)
-	}
-	return "many"
 }
 
 // compare measures the engine against QEMU's post-copy.

@@ -164,6 +164,8 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 			why = "best: it reaches the goal, and has all back the soonest"
 		case why == "" && c.Meets:
 			why = "reaches the goal"
+		case why == "" && p.Goal != "" && i == 0:
+			why = "best: it comes the nearest to the goal"
 		case why == "" && p.Goal != "":
 			why = "comes nearer to the goal"
 		case why == "":
@@ -194,6 +196,9 @@ func (o *relieveOptions) relieve(ctx context.Context) error {
 			return nil
 		case len(p.Candidates) == 0:
 			return refused(errors.New("there is no VM that could go, or no host to go to"))
+		case p.Candidates[0].Refused != "" && round > 0:
+			fmt.Printf("\nThe goal, %s, is not met, and no further eviction helps: the table tells why.\n", clean(p.Goal))
+			return nil
 		case p.Candidates[0].Refused != "":
 			return refused(fmt.Errorf("no eviction helps to reach %s: the table tells why", p.Goal))
 		case o.dryRun:
