@@ -33,6 +33,9 @@ func rateBefore(series []Point) *float64 {
 	return nil
 }
 
+// Recovery is recovery for others' series, in steps of 100 ms.
+func Recovery(series []Point, level, from float64) *float64 { return recovery(series, level, from) }
+
 // recovery returns the begin of the first step, not before the time from, from
 // which on for a second the mean rate over 500 ms is at least 90 % of before;
 // nil if there is none in the series.

@@ -41,7 +41,7 @@ type facts struct {
 // The link is measured with so many bytes, and if it took no longer than a moment with more.
 const (
 	fewBytes  = 256 << 10
-	manyBytes = 8 << 20
+	manyBytes = 4 << 20
 	moment    = 50 * time.Millisecond
 )
 

@@ -274,6 +274,27 @@ func (h *Host) take(vm string) (release func(), err error) {
 	}, nil
 }
 
+// takeTime is how long one that wants a VM waits for another that is about to have, or only looks at it.
+const takeTime = 5 * time.Second
+
+// takeSoon is take, which waits for a moment if the VM is reserved.
+func (h *Host) takeSoon(ctx context.Context, vm string) (release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, takeTime)
+	defer cancel()
+	for {
+		release, err := h.take(vm)
+		var taken *takenError
+		if !errors.As(err, &taken) || taken.id != (journal.ID{}) {
+			return release, err
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
 // takenError: an eviction has the VM.
 type takenError struct {
 	vm string

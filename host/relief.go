@@ -254,66 +254,36 @@ func (h *Host) other(ctx context.Context, name string, over time.Duration) relie
 	return to
 }
 
-// rate is how fast memory goes to another host, in bytes per second: as it did last, or as is measured now; at most as is configured.
+// rate is how fast memory goes to another host, in bytes per second: as is measured now, and at most as is configured.
 func (h *Host) rate(ctx context.Context, to string) (float64, error) {
-	rate := 0.0
-	for _, r := range h.reports() {
-		if r.peer == to && r.LinkBytes >= enoughBytes && r.Rate > 0 && !r.limited {
-			rate = r.Rate
-			break
-		}
+	d, err := h.dialer(to)
+	if err != nil {
+		return 0, err
 	}
-	if rate == 0 {
-		d, err := h.dialer(to)
-		if err != nil {
-			return 0, err
-		}
-		link, err := measureLink(ctx, d)
-		if err != nil {
-			return 0, err
-		}
-		rate = link.Rate
+	link, err := measureLink(ctx, d)
+	if err != nil {
+		return 0, err
 	}
 	if most := h.config.Peers[to].Rate; most > 0 {
-		rate = min(rate, float64(most*bytesPerMbit))
+		return min(link.Rate, float64(most*bytesPerMbit)), nil
 	}
-	return rate, nil
-}
-
-// enoughBytes is how much an eviction must have sent to tell how fast the link is.
-const enoughBytes = 16 << 20
-
-// reported is the report of an eviction from here.
-type reported struct {
-	evict.Report
-	peer    string
-	limited bool // it was asked not to go as fast as it can
-}
-
-// reports are those of the evictions from here that completed, the latest first.
-func (h *Host) reports() []reported {
-	var list []reported
-	for _, v := range slices.Backward(h.list()) {
-		r := v.entry.Record()
-		var o options
-		var report evict.Report
-		if v.entry.Err() != nil || r.Role != journal.Source || evict.Mark(r.Mark) != evict.MarkCompleted || json.Unmarshal(r.Report, &report) != nil {
-			continue
-		}
-		if len(r.Options) > 0 && json.Unmarshal(r.Options, &o) != nil {
-			continue
-		}
-		list = append(list, reported{report, r.Peer, o.RateLimit > 0 || o.Yield})
-	}
-	return list
+	return link.Rate, nil
 }
 
 // transferTime is how long it took of late from the decision until a VM ran elsewhere: the median of what is known.
 func (h *Host) transferTime() (time.Duration, bool) {
 	var took []time.Duration
-	for _, r := range h.reports() {
-		if r.Transfer != nil && r.Prepare != nil && len(took) < 9 {
-			took = append(took, time.Duration((*r.Prepare+*r.Transfer)*float64(time.Second)))
+	for _, v := range slices.Backward(h.list()) {
+		r := v.entry.Record()
+		var report evict.Report
+		if len(took) == 9 {
+			break
+		}
+		if v.entry.Err() != nil || r.Role != journal.Source || evict.Mark(r.Mark) != evict.MarkCompleted || json.Unmarshal(r.Report, &report) != nil {
+			continue
+		}
+		if report.Transfer != nil && report.Prepare != nil {
+			took = append(took, time.Duration((*report.Prepare+*report.Transfer)*float64(time.Second)))
 		}
 	}
 	if len(took) == 0 {

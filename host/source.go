@@ -89,7 +89,7 @@ func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks
 	if _, err := h.sourceWith(r, o, nil); err != nil {
 		return nil, &argumentError{err}
 	}
-	release, err := h.take(name)
+	release, err := h.takeSoon(ctx, name)
 	if err != nil {
 		return nil, err
 	}

@@ -44,6 +44,8 @@ function instants(events) {
     const c = u.ctx;
     c.save();
     c.font = 11 * devicePixelRatio + "px system-ui, sans-serif";
+    c.textAlign = "left";
+    c.textBaseline = "alphabetic";
     c.fillStyle = c.strokeStyle = style("--soft");
     let row = 0;
     for (const e of events || []) {
