@@ -140,7 +140,7 @@ func (o *relieveOptions) plan(ctx context.Context) (*hostv1.PlanResponse, error)
 
 // planText shows a choice and what it was made from.
 func planText(w io.Writer, p *hostv1.PlanResponse) error {
-	t := table(w, "HOST", "CPU", "WAITING", "OF", "AVAILABLE", "LINK", "")
+	t := table(w, "HOST", "CPU", "WAITING", "OF", "AVAILABLE", "LINK", "NOTE")
 	for i, h := range p.Hosts {
 		if h.Barred != "" {
 			row(t, h.Name, "", "", "", "", "", h.Barred)
@@ -150,11 +150,11 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 		if i > 0 {
 			link = fmt.Sprintf("%.0f Mbit/s", h.Rate*8/1e6)
 		}
-		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), relief.Size(h.AvailableBytes), link, " ")
+		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), relief.Size(h.AvailableBytes), link, "")
 	}
 	t.Flush()
 	fmt.Fprintln(w)
-	t = table(w, "VM", "TO", "GAIN", "LOAD HERE", "LOAD THERE", "FREES", "RUNS THERE", "ALL BACK", "DONE", "")
+	t = table(w, "VM", "TO", "GAIN", "LOAD HERE", "LOAD THERE", "FREES", "RUNS THERE", "ALL BACK", "DONE", "VERDICT")
 	load := func(l float64) string { return fmt.Sprintf("%.0f %%", l*100) }
 	took := func(s float64) string { return fmt.Sprintf("%.1f s", s) }
 	for i, c := range p.Candidates {

@@ -47,8 +47,10 @@
   if (t) {
     const xs = t.pages.map((_, i) => i * t.step_ms / 1000);
     const names = t.reasons.map((n, i) => [n, i]).filter(([n, i]) => n !== "skipped" && t.pages.some(s => s[i]));
-    main.append(el("h2", {}, "What was sent"), el("p", { class: "soft" }, "Memory handed to the link over time, by why it went. Pages that are free in the guest are not among it."));
-    stacked(main, xs, names.map(([n, i]) => ({ name: n, colour: reasonColour[n], values: t.pages.map(s => s[i] * pageSize / (1 << 20) / (t.step_ms / 1000)) })), "MiB per second", { events });
+    main.append(el("h2", {}, "What was sent"), el("p", { class: "soft" }, "Memory handed to the link over time, by why it went. Pages that are free in the guest are not among it; pages of zeroes are, which go as a mark only, so that a few peaks are cut off."));
+    const sums = t.pages.map(s => names.reduce((a, [, i]) => a + s[i], 0)).sort((a, b) => a - b);
+    const top = sums[Math.floor(sums.length * 0.97)] * 1.3 * pageSize / (1 << 20) / (t.step_ms / 1000);
+    stacked(main, xs, names.map(([n, i]) => ({ name: n, colour: reasonColour[n], values: t.pages.map(s => s[i] * pageSize / (1 << 20) / (t.step_ms / 1000)) })), "MiB per second", { events, top });
     const classes = t.classes.map((n, i) => [n, i]).filter(([, i]) => t.fetched.some(s => s[i]));
     main.append(el("h2", {}, "What the guest waited for"));
     if (classes.length) {
