@@ -498,7 +498,7 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 			return nil, coded(&argumentError{err})
 		}
 	}
-	s, err := h.survey(ctx, over, true)
+	s, err := h.survey(ctx, over)
 	if err != nil {
 		return nil, coded(err)
 	}

@@ -188,8 +188,8 @@ type scene struct {
 	limits relief.Limits
 }
 
-// survey gathers it, over a time. What an eviction of each VM would find is looked up only with ahead, for it costs more.
-func (h *Host) survey(ctx context.Context, over time.Duration, ahead bool) (scene, error) {
+// survey gathers it, over a time.
+func (h *Host) survey(ctx context.Context, over time.Duration) (scene, error) {
 	var s scene
 	var asked sync.WaitGroup
 	names := slices.Sorted(maps.Keys(h.config.Peers))
@@ -217,7 +217,7 @@ func (h *Host) survey(ctx context.Context, over time.Duration, ahead bool) (scen
 			vm.Barred = "it is being evicted"
 		case v.problem != "":
 			vm.Barred = v.problem
-		case ahead:
+		default:
 			e, err := h.lookAhead(ctx, v.vm, v.process)
 			if err != nil {
 				vm.Barred = err.Error()
@@ -293,11 +293,11 @@ func (h *Host) transferTime() (time.Duration, bool) {
 	return took[len(took)/2], true
 }
 
-// movedAt is when a VM came here or left last; zero if that is not known.
+// movedAt is when an eviction of a VM ended here last, out or in and however; zero if that is not known.
 func (h *Host) movedAt(vm string) time.Time {
 	var at time.Time
 	for _, v := range h.list() {
-		if r := v.entry.Record(); r.VM == vm && evict.Mark(r.Mark) == evict.MarkCompleted && r.Ended.After(at) {
+		if r := v.entry.Record(); r.VM == vm && r.Ended.After(at) {
 			at = r.Ended
 		}
 	}
@@ -380,7 +380,7 @@ func (h *Host) observe(ctx context.Context, g *relief.Guard, over time.Duration)
 	}
 	s := scene{here: here}
 	if due := g.Due(time.Now(), here, under); due {
-		if s, err = h.survey(ctx, leastOver*10, true); err != nil {
+		if s, err = h.survey(ctx, time.Second); err != nil {
 			return err
 		}
 		// What was seen for longer tells more.

@@ -13,7 +13,7 @@ type Policy struct {
 	Sustain time.Duration
 	// Settle is how long the host is left alone after an eviction has ended: what it brought has to show first.
 	Settle time.Duration
-	// CoolDown is how long a VM stays where it came to.
+	// CoolDown is how long a VM stays where it came to, or from where it could not be evicted.
 	CoolDown time.Duration
 	// Concurrent is how many evictions there may be at once.
 	Concurrent int
@@ -75,7 +75,7 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under
 	rested := make([]VM, len(vms))
 	for i, v := range vms {
 		if left := g.Policy.CoolDown - now.Sub(v.Moved); !v.Moved.IsZero() && left > 0 && v.Barred == "" {
-			v.Barred = fmt.Sprintf("it came here lately, and stays for %v more", left.Round(time.Second))
+			v.Barred = fmt.Sprintf("it was evicted lately, or that was tried: it stays for %v more", left.Round(time.Second))
 		}
 		rested[i] = v
 	}

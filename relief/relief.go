@@ -41,7 +41,7 @@ type VM struct {
 	Priority     int     // those with the least leave first; 0 is usual
 	Pinned       bool    // it never leaves
 	Barred       string  // why it cannot be evicted now; empty: it can
-	Moved        time.Time
+	Moved        time.Time // when it was evicted last, or that was tried; only a Guard minds
 }
 
 // Wants is the CPU that the VM would use if it got it.

@@ -164,6 +164,9 @@ where it stands, why, and what an operator may do.`,
 				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm), clean(e.Id))
 			}
 		}
+		if s, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err == nil && s.Msg.Guard != "" {
+			fmt.Fprintf(w, "\nguard: %s\n", clean(s.Msg.Guard))
+		}
 		return r.Msg, nil
 	})
 }
