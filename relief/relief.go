@@ -32,15 +32,15 @@ import (
 // VM is a VM on the host that is to be relieved.
 type VM struct {
 	Name         string
-	CPU, Waiting float64 // cores its vCPUs have, and cores they wait for
-	Overhead     float64 // cores that the rest of its QEMU uses
-	Memory       uint64  // size of its memory, which the other host must have room for
-	Resident     uint64  // what this host gets back
-	InUse        uint64  // what has to be sent
-	Hot          uint64  // of that, what it works on
-	Priority     int     // those with the least leave first; 0 is usual
-	Pinned       bool    // it never leaves
-	Barred       string  // why it cannot be evicted now; empty: it can
+	CPU, Waiting float64   // cores its vCPUs have, and cores they wait for
+	Overhead     float64   // cores that the rest of its QEMU uses
+	Memory       uint64    // size of its memory, which the other host must have room for
+	Resident     uint64    // what this host gets back
+	InUse        uint64    // what has to be sent
+	Hot          uint64    // of that, what it works on
+	Priority     int       // those with the least leave first; 0 is usual
+	Pinned       bool      // it never leaves
+	Barred       string    // why it cannot be evicted now; empty: it can
 	Moved        time.Time // when it was evicted last, or that was tried; only a Guard minds
 }
 
