@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"vacate/lab"
@@ -81,11 +82,16 @@ const (
 	contendBefore = 3 * time.Second // how long is looked before
 	contendAfter  = 6 * time.Second // and after the end
 	finalTime     = 4 * time.Second // of that, what counts as the final level
+	paceTime      = 4 * time.Second // over which it is measured what a core is worth
+	// wanted is how much of a core each VM wants: with two on one core each gets a third too little, and alone each leaves
+	// some of it to the network, and to who moves the other.
+	wanted = 0.75
 )
 
 // loader is a client of a server.
 type loader interface {
 	Rates(from, to time.Time, step time.Duration) []answers.Rate
+	Set(perSecond float64)
 	Stats() answers.Stats
 	Stop() answers.Stats
 }
@@ -155,6 +161,12 @@ func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, c
 				if opts.Done != nil {
 					opts.Done(run)
 				}
+				if errors.Is(err, errDamaged) {
+					if err := c.setUp(ctx, result); err != nil {
+						return err
+					}
+					continue
+				}
 				if err != nil {
 					return fmt.Errorf("%s at %s: %w", s.name, bits(rate), err)
 				}
@@ -174,6 +186,11 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 		Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1}, // which is there to be checked
 	}
 	for i := range c.vms {
+		if k := c.loaders[i]; k != nil {
+			k.Stop()
+			c.vms[i].Kill()
+		}
+		c.seen = answers.Stats{}
 		var err error
 		if c.vms[i], err = c.lab.A.Boot(ctx, spec); err != nil {
 			return err
@@ -182,6 +199,22 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 			return err
 		}
 	}
+	// One core's worth, which each VM then wants so much of.
+	select {
+	case <-time.After(paceTime + time.Second):
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	now, core := time.Now(), 0.0
+	for _, k := range c.loaders {
+		for _, r := range k.Rates(now.Add(-paceTime), now, paceTime) {
+			core += r.PerSecond
+		}
+	}
+	for _, k := range c.loaders {
+		k.Set(wanted * core)
+	}
+	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", wanted*core)
 	if result.Machine.QEMU == "" {
 		var r Result
 		if err := describe(&r, c.vms[0], 0); err != nil {
@@ -317,6 +350,9 @@ func (c *contention) compute(run *ContentionRun, decided time.Time) {
 	c.seen = all
 }
 
+// errDamaged: QEMU's own migration has damaged the guest.
+var errDamaged = errors.New("the guest was damaged")
+
 // mean of a series between two times.
 func mean(s []Point, from, to float64) float64 {
 	sum, n := 0.0, 0
@@ -342,8 +378,14 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 		return err
 	}
 	run.Bad = &check.Bad
+	if run.Broken == 0 && (check.Bad != 0 || run.Wrong != 0) && !strings.HasPrefix(run.Strategy, strategies[0].name) {
+		// Not ours to mend. Who goes on with this guest would be blamed for it.
+		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "pages", check.Bad, "wrong", run.Wrong, "errors", errors.Join(c.loaders[0].Stats().Errors...))
+		return errDamaged
+	}
 	if check.Bad != 0 || run.Wrong != 0 || run.Broken != 0 {
-		return fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections", ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken)
+		errs := c.loaders[0].Stats().Errors
+		return fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections: %w", ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken, errors.Join(append(errs, c.loaders[1].Stats().Errors...)...))
 	}
 	if at == t.vm {
 		return nil
@@ -416,6 +458,9 @@ func (r ContentionRun) String() string {
 	}
 	s := fmt.Sprintf("%s, %s, %s: %s; runs there %s, total %s; back: contending %s, migrated %s, both %s; %.0f+%.0f/s before, %.0f+%.0f/s in the end",
 		r.Server, bits(r.Rate), r.Strategy, r.Outcome, at(r.Transfer), at(r.Total), at(r.Contending), at(r.Migrated), at(r.Aggregate), r.Before[0], r.Before[1], r.Final[0], r.Final[1])
+	if r.Wrong > 0 {
+		s += fmt.Sprintf("; %d WRONG ANSWERS", r.Wrong)
+	}
 	if r.Reason != "" {
 		s += "; " + r.Reason
 	}

@@ -2,9 +2,12 @@
 package answers
 
 import (
+	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -158,4 +161,29 @@ func (l *Log) Rates(from, to time.Time, step time.Duration) []Rate {
 		rates = append(rates, r)
 	}
 	return rates
+}
+
+// Pace is how often clients ask. The zero value is as often as they are answered. Its methods may be called from any goroutine.
+type Pace struct{ perSecond atomic.Uint64 } // bits of a float64
+
+// Set has all clients together ask so often a second; 0 is as often as they are answered.
+func (p *Pace) Set(perSecond float64) { p.perSecond.Store(math.Float64bits(perSecond)) }
+
+// Wait waits until it is the turn of one of so many clients, which it takes in next, and notes when that is again. What silence
+// cost is not made up for. It returns false when ctx is done.
+func (p *Pace) Wait(ctx context.Context, clients int, next *time.Time) bool {
+	rate := math.Float64frombits(p.perSecond.Load())
+	if rate <= 0 {
+		return ctx.Err() == nil
+	}
+	select {
+	case <-time.After(time.Until(*next)):
+	case <-ctx.Done():
+		return false
+	}
+	*next = next.Add(time.Duration(float64(clients) / rate * float64(time.Second)))
+	if now := time.Now(); next.Before(now) {
+		*next = now
+	}
+	return true
 }

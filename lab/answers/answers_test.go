@@ -1,6 +1,7 @@
 package answers
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
@@ -49,5 +50,36 @@ func TestLog(t *testing.T) {
 	l.Broke(errors.New("closed"))
 	if s := l.Stats(); s.Requests != 2 || s.Wrong != 1 || s.Broken != 1 {
 		t.Errorf("after the end: %+v", s)
+	}
+}
+
+func TestPace(t *testing.T) {
+	var p Pace
+	next := time.Now()
+	for range 100_000 { // as often as can be
+		if !p.Wait(t.Context(), 1, &next) {
+			t.Fatal("it ended")
+		}
+	}
+	p.Set(1000)
+	begun := time.Now()
+	next = begun
+	for range 20 {
+		p.Wait(t.Context(), 2, &next) // one of two
+	}
+	if took := time.Since(begun); took < 38*time.Millisecond {
+		t.Errorf("20 turns of 2 ms in %v", took)
+	}
+	// After silence the turns do not come all at once.
+	next = time.Now().Add(-time.Hour)
+	p.Wait(t.Context(), 2, &next)
+	if next.Before(begun) {
+		t.Errorf("the next turn was %v ago", time.Since(next))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	next = time.Now().Add(time.Hour)
+	if p.Wait(ctx, 1, &next) {
+		t.Error("it went on")
 	}
 }

@@ -85,6 +85,7 @@ type Client struct {
 	all  sync.WaitGroup
 
 	*answers.Log
+	answers.Pace
 }
 
 // Start connects, writes all items, and begins to read and write them at random. It tries
@@ -112,6 +113,7 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 	}
 	c.ctx, c.stop = context.WithCancel(context.WithoutCancel(ctx))
 	c.Log = answers.New()
+	c.Pace.Set(c.opts.Rate)
 	for _, k := range conns {
 		c.all.Go(func() { c.work(k) })
 	}
@@ -177,24 +179,11 @@ func (c *Client) work(k *conn) {
 	defer k.Close()
 	defer context.AfterFunc(c.ctx, func() { k.Close() })()
 	random := rand.New(rand.NewPCG(c.opts.Seed, uint64(k.number)))
-	var pause time.Duration
-	if c.opts.Rate > 0 {
-		pause = time.Duration(float64(c.opts.Conns) / c.opts.Rate * float64(time.Second))
+	next := time.Now()
+	if c.opts.Rate > 0 { // not all at once
+		next = next.Add(time.Duration(float64(k.number) / c.opts.Rate * float64(time.Second)))
 	}
-	// Not all at once.
-	next := time.Now().Add(pause * time.Duration(k.number) / time.Duration(c.opts.Conns))
-	for {
-		if pause > 0 {
-			select {
-			case <-time.After(time.Until(next)):
-			case <-c.ctx.Done():
-				return
-			}
-			next = next.Add(pause)
-			if now := time.Now(); next.Before(now) { // what silence cost is not made up for
-				next = now
-			}
-		}
+	for c.Pace.Wait(c.ctx, c.opts.Conns, &next) {
 		i := random.IntN(len(k.versions))
 		asked := time.Now()
 		var wrong, err error

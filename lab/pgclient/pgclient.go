@@ -39,6 +39,7 @@ type Options struct {
 // Client is at work from Start to Stop. Methods may be called from any goroutine.
 type Client struct {
 	*answers.Log
+	answers.Pace
 	opts Options
 	ctx  context.Context
 	stop context.CancelFunc
@@ -127,7 +128,8 @@ func (c *Client) work(number int, k *pgx.Conn) {
 	random := rand.New(rand.NewPCG(c.opts.Seed, uint64(number)))
 	zipf := rand.NewZipf(random, c.opts.Skew, 1, uint64(c.opts.Rows/c.opts.Conns-1))
 	versions := map[int]int64{}
-	for {
+	next := time.Now()
+	for c.Pace.Wait(c.ctx, c.opts.Conns, &next) {
 		id := 1 + number + c.opts.Conns*int(zipf.Uint64())
 		asked := time.Now()
 		var wrong, err error
