@@ -17,6 +17,7 @@ import (
 	"vacate/pressure"
 	"vacate/process"
 	"vacate/relief"
+	"vacate/urgent"
 )
 
 // loadQuestion is how loaded a host is, over a time.
@@ -327,7 +328,11 @@ func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM, p process.Proces
 		return evict.Estimate{}, err
 	}
 	defer release()
-	e, err := evict.LookAhead(ctx, vm.QMP)
+	var e evict.Estimate
+	err = urgent.Usual(func() (err error) { // nobody waits for it as for a page
+		e, err = evict.LookAhead(ctx, vm.QMP)
+		return err
+	})
 	if err != nil {
 		return e, fmt.Errorf("its memory cannot be looked at: %w", err)
 	}

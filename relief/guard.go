@@ -11,7 +11,8 @@ type Policy struct {
 	Limits Limits
 	// Sustain is how long the goal must have been missed without a break.
 	Sustain time.Duration
-	// Settle is how long the host is left alone after an eviction has ended: what it brought has to show first.
+	// Settle is how long the host is left alone after an eviction has ended, as what it brought has to show first, and after none
+	// would have helped.
 	Settle time.Duration
 	// CoolDown is how long a VM stays where it came to, or from where it could not be evicted.
 	CoolDown time.Duration
@@ -33,6 +34,7 @@ type Guard struct {
 	missed time.Time // since when the goal is missed; zero: it is met
 	quiet  time.Time // since when no eviction is under way; zero: one is, or none ever was
 	busy   bool
+	futile time.Time // when it was found last that no eviction helps
 }
 
 // Due tells whether Observe, if it were told this, could return a candidate: otherwise it needs to know nothing of VMs and other hosts.
@@ -49,6 +51,8 @@ func (g *Guard) wait(now time.Time, under int) string {
 		return fmt.Sprintf("the goal is missed, not for %v yet", g.Policy.Sustain)
 	case !g.busy && !g.quiet.IsZero() && now.Sub(g.quiet) < g.Policy.Settle:
 		return fmt.Sprintf("an eviction has ended less than %v ago", g.Policy.Settle)
+	case !g.futile.IsZero() && now.Sub(g.futile) < g.Policy.Settle:
+		return fmt.Sprintf("less than %v ago no eviction would have helped", g.Policy.Settle)
 	}
 	return ""
 }
@@ -84,6 +88,7 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under
 		return nil, "there is no VM that could go, or no host to go to"
 	}
 	if list[0].Refused != "" {
+		g.futile = now // to look again costs more than it tells
 		return nil, fmt.Sprintf("no eviction helps: %s to %s: %s", list[0].VM, list[0].To, list[0].Refused)
 	}
 	// What was missed until now is answered by this one: the next has to have reasons of its own.

@@ -397,6 +397,7 @@ func TestGuard(t *testing.T) {
 	vms[0].Moved = now
 	observe(61*time.Second, 0, "not for 30s yet")
 	observe(61*time.Second, 0, "stays for")
+	observe(time.Second, 0, "less than 1m0s ago no eviction")
 	observe(30*time.Minute, 0, "evict small")
 	others = nil
 	observe(time.Second, 0, "not for 30s yet")
