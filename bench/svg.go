@@ -26,6 +26,8 @@ var style = map[string]struct{ colour, dash string }{
 	"qemu-postcopy-preempt": {"#cc79a7", "2 3"},
 	"qemu-precopy":          {"#009e73", "9 3 2 3"},
 	"stop-and-copy":         {"#e69f00", "4 3"},
+
+	"qemu-precopy-autoconverge": {"#56b4e9", "12 4"},
 }
 
 // SVG draws the guest's throughput over time: a line per strategy, for the

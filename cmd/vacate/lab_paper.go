@@ -31,7 +31,8 @@ strategy, over links of several rates; and measures when each VM, and both
 together, are back at 90 % of their final level. See docs/paper.md for what is
 scaled, and how.
 
-Writes contention.json, contention.csv and paper.html into a directory.`,
+Writes contention.json, contention.csv, contention.svg and paper.html into a
+directory.`,
 		Args: cobra.NoArgs,
 	}
 	fl := c.Flags()
@@ -83,5 +84,6 @@ func writePaper(dir string, result bench.Contention) error {
 	return errors.Join(
 		write("contention.json", func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
 		write("contention.csv", result.CSV),
+		write("contention.svg", result.SVG),
 		write("paper.html", func(w io.Writer) error { return page.WriteContention(w, result) }))
 }
