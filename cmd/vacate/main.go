@@ -112,6 +112,7 @@ With a daemon, vacated, on each host (see vacated --help):
   vacate doctor web1 --to hostb    what would stand against evicting web1
   vacate evict web1 --to hostb     evict it
   vacate status                    what is going on
+  vacate relieve                   evict what it takes to relieve this host
 Evictions then survive the death of either daemon and of the link.
 
 Without a daemon:

@@ -51,7 +51,14 @@ The configuration (TOML):
   address  = "hostb:7601"
   may_send = true                       # it may bring VMs here
   rate     = 500                        # Mbit/s at most to it; default: any
-listen, metrics and api are off by default. In place of certs there may be
+  [guard]                               # evict by itself when overloaded
+  goal      = "cpu<111%"                # what this host is to be like
+  max_load  = 0.8                       # what a host it sends to may come to
+  sustain   = "30s"                     # how long the goal is missed before
+  settle    = "1m"                      # how long it rests after an eviction
+  cool_down = "30m"                     # how long a VM then stays
+listen, metrics, api and guard are off by default. In place of certs there may
+be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses
 
@@ -60,6 +67,8 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
              "-m", "4G", "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
   qmp     = "/run/vacate/{name}.qmp"
   user    = "qemu"
+  pinned  = true                        # never chosen to leave; default: false
+  priority = 1                          # the least are chosen first; default: 0
 {incoming} becomes what has a QEMU wait for the VM, or nothing.`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
