@@ -228,26 +228,33 @@ func busy() error {
 	return fmt.Errorf("%w: another client probably holds it (libvirt, a management tool, another eviction), as it serves one at a time: end that client, or give QEMU one more monitor with -qmp unix:PATH,server=on,wait=off; or else QEMU is stopped or stuck", ErrBusy)
 }
 
+// maxEarly is how many events may come ahead of the greeting: QEMU 11.1 sends one that happens just as a client connects.
+const maxEarly = 16
+
 func readGreeting(r *bufio.Reader) (*greeting, error) {
-	line, err := readLine(r, maxGreeting)
-	switch {
-	case errors.Is(err, errLongLine):
-		return nil, fmt.Errorf("%w: greeting of more than %d bytes", ErrNotQMP, maxGreeting)
-	case err != nil && len(line) > 0:
-		return nil, fmt.Errorf("%w: it said %s: %w", ErrNotQMP, excerpt(line), err)
-	case err != nil:
-		return nil, fmt.Errorf("%w: no greeting: %w", ErrNotQMP, err)
-	case bytes.HasPrefix(line, []byte("QEMU ")):
-		return nil, fmt.Errorf("%w: this is a human monitor: give QEMU a machine monitor with -qmp unix:PATH,server=on,wait=off", ErrNotQMP)
+	for early := 0; ; early++ {
+		line, err := readLine(r, maxGreeting)
+		switch {
+		case errors.Is(err, errLongLine):
+			return nil, fmt.Errorf("%w: greeting of more than %d bytes", ErrNotQMP, maxGreeting)
+		case err != nil && len(line) > 0:
+			return nil, fmt.Errorf("%w: it said %s: %w", ErrNotQMP, excerpt(line), err)
+		case err != nil:
+			return nil, fmt.Errorf("%w: no greeting: %w", ErrNotQMP, err)
+		case bytes.HasPrefix(line, []byte("QEMU ")):
+			return nil, fmt.Errorf("%w: this is a human monitor: give QEMU a machine monitor with -qmp unix:PATH,server=on,wait=off", ErrNotQMP)
+		}
+		m, err := parseMessage(line)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNotQMP, err)
+		}
+		if m.QMP != nil {
+			return m.QMP, nil
+		}
+		if m.Event == "" || early == maxEarly {
+			return nil, fmt.Errorf("%w: it began without a greeting: %s", ErrNotQMP, excerpt(line))
+		}
 	}
-	m, err := parseMessage(line)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNotQMP, err)
-	}
-	if m.QMP == nil {
-		return nil, fmt.Errorf("%w: it began without a greeting: %s", ErrNotQMP, excerpt(line))
-	}
-	return m.QMP, nil
 }
 
 func peerPID(conn *net.UnixConn) (int, error) {

@@ -229,3 +229,14 @@ func TestReadLine(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestEarlyEvents has events ahead of the greeting, as QEMU 11.1 may send.
+func TestEarlyEvents(t *testing.T) {
+	const event = `{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "MIGRATION", "data": {"status": "setup"}}` + "\r\n"
+	for n, ok := range map[int]bool{0: true, 1: true, maxEarly: true, maxEarly + 1: false} {
+		g, err := readGreeting(bufio.NewReader(strings.NewReader(strings.Repeat(event, n) + hello)))
+		if ok != (err == nil && g != nil) || !ok && !errors.Is(err, ErrNotQMP) {
+			t.Errorf("behind %d events: %+v, %v", n, g, err)
+		}
+	}
+}

@@ -124,7 +124,10 @@ func Value(id int, version int64) string {
 
 // work makes transactions until told to stop, or until the connection breaks. Of every Conns rows one is this connection's.
 func (c *Client) work(number int, k *pgx.Conn) {
-	defer k.Close(context.Background())
+	defer func() {
+		k.Close(context.Background())
+		<-k.PgConn().CleanupDone() // it asks the server to give up what is under way
+	}()
 	random := rand.New(rand.NewPCG(c.opts.Seed, uint64(number)))
 	zipf := rand.NewZipf(random, c.opts.Skew, 1, uint64(c.opts.Rows/c.opts.Conns-1))
 	versions := map[int]int64{}
