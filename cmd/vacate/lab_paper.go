@@ -19,7 +19,7 @@ import (
 
 func paperCommand() *cobra.Command {
 	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3}
-	memory, serve := mebibytes(512), mebibytes(192)
+	memory, serve := mebibytes(640), mebibytes(192)
 	servers, rates := []string{"memcached", "redis", "postgresql"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
 	c := &cobra.Command{
