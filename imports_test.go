@@ -52,7 +52,7 @@ var imports = map[string][]string{
 	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
 	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
 	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host", "vacate/urgent"},
-	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/lab/memclient", "vacate/link", "vacate/page", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/urgent"},
+	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/link", "vacate/page", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/urgent"},
 }
 
 func TestImports(t *testing.T) {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -35,7 +34,7 @@ type ContentionOptions struct {
 	Done         func(ContentionRun) // called after every run; may be nil
 }
 
-// Contention is what was measured of VMs that contend. Its JSON form is described in docs/bench.md.
+// Contention is what was measured of VMs that contend. Its JSON form is described in docs/paper.md.
 type Contention struct {
 	Version   int             `json:"version"`
 	Machine   Machine         `json:"machine"`
@@ -58,7 +57,7 @@ type ContentionRun struct {
 	Transfer  *float64 `json:"execution_transfer_s"`
 	Down      *float64 `json:"down_time_s"`
 	Total     *float64 `json:"total_s"`
-	LinkBytes *uint64  `json:"link_bytes"` // of the VM, headers included; the clients' are measured before and taken off
+	LinkBytes *uint64  `json:"link_bytes"` // both ways, headers and what clients of the VM said to it over the link included
 	// When each VM, and both together, are back at 90 % of their final level for good.
 	Contending *float64 `json:"contending_90_s"`
 	Migrated   *float64 `json:"migrated_90_s"`
@@ -88,8 +87,8 @@ const (
 	wanted = 0.75
 )
 
-// loader is a client of a server.
-type loader interface {
+// Loader is a client of a server.
+type Loader interface {
 	Rates(from, to time.Time, step time.Duration) []answers.Rate
 	Set(perSecond float64)
 	Stats() answers.Stats
@@ -102,7 +101,7 @@ type contention struct {
 	opts    ContentionOptions
 	server  lab.Server
 	vms     [2]*lab.VM // the one that moves, the one that stays
-	loaders [2]loader
+	loaders [2]Loader
 	seen    answers.Stats // of both, so far
 }
 
@@ -195,24 +194,13 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 		if c.vms[i], err = c.lab.A.Boot(ctx, spec); err != nil {
 			return err
 		}
-		if c.loaders[i], err = c.load(ctx, c.vms[i]); err != nil {
+		if c.loaders[i], err = Load(ctx, c.lab, c.vms[i]); err != nil {
 			return err
 		}
 	}
-	// One core's worth, which each VM then wants so much of.
-	select {
-	case <-time.After(paceTime + time.Second):
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	now, core := time.Now(), 0.0
-	for _, k := range c.loaders {
-		for _, r := range k.Rates(now.Add(-paceTime), now, paceTime) {
-			core += r.PerSecond
-		}
-	}
-	for _, k := range c.loaders {
-		k.Set(wanted * core)
+	core, err := SetPace(ctx, c.loaders[:])
+	if err != nil {
+		return err
 	}
 	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", wanted*core)
 	if result.Machine.QEMU == "" {
@@ -226,16 +214,49 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 	return nil
 }
 
-// load starts the client of a VM's server: as many requests as are answered, a tenth of them writes.
-func (c *contention) load(ctx context.Context, vm *lab.VM) (loader, error) {
-	var dial func(ctx context.Context, network, addr string) (net.Conn, error) = c.lab.Client.Dial
-	if c.server == lab.PostgreSQL {
-		return pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes})
+// SetPace measures for five seconds how many answers the core is worth that VMs share, and has the clients of each want three quarters
+// of it from then on.
+func SetPace(ctx context.Context, loaders []Loader) (core float64, err error) {
+	if err := pause(ctx, paceTime+time.Second); err != nil {
+		return 0, err
 	}
-	const bytes = 4000
-	return memclient.Start(ctx, memclient.Options{
-		Addr: vm.ServerAddr(), Dial: dial, Bytes: bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / bytes, Redis: c.server == lab.Redis,
-	})
+	now := time.Now()
+	for _, k := range loaders {
+		for _, r := range k.Rates(now.Add(-paceTime), now, paceTime) {
+			core += r.PerSecond
+		}
+	}
+	for _, k := range loaders {
+		k.Set(wanted * core)
+	}
+	return core, nil
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered, a tenth of them writes.
+func Load(ctx context.Context, l *lab.Lab, vm *lab.VM) (Loader, error) {
+	var k Loader
+	var err error
+	if vm.Spec.Server == lab.PostgreSQL {
+		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes})
+	} else {
+		const bytes = 4000
+		k, err = memclient.Start(ctx, memclient.Options{
+			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / bytes, Redis: vm.Spec.Server == lab.Redis,
+		})
+	}
+	if err != nil {
+		return nil, err // and no Loader that is a nil client
+	}
+	return k, nil
 }
 
 // run has one VM leave by a strategy, and come back.
@@ -263,15 +284,7 @@ func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run Cont
 	if err := s.prepare(t, ctx); err != nil {
 		return run, fmt.Errorf("prepare: %w", err)
 	}
-	pause := func(d time.Duration) error {
-		select {
-		case <-time.After(d):
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	if err := pause(contendBefore + time.Second); err != nil {
+	if err := pause(ctx, contendBefore+time.Second); err != nil {
 		return run, err
 	}
 	before, err := c.lab.LinkBytes()
@@ -301,7 +314,7 @@ func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run Cont
 		}
 		run.Transfer, run.Down = seconds(*t.run.Transfer+t.start.Sub(decided).Seconds()), t.run.Down
 	}
-	if err := pause(contendAfter); err != nil {
+	if err := pause(ctx, contendAfter); err != nil {
 		return run, err
 	}
 	c.compute(&run, decided)
@@ -340,7 +353,6 @@ func (c *contention) compute(run *ContentionRun, decided time.Time) {
 		}
 	}
 	run.Migrated, run.Contending, run.Aggregate = back[0], back[1], back[2]
-	run.Wrong, run.Broken = 0, 0
 	var all answers.Stats
 	for _, k := range c.loaders {
 		s := k.Stats()

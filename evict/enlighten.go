@@ -8,10 +8,12 @@ import (
 
 	"vacate/guesthints"
 	"vacate/guestlinux"
+	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageclass"
 	"vacate/pageset"
 	"vacate/pushorder"
+	"vacate/qmp"
 )
 
 // Enlightenment is where it is learnt what the guest's pages are used for.
@@ -94,11 +96,16 @@ func (e *source) ask(ctx context.Context) error {
 func (e *source) attach(ctx context.Context) (*guestlinux.Guest, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit, fmt.Errorf("it took longer than %v", lookLimit))
 	defer cancel()
-	mem, err := guestlinux.NewLive(e.mem, e.q)
+	return attachGuest(ctx, e.mem, e.q)
+}
+
+// attachGuest gets ready to look at the pages of a guest, which runs.
+func attachGuest(ctx context.Context, m *guestmem.Memory, q *qmp.Client) (*guestlinux.Guest, error) {
+	live, err := guestlinux.NewLive(m, q)
 	if err != nil {
 		return nil, err
 	}
-	guest, err := guestlinux.Attach(ctx, mem)
+	guest, err := guestlinux.Attach(ctx, live)
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}

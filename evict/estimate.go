@@ -6,7 +6,6 @@ import (
 	"math/bits"
 	"time"
 
-	"vacate/guestlinux"
 	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageclass"
@@ -16,11 +15,9 @@ import (
 
 // Estimate is what an eviction of a VM would find, in pages of 4 KiB.
 type Estimate struct {
-	Total  int    // pages of guest memory
-	InUse  int    // to be sent
-	Hot    int    // of these, what the guest works on; all that are in use, where that is not known
-	Kernel string // the guest's; empty: it could not be looked into
-	Doubts string // why not
+	Total int // pages of guest memory
+	InUse int // to be sent
+	Hot   int // of these, what the guest works on; all that are in use, where the guest cannot be looked into
 }
 
 // estimateLimit bounds an estimate, as the VM's host is overloaded and its guest may be hostile.
@@ -42,12 +39,7 @@ func LookAhead(ctx context.Context, path string) (Estimate, error) {
 	}
 	defer mem.Close()
 	var e Estimate
-	survey, kernel, err := surveyRunning(ctx, mem, q)
-	if err != nil {
-		e.Doubts = err.Error()
-	} else {
-		e.Kernel = kernel
-	}
+	survey := surveyRunning(ctx, mem, q)
 	for i, b := range mem.Blocks() {
 		n := b.Size / migstream.TargetPageSize
 		if !b.Located {
@@ -78,19 +70,15 @@ func LookAhead(ctx context.Context, path string) (Estimate, error) {
 	return e, nil
 }
 
-// surveyRunning looks at the pages of a guest that runs.
-func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) (*pageclass.Survey, string, error) {
-	live, err := guestlinux.NewLive(mem, q)
+// surveyRunning looks at the pages of a guest that runs; it returns nil if that cannot be done.
+func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) *pageclass.Survey {
+	guest, err := attachGuest(ctx, mem, q)
 	if err != nil {
-		return nil, "", err
-	}
-	guest, err := guestlinux.Attach(ctx, live)
-	if err != nil {
-		return nil, "", err
+		return nil
 	}
 	r, err := guest.Survey(ctx)
 	if err != nil {
-		return nil, "", err
+		return nil
 	}
-	return &r.Survey, guest.Release(), nil
+	return &r.Survey
 }

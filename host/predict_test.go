@@ -12,21 +12,11 @@ import (
 
 	"vacate/bench"
 	"vacate/lab"
-	"vacate/lab/answers"
 	"vacate/lab/labtest"
-	"vacate/lab/memclient"
-	"vacate/lab/pgclient"
 )
 
-// ratesOf is a client of a guest's server.
-type ratesOf interface {
-	Rates(from, to time.Time, step time.Duration) []answers.Rate
-	Set(perSecond float64)
-	Stop() answers.Stats
-}
-
 // serving boots a VM with a server on host a, and starts a client.
-func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, ratesOf) {
+func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, bench.Loader) {
 	b.Helper()
 	vm, err := l.A.Boot(labtest.Within(b, 5*time.Minute), lab.Spec{
 		MemoryMiB: 768, Devices: lab.Full, Tap: true, Server: kind, ServerMiB: mib, Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1},
@@ -34,12 +24,7 @@ func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, rates
 	if err != nil {
 		b.Fatal(err)
 	}
-	var c ratesOf
-	if ctx := labtest.Within(b, 3*time.Minute); kind == lab.PostgreSQL {
-		c, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: mib << 20 / lab.ItemBytes})
-	} else {
-		c, err = memclient.Start(ctx, memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: 4000, Items: mib << 20 / 5 * 4 / 4000, Redis: kind == lab.Redis})
-	}
+	c, err := bench.Load(labtest.Within(b, 3*time.Minute), l, vm)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -103,14 +88,9 @@ func predictions(b *testing.B, kind lab.Server, mib int, note func([]float64)) {
 	a.describe("stays", stayer.QMP, stayer.Args)
 	a.start()
 	z.start()
-	// Each wants three quarters of a core, as in vacate lab paper.
-	time.Sleep(4 * time.Second)
-	now, core := time.Now(), 0.0
-	for _, k := range []ratesOf{moves, stays} {
-		core += k.Rates(now.Add(-3*time.Second), now, 3*time.Second)[0].PerSecond
+	if _, err := bench.SetPace(b.Context(), []bench.Loader{moves, stays}); err != nil {
+		b.Fatal(err)
 	}
-	moves.Set(0.75 * core)
-	stays.Set(0.75 * core)
 	for _, rate := range []uint64{1e9, 5e8, 25e7} {
 		for range 4 {
 			there := z.expect("moves", mover)

@@ -390,9 +390,7 @@ func (h *Host) observe(ctx context.Context, g *relief.Guard, over time.Duration)
 		}
 		// What was seen for longer tells more.
 		s.here.Used, s.here.Waiting = here.Used, here.Waiting
-	}
-	if t, ok := h.transferTime(); ok {
-		g.Policy.Limits.Transfer = t
+		g.Policy.Limits.Transfer = s.limits.Transfer
 	}
 	list, why := g.Observe(time.Now(), s.here, s.vms, s.others, under)
 	if len(list) == 0 {

@@ -35,24 +35,15 @@ type Eviction struct {
 
 // Chart is lines over time.
 type Chart struct {
-	Title  string    `json:"title"`
-	Unit   string    `json:"unit"` // of the values
-	Lines  []Line    `json:"lines"`
-	Events []Instant `json:"events,omitempty"`
+	Title string `json:"title"`
+	Unit  string `json:"unit"` // of the values
+	Lines []Line `json:"lines"`
 }
 
 // Line is points of a time, in seconds, and a value; in order of time.
 type Line struct {
 	Name   string       `json:"name"`
 	Points [][2]float64 `json:"points"`
-	// Level is a value to compare with, drawn as a thin line; 0: none.
-	Level float64 `json:"level,omitempty"`
-}
-
-// Instant is a moment with a name.
-type Instant struct {
-	Name string  `json:"name"`
-	At   float64 `json:"at"` // seconds
 }
 
 // Write writes the page of an eviction.

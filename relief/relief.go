@@ -86,19 +86,19 @@ const back = 0.9
 
 // Candidate is one VM going to one host.
 type Candidate struct {
-	VM   string  `json:"vm"`
-	To   string  `json:"to"`
-	Gain float64 `json:"gain_cores"` // cores that all VMs together get more
+	VM   string
+	To   string
+	Gain float64 // cores that all VMs together get more
 	// Load is what is wanted for each core once it has moved, here and there.
-	LoadHere  float64 `json:"load_here"`
-	LoadThere float64 `json:"load_there"`
-	Freed     uint64  `json:"freed_bytes"`
+	LoadHere  float64
+	LoadThere float64
+	Freed     uint64
 	// What is predicted to take so long, from the decision on.
-	Transfer time.Duration `json:"transfer_ns"`
-	Back     time.Duration `json:"back_ns"`
-	Total    time.Duration `json:"total_ns"`
-	Meets    bool          `json:"meets"`             // the goal is reached with it
-	Refused  string        `json:"refused,omitempty"` // why it is not to be; empty: it may be
+	Transfer time.Duration
+	Back     time.Duration
+	Total    time.Duration
+	Meets    bool   // the goal is reached with it
+	Refused  string // why it is not to be; empty: it may be
 
 	priority int
 }

@@ -23,7 +23,6 @@ import (
 	"vacate/evict"
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
-	"vacate/lab/memclient"
 	"vacate/page"
 
 	"connectrpc.com/connect"
@@ -78,7 +77,7 @@ type demoVM struct {
 	spec   lab.Spec
 	vm     *lab.VM
 	twin   *lab.Expected
-	client *memclient.Client
+	client bench.Loader
 }
 
 // demoVMs are alike but for their size.
@@ -214,13 +213,13 @@ func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) 
 	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args), site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
 		return err
 	}
-	v.client, err = memclient.Start(ctx, memclient.Options{Addr: v.vm.ServerAddr(), Dial: l.Client.Dial, Bytes: 4000, Items: v.spec.ServerMiB << 20 / 5 * 4 / 4000})
+	v.client, err = bench.Load(ctx, l, v.vm)
 	return err
 }
 
 // perSecond is how many answers came in a time.
-func perSecond(c *memclient.Client, from, to time.Time) float64 {
-	return float64(len(c.Latencies(from, to))) / to.Sub(from).Seconds()
+func perSecond(c bench.Loader, from, to time.Time) float64 {
+	return c.Rates(from, to, to.Sub(from))[0].PerSecond
 }
 
 // write writes the page.

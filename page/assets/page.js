@@ -109,8 +109,5 @@ function chart(parent, c, options) {
   parent.append(el("h2", {}, c.title));
   const [xs, values] = joined(c.lines);
   const lines = c.lines.map((l, i) => ({ name: l.name, values: values[i], colour: colours[i % colours.length], dash: dashes[i % dashes.length] }));
-  c.lines.forEach((l, i) => {
-    if (l.level) lines.push({ name: l.name + ", to compare with", values: xs.map(() => l.level), colour: colours[i % colours.length], dash: [1, 4], width: 1 });
-  });
   plot(parent, xs, lines, c.unit, Object.assign({ events: c.events }, options));
 }
