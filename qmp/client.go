@@ -12,7 +12,8 @@
 //	S: {"error": {"class": "GenericError", "desc": "…"}, "id": 3}
 //
 // A monitor serves one client at a time; the next one connects but hears
-// nothing until the first has gone ([ErrBusy]).
+// nothing until the first has gone ([ErrBusy]). A command of the first that is
+// under way then is answered to the next one.
 //
 // In-band commands run one after another on QEMU's main loop, which can stall
 // (on a missing page of the guest, for example). Out-of-band commands pass
@@ -30,6 +31,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"slices"
@@ -137,6 +139,8 @@ type Client struct {
 
 	mu      sync.Mutex // guards what follows
 	lastID  uint64
+	agreed  bool             // the reply to the first command has come
+	stale   int              // replies to an earlier client's commands
 	pending map[uint64]*call // commands without a reply yet, abandoned ones included
 	subs    []*Subscription
 	err     error // why the connection ended
@@ -176,11 +180,12 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	case err != nil:
 		return nil, err
 	}
-	return handshake(ctx, nc.(*net.UnixConn))
+	return handshake(ctx, nc.(*net.UnixConn), 1+uint64(rand.Uint32())<<16)
 }
 
-// handshake makes a client of a fresh connection, or closes it.
-func handshake(ctx context.Context, conn *net.UnixConn) (*Client, error) {
+// handshake makes a client of a fresh connection, or closes it. The ids of its commands count up from first, which differs from
+// client to client, so that what QEMU still answers to the one before is not taken for an answer to this one.
+func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, error) {
 	pid, err := peerPID(conn)
 	if err != nil {
 		conn.Close()
@@ -210,6 +215,7 @@ func handshake(ctx context.Context, conn *net.UnixConn) (*Client, error) {
 		inBand:  make(chan struct{}, maxInFlight),
 		outBnd:  make(chan struct{}, maxInFlight),
 		done:    make(chan struct{}),
+		lastID:  first - 1,
 		pending: make(map[uint64]*call),
 	}
 	go c.read(r)
@@ -228,7 +234,9 @@ func busy() error {
 	return fmt.Errorf("%w: another client probably holds it (libvirt, a management tool, another eviction), as it serves one at a time: end that client, or give QEMU one more monitor with -qmp unix:PATH,server=on,wait=off; or else QEMU is stopped or stuck", ErrBusy)
 }
 
-// maxEarly is how many events may come ahead of the greeting: QEMU 11.1 sends one that happens just as a client connects.
+// maxEarly is how many messages may come ahead of the greeting, and how many replies to an earlier client's commands behind it.
+// QEMU 11.1 sends an event that happens just as a client connects; and a QEMU that was too busy to answer until its client gave up
+// answers to the next one.
 const maxEarly = 16
 
 func readGreeting(r *bufio.Reader) (*greeting, error) {
@@ -251,7 +259,7 @@ func readGreeting(r *bufio.Reader) (*greeting, error) {
 		if m.QMP != nil {
 			return m.QMP, nil
 		}
-		if m.Event == "" || early == maxEarly {
+		if early == maxEarly {
 			return nil, fmt.Errorf("%w: it began without a greeting: %s", ErrNotQMP, excerpt(line))
 		}
 	}
@@ -548,6 +556,11 @@ func (c *Client) route(line []byte) error {
 		return nil
 	}
 	p := c.pending[*m.ID]
+	if p == nil && !c.agreed && c.stale < maxEarly {
+		c.stale++
+		return nil
+	}
+	c.agreed = true
 	if p == nil {
 		return fmt.Errorf("reply with id %d, which no command waits for", *m.ID)
 	}

@@ -123,10 +123,9 @@ func TestBadGreeting(t *testing.T) {
 		"half line":  `{"QMP": {"vers`,
 		"huge line":  strings.Repeat("x", maxGreeting+1),
 		"no line":    "",
-		"reply":      `{"return": {}, "id": 1}` + "\n",
 		"no version": `{"QMP": {"version": {}, "capabilities": []}}` + "\n",
 	} {
-		if c, err := handshake(t.Context(), serve(t, []byte(script), true)); !errors.Is(err, ErrNotQMP) {
+		if c, err := handshake(t.Context(), serve(t, []byte(script), true), 1); !errors.Is(err, ErrNotQMP) {
 			t.Errorf("%s: %v, %v", name, c, err)
 		}
 	}
@@ -143,7 +142,7 @@ func TestLyingServer(t *testing.T) {
 		"half line":       ok[:20],
 		"huge line":       `{"return": "` + strings.Repeat("x", maxLine) + `", "id": 2}` + "\n",
 	} {
-		c, err := handshake(t.Context(), serve(t, []byte(ready+script), true))
+		c, err := handshake(t.Context(), serve(t, []byte(ready+script), true), 1)
 		if err != nil {
 			t.Errorf("%s: handshake: %v", name, err)
 			continue
@@ -160,7 +159,7 @@ func TestEventFlood(t *testing.T) {
 	event := `{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RTC_CHANGE", "data": {"offset": 0}}` + "\n"
 	script := ready + strings.Repeat(event, flood)
 	conn := serve(t, []byte(script), true)
-	c, err := handshake(t.Context(), conn)
+	c, err := handshake(t.Context(), conn, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +180,7 @@ func TestEventFlood(t *testing.T) {
 
 // A server that does not read stops a command, not the client's Close.
 func TestServerStopsReading(t *testing.T) {
-	c, err := handshake(t.Context(), serve(t, []byte(ready), false))
+	c, err := handshake(t.Context(), serve(t, []byte(ready), false), 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +204,7 @@ func FuzzServer(f *testing.F) {
 	f.Fuzz(func(t *testing.T, script []byte) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		c, err := handshake(ctx, serve(t, script, true))
+		c, err := handshake(ctx, serve(t, script, true), 1)
 		if err != nil {
 			return
 		}
@@ -237,6 +236,24 @@ func TestEarlyEvents(t *testing.T) {
 		g, err := readGreeting(bufio.NewReader(strings.NewReader(strings.Repeat(event, n) + hello)))
 		if ok != (err == nil && g != nil) || !ok && !errors.Is(err, ErrNotQMP) {
 			t.Errorf("behind %d events: %+v, %v", n, g, err)
+		}
+	}
+}
+
+// TestStaleReplies has a server answer to an earlier client, ahead of the greeting and behind it.
+func TestStaleReplies(t *testing.T) {
+	const stale = `{"return": {}, "id": 1}` + "\n" + `{"error": {"class": "GenericError", "desc": "too late"}, "id": 2}` + "\n"
+	for n, ok := range map[int]bool{0: true, 1: true, maxEarly / 2: true, maxEarly/2 + 1: false} {
+		c, err := handshake(t.Context(), serve(t, []byte(hello+strings.Repeat(stale, n)+`{"return": {}, "id": 100}`+"\n"), false), 100)
+		if ok != (err == nil) || !ok && !errors.Is(err, ErrClosed) {
+			t.Errorf("handshake behind %d stale replies: %v", 2*n, err)
+		}
+		if err == nil {
+			c.Close()
+		}
+		g, err := readGreeting(bufio.NewReader(strings.NewReader(strings.Repeat(stale, n) + hello)))
+		if ok != (err == nil && g != nil) || !ok && !errors.Is(err, ErrNotQMP) {
+			t.Errorf("greeting behind %d stale replies: %+v, %v", 2*n, g, err)
 		}
 	}
 }
