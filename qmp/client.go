@@ -31,7 +31,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
 	"os"
 	"slices"
@@ -180,7 +179,7 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	case err != nil:
 		return nil, err
 	}
-	return handshake(ctx, nc.(*net.UnixConn), 1+uint64(rand.Uint32())<<16)
+	return handshake(ctx, nc.(*net.UnixConn), uint64(time.Now().UnixMicro()))
 }
 
 // handshake makes a client of a fresh connection, or closes it. The ids of its commands count up from first, which differs from
