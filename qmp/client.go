@@ -138,8 +138,7 @@ type Client struct {
 
 	mu      sync.Mutex // guards what follows
 	lastID  uint64
-	agreed  bool             // the reply to the first command has come
-	stale   int              // replies to an earlier client's commands
+	stale   int              // how many replies to an earlier client's commands may come; 0 once one of its own came
 	pending map[uint64]*call // commands without a reply yet, abandoned ones included
 	subs    []*Subscription
 	err     error // why the connection ended
@@ -215,6 +214,7 @@ func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, 
 		outBnd:  make(chan struct{}, maxInFlight),
 		done:    make(chan struct{}),
 		lastID:  first - 1,
+		stale:   maxEarly,
 		pending: make(map[uint64]*call),
 	}
 	go c.read(r)
@@ -555,11 +555,11 @@ func (c *Client) route(line []byte) error {
 		return nil
 	}
 	p := c.pending[*m.ID]
-	if p == nil && !c.agreed && c.stale < maxEarly {
-		c.stale++
+	if p == nil && c.stale > 0 {
+		c.stale--
 		return nil
 	}
-	c.agreed = true
+	c.stale = 0
 	if p == nil {
 		return fmt.Errorf("reply with id %d, which no command waits for", *m.ID)
 	}
