@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"encoding/csv"
 	"errors"
@@ -23,6 +24,9 @@ type ContentionOptions struct {
 	Strategies []string // see Strategies
 	Servers    []lab.Server
 	Rates      []uint64 // of the link, in bits per second
+	// Wanted is how much of a core each VM wants, Clients what its clients ask for.
+	Wanted  float64
+	Clients Clients
 	// ServerMiB is how much the servers hold; MemoryMiB is the memory of each of the VMs.
 	ServerMiB, MemoryMiB int
 	Repeat               int
@@ -40,6 +44,8 @@ type Contention struct {
 	Machine   Machine         `json:"machine"`
 	MemoryMiB int             `json:"memory_mib"` // of each VM
 	ServerMiB int             `json:"server_mib"`
+	Wanted    float64         `json:"wanted_cores"` // by each VM
+	Clients   Clients         `json:"clients"`
 	Runs      []ContentionRun `json:"runs"`
 }
 
@@ -82,9 +88,6 @@ const (
 	contendAfter  = 6 * time.Second // and after the end
 	finalTime     = 4 * time.Second // of that, what counts as the final level
 	paceTime      = 4 * time.Second // over which it is measured what a core is worth
-	// wanted is how much of a core each VM wants: with two on one core each gets a third too little, and alone each leaves
-	// some of it to the network, and to who moves the other.
-	wanted = 0.75
 )
 
 // Loader is a client of a server.
@@ -108,7 +111,7 @@ type contention struct {
 // Contend measures how strategies relieve a host's core on which two VMs with servers contend. It returns what was measured also with an
 // error.
 func Contend(ctx context.Context, opts ContentionOptions) (Contention, error) {
-	result := Contention{Version: Version, MemoryMiB: opts.MemoryMiB, ServerMiB: opts.ServerMiB, Runs: []ContentionRun{}}
+	result := Contention{Version: Version, MemoryMiB: opts.MemoryMiB, ServerMiB: opts.ServerMiB, Wanted: opts.Wanted, Clients: opts.Clients, Runs: []ContentionRun{}}
 	chosen, err := find(opts.Strategies)
 	if err != nil {
 		return result, err
@@ -194,15 +197,15 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 		if c.vms[i], err = c.lab.A.Boot(ctx, spec); err != nil {
 			return err
 		}
-		if c.loaders[i], err = Load(ctx, c.lab, c.vms[i]); err != nil {
+		if c.loaders[i], err = Load(ctx, c.lab, c.vms[i], c.opts.Clients); err != nil {
 			return err
 		}
 	}
-	core, err := SetPace(ctx, c.loaders[:])
+	core, err := SetPace(ctx, c.loaders[:], c.opts.Wanted)
 	if err != nil {
 		return err
 	}
-	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", wanted*core)
+	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", c.opts.Wanted*core)
 	if result.Machine.QEMU == "" {
 		var r Result
 		if err := describe(&r, c.vms[0], 0); err != nil {
@@ -214,9 +217,9 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 	return nil
 }
 
-// SetPace measures for five seconds how many answers the core is worth that VMs share, and has the clients of each want three quarters
-// of it from then on.
-func SetPace(ctx context.Context, loaders []Loader) (core float64, err error) {
+// SetPace measures for five seconds how many answers the core is worth that VMs share, and has the clients of each want a part of it
+// from then on: with 0.6, those of two VMs together want a fifth more than the core has.
+func SetPace(ctx context.Context, loaders []Loader, wanted float64) (core float64, err error) {
 	if err := pause(ctx, paceTime+time.Second); err != nil {
 		return 0, err
 	}
@@ -241,16 +244,22 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered, a tenth of them writes.
-func Load(ctx context.Context, l *lab.Lab, vm *lab.VM) (Loader, error) {
+// Clients says what the clients of a server ask for. Its zero value is usual.
+type Clients struct {
+	Writes float64 `json:"writes"` // the share of requests that write, up to 1; default 0.1
+	Bytes  int     `json:"bytes"`  // of a value of memcached or Redis; default 4000
+}
+
+// Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
+func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {
 	var k Loader
 	var err error
 	if vm.Spec.Server == lab.PostgreSQL {
-		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes})
+		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes})
 	} else {
-		const bytes = 4000
+		bytes := cmp.Or(o.Bytes, 4000)
 		k, err = memclient.Start(ctx, memclient.Options{
-			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / bytes, Redis: vm.Spec.Server == lab.Redis,
+			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / bytes, Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes,
 		})
 	}
 	if err != nil {

@@ -3,7 +3,6 @@ package evict
 import (
 	"context"
 	"fmt"
-	"math/bits"
 	"time"
 
 	"vacate/guestmem"
@@ -16,7 +15,7 @@ import (
 // Estimate is what an eviction of a VM would find, in pages of 4 KiB.
 type Estimate struct {
 	Total int // pages of guest memory
-	InUse int // to be sent
+	InUse int // to be sent with what they hold; those that hold only zeroes hardly count
 	Hot   int // of these, what the guest works on; all that are in use, where the guest cannot be looked into
 }
 
@@ -39,35 +38,36 @@ func LookAhead(ctx context.Context, path string) (Estimate, error) {
 	}
 	defer mem.Close()
 	var e Estimate
-	survey := surveyRunning(ctx, mem, q)
-	for i, b := range mem.Blocks() {
-		n := b.Size / migstream.TargetPageSize
-		if !b.Located {
-			continue
-		}
-		e.Total += int(n)
-		if survey != nil {
-			continue
-		}
-		there := make([]uint64, (n+63)/64)
-		if err := mem.Populated(i, 0, n, there); err != nil {
-			return e, err
-		}
-		for _, w := range there {
-			e.InUse += bits.OnesCount64(w)
+	for _, b := range mem.Blocks() {
+		if b.Located {
+			e.Total += int(b.Size / migstream.TargetPageSize)
 		}
 	}
-	if survey == nil {
-		e.Hot = e.InUse
-		return e, nil
-	}
-	for class, n := range survey.Counts() {
-		if pageclass.Class(class) != pageclass.Free {
-			e.InUse += n
+	var hot, other sample
+	if survey := surveyRunning(ctx, mem, q); survey != nil {
+		isHot := pushorder.Hot(survey)
+		for pfn, p := range survey.Pages {
+			if p.Kind == pageclass.None || p.Class == pageclass.Free {
+				continue
+			}
+			if block, offset, ok := mem.Resolve(uint64(pfn) * migstream.TargetPageSize); ok { // #nosec G115 -- an index
+				at := place{block, offset}
+				if isHot(p) {
+					hot.add(at)
+				} else {
+					other.add(at)
+				}
+			}
 		}
+	} else if err := eachPopulated(mem, hot.add); err != nil {
+		return e, err
 	}
-	e.Hot = min(pushorder.Hot(survey), e.InUse)
-	return e, nil
+	if e.Hot, err = hot.used(mem); err != nil {
+		return e, err
+	}
+	n, err := other.used(mem)
+	e.InUse = e.Hot + n
+	return e, err
 }
 
 // surveyRunning looks at the pages of a guest that runs; it returns nil if that cannot be done.
@@ -81,4 +81,82 @@ func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) *pa
 		return nil
 	}
 	return &r.Survey
+}
+
+// eachPopulated calls f for all pages that may hold anything.
+func eachPopulated(mem *guestmem.Memory, f func(place)) error {
+	for i, b := range mem.Blocks() {
+		if !b.Located {
+			continue
+		}
+		n := b.Size / migstream.TargetPageSize
+		there := make([]uint64, (n+63)/64)
+		if err := mem.Populated(i, 0, n, there); err != nil {
+			return err
+		}
+		for p := range n {
+			if there[p/64]>>(p%64)&1 != 0 {
+				f(place{i, p * migstream.TargetPageSize})
+			}
+		}
+	}
+	return nil
+}
+
+// place is where a page is.
+type place struct {
+	block  int
+	offset uint64
+}
+
+// sampleMost is how many pages are read of those that are alike, for an error of some 2 % in what share holds only zeroes.
+const sampleMost = 1024
+
+// sample is some of many pages, at equal distances: every stride-th.
+type sample struct {
+	seen, stride int
+	kept         []place
+}
+
+func (s *sample) add(p place) {
+	if s.stride == 0 {
+		s.stride = 1
+	}
+	if s.seen%s.stride == 0 && len(s.kept) == sampleMost {
+		for i := range sampleMost / 2 {
+			s.kept[i] = s.kept[2*i]
+		}
+		s.kept = s.kept[:sampleMost/2]
+		s.stride *= 2
+	}
+	if s.seen%s.stride == 0 {
+		s.kept = append(s.kept, p)
+	}
+	s.seen++
+}
+
+// used estimates how many of all pages hold anything but zeroes.
+func (s *sample) used(mem *guestmem.Memory) (int, error) {
+	n := 0
+	var there [1]uint64
+	page := make([]byte, migstream.TargetPageSize)
+	for _, p := range s.kept {
+		// To read one that is not there may have the host allocate it.
+		if err := mem.Populated(p.block, p.offset/migstream.TargetPageSize, 1, there[:]); err != nil {
+			return 0, err
+		}
+		if there[0]&1 == 0 {
+			continue
+		}
+		if err := mem.Read(page, p.block, p.offset); err != nil {
+			return 0, err
+		}
+		if !guestmem.IsZero(page) {
+			n++
+		}
+	}
+	if n == 0 {
+		return 0, nil
+	}
+	return s.seen * n / len(s.kept), nil
 }

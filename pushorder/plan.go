@@ -101,17 +101,13 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 	return r
 }
 
-// Hot counts the pages of the busy processes and of the kernel that the default order puts ahead of all others: what the guest
-// works on, as far as is known.
-func Hot(s *pageclass.Survey) int {
+// Hot returns what tells whether a page of the survey is one that the guest works on, as far as is known: of the busy processes and of the
+// kernel, those that the default order puts ahead of all others.
+func Hot(s *pageclass.Survey) func(pageclass.Page) bool {
 	r := newRanking(Enlightened, s)
-	n := 0
-	for _, p := range s.Pages {
-		if p.Kind != pageclass.None && p.Class != pageclass.Free && r.tier(p) < hotTiers {
-			n++
-		}
+	return func(p pageclass.Page) bool {
+		return p.Kind != pageclass.None && p.Class != pageclass.Free && r.tier(p) < hotTiers
 	}
-	return n
 }
 
 // rank returns the rank of a page, less than ranks.

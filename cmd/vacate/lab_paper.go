@@ -18,15 +18,15 @@ import (
 )
 
 func paperCommand() *cobra.Command {
-	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3}
+	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.Clients{Writes: 0.1, Bytes: 4000}}
 	memory, serve := mebibytes(640), mebibytes(192)
 	servers, rates := []string{"memcached", "redis", "postgresql"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
 	c := &cobra.Command{
 		Use:   "paper",
 		Short: "repeat the evaluation of the paper on enlightened post-copy",
-		Long: `Has two VMs with a server each, and clients that ask as fast as they are
-answered, contend for the core of host a; evicts one of them to host b by each
+		Long: `Has two VMs with a server each, whose clients want more than the core has that
+they share, contend for the core of host a; evicts one of them to host b by each
 strategy, over links of several rates; and measures when each VM, and both
 together, are back at 90 % of their final level. See docs/paper.md for what is
 scaled, and how.
@@ -41,6 +41,9 @@ directory.`,
 	fl.StringSliceVar(&rates, "rates", rates, "of the link")
 	fl.Var(&memory, "memory", "of each VM")
 	fl.Var(&serve, "serve", "how much of it the servers hold")
+	fl.Float64Var(&opts.Wanted, "wanted", opts.Wanted, "how much of a core each VM wants")
+	fl.Float64Var(&opts.Clients.Writes, "writes", opts.Clients.Writes, "the share of requests that write")
+	fl.IntVar(&opts.Clients.Bytes, "value", opts.Clients.Bytes, "bytes of a value of memcached or Redis")
 	fl.IntVar(&opts.Repeat, "repeat", opts.Repeat, "how often all is measured")
 	fl.Float64Var(&opts.PrecopyBound, "precopy-bound", opts.PrecopyBound, "pre-copy is given up after so many times as long as all memory takes")
 	fl.StringVar(&out, "out", ".lab/paper", "`DIR`ectory for the results")
@@ -58,6 +61,9 @@ directory.`,
 				return errors.New("--rates: a link without a limit is none of the paper's")
 			}
 			opts.Rates = append(opts.Rates, uint64(r))
+		}
+		if !(opts.Wanted > 0 && opts.Wanted <= 1) || !(opts.Clients.Writes > 0 && opts.Clients.Writes <= 1) {
+			return errors.New("--wanted and --writes: more than 0, and 1 at most")
 		}
 		opts.MemoryMiB, opts.ServerMiB = int(memory), int(serve)
 		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
