@@ -21,9 +21,9 @@ import (
 
 // ContentionOptions say what to measure of VMs that contend.
 type ContentionOptions struct {
-	Strategies []string // see Strategies
-	Servers    []lab.Server
-	Rates      []uint64 // of the link, in bits per second
+	Strategies []string     // see Strategies
+	Servers    []lab.Server // or Idle
+	Rates      []uint64     // of the link, in bits per second
 	// Wanted is how much of a core each VM wants, Clients what its clients ask for.
 	Wanted  float64
 	Clients Clients
@@ -79,6 +79,9 @@ type ContentionRun struct {
 	Moves []Step `json:"moves"`
 	Stays []Step `json:"stays"`
 }
+
+// Idle is what VMs serve that have neither a server nor clients.
+const Idle lab.Server = "idle"
 
 // Step is a begin, answers per second, and of these the median latency and the 90th percentile. Times are in seconds.
 type Step [4]float64
@@ -187,6 +190,9 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 		MemoryMiB: c.opts.MemoryMiB, Devices: lab.Full, Tap: true, Server: c.server, ServerMiB: c.opts.ServerMiB,
 		Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1}, // which is there to be checked
 	}
+	if c.server == Idle {
+		spec.Server, spec.ServerMiB = lab.NoServer, 0
+	}
 	for i := range c.vms {
 		if k := c.loaders[i]; k != nil {
 			k.Stop()
@@ -252,6 +258,9 @@ type Clients struct {
 
 // Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
 func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {
+	if vm.Spec.Server == lab.NoServer {
+		return nobody{}, nil
+	}
 	var k Loader
 	var err error
 	if vm.Spec.Server == lab.PostgreSQL {
@@ -267,6 +276,14 @@ func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error
 	}
 	return k, nil
 }
+
+// nobody is the client of a VM that has none.
+type nobody struct{}
+
+func (nobody) Rates(time.Time, time.Time, time.Duration) []answers.Rate { return nil }
+func (nobody) Set(float64)                                              {}
+func (nobody) Stats() answers.Stats                                     { return answers.Stats{} }
+func (nobody) Stop() answers.Stats                                      { return answers.Stats{} }
 
 // run has one VM leave by a strategy, and come back.
 func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run ContentionRun, err error) {

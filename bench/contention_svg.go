@@ -15,6 +15,9 @@ func (c *Contention) SVG(w io.Writer) error {
 	var servers, strategies []string
 	var rates []uint64
 	for _, r := range c.Runs {
+		if r.Server == string(Idle) {
+			continue
+		}
 		if !slices.Contains(servers, r.Server) {
 			servers = append(servers, r.Server)
 		}

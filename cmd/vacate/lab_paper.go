@@ -20,7 +20,7 @@ import (
 func paperCommand() *cobra.Command {
 	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.Clients{Writes: 0.1, Bytes: 4000}}
 	memory, serve := mebibytes(640), mebibytes(192)
-	servers, rates := []string{"memcached", "redis", "postgresql"}, []string{"400Mbit", "200Mbit", "100Mbit"}
+	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
 	c := &cobra.Command{
 		Use:   "paper",
@@ -37,7 +37,7 @@ directory.`,
 	}
 	fl := c.Flags()
 	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "qemu-precopy-autoconverge", "stop-and-copy", "vacate:demand-only"}, "of "+strings.Join(bench.Strategies(), ", ")+", vacate:ORDER")
-	fl.StringSliceVar(&servers, "servers", servers, "what the VMs serve")
+	fl.StringSliceVar(&servers, "servers", servers, "what the VMs serve; idle for nothing")
 	fl.StringSliceVar(&rates, "rates", rates, "of the link")
 	fl.Var(&memory, "memory", "of each VM")
 	fl.Var(&serve, "serve", "how much of it the servers hold")

@@ -20,7 +20,7 @@
 
   main.append(el("h1", {}, "Two VMs on one core, and one of them leaves"),
     el("p", { class: "soft" }, [m.cpu, m.cores + " cores", "Linux " + m.kernel, "QEMU " + m.qemu + " (" + m.accel + ")", "guests: Linux " + m.guest_kernel].join(" · ")),
-    el("p", {}, "Two VMs of " + data.memory_mib + " MiB, each with the same server that holds " + data.server_mib + " MiB, share the one core of host a. Clients ask each as fast as it answers, and check every value. " +
+    el("p", {}, "Two VMs of " + data.memory_mib + " MiB, each with the same server that holds " + data.server_mib + " MiB, share the one core of host a. Their clients want " + data.wanted_cores + " of a core for each, and check every value; a share of " + data.clients.writes + " of what they ask writes. " +
       "At 0 s it is decided to evict one VM to host b, which has a core to spare, by one of several strategies. A VM is back when its answers per second are at 90 % of their final level for a second; both are back when their sum is."),
     el("p", {}, "This repeats the evaluation of Abe et al., \"Urgent Virtual Machine Eviction with Enlightened Post-Copy\" (VEE 2016), where VMs of 30 GB moved over 10, 5 and 2.5 Gbit/s; memory and links are scaled down together."));
 
@@ -35,12 +35,13 @@
     const s = server.value, r = Number(rate.value);
     figures.textContent = "";
     figures.append(el("h2", {}, "Both VMs together"), el("p", { class: "soft" }, "Answers of both per second, averaged over half a second. Drag to look closer, double-click to see all again."));
-    const lines = strategies.map(st => [st, typical(s, r, st)]).filter(([, run]) => run && run.moves && run.stays).map(([st, run]) => {
+    const lines = strategies.map(st => [st, typical(s, r, st)]).filter(([, run]) => run && run.moves && run.moves.length && run.stays).map(([st, run]) => {
       const a = smooth(run.moves), b = smooth(run.stays), n = Math.min(a.length, b.length);
       return { name: st, points: run.moves.slice(0, n).map((p, i) => [p[0], a[i] + b[i]]) };
     });
     const [xs, values] = joined(lines);
-    plot(figures, xs, lines.map((l, i) => ({ name: l.name, values: values[i], colour: colourOf(l.name), dash: dashOf(l.name), width: l.name === "vacate" ? 2.8 : 1.8 })), "answers per second", { height: 330, xlabel: "seconds after the decision to evict" });
+    if (!lines.length) figures.append(el("p", {}, "These VMs serve nobody."));
+    else plot(figures, xs, lines.map((l, i) => ({ name: l.name, values: values[i], colour: colourOf(l.name), dash: dashOf(l.name), width: l.name === "vacate" ? 2.8 : 1.8 })), "answers per second", { height: 330, xlabel: "seconds after the decision to evict" });
     figures.append(table(["strategy", "outcome", "runs there", "stood still", "total", "contending VM back", "migrated VM back", "both back", "over the link"], strategies.filter(st => of(s, r, st).length).map(st => {
       const run = typical(s, r, st);
       return [st, run.outcome, shown(s, r, st, "execution_transfer_s"), shown(s, r, st, "down_time_s"), shown(s, r, st, "total_s"), shown(s, r, st, "contending_90_s"), shown(s, r, st, "migrated_90_s"), shown(s, r, st, "aggregate_90_s"), size(run.link_bytes)];
@@ -50,7 +51,7 @@
   function drawOne() {
     const run = typical(server.value, Number(rate.value), strategy.value);
     single.textContent = "";
-    if (!run || !run.moves) { single.append(el("p", {}, "There is no such run.")); return; }
+    if (!run || !run.moves || !run.moves.length) { single.append(el("p", {}, "There is no such run.")); return; }
     const events = [{ name: "decision", at: 0 }, run.execution_transfer_s !== null && { name: "runs on host b", at: run.execution_transfer_s }, run.total_s !== null && { name: "host a is free of it", at: run.total_s }].filter(Boolean);
     for (const [title, unit, column, scale] of [["Answers of each VM", "answers per second", 1, 1], ["Latency, median", "ms", 2, 1000], ["Latency, 90th percentile", "ms", 3, 1000]]) {
       const lines = [["the VM that moves", run.moves], ["the VM that stays", run.stays]].map(([name, steps]) => ({ name, points: steps.filter(p => column === 1 || p[2] > 0).map(p => [p[0], p[column] * scale]) }));
