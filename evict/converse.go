@@ -227,7 +227,9 @@ func (e *source) rejoin(a *attachment) (again int, err error) {
 		}
 	}
 	e.mu.Unlock()
-	e.ranThere = true
+	if e.ranThere = true; e.ranSince.IsZero() {
+		e.ranSince = time.Now()
+	}
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	e.at.Store(a)
 	a.begin(func() error { return e.serveFetches(a) })
@@ -319,6 +321,10 @@ func (e *source) quit() (wait func()) {
 
 // frozenRemedy says what an operator can do with a VM that stands frozen here.
 func (e *source) frozenRemedy() string {
+	if e.gaveBack.Load() {
+		return fmt.Sprintf("The copy here is of no use, as memory of it was given back. Look on the destination what became of the VM; "+
+			"`vacate decide %s discard --confirm %s` ends this copy", e.Eviction, e.VM)
+	}
 	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it"
 	if e.Journal == nil {
 		return keep
@@ -382,8 +388,15 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	} else if status.Running {
 		here = copyRunning
 	}
+	if err := e.whole(); err != nil && !errors.Is(err, ErrGivenBack) {
+		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
+	}
+	e.ranThere = e.gaveBack.Load() // not sooner is any given back
 	switch sourceStep(m, here) {
 	case stepRollBack:
+		if e.gaveBack.Load() {
+			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack), "Pause it, and look on the destination, where the VM is")
+		}
 		if err := e.remember(opening); err != nil {
 			return &Error{ErrLeft, e.machine.current(), err, "The VM is here, and was never told to run elsewhere"}
 		}
@@ -404,6 +417,16 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")
 	}
 	return nil
+}
+
+// whole is Whole, and remembers what it said.
+func (e *source) whole() error {
+	if e.Journal == nil {
+		return nil
+	}
+	err := Whole(e.Journal)
+	e.gaveBack.Store(errors.Is(err, ErrGivenBack))
+	return err
 }
 
 // remember reads what rolling back needs.
@@ -432,6 +455,9 @@ func (e *source) reopen(ctx context.Context) error {
 	}
 	close(e.frozen.ready)
 	e.frozenAt.Store(&e.started)
+	if e.gaveBack.Load() {
+		return nil // what is left of the guest does not tell what its pages are used for
+	}
 	e.tasks.Go(func() {
 		ctx, cancel := e.bound(context.Background(), lookLimit, errors.New("looking into the guest took too long"))
 		e.look(ctx)
@@ -507,6 +533,9 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 	}
 	switch d {
 	case ResumeHere:
+		if err := e.whole(); err != nil {
+			return err
+		}
 		if err := e.remember(ctx); err != nil {
 			return err
 		}
@@ -539,6 +568,9 @@ func (s Source) Export(ctx context.Context, file string) error {
 }
 
 func (e *source) export(ctx context.Context, file string) error {
+	if err := e.whole(); err != nil {
+		return err
+	}
 	if err := e.open(ctx); err != nil {
 		return err
 	}

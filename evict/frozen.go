@@ -123,6 +123,17 @@ func (f *frozen) read(dst []byte, r pageset.Run) error {
 	return f.mem.Read(dst, f.index[r.Block], offset)
 }
 
+// releasable tells whether memory of a block can be given back to the host.
+func (f *frozen) releasable(block int) bool {
+	return f.index[block] >= 0 && f.mem.Releasable(f.index[block])
+}
+
+// release gives the memory of a run back to the host.
+func (f *frozen) release(r pageset.Run) error {
+	size := f.layout[r.Block].PageSize
+	return f.mem.Release(f.index[r.Block], uint64(r.First)*size, uint64(r.Count)*size)
+}
+
 // runs translates guest-physical addresses to the pages that hold them. What is no memory
 // that can be read is left out.
 func (f *frozen) runs(addresses []uint64) []pageset.Run {

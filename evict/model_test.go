@@ -33,6 +33,9 @@ type rules struct {
 	lateWords     bool // what was said in one session may be heard in the next
 	keepBooks     bool // pages sent in one session count as sent in the next
 	trustBuffers  bool // pages received count as placed
+	hasty         bool // memory is given back before it is durable that the copy is not whole
+	generous      bool // memory is given back that the destination only has received
+	forgetful     bool // an operator may resume a copy of which memory was given back
 }
 
 func realRules() rules {
@@ -165,6 +168,8 @@ type world struct {
 		loaded  bool  // heard
 		heard   bool  // that the twin runs
 		sent    pages // need not be sent
+		given   pages // given back to the host
+		noted   bool  // in the journal: some may have been given back
 	}
 	d struct {
 		phase     phase
@@ -215,6 +220,8 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 		w.bad = "two copies run"
 	case there && w.aborted:
 		w.bad = "the twin runs after the operator was told that the eviction was aborted"
+	case w.s.guest == runsHere && w.s.given != 0:
+		w.bad = "the guest runs here without memory that was given back"
 	case w.ran && w.s.guest == runsHere && !w.resumed:
 		w.bad = "the guest runs here from an older state than it had there, and nobody said so"
 	}
@@ -358,6 +365,9 @@ func (m *model) source(w world) {
 			for _, p := range []pages{inUse, leftOut} {
 				if w.s.sent&p == 0 {
 					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
+						if w.s.given&p&^w.d.placed != 0 {
+							w.bad = "the source sends zeroes for a page that it gave back"
+						}
 						w.s.sent |= p
 						if w.d.session {
 							w.moving |= p
@@ -396,6 +406,19 @@ func (m *model) source(w world) {
 	case pushing:
 		if w.s.guest == gone {
 			m.add("source notices that its QEMU died", false, func(w *world) { w.s.phase = holding })
+			break
+		}
+		// As soon as it likes. It is an operator's setting, so that nothing relies upon it.
+		reported := w.d.placed
+		if m.generous {
+			reported |= w.d.held
+		}
+		switch {
+		case w.s.given != 0 || !w.s.session || !w.d.session || w.s.sent&reported&inUse == 0:
+		case !w.s.noted && !m.hasty:
+			m.add("source writes that the copy is not whole", true, func(w *world) { w.s.noted = true })
+		default:
+			m.add("source gives a page back", true, func(w *world) { w.s.given = inUse })
 		}
 	case asking:
 		if w.s.session {
@@ -466,7 +489,7 @@ func (m *model) operator(w world) {
 			w.s.phase = down
 		}
 	}
-	if w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down {
+	if (!w.s.noted || m.forgetful) && (w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down) {
 		m.word("operator has the guest resumed here: source", MarkResumedHere, func(w *world) {
 			w.resumed = true
 			m.sourceTakes(w, stepRollBack)
@@ -514,7 +537,7 @@ func (m *model) sourceHears(w *world, said word) {
 			}
 			w.s.sent |= pages(said - runsWith0)
 		}
-		m.sourceTakes(w, m.sourceOnAnswer(w.s.guest.state(), w.s.heard, a))
+		m.sourceTakes(w, m.sourceOnAnswer(w.s.guest.state(), w.s.heard || w.s.noted, a))
 	}
 }
 
@@ -952,6 +975,9 @@ func TestModelMutants(t *testing.T) {
 		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
 		{"R5", "a source that may have sent a commit rolls back", sourceSteps(MarkMayRun, copyPaused, stepRollBack)},
 		{"R5", "a source whose guest runs after all goes on asking", sourceSteps(MarkMayRun, copyRunning, stepAsk)},
+		{"R9", "memory is given back before that is durable", func(r *rules) { r.hasty = true }},
+		{"R9", "memory is given back that was received and not placed", func(r *rules) { r.generous = true }},
+		{"R9", "a copy of which memory was given back is resumed", func(r *rules) { r.forgetful = true }},
 		{"R5", "rolls back when there is no answer", func(r *rules) { r.impatient = true }},
 		{"R5", "rolls back on unknown", sourceAnswers(AnswerUnknown, stepRollBack)},
 		{"R5", "rolls back on paused", sourceAnswers(AnswerPaused, stepRollBack)},

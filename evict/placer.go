@@ -74,30 +74,32 @@ func (p *placer) raw(b []byte) error {
 	return nil
 }
 
-// place gives QEMU the pages of the runs; data holds those that are not zero.
-func (p *placer) place(runs []pageRun, data []byte, urgent bool) error {
+// place gives QEMU the pages of the runs; data holds those that are not zero. It tells whether they are in its memory: else they
+// may be on their way there when it returns.
+func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, err error) {
 	d := p.direct.Load()
 	if d == nil {
-		return p.stream(runs, data, urgent)
+		return false, p.stream(runs, data, urgent)
 	}
+	held = true
 	for i, r := range runs {
 		size := p.layout[r.Block].PageSize
 		n := uint64(r.Count) * size
 		if r.Zero {
 			n = 0
 		}
-		var err error
 		if d.places(r.Block) {
 			err = d.place(r, size, data[:n])
 		} else {
+			held = false
 			err = p.stream(runs[i:i+1], data[:n], urgent)
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 		data = data[n:]
 	}
-	return nil
+	return held, nil
 }
 
 // stream writes the pages of the runs to QEMU's stream.

@@ -165,7 +165,7 @@ func TestPlacer(t *testing.T) {
 		expect(l, want, runs)
 		for rest := runs; len(rest) > 0; {
 			n := rapid.IntRange(1, len(rest)).Draw(t, "runs at once")
-			if err := p.place(rest[:n], pageData(l, rest[:n]), rapid.Bool().Draw(t, "urgent")); err != nil {
+			if _, err := p.place(rest[:n], pageData(l, rest[:n]), rapid.Bool().Draw(t, "urgent")); err != nil {
 				t.Fatal(err)
 			}
 			rest = rest[n:]
@@ -201,7 +201,7 @@ func TestPlacerConcurrently(t *testing.T) {
 		}
 		lanes.Go(func() {
 			for _, runs := range all {
-				if err := p.place(runs, pageData(l, runs), lane == 3); err != nil {
+				if _, err := p.place(runs, pageData(l, runs), lane == 3); err != nil {
 					t.Error(err)
 				}
 			}
@@ -254,7 +254,11 @@ func (broken) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 func TestPlacerFails(t *testing.T) {
 	p := newPlacer(broken{}, testSection, small)
 	runs := []pageRun{{run(0, 0, 1), true}}
-	for name, err := range map[string]error{"place": p.place(runs, nil, false), "raw": p.raw([]byte("x")), "end": p.end(), "again": p.place(runs, nil, true)} {
+	place := func(urgent bool) error {
+		_, err := p.place(runs, nil, urgent)
+		return err
+	}
+	for name, err := range map[string]error{"place": place(false), "raw": p.raw([]byte("x")), "end": p.end(), "again": place(true)} {
 		if !errors.Is(err, errQEMU) || !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("%s: %v", name, err)
 		}

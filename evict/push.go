@@ -1,7 +1,6 @@
 package evict
 
 import (
-	"encoding/binary"
 	"fmt"
 	"time"
 
@@ -41,8 +40,12 @@ func (e *source) sendEarly(a *attachment) error {
 
 // beginPush pushes in a session, in which fetches are served already.
 func (e *source) beginPush(a *attachment) {
+	e.ledger.begin()
 	a.begin(func() error { return e.readPlaced(a) })
 	a.begin(func() error { return e.pushAll(a) })
+	if e.ledger != nil {
+		a.begin(func() error { return e.giveBack(a) })
+	}
 }
 
 // pushAll pushes pages in order until none is left.
@@ -81,6 +84,7 @@ func (e *source) pushAll(a *attachment) error {
 			}
 			e.zero.Add(int64(f.zero))
 			a.window.send(f.size())
+			e.ledger.add(f.size(), f.runs)
 			if err := f.write(lane); err != nil {
 				return err
 			}
@@ -144,14 +148,22 @@ func (e *source) readPlaced(a *attachment) error {
 	lane := a.Lane(link.Push)
 	var buf []byte
 	for {
-		kind, payload, err := lane.Read(buf, 8)
+		kind, payload, err := lane.Read(buf, placedSize)
 		if err != nil {
 			return err
 		}
 		buf = payload
-		if kind != framePlaced || len(payload) != 8 || !a.window.report(binary.BigEndian.Uint64(payload)) {
-			return fmt.Errorf("%w: report of type %d on the push lane", errFrame, kind)
+		if kind != framePlaced {
+			return fmt.Errorf("%w: type %d on the push lane", errFrame, kind)
 		}
+		placed, held, err := parsePlaced(payload)
+		if err != nil {
+			return err
+		}
+		if !a.window.report(placed) {
+			return fmt.Errorf("%w: report of pages that were not sent", errFrame)
+		}
+		e.ledger.report(placed, held)
 	}
 }
 

@@ -3,7 +3,6 @@ package evict
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -85,7 +84,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 			return err
 		}
 		if f.kind == framePages {
-			if err := e.receive(f.payload, false); err != nil {
+			if _, err := e.receive(f.payload, false); err != nil {
 				return err
 			}
 			continue
@@ -192,12 +191,13 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 		if kind != framePages {
 			return fmt.Errorf("%w: type %d on the %v lane", errFrame, kind, l)
 		}
-		if err := e.receive(payload, l == link.Fetch); err != nil {
+		held, err := e.receive(payload, l == link.Fetch)
+		if err != nil {
 			return err
 		}
 		if l == link.Push {
 			placed += uint64(len(payload))
-			report = binary.BigEndian.AppendUint64(report[:0], placed)
+			report = appendPlaced(report[:0], placed, held)
 			if err := lane.Write(framePlaced, report); err != nil {
 				return err
 			}
@@ -205,21 +205,22 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 	}
 }
 
-// receive takes a frame of pages and hands those to QEMU that it does not have yet.
-func (e *destination) receive(payload []byte, urgent bool) error {
+// receive takes a frame of pages and hands those to QEMU that it does not have yet. It tells whether all pages of the frame are in QEMU's memory
+// then; those that came before may still be on their way there.
+func (e *destination) receive(payload []byte, urgent bool) (held bool, err error) {
 	runs, data, err := e.layout.parsePages(nil, payload)
 	if err != nil {
-		return err
+		return false, err
 	}
-	runs, data = e.claim(runs, data)
+	runs, data, all := e.claim(runs, data)
 	if len(runs) == 0 {
-		return nil
+		return false, nil
 	}
-	if err := e.placer.place(runs, data, urgent); err != nil {
-		return err
+	if held, err = e.placer.place(runs, data, urgent); err != nil {
+		return false, err
 	}
 	e.placed(runs)
-	return nil
+	return held && all, nil
 }
 
 // skip notes pages that never come: they read as zero, since QEMU was told to drop all
@@ -254,7 +255,7 @@ func (e *destination) skip(payload []byte) error {
 	if len(wanted) == 0 {
 		return nil
 	}
-	if err := e.placer.place(wanted, nil, true); err != nil {
+	if _, err := e.placer.place(wanted, nil, true); err != nil {
 		return err
 	}
 	e.placed(wanted)
@@ -263,7 +264,7 @@ func (e *destination) skip(payload []byte) error {
 
 // claim marks pages as received and drops those that already were: QEMU takes a page that
 // comes twice for an error.
-func (e *destination) claim(runs []pageRun, data []byte) ([]pageRun, []byte) {
+func (e *destination) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []byte, all bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	twice := false
@@ -277,10 +278,8 @@ func (e *destination) claim(runs []pageRun, data []byte) ([]pageRun, []byte) {
 		for _, r := range runs {
 			e.received[r.Block].AddRun(r.First, r.Count)
 		}
-		return runs, data
+		return runs, data, true
 	}
-	var fresh []pageRun
-	var kept []byte
 	for _, r := range runs {
 		size := int(e.layout[r.Block].PageSize)
 		for i := range r.Count {
@@ -298,7 +297,7 @@ func (e *destination) claim(runs []pageRun, data []byte) ([]pageRun, []byte) {
 			data = data[r.Count*size:]
 		}
 	}
-	return fresh, kept
+	return fresh, kept, false
 }
 
 // placed notes that QEMU was handed pages.
@@ -363,7 +362,7 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 			}
 			missing, free := e.want(run)
 			if len(free) > 0 {
-				if err := e.placer.place(free, nil, true); err != nil {
+				if _, err := e.placer.place(free, nil, true); err != nil {
 					return err
 				}
 				e.placed(free)

@@ -68,6 +68,8 @@ type PageCounts struct {
 	Duplicate      int `json:"duplicate"` // sent twice
 	// Before are those that were there when this engine took the eviction up.
 	Before int `json:"before,omitempty"`
+	// GivenBack is how many the source gave back to its host before the end.
+	GivenBack int `json:"given_back,omitempty"`
 }
 
 // Quantiles sums up latencies, in seconds.

@@ -47,7 +47,7 @@ func TestSkip(t *testing.T) {
 				}
 			case 1: // sent
 				r := []pageRun{{run, false}}
-				if err := e.receive(append(appendPages(nil, r), pageData(l, r)...), false); err != nil {
+				if _, err := e.receive(append(appendPages(nil, r), pageData(l, r)...), false); err != nil {
 					t.Fatal(err)
 				}
 			case 2: // asked for
@@ -55,7 +55,7 @@ func TestSkip(t *testing.T) {
 					asked[pageKey{run.Block, p}] = true
 				}
 				_, zero := e.want(run)
-				if err := e.placer.place(zero, nil, true); err != nil {
+				if _, err := e.placer.place(zero, nil, true); err != nil {
 					t.Fatal(err)
 				}
 				if len(zero) > 0 {
@@ -117,7 +117,7 @@ func TestSkippedInFlight(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, free := e.want(pageset.Run{First: 0, Count: 1})
-	last, _ := e.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
+	last, _, _ := e.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
 	e.placed(last)
 	if len(free) == 0 || whole() {
 		t.Fatal("all is said to be there, and pages that the guest waits for are yet to be placed")

@@ -47,6 +47,10 @@ type Source struct {
 	Limit *Limit
 	// Yield has the push give way to other traffic on the path.
 	Yield bool
+	// GiveBack is how long the VM must have run at the destination before memory of the copy here is given back to the host as soon as
+	// the destination has it, instead of at the end. From then on the VM can no longer be resumed here or exported, should it be lost there.
+	// 0, or without a Journal: never. Memory that is no file without a name is never given back early.
+	GiveBack time.Duration
 	// Journal survives the engine; without one its death leaves the VM frozen.
 	Journal Journal
 	Log     *slog.Logger
@@ -86,6 +90,9 @@ func (s Source) engine(first State) *source {
 	}
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
+	}
+	if e.GiveBack > 0 && e.Journal != nil {
+		e.ledger = &ledger{}
 	}
 	if e.Path == nil {
 		e.Path = NewPath(0)
@@ -133,7 +140,11 @@ type source struct {
 	fetched *frame // of the fetch lane
 
 	frozenAt atomic.Pointer[time.Time]
-	ranThere bool // the destination said that the VM runs there
+	ranThere bool         // the destination said that the VM runs there
+	ranSince time.Time    // when it said so first
+	ledger   *ledger      // nil if no memory is given back early
+	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
+	given    atomic.Int64 // pages, by this engine
 	summary  Received
 
 	at     atomic.Pointer[attachment] // nil while there is no session
@@ -478,7 +489,7 @@ func (e *source) commit(ctx context.Context) error {
 		}
 		return e.converse(ctx, err)
 	}
-	e.ranThere = true
+	e.ranThere, e.ranSince = true, time.Now()
 	// Not sooner: pages that arrive while the destination loads the devices take the CPU
 	// that it needs for that.
 	e.beginPush(a)
@@ -571,6 +582,9 @@ func (e *source) gone() bool {
 // resume brings the guest back to running, from wherever QEMU is in its migration. What
 // QEMU does when its stream ends differs by version and moment, so its state decides.
 func (e *source) resume(ctx context.Context) error {
+	if e.gaveBack.Load() {
+		return ErrGivenBack
+	}
 	if e.conn != nil {
 		e.conn.Close()
 	}
@@ -650,6 +664,7 @@ func (e *source) report(err error) Report {
 		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
 		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
 		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
+		GivenBack: int(e.given.Load()),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
 	r.Fetch = quantiles(e.summary.FetchDelays)

@@ -43,7 +43,7 @@ const (
 const (
 	framePages   uint8 = 64 // pages, see appendPages
 	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
-	framePlaced  uint8 = 66 // push lane, destination to source: u64 bytes of frames of pages placed so far
+	framePlaced  uint8 = 66 // push lane, destination to source, for each frame of pages, see appendPlaced
 	frameSkipped uint8 = 67 // push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
 )
 
@@ -67,6 +67,27 @@ const (
 
 // maxHas is the number of pages of a block that one frame of msgHas tells of.
 const maxHas = 1 << 22
+
+// placedSize is the length of framePlaced, in bytes.
+const placedSize = 9
+
+// appendPlaced encodes a report of what the destination has placed: u64 bytes of frames of pages so far; and u8 1 if those of the last frame
+// are in the memory of its QEMU, 0 if they may be on their way there.
+func appendPlaced(b []byte, bytes uint64, held bool) []byte {
+	b = binary.BigEndian.AppendUint64(b, bytes)
+	if held {
+		return append(b, 1)
+	}
+	return append(b, 0)
+}
+
+// parsePlaced is the reverse of appendPlaced.
+func parsePlaced(b []byte) (bytes uint64, held bool, err error) {
+	if len(b) != placedSize || b[8] > 1 {
+		return 0, false, fmt.Errorf("%w: report of %d bytes on the push lane", errFrame, len(b))
+	}
+	return binary.BigEndian.Uint64(b), b[8] == 1, nil
+}
 
 // An offer says which VM the source wants to move, so that a destination that cannot
 // take it is found before the VM is touched.

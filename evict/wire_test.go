@@ -129,6 +129,24 @@ func FuzzParseRequest(f *testing.F) {
 	})
 }
 
+func FuzzParsePlaced(f *testing.F) {
+	f.Add(appendPlaced(nil, 0, false))
+	f.Add(appendPlaced(nil, 262162, true))
+	f.Add(appendPlaced(nil, 1<<40, true)[:8])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		n, held, err := parsePlaced(b)
+		if err != nil {
+			if !errors.Is(err, link.ErrPeer) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if !bytes.Equal(appendPlaced(nil, n, held), b) {
+			t.Fatalf("%x was understood as %d, %v", b, n, held)
+		}
+	})
+}
+
 // anOffer is that of a real VM (QEMU 7.2, machine pc).
 func anOffer() offer {
 	return offer{

@@ -80,7 +80,7 @@ type Memory struct {
 	blocks  []Block
 	backing []backing  // of each block
 	rows    []mapped   // by guest-physical address
-	viewing sync.Mutex // guards the views
+	viewing sync.Mutex // guards the views, and the files open for writing
 }
 
 type mapped struct {
@@ -93,7 +93,8 @@ type backing struct {
 	file    *os.File
 	offset  int64
 	hugetlb bool
-	view    []byte // the block's bytes, once View was called
+	view    []byte   // the block's bytes, once View was called
+	written *os.File // the file, open for writing, once Release was called
 }
 
 // Attach finds the memory of the QEMU behind c. It needs permission to trace
@@ -515,6 +516,7 @@ func (m *Memory) Close() error {
 	}
 	for _, b := range m.backing {
 		b.file.Close()
+		b.written.Close()
 		if b.view != nil {
 			unix.Munmap(b.view)
 		}

@@ -157,6 +157,9 @@ func TestConfig(t *testing.T) {
 		"plain = true\nname = \"a\"\n[peers.b]\nmay_send = true":       "address",
 		"[peers.b]\nrate = 99999999999":                                "rate",
 		"listen = 5":                                                   "listen",
+		"give_back = \"-1s\"":                                          "give_back",
+		"give_back = \"30h\"":                                          "give_back",
+		"give_back = \"30s\"":                                          "",
 		"[peers.b]\naddress = \"b:1\"\nmay_send = true\nrate = 500":    "",
 		"plain = true\nname = \"a\"\n[peers.b]\naddress = \"[::1]:1\"": "",
 	} {

@@ -28,6 +28,8 @@ import (
 //	journal = "/var/lib/vacate"             # what must not be forgotten: on a disk that keeps it
 //	vms     = "/etc/vacate/vms"             # descriptions of VMs: see package hypervisor
 //	metrics = "127.0.0.1:9601"              # /metrics for Prometheus, over plain HTTP; default: only on the socket
+//	give_back = "30s"                       # memory of a VM that has run elsewhere for so long is given back as that host gets it, and
+//	                                        # can then not be resumed here any more; default: only when that host has it all
 //
 //	[api]                                   # the same as on the socket, over TLS
 //	listen    = ":7600"
@@ -54,17 +56,18 @@ import (
 //
 // the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
 type Config struct {
-	Name    string          `toml:"name"` // of this host on a plain link; else its certificate has it
-	Certs   string          `toml:"certs"`
-	Plain   bool            `toml:"plain"`
-	Listen  string          `toml:"listen"`
-	Socket  string          `toml:"socket"`
-	Journal string          `toml:"journal"`
-	VMs     string          `toml:"vms"`
-	Metrics string          `toml:"metrics"`
-	API     API             `toml:"api"`
-	Peers   map[string]Peer `toml:"peers"`
-	Guard   *Guard          `toml:"guard"` // nil: off
+	Name     string          `toml:"name"` // of this host on a plain link; else its certificate has it
+	Certs    string          `toml:"certs"`
+	Plain    bool            `toml:"plain"`
+	Listen   string          `toml:"listen"`
+	Socket   string          `toml:"socket"`
+	Journal  string          `toml:"journal"`
+	VMs      string          `toml:"vms"`
+	Metrics  string          `toml:"metrics"`
+	GiveBack time.Duration   `toml:"give_back"` // 0: at the end
+	API      API             `toml:"api"`
+	Peers    map[string]Peer `toml:"peers"`
+	Guard    *Guard          `toml:"guard"` // nil: off
 }
 
 // Guard is when, and how, the daemon evicts by itself. What is not set has its default.
@@ -131,6 +134,9 @@ type Peer struct {
 // maxRate bounds a peer's rate, in Mbit/s.
 const maxRate = 10_000_000
 
+// maxGiveBack bounds the time after which memory is given back: beyond, it is never.
+const maxGiveBack = 24 * time.Hour
+
 // maxConfig bounds the file, in bytes.
 const maxConfig = 1 << 20
 
@@ -193,6 +199,9 @@ func (c Config) check() error {
 	}
 	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
 		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+	}
+	if c.GiveBack < 0 || c.GiveBack > maxGiveBack {
+		return fmt.Errorf("give_back = %v: want 0, which is off, to %v", c.GiveBack, maxGiveBack)
 	}
 	if c.Guard != nil {
 		if _, err := c.Guard.policy(); err != nil {

@@ -232,10 +232,14 @@ func (v *eviction) remedies() []string {
 		return nil
 	}
 	r := v.entry.Record()
+	discard := fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM)
+	if evict.Whole(record{v.entry}) != nil {
+		return []string{discard}
+	}
 	return []string{
 		fmt.Sprintf("vacate export %v FILE", r.ID),
 		fmt.Sprintf("vacate decide %v resume-here --confirm %s", r.ID, r.VM),
-		fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM),
+		discard,
 	}
 }
 

@@ -59,7 +59,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		return s, err
 	}
 	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
-	s.Path, s.Yield = h.paths[r.Peer], o.Yield
+	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack
 	if o.RateLimit > 0 {
 		s.Limit = new(evict.Limit)
 		s.Limit.Set(int64(min(o.RateLimit, math.MaxInt64)))
@@ -182,6 +182,9 @@ func (v *eviction) decide(ctx context.Context, d evict.Decision) error {
 	if !v.decidable() {
 		return &stateError{errors.New(v.undecidable())}
 	}
+	if err := evict.Whole(record{v.entry}); err != nil && d == evict.ResumeHere {
+		return &stateError{err}
+	}
 	if err := v.stop(ctx); err != nil {
 		return err
 	}
@@ -227,6 +230,9 @@ func (v *eviction) export(ctx context.Context, file string) error {
 	defer v.operator.Unlock()
 	if !v.decidable() {
 		return &stateError{errors.New(v.undecidable())}
+	}
+	if err := evict.Whole(record{v.entry}); err != nil {
+		return &stateError{err}
 	}
 	if err := v.stop(ctx); err != nil {
 		return err
