@@ -33,6 +33,11 @@ func Process() {
 			_ = unix.SchedSetAttr(tid, attributes(niceness, slice), 0)
 		}
 	}
+	// Niceness counts among the threads of a control group or, where there is none and the kernel makes groups by itself, of a session
+	// (sched(7), autogroup), which has one of its own. Somebody else's session is none of ours.
+	if sid, err := unix.Getsid(0); err == nil && sid == os.Getpid() {
+		_ = os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(niceness)), 0)
+	}
 }
 
 func attributes(nice int32, slice time.Duration) *unix.SchedAttr {
