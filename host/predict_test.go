@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"encoding/csv"
 	"fmt"
 	"math"
@@ -11,7 +12,6 @@ import (
 	"time"
 
 	"vacate/bench"
-	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )
@@ -38,42 +38,49 @@ func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, bench
 }
 
 // BenchmarkPrediction compares what package relief predicts with what is measured, for VMs of several sizes over links of several rates. It
-// writes a line for each eviction into the file VACATE_PREDICTIONS, or into prediction.csv of the lab's cache.
+// writes a line for each eviction into the file VACATE_PREDICTIONS, or into prediction.csv of the lab's cache, and a plot of all beside it. What the
+// file has is not measured again: a run that was broken off can be gone on with.
 func BenchmarkPrediction(b *testing.B) {
 	file := os.Getenv("VACATE_PREDICTIONS")
 	if file == "" {
 		file = labtest.Dir(b) + "/prediction.csv"
 	}
-	f, err := os.Create(file)
+	f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer f.Close()
-	out := csv.NewWriter(f)
-	out.Write([]string{"server", "server_mib", "link_bits_per_s", "wanted_cores", "predicted_transfer_s", "transfer_s", "predicted_back_s", "back_s", "predicted_total_s", "total_s"})
-	var back, total []float64 // relative errors
 	var points []predicted
-	for _, c := range []struct {
-		kind lab.Server
-		mib  int
-	}{{lab.Memcached, 60}, {lab.Redis, 160}, {lab.PostgreSQL, 160}} {
-		for _, rate := range []uint64{1e9, 5e8, 25e7} {
+	lines, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out := csv.NewWriter(f)
+	if len(lines) == 0 {
+		out.Write([]string{"server", "server_mib", "link_bits_per_s", "wanted_cores", "predicted_transfer_s", "transfer_s", "predicted_back_s", "back_s", "predicted_total_s", "total_s"})
+	} else {
+		for _, line := range lines[1:] {
+			points = append(points, parsePredicted(b, line))
+		}
+	}
+	for _, c := range []predicted{{server: lab.Memcached, mib: 60}, {server: lab.Redis, mib: 160}, {server: lab.PostgreSQL, mib: 160}} {
+		for _, c.rate = range []uint64{1e9, 5e8, 25e7} {
 			// As much of a core as leaves the engines some, and as much as does not.
-			for _, wanted := range []float64{0.55, 0.6, 0.65, 0.75} {
-				b.Run(fmt.Sprintf("%s/%v/%v", c.kind, rate, wanted), func(b *testing.B) {
-					p := predictions(b, c.kind, c.mib, rate, wanted)
-					if p == nil {
+			for _, c.wanted = range []float64{0.55, 0.6, 0.65, 0.75} {
+				if slices.ContainsFunc(points, func(p predicted) bool {
+					return p.server == c.server && p.rate == c.rate && p.wanted == c.wanted
+				}) {
+					continue
+				}
+				b.Run(fmt.Sprintf("%s/%v/%v", c.server, c.rate, c.wanted), func(b *testing.B) {
+					p := c
+					if !p.measure(b) {
 						b.Log("both VMs were not back at the end, or were at once")
 						return
 					}
-					text := []string{string(c.kind), fmt.Sprint(c.mib), fmt.Sprint(rate)}
-					for _, v := range []float64{wanted, p.expect.TransferS, p.transfer, p.expect.BackS, p.back, p.expect.TotalS, p.total} {
-						text = append(text, fmt.Sprintf("%.3f", v))
-					}
-					out.Write(text)
+					out.Write(p.line())
 					out.Flush()
-					points = append(points, *p)
-					back, total = append(back, math.Abs(p.expect.BackS-p.back)/p.back), append(total, math.Abs(p.expect.TotalS-p.total)/p.total)
+					points = append(points, p)
 				})
 			}
 		}
@@ -84,26 +91,72 @@ func BenchmarkPrediction(b *testing.B) {
 	if err := os.WriteFile(strings.TrimSuffix(file, ".csv")+".svg", plotPredictions(points), 0o644); err != nil {
 		b.Fatal(err)
 	}
-	slices.Sort(back)
-	slices.Sort(total)
-	b.Logf("%d evictions; median errors: back %.0f %%, total %.0f %%", len(back), 100*back[len(back)/2], 100*total[len(total)/2])
+	for _, server := range []lab.Server{"", lab.Memcached, lab.Redis, lab.PostgreSQL} {
+		var back, total []float64 // relative errors
+		for _, p := range points {
+			if server == "" || p.server == server {
+				back, total = append(back, math.Abs(p.predictedBack-p.back)/p.back), append(total, math.Abs(p.predictedTotal-p.total)/p.total)
+			}
+		}
+		slices.Sort(back)
+		slices.Sort(total)
+		if n := len(back); n > 0 {
+			b.Logf("%s: %d evictions; median errors: back %.0f %%, total %.0f %%", cmp.Or(string(server), "all"), n, 100*back[n/2], 100*total[n/2])
+		}
+	}
 }
 
-// predictions evicts one of two VMs, fresh ones: nil if both were not back in the end, or were at once.
-func predictions(b *testing.B, kind lab.Server, mib int, rate uint64, wanted float64) *predicted {
+// predicted is an eviction: in seconds, what was predicted and what was measured.
+type predicted struct {
+	server                                           lab.Server
+	mib                                              int
+	rate                                             uint64  // bits per second
+	wanted                                           float64 // cores, by each VM
+	predictedTransfer, transfer, predictedBack, back float64
+	predictedTotal, total                            float64
+}
+
+// measured are what a line has after the rate.
+func (p *predicted) measured() []*float64 {
+	return []*float64{&p.wanted, &p.predictedTransfer, &p.transfer, &p.predictedBack, &p.back, &p.predictedTotal, &p.total}
+}
+
+func (p *predicted) line() []string {
+	line := []string{string(p.server), fmt.Sprint(p.mib), fmt.Sprint(p.rate)}
+	for _, v := range p.measured() {
+		line = append(line, fmt.Sprintf("%.3f", *v))
+	}
+	return line
+}
+
+func parsePredicted(b *testing.B, line []string) (p predicted) {
+	b.Helper()
+	p.server = lab.Server(line[0])
+	into := []any{&p.mib, &p.rate}
+	for _, v := range p.measured() {
+		into = append(into, v)
+	}
+	if n, err := fmt.Sscan(strings.Join(line[1:], " "), into...); err != nil {
+		b.Fatalf("%v: the %d. of its figures: %v", line, n+1, err)
+	}
+	return p
+}
+
+// measure evicts one of two VMs, fresh ones: false if both were not back in the end, or were at once.
+func (p *predicted) measure(b *testing.B) bool {
 	l := labtest.New(b, lab.Options{})
 	a, z := sites(b, l)
-	mover, moves := serving(b, l, kind, mib)
-	stayer, stays := serving(b, l, kind, 60)
+	mover, moves := serving(b, l, p.server, p.mib)
+	stayer, stays := serving(b, l, p.server, 60)
 	a.describe("moves", mover.QMP, mover.Args)
 	a.describe("stays", stayer.QMP, stayer.Args)
 	a.start()
 	z.start()
-	if _, err := bench.SetPace(b.Context(), []bench.Loader{moves, stays}, wanted); err != nil {
+	if _, err := bench.SetPace(b.Context(), []bench.Loader{moves, stays}, p.wanted); err != nil {
 		b.Fatal(err)
 	}
 	z.expect("moves", mover)
-	if err := l.SetRate(rate); err != nil {
+	if err := l.SetRate(p.rate); err != nil {
 		b.Fatal(err)
 	}
 	time.Sleep(4 * time.Second)
@@ -125,28 +178,23 @@ func predictions(b *testing.B, kind lab.Server, mib int, rate uint64, wanted flo
 		both = append(both, bench.Point{float64(i) / 10, r.PerSecond + other[i].PerSecond})
 	}
 	final := 0.0
-	for _, p := range both[len(both)-30:] {
-		final += p[1] / 30
+	for _, at := range both[len(both)-30:] {
+		final += at[1] / 30
 	}
 	back := bench.Recovery(both, final, 0)
 	b.Logf("%v; back after %v", plan.Candidates, back)
 	if back == nil || *back == 0 {
-		return nil
+		return false
 	}
 	for _, c := range plan.Candidates {
 		if c.Vm == "moves" {
-			return &predicted{string(kind), c, *report.Prepare + *report.Transfer, *back, *report.Prepare + *report.Total}
+			p.predictedTransfer, p.predictedBack, p.predictedTotal = c.TransferS, c.BackS, c.TotalS
+			p.transfer, p.back, p.total = *report.Prepare+*report.Transfer, *back, *report.Prepare+*report.Total
+			return true
 		}
 	}
 	b.Fatalf("the plan: %v", plan)
-	return nil
-}
-
-// predicted is an eviction: in seconds, what was predicted and what was measured.
-type predicted struct {
-	server                string
-	expect                *hostv1.Candidate
-	transfer, back, total float64
+	return false
 }
 
 // plotPredictions draws what was measured over what was predicted, on logarithmic axes, between lines of 20 % more and less.
@@ -157,7 +205,7 @@ func plotPredictions(points []predicted) []byte {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", 2*(size+2*margin), size+2*margin)
-	colours := map[string]string{"memcached": "#0072b2", "redis": "#d55e00", "postgresql": "#009e73"}
+	colours := map[lab.Server]string{lab.Memcached: "#0072b2", lab.Redis: "#d55e00", lab.PostgreSQL: "#009e73"}
 	for panel, title := range []string{"Both VMs back at 90 %", "Until the source holds nothing"} {
 		left := float64(panel)*(size+2*margin) + margin
 		x := func(v float64) float64 { return left + at(v) }
@@ -175,14 +223,14 @@ func plotPredictions(points []predicted) []byte {
 			fmt.Fprintf(&b, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"#999\" stroke-dasharray=\"%s\"/>\n", x(least/f*max(f, 1)), y(least*max(f, 1)), x(most/max(f, 1)), y(most*f/max(f, 1)), dash)
 		}
 		for _, p := range points {
-			px, py := p.expect.BackS, p.back
+			px, py := p.predictedBack, p.back
 			if panel == 1 {
-				px, py = p.expect.TotalS, p.total
+				px, py = p.predictedTotal, p.total
 			}
 			fmt.Fprintf(&b, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\" fill-opacity=\"0.6\"/>\n", x(px), y(py), colours[p.server])
 		}
 	}
-	for i, name := range []string{"memcached", "redis", "postgresql"} {
+	for i, name := range lab.Servers() {
 		fmt.Fprintf(&b, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/><text x=\"%.1f\" y=\"%.1f\">%s</text>\n", margin+110*float64(i), size+2*margin-14, colours[name], margin+110*float64(i)+9, size+2*margin-10, name)
 	}
 	b.WriteString("</svg>\n")
