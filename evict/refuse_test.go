@@ -27,6 +27,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// greeting is what hellos and answers begin with.
+var greeting = "vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0xff})
+
 // Whatever is wrong with what an eviction is given is found before the VM is touched, and
 // the message says what to do. One guest goes through all of it, works on, and is moved in
 // the end by the destination that has turned everybody else away.
@@ -397,10 +400,10 @@ func (r *refusals) peers() {
 	for name, c := range map[string]struct{ answer, says string }{
 		"web server":         {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ask},
 		"noise":              {strings.Repeat("\x00\xff\x17", 40), ask},
-		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", "speaks version 99, we speak 3: use the same release of vacate on both hosts"},
-		"taken":              {"vacate\r\n\x00\x03\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
+		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", fmt.Sprintf("speaks version 99, we speak %d: use the same release of vacate on both hosts", link.Version)},
+		"taken":              {greeting + "\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
 		"silent destination": {"", ask},
-		"mirror":             {"vacate\r\n\x00\x03\x00\x00\x00\x00" + "vacate\r\n\x00\x03\x00\x00\x00\x00", "does not speak vacate's protocol"},
+		"mirror":             {strings.Repeat(greeting+"\x00\x00\x00\x00", 2), "does not speak vacate's protocol"},
 	} {
 		r.run(name, func(t *testing.T) { refused(t, r.evict(t, r.vm.QMP, serve(t, c.answer)), c.says) })
 	}
@@ -486,7 +489,7 @@ func (r *refusals) strangers() {
 		for lane := range byte(3) {
 			c := connect(t, hello(link.Version, lane))
 			answer := make([]byte, 22)
-			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != "vacate\r\n\x00\x03\x00\x00\x00\x08"+strings.Repeat("\x00", 8) {
+			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != greeting+"\x00\x00\x00\x08"+strings.Repeat("\x00", 8) {
 				t.Fatalf("answered %q, %v", answer, err)
 			}
 			if lane == 0 {

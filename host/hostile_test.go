@@ -18,6 +18,7 @@ import (
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
+	"vacate/link"
 
 	"connectrpc.com/connect"
 )
@@ -80,7 +81,7 @@ func TestHostilePeers(t *testing.T) {
 			io.Copy(io.Discard, c)
 		}
 	}
-	hello := []byte("vacate\r\n\x00\x03\x00\x00sixteen bytes id" + strings.Repeat("\x00", 8))
+	hello := []byte("vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0xff}) + "\x00\x00sixteen bytes id" + strings.Repeat("\x00", 8))
 	peers := map[string]func(context.Context){
 		"unauthenticated": secure(&tls.Config{InsecureSkipVerify: true}, hello),
 		"wrong CA":        secure(wrongCA, hello),
