@@ -50,16 +50,18 @@ func LookAhead(ctx context.Context, path string) (Estimate, error) {
 			if p.Kind == pageclass.None || p.Class == pageclass.Free {
 				continue
 			}
+			s := &other
+			if isHot(p) {
+				s = &hot
+			}
+			if !s.next() {
+				continue
+			}
 			if block, offset, ok := mem.Resolve(uint64(pfn) * migstream.TargetPageSize); ok { // #nosec G115 -- an index
-				at := place{block, offset}
-				if isHot(p) {
-					hot.add(at)
-				} else {
-					other.add(at)
-				}
+				s.kept = append(s.kept, place{block, offset})
 			}
 		}
-	} else if err := eachPopulated(mem, hot.add); err != nil {
+	} else if err := samplePopulated(mem, &hot); err != nil {
 		return e, err
 	}
 	if e.Hot, err = hot.used(mem); err != nil {
@@ -83,8 +85,8 @@ func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) *pa
 	return &r.Survey
 }
 
-// eachPopulated calls f for all pages that may hold anything.
-func eachPopulated(mem *guestmem.Memory, f func(place)) error {
+// samplePopulated takes a sample of all pages that may hold anything.
+func samplePopulated(mem *guestmem.Memory, s *sample) error {
 	for i, b := range mem.Blocks() {
 		if !b.Located {
 			continue
@@ -95,8 +97,8 @@ func eachPopulated(mem *guestmem.Memory, f func(place)) error {
 			return err
 		}
 		for p := range n {
-			if there[p/64]>>(p%64)&1 != 0 {
-				f(place{i, p * migstream.TargetPageSize})
+			if there[p/64]>>(p%64)&1 != 0 && s.next() {
+				s.kept = append(s.kept, place{i, p * migstream.TargetPageSize})
 			}
 		}
 	}
@@ -118,7 +120,8 @@ type sample struct {
 	kept         []place
 }
 
-func (s *sample) add(p place) {
+// next counts another page, and tells whether it is to be kept.
+func (s *sample) next() bool {
 	if s.stride == 0 {
 		s.stride = 1
 	}
@@ -129,10 +132,8 @@ func (s *sample) add(p place) {
 		s.kept = s.kept[:sampleMost/2]
 		s.stride *= 2
 	}
-	if s.seen%s.stride == 0 {
-		s.kept = append(s.kept, p)
-	}
 	s.seen++
+	return (s.seen-1)%s.stride == 0
 }
 
 // used estimates how many of all pages hold anything but zeroes.
