@@ -128,6 +128,16 @@ func (f *frozen) releasable(block int) bool {
 	return f.index[block] >= 0 && f.mem.Releasable(f.index[block])
 }
 
+// anyReleasable tells whether that of any block can be.
+func (f *frozen) anyReleasable() bool {
+	for i := range f.layout {
+		if f.releasable(i) {
+			return true
+		}
+	}
+	return false
+}
+
 // release gives the memory of a run back to the host.
 func (f *frozen) release(r pageset.Run) error {
 	size := f.layout[r.Block].PageSize

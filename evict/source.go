@@ -91,9 +91,6 @@ func (s Source) engine(first State) *source {
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
 	}
-	if e.GiveBack > 0 && e.Journal != nil {
-		e.ledger = &ledger{}
-	}
 	if e.Path == nil {
 		e.Path = NewPath(0)
 	}
@@ -399,6 +396,9 @@ func (e *source) layOut(l layout) (err error) {
 		return err
 	}
 	e.pushed.f, e.fetched.f = e.frozen, e.frozen
+	if e.GiveBack > 0 && e.Journal != nil && e.frozen.anyReleasable() {
+		e.ledger = &ledger{}
+	}
 	e.total.Store(int64(l.pages()))
 	begun := e.machine.at(Switching)
 	if begun.IsZero() { // it was another engine that began

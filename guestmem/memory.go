@@ -93,6 +93,7 @@ type backing struct {
 	file    *os.File
 	offset  int64
 	hugetlb bool
+	unnamed bool     // it is in memory, and has no name
 	view    []byte   // the block's bytes, once View was called
 	written *os.File // the file, open for writing, once Release was called
 }
@@ -417,8 +418,12 @@ func (m *Memory) open(i int, vmas []vma) error {
 	v := vmas[sort.Search(len(vmas), func(j int) bool { return vmas[j].start >= b.HVA })]
 	f, err := m.mappedFile(v)
 	var fsinfo unix.Statfs_t
+	var info unix.Stat_t
 	if err == nil {
 		err = unix.Fstatfs(int(f.Fd()), &fsinfo)
+	}
+	if err == nil {
+		err = unix.Fstat(int(f.Fd()), &info)
 	}
 	if err != nil && b.Kind == SharedFile {
 		return fmt.Errorf("open the memory file of block %s: %w", b.Name, m.explain(err))
@@ -426,7 +431,8 @@ func (m *Memory) open(i int, vmas []vma) error {
 	if err != nil {
 		f = nil // every page then counts as populated
 	}
-	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: fsinfo.Type == unix.HUGETLBFS_MAGIC}
+	hugetlb := fsinfo.Type == unix.HUGETLBFS_MAGIC
+	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: hugetlb, unnamed: f != nil && info.Nlink == 0 && (hugetlb || fsinfo.Type == unix.TMPFS_MAGIC)}
 	return nil
 }
 

@@ -11,16 +11,7 @@ import (
 // a directory of huge pages). A file with a name may be somebody's, like that of an ivshmem device; and private memory is only a
 // process's own to give back.
 func (m *Memory) Releasable(block int) bool {
-	b := &m.backing[block]
-	if m.blocks[block].Kind != SharedFile || b.file == nil {
-		return false
-	}
-	var st unix.Stat_t
-	var fs unix.Statfs_t
-	if unix.Fstat(int(b.file.Fd()), &st) != nil || unix.Fstatfs(int(b.file.Fd()), &fs) != nil || st.Nlink != 0 {
-		return false
-	}
-	return fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.HUGETLBFS_MAGIC
+	return m.blocks[block].Kind == SharedFile && m.backing[block].unnamed
 }
 
 // Release gives the memory of whole pages of a block back to the host: they read as zero from then on, for QEMU and for whoever else has
