@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"cmp"
 	"context"
 	"encoding/csv"
 	"errors"
@@ -250,11 +249,14 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// Clients says what the clients of a server ask for. Its zero value is usual.
+// Clients says what the clients of a server ask for.
 type Clients struct {
-	Writes float64 `json:"writes"` // the share of requests that write, up to 1; default 0.1
-	Bytes  int     `json:"bytes"`  // of a value of memcached or Redis; default 4000
+	Writes float64 `json:"writes"` // the share of requests that write, more than 0, up to 1
+	Bytes  int     `json:"bytes"`  // of a value of memcached or Redis
 }
+
+// UsualClients mostly read.
+var UsualClients = Clients{Writes: 0.1, Bytes: 4000}
 
 // Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
 func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {
@@ -266,9 +268,8 @@ func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error
 	if vm.Spec.Server == lab.PostgreSQL {
 		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes})
 	} else {
-		bytes := cmp.Or(o.Bytes, 4000)
 		k, err = memclient.Start(ctx, memclient.Options{
-			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / bytes, Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes,
+			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: o.Bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / max(1, o.Bytes), Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes,
 		})
 	}
 	if err != nil {

@@ -25,7 +25,7 @@ func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, bench
 	if err != nil {
 		b.Fatal(err)
 	}
-	c, err := bench.Load(labtest.Within(b, 3*time.Minute), l, vm, bench.Clients{})
+	c, err := bench.Load(labtest.Within(b, 3*time.Minute), l, vm, bench.UsualClients)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -91,7 +91,7 @@ func BenchmarkPrediction(b *testing.B) {
 	if err := os.WriteFile(strings.TrimSuffix(file, ".csv")+".svg", plotPredictions(points), 0o644); err != nil {
 		b.Fatal(err)
 	}
-	for _, server := range []lab.Server{"", lab.Memcached, lab.Redis, lab.PostgreSQL} {
+	for _, server := range append([]lab.Server{""}, lab.Servers()...) {
 		var back, total []float64 // relative errors
 		for _, p := range points {
 			if server == "" || p.server == server {

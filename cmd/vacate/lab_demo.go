@@ -213,7 +213,7 @@ func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) 
 	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args), site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
 		return err
 	}
-	v.client, err = bench.Load(ctx, l, v.vm, bench.Clients{})
+	v.client, err = bench.Load(ctx, l, v.vm, bench.UsualClients)
 	return err
 }
 

@@ -18,7 +18,7 @@ import (
 )
 
 func paperCommand() *cobra.Command {
-	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.Clients{Writes: 0.1, Bytes: 4000}}
+	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.UsualClients}
 	memory, serve := mebibytes(640), mebibytes(192)
 	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
