@@ -307,7 +307,8 @@ func (g *Guest) minds() string {
 
 const poisonSamples = 64
 
-// poisoned reports whether free pages hold the pattern of page_poison.
+// poisoned reports whether free pages hold the pattern of page_poison. What is not populated holds zeroes, and is not read: the machine
+// would have to make it first, 2 MiB for each where it uses huge pages.
 func (g *Guest) poisoned() (bool, error) {
 	list := g.virtual[:0]
 	// From all over memory, as it is likely that some of them were in use before.
@@ -316,9 +317,16 @@ func (g *Guest) poisoned() (bool, error) {
 	for s, pages := range g.online() {
 		for i := range pages {
 			pfn := s*g.layout.sectionPages + uint64(i)
-			if pfn >= next && pages[i].Flags&pageclass.Skippable != 0 && len(list) < poisonSamples {
+			if pfn < next || pages[i].Flags&pageclass.Skippable == 0 || len(list) == poisonSamples {
+				continue
+			}
+			next = pfn + step
+			var populated [1]uint64
+			if err := g.mem.Populated(pfn*pageSize, 1, populated[:]); err != nil {
+				return false, err
+			}
+			if populated[0] != 0 {
 				list = append(list, Range{pfn*pageSize + 64, 64})
-				next = pfn + step
 			}
 		}
 	}
