@@ -3,10 +3,8 @@ package guestlinux
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 )
 
@@ -50,7 +48,7 @@ type Guest struct {
 func (g *Guest) Release() string { return g.info.release }
 
 // Attach finds the guest's kernel, its symbols and its types. The guest may run. It takes
-// tens to hundreds of milliseconds, mostly for looking at each populated page.
+// tens of milliseconds, mostly for its types.
 func Attach(ctx context.Context, mem Memory) (*Guest, error) {
 	g, err := attach(ctx, mem)
 	if err != nil {
@@ -66,7 +64,7 @@ func attach(ctx context.Context, mem Memory) (*Guest, error) {
 	}
 	var g *Guest
 	var rejected error // why the last of them is not the one
-	err = findNotes(ctx, mem, func(addr uint64, text []byte) bool {
+	err = findNotes(ctx, mem, cpus, func(addr uint64, text []byte) bool {
 		info, err := parseVMCOREINFO(text)
 		if err == nil {
 			candidate := &Guest{mem: mem, info: info, noteAddr: addr, note: text, extra: map[string]uint64{}}
@@ -100,13 +98,12 @@ func (g *Guest) enter(cpus []CPU) error {
 	if mask, ok := g.info.number("NUMBER(sme_mask)"); ok && mask != 0 {
 		return errors.New("its memory is encrypted")
 	}
-	const imageBase = 0xffffffff80000000 // __START_KERNEL_map
 	dir, ok1 := g.info.symbol("swapper_pg_dir")
 	base, ok2 := g.info.number("NUMBER(phys_base)")
 	if !ok1 || !ok2 {
 		return errors.New("it does not say where the page tables are")
 	}
-	root := dir - imageBase + uint64(base)
+	root := dir - imageFirst + uint64(base)
 	if root%pageSize != 0 {
 		return errors.New("its page tables are not aligned")
 	}
@@ -137,19 +134,16 @@ func (g *Guest) inForce(cpus []CPU) error {
 	if err != nil {
 		return err
 	}
-	const paging, la57 = 1 << 31, 1 << 12
 	agreed := false
 	for i, cpu := range cpus {
-		if cpu.CR0&paging == 0 {
+		if cpu.CR0&cr0Paging == 0 {
 			continue // it was never started, or is being reset
 		}
-		if (cpu.CR4&la57 != 0) != (g.space.levels == 5) {
+		if cpu.levels() != g.space.levels {
 			return fmt.Errorf("cpu %d does not use %d levels of page tables", i, g.space.levels)
 		}
-		// Under page table isolation, a CPU in user mode uses the second of two tables,
-		// which lacks most of the kernel: bit 12 set.
 		var got uint64
-		for _, root := range []uint64{cpu.CR3, cpu.CR3 &^ pageSize} {
+		for _, root := range cpu.roots() {
 			if got, _, err = newSpace(g.mem, root, g.space.levels).translate(uts); err == nil {
 				break
 			}
@@ -284,7 +278,7 @@ func (g *Guest) learn(ctx context.Context) error {
 		if err := g.read(raw, start); err != nil {
 			return fmt.Errorf("read btf: %w", err)
 		}
-		g.types, err = parsedTypes.get(sha256.Sum256(raw), func() (*types, error) { return parseTypes(raw) })
+		g.types, err = parseTypes(raw)
 	} else {
 		err = g.searchImage()
 	}
@@ -294,40 +288,7 @@ func (g *Guest) learn(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return g.probe(ctx)
-}
-
-// cache keeps what was made of a few pieces of guests' memory, by the hash of all of it:
-// by their build id, one guest could make another's types.
-type cache[V any] struct {
-	mu      sync.Mutex // guards entries
-	entries map[[32]byte]V
-}
-
-const maxCached = 8
-
-var (
-	parsedTypes cache[*types]
-)
-
-func (c *cache[V]) get(key [32]byte, parse func() (V, error)) (V, error) {
-	c.mu.Lock()
-	v, ok := c.entries[key]
-	c.mu.Unlock()
-	if ok {
-		return v, nil
-	}
-	v, err := parse()
-	if err != nil {
-		return v, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.entries) >= maxCached || c.entries == nil {
-		c.entries = map[[32]byte]V{}
-	}
-	c.entries[key] = v
-	return v, nil
+	return g.probe()
 }
 
 func (g *Guest) readKallsyms() error {
@@ -364,12 +325,9 @@ func (g *Guest) readKallsyms() error {
 		return err
 	}
 	g.array = at.offsets
-	var names []byte
-	g.kallsyms, err = decodeNames(count, &index, tokens, func(from int) ([]byte, error) {
-		var chunk [64 << 10]byte
-		n := g.readPart(chunk[:], at.names+uint64(from))
-		names = append(names, chunk[:n]...)
-		return names[from:], nil
+	chunk := make([]byte, 64<<10)
+	g.kallsyms, err = decodeNames(wanted, count, &index, tokens, func(from int) ([]byte, error) {
+		return chunk[:g.readPart(chunk, at.names+uint64(from))], nil
 	})
 	if err != nil {
 		return err
@@ -425,28 +383,7 @@ func (g *Guest) searchImage() error {
 	for at := 0; at < len(image); at += pageSize { // under page table isolation, it has holes
 		at += g.readPart(image[at:], text+uint64(at))
 	}
-	// struct btf_header: magic 0xeb9f, version 1, flags 0, header's length 24; then offset
-	// and length of types, offset and length of strings, from the header's end on.
-	magic := []byte{0x9f, 0xeb, 1, 0, 24, 0, 0, 0}
-	for at, tries := 0, 0; tries < 64; tries++ {
-		i := bytes.Index(image[at:], magic)
-		if i < 0 || len(image)-at-i < 24 {
-			break
-		}
-		at += i
-		h := image[at:]
-		size := 24 + uint64(u32(h[16:])) + uint64(u32(h[20:]))
-		// The kernel's own is far larger than the magic in some code that reads such.
-		if size > 1<<20 && size <= uint64(len(h)) && uint64(u32(h[8:]))+uint64(u32(h[12:])) <= size-24 {
-			raw := bytes.Clone(h[:size])
-			t, err := parsedTypes.get(sha256.Sum256(raw), func() (*types, error) { return parseTypes(raw) })
-			if err == nil {
-				g.types = t
-				break
-			}
-		}
-		at += 4
-	}
+	g.types = findTypes(image)
 	if g.types == nil {
 		return errors.New("it tells neither of kallsyms nor of btf")
 	}

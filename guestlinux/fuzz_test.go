@@ -3,6 +3,7 @@ package guestlinux
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"io"
 	"os"
@@ -41,6 +42,10 @@ func TestRecord(t *testing.T) {
 				t.Fatal("cannot read kallsyms")
 			}
 			write("kallsyms-"+g.Release(), s.append(nil))
+		}
+		if start, ok := g.kallsym("__start_BTF"); ok {
+			raw := make([]byte, 8<<20)
+			write("btf-"+g.Release(), cutTypes(t, raw[:g.readPart(raw, start)]))
 		}
 		if i > 0 {
 			continue
@@ -93,9 +98,44 @@ func parseSample(b []byte) (s kallsymsSample, ok bool) {
 }
 
 func (s *kallsymsSample) decode() (*kallsyms, error) {
-	return decodeNames(s.Count, &s.Index, s.Tokens[:], func(at int) ([]byte, error) {
+	return decodeNames([]string{"fixed_percpu_data", "_stext", "no_such_symbol"}, s.Count, &s.Index, s.Tokens[:], func(at int) ([]byte, error) {
 		return s.Names[min(at, len(s.Names)):], nil
 	})
+}
+
+// cutTypes returns the first types of a BTF, with the texts that they need.
+func cutTypes(t *testing.T, raw []byte) []byte {
+	t.Helper()
+	raw = raw[:btfHeader+u32(raw[16:])+u32(raw[20:])] // the texts are last
+	all, err := parseTypes(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := bytes.Clone(all.raw[:all.at[600]])
+	texts, places := []byte{0}, map[uint32]uint32{0: 0}
+	move := func(at []byte) {
+		old := u32(at)
+		if _, ok := places[old]; !ok {
+			places[old] = uint32(len(texts))
+			texts = append(texts, all.texts[old:old+uint32(bytes.IndexByte(all.texts[old:], 0))+1]...)
+		}
+		binary.LittleEndian.PutUint32(at, places[old])
+	}
+	for _, at := range all.at[1:600] {
+		d := btfDescription(b[at:])
+		move(d)
+		switch x := btfExtra[d.kind()]; d.kind() {
+		case btfStruct, btfUnion, btfEnum, btfEnum64, btfFuncProto:
+			for i := range d.elements() {
+				move(d.element(i, x.each))
+			}
+		}
+	}
+	head := bytes.Clone(raw[:btfHeader])
+	for i, n := range []int{0, len(b), len(b), len(texts)} {
+		binary.LittleEndian.PutUint32(head[8+4*i:], uint32(n))
+	}
+	return append(append(head, b...), texts...)
 }
 
 // seeds adds the files of testdata whose names begin with prefix.
@@ -150,6 +190,30 @@ func TestRecorded(t *testing.T) {
 			t.Error("a symbol was found that does not exist")
 		}
 	}
+	found := 0
+	for _, b := range seeds(t, "btf-") {
+		all, err := parseTypes(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := all.field("list_head", "prev")
+		if err != nil {
+			continue // newer kernels' first types have no names
+		}
+		found++
+		if f != (field{offset: 8, size: 8, count: 1}) {
+			t.Errorf("%+v", f)
+		}
+		if n, err := all.size("list_head"); err != nil || n != 16 {
+			t.Errorf("%d, %v", n, err)
+		}
+		if _, err := all.field("list_head", "first"); !errors.Is(err, errNoField) {
+			t.Error(err)
+		}
+	}
+	if found == 0 {
+		t.Error("no btf has struct list_head")
+	}
 	for _, b := range seeds(t, "registers-") {
 		cpus, err := parseRegisters(string(b))
 		if err != nil || len(cpus) != 2 {
@@ -167,6 +231,24 @@ func TestRecorded(t *testing.T) {
 	}
 	if len(c.cpus) != 2 || c.cpus[0].CR0>>31&1 != 1 || len(c.extents) == 0 || c.extents[0].Addr != 0 {
 		t.Errorf("cpus %#x, extents %#x", c.cpus, c.extents)
+	}
+}
+
+// TestNoKernel: page tables in which nothing is are no way to a kernel, and no endless one.
+func TestNoKernel(t *testing.T) {
+	c, err := OpenCore(sparse(seeds(t, "core-head")[0]), 1<<40)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, levels := range []uint64{0, cr4LA57} {
+		cpus := []CPU{{CR0: cr0Paging, CR3: 0x10000, CR4: levels}}
+		err := findNotes(t.Context(), c, cpus, func(uint64, []byte) bool {
+			t.Error("a note was found where there is none")
+			return true
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -215,8 +297,46 @@ func FuzzKallsyms(f *testing.F) {
 			return
 		}
 		k, err := s.decode()
-		if err == nil && uint64(len(k.number)) > uint64(s.Count) {
-			t.Errorf("%d names of %d symbols", len(k.number), s.Count)
+		if err != nil {
+			return
+		}
+		for _, i := range k.number {
+			if i >= s.Count && i < absent {
+				t.Errorf("symbol %d of %d", i, s.Count)
+			}
+		}
+	})
+}
+
+func FuzzTypes(f *testing.F) {
+	for _, b := range seeds(f, "btf-") {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		all, err := parseTypes(b)
+		if err != nil {
+			return
+		}
+		text := func(at uint32) string {
+			if uint64(at) >= uint64(len(all.texts)) {
+				return ""
+			}
+			rest := all.texts[at:]
+			return string(rest[:bytes.IndexByte(rest, 0)])
+		}
+		for _, id := range all.named[:min(len(all.named), 50)] {
+			d := all.get(id)
+			name := text(d.name())
+			all.size(name)
+			all.enum(name, "x")
+			each := btfExtra[d.kind()].each
+			for i := range min(d.elements(), 20, each*20) {
+				member := text(u32(d.element(i, each)))
+				all.enum(name, member)
+				if f, err := all.field(name, member+"."+member); err == nil && (f.offset > 1<<24 || f.size > 1<<24) {
+					t.Errorf("%s.%s: %+v", name, member, f)
+				}
+			}
 		}
 	})
 }

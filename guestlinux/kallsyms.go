@@ -13,28 +13,44 @@ import (
 // the tokens, which end in NUL. The first character of an expanded name is its type, as nm
 // has it. Addresses are an array of u32, one a symbol, coded in one of three ways.
 //
-// Only hashes of the names are kept, as there are 200,000 of them, and no pointers, as the garbage
-// collector would follow them.
+// Only those that are looked for are kept, as there are 200,000 of them.
 type kallsyms struct {
-	number map[uint64]uint32 // of the symbol, by the hash of its name; ambiguous if several have it
+	number map[uint64]uint32 // of the symbol, by the hash of its name; absent or ambiguous if none or several have it
 }
 
-const ambiguous = 1<<32 - 1
+const (
+	ambiguous = 1<<32 - 1
+	absent    = ambiguous - 1
+)
 
-// symbolNumber returns the place of the one symbol with this name.
+// wanted are the symbols that are looked for.
+var wanted = []string{
+	"__brk_limit", "__cpu_possible_mask", "__per_cpu_offset", "__start_BTF", "__stop_BTF", "_etext", "_stext", "_text", "cpu_tlbstate",
+	"current_task", "empty_zero_page", "entry_SYSCALL_64", "hrtimer_bases", "huge_zero_pfn", "init_task", "init_top_pgt", "lru_gen_caps",
+	"mem_section", "node_data", "nr_cpu_ids", "pcpu_base_addr", "pcpu_hot", "pcpu_unit_size", "runqueues", "swapper_pg_dir",
+	"tick_cpu_sched", "timer_bases", "_page_poisoning_enabled", "_page_poisoning_enabled_early", "want_page_poisoning",
+	"want_page_poisoning_early",
+}
+
+// symbolNumber returns the place of the one symbol with this name, which must be among those that are looked for.
 func (k *kallsyms) symbolNumber(name string) (uint32, bool) {
-	i, ok := k.number[hashName([]byte(name))]
-	return i, ok && i != ambiguous
+	i, ok := k.number[hashName(name)]
+	if !ok {
+		panic("a symbol is looked for that is none of those wanted: " + name)
+	}
+	return i, i < absent
 }
 
 // hashName is FNV-1a of 64 bits.
-func hashName(name []byte) uint64 {
-	h := uint64(0xcbf29ce484222325)
-	for _, b := range name {
-		h = (h ^ uint64(b)) * 0x100000001b3
+func hashName(name string) uint64 {
+	h := uint64(hashBasis)
+	for _, b := range []byte(name) {
+		h = (h ^ uint64(b)) * hashPrime
 	}
 	return h
 }
+
+const hashBasis, hashPrime = 0xcbf29ce484222325, 0x100000001b3
 
 // offsetCoding is how the array of addresses is coded.
 type offsetCoding int
@@ -69,9 +85,9 @@ const (
 	tokenTable    = 256 * 32 // bytes of which tokens are taken; real tables are below 2 KiB
 )
 
-// decodeNames expands count names; read returns the coded names from offset at on, at
-// least one byte, as many as it likes.
-func decodeNames(count uint32, index *[512]byte, tokens []byte, read func(at int) ([]byte, error)) (*kallsyms, error) {
+// decodeNames looks for names among the count that are coded; read returns what is coded from offset at on, at least one byte, as many
+// as it likes, which it may change when it is called again.
+func decodeNames(names []string, count uint32, index *[512]byte, tokens []byte, read func(at int) ([]byte, error)) (*kallsyms, error) {
 	if count == 0 || count > maxSymbols {
 		return nil, fmt.Errorf("%d symbols: want 1 to %d", count, maxSymbols)
 	}
@@ -88,11 +104,15 @@ func decodeNames(count uint32, index *[512]byte, tokens []byte, read func(at int
 			return nil, errors.New("a token is too long")
 		}
 	}
-	k := &kallsyms{number: make(map[uint64]uint32, min(count, 1<<16))}
+	k := &kallsyms{number: make(map[uint64]uint32, len(names))}
+	var likely [1 << 12]bool // by the lowest bits of a hash
+	for _, name := range names {
+		h := hashName(name)
+		k.number[h], likely[h%uint64(len(likely))] = absent, true
+	}
 	var (
-		part []byte // of the coded names
+		part []byte // of what is coded
 		at   int    // how many bytes were taken
-		name [maxSymbolName]byte
 	)
 	next := func() (byte, error) {
 		if len(part) == 0 {
@@ -123,24 +143,33 @@ func decodeNames(count uint32, index *[512]byte, tokens []byte, read func(at int
 			}
 			length = length&0x7f | int(b)<<7
 		}
-		n := 0
+		h, n := uint64(hashBasis), 0
 		for range length {
-			if b, err = next(); err != nil {
+			if len(part) > 0 {
+				b, part, at = part[0], part[1:], at+1
+			} else if b, err = next(); err != nil {
 				return nil, err
 			}
-			if n+len(token[b]) > len(name) {
+			expanded := token[b]
+			if n == 0 && len(expanded) > 0 {
+				expanded, n = expanded[1:], 1 // the type
+			}
+			if n += len(expanded); n > maxSymbolName {
 				return nil, fmt.Errorf("symbol %d has a name of more than %d bytes", i, maxSymbolName)
 			}
-			n += copy(name[n:], token[b])
+			for _, c := range expanded {
+				h = (h ^ uint64(c)) * hashPrime
+			}
 		}
-		if n < 2 {
-			continue // no kernel has these, but they do no harm
+		if !likely[h%uint64(len(likely))] {
+			continue
 		}
-		h := hashName(name[1:n])
-		if _, ok := k.number[h]; ok {
-			i = ambiguous
+		switch was, ok := k.number[h]; {
+		case ok && was == absent:
+			k.number[h] = i
+		case ok:
+			k.number[h] = ambiguous
 		}
-		k.number[h] = i
 	}
 	return k, nil
 }

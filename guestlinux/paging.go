@@ -21,6 +21,7 @@ type table [512]uint64
 
 const (
 	present   = 1 << 0
+	canWrite  = 1 << 1
 	largePage = 1 << 7
 	addrMask  = (1<<52 - 1) &^ (pageSize - 1)
 	maxTables = 16 << 10 // kept at a time: 64 MiB
@@ -37,6 +38,24 @@ type tlbEntry struct {
 func newSpace(mem Memory, root uint64, levels int) *space {
 	return &space{mem: mem, root: root &^ (pageSize - 1) & addrMask, levels: levels, tables: map[uint64]*table{}}
 }
+
+// Bits of the registers (Intel SDM volume 3, 2.5).
+const (
+	cr0Paging = 1 << 31
+	cr4LA57   = 1 << 12
+)
+
+// levels is how many levels of page tables the CPU uses.
+func (c CPU) levels() int {
+	if c.CR4&cr4LA57 != 0 {
+		return 5
+	}
+	return 4
+}
+
+// roots are the tables of which one maps the kernel: under page table isolation, a CPU in user mode uses the second of two, bit 12 set,
+// which lacks most of it.
+func (c CPU) roots() [2]uint64 { return [2]uint64{c.CR3, c.CR3 &^ pageSize} }
 
 // forget drops what was read of the tables, as they may have changed.
 func (s *space) forget() {
@@ -106,5 +125,26 @@ func (s *space) walk(va uint64, e *tlbEntry) error {
 		// The last page ends at 2^64, which is 0: until minus va is right all the same.
 		*e = tlbEntry{va/pageSize + 1, at + va&(size-1)&^(pageSize-1), va&^(size-1) + size}
 		return nil
+	}
+}
+
+// writable tells whether the kernel may write to va, where that lies, and how far from there on the same is so at least.
+func (s *space) writable(va uint64) (addr, left uint64, ok bool) {
+	at := s.root
+	for shift := 12 + 9*uint(s.levels-1); ; shift -= 9 {
+		left = 1<<shift - va&(1<<shift-1)
+		t, err := s.table(at)
+		if err != nil {
+			return 0, left, false
+		}
+		entry := t[va>>shift&511]
+		if entry&(present|canWrite) != present|canWrite {
+			return 0, left, false
+		}
+		at = entry & addrMask
+		if shift > 12 && (shift > 30 || entry&largePage == 0) {
+			continue
+		}
+		return at&^(1<<shift-1) + va&(1<<shift-1), left, true
 	}
 }

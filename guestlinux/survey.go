@@ -58,7 +58,7 @@ type region struct {
 }
 
 // probe learns what a survey needs and makes room for it. The guest may run.
-func (g *Guest) probe(ctx context.Context) error {
+func (g *Guest) probe() error {
 	if err := g.learnLayout(); err != nil {
 		return err
 	}
@@ -83,16 +83,6 @@ func (g *Guest) probe(ctx context.Context) error {
 	g.findRegions()
 	if err := g.findSections(); err != nil {
 		return err
-	}
-	// Once over, so that the first survey meets no memory that its own process has yet to touch.
-	// What the guest, running, shows meanwhile is of no interest.
-	if err := g.scan(ctx); err != nil && ctx.Err() != nil {
-		return err
-	}
-	for _, sec := range g.pages.sections {
-		for i := 0; i < len(sec.arena) && len(sec.words) > 0 && &sec.words[0] == &sec.arena[0]; i += pageSize / 8 {
-			sec.arena[i] = 0
-		}
 	}
 	g.prepareCensus(int(g.pages.highest))
 	return nil

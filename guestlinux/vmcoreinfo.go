@@ -67,8 +67,107 @@ func (v *vmcoreinfo) number(key string) (int64, bool) {
 	return int64(n), err == nil
 }
 
-// findNotes calls try with every VMCOREINFO in memory and its address until try wants no more.
-func findNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte) (done bool)) error {
+// findNotes calls try with VMCOREINFOs in memory and their addresses until try wants no more: with what the kernel that runs points to,
+// which takes milliseconds; then with all there are, for which each populated page is looked at.
+func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64, text []byte) (done bool)) error {
+	left := 2 // what two do not know, no other will
+	for _, cpu := range cpus {
+		if cpu.CR0&cr0Paging == 0 || left == 0 {
+			continue
+		}
+		left--
+		for _, root := range cpu.roots() {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if pointedNotes(newSpace(mem, root, cpu.levels()), try) {
+				return nil
+			}
+		}
+	}
+	return allNotes(ctx, mem, try)
+}
+
+// Where the kernel's image is, wherever in there KASLR has put it (Documentation/arch/x86/x86_64/mm.rst). The first is __START_KERNEL_map.
+const imageFirst, imageEnd = 0xffffffff80000000, 0xffffffffc0000000
+
+// maxData is how much of the kernel's data is looked at; Debian's have 6 to 12 MB.
+const maxData = 64 << 20
+
+// pointedNotes has the notes tried that the data of a kernel's image points to.
+func pointedNotes(s *space, try func(addr uint64, text []byte) (done bool)) bool {
+	buf := make([]byte, 256<<10)
+	met := map[uint64]bool{}
+	tries := 0
+	list, size := []Range{}, uint64(0)
+	look := func() bool {
+		data := buf[:size]
+		if size == 0 || s.mem.ReadRanges(data, list) != nil {
+			data = nil
+		}
+		list, size = list[:0], 0
+		for ; len(data) > 0; data = data[8:] {
+			va := u64(data)
+			// Page-aligned, and in the upper half but below the image, as all of memory is mapped there.
+			if va%pageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] || len(met) == 1<<16 {
+				continue
+			}
+			met[va] = true
+			addr, _, err := s.translate(va)
+			if err != nil {
+				continue
+			}
+			if text := readNote(s.mem, addr); text != nil {
+				if tries++; try(addr, text) {
+					return true
+				} else if tries == maxFound {
+					return false
+				}
+			}
+		}
+		return false
+	}
+	for va, sum := uint64(imageFirst), uint64(0); va < imageEnd && sum < maxData && tries < maxFound; {
+		addr, left, writable := s.writable(va)
+		left = min(left, imageEnd-va) // of a table that has nothing there, it leads to 2^64, which is 0
+		if !writable {
+			va += left
+			continue
+		}
+		left = min(left, uint64(len(buf))-size)
+		list, size = append(list, Range{addr, left}), size+left
+		va, sum = va+left, sum+left
+		if size == uint64(len(buf)) && look() {
+			return true
+		}
+	}
+	return look()
+}
+
+// readNote returns the text of the note at an address, nil if there is none.
+func readNote(mem Memory, addr uint64) []byte {
+	var head [noteHeader]byte
+	if readPhys(mem, head[:], addr) != nil {
+		return nil
+	}
+	if !isNote(head[:]) {
+		return nil
+	}
+	text := make([]byte, u32(head[4:]))
+	if readPhys(mem, text, addr+noteHeader) != nil {
+		return nil
+	}
+	return text
+}
+
+// isNote tells whether a note begins with head.
+func isNote(head []byte) bool {
+	size := u32(head[4:])
+	return u32(head) == uint32(len(noteName)) && bytes.Equal(head[12:12+len(noteName)], noteName) && size > 0 && size <= maxNote
+}
+
+// allNotes has all notes tried that there are in memory.
+func allNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte) (done bool)) error {
 	// Only the populated pages are read: it is quicker, and reading others would make
 	// the machine grow.
 	const perBatch = 1 << 10
@@ -97,19 +196,13 @@ func findNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byt
 				return err
 			}
 			for i, r := range list {
-				head := heads[i*noteHeader:][:noteHeader]
-				size := u32(head[4:])
-				if u32(head) != uint32(len(noteName)) || !bytes.Equal(head[12:12+len(noteName)], noteName) || size == 0 || size > maxNote {
+				if !isNote(heads[i*noteHeader:][:noteHeader]) {
 					continue
 				}
 				if found++; found > maxFound {
 					return fmt.Errorf("more than %d notes", maxFound)
 				}
-				text := make([]byte, size)
-				if readPhys(mem, text, r.Addr+noteHeader) != nil {
-					continue
-				}
-				if try(r.Addr, text) {
+				if text := readNote(mem, r.Addr); text != nil && try(r.Addr, text) {
 					return nil
 				}
 			}
