@@ -113,8 +113,15 @@ func Attach(ctx context.Context, c *qmp.Client) (*Memory, error) {
 }
 
 func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
+	// A QEMU on a busy host answers late, and three questions as late as one.
+	var blocks, tree string
+	var blocksErr, treeErr error
+	var asking sync.WaitGroup
+	asking.Go(func() { blocks, blocksErr = c.HMP(ctx, "info ramblock") })
+	asking.Go(func() { tree, treeErr = c.HMP(ctx, "info mtree -f") })
 	pid, err := findPID(ctx, c)
-	if err != nil {
+	asking.Wait()
+	if err = errors.Join(err, blocksErr, treeErr); err != nil {
 		return nil, err
 	}
 	m, err := hold(pid)
@@ -126,16 +133,6 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 			m.Close()
 		}
 	}()
-	// A QEMU on a busy host answers late, and two questions as late as one.
-	var blocks, tree string
-	var treeErr error
-	var asking sync.WaitGroup
-	asking.Go(func() { tree, treeErr = c.HMP(ctx, "info mtree -f") })
-	blocks, err = c.HMP(ctx, "info ramblock")
-	asking.Wait()
-	if err = errors.Join(err, treeErr); err != nil {
-		return nil, err
-	}
 	listed, err := parseRAMBlocks(blocks)
 	if err != nil {
 		return nil, err
