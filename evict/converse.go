@@ -458,12 +458,8 @@ func (e *source) reopen(ctx context.Context) error {
 	if e.gaveBack.Load() {
 		return nil // what is left of the guest does not tell what its pages are used for
 	}
-	e.tasks.Go(func() {
-		ctx, cancel := e.bound(context.Background(), lookLimit, errors.New("looking into the guest took too long"))
-		e.look(ctx)
-		cancel()
-		e.enlighten()
-	})
+	e.light.noAgent = errors.New("the guest stands still")
+	e.tasks.Go(e.enlighten)
 	return nil
 }
 

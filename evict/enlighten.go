@@ -14,6 +14,7 @@ import (
 	"vacate/pageset"
 	"vacate/pushorder"
 	"vacate/qmp"
+	"vacate/urgent"
 )
 
 // Enlightenment is where it is learnt what the guest's pages are used for.
@@ -32,25 +33,46 @@ func Enlightenments() []Enlightenment { return []Enlightenment{Auto, Host, Agent
 
 // Limits of what it may take, as the VM's host is overloaded and its guest may be hostile.
 const (
-	lookLimit   = 2 * time.Second // while the guest runs; the agent has a limit of its own
-	surveyLimit = 5 * time.Second // beside the push
+	lookLimit   = 5 * time.Second  // to find its kernel; the agent has a limit of its own
+	surveyLimit = 15 * time.Second // for all that is done beside the push
 )
 
 // light is what is known of the guest's pages.
 type light struct {
-	guest  *guestlinux.Guest // nil if it cannot be looked into
-	survey *pageclass.Survey // nil until it is made
-	joined bool              // the push follows it
-	report Enlightening
+	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
+	noAgent error
+	looked  bool              // what can be known before the freeze is
+	guest   *guestlinux.Guest // nil if it cannot be looked into
+	survey  *pageclass.Survey // nil until it is made
+	joined  bool              // the push follows it
+	report  Enlightening
 }
 
-// look gets ready to learn what the guest's pages are used for, while it runs. That this is
-// not to be had is no reason not to evict: the pages then go in plain order.
-func (e *source) look(ctx context.Context) {
-	l := &e.light
-	if e.Enlightenment == Off || !e.Order.Knows() && e.SendFree {
-		return
+// findAgent finds out whether an agent in the guest can be asked.
+func (e *source) findAgent(ctx context.Context) {
+	if e.mayLook() && e.Enlightenment != Host {
+		e.light.agent, e.light.noAgent = guesthints.Find(ctx, e.q)
 	}
+}
+
+// look does what has to be done while the guest runs to learn what its pages are used for: an agent can only be asked now. All else
+// waits for the freeze, as each moment until then is one in which the VMs of this host starve.
+func (e *source) look(ctx context.Context) {
+	if e.light.agent != "" {
+		e.lookInside(ctx)
+	}
+}
+
+// mayLook tells whether anything is to be known of the guest's pages.
+func (e *source) mayLook() bool {
+	return e.Enlightenment != Off && (e.Order.Knows() || !e.SendFree)
+}
+
+// lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be had is no reason not to evict: the
+// pages then go in plain order.
+func (e *source) lookInside(ctx context.Context) {
+	l := &e.light
+	l.looked = true
 	start := time.Now()
 	if e.Enlightenment != Agent {
 		var err error
@@ -61,7 +83,11 @@ func (e *source) look(ctx context.Context) {
 		}
 	}
 	if e.Enlightenment == Agent || e.Enlightenment == Auto && l.guest == nil {
-		if err := e.ask(ctx); err == nil {
+		err := l.noAgent
+		if err == nil {
+			err = e.ask(ctx, l.agent)
+		}
+		if err == nil {
 			l.report.Source = Agent
 		} else {
 			l.doubt("the guest's agent", err)
@@ -70,12 +96,8 @@ func (e *source) look(ctx context.Context) {
 	l.report.Attach = time.Since(start).Seconds()
 }
 
-// ask has the guest's agent tell what its pages are used for.
-func (e *source) ask(ctx context.Context) error {
-	path, err := guesthints.Find(ctx, e.q)
-	if err != nil {
-		return err
-	}
+// ask has the guest's agent, behind a socket, tell what its pages are used for.
+func (e *source) ask(ctx context.Context, path string) error {
 	agent, err := guesthints.Dial(ctx, path)
 	if err != nil {
 		return err
@@ -99,7 +121,7 @@ func (e *source) attach(ctx context.Context) (*guestlinux.Guest, error) {
 	return attachGuest(ctx, e.mem, e.q)
 }
 
-// attachGuest gets ready to look at the pages of a guest, which runs.
+// attachGuest gets ready to look at the pages of a guest, which may run.
 func attachGuest(ctx context.Context, m *guestmem.Memory, q *qmp.Client) (*guestlinux.Guest, error) {
 	live, err := guestlinux.NewLive(m, q)
 	if err != nil {
@@ -120,10 +142,20 @@ func (l *light) doubt(what string, err error) {
 }
 
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it.
-// The guest may run at the destination by then, and the push may be under way.
+// The guest may run at the destination by then, and the push may be under way. It gives way to the VMs of this host, which starved until now.
 func (e *source) enlighten() {
+	_ = urgent.Patiently(func() error {
+		e.learn()
+		return nil
+	})
+}
+
+func (e *source) learn() {
 	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
+	if e.mayLook() && !e.light.looked {
+		e.lookInside(ctx)
+	}
 	start := time.Now()
 	survey := e.light.survey
 	blocks, frames := e.frozen.layout.blocks(), e.frozen.frames()
@@ -234,7 +266,7 @@ type Enlightening struct {
 	Source Enlightenment `json:"source"`           // host or agent; off if nothing was known
 	Doubts string        `json:"doubts,omitempty"` // why less was known than was asked for
 	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
-	Attach float64       `json:"attach_s"`         // getting ready, while the guest ran
+	Attach float64       `json:"attach_s"`         // finding its kernel, or having the agent answer
 	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
 	First  float64       `json:"first_known_s"`    // from the freeze until the first pages of the plan were known; 0 if they never were
 	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was

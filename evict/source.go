@@ -210,10 +210,11 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			return err
 		},
 		func() (err error) {
-			if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
-				return err
-			}
-			e.look(ctx)
+			e.mem, err = guestmem.Attach(ctx, e.q)
+			return err
+		},
+		func() error {
+			e.findAgent(ctx)
 			return nil
 		},
 		func() error {
@@ -227,6 +228,7 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	e.look(ctx)
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
 	control := e.at.Load().control

@@ -11,9 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// With a short slice, Linux 6.12 and later lets a thread that wakes go first.
+// With a short slice, Linux 6.12 and later lets a thread that wakes go first, and others need not wait until a long one ends.
 const (
 	niceness = -10
+	patience = 5 // a third of what a vCPU gets that wants all that it can get
 	slice    = 100 * time.Microsecond
 )
 
@@ -46,11 +47,23 @@ func attributes(nice int32, slice time.Duration) *unix.SchedAttr {
 
 // Usual calls f on a thread that is scheduled as usual, which the processes that f starts
 // inherit.
-func Usual(f func() error) error {
+func Usual(f func() error) error { return as(attributes(0, 0), f) }
+
+// Patiently calls f on a thread that gives way to VMs.
+func Patiently(f func() error) error { return as(attributes(patience, slice), f) }
+
+func as(a *unix.SchedAttr, f func() error) error {
 	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if was, err := unix.SchedGetAttr(0, 0); err == nil && unix.SchedSetAttr(0, attributes(0, 0), 0) == nil {
-		defer unix.SchedSetAttr(0, was, 0)
+	was, err := unix.SchedGetAttr(0, 0)
+	if err != nil || unix.SchedSetAttr(0, a, 0) != nil {
+		defer runtime.UnlockOSThread()
+		return f()
 	}
+	defer func() {
+		// A thread that may not get back what it had ends with its goroutine.
+		if unix.SchedSetAttr(0, was, 0) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
 	return f()
 }
