@@ -90,6 +90,7 @@ const (
 	contendAfter  = 6 * time.Second // and after the end
 	finalTime     = 4 * time.Second // of that, what counts as the final level
 	paceTime      = 4 * time.Second // over which it is measured what a core is worth
+	checkLimit    = time.Minute     // in which a guest checks itself, or is dead
 )
 
 // Loader is a client of a server.
@@ -412,12 +413,20 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 	if run.Outcome == Completed {
 		at = t.twin
 	}
-	check, err := at.Guest.Check(ctx, at)
+	bounded, cancel := context.WithTimeoutCause(ctx, checkLimit, fmt.Errorf("the guest does not answer within %v", checkLimit))
+	check, err := at.Guest.Check(bounded, at)
+	cancel()
+	ours := strings.HasPrefix(run.Strategy, strategies[0].name)
 	if err != nil {
-		return err
+		if ours || ctx.Err() != nil {
+			return err
+		}
+		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
+		run.Reason = err.Error()
+		return errDamaged
 	}
 	run.Bad = &check.Bad
-	if run.Broken == 0 && (check.Bad != 0 || run.Wrong != 0) && !strings.HasPrefix(run.Strategy, strategies[0].name) {
+	if run.Broken == 0 && (check.Bad != 0 || run.Wrong != 0) && !ours {
 		// Not ours to mend. Who goes on with this guest would be blamed for it.
 		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "pages", check.Bad, "wrong", run.Wrong, "errors", errors.Join(c.loaders[0].Stats().Errors...))
 		return errDamaged
