@@ -89,7 +89,7 @@ const (
 	contendBefore = 3 * time.Second // how long is looked before
 	contendAfter  = 6 * time.Second // and after the end
 	finalTime     = 4 * time.Second // of that, what counts as the final level
-	paceTime      = 4 * time.Second // over which it is measured what a core is worth
+	paceTime      = 3 * time.Second // over which it is measured what a core is worth
 	checkLimit    = time.Minute     // in which a guest checks itself, or is dead
 )
 
@@ -207,11 +207,6 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 			return err
 		}
 	}
-	core, err := SetPace(ctx, c.loaders[:], c.opts.Wanted)
-	if err != nil {
-		return err
-	}
-	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", c.opts.Wanted*core)
 	if result.Machine.QEMU == "" {
 		var r Result
 		if err := describe(&r, c.vms[0], 0); err != nil {
@@ -223,9 +218,12 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 	return nil
 }
 
-// SetPace measures for five seconds how many answers the core is worth that VMs share, and has the clients of each want a part of it
+// SetPace measures for four seconds how many answers the core is worth that VMs share, and has the clients of each want a part of it
 // from then on: with 0.6, those of two VMs together want a fifth more than the core has.
 func SetPace(ctx context.Context, loaders []Loader, wanted float64) (core float64, err error) {
+	for _, k := range loaders {
+		k.Set(0)
+	}
 	if err := pause(ctx, paceTime+time.Second); err != nil {
 		return 0, err
 	}
@@ -312,6 +310,12 @@ func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run Cont
 	if err := s.prepare(t, ctx); err != nil {
 		return run, fmt.Errorf("prepare: %w", err)
 	}
+	// Anew for each run: what a core of this machine is worth changes with what else it does.
+	core, err := SetPace(ctx, c.loaders[:], c.opts.Wanted)
+	if err != nil {
+		return run, err
+	}
+	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", c.opts.Wanted*core)
 	if err := pause(ctx, contendBefore+time.Second); err != nil {
 		return run, err
 	}
