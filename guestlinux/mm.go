@@ -84,7 +84,7 @@ func (c *census) room(n uint64) []byte {
 	return c.bytes[:n]
 }
 
-// prepareCensus gets ready while the guest runs, so that takeCensus is quick: it learns how
+// prepareCensus gets ready, which it may while the guest runs, so that takeCensus is quick: it learns how
 // tasks look, and makes room, and touches it, as fresh memory is slow. Where
 // tasks cannot be read, takeCensus says so.
 func (g *Guest) prepareCensus(pages int) {

@@ -197,6 +197,9 @@ func BenchmarkSurvey(b *testing.B) {
 		b.Run(map[bool]string{false: "anonymous", true: "memfd"}[memfd], func(b *testing.B) {
 			m := boot(b, spec{kernel: kernels(b)[0], mib: 1024, cpus: 2, memfd: memfd})
 			g, err := Attach(b.Context(), m)
+			if err == nil {
+				err = g.Rehearse(b.Context())
+			}
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -189,6 +189,9 @@ func surveyVM(ctx context.Context, path string, limit time.Duration) (*finding, 
 		return nil, refuse(err)
 	}
 	guest, err := guestlinux.Attach(attaching, live)
+	if err == nil {
+		err = guest.Rehearse(attaching)
+	}
 	if err != nil {
 		return nil, refuse(err)
 	}
