@@ -132,7 +132,7 @@ type Client struct {
 	pid     int
 	oob     bool
 
-	writing        chan struct{} // holds one token while a line is written
+	writing        chan struct{} // holds one token while a line is written and, if a descriptor is with it, until its reply
 	inBand, outBnd chan struct{} // one token per command under way, abandoned ones included
 	done           chan struct{} // closed when the reader has ended
 
@@ -148,6 +148,8 @@ type Client struct {
 type call struct {
 	reply chan *message // capacity 1: the reader never waits
 	slot  chan struct{}
+	alone bool   // nothing else is sent until its reply
+	sent  func() // lets others write; may be called more than once
 }
 
 // Dial connects to the monitor at the given socket path, reads its greeting
@@ -301,6 +303,10 @@ func (c *Client) Run(ctx context.Context, cmd string, args, reply any) error {
 
 // RunFD is Run that also passes a descriptor (SCM_RIGHTS), as getfd and
 // add-fd need. The caller keeps, and should close, its own copy.
+//
+// Other commands are sent before or when QEMU has replied, never meanwhile: where the monitor has a thread of its own, as with
+// out-of-band commands, QEMU looks through the descriptors with whatever it reads, without a lock against the main loop that takes
+// them, and may crash (seen with 7.2.22: chardev/char-socket.c, tcp_chr_recv against tcp_get_msgfds).
 func (c *Client) RunFD(ctx context.Context, cmd string, args, reply any, fd int) error {
 	if fd < 0 {
 		return fmt.Errorf("run %s: bad descriptor %d", cmd, fd)
@@ -346,7 +352,7 @@ func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, 
 	case <-c.done:
 		return nil, c.closed()
 	}
-	p := &call{reply: make(chan *message, 1), slot: slot}
+	p := &call{reply: make(chan *message, 1), slot: slot, alone: fd >= 0, sent: sync.OnceFunc(func() { <-c.writing })}
 	c.mu.Lock()
 	c.lastID++
 	req.ID = c.lastID
@@ -356,10 +362,23 @@ func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, 
 		<-slot
 		return nil, err
 	}
+	select {
+	case c.writing <- struct{}{}:
+	case <-ctx.Done():
+		<-slot
+		return nil, ctx.Err()
+	case <-c.done:
+		<-slot
+		return nil, c.closed()
+	}
 	c.mu.Lock()
 	c.pending[req.ID] = p
 	c.mu.Unlock()
-	if err := c.write(ctx, append(line, '\n'), fd); err != nil {
+	err = c.write(ctx, append(line, '\n'), fd)
+	if err != nil || !p.alone {
+		p.sent()
+	}
+	if err != nil {
 		c.mu.Lock()
 		if c.pending[req.ID] == p { // else a lying server has answered already
 			delete(c.pending, req.ID)
@@ -383,18 +402,10 @@ func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, 
 	}
 }
 
-// write sends one line whole, with a descriptor unless fd is negative.
+// write sends one line whole, with a descriptor unless fd is negative, and is called with the token of writing.
 // An error means that nothing was sent, or that the connection was closed
 // because a part of the line was.
 func (c *Client) write(ctx context.Context, line []byte, fd int) error {
-	select {
-	case c.writing <- struct{}{}:
-		defer func() { <-c.writing }()
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-c.done:
-		return c.closed()
-	}
 	fired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		c.conn.SetWriteDeadline(time.Now())
@@ -564,6 +575,9 @@ func (c *Client) route(line []byte) error {
 		return fmt.Errorf("reply with id %d, which no command waits for", *m.ID)
 	}
 	delete(c.pending, *m.ID)
+	if p.alone {
+		p.sent()
+	}
 	p.reply <- m
 	<-p.slot
 	return nil

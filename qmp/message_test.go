@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -255,5 +256,63 @@ func TestStaleReplies(t *testing.T) {
 		if ok != (err == nil && g != nil) || !ok && !errors.Is(err, ErrNotQMP) {
 			t.Errorf("greeting behind %d stale replies: %+v, %v", 2*n, g, err)
 		}
+	}
+}
+
+// TestDescriptorAlone: while a descriptor is on its way, nothing else is.
+func TestDescriptorAlone(t *testing.T) {
+	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "qmp"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.Dial("unix", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	r := bufio.NewReader(server)
+	expect := func(command string) {
+		t.Helper()
+		server.SetReadDeadline(time.Now().Add(time.Minute))
+		if line, err := r.ReadString('\n'); err != nil || !strings.Contains(line, command) {
+			t.Fatalf("%q, %v: want %s", line, err, command)
+		}
+	}
+	if _, err := server.Write([]byte(ready)); err != nil {
+		t.Fatal(err)
+	}
+	c, err := handshake(t.Context(), conn.(*net.UnixConn), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	expect("qmp_capabilities")
+
+	hasty, cancel := context.WithCancel(t.Context())
+	results := make(chan error, 2)
+	go func() { results <- c.GetFD(hasty, "stream", 0) }()
+	expect("getfd")
+	cancel() // who gives up does not let others go ahead
+	if err := <-results; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	go func() {
+		_, err := c.QueryStatus(t.Context())
+		results <- err
+	}()
+	server.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if b, err := r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%q, %v: something was sent before the reply to getfd", b, err)
+	}
+	server.Write([]byte(`{"return": {}, "id": 2}` + "\n"))
+	expect("query-status")
+	server.Write([]byte(`{"return": {"status": "running", "running": true}, "id": 3}` + "\n"))
+	if err := <-results; err != nil {
+		t.Error(err)
 	}
 }
