@@ -520,8 +520,13 @@ func (e *source) refuse(err error) error {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
 	}
 	remedy := "The VM runs on, untouched"
-	if e.gone() {
+	if e.q == nil {
 		remedy = "The VM was not touched"
+	} else if e.gone() {
+		remedy = "Its monitor does not answer any more"
+		if p, err := process.Find(e.q.PeerPID()); err != nil || !p.Alive() {
+			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
+		}
 	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
 }
