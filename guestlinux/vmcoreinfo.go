@@ -77,11 +77,11 @@ func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64
 		}
 		left--
 		for _, root := range cpu.roots() {
+			if pointedNotes(ctx, newSpace(mem, root, cpu.levels()), try) {
+				return nil
+			}
 			if err := ctx.Err(); err != nil {
 				return err
-			}
-			if pointedNotes(newSpace(mem, root, cpu.levels()), try) {
-				return nil
 			}
 		}
 	}
@@ -94,8 +94,8 @@ const imageFirst, imageEnd = 0xffffffff80000000, 0xffffffffc0000000
 // maxData is how much of the kernel's data is looked at; Debian's have 6 to 12 MB.
 const maxData = 64 << 20
 
-// pointedNotes has the notes tried that the data of a kernel's image points to.
-func pointedNotes(s *space, try func(addr uint64, text []byte) (done bool)) bool {
+// pointedNotes has the notes tried that the data of a kernel's image points to. It returns false, too, when ctx is done.
+func pointedNotes(ctx context.Context, s *space, try func(addr uint64, text []byte) (done bool)) bool {
 	buf := make([]byte, 256<<10)
 	met := map[uint64]bool{}
 	tries := 0
@@ -112,7 +112,9 @@ func pointedNotes(s *space, try func(addr uint64, text []byte) (done bool)) bool
 			if va%pageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] || len(met) == 1<<16 {
 				continue
 			}
-			met[va] = true
+			if met[va] = true; ctx.Err() != nil {
+				return false
+			}
 			addr, _, err := s.translate(va)
 			if err != nil {
 				continue
@@ -127,7 +129,7 @@ func pointedNotes(s *space, try func(addr uint64, text []byte) (done bool)) bool
 		}
 		return false
 	}
-	for va, sum := uint64(imageFirst), uint64(0); va < imageEnd && sum < maxData && tries < maxFound; {
+	for va, sum := uint64(imageFirst), uint64(0); va < imageEnd && sum < maxData && tries < maxFound && ctx.Err() == nil; {
 		addr, left, writable := s.writable(va)
 		left = min(left, imageEnd-va) // of a table that has nothing there, it leads to 2^64, which is 0
 		if !writable {
