@@ -53,6 +53,9 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 	e := d.engine(Waiting)
 	defer e.close()
 	if err := e.prepare(ctx); err != nil {
+		if ctx.Err() == nil {
+			lastWord(requests, err)
+		}
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
 	}
 	e.report(Waiting)
@@ -264,12 +267,7 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		case <-e.life.Done():
-			// Who comes just now should hear why.
-			select {
-			case r := <-requests:
-				r.Refuse(context.Cause(e.life))
-			case <-time.After(lastWords):
-			}
+			lastWord(requests, context.Cause(e.life))
 			return 0, context.Cause(e.life)
 		}
 		if r.Purpose != ToOffer {
@@ -291,6 +289,15 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 		if !e.Patient {
 			return 0, err
 		}
+	}
+}
+
+// lastWord has who comes just now hear why no VM is taken any more.
+func lastWord(requests <-chan *Request, why error) {
+	select {
+	case r := <-requests:
+		r.Refuse(why)
+	case <-time.After(lastWords):
 	}
 }
 

@@ -41,7 +41,7 @@ const (
 type light struct {
 	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
 	noAgent error
-	looked  bool              // what can be known before the freeze is
+	looked  bool              // lookInside is done
 	guest   *guestlinux.Guest // nil if it cannot be looked into
 	survey  *pageclass.Survey // nil until it is made
 	joined  bool              // the push follows it
@@ -150,6 +150,7 @@ func (e *source) enlighten() {
 	})
 }
 
+// learn does enlighten's work.
 func (e *source) learn() {
 	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
