@@ -123,12 +123,16 @@ on each makes one Ethernet of both, in which clients are, too.`)
 			return err
 		}
 	}
+	// So that the other host does not starve with one, on a machine where clients and engines have the same two cores.
+	if _, err := bench.SetPace(ctx, []bench.Loader{vms[0].client, vms[1].client}, 0.6); err != nil {
+		return err
+	}
 	time.Sleep(2 * time.Second) // of throughput, to tell it
 	now := time.Now()
 	d.say(`On host a two VMs have booted, web1 and web2: QEMU %s (%s), 768 MiB each, Debian's
-own kernel, Debian's memcached. A client of each reads and writes values as fast as it is
-answered, checks each that it reads, and keeps its 4 connections. There is one core for
-both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
+own kernel, Debian's memcached. A client of each reads and writes values, as many as six
+tenths of a core can answer, checks each that it reads, and keeps its 4 connections. There
+is one core for both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
 	d.say(`Each host has a certificate (vacate certs init, vacate certs issue), descriptions
 of the VMs, and a daemon, vacated, which has the other as its peer:`)
 	for _, h := range []*lab.Host{l.A, l.B} {
@@ -153,11 +157,22 @@ of the VMs, and a daemon, vacated, which has the other as its peer:`)
 
 which predicts what comes of evicting each VM, and evicts the best:`)
 	fmt.Fprintln(d.out)
-	began := time.Now()
-	relieve := site.command(ctx, l.A, "relieve")
-	relieve.Stdout, relieve.Stderr = d.out, os.Stderr
-	if err := l.A.Run(relieve); err != nil {
-		return err
+	var began time.Time
+	for tries := 3; ; tries-- {
+		began = time.Now()
+		relieve := site.command(ctx, l.A, "relieve")
+		relieve.Stdout, relieve.Stderr = d.out, os.Stderr
+		err := l.A.Run(relieve)
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == 2 && tries > 1 { // refused
+			d.say("Something else kept host b busy just then: the clients, say, which have no core of their\nown here. The operator tries again:")
+			fmt.Fprintln(d.out)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		break
 	}
 	time.Sleep(3 * time.Second)
 	moved, stayed := vms[0], vms[1]
