@@ -41,7 +41,6 @@ const (
 type light struct {
 	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
 	noAgent error
-	looked  bool              // lookInside is done
 	guest   *guestlinux.Guest // nil if it cannot be looked into
 	survey  *pageclass.Survey // nil until it is made
 	joined  bool              // the push follows it
@@ -72,7 +71,6 @@ func (e *source) mayLook() bool {
 // pages then go in plain order.
 func (e *source) lookInside(ctx context.Context) {
 	l := &e.light
-	l.looked = true
 	start := time.Now()
 	if e.Enlightenment != Agent {
 		var err error
@@ -143,18 +141,13 @@ func (l *light) doubt(what string, err error) {
 
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it.
 // The guest may run at the destination by then, and the push may be under way. It gives way to the VMs of this host, which starved until now.
-func (e *source) enlighten() {
-	_ = urgent.Patiently(func() error {
-		e.learn()
-		return nil
-	})
-}
+func (e *source) enlighten() { urgent.Patiently(e.learn) }
 
 // learn does enlighten's work.
 func (e *source) learn() {
 	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
-	if e.mayLook() && !e.light.looked {
+	if e.mayLook() && e.light.agent == "" { // else look has done it
 		e.lookInside(ctx)
 	}
 	start := time.Now()
