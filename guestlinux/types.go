@@ -76,7 +76,7 @@ func parseTypes(raw []byte) (*types, error) {
 		}
 		return raw[from : from+size], nil
 	}
-	t := &types{at: []uint32{0}}
+	t := &types{}
 	var err1, err2 error
 	t.raw, err1 = section(8)
 	t.texts, err2 = section(16)
