@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -80,9 +79,8 @@ func FuzzParseMessage(f *testing.F) {
 	})
 }
 
-// serve returns a client's end of a connection to a server that says the first
-// line of script, waits for a command, says the rest and, if told so, hangs up.
-func serve(tb testing.TB, script []byte, hangUp bool) *net.UnixConn {
+// connected returns both ends of a connection, which end with the test.
+func connected(tb testing.TB) (client, server *net.UnixConn) {
 	tb.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -97,7 +95,16 @@ func serve(tb testing.TB, script []byte, hangUp bool) *net.UnixConn {
 		}
 		return c.(*net.UnixConn)
 	}
-	client, server := end(pair[0]), end(pair[1])
+	client, server = end(pair[0]), end(pair[1])
+	tb.Cleanup(func() { server.Close(); client.Close() })
+	return client, server
+}
+
+// serve returns a client's end of a connection to a server that says the first
+// line of script, waits for a command, says the rest and, if told so, hangs up.
+func serve(tb testing.TB, script []byte, hangUp bool) *net.UnixConn {
+	tb.Helper()
+	client, server := connected(tb)
 	said := make(chan struct{})
 	go func() {
 		defer close(said)
@@ -261,20 +268,7 @@ func TestStaleReplies(t *testing.T) {
 
 // TestDescriptorAlone: while a descriptor is on its way, nothing else is.
 func TestDescriptorAlone(t *testing.T) {
-	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "qmp"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	conn, err := net.Dial("unix", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	server, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
+	client, server := connected(t)
 	r := bufio.NewReader(server)
 	expect := func(command string) {
 		t.Helper()
@@ -286,7 +280,7 @@ func TestDescriptorAlone(t *testing.T) {
 	if _, err := server.Write([]byte(ready)); err != nil {
 		t.Fatal(err)
 	}
-	c, err := handshake(t.Context(), conn.(*net.UnixConn), 1)
+	c, err := handshake(t.Context(), client, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
