@@ -69,8 +69,9 @@ type flight struct {
 }
 
 const (
-	// allowedQueue is how long a fetch may wait behind pushed bytes.
-	allowedQueue = 1500 * time.Microsecond
+	// allowedQueue is how long a fetch, and whatever else is on the path, may wait behind pushed bytes.
+	// Less would mean smaller frames, which cost both hosts CPU time that VMs want.
+	allowedQueue = time.Millisecond
 	// rateSpan is long enough that reports which arrive in a bunch, or a burst that the
 	// path lets through, do not look like a fast path.
 	rateSpan   = 10 * time.Millisecond
