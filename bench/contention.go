@@ -250,12 +250,13 @@ func pause(ctx context.Context, d time.Duration) error {
 
 // Clients says what the clients of a server ask for.
 type Clients struct {
-	Writes float64 `json:"writes"` // the share of requests that write, more than 0, up to 1
-	Bytes  int     `json:"bytes"`  // of a value of memcached or Redis
+	Writes      float64 `json:"writes"`      // the share of requests that write, more than 0, up to 1
+	Bytes       int     `json:"bytes"`       // of a value of memcached or Redis
+	Connections int     `json:"connections"` // of each VM's clients, on each of which one request at a time is under way
 }
 
 // UsualClients mostly read.
-var UsualClients = Clients{Writes: 0.1, Bytes: 4000}
+var UsualClients = Clients{Writes: 0.1, Bytes: 4000, Connections: 4}
 
 // Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
 func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {
@@ -265,10 +266,10 @@ func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error
 	var k Loader
 	var err error
 	if vm.Spec.Server == lab.PostgreSQL {
-		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes})
+		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes, Conns: o.Connections})
 	} else {
 		k, err = memclient.Start(ctx, memclient.Options{
-			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: o.Bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / max(1, o.Bytes), Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes,
+			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: o.Bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / max(1, o.Bytes), Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes, Conns: o.Connections,
 		})
 	}
 	if err != nil {
@@ -430,14 +431,16 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 		return errDamaged
 	}
 	run.Bad = &check.Bad
-	if run.Broken == 0 && (check.Bad != 0 || run.Wrong != 0) && !ours {
-		// Not ours to mend. Who goes on with this guest would be blamed for it.
-		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "pages", check.Bad, "wrong", run.Wrong, "errors", errors.Join(c.loaders[0].Stats().Errors...))
-		return errDamaged
-	}
 	if check.Bad != 0 || run.Wrong != 0 || run.Broken != 0 {
-		errs := c.loaders[0].Stats().Errors
-		return fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections: %w", ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken, errors.Join(append(errs, c.loaders[1].Stats().Errors...)...))
+		errs := append(c.loaders[0].Stats().Errors, c.loaders[1].Stats().Errors...)
+		err := fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections: %w", ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken, errors.Join(errs...))
+		if ours {
+			return err
+		}
+		// Not ours to mend. Who goes on with this guest would be blamed for it.
+		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
+		run.Reason = err.Error()
+		return errDamaged
 	}
 	if at == t.vm {
 		return nil

@@ -19,6 +19,7 @@ import (
 
 func paperCommand() *cobra.Command {
 	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.UsualClients}
+	opts.Clients.Connections = 16 // with fewer, what queues on the link limits what they can ask for
 	memory, serve := mebibytes(640), mebibytes(192)
 	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
@@ -43,6 +44,7 @@ directory.`,
 	fl.Var(&serve, "serve", "how much of it the servers hold")
 	fl.Float64Var(&opts.Wanted, "wanted", opts.Wanted, "how much of a core each VM wants")
 	fl.Float64Var(&opts.Clients.Writes, "writes", opts.Clients.Writes, "the share of requests that write")
+	fl.IntVar(&opts.Clients.Connections, "connections", opts.Clients.Connections, "of the clients of each VM, with a request at a time each")
 	fl.IntVar(&opts.Clients.Bytes, "value", opts.Clients.Bytes, "bytes of a value of memcached or Redis")
 	fl.IntVar(&opts.Repeat, "repeat", opts.Repeat, "how often all is measured")
 	fl.Float64Var(&opts.PrecopyBound, "precopy-bound", opts.PrecopyBound, "pre-copy is given up after so many times as long as all memory takes")
