@@ -395,7 +395,7 @@ func (c *contention) compute(run *ContentionRun, decided time.Time) {
 	c.seen = all
 }
 
-// errDamaged: QEMU's own migration has damaged the guest.
+// errDamaged is returned for a run that has damaged the guest.
 var errDamaged = errors.New("the guest was damaged")
 
 // mean of a series between two times.
@@ -426,9 +426,7 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 		if ours || ctx.Err() != nil {
 			return err
 		}
-		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
-		run.Reason = err.Error()
-		return errDamaged
+		return c.damaged(run, err)
 	}
 	run.Bad = &check.Bad
 	if check.Bad != 0 || run.Wrong != 0 || run.Broken != 0 {
@@ -437,10 +435,7 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 		if ours {
 			return err
 		}
-		// Not ours to mend. Who goes on with this guest would be blamed for it.
-		c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
-		run.Reason = err.Error()
-		return errDamaged
+		return c.damaged(run, err)
 	}
 	if at == t.vm {
 		return nil
@@ -462,6 +457,14 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 	}
 	back.start = time.Now()
 	return back.evict(ctx, nil)
+}
+
+// damaged notes that QEMU's own migration has damaged the guest, which is not ours to mend: who went on with it would be blamed.
+func (c *contention) damaged(run *ContentionRun, err error) error {
+	c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
+	run.Outcome, run.Reason = Damaged, err.Error()
+	run.Contending, run.Migrated, run.Aggregate = nil, nil, nil
+	return errDamaged
 }
 
 // leave closes a trial, but for the VM that has the guest, which it tells.

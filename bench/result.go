@@ -49,6 +49,7 @@ const (
 	Completed    = "completed"
 	NotConverged = "not converged" // pre-copy, given up: the guest ran on
 	Unsupported  = "unsupported"   // this QEMU has no such thing
+	Damaged      = "damaged"       // the guest, by QEMU's own migration
 	Failed       = "failed"
 )
 

@@ -251,7 +251,7 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 		return errors.New("the report does not tell when the VM was first touched")
 	}
 	p.Notes = []string{
-		fmt.Sprintf("Two VMs, %s and %s, with a memcached each and clients that ask as fast as they are answered, starved each other on the one core of host a. "+
+		fmt.Sprintf("Two VMs, %s and %s, with a memcached each and clients that ask for as much as six tenths of a core can answer, starved each other on the one core of host a. "+
 			"The operator ran vacate relieve, which chose %[1]s to leave for host b. Both then have a core of their own.", moved.name, stayed.name),
 		"The first chart shows it: the answers of both per second. The VM that stays has the core as soon as the other has left. The one that moves has to fetch what it touches first, and is back as its hot memory has come.",
 	}

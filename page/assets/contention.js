@@ -75,11 +75,12 @@
   });
   main.append(table(["server", "link", "vacate", "best of QEMU's", "times sooner", "in the paper", "live migration / enlightened post-copy"], rows, [2, 3, 4, 6]));
 
-  main.append(el("h2", {}, "Until all memory has moved"), el("p", { class: "soft" }, "The ratio is to the bytes that crossed for vacate, at the link's rate: one copy of the memory in use can take no less."));
+  main.append(el("h2", {}, "Until all memory has moved"), el("p", { class: "soft" }, "The ratio is to the memory that vacate moved, pages of zeroes not counted, at the link's rate: no way to move it takes less."));
   const totals = [];
   for (const s of servers) rates.forEach((r, i) => {
     const run = typical(s, r, "vacate"), p = paper[s];
-    const least = run && run.link_bytes ? run.link_bytes * 8 / r : null;
+    const moved = run && run.pages ? run.pages.pushed + run.pages.fetched - run.pages.zero : 0;
+    const least = moved ? moved * 4096 * 8 / r : null;
     totals.push([s, bits(r)].concat(strategies.map(st => shown(s, r, st, "total_s"))).concat([least && run.total_s ? (run.total_s / least).toFixed(2) : "–", p && p.total[i] ? precise(p.total[i][0]) + " / " + precise(p.total[i][1]) : "–"]));
   });
   main.append(table(["server", "link"].concat(strategies).concat(["vacate's to the least", "paper: live / enlightened"]), totals, strategies.map((_, i) => i + 2).concat([strategies.length + 2, strategies.length + 3])));
