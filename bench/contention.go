@@ -255,8 +255,8 @@ type Clients struct {
 	Connections int     `json:"connections"` // of each VM's clients, on each of which one request at a time is under way
 }
 
-// UsualClients mostly read.
-var UsualClients = Clients{Writes: 0.1, Bytes: 4000, Connections: 4}
+// UsualClients mostly read. With fewer connections, what queues on the link would limit what they can ask for.
+var UsualClients = Clients{Writes: 0.1, Bytes: 4000, Connections: 16}
 
 // Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
 func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {

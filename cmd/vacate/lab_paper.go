@@ -19,7 +19,6 @@ import (
 
 func paperCommand() *cobra.Command {
 	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.UsualClients}
-	opts.Clients.Connections = 16 // with fewer, what queues on the link limits what they can ask for
 	memory, serve := mebibytes(640), mebibytes(192)
 	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
