@@ -20,7 +20,7 @@ import (
 //
 // QEMU believes that it migrates to us, in post-copy from the start. Should it begin with
 // pre-copy all the same, its bandwidth for that is so low (preCopyBandwidth) that next to
-// no pages come, which nobody wants: they are read from its memory later. To wake it from
+// no pages come, unless they are huge. Nobody wants them: they are read from its memory later. To wake it from
 // waiting out that bandwidth, the return path asks for a page.
 type capture struct {
 	conn net.Conn
@@ -267,7 +267,17 @@ func (c *capture) settle(ctx context.Context, q *qmp.Client) error {
 // preCopyBandwidth is QEMU's bandwidth in pre-copy, in bytes per second. QEMU spends a
 // tenth of it at once and then sleeps out the rest of 100 ms. The tenth must be more than
 // the head of the stream, or QEMU sleeps before it has flushed that.
-const preCopyBandwidth = 320 << 10
+//
+// With huge pages there is no limit. QEMU sleeps in the middle of one, too, but looks up between them only, and
+// maybe not before it has sent 64: with so little bandwidth that takes minutes (seen with 11.1).
+func preCopyBandwidth(mem *guestmem.Memory) int64 {
+	for _, b := range mem.Blocks() {
+		if b.PageSize > migstream.TargetPageSize {
+			return 1 << 40
+		}
+	}
+	return 320 << 10
+}
 
 const (
 	// switchTimeout is how long QEMU may take to freeze the guest and save its devices.
