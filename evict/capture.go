@@ -264,16 +264,21 @@ func (c *capture) settle(ctx context.Context, q *qmp.Client) error {
 	return err
 }
 
+// captureParameters are what QEMU's migration parameters are to be for a capture.
+func captureParameters(mem *guestmem.Memory) map[string]any {
+	return map[string]any{"max-bandwidth": preCopyBandwidth(mem), "max-postcopy-bandwidth": 0} // 0: no limit
+}
+
 // preCopyBandwidth is QEMU's bandwidth in pre-copy, in bytes per second. QEMU spends a
 // tenth of it at once and then sleeps out the rest of 100 ms. The tenth must be more than
 // the head of the stream, or QEMU sleeps before it has flushed that.
 //
 // With huge pages there is no limit. QEMU sleeps in the middle of one, too, but looks up between them only, and
 // maybe not before it has sent 64: with so little bandwidth that takes minutes (seen with 11.1).
-func preCopyBandwidth(mem *guestmem.Memory) int64 {
+func preCopyBandwidth(mem *guestmem.Memory) int {
 	for _, b := range mem.Blocks() {
 		if b.PageSize > migstream.TargetPageSize {
-			return 1 << 40
+			return 0
 		}
 	}
 	return 320 << 10

@@ -31,7 +31,7 @@ func Freeze(ctx context.Context, socket string) (f Captured, err error) {
 	if err != nil {
 		return f, err
 	}
-	want, _ := before.plan(map[string]any{"max-bandwidth": preCopyBandwidth(mem), "max-postcopy-bandwidth": 0})
+	want, _ := before.plan(captureParameters(mem))
 	if err := want.apply(ctx, q); err != nil {
 		return f, err
 	}

@@ -242,7 +242,7 @@ func (e *source) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
-	want, was := before.plan(map[string]any{"max-bandwidth": preCopyBandwidth(e.mem), "max-postcopy-bandwidth": 0})
+	want, was := before.plan(captureParameters(e.mem))
 	b, err := json.Marshal(was)
 	if err != nil {
 		return fmt.Errorf("encode QEMU's settings: %w", err)
