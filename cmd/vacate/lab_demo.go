@@ -131,8 +131,8 @@ on each makes one Ethernet of both, in which clients are, too.`)
 	now := time.Now()
 	d.say(`On host a two VMs have booted, web1 and web2: QEMU %s (%s), 768 MiB each, Debian's
 own kernel, Debian's memcached. A client of each reads and writes values, as many as six
-tenths of a core can answer, checks each that it reads, and keeps its 16 connections. There
-is one core for both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
+tenths of a core can answer, checks each that it reads, and keeps its %d connections. There
+is one core for both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, bench.UsualClients.Connections, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
 	d.say(`Each host has a certificate (vacate certs init, vacate certs issue), descriptions
 of the VMs, and a daemon, vacated, which has the other as its peer:`)
 	for _, h := range []*lab.Host{l.A, l.B} {

@@ -66,6 +66,9 @@ directory.`,
 		if !(opts.Wanted > 0 && opts.Wanted <= 1) || !(opts.Clients.Writes > 0 && opts.Clients.Writes <= 1) {
 			return errors.New("--wanted and --writes: more than 0, and 1 at most")
 		}
+		if opts.Clients.Connections < 1 {
+			return errors.New("--connections: at least one")
+		}
 		opts.MemoryMiB, opts.ServerMiB = int(memory), int(serve)
 		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 		opts.Lab.Log = opts.Log
