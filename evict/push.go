@@ -2,6 +2,7 @@ package evict
 
 import (
 	"fmt"
+	"sync"
 	"time"
 
 	"vacate/link"
@@ -41,55 +42,84 @@ func (e *source) sendEarly(a *attachment) error {
 // beginPush pushes in a session, in which fetches are served already.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
-	a.begin(func() error { return e.readPlaced(a) })
-	a.begin(func() error { return e.pushAll(a) })
+	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly, again: time.NewTimer(0)}
+	a.begin(p.readPlaced)
+	a.begin(p.run)
 	if e.ledger != nil {
 		a.begin(func() error { return e.giveBack(a) })
 	}
 }
 
-// pushAll pushes pages in order until none is left.
-func (e *source) pushAll(a *attachment) error {
-	lane, f := a.Lane(link.Push), e.pushed
-	held := e.Order.Base == pushorder.DemandOnly
+// pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the destination's reports, as each of them makes
+// room, and run, for when something else does. To wake run for each frame would cost a sixth more of a core that VMs want.
+type pusher struct {
+	*source
+	a     *attachment
+	again *time.Timer // run has to look for room then
+
+	mu   sync.Mutex // guards what follows, and the frame
+	held bool       // only neighbours of fetches are pushed
+	over bool       // nothing is left
+}
+
+// run pushes pages in order until none is left.
+func (p *pusher) run() error {
+	defer p.again.Stop()
 	release := time.NewTimer(demandTime)
 	defer release.Stop()
 	for {
-		room := a.window.wait(a.Done())
+		if over, err := p.push(); over || err != nil {
+			return err
+		}
+		select {
+		case <-p.a.window.wake:
+		case <-p.again.C:
+		case <-p.touched:
+		case <-release.C:
+			p.mu.Lock()
+			p.held = false
+			p.mu.Unlock()
+		case <-p.a.Done():
+			return nil
+		}
+	}
+}
+
+// push sends what there is room for. It tells whether nothing is left.
+func (p *pusher) push() (over bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	window := p.a.window
+	for !p.over {
+		room, again := window.room()
 		if room == 0 {
-			return nil
+			p.again.Reset(again)
+			return false, nil
 		}
-		runs, reason, left := e.next(held, max(1, room/migstream.TargetPageSize))
+		runs, reason, left := p.next(p.held, max(1, room/migstream.TargetPageSize))
 		if len(runs) == 0 {
-			a.window.pass()
-		}
-		switch {
-		case left == 0 && len(runs) == 0:
-			return nil
-		case len(runs) == 0:
-			select {
-			case <-e.touched:
-			case <-release.C:
-				held = false
-			case <-a.Done():
-				return nil
+			window.pass()
+			if left > 0 {
+				return false, nil // until something is fetched
 			}
+			p.over = true
+			p.again.Reset(0) // so that run sees it
 			continue
 		}
-		e.count(reason, runs)
+		p.count(reason, runs)
 		for len(runs) > 0 {
-			var err error
-			if runs, err = f.fill(runs); err != nil {
-				return err
+			if runs, err = p.pushed.fill(runs); err != nil {
+				return false, err
 			}
-			e.zero.Add(int64(f.zero))
-			a.window.send(f.size())
-			e.ledger.add(f.size(), f.runs)
-			if err := f.write(lane); err != nil {
-				return err
+			p.zero.Add(int64(p.pushed.zero))
+			window.send(p.pushed.size())
+			p.ledger.add(p.pushed.size(), p.pushed.runs)
+			if err := p.pushed.write(p.a.Lane(link.Push)); err != nil {
+				return false, err
 			}
 		}
 	}
+	return true, nil
 }
 
 // next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
@@ -144,8 +174,8 @@ func (e *source) serveFetches(a *attachment) error {
 }
 
 // readPlaced follows the destination's reports of what it has placed.
-func (e *source) readPlaced(a *attachment) error {
-	lane := a.Lane(link.Push)
+func (p *pusher) readPlaced() error {
+	lane := p.a.Lane(link.Push)
 	var buf []byte
 	for {
 		kind, payload, err := lane.Read(buf, placedSize)
@@ -160,10 +190,13 @@ func (e *source) readPlaced(a *attachment) error {
 		if err != nil {
 			return err
 		}
-		if !a.window.report(placed) {
+		if !p.a.window.report(placed) {
 			return fmt.Errorf("%w: report of pages that were not sent", errFrame)
 		}
-		e.ledger.report(placed, held)
+		p.ledger.report(placed, held)
+		if _, err := p.push(); err != nil {
+			return err
+		}
 	}
 }
 

@@ -78,7 +78,7 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 
 // engine makes one that is in a state, and shows its progress.
 func (s Source) engine(first State) *source {
-	e := &source{Source: s, started: time.Now(), touched: make(chan struct{}, 1)}
+	e := &source{Source: s, started: time.Now()}
 	if e.Eviction == (ID{}) {
 		e.Eviction = journal.NewID()
 	}
@@ -90,6 +90,9 @@ func (s Source) engine(first State) *source {
 	}
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
+	}
+	if e.Order.Base == pushorder.DemandOnly {
+		e.touched = make(chan struct{}, 1)
 	}
 	if e.Path == nil {
 		e.Path = NewPath(0)
@@ -153,7 +156,7 @@ type source struct {
 	light   light            // guarded by mu
 	highest int              // pages shown; guarded by shown
 
-	touched chan struct{} // capacity 1: something was fetched
+	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 
 	sent   [pushorder.Reasons]atomic.Int64 // pages by reason
 	tracer tracer

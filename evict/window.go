@@ -48,7 +48,7 @@ type window struct {
 	path  *Path
 	page  int           // bytes that are always allowed
 	limit *Limit        // may be nil
-	wake  chan struct{} // capacity 1: something was granted
+	wake  chan struct{} // capacity 1: something was granted by what another window did
 
 	waits        bool
 	granted      int       // bytes that may be sent now and are not yet
@@ -114,34 +114,11 @@ func (w *window) leave() {
 	defer p.mu.Unlock()
 	p.windows = slices.DeleteFunc(p.windows, func(v *window) bool { return v == w })
 	w.waits, w.granted = false, 0
-	p.serve()
+	p.serve(w)
 }
 
-// wait waits until something may be pushed, and returns how many bytes of pages the next frame should hold;
-// 0 when done was closed. Those count as in flight until send or pass is called.
-func (w *window) wait(done <-chan struct{}) int {
-	for {
-		n, again := w.room()
-		if n > 0 {
-			return n
-		}
-		t := time.NewTimer(again)
-		select {
-		case <-w.wake:
-		case <-t.C:
-		case <-done:
-		}
-		t.Stop()
-		select {
-		case <-done:
-			return 0
-		default:
-		}
-	}
-}
-
-// room is wait without waiting: if nothing may be sent, it is to be called again when
-// wake says so, and not later than after a while.
+// room returns how many bytes of pages the next frame should hold, which count as in flight until send or pass is
+// called. If nothing may be sent, that is 0, and room is to be called again after a report, when wake says so, and not later than after a while.
 func (w *window) room() (n int, again time.Duration) {
 	p := w.path
 	p.mu.Lock()
@@ -151,7 +128,7 @@ func (w *window) room() (n int, again time.Duration) {
 			// Who did not wait until now has saved no turns up.
 			w.waits, w.turn = true, max(w.turn, p.turn)
 		}
-		p.serve()
+		p.serve(w)
 	}
 	if w.granted > 0 {
 		return w.granted, 0
@@ -171,13 +148,13 @@ func (w *window) pass() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	w.granted = 0
-	p.serve()
+	p.serve(w)
 }
 
 // serve lets windows that wait send, while there is room: the one whose turn it is, of those
 // that may. As turns are counted in bytes, each gets as many as the others, as far as it can
-// use them (start-time fair queueing; Goyal et al., 1996). The caller holds mu.
-func (p *Path) serve() {
+// use them (start-time fair queueing; Goyal et al., 1996). The caller, who looks by itself, is not woken; it holds mu.
+func (p *Path) serve(caller *window) {
 	now := p.now()
 	for p.Limit.due(now) <= 0 {
 		inFlight, rate, measuring := 0, 0.0, false
@@ -205,6 +182,12 @@ func (p *Path) serve() {
 			return
 		}
 		next.grant(now)
+		if next != caller {
+			select {
+			case next.wake <- struct{}{}:
+			default:
+			}
+		}
 	}
 }
 
@@ -226,10 +209,6 @@ func (w *window) grant(now time.Time) {
 	}
 	w.path.turn = w.turn
 	w.waits = false
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
 }
 
 // may tells whether the window's own bounds let it send. The caller holds mu.
@@ -288,7 +267,7 @@ func (w *window) send(n int) {
 	w.turn += uint64(n)
 	w.sent += uint64(n)
 	w.flights = append(w.flights, flight{w.sent, now})
-	p.serve() // the frame may be smaller than what was granted
+	p.serve(w) // the frame may be smaller than what was granted
 }
 
 // fetched notes that n bytes are sent at once, because the VM waits for them: they count
@@ -322,7 +301,7 @@ func (w *window) report(placed uint64) bool {
 		w.yield.add(now, last)
 		w.flights = append(w.flights[:0], w.flights[n:]...)
 	}
-	p.serve()
+	p.serve(w)
 	return true
 }
 
