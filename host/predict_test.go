@@ -182,10 +182,11 @@ func (p *predicted) measure(b *testing.B) bool {
 		final += at[1] / 30
 	}
 	back := bench.Recovery(both, final, 0)
-	b.Logf("%v; back after %v", plan.Candidates, back)
 	if back == nil || *back == 0 {
+		b.Log(plan.Candidates)
 		return false
 	}
+	b.Logf("%v; back after %v s", plan.Candidates, *back)
 	for _, c := range plan.Candidates {
 		if c.Vm == "moves" {
 			p.predictedTransfer, p.predictedBack, p.predictedTotal = c.TransferS, c.BackS, c.TotalS
