@@ -51,7 +51,7 @@ func (e *source) beginPush(a *attachment) {
 }
 
 // pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the destination's reports, as each of them makes
-// room, and run, for when something else does. To wake run for each frame would cost a sixth more of a core that VMs want.
+// room, and run, for when something else does. To wake run for each frame would take a fifth more of a core that VMs want.
 type pusher struct {
 	*source
 	a     *attachment
