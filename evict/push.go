@@ -24,15 +24,20 @@ func (e *source) sendEarly(a *attachment) error {
 		runs = append(runs, e.order.Take(w, pushorder.Early)...)
 	}
 	e.mu.Unlock()
-	e.count(pushorder.Early, runs)
-	f := e.pushed
+	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
+}
+
+// send sends pages on a lane, in as many frames f as they take. note is called before each is written.
+func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run, note func()) error {
+	e.count(why, runs)
 	for len(runs) > 0 {
 		var err error
 		if runs, err = f.fill(runs); err != nil {
 			return err
 		}
 		e.zero.Add(int64(f.zero))
-		if err := f.write(a.control.Conn); err != nil {
+		note()
+		if err := f.write(lane); err != nil {
 			return err
 		}
 	}
@@ -99,24 +104,15 @@ func (p *pusher) push() (over bool, err error) {
 		runs, reason, left := p.next(p.held, max(1, room/migstream.TargetPageSize))
 		if len(runs) == 0 {
 			window.pass()
-			if left > 0 {
-				return false, nil // until something is fetched
-			}
-			p.over = true
-			p.again.Reset(0) // so that run sees it
-			continue
+			p.over = left == 0 // else the rest is held until something is fetched
+			return p.over, nil
 		}
-		p.count(reason, runs)
-		for len(runs) > 0 {
-			if runs, err = p.pushed.fill(runs); err != nil {
-				return false, err
-			}
-			p.zero.Add(int64(p.pushed.zero))
+		err := p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
 			window.send(p.pushed.size())
 			p.ledger.add(p.pushed.size(), p.pushed.runs)
-			if err := p.pushed.write(p.a.Lane(link.Push)); err != nil {
-				return false, err
-			}
+		})
+		if err != nil {
+			return false, err
 		}
 	}
 	return true, nil
@@ -155,20 +151,13 @@ func (e *source) serveFetches(a *attachment) error {
 		e.mu.Lock()
 		runs := e.order.Fetch(run)
 		e.mu.Unlock()
-		e.count(pushorder.Fetched, runs)
 		select {
 		case e.touched <- struct{}{}:
 		default:
 		}
-		for len(runs) > 0 { // else it is on its way already
-			if runs, err = f.fill(runs); err != nil {
-				return err
-			}
-			e.zero.Add(int64(f.zero))
-			a.window.fetched(f.size())
-			if err := f.write(lane); err != nil {
-				return err
-			}
+		// If there are none, they are on their way already.
+		if err := e.send(lane, f, pushorder.Fetched, runs, func() { a.window.fetched(f.size()) }); err != nil {
+			return err
 		}
 	}
 }
