@@ -1,7 +1,8 @@
 // Package journal keeps evictions on disk, so that a daemon that was killed at any moment knows
 // afterwards what it had promised. A directory of its own holds all of one daemon:
 //
-//	DIR/lock                 locked (flock) by the daemon that has it open
+//	DIR/lock                 locked (flock) by the daemon that has it open; it says "vacate-journal1\n",
+//	                         by which Open knows the directory for a journal
 //	DIR/ID/log               an eviction, by its ID in hex: the records
 //	DIR/ID/NAME              what is kept with it ([Entry.Keep])
 //	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
@@ -154,6 +155,9 @@ func (j *Journal) open() error {
 	if err := os.MkdirAll(j.dir, 0o700); err != nil {
 		return err
 	}
+	if err := ours(j.dir); err != nil {
+		return err
+	}
 	if err := syncDir(filepath.Dir(j.dir)); err != nil {
 		return err
 	}
@@ -162,7 +166,7 @@ func (j *Journal) open() error {
 		return err
 	}
 	var err error
-	if j.lock, err = os.OpenFile(filepath.Join(j.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+	if j.lock, err = os.OpenFile(lockFile(j.dir), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
 		return err
 	}
 	switch err := unix.Flock(int(j.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
@@ -171,21 +175,26 @@ func (j *Journal) open() error {
 	case err != nil:
 		return os.NewSyscallError("flock", err)
 	}
+	// On a full disk it stays empty until the next time: what is in the directory tells, too.
+	_, _ = j.lock.WriteAt([]byte(header), 0)
 	files, err := os.ReadDir(j.dir)
 	if err != nil {
 		return err
 	}
 	for _, f := range files {
 		path := filepath.Join(j.dir, f.Name())
-		if strings.HasPrefix(f.Name(), newPrefix) {
+		if rest, ok := strings.CutPrefix(f.Name(), newPrefix); ok && isEntry(rest) {
 			if err := os.RemoveAll(path); err != nil {
 				return err
 			}
 			continue
 		}
-		id, err := ParseID(f.Name())
-		if err != nil || !f.IsDir() || id.String() != f.Name() {
+		if !f.IsDir() || !isEntry(f.Name()) {
 			continue // not of ours
+		}
+		id, err := ParseID(f.Name())
+		if err != nil {
+			return err
 		}
 		j.entries[id] = j.load(id, path)
 	}
@@ -193,6 +202,62 @@ func (j *Journal) open() error {
 }
 
 const newPrefix = ".new-"
+
+func lockFile(dir string) string { return filepath.Join(dir, "lock") }
+
+// ErrForeign: the directory holds something else than a journal, so it was not touched.
+var ErrForeign = errors.New("it is not empty, and no journal of vacated: it was not touched. " +
+	"Give the journal a directory of its own")
+
+// Check reports why Open could not use dir as a journal, and touches nothing. It wraps ErrForeign
+// for the directory of somebody else. A directory that is not there is fine.
+func Check(dir string) error {
+	err := ours(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", dir, err)
+	}
+	return nil
+}
+
+// ours reports whether a directory is a journal, or empty and so may become one: an error says
+// what else it is. Of a journal made before the lock told what it is, all that it holds must be
+// an eviction's.
+func ours(dir string) error {
+	files, err := os.ReadDir(dir)
+	files = slices.DeleteFunc(files, func(f fs.DirEntry) bool { return f.Name() == "lost+found" })
+	if err != nil || len(files) == 0 {
+		return err
+	}
+	lock := lockFile(dir)
+	info, err := os.Lstat(lock)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
+		return ErrForeign
+	} else if err != nil {
+		return err
+	}
+	if info.Size() > 0 {
+		b, err := readFile(lock, int64(len(header)))
+		if err != nil || string(b) != header {
+			return ErrForeign
+		}
+		return nil
+	}
+	for _, f := range files {
+		if f.Name() != filepath.Base(lock) && (!f.IsDir() || !isEntry(strings.TrimPrefix(f.Name(), newPrefix))) {
+			return ErrForeign
+		}
+	}
+	return nil
+}
+
+// isEntry reports whether the directory of an eviction has that name.
+func isEntry(name string) bool {
+	id, err := ParseID(name)
+	return err == nil && id.String() == name
+}
 
 // load reads an entry. What is wrong with it, the entry tells.
 func (j *Journal) load(id ID, dir string) *Entry {

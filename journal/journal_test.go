@@ -385,3 +385,83 @@ func BenchmarkNote(b *testing.B) {
 		e.end, e.used = end, prepared // the log is to stay small
 	}
 }
+
+// A directory of somebody else keeps its mode and its files.
+func TestForeignDirectory(t *testing.T) {
+	entry := NewID().String()
+	for name, files := range map[string]map[string]string{
+		"files":                 {"passwd": "root:x:0:0"},
+		"a lock of another":     {"lock": "", "status": "Package: vacate"},
+		"a lock that says more": {"lock": "vacate-journal1\nand more"},
+		"what looks unfinished": {newPrefix + entry + "/log": "precious"},
+		"a .new- of another":    {"lock": "", newPrefix + "mail/1": "precious"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for f, text := range files {
+				path := filepath.Join(dir, f)
+				if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Chmod(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := Check(dir); !errors.Is(err, ErrForeign) {
+				t.Errorf("Check says %v", err)
+			}
+			j, err := Open(dir)
+			if !errors.Is(err, ErrForeign) {
+				t.Errorf("Open says %v", err)
+			}
+			if err == nil {
+				j.Close()
+			}
+			if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o755 {
+				t.Errorf("the directory's mode became %v (%v)", info.Mode(), err)
+			}
+			for f, text := range files {
+				if b, err := os.ReadFile(filepath.Join(dir, f)); err != nil || string(b) != text {
+					t.Errorf("%s has %q (%v), was %q", f, b, err, text)
+				}
+			}
+		})
+	}
+}
+
+// What an earlier version left is a journal, and so is an empty directory or file system.
+func TestKnownDirectories(t *testing.T) {
+	for name, files := range map[string][]string{
+		"empty": nil, "a file system": {"lost+found/"}, "of before the lock told": {"lock", NewID().String() + "/", newPrefix + NewID().String() + "/"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for _, f := range files {
+				path := filepath.Join(dir, f)
+				if strings.HasSuffix(f, "/") {
+					if err := os.Mkdir(path, 0o755); err != nil {
+						t.Fatal(err)
+					}
+				} else if err := os.WriteFile(path, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for range 2 {
+				if err := Check(dir); err != nil {
+					t.Error(err)
+				}
+				j, err := Open(dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				j.Close()
+			}
+			if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+				t.Errorf("the journal's mode is %v (%v)", info.Mode(), err)
+			}
+		})
+	}
+}
