@@ -414,9 +414,8 @@ func reservePicture(name string) (*pictureFile, error) {
 	if fi, err := os.Stat(name); err == nil && !fi.Mode().IsRegular() {
 		return nil, fmt.Errorf("--map: %s is no regular file: name one, or a new one", name)
 	}
-	temp := filepath.Join(filepath.Dir(name), fmt.Sprintf(".%s.%d.part", filepath.Base(name), os.Getpid()))
 	var err error
-	if p.temp, err = os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o666); err != nil { // #nosec G302 -- as the umask has it
+	if p.temp, err = beside(name); err != nil {
 		return nil, fmt.Errorf("--map: %w", err)
 	}
 	return p, nil

@@ -167,8 +167,7 @@ func reserveReport(name string) (_ *reportFile, err error) {
 		return nil, fmt.Errorf("%s is no regular file: name one, or a new one", name)
 	}
 	r := &reportFile{name: name}
-	temp := filepath.Join(filepath.Dir(name), fmt.Sprintf(".%s.%d.part", filepath.Base(name), os.Getpid()))
-	if r.temp, err = os.OpenFile(temp, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o666); err != nil { // #nosec G302 -- a report is for whom the umask lets see it
+	if r.temp, err = beside(name); err != nil {
 		return nil, err
 	}
 	if _, err = r.temp.Write(make([]byte, reportRoom)); err == nil {
