@@ -113,7 +113,7 @@ const maxRequest = 1 << 20
 func (h *Host) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", h.metrics.handler())
-	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest)))
+	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(h.audit())))
 	return mux
 }
 

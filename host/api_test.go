@@ -1,15 +1,19 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,10 +23,29 @@ import (
 	"connectrpc.com/connect"
 )
 
-// serve runs a daemon in this process until the test ends.
-func serve(t *testing.T, c Config) *Host {
+// words collects what a daemon logs.
+type words struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (w *words) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buf.Write(b)
+}
+
+func (w *words) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buf.String()
+}
+
+// serve runs a daemon in this process until the test ends. It logs to the test, and to others.
+func serve(t *testing.T, c Config, logs ...io.Writer) *Host {
 	t.Helper()
-	h, err := Open(c, "test", slog.New(slog.NewTextHandler(t.Output(), nil)))
+	log := io.MultiWriter(append(logs, t.Output())...)
+	h, err := Open(c, "test", slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,7 +70,7 @@ func clientOf(t *http.Transport) *http.Client {
 }
 
 // plainHost is a daemon without certificates and without a link.
-func plainHost(t *testing.T) (h *Host, client hostv1.HostClient, web *http.Client) {
+func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClient, web *http.Client) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "vacate")
 	if err != nil {
@@ -66,7 +89,7 @@ func plainHost(t *testing.T) (h *Host, client hostv1.HostClient, web *http.Clien
 	if err != nil {
 		t.Fatal(err)
 	}
-	h = serve(t, c)
+	h = serve(t, c, logs...)
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", c.Socket)
 	}}
@@ -77,7 +100,8 @@ func plainHost(t *testing.T) (h *Host, client hostv1.HostClient, web *http.Clien
 
 // What the API answers to who asks wrongly.
 func TestAPI(t *testing.T) {
-	_, api, web := plainHost(t)
+	var log words
+	_, api, web := plainHost(t, &log)
 	ctx := t.Context()
 	code := func(err error, want connect.Code, says string) {
 		t.Helper()
@@ -141,27 +165,47 @@ func TestAPI(t *testing.T) {
 	if s := get("/metrics", ""); !strings.Contains(s, "vacate_evictions_undecided 0") {
 		t.Errorf("metrics: %.500s", s)
 	}
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, call := range []string{"Evict vm=web1 to=hostb", "Abort eviction=" + id, "Decide eviction=" + id, "Export eviction=" + id} {
+		want := fmt.Sprintf("operator=\"user %s\" asks=%s", me.Username, call)
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q", want)
+		}
+	}
 }
 
 func TestConfig(t *testing.T) {
 	for text, says := range map[string]string{
-		"listen = \"x\"":                      "HOST:PORT",
-		"plain = true":                        "needs name",
-		"name = \"a\"":                        "plain = true only",
-		"nonsense = 1":                        "no setting",
-		"journal = \"\"":                      "journal is empty",
-		"[api]\nlisten = \":1\"":              "operators",
-		"[peers.b]\naddress = \"b\"":          "HOST:PORT",
-		"[peers.\"../b\"]\naddress = \"b:1\"": "peers",
-		"plain = true\nname = \"a\"\n[peers.b]\naddress = \"b:1\"":     "IP address",
-		"plain = true\nname = \"a\"\n[peers.b]\nmay_send = true":       "address",
-		"[peers.b]\nrate = 99999999999":                                "rate",
-		"listen = 5":                                                   "listen",
-		"give_back = \"-1s\"":                                          "give_back",
-		"give_back = \"30h\"":                                          "give_back",
-		"give_back = \"30s\"":                                          "",
-		"[peers.b]\naddress = \"b:1\"\nmay_send = true\nrate = 500":    "",
-		"plain = true\nname = \"a\"\n[peers.b]\naddress = \"[::1]:1\"": "",
+		"listen = \"x\"":                 "HOST:PORT",
+		"plain = true":                   "needs name",
+		"name = \"a\"":                   "plain = true only",
+		"nonsense = 1":                   "no setting",
+		"journal = \"\"":                 "journal is empty",
+		"[api]\nlisten = \":1\"":         "operators",
+		"[api]\noperators = [\"admin\"]": "api.listen",
+		"[api]\nlisten = \":1\"\noperators = [\"Admin\"]":                  "\"admin\"",
+		"listen = \":99999\"":                                              "65535",
+		"listen = \":-1\"":                                                 "65535",
+		"metrics = \"127.0.0.1:nosuchport\"":                               "65535",
+		"[peers.b]\naddress = \"b:0\"":                                     "65535",
+		"[peers.b]\naddress = \"b:65536\"":                                 "65535",
+		"[peers.HostB]\naddress = \"b:1\"":                                 "\"hostb\"",
+		"plain = true\nname = \"a\"\n[peers.a]\naddress = \"127.0.0.1:1\"": "this host itself",
+		"plain = true\nname = \"a\"\n[peers.B]\naddress = \"127.0.0.1:1\"": "",
+		"[peers.b]\naddress = \"b\"":                                       "HOST:PORT",
+		"[peers.\"../b\"]\naddress = \"b:1\"":                              "peers",
+		"plain = true\nname = \"a\"\n[peers.b]\naddress = \"b:1\"":         "IP address",
+		"plain = true\nname = \"a\"\n[peers.b]\nmay_send = true":           "address",
+		"[peers.b]\nrate = 99999999999":                                    "rate",
+		"listen = 5":                                                       "listen",
+		"give_back = \"-1s\"":                                              "give_back",
+		"give_back = \"30h\"":                                              "give_back",
+		"give_back = \"30s\"":                                              "",
+		"[peers.b]\naddress = \"b:1\"\nmay_send = true\nrate = 500":        "",
+		"plain = true\nname = \"a\"\n[peers.b]\naddress = \"[::1]:1\"":     "",
 	} {
 		file := filepath.Join(t.TempDir(), "vacated.toml")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {

@@ -187,8 +187,8 @@ func (c Config) check() error {
 		if a.addr == "" {
 			continue
 		}
-		if _, _, err := net.SplitHostPort(a.addr); err != nil {
-			return fmt.Errorf("%s = %q is not HOST:PORT", a.name, a.addr)
+		if _, err := splitAddress(a.addr, 0); err != nil {
+			return fmt.Errorf("%s = %q %w", a.name, a.addr, err)
 		}
 	}
 	if c.Plain && c.Name == "" {
@@ -199,6 +199,14 @@ func (c Config) check() error {
 	}
 	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
 		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+	}
+	if c.API.Listen == "" && len(c.API.Operators) > 0 {
+		return errors.New("api.operators may ask nothing without api.listen: add it, such as listen = \":7600\"")
+	}
+	for _, name := range c.API.Operators {
+		if err := certified(name); err != nil {
+			return fmt.Errorf("api.operators: %w", err)
+		}
 	}
 	if c.GiveBack < 0 || c.GiveBack > maxGiveBack {
 		return fmt.Errorf("give_back = %v: want 0, which is off, to %v", c.GiveBack, maxGiveBack)
@@ -213,6 +221,14 @@ func (c Config) check() error {
 		if err := hypervisor.CheckName(name); err != nil {
 			return fmt.Errorf("peers.%s: %w", name, err)
 		}
+		if !c.Plain {
+			if err := certified(name); err != nil {
+				return fmt.Errorf("peers.%s: %w", name, err)
+			}
+		}
+		if name == c.Name {
+			return selfPeer(name)
+		}
 		if p.Rate > maxRate {
 			return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
 		}
@@ -222,15 +238,40 @@ func (c Config) check() error {
 			}
 			continue
 		}
-		host, _, err := net.SplitHostPort(p.Address)
+		host, err := splitAddress(p.Address, 1)
 		if err != nil {
-			return fmt.Errorf("peers.%s: address = %q is not HOST:PORT", name, p.Address)
+			return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
 		}
 		if _, err := netip.ParseAddr(host); c.Plain && err != nil {
 			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by which the peer is known", name, p.Address)
 		}
 	}
 	return nil
+}
+
+// splitAddress returns the host of HOST:PORT, whose port must be one, and least at least.
+func splitAddress(addr string, least int) (host string, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "", errors.New("is not HOST:PORT")
+	}
+	if n, err := net.LookupPort("tcp", port); err != nil || n < least {
+		return "", fmt.Errorf("has no port %q: want a number from %d to 65535", port, least)
+	}
+	return host, nil
+}
+
+// certified says why no certificate that we take can have a name: of those, names are lower case.
+func certified(name string) error {
+	if lower := strings.ToLower(name); name != lower {
+		return fmt.Errorf("%q can be in no certificate, as capital letters count as small ones there: write %q", name, lower)
+	}
+	return nil
+}
+
+// selfPeer is the error of a host that is its own peer.
+func selfPeer(name string) error {
+	return fmt.Errorf("peers.%s: that is this host itself: name only others", name)
 }
 
 // peerAt is the name of the peer on a plain link that has the IP address of addr, a host:port.

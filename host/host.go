@@ -29,6 +29,8 @@ import (
 	"vacate/journal"
 	"vacate/link"
 	"vacate/process"
+
+	"golang.org/x/net/netutil"
 )
 
 // Host is the daemon. Its methods may be called by several goroutines.
@@ -88,6 +90,9 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 		if h.identity, err = certs.Load(c.Certs, problem); err != nil {
 			return nil, fmt.Errorf("%w: certificates are made by vacate certs; plain = true is for a link that nobody else reaches", err)
 		}
+		if _, ok := c.Peers[h.identity.Name()]; ok {
+			return nil, selfPeer(h.identity.Name())
+		}
 	}
 	if h.journal, err = journal.Open(c.Journal); err != nil {
 		return nil, err
@@ -106,8 +111,23 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 			return nil, err
 		}
 	}
+	for _, ln := range []*net.Listener{&h.tcp, &h.scrape} {
+		if *ln != nil {
+			*ln = netutil.LimitListener(*ln, maxConnections)
+		}
+	}
 	return h, nil
 }
+
+// maxConnections bounds those to each of the API's TCP port and the one for metrics. Further ones wait: one that does not
+// get through TLS, or asks nothing, ends after requestTime.
+const maxConnections = 256
+
+// requestTime is how long a client of the API may take for the handshake of TLS, and for the head of a request.
+const requestTime = 10 * time.Second
+
+// idleTime is how long a connection to the API may stay that asks nothing.
+const idleTime = time.Minute
 
 const bytesPerMbit = 1_000_000 / 8
 
@@ -116,11 +136,18 @@ func listenUnix(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { // #nosec G301 -- as /run has it; the socket in it is for one user
 		return nil, err
 	}
-	// The journal's lock was taken before: a socket that is there is of a daemon that died, or of another configuration.
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s: another daemon answers there", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
+	there, err := ownSocket(path)
+	if err != nil {
+		return nil, err
+	}
+	if there {
+		// The journal's lock was taken before: a socket that answers is of another configuration.
+		if c, err := net.Dial("unix", path); err == nil {
+			c.Close()
+			return nil, fmt.Errorf("socket = %q: another daemon answers there: end it, or name another path", path)
+		} else if !errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, err
+		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
@@ -128,6 +155,24 @@ func listenUnix(path string) (net.Listener, error) {
 	old := syscall.Umask(0o077)
 	defer syscall.Umask(old)
 	return net.Listen("unix", path)
+}
+
+// ownSocket reports whether the socket of a daemon of ours is at path, live or dead. It fails if
+// anything else is there, as that is not ours to remove.
+func ownSocket(path string) (bool, error) {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	// A daemon makes its socket for its own user alone.
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if info.Mode().Type() != fs.ModeSocket || info.Mode().Perm()&0o077 != 0 || !ok || int(st.Uid) != os.Geteuid() {
+		return false, fmt.Errorf("socket = %q: something else than a socket of vacated is there (%v): it was not touched. "+
+			"Name a path that nothing else uses", path, info.Mode())
+	}
+	return true, nil
 }
 
 // name is this host's.
@@ -154,9 +199,12 @@ func (h *Host) Run(ctx context.Context) error {
 		if ln == nil {
 			return
 		}
-		s := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
-			ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), Protocols: protocols(), BaseContext: func(net.Listener) context.Context { return ctx }}
+		s := &http.Server{Handler: handler, ReadHeaderTimeout: requestTime, IdleTimeout: idleTime, MaxHeaderBytes: 64 << 10,
+			ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), Protocols: protocols(),
+			BaseContext: func(net.Listener) context.Context { return ctx }, ConnContext: withAsker}
 		if secure {
+			// Who is refused is a matter for this host's operators.
+			s.ErrorLog = slog.NewLogLogger(h.log.With("port", "api").Handler(), slog.LevelWarn)
 			s.TLSConfig = h.operators()
 		}
 		open = append(open, s)

@@ -164,7 +164,8 @@ func TestOperators(t *testing.T) {
 	defer os.RemoveAll(socket)
 	config := Config{Certs: filepath.Join(dir, "hosta"), Socket: filepath.Join(socket, "sock"), Journal: filepath.Join(dir, "journal"), VMs: filepath.Join(dir, "vms"),
 		API: API{Listen: "127.0.0.1:0", Operators: []string{"admin"}}, Metrics: "127.0.0.1:0"}
-	h := serve(t, config)
+	var log words
+	h := serve(t, config, &log)
 	ask := func(name string, trust bool) error {
 		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, name, "host.pem"), filepath.Join(dir, name, "host.key"))
 		if err != nil {
@@ -186,6 +187,12 @@ func TestOperators(t *testing.T) {
 		if err == nil && r.Msg.Host != "hosta" {
 			t.Errorf("the host is %q", r.Msg.Host)
 		}
+		if err == nil {
+			_, abort := client.Abort(t.Context(), connect.NewRequest(&hostv1.AbortRequest{Id: strings.Repeat("ab", 16)}))
+			if connect.CodeOf(abort) != connect.CodeNotFound {
+				t.Errorf("abort of what there is not: %v", abort)
+			}
+		}
 		return err
 	}
 	if err := ask("admin", true); err != nil {
@@ -196,5 +203,33 @@ func TestOperators(t *testing.T) {
 	}
 	if err := ask("admin", false); err == nil {
 		t.Error("someone without a certificate may ask")
+	}
+	for _, want := range []string{"operator=\"admin from 127.0.0.1:", "\\\"hostb\\\" is no operator", "client didn't provide a certificate"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %s", want)
+		}
+	}
+
+	// Those who say nothing are not let in without end, and an operator is heard when they have left.
+	var silent []net.Conn
+	for range maxConnections + 10 {
+		c, err := net.Dial("tcp", h.tcp.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		silent = append(silent, c)
+	}
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if most := len(silent) + maxConnections + 100; len(fds) > most {
+		t.Errorf("%d descriptors are open, want %d at most", len(fds), most)
+	}
+	for _, c := range silent {
+		c.Close()
+	}
+	if err := ask("admin", true); err != nil {
+		t.Errorf("an operator is not heard any more: %v", err)
 	}
 }

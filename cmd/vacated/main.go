@@ -75,8 +75,16 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
 		SilenceErrors: true,
 		RunE: func(c *cobra.Command, _ []string) error {
 			config, err := host.ReadConfig(file)
-			if err != nil || check {
+			if err != nil {
 				return err
+			}
+			if check {
+				there, err := config.Check()
+				if err != nil {
+					return fmt.Errorf("%s: %w", file, err)
+				}
+				fmt.Fprintf(c.OutOrStdout(), "%s is good: %s\n", file, there)
+				return nil
 			}
 			return run(c.Context(), config, format)
 		},
@@ -85,7 +93,7 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
 	}
 	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml", "`FILE` with the configuration")
 	c.Flags().StringVar(&format, "log-format", "text", "of the log on standard error: text or json")
-	c.Flags().BoolVar(&check, "check", false, "only check the configuration")
+	c.Flags().BoolVar(&check, "check", false, "only check the configuration, and what it names on this host")
 	return c
 }
 
