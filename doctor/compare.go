@@ -292,6 +292,10 @@ func (r *report) twin(source HostFacts, vm VMFacts, h HostFacts, twin TwinFacts)
 	default:
 		r.add(OK, h.Name, "qemu", q.Version+", as at the source", "")
 	}
+	if vm.Main != 0 && twin.Main != 0 && vm.Main != twin.Main {
+		r.add(Fatal, h.Name, "size", fmt.Sprintf("the VM has %s of memory, and its description there %s", size(vm.Main), size(twin.Main)),
+			fmt.Sprintf("give the description on %s the -m of the one on %s", h.Name, source.Name))
+	}
 	if slices.Contains(q.Machines, vm.Machine) {
 		r.add(OK, h.Name, "machine", fmt.Sprintf("%s is known to its QEMU", vm.Machine), "")
 	} else {

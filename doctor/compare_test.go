@@ -45,13 +45,13 @@ func nfsFile() FileFacts {
 func good() *situation {
 	return &situation{
 		Source: goodHost("alpha"),
-		VM: VMFacts{QEMU: "7.2.22", Machine: "pc-i440fx-7.2", Accel: "kvm", CPUModel: "host", CPUs: 2, State: "running", Postcopy: true,
+		VM: VMFacts{QEMU: "7.2.22", Machine: "pc-i440fx-7.2", Accel: "kvm", CPUModel: "host", CPUs: 2, State: "running", Postcopy: true, Main: 4 << 30,
 			Memory: []MemoryFacts{{"pc.ram", 4 << 30, 4096}, {"vga.vram", 16 << 20, 4096}}, Used: 2 << 30,
 			Devices:  []DeviceFacts{{"", "virtio-net-pci"}},
 			Networks: []string{"tap"},
 			Disks:    []DiskFacts{{Drive: "disk", Driver: "raw", Direct: true, File: nfsFile()}}},
 		Destination: goodHost("beta"),
-		Twin: TwinFacts{Name: "web1", QEMU: QEMUFacts{Path: "/usr/bin/qemu-system-x86_64", Version: "7.2.22", Machines: []string{"pc-i440fx-7.2", "none"}},
+		Twin: TwinFacts{Name: "web1", QEMU: QEMUFacts{Path: "/usr/bin/qemu-system-x86_64", Version: "7.2.22", Machines: []string{"pc-i440fx-7.2", "none"}}, Main: 4 << 30,
 			Disks: []FileFacts{nfsFile()}},
 		Link: LinkFacts{RoundTrip: 200 * time.Microsecond, Rate: 117e6},
 	}
@@ -125,6 +125,7 @@ func TestFindings(t *testing.T) {
 		{"memory busy", func(s *situation) { s.Source.MemoryWait = 50 }, Warning, "alpha", "load", "memory", "ps "},
 		{"no twin", func(s *situation) { s.Twin = TwinFacts{Name: "web1", Error: "no description"} }, Fatal, "beta", "twin", "no description", "copy"},
 		{"twin runs", func(s *situation) { s.Twin.Running = true }, Fatal, "beta", "twin", "already", "vacate ls"},
+		{"another -m", func(s *situation) { s.Twin.Main = 8 << 30 }, Fatal, "beta", "size", "4 GiB of memory, and its description there 8 GiB", "-m"},
 		{"QEMU missing", func(s *situation) { s.Twin.QEMU = QEMUFacts{Path: "/q", Error: "ENOENT"} }, Fatal, "beta", "qemu", "ENOENT", "apt-get"},
 		{"QEMU ancient", func(s *situation) { s.Twin.QEMU.Version = "2.8.1" }, Fatal, "beta", "qemu", "too old", "apt-get"},
 		{"QEMU older", func(s *situation) { s.Twin.QEMU.Version = "7.0.0" }, Warning, "beta", "qemu", "older", "7.2.22"},

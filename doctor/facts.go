@@ -101,6 +101,7 @@ type VMFacts struct {
 	Blockers  []string       `json:"blockers"`  // why QEMU says that it cannot migrate
 	Settings  []string       `json:"settings"`  // migration capabilities that are on
 	Postcopy  bool           `json:"postcopy"`  // this build has it
+	Main      uint64         `json:"main"`      // bytes of main memory that it started with (-m); 0 if unknown
 	Memory    []MemoryFacts  `json:"memory"`
 	MemoryErr string         `json:"memory_error"` // why the memory cannot be read from outside
 	Used      uint64         `json:"used"`         // bytes of memory that QEMU holds: no more than that has to move. 0 if unknown
@@ -164,6 +165,7 @@ type TwinFacts struct {
 	Error       string      `json:"error"`   // why no twin can be started; "" if one can
 	Running     bool        `json:"running"` // a QEMU of that name runs there already
 	QEMU        QEMUFacts   `json:"qemu"`
+	Main        uint64      `json:"main"`        // bytes of main memory that it will have (-m); 0 if unknown
 	User        string      `json:"user"`        // that the twin will run as; "" is the daemon's
 	Userfaultfd string      `json:"userfaultfd"` // why that user may not have one
 	Disks       []FileFacts `json:"disks"`       // files of the description, and what they are backed by

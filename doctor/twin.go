@@ -38,6 +38,7 @@ func Twin(ctx context.Context, o TwinOptions) TwinFacts {
 		return t
 	}
 	t.QEMU = askQEMU(ctx, o.Args[0])
+	t.Main = memoryOf(o.Args[1:])
 	t.Userfaultfd = told(mayUserfault(o.User, t.QEMU.Version))
 	for _, im := range images(o.Args[1:]) {
 		t.add(im, cmp.Or(o.Dir, "/"))

@@ -69,6 +69,13 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 		}
 		v.CPUModel = strings.TrimSuffix(model, "-x86_64-cpu")
 	}
+	var memory struct {
+		Base uint64 `json:"base-memory"`
+	}
+	if err := q.Run(ctx, "query-memory-size-summary", nil, &memory); err != nil && !errors.Is(err, qmp.ErrCommandNotFound) {
+		return v, err
+	}
+	v.Main = memory.Base
 	for _, at := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
 		if err := v.devices(ctx, q, at); err != nil {
 			return v, err

@@ -118,7 +118,7 @@ func TestPlainVM(t *testing.T) {
 	args := []string{"-m", "128", "-drive", "if=none,id=d,file=disk.raw,format=raw", "-device", "virtio-blk-pci,drive=d"}
 	q := start(t, dir, args...)
 	v := facts(t, q)
-	if v.State != "running" || v.Accel != "tcg" || v.CPUs != 1 || v.CPUModel != "qemu64" || !v.Postcopy || v.MemoryErr != "" || len(v.Blockers) != 0 ||
+	if v.State != "running" || v.Accel != "tcg" || v.CPUs != 1 || v.Main != 128<<20 || v.CPUModel != "qemu64" || !v.Postcopy || v.MemoryErr != "" || len(v.Blockers) != 0 ||
 		!strings.HasPrefix(v.Machine, "pc-i440fx-") || v.QEMU != q.Version().String() || len(v.Settings) != 0 {
 		t.Errorf("%+v", v)
 	}
@@ -196,7 +196,7 @@ func TestOddVM(t *testing.T) {
 // checkOdd checks what a recording tells as well as a live QEMU does.
 func checkOdd(t *testing.T, v VMFacts) {
 	t.Helper()
-	if v.State != "prelaunch" || v.Migration != "" || v.CPUs != 2 || v.CPUModel != "max" || !v.Postcopy || !slices.Equal(v.Networks, []string{"user"}) {
+	if v.State != "prelaunch" || v.Migration != "" || v.CPUs != 2 || v.Main != 256<<20 && v.Main != 0 || v.CPUModel != "max" || !v.Postcopy || !slices.Equal(v.Networks, []string{"user"}) {
 		t.Errorf("%+v", v)
 	}
 	reasons := []string{"ivshmem"}
