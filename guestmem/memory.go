@@ -5,18 +5,19 @@
 //	info ramblock          block   name, sizes (HVA too: QEMU 10.0 and later)
 //	info mtree -f          GPA  →  region name, offset
 //	gpa2hva                GPA  →  HVA, QEMU's virtual address
+//	QEMU's heap            block → HVA, where the others do not tell (before QEMU 10.0)
 //	/proc/PID/maps         HVA  →  what backs it: anonymous memory or a file
 //
 // Nothing is believed that the others do not bear out: a block counts as
 // located only if every place where the guest sees it yields the same HVA for
-// its first byte, and mappings of QEMU cover it exactly. Before 10.0 only
-// blocks that the guest can see at the moment of Attach can be located; such as
-// option ROMs and ACPI tables often cannot, and must come through QEMU.
+// its first byte, and mappings of QEMU cover it exactly. Before 10.0 QEMU tells
+// only of blocks that the guest can see at the moment of Attach. The others, such
+// as option ROMs and ACPI tables, are found in QEMU's heap (Find).
 //
 // Reading must not make QEMU grow. Holes of a shared memory file are therefore
 // read through the file, never through the process.
 //
-// Tried with QEMU 7.2 and 10.0 on Linux, x86-64.
+// Tried with QEMU 7.2, 10.0 and 11.1 on Linux, x86-64.
 package guestmem
 
 import (
@@ -64,11 +65,15 @@ func (k Kind) String() string {
 type Block struct {
 	Name     string // "pc.ram", "0000:00:02.0/vga.vram"
 	Size     uint64 // bytes in use, a multiple of PageSize but for odd firmware
+	Total    uint64 // bytes that it may grow to
 	PageSize uint64 // of the host memory: 4096, or 2 MiB or 1 GiB on hugetlb
 	HVA      uint64 // of the first byte, in QEMU's address space; 0 if not located
 	Located  bool
 	Kind     Kind
 }
+
+// space is how much of QEMU's address space the block fills.
+func (b *Block) space() uint64 { return (b.Total + b.PageSize - 1) / b.PageSize * b.PageSize }
 
 // Memory is the RAM of one QEMU, as laid out at the time of Attach. Memory
 // hotplug, and the guest moving a device's memory, need a new Attach.
@@ -80,6 +85,7 @@ type Memory struct {
 	blocks  []Block
 	backing []backing  // of each block
 	rows    []mapped   // by guest-physical address
+	unfound error      // why blocks are not located, if any is not
 	viewing sync.Mutex // guards the views, and the files open for writing
 }
 
@@ -156,6 +162,11 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 		return nil, err
 	}
 	m.blocks, m.rows = locate(listed, rows, hvas, vmas)
+	if !allLocated(m.blocks) {
+		if err := m.findOthers(ctx, listed, rows, hvas, vmas); err != nil {
+			return nil, err
+		}
+	}
 	m.backing = make([]backing, len(m.blocks))
 	for i := range m.blocks {
 		if err := m.open(i, vmas); err != nil {
@@ -163,6 +174,53 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 		}
 	}
 	return m, nil
+}
+
+// findOthers looks in QEMU's heap for the blocks that QEMU does not tell the place of. The heap tells
+// of the others as well, so that both must agree. What is not found then stays so.
+func (m *Memory) findOthers(ctx context.Context, listed []ramBlock, rows []row, hvas []uint64, vmas []vma) error {
+	extents := make([]Extent, len(listed))
+	for i, b := range listed {
+		extents[i] = Extent{b.name, b.used, b.total, b.pageSize}
+	}
+	found, err := m.image(vmas).find(ctx, extents, m.blocks)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	} else if errors.Is(err, ErrGone) {
+		return err
+	}
+	told := slices.Clone(listed)
+	for i, b := range found {
+		if was := m.blocks[i]; was.Located && was.HVA != b.HVA {
+			err = fmt.Errorf("QEMU says that memory %q lies at %#x, and its heap says %#x", b.Name, was.HVA, b.HVA)
+		}
+		told[i].hva = b.HVA
+	}
+	if m.unfound = err; err == nil {
+		m.blocks, m.rows = locate(told, rows, hvas, vmas)
+	}
+	return nil
+}
+
+func allLocated(blocks []Block) bool {
+	return !slices.ContainsFunc(blocks, func(b Block) bool { return !b.Located })
+}
+
+// Missing tells which blocks are not located and why, or returns nil if all are.
+func (m *Memory) Missing() error {
+	var names []string
+	for _, b := range m.blocks {
+		if !b.Located {
+			names = append(names, b.Name)
+		}
+	}
+	if names == nil {
+		return nil
+	}
+	if m.unfound != nil {
+		return fmt.Errorf("%w: %q: %w", ErrNotLocated, names, m.unfound)
+	}
+	return fmt.Errorf("%w: %q", ErrNotLocated, names)
 }
 
 // Reopen returns the memory of a QEMU that was attached to before and has not ended since,
@@ -189,7 +247,7 @@ func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
 		if !b.Located {
 			continue
 		}
-		if b.Size > 1<<62 || covering(vmas, b.HVA, b.HVA+b.Size) != b.Kind {
+		if b.PageSize == 0 || b.Size > b.Total || b.Total > 1<<62 || covering(vmas, b.HVA, b.HVA+b.space()) != b.Kind {
 			return nil, fmt.Errorf("block %s is not where it was", b.Name)
 		}
 		if err := m.open(i, vmas); err != nil {
@@ -314,7 +372,7 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 	wrong := make([]bool, len(listed)) // what is said of it does not fit
 	var seen []mapped
 	for i, b := range listed {
-		blocks[i] = Block{Name: b.name, Size: b.used, PageSize: b.pageSize, HVA: b.hva}
+		blocks[i] = Block{Name: b.name, Size: b.used, Total: b.total, PageSize: b.pageSize, HVA: b.hva}
 	}
 	for i, r := range rows {
 		block := -1
@@ -350,13 +408,12 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 		if b.HVA == 0 || wrong[i] {
 			continue
 		}
-		size := (listed[i].total + b.PageSize - 1) / b.PageSize * b.PageSize
-		blocks[i].Kind = covering(vmas, b.HVA, b.HVA+size)
+		blocks[i].Kind = covering(vmas, b.HVA, b.HVA+b.space())
 		blocks[i].Located = blocks[i].Kind != Unknown
 	}
 	for i, a := range blocks {
 		for j, b := range blocks[:i] {
-			if a.Located && b.Located && a.HVA < b.HVA+listed[j].total && b.HVA < a.HVA+listed[i].total {
+			if a.Located && b.Located && a.HVA < b.HVA+b.Total && b.HVA < a.HVA+a.Total {
 				wrong[i], wrong[j] = true, true
 			}
 		}

@@ -139,6 +139,8 @@ func parseGPA2HVA(text string, gpa uint64, region string) (hva uint64, ok bool) 
 type vma struct {
 	start, end uint64
 	read       bool
+	write      bool
+	exec       bool
 	shared     bool
 	offset     uint64 // in the file
 	major      uint32
@@ -157,7 +159,7 @@ func parseMaps(r io.Reader) ([]vma, error) {
 		if len(f) < 5 || len(f[1]) != 4 {
 			return nil, fmt.Errorf("read process maps: unknown row %.120q", line)
 		}
-		v := vma{read: f[1][0] == 'r', shared: f[1][3] == 's'}
+		v := vma{read: f[1][0] == 'r', write: f[1][1] == 'w', exec: f[1][2] == 'x', shared: f[1][3] == 's'}
 		var bad error
 		num := func(s string, base, bits int) uint64 {
 			n, err := strconv.ParseUint(s, base, bits)

@@ -35,7 +35,12 @@ type vm struct {
 
 func start(tb testing.TB, args ...string) *vm {
 	tb.Helper()
-	first := strings.Fields(*qemuBinary)
+	return startAs(tb, *qemuBinary, args...)
+}
+
+func startAs(tb testing.TB, binary string, args ...string) *vm {
+	tb.Helper()
+	first := strings.Fields(binary)
 	if _, err := exec.LookPath(first[0]); err != nil {
 		tb.Skip("needs qemu-system-x86_64: install the package qemu-system-x86")
 	}
@@ -75,6 +80,20 @@ func (v *vm) attach(tb testing.TB) *Memory {
 
 func backend(kind, size, more string) []string {
 	return []string{"-m", size, "-object", "memory-backend-" + kind + ",id=pc.ram,size=" + size + more, "-machine", "memory-backend=pc.ram"}
+}
+
+// rss returns how much memory QEMU has.
+func (v *vm) rss(tb testing.TB) int {
+	tb.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.cmd.Process.Pid))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var size, resident int
+	if _, err := fmt.Sscan(string(b), &size, &resident); err != nil {
+		tb.Fatal(err)
+	}
+	return resident * PageSize
 }
 
 // shmem returns what reading must not change: QEMU's shared memory in use.
