@@ -498,7 +498,24 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 			return nil, coded(&argumentError{err})
 		}
 	}
-	s, err := h.survey(ctx, over)
+	if !req.Msg.All && (req.Msg.To != "" || len(req.Msg.Except) > 0 || req.Msg.Force) {
+		return nil, coded(&argumentError{errors.New("to, except and force are for all VMs to leave")})
+	}
+	if to := req.Msg.To; to != "" {
+		if _, err := h.dialer(to); err != nil {
+			return nil, coded(&unknownError{err})
+		}
+	}
+	for _, name := range req.Msg.Except {
+		if err := hypervisor.CheckName(name); err != nil {
+			return nil, coded(&argumentError{fmt.Errorf("except: %w", err)})
+		}
+		// One that stays by a slip of the pen would leave, and be noticed too late.
+		if _, err := hypervisor.Find(h.config.VMs, name); err != nil {
+			return nil, coded(fmt.Errorf("except: %w", err))
+		}
+	}
+	s, err := h.survey(ctx, over, req.Msg.To)
 	if err != nil {
 		return nil, coded(err)
 	}
@@ -510,7 +527,7 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 	}
 	var list []relief.Candidate
 	if req.Msg.All {
-		list = relief.Evacuate(s.here, s.vms, s.others, s.limits)
+		list = relief.Evacuate(s.here, s.vms, s.others, s.limits, relief.Evacuation{Except: req.Msg.Except, Force: req.Msg.Force})
 	} else {
 		r.Goal, r.Met = goal.String(), goal.Met(s.here)
 		list = relief.Choose(s.here, s.vms, s.others, goal, s.limits)
@@ -518,7 +535,7 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 	for _, c := range list {
 		r.Candidates = append(r.Candidates, &hostv1.Candidate{
 			Vm: c.VM, To: c.To, GainCores: c.Gain, LoadHere: c.LoadHere, LoadThere: c.LoadThere, FreedBytes: c.Freed,
-			TransferS: c.Transfer.Seconds(), BackS: c.Back.Seconds(), TotalS: c.Total.Seconds(), Meets: c.Meets, Refused: c.Refused,
+			TransferS: c.Transfer.Seconds(), BackS: c.Back.Seconds(), TotalS: c.Total.Seconds(), Meets: c.Meets, Refused: c.Refused, Beyond: c.Beyond,
 		})
 	}
 	return connect.NewResponse(r), nil

@@ -189,12 +189,12 @@ type scene struct {
 	limits relief.Limits
 }
 
-// survey gathers it, over a time.
-func (h *Host) survey(ctx context.Context, over time.Duration) (scene, error) {
+// survey gathers it, over a time, with only one of the other hosts if that is named.
+func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene, error) {
 	var s scene
 	var asked sync.WaitGroup
 	names := slices.Sorted(maps.Keys(h.config.Peers))
-	names = slices.DeleteFunc(names, func(n string) bool { return h.config.Peers[n].Address == "" })
+	names = slices.DeleteFunc(names, func(n string) bool { return h.config.Peers[n].Address == "" || to != "" && n != to })
 	s.others = make([]relief.Host, len(names))
 	for i, name := range names {
 		asked.Go(func() { s.others[i] = h.other(ctx, name, over) })
@@ -385,7 +385,7 @@ func (h *Host) observe(ctx context.Context, g *relief.Guard, over time.Duration)
 	}
 	s := scene{here: here}
 	if due := g.Due(time.Now(), here, under); due {
-		if s, err = h.survey(ctx, time.Second); err != nil {
+		if s, err = h.survey(ctx, time.Second, ""); err != nil {
 			return err
 		}
 		// What was seen for longer tells more.

@@ -81,6 +81,14 @@ func TestRelieve(t *testing.T) {
 	if len(all.Candidates) != 2 || all.Candidates[0].Refused != "" || !strings.Contains(all.Candidates[1].Refused, "starve") {
 		t.Errorf("%v", all)
 	}
+	r, err := a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, To: "hostb", Except: []string{"small"}, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[0].Vm != "big" || r.Msg.Candidates[1].Refused != "it is excepted" {
+		t.Errorf("%v, %v", r, err)
+	}
+	r, err = a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[1].Refused != "" || !strings.Contains(r.Msg.Candidates[1].Beyond, "starve") {
+		t.Errorf("%v, %v", r, err)
+	}
 	if p := a.plan("free 1MiB", false); !p.Met {
 		t.Errorf("%v", p)
 	}
@@ -114,7 +122,7 @@ func TestRelieve(t *testing.T) {
 	}
 	labtest.MustCheck(t, vm)
 
-	for _, r := range []*hostv1.PlanRequest{{Goal: "fast"}, {Goal: "cpu<80%", All: true}, {OverMs: 1}, {OverMs: 100_000}} {
+	for _, r := range []*hostv1.PlanRequest{{Goal: "fast"}, {To: "hostb"}, {Force: true}, {Except: []string{"small"}}, {All: true, Except: []string{"../x"}}, {Goal: "cpu<80%", All: true}, {OverMs: 1}, {OverMs: 100_000}} {
 		if _, err := a.api.Plan(t.Context(), connect.NewRequest(r)); connect.CodeOf(err) != connect.CodeInvalidArgument {
 			t.Errorf("%v: %v", r, err)
 		}

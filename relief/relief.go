@@ -109,6 +109,9 @@ type Candidate struct {
 	Total    time.Duration
 	Meets    bool   // the goal is reached with it
 	Refused  string // why it is not to be; empty: it may be
+	// Beyond is the limit of the host it goes to that it breaks; empty: none. Only Evacuate lets
+	// a VM go then, and only if it is told to.
+	Beyond string
 
 	priority int
 }
@@ -122,7 +125,7 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 	list := []Candidate{}
 	for _, v := range vms {
 		for _, to := range others {
-			c := predict(here, v, to, vms, l)
+			c := predict(here, v, to, vms, l).within()
 			after := here
 			after.Used, after.Waiting = here.without(v)
 			after.Available += v.Resident
@@ -206,11 +209,19 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 		c.Refused = to.Barred
 	case to.Rate <= 0:
 		c.Refused = "it is not known how fast the link is"
-	case float64(v.Memory) > room:
+	case float64(v.Memory) > room+l.Reserve*float64(to.Total):
 		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, Size(uint64(max(0, room))), Size(v.Memory))
+	case float64(v.Memory) > room:
+		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, Size(uint64(max(0, room))), Size(v.Memory))
 	case c.LoadThere > l.MaxLoad:
-		c.Refused = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
+		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
 	}
+	return c
+}
+
+// within refuses what breaks a limit.
+func (c Candidate) within() Candidate {
+	c.Refused, c.Beyond = cmp.Or(c.Refused, c.Beyond), ""
 	return c
 }
 
@@ -258,10 +269,21 @@ func got(wanted, cpus float64) float64 {
 	return min(1, max(0, cpus)/wanted)
 }
 
+// Evacuation is what is asked of Evacuate.
+type Evacuation struct {
+	Except []string // VMs that stay
+	// Force lets VMs go beyond the limits of a host, though not beyond its memory: a host that
+	// starves is better than none.
+	Force bool
+}
+
+// Excepted is why a VM stays that an Evacuation leaves out.
+const Excepted = "it is excepted"
+
 // Evacuate tells where each VM of a host is to go, in the order in which they are best sent to free the host the soonest: those whose
 // memory takes the least time first, as each that has gone gives back its CPU and its memory at once. What a host has room for is
 // counted down as VMs are given to it. Those that cannot go anywhere are last, with a reason.
-func Evacuate(here Host, vms []VM, others []Host, l Limits) []Candidate {
+func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Candidate {
 	others = slices.Clone(others)
 	vms = slices.Clone(vms)
 	slices.SortStableFunc(vms, func(a, b VM) int {
@@ -269,16 +291,23 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits) []Candidate {
 	})
 	var going, staying []Candidate
 	for _, v := range vms {
+		if slices.Contains(e.Except, v.Name) {
+			staying = append(staying, Candidate{VM: v.Name, Refused: Excepted})
+			continue
+		}
 		best := -1
 		var chosen Candidate
 		var refused []string
 		for i, to := range others {
 			c := predict(here, v, to, vms, l)
+			if !e.Force {
+				c = c.within()
+			}
 			if c.Refused != "" {
 				refused = append(refused, c.Refused)
 				continue
 			}
-			if best < 0 || c.LoadThere < chosen.LoadThere {
+			if best < 0 || cmp.Or(first(c.Beyond == "", chosen.Beyond == ""), cmp.Compare(c.LoadThere, chosen.LoadThere)) < 0 {
 				best, chosen = i, c
 			}
 		}

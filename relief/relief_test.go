@@ -154,7 +154,7 @@ func TestChoices(t *testing.T) {
 		given := map[string]uint64{}
 		wanted := map[string]float64{}
 		seen := map[string]bool{}
-		for _, c := range Evacuate(here, vms, others, DefaultLimits) {
+		for _, c := range Evacuate(here, vms, others, DefaultLimits, Evacuation{}) {
 			if seen[c.VM] {
 				r.Fatalf("twice: %s", c.VM)
 			}
@@ -182,14 +182,50 @@ func TestEvacuate(t *testing.T) {
 	others = append(others, Host{Name: "c", CPUs: 1, Total: 16 * gib, Available: 15 * gib, Rate: 125e6})
 	vms = append(vms, VM{Name: "pin", Pinned: true})
 	var said []string
-	for _, c := range Evacuate(here, vms, others, DefaultLimits) {
+	for _, c := range Evacuate(here, vms, others, DefaultLimits, Evacuation{}) {
 		said = append(said, c.VM+" "+c.To+" "+c.Refused)
 	}
 	if got := strings.Join(said, ", "); got != "small c , big b , pin  the VM is pinned" {
 		t.Error(got)
 	}
-	if c := Evacuate(here, vms[:1], nil, DefaultLimits); len(c) != 1 || c[0].Refused != "there is no other host" {
+	if c := Evacuate(here, vms[:1], nil, DefaultLimits, Evacuation{}); len(c) != 1 || c[0].Refused != "there is no other host" {
 		t.Errorf("%+v", c)
+	}
+}
+
+// Some stay because they are excepted; and when told to, others go where they break a limit, if there is
+// no better host and memory enough.
+func TestEvacuateAsAsked(t *testing.T) {
+	here, vms, others := pair()
+	plan := func(e Evacuation) string {
+		var said []string
+		for _, c := range Evacuate(here, vms, others, DefaultLimits, e) {
+			said = append(said, strings.TrimRight(fmt.Sprintf("%s>%s %s%s", c.VM, c.To, c.Refused, c.Beyond), " "))
+		}
+		return strings.Join(said, ", ")
+	}
+	if got := plan(Evacuation{}); got != "small>b, big> b would starve: 2.02 cores wanted, of 1" {
+		t.Error(got)
+	}
+	if got := plan(Evacuation{Except: []string{"small"}}); got != "big>b, small> it is excepted" {
+		t.Error(got)
+	}
+	if got := plan(Evacuation{Force: true}); got != "small>b, big>b b would starve: 2.02 cores wanted, of 1" {
+		t.Error(got)
+	}
+	// A host within its limits is better than one that is not.
+	others = append(others, Host{Name: "slow", CPUs: 4, Total: 16 * gib, Available: 15 * gib, Rate: 1e6})
+	if got := plan(Evacuation{Force: true}); got != "small>slow, big>slow" {
+		t.Error(got)
+	}
+	// Force makes no memory.
+	others = []Host{{Name: "b", CPUs: 4, Total: 80 * gib, Available: 5 * gib, Rate: 125e6}}
+	if got := plan(Evacuation{Force: true}); got != "small>b b has room for 1.0 GiB, the VM has 2.0 GiB, big> b has room for 0 KiB, the VM has 4.0 GiB" {
+		t.Error(got)
+	}
+	vms[0].Pinned, vms[1].Barred = true, "it is being evicted"
+	if got := plan(Evacuation{Force: true}); got != "small> it is being evicted, big> the VM is pinned" {
+		t.Error(got)
 	}
 }
 

@@ -48,18 +48,19 @@ const exitHelp = `Exit codes:
   4  lost contact: the message says where the VM is and what to do
   5  the eviction goes on without this command`
 
+// exitCode is that of an error; of those of several VMs, the worst one's.
 func exitCode(err error) int {
 	switch {
 	case err == nil:
 		return exitCompleted
-	case errors.Is(err, evict.ErrRefused):
-		return exitRefused
-	case errors.Is(err, evict.ErrAborted):
-		return exitAborted
 	case errors.Is(err, evict.ErrLost):
 		return exitLost
 	case errors.Is(err, errDetached), errors.Is(err, evict.ErrLeft):
 		return exitDetached
+	case errors.Is(err, evict.ErrAborted):
+		return exitAborted
+	case errors.Is(err, evict.ErrRefused):
+		return exitRefused
 	}
 	return exitUsage
 }
@@ -71,6 +72,10 @@ func refused(err error) error {
 
 // explain puts an error in one or two lines: what happened; where the VM is and what to do.
 func explain(err error) string {
+	var some *notMoved
+	if errors.As(err, &some) {
+		return "vacate: " + some.Error()
+	}
 	var of *ended
 	if errors.As(err, &of) {
 		return "vacate: " + cleanLines(of.Error())

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"vacate/evict"
@@ -71,6 +72,9 @@ type relieveOptions struct {
 	daemon daemon
 	goal   string
 	all    bool
+	to     string
+	except []string
+	force  bool
 	dryRun bool
 	json   bool
 }
@@ -107,12 +111,22 @@ func evacuateCommand() *cobra.Command {
 		Short: "Evict all VMs of this host",
 		Long: `Evicts the VMs of this host one after the other, those first whose memory takes
 the least time, so that each gives back CPU and memory as soon as can be. Where
-each goes is decided by the room and the CPU that the other hosts have. Those
-that cannot go anywhere stay, and it is said why. One that fails does not keep
-the others.`,
+each goes is decided by the room and the CPU that the other hosts have. One
+that fails does not keep the others. At the end vacate lists the VMs that
+stayed, and says why each did.
+
+No VM goes to where others would starve, or where too little memory would be
+left. With --force that is allowed where no host is better; memory that is not
+there is never taken. VMs that are pinned in their descriptions stay.`,
+		Example: `  vacate evacuate --dry-run
+  vacate evacuate --to hostb --except db1 --except db2
+  vacate evacuate --force`,
 		Args: cobra.NoArgs,
 	}
 	o.flags(c)
+	c.Flags().StringVar(&o.to, "to", "", "the only `HOST` that VMs go to (default any)")
+	c.Flags().StringArrayVar(&o.except, "except", nil, "a `VM` that stays; may be given several times")
+	c.Flags().BoolVar(&o.force, "force", false, "overload other hosts rather than leave a VM here")
 	c.RunE = func(c *cobra.Command, _ []string) error { return o.evacuate(c.Context()) }
 	return c
 }
@@ -128,7 +142,9 @@ func (o *relieveOptions) plan(ctx context.Context) (*hostv1.PlanResponse, error)
 	if o.json && !o.dryRun {
 		return nil, refused(errors.New("--json goes with --dry-run"))
 	}
-	r, err := o.daemon.Plan(ctx, connect.NewRequest(&hostv1.PlanRequest{Goal: o.goal, All: o.all}))
+	r, err := o.daemon.Plan(ctx, connect.NewRequest(&hostv1.PlanRequest{
+		Goal: o.goal, All: o.all, To: o.to, Except: o.except, Force: o.force,
+	}))
 	if err != nil {
 		return nil, refused(o.daemon.explain(err))
 	}
@@ -160,6 +176,8 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 	for i, c := range p.Candidates {
 		why := c.Refused
 		switch {
+		case why == "" && c.Beyond != "":
+			why = "goes by force: " + c.Beyond
 		case why == "" && c.Meets && i == 0:
 			why = "best: it reaches the goal, and has all back the soonest"
 		case why == "" && c.Meets:
@@ -221,22 +239,69 @@ func (o *relieveOptions) evacuate(ctx context.Context) error {
 	if err != nil || o.dryRun {
 		return err
 	}
-	var errs []error
+	stayed := map[string]stay{} // by VM
 	for _, c := range p.Candidates {
-		if c.Refused != "" {
-			errs = append(errs, refused(fmt.Errorf("%s stays: %s", clean(c.Vm), clean(c.Refused))))
+		switch {
+		case c.Refused == relief.Excepted:
+			stayed[c.Vm] = stay{why: c.Refused}
+			continue
+		case c.Refused != "":
+			stayed[c.Vm] = stay{c.Refused, refused(errors.New(c.Refused))}
 			continue
 		}
 		err := o.evict(ctx, c)
 		if errors.Is(err, errDetached) || ctx.Err() != nil {
-			return errors.Join(append(errs, err)...)
+			return err
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", clean(c.Vm), err))
+			stayed[c.Vm] = stay{strings.TrimPrefix(strings.ReplaceAll(explain(err), "\n", " "), "vacate: "), err}
 		}
 	}
-	return errors.Join(errs...)
+	return summary(os.Stdout, stayed)
 }
+
+// stay is why a VM was not moved.
+type stay struct {
+	why string
+	err error // nil: it was not to be
+}
+
+// summary lists which VMs stayed, and why. The error is that of all that should have gone.
+func summary(w io.Writer, stayed map[string]stay) error {
+	if len(stayed) == 0 {
+		fmt.Fprintln(w, "\nAll VMs have left.")
+		return nil
+	}
+	fmt.Fprintln(w, "\nNot moved:")
+	t := table(w, "VM", "WHY")
+	var errs []error
+	for _, vm := range slices.Sorted(maps.Keys(stayed)) {
+		row(t, vm, stayed[vm].why)
+		if err := stayed[vm].err; err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return &notMoved{len(errs), errors.Join(errs...)}
+}
+
+// notMoved is that some VMs were not moved. It has been told why.
+type notMoved struct {
+	vms int
+	why error
+}
+
+func (e *notMoved) Error() string {
+	return fmt.Sprintf("%d of the VMs did not leave: see the list above", e.vms)
+}
+
+// Unwrap lets errors.Is find what came of the VMs.
+func (e *notMoved) Unwrap() error { return e.why }
 
 // evict does what was chosen, and follows it.
 func (o *relieveOptions) evict(ctx context.Context, c *hostv1.Candidate) error {

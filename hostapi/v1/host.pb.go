@@ -2137,7 +2137,13 @@ type PlanRequest struct {
 	// Plan for all VMs to leave.
 	All bool `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
 	// Over what time loads are measured, in milliseconds. 0: 2000.
-	OverMs        uint32 `protobuf:"varint,3,opt,name=over_ms,json=overMs,proto3" json:"over_ms,omitempty"`
+	OverMs uint32 `protobuf:"varint,3,opt,name=over_ms,json=overMs,proto3" json:"over_ms,omitempty"`
+	// For all: the host that they go to. Empty: any.
+	To string `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
+	// For all: names of VMs that stay.
+	Except []string `protobuf:"bytes,5,rep,name=except,proto3" json:"except,omitempty"`
+	// For all: hosts are taken beyond their limits of CPU and reserved memory, if there is no better one.
+	Force         bool `protobuf:"varint,6,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2191,6 +2197,27 @@ func (x *PlanRequest) GetOverMs() uint32 {
 		return x.OverMs
 	}
 	return 0
+}
+
+func (x *PlanRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *PlanRequest) GetExcept() []string {
+	if x != nil {
+		return x.Except
+	}
+	return nil
+}
+
+func (x *PlanRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type PlanResponse struct {
@@ -2387,7 +2414,9 @@ type Candidate struct {
 	// The goal is reached with it.
 	Meets bool `protobuf:"varint,10,opt,name=meets,proto3" json:"meets,omitempty"`
 	// Why it is not to be. Empty: it may be.
-	Refused       string `protobuf:"bytes,11,opt,name=refused,proto3" json:"refused,omitempty"`
+	Refused string `protobuf:"bytes,11,opt,name=refused,proto3" json:"refused,omitempty"`
+	// The limit of the other host that it breaks, with force. Empty: none.
+	Beyond        string `protobuf:"bytes,12,opt,name=beyond,proto3" json:"beyond,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2495,6 +2524,13 @@ func (x *Candidate) GetMeets() bool {
 func (x *Candidate) GetRefused() string {
 	if x != nil {
 		return x.Refused
+	}
+	return ""
+}
+
+func (x *Candidate) GetBeyond() string {
+	if x != nil {
+		return x.Beyond
 	}
 	return ""
 }
@@ -2672,11 +2708,14 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\aproblem\x18\f \x01(\tR\aproblem\x1aP\n" +
 	"\vStallsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12+\n" +
-	"\x05value\x18\x02 \x01(\v2\x15.vacate.host.v1.StallR\x05value:\x028\x01\"L\n" +
+	"\x05value\x18\x02 \x01(\v2\x15.vacate.host.v1.StallR\x05value:\x028\x01\"\x8a\x01\n" +
 	"\vPlanRequest\x12\x12\n" +
 	"\x04goal\x18\x01 \x01(\tR\x04goal\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\x12\x17\n" +
-	"\aover_ms\x18\x03 \x01(\rR\x06overMs\"\x9f\x01\n" +
+	"\aover_ms\x18\x03 \x01(\rR\x06overMs\x12\x0e\n" +
+	"\x02to\x18\x04 \x01(\tR\x02to\x12\x16\n" +
+	"\x06except\x18\x05 \x03(\tR\x06except\x12\x14\n" +
+	"\x05force\x18\x06 \x01(\bR\x05force\"\x9f\x01\n" +
 	"\fPlanResponse\x12\x12\n" +
 	"\x04goal\x18\x01 \x01(\tR\x04goal\x12\x10\n" +
 	"\x03met\x18\x02 \x01(\bR\x03met\x12.\n" +
@@ -2692,7 +2731,7 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\x05 \x01(\x04R\vmemoryBytes\x12'\n" +
 	"\x0favailable_bytes\x18\x06 \x01(\x04R\x0eavailableBytes\x12\x12\n" +
 	"\x04rate\x18\a \x01(\x01R\x04rate\x12\x16\n" +
-	"\x06barred\x18\b \x01(\tR\x06barred\"\xa6\x02\n" +
+	"\x06barred\x18\b \x01(\tR\x06barred\"\xbe\x02\n" +
 	"\tCandidate\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x1d\n" +
@@ -2709,7 +2748,8 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\atotal_s\x18\t \x01(\x01R\x06totalS\x12\x14\n" +
 	"\x05meets\x18\n" +
 	" \x01(\bR\x05meets\x12\x18\n" +
-	"\arefused\x18\v \x01(\tR\arefused*T\n" +
+	"\arefused\x18\v \x01(\tR\arefused\x12\x16\n" +
+	"\x06beyond\x18\f \x01(\tR\x06beyond*T\n" +
 	"\bDecision\x12\x18\n" +
 	"\x14DECISION_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14DECISION_RESUME_HERE\x10\x01\x12\x14\n" +
