@@ -20,6 +20,8 @@ import (
 
 	"vacate/urgent"
 
+	"vacate/guestmem"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -107,12 +109,7 @@ func effective() (caps uint64) {
 
 // Of linux/userfaultfd.h (Linux 6.12), x86-64 and arm64.
 const (
-	uffdAPI             = 0xaa
-	uffdioAPI           = 0xc018aa3f
-	uffdioRegister      = 0xc020aa00
-	uffdioRegisterCopy  = 1 << 3 // of the ioctls that it reports: UFFDIO_COPY
-	uffdRegisterMissing = 1
-	uffdNew             = 0xaa00 // USERFAULTFD_IOC_NEW on /dev/userfaultfd
+	uffdNew = 0xaa00 // USERFAULTFD_IOC_NEW on /dev/userfaultfd
 
 	uffdMissingHugetlb = 1 << 4
 	uffdMissingShmem   = 1 << 5
@@ -146,31 +143,13 @@ func tryUserfaultfd(fd int, errno unix.Errno) (features uint64, _ error) {
 		return 0, os.NewSyscallError("userfaultfd", errno)
 	}
 	defer unix.Close(fd)
-	api := struct{ api, features, ioctls uint64 }{api: uffdAPI}
-	if err := ioctl(fd, uffdioAPI, unsafe.Pointer(&api)); err != nil {
-		return 0, os.NewSyscallError("UFFDIO_API", err)
-	}
 	size := os.Getpagesize()
 	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return 0, os.NewSyscallError("mmap", err)
 	}
 	defer unix.Munmap(page)
-	reg := struct{ start, len, mode, ioctls uint64 }{uint64(uintptr(unsafe.Pointer(&page[0]))), uint64(size), uffdRegisterMissing, 0}
-	if err := ioctl(fd, uffdioRegister, unsafe.Pointer(&reg)); err != nil {
-		return 0, os.NewSyscallError("UFFDIO_REGISTER", err)
-	}
-	if reg.ioctls&uffdioRegisterCopy == 0 {
-		return 0, errors.New("UFFDIO_REGISTER: pages cannot be copied in")
-	}
-	return api.features, nil
-}
-
-func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg)); errno != 0 {
-		return errno
-	}
-	return nil
+	return guestmem.Userfault(fd, page)
 }
 
 func tryPidfdGetfd() error {

@@ -172,7 +172,9 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	}
 	switch f.kind {
 	case msgOffer:
-		err = decode(f.payload, &r.offer)
+		if err = decode(f.payload, &r.offer); err == nil {
+			err = r.offer.check()
+		}
 		r.Purpose, r.Eviction, r.VM = ToOffer, r.offer.Eviction, r.offer.VM
 	case msgResume:
 		err = decode(f.payload, &r.resume)

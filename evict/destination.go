@@ -230,6 +230,11 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	e.here = e.here.withMemory(e.mem)
+	for i := range e.mem.Blocks() {
+		if err := e.mem.CanFault(i); err != nil {
+			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as -object memory-backend-memfd,share=on,…, or with a file in /dev/shm or on hugetlbfs", err)
+		}
+	}
 	if err := hasRoom(e.mem); err != nil {
 		return err
 	}

@@ -9,10 +9,10 @@ import (
 	"net"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
+	"vacate/fit"
 	"vacate/guestmem"
 	"vacate/qmp"
 
@@ -141,27 +141,33 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 // the destination's to be compared with it.
 func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {
 	o.QEMU = q.Version().String()
+	// Of a VM of another architecture nothing else can be compared.
+	if err := fit.Supported(ctx, q); err != nil {
+		return o, err
+	}
 	err = together(
 		func() (err error) {
 			o.Machine, err = q.QueryMachine(ctx)
 			return err
 		},
-		func() error {
-			cpus, err := q.QueryCPUs(ctx)
-			o.CPUs = len(cpus)
+		func() (err error) {
+			o.CPUs, err = fit.CPUsOf(ctx, q)
 			return err
 		},
-		func() error {
-			var buses []pciBus
-			err := q.Run(ctx, "query-pci", nil, &buses)
-			if isRefusal(err) { // a machine without PCI
-				err = nil
-			}
-			o.Devices = pciDevices(nil, buses)
-			slices.Sort(o.Devices)
+		func() (err error) {
+			o.Devices, err = fit.DevicesOf(ctx, q)
 			return err
 		})
 	return o, err
+}
+
+// held makes sure that nothing holds the source's VM where it is.
+func held(ctx context.Context, q *qmp.Client) error {
+	reasons, err := fit.Held(ctx, q)
+	if err != nil {
+		return err
+	}
+	return reasons.Err()
 }
 
 // withMemory adds the blocks of memory to an offer.
@@ -189,36 +195,17 @@ func together(do ...func() error) error {
 	return nil
 }
 
-// pciBus is the part of QEMU's PciInfo that names devices.
-type pciBus struct {
-	Devices []struct {
-		Bus      int `json:"bus"`
-		Slot     int `json:"slot"`
-		Function int `json:"function"`
-		ID       struct {
-			Device int `json:"device"`
-			Vendor int `json:"vendor"`
-		} `json:"id"`
-		Bridge *struct {
-			Devices []struct{} `json:"devices"`
-		} `json:"pci_bridge"`
-	} `json:"devices"`
-}
-
-// pciDevices names the devices on the root buses. What is behind a bridge is left to
-// QEMU, as bus numbers there are the guest's to give.
-func pciDevices(list []string, buses []pciBus) []string {
-	for _, bus := range buses {
-		for _, d := range bus.Devices {
-			list = append(list, fmt.Sprintf("%02x:%02x.%x %04x:%04x", d.Bus, d.Slot, d.Function, d.ID.Vendor, d.ID.Device))
-		}
-	}
-	return list
-}
-
 func isRefusal(err error) bool {
 	var refusal *qmp.Error
 	return errors.As(err, &refusal)
+}
+
+// check makes sure that what a peer offers is within bounds.
+func (o offer) check() error {
+	if err := errors.Join(o.CPUs.Check(), o.Devices.Check()); err != nil {
+		return fmt.Errorf("%w: %w", errFrame, err)
+	}
+	return nil
 }
 
 // mismatch compares the offered VM with the one that the destination's QEMU was started
@@ -227,11 +214,8 @@ func (o offer) mismatch(here offer) error {
 	if o.Machine != here.Machine {
 		return fmt.Errorf("the source's machine is %s, the destination's %s: start the destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
 	}
-	if o.CPUs != here.CPUs {
-		return fmt.Errorf("the source has %d vCPUs, the destination %d: start the destination's QEMU with the source's -smp", o.CPUs, here.CPUs)
-	}
-	if missing, extra := difference(o.Devices, here.Devices); len(missing)+len(extra) > 0 {
-		return fmt.Errorf("the PCI devices differ: only the source has [%s], only the destination [%s]: start the destination's QEMU with the source's -device options", strings.Join(missing, ", "), strings.Join(extra, ", "))
+	if err := append(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices)...).Err(); err != nil {
+		return err
 	}
 	sizes := map[string]blockOffer{}
 	for _, b := range here.Blocks {
@@ -242,6 +226,8 @@ func (o offer) mismatch(here offer) error {
 		switch {
 		case !ok:
 			return fmt.Errorf("the source has memory %q of %d KiB and the destination has none of that name: start the destination's QEMU with the source's -device and -object options", b.Name, b.Size>>10)
+		case b.PageSize > maxPage:
+			return fmt.Errorf("memory %q has pages of %d MiB, and only those of 2 MiB at most can come one by one: restart the VM with memory of 2 MiB pages, hugetlbsize=2M", b.Name, b.PageSize>>20)
 		case h.PageSize != b.PageSize:
 			return fmt.Errorf("memory %q has pages of %d KiB on the source, %d KiB on the destination: start the destination's QEMU with the source's memory back end", b.Name, b.PageSize>>10, h.PageSize>>10)
 		case h.Size != b.Size && !resizable(b.Name):
@@ -277,18 +263,3 @@ const maxResizable = 64 << 20
 // resizable tells whether QEMU adapts the block's size to the source's when it loads: it
 // does so for the tables that it hands to the firmware.
 func resizable(block string) bool { return len(block) > 5 && block[:5] == "/rom@" }
-
-// difference returns what only a has, and what only b has, of two sorted lists.
-func difference(a, b []string) (onlyA, onlyB []string) {
-	for len(a) > 0 || len(b) > 0 {
-		switch {
-		case len(b) == 0 || len(a) > 0 && a[0] < b[0]:
-			onlyA, a = append(onlyA, a[0]), a[1:]
-		case len(a) == 0 || b[0] < a[0]:
-			onlyB, b = append(onlyB, b[0]), b[1:]
-		default:
-			a, b = a[1:], b[1:]
-		}
-	}
-	return onlyA, onlyB
-}

@@ -226,9 +226,17 @@ func (r *refusals) twins() {
 			says: []string{"machine is pc-i440fx-7.2", "the destination's pc-i440fx-7.1", "-machine pc-i440fx-7.2"}},
 		"other kind of machine": {change: func(s *lab.Spec) { s.Machine = "q35" }, says: []string{"the destination's pc-q35-7.2", "-machine pc-i440fx-7.2"}},
 		"other vCPUs":           {change: func(s *lab.Spec) { s.VCPUs = 2 }, says: []string{"1 vCPUs", "the destination 2", "-smp"}},
-		"device too many":       {extra: []string{"-device", "e1000"}, says: []string{"only the source has []", "8086:100e]", "-device"}},
-		"device missing":        {change: func(s *lab.Spec) { s.Extra = nil }, says: []string{"1af4:1005], only the destination []", "-device"}},
-		"device elsewhere":      {change: func(s *lab.Spec) { s.Extra = []string{"-device", "virtio-rng-pci,addr=9"} }, says: []string{"00:09.0 1af4:1005]", "-device"}},
+		"device too many":       {extra: []string{"-device", "e1000"}, says: []string{"only the source has []", "e1000 (8086:100e) at i440FX-pcihost/addr 0", "-device"}},
+		"device missing":        {change: func(s *lab.Spec) { s.Extra = nil }, says: []string{"only the source has [virtio-rng-pci (1af4:1005) at i440FX-pcihost/addr 0", "only the destination []", "-device"}},
+		"device elsewhere":      {change: func(s *lab.Spec) { s.Extra = []string{"-device", "virtio-rng-pci,addr=9"} }, says: []string{"(1af4:1005) at i440FX-pcihost/addr 09.0]", "-device"}},
+		"lesser CPU": {change: func(s *lab.Spec) { s.CPU = "qemu64" },
+			says: []string{"the destination's CPU (qemu64) lacks", "avx2", "which the guest uses or may use (max)", "with the source's -cpu (model max)"}},
+		"other CPU": {change: func(s *lab.Spec) { s.CPU = "max,erms=off,fsrm=off,vendor=GenuineIntel" },
+			says: []string{`vendor is "AuthenticAMD" on the source, "GenuineIntel" on the destination`, "-cpu max"}},
+		"device that is made otherwise": {change: func(s *lab.Spec) { s.Extra = []string{"-device", "virtio-rng-pci,event_idx=off"} },
+			says: []string{"event_idx is true on the source, false on the destination", "-device"}},
+		"room for memory": {change: func(s *lab.Spec) { s.Extra = append(s.Extra, "-m", "slots=2,maxmem=1G") },
+			says: []string{"-m maxmem is 0 on the source, 1073741824 on the destination", "-m options"}},
 		"huge pages": {change: func(s *lab.Spec) { backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M") },
 			says: []string{"pages of 4 KiB on the source, 2048 KiB on the destination", "memory back end"}},
 		"memory of another name": {change: func(s *lab.Spec) { named(s, "ram", "memory-backend-ram,size=256M") },
@@ -264,9 +272,17 @@ func (r *refusals) twins() {
 	}{
 		"started without -S": {opts: lab.IncomingOptions{Running: true}, says: []string{"started without -S", "-S -incoming defer"}},
 		"tmpfs too small": {prep: func(t *testing.T) func(*lab.Spec) {
-			dir := smallFS(t)
+			dir := mount(t, "tmpfs", "size=64m")
 			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
 		}, says: []string{`memory "pc.ram" has 256 MiB`, "room for 64 MiB only", "make room there first"}},
+		"file that cannot be faulted in": {prep: func(t *testing.T) func(*lab.Spec) {
+			dir := mount(t, "ramfs", "")
+			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
+		}, says: []string{`memory "pc.ram" is the file`, "on ramfs", "memory-backend-memfd", "/dev/shm"}},
+		"private file that cannot be faulted in": {prep: func(t *testing.T) func(*lab.Spec) {
+			dir := mount(t, "ramfs", "")
+			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=off,mem-path="+dir+"/ram") }
+		}, says: []string{`memory "pc.ram" is the file`, "/ram on ramfs", "memory-backend-memfd"}},
 		"host too small": {change: func(s *lab.Spec) {
 			s.MemoryMiB = 2 * memTotalMiB(r.T)
 			backEnd(s, fmt.Sprintf("memory-backend-ram,size=%dM,reserve=off", s.MemoryMiB))
@@ -359,11 +375,11 @@ func meminfo(t *testing.T, name string) int {
 	return 0
 }
 
-// smallFS mounts a tmpfs of 64 MiB.
-func smallFS(t *testing.T) string {
+// mount mounts a new file system.
+func mount(t *testing.T, kind, options string) string {
 	t.Helper()
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+	if err := unix.Mount(kind, dir, kind, 0, options); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -501,7 +517,7 @@ func (r *refusals) strangers() {
 		}
 		return control
 	}
-	fits := `{"qemu":"7.2.22","machine":"pc-i440fx-7.2","cpus":1,"blocks":[],"devices":[],"load_timeout_ms":20000}`
+	fits := `{"qemu":"7.2.22","machine":"pc-i440fx-7.2","cpus":{},"blocks":[],"devices":{},"load_timeout_ms":20000}`
 	for name, c := range map[string]struct {
 		hello bool // only
 		say   []byte
@@ -523,7 +539,7 @@ func (r *refusals) strangers() {
 		"two offers":         {say: frame(offer, []byte(fits+fits)), says: "bytes behind it"},
 		"no time to load":    {say: frame(offer, []byte(strings.Replace(fits, "20000", "0", 1))), says: "ms for loading the devices"},
 		"endless time":       {say: frame(offer, []byte(strings.Replace(fits, "20000", "9223372036854775807", 1))), says: "ms for loading the devices"},
-		"other VM":           {say: frame(offer, []byte(fits)), says: "PCI devices differ"},
+		"other VM":           {say: frame(offer, []byte(fits)), says: "the source has 0 vCPUs, the destination 1"},
 	} {
 		r.run("stranger: "+name, func(t *testing.T) {
 			if c.hello {

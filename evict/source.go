@@ -212,6 +212,7 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			e.offer, err = describe(ctx, e.q)
 			return err
 		},
+		func() error { return held(ctx, e.q) },
 		func() (err error) {
 			e.mem, err = guestmem.Attach(ctx, e.q)
 			return err
@@ -229,6 +230,9 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			return nil
 		})
 	if err != nil {
+		return err
+	}
+	if err := e.offer.Devices.Held().Err(); err != nil {
 		return err
 	}
 	e.look(ctx)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 
+	"vacate/fit"
 	"vacate/link"
 	"vacate/migstream"
 	"vacate/pageset"
@@ -96,9 +97,9 @@ type offer struct {
 	VM       string       `json:"vm,omitempty"` // its name on both hosts, where they have names for VMs
 	QEMU     string       `json:"qemu"`         // version, for messages
 	Machine  string       `json:"machine"`      // versioned type: "pc-i440fx-7.2"
-	CPUs     int          `json:"cpus"`
+	CPUs     fit.CPUs     `json:"cpus"`
 	Blocks   []blockOffer `json:"blocks"`
-	Devices  []string     `json:"devices"` // on the PCI buses, sorted: "00:03.0 1af4:1000"
+	Devices  fit.Devices  `json:"devices"`
 	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"testing"
 
+	"vacate/fit"
 	"vacate/journal"
 	"vacate/link"
 	"vacate/migstream"
@@ -150,9 +151,15 @@ func FuzzParsePlaced(f *testing.F) {
 // anOffer is that of a real VM (QEMU 7.2, machine pc).
 func anOffer() offer {
 	return offer{
-		QEMU: "7.2.22", Machine: "pc-i440fx-7.2", CPUs: 1, LoadTimeout: 20000,
-		Blocks:  []blockOffer{{"pc.ram", 256 << 20, 4096}, {"pc.bios", 256 << 10, 4096}, {"/rom@etc/acpi/tables", 128 << 10, 4096}},
-		Devices: []string{"00:00.0 8086:1237", "00:01.0 8086:7000", "00:02.0 1af4:1005"},
+		QEMU: "7.2.22", Machine: "pc-i440fx-7.2", LoadTimeout: 20000,
+		CPUs: fit.CPUs{Arch: "x86_64", Accel: "tcg", Model: "qemu64", VCPUs: []fit.VCPU{{}},
+			Features:   [][]fit.Word{{{Leaf: "1 EDX", Bits: 0x078bfbfd}, {Leaf: "1 ECX", Bits: 0x80002001}}},
+			Properties: []fit.Property{{Name: "family", Value: "15"}}},
+		Blocks: []blockOffer{{"pc.ram", 256 << 20, 4096}, {"pc.bios", 256 << 10, 4096}, {"/rom@etc/acpi/tables", 128 << 10, 4096}},
+		Devices: fit.Devices{
+			List:  []fit.Device{{Place: "i440FX-pcihost/addr 00.0"}, {Place: "i440FX-pcihost/addr 01.0", Kind: 1}, {Place: "i440FX-pcihost/addr 02.0", ID: "rng0", Kind: 2}},
+			Kinds: []fit.Kind{{Type: "i440FX", PCI: "8086:1237"}, {Type: "PIIX3", PCI: "8086:7000"}, {Type: "virtio-rng-pci", PCI: "1af4:1005", Properties: []fit.Property{{Name: "vectors", Value: "2"}}}},
+		},
 	}
 }
 
@@ -175,7 +182,12 @@ func FuzzOffer(f *testing.F) {
 			}
 			return
 		}
-		o.mismatch(here)
+		if err := o.check(); err == nil {
+			o.mismatch(here)
+			here.mismatch(o)
+		} else if !errors.Is(err, link.ErrPeer) {
+			t.Fatal(err)
+		}
 		b, err := json.Marshal(o)
 		if err != nil {
 			t.Fatal(err)
@@ -198,7 +210,7 @@ func TestDecodeIsStrict(t *testing.T) {
 		}
 	}
 	var o offer
-	if err := decode([]byte(`{"cpus":3} `), &o); err != nil || !reflect.DeepEqual(o, offer{CPUs: 3}) {
+	if err := decode([]byte(`{"machine":"pc"} `), &o); err != nil || !reflect.DeepEqual(o, offer{Machine: "pc"}) {
 		t.Errorf("%+v, %v", o, err)
 	}
 }
