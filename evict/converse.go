@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"syscall"
 	"time"
 
@@ -30,7 +31,7 @@ const (
 // Gap is a time in which a committed eviction had no link.
 type Gap struct {
 	At    float64 `json:"at_s"`   // since the start
-	For   float64 `json:"for_s"`  // until pages were sent again
+	For   float64 `json:"for_s"`  // until pages were sent again, or it was known that none need be
 	Again int     `json:"again"`  // pages that were on their way and had to be sent once more
 	Why   string  `json:"reason"` // of the first failure
 }
@@ -89,10 +90,29 @@ func (e *source) await(left context.Context) (done bool, err error) {
 	}
 }
 
+// maxGaps bounds the gaps that a report tells of.
+const maxGaps = 64
+
+// noteGap notes that there is a link again.
+func (e *source) noteGap(since time.Time, again int, why error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.gaps) == maxGaps {
+		e.gaps = slices.Delete(e.gaps, maxGaps/2, maxGaps/2+1)
+	}
+	e.gaps = append(e.gaps, Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
+}
+
 // reach makes sessions with the destination until it has said what became of the eviction,
 // and does what follows from it. It returns with done unset when pages are pushed again.
 func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	since := time.Now()
+	again := 0
+	defer func() {
+		if !errors.Is(err, ErrLeft) {
+			e.noteGap(since, again, why)
+		}
+	}()
 	pause := time.Duration(0)
 	for {
 		// Even where the QEMU here has ended: the destination may have every page already, and
@@ -114,15 +134,11 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		}
 		switch next := sourceOnAnswer(here, e.ranThere, st.Answer); next {
 		case stepPush:
-			again, err := e.rejoin(a)
-			if err != nil {
+			if again, err = e.rejoin(a, time.Duration(st.Ran)*time.Millisecond); err != nil {
 				a.Fail(err)
-				a.end()
+				e.end(a)
 				continue
 			}
-			e.mu.Lock()
-			e.gaps = append(e.gaps, Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
-			e.mu.Unlock()
 			if err := e.machine.enter(Pushing); err != nil {
 				return true, e.lost(err, e.frozenRemedy())
 			}
@@ -131,13 +147,13 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			if st.Summary != nil {
 				e.summary = *st.Summary
 			}
-			a.end()
+			e.end(a)
 			return true, e.retire()
 		case stepRollBack:
-			a.end()
+			e.end(a)
 			return true, e.rollBack(fmt.Errorf("the destination never ran the VM: %s", st.Reason))
 		case stepLose:
-			a.end()
+			e.end(a)
 			if here == copyGone {
 				return true, e.lostHere(context.Cause(e.life))
 			}
@@ -147,10 +163,10 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 				e.at.Store(a)
 				return true, e.lostHere(context.Cause(e.life))
 			}
-			a.end()
+			e.end(a)
 			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
 		default:
-			a.end()
+			e.end(a)
 			e.Log.Warn("the destination cannot tell what became of the VM; it stays frozen here", "answer", st.Answer, "reason", st.Reason)
 			pause = lastPause
 		}
@@ -179,15 +195,15 @@ func (e *source) inquire(left context.Context) (*attachment, status, error) {
 		return st, decode(f.payload, &st)
 	}()
 	if err != nil {
-		a.end()
+		e.end(a)
 		return nil, st, err
 	}
 	return a, st, nil
 }
 
-// rejoin learns which pages the destination has, and pushes the others in a new session. It
-// returns how many of them were sent before.
-func (e *source) rejoin(a *attachment) (again int, err error) {
+// rejoin learns which pages the destination has, where the VM has run for so long, and pushes the
+// others in a new session. It returns how many of them were sent before.
+func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not tell what it has"))
 	defer cancel()
 	l := e.frozen.layout
@@ -227,9 +243,8 @@ func (e *source) rejoin(a *attachment) (again int, err error) {
 		}
 	}
 	e.mu.Unlock()
-	if e.ranThere = true; e.ranSince.IsZero() {
-		e.ranSince = time.Now()
-	}
+	e.ranThere = true
+	e.noteRan(ran)
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	e.at.Store(a)
 	a.begin(func() error { return e.serveFetches(a) })
@@ -258,17 +273,39 @@ func join(runs []pageset.Run) []pageset.Run {
 
 // drop ends the present session.
 func (e *source) drop(why error) {
-	a := e.at.Swap(nil)
-	if a == nil {
-		return
+	if a := e.at.Load(); a != nil {
+		a.Fail(why)
+		e.end(a)
 	}
-	a.Fail(why)
+}
+
+// end ends a session, and keeps what the report tells of it.
+func (e *source) end(a *attachment) {
 	a.end()
 	sent, received := a.Bytes()
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.before.sent += sent
 	e.before.received += received
-	e.mu.Unlock()
+	if a.window != nil {
+		e.roundTrip, e.pushing = a.window.roundTrip(), pushed{}
+	}
+	e.at.CompareAndSwap(a, nil)
+}
+
+// noteRan notes that the VM has run at the destination for so long, as that says. What it says
+// cannot be true of a time before it was told to run the VM.
+func (e *source) noteRan(ran time.Duration) {
+	if !e.ranSince.IsZero() {
+		return
+	}
+	now := time.Now()
+	e.ranSince = now.Add(-ran)
+	if told := e.machine.at(Committing); told.IsZero() {
+		e.ranSince = now // it was another engine that told it
+	} else if e.ranSince.Before(told) {
+		e.ranSince = told
+	}
 }
 
 // retire ends the QEMU here, as the destination has every page.

@@ -93,11 +93,13 @@ type destination struct {
 	reader  *migstream.Reader // of the head
 	layout  layout
 	placer  *placer
-	stream  *stream      // of QEMU's migration; nil when it is broken
-	pending bool         // the QEMU was not told to run the VM yet
-	cont    <-chan error // its answer when it is told, if that takes long
-	kept    chan error   // what was to be kept is, or an error
-	tasks   sync.WaitGroup
+	stream  *stream // of QEMU's migration; nil when it is broken
+	pending bool    // the QEMU was not told to run the VM yet
+	// ranSince is when it was told so by this engine; zero if another one did.
+	ranSince time.Time
+	cont     <-chan error // its answer when it is told, if that takes long
+	kept     chan error   // what was to be kept is, or an error
+	tasks    sync.WaitGroup
 
 	mu       sync.Mutex
 	received []*pageset.Set        // guarded by mu; those left out count as received
@@ -422,7 +424,7 @@ func (e *destination) run() error {
 			announce(ctx, q, e.Log)
 		}
 	})
-	e.pending = false
+	e.pending, e.ranSince = false, time.Now()
 	select {
 	case err := <-answer:
 		return e.continued(err)

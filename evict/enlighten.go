@@ -263,7 +263,7 @@ type Enlightening struct {
 	Attach float64       `json:"attach_s"`         // finding its kernel, or having the agent answer
 	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
 	First  float64       `json:"first_known_s"`    // from the freeze until the first pages of the plan were known; 0 if they never were
-	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was
+	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was; of an engine that took the eviction up, since it did
 	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
 	Notes []string `json:"notes,omitempty"`
 	// Stages are what the survey's time went to; of guestlinux.

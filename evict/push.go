@@ -35,7 +35,6 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 		if runs, err = f.fill(runs); err != nil {
 			return err
 		}
-		e.zero.Add(int64(f.zero))
 		note()
 		if err := f.write(lane); err != nil {
 			return err
@@ -47,6 +46,13 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 // beginPush pushes in a session, in which fetches are served already.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
+	e.mu.Lock()
+	sent, _ := a.Bytes()
+	e.pushing = pushed{time.Now(), sent, e.sentPages()}
+	if e.atPush == nil {
+		e.atPush = new(e.before.sent + sent)
+	}
+	e.mu.Unlock()
 	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly, again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
 	a.begin(p.run)
@@ -147,8 +153,8 @@ func (e *source) serveFetches(a *attachment) error {
 		if err != nil {
 			return err
 		}
-		e.asked.Add(1)
 		e.mu.Lock()
+		e.noteAsked(run)
 		runs := e.order.Fetch(run)
 		e.mu.Unlock()
 		select {
@@ -160,6 +166,17 @@ func (e *source) serveFetches(a *attachment) error {
 			return err
 		}
 	}
+}
+
+// noteAsked counts pages that the guest waits for. After a lost link they are asked for once more.
+// The caller holds mu.
+func (e *source) noteAsked(r pageset.Run) {
+	if e.askedFor == nil {
+		for _, b := range e.frozen.layout {
+			e.askedFor = append(e.askedFor, pageset.New(b.Pages))
+		}
+	}
+	e.asked.Add(int64(e.askedFor[r.Block].AddRun(r.First, r.Count)))
 }
 
 // readPlaced follows the destination's reports of what it has placed.

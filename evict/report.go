@@ -1,9 +1,6 @@
 package evict
 
-import (
-	"slices"
-	"time"
-)
+import "time"
 
 // Progress is a moment of an eviction, as the source sees it. Pages only ever grow, as
 // each is sent once.
@@ -13,9 +10,9 @@ type Progress struct {
 	Pages   int     // sent, or free and left out
 	Total   int     // pages of the VM
 	Bytes   uint64  // sent over the link
-	Rate    float64 // bytes per second of late
-	Fetches int
-	// ETA is the time until all pages are sent at the present rate; 0 if not known.
+	Rate    float64 // bytes per second since the push began in the present session; 0 while nothing is pushed
+	Fetches int     // pages that the VM waited for
+	// ETA is the time until all pages are sent at the present rate; 0 if not known, as while there is no link.
 	ETA time.Duration
 }
 
@@ -31,25 +28,26 @@ type Report struct {
 	// took Prepare and left it alone.
 	Begun    *time.Time `json:"begun"`
 	Prepare  *float64   `json:"prepare_s"`
-	Transfer *float64   `json:"execution_transfer_s"` // begun until the VM runs on the destination
-	Down     *float64   `json:"down_time_s"`          // frozen until it runs on the destination
+	Transfer *float64   `json:"execution_transfer_s"` // begun until the VM ran on the destination for the first time
+	Down     *float64   `json:"down_time_s"`          // frozen until then
 	Total    *float64   `json:"total_s"`              // begun until the source holds nothing any more
 
 	Order         string       `json:"order"`         // of the push
 	Enlightenment Enlightening `json:"enlightenment"` // what was known of the guest's pages
 	Pages         PageCounts   `json:"pages"`
 	LinkBytes     uint64       `json:"link_bytes"`       // payload of the connections, both ways
-	Rate          float64      `json:"rate_bytes_per_s"` // sent, while pages were pushed
+	Rate          float64      `json:"rate_bytes_per_s"` // sent, while pages were pushed; times without a link do not count
 	RoundTrip     float64      `json:"round_trip_s"`     // of the push, uncongested
 	Fetch         *Quantiles   `json:"fetch_latency_s"`
-	// Gaps are the times after the commit in which there was no link.
+	// Gaps are the times after the commit in which there was no link: the first and the last of very many.
 	Gaps []Gap `json:"gaps,omitempty"`
 }
 
-// Phase is when a state was entered, in seconds since the start.
+// Phase is a period in one state. A state that was entered again, as after a lost link, has several.
 type Phase struct {
 	State State   `json:"state"`
-	At    float64 `json:"at_s"`
+	At    float64 `json:"at_s"`            // when it began, since the start
+	For   float64 `json:"for_s,omitempty"` // how long it took; 0 of the last one
 }
 
 // PageCounts counts pages by how they came to the destination. Early, Pushed, Near,
@@ -94,27 +92,4 @@ func quantiles(sorted []float64) *Quantiles {
 		q.Sum += v
 	}
 	return q
-}
-
-// phases returns a machine's history in order of time.
-func (m *machine) phases() []Phase {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var start time.Time
-	for _, at := range m.entered {
-		if start.IsZero() || at.Before(start) {
-			start = at
-		}
-	}
-	var list []Phase
-	for s, at := range m.entered {
-		list = append(list, Phase{s, at.Sub(start).Seconds()})
-	}
-	slices.SortFunc(list, func(a, b Phase) int {
-		if a.At < b.At {
-			return -1
-		}
-		return 1
-	})
-	return list
 }

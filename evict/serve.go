@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net"
 	"slices"
 	"time"
@@ -190,7 +191,11 @@ func (e *destination) attach(r *Request) error {
 
 // tellHas tells the source that the VM runs, and which pages are here or need not come.
 func (e *destination) tellHas(a *attachment) error {
-	if err := writeJSON(a.control.Conn, msgStatus, status{Answer: AnswerRunning}); err != nil {
+	st := status{Answer: AnswerRunning}
+	if !e.ranSince.IsZero() {
+		st.Ran = uint32(min(time.Since(e.ranSince).Milliseconds(), math.MaxUint32))
+	}
+	if err := writeJSON(a.control.Conn, msgStatus, st); err != nil {
 		return err
 	}
 	for i, b := range e.layout {

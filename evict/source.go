@@ -15,6 +15,7 @@ import (
 	"vacate/journal"
 	"vacate/link"
 	"vacate/migstream"
+	"vacate/pageset"
 	"vacate/process"
 	"vacate/pushorder"
 	"vacate/qmp"
@@ -150,17 +151,21 @@ type source struct {
 	at     atomic.Pointer[attachment] // nil while there is no session
 	before linkBytes                  // of sessions that ended; guarded by mu
 	gaps   []Gap                      // in which there was none, after the commit; guarded by mu
+	// roundTrip is that of the last session that ended; guarded by mu.
+	roundTrip float64
+	pushing   pushed  // where the push of the present session began; guarded by mu
+	atPush    *uint64 // bytes sent before the first push; nil before it; guarded by mu
 
-	mu      sync.Mutex
-	order   *pushorder.Order // guarded by mu; nil before the package was read
-	light   light            // guarded by mu
-	highest int              // pages shown; guarded by shown
+	mu       sync.Mutex
+	askedFor []*pageset.Set   // pages that the guest waited for; nil before there were any; guarded by mu
+	order    *pushorder.Order // guarded by mu; nil before the package was read
+	light    light            // guarded by mu
+	highest  int              // pages shown; guarded by shown
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 
 	sent   [pushorder.Reasons]atomic.Int64 // pages by reason
 	tracer tracer
-	zero   atomic.Int64
 	total  atomic.Int64
 	asked  atomic.Int64
 	shown  sync.Mutex // serialises Show
@@ -168,6 +173,13 @@ type source struct {
 }
 
 type linkBytes struct{ sent, received uint64 }
+
+// pushed is where a push began.
+type pushed struct {
+	at    time.Time
+	bytes uint64 // sent before, in its session
+	pages int    // sent before
+}
 
 func (e *source) run(ctx context.Context) error {
 	if err := e.prepare(ctx); err != nil {
@@ -498,7 +510,8 @@ func (e *source) commit(ctx context.Context) error {
 		}
 		return e.converse(ctx, err)
 	}
-	e.ranThere, e.ranSince = true, time.Now()
+	e.ranThere = true
+	e.noteRan(0)
 	// Not sooner: pages that arrive while the destination loads the devices take the CPU
 	// that it needs for that.
 	e.beginPush(a)
@@ -653,29 +666,28 @@ func (e *source) close() {
 
 // report sums the eviction up.
 func (e *source) report(err error) Report {
-	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases(), Gaps: e.gaps}
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases()}
 	var failed *Error
 	if errors.As(err, &failed) {
 		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
 	}
-	since := func(from time.Time, to State) *float64 {
-		at := e.machine.at(to)
-		if at.IsZero() || from.IsZero() {
+	since := func(from, to time.Time) *float64 {
+		if from.IsZero() || to.IsZero() {
 			return nil
 		}
-		s := at.Sub(from).Seconds()
-		return &s
+		return new(to.Sub(from).Seconds())
 	}
 	begun := e.machine.at(Switching)
 	if !begun.IsZero() {
 		r.Begun = &begun
 	}
-	r.Prepare, r.Transfer, r.Total = since(e.started, Switching), since(begun, Pushing), since(begun, Completed)
-	if at := e.frozenAt.Load(); at != nil {
-		r.Down = since(*at, Pushing)
+	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, e.machine.at(Completed))
+	// Of a VM that another engine froze it is not known when.
+	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() {
+		r.Down = since(*at, e.ranSince)
 	}
 	r.Pages = PageCounts{
-		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: int(e.zero.Load()), Duplicate: e.summary.Duplicate,
+		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(), Duplicate: e.summary.Duplicate,
 		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
 		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
 		GivenBack: int(e.given.Load()),
@@ -685,29 +697,59 @@ func (e *source) report(err error) Report {
 	if r.Fetch != nil {
 		r.Fetch.Count = e.summary.Fetches
 	}
+	sent, received := e.bytes()
+	r.LinkBytes = sent + received
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r.Gaps, r.RoundTrip = e.gaps, e.roundTrip
 	if a := e.at.Load(); a != nil && a.window != nil {
 		r.RoundTrip = a.window.roundTrip()
 	}
-	sent, received := e.bytes()
-	r.LinkBytes = sent + received
-	if took := since(e.machine.at(Pushing), Retiring); took != nil {
-		r.Rate = float64(sent) / *took
+	if took := e.machine.spent(Pushing); took > 0 && e.atPush != nil {
+		r.Rate = float64(sent-*e.atPush) / took.Seconds()
 	}
 	return r
+}
+
+// zeroPages is how many of the pages that were sent went as a mark only; each counts once, however
+// often it was sent. Nothing may be sent any more.
+func (e *source) zeroPages() (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.order == nil {
+		return 0
+	}
+	for i, b := range e.frozen.layout {
+		for p := range pageset.Page(b.Pages) {
+			if !e.pushed.wasZero(i, p) && !e.fetched.wasZero(i, p) {
+				continue
+			}
+			switch why, _ := e.order.Why(i, p); why {
+			case pushorder.Left, pushorder.Skipped, pushorder.Before:
+			default:
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // bytes is what was sent and received over all sessions.
 func (e *source) bytes() (sent, received uint64) {
 	e.mu.Lock()
-	b := e.before
-	e.mu.Unlock()
+	defer e.mu.Unlock()
 	if a := e.at.Load(); a != nil {
 		sent, received = a.Bytes()
 	}
-	return sent + b.sent, received + b.received
+	return sent + e.before.sent, received + e.before.received
 }
 
 func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
+
+// sentPages is the number of pages that were sent.
+func (e *source) sentPages() int {
+	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Before)
+}
 
 // settled is the number of pages that are sent, or need not be.
 func (e *source) settled() int {
@@ -727,29 +769,48 @@ func (e *source) tick() {
 		case <-e.life.Done():
 			return
 		case <-t.C:
-			e.show(e.machine.current())
+			e.show("")
 		}
 	}
 }
 
+// show tells of the progress in a state; if none is given, in the present one.
 func (e *source) show(st State) {
 	if e.Show == nil {
 		return
 	}
 	e.shown.Lock()
 	defer e.shown.Unlock()
+	if st == "" { // not looked up sooner, lest the state seems to go backwards
+		st = e.machine.current()
+	}
 	// After the link was lost, some that were on their way are sent once more.
 	e.highest = max(e.highest, e.settled())
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.bytes()
 	}
-	if at := e.machine.at(Pushing); !at.IsZero() {
-		if took := time.Since(at); took > settleTime {
-			p.Rate = float64(p.Bytes) / took.Seconds()
-			sent := p.Pages - e.pages(pushorder.Skipped)
-			p.ETA = time.Duration(float64(took) * float64(p.Total-p.Pages) / float64(max(1, sent)))
-		}
+	if st == Pushing {
+		p.Rate, p.ETA = e.pace()
 	}
 	e.Show(p)
+}
+
+// pace is how fast the push of the present session is, in bytes per second, and how long it takes
+// at that; 0 as long as that is not known.
+func (e *source) pace() (rate float64, eta time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	a, p := e.at.Load(), e.pushing
+	took := time.Since(p.at)
+	if a == nil || p.at.IsZero() || took < settleTime {
+		return 0, 0
+	}
+	sent, _ := a.Bytes()
+	pages := e.sentPages() - p.pages
+	if sent < p.bytes || pages <= 0 {
+		return 0, 0 // it is another session's
+	}
+	left := int(e.total.Load()) - e.settled()
+	return float64(sent-p.bytes) / took.Seconds(), time.Duration(float64(took) * float64(left) / float64(pages))
 }

@@ -99,29 +99,49 @@ func reach(list []State, but ...State) []State {
 // machine is the state of one side and its history. It is safe for concurrent use. It
 // tells onEnter of every state but the first.
 type machine struct {
-	mu      sync.Mutex
-	state   State
-	entered map[State]time.Time
 	onEnter func(State)
+
+	mu      sync.Mutex
+	start   time.Time               // of the first period
+	history []period                // in order, the present one last; guarded by mu
+	first   map[State]time.Time     // when each state was entered first; guarded by mu
+	past    map[State]time.Duration // spent in each state before the present period; guarded by mu
 }
 
+// period is a time that a machine was in one state.
+type period struct {
+	state    State
+	at, left time.Time // left is zero in the present one
+}
+
+// maxHistory bounds the periods that are kept: a link may be lost any number of times.
+const maxHistory = 256
+
 func newMachine(first State, onEnter func(State)) *machine {
-	return &machine{state: first, entered: map[State]time.Time{first: time.Now()}, onEnter: onEnter}
+	now := time.Now()
+	return &machine{
+		onEnter: onEnter, start: now, history: []period{{state: first, at: now}},
+		first: map[State]time.Time{first: now}, past: map[State]time.Duration{},
+	}
 }
 
 // enter moves to a state. A move that the diagram does not have is a bug: it is not made, and reported.
 func (m *machine) enter(s State) error {
 	m.mu.Lock()
-	allowed := false
-	for _, n := range next[m.state] {
-		allowed = allowed || n == s
-	}
-	if !allowed {
+	now, present := time.Now(), &m.history[len(m.history)-1]
+	if !slices.Contains(next[present.state], s) {
 		defer m.mu.Unlock()
-		return fmt.Errorf("bug: eviction cannot go from %s to %s", m.state, s)
+		return fmt.Errorf("bug: eviction cannot go from %s to %s", present.state, s)
 	}
-	m.state = s
-	m.entered[s] = time.Now()
+	present.left = now
+	m.past[present.state] += now.Sub(present.at)
+	if len(m.history) == maxHistory { // how it began, and what came last, tell the most
+		m.history = slices.Delete(m.history, maxHistory/2, maxHistory/2+1)
+	}
+	m.history = append(m.history, period{state: s, at: now})
+	if _, ok := m.first[s]; !ok {
+		m.first[s] = now
+	}
 	m.mu.Unlock()
 	m.onEnter(s)
 	return nil
@@ -130,14 +150,39 @@ func (m *machine) enter(s State) error {
 func (m *machine) current() State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.state
+	return m.history[len(m.history)-1].state
 }
 
-// at returns when a state was entered; zero if it was not.
+// at returns when a state was entered first; zero if it was not.
 func (m *machine) at(s State) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.entered[s]
+	return m.first[s]
+}
+
+// spent returns how long the machine was in a state, all periods together.
+func (m *machine) spent(s State) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sum := m.past[s]
+	if p := m.history[len(m.history)-1]; p.state == s {
+		sum += time.Since(p.at)
+	}
+	return sum
+}
+
+// phases returns the history in order of time.
+func (m *machine) phases() []Phase {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := make([]Phase, len(m.history))
+	for i, p := range m.history {
+		list[i] = Phase{State: p.state, At: p.at.Sub(m.start).Seconds()}
+		if !p.left.IsZero() {
+			list[i].For = p.left.Sub(p.at).Seconds()
+		}
+	}
+	return list
 }
 
 // An eviction that did not complete ends in an *Error, which wraps one of these.

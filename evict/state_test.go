@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+	"time"
 )
 
 // states lists the constants of type State that the source declares.
@@ -114,4 +115,67 @@ func TestMachine(t *testing.T) {
 	if n := len(m.phases()); n != 7 {
 		t.Errorf("%d phases", n)
 	}
+}
+
+// A state that is entered again keeps its first time, and each of its periods; the history has an end.
+func TestMachineAgain(t *testing.T) {
+	m := newMachine(Pushing, func(State) {})
+	first := m.at(Pushing)
+	for range maxHistory {
+		for _, s := range []State{Reconnecting, Pushing} {
+			time.Sleep(time.Microsecond)
+			if err := m.enter(s); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if !m.at(Pushing).Equal(first) {
+		t.Errorf("it was entered first at %v, not %v", first, m.at(Pushing))
+	}
+	list := m.phases()
+	if len(list) != maxHistory || list[0].State != Pushing || list[0].At != 0 || list[maxHistory-1].State != Pushing || list[maxHistory-1].For != 0 {
+		t.Fatalf("%d phases, from %+v to %+v", len(list), list[0], list[len(list)-1])
+	}
+	sum := 0.0
+	for i, p := range list {
+		if i > 0 && (p.At <= list[i-1].At || p.State == list[i-1].State && i != maxHistory/2) {
+			t.Errorf("phase %d is %+v, behind %+v", i, p, list[i-1])
+		}
+		sum += p.For
+	}
+	both := m.spent(Pushing) + m.spent(Reconnecting)
+	if all := time.Since(first); both > all || both.Seconds() < sum || m.spent(Retiring) != 0 {
+		t.Errorf("%v in the two states, %.6f s by the phases, of %v", both, sum, all)
+	}
+}
+
+// What is not known of an eviction that another engine began is not in the report; what a destination
+// says of the time before cannot be true of a time before the commit.
+func TestReportOfResumed(t *testing.T) {
+	e := Source{}.engine(InDoubt)
+	e.frozenAt.Store(&e.started)
+	e.noteRan(time.Hour)
+	r, _ := e.done(nil)
+	if r.Down != nil || r.Transfer != nil || r.Begun != nil || r.Total != nil {
+		t.Errorf("%+v", r)
+	}
+	if e.ranSince.Before(e.started) {
+		t.Errorf("it ran since %v, before %v", e.ranSince, e.started)
+	}
+	e = Source{}.engine(Preparing)
+	for _, s := range []State{Switching, Loading, Committing} {
+		if err := e.machine.enter(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := e.machine.at(Committing)
+	e.noteRan(time.Hour)
+	if !e.ranSince.Equal(told) {
+		t.Errorf("it ran since %v, and was told to at %v", e.ranSince, told)
+	}
+	e.noteRan(0)
+	if !e.ranSince.Equal(told) {
+		t.Error("a later word counts")
+	}
+	e.done(nil)
 }

@@ -125,6 +125,7 @@ type status struct {
 	Answer  Answer    `json:"answer"`
 	Reason  string    `json:"reason,omitempty"`
 	Summary *Received `json:"summary,omitempty"` // of a complete one
+	Ran     uint32    `json:"ran_ms,omitempty"`  // of a running one: how long the VM has run here; 0 if not known
 }
 
 // farewell is why an eviction was given up.

@@ -69,6 +69,7 @@ func reportText(r evict.Report) string {
 	seconds("execution transfer", r.Transfer, "from then until it ran on the destination")
 	seconds("down time", r.Down, "in which it stood still")
 	seconds("total", r.Total, "from then until the source was empty")
+	gapsText(row, r.Gaps)
 	if p := r.Pages; p.Total > 0 {
 		row("pages", "%9d", p.Total)
 		for _, k := range []struct {
@@ -105,12 +106,26 @@ func reportText(r evict.Report) string {
 			name = "phases"
 		}
 		if i+1 < len(r.Phases) {
-			row(name, "%9.3f s  %-13s for %.3f s", p.At, p.State, r.Phases[i+1].At-p.At)
+			row(name, "%9.3f s  %-13s for %.3f s", p.At, p.State, p.For)
 		} else {
 			row(name, "%9.3f s  %s", p.At, p.State)
 		}
 	}
 	return b.String()
+}
+
+// gapsText tells of the times without a link.
+func gapsText(row func(name, format string, args ...any), gaps []evict.Gap) {
+	if len(gaps) == 0 {
+		return
+	}
+	sum, again := 0.0, 0
+	for _, g := range gaps {
+		sum += g.For
+		again += g.Again
+	}
+	row("link lost", "%9.3f s  %d times, %d pages sent again", sum, len(gaps), again)
+	row("", "the first: %.48s", clean(gaps[0].Why))
 }
 
 // enlightenmentText tells what was known of the guest's pages, and what came of it.

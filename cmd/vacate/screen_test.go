@@ -176,13 +176,14 @@ func TestReportText(t *testing.T) {
 		Pages:     evict.PageCounts{Total: 1 << 25, Early: 70, Pushed: 1<<25 - 1070, Fetched: 1000, Zero: 1 << 24},
 		LinkBytes: 1 << 37, Rate: 1.1e9, RoundTrip: 0.0003,
 		Fetch:  &evict.Quantiles{P50: 0.0008, P99: 0.0031, Max: 0.2, Count: 1000},
-		Phases: []evict.Phase{{State: evict.Preparing, At: 0}, {State: evict.RollingBack, At: 0.25}},
+		Phases: []evict.Phase{{State: evict.Preparing, At: 0, For: 0.25}, {State: evict.RollingBack, At: 0.25}},
+		Gaps:   []evict.Gap{{At: 3, For: 6, Again: 20, Why: "reset"}, {At: 10, For: 0.5, Again: 1, Why: "later"}},
 	}
 	text := reportText(full)
 	for _, want := range []string{
 		"outcome             completed\n", "machine             pc-i440fx-7.2\uFFFD[2J, QEMU 7.2.22\n",
 		"down time               0.100 s", "  fetched                1000   0.0%", "p50 0.8 ms, p99 3.1 ms, max 200 ms, 1000 fetches",
-		"preparing     for 0.250 s\n", "delivery rate          1.1 GB/s, round trip 0.3 ms\n",
+		"preparing     for 0.250 s\n", "link lost               6.500 s  2 times, 21 pages sent again\n", "delivery rate          1.1 GB/s, round trip 0.3 ms\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)

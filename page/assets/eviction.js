@@ -29,7 +29,7 @@
   const end = phases.length ? phases[phases.length - 1].at_s : 0;
   if (phases.length > 1) {
     main.append(el("h2", {}, "What was done when"), el("p", { class: "soft" }, "Times are from the moment when the VM was first touched. Phases that last less than a hundredth of all are drawn wider than they are."));
-    const shown = phases.slice(0, -1).map((x, i) => ({ name: x.state, from: x.at_s, to: phases[i + 1].at_s }));
+    const shown = phases.slice(0, -1).map((x, i) => ({ name: x.state, from: x.at_s, to: x.for_s === undefined ? phases[i + 1].at_s : x.at_s + x.for_s }));
     const least = (end - shown[0].from) / 100;
     const widths = shown.map(x => Math.max(x.to - x.from, least)), sum = widths.reduce((a, b) => a + b, 0);
     const bar = el("div", { class: "phases" });
@@ -144,7 +144,8 @@
     ["execution transfer", seconds(r.execution_transfer_s), "from then until the VM ran on the other host"],
     ["down time", seconds(r.down_time_s), "in which it ran nowhere"],
     ["total", seconds(r.total_s), "until this host held nothing of it"],
-    ["rate", r.rate_bytes_per_s ? (r.rate_bytes_per_s * 8 / 1e6).toFixed(0) + " Mbit/s" : "–", "while pages were pushed"],
+    ["link lost", (r.gaps || []).length ? seconds(r.gaps.reduce((a, g) => a + g.for_s, 0)) : "–", (r.gaps || []).length + " times after the commit"],
+    ["rate", r.rate_bytes_per_s ? (r.rate_bytes_per_s * 8 / 1e6).toFixed(0) + " Mbit/s" : "–", "while pages were pushed, without the times when the link was lost"],
     ["round trip", seconds(r.round_trip_s), "of the link, uncongested"],
     ["pages", whole(p.total), "of the VM"],
     ["pushed", whole(p.pushed), "by the plan"], ["near", whole(p.near), "as neighbours of fetched ones"], ["fetched", whole(p.fetched), "because the guest waited"],
