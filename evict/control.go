@@ -158,7 +158,13 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 			r.end()
 		}
 	}()
-	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk, msgFill)
+	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk, msgFill, msgProve)
+	if err == nil && f.kind == msgProve {
+		if err := r.answerProof(ctx, f.payload); err != nil {
+			return nil, err
+		}
+		f, err = r.control.await(ctx, msgOffer)
+	}
 	for left := maxFill; err == nil && f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {
 		if left -= len(f.payload); left < 0 || len(f.payload) == 0 {
 			return nil, fmt.Errorf("%w: a question behind too much of nothing", errFrame)

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,8 +14,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Every figure of the report holds of an eviction whose link was lost for a while in mid-push.
-func TestReportOfLostLink(t *testing.T) {
+// A path that loses large packets, either way, is found out before the VM is touched. Every figure of the
+// report holds of the eviction that follows, whose link is lost for a while in mid-push.
+func TestPathsThatFail(t *testing.T) {
 	const limit, lostFor = 30e6, 2 * time.Second // bytes per second
 	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 60, IdleMiB: 120}})
@@ -32,36 +34,57 @@ func TestReportOfLostLink(t *testing.T) {
 		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 
+	source := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, path.Addr()), Log: log.With("side", "source")}
+	before := settingsOf(t, vm)
+	for name, lose := range map[string][2]bool{"to the destination": {true, false}, "to the source": {false, true}} {
+		if err := l.LoseLarge(lose[0], lose[1]); err != nil {
+			t.Fatal(err)
+		}
+		report, err := source.Evict(ctx)
+		if !errors.Is(err, evict.ErrRefused) || !strings.Contains(err.Error(), "the path to "+l.B.Addr+" loses large packets") ||
+			!strings.Contains(err.Error(), "The VM runs on, untouched") {
+			t.Errorf("large packets %s are lost: %v", name, err)
+		}
+		if report.Begun != nil || settingsOf(t, vm) != before {
+			t.Errorf("large packets %s are lost: the VM was touched: %+v", name, report)
+		}
+		if err := l.LoseLarge(false, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
+		t.Fatal(err)
+	}
+
 	rate := new(evict.Limit)
 	rate.Set(limit)
 	var r result
 	show := r.show(t)
 	var states []evict.State
 	cut, lost := false, make(chan struct{})
-	r.report, r.source = evict.Source{
-		QMP: vm.QMP, Connect: connectTo(l.A, path.Addr()), Limit: rate, SendFree: true, Log: log.With("side", "source"),
-		Show: func(p evict.Progress) {
-			show(p)
-			if n := len(states); n == 0 || states[n-1] != p.State {
-				states = append(states, p.State)
-			}
-			if p.State != evict.Pushing && (p.Rate != 0 || p.ETA != 0) {
-				t.Errorf("while %s it tells of a rate of %.0f B/s and an ETA of %v", p.State, p.Rate, p.ETA)
-			}
-			if p.Rate > 1.5*limit {
-				t.Errorf("while %s the rate is %.0f B/s, and the limit %.0f", p.State, p.Rate, limit)
-			}
-			if !cut && p.Total > 0 && p.Pages > p.Total*2/3 {
-				cut = true
-				go func() {
-					defer close(lost)
-					path.Cut()
-					time.Sleep(lostFor)
-					path.Mend()
-				}()
-			}
-		},
-	}.Evict(ctx)
+	source.Limit, source.SendFree = rate, true
+	source.Show = func(p evict.Progress) {
+		show(p)
+		if n := len(states); n == 0 || states[n-1] != p.State {
+			states = append(states, p.State)
+		}
+		if p.State != evict.Pushing && (p.Rate != 0 || p.ETA != 0) {
+			t.Errorf("while %s it tells of a rate of %.0f B/s and an ETA of %v", p.State, p.Rate, p.ETA)
+		}
+		if p.Rate > 1.5*limit {
+			t.Errorf("while %s the rate is %.0f B/s, and the limit %.0f", p.State, p.Rate, limit)
+		}
+		if !cut && p.Total > 0 && p.Pages > p.Total*2/3 {
+			cut = true
+			go func() {
+				defer close(lost)
+				path.Cut()
+				time.Sleep(lostFor)
+				path.Mend()
+			}()
+		}
+	}
+	r.report, r.source = source.Evict(ctx)
 	if !cut {
 		t.Fatal("the link was not cut")
 	}

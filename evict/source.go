@@ -238,8 +238,9 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			if err != nil {
 				return err
 			}
-			e.at.Store(attach(s, maxJSON))
-			return nil
+			a := attach(s, maxJSON)
+			e.at.Store(a)
+			return a.prove(ctx)
 		})
 	if err != nil {
 		return err

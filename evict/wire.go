@@ -37,6 +37,7 @@ const (
 	msgReady    uint8 = 23 // empty: those were all
 	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
 	// both ways
+	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
 	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
 )
 
@@ -45,6 +46,7 @@ const (
 	framePages   uint8 = 64 // pages, see appendPages
 	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
 	framePlaced  uint8 = 66 // push lane, destination to source, for each frame of pages, see appendPlaced
+	frameProof   uint8 = 68 // filler, both ways, with msgProve: see prove
 	frameSkipped uint8 = 67 // push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
 )
 

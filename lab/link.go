@@ -23,6 +23,12 @@ const (
 	stallBurst = 1600 // bytes
 )
 
+// Shape of a link that loses large packets.
+const (
+	losingRate  = 25e6 // bytes per second
+	smallPacket = 1400 // bytes, with the head of Ethernet
+)
+
 // link is the veth pair between hosts a and b.
 type link struct {
 	mu      sync.Mutex // guards rate, stalled and the ends' down
@@ -35,6 +41,8 @@ type linkEnd struct {
 	nl   *netlink.Handle // the host's
 	dev  netlink.Link
 	down bool // drops what it sends
+	// losing drops packets of more than smallPacket bytes that it sends.
+	losing bool
 }
 
 func newLink(a, b *Host, rate uint64) (*link, error) {
@@ -77,6 +85,9 @@ func (l *link) apply() error {
 		switch {
 		case end.down:
 			q = &netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "blackhole"}
+		case end.losing:
+			// A bucket that no larger packet fits into: tbf drops those, also as segments of larger ones.
+			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: losingRate, Limit: queueBytes, Buffer: netlink.Xmittime(losingRate, smallPacket)}
 		case l.stalled:
 			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: stallRate, Limit: queueBytes, Buffer: netlink.Xmittime(stallRate, stallBurst)}
 		case l.rate == 0:
@@ -102,6 +113,15 @@ func (l *Lab) SetLink(aToB, bToA bool) error {
 	l.link.mu.Lock()
 	defer l.link.mu.Unlock()
 	l.link.ends[0].down, l.link.ends[1].down = !aToB, !bToA
+	return l.link.apply()
+}
+
+// LoseLarge has each direction of the link drop packets of more than 1,400 bytes, or pass all of
+// them again. Nobody is told of a packet that is dropped, as behind a firewall that passes no ICMP.
+func (l *Lab) LoseLarge(aToB, bToA bool) error {
+	l.link.mu.Lock()
+	defer l.link.mu.Unlock()
+	l.link.ends[0].losing, l.link.ends[1].losing = aToB, bToA
 	return l.link.apply()
 }
 

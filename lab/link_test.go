@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"testing"
 	"time"
 )
@@ -140,5 +141,27 @@ func TestStall(t *testing.T) {
 	}
 	if err := <-sent; err != nil {
 		t.Error(err)
+	}
+}
+
+// A link that loses large packets one way carries small ones, and large ones the other way.
+func TestLoseLarge(t *testing.T) {
+	l := newTestLab(t, Options{Rate: 1e9})
+	a, b := connect(t, l.A, l.B)
+	if err := l.LoseLarge(true, false); err != nil {
+		t.Fatal(err)
+	}
+	large := strings.Repeat("large", 2000) // fits into a socket's buffer
+	if !arrives(t, a, b, "small", soon) || !arrives(t, b, a, large, soon) {
+		t.Error("what is not to be lost does not arrive")
+	}
+	if arrives(t, a, b, large, late) {
+		t.Error("a large packet arrives")
+	}
+	if err := l.LoseLarge(false, false); err != nil {
+		t.Fatal(err)
+	}
+	if !comes(t, b, large, soon) || !arrives(t, a, b, large, soon) {
+		t.Error("large packets do not arrive after the link was mended")
 	}
 }

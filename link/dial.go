@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -120,6 +121,8 @@ func explainTLS(err error, name string) error {
 		return fmt.Errorf("%w: the destination's certificate is not from the CA in our ca.pem: %w", ErrUnauthenticated, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return fmt.Errorf("%w: the destination's certificate has expired or is not valid yet: renew it there with `vacate certs issue`, or set the clocks: %w", ErrUnauthenticated, err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("handshake of TLS: %w: the destination does not answer, or the path loses large packets, such as those with certificates: check the MTU (`ping -M do -s 1472 %s`)", err, name)
 	case remote(err):
 		return fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
 	}
@@ -141,7 +144,7 @@ func hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
 	if _, err := io.ReadFull(c, head); remote(err) { // a server of TLS 1.3 judges the client last
 		return 0, fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
 	} else if err != nil {
-		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there, and for links such as this (TLS or plain)?", ErrPeer, err)
+		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there, and for links such as this (TLS or plain), and does the path carry large packets?", ErrPeer, err)
 	}
 	if !bytes.HasPrefix(head, []byte(mark)) {
 		return 0, fmt.Errorf("%w: it answered %q: is it `vacate receive` that listens there?", ErrPeer, head)
