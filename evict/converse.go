@@ -233,7 +233,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 				e.order.Take(run, pushorder.Before)
 				e.count(pushorder.Before, []pageset.Run{run})
 			case has[i].Has(p) || why == pushorder.Left:
-			case why == pushorder.Skipped:
+			case why == pushorder.Skipped || why == pushorder.Unused:
 				skipped = append(skipped, run)
 			default:
 				e.order.Return(run)

@@ -2,6 +2,7 @@ package evict
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -141,7 +142,48 @@ func (l *light) doubt(what string, err error) {
 
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it.
 // The guest may run at the destination by then, and the push may be under way. It gives way to the VMs of this host, which starved until now.
-func (e *source) enlighten() { urgent.Patiently(e.learn) }
+func (e *source) enlighten() {
+	e.tasks.Go(func() { urgent.Patiently(e.leaveOutUnused) })
+	urgent.Patiently(e.learn)
+}
+
+// unusedStep is how much memory is looked at in one go for pages that are not there.
+const unusedStep = 64 << 20
+
+// leaveOutUnused leaves out the pages that are not there: QEMU never had memory for them, or gave it
+// back (a balloon's, virtio-mem's). They would be sent as zeroes, and a shared memory file at the
+// destination would then have memory for them. Reading them is work for nothing, too.
+func (e *source) leaveOutUnused() {
+	for i := range e.frozen.layout {
+		for first := pageset.Page(0); int(first) < e.frozen.layout[i].Pages; {
+			unused, next, err := e.frozen.unused(i, first, unusedStep)
+			if errors.Is(err, guestmem.ErrGone) {
+				return // the eviction is over
+			} else if err != nil {
+				e.Log.Warn("memory that the VM never used is sent, too", "error", err)
+				return
+			}
+			e.leaveOut(unused, pushorder.Unused)
+			first = next
+		}
+	}
+}
+
+// leaveOut leaves out those of the pages that are left, and tells the destination.
+func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
+	var out []pageset.Run
+	e.mu.Lock()
+	for _, r := range runs {
+		out = append(out, e.order.Take(r, why)...)
+	}
+	e.mu.Unlock()
+	e.count(why, out)
+	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
+		if err := sendSkipped(a, out); err != nil {
+			a.FailSoon(err)
+		}
+	}
+}
 
 // learn does enlighten's work.
 func (e *source) learn() {
@@ -187,22 +229,13 @@ func (e *source) learn() {
 	if e.light.guest != nil && !e.SendFree {
 		free = pushorder.Skippable(blocks, survey, frames)
 	}
-	var skipped []pageset.Run
 	e.mu.Lock()
 	e.order.SetPlan(plan)
-	for _, r := range free {
-		skipped = append(skipped, e.order.Take(r, pushorder.Skipped)...)
-	}
 	e.light.survey, e.light.joined = survey, true
 	e.light.report.Survey = time.Since(start).Seconds()
 	e.light.report.Known = e.sinceFreeze()
 	e.mu.Unlock()
-	e.count(pushorder.Skipped, skipped)
-	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
-		if err := sendSkipped(a, skipped); err != nil {
-			a.FailSoon(err)
-		}
-	}
+	e.leaveOut(free, pushorder.Skipped)
 	// Until it is known, neighbours are those in physical memory.
 	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)
 	e.mu.Lock()
@@ -286,6 +319,7 @@ type ClassCount struct {
 	Fetched int             `json:"fetched"` // the guest's first use came before the push
 	Late    int             `json:"late"`    // of those pushed and near: the first use came while they were on their way
 	Skipped int             `json:"skipped"`
+	Unused  int             `json:"unused"`
 	Zero    int             `json:"zero"`
 }
 
@@ -333,6 +367,8 @@ func (e *source) account() Enlightening {
 				c.Fetched++
 			case pushorder.Skipped:
 				c.Skipped++
+			case pushorder.Unused:
+				c.Unused++
 			}
 			if late {
 				c.Late++
@@ -340,7 +376,7 @@ func (e *source) account() Enlightening {
 			switch {
 			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
 				c.Zero++
-			case why != pushorder.Left && why != pushorder.Skipped:
+			case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
 				c.Bytes += b.PageSize
 			}
 		}

@@ -138,7 +138,7 @@ func (r result) mustComplete(t testing.TB) {
 	if p.Duplicate != 0 {
 		t.Errorf("%d pages were sent twice", p.Duplicate)
 	}
-	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped; sum != p.Total {
+	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped + p.Unused; sum != p.Total {
 		t.Errorf("%d pages sent and skipped of %d: %+v", sum, p.Total, p)
 	}
 }

@@ -123,6 +123,32 @@ func (f *frozen) read(dst []byte, r pageset.Run) error {
 	return f.mem.Read(dst, f.index[r.Block], offset)
 }
 
+// unused returns those of a block's pages, from first on, that are not there, so that they read as
+// zero. It looks at so many bytes, and returns the first page that it did not look at.
+func (f *frozen) unused(block int, first pageset.Page, size uint64) (runs []pageset.Run, next pageset.Page, err error) {
+	b := f.layout[block]
+	n := min(pageset.Page(max(1, size/b.PageSize)), pageset.Page(b.Pages)-first)
+	next = first + n
+	if f.index[block] < 0 {
+		return nil, next, nil
+	}
+	per := b.PageSize / migstream.TargetPageSize
+	there := make([]uint64, (uint64(n)*per+63)/64)
+	if err := f.mem.Populated(f.index[block], uint64(first)*per, uint64(n)*per, there); err != nil {
+		return nil, next, err
+	}
+	for p := range n {
+		used := false
+		for i := uint64(p) * per; i < (uint64(p)+1)*per && !used; i++ {
+			used = there[i/64]>>(i%64)&1 != 0
+		}
+		if !used {
+			runs = append(runs, pageset.Run{Block: block, First: first + p, Count: 1})
+		}
+	}
+	return join(runs), next, nil
+}
+
 // releasable tells whether memory of a block can be given back to the host.
 func (f *frozen) releasable(block int) bool {
 	return f.index[block] >= 0 && f.mem.Releasable(f.index[block])

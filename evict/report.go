@@ -51,7 +51,7 @@ type Phase struct {
 }
 
 // PageCounts counts pages by how they came to the destination. Early, Pushed, Near,
-// Fetched, Skipped and Before add up to Total; Zero tells how many of all were sent as a mark only.
+// Fetched, Skipped, Unused and Before add up to Total; Zero tells how many of all were sent as a mark only.
 type PageCounts struct {
 	Total   int `json:"total"`
 	Early   int `json:"early"`   // ahead of the device state, which needs them
@@ -60,7 +60,8 @@ type PageCounts struct {
 	Fetched int `json:"fetched"` // because the guest waited
 	Zero    int `json:"zero"`
 	Skipped int `json:"skipped"` // free in the guest, never sent
-	// SkippedTouched are pages of these that the guest asked for before the end; each got
+	Unused  int `json:"unused"`  // not there at the source, as the VM never used them or gave them back; never sent
+	// SkippedTouched are pages of these two that the guest asked for before the end; each got
 	// zeroes from the destination at once.
 	SkippedTouched int `json:"skipped_touched"`
 	Duplicate      int `json:"duplicate"` // sent twice

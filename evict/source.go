@@ -690,7 +690,7 @@ func (e *source) report(err error) Report {
 	r.Pages = PageCounts{
 		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(), Duplicate: e.summary.Duplicate,
 		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
-		Skipped: e.pages(pushorder.Skipped), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
+		Skipped: e.pages(pushorder.Skipped), Unused: e.pages(pushorder.Unused), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
 		GivenBack: int(e.given.Load()),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
@@ -726,7 +726,7 @@ func (e *source) zeroPages() (n int) {
 				continue
 			}
 			switch why, _ := e.order.Why(i, p); why {
-			case pushorder.Left, pushorder.Skipped, pushorder.Before:
+			case pushorder.Left, pushorder.Skipped, pushorder.Unused, pushorder.Before:
 			default:
 				n++
 			}
@@ -749,7 +749,7 @@ func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()
 
 // sentPages is the number of pages that were sent.
 func (e *source) sentPages() int {
-	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Before)
+	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Unused) - e.pages(pushorder.Before)
 }
 
 // settled is the number of pages that are sent, or need not be.

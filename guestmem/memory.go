@@ -99,6 +99,7 @@ type backing struct {
 	file    *os.File
 	offset  int64
 	hugetlb bool
+	tmpfs   bool
 	unnamed bool     // it is in memory, and has no name
 	view    []byte   // the block's bytes, once View was called
 	written *os.File // the file, open for writing, once Release was called
@@ -485,8 +486,8 @@ func (m *Memory) open(i int, vmas []vma) error {
 	if err != nil {
 		f = nil // every page then counts as populated
 	}
-	hugetlb := fsinfo.Type == unix.HUGETLBFS_MAGIC
-	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: hugetlb, unnamed: f != nil && info.Nlink == 0 && (hugetlb || fsinfo.Type == unix.TMPFS_MAGIC)}
+	hugetlb, tmpfs := fsinfo.Type == unix.HUGETLBFS_MAGIC, fsinfo.Type == unix.TMPFS_MAGIC
+	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: hugetlb, tmpfs: tmpfs, unnamed: f != nil && info.Nlink == 0 && (hugetlb || tmpfs)}
 	return nil
 }
 

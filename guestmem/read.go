@@ -166,13 +166,14 @@ var pagemapBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 // Populated sets, for each of n pages of PageSize bytes from page first on, bit
 // i%64 of dst[i/64] to whether page first+i may hold anything but zero. Other
 // bits of the words it touches are cleared. Pages that swapping has moved out
-// count; so does every page of shared hugetlb memory, whose holes the kernel
-// does not show. The answer is exact while the guest is stopped.
+// count; so does every page of a file in hugetlb memory, whose holes the kernel does
+// not show, or on a disk, whose file system may not know of what is yet to be written.
+// The answer is exact while the guest is stopped.
 func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
 	return m.scan("populated", block, first, n, dst, func(dst []uint64) error {
 		kind, b := m.blocks[block].Kind, &m.backing[block]
 		if kind == SharedFile || kind == PrivateFile {
-			if b.file == nil || b.hugetlb {
+			if b.file == nil || !b.tmpfs {
 				setBits(dst, 0, n)
 			} else if err := b.data(first, n, dst); err != nil {
 				return err

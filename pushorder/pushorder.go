@@ -30,13 +30,14 @@ const (
 	Fetched               // the guest waits for it
 	Near                  // a neighbour of one that was fetched
 	Planned
-	Skipped // it need not be sent at all
+	Skipped // it is free in the guest, and not sent at all
+	Unused  // it is not there at the source, and not sent at all
 	Before  // it was there already
 	Reasons // the number of reasons
 )
 
 func (r Reason) String() string {
-	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "before", "none"}[min(r, Reasons)]
+	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "unused", "before", "none"}[min(r, Reasons)]
 }
 
 // Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it

@@ -82,7 +82,11 @@ func reportText(r evict.Report) string {
 			{"near", p.Near, "as neighbours of fetched ones"},
 			{"fetched", p.Fetched, "because the VM waited"},
 			{"skipped", p.Skipped, "free in the guest, never sent"},
+			{"unused", p.Unused, "not there at the source, never sent"},
 		} {
+			if k.name == "unused" && k.count == 0 {
+				continue
+			}
 			row("  "+k.name, "%9d %5.1f%%  %s", k.count, 100*float64(k.count)/float64(p.Total), k.what)
 		}
 		row("of them zero", "%9d %5.1f%%  sent as a mark only", p.Zero, 100*float64(p.Zero)/float64(p.Total))
@@ -148,7 +152,7 @@ func enlightenmentText(row func(name, format string, args ...any), r evict.Repor
 	}
 	row("  class", "%9s %8s %8s %8s %8s %8s", "pages", "skipped", "pushed", "near", "fetched", "late")
 	for _, c := range e.Classes {
-		row("  "+c.Class.String(), "%9d %8d %8d %8d %8d %8d", c.Pages, c.Skipped, c.Early+c.Pushed, c.Near, c.Fetched, c.Late)
+		row("  "+c.Class.String(), "%9d %8d %8d %8d %8d %8d", c.Pages, c.Skipped+c.Unused, c.Early+c.Pushed, c.Near, c.Fetched, c.Late)
 	}
 }
 

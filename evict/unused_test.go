@@ -1,0 +1,78 @@
+package evict_test
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/lab"
+	"vacate/lab/labtest"
+
+	"golang.org/x/sys/unix"
+)
+
+// memoryFiles is how much memory the files without a name take that a QEMU has.
+func memoryFiles(t *testing.T, vm *lab.VM) int64 {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", vm.PID())
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[uint64]int64{}
+	for _, e := range entries {
+		path := dir + "/" + e.Name()
+		var st unix.Stat_t
+		if to, err := os.Readlink(path); err == nil && strings.HasPrefix(to, "/memfd:") && unix.Stat(path, &st) == nil {
+			files[st.Ino] = st.Blocks * 512
+		}
+	}
+	sum := int64(0)
+	for _, n := range files {
+		sum += n
+	}
+	return sum
+}
+
+// Memory that the guest gave back to its host by its balloon is not made at the destination, where
+// it is in a file that has memory for each page that is placed, be it zero. Neither is memory that
+// no guest has used yet; and looking for both makes none at the source.
+func TestUnused(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	vm := boot(t, l, lab.Spec{Memfd: true, MemoryMiB: 768, Devices: lab.Full, Load: lab.Load{HotMiB: 40, IdleMiB: 40, OtherMiB: 10, Stale: true}})
+	const left = 320 << 20
+	inUse := memoryFiles(t, vm)
+	if err := vm.Execute(t.Context(), "balloon", map[string]any{"value": left}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for ctx := labtest.Within(t, 2*time.Minute); ; time.Sleep(200 * time.Millisecond) {
+		var b struct{ Actual int64 }
+		if err := vm.Execute(ctx, "query-balloon", nil, &b); err != nil {
+			t.Fatal(err)
+		}
+		if b.Actual <= left {
+			break
+		}
+	}
+	before := memoryFiles(t, vm)
+	if before > left+64<<20 || before > inUse*3/4 {
+		t.Fatalf("the guest's memory takes %d MiB and took %d: this tests little", before>>20, inUse>>20)
+	}
+	twin := incoming(t, l, vm)
+	r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
+	r.mustComplete(t)
+	after := memoryFiles(t, twin)
+	t.Logf("%d MiB in use, %d at the source when it left, %d at the destination; %+v", inUse>>20, before>>20, after>>20, r.report.Pages)
+	if after > before*5/4 {
+		t.Errorf("the memory of the VM takes %d MiB at the destination, and took %d at the source", after>>20, before>>20)
+	}
+	if r.report.Pages.Unused < 300<<20/4096 {
+		t.Errorf("%d pages were left out as unused", r.report.Pages.Unused)
+	}
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
+		t.Error(err)
+	}
+	labtest.MustCheck(t, twin)
+}
