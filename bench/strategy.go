@@ -159,7 +159,7 @@ type engineReport struct {
 	Reason  string `json:"reason"`
 	Begun   *time.Time
 	Pages   struct {
-		Early, Pushed, Near, Fetched, Zero, Skipped, Duplicate uint64
+		Early, Pushed, Near, Fetched, Zero, Skipped, Unused, Duplicate uint64
 	} `json:"pages"`
 	Fetch *Quantiles `json:"fetch_latency_s"`
 }
@@ -208,7 +208,7 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 			t.start = t.start.Add(prepared)
 		}
 		p := &r.Pages
-		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero, &p.Skipped, &p.Duplicate}
+		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero, ptr(p.Skipped + p.Unused), &p.Duplicate}
 		t.run.Fetch = r.Fetch
 	}
 	if err != nil {

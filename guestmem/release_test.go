@@ -41,6 +41,14 @@ func TestRelease(t *testing.T) {
 			if can := m.Releasable(ram); can != c.can {
 				t.Fatalf("it can be given back: %v", can)
 			}
+			// Of a file on a disk nothing says which pages are not there.
+			bits := make([]uint64, 1)
+			if err := m.Populated(ram, 32<<20/PageSize, 64, bits); err != nil {
+				t.Fatal(err)
+			}
+			if want := m.backing[ram].file != nil && !m.backing[ram].tmpfs; (bits[0] == ^uint64(0)) != want {
+				t.Errorf("pages that were never used: %x", bits)
+			}
 			const at, size = 8 << 20, 1 << 20
 			if !c.can {
 				if err := m.Release(ram, at, PageSize); err == nil {
