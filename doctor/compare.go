@@ -51,7 +51,7 @@ func Compare(source HostFacts, vm VMFacts, destination HostFacts, twin TwinFacts
 	r.placing(destination, twin, Fatal)
 	r.host(destination, destination.Time)
 	r.twin(source, vm, destination, twin)
-	r.processor(source, vm, destination)
+	r.processor(vm, destination, twin)
 	r.room(vm, destination)
 	r.disks(source, vm, destination, twin)
 	r.way(source, vm, destination, link)
@@ -74,7 +74,7 @@ func Inspect(h HostFacts, vm *VMFacts) []Finding {
 func (r *report) vm(h HostFacts, vm VMFacts) {
 	const check = "vm"
 	if vm.State == "running" {
-		r.add(OK, h.Name, check, fmt.Sprintf("runs: QEMU %s, %s, %d vCPUs of %s under %s", vm.QEMU, vm.Machine, vm.CPUs, vm.CPUModel, vm.Accel), "")
+		r.add(OK, h.Name, check, fmt.Sprintf("runs: QEMU %s, %s, %d vCPUs of %s under %s", vm.QEMU, vm.Machine, len(vm.CPUs.VCPUs), vm.CPUs.Model, vm.CPUs.Accel), "")
 	} else {
 		r.add(Fatal, h.Name, check, fmt.Sprintf("the VM is %q, and only a running one is moved", vm.State),
 			"let it run: `cont` in QEMU's monitor; or move it by other means, as it stands still")
@@ -100,30 +100,25 @@ func (r *report) vm(h HostFacts, vm VMFacts) {
 	r.backing(h, vm)
 }
 
-// stuck are kinds of devices, by how their type begins, that cannot be moved, or not as they are.
+// stuck are kinds of devices, by how their type begins, that cannot be moved as they are. Those that cannot
+// be moved at all, package fit knows.
 var stuck = []struct {
 	prefix string
 	level  Level
 	why    string
 }{
-	{"vfio-", Fatal, "is hardware of this host, passed through"},
-	{"vhost-vdpa", Fatal, "is hardware of this host"},
-	{"virtio-mem", Fatal, "keeps books of its own of which memory is plugged, which the engine cannot follow"},
 	{"virtio-9p", Warning, "shares a directory of this host, and cannot be moved while the guest has it mounted"},
 	{"vhost-user-fs", Warning, "shares a directory of this host through a process of its own, whose state QEMU may not be able to move"},
 	{"usb-host", Warning, "is a USB device of this host, and is gone for the guest at the destination"},
 	{"scsi-generic", Warning, "is a SCSI device of this host, whose state is not moved"},
 	{"vhost-vsock", Note, "moves, but its connections with this host break"},
 	{"vhost-user", Warning, "is served by another process, which must be set up at the destination and allow post-copy; this was not tried"},
-	{"nvdimm", Warning, "is memory in a file, which post-copy may not be able to move"},
-	{"virtio-pmem", Warning, "is memory in a file, which post-copy may not be able to move"},
-	{"sgx-epc", Fatal, "is encrypted memory, which nobody can move"},
 }
 
 func (r *report) devices(h HostFacts, vm VMFacts) {
 	before := len(r.findings)
-	for _, reason := range vm.Blockers {
-		r.add(Fatal, h.Name, "devices", "QEMU refuses to migrate: "+reason, "take that device out of the VM, or unmount it in the guest: `device_del ID` in QEMU's monitor, with its ID of `info qtree`")
+	for _, held := range vm.Held {
+		r.add(Fatal, h.Name, "devices", held.Text, held.Remedy)
 	}
 	for _, d := range vm.Devices {
 		i := slices.IndexFunc(stuck, func(s struct {
@@ -150,8 +145,6 @@ func (r *report) devices(h HostFacts, vm VMFacts) {
 	}
 	for _, kind := range vm.Networks {
 		switch kind {
-		case "vhost-vdpa":
-			r.add(Fatal, h.Name, "devices", "a network card is hardware of this host (vhost-vdpa)", "unplug it: `device_del ID` in QEMU's monitor, with its ID of `info network`")
 		case "vhost-user":
 			r.add(Warning, h.Name, "devices", "a network card is served by another process (vhost-user), which must be set up at the destination and allow post-copy; this was not tried", "start the same process at the destination first, or unplug the card: `device_del ID` in QEMU's monitor, with its ID of `info network`")
 		case "user", "slirp", "passt":
@@ -172,11 +165,6 @@ func (r *report) backing(h HostFacts, vm VMFacts) {
 	for _, b := range vm.Memory {
 		if b.PageSize > largest {
 			r.add(Fatal, h.Name, check, fmt.Sprintf("memory %q has pages of %s, which are too large to fetch one by one", b.Name, size(b.PageSize)), "restart the VM with pages of 2 MiB: `-object memory-backend-memfd,hugetlb=on,hugetlbsize=2M,…`")
-		}
-	}
-	for _, b := range vm.Backends {
-		if b.FS != "tmpfs" && b.FS != "hugetlbfs" {
-			r.add(Fatal, h.Name, check, fmt.Sprintf("memory %q is a file on a disk (%s, %s), whose pages cannot come by post-copy", b.ID, b.Path, or(b.FS, "unknown")), "restart the VM with memory of another kind: `-object memory-backend-memfd,…`, or a file in /dev/shm or on hugetlbfs")
 		}
 	}
 	if len(r.findings) == before {
@@ -296,6 +284,11 @@ func (r *report) twin(source HostFacts, vm VMFacts, h HostFacts, twin TwinFacts)
 		r.add(Fatal, h.Name, "size", fmt.Sprintf("the VM has %s of memory, and its description there %s", size(vm.Main), size(twin.Main)),
 			fmt.Sprintf("give the description on %s the -m of the one on %s", h.Name, source.Name))
 	}
+	for _, b := range twin.Backends {
+		if b.FS != "tmpfs" && b.FS != "hugetlbfs" {
+			r.add(Fatal, h.Name, "memory file", fmt.Sprintf("memory %q is a file on a disk (%s, %s), whose pages cannot come by post-copy", b.ID, b.Path, or(b.FS, "unknown")), "describe memory of another kind there: `-object memory-backend-memfd,…`, or a file in /dev/shm or on hugetlbfs")
+		}
+	}
 	if slices.Contains(q.Machines, vm.Machine) {
 		r.add(OK, h.Name, "machine", fmt.Sprintf("%s is known to its QEMU", vm.Machine), "")
 	} else {
@@ -304,54 +297,38 @@ func (r *report) twin(source HostFacts, vm VMFacts, h HostFacts, twin TwinFacts)
 	}
 }
 
-// ofKernel are flags of /proc/cpuinfo that Linux makes up, or that tell of the host and not of what a
-// guest may use (arch/x86/include/asm/cpufeatures.h, Linux 6.12: words 3, 7, 8, 11, 15, 21 mostly).
-var ofKernel = strings.Fields(`acc_power amd_lbr_v2 amd_lbr_pmc_freeze aperfmperf arch_perfmon arch_lbr art bts cat_l2 cat_l3 cdp_l2 cdp_l3
-	cmci constant_tsc cpb cpuid cpuid_fault cqm cqm_llc cqm_mbm_local cqm_mbm_total cqm_occup_llc dtherm dts dtes64 ds_cpl debug_swap epb ept
-	ept_ad est extd_apicid fast_user_return flexpriority hfi hw_pstate hwp hwp_act_window hwp_epp hwp_notify hwp_pkg_req ibpb ibrs
-	ibrs_enhanced ida intel_ppin invpcid_single k7 k8 mba monitor nonstop_tsc nonstop_tsc_s3 nopl overlay p3 p4 pbe pconfig pcid_single
-	pebs pln proc_feedback pti pts rapl rep_good ring3mwait sdbg sev sev_es sme smx ssbd stibp svm_lock tm tm2 tme tpr_shadow tsc_known_freq
-	tsc_reliable up vmmcall vnmi vpid x2avic xtopology xtpr`)
-
-// processor compares what a guest sees of the CPUs.
-func (r *report) processor(source HostFacts, vm VMFacts, h HostFacts) {
+// processor compares what a guest sees of the CPUs, with what it would see there.
+func (r *report) processor(vm VMFacts, h HostFacts, twin TwinFacts) {
 	const check = "cpu"
-	if vm.CPUs > h.CPU.Count {
-		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("the VM has %d vCPUs, and the host %d CPUs", vm.CPUs, h.CPU.Count), "choose a host with more CPUs, or restart the VM with fewer: `-smp`")
-	} else if h.Load+float64(vm.CPUs) > 1.5*float64(h.CPU.Count) {
-		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("%.1f tasks want its %d CPUs already, before the VM's %d vCPUs come", h.Load, h.CPU.Count, vm.CPUs), "choose a host with a lesser load, or move VMs away from it first: `vacate evict NAME --to HOST` there")
+	cpus := len(vm.CPUs.VCPUs)
+	if cpus > h.CPU.Count {
+		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("the VM has %d vCPUs, and the host %d CPUs", cpus, h.CPU.Count), "choose a host with more CPUs, or restart the VM with fewer: `-smp`")
+	} else if h.Load+float64(cpus) > 1.5*float64(h.CPU.Count) {
+		r.add(Warning, h.Name, "vcpus", fmt.Sprintf("%.1f tasks want its %d CPUs already, before the VM's %d vCPUs come", h.Load, h.CPU.Count, cpus), "choose a host with a lesser load, or move VMs away from it first: `vacate evict NAME --to HOST` there")
 	} else {
-		r.add(OK, h.Name, "vcpus", fmt.Sprintf("%d find room on %d CPUs with a load of %.1f", vm.CPUs, h.CPU.Count, h.Load), "")
+		r.add(OK, h.Name, "vcpus", fmt.Sprintf("%d find room on %d CPUs with a load of %.1f", cpus, h.CPU.Count, h.Load), "")
 	}
-	if vm.Accel != "kvm" {
-		r.add(OK, h.Name, check, fmt.Sprintf("QEMU emulates it (%s): the host's does not matter", vm.Accel), "")
-		return
-	}
-	if h.KVM != "" {
+	if vm.CPUs.Accel == "kvm" && h.KVM != "" {
 		r.add(Fatal, h.Name, "kvm", "the VM runs under KVM, which cannot be used there: "+h.KVM, "`modprobe kvm_intel` or `modprobe kvm_amd`; and switch virtualisation on in the host's firmware")
 		return
 	}
-	r.add(OK, h.Name, "kvm", "answers", "")
-	if source.CPU.Vendor != h.CPU.Vendor {
-		r.add(Fatal, h.Name, check, fmt.Sprintf("CPUs of other makers: %s at the source, %s there; a guest does not survive that under KVM", source.CPU.Vendor, h.CPU.Vendor), "choose a host with CPUs of the same maker")
+	if vm.CPUs.Accel == "kvm" {
+		r.add(OK, h.Name, "kvm", "answers", "")
+	}
+	err := twin.CPUs.Check()
+	switch {
+	case vm.CPUs.Arch == "" || twin.Error != "" || twin.QEMU.Error != "":
+		return // which is told elsewhere
+	case twin.CPUError != "" || err != nil || twin.CPUs.Arch == "":
+		r.add(Warning, h.Name, check, "what the VM's description makes of the CPUs there could not be found out: "+or(twin.CPUError, fmt.Sprint(err)), "see whether QEMU starts there as described; an eviction compares the CPUs itself, before it touches the VM")
 		return
 	}
-	var lacks []string
-	for _, f := range source.CPU.Flags {
-		if !slices.Contains(h.CPU.Flags, f) && !slices.Contains(ofKernel, f) {
-			lacks = append(lacks, f)
-		}
+	reasons := vm.CPUs.Against(twin.CPUs)
+	for _, reason := range reasons {
+		r.add(Fatal, h.Name, check, reason.Text, reason.Remedy)
 	}
-	host := vm.CPUModel == "host" || vm.CPUModel == "max"
-	switch {
-	case len(lacks) == 0 && host && source.CPU.Model != h.CPU.Model:
-		r.add(Note, h.Name, check, fmt.Sprintf("has all flags that the guest may use, but is another: %s at the source, %s there", source.CPU.Model, h.CPU.Model), "")
-	case len(lacks) == 0:
-		r.add(OK, h.Name, check, "has all flags of the source's", "")
-	case host:
-		r.add(Fatal, h.Name, check, fmt.Sprintf("the guest was given all that its host's CPU has (-cpu %s), and the CPU there lacks %s", vm.CPUModel, list(lacks)), "restart the VM with a CPU model that both hosts have, such as `-cpu x86-64-v2,enforce`, or choose a host with the same CPUs")
-	default:
-		r.add(Note, h.Name, check, fmt.Sprintf("the CPU there lacks %s; whether the VM's model %s needs that shows when the twin starts with `-cpu %[2]s,enforce`", list(lacks), vm.CPUModel), "")
+	if reasons == nil {
+		r.add(OK, h.Name, check, fmt.Sprintf("the guest's (%s) is made there as it is here", vm.CPUs.Model), "")
 	}
 }
 

@@ -9,7 +9,8 @@
 //	                     []Finding ─► Text
 //
 // Facts are gathered where they lie; [Compare] is a pure function of them. Gathering changes nothing:
-// files are opened for reading only, of a QEMU only its state is asked, and no setting is tried out.
+// files are opened for reading only, of a QEMU only its state is asked, and no setting is tried out. The
+// destination starts a QEMU for a moment that has the twin's CPUs and nothing else, to ask what they are.
 // So some things cannot be known before an eviction, and no finding claims them: whether the twin starts
 // as described, whether a post-copy page fault works in it, and whether two files that look alike on
 // two hosts are one. For the last there is evidence; see [FileFacts].

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"vacate/fit"
 )
 
 // HostFacts is what matters of one host, seen by its daemon. Sizes are in bytes. Where a fact is
@@ -52,12 +54,10 @@ type UserfaultFacts struct {
 	Unprivileged int    `json:"unprivileged"` // vm.unprivileged_userfaultfd; -1 if there is none
 }
 
-// CPUFacts describes the first processor of /proc/cpuinfo.
+// CPUFacts describes the processors.
 type CPUFacts struct {
-	Count  int      `json:"count"`  // that the daemon may use
-	Vendor string   `json:"vendor"` // "GenuineIntel"
-	Model  string   `json:"model"`  // for humans
-	Flags  []string `json:"flags"`
+	Count int    `json:"count"` // that the daemon may use
+	Model string `json:"model"` // of the first one in /proc/cpuinfo, for humans
 }
 
 // HugePages counts the pages of one size.
@@ -91,24 +91,21 @@ type CertFacts struct {
 
 // VMFacts is what its QEMU says of a running VM.
 type VMFacts struct {
-	QEMU      string         `json:"qemu"`    // version
-	Machine   string         `json:"machine"` // type with version
-	Accel     string         `json:"accel"`   // "kvm" or "tcg"
-	CPUModel  string         `json:"cpu_model"`
-	CPUs      int            `json:"cpus"`
-	State     string         `json:"state"`     // "running"…
-	Migration string         `json:"migration"` // state of the last or present one; "" if none
-	Blockers  []string       `json:"blockers"`  // why QEMU says that it cannot migrate
-	Settings  []string       `json:"settings"`  // migration capabilities that are on
-	Postcopy  bool           `json:"postcopy"`  // this build has it
-	Main      uint64         `json:"main"`      // bytes of main memory that it started with (-m); 0 if unknown
-	Memory    []MemoryFacts  `json:"memory"`
-	MemoryErr string         `json:"memory_error"` // why the memory cannot be read from outside
-	Used      uint64         `json:"used"`         // bytes of memory that QEMU holds: no more than that has to move. 0 if unknown
-	Backends  []BackendFacts `json:"backends"`
-	Devices   []DeviceFacts  `json:"devices"`
-	Networks  []string       `json:"networks"` // kinds of network back ends: "tap", "user", "vhost-user"…
-	Disks     []DiskFacts    `json:"disks"`
+	QEMU      string        `json:"qemu"`      // version
+	Machine   string        `json:"machine"`   // type with version
+	CPUs      fit.CPUs      `json:"cpus"`      // zero where QEMU's architecture is not supported
+	State     string        `json:"state"`     // "running"…
+	Migration string        `json:"migration"` // state of the last or present one; "" if none
+	Held      fit.Reasons   `json:"held"`      // why it cannot be evicted, wherever to
+	Settings  []string      `json:"settings"`  // migration capabilities that are on
+	Postcopy  bool          `json:"postcopy"`  // this build has it
+	Main      uint64        `json:"main"`      // bytes of main memory that it started with (-m); 0 if unknown
+	Memory    []MemoryFacts `json:"memory"`
+	MemoryErr string        `json:"memory_error"` // why the memory cannot be read from outside
+	Used      uint64        `json:"used"`         // bytes of memory that QEMU holds: no more than that has to move. 0 if unknown
+	Devices   []DeviceFacts `json:"devices"`
+	Networks  []string      `json:"networks"` // kinds of network back ends: "tap", "user", "vhost-user"…
+	Disks     []DiskFacts   `json:"disks"`
 }
 
 // MemoryFacts is one RAM block.
@@ -161,15 +158,18 @@ type FileFacts struct {
 
 // TwinFacts is what the destination has for a VM of that name.
 type TwinFacts struct {
-	Name        string      `json:"name"`
-	Error       string      `json:"error"`   // why no twin can be started; "" if one can
-	Running     bool        `json:"running"` // a QEMU of that name runs there already
-	QEMU        QEMUFacts   `json:"qemu"`
-	Main        uint64      `json:"main"`        // bytes of main memory that it will have (-m); 0 if unknown
-	User        string      `json:"user"`        // that the twin will run as; "" is the daemon's
-	Userfaultfd string      `json:"userfaultfd"` // why that user may not have one
-	Disks       []FileFacts `json:"disks"`       // files of the description, and what they are backed by
-	URLs        []string    `json:"urls"`        // images that are no files
+	Name        string         `json:"name"`
+	Error       string         `json:"error"`   // why no twin can be started; "" if one can
+	Running     bool           `json:"running"` // a QEMU of that name runs there already
+	QEMU        QEMUFacts      `json:"qemu"`
+	Main        uint64         `json:"main"`        // bytes of main memory that it will have (-m); 0 if unknown
+	User        string         `json:"user"`        // that the twin will run as; "" is the daemon's
+	Userfaultfd string         `json:"userfaultfd"` // why that user may not have one
+	CPUs        fit.CPUs       `json:"cpus"`        // as its QEMU makes them here; zero if that is not known
+	CPUError    string         `json:"cpu_error"`   // why it is not
+	Backends    []BackendFacts `json:"backends"`    // memory of the description that is files
+	Disks       []FileFacts    `json:"disks"`       // files of the description, and what they are backed by
+	URLs        []string       `json:"urls"`        // images that are no files
 }
 
 // LinkFacts is what the session between the daemons has measured.

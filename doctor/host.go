@@ -207,12 +207,8 @@ func parseCPU(b []byte) (c CPUFacts) {
 		name, value, _ := strings.Cut(lines.Text(), ":")
 		value = strings.TrimSpace(value)
 		switch strings.TrimSpace(name) {
-		case "vendor_id":
-			c.Vendor = value
 		case "model name":
 			c.Model = value
-		case "flags", "Features":
-			c.Flags = strings.Fields(value)
 		}
 	}
 	return c

@@ -86,9 +86,6 @@ func TestHost(t *testing.T) {
 		h.Time.Before(before) || h.Time.After(time.Now()) || int(h.User) != os.Geteuid() {
 		t.Errorf("%+v", h)
 	}
-	if runtime.GOARCH == "amd64" && !slices.Contains(h.CPU.Flags, "sse2") {
-		t.Errorf("flags %v", h.CPU.Flags)
-	}
 	if len(h.QEMUs) != 4 || h.QEMUs[0].Version != q.Version || !slices.Contains(h.QEMUs[0].Machines, "pc") || slices.Contains(h.QEMUs[0].Machines, "Supported") {
 		t.Fatalf("%+v", h.QEMUs)
 	}
@@ -228,7 +225,7 @@ func TestParse(t *testing.T) {
 		t.Errorf("pressure %v", p)
 	}
 	c := parseCPU([]byte("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon: 1\nflags\t\t: fpu sse2\n\nprocessor\t: 1\nflags\t: other\n"))
-	if c.Vendor != "GenuineIntel" || c.Model != "Xeon: 1" || !slices.Equal(c.Flags, []string{"fpu", "sse2"}) {
+	if c.Model != "Xeon: 1" {
 		t.Errorf("%+v", c)
 	}
 	if v := compareVersions("10.0.2", "9.11.30"); v <= 0 {

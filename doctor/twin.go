@@ -12,6 +12,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+
+	"vacate/fit"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +40,16 @@ func Twin(ctx context.Context, o TwinOptions) TwinFacts {
 		clip(&t)
 		return t
 	}
-	t.QEMU = askQEMU(ctx, o.Args[0])
+	var asking sync.WaitGroup
+	asking.Go(func() { t.QEMU = askQEMU(ctx, o.Args[0]) })
+	asking.Go(func() {
+		var err error
+		if t.CPUs, err = askCPUs(ctx, o.Args[0], o.Args[1:]); err != nil {
+			t.CPUs, t.CPUError = fit.CPUs{}, err.Error()
+		}
+	})
+	asking.Wait()
+	t.Backends = memoryFiles(o.Args[1:], cmp.Or(o.Dir, "/"))
 	t.Main = memoryOf(o.Args[1:])
 	t.Userfaultfd = told(mayUserfault(o.User, t.QEMU.Version))
 	for _, im := range images(o.Args[1:]) {
@@ -78,6 +90,43 @@ func (t *TwinFacts) add(im image, dir string) {
 		}
 		dir = filepath.Dir(path)
 	}
+}
+
+// memoryFiles returns the memory back ends of QEMU's arguments that are files. A userfaultfd catches no page
+// of a file, but for those of tmpfs and hugetlbfs.
+func memoryFiles(args []string, dir string) (all []BackendFacts) {
+	for i := 0; i+1 < len(args) && len(all) < maxList; i++ {
+		b := BackendFacts{ID: "the main memory"}
+		switch strings.TrimPrefix(args[i], "-") {
+		case "-object", "object":
+			o, err := parseOptions(args[i+1])
+			_, first := o["memory-backend-file"]
+			if err != nil || !first && o["qom-type"] != "memory-backend-file" {
+				continue
+			}
+			b.ID, b.Path = o["id"], o["mem-path"]
+		case "-mem-path", "mem-path":
+			b.Path = args[i+1]
+		default:
+			continue
+		}
+		if !filepath.IsAbs(b.Path) {
+			b.Path = filepath.Join(dir, b.Path)
+		}
+		var fs unix.Statfs_t
+		// A file that QEMU is yet to make will be on its directory's.
+		if unix.Statfs(b.Path, &fs) == nil || unix.Statfs(filepath.Dir(b.Path), &fs) == nil {
+			b.FS = fmt.Sprintf("type %#x", uint32(fs.Type)) // #nosec G115 -- a magic number of 32 bits
+			switch fs.Type {
+			case unix.TMPFS_MAGIC:
+				b.FS = "tmpfs"
+			case unix.HUGETLBFS_MAGIC:
+				b.FS = "hugetlbfs"
+			}
+		}
+		all = append(all, b)
+	}
+	return all
 }
 
 // mayUserfault says why a user's QEMU of some version may not have a userfaultfd.

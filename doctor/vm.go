@@ -11,17 +11,16 @@ import (
 	"slices"
 	"strings"
 
+	"vacate/fit"
 	"vacate/guestmem"
 	"vacate/qmp"
-
-	"golang.org/x/sys/unix"
 )
 
 // VM asks a running QEMU what matters of its VM, by commands that only query, and looks at its
 // images and its process. The replies are those of qapi/*.json of QEMU 7.2, 10.0 and 11.1. An error
 // means that QEMU does not answer, or not as a QEMU does.
 func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
-	v := VMFacts{QEMU: q.Version().String(), Accel: "tcg"}
+	v := VMFacts{QEMU: q.Version().String()}
 	status, err := q.QueryStatus(ctx)
 	if err != nil {
 		return v, err
@@ -30,14 +29,19 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 	if v.Machine, err = q.QueryMachine(ctx); err != nil {
 		return v, err
 	}
-	var m struct {
-		Status  string   `json:"status"`
-		Blocked []string `json:"blocked-reasons"` // QEMU 6.0
-	}
-	if err := q.Run(ctx, "query-migrate", nil, &m); err != nil {
+	m, err := q.QueryMigrate(ctx)
+	if err != nil {
 		return v, err
 	}
-	v.Migration, v.Blockers = m.Status, m.Blocked
+	v.Migration = m.Status
+	if v.Held, err = fit.Held(ctx, q); err != nil {
+		return v, err
+	}
+	all, err := fit.DevicesOf(ctx, q)
+	if err != nil {
+		return v, err
+	}
+	v.Held = append(v.Held, all.Held()...)
 	caps, err := q.QueryMigrationCapabilities(ctx)
 	if err != nil {
 		return v, err
@@ -48,26 +52,14 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 			v.Settings = append(v.Settings, name)
 		}
 	}
-	var kvm struct {
-		Enabled bool `json:"enabled"`
-	}
-	if err := q.Run(ctx, "query-kvm", nil, &kvm); err != nil && !errors.Is(err, qmp.ErrCommandNotFound) {
-		return v, err
-	}
-	if kvm.Enabled {
-		v.Accel = "kvm"
-	}
-	cpus, err := q.QueryCPUs(ctx)
+	reasons, err := fit.Supported(ctx, q)
 	if err != nil {
 		return v, err
 	}
-	v.CPUs = len(cpus)
-	if len(cpus) > 0 {
-		var model string
-		if err := get(ctx, q, cpus[0].Path, "type", &model); err != nil {
+	if v.Held = append(v.Held, reasons...); reasons == nil {
+		if v.CPUs, err = fit.CPUsOf(ctx, q); err != nil {
 			return v, err
 		}
-		v.CPUModel = strings.TrimSuffix(model, "-x86_64-cpu")
 	}
 	var memory struct {
 		Base uint64 `json:"base-memory"`
@@ -85,7 +77,7 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 	if err != nil {
 		return v, err
 	}
-	v.Networks = parseNetworks(text)
+	v.Networks = fit.Networks(text)
 
 	dir := "" // QEMU's working directory
 	mem, err := guestmem.Attach(ctx, q)
@@ -99,54 +91,11 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 		}
 		v.Used = parseUsed(head(fmt.Sprintf("/proc/%d/status", mem.PID()), 16<<10))
 	}
-	if v.Backends, err = backends(ctx, q, dir); err != nil {
-		return v, err
-	}
 	if v.Disks, err = disks(ctx, q, dir); err != nil {
 		return v, err
 	}
 	clip(&v)
 	return v, nil
-}
-
-func get(ctx context.Context, q *qmp.Client, path, property string, v any) error {
-	return q.Run(ctx, "qom-get", map[string]any{"path": path, "property": property}, v)
-}
-
-// backends returns the memory back ends that are files. A userfaultfd catches no page of a file, but
-// for those of tmpfs and hugetlbfs.
-func backends(ctx context.Context, q *qmp.Client, dir string) (all []BackendFacts, _ error) {
-	var list []struct {
-		ID string `json:"id"`
-	}
-	if err := q.Run(ctx, "query-memdev", nil, &list); err != nil {
-		return nil, err
-	}
-	for _, m := range list[:min(len(list), maxList)] {
-		var kind, path string
-		if m.ID == "" || get(ctx, q, "/objects/"+m.ID, "type", &kind) != nil || kind != "memory-backend-file" {
-			continue // one of a name that cannot be asked for is none of the operator's
-		}
-		if err := get(ctx, q, "/objects/"+m.ID, "mem-path", &path); err != nil {
-			return nil, err
-		}
-		if !filepath.IsAbs(path) && dir != "" {
-			path = filepath.Join(dir, path)
-		}
-		b := BackendFacts{ID: m.ID, Path: path}
-		var fs unix.Statfs_t
-		if filepath.IsAbs(path) && unix.Statfs(path, &fs) == nil {
-			b.FS = fmt.Sprintf("type %#x", uint32(fs.Type))
-			switch fs.Type {
-			case unix.TMPFS_MAGIC:
-				b.FS = "tmpfs"
-			case unix.HUGETLBFS_MAGIC:
-				b.FS = "hugetlbfs"
-			}
-		}
-		all = append(all, b)
-	}
-	return all, nil
 }
 
 var child = regexp.MustCompile(`^child<(.+)>$`)
@@ -171,18 +120,6 @@ func (v *VMFacts) devices(ctx context.Context, q *qmp.Client, at string) error {
 		v.Devices = append(v.Devices, DeviceFacts{d.Name, m[1]})
 	}
 	return nil
-}
-
-var network = regexp.MustCompile(`index=\d+,type=([a-z0-9-]+)`)
-
-// parseNetworks returns the kinds of back ends in "info network", each once.
-func parseNetworks(text string) (kinds []string) {
-	for _, m := range network.FindAllStringSubmatch(text, maxList) {
-		if m[1] != "nic" && !slices.Contains(kinds, m[1]) {
-			kinds = append(kinds, m[1])
-		}
-	}
-	return kinds
 }
 
 // parseUsed sums up what a process holds, from /proc/PID/status.

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -142,8 +143,8 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {
 	o.QEMU = q.Version().String()
 	// Of a VM of another architecture nothing else can be compared.
-	if err := fit.Supported(ctx, q); err != nil {
-		return o, err
+	if reasons, err := fit.Supported(ctx, q); err != nil || reasons != nil {
+		return o, cmp.Or(err, reasons.Err())
 	}
 	err = together(
 		func() (err error) {

@@ -114,15 +114,15 @@ func (c CPUs) Check() error {
 	return err
 }
 
-// Supported makes sure that the engine knows how to move VMs of the architecture of q's.
-func Supported(ctx context.Context, q *qmp.Client) error {
+// Supported tells whether the engine knows how to move VMs of the architecture of q's.
+func Supported(ctx context.Context, q *qmp.Client) (Reasons, error) {
 	var target struct {
 		Arch string `json:"arch"`
 	}
 	if err := q.Run(ctx, "query-target", nil, &target); err != nil {
-		return err
+		return nil, err
 	}
-	return supported(target.Arch).Err()
+	return supported(target.Arch), nil
 }
 
 func supported(arch string) (r Reasons) {

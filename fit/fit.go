@@ -19,8 +19,8 @@ import (
 
 // A Reason is one thing for which a VM cannot move to where it was to go.
 type Reason struct {
-	Text   string // what is so, or what differs
-	Remedy string // what to do, with commands in backquotes
+	Text   string `json:"text"`   // what is so, or what differs
+	Remedy string `json:"remedy"` // what to do, with commands in backquotes
 }
 
 // Reasons are those that were found, the weightiest first.
