@@ -197,6 +197,44 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	return r, nil
 }
 
+// tellWaiting is how often a source hears what its offer waits for.
+const tellWaiting = time.Second
+
+// While does what has to be done before an offer can be taken or turned down, and may take long. The source
+// is told what it is, all the while. ctx ends when the source gives up.
+func (r *Request) While(ctx context.Context, what string, do func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var telling sync.WaitGroup
+	done := make(chan struct{})
+	telling.Go(func() {
+		tick := time.NewTicker(tellWaiting)
+		defer tick.Stop()
+		for {
+			if err := writeJSON(r.control.Conn, msgWaiting, waiting{what}); err != nil {
+				r.Fail(err)
+			}
+			select {
+			case <-tick.C:
+			case <-done:
+				return
+			case f := <-r.control.frames: // it may only give up
+				r.Fail(f.check())
+			case <-r.Done():
+				cancel(r.Err())
+				return
+			}
+		}
+	})
+	err := do(ctx)
+	close(done)
+	telling.Wait()
+	if err == nil && r.Err() != nil {
+		err = r.Err()
+	}
+	return err
+}
+
 // Refuse turns the peer away, saying why, and ends the session. To an offer it is the
 // promise that the VM will not run here.
 func (r *Request) Refuse(reason error) {

@@ -12,6 +12,10 @@ type Progress struct {
 	Bytes   uint64  // sent over the link
 	Rate    float64 // bytes per second since the push began in the present session; 0 while nothing is pushed
 	Fetches int     // pages that the VM waited for
+	// Awaits is what the destination does before it can take the offer, in its own words; empty for nothing.
+	Awaits string
+	// AwaitedFor is since when.
+	AwaitedFor time.Duration
 	// ETA is the time until all pages are sent at the present rate; 0 if not known, as while there is no link.
 	ETA time.Duration
 }

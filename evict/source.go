@@ -140,6 +140,7 @@ type source struct {
 	pushed  *frame // of the push lane, and before the push of the control lane
 	fetched *frame // of the fetch lane
 
+	awaits   atomic.Pointer[awaited] // nil for nothing
 	frozenAt atomic.Pointer[time.Time]
 	ranThere bool         // the destination said that the VM runs there
 	ranSince time.Time    // when it said so first
@@ -207,9 +208,9 @@ func (e *source) bound(ctx context.Context, limit time.Duration, late error) (co
 }
 
 // prepare checks everything that can be checked without touching the VM, and connects.
-func (e *source) prepare(ctx context.Context) (err error) {
-	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("preparing took too long"))
-	defer cancel()
+func (e *source) prepare(all context.Context) (err error) {
+	ctx, cancel := e.bound(all, prepareTimeout, errLongPreparation)
+	defer func() { cancel() }()
 	if err := e.open(ctx); err != nil {
 		return err
 	}
@@ -255,12 +256,12 @@ func (e *source) prepare(ctx context.Context) (err error) {
 	if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
 		return err
 	}
-	if _, err := control.await(ctx, msgAccepted); err != nil {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("the destination neither took the offer nor turned it down: %w", err)
-		}
+	cancel()
+	if err := e.awaitTaken(all, control, prepareTimeout); err != nil {
 		return err
 	}
+	ctx, cancel = e.bound(all, prepareTimeout, errLongPreparation)
+	defer cancel()
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
 	want, was := before.plan(captureParameters(e.mem))
 	b, err := json.Marshal(was)
@@ -277,6 +278,51 @@ func (e *source) prepare(ctx context.Context) (err error) {
 			e.conn, err = socketTo(ctx, e.q, sourceFD, 0)
 			return err
 		})
+}
+
+var errLongPreparation = errors.New("preparing took too long")
+
+// maxTaking is the longest that a source waits for a destination that says what it does meanwhile.
+const maxTaking = time.Hour + prepareTimeout
+
+// maxWhat bounds what is heard of what an offer waits for, in bytes.
+const maxWhat = 200
+
+// awaitTaken waits until the destination takes the offer. It may take long over it, as long as it says
+// what it does; if it says nothing for as long as our patience is, it is given up.
+func (e *source) awaitTaken(ctx context.Context, control *controlLane, patience time.Duration) error {
+	ctx, cancel := e.bound(ctx, maxTaking, fmt.Errorf("it took longer than %v", maxTaking))
+	defer cancel()
+	defer e.awaits.Store(nil)
+	for {
+		bounded, stop := context.WithTimeoutCause(ctx, patience, fmt.Errorf("it has said nothing for %v", patience))
+		f, err := control.await(bounded, msgAccepted, msgWaiting)
+		late := bounded.Err() != nil
+		stop()
+		switch {
+		case err != nil && late:
+			return fmt.Errorf("the destination neither took the offer nor turned it down: %w", err)
+		case err != nil:
+			return err
+		case f.kind == msgAccepted:
+			return nil
+		}
+		var w waiting
+		if err := decode(f.payload, &w); err != nil {
+			return err
+		}
+		w.What = w.What[:min(len(w.What), maxWhat)]
+		if was := e.awaits.Load(); was == nil || was.what != w.What {
+			e.Log.Info("the offer waits", "what", w.What)
+			e.awaits.Store(&awaited{w.What, time.Now()})
+		}
+	}
+}
+
+// awaited is what the offer waits for, and since when.
+type awaited struct {
+	what  string
+	since time.Time
 }
 
 // open takes hold of the VM's QEMU.
@@ -790,6 +836,9 @@ func (e *source) show(st State) {
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.bytes()
+	}
+	if w := e.awaits.Load(); w != nil && st == Preparing {
+		p.Awaits, p.AwaitedFor = w.what, time.Since(w.since)
 	}
 	if st == Pushing {
 		p.Rate, p.ETA = e.pace()

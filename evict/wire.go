@@ -35,6 +35,7 @@ const (
 	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
 	msgHas      uint8 = 22 // pages that are here, see appendHas; several, behind a status that says "running"
 	msgReady    uint8 = 23 // empty: those were all
+	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
 	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
 	// both ways
 	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
@@ -128,6 +129,11 @@ type status struct {
 	Reason  string    `json:"reason,omitempty"`
 	Summary *Received `json:"summary,omitempty"` // of a complete one
 	Ran     uint32    `json:"ran_ms,omitempty"`  // of a running one: how long the VM has run here; 0 if not known
+}
+
+// waiting is what a destination does before it can take an offer.
+type waiting struct {
+	What string `json:"what"` // "hostb starts a QEMU for VM web1"
 }
 
 // farewell is why an eviction was given up.

@@ -419,7 +419,7 @@ func (v *eviction) message() *hostv1.Eviction {
 	if p := v.progress; v.state != "" {
 		m.Progress = &hostv1.Progress{
 			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total), LinkBytes: p.Bytes, Rate: p.Rate,
-			Fetches: uint64(p.Fetches), Reconnects: v.reconnects,
+			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits, AwaitedS: p.AwaitedFor.Seconds(),
 		}
 		if p.ETA > 0 {
 			eta := p.ETA.Seconds()

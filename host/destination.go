@@ -10,6 +10,7 @@ import (
 	"vacate/evict"
 	"vacate/hypervisor"
 	"vacate/journal"
+	"vacate/process"
 )
 
 // maxIncoming is how many VMs may come at the same time.
@@ -76,7 +77,11 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	v := h.newEviction(entry)
 	h.add(v)
 	h.log.Info("offer taken", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
-	twin, err := hypervisor.StartTwin(h.life, vm)
+	var twin process.Process
+	err = r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name), func(ctx context.Context) (err error) {
+		twin, err = hypervisor.StartTwin(ctx, vm)
+		return err
+	})
 	if err == nil {
 		// From the process alone it would have to be guessed after our death.
 		err = entry.Note(string(evict.MarkAccepted), "", func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })

@@ -1,6 +1,10 @@
 package host
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -21,6 +25,7 @@ func TestThereAndBack(t *testing.T) {
 	there := b.expect("web1", vm)
 	a.start()
 	b.start()
+	slowTwin(t, a, b, there)
 	e, err := a.evict("web1", "hostb")
 	if err != nil {
 		t.Fatal(err)
@@ -66,4 +71,76 @@ func TestThereAndBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	labtest.MustCheck(t, vm)
+}
+
+// A twin may take long to start: for how long, its description says, and the source says what is awaited. An abort ends it.
+func slowTwin(t *testing.T, a, b *site, there *lab.Expected) {
+	t.Helper()
+	file := filepath.Join(b.vms, "web1.toml")
+	quick, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow := func(seconds int, more string) {
+		t.Helper()
+		script := filepath.Join(b.dir, "slow")
+		text := fmt.Sprintf("#!/bin/sh\nsleep %d\nexec %s \"$@\"\n", seconds, there.Args[0])
+		if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		b.describe("web1", there.QMP, append([]string{script}, there.Args[1:]...))
+		text = more + "\n" + string(must(t, os.ReadFile, file))
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begin := func() *hostv1.Eviction {
+		t.Helper()
+		e, err := a.evict("web1", "hostb")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	slow(60, `start_timeout = "2s"`)
+	end, err := a.watch(begin().Id, time.Minute)
+	if err != nil || end.Outcome != "refused" || !strings.Contains(end.Reason, "QEMU did not answer at "+there.QMP+" within 2s and was ended") ||
+		!strings.Contains(end.Reason, "set start_timeout in "+file) {
+		t.Errorf("%v, %v", end, err)
+	}
+
+	slow(60, `start_timeout = "2m"`)
+	e := begin()
+	stream, err := a.api.WatchEviction(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.WatchEvictionRequest{Id: e.Id}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	for told := false; stream.Receive(); {
+		p := stream.Msg().GetProgress()
+		if !told && p.GetAwaits() == "host hostb starts a QEMU for VM web1" && p.AwaitedS >= 1 {
+			told = true
+			if _, err := a.api.Abort(t.Context(), connect.NewRequest(&hostv1.AbortRequest{Id: e.Id})); err != nil {
+				t.Error(err)
+			}
+		}
+		if m := stream.Msg(); m.Outcome != "" && (m.Outcome != "aborted" || !told) {
+			t.Errorf("it was told what is awaited: %v; %v", told, m)
+		}
+	}
+	if end, err := b.watch(e.Id, 20*time.Second); err != nil || end.Outcome != "refused" {
+		t.Errorf("at the destination: %v, %v", end, err)
+	}
+	if err := os.WriteFile(file, quick, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func must(t *testing.T, read func(string) ([]byte, error), name string) []byte {
+	t.Helper()
+	b, err := read(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }

@@ -38,6 +38,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 	"unicode/utf8"
 
 	"github.com/BurntSushi/toml"
@@ -63,6 +64,8 @@ type VM struct {
 	User    string // empty: the daemon's
 	Log     string // path
 	Env     map[string]string
+	// StartTimeout is how long its QEMU may take to start until it answers.
+	StartTimeout time.Duration
 	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
 	Pinned   bool
 	Priority int
@@ -192,6 +195,8 @@ func parse(name, text string) (VM, error) {
 		Log     string            `toml:"log"`
 		Env     map[string]string `toml:"env"`
 
+		StartTimeout time.Duration `toml:"start_timeout"`
+
 		Pinned   bool `toml:"pinned"`
 		Priority int  `toml:"priority"`
 	}
@@ -203,7 +208,7 @@ func parse(name, text string) (VM, error) {
 		return VM{}, err
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, pinned and priority", unknown[0].String())
+		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, pinned and priority", unknown[0].String())
 	}
 	all := append(slices.Collect(maps.Keys(d.Env)), slices.Collect(maps.Values(d.Env))...)
 	for _, s := range append(append(all, d.QMP, d.User, d.Log), d.Command...) {
@@ -218,8 +223,13 @@ func parse(name, text string) (VM, error) {
 	}
 
 	named := strings.NewReplacer("{name}", name)
-	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, Pinned: d.Pinned, Priority: d.Priority}
+	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority}
+	if !meta.IsDefined("start_timeout") {
+		vm.StartTimeout = usualStart
+	}
 	switch {
+	case vm.StartTimeout < leastStart || vm.StartTimeout > MaxStart:
+		return VM{}, fmt.Errorf("start_timeout = %q: want %v to %v", d.StartTimeout, leastStart, MaxStart)
 	case d.QMP == "":
 		return VM{}, errors.New(`qmp is missing, such as qmp = "/run/vacate/{name}.qmp"`)
 	case !clean(vm.QMP) || len(vm.QMP) > maxSockPath:

@@ -40,7 +40,7 @@ func TestLoad(t *testing.T) {
 			"-blockdev", `{"driver": "file", "filename": "/shared/web1.raw", "node-name": "disk"}`,
 			"-qmp", "unix:/run/vacate/web1.qmp,server=on,wait=off", "{incoming}", "-nodefaults",
 		},
-		QMP: "/run/vacate/web1.qmp", User: "qemu", Log: "/var/log/vacate/web1.log", Env: map[string]string{"LANG": "C.UTF-8"},
+		QMP: "/run/vacate/web1.qmp", User: "qemu", Log: "/var/log/vacate/web1.log", Env: map[string]string{"LANG": "C.UTF-8"}, StartTimeout: usualStart,
 	}
 	if d := cmp.Diff(want, list[1], cmpopts.IgnoreUnexported(VM{})); d != "" {
 		t.Error(d)
@@ -108,6 +108,8 @@ func TestParse(t *testing.T) {
 		{"qmp = \"/q\"\n[env]\nA = 1", "incompatible types"},
 		{"qmp = \"/q\"\ncommand = 1", "incompatible types"},
 		{`qmp = "q"`, "absolute path"},
+		{`start_timeout = "10ms"`, "start_timeout = \"10ms\": want 1s to 1h0m0s"},
+		{`start_timeout = "2h"`, "want 1s to 1h0m0s"},
 		{`qmp = "/` + strings.Repeat("q", 107) + `"`, "at most 107 bytes"},
 		{`qmp = "/a,b"`, "comma"},
 		{"qmp = \"/q\"\nlog = \"l\"", "log"},

@@ -21,8 +21,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// startTimeLimit is how long a QEMU may take until it answers.
-const startTimeLimit = 30 * time.Second
+// How long a QEMU may take until it answers, unless its VM's description has start_timeout.
+const (
+	usualStart = 30 * time.Second
+	leastStart = time.Second
+	// MaxStart is the longest start_timeout.
+	MaxStart = time.Hour
+)
 
 // A PresentError is why no twin was started: there is a QEMU of the VM here.
 type PresentError struct {
@@ -78,7 +83,7 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 		return process.Process{}, &PresentError{vm.Name, seen}
 	}
 
-	ctx, cancel := context.WithTimeout(ctx, startTimeLimit)
+	ctx, cancel := context.WithTimeoutCause(ctx, vm.StartTimeout, errSlow)
 	defer cancel()
 	log, err := os.OpenFile(vm.Log, os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
@@ -161,6 +166,9 @@ func credential(name string) (*syscall.Credential, error) {
 // when its main loop begins may lie there until another client comes (seen once in some 300 starts).
 const attemptTime = 3 * time.Second
 
+// errSlow is why a QEMU that is being started is given up.
+var errSlow = errors.New("it took too long")
+
 // answers waits until the QEMU that was started answers, and waits for the VM.
 func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (process.Process, error) {
 	for {
@@ -176,7 +184,10 @@ func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (proces
 		case <-ended:
 			return process.Process{}, errors.New("QEMU ended at once")
 		case <-ctx.Done():
-			return process.Process{}, fmt.Errorf("QEMU does not answer at %s: %w", vm.QMP, ctx.Err())
+			if context.Cause(ctx) == errSlow {
+				return process.Process{}, fmt.Errorf("QEMU did not answer at %s within %v and was ended: if VM %s needs longer to start, set start_timeout in %s", vm.QMP, vm.StartTimeout, vm.Name, vm.file)
+			}
+			return process.Process{}, fmt.Errorf("QEMU does not answer at %s yet: %w", vm.QMP, context.Cause(ctx))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

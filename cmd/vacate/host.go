@@ -179,6 +179,8 @@ func stateOf(e *hostv1.Eviction) string {
 		return e.Outcome + ", undecided"
 	case e.Outcome != "":
 		return e.Outcome
+	case e.GetProgress().GetAwaits() != "":
+		return fmt.Sprintf("%s; %s: %d s", e.State, e.Progress.Awaits, int(e.Progress.AwaitedS))
 	case e.State != "":
 		return e.State
 	}

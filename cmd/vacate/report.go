@@ -21,12 +21,15 @@ type progressJSON struct {
 	Rate       float64     `json:"rate_bytes_per_s"`
 	ETA        *float64    `json:"eta_s"` // null if not known
 	Fetches    int         `json:"fetches"`
+	Awaits     string      `json:"awaits,omitempty"` // what the other host does before it takes the VM
+	AwaitedFor float64     `json:"awaited_s,omitempty"`
 }
 
 func newProgressJSON(p evict.Progress) progressJSON {
 	j := progressJSON{
 		State: p.State, Elapsed: p.Elapsed.Seconds(), Pages: p.Pages, PagesTotal: p.Total,
 		LinkBytes: p.Bytes, Rate: p.Rate, Fetches: p.Fetches,
+		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(),
 	}
 	if p.ETA > 0 {
 		s := p.ETA.Seconds()

@@ -210,6 +210,9 @@ func progressLine(p evict.Progress, width int) string {
 			}
 		}
 	}
+	if p.Awaits != "" {
+		line += fmt.Sprintf(" %s: %d s", clean(p.Awaits), int(p.AwaitedFor.Seconds()))
+	}
 	line = strings.TrimRight(line, " ")
 	return line[:min(len(line), max(width, 0))]
 }

@@ -67,6 +67,7 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
              "-m", "4G", "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
   qmp     = "/run/vacate/{name}.qmp"
   user    = "qemu"
+  start_timeout = "2m"                  # until QEMU answers; default: 30s
   pinned  = true                        # never chosen to leave; default: false
   priority = 1                          # the least are chosen first; default: 0
 {incoming} becomes what has a QEMU wait for the VM, or nothing.`,

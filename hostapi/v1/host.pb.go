@@ -1469,6 +1469,10 @@ type Progress struct {
 	Fetches uint64 `protobuf:"varint,7,opt,name=fetches,proto3" json:"fetches,omitempty"`
 	// How often the link was lost and made anew.
 	Reconnects uint32 `protobuf:"varint,8,opt,name=reconnects,proto3" json:"reconnects,omitempty"`
+	// What the other host does before it takes the VM, such as to start a QEMU, in its own words, and for how many seconds. Empty:
+	// nothing is awaited.
+	Awaits   string  `protobuf:"bytes,10,opt,name=awaits,proto3" json:"awaits,omitempty"`
+	AwaitedS float64 `protobuf:"fixed64,11,opt,name=awaited_s,json=awaitedS,proto3" json:"awaited_s,omitempty"`
 	// Seconds for which nothing has come from the other host. 0 while the link is up.
 	SilentS       float64 `protobuf:"fixed64,9,opt,name=silent_s,json=silentS,proto3" json:"silent_s,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1557,6 +1561,20 @@ func (x *Progress) GetFetches() uint64 {
 func (x *Progress) GetReconnects() uint32 {
 	if x != nil {
 		return x.Reconnects
+	}
+	return 0
+}
+
+func (x *Progress) GetAwaits() string {
+	if x != nil {
+		return x.Awaits
+	}
+	return ""
+}
+
+func (x *Progress) GetAwaitedS() float64 {
+	if x != nil {
+		return x.AwaitedS
 	}
 	return 0
 }
@@ -2637,7 +2655,7 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\vreport_json\x18\x10 \x01(\tR\n" +
 	"reportJson\x126\n" +
 	"\aoptions\x18\x11 \x01(\v2\x1c.vacate.host.v1.EvictOptionsR\aoptions\x12\x16\n" +
-	"\x06damage\x18\x12 \x01(\tR\x06damage\"\x93\x02\n" +
+	"\x06damage\x18\x12 \x01(\tR\x06damage\"\xc8\x02\n" +
 	"\bProgress\x12\x1b\n" +
 	"\telapsed_s\x18\x01 \x01(\x01R\belapsedS\x12\x1d\n" +
 	"\n" +
@@ -2651,7 +2669,10 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\afetches\x18\a \x01(\x04R\afetches\x12\x1e\n" +
 	"\n" +
 	"reconnects\x18\b \x01(\rR\n" +
-	"reconnects\x12\x19\n" +
+	"reconnects\x12\x16\n" +
+	"\x06awaits\x18\n" +
+	" \x01(\tR\x06awaits\x12\x1b\n" +
+	"\tawaited_s\x18\v \x01(\x01R\bawaitedS\x12\x19\n" +
 	"\bsilent_s\x18\t \x01(\x01R\asilentSB\b\n" +
 	"\x06_eta_s\"/\n" +
 	"\rDoctorRequest\x12\x0e\n" +
