@@ -97,6 +97,7 @@ type destination struct {
 	pending bool    // the QEMU was not told to run the VM yet
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
+	running  atomic.Bool  // it has answered that it does
 	cont     <-chan error // its answer when it is told, if that takes long
 	kept     chan error   // what was to be kept is, or an error
 	tasks    sync.WaitGroup
@@ -419,6 +420,7 @@ func (e *destination) run() error {
 		ctx, cancel := e.bound(context.Background())
 		defer cancel(nil)
 		err := q.Cont(ctx)
+		e.running.Store(err == nil)
 		answer <- err
 		if err == nil {
 			announce(ctx, q, e.Log)

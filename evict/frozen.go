@@ -188,6 +188,17 @@ func (f *frozen) runs(addresses []uint64) []pageset.Run {
 	return runs
 }
 
+// readGuest reads guest-physical memory into dst, and reports whether it could: where it lies in one piece,
+// in memory that can be read from the process.
+func (f *frozen) readGuest(gpa uint64, dst []byte) bool {
+	j, offset, ok := f.mem.Resolve(gpa)
+	if !ok {
+		return false
+	}
+	k, last, ok := f.mem.Resolve(gpa + uint64(len(dst)) - 1)
+	return ok && k == j && last == offset+uint64(len(dst))-1 && f.mem.Blocks()[j].Located && f.mem.Read(dst, j, offset) == nil
+}
+
 // frame builds frames of pages. It is not safe for concurrent use.
 type frame struct {
 	f     *frozen

@@ -370,8 +370,8 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 			if !missing {
 				continue
 			}
-			if st := e.machine.current(); st != Running {
-				// While the VM stands still, each of these makes it stand longer.
+			if st := e.machine.current(); st != Running || !e.running.Load() {
+				// While the VM stands still, each of these makes it stand longer: by a round trip.
 				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
 			}
 			if a := e.at.Load(); a != nil { // else it is asked for when the source is back

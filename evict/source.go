@@ -134,6 +134,7 @@ type source struct {
 	mem     *guestmem.Memory
 	changed settings
 	offer   offer
+	flash   []string // blocks that QEMU reads when it is told to run the VM
 	conn    net.Conn // to the source's QEMU
 	cap     *capture // nil until QEMU migrates
 	frozen  *frozen
@@ -226,6 +227,10 @@ func (e *source) prepare(all context.Context) (err error) {
 			return err
 		},
 		func() error { return held(ctx, e.q) },
+		func() (err error) {
+			e.flash, err = writableFlash(ctx, e.q)
+			return err
+		},
 		func() (err error) {
 			e.mem, err = guestmem.Attach(ctx, e.q)
 			return err

@@ -382,18 +382,78 @@ func TestTouchedByLoading(t *testing.T) {
 	load = append(load, make([]byte, 1020*16)...)
 	load = append(load, "\x0bkvm-tpr-opt"...)
 	load = binary.BigEndian.AppendUint32(append(load, make([]byte, 148)...), 0xc8000)
-	want := []uint64{0x1000, 0x2000, 0x3000, 0x4000, 0xc8000, 0xc9000, 0xca000}
-	if got := touchedByLoading(load); !slices.Equal(got, want) {
+	load = append(append(load, "\x07vmgenid\x00\x00\x00\x00\x00\x00\x00\x01"...), 0x28, 0, 0xe, 0, 0, 0, 0, 0)
+	// Two pages of descriptors ahead of an available ring, and a number that is none of a queue.
+	load = append(binary.BigEndian.AppendUint32(load, 512), word(0x3000-512*16)...)
+	load = append(binary.BigEndian.AppendUint32(load, 128), word(0x3000-512*16)...)
+	want := []uint64{0x1000, 0x2000, 0x3000, 0x4000, 0x1000, 0x2000, 0xc8000, 0xc9000, 0xca000, 0xe0028}
+	if got := touchedByLoading(load, nothing); !slices.Equal(got, want) {
 		t.Errorf("%#x, want %#x", got, want)
 	}
 	for _, name := range recordings { // of VMs whose guests have not set anything up
 		_, load, _ := split(t, golden(t, name))
-		if got := touchedByLoading(load); !slices.Equal(got, []uint64{0, 0x1000, 0x2000}) {
+		if got := touchedByLoading(load, nothing); !slices.Equal(got, []uint64{0, 0x1000, 0x2000}) {
 			t.Errorf("%s: %#x", name, got)
 		}
 		if name == "q35-virtio.forward.gz" && !bytes.Contains(load, []byte("virtio/virtqueues")) {
 			t.Errorf("%s has no queues", name)
 		}
+	}
+}
+
+// nothing is a guest's memory that cannot be read, and anything one that is full of addresses.
+func nothing(uint64, []byte) bool { return false }
+
+func anything(gpa uint64, b []byte) bool {
+	for i := range b {
+		b[i] = byte(gpa>>i) | 1
+	}
+	return true
+}
+
+// The state of a USB controller names the array of its slots, and that where they are described.
+func TestXHCIContexts(t *testing.T) {
+	controller := func(id byte, path string, array uint64) []byte {
+		b := append([]byte{4, 0, 0, 0, id, byte(len(path))}, path...)
+		b = append(b, make([]byte, 8+300)...)
+		b = binary.BigEndian.AppendUint32(b, uint32(array))
+		b = binary.BigEndian.AppendUint32(b, uint32(array>>32))
+		b = append(b, make([]byte, 29)...)
+		return append(b, 0x7e, 0, 0, 0, id)
+	}
+	load := slices.Concat([]byte("before /xhci"), controller(7, "0000:00:04.0/xhci", 0x1_0000_1000), controller(8, "0000:00:1c.0/00.0/xhci", 0), controller(9, "x/xhci", 0x5000))
+	got := xhciContexts(load, func(gpa uint64, b []byte) bool {
+		if gpa == 0x1_0000_1000 {
+			binary.LittleEndian.PutUint64(b[8:], 0x20c40)
+			binary.LittleEndian.PutUint64(b, 0x77000) // scratchpad buffers, which nobody reads
+		}
+		if gpa == 0x20c40 { // the first endpoint runs, the second does not
+			b[32], b[64] = 1, 0
+			binary.LittleEndian.PutUint64(b[32+8:], 0x99011)
+			binary.LittleEndian.PutUint64(b[64+8:], 0xaa011)
+		}
+		return gpa != 0x5000
+	})
+	if want := []uint64{0x1_0000_1000, 0x1_0000_1000 + 65*8 - 1, 0x20c40, 0x20c40 + 1023, 0x99010}; !slices.Equal(got, want) {
+		t.Errorf("%#x, want %#x", got, want)
+	}
+}
+
+// The buffers of a balloon are where the descriptors of its queues say.
+func TestBalloonBuffers(t *testing.T) {
+	const rings, table = 0x3000, 0x3000 - 128*16
+	b := append([]byte{4, 0, 0, 0, 3}, "\x1b0000:00:05.0/virtio-balloon"...)
+	b = append(b, make([]byte, 8)...)
+	b = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(b, 128), table)
+	b = append(b, "\x05\x11virtio/virtqueues\x00\x00\x00\x01"...)
+	b = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(b, rings), 0x4000)
+	b = append(append(b, make([]byte, 1023*16)...), 0x7e, 0, 0, 0, 3)
+	got := balloonBuffers(b, func(gpa uint64, b []byte) bool {
+		binary.LittleEndian.PutUint64(b[16:], 0x2c3e0a8)
+		return gpa == table
+	})
+	if !slices.Equal(got, []uint64{0x2c3e0a8}) {
+		t.Errorf("%#x", got)
 	}
 }
 
@@ -406,8 +466,10 @@ func FuzzTouchedByLoading(f *testing.F) {
 	f.Add(queues)
 	f.Add(bytes.Repeat(queues, 20))
 	f.Add(append([]byte("\x0bkvm-tpr-opt"), make([]byte, 152)...))
+	f.Add(slices.Concat([]byte("\x04\x00\x00\x00\x01\x0f/virtio-balloon"), make([]byte, 8), []byte{0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0xff, 0xf0}, queues, []byte{0x7e, 0, 0, 0, 1}))
+	f.Add(append(append([]byte("\x04\x00\x00\x00\x01\x05/xhci"), make([]byte, 100)...), 0x7e, 0, 0, 0, 1))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if n := len(touchedByLoading(b)); n > maxEarly+5 {
+		if n := len(touchedByLoading(b, anything)); n > 2*maxEarly+20_000 {
 			t.Fatalf("%d addresses of %d bytes", n, len(b))
 		}
 	})
