@@ -69,6 +69,11 @@ func (c *controlLane) run(limit int) {
 	for {
 		var f controlFrame
 		f.kind, f.payload, f.err = c.Read(nil, limit)
+		if f.err == nil && f.kind == msgOpen {
+			if f.err = c.Write(msgOpened); f.err == nil {
+				continue
+			}
+		}
 		select {
 		case c.frames <- f:
 		case <-c.session.Done():

@@ -18,10 +18,6 @@ import (
 // both ways, beside what else is prepared.
 const (
 	proofBytes = 64 << 10
-	// openingBytes go to the destination on the control lane, and are about as many as a package with the
-	// state of many devices. TCP then has its window open for that, which would else take some round trips
-	// in which the VM stands still.
-	openingBytes = 256 << 10
 	// proofTime is how long the proof may take, and provenTime the part of the destination.
 	proofTime  = 8 * time.Second
 	provenTime = 6 * time.Second
@@ -31,7 +27,7 @@ const (
 
 // prove proves the path to the destination. It ends the session if that fails.
 func (a *attachment) prove(ctx context.Context) error {
-	filler := make([]byte, openingBytes)
+	filler := make([]byte, proofBytes)
 	rand.Read(filler) // never fails; what could be compressed would prove nothing
 	return a.cross(ctx, proofTime,
 		func(ctx context.Context) error {
@@ -45,7 +41,7 @@ func (a *attachment) prove(ctx context.Context) error {
 			return err
 		},
 		func(lane *link.Conn) error {
-			if err := lane.Write(frameProof, filler[:proofBytes]); err != nil {
+			if err := lane.Write(frameProof, filler); err != nil {
 				return err
 			}
 			return readProof(lane, nil)
@@ -54,11 +50,11 @@ func (a *attachment) prove(ctx context.Context) error {
 
 // answerProof is the destination's part, once the frame on the control lane has come.
 func (a *attachment) answerProof(ctx context.Context, proof []byte) error {
-	if len(proof) != openingBytes {
+	if len(proof) != proofBytes {
 		return fmt.Errorf("%w: a proof of %d bytes", errFrame, len(proof))
 	}
 	return a.cross(ctx, provenTime,
-		func(context.Context) error { return a.control.Write(msgProve, proof[:proofBytes]) },
+		func(context.Context) error { return a.control.Write(msgProve, proof) },
 		func(lane *link.Conn) error {
 			buf := make([]byte, proofBytes)
 			if err := readProof(lane, buf); err != nil {
@@ -143,3 +139,23 @@ func (e *lossError) Error() string {
 }
 
 func (e *lossError) Unwrap() error { return e.err }
+
+const (
+	// packageBytes is about as much as the state of many devices.
+	packageBytes = 256 << 10
+	// mostOpening bounds what is sent to open TCP's window.
+	mostOpening = 1 << 20
+)
+
+// openWindow has as many bytes cross the control lane as soon will while the VM stands still: the package, and
+// n bytes of pages ahead of it. TCP begins with 15 KB a round trip and doubles that with each, also after a
+// pause; it is now, while the VM runs, that it finds out that the path carries more.
+func (c *controlLane) openWindow(ctx context.Context, n uint64) error {
+	filler := make([]byte, packageBytes+min(n, mostOpening-packageBytes))
+	rand.Read(filler)
+	if err := c.Write(msgOpen, filler); err != nil {
+		return err
+	}
+	_, err := c.await(ctx, msgOpened)
+	return err
+}

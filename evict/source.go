@@ -278,6 +278,7 @@ func (e *source) prepare(all context.Context) (err error) {
 	}
 	e.changed = was
 	return together(
+		func() error { return control.openWindow(ctx, e.flashBytes()) },
 		func() error { return want.apply(ctx, e.q) },
 		func() (err error) {
 			e.conn, err = socketTo(ctx, e.q, sourceFD, 0)

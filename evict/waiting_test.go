@@ -2,6 +2,7 @@ package evict
 
 import (
 	"context"
+	"errors"
 	"net"
 	"strings"
 	"testing"
@@ -72,3 +73,64 @@ func TestWaitingForTwin(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// As many bytes cross the control lane ahead of the freeze as will during it, but not any number.
+func TestOpenWindow(t *testing.T) {
+	near, far := sessionPair(t)
+	a, b := attach(near, maxJSON), attach(far, maxControl)
+	defer a.end()
+	defer b.end()
+	before := uint64(0)
+	for _, c := range []struct{ early, want uint64 }{{0, packageBytes}, {528 << 10, packageBytes + 528<<10}, {maxFlash, mostOpening}} {
+		if err := a.control.openWindow(t.Context(), c.early); err != nil {
+			t.Fatal(err)
+		}
+		_, received := b.Bytes()
+		if n := received - before; n < c.want || n > c.want+100 {
+			t.Errorf("%d bytes for %d early ones, want %d", n, c.early, c.want)
+		}
+		before = received
+	}
+}
+
+// The path is proved on each lane, each way, and one that answers something else is none of ours.
+func TestProve(t *testing.T) {
+	prove := func(answer func(b *attachment, proof []byte) error) (ours, theirs error, b *attachment) {
+		near, far := sessionPair(t)
+		a, b := attach(near, maxJSON), attach(far, maxControl)
+		t.Cleanup(a.end)
+		t.Cleanup(b.end)
+		done := make(chan error, 1)
+		go func() {
+			f, err := b.control.await(t.Context(), msgProve)
+			if err == nil {
+				err = answer(b, f.payload)
+			}
+			done <- err
+		}()
+		ours = a.prove(t.Context())
+		return ours, <-done, b
+	}
+	ours, theirs, b := prove(func(b *attachment, proof []byte) error { return b.answerProof(t.Context(), proof) })
+	if sent, received := b.Bytes(); ours != nil || theirs != nil || min(sent, received) < 3*proofBytes {
+		t.Errorf("%v, %v; %d bytes sent, %d received", ours, theirs, sent, received)
+	}
+	ours, _, _ = prove(func(b *attachment, _ []byte) error { return b.control.Write(msgProve, []byte("short")) })
+	if ours == nil || !errors.Is(ours, link.ErrPeer) {
+		t.Errorf("a short answer: %v", ours)
+	}
+	ours, _, _ = prove(func(b *attachment, _ []byte) error { return writeJSON(b.control.Conn, msgAbort, farewell{"no"}) })
+	if !errors.Is(ours, errFarewell) {
+		t.Errorf("no answer but a farewell: %v", ours)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	near, _ := sessionPair(t)
+	a := attach(near, maxJSON)
+	defer a.end()
+	time.AfterFunc(50*time.Millisecond, func() { cancel(errEnough) })
+	if err := a.prove(ctx); !errors.Is(err, errEnough) {
+		t.Errorf("when it is cancelled: %v", err)
+	}
+}
+
+var errEnough = errors.New("enough")

@@ -18,14 +18,15 @@ import (
 // Frames of the control lane. JSON where there is something to say, else empty or raw.
 const (
 	// source to destination
-	msgOffer  uint8 = 1 // offer: the VM to be moved
-	msgHead   uint8 = 2 // raw: QEMU's stream from its header to the footer of the RAM section's start
-	msgLoad   uint8 = 3 // raw: the package with the state of all devices
-	msgCommit uint8 = 4 // empty: from here on the destination may run
-	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
-	msgAsk    uint8 = 6 // JSON of the caller's: a question that touches no VM, in place of an offer
-	msgFill   uint8 = 8 // zeroes, ahead of msgAsk: nothing but their time matters
-	msgHeard  uint8 = 7 // empty: the source knows that the eviction is complete
+	msgOffer  uint8 = 1  // offer: the VM to be moved
+	msgHead   uint8 = 2  // raw: QEMU's stream from its header to the footer of the RAM section's start
+	msgLoad   uint8 = 3  // raw: the package with the state of all devices
+	msgCommit uint8 = 4  // empty: from here on the destination may run
+	msgResume uint8 = 5  // resume: goes on with an eviction, in a new session, in place of an offer
+	msgAsk    uint8 = 6  // JSON of the caller's: a question that touches no VM, in place of an offer
+	msgFill   uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
+	msgOpen   uint8 = 10 // filler, behind an offer that was taken: see openWindow
+	msgHeard  uint8 = 7  // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
 	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
@@ -36,6 +37,7 @@ const (
 	msgHas      uint8 = 22 // pages that are here, see appendHas; several, behind a status that says "running"
 	msgReady    uint8 = 23 // empty: those were all
 	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
+	msgOpened   uint8 = 26 // empty: msgOpen is here
 	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
 	// both ways
 	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
