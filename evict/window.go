@@ -123,6 +123,14 @@ func (w *window) room() (n int, again time.Duration) {
 	p := w.path
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if n := w.granted; n > 0 {
+		// The window may have become smaller since.
+		if w.granted = 0; w.may(p.now()) {
+			w.granted = n
+		} else {
+			w.waits = true
+		}
+	}
 	if w.granted == 0 {
 		if !w.waits {
 			// Who did not wait until now has saved no turns up.

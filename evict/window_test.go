@@ -282,6 +282,46 @@ func TestWindowHolds(t *testing.T) {
 	})
 }
 
+// What was granted does not outlast the window that it was granted in: a report may find the path
+// to be slower, or longer, than it was then.
+func TestGrantIsWithdrawn(t *testing.T) {
+	s := newSimulation(1e6, time.Millisecond)
+	p := s.peers[0]
+	send := func() {
+		t.Helper()
+		n, _ := p.w.room()
+		if n == 0 {
+			t.Fatal("no room")
+		}
+		s.send(t, p, n)
+	}
+	report := func(placed uint64) {
+		t.Helper()
+		if p.got = placed; !p.w.report(placed) {
+			t.Fatalf("a report of %d was refused", placed)
+		}
+	}
+	send()
+	report(3723)
+	report(3874)
+	s.now = s.now.Add(100*time.Millisecond + 1)
+	send()
+	send()
+	s.now = s.now.Add(1)
+	send()
+	if n, _ := p.w.room(); n > 0 {
+		t.Fatalf("room for %d bytes", n)
+	}
+	report(7212) // there is room, in the window of now
+	report(8192) // there is none any more, as the window has become smaller
+	s.path.mu.Lock()
+	size := p.w.size()
+	s.path.mu.Unlock()
+	if n, _ := p.w.room(); n > 0 && p.sent-p.got >= uint64(size) {
+		t.Errorf("room for %d bytes, with %d in flight and a window of %d", n, p.sent-p.got, size)
+	}
+}
+
 // four is four evictions over one path of 1 Gbit/s, after they have found it, and what a fetch
 // waits for there if there is only one of them.
 func four(t *testing.T, trips ...time.Duration) (s *simulation, alone time.Duration) {
