@@ -60,6 +60,9 @@ type window struct {
 	rate         meter     // of delivery
 	trip         extremum  // seconds, least
 	yield        *yield    // nil: other traffic is not heeded
+	opening      *opening  // nil: the path is known
+	opened       time.Time // when that ended, or began anew
+	paid         time.Time // when what was sent would have been, at the window's pace
 }
 
 // flight is a frame on its way.
@@ -101,6 +104,9 @@ func (p *Path) join(page int, limit *Limit, yields bool) *window {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(p.windows) == 0 {
+		w.opening = &opening{size: firstWindow * page, grows: true}
+	}
 	p.windows = append(p.windows, w)
 	p.empty = time.Time{} // it has to measure its round trip
 	return w
@@ -144,7 +150,7 @@ func (w *window) room() (n int, again time.Duration) {
 	now := p.now()
 	// Limits may be changed, and others may stall, without anybody being woken.
 	again = stallTime
-	if due := max(p.Limit.due(now), w.limit.due(now)); due > 0 {
+	if due := max(p.Limit.due(now), w.limit.due(now), w.due(now)); due > 0 {
 		again = min(again, due)
 	}
 	return 0, again
@@ -183,10 +189,10 @@ func (p *Path) serve(caller *window) {
 		case inFlight == 0:
 			p.empty = now
 			p.rate.idle(now)
-		case now.Sub(p.empty) >= emptyEvery, measuring && next.measured():
+		case next.opening == nil && now.Sub(p.empty) >= emptyEvery, measuring && next.measured():
 			return
 		// With one page a slow path would stand idle while that page is reported.
-		case inFlight >= 2*next.page && rate >= p.rate.value():
+		case next.opening == nil && inFlight >= 2*next.page && rate >= p.rate.value():
 			return
 		}
 		next.grant(now)
@@ -222,7 +228,7 @@ func (w *window) grant(now time.Time) {
 // may tells whether the window's own bounds let it send. The caller holds mu.
 func (w *window) may(now time.Time) bool {
 	n := w.inFlight()
-	return (n == 0 || n < w.size()) && w.limit.due(now) <= 0
+	return (n == 0 || n < w.size() && w.due(now) <= 0) && w.limit.due(now) <= 0
 }
 
 // The following are called with mu held.
@@ -235,7 +241,7 @@ func (w *window) delay() float64 { return w.trip.value(0) + allowedQueue.Seconds
 
 // stall is after how long without a report the window no longer counts.
 func (w *window) stall() time.Duration {
-	return stallTime + time.Duration(w.trip.value(0)*float64(time.Second))
+	return stallTime + seconds(w.trip.value(0))
 }
 
 // measured tells whether the window has sent something since the path was empty.
@@ -248,8 +254,43 @@ func (w *window) target() float64 {
 
 // size returns how many bytes the window may have in flight.
 func (w *window) size() int {
-	return max(int(w.yield.share()*2*float64(w.page)), int(w.target()*w.delay()))
+	return max(w.opening.window(), w.steady())
 }
+
+// steady is the size that the measured rate is worth.
+func (w *window) steady() int {
+	// On a slow path a window of little less than two pages would let pass no third one while the
+	// second is placed.
+	return max(int(w.yield.share()*2*float64(w.page)), int(w.target()*w.delay())+w.page/2)
+}
+
+// due returns after how long the window may send: on a long path that has run empty, all of it at once
+// would be a queue of a round trip. What it may have in flight is spread over one instead.
+func (w *window) due(now time.Time) time.Duration { return w.paid.Sub(now) }
+
+// unpaced is how many pages are few enough to be sent at once.
+const unpaced = 8
+
+// pay notes that n bytes are sent.
+func (w *window) pay(now time.Time, n int) {
+	over := w.trip.value(0)
+	switch {
+	case w.size() <= unpaced*w.page:
+		return
+	case w.opening != nil && w.opening.grows:
+		over /= 2 // as it doubles in one
+	}
+	takes := seconds(over * min(1, float64(n)/float64(w.size())))
+	if saved := now.Add(-allowedQueue); w.paid.Before(saved) {
+		w.paid = saved
+	}
+	// With nothing in flight it did not wait: no more than one round trip is ever owed.
+	if w.paid = w.paid.Add(takes); w.paid.After(now.Add(seconds(over))) {
+		w.paid = now.Add(seconds(over))
+	}
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // batch returns how many bytes one frame should hold: somewhat more than half of what may
 // queue, so that two frames fill a short path. While one is placed and reported, the other goes
@@ -271,9 +312,14 @@ func (w *window) send(n int) {
 	now := p.now()
 	p.Limit.take(now, n)
 	w.limit.take(now, n)
+	if !w.measured() {
+		w.probe(now)
+	}
+	w.pay(now, n)
 	w.granted, w.begun = 0, p.empty
 	w.turn += uint64(n)
 	w.sent += uint64(n)
+	w.opening.send(now, w)
 	w.flights = append(w.flights, flight{w.sent, now})
 	p.serve(w) // the frame may be smaller than what was granted
 }
@@ -296,8 +342,9 @@ func (w *window) report(placed uint64) bool {
 		return false
 	}
 	now := p.now()
-	p.rate.add(now, placed-w.placed)
-	w.rate.add(now, placed-w.placed)
+	more := placed - w.placed
+	p.rate.add(now, more)
+	w.rate.add(now, more)
 	w.placed, w.progress = placed, now
 	n := 0
 	for n < len(w.flights) && w.flights[n].end <= placed {
@@ -307,6 +354,9 @@ func (w *window) report(placed uint64) bool {
 		last := w.flights[n-1].at
 		w.trip.add(now, now.Sub(last).Seconds())
 		w.yield.add(now, last)
+		if w.opening.report(now, w, more, now.Sub(last)) {
+			w.opening, w.opened = nil, now
+		}
 		w.flights = append(w.flights[:0], w.flights[n:]...)
 	}
 	p.serve(w)
@@ -318,6 +368,101 @@ func (w *window) roundTrip() float64 {
 	w.path.mu.Lock()
 	defer w.path.mu.Unlock()
 	return w.trip.value(0)
+}
+
+// opening is how a window finds the rate of its path: as TCP's slow start does (RFC 5681), it doubles
+// in each round trip. On a long path the rate alone would take it far too long, as that lets the
+// window exceed what it has measured by no more than allowedQueue.
+//
+// It grows by what is placed without having waited for long, and ends when the rate of a round trip has grown
+// no more and there is a queue, or three times in a row where there is none: something else than the path
+// is the limit then. A path that has become wider is found in the same way. For that a window exceeds its rate by a
+// quarter for a moment every tripMemory, and doubles again if more came through.
+//
+// The caller of its methods holds the path's mu; nil is not opening.
+type opening struct {
+	size  int  // bytes that may be in flight
+	grows bool // else it only looks whether more comes through
+
+	mark  bool      // the next frame begins a round, which ends when it is placed
+	end   uint64    // value of the window's sent behind that frame; 0 before the first round
+	from  uint64    // value of placed when it was sent
+	began time.Time // when it was
+	best  float64   // rate of the fastest round, bytes per second
+	flat  int       // rounds since that were no faster
+}
+
+const (
+	// firstWindow is in pages; TCP's (RFC 6928) are ten packets.
+	firstWindow = 3
+	// faster is by how much a round must beat the best one to count: as in BBR.
+	faster = 1.25
+	// flatRounds is how many in a row end it in any case, as in BBR.
+	flatRounds = 3
+	// probeGain is by how much a window exceeds its rate to see whether the path has become wider.
+	probeGain = 1.25
+	// probeFaster is what the rate must come to then.
+	probeFaster = 1.1
+)
+
+func (o *opening) window() int {
+	if o == nil {
+		return 0
+	}
+	return o.size
+}
+
+// queued reports whether a frame that was on its way for so long has waited in a queue.
+func (w *window) queued(took time.Duration) bool {
+	least := w.trip.value(0)
+	queue := max(allowedQueue.Seconds(), least/4)
+	if w.yield != nil {
+		queue = allowedQueue.Seconds() // others come first
+	}
+	return took.Seconds() > least+queue
+}
+
+// probe begins to look for more now and then, where the rate alone would take long to find it.
+func (w *window) probe(now time.Time) {
+	far := w.trip.value(0)*(probeGain-1) > allowedQueue.Seconds()
+	if w.opening == nil && w.yield == nil && far && now.Sub(w.opened) >= tripMemory {
+		w.opened = now
+		w.opening = &opening{size: int(probeGain * float64(w.steady())), best: w.target()}
+	}
+}
+
+// send notes that a frame was sent.
+func (o *opening) send(now time.Time, w *window) {
+	if o != nil && (o.mark || o.end == 0) {
+		o.mark, o.end, o.from, o.began = false, w.sent, w.placed, now
+	}
+}
+
+// report notes that more bytes are placed, the last of which were on their way for some time. It reports
+// whether the path is known.
+func (o *opening) report(now time.Time, w *window, more uint64, took time.Duration) (done bool) {
+	if o == nil {
+		return false
+	}
+	queued := w.queued(took)
+	if o.grows && !queued {
+		o.size += int(more)
+	}
+	if o.mark || w.placed < o.end {
+		return false
+	}
+	o.mark = true
+	rate := float64(w.placed-o.from) / now.Sub(o.began).Seconds()
+	gain := probeFaster
+	if o.grows {
+		gain = faster
+	}
+	if rate >= gain*o.best {
+		o.best, o.flat, o.grows = rate, 0, o.grows || o.best > 0
+		return false
+	}
+	o.flat++
+	return queued || o.flat == flatRounds
 }
 
 // yield makes the push give way to what else is on the path: a scavenger after LEDBAT
@@ -413,7 +558,7 @@ func (l *Limit) take(now time.Time, n int) {
 	if saved := now.Add(-rateSpan); l.paid.Before(saved) {
 		l.paid = saved
 	}
-	l.paid = l.paid.Add(time.Duration(float64(n) / l.rate * float64(time.Second)))
+	l.paid = l.paid.Add(seconds(float64(n) / l.rate))
 }
 
 // meter measures a rate, in bytes per second.

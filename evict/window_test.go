@@ -1,8 +1,10 @@
 package evict
 
 import (
+	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -90,8 +92,6 @@ func later(a, b time.Time) time.Time {
 	}
 	return a
 }
-
-func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // run goes on for d. It returns how many bytes were placed per second, and the mean and
 // the most bytes that were in flight.
@@ -319,6 +319,55 @@ func TestGrantIsWithdrawn(t *testing.T) {
 	s.path.mu.Unlock()
 	if n, _ := p.w.room(); n > 0 && p.sent-p.got >= uint64(size) {
 		t.Errorf("room for %d bytes, with %d in flight and a window of %d", n, p.sent-p.got, size)
+	}
+}
+
+// A window finds the rate of any path in some round trips, as TCP does, with a bounded queue
+// meanwhile; then the queue is what it is allowed to be. On a wide path it goes on to find more
+// when that has become wider.
+func TestWindowOpens(t *testing.T) {
+	const ms = time.Millisecond
+	for _, c := range []struct {
+		trip   time.Duration
+		within time.Duration // until 80 % of 10 Gbit/s
+	}{{ms / 5, 200 * ms}, {ms, 200 * ms}, {10 * ms, 400 * ms}, {50 * ms, time.Second}, {200 * ms, 4 * time.Second}} {
+		for _, rate := range []float64{1250e6, 125e6, 2e6} {
+			t.Run(fmt.Sprintf("%v %.0f MB/s", c.trip, rate/1e6), func(t *testing.T) {
+				s := newSimulation(rate, c.trip)
+				found, worst := time.Duration(0), time.Duration(0)
+				var rates []string
+				step := max(c.within/10, c.trip)
+				for at := step; at <= 3*c.within; at += step {
+					got, _, _ := s.run(t, step)
+					rates = append(rates, fmt.Sprintf("%.0f", got/1e6))
+					worst = max(worst, slices.Max(s.queues))
+					if found == 0 && got >= 0.8*rate {
+						found = at
+					}
+				}
+				s.run(t, time.Second+4*c.trip)
+				steady, _, _ := s.run(t, 20*time.Second)
+				wait := s.wait99()
+				t.Logf("80 %% within %v (MB/s every %v: %s); queue %v at most; then %.0f MB/s, wait %v", found, step, strings.Join(rates, " "), worst, steady/1e6, wait)
+				if found == 0 || found > c.within {
+					t.Errorf("the path was found within %v, not %v", found, c.within)
+				}
+				if most := 2*c.trip + 12*ms + seconds(8*testPage/rate); worst > most {
+					t.Errorf("a fetch had to wait for up to %v, not %v", worst, most)
+				}
+				if most := 2*ms + c.trip/4 + seconds(2*testPage/rate); wait > most {
+					t.Errorf("then it waits for %v, not %v", wait, most)
+				}
+				if least := 0.95 - 3*c.trip.Seconds()/emptyEvery.Seconds(); steady < least*rate {
+					t.Errorf("%.0f of %.0f MB/s then", steady/1e6, rate/1e6)
+				}
+				s.rate *= 4
+				s.run(t, tripMemory+20*c.trip+time.Second)
+				if wider, _, _ := s.run(t, 5*time.Second); wider < 0.75*s.rate {
+					t.Errorf("%.0f MB/s of %.0f when the path had become wider", wider/1e6, s.rate/1e6)
+				}
+			})
+		}
 	}
 }
 
