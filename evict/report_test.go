@@ -146,7 +146,7 @@ func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor 
 	}
 
 	p := rep.Pages
-	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped + p.Before; sum != p.Total {
+	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped + p.Unused + p.Before; sum != p.Total {
 		t.Errorf("%d pages in sum: %+v", sum, p)
 	}
 	classes, zero := 0, 0
@@ -157,7 +157,7 @@ func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor 
 	if len(rep.Enlightenment.Classes) > 0 && (classes != p.Total || zero != p.Zero) {
 		t.Errorf("the classes have %d pages, %d zero; in all there are %d, %d zero", classes, zero, p.Total, p.Zero)
 	}
-	content := float64(p.Total-p.Zero-p.Skipped) * 4096
+	content := float64(p.Total-p.Zero-p.Skipped-p.Unused) * 4096
 	if again := float64(g.Again) * 4096; float64(rep.LinkBytes) < content || float64(rep.LinkBytes) > 1.1*(content+again)+16<<20 {
 		t.Errorf("%d bytes crossed the link for %.0f bytes of pages, %.0f of them twice", rep.LinkBytes, content, again)
 	}
