@@ -333,12 +333,16 @@ func (e *source) quit() (wait func()) {
 	if e.gone() {
 		return func() {}
 	}
-	pid := e.q.PeerPID()
-	qemu, err := process.Find(pid)
+	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
+	// Who made its monitor's socket may be another, such as libvirt, which is not to be killed.
+	pid, _, err := e.q.Process(ctx)
+	var qemu process.Process
+	if err == nil {
+		qemu, err = process.Find(pid)
+	}
 	if err != nil && !errors.Is(err, process.ErrGone) {
 		e.Log.Warn("the source's QEMU is not looked after until its end", "pid", pid, "error", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	if err := e.q.Quit(ctx); err != nil {
 		e.Log.Warn("the source's QEMU does not answer when told to quit; the VM is safe on the destination", "pid", pid, "error", err)
 	}

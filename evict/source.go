@@ -337,7 +337,7 @@ func (e *source) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := e.own(q.PeerPID()); err != nil {
+	if err := e.own(ctx, q); err != nil {
 		q.Close()
 		return err
 	}
@@ -353,10 +353,22 @@ func (e *source) open(ctx context.Context) error {
 	return recent(e.q.Version())
 }
 
+// pid is the QEMU's process, as far as that is known: who made its monitor's socket may be another.
+func (e *source) pid() int {
+	if e.mem != nil {
+		return e.mem.PID()
+	}
+	return e.q.PeerPID()
+}
+
 // own makes sure that the QEMU of a process is the eviction's.
-func (e *source) own(pid int) error {
+func (e *source) own(ctx context.Context, q *qmp.Client) error {
 	if e.Process == (process.Process{}) {
 		return nil
+	}
+	pid, _, err := q.Process(ctx)
+	if err != nil {
+		return err
 	}
 	answers, err := process.Find(pid)
 	switch {
@@ -597,7 +609,7 @@ func (e *source) refuse(err error) error {
 		remedy = "The VM was not touched"
 	} else if e.gone() {
 		remedy = "Its monitor does not answer any more"
-		if p, err := process.Find(e.q.PeerPID()); err != nil || !p.Alive() {
+		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
 			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
 		}
 	}

@@ -28,7 +28,6 @@ import (
 	"os"
 	"slices"
 	"sort"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -126,7 +125,7 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 	var asking sync.WaitGroup
 	asking.Go(func() { blocks, blocksErr = c.HMP(ctx, "info ramblock") })
 	asking.Go(func() { tree, treeErr = c.HMP(ctx, "info mtree -f") })
-	pid, err := findPID(ctx, c)
+	pid, _, err := c.Process(ctx)
 	asking.Wait()
 	if err = errors.Join(err, blocksErr, treeErr); err != nil {
 		return nil, err
@@ -285,39 +284,6 @@ func (m *Memory) mappings() ([]vma, error) {
 		return nil, m.explain(err)
 	}
 	return vmas, nil
-}
-
-// findPID returns the process that runs the virtual CPUs. That is the one at
-// the other end of the monitor's socket, unless a manager opened the socket.
-func findPID(ctx context.Context, c *qmp.Client) (int, error) {
-	cpus, err := c.QueryCPUs(ctx)
-	if err != nil {
-		return 0, err
-	}
-	if len(cpus) == 0 {
-		return 0, errors.New("qemu has no virtual CPUs, so its process cannot be told")
-	}
-	thread := cpus[0].ThreadID
-	for _, pid := range []int{c.PeerPID(), threadGroup(thread)} {
-		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", pid, thread)); pid > 0 && err == nil {
-			return pid, nil
-		}
-	}
-	return 0, fmt.Errorf("find qemu's process: thread %d of its CPU 0 is not in this /proc: run in the same PID namespace as qemu", thread)
-}
-
-func threadGroup(thread int) int {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", thread))
-	if err != nil {
-		return 0
-	}
-	for line := range strings.SplitSeq(string(b), "\n") {
-		if v, ok := strings.CutPrefix(line, "Tgid:"); ok {
-			pid, _ := strconv.Atoi(strings.TrimSpace(v))
-			return pid
-		}
-	}
-	return 0
 }
 
 // mayRead reads one byte of the process, of whatever comes first, to find out

@@ -516,3 +516,29 @@ func TestView(t *testing.T) {
 		})
 	}
 }
+
+// The memory of a QEMU in a PID namespace of its own is found, although it numbers its threads otherwise.
+func TestContained(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, for a PID namespace")
+	}
+	pattern := bytes.Repeat([]byte("contained"), PageSize)
+	file := filepath.Join(t.TempDir(), "pattern")
+	if err := os.WriteFile(file, pattern, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v := startAs(t, "unshare --pid --fork --kill-child "+*qemuBinary, "-S", "-m", "64M", "-device", "loader,file="+file+",addr=0x1234000,force-raw=on")
+	m, err := Attach(t.Context(), v.Client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	block, offset, ok := m.Resolve(0x1234000)
+	got := make([]byte, len(pattern))
+	if err := m.Read(got, block, offset); !ok || err != nil || !bytes.Equal(got, pattern) || m.PID() == v.cmd.Process.Pid {
+		t.Errorf("process %d, block %d: wrong content, %v", m.PID(), block, err)
+	}
+	if err := m.Missing(); err != nil {
+		t.Error(err)
+	}
+}

@@ -28,7 +28,6 @@ import (
 	"vacate/evict"
 	"vacate/journal"
 	"vacate/link"
-	"vacate/process"
 
 	"golang.org/x/net/netutil"
 )
@@ -60,9 +59,9 @@ type Host struct {
 	taken     map[string]bool          // VMs that an eviction is being set up for; guarded by mu
 	stopping  bool                     // guarded by mu
 
-	known   map[string]process.Process // QEMUs of VMs, which may have ended since; guarded by mu
-	ahead   map[string]lookedAhead     // of VMs; guarded by mu
-	verdict string                     // of the guard; guarded by mu
+	known   map[string]knownQEMU   // QEMUs of VMs, which may have ended since; guarded by mu
+	ahead   map[string]lookedAhead // of VMs; guarded by mu
+	verdict string                 // of the guard; guarded by mu
 }
 
 // Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet. version is told to those who
@@ -71,7 +70,7 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	h := &Host{
 		config: c, version: version, log: log, started: time.Now(),
 		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{}, paths: map[string]*evict.Path{},
-		known: map[string]process.Process{}, ahead: map[string]lookedAhead{},
+		known: map[string]knownQEMU{}, ahead: map[string]lookedAhead{},
 	}
 	for name, p := range c.Peers {
 		h.paths[name] = evict.NewPath(int64(p.Rate) * bytesPerMbit)

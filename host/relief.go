@@ -62,6 +62,7 @@ type picture struct {
 type portrait struct {
 	vm       hypervisor.VM
 	process  process.Process
+	vcpus    []int // its threads that are virtual CPUs, if that is known
 	evicting bool
 	load     pressure.VMLoad
 	problem  string // why it has no load
@@ -86,7 +87,7 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 	earlier := make([]pressure.VM, len(found))
 	for i, p := range found {
 		if p.process.PID > 0 {
-			if earlier[i], err = pressure.ReadVM(p.process); err != nil {
+			if earlier[i], err = pressure.ReadVM(p.process, p.vcpus); err != nil {
 				found[i].problem = err.Error()
 			}
 		}
@@ -106,7 +107,7 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 			continue
 		}
 		if v.problem == "" {
-			later, err := pressure.ReadVM(v.process)
+			later, err := pressure.ReadVM(v.process, v.vcpus)
 			if errors.Is(err, process.ErrGone) {
 				continue
 			} else if err != nil {
@@ -120,18 +121,27 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 	return p, nil
 }
 
+// knownQEMU is a QEMU, and its threads that are virtual CPUs.
+type knownQEMU struct {
+	process.Process
+	vcpus []int
+}
+
 // portray finds the QEMU of a VM here. Its monitor is asked only if need be.
 func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	p := portrait{vm: vm}
-	if v := h.openFor(vm.Name); v != nil {
-		p.evicting, p.process = true, v.process()
-		return p
-	}
 	h.mu.Lock()
 	known := h.known[vm.Name]
 	h.mu.Unlock()
+	if v := h.openFor(vm.Name); v != nil {
+		// Its monitor is the engine's. What it told before is still true of a VM that leaves.
+		if p.evicting, p.process = true, v.process(); p.process == known.Process {
+			p.vcpus = known.vcpus
+		}
+		return p
+	}
 	if known.Alive() {
-		p.process = known
+		p.process, p.vcpus = known.Process, known.vcpus
 		return p
 	}
 	seen, err := hypervisor.Look(ctx, vm)
@@ -141,9 +151,9 @@ func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	case seen.State == hypervisor.Silent:
 		p.problem = "its monitor does not answer"
 	case seen.State == hypervisor.Running, seen.State == hypervisor.Paused:
-		p.process = seen.Process
+		p.process, p.vcpus = seen.Process, seen.Threads
 		h.mu.Lock()
-		h.known[vm.Name] = seen.Process
+		h.known[vm.Name] = knownQEMU{seen.Process, seen.Threads}
 		h.mu.Unlock()
 	}
 	return p

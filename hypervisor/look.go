@@ -48,6 +48,7 @@ type Seen struct {
 	Status    string          // QEMU's run state: "running", "postmigrate"…
 	Migration string          // status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
 	Process   process.Process // the QEMU, in this PID namespace
+	Threads   []int           // of the process: those that are virtual CPUs
 	Version   qmp.Version     // of QEMU
 	Memory    uint64          // bytes of guest memory
 	VCPUs     int
@@ -98,7 +99,12 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	if s.State == "" {
 		s.State = Paused
 	}
-	if s.Process, err = process.Find(q.PeerPID()); err != nil {
+	pid, threads, err := q.Process(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Threads, s.VCPUs = threads, len(threads)
+	if s.Process, err = process.Find(pid); err != nil {
 		return s, fmt.Errorf("find the process of QEMU: %w", err)
 	}
 	migration, err := q.QueryMigrate(ctx)
@@ -114,11 +120,6 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 		return s, err
 	}
 	s.Memory = memory.Base + memory.Plugged
-	var cpus []struct{}
-	if err := q.Run(ctx, "query-cpus-fast", nil, &cpus); err != nil {
-		return s, err
-	}
-	s.VCPUs = len(cpus)
 	return s, nil
 }
 

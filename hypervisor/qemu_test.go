@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -101,7 +102,7 @@ func proc(t *testing.T, p process.Process, file string) string {
 
 func TestTwin(t *testing.T) {
 	vm := describe(t, `env = { VACATE_TEST = "a b" }`)
-	if seen := look(t, vm); seen != (Seen{State: None}) {
+	if seen := look(t, vm); seen.State != None || seen.Status != "" || seen.Process.PID != 0 {
 		t.Errorf("before: %+v", seen)
 	}
 	// A descriptor that children inherit, and a low priority.
@@ -123,8 +124,13 @@ func TestTwin(t *testing.T) {
 	if !seen.Version.AtLeast(4, 2) {
 		t.Errorf("version %v", seen.Version)
 	}
-	want := Seen{State: Incoming, Status: "inmigrate", Process: p, Version: seen.Version, Memory: 64 << 20, VCPUs: 2}
-	if seen != want {
+	want := Seen{State: Incoming, Status: "inmigrate", Process: p, Version: seen.Version, Memory: 64 << 20, Threads: seen.Threads, VCPUs: 2}
+	for _, tid := range seen.Threads {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", p.PID, tid)); err != nil || tid == p.PID {
+			t.Errorf("thread %d of a virtual CPU: %v", tid, err)
+		}
+	}
+	if !reflect.DeepEqual(seen, want) || len(seen.Threads) != 2 {
 		t.Errorf("%+v, want %+v", seen, want)
 	}
 	if sid, err := unix.Getsid(p.PID); sid != p.PID || err != nil {
@@ -151,7 +157,7 @@ func TestTwin(t *testing.T) {
 	}
 
 	var present *PresentError
-	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) || present.Seen != want || !strings.Contains(err.Error(), "a twin of VM vm waits here already") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) || !reflect.DeepEqual(present.Seen, want) || !strings.Contains(err.Error(), "a twin of VM vm waits here already") {
 		t.Errorf("started twice: %v", err)
 	}
 	if !p.Alive() {

@@ -63,7 +63,7 @@ type Traffic struct {
 // VM has what Linux had counted of a VM's QEMU at a moment, since it started.
 type VM struct {
 	At    time.Time
-	VCPUs int // threads that are vCPUs; 0 where QEMU does not name its threads (-name debug-threads=on)
+	VCPUs int // threads that are vCPUs; 0 where these are not known
 	// Ran and Waited are of the vCPUs; of all threads where these are not known.
 	Ran, Waited time.Duration
 	Used        time.Duration // CPU time of the whole process
@@ -171,9 +171,11 @@ func refaults(keys map[string]uint64) uint64 {
 	return keys["workingset_refault_anon"] + keys["workingset_refault_file"] + keys["workingset_refault"]
 }
 
-// ReadVM counts the QEMU of a VM. It wraps process.ErrGone when that has ended. It takes some 30 µs for each thread.
-func ReadVM(p process.Process) (VM, error) {
-	vm, err := system.vm(p.PID)
+// ReadVM counts the QEMU of a VM. vcpus are its threads that are vCPUs, as QEMU tells them by QMP; those that are not there any more
+// do not count. So do threads that have a vCPU's name, if QEMU names its threads (-name debug-threads=on). Where neither is known, all
+// threads count. It wraps process.ErrGone when the QEMU has ended. It takes some 30 µs for each thread.
+func ReadVM(p process.Process, vcpus []int) (VM, error) {
+	vm, err := system.vm(p.PID, vcpus)
 	// The start last: what was read is of this process only if the number is still its own.
 	if now, ferr := process.Find(p.PID); ferr != nil {
 		return VM{}, ferr
@@ -186,7 +188,7 @@ func ReadVM(p process.Process) (VM, error) {
 // vcpuName is what QEMU calls the thread of a vCPU: CPU 0/KVM, CPU 0/TCG, or ALL CPUs/TCG where one thread runs all.
 var vcpuName = regexp.MustCompile(`^(CPU \d+|ALL CPUs)/`)
 
-func (f files) vm(pid int) (VM, error) {
+func (f files) vm(pid int, vcpus []int) (VM, error) {
 	vm := VM{At: time.Now()}
 	proc, err := procfs.NewFS(f.proc)
 	if err != nil {
@@ -226,7 +228,7 @@ func (f files) vm(pid int) (VM, error) {
 			of   *VM
 			is   bool
 			vcpu int
-		}{{&vm, vcpuName.MatchString(name), 1}, {&all, true, 0}} {
+		}{{&vm, slices.Contains(vcpus, t.PID) || vcpuName.MatchString(name), 1}, {&all, true, 0}} {
 			if sum.is {
 				sum.of.VCPUs += sum.vcpu
 				sum.of.Ran += time.Duration(s.RunningNanoseconds)

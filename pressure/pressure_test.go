@@ -49,7 +49,7 @@ func busy(t *testing.T, core int) process.Process {
 
 func read(t *testing.T, p process.Process) VM {
 	t.Helper()
-	vm, err := ReadVM(p)
+	vm, err := ReadVM(p, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,14 +103,14 @@ func TestGone(t *testing.T) {
 	p := busy(t, 0)
 	other := p
 	other.StartTime--
-	if _, err := ReadVM(other); !errors.Is(err, process.ErrGone) {
+	if _, err := ReadVM(other, nil); !errors.Is(err, process.ErrGone) {
 		t.Errorf("an earlier process of the number: %v", err)
 	}
 	if err := p.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	for { // until somebody has waited for it, there are files of it, but it is none to measure
-		if _, err := ReadVM(p); errors.Is(err, process.ErrGone) {
+		if _, err := ReadVM(p, nil); errors.Is(err, process.ErrGone) {
 			return
 		}
 		unix.Wait4(p.PID, nil, 0, nil)
@@ -183,7 +183,7 @@ func TestVCPUs(t *testing.T) {
 				put(t, dir, tree)
 			}
 			f := files{filepath.Join(dir, "proc"), filepath.Join(dir, "sys")}
-			vm, err := f.vm(7)
+			vm, err := f.vm(7, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -193,6 +193,34 @@ func TestVCPUs(t *testing.T) {
 				t.Error(d)
 			}
 		})
+	}
+}
+
+// TestUnnamed reads a QEMU that does not name its threads: those are vCPUs that it has told of by QMP.
+func TestUnnamed(t *testing.T) {
+	dir := t.TempDir()
+	put(t, dir, map[string]string{
+		"proc/7/stat":   "7 (qemu) S 1 7 7 0 -1 4194304 100 0 42 0 500 250 0 0 20 0 4 0 1000 1000 1000 18446744073709551615 1 1 1 1 1 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n",
+		"proc/7/status": "Name:\tqemu\nVmRSS:\t 1024 kB\n", "proc/7/cgroup": "0::/\n",
+		"proc/7/task/7/comm": "qemu-system-x86\n", "proc/7/task/7/schedstat": "2000000000 900000000 3\n",
+		"proc/7/task/8/comm": "qemu-system-x86\n", "proc/7/task/8/schedstat": "3000000000 1000000000 5\n",
+		"proc/7/task/9/comm": "qemu-system-x86\n", "proc/7/task/9/schedstat": "1000000000 500000000 5\n",
+	})
+	f := files{filepath.Join(dir, "proc"), filepath.Join(dir, "sys")}
+	for _, c := range []struct {
+		vcpus       []int
+		n           int
+		ran, waited time.Duration
+	}{
+		{[]int{8}, 1, 3 * time.Second, time.Second},
+		{[]int{8, 9, 99}, 2, 4 * time.Second, 1500 * time.Millisecond}, // one was unplugged
+		{nil, 0, 6 * time.Second, 2400 * time.Millisecond},
+		{[]int{99}, 0, 6 * time.Second, 2400 * time.Millisecond},
+	} {
+		vm, err := f.vm(7, c.vcpus)
+		if err != nil || vm.VCPUs != c.n || vm.Ran != c.ran || vm.Waited != c.waited {
+			t.Errorf("threads %v: %+v, %v", c.vcpus, vm, err)
+		}
 	}
 }
 
@@ -289,7 +317,7 @@ func BenchmarkVM(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		if _, err := ReadVM(p); err != nil {
+		if _, err := ReadVM(p, nil); err != nil {
 			b.Fatal(err)
 		}
 	}
