@@ -101,7 +101,13 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 	if err != nil {
 		return picture{}, err
 	}
-	p := picture{load: after.Since(before)}
+	var qemus []process.Process
+	for _, v := range found {
+		if v.process.PID > 0 {
+			qemus = append(qemus, v.process)
+		}
+	}
+	p := picture{load: after.Since(before, qemus...)}
 	for i, v := range found {
 		if v.process.PID <= 0 && v.problem == "" {
 			continue
@@ -159,9 +165,9 @@ func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	return p
 }
 
-// answer is the picture as other hosts are told.
+// answer is the picture as other hosts are told. What yields to VMs is not used as far as they are concerned.
 func (p picture) answer(incoming uint64) loadAnswer {
-	a := loadAnswer{CPUs: float64(p.load.CPUs), Used: p.load.CPU, Total: p.load.Memory.Total, Available: p.load.Memory.Available, Incoming: incoming}
+	a := loadAnswer{CPUs: float64(p.load.CPUs), Used: p.load.CPU - p.load.Yielding, Total: p.load.Memory.Total, Available: p.load.Memory.Available, Incoming: incoming}
 	for _, v := range p.vms {
 		a.Waiting += v.load.Waiting
 	}

@@ -43,6 +43,8 @@ type Host struct {
 	Refaults, SwappedIn uint64
 	// Links is what passed each network interface, but for loopback.
 	Links map[string]Traffic
+
+	yielders map[process.Process]yielder
 }
 
 // Stall is for how long tasks stood still for want of something.
@@ -86,8 +88,14 @@ type files struct{ proc, cgroup string }
 
 var system = files{"/proc", "/sys/fs/cgroup"}
 
-// ReadHost counts a host. It takes some 200 µs.
-func ReadHost() (Host, error) { return system.host(usable()) }
+// ReadHost counts a host. It takes some 200 µs, and 1 µs for each process.
+func ReadHost() (Host, error) {
+	h, err := system.host(usable())
+	if err == nil {
+		h.yielders = system.yielders()
+	}
+	return h, err
+}
 
 // usable are the CPUs that this process may use.
 func usable() map[int64]bool {
@@ -356,6 +364,8 @@ type HostLoad struct {
 	Over time.Duration
 	CPUs int
 	CPU  float64 // cores in use
+	// Yielding is the share of these that processes of lower priority use, and would leave to VMs.
+	Yielding float64
 	// Some and Full are the shares of the time, 0 to 1, in which at least one task, or all, stood still for want of "cpu", "memory"
 	// or "io".
 	Some, Full map[string]float64
@@ -365,11 +375,12 @@ type HostLoad struct {
 	Links      map[string]float64 // bytes per second, the busier direction
 }
 
-// Since tells how loaded the host was since an earlier moment.
-func (h Host) Since(before Host) HostLoad {
+// Since tells how loaded the host, which has these VMs, was since an earlier moment.
+func (h Host) Since(before Host, vms ...process.Process) HostLoad {
 	over := h.At.Sub(before.At)
 	l := HostLoad{Over: over, CPUs: h.CPUs, Memory: h.Memory, Some: map[string]float64{}, Full: map[string]float64{}, Links: map[string]float64{}}
 	l.CPU = min(share(h.Busy-before.Busy, over), float64(h.CPUs))
+	l.Yielding = min(system.yielding(h, before, vms), l.CPU)
 	l.Some, l.Full = shares(h.Stalls, before.Stalls, over)
 	l.Refaults, l.SwappedIn = rate(h.Refaults, before.Refaults, over), rate(h.SwappedIn, before.SwappedIn, over)
 	for name, t := range h.Links {
