@@ -220,7 +220,7 @@ func (c *Client) QueryBlock(ctx context.Context) ([]BlockDevice, error) {
 // CPU is one virtual CPU.
 type CPU struct {
 	Index    int    `json:"cpu-index"`
-	ThreadID int    `json:"thread-id"` // of the host
+	ThreadID int    `json:"thread-id"` // in QEMU's own PID namespace; see Process
 	Path     string `json:"qom-path"`
 }
 
