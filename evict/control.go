@@ -93,6 +93,9 @@ var errFarewell = errors.New("the other side gave up")
 // errFailed is wrapped by the error for a destination that ran the VM and lost it.
 var errFailed = errors.New("the other side failed")
 
+// errShutDown is wrapped by the error for a destination whose guest ended itself.
+var errShutDown = errors.New("the VM was shut down")
+
 // await waits for a frame of one of the kinds. It fails with the peer's farewell, and when
 // the session or ctx ends.
 func (c *controlLane) await(ctx context.Context, kinds ...uint8) (controlFrame, error) {
@@ -113,15 +116,13 @@ func (f controlFrame) check(kinds ...uint8) error {
 		return f.err
 	case slices.Contains(kinds, f.kind):
 		return nil
-	case f.kind == msgAbort, f.kind == msgFailed:
+	case f.kind == msgAbort, f.kind == msgFailed, f.kind == msgShutDown:
 		var bye farewell
 		if err := decode(f.payload, &bye); err != nil {
 			return err
 		}
-		if f.kind == msgFailed {
-			return fmt.Errorf("%w: %s", errFailed, bye.Reason)
-		}
-		return fmt.Errorf("%w: %s", errFarewell, bye.Reason)
+		what := map[uint8]error{msgAbort: errFarewell, msgFailed: errFailed, msgShutDown: errShutDown}[f.kind]
+		return fmt.Errorf("%w: %s", what, plain(bye.Reason))
 	}
 	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
 }

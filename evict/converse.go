@@ -74,6 +74,8 @@ func (e *source) await(left context.Context) (done bool, err error) {
 		switch {
 		case err == nil:
 			return true, e.retire()
+		case errors.Is(err, errShutDown):
+			return true, e.bury(err)
 		case errors.Is(err, errFailed), errors.Is(err, errFarewell):
 			return true, e.lostThere(err)
 		}
@@ -149,6 +151,9 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			}
 			e.end(a)
 			return true, e.retire()
+		case stepEnd:
+			a.end()
+			return true, e.bury(fmt.Errorf("%w: %s", errShutDown, st.Reason))
 		case stepRollBack:
 			e.end(a)
 			return true, e.rollBack(fmt.Errorf("the destination never ran the VM: %s", st.Reason))
@@ -192,7 +197,9 @@ func (e *source) inquire(left context.Context) (*attachment, status, error) {
 		if err != nil {
 			return st, err
 		}
-		return st, decode(f.payload, &st)
+		err = decode(f.payload, &st)
+		st.Reason = plain(st.Reason)
+		return st, err
 	}()
 	if err != nil {
 		e.end(a)
@@ -309,19 +316,28 @@ func (e *source) noteRan(ran time.Duration) {
 }
 
 // retire ends the QEMU here, as the destination has every page.
-func (e *source) retire() error {
+func (e *source) retire() error { return e.finish(MarkCompleted, "", Completed) }
+
+// bury ends the QEMU here, as the guest ended itself at the destination: that wrote its disks last.
+func (e *source) bury(why error) error {
+	e.shutDown = why.Error()
+	return e.finish(MarkShutDown, why.Error(), ShutDown)
+}
+
+// finish ends the QEMU here, as nobody needs it any more.
+func (e *source) finish(m Mark, why string, as State) error {
 	if err := e.machine.enter(Retiring); err != nil {
-		return e.lost(err, "The VM is whole on the destination. Nothing is lost")
+		return e.lost(err, "The VM on the destination does not need the copy here. Nothing is lost")
 	}
-	if err := note(e.Journal, MarkCompleted, ""); err != nil {
-		e.Log.Warn("the journal does not take it that the eviction is complete", "error", err)
+	if err := note(e.Journal, m, why); err != nil {
+		e.Log.Warn("the journal does not take how the eviction ended", "mark", m, "error", err)
 	}
 	if a := e.at.Load(); a != nil {
 		a.control.Write(msgHeard)
 	}
 	wait := e.quit()
 	defer wait()
-	return e.machine.enter(Completed)
+	return e.machine.enter(as)
 }
 
 // quitTime is how long a QEMU may take to quit.
@@ -386,10 +402,14 @@ func (e *source) lostHere(err error) error {
 		if writeJSON(a.control.Conn, msgFailed, farewell{err.Error()}) == nil {
 			// What it still says must not go unread: the words above could be lost.
 			ctx, cancel := context.WithTimeout(context.Background(), answerTime)
-			for f, err := a.control.await(ctx, msgHas, msgReady, msgComplete); err == nil && f.kind != msgComplete; {
-				f, err = a.control.await(ctx, msgHas, msgReady, msgComplete)
+			f, heard := a.control.await(ctx, msgHas, msgReady, msgComplete)
+			for heard == nil && f.kind != msgComplete {
+				f, heard = a.control.await(ctx, msgHas, msgReady, msgComplete)
 			}
 			cancel()
+			if errors.Is(heard, errShutDown) {
+				return e.bury(heard)
+			}
 		}
 	}
 	return e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
@@ -433,6 +453,9 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
 	}
 	e.ranThere = e.gaveBack.Load() // not sooner is any given back
+	if m == MarkShutDown {
+		e.shutDown = errShutDown.Error()
+	}
 	switch sourceStep(m, here) {
 	case stepRollBack:
 		if e.gaveBack.Load() {

@@ -8,19 +8,22 @@ package evict
 // record of it. Its text is what is stored on disk.
 //
 //	source       begun ──► may-run ──► completed
+//	               │          ├──────► shut down
 //	               │          ├──────► lost ──► resumed here, discarded   (the operator's word)
 //	               │          ├──────► resumed here, discarded            (the same)
 //	               └──────────┴──────► rolled back
 //
 //	destination  accepted ──► may-run ──► completed
+//	                 │           ├──────► shut down
 //	                 │           ├──────► lost
 //	                 └───────────┴──────► never ran
 //
 // A write that failed may still have reached the disk, so what follows a failure must be right
 // either way. Without begun, accepted and may-run nothing goes on: the source refuses or rolls
 // back, the destination abandons. The operator's word is not acted upon, and the journal is
-// read again. All other marks only save asking again; where one cannot be written, what it
-// says is done all the same.
+// read again. Where a destination cannot write shut down, it keeps its twin and tries again. All
+// other marks only save asking again; where one cannot be written, what it says is done all the
+// same.
 type Mark string
 
 // The marks.
@@ -31,6 +34,7 @@ const (
 	MarkRolledBack  Mark = "rolled back"  // source: the twin never runs; the guest is to run here
 	MarkNeverRan    Mark = "never ran"    // destination: the twin never ran and never will; it is to be killed
 	MarkCompleted   Mark = "completed"    // the twin has every page; the source's QEMU is to be ended
+	MarkShutDown    Mark = "shut down"    // the guest ended itself at the destination; both QEMUs are to be ended
 	MarkLost        Mark = "lost"         // one QEMU ended too early, and the other cannot go on alone
 	MarkResumedHere Mark = "resumed here" // source: the operator says that the twin is dead for good
 	MarkDiscarded   Mark = "discarded"    // source: the operator gives up the copy here
@@ -57,6 +61,7 @@ const (
 	AnswerPaused   Answer = "paused"    // the twin is loaded and waits to hear that the source committed
 	AnswerRunning  Answer = "running"   // pages are missing
 	AnswerComplete Answer = "complete"  // the twin has every page
+	AnswerShutDown Answer = "shut down" // the guest ran and ended itself
 	AnswerLost     Answer = "lost"      // the twin is dead, and it may have run
 )
 
@@ -68,6 +73,7 @@ const (
 	copyIncoming           // a twin that has not loaded the devices
 	copyPaused             // at the source: frozen in its migration. A twin: loaded, its migration not over, and not running
 	copyRunning            // at the source: the guest runs. A twin: the guest runs, or waits for pages
+	copyEnded              // a twin whose guest ended itself: its QEMU stands still, or said so and has ended
 	copyComplete           // a twin whose migration is over, whether its guest runs or was paused since
 )
 
@@ -87,6 +93,7 @@ const (
 	stepTakeUp   step = "take up"      // learn which pages are placed, and take the others
 	stepComplete step = "complete"     // mark completed, then say so
 	// Of both.
+	stepEnd  step = "end"  // mark shut down, end the QEMU; a destination then says so
 	stepLose step = "lose" // mark lost and say so; a source keeps its QEMU, a destination kills what is left of the twin
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
@@ -121,7 +128,7 @@ func sourceStep(m Mark, here copyState) step {
 		if here == copyPaused {
 			return stepRollBack
 		}
-	case MarkCompleted, MarkDiscarded:
+	case MarkCompleted, MarkShutDown, MarkDiscarded:
 		switch here {
 		case copyPaused:
 			return stepRetire
@@ -154,6 +161,8 @@ func sourceOnAnswer(here copyState, heardRunning bool, a Answer) step {
 		return stepPush
 	case AnswerComplete:
 		return stepRetire
+	case AnswerShutDown:
+		return stepEnd
 	case AnswerLost:
 		return stepLose
 	}
@@ -172,10 +181,16 @@ func destinationStep(m Mark, twin copyState) step {
 			return stepAwait
 		case copyRunning:
 			return stepTakeUp
+		case copyEnded:
+			return stepEnd
 		case copyComplete:
 			return stepComplete
 		}
 		return stepLose
+	case MarkShutDown:
+		if twin != copyGone {
+			return stepEnd
+		}
 	case MarkNeverRan:
 		if twin != copyGone {
 			return stepAbandon
@@ -227,6 +242,8 @@ func answerOf(m Mark, twin copyState) Answer {
 	switch {
 	case twin != copyGone:
 		return AnswerNone
+	case m == MarkShutDown:
+		return AnswerShutDown
 	case m == MarkLost:
 		return AnswerLost
 	}

@@ -56,11 +56,13 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 		if ctx.Err() == nil {
 			lastWord(requests, err)
 		}
+		e.letGo()
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
 	}
 	e.report(Waiting)
 	loadTimeout, err := e.awaitOffer(ctx, requests)
 	if err != nil {
+		e.letGo()
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), "The QEMU that waits here was not touched"}
 	}
 	e.tasks.Go(func() { e.sort(requests) })
@@ -82,7 +84,13 @@ type destination struct {
 	ended chan struct{} // closed when the engine ends
 
 	eviction ID
-	q        *qmp.Client     // nil when it does not answer
+	q        *qmp.Client // nil when it does not answer
+	own      actions     // the QEMU's
+	held     bool        // the QEMU was told to stay when its guest ends itself
+	changed  settings    // of the QEMU, as they were
+	messages process.Messages
+	ending   ending
+	over     chan string     // capacity 1: the guest ended itself, and stands; why
 	process  process.Process // the QEMU
 	mem      *guestmem.Memory
 	here     offer
@@ -160,7 +168,7 @@ const (
 func (d Destination) engine(first State) *destination {
 	e := &destination{
 		Destination: d, started: time.Now(),
-		rejoin: make(chan *Request, 1), kept: make(chan error, 1),
+		rejoin: make(chan *Request, 1), kept: make(chan error, 1), over: make(chan string, 1),
 		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}), ended: make(chan struct{}),
 	}
 	if e.Log == nil {
@@ -225,10 +233,17 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if e.process, err = process.Find(e.mem.PID()); err != nil {
 		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
 	}
+	e.messages = process.MessagesOf(e.mem.PID())
+	e.listen(e.q)
 	e.tasks.Go(e.watch)
-	if err := startsPaused(e.mem.PID()); err != nil {
+	args, err := commandLine(e.mem.PID())
+	if err != nil {
 		return err
 	}
+	if err := startsPaused(args); err != nil {
+		return err
+	}
+	e.own = actionsOf(args)
 	if e.here, err = describe(ctx, e.q); err != nil {
 		return err
 	}
@@ -245,11 +260,12 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	want, _ := before.plan(nil)
+	want, was := before.plan(nil)
+	e.changed = was
 	if err := want.apply(ctx, e.q); err != nil {
 		return explainPostcopy(err)
 	}
-	return nil
+	return e.hold(ctx)
 }
 
 // errTwinGone is wrapped by the reason for which life ends when the QEMU does.
@@ -257,9 +273,23 @@ var errTwinGone = errors.New("the QEMU here ended")
 
 // watch notices the end of the QEMU.
 func (e *destination) watch() {
-	if err := e.process.Wait(e.life); err == nil || e.life.Err() == nil {
-		e.die(fmt.Errorf("%w: its own messages say why", errTwinGone))
+	how, err := e.process.End(e.life)
+	if err != nil && e.life.Err() != nil {
+		return
 	}
+	e.ending.wait()
+	e.ending.mu.Lock()
+	host := e.ending.host
+	e.ending.mu.Unlock()
+	var said []string
+	if how != "" {
+		said = append(said, how)
+	}
+	if host != "" {
+		said = append(said, "its monitor said "+host)
+	}
+	said = append(said, e.messages.Last())
+	e.die(fmt.Errorf("%w (process %d): %s", errTwinGone, e.process.PID, strings.Join(said, "; ")))
 }
 
 // lastWords is how long a destination that gives up waits for who has just come.
@@ -396,13 +426,15 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err != nil {
 		return e.abort(err)
 	}
-	if err := e.run(); err != nil {
+	left, stop := untilLeft(ctx)
+	defer stop()
+	if err := e.run(left); err != nil {
 		return err
 	}
 	if err := control.Write(msgRunning); err != nil {
 		e.at.Load().Fail(err)
 	}
-	return e.serve(ctx)
+	return e.serve(ctx, left)
 }
 
 // contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
@@ -411,7 +443,7 @@ const contTime = time.Second
 // run has the QEMU run the VM. The source has committed the eviction, and that is on record.
 // QEMU may be unable to answer until a page has come, which the VM touched at once: then
 // serve, without which no page comes after the loss of the session, hears the answer.
-func (e *destination) run() error {
+func (e *destination) run(left context.Context) error {
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
@@ -429,7 +461,7 @@ func (e *destination) run() error {
 	e.pending, e.ranSince = false, time.Now()
 	select {
 	case err := <-answer:
-		return e.continued(err)
+		return e.continued(left, err)
 	case <-time.After(contTime):
 		e.cont = answer
 		return nil
@@ -437,14 +469,14 @@ func (e *destination) run() error {
 }
 
 // continued is told how QEMU answered `cont`.
-func (e *destination) continued(err error) error {
+func (e *destination) continued(left context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case isRefusal(err):
 		return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
 	case e.life.Err() != nil:
-		return e.lost(context.Cause(e.life), "The VM that ran here, or was about to, is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU")
+		return e.twinGone(left)
 	}
 	return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
 }
@@ -585,7 +617,15 @@ func (e *destination) explain(err error) error {
 	case qerr == nil && m.ErrorDesc != "":
 		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
 	case errors.Is(qerr, qmp.ErrClosed):
-		return fmt.Errorf("the destination's QEMU ended; its own messages say why (devices or disks that differ from the source's are the usual reason): %w", err)
+		select {
+		case <-e.life.Done():
+		case <-ctx.Done():
+			return fmt.Errorf("the monitor of the destination's QEMU ended: %w", err)
+		}
+		if !errors.Is(err, errTwinGone) {
+			err = fmt.Errorf("%w: %w", context.Cause(e.life), err)
+		}
+		return fmt.Errorf("the destination's QEMU ended (devices or disks that differ from the source's are the usual reason): %w", err)
 	}
 	return err
 }
@@ -682,16 +722,12 @@ func (e *destination) close() {
 	if e.q != nil {
 		e.q.Close()
 	}
+	e.messages.Close()
 }
 
 // startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
 // as soon as the devices are loaded, before anyone agreed to that.
-func startsPaused(pid int) error {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return fmt.Errorf("read QEMU's command line: %w", err)
-	}
-	args := strings.Split(string(b), "\x00")
+func startsPaused(args []string) error {
 	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
 		return errors.New("the QEMU that waits here was started without -S and would run the VM without being told to: start it with -S -incoming defer")
 	}

@@ -36,6 +36,9 @@ type rules struct {
 	hasty         bool // memory is given back before it is durable that the copy is not whole
 	generous      bool // memory is given back that the destination only has received
 	forgetful     bool // an operator may resume a copy of which memory was given back
+	quitFirst     bool // the twin of a guest that ended itself is told to quit before that is durable
+	unheeding     bool // a destination does not heed that a guest ended itself when its QEMU is gone
+	deaf          bool // an operator may resume a guest that ended itself, as the source knows
 }
 
 func realRules() rules {
@@ -61,6 +64,7 @@ const (
 	rolling   // is to write the mark, and then
 	resuming  // to have the guest run here
 	retiring  // is to write the mark, and then
+	burying   // the guest ended itself there: is to write the mark, and then to end the QEMU
 	quitting  // to end the QEMU
 	losing
 
@@ -75,6 +79,8 @@ const (
 	marksNeverRan // is to write the mark, and then
 	kills         // to kill the twin
 	marksLast     // the same the other way round
+	marksShutDown // the guest ended itself: is to write the mark, and then
+	quitsTwin     // to have the twin quit
 	tellsLost
 )
 
@@ -100,11 +106,12 @@ const (
 	runsWith2
 	runsWith3
 	completes
+	shutsDown
 	lost
 )
 
 var answers = map[word]Answer{unknown: AnswerUnknown, neverRan: AnswerNeverRan, stands: AnswerPaused, runs: AnswerRunning, runsWith0: AnswerRunning,
-	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning, completes: AnswerComplete, lost: AnswerLost}
+	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning, completes: AnswerComplete, shutsDown: AnswerShutDown, lost: AnswerLost}
 
 // pages is a set of the model's two: one in use, and one that is left out, of which the
 // destination needs to hear nothing but that.
@@ -130,7 +137,7 @@ func (g guest) state() copyState {
 	return [...]copyState{copyGone, copyRunning, copyPaused, copyPaused}[g]
 }
 
-var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan, MarkCompleted, MarkLost, MarkResumedHere, MarkDiscarded}
+var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan, MarkCompleted, MarkShutDown, MarkLost, MarkResumedHere, MarkDiscarded}
 
 // record is a Mark as its place in marks, which makes a world small.
 type record uint8
@@ -177,6 +184,7 @@ type world struct {
 		twin      copyState
 		session   bool
 		committed bool  // heard
+		ended     bool  // heard that the guest ended itself
 		held      pages // in the engine's memory: received and not placed, or known to be left out
 		placed    pages
 	}
@@ -191,6 +199,8 @@ type world struct {
 	bereft  bool // fault: the twin is dead, and the destination's journal has had it that it may have run
 	died    bool // fault: the source's QEMU died
 	forgot  bool // fault: the destination's journal was lost
+	over    bool // the guest ended itself, at the destination
+	unheard bool // fault: and its QEMU ended before that was durable, or the destination could not be asked
 	resumed bool // the operator had the guest resumed here
 	gaveUp  bool // the operator gave up the copy here
 
@@ -224,6 +234,15 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 		w.bad = "the guest runs here without memory that was given back"
 	case w.ran && w.s.guest == runsHere && !w.resumed:
 		w.bad = "the guest runs here from an older state than it had there, and nobody said so"
+	case w.over && w.s.guest == runsHere && !w.unheard && !w.forgot:
+		w.bad = "the guest runs here, and it ended itself there"
+	}
+	// What makes no difference any more is forgotten, to have fewer worlds.
+	if w.over && w.d.twin != copyComplete {
+		w.d.held, w.d.placed, w.moving = 0, 0, 0
+	}
+	if w.s.guest == gone {
+		w.unheard = false
 	}
 	m.edges = append(m.edges, edge{what, fault, w})
 }
@@ -237,6 +256,7 @@ func (m *model) write(what string, source bool, mark Mark, done, failed func(w *
 		} else {
 			w.d.journal = recordOf(mark)
 			w.bereft = w.bereft || mark == MarkMayRun && w.d.twin == copyGone
+			w.unheard = w.unheard && (mark != MarkShutDown || w.resumed)
 		}
 	}
 	what = fmt.Sprintf("%s writes %q", what, mark)
@@ -254,6 +274,9 @@ func (w *world) sayToD(what word) {
 func (w *world) sayToS(what word) {
 	if what == neverRan && w.d.twin != copyGone {
 		w.bad = "the destination says never ran while the twin lives"
+	}
+	if what == lost && w.d.ended {
+		w.bad = "the destination says lost, and heard that the guest ended itself"
 	}
 	if w.s.session {
 		w.toS.put(what)
@@ -320,6 +343,8 @@ func (m *model) sourceTakes(w *world, st step) {
 		w.s.phase, w.s.heard = pushing, true
 	case stepRetire:
 		w.s.phase = retiring
+	case stepEnd:
+		w.s.phase = burying
 	case stepLose:
 		w.s.phase = losing
 	case stepHold:
@@ -365,7 +390,7 @@ func (m *model) source(w world) {
 			for _, p := range []pages{inUse, leftOut} {
 				if w.s.sent&p == 0 {
 					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
-						if w.s.given&p&^w.d.placed != 0 {
+						if w.s.given&p&^w.d.placed != 0 && !w.over {
 							w.bad = "the source sends zeroes for a page that it gave back"
 						}
 						w.s.sent |= p
@@ -414,7 +439,7 @@ func (m *model) source(w world) {
 			reported |= w.d.held
 		}
 		switch {
-		case w.s.given != 0 || !w.s.session || !w.d.session || w.s.sent&reported&inUse == 0:
+		case w.s.given != 0 || w.over || !w.s.session || !w.d.session || w.s.sent&reported&inUse == 0:
 		case !w.s.noted && !m.hasty:
 			m.add("source writes that the copy is not whole", true, func(w *world) { w.s.noted = true })
 		default:
@@ -448,14 +473,17 @@ func (m *model) source(w world) {
 		}
 	case retiring:
 		do := func(w *world) { w.s.phase = quitting }
-		if w.s.journal.mark() == MarkDiscarded {
+		if mark := w.s.journal.mark(); mark == MarkDiscarded || mark == MarkShutDown {
 			m.add("source begins to end its QEMU", false, do)
 		} else {
 			m.write("source", true, MarkCompleted, do, do)
 		}
+	case burying:
+		do := func(w *world) { w.s.phase = quitting }
+		m.write("source", true, MarkShutDown, do, do)
 	case quitting:
 		m.add("source ends its QEMU", false, func(w *world) {
-			if w.s.guest != gone && !w.whole && !w.gaveUp {
+			if w.s.guest != gone && !w.whole && !w.gaveUp && !w.over {
 				w.bad = "the source ends its QEMU, and the twin lacks pages"
 			}
 			w.s.phase, w.s.guest = ended, gone
@@ -479,7 +507,9 @@ func (m *model) source(w world) {
 // destination's being dead as far as its twin does not run.
 func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
-	if w.s.guest != standing || mark != MarkMayRun && mark != MarkLost || w.s.phase != asking && w.s.phase != holding && w.s.phase != ended {
+	told := mark == MarkShutDown && m.deaf
+	idle := w.s.phase == asking || w.s.phase == holding || w.s.phase == ended || told
+	if w.s.guest != standing || mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
 	// Whether the word was written is found out by reading the journal again.
@@ -489,11 +519,17 @@ func (m *model) operator(w world) {
 			w.s.phase = down
 		}
 	}
-	if (!w.s.noted || m.forgetful) && (w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down) {
+	// He looks there whether the guest ended itself, if he can.
+	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
+	resume := func(w *world) {
+		w.resumed = true
+		w.unheard = w.unheard || w.d.phase == down && !told
+	}
+	if (!w.s.noted || m.forgetful) && (w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down) && (!over || told) {
 		m.word("operator has the guest resumed here: source", MarkResumedHere, func(w *world) {
-			w.resumed = true
+			resume(w)
 			m.sourceTakes(w, stepRollBack)
-		}, func(w *world) { w.resumed = true; failed(w) })
+		}, func(w *world) { resume(w); failed(w) })
 	}
 	m.word("operator gives up the copy here: source", MarkDiscarded, func(w *world) {
 		w.gaveUp, w.s.phase = true, retiring
@@ -558,6 +594,11 @@ func (m *model) destinationTakes(w *world, st step) {
 		w.d.phase = running
 	case stepComplete:
 		w.d.phase = completing
+	case stepEnd:
+		w.d.phase, w.d.ended = marksShutDown, true
+		if m.quitFirst || w.d.journal.mark() == MarkShutDown {
+			w.d.phase = quitsTwin
+		}
 	case stepLose:
 		w.d.phase = tellsLost
 	case stepHold:
@@ -570,13 +611,19 @@ func (m *model) destinationTakes(w *world, st step) {
 func (m *model) destination(w world) {
 	m.add("destination is killed", true, func(w *world) {
 		m.leaveD(w)
-		w.d.phase, w.d.held, w.d.committed = down, 0, false
+		w.d.phase, w.d.held, w.d.committed, w.d.ended = down, 0, false, false
 	})
 	ph := w.d.phase
 	// Between these it does one thing after the other, and hears of nothing.
 	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running || ph == ended
 	early := ph == arming || ph == prepared
-	look := func(w *world) { m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), w.d.twin)) }
+	look := func(w *world) {
+		found := w.d.twin
+		if w.d.ended && !m.unheeding {
+			found = copyEnded
+		}
+		m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), found))
+	}
 	if w.d.session {
 		m.add("destination loses its session", w.s.session, func(w *world) {
 			m.leaveD(w)
@@ -630,6 +677,9 @@ func (m *model) destination(w world) {
 			m.add("destination says cont unasked", false, m.cont)
 		}
 	case running:
+		if w.d.twin == copyEnded {
+			m.add("destination finds that the guest ended itself", false, look)
+		}
 		if w.d.journal.mark() == MarkAccepted { // only where that rule is broken
 			m.write("destination", false, MarkMayRun, func(w *world) {}, func(w *world) {})
 		}
@@ -669,6 +719,22 @@ func (m *model) destination(w world) {
 			} else {
 				m.toldNeverRan(w)
 			}
+		})
+	case marksShutDown:
+		do := func(w *world) { w.d.phase = quitsTwin; w.sayToSIfAny(shutsDown) }
+		if m.quitFirst {
+			do = func(w *world) { w.d.phase = ended; w.sayToSIfAny(shutsDown) }
+		}
+		m.write("destination", false, MarkShutDown, do, func(w *world) {})
+	case quitsTwin:
+		m.add("destination has the twin quit", false, func(w *world) {
+			w.d.twin = copyGone
+			if m.quitFirst && w.d.journal.mark() != MarkShutDown {
+				w.d.phase = marksShutDown
+				w.bereft = true
+				return
+			}
+			w.d.phase, w.d.ended = ended, false
 		})
 	case tellsLost:
 		do := func(w *world) {
@@ -784,9 +850,16 @@ func (m *model) qemu(w world) {
 		m.add("the twin dies", true, func(w *world) {
 			w.d.twin = copyGone
 			w.bereft = w.bereft || w.d.journal.mark() == MarkMayRun
+			w.unheard = w.unheard || w.over && w.d.journal.mark() != MarkShutDown
 		})
 	}
 	if w.d.twin == copyRunning {
+		m.add("the guest ends itself", true, func(w *world) { w.d.twin, w.over = copyEnded, true })
+		m.add("the guest ends itself, and its QEMU at once", true, func(w *world) {
+			w.d.twin, w.over, w.unheard = copyGone, true, true
+			w.d.ended = w.d.phase != down
+			w.bereft = w.bereft || w.d.journal.mark() == MarkMayRun
+		})
 		m.add("somebody pauses the twin", true, func(w *world) { w.d.twin = copyPaused })
 	}
 	if w.d.phase == down && w.d.journal != 0 {
@@ -808,6 +881,8 @@ func settled(w *world) bool {
 		return true // the same, but nobody knows of the twin any more
 	case over && w.s.guest == gone && w.d.twin == copyComplete && (w.d.phase == ended || w.forgot) && w.whole:
 		return true // it runs there
+	case w.over && over && w.s.guest == gone && (w.d.twin == copyGone && w.d.phase == ended || w.forgot):
+		return true // it was shut down there
 	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
 		return true // lost, and kept here
 	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot || w.resumed):
@@ -1002,6 +1077,24 @@ func TestModelMutants(t *testing.T) {
 					return stepAwait
 				}
 				return destinationOnAbort(m)
+			}
+		}},
+		{"R10", "rolls back on shut down", sourceAnswers(AnswerShutDown, stepRollBack)},
+		{"R10", "keeps the copy on shut down", sourceAnswers(AnswerShutDown, stepLose)},
+		{"R10", "asks on shut down", sourceAnswers(AnswerShutDown, stepAsk)},
+		{"R10", "a copy of a guest that was shut down is resumed after a restart", sourceSteps(MarkShutDown, copyPaused, stepRollBack)},
+		{"R10", "a copy of a guest that was shut down stays after a restart", sourceSteps(MarkShutDown, copyPaused, stepNone)},
+		{"R10", "an operator may resume a guest that was shut down", func(r *rules) { r.deaf = true }},
+		{"R10", "the twin is told to quit before the mark is durable", func(r *rules) { r.quitFirst = true }},
+		{"R10", "a twin that is gone is lost, whatever it said", func(r *rules) { r.unheeding = true }},
+		{"R10", "a twin that stands shut down is killed as one that failed", destinationSteps(MarkMayRun, copyEnded, stepLose)},
+		{"R10", "a twin that was to quit does not after a restart", destinationSteps(MarkShutDown, copyEnded, stepNone)},
+		{"R10", "a guest that was shut down counts as one that never ran", func(r *rules) {
+			r.answerOf = func(m Mark, c copyState) Answer {
+				if m == MarkShutDown && c == copyGone {
+					return AnswerNeverRan
+				}
+				return answerOf(m, c)
 			}
 		}},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},

@@ -23,7 +23,7 @@ type Progress struct {
 // Report is what an eviction did, as the source saw it. Times are in seconds; those that
 // were never reached are nil.
 type Report struct {
-	Outcome string  `json:"outcome"` // completed, refused, aborted, lost contact
+	Outcome string  `json:"outcome"` // completed, shut down, refused, aborted, lost contact
 	Reason  string  `json:"reason,omitempty"`
 	Machine string  `json:"machine,omitempty"`
 	QEMU    string  `json:"qemu,omitempty"`

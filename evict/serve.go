@@ -27,11 +27,20 @@ const lingerTime = time.Minute
 
 // serve takes the pages of a VM that runs here, for as long as it takes, through any number
 // of sessions with the source and of streams to QEMU, and completes the migration.
-func (e *destination) serve(ctx context.Context) error {
-	left, stop := untilLeft(ctx)
-	defer stop()
+//
+// left ends when the engine is told to leave, for the cause of ctx.
+func (e *destination) serve(ctx, left context.Context) error {
 	mended := make(chan mended, 1)
 	mending := false
+	// still waits until nobody else uses the QEMU's monitor.
+	still := func() {
+		if mending {
+			if m := <-mended; m.conn != nil {
+				m.conn.Close()
+			}
+			mending = false
+		}
+	}
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -59,6 +68,7 @@ func (e *destination) serve(ctx context.Context) error {
 				return nil
 			}
 			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
+				e.release()
 				return e.lost(err, "The VM is whole here, but its QEMU does not end the migration: ask it with `query-migrate`. The source still holds its memory")
 			}
 			e.dropStream(err)
@@ -72,10 +82,12 @@ func (e *destination) serve(ctx context.Context) error {
 			e.dropStream(e.stream.why)
 		case m := <-mended:
 			mending = false
-			if m.err == nil {
+			if m.err == nil && m.over == "" {
 				m.err = e.useStream(m)
 			}
 			switch {
+			case m.over != "":
+				return e.shutDown(left, m.over)
 			case errors.Is(m.err, errCompleted):
 				return e.finish()
 			case m.err != nil:
@@ -87,22 +99,27 @@ func (e *destination) serve(ctx context.Context) error {
 			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
 				return e.lost(errors.Join(err, e.kill()), "The source runs the VM again. The one here was ended")
 			case errors.Is(err, errFailed):
+				still()
+				e.release()
 				return e.lost(err, e.leftovers())
 			}
 			e.at.Load().Fail(err)
 		case <-gone:
 			e.detach(e.at.Load().Err())
 		case r := <-rejoin:
-			if err := e.attach(r); err != nil {
+			if err := e.attach(left, r); err != nil {
 				return err
 			}
 		case err := <-e.cont:
 			e.cont = nil
-			if err := e.continued(err); err != nil {
+			if err := e.continued(left, err); err != nil {
 				return err
 			}
+		case why := <-e.over:
+			still()
+			return e.shutDown(left, why)
 		case <-e.life.Done():
-			return e.lost(context.Cause(e.life), goneHere)
+			return e.twinGone(left)
 		case <-left.Done():
 			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
 		case <-tick.C:
@@ -148,14 +165,14 @@ func (e *destination) dropStream(why error) {
 
 // attach goes on with a source that came back: it tells it what is here, and asks for what
 // the guest waits for. A failure of the session is no error.
-func (e *destination) attach(r *Request) error {
+func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.pending {
 		if !r.resume.Committed {
 			r.end() // it is none of ours: ours asks with this only
 			return nil
 		}
-		if err := e.run(); err != nil {
+		if err := e.run(left); err != nil {
 			e.at.Store(r.attachment)
 			return err
 		}
@@ -244,16 +261,29 @@ func (e *destination) finish() error {
 	if err := note(e.Journal, MarkCompleted, ""); err != nil {
 		e.Log.Warn("the journal does not take it that the VM is whole here", "error", err)
 	}
+	e.letGo()
 	received := e.summary()
-	timer := time.NewTimer(lingerTime)
-	defer timer.Stop()
-	a := e.at.Load()
-	if a != nil {
-		if err := writeJSON(a.control.Conn, msgComplete, received); err != nil {
+	e.say(msgComplete, received)
+	// Whatever happens to the VM now, it is no longer ours.
+	e.awaitHeard(e.life.Done(), func(r *Request) { r.Answer(AnswerComplete, "", &received) })
+	return e.machine.enter(Completed)
+}
+
+// say tells the source, if it is there, how the eviction ended here.
+func (e *destination) say(kind uint8, message any) {
+	if a := e.at.Load(); a != nil {
+		if err := writeJSON(a.control.Conn, kind, message); err != nil {
 			a.Fail(err)
 		}
 	}
-	// Until the source has heard it. Later ones are answered from the journal.
+}
+
+// awaitHeard waits until the source has heard how the eviction ended, until over is closed, or for
+// lingerTime. A source that comes back meanwhile is answered; later ones are from the journal.
+func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request)) {
+	timer := time.NewTimer(lingerTime)
+	defer timer.Stop()
+	a := e.at.Load()
 	for done := false; !done && (a != nil || e.Journal == nil); {
 		var gone <-chan struct{}
 		var frames chan controlFrame
@@ -271,16 +301,15 @@ func (e *destination) finish() error {
 			a.end()
 			a = nil
 		case r := <-e.rejoin:
-			r.Answer(AnswerComplete, "", &received)
+			answer(r)
 			done = true
 		case <-timer.C:
-			e.Log.Warn("the VM is whole here, but the source could not be told")
+			e.Log.Warn("the eviction ended well here, but the source could not be told")
 			done = true
-		case <-e.life.Done(): // whatever happens to the VM now, it is no longer ours
+		case <-over:
 			done = true
 		}
 	}
-	return e.machine.enter(Completed)
 }
 
 // summary sums up what was received.
@@ -303,10 +332,13 @@ type twin struct {
 	PID    int              `json:"pid"`
 	Start  uint64           `json:"start_ticks"` // of the process, since boot, in clock ticks
 	Blocks []guestmem.Block `json:"blocks"`
+	// Changed are its migration settings to be put back.
+	Changed  settings         `json:"changed"`
+	Messages process.Messages `json:"messages"`
 }
 
 func (e *destination) twin() twin {
-	return twin{e.process.PID, e.process.StartTime, e.mem.Blocks()}
+	return twin{e.process.PID, e.process.StartTime, e.mem.Blocks(), e.changed, e.messages}
 }
 
 // Resume goes on with an eviction that another engine left or died over, whose last mark in
@@ -324,7 +356,14 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
 		return Received{}, &Error{ErrLeft, CutOff, err, "Nothing was touched. The VM may run here as far as its pages go"}
 	}
+	left, stop := untilLeft(ctx)
+	defer stop()
 	switch destinationStep(m, found) {
+	case stepEnd:
+		if err := e.shutDown(left, "an engine found it so before"); err != nil {
+			return Received{}, err
+		}
+		return e.summary(), nil
 	case stepAbandon:
 		if found == copyGone {
 			if err := note(d.Journal, MarkNeverRan, "the engine died before the VM was told to run"); err != nil {
@@ -335,12 +374,12 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 		}
 		return Received{}, e.abort(errDied)
 	case stepTakeUp:
-		if err := e.serve(ctx); err != nil {
+		if err := e.serve(ctx, left); err != nil {
 			return Received{}, err
 		}
 		return e.summary(), nil
 	}
-	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it", errTwinGone), goneHere)
+	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it; %s", errTwinGone, e.messages.Last()), goneHere)
 }
 
 var errDied = errors.New("the engine died before the VM was told to run")
@@ -359,6 +398,7 @@ func (e *destination) find() error {
 	if err := json.Unmarshal(b, &t); err != nil {
 		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
 	}
+	e.changed, e.messages = t.Changed, t.Messages.Reopen()
 	e.process = process.Process{PID: t.PID, StartTime: t.Start}
 	pidfd, err := e.process.Open()
 	if errors.Is(err, process.ErrGone) {
@@ -367,6 +407,12 @@ func (e *destination) find() error {
 		return err
 	}
 	unix.Close(pidfd)
+	args, err := commandLine(t.PID)
+	if err != nil {
+		return err
+	}
+	e.own = actionsOf(args)
+	e.held = e.own.shutdown != "pause"
 	e.tasks.Go(e.watch)
 	head, err := e.Journal.Kept(keptHead)
 	if err != nil {
@@ -447,6 +493,7 @@ type mended struct {
 	r       *migstream.ReturnReader // of its return path
 	bitmaps map[string][]byte       // by block, a bit for each of 4 KiB that QEMU has taken from streams
 	pending bool                    // the QEMU was not told to run the VM yet
+	over    string                  // why the guest ended itself, if it did; there is no stream then
 	err     error
 }
 
@@ -477,6 +524,13 @@ func (e *destination) recover() (m mended) {
 			e.q.Close()
 		}
 		e.q = q
+		e.listen(q)
+	}
+	// What the guest did while no engine listened.
+	if st, err := e.q.QueryStatus(ctx); err != nil {
+		return mended{err: err}
+	} else if e.own.ends(st.Status) {
+		return mended{over: "QEMU found in the state " + st.Status}
 	}
 	if m.err = e.awaitPaused(ctx); m.err != nil {
 		return m

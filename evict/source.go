@@ -149,6 +149,7 @@ type source struct {
 	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
 	given    atomic.Int64 // pages, by this engine
 	summary  Received
+	shutDown string // why the VM ended on the destination; empty if it did not
 
 	at     atomic.Pointer[attachment] // nil while there is no session
 	before linkBytes                  // of sessions that ended; guarded by mu
@@ -733,6 +734,9 @@ func (e *source) close() {
 func (e *source) report(err error) Report {
 	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases()}
 	var failed *Error
+	if e.shutDown != "" {
+		r.Outcome, r.Reason = string(ShutDown), e.shutDown
+	}
 	if errors.As(err, &failed) {
 		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
 	}
@@ -746,7 +750,11 @@ func (e *source) report(err error) Report {
 	if !begun.IsZero() {
 		r.Begun = &begun
 	}
-	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, e.machine.at(Completed))
+	over := e.machine.at(Completed)
+	if over.IsZero() {
+		over = e.machine.at(ShutDown)
+	}
+	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, over)
 	// Of a VM that another engine froze it is not known when.
 	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() {
 		r.Down = since(*at, e.ranSince)

@@ -19,7 +19,7 @@ import (
 //	                       │   it never ran     └──────► retiring ◄┼─────┘
 //	                       ▼   there                      │        │
 //	                    aborted                           ▼        └── in doubt, rolling back
-//	                                                  completed
+//	                                                  completed, shut down
 //
 // and the destination's:
 //
@@ -28,7 +28,7 @@ import (
 //	   ▼          └─────────┴────┬─────┴─────────┤    ▼        ▼
 //	refused                      ▼       QEMU    │   completing ─► completed
 //	                          aborted  refuses ──┘        │
-//	                                   to run it          └─► lost ◄─ running, cut off
+//	                                   to run it          └─► lost, shut down ◄─ running, cut off
 //
 // The guest runs on the source up to switching and after aborted; on the destination from
 // running on. In between it is frozen. An engine that is started anew begins in rolling
@@ -56,6 +56,7 @@ const (
 	Refused      State = "refused"
 	Aborted      State = "aborted"
 	Completed    State = "completed"
+	ShutDown     State = "shut down" // the guest ended itself on the destination before all of its memory was there
 	Lost         State = "lost contact"
 )
 
@@ -70,11 +71,11 @@ var next = map[State][]State{
 	Committing:   {Pushing, InDoubt, RollingBack, Lost},
 	InDoubt:      {Pushing, Retiring, RollingBack, Lost},
 	Reconnecting: {Pushing, Retiring, Lost},
-	Running:      {CutOff, Completing, Aborted, Lost},
-	CutOff:       {Running, Completing, Aborted, Lost},
+	Running:      {CutOff, Completing, ShutDown, Aborted, Lost},
+	CutOff:       {Running, Completing, ShutDown, Aborted, Lost},
 	Pushing:      {Reconnecting, Retiring, Lost},
-	Completing:   {Completed, Lost},
-	Retiring:     {Completed},
+	Completing:   {Completed, ShutDown, Lost},
+	Retiring:     {Completed, ShutDown},
 	RollingBack:  {Aborted, Lost},
 }
 

@@ -40,7 +40,7 @@ func states(t *testing.T) (all []State) {
 // Every state is in the table, can be reached on one side, and leads to an end.
 func TestStates(t *testing.T) {
 	all := states(t)
-	final := []State{Refused, Aborted, Completed, Lost}
+	final := []State{Refused, Aborted, Completed, ShutDown, Lost}
 	reach := func(from State) map[State]bool {
 		seen := map[State]bool{from: true}
 		for todo := []State{from}; len(todo) > 0; todo = todo[1:] {

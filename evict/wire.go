@@ -39,6 +39,7 @@ const (
 	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
 	msgOpened   uint8 = 26 // empty: msgOpen is here
 	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
+	msgShutDown uint8 = 25 // farewell: the guest ended itself here; nobody needs its memory any more
 	// both ways
 	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
 	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
@@ -145,9 +146,11 @@ type farewell struct {
 
 // Received is what the destination knows of an eviction that is complete.
 type Received struct {
-	Duplicate   int       `json:"duplicate"` // pages that came twice and were dropped
-	Fetches     int       `json:"fetches"`
-	FreeTouched int       `json:"free_touched"`   // requests for pages that were left out
+	Duplicate   int `json:"duplicate"` // pages that came twice and were dropped
+	Fetches     int `json:"fetches"`
+	FreeTouched int `json:"free_touched"` // requests for pages that were left out
+	// ShutDown is why the eviction was not completed, though it ended well: the guest ended itself.
+	ShutDown    string    `json:"shut_down,omitempty"`
 	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
 }
 

@@ -195,6 +195,8 @@ func vmState(role journal.Role, s evict.State) hypervisor.State {
 	switch s {
 	case evict.Preparing, evict.Running, evict.CutOff, evict.Completing:
 		return hypervisor.Running
+	case evict.ShutDown:
+		return hypervisor.None
 	case evict.Completed:
 		if role == journal.Source {
 			return hypervisor.None

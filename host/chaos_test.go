@@ -53,6 +53,7 @@ const (
 	frozen  outcome = "frozen on the source, resumed there by an operator"
 	dead    outcome = "ended, as its QEMU was killed where it ran, whole"
 	halved  outcome = "lost, as its QEMU on the source was killed while it held pages"
+	off     outcome = "ended, as its guest powered itself off on the destination"
 	nowhere outcome = "lost" // never allowed
 )
 
@@ -95,6 +96,37 @@ func (r *run) killTwin() {
 	}
 }
 
+// powerOff has the guest power itself off once it runs on the destination, if it ever does.
+func (r *run) powerOff() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
+			samples, vms := r.vm.Guest.Samples(), r.expected.VMs()
+			if n := len(vms); n > 0 && samples[len(samples)-1].VM == vms[n-1].Name {
+				r.vm.Guest.PowerOff(vms[n-1]) // it may have ended since
+				return
+			}
+			if e, err := r.a.api.GetEviction(r.t.Context(), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil && e.Msg.Outcome != "" {
+				return
+			}
+		}
+	}()
+	r.undo = append(r.undo, func() { <-done })
+}
+
+// slow is how many bytes a second are pushed where the guest is to power itself off before the end.
+const slow = 4 << 20
+
+func (c cell) rate() uint64 {
+	if c.fault.name == powersOff || strings.HasSuffix(c.at, "/shut down") {
+		return slow
+	}
+	return 0
+}
+
+const powersOff = "guest powers off"
+
 // faults are what may happen.
 var faults = []fault{
 	{"source daemon killed", func(r *run) { r.restart(r.a) }, nil},
@@ -113,6 +145,7 @@ var faults = []fault{
 	}, nil},
 	{"source journal full", func(r *run) { r.fill(r.a) }, nil},
 	{"destination journal full", func(r *run) { r.fill(r.b) }, nil},
+	{powersOff, (*run).powerOff, []outcome{off, dead}},
 }
 
 // A way leads to a state that no undisturbed eviction comes to: something is done in a state before it.
@@ -131,6 +164,7 @@ var (
 	abortLoading = way{"source/loading", (*run).abort}
 	cutPushing   = way{"source/pushing", func(r *run) { r.cut(false, false) }}
 	twinDies     = way{"source/pushing", (*run).killTwin}
+	guestEnds    = way{"source/pushing", (*run).powerOff}
 )
 
 // ways are those to the states that want one; of the destination they begin at the source, which is where an eviction is led.
@@ -143,6 +177,8 @@ var ways = map[string]way{
 	"destination/cut off":      cutPushing,
 	"destination/aborted":      abortLoading,
 	"destination/lost contact": twinDies,
+	"source/shut down":         guestEnds,
+	"destination/shut down":    guestEnds,
 }
 
 // points are all states of both machines, as the code has them.
@@ -258,7 +294,7 @@ func disturb(t *testing.T, l *lab.Lab, c cell) outcome {
 	r.a.start(hold[r.a]...)
 	r.b.start(hold[r.b]...)
 	r.begun = time.Now()
-	e, err := r.a.evict("web1", "hostb")
+	e, err := r.a.evictAt("web1", "hostb", c.rate())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,6 +373,13 @@ func (r *run) settle(c cell) outcome {
 	}
 	o := nowhere
 	switch {
+	case src.Outcome == "shut down":
+		if here != "" || there != "" {
+			t.Fatalf("it is told to be shut down, and the source's QEMU is %q, the destination's %q", here, there)
+		}
+		o = off
+	case here == "" && there == "" && c.fault.name == powersOff && src.Outcome == "completed":
+		o = dead // just after the end
 	case here == "" && there == "" && ((src.Outcome == "refused" || src.Outcome == "aborted") && c.fault.name == "source QEMU killed" || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.fault.name == "destination QEMU killed"):
 		o = dead // after the end, or as good as
 	case src.Outcome == "completed":
@@ -366,7 +409,8 @@ func (r *run) settle(c cell) outcome {
 		}
 		o = halved
 	}
-	if o != moved && o != stayed && !slices.Contains(c.fault.allowed, o) && !(o == frozen && strings.HasSuffix(c.at, "/lost contact")) {
+	asked := c.fault.name == powersOff || strings.HasSuffix(c.at, "/shut down")
+	if o != moved && o != stayed && !(o == off && asked) && !slices.Contains(c.fault.allowed, o) && !(o == frozen && strings.HasSuffix(c.at, "/lost contact")) {
 		t.Fatalf("the VM %s; source %v; destination %v", o, src, dst)
 	}
 	r.once(o)
@@ -393,7 +437,7 @@ func (r *run) once(o outcome) {
 			changes, last = changes+1, s.VM
 		}
 	}
-	if most := map[outcome]int{moved: 1, frozen: 2, dead: 1, halved: 1}[o]; changes > most {
+	if most := map[outcome]int{moved: 1, frozen: 2, dead: 1, halved: 1, off: 1}[o]; changes > most {
 		r.t.Errorf("the guest reported from one QEMU and the other, with %d changes", changes)
 	}
 }
@@ -446,7 +490,7 @@ func writeTable(t *testing.T, file string, table map[string]map[string][]string)
 		t.Error(err)
 	}
 	var out strings.Builder
-	letters := map[string]string{"FAILED": "**FAILED**", string(moved): "D", string(stayed): "S", string(frozen): "F", string(dead): "K", string(halved): "L"}
+	letters := map[string]string{"FAILED": "**FAILED**", string(moved): "D", string(stayed): "S", string(frozen): "F", string(dead): "K", string(halved): "L", string(off): "O"}
 	out.WriteString("| state |")
 	for _, f := range faults {
 		fmt.Fprintf(&out, " %s |", f.name)

@@ -114,20 +114,27 @@ func (h *Host) incoming() int {
 
 // receive has an engine take the VM, or resume that.
 func (v *eviction) receive(resume bool) {
-	h, id := v.host, v.entry.ID()
 	v.start(resume, func(ctx context.Context, resumed bool) (any, error) {
-		r := v.entry.Record()
-		d := evict.Destination{QMP: r.QMP, Journal: record{v.entry}, Log: h.log.With("eviction", id, "vm", r.VM, "role", r.Role), Show: v.show}
+		d := v.destination()
 		if resumed {
-			return d.Resume(ctx, id, v.mark(), v.requests)
+			return d.Resume(ctx, v.entry.ID(), v.mark(), v.requests)
 		}
 		return d.Receive(ctx, v.requests)
 	}, v.taken)
 }
 
+// destination is an engine for an eviction to here.
+func (v *eviction) destination() evict.Destination {
+	r := v.entry.Record()
+	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
+	return evict.Destination{QMP: r.QMP, Journal: record{v.entry}, Log: log, Show: v.show}
+}
+
 // taken notes the end of an eviction to here.
 func (v *eviction) taken(report json.RawMessage, err error) {
 	switch {
+	case err == nil && v.mark() == evict.MarkShutDown:
+		v.finish(evict.MarkShutDown, evict.ShutDown, errors.New(v.entry.Record().Reason), report)
 	case err == nil:
 		v.finish(evict.MarkCompleted, evict.Completed, nil, report)
 	case errors.Is(err, evict.ErrRefused), errors.Is(err, evict.ErrAborted):

@@ -46,7 +46,8 @@ func (h *Host) newEviction(entry *journal.Entry) *eviction {
 // outcomes is what a mark that an eviction ended with says to people.
 var outcomes = map[evict.Mark]string{
 	evict.MarkCompleted: string(evict.Completed), evict.MarkRolledBack: string(evict.Aborted), evict.MarkNeverRan: string(evict.Aborted),
-	evict.MarkLost: string(evict.Lost), evict.MarkResumedHere: "resumed here", evict.MarkDiscarded: "discarded",
+	evict.MarkShutDown: string(evict.ShutDown),
+	evict.MarkLost:     string(evict.Lost), evict.MarkResumedHere: "resumed here", evict.MarkDiscarded: "discarded",
 }
 
 // record is the journal of an engine.

@@ -117,6 +117,9 @@ func TestGiveBackAndLose(t *testing.T) {
 	if len(e.Remedy) != 1 || !strings.Contains(e.Remedy[0], "discard") || !strings.Contains(e.Reason, "given back") {
 		t.Errorf("the operator is told %q, %q", e.Reason, e.Remedy)
 	}
+	if words := "it left no message in " + filepath.Join(r.b.dir, "web1.log"); !strings.Contains(e.Reason, words) {
+		t.Errorf("the reason is %q, and does not say %q", e.Reason, words)
+	}
 	for range 2 {
 		_, err = r.a.api.Decide(t.Context(), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
 		if err == nil || !strings.Contains(err.Error(), "given back") {

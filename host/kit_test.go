@@ -285,8 +285,12 @@ func (s *site) expect(name string, vm *lab.VM) *lab.Expected {
 }
 
 // evict begins an eviction.
-func (s *site) evict(vm, to string) (*hostv1.Eviction, error) {
-	r, err := s.api.Evict(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: &hostv1.EvictOptions{SkipChecks: true}}))
+func (s *site) evict(vm, to string) (*hostv1.Eviction, error) { return s.evictAt(vm, to, 0) }
+
+// evictAt begins an eviction that pushes so many bytes a second at most; 0 is any number.
+func (s *site) evictAt(vm, to string, rate uint64) (*hostv1.Eviction, error) {
+	options := &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate}
+	r, err := s.api.Evict(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: options}))
 	if err != nil {
 		return nil, err
 	}

@@ -65,7 +65,19 @@ const killTime = 10 * time.Second
 func (v *eviction) recoverDestination() error {
 	switch v.mark() {
 	case evict.MarkCompleted:
-		v.finish(evict.MarkCompleted, evict.Completed, nil, nil)
+		v.host.tasks.Go(func() {
+			if err := v.destination().LetGo(v.host.life); err != nil {
+				v.host.log.Warn("whether the QEMU has its own settings back is not known", "eviction", v.entry.ID(), "error", err)
+			}
+			v.finish(evict.MarkCompleted, evict.Completed, nil, nil)
+		})
+		return nil
+	case evict.MarkShutDown:
+		// The disks were written when the guest stood still, before the mark was.
+		if err := v.killTwin(); err != nil {
+			return err
+		}
+		v.finish(evict.MarkShutDown, evict.ShutDown, errors.New(v.entry.Record().Reason), nil)
 		return nil
 	case evict.MarkLost:
 		v.finish(evict.MarkLost, evict.Lost, errors.New(v.entry.Record().Reason), nil)

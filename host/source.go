@@ -139,7 +139,15 @@ func (v *eviction) send(resume bool) {
 
 // sent notes the end of an eviction from here.
 func (v *eviction) sent(report json.RawMessage, err error) {
+	var told evict.Report
+	json.Unmarshal(report, &told) // it is the engine's
 	switch {
+	case err == nil && told.Outcome == string(evict.ShutDown):
+		why := told.Reason
+		if v.mark() == evict.MarkShutDown { // by an engine before, maybe
+			why = v.entry.Record().Reason
+		}
+		v.finish(evict.MarkShutDown, evict.ShutDown, errors.New(why), report)
 	case err == nil:
 		// What an engine had come to when a daemon died stays.
 		m := v.mark()

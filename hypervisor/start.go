@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"os/user"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -107,7 +106,10 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 	if err != nil {
 		cmd.Process.Kill()
 		<-ended
-		return process.Process{}, fmt.Errorf("%w%s", err, lastWords(log, said))
+		if words := process.LastWords(log, said); words != "" {
+			err = fmt.Errorf("%w: %s has: %s", err, log.Name(), words)
+		}
+		return process.Process{}, err
 	}
 	return p, nil
 }
@@ -215,17 +217,4 @@ func answer(ctx context.Context, vm VM, pid int) (Seen, error) {
 		err = fmt.Errorf("the QEMU does not wait for a VM: it is %s", seen.Status)
 	}
 	return seen, err
-}
-
-// lastWords is what was written to a log from an offset on, or its end.
-func lastWords(log *os.File, from int64) string {
-	const most = 1000
-	end, err := log.Seek(0, io.SeekEnd)
-	if err != nil || end <= from {
-		return ""
-	}
-	b := make([]byte, min(end-from, most))
-	n, _ := log.ReadAt(b, end-int64(len(b)))
-	words := strings.TrimSpace(string(b[:n]))
-	return fmt.Sprintf(": %s has: %s", log.Name(), words)
 }

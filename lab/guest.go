@@ -281,3 +281,10 @@ func (g *Guest) Reboot(ctx context.Context, vm *VM) error {
 	}
 	return nil
 }
+
+// PowerOff has the guest, which must be running on vm, power itself off. It does not wait for that.
+func (g *Guest) PowerOff(vm *VM) error { return vm.command(loadproto.CommandPowerOff) }
+
+// Panic has the guest, which must be running on vm, tell QEMU's device pvpanic that it panicked.
+// It does not wait for that.
+func (g *Guest) Panic(vm *VM) error { return vm.command(loadproto.CommandPanic) }

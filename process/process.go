@@ -68,6 +68,22 @@ func (p Process) Wait(ctx context.Context) error {
 	return p.wait(ctx, fd)
 }
 
+// End waits for the process's end, and tells how it ended, such as "with exit status 1". That is
+// empty where it had ended before, or where the kernel does not tell (before Linux 6.15).
+func (p Process) End(ctx context.Context) (how string, err error) {
+	fd, err := p.Open()
+	if errors.Is(err, ErrGone) {
+		return "", nil
+	} else if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	if err := p.wait(ctx, fd); err != nil {
+		return "", err
+	}
+	return ended(fd), nil
+}
+
 // pollTime is how long a wait may take to notice that its context is done.
 const pollTime = 50 * time.Millisecond
 

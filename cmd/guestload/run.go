@@ -193,6 +193,13 @@ func report(port *os.File, hot *hotSet, sets []set, bad *badSink) error {
 			case lp.CommandReboot:
 				unix.Sync()
 				return fmt.Errorf("reboot: %w", unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART))
+			case lp.CommandPowerOff:
+				unix.Sync()
+				return fmt.Errorf("power off: %w", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
+			case lp.CommandPanic:
+				if err := tellPanic(); err != nil {
+					return fmt.Errorf("tell QEMU of a panic: %w", err)
+				}
 			}
 			// Anything else may be half a command, torn by an eviction: the
 			// host asks again.
@@ -201,6 +208,21 @@ func report(port *os.File, hot *hotSet, sets []set, bad *badSink) error {
 			return fmt.Errorf("write report: %w", err)
 		}
 	}
+}
+
+func outb(port uint16, value uint8)
+
+// tellPanic says by QEMU's device pvpanic that the guest panicked: bit 0 of its port
+// (docs/specs/pvpanic.txt). The guest's own driver does no more when a kernel panics.
+func tellPanic() error {
+	const port = 0x505
+	runtime.LockOSThread() // the permission is the thread's
+	defer runtime.UnlockOSThread()
+	if err := unix.Ioperm(port, 1, 1); err != nil {
+		return fmt.Errorf("ioperm: %w", err)
+	}
+	outb(port, 1)
+	return unix.Ioperm(port, 1, 0)
 }
 
 func checkAll(b []byte, sets []set, bad *badSink) ([]byte, error) {

@@ -135,11 +135,12 @@ func progressOf(e *hostv1.Eviction) (evict.Progress, bool) {
 	}, true
 }
 
-// failure is how an eviction ended, as an error; nil if it is complete.
+// failure is how an eviction ended, as an error; nil if it ended well: the VM runs on the other
+// host, or its guest ended itself there.
 func failure(e *hostv1.Eviction) error {
 	outcome := map[string]error{"refused": evict.ErrRefused, "aborted": evict.ErrAborted, "lost contact": evict.ErrLost}[e.Outcome]
 	switch {
-	case e.Outcome == "completed":
+	case e.Outcome == string(evict.Completed), e.Outcome == string(evict.ShutDown):
 		return nil
 	case outcome == nil:
 		return fmt.Errorf("the eviction was ended by an operator: %s", clean(e.Outcome))

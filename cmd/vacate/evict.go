@@ -53,6 +53,11 @@ it runs there); else pages go by address. In any case pages that the guest waits
 for, and their neighbours, go first. --order, --enlighten and --send-free change
 that; the report tells what was known.
 
+A VM whose guest ends itself on the destination (it powers itself off, say)
+before all of its memory is there is "shut down": nothing is lost, and its QEMU
+ends on both hosts. Should QEMU stay then by its own options (-no-shutdown), the
+eviction goes on.
+
 Progress goes to standard error: one line that is written over on a terminal,
 otherwise one per state and at most one a second. The report goes to standard
 output.
@@ -61,7 +66,8 @@ With --json, standard output has JSON lines:
   {"type":"progress","progress":{...}}   with the keys
       state             preparing, switching, loading, committing, in doubt,
                         pushing, reconnecting, retiring, rolling back,
-                        completed, refused, aborted or lost contact
+                        completed, shut down, refused, aborted or lost
+                        contact
       elapsed_s         since the start
       pages_sent        or free in the guest and left out
       pages_total

@@ -262,6 +262,9 @@ the eviction's.
 		if err != nil {
 			return err
 		}
+		if last.Outcome == string(evict.ShutDown) {
+			s.note("%s: %s", clean(last.Vm), clean(last.Reason))
+		}
 		s.close()
 		return failure(last)
 	}

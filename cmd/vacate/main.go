@@ -41,7 +41,7 @@ const (
 )
 
 const exitHelp = `Exit codes:
-  0  completed
+  0  completed; or shut down: the guest ended itself on the destination
   1  usage or internal error
   2  refused: nothing was touched, the VM runs on the source
   3  aborted: the VM runs on the source, after a moment's pause at worst

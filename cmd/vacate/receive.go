@@ -26,7 +26,7 @@ func receiveCommand() *cobra.Command {
 		Use:   "receive --qmp SOCKET --listen HOST:PORT",
 		Short: "Take a VM into a QEMU that waits on this host",
 		Long: `Waits for ` + "`vacate evict`" + ` on another host and takes its VM into a QEMU here. It
-ends when that QEMU has all of the VM's memory.
+ends when that QEMU has all of the VM's memory, or its guest has ended itself.
 
 The QEMU here must be started with the command line of the one on the source
 (machine type with its version, -m, -smp, -cpu, devices, memory back ends; the
@@ -128,8 +128,12 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 			out.note("listening on %s", ln.Addr())
 		}
 	}
-	_, err = d.Receive(ctx, requests)
-	if err == nil {
+	received, err := d.Receive(ctx, requests)
+	switch {
+	case err != nil:
+	case received.ShutDown != "":
+		out.note("%s  the VM is shut down: %s", follow.elapsed(), clean(received.ShutDown))
+	default:
 		out.note("%s  the VM runs here, with all of its memory", follow.elapsed())
 	}
 	return err

@@ -65,6 +65,9 @@ func reportText(r evict.Report) string {
 		}
 	}
 	row("outcome", "%s", r.Outcome)
+	if r.Outcome == string(evict.ShutDown) {
+		row("", "%s", clean(r.Reason))
+	}
 	if r.Machine != "" {
 		row("machine", "%s, QEMU %s", clean(r.Machine), clean(r.QEMU))
 	}

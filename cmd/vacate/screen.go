@@ -53,7 +53,7 @@ func newScreen(to display) *screen {
 var rank = map[evict.State]int{
 	evict.Preparing: 1, evict.Arming: 2, evict.Switching: 3, evict.Loading: 4, evict.Committing: 5, evict.InDoubt: 5,
 	evict.Pushing: 6, evict.Reconnecting: 6, evict.Retiring: 7, evict.RollingBack: 8,
-	evict.Refused: 9, evict.Aborted: 9, evict.Completed: 9, evict.Lost: 9,
+	evict.Refused: 9, evict.Aborted: 9, evict.Completed: 9, evict.ShutDown: 9, evict.Lost: 9,
 }
 
 // show takes progress and returns at once.

@@ -1263,14 +1263,14 @@ type Eviction struct {
 	// host:port of the other host.
 	PeerAddress string `protobuf:"bytes,5,opt,name=peer_address,json=peerAddress,proto3" json:"peer_address,omitempty"`
 	// Where it stands: preparing, switching, loading, committing, in doubt, pushing, reconnecting, retiring, rolling back at
-	// the source; waiting, arming, loading, prepared, running, cut off, completing at the destination; completed, refused,
+	// the source; waiting, arming, loading, prepared, running, cut off, completing at the destination; completed, shut down, refused,
 	// aborted, lost contact at both. Empty: nothing goes on with it.
 	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
-	// What the journal has: begun, accepted, may-run; rolled back, never ran, completed, lost, resumed.
+	// What the journal has: begun, accepted, may-run; rolled back, never ran, completed, shut down, lost, resumed here, discarded.
 	Mark string `protobuf:"bytes,7,opt,name=mark,proto3" json:"mark,omitempty"`
 	// How far it is. Not set where that is not known, as after a restart.
 	Progress *Progress `protobuf:"bytes,8,opt,name=progress,proto3" json:"progress,omitempty"`
-	// completed, refused, aborted, lost contact. Empty: it has not ended.
+	// completed, shut down (the guest ended itself on the destination), refused, aborted, lost contact. Empty: it has not ended.
 	Outcome string `protobuf:"bytes,9,opt,name=outcome,proto3" json:"outcome,omitempty"`
 	// Why it did not complete, or why it does not go on, in a sentence. Empty: nothing is wrong.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`

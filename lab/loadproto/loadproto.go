@@ -46,6 +46,10 @@ const (
 	CommandCheck = "check"
 	// CommandReboot reboots the guest; its load starts anew.
 	CommandReboot = "reboot"
+	// CommandPowerOff has the guest power itself off.
+	CommandPowerOff = "poweroff"
+	// CommandPanic has the guest tell QEMU that it panicked, by QEMU's device pvpanic.
+	CommandPanic = "panic"
 )
 
 // Kinds of checked memory.

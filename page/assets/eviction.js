@@ -10,7 +10,7 @@
   main.append(el("h1", {}, "Eviction of " + data.vm), el("p", { class: "soft" },
     [data.from && "from " + data.from, data.to && "to " + data.to, data.started && new Date(data.started).toISOString().replace("T", " ").slice(0, 19) + " UTC", r.qemu && "QEMU " + r.qemu, r.machine, data.id].filter(Boolean).join(" · ")));
   for (const n of data.notes || []) main.append(el("p", {}, n));
-  main.append(el("p", {}, "Outcome: ", el("span", { class: data.outcome === "completed" ? "" : "bad" }, data.outcome || "not ended"), data.reason ? ": " + data.reason : ""));
+  main.append(el("p", {}, "Outcome: ", el("span", { class: ["completed", "shut down"].includes(data.outcome) ? "" : "bad" }, data.outcome || "not ended"), data.reason ? ": " + data.reason : ""));
   const moved = (p.total || 0) - (p.skipped || 0);
   main.append(el("div", { class: "tiles" },
     tile(seconds(r.execution_transfer_s), "until the VM ran on the other host"),
