@@ -133,9 +133,13 @@ func (e *lossError) Error() string {
 	if err != nil {
 		host = e.peer
 	}
-	return fmt.Sprintf("the path to %s loses large packets: small frames pass on the %s lane, and one of %d KiB does not (%v). "+
+	slow := ""
+	if errors.Is(e.err, errProof) {
+		slow = ", or is slower than 300 kbit/s"
+	}
+	return fmt.Sprintf("the path to %s loses large packets%s: small frames pass on the %s lane, and one of %d KiB does not (%v). "+
 		"Check the MTU at both ends and on the way (`ip link`; a firewall that drops ICMP \"fragmentation needed\" hides what is wrong): `ping -M do -s 1472 %[1]s`",
-		host, e.lane, proofBytes>>10, e.err)
+		host, slow, e.lane, proofBytes>>10, e.err)
 }
 
 func (e *lossError) Unwrap() error { return e.err }

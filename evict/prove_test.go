@@ -3,8 +3,10 @@ package evict
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -134,3 +136,26 @@ func TestProve(t *testing.T) {
 }
 
 var errEnough = errors.New("enough")
+
+// A lane that ended by a time-out, or was reset late, has lost a frame; one that was reset at once has not.
+func TestLossError(t *testing.T) {
+	for _, c := range []struct {
+		err   error
+		after time.Duration
+		lossy bool
+	}{
+		{syscall.ETIMEDOUT, 0, true}, {errProof, proofTime, true}, {syscall.ECONNRESET, lossTime, true}, {syscall.ECONNRESET, lossTime / 2, false},
+		{errFarewell, proofTime, false}, {context.Canceled, proofTime, false},
+	} {
+		if lossy(fmt.Errorf("read: %w", c.err), c.after) != c.lossy {
+			t.Errorf("%v after %v", c.err, c.after)
+		}
+	}
+	const want = "the path to 10.0.0.2 loses large packets, or is slower than 300 kbit/s: small frames pass on the push lane, and one of 64 KiB does not"
+	if err := (&lossError{"10.0.0.2:7601", "push", errProof}); !strings.HasPrefix(err.Error(), want) || !strings.HasSuffix(err.Error(), "`ping -M do -s 1472 10.0.0.2`") {
+		t.Error(err)
+	}
+	if err := (&lossError{"10.0.0.2:7601", "push", syscall.ETIMEDOUT}); strings.Contains(err.Error(), "slower") {
+		t.Error(err)
+	}
+}
