@@ -128,13 +128,13 @@ func (f files) cpuGroup(pid int) string {
 	if err != nil {
 		return ""
 	}
-	session, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
+	session, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ") // "/autogroup-5 nice 0"
 	return session
 }
 
 // yielding is how much CPU, in cores, processes used since before that would leave it to VMs. vms
 // are those on the host; where there are none, a VM that came would be this process's child, with
-// the usual priority.
+// the usual priority and a session of its own.
 func (f files) yielding(now, before Host, vms []process.Process) float64 {
 	if len(now.yielders) == 0 {
 		return 0
@@ -152,7 +152,7 @@ func (f files) yielding(now, before Host, vms []process.Process) float64 {
 		}
 		least = max(least, step)
 	}
-	if group == "" {
+	if group == "" || len(vms) == 0 && strings.HasPrefix(group, "/") {
 		return 0
 	}
 	sum := 0.0
