@@ -3,16 +3,13 @@ package evict_test
 import (
 	"context"
 	"errors"
-	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 
 	"vacate/evict"
 	"vacate/lab/labtest"
 	"vacate/link"
-	"vacate/qmp"
 )
 
 // What QEMU cannot migrate, and what the engine cannot, is refused before anybody is asked to take it.
@@ -54,18 +51,10 @@ func evictNowhere(t *testing.T, monitor string) error {
 func runQEMU(t *testing.T, args ...string) (monitor string) {
 	t.Helper()
 	monitor = filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.Command("qemu-system-x86_64", append([]string{"-nodefaults", "-display", "none", "-m", "32", "-qmp", "unix:" + monitor + ",server=on,wait=off"}, args...)...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	labtest.Need(t, cmd.Start())
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	ctx := labtest.Within(t, time.Minute)
-	for ctx.Err() == nil {
-		if q, err := qmp.Dial(ctx, monitor); err == nil {
-			q.Close()
-			return monitor
-		}
-		time.Sleep(20 * time.Millisecond)
+	q, err := startQEMU(t, monitor, append([]string{"-m", "32"}, args...)...)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal(context.Cause(ctx))
-	return ""
+	q.Close()
+	return monitor
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"vacate/fit"
@@ -544,4 +545,16 @@ func FuzzMessages(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Pages that are too large to come one by one are refused with the offer, though both ends have them.
+func TestOfferOfHugePages(t *testing.T) {
+	o := anOffer()
+	o.Blocks[0].PageSize = 1 << 30
+	if err := o.mismatch(o); err == nil || !strings.Contains(err.Error(), `memory "pc.ram" has pages of 1024 MiB, and only those of 2 MiB at most can come one by one`) {
+		t.Error(err)
+	}
+	if err := anOffer().mismatch(anOffer()); err != nil {
+		t.Error(err)
+	}
 }

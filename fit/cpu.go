@@ -177,17 +177,23 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 	}
 	slices.SortFunc(c.Free, Place.compare)
 	words := make([][]Word, len(cpus))
-	var names []string
-	var model string
 	get := func(path, property string, v any) error {
 		return q.Run(ctx, "qom-get", map[string]any{"path": path, "property": property}, v)
 	}
 	first := cpus[0].Path
+	properties := func(names []string) error {
+		values := make([]json.RawMessage, len(names))
+		err := each(len(names), func(i int) error { return optional(get(first, names[i], &values[i])) })
+		for i, name := range names {
+			if values[i] != nil {
+				c.Properties = append(c.Properties, Property{name, string(values[i])})
+			}
+		}
+		return err
+	}
+	var model string
 	ask = []func() error{
-		func() (err error) {
-			names, err = propertiesOf(ctx, q, first)
-			return err
-		},
+		func() error { return properties(seen) },
 		func() error { return get(first, "type", &model) },
 		func() error {
 			var list []rawWord
@@ -221,16 +227,17 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 		c.VCPUs = append(c.VCPUs, VCPU{cpu.Index, cpu.Place, n})
 	}
 	slices.SortFunc(c.VCPUs, func(a, b VCPU) int { return cmp.Compare(a.Index, b.Index) })
-	visible := c.visible()
-	names = slices.DeleteFunc(names, func(name string) bool { return !visible(name) })
-	values := make([]json.RawMessage, len(names))
-	err = each(len(names), func(i int) error { return optional(get(first, names[i], &values[i])) })
-	for i, name := range names {
-		if v := string(values[i]); v != "" {
-			c.Properties = append(c.Properties, Property{name, v})
+	if also := c.also(); also != nil {
+		names, err := propertiesOf(ctx, q, first)
+		if err == nil {
+			err = properties(slices.DeleteFunc(names, func(name string) bool { return !also(name) }))
+		}
+		if err != nil {
+			return c, err
 		}
 	}
-	return c, errors.Join(err, c.Check())
+	slices.SortFunc(c.Properties, func(a, b Property) int { return strings.Compare(a.Name, b.Name) })
+	return c, c.Check()
 }
 
 // optional is err unless QEMU refused the command, or does not know it.
@@ -305,7 +312,7 @@ func propertiesOf(ctx context.Context, q *qmp.Client, path string) (names []stri
 // seen are properties of a CPU whose effect a guest sees in CPUID or model-specific registers, besides
 // those that feature words tell. Two are missing on purpose: ucode-rev, the microcode's revision, as that
 // of two hosts seldom agrees, and guests look at it when they boot; and tsc-frequency, as the stream
-// carries it, but see visible.
+// carries it, but see also.
 var seen = strings.Fields(`avx10-version cpuid-0xb family fill-mtrr-mask guest-phys-bits host-cache-info hypervisor-vendor
 	kvm l3-cache lbr-fmt legacy-cache legacy-multi-node level level-func7 lmce model model-id phys-bits pmu stepping tcg-cpuid
 	vendor vmware-cpuid-freq x-amd-topoext-features-only x-arch-cap-always-on x-consistent-cache x-force-cpuid-0x1f
@@ -318,17 +325,19 @@ var capabilities = []string{"vmx", "arch-capabilities", "core-capability"}
 var notCapabilities = []string{"x-", "hv-", "kvm", "min-", "host-", "hotplug", "realized", "start-", "full-", "check", "enforce", "migratable",
 	"thread-id", "core-id", "module-id", "die-id", "socket-id", "node-id", "apic-id", "ucode-rev", "type"}
 
-// visible returns a function that reports whether a property of the CPUs is to be compared.
-func (c CPUs) visible() func(name string) bool {
-	invtsc, more := c.has("invtsc"), c.has(capabilities...)
+// also returns a function that reports whether another property of these CPUs is to be compared, or nil if
+// there is none.
+func (c CPUs) also() func(name string) bool {
+	invtsc, more, kvm := c.has("invtsc"), c.has(capabilities...), c.Accel == "kvm"
+	if !invtsc && !more && !kvm {
+		return nil
+	}
 	return func(name string) bool {
 		switch {
-		case strings.Contains(name, "_"): // another spelling
+		case strings.Contains(name, "_"), slices.Contains(seen, name): // another spelling, or known already
 			return false
-		case slices.Contains(seen, name):
-			return true
 		case strings.HasPrefix(name, "hv-"):
-			return c.Accel == "kvm"
+			return kvm
 		case name == "tsc-frequency":
 			return invtsc // which promises the guest that it never changes
 		}
@@ -375,13 +384,14 @@ func without(a, b []Word) (names []string) {
 // equal either: its guest would see them appear, and could go back to no host without them.
 func (c CPUs) Against(twin CPUs) (r Reasons) {
 	const smp = "start the destination's QEMU with the source's -smp"
-	if c.Arch != twin.Arch {
+	switch {
+	case c.Arch != twin.Arch:
 		r.add("start the destination's QEMU from the source's program", "the source's QEMU is for %s, the destination's for %s", c.Arch, twin.Arch)
-	}
-	if c.Accel != twin.Accel {
-		r.add(fmt.Sprintf("start the destination's QEMU with -accel %s", c.Accel), "the VM runs under %s on the source, and would under %s on the destination", c.Accel, twin.Accel)
-	}
-	if len(c.VCPUs) != len(twin.VCPUs) {
+		return r
+	case c.Accel != twin.Accel: // each makes CPUs of its own
+		r.add(fmt.Sprintf("start the destination's QEMU with -accel %s", c.Accel), "the VM runs %s on the source, and would %s on the destination", accelName(c.Accel), accelName(twin.Accel))
+		return r
+	case len(c.VCPUs) != len(twin.VCPUs):
 		r.add(smp, "the source has %d vCPUs, the destination %d", len(c.VCPUs), len(twin.VCPUs))
 		return r
 	}

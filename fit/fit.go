@@ -59,9 +59,9 @@ func list(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-// atOnce is how many commands wait in a QEMU's monitor at the same time: QEMU takes no more than that
-// from one client, and on a busy host it answers several as late as one.
-const atOnce = 8
+// atOnce is how many commands wait in a QEMU's monitor at the same time. On a busy host QEMU answers
+// many as late as one.
+const atOnce = 64
 
 // each calls f for 0 to n-1, several at the same time, and returns the first error by number.
 func each(n int, f func(i int) error) error {

@@ -24,6 +24,12 @@ var qemuBinary = flag.String("qemu", "qemu-system-x86_64", "QEMU to test with")
 // start starts a QEMU whose guest does not run.
 func start(t *testing.T, args ...string) *qmp.Client {
 	t.Helper()
+	if _, err := exec.LookPath(*qemuBinary); err != nil {
+		if os.Getenv("VACATE_REQUIRE") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip("needs qemu-system-x86_64: install the package qemu-system-x86")
+	}
 	sock := filepath.Join(t.TempDir(), "qmp")
 	cmd := exec.Command(*qemuBinary, append([]string{"-nodefaults", "-display", "none", "-S", "-m", "32", "-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
 	var said strings.Builder
@@ -166,10 +172,6 @@ func TestNames(t *testing.T) {
 
 // The devices of both ends are compared, whatever they hang on.
 func TestDevicesOfTwins(t *testing.T) {
-	dir := t.TempDir()
-	if err := os.Mkdir(filepath.Join(dir, "share"), 0o700); err != nil {
-		t.Fatal(err)
-	}
 	const q35 = "-M q35 -device pcie-root-port,id=rp1,chassis=1 -device pcie-root-port,id=rp2,chassis=2 "
 	for name, c := range map[string]struct {
 		source, twin string
