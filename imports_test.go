@@ -35,7 +35,7 @@ var imports = map[string][]string{
 	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
 	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/fit", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/process", "vacate/pushorder", "vacate/qmp", "vacate/urgent"},
-	"fit":              {"vacate/qmp"},
+	"fit":              {"golang.org/x/sys", "vacate/qmp"},
 	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
 	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "golang.org/x/net", "golang.org/x/sys", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pressure", "vacate/process", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/urgent"},
 	"doctor":           {"golang.org/x/sys", "vacate/fit", "vacate/guestmem", "vacate/qmp", "vacate/urgent"},

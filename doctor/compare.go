@@ -96,6 +96,7 @@ func (r *report) vm(h HostFacts, vm VMFacts) {
 	if len(vm.Settings) > 0 {
 		r.add(Note, h.Name, "settings", "migration capabilities are on, and an eviction sets them as it needs: "+list(vm.Settings), "")
 	}
+	r.work(h, vm)
 	r.devices(h, vm)
 	r.backing(h, vm)
 }

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
-
 	"unicode/utf8"
+
 	"vacate/fit"
 )
 
@@ -44,8 +44,8 @@ func goodCPUs() fit.CPUs {
 		Features: [][]fit.Word{{{Leaf: "7.0 EBX", Bits: 1 << 5}}}, Filtered: []fit.Word{}, Properties: []fit.Property{{Name: "family", Value: "6"}}}
 }
 
-func nfsFile() FileFacts {
-	return FileFacts{Path: "/vms/web1.raw", Size: 8 << 30, FS: "nfs4", Export: "filer:/vms/", Device: 40, Inode: 77, Head: "0123", Locked: true}
+func nfsFile() fit.File {
+	return fit.File{Path: "/vms/web1.raw", Size: 8 << 30, FS: "nfs4", Export: "filer:/vms/", Device: 40, Inode: 77, Head: "0123", Locked: true}
 }
 
 // good is a situation against which nothing stands.
@@ -59,7 +59,7 @@ func good() *situation {
 			Disks:    []DiskFacts{{Drive: "disk", Driver: "raw", Direct: true, File: nfsFile()}}},
 		Destination: goodHost("beta"),
 		Twin: TwinFacts{Name: "web1", QEMU: QEMUFacts{Path: "/usr/bin/qemu-system-x86_64", Version: "7.2.22", Machines: []string{"pc-i440fx-7.2", "none"}}, Main: 4 << 30, CPUs: goodCPUs(),
-			Disks: []FileFacts{nfsFile()}},
+			Disks: []fit.File{nfsFile()}},
 		Link: LinkFacts{RoundTrip: 200 * time.Microsecond, Rate: 117e6},
 	}
 }
@@ -150,33 +150,45 @@ func TestFindings(t *testing.T) {
 		{"far away", func(s *situation) { s.Link.RoundTrip = 80 * time.Millisecond }, Warning, "", "round trip", "80 ms", "mtr"},
 		{"slow", func(s *situation) { s.Link.Rate = 1e5 }, Warning, "", "estimate", "5h57m55s for 2 GiB", "faster link"},
 		{"rate unknown", func(s *situation) { s.Link.Rate = 0 }, Note, "", "estimate", "none", ""},
-		{"disk missing", func(s *situation) { s.Twin.Disks[0] = FileFacts{Path: "/vms/web1.raw", Error: "ENOENT"} }, Fatal, "beta", "disk", "ENOENT", "NFS"},
+		{"disk missing", func(s *situation) { s.Twin.Disks[0] = fit.File{Path: "/vms/web1.raw", Error: "ENOENT"} }, Fatal, "beta", "disk", "ENOENT", "NFS"},
 		{"disk not described", func(s *situation) { s.Twin.Disks = nil }, Fatal, "beta", "disk", "names neither", "description on beta"},
-		{"disk gone at the source", func(s *situation) { s.VM.Disks[0].File = FileFacts{Path: "/var/tmp/vl.x", Error: "ENOENT"} }, Fatal, "alpha", "disk", "snapshot=on", "restart"},
+		{"disk gone at the source", func(s *situation) { s.VM.Disks[0].File = fit.File{Path: "/var/tmp/vl.x", Error: "ENOENT"} }, Fatal, "alpha", "disk", "snapshot=on", "restart"},
 		{"disk local", func(s *situation) { s.VM.Disks[0].File.FS, s.Twin.Disks[0].FS = "ext4", "ext4" }, Fatal, "beta", "disk", "its own file, on ext4", "NFS"},
 		{"disk of another export", func(s *situation) { s.Twin.Disks[0].Export = "filer2:/vms/" }, OK, "beta", "disk", "locked", ""},
-		{"disk unproven", func(s *situation) { s.Twin.Disks[0].Inode, s.Twin.Disks[0].Head = 3, "4567" }, Warning, "beta", "disk", "could not be proven", "stat /vms/web1.raw"},
-		{"disk of another size", func(s *situation) { s.Twin.Disks[0].Inode, s.Twin.Disks[0].Size = 3, 1<<30 }, Fatal, "beta", "disk", "of 1 GiB and not 8 GiB", "NFS"},
-		{"disk cached", func(s *situation) { s.VM.Disks[0].Direct = false }, Warning, "alpha", "disk cache", "old data", "cache=none"},
+		{"disk unproven", func(s *situation) {
+			s.Twin.Disks[0].Export, s.Twin.Disks[0].Locked = "filer2:/vms/", false
+		}, Fatal, "beta", "disk", "cannot be proven", `trust_disks = ["disk"]`},
+		{"disk trusted", func(s *situation) {
+			s.Twin.Disks[0].Export, s.Twin.Disks[0].Locked, s.VM.Disks[0].Direct, s.VM.Trusted = "filer2:/vms/", false, false, []string{"disk"}
+		}, Note, "beta", "disk", "trust_disks", ""},
+		{"disk of the same server", func(s *situation) { s.Twin.Disks[0].Inode = 3 }, Fatal, "beta", "disk", "two files of filer:/vms/", "NFS"},
+		{"flash", func(s *situation) { s.Twin.Disks[0].Inode, s.VM.Disks[0].Carried = 3, true }, OK, "beta", "disk", "moves with the VM's memory", ""},
+		{"job", func(s *situation) {
+			s.VM.Work = fit.Reasons{{Text: `an unfinished job "j" (backup, running, 3 %)`, Remedy: "`job-cancel`"}}
+		}, Fatal, "alpha", "work", `the VM has an unfinished job "j"`, "job-cancel"},
+		{"bitmap", func(s *situation) { s.VM.Bitmaps = []string{`"b" of node "n"`} }, Warning, "alpha", "dirty bitmap", `"b" of node "n"`, "persistent=true"},
+		{"disk cached", func(s *situation) { s.VM.Disks[0].Direct = false }, Fatal, "alpha", "disk cache", "old data", "cache=none"},
+		{"disk not flushed", func(s *situation) { s.VM.Disks[0].NoFlush = true }, Fatal, "alpha", "disk cache", "cache=unsafe", "cache=none"},
 		{"ISO copied", func(s *situation) {
 			s.VM.Disks[0].ReadOnly, s.VM.Disks[0].File.FS, s.Twin.Disks[0].FS = true, "xfs", "ext4"
+			s.VM.Disks[0].File.Digest, s.Twin.Disks[0].Digest = "89ab", "89ab"
 		}, Note, "beta", "disk", "only reads", ""},
 		{"disk by another path", func(s *situation) { s.Twin.Disks[0].Path = "/mnt/web1.raw" }, OK, "beta", "disk", "one file of filer:/vms/", ""},
 		{"other device", func(s *situation) {
-			s.VM.Disks[0].File = FileFacts{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.1"}
-			s.Twin.Disks[0] = FileFacts{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.2"}
+			s.VM.Disks[0].File = fit.File{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.1"}
+			s.Twin.Disks[0] = fit.File{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.2"}
 		}, Fatal, "beta", "disk", "naa.1 and naa.2", "iSCSI"},
 		{"same device", func(s *situation) {
-			s.VM.Disks[0].File = FileFacts{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.1"}
-			s.Twin.Disks[0] = FileFacts{Path: "/dev/sdc", Block: true, Size: 1 << 30, WWN: "naa.1"}
+			s.VM.Disks[0].File = fit.File{Path: "/dev/sdb", Block: true, Size: 1 << 30, WWN: "naa.1"}
+			s.Twin.Disks[0] = fit.File{Path: "/dev/sdc", Block: true, Size: 1 << 30, WWN: "naa.1"}
 		}, OK, "beta", "disk", "one device: naa.1", ""},
 		{"nameless device", func(s *situation) {
-			s.VM.Disks[0].File = FileFacts{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
-			s.Twin.Disks[0] = FileFacts{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
-		}, Warning, "beta", "disk", "no names", "stat"},
+			s.VM.Disks[0].File = fit.File{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
+			s.Twin.Disks[0] = fit.File{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
+		}, Fatal, "beta", "disk", "no names", "trust_disks"},
 		{"device of another size", func(s *situation) {
-			s.VM.Disks[0].File = FileFacts{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
-			s.Twin.Disks[0] = FileFacts{Path: "/dev/drbd0", Block: true, Size: 2 << 30}
+			s.VM.Disks[0].File = fit.File{Path: "/dev/drbd0", Block: true, Size: 1 << 30}
+			s.Twin.Disks[0] = fit.File{Path: "/dev/drbd0", Block: true, Size: 2 << 30}
 		}, Fatal, "beta", "disk", "1 GiB and 2 GiB", "iSCSI"},
 		{"file and device", func(s *situation) { s.Twin.Disks[0].Block = true }, Fatal, "beta", "disk", "block device", "NFS"},
 		{"one machine", func(s *situation) {

@@ -106,6 +106,9 @@ type VMFacts struct {
 	Devices   []DeviceFacts `json:"devices"`
 	Networks  []string      `json:"networks"` // kinds of network back ends: "tap", "user", "vhost-user"…
 	Disks     []DiskFacts   `json:"disks"`
+	Trusted   []string      `json:"trusted"` // drives whose images are taken for the same on an operator's word
+	Bitmaps   []string      `json:"bitmaps"` // dirty bitmaps that do not move
+	Work      fit.Reasons   `json:"work"`    // what the VM's QEMU is in the middle of
 }
 
 // MemoryFacts is one RAM block.
@@ -130,30 +133,14 @@ type DeviceFacts struct {
 
 // DiskFacts is one image that a drive uses: its top, or one that it is backed by.
 type DiskFacts struct {
-	Drive    string    `json:"drive"`  // for humans
-	Driver   string    `json:"driver"` // format: "raw", "qcow2"…
-	ReadOnly bool      `json:"read_only"`
-	Direct   bool      `json:"direct"` // past the host's page cache
-	URL      string    `json:"url"`    // in place of a file: what QEMU reaches by itself, over a network or so
-	File     FileFacts `json:"file"`
-}
-
-// FileFacts is what can be told of a file or block device without changing it, for two hosts to compare.
-// That two are one is proven by: an equal world-wide name of block devices; equal export and inode on a
-// file system of the network; or equal device and inode where both hosts are one machine. Equal size and
-// head prove nothing, as copies have those too.
-type FileFacts struct {
-	Path   string `json:"path"`
-	Error  string `json:"error"` // why it cannot be looked at
-	Block  bool   `json:"block"` // a block device, else a regular file
-	Size   uint64 `json:"size"`
-	FS     string `json:"fs"`     // type of the file system it lies on, as in /proc/self/mountinfo
-	Export string `json:"export"` // what is mounted, and the mount's root in it: "filer:/vms/"
-	Device uint64 `json:"device"` // number: of the device itself, or of the one that the file lies on
-	Inode  uint64 `json:"inode"`
-	WWN    string `json:"wwn"`    // of a block device, the same on all hosts
-	Head   string `json:"head"`   // hash of the first 64 KiB; "" if unreadable
-	Locked bool   `json:"locked"` // a QEMU holds its locks on it, as this host sees it
+	Drive    string   `json:"drive"`  // for humans
+	Driver   string   `json:"driver"` // format: "raw", "qcow2"…
+	ReadOnly bool     `json:"read_only"`
+	Direct   bool     `json:"direct"` // past the host's page cache
+	NoFlush  bool     `json:"no_flush"`
+	Carried  bool     `json:"carried"` // its content moves with the VM's memory
+	URL      string   `json:"url"`     // in place of a file: what QEMU reaches by itself, over a network or so
+	File     fit.File `json:"file"`
 }
 
 // TwinFacts is what the destination has for a VM of that name.
@@ -168,7 +155,7 @@ type TwinFacts struct {
 	CPUs        fit.CPUs       `json:"cpus"`        // as its QEMU makes them here; zero if that is not known
 	CPUError    string         `json:"cpu_error"`   // why it is not
 	Backends    []BackendFacts `json:"backends"`    // memory of the description that is files
-	Disks       []FileFacts    `json:"disks"`       // files of the description, and what they are backed by
+	Disks       []fit.File     `json:"disks"`       // files of the description, and what they are backed by
 	URLs        []string       `json:"urls"`        // images that are no files
 }
 

@@ -64,18 +64,18 @@ func (t *TwinFacts) add(im image, dir string) {
 	for range maxChain {
 		path, ok := localFile(im.name)
 		if !ok {
-			if !slices.Contains(t.URLs, im.name) {
-				t.URLs = append(t.URLs, im.name)
+			if name, _ := fit.Address(im.driver, im.name); !slices.Contains(t.URLs, name) {
+				t.URLs = append(t.URLs, name)
 			}
 			return
 		}
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(dir, path)
 		}
-		if slices.ContainsFunc(t.Disks, func(f FileFacts) bool { return f.Path == path }) || len(t.Disks) >= maxList {
+		if slices.ContainsFunc(t.Disks, func(f fit.File) bool { return f.Path == path }) || len(t.Disks) >= maxList {
 			return
 		}
-		t.Disks = append(t.Disks, lookAt(path))
+		t.Disks = append(t.Disks, fit.LookAt(path, true))
 		if im.driver != "qcow2" {
 			return // a guest can write what looks like a header into a raw image
 		}

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -79,19 +77,22 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 	}
 	v.Networks = fit.Networks(text)
 
-	dir := "" // QEMU's working directory
 	mem, err := guestmem.Attach(ctx, q)
 	if err != nil {
 		v.MemoryErr = err.Error()
 	} else {
 		defer mem.Close()
-		dir, _ = os.Readlink(fmt.Sprintf("/proc/%d/cwd", mem.PID()))
 		for _, b := range mem.Blocks() {
 			v.Memory = append(v.Memory, MemoryFacts{b.Name, b.Size, b.PageSize})
 		}
 		v.Used = parseUsed(head(fmt.Sprintf("/proc/%d/status", mem.PID()), 16<<10))
 	}
-	if v.Disks, err = disks(ctx, q, dir); err != nil {
+	disks, err := fit.DisksOf(ctx, q)
+	if err != nil {
+		return v, err
+	}
+	v.Disks, v.Bitmaps = disksOf(disks), disks.Volatile
+	if v.Work, err = fit.WorkOf(ctx, q); err != nil {
 		return v, err
 	}
 	clip(&v)
@@ -128,70 +129,26 @@ func parseUsed(b []byte) (used uint64) {
 	return sizes["VmRSS"] + sizes["VmSwap"] + sizes["HugetlbPages"]
 }
 
-// blockImage is the part of QEMU's ImageInfo that names files.
-type blockImage struct {
-	Filename string      `json:"filename"`
-	Format   string      `json:"format"`
-	Backing  *blockImage `json:"backing-image"`
-}
-
-// blockDrive is the part of QEMU's BlockInfo that says where a drive's data is.
-type blockDrive struct {
-	Device   string `json:"device"`
-	QDev     string `json:"qdev"`
-	Inserted *struct {
-		File     string     `json:"file"`
-		Node     string     `json:"node-name"`
-		ReadOnly bool       `json:"ro"`
-		Driver   string     `json:"drv"`
-		Image    blockImage `json:"image"`
-		Cache    struct {
-			Direct bool `json:"direct"`
-		} `json:"cache"`
-	} `json:"inserted"`
-}
-
-func disks(ctx context.Context, q *qmp.Client, dir string) (all []DiskFacts, _ error) {
-	var list []blockDrive
-	if err := q.Run(ctx, "query-block", nil, &list); err != nil {
-		return nil, err
-	}
-	for _, d := range list {
-		all = append(all, d.images(dir)...)
-	}
-	return all, nil
-}
-
-// images returns what a drive's data is in: its image and those that back it. Names are relative to dir,
-// QEMU's working directory.
-func (d blockDrive) images(dir string) (all []DiskFacts) {
-	in := d.Inserted
-	if in == nil {
-		return nil // no medium
-	}
-	name := d.Device
-	for _, other := range []string{in.Node, d.QDev} {
-		if name == "" && !strings.HasPrefix(other, "#") {
-			name = other
-		}
-	}
-	for im, n := &in.Image, 0; im != nil && n < maxChain; im, n = im.Backing, n+1 {
-		disk := DiskFacts{Drive: name, Driver: im.Format, ReadOnly: in.ReadOnly || n > 0, Direct: in.Cache.Direct}
-		switch path, local := localFile(im.Filename); {
-		case !local:
-			disk.URL = im.Filename
-		case filepath.IsAbs(path) || dir != "":
-			if !filepath.IsAbs(path) {
-				path = filepath.Join(dir, path)
+// disksOf lists what drives read and write: the files, or what there is in their place.
+func disksOf(d fit.Disks) (all []DiskFacts) {
+	for _, drive := range d.Drives {
+		var walk func(n fit.Node, driver string)
+		walk = func(n fit.Node, driver string) {
+			for _, c := range n.Children {
+				walk(c, n.Driver)
 			}
-			disk.File = lookAt(path)
-		default:
-			disk.File = FileFacts{Path: path, Error: "its directory is unknown: QEMU's process cannot be looked at"}
+			switch {
+			case n.File != nil:
+				all = append(all, DiskFacts{
+					Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly, Direct: n.Direct, NoFlush: n.NoFlush, Carried: drive.Carried, File: *n.File,
+				})
+			case len(n.Children) == 0 && !strings.HasPrefix(n.Driver, "null-"): // which hold nothing
+				all = append(all, DiskFacts{Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly, URL: n.Address})
+			}
 		}
-		if n == 0 && strings.HasPrefix(disk.URL, "null-") {
-			return nil // holds nothing
+		if drive.Root != nil {
+			walk(*drive.Root, drive.Root.Driver)
 		}
-		all = append(all, disk)
 	}
 	return all
 }

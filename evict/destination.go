@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"vacate/fit"
 	"vacate/guestmem"
 	"vacate/migstream"
 	"vacate/pageset"
@@ -347,7 +348,15 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
 		return fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
 	}
-	if err := o.mismatch(e.here); err != nil {
+	if err := atRest(ctx, e.q, "the QEMU that waits at the destination"); err != nil {
+		return err
+	}
+	// Not when the wait began: it may be mended meanwhile, in QEMU's monitor.
+	here := e.here
+	if here.Disks, err = fit.DisksOf(ctx, e.q); err != nil {
+		return err
+	}
+	if err := o.mismatch(here); err != nil {
 		return err
 	}
 	if e.stream != nil {

@@ -203,7 +203,7 @@ func isRefusal(err error) bool {
 
 // check makes sure that what a peer offers is within bounds.
 func (o offer) check() error {
-	if err := errors.Join(o.CPUs.Check(), o.Devices.Check()); err != nil {
+	if err := errors.Join(o.CPUs.Check(), o.Devices.Check(), o.Disks.Check()); err != nil {
 		return fmt.Errorf("%w: %w", errFrame, err)
 	}
 	return nil
@@ -215,7 +215,8 @@ func (o offer) mismatch(here offer) error {
 	if o.Machine != here.Machine {
 		return fmt.Errorf("the source's machine is %s, the destination's %s: start the destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
 	}
-	if err := append(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices)...).Err(); err != nil {
+	differ := slices.Concat(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices), o.Disks.Against(here.Disks))
+	if err := differ.Err(); err != nil {
 		return err
 	}
 	sizes := map[string]blockOffer{}

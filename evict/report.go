@@ -23,11 +23,13 @@ type Progress struct {
 // Report is what an eviction did, as the source saw it. Times are in seconds; those that
 // were never reached are nil.
 type Report struct {
-	Outcome string  `json:"outcome"` // completed, shut down, refused, aborted, lost contact
-	Reason  string  `json:"reason,omitempty"`
-	Machine string  `json:"machine,omitempty"`
-	QEMU    string  `json:"qemu,omitempty"`
-	Phases  []Phase `json:"phases"`
+	Outcome string `json:"outcome"` // completed, shut down, refused, aborted, lost contact
+	Reason  string `json:"reason,omitempty"`
+	// Warnings tell what the move costs besides time, such as dirty bitmaps.
+	Warnings []string `json:"warnings,omitempty"`
+	Machine  string   `json:"machine,omitempty"`
+	QEMU     string   `json:"qemu,omitempty"`
+	Phases   []Phase  `json:"phases"`
 	// Begun is when the VM was first touched, by having its QEMU migrate: what came before
 	// took Prepare and left it alone.
 	Begun    *time.Time `json:"begun"`

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"vacate/fit"
 	"vacate/guestmem"
 	"vacate/journal"
 	"vacate/link"
@@ -43,6 +45,9 @@ type Source struct {
 	SendFree bool
 	// Path is what the eviction shares with others; nil if it is alone.
 	Path *Path
+	// TrustDisks names disks of the VM whose images at the destination are taken for the same on the operator's
+	// word, with their cache modes; see fit.Drive.Name.
+	TrustDisks []string
 	// Limit is how many bytes per second are sent, at most; nil for any number. Fetched pages
 	// count but never wait.
 	Limit *Limit
@@ -135,6 +140,7 @@ type source struct {
 	changed settings
 	offer   offer
 	flash   []string // blocks that QEMU reads when it is told to run the VM
+	warned  []string // what the operator ought to know of a VM that is moved all the same
 	conn    net.Conn // to the source's QEMU
 	cap     *capture // nil until QEMU migrates
 	frozen  *frozen
@@ -217,12 +223,14 @@ func (e *source) prepare(all context.Context) (err error) {
 		return err
 	}
 	var before settings
+	var disks fit.Disks
 	err = together(
-		func() error { return e.fit(ctx) },
 		func() (err error) {
 			before, err = settingsOf(ctx, e.q)
 			return err
 		},
+		func() error { return atRest(ctx, e.q, cmp.Or(e.VM, "the VM")) },
+		func() error { return e.fit(ctx) },
 		func() (err error) {
 			e.offer, err = describe(ctx, e.q)
 			return err
@@ -230,6 +238,10 @@ func (e *source) prepare(all context.Context) (err error) {
 		func() error { return held(ctx, e.q) },
 		func() (err error) {
 			e.flash, err = writableFlash(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			disks, err = fit.DisksOf(ctx, e.q)
 			return err
 		},
 		func() (err error) {
@@ -256,6 +268,11 @@ func (e *source) prepare(all context.Context) (err error) {
 		return err
 	}
 	e.look(ctx)
+	if err := disks.Trust(e.TrustDisks); err != nil {
+		return err
+	}
+	e.warnOfBitmaps(disks)
+	e.offer.Disks = disks
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
 	control := e.at.Load().control
@@ -732,7 +749,7 @@ func (e *source) close() {
 
 // report sums the eviction up.
 func (e *source) report(err error) Report {
-	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases()}
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases(), Warnings: e.warned}
 	var failed *Error
 	if e.shutDown != "" {
 		r.Outcome, r.Reason = string(ShutDown), e.shutDown

@@ -106,6 +106,7 @@ type offer struct {
 	CPUs     fit.CPUs     `json:"cpus"`
 	Blocks   []blockOffer `json:"blocks"`
 	Devices  fit.Devices  `json:"devices"`
+	Disks    fit.Disks    `json:"disks"`
 	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.

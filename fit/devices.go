@@ -181,8 +181,9 @@ var addresses = []string{"addr", "port", "channel", "scsi-id", "lun", "unit", "n
 
 // ofHost are properties that have no effect for a guest, or one that it does not keep: they choose means of
 // the host, or what a boot does. busnr, MCFG and smb_io_base are the guest's to change; the default of rombar
-// has another number from QEMU 10.0 on, and the memory that it makes is compared anyway.
-var ofHost = strings.Fields(`bootindex busnr dump-guest-core hotplugged ioeventfd max-bytes MCFG period rombar share-rw smb_io_base
+// has another number from QEMU 10.0 on, and the memory that it makes is compared anyway. cyls is made of a
+// disk's size when QEMU starts, and keeps when that grows; the size is compared with the disks.
+var ofHost = strings.Fields(`bootindex busnr cyls dump-guest-core hotplugged ioeventfd max-bytes MCFG period rombar share-rw smb_io_base
 	x-ioeventfd x-txburst x-txtimer`)
 
 var (

@@ -3,11 +3,12 @@
 // features, for one. What both ends must share is gathered at each, goes to the destination with the
 // offer, and is compared there while the VM is untouched.
 //
-//	a QEMU ──CPUsOf, DevicesOf──► facts ──JSON──► facts.Against(facts of the other) ──► Reasons
-//	a QEMU ──Holds────────────────────────────────────────────────────────────────────► Reasons
+//	a QEMU ──CPUsOf, DevicesOf, DisksOf──► facts ──JSON──► facts.Against(facts of the other) ──► Reasons
+//	a QEMU ──Held, WorkOf────────────────────────────────────────────────────────────────► Reasons
 //
-// To gather facts asks QEMU only. To compare them is pure. Facts of a peer may lie or be hostile: they are
-// bounded by Check, and whatever they say can only have a VM refused.
+// To gather facts asks QEMU only, and looks at the files that it has open. To compare them is pure. Facts
+// of a peer may lie or be hostile: they are bounded by Check, and whatever they say can only have a VM
+// refused.
 package fit
 
 import (

@@ -307,7 +307,9 @@ func (h api) Evict(ctx context.Context, req *connect.Request[hostv1.EvictRequest
 	var o options
 	m := req.Msg.GetOptions()
 	if m != nil {
-		o = options{m.Order, m.Enlightenment, m.SendFree, m.RateLimit, m.Yield, m.LoadTimeoutMs}
+		o = options{
+			Order: m.Order, Enlightenment: m.Enlightenment, SendFree: m.SendFree, RateLimit: m.RateLimit, Yield: m.Yield, LoadTimeout: m.LoadTimeoutMs,
+		}
 	}
 	v, err := h.evict(ctx, req.Msg.Vm, req.Msg.To, o, m.GetSkipChecks())
 	if err != nil {

@@ -178,6 +178,7 @@ func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 	if err != nil {
 		return nil, fmt.Errorf("VM %s: %w", vm.Name, err)
 	}
+	facts.Trusted = vm.TrustDisks
 	return &facts, nil
 }
 

@@ -23,6 +23,8 @@ type options struct {
 	RateLimit     uint64 `json:"rate_limit,omitempty"` // bytes a second
 	Yield         bool   `json:"yield,omitempty"`
 	LoadTimeout   uint32 `json:"load_timeout_ms,omitempty"`
+	// TrustDisks is what the VM's description says.
+	TrustDisks []string `json:"trust_disks,omitempty"`
 }
 
 // maxLoadTimeout is the longest that a VM may be asked to stand still.
@@ -59,6 +61,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		return s, err
 	}
 	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
+	s.TrustDisks = o.TrustDisks
 	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack
 	if o.RateLimit > 0 {
 		s.Limit = new(evict.Limit)
@@ -107,6 +110,7 @@ func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks
 		return nil, &stateError{fmt.Errorf("VM %s does not run here: its state is %s", name, seen.State)}
 	}
 	r.PID, r.StartTime = seen.Process.PID, seen.Process.StartTime
+	o.TrustDisks = vm.TrustDisks
 	if r.Options, err = json.Marshal(o); err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@
 //	log = "/var/log/vacate/{name}.log"      # where its output is appended; default: the socket's path and .log
 //	env = { LANG = "C.UTF-8" }              # its environment, to which PATH is added; the daemon's is not inherited
 //	pinned = true                           # it is never chosen to leave; by name it can be evicted all the same
+//	trust_disks = ["data"]                  # drives whose images the other host has, though nothing proves it
 //	priority = 1                            # of the VMs of a host, those with the least are chosen first; default: 0
 //
 // {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own; it becomes
@@ -49,6 +50,7 @@ const (
 	suffix      = ".toml"
 	maxFile     = 256 << 10 // bytes of a description
 	maxArgs     = 2000
+	maxTrusted  = 500
 	maxVMs      = 10_000
 	maxSockPath = 107 // bytes: sockaddr_un.sun_path, unix(7), less its end
 )
@@ -69,6 +71,8 @@ type VM struct {
 	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
 	Pinned   bool
 	Priority int
+	// TrustDisks names drives whose images are taken for those of the other host on the operator's word.
+	TrustDisks []string
 
 	file string
 }
@@ -199,6 +203,8 @@ func parse(name, text string) (VM, error) {
 
 		Pinned   bool `toml:"pinned"`
 		Priority int  `toml:"priority"`
+
+		TrustDisks []string `toml:"trust_disks"`
 	}
 	if !utf8.ValidString(text) {
 		return VM{}, errors.New("not UTF-8")
@@ -208,7 +214,7 @@ func parse(name, text string) (VM, error) {
 		return VM{}, err
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, pinned and priority", unknown[0].String())
+		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, pinned, priority and trust_disks", unknown[0].String())
 	}
 	all := append(slices.Collect(maps.Keys(d.Env)), slices.Collect(maps.Values(d.Env))...)
 	for _, s := range append(append(all, d.QMP, d.User, d.Log), d.Command...) {
@@ -223,13 +229,15 @@ func parse(name, text string) (VM, error) {
 	}
 
 	named := strings.NewReplacer("{name}", name)
-	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority}
+	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority, TrustDisks: d.TrustDisks}
 	if !meta.IsDefined("start_timeout") {
 		vm.StartTimeout = usualStart
 	}
 	switch {
 	case vm.StartTimeout < leastStart || vm.StartTimeout > MaxStart:
 		return VM{}, fmt.Errorf("start_timeout = %q: want %v to %v", d.StartTimeout, leastStart, MaxStart)
+	case len(d.TrustDisks) > maxTrusted:
+		return VM{}, fmt.Errorf("trust_disks has more than %d names", maxTrusted)
 	case d.QMP == "":
 		return VM{}, errors.New(`qmp is missing, such as qmp = "/run/vacate/{name}.qmp"`)
 	case !clean(vm.QMP) || len(vm.QMP) > maxSockPath:

@@ -58,6 +58,12 @@ before all of its memory is there is "shut down": nothing is lost, and its QEMU
 ends on both hosts. Should QEMU stay then by its own options (-no-shutdown), the
 eviction goes on.
 
+The disks of both QEMUs are compared before the VM is touched: the files or
+addresses, formats, sizes, layers, and how they are cached. One that cannot be
+shown to be the same, or that the destination might read stale, is refused by
+name. Where you know better, say so with --trust-disk; for a daemon, with
+trust_disks in the VM's description on this host.
+
 Progress goes to standard error: one line that is written over on a terminal,
 otherwise one per state and at most one a second. The report goes to standard
 output.
@@ -106,6 +112,7 @@ Should that fail at the end, a warning says so; the exit code is the eviction's.
 	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false, "do not look what stands against it first (with a daemon)")
 	c.Flags().BoolVar(&o.detach, "detach", false, "print the eviction's ID, and do not follow it (with a daemon)")
 	c.Flags().BoolVar(&o.yield, "yield", false, "have the push yield to other traffic")
+	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil, "take `DISK`'s image there for the same on your word; repeat it for others (without a daemon)")
 	c.Flags().Var(&o.rate, "rate-limit", "push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
 	socketFlag(c, &o.daemon)
 	c.MarkFlagRequired("to")
@@ -153,7 +160,7 @@ func (o evictOptions) check(c *cobra.Command, args []string) error {
 	case len(args) == 1 && o.source.QMP != "":
 		return errors.New("a VM by name is evicted by the daemon, one by --qmp without it: give one of them")
 	case len(args) == 1:
-		only = []string{"certs"}
+		only = []string{"certs", "trust-disk"}
 	case o.source.QMP == "":
 		return errors.New("which VM? Give its name, or --qmp; see `vacate evict --help`")
 	default:

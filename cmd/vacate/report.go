@@ -68,6 +68,9 @@ func reportText(r evict.Report) string {
 	if r.Outcome == string(evict.ShutDown) {
 		row("", "%s", clean(r.Reason))
 	}
+	for _, w := range r.Warnings {
+		row("warning", "%s", clean(w))
+	}
 	if r.Machine != "" {
 		row("machine", "%s, QEMU %s", clean(r.Machine), clean(r.QEMU))
 	}

@@ -68,6 +68,7 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
   qmp     = "/run/vacate/{name}.qmp"
   user    = "qemu"
   start_timeout = "2m"                  # until QEMU answers; default: 30s
+  trust_disks = ["data"]               # drives whose images the other host has, though nothing proves it
   pinned  = true                        # never chosen to leave; default: false
   priority = 1                          # the least are chosen first; default: 0
 {incoming} becomes what has a QEMU wait for the VM, or nothing.`,
