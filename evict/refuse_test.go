@@ -539,7 +539,7 @@ func (r *refusals) strangers() {
 		"two offers":         {say: frame(offer, []byte(fits+fits)), says: "bytes behind it"},
 		"no time to load":    {say: frame(offer, []byte(strings.Replace(fits, "20000", "0", 1))), says: "ms for loading the devices"},
 		"endless time":       {say: frame(offer, []byte(strings.Replace(fits, "20000", "9223372036854775807", 1))), says: "ms for loading the devices"},
-		"other VM":           {say: frame(offer, []byte(fits)), says: "the source has 0 vCPUs, the destination 1"},
+		"other VM":           {say: frame(offer, []byte(fits)), says: "the source's QEMU is for , the destination's for x86_64"},
 	} {
 		r.run("stranger: "+name, func(t *testing.T) {
 			if c.hello {
