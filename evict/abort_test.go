@@ -65,8 +65,10 @@ var attempts = []attempt{
 	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin, want: evict.ErrRefused, says: "the other side gave up"},
 	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin, want: evict.ErrAborted},
 	{name: "destination's QEMU dies at the package", kind: load, do: pass, atHit: killTwin, want: evict.ErrAborted, says: "destination's QEMU ended"},
-	{name: "a device differs in what only loading it shows", twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},
-		kind: load, do: pass, want: evict.ErrAborted, says: "its last messages: qemu-system-x86_64: "},
+	{name: "a device differs in a property", twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},
+		kind: offer, do: pass, want: evict.ErrRefused, says: "ctrl_vq is true on the source, false on the destination"},
+	{name: "a device that the destination's QEMU does not know", kind: load, do: renameDevice, want: evict.ErrAborted,
+		says: "its last messages: qemu-system-x86_64: "},
 	{name: "link dead at the package", kind: load, do: pass, atHit: unplug, timeout: time.Second, want: evict.ErrAborted, says: "did not load the devices within"},
 	{name: "destination's disk is locked", kind: commit, do: pass, with: lockDisk, want: evict.ErrAborted, says: "could not be started here"},
 }

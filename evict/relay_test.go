@@ -1,7 +1,9 @@
 package evict_test
 
 import (
+	"bytes"
 	"encoding/binary"
+	"hash/crc32"
 	"io"
 	"net"
 	"sync"
@@ -40,6 +42,20 @@ func stall(r *relay, _ []byte, _ net.Conn) { r.stalled.Store(true) }
 // corrupt flips a bit of the frame.
 func corrupt(_ *relay, frame []byte, to net.Conn) {
 	frame[len(frame)-1] ^= 0x10
+	to.Write(frame)
+}
+
+// renameDevice has the package tell of a device that there is none of, which only loading it shows.
+func renameDevice(r *relay, frame []byte, to net.Conn) {
+	at := bytes.Index(frame, []byte("/virtio-net"))
+	if at < 0 {
+		r.t.Error("the package has no device virtio-net")
+	} else {
+		frame[at+1] = 'x'
+	}
+	const head = 8 // bytes that the checksum behind them covers, too
+	table := crc32.MakeTable(crc32.Castagnoli)
+	binary.BigEndian.PutUint32(frame[head:], crc32.Update(crc32.Checksum(frame[:head], table), table, frame[head+4:]))
 	to.Write(frame)
 }
 
