@@ -89,6 +89,9 @@ func disksOf(t *testing.T, q *qmp.Client) Disks {
 
 // Real QEMUs' drives are told apart as far as they are apart, however they are set up.
 func TestDisksOfQEMU(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts some 50 QEMUs")
+	}
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	const megabyte = 1 << 20

@@ -127,6 +127,10 @@ func TestParse(t *testing.T) {
 			t.Errorf("%s\nis %+v, %v; want %s", c.text, vm, err, c.say)
 		}
 	}
+	trusting, err := parse("vm", "qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]\ntrust_disks = [\"data\", \"cd\"]")
+	if err != nil || !slices.Equal(trusting.TrustDisks, []string{"data", "cd"}) {
+		t.Errorf("%+v, %v", trusting, err)
+	}
 	vm, err := parse("vm", "qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]")
 	if err != nil || vm.Log != "/q.log" || !slices.Equal(vm.Args(true), []string{"/qemu", "-qmp", "unix:/q", "-S", "-incoming", "defer"}) {
 		t.Errorf("%+v, %v", vm, err)
