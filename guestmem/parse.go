@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -186,4 +187,28 @@ func parseMaps(r io.Reader) ([]vma, error) {
 		return nil, fmt.Errorf("read process maps: %w", err)
 	}
 	return vmas, nil
+}
+
+// parseUnreserved reads /proc/PID/smaps: for each mapping, by its start, whether it was made without setting memory aside.
+func parseUnreserved(r io.Reader) (map[uint64]bool, error) {
+	lax := map[uint64]bool{}
+	var start uint64
+	s := bufio.NewScanner(r)
+	s.Buffer(nil, 64<<10)
+	for s.Scan() {
+		name, rest, _ := strings.Cut(s.Text(), " ")
+		if from, _, ok := strings.Cut(name, "-"); ok {
+			n, err := strconv.ParseUint(from, 16, 64)
+			if err != nil || len(lax) == maxVMAs {
+				return nil, fmt.Errorf("read process maps: bad row %.120q", s.Text())
+			}
+			start, lax[n] = n, false
+		} else if name == "VmFlags:" {
+			lax[start] = slices.Contains(strings.Fields(rest), "nr")
+		}
+	}
+	if err := s.Err(); err != nil {
+		return nil, fmt.Errorf("read process maps: %w", err)
+	}
+	return lax, nil
 }

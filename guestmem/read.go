@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math/bits"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -196,6 +198,52 @@ func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
 		}
 		return m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
 	})
+}
+
+// Held returns how many bytes of a block are there, as Placed has it: preallocated, or left in its file.
+func (m *Memory) Held(block int) (bytes uint64, err error) {
+	var words [1 << 12]uint64
+	const most = uint64(len(words)) * 64
+	for first, pages := uint64(0), m.blocks[block].Size/PageSize; first < pages; first += most {
+		n := min(most, pages-first)
+		if err := m.Placed(block, first, n, words[:]); err != nil {
+			return 0, err
+		}
+		for _, w := range words[:(n+63)/64] {
+			bytes += uint64(bits.OnesCount64(w)) * PageSize
+		}
+	}
+	return bytes, nil
+}
+
+// File returns the file that a block of a SharedFile is in, which stays open until Close; nil for another.
+func (m *Memory) File(block int) *os.File {
+	if m.blocks[block].Kind != SharedFile {
+		return nil
+	}
+	return m.backing[block].file
+}
+
+// Reserved tells for each block whether its huge pages were set aside for it when it was mapped, so that all of them can be had.
+func (m *Memory) Reserved() ([]bool, error) {
+	reserved := make([]bool, len(m.blocks))
+	if !slices.ContainsFunc(m.blocks, func(b Block) bool { return b.Located && b.PageSize != PageSize }) {
+		return reserved, nil
+	}
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", m.pid))
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	defer maps.Close()
+	lax, err := parseUnreserved(maps)
+	if err != nil {
+		return nil, m.explain(err)
+	}
+	for i, b := range m.blocks {
+		isLax, mapped := lax[b.HVA]
+		reserved[i] = b.Located && b.PageSize != PageSize && mapped && !isLax
+	}
+	return reserved, nil
 }
 
 // scan has bits set of n pages from page first on, by find, which gets the words for them
