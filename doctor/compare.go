@@ -1,11 +1,15 @@
 package doctor
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"vacate/room"
 )
 
 // What is too little, too much, or too soon.
@@ -341,35 +345,40 @@ func (r *report) room(vm VMFacts, h HostFacts) {
 	} else {
 		r.add(OK, h.Name, "page size", "4 KiB", "")
 	}
-	switch need := total(vm, normalPage); {
-	case need > h.MemoryFree:
-		r.add(Fatal, h.Name, check, fmt.Sprintf("the VM may use %s, and %s are available there", size(need), size(h.MemoryFree)), "make room: move a VM away from there, `vacate evict NAME --to HOST`, or choose another host")
-	case need > h.MemoryFree/10*9:
-		r.add(Warning, h.Name, check, fmt.Sprintf("the VM may use %s, which leaves less than a tenth of the %s that are available there", size(need), size(h.MemoryFree)), "make room: move a VM away from there, `vacate evict NAME --to HOST`, or choose another host")
-	default:
-		r.add(OK, h.Name, check, fmt.Sprintf("%s are available for the VM's %s", size(h.MemoryFree), size(need)), "")
+	var memory []room.Memory
+	sizes := []uint64{normalPage}
+	for _, b := range vm.Memory {
+		page := max(b.PageSize, normalPage)
+		memory = append(memory, room.Memory{Page: page, Size: b.Size})
+		if !slices.Contains(sizes, page) {
+			sizes = append(sizes, page)
+		}
+	}
+	for _, page := range sizes {
+		check := check
+		if page != normalPage {
+			check = "huge pages"
+		}
+		limits := slices.DeleteFunc(slices.Clone(h.Limits), func(l room.Limit) bool { return l.Page != page })
+		var short *room.ShortError
+		if errors.As(room.Check(limits, memory, nil), &short) {
+			r.add(Fatal, h.Name, check, short.Problem(), short.Remedy())
+			continue
+		}
+		if len(limits) == 0 {
+			r.add(Fatal, h.Name, check, fmt.Sprintf("the VM has pages of %s, and the host has none of that size", size(page)), "give the VM memory of another kind on both hosts: `-object memory-backend-memfd,…`")
+			continue
+		}
+		least := slices.MinFunc(limits, func(a, b room.Limit) int { return cmp.Compare(a.Free(), b.Free()) })
+		need, free := least.Needs(memory), least.Free()
+		if page == normalPage && need > free/10*9 {
+			r.add(Warning, h.Name, check, fmt.Sprintf("the VM may use %s, which leaves less than a tenth of the %s that %s has room for", size(need), size(free), least.Name), "make room: move a VM away from there, `vacate evict NAME --to HOST`, or choose another host")
+		} else if need > 0 {
+			r.add(OK, h.Name, check, fmt.Sprintf("%s has room for %s, and the VM needs %s", least.Name, size(free), size(need)), "")
+		}
 	}
 	if h.SwapTotal > 0 && h.SwapFree < h.SwapTotal/2 {
 		r.add(Warning, h.Name, "swap", fmt.Sprintf("more than half of its %s are in use: a VM may be slowed down there", size(h.SwapTotal)), "find out who needs so much memory: `ps -eo rss,args --sort=-rss | head`")
-	}
-	var sizes []uint64
-	for _, b := range vm.Memory {
-		if b.PageSize > normalPage && !slices.Contains(sizes, b.PageSize) {
-			sizes = append(sizes, b.PageSize)
-		}
-	}
-	for _, s := range sizes {
-		var have HugePages
-		if i := slices.IndexFunc(h.HugePages, func(p HugePages) bool { return p.Size == s }); i >= 0 {
-			have = h.HugePages[i]
-		}
-		need := plus(total(vm, s), s-1) / s
-		if have.Free < need {
-			r.add(Fatal, h.Name, "huge pages", fmt.Sprintf("the VM needs %d of %s, and %d are free there", need, size(s), have.Free),
-				fmt.Sprintf("`echo %d > /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages`", plus(have.Total, need-have.Free), s>>10))
-		} else {
-			r.add(OK, h.Name, "huge pages", fmt.Sprintf("%d of %s are free for the VM's %d", have.Free, size(s), need), "")
-		}
 	}
 }
 

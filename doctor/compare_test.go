@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"vacate/fit"
+	"vacate/room"
 )
 
 var noon = time.Date(2030, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -31,9 +32,12 @@ func goodHost(name string) HostFacts {
 		Name: name, BootID: "boot of " + name, Kernel: "6.1.0", PageSize: 4096, Effective: 1<<41 - 1,
 		Userfaultfd: UserfaultFacts{Features: 1<<14 - 1},
 		CPU:         CPUFacts{Count: 16, Model: "Xeon 1"},
-		MemoryTotal: 64 << 30, MemoryFree: 32 << 30, SwapTotal: 1 << 30, SwapFree: 1 << 30,
-		HugePages: []HugePages{{Size: 2 << 20, Free: 100, Total: 200}},
-		Load:      1, CPUWait: 1, Synchronised: true, Time: noon,
+		SwapTotal:   1 << 30, SwapFree: 1 << 30,
+		Limits: []room.Limit{
+			{Page: 4 << 10, Name: "this host", Max: 64 << 30, Used: 32 << 30},
+			{Page: 2 << 20, Name: "this host's pool of huge pages", File: "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", Spare: true, Max: 200 << 21, Used: 100 << 21},
+		},
+		Load: 1, CPUWait: 1, Synchronised: true, Time: noon,
 		Journal:     SpaceFacts{Path: "/var/lib/vacate", Free: 10 << 30},
 		Certificate: CertFacts{Name: name, Expires: noon.AddDate(1, 0, 0), CA: "aa:bb"},
 	}
@@ -103,7 +107,7 @@ func TestFindings(t *testing.T) {
 		{"memory unreadable", func(s *situation) { s.VM.MemoryErr = "EPERM" }, Fatal, "alpha", "memory", "EPERM", "CAP_SYS_PTRACE"},
 		{"gigantic pages", func(s *situation) {
 			s.VM.Memory[0].PageSize = 1 << 30
-			s.Destination.HugePages = []HugePages{{1 << 30, 4, 4}}
+			s.Destination.Limits[1] = room.Limit{Page: 1 << 30, Name: "pool", Max: 4 << 30}
 		}, Fatal, "alpha", "memory", "1 GiB", "hugetlbsize=2M"},
 		{"memory on disk", func(s *situation) { s.Twin.Backends = []BackendFacts{{"ram", "/mem", "ext4"}} }, Fatal, "beta", "memory file", "/mem", "memfd"},
 		{"no reading", func(s *situation) { s.Source.ProcessRead = "ENOSYS" }, Fatal, "alpha", "process memory", "ENOSYS", "SystemCallFilter"},
@@ -140,10 +144,17 @@ func TestFindings(t *testing.T) {
 		{"CPUs unknown", func(s *situation) { s.Twin.CPUs, s.Twin.CPUError = fit.CPUs{}, "it crashed" }, Warning, "beta", "cpu", "it crashed", "an eviction compares"},
 		{"CPUs of a liar", func(s *situation) { s.Twin.CPUs.VCPUs[1].Features = 7 }, Warning, "beta", "cpu", "out of bounds", "an eviction compares"},
 		{"large pages", func(s *situation) { s.Destination.PageSize = 65536 }, Fatal, "beta", "page size", "64 KiB", "kernel"},
-		{"no memory", func(s *situation) { s.Destination.MemoryFree = 4 << 30 }, Fatal, "beta", "memory", "4 GiB are available", "vacate evict"},
-		{"little memory", func(s *situation) { s.Destination.MemoryFree = 4400 << 20 }, Warning, "beta", "memory", "a tenth", "vacate evict"},
+		{"no memory", func(s *situation) { s.Destination.Limits[0].Used = 60 << 30 }, Fatal, "beta", "memory", "this host has room for 4096 MiB only", "vacate evict"},
+		{"control group too small", func(s *situation) {
+			s.Destination.Limits = append(s.Destination.Limits, room.Limit{Page: 4 << 10, Name: "the control group /sys/fs/cgroup/vms.slice", File: "/sys/fs/cgroup/vms.slice/memory.max", Max: 3 << 30, Used: 1 << 30})
+		}, Fatal, "beta", "memory", "the control group /sys/fs/cgroup/vms.slice has room for 2048 MiB only: its memory.max is 3072 MiB, and 1024 MiB of it are in use", "systemctl set-property --runtime vms.slice MemoryMax=5"},
+		{"little memory", func(s *situation) { s.Destination.Limits[0].Used = 64<<30 - 4400<<20 }, Warning, "beta", "memory", "a tenth", "vacate evict"},
 		{"swapping", func(s *situation) { s.Destination.SwapFree = 100 << 20 }, Warning, "beta", "swap", "half", "ps "},
-		{"no huge pages", func(s *situation) { s.VM.Memory[0].PageSize = 2 << 20 }, Fatal, "beta", "huge pages", "2048 of 2 MiB, and 100", "echo 2148 > /sys/kernel/mm/hugepages/hugepages-2048kB/"},
+		{"no huge pages", func(s *situation) { s.VM.Memory[0].PageSize = 2 << 20 }, Fatal, "beta", "huge pages", "needs 4096 MiB more, and this host's pool of huge pages has room for 200 MiB only", "echo 2148 >/sys/kernel/mm/hugepages/hugepages-2048kB/"},
+		{"huge pages of another size", func(s *situation) {
+			s.VM.Memory[0].PageSize = 2 << 20
+			s.Destination.Limits = s.Destination.Limits[:1]
+		}, Fatal, "beta", "huge pages", "none of that size", "memfd"},
 		{"plain link", func(s *situation) { s.Link.Plain = true }, Warning, "", "link", "neither", "vacate certs init"},
 		{"other CA", func(s *situation) { s.Destination.Certificate.CA = "cc" }, Warning, "", "link", "authorities", "ca.pem"},
 		{"clocks apart", func(s *situation) { s.Link.ClockOffset = -1500 * time.Millisecond }, Warning, "", "clock", "1.5 s", "chronyc"},

@@ -12,6 +12,7 @@ import (
 	"unicode/utf8"
 
 	"vacate/fit"
+	"vacate/room"
 )
 
 // HostFacts is what matters of one host, seen by its daemon. Sizes are in bytes. Where a fact is
@@ -30,9 +31,7 @@ type HostFacts struct {
 	PtraceScope  int            `json:"ptrace_scope"` // of Yama; 0 where there is no Yama
 	CPU          CPUFacts       `json:"cpu"`
 	KVM          string         `json:"kvm"`
-	MemoryTotal  uint64         `json:"memory_total"`
-	MemoryFree   uint64         `json:"memory_available"` // without swapping
-	HugePages    []HugePages    `json:"huge_pages"`
+	Limits       []room.Limit   `json:"limits"` // on the memory of a VM that the daemon starts
 	SwapTotal    uint64         `json:"swap_total"`
 	SwapFree     uint64         `json:"swap_free"`
 	Load         float64        `json:"load"`         // runnable tasks, mean of a minute
@@ -58,13 +57,6 @@ type UserfaultFacts struct {
 type CPUFacts struct {
 	Count int    `json:"count"` // that the daemon may use
 	Model string `json:"model"` // of the first one in /proc/cpuinfo, for humans
-}
-
-// HugePages counts the pages of one size.
-type HugePages struct {
-	Size  uint64 `json:"size"`
-	Free  uint64 `json:"free"` // not reserved either
-	Total uint64 `json:"total"`
 }
 
 // SpaceFacts is the room in a directory's file system.

@@ -12,12 +12,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 	"unsafe"
 
+	"vacate/room"
 	"vacate/urgent"
 
 	"vacate/guestmem"
@@ -31,6 +31,7 @@ type HostOptions struct {
 	Journal     string   // directory
 	QEMUs       []string // programs to ask for their version
 	Certificate CertFacts
+	Promised    func(room.Limit) uint64 // what VMs that are coming will still take of a limit; nil: nothing
 }
 
 // Host gathers the facts of this host; it takes some 10 ms for each QEMU. What cannot be found out is
@@ -47,7 +48,6 @@ func Host(ctx context.Context, o HostOptions) HostFacts {
 		ProcessRead: told(tryProcessRead()),
 		KVM:         told(tryKVM()),
 		CPU:         parseCPU(head("/proc/cpuinfo", 256<<10)),
-		HugePages:   hugePages("/sys/kernel/mm/hugepages"),
 		CPUWait:     parsePressure(head("/proc/pressure/cpu", 4<<10)),
 		MemoryWait:  parsePressure(head("/proc/pressure/memory", 4<<10)),
 		Certificate: o.Certificate,
@@ -56,8 +56,14 @@ func Host(ctx context.Context, o HostOptions) HostFacts {
 	h.Userfaultfd = userfaultfd()
 	h.PtraceScope, _ = strconv.Atoi(word("/proc/sys/kernel/yama/ptrace_scope"))
 	fmt.Sscan(word("/proc/loadavg"), &h.Load)
-	mem := parseMeminfo(head("/proc/meminfo", 64<<10))
-	h.MemoryTotal, h.MemoryFree = mem["MemTotal"], mem["MemAvailable"]
+	// A twin is started by the daemon, in its control groups.
+	h.Limits, _ = room.Limits(os.Getpid())
+	for i, l := range h.Limits {
+		if o.Promised != nil {
+			h.Limits[i].Used += min(l.Free(), o.Promised(l))
+		}
+	}
+	mem := room.Meminfo(head("/proc/meminfo", 64<<10))
 	h.SwapTotal, h.SwapFree = mem["SwapTotal"], mem["SwapFree"]
 	if o.Journal != "" {
 		h.Journal = space(o.Journal)
@@ -214,42 +220,10 @@ func parseCPU(b []byte) (c CPUFacts) {
 	return c
 }
 
-// parseMeminfo returns the sizes in /proc/meminfo, in bytes.
-func parseMeminfo(b []byte) map[string]uint64 {
-	sizes := map[string]uint64{}
-	for line := range strings.Lines(string(b)) {
-		name, value, _ := strings.Cut(line, ":")
-		kib, ok := strings.CutSuffix(strings.TrimSpace(value), " kB")
-		if n, err := strconv.ParseUint(kib, 10, 54); ok && err == nil {
-			sizes[name] = n << 10
-		}
-	}
-	return sizes
-}
-
 // parsePressure returns "some avg10" of a file in /proc/pressure, in percent.
 func parsePressure(b []byte) (percent float64) {
 	fmt.Sscanf(string(b), "some avg10=%g", &percent)
 	return min(max(percent, 0), 100)
-}
-
-func hugePages(dir string) (all []HugePages) {
-	names, _ := filepath.Glob(filepath.Join(dir, "hugepages-*kB"))
-	number := func(dir, name string) uint64 {
-		n, _ := strconv.ParseUint(word(filepath.Join(dir, name)), 10, 40)
-		return n
-	}
-	for _, d := range names {
-		var kib uint64
-		if n, _ := fmt.Sscanf(filepath.Base(d), "hugepages-%dkB", &kib); n != 1 || kib > 1<<40 {
-			continue
-		}
-		p := HugePages{Size: kib << 10, Free: number(d, "free_hugepages"), Total: number(d, "nr_hugepages")}
-		p.Free -= min(p.Free, number(d, "resv_hugepages")) // promised to others
-		all = append(all, p)
-	}
-	slices.SortFunc(all, func(a, b HugePages) int { return int(int64(a.Size) - int64(b.Size)) })
-	return all
 }
 
 // space asks for the room in the nearest directory above path that is there.

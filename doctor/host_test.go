@@ -82,7 +82,7 @@ func TestHost(t *testing.T) {
 		Certificate: CertFacts{Name: "here"},
 	})
 	if h.Name != "here" || len(h.BootID) != 36 || h.Kernel == "" || h.PageSize != uint64(os.Getpagesize()) || h.CPU.Count < 1 ||
-		h.MemoryFree == 0 || h.MemoryFree > h.MemoryTotal || h.Journal.Free == 0 || h.Journal.Error != "" || h.Certificate.Name != "here" ||
+		len(h.Limits) == 0 || h.Limits[0].Free() == 0 || h.Journal.Free == 0 || h.Journal.Error != "" || h.Certificate.Name != "here" ||
 		h.Time.Before(before) || h.Time.After(time.Now()) || int(h.User) != os.Geteuid() {
 		t.Errorf("%+v", h)
 	}
@@ -188,21 +188,6 @@ func TestAsk(t *testing.T) {
 	}
 }
 
-func TestHugePages(t *testing.T) {
-	dir := t.TempDir()
-	for name, n := range map[string]string{
-		"hugepages-1048576kB/nr_hugepages": "2", "hugepages-1048576kB/free_hugepages": "1", "hugepages-1048576kB/resv_hugepages": "3",
-		"hugepages-2048kB/nr_hugepages": "100", "hugepages-2048kB/free_hugepages": "60", "hugepages-2048kB/resv_hugepages": "20",
-		"hugepages-xkB/nr_hugepages": "1",
-	} {
-		put(t, filepath.Join(dir, name), n+"\n")
-	}
-	want := []HugePages{{2 << 20, 40, 100}, {1 << 30, 0, 2}}
-	if got := hugePages(dir); !slices.Equal(got, want) {
-		t.Errorf("%v", got)
-	}
-}
-
 func put(t *testing.T, path, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -214,10 +199,6 @@ func put(t *testing.T, path, text string) {
 }
 
 func TestParse(t *testing.T) {
-	mem := parseMeminfo([]byte("MemTotal:       24684092 kB\nHugePages_Total:       0\nMemAvailable:   1 kB\nBad: 99999999999999999999 kB\n"))
-	if mem["MemTotal"] != 24684092<<10 || mem["MemAvailable"] != 1024 || len(mem) != 2 {
-		t.Errorf("%v", mem)
-	}
 	if p := parsePressure([]byte("some avg10=12.50 avg60=2.20 avg300=3.30 total=20029589\nfull avg10=99\n")); p != 12.5 {
 		t.Errorf("pressure %v", p)
 	}

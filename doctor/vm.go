@@ -12,6 +12,7 @@ import (
 	"vacate/fit"
 	"vacate/guestmem"
 	"vacate/qmp"
+	"vacate/room"
 )
 
 // VM asks a running QEMU what matters of its VM, by commands that only query, and looks at its
@@ -125,7 +126,7 @@ func (v *VMFacts) devices(ctx context.Context, q *qmp.Client, at string) error {
 
 // parseUsed sums up what a process holds, from /proc/PID/status.
 func parseUsed(b []byte) (used uint64) {
-	sizes := parseMeminfo(b)
+	sizes := room.Meminfo(b)
 	return sizes["VmRSS"] + sizes["VmSwap"] + sizes["HugetlbPages"]
 }
 

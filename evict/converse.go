@@ -65,30 +65,36 @@ func (e *source) converse(ctx context.Context, why error) error {
 // await waits for the end of a push, or of its session.
 func (e *source) await(left context.Context) (done bool, err error) {
 	a := e.at.Load()
-	select {
-	case f := <-a.control.frames:
-		err := f.check(msgComplete)
-		if err == nil {
-			err = decode(f.payload, &e.summary)
+	for {
+		select {
+		case f := <-a.control.frames:
+			err := f.check(msgComplete, msgShort)
+			if err == nil && f.kind == msgShort {
+				if err = e.hearShort(a, f.payload); err == nil {
+					continue
+				}
+			} else if err == nil {
+				err = decode(f.payload, &e.summary)
+			}
+			switch {
+			case err == nil:
+				return true, e.retire()
+			case errors.Is(err, errShutDown):
+				return true, e.bury(err)
+			case errors.Is(err, errFailed), errors.Is(err, errFarewell):
+				return true, e.lostThere(err)
+			}
+			return false, err
+		case <-a.Done():
+			return false, a.Err()
+		case <-e.life.Done():
+			if e.settled() < int(e.total.Load()) {
+				return true, e.lostHere(context.Cause(e.life))
+			}
+			return false, context.Cause(e.life) // the destination may have it all: it is asked
+		case <-left.Done():
+			return true, e.left()
 		}
-		switch {
-		case err == nil:
-			return true, e.retire()
-		case errors.Is(err, errShutDown):
-			return true, e.bury(err)
-		case errors.Is(err, errFailed), errors.Is(err, errFarewell):
-			return true, e.lostThere(err)
-		}
-		return false, err
-	case <-a.Done():
-		return false, a.Err()
-	case <-e.life.Done():
-		if e.settled() < int(e.total.Load()) {
-			return true, e.lostHere(context.Cause(e.life))
-		}
-		return false, context.Cause(e.life) // the destination may have it all: it is asked
-	case <-left.Done():
-		return true, e.left()
 	}
 }
 
@@ -103,6 +109,26 @@ func (e *source) noteGap(since time.Time, again int, why error) {
 		e.gaps = slices.Delete(e.gaps, maxGaps/2, maxGaps/2+1)
 	}
 	e.gaps = append(e.gaps, Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
+}
+
+// hearShort takes note of whether the destination has memory for pages.
+func (e *source) hearShort(a *attachment, payload []byte) error {
+	var f farewell
+	if err := decode(payload, &f); err != nil {
+		return err
+	}
+	if len(f.Reason) > maxReason {
+		return fmt.Errorf("%w: a reason of %d bytes", errFrame, len(f.Reason))
+	}
+	text := shortText("the destination "+a.Session.Peer(), f.Reason)
+	if text == "" {
+		e.Log.Info("the destination has memory again for the VM's pages")
+	} else {
+		e.Log.Warn("the VM waits at the destination", "reason", text)
+	}
+	e.short.Store(&text)
+	e.show("")
+	return nil
 }
 
 // reach makes sessions with the destination until it has said what became of the eviction,
@@ -280,6 +306,7 @@ func join(runs []pageset.Run) []pageset.Run {
 
 // drop ends the present session.
 func (e *source) drop(why error) {
+	e.short.Store(nil) // it is told anew
 	if a := e.at.Load(); a != nil {
 		a.Fail(why)
 		e.end(a)
@@ -402,9 +429,9 @@ func (e *source) lostHere(err error) error {
 		if writeJSON(a.control.Conn, msgFailed, farewell{err.Error()}) == nil {
 			// What it still says must not go unread: the words above could be lost.
 			ctx, cancel := context.WithTimeout(context.Background(), answerTime)
-			f, heard := a.control.await(ctx, msgHas, msgReady, msgComplete)
+			f, heard := a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
 			for heard == nil && f.kind != msgComplete {
-				f, heard = a.control.await(ctx, msgHas, msgReady, msgComplete)
+				f, heard = a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
 			}
 			cancel()
 			if errors.Is(heard, errShutDown) {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -21,8 +20,7 @@ import (
 	"vacate/pageset"
 	"vacate/process"
 	"vacate/qmp"
-
-	"golang.org/x/sys/unix"
+	"vacate/room"
 )
 
 // Destination receives a VM on this host.
@@ -35,6 +33,8 @@ type Destination struct {
 	ThroughQEMU bool
 	// Patient goes on waiting after an offer that does not fit.
 	Patient bool
+	// Room knows what other VMs that are coming to this host will still take of its memory; nil if there are none.
+	Room *room.Ledger
 	// Journal survives the engine; without one its death costs the VM. It must have the mark
 	// MarkAccepted before the QEMU is started.
 	Journal Journal
@@ -94,6 +94,8 @@ type destination struct {
 	over     chan string     // capacity 1: the guest ended itself, and stands; why
 	process  process.Process // the QEMU
 	mem      *guestmem.Memory
+	promised *room.Claim // memory for the VM
+	kills    room.Kills  // when the QEMU was found
 	here     offer
 	at       atomic.Pointer[attachment] // nil while the source is not there
 	rejoin   chan *Request              // capacity 1: the source came back
@@ -102,16 +104,26 @@ type destination struct {
 	reader  *migstream.Reader // of the head
 	layout  layout
 	placer  *placer
-	stream  *stream // of QEMU's migration; nil when it is broken
-	pending bool    // the QEMU was not told to run the VM yet
+	stream  *stream                // of QEMU's migration; nil when it is broken
+	current atomic.Pointer[stream] // the same, for tasks of a session
+	starved bool                   // QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
+	pending bool                   // the QEMU was not told to run the VM yet
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
 	running  atomic.Bool  // it has answered that it does
 	cont     <-chan error // its answer when it is told, if that takes long
 	kept     chan error   // what was to be kept is, or an error
 	tasks    sync.WaitGroup
+	ran      atomic.Bool // the source knows that the VM runs here
+	telling  sync.Mutex  // held while the source is told whether pages find memory
 
+	holding  sync.Mutex // also guards placer against being replaced while pages are held
+	parcels  []parcel   // pages that found no memory yet; guarded by holding
+	retrying bool       // a task tries to place them; guarded by holding
+
+	shown    sync.Mutex // serialises Show
 	mu       sync.Mutex
+	short    string                // why pages find no memory; "" if they do; guarded by mu
 	received []*pageset.Set        // guarded by mu; those left out count as received
 	skipped  []*pageset.Set        // left out and not yet placed as zero; guarded by mu
 	missing  int                   // pages not received; guarded by mu
@@ -140,6 +152,12 @@ type stream struct {
 
 func newStream(conn net.Conn) *stream {
 	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}), broken: make(chan struct{})}
+}
+
+// use makes a stream the present one; nil for none.
+func (e *destination) use(s *stream) {
+	e.stream = s
+	e.current.Store(s)
 }
 
 // fail notes that the stream broke. Only the first reason counts.
@@ -175,6 +193,9 @@ func (d Destination) engine(first State) *destination {
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
 	}
+	if e.Room == nil {
+		e.Room = new(room.Ledger)
+	}
 	e.life, e.die = context.WithCancelCause(context.Background())
 	e.machine = newMachine(first, e.report)
 	return e
@@ -190,6 +211,11 @@ func (e *destination) show(st State) {
 	if e.Show == nil {
 		return
 	}
+	e.shown.Lock()
+	defer e.shown.Unlock()
+	if st == "" { // not looked up sooner, lest the state seems to go backwards
+		st = e.machine.current()
+	}
 	p := Progress{State: st, Elapsed: time.Since(e.started)}
 	e.mu.Lock()
 	p.Total = e.layout.pages()
@@ -197,6 +223,7 @@ func (e *destination) show(st State) {
 		p.Pages = p.Total - e.missing
 	}
 	p.Fetches = e.stats.Fetches
+	p.Short = shortText("this host", e.short)
 	e.mu.Unlock()
 	e.Show(p)
 }
@@ -236,7 +263,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	}
 	e.messages = process.MessagesOf(e.mem.PID())
 	e.listen(e.q)
-	e.tasks.Go(e.watch)
+	e.lookAfter()
 	args, err := commandLine(e.mem.PID())
 	if err != nil {
 		return err
@@ -254,7 +281,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as -object memory-backend-memfd,share=on,…, or with a file in /dev/shm or on hugetlbfs", err)
 		}
 	}
-	if err := hasRoom(e.mem); err != nil {
+	if err := e.hasRoom(); err != nil {
 		return err
 	}
 	before, err := settingsOf(ctx, e.q)
@@ -272,6 +299,15 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 // errTwinGone is wrapped by the reason for which life ends when the QEMU does.
 var errTwinGone = errors.New("the QEMU here ended")
 
+// lookAfter begins to watch the QEMU.
+func (e *destination) lookAfter() {
+	var err error
+	if e.kills, err = room.ReadKills(e.process.PID); err != nil {
+		e.Log.Debug("if the kernel ends the QEMU for want of memory, that cannot be told", "error", err)
+	}
+	e.tasks.Go(e.watch)
+}
+
 // watch notices the end of the QEMU.
 func (e *destination) watch() {
 	how, err := e.process.End(e.life)
@@ -288,6 +324,9 @@ func (e *destination) watch() {
 	}
 	if host != "" {
 		said = append(said, "its monitor said "+host)
+	}
+	if oom := e.kills.Since(); oom != "" {
+		said = append(said, oom)
 	}
 	said = append(said, e.messages.Last())
 	e.die(fmt.Errorf("%w (process %d): %s", errTwinGone, e.process.PID, strings.Join(said, "; ")))
@@ -359,6 +398,9 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	if err := o.mismatch(here); err != nil {
 		return err
 	}
+	if err := e.hasRoom(); err != nil { // anew: it may be long since the last look
+		return err
+	}
 	if e.stream != nil {
 		e.stream.conn.Close() // of an offer before, whose source went away
 	}
@@ -367,7 +409,7 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	if err != nil {
 		return err
 	}
-	e.stream = newStream(conn)
+	e.use(newStream(conn))
 	return r.control.Write(msgAccepted)
 }
 
@@ -442,6 +484,10 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	}
 	if err := control.Write(msgRunning); err != nil {
 		e.at.Load().Fail(err)
+	}
+	e.ran.Store(true)
+	if e.isShort() {
+		e.passOn()
 	}
 	return e.serve(ctx, left)
 }
@@ -576,6 +622,7 @@ func (e *destination) placeDirectly() {
 		e.Log.Info("pages go through QEMU's stream", "reason", err)
 		return
 	}
+	e.placer.gate = &gate{pid: e.mem.PID()}
 	e.placer.direct.Store(d)
 }
 
@@ -725,6 +772,7 @@ func (e *destination) close() {
 			d.close()
 		}
 	}
+	e.promised.Release()
 	if e.mem != nil {
 		e.mem.Close()
 	}
@@ -753,45 +801,4 @@ func explainPostcopy(err error) error {
 		return fmt.Errorf("%w: QEMU may not use userfaultfd: run `sysctl vm.unprivileged_userfaultfd=1`, or run QEMU with CAP_SYS_PTRACE", err)
 	}
 	return err
-}
-
-// hasRoom makes sure that this host can hold the VM's memory: when a page finds no room
-// after the commit, it is too late.
-func hasRoom(mem *guestmem.Memory) error {
-	var need uint64
-	for _, b := range mem.Blocks() {
-		if b.PageSize != migstream.TargetPageSize {
-			continue // huge pages are reserved when QEMU starts
-		}
-		need += b.Size
-		if b.Kind != guestmem.SharedFile {
-			continue
-		}
-		file := fmt.Sprintf("/proc/%d/map_files/%x-%x", mem.PID(), b.HVA, b.HVA+b.Size)
-		var fs unix.Statfs_t
-		var st unix.Stat_t
-		if unix.Statfs(file, &fs) != nil || unix.Stat(file, &st) != nil || fs.Blocks == 0 {
-			continue // memfd, or a file system without a limit
-		}
-		room := fs.Bavail*uint64(fs.Bsize) + uint64(st.Blocks)*512
-		if room < b.Size {
-			return fmt.Errorf("memory %q has %d MiB, and the file system of its back end has room for %d MiB only: make room there first", b.Name, b.Size>>20, room>>20)
-		}
-	}
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return fmt.Errorf("read the memory that is free here: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, 64<<10))
-	if err != nil {
-		return fmt.Errorf("read the memory that is free here: %w", err)
-	}
-	for line := range strings.Lines(string(b)) {
-		var kib uint64
-		if n, _ := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); n == 1 && kib<<10 < need {
-			return fmt.Errorf("the VM has %d MiB of memory and only %d MiB are available here: make room first", need>>20, kib>>10)
-		}
-	}
-	return nil
 }

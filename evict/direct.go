@@ -92,26 +92,28 @@ func (d *direct) close() error { return unix.Close(d.uffd) }
 // places tells whether pages of a block can be placed.
 func (d *direct) places(block int) bool { return d.hva[block] != 0 }
 
-// place places the pages of a run, whose data it takes off the front of data.
-func (d *direct) place(r pageRun, size uint64, data []byte) error {
+// place places the pages of a run, whose data it takes off the front of data. It returns how many it has placed.
+func (d *direct) place(r pageRun, size uint64, data []byte) (pages int, err error) {
 	at := d.hva[r.Block] + uint64(r.First)*size
 	length := uint64(r.Count) * size
+	var done uint64
 	switch {
 	case !r.Zero:
-		return d.copy(at, data[:length])
+		done, err = d.copy(at, data[:length])
 	case d.huge[r.Block]:
-		for end := at + length; at < end; at += size {
-			if err := d.copy(at, d.zero[:size]); err != nil {
-				return err
+		for ; done < length && err == nil; done += size {
+			if _, err = d.copy(at+done, d.zero[:size]); err != nil {
+				break
 			}
 		}
-		return nil
+	default:
+		done, err = d.fill(at, length)
 	}
-	return d.fill(at, length)
+	return int(done / size), err
 }
 
-// copy places data at an address of QEMU's.
-func (d *direct) copy(at uint64, data []byte) error {
+// copy places data at an address of QEMU's. It returns how much it has placed.
+func (d *direct) copy(at uint64, data []byte) (done uint64, err error) {
 	for len(data) > 0 {
 		arg := struct {
 			dst, src, len, mode uint64
@@ -121,30 +123,30 @@ func (d *direct) copy(at uint64, data []byte) error {
 		runtime.KeepAlive(data)
 		n, err := progress(errno, arg.copied, len(data))
 		if err != nil {
-			return err
+			return done, err
 		}
 		at += uint64(n)
+		done += uint64(n)
 		data = data[n:]
 	}
-	return nil
+	return done, nil
 }
 
-// fill places zero pages at an address of QEMU's.
-func (d *direct) fill(at, length uint64) error {
-	for length > 0 {
+// fill places zero pages at an address of QEMU's. It returns how much it has placed.
+func (d *direct) fill(at, length uint64) (done uint64, err error) {
+	for done < length {
 		arg := struct {
 			start, len, mode uint64
 			filled           int64
-		}{at, length, 0, 0}
+		}{at + done, length - done, 0, 0}
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.uffd), uffdioZeropage, uintptr(unsafe.Pointer(&arg)))
-		n, err := progress(errno, arg.filled, int(length))
+		n, err := progress(errno, arg.filled, int(length-done))
 		if err != nil {
-			return err
+			return done, err
 		}
-		at += uint64(n)
-		length -= uint64(n)
+		done += uint64(n)
 	}
-	return nil
+	return done, nil
 }
 
 // progress tells how many bytes a call placed. The kernel stops part-way where it must,
@@ -157,6 +159,8 @@ func progress(errno unix.Errno, done int64, asked int) (int, error) {
 		return 0, nil
 	case errno == 0:
 		return 0, fmt.Errorf("%w: the kernel placed %d of %d bytes", errQEMU, done, asked)
+	case errno == unix.ENOMEM:
+		return 0, fmt.Errorf("%w: %w: place pages in its memory: %w", errQEMU, errNoMemory, errno)
 	}
 	return 0, fmt.Errorf("%w: place pages in its memory: %w", errQEMU, errno)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -25,6 +26,7 @@ type placer struct {
 	section uint32
 	layout  layout
 	direct  atomic.Pointer[direct] // nil until QEMU listens for pages
+	gate    *gate                  // of pages placed directly; nil for none
 
 	mu     sync.Mutex
 	free   *sync.Cond // of mu: busy was cleared, or urgent fell to zero
@@ -75,11 +77,11 @@ func (p *placer) raw(b []byte) error {
 }
 
 // place gives QEMU the pages of the runs; data holds those that are not zero. It tells whether they are in its memory: else they
-// may be on their way there when it returns.
-func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, err error) {
+// may be on their way there when it returns. With an error that is errNoMemory it returns which it has placed, in order.
+func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, done []pageRun, err error) {
 	d := p.direct.Load()
 	if d == nil {
-		return false, p.stream(runs, data, urgent)
+		return false, nil, p.stream(runs, data, urgent)
 	}
 	held = true
 	for i, r := range runs {
@@ -89,17 +91,28 @@ func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, err
 			n = 0
 		}
 		if d.places(r.Block) {
-			err = d.place(r, size, data[:n])
+			if size == migstream.TargetPageSize {
+				err = p.gate.pass(uint64(r.Count) * size)
+			}
+			pages := 0
+			if err == nil {
+				pages, err = d.place(r, size, data[:n])
+			}
+			if err != nil && pages > 0 {
+				part := r
+				part.Count = pages
+				return false, append(slices.Clone(runs[:i]), part), err
+			}
 		} else {
 			held = false
 			err = p.stream(runs[i:i+1], data[:n], urgent)
 		}
 		if err != nil {
-			return false, err
+			return false, runs[:i], err
 		}
 		data = data[n:]
 	}
-	return held, nil
+	return held, nil, nil
 }
 
 // stream writes the pages of the runs to QEMU's stream.

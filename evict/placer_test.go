@@ -165,7 +165,7 @@ func TestPlacer(t *testing.T) {
 		expect(l, want, runs)
 		for rest := runs; len(rest) > 0; {
 			n := rapid.IntRange(1, len(rest)).Draw(t, "runs at once")
-			if _, err := p.place(rest[:n], pageData(l, rest[:n]), rapid.Bool().Draw(t, "urgent")); err != nil {
+			if _, _, err := p.place(rest[:n], pageData(l, rest[:n]), rapid.Bool().Draw(t, "urgent")); err != nil {
 				t.Fatal(err)
 			}
 			rest = rest[n:]
@@ -201,7 +201,7 @@ func TestPlacerConcurrently(t *testing.T) {
 		}
 		lanes.Go(func() {
 			for _, runs := range all {
-				if _, err := p.place(runs, pageData(l, runs), lane == 3); err != nil {
+				if _, _, err := p.place(runs, pageData(l, runs), lane == 3); err != nil {
 					t.Error(err)
 				}
 			}
@@ -255,7 +255,7 @@ func TestPlacerFails(t *testing.T) {
 	p := newPlacer(broken{}, testSection, small)
 	runs := []pageRun{{run(0, 0, 1), true}}
 	place := func(urgent bool) error {
-		_, err := p.place(runs, nil, urgent)
+		_, _, err := p.place(runs, nil, urgent)
 		return err
 	}
 	for name, err := range map[string]error{"place": place(false), "raw": p.raw([]byte("x")), "end": p.end(), "again": place(true)} {

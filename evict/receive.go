@@ -84,7 +84,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 			return err
 		}
 		if f.kind == framePages {
-			if _, err := e.receive(f.payload, false); err != nil {
+			if _, err := e.receive(parcel{}, f.payload); err != nil {
 				return err
 			}
 			continue
@@ -162,9 +162,7 @@ func (e *destination) receiveLanes(a *attachment) {
 	for _, lane := range []link.Lane{link.Push, link.Fetch} {
 		a.begin(func() error {
 			err := e.receivePages(a, lane)
-			if errors.Is(err, errQEMU) {
-				e.stream.fail(err)
-			}
+			e.failed(nil, err)
 			return err
 		})
 	}
@@ -174,8 +172,11 @@ func (e *destination) receiveLanes(a *attachment) {
 // ends, and returns why it did.
 func (e *destination) receivePages(a *attachment, l link.Lane) error {
 	lane := a.Lane(l)
-	var buf, report []byte
-	placed := uint64(0)
+	as := parcel{a: a, urgent: l == link.Fetch}
+	if l == link.Push {
+		as.push = &tally{lane: lane}
+	}
+	var buf []byte
 	for {
 		kind, payload, err := lane.Read(buf, maxPages)
 		if err != nil {
@@ -191,36 +192,27 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 		if kind != framePages {
 			return fmt.Errorf("%w: type %d on the %v lane", errFrame, kind, l)
 		}
-		held, err := e.receive(payload, l == link.Fetch)
+		held, err := e.receive(as, payload)
 		if err != nil {
 			return err
 		}
-		if l == link.Push {
-			placed += uint64(len(payload))
-			report = appendPlaced(report[:0], placed, held)
-			if err := lane.Write(framePlaced, report); err != nil {
-				return err
-			}
+		if held {
+			buf = nil
+			e.mayRead(a)
 		}
 	}
 }
 
-// receive takes a frame of pages and hands those to QEMU that it does not have yet. It tells whether all pages of the frame are in QEMU's memory
-// then; those that came before may still be on their way there.
-func (e *destination) receive(payload []byte, urgent bool) (held bool, err error) {
+// receive takes a frame of pages, which come as is told by a parcel, and hands those to QEMU that it does not have yet. It tells whether
+// they are held, and the payload with them.
+func (e *destination) receive(as parcel, payload []byte) (held bool, err error) {
 	runs, data, err := e.layout.parsePages(nil, payload)
 	if err != nil {
 		return false, err
 	}
-	runs, data, all := e.claim(runs, data)
-	if len(runs) == 0 {
-		return false, nil
-	}
-	if held, err = e.placer.place(runs, data, urgent); err != nil {
-		return false, err
-	}
-	e.placed(runs)
-	return held && all, nil
+	as.bytes = len(payload)
+	as.runs, as.data, as.all = e.claim(runs, data)
+	return e.settle(as)
 }
 
 // skip notes pages that never come: they read as zero, since QEMU was told to drop all
@@ -252,14 +244,8 @@ func (e *destination) skip(payload []byte) error {
 	e.stats.FreeTouched += len(wanted)
 	e.checkWhole()
 	e.mu.Unlock()
-	if len(wanted) == 0 {
-		return nil
-	}
-	if _, err := e.placer.place(wanted, nil, true); err != nil {
-		return err
-	}
-	e.placed(wanted)
-	return nil
+	_, err = e.settle(parcel{runs: wanted, urgent: true})
+	return err
 }
 
 // claim marks pages as received and drops those that already were: QEMU takes a page that
@@ -361,11 +347,8 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
 			}
 			missing, free := e.want(run)
-			if len(free) > 0 {
-				if _, err := e.placer.place(free, nil, true); err != nil {
-					return err
-				}
-				e.placed(free)
+			if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil {
+				return err
 			}
 			if !missing {
 				continue

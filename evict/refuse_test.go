@@ -274,7 +274,7 @@ func (r *refusals) twins() {
 		"tmpfs too small": {prep: func(t *testing.T) func(*lab.Spec) {
 			dir := mount(t, "tmpfs", "size=64m")
 			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
-		}, says: []string{`memory "pc.ram" has 256 MiB`, "room for 64 MiB only", "make room there first"}},
+		}, says: []string{"the VM needs 256 MiB more, and the file system at /", "room for 64 MiB only", "Make room there first", "mount -o remount,size="}},
 		"file that cannot be faulted in": {prep: func(t *testing.T) func(*lab.Spec) {
 			dir := mount(t, "ramfs", "")
 			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
@@ -283,10 +283,20 @@ func (r *refusals) twins() {
 			dir := mount(t, "ramfs", "")
 			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=off,mem-path="+dir+"/ram") }
 		}, says: []string{`memory "pc.ram" is the file`, "/ram on ramfs", "memory-backend-memfd"}},
+		"control group too small": {prep: func(t *testing.T) func(*lab.Spec) {
+			group, _ := memoryGroup(t, 300<<20)
+			return func(s *lab.Spec) { s.QEMU = within(t, s.QEMU, group) }
+		}, says: []string{"the control group /sys/fs/cgroup/", "/vacate-test-", "its memory.", " is 300 MiB", "the VM needs 3", "Raise it with `echo ", " >/sys/fs/cgroup/"}},
+		"too few huge pages": {prep: func(t *testing.T) func(*lab.Spec) {
+			reserveHugePages(t, 60)
+			return func(s *lab.Spec) {
+				backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M,reserve=off")
+			}
+		}, says: []string{"the VM needs 256 MiB more, and this host's pool of huge pages has room for 120 MiB only: its nr_hugepages is worth ", "Have more with `echo ", "/hugepages-2048kB/nr_hugepages`"}},
 		"host too small": {change: func(s *lab.Spec) {
 			s.MemoryMiB = 2 * memTotalMiB(r.T)
 			backEnd(s, fmt.Sprintf("memory-backend-ram,size=%dM,reserve=off", s.MemoryMiB))
-		}, says: []string{"MiB are available here", "make room first"}},
+		}, says: []string{"and this host has room for ", "Make room there first: move a VM away"}},
 		"no right to userfaultfd": {prep: func(t *testing.T) func(*lab.Spec) {
 			set(t, "/proc/sys/vm/unprivileged_userfaultfd", "0")
 			return func(s *lab.Spec) { s.Extra = append(s.Extra, "-runas", "nobody") }
@@ -383,7 +393,7 @@ func mount(t *testing.T, kind, options string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil { // twins may have files there
 			t.Error(err)
 		}
 	})
@@ -475,7 +485,13 @@ func (r *refusals) strangers() {
 		return
 	}
 	t := r.T
-	twin := r.twin(t, lab.IncomingOptions{}, nil)
+	// Where its memory counted twice, as it is there already, it would not fit.
+	group, _ := memoryGroup(t, 512<<20)
+	twin := r.twin(t, lab.IncomingOptions{}, func(s *lab.Spec) {
+		s.QEMU = within(t, s.QEMU, group)
+		s.Machine += ",memory-backend=pc.ram"
+		s.Extra = append([]string{"-object", "memory-backend-ram,size=256M,prealloc=on,id=pc.ram"}, s.Extra...)
+	})
 	if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-set-parameters", map[string]any{"tls-creds": "none-such"}, nil); err != nil {
 		t.Fatal(err)
 	}

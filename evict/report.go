@@ -18,6 +18,8 @@ type Progress struct {
 	AwaitedFor time.Duration
 	// ETA is the time until all pages are sent at the present rate; 0 if not known, as while there is no link.
 	ETA time.Duration
+	// Short says that the destination has no memory for the VM's pages, so that the VM waits, why, and what to do; "" if it has.
+	Short string
 }
 
 // Report is what an eviction did, as the source saw it. Times are in seconds; those that

@@ -123,7 +123,11 @@ func (e *destination) serve(ctx, left context.Context) error {
 		case <-left.Done():
 			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
 		case <-tick.C:
-			e.show(e.machine.current())
+			if e.starved && e.stream != nil && e.tight() == "" {
+				e.starved = false
+				e.tellShort("")
+			}
+			e.show("")
 		}
 	}
 }
@@ -146,6 +150,7 @@ func (e *destination) detach(why error) {
 	}
 	a.Fail(why)
 	a.end()
+	e.forget(a)
 	if e.machine.current() == Running {
 		if err := e.machine.enter(CutOff); err != nil {
 			e.Log.Error("state", "error", err)
@@ -160,7 +165,7 @@ func (e *destination) dropStream(why error) {
 	e.detach(fmt.Errorf("the stream to QEMU broke: %w", why))
 	e.stream.fail(why)
 	e.stream.reader.Wait()
-	e.stream = nil
+	e.use(nil)
 }
 
 // attach goes on with a source that came back: it tells it what is here, and asks for what
@@ -178,6 +183,15 @@ func (e *destination) attach(left context.Context, r *Request) error {
 		}
 	}
 	a := r.attachment
+	if e.stream == nil {
+		// Some pages may have come and not been placed. One of them may be what keeps QEMU from answering, without which it gets no new stream.
+		e.forget(nil)
+		if err := e.takeStock(nil); err != nil {
+			e.Log.Warn("it cannot be told which pages are here", "error", err)
+			r.end()
+			return nil
+		}
+	}
 	if err := e.tellHas(a); err != nil {
 		a.Fail(err)
 		a.end()
@@ -186,6 +200,10 @@ func (e *destination) attach(left context.Context, r *Request) error {
 	e.Log.Info("the source is back", "source", a.Session.Peer())
 	e.receiveLanes(a)
 	e.at.Store(a)
+	e.ran.Store(true)
+	if e.isShort() {
+		e.passOn()
+	}
 	if e.machine.current() == CutOff {
 		if err := e.machine.enter(Running); err != nil {
 			return e.lost(err, e.leftovers())
@@ -413,7 +431,7 @@ func (e *destination) find() error {
 	}
 	e.own = actionsOf(args)
 	e.held = e.own.shutdown != "pause"
-	e.tasks.Go(e.watch)
+	e.lookAfter()
 	head, err := e.Journal.Kept(keptHead)
 	if err != nil {
 		return fmt.Errorf("the VM's memory: %w", err)
@@ -426,6 +444,11 @@ func (e *destination) find() error {
 	if e.mem, err = guestmem.Reopen(t.PID, t.Blocks); err != nil {
 		return err
 	}
+	memory, limits, err := memoryOf(e.mem)
+	if err != nil {
+		e.Log.Warn("some of what bounds the VM's memory here cannot be found out", "error", err)
+	}
+	e.promised = e.Room.Note(e.process, limits, memory)
 	e.placer = newPlacer(nil, r.SectionID(), l)
 	e.placeDirectly()
 	return e.takeStock(nil)
@@ -500,6 +523,7 @@ type mended struct {
 // mend takes QEMU's migration up again by its post-copy recovery: QEMU gets a new stream, tells
 // which pages it has, and once more for which it waits. It is called while e.stream is nil.
 func (e *destination) mend() mended {
+	e.awaitRoom()
 	m := e.recover()
 	if m.err != nil && !errors.Is(m.err, errCompleted) {
 		select {
@@ -590,17 +614,23 @@ func (e *destination) handshake(ctx context.Context, m *mended) error {
 // as other pages may be here than it knows.
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
-	d := e.placer.direct.Load()
-	e.pending, e.stream = m.pending, newStream(m.conn)
+	e.forget(nil)
+	e.pending = m.pending
+	e.use(newStream(m.conn))
+	e.holding.Lock()
+	old := e.placer
+	d := old.direct.Load()
 	e.placer = newPlacer(m.conn, e.reader.SectionID(), e.layout)
 	if d != nil {
+		e.placer.gate = old.gate
 		e.placer.direct.Store(d)
 	} else {
 		e.placeDirectly()
 	}
+	e.holding.Unlock()
 	if err := e.takeStock(m.bitmaps); err != nil {
 		e.stream.fail(err)
-		e.stream = nil
+		e.use(nil)
 		return err
 	}
 	e.mu.Lock()

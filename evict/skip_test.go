@@ -47,7 +47,7 @@ func TestSkip(t *testing.T) {
 				}
 			case 1: // sent
 				r := []pageRun{{run, false}}
-				if _, err := e.receive(append(appendPages(nil, r), pageData(l, r)...), false); err != nil {
+				if _, err := e.receive(parcel{}, append(appendPages(nil, r), pageData(l, r)...)); err != nil {
 					t.Fatal(err)
 				}
 			case 2: // asked for
@@ -55,7 +55,7 @@ func TestSkip(t *testing.T) {
 					asked[pageKey{run.Block, p}] = true
 				}
 				_, zero := e.want(run)
-				if _, err := e.placer.place(zero, nil, true); err != nil {
+				if _, _, err := e.placer.place(zero, nil, true); err != nil {
 					t.Fatal(err)
 				}
 				if len(zero) > 0 {

@@ -155,7 +155,8 @@ type source struct {
 	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
 	given    atomic.Int64 // pages, by this engine
 	summary  Received
-	shutDown string // why the VM ended on the destination; empty if it did not
+	shutDown string                 // why the VM ended on the destination; empty if it did not
+	short    atomic.Pointer[string] // why pages find no memory at the destination; nil or empty if they do
 
 	at     atomic.Pointer[attachment] // nil while there is no session
 	before linkBytes                  // of sessions that ended; guarded by mu
@@ -882,6 +883,9 @@ func (e *source) show(st State) {
 	}
 	if w := e.awaits.Load(); w != nil && st == Preparing {
 		p.Awaits, p.AwaitedFor = w.what, time.Since(w.since)
+	}
+	if short := e.short.Load(); short != nil {
+		p.Short = *short
 	}
 	if st == Pushing {
 		p.Rate, p.ETA = e.pace()

@@ -39,7 +39,8 @@ const (
 	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
 	msgOpened   uint8 = 26 // empty: msgOpen is here
 	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
-	msgShutDown uint8 = 25 // farewell: the guest ended itself here; nobody needs its memory any more
+	msgShutDown uint8 = 27 // farewell: the guest ended itself here; nobody needs its memory any more
+	msgShort    uint8 = 28 // farewell, once the VM runs: why pages find no memory there; empty if they do again
 	// both ways
 	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
 	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination

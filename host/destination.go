@@ -127,7 +127,7 @@ func (v *eviction) receive(resume bool) {
 func (v *eviction) destination() evict.Destination {
 	r := v.entry.Record()
 	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
-	return evict.Destination{QMP: r.QMP, Journal: record{v.entry}, Log: log, Show: v.show}
+	return evict.Destination{QMP: r.QMP, Room: &v.host.promised, Journal: record{v.entry}, Log: log, Show: v.show}
 }
 
 // taken notes the end of an eviction to here.

@@ -87,7 +87,7 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 
 // facts are those of this host.
 func (h *Host) facts(ctx context.Context) doctor.HostFacts {
-	o := doctor.HostOptions{Name: h.name(), Journal: h.config.Journal}
+	o := doctor.HostOptions{Name: h.name(), Journal: h.config.Journal, Promised: h.promised.Others}
 	vms, _ := hypervisor.Load(h.config.VMs)
 	for _, vm := range vms {
 		if p := vm.Command[0]; !slices.Contains(o.QEMUs, p) && filepath.IsAbs(p) && len(o.QEMUs) < 8 {

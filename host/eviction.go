@@ -93,6 +93,9 @@ func (v *eviction) show(p evict.Progress) {
 				v.alone, v.reason = time.Time{}, ""
 			}
 		}
+		if p.Short != "" || v.progress.Short != "" {
+			v.reason = p.Short
+		}
 		v.state, v.progress = p.State, p
 	})
 	if entered && v.host.onState != nil {

@@ -28,6 +28,7 @@ import (
 	"vacate/evict"
 	"vacate/journal"
 	"vacate/link"
+	"vacate/room"
 
 	"golang.org/x/net/netutil"
 )
@@ -62,6 +63,8 @@ type Host struct {
 	known   map[string]knownQEMU   // QEMUs of VMs, which may have ended since; guarded by mu
 	ahead   map[string]lookedAhead // of VMs; guarded by mu
 	verdict string                 // of the guard; guarded by mu
+
+	promised room.Ledger // memory of this host, to VMs that are coming
 }
 
 // Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet. version is told to those who

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"vacate/evict"
 	"vacate/lab"
 	"vacate/lab/labtest"
 
@@ -143,4 +144,20 @@ func must(t *testing.T, read func(string) ([]byte, error), name string) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// That the destination has no memory is the reason for which an eviction does not go on, for as long as that is so.
+func TestShortReason(t *testing.T) {
+	v := &eviction{host: &Host{}, changed: make(chan struct{})}
+	for i, step := range []struct {
+		state evict.State
+		short string
+	}{
+		{evict.Running, ""}, {evict.Running, "no memory"}, {evict.CutOff, "no memory"}, {evict.Running, "no memory"}, {evict.Running, "still none"}, {evict.Running, ""},
+	} {
+		v.show(evict.Progress{State: step.state, Short: step.short})
+		if v.reason != step.short {
+			t.Errorf("step %d, %s: the reason is %q, want %q", i, step.state, v.reason, step.short)
+		}
+	}
 }

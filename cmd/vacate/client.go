@@ -210,8 +210,14 @@ func (d *daemon) stream(ctx context.Context, id string, s *screen, seen func(*ho
 		return nil, err
 	}
 	defer stream.Close()
+	why := ""
 	for stream.Receive() {
 		last = stream.Msg()
+		if last.Outcome == "" && last.Reason != why {
+			if why = last.Reason; why != "" {
+				s.note("%s", clean(why))
+			}
+		}
 		if p, ok := progressOf(last); ok {
 			s.show(p)
 		}

@@ -80,6 +80,8 @@ With --json, standard output has JSON lines:
       link_bytes        sent over the link
       rate_bytes_per_s
       eta_s             until all pages are sent; null if not known
+      short             why the VM waits at the destination, which has no memory
+                        for its pages; only while that is so
       fetches           pages that the VM waited for
   {"type":"report","report":{...}}       the last line
 --report FILE gets that report, too. The file's room on the disk is taken

@@ -23,13 +23,14 @@ type progressJSON struct {
 	Fetches    int         `json:"fetches"`
 	Awaits     string      `json:"awaits,omitempty"` // what the other host does before it takes the VM
 	AwaitedFor float64     `json:"awaited_s,omitempty"`
+	Short      string      `json:"short,omitempty"` // why the VM waits at the destination, which has no memory for its pages
 }
 
 func newProgressJSON(p evict.Progress) progressJSON {
 	j := progressJSON{
 		State: p.State, Elapsed: p.Elapsed.Seconds(), Pages: p.Pages, PagesTotal: p.Total,
 		LinkBytes: p.Bytes, Rate: p.Rate, Fetches: p.Fetches,
-		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(),
+		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(), Short: p.Short,
 	}
 	if p.ETA > 0 {
 		s := p.ETA.Seconds()
