@@ -27,7 +27,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint generate chaos configurations bench clean
+.PHONY: help build test unit demo deps fuzz lint generate chaos refusals configurations bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ generate: ## the Go code of hostapi/v1/host.proto (needs Debian's protobuf-compi
 
 chaos: deps ## have every fault happen in every state of an eviction, CHAOS (2) times (root; an hour)
 	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./host
+
+refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, 50 times over QEMU's versions (root; 15 minutes)
+	VACATE_REQUIRE=1 VACATE_REFUSALS=17 $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./evict
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./evict -configurations -qemu $(QEMU)

@@ -18,11 +18,11 @@ import (
 var imports = map[string][]string{
 	"relief":           {},
 	"page":             {"vacate/bench", "vacate/evict"},
-	"qmp":              {"golang.org/x/sys"},
+	"qmp":              {"golang.org/x/sys", "vacate/process"},
 	"migstream":        {},
 	"pageset":          {},
 	"pageclass":        {},
-	"guestlinux":       {"vacate/guestmem", "vacate/pageclass", "vacate/qmp", "golang.org/x/sys"},
+	"guestlinux":       {"vacate/guestmem", "vacate/pageclass", "golang.org/x/sys"},
 	"guesthints":       {"vacate/pageclass", "vacate/qmp"},
 	"pushorder":        {"vacate/pageclass", "vacate/pageset"},
 	"certs":            {},

@@ -1,12 +1,14 @@
 package evict_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,10 +31,15 @@ type attempt struct {
 	do       func(r *relay, frame []byte, to net.Conn)
 	cancel   bool // ctx is cancelled when the frame has come
 	timeout  time.Duration
+	show     func(evict.Progress)
+	// disturbed: what is done takes effect at a random moment, so that the frame may not come, and the VM stands as somebody had it.
+	disturbed bool
 
 	twin  lab.IncomingOptions
 	with  func(t *testing.T, l *lab.Lab, vm, twin *lab.VM) // done before the eviction; undone by cleanup
 	atHit func(t *testing.T, l *lab.Lab, twin *lab.VM)     // done when the frame has come, before it passes
+	here  func(t *testing.T, vm *lab.VM)                   // the same, at the source; undone by cleanup
+	stays string                                           // the VM's state after it; running if empty
 
 	want error
 	says string // part of the error
@@ -44,6 +51,7 @@ func pass(_ *relay, frame []byte, to net.Conn) { to.Write(frame) }
 const (
 	offer, head, load, commit           = 1, 2, 3, 4
 	accepted, loaded, running, complete = 16, 17, 18, 19
+	armed                               = 25
 	pages, request                      = 64, 65
 )
 
@@ -51,8 +59,8 @@ var attempts = []attempt{
 	{name: "cut at the offer", kind: offer, do: cut, want: evict.ErrRefused},
 	{name: "garbage for an answer to the offer", upstream: true, kind: accepted, do: garbage, want: evict.ErrRefused, says: "does not speak vacate's protocol"},
 	{name: "cancelled at the offer", upstream: true, kind: accepted, do: stall, cancel: true, want: evict.ErrAborted},
-	{name: "cut at the head", kind: head, do: cut, want: evict.ErrAborted},
-	{name: "head corrupted", kind: head, do: corrupt, want: evict.ErrAborted},
+	{name: "cut at the head", kind: head, do: cut, want: evict.ErrRefused},
+	{name: "head corrupted", kind: head, do: corrupt, want: evict.ErrRefused},
 	{name: "cancelled at the head", kind: head, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
 	{name: "cut ahead of the package", kind: pages, do: cut, want: evict.ErrAborted},
 	{name: "cut at the package", kind: load, do: cut, want: evict.ErrAborted},
@@ -63,7 +71,8 @@ var attempts = []attempt{
 	{name: "cancelled when loaded", upstream: true, kind: loaded, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
 	{name: "garbage when loaded", upstream: true, kind: loaded, do: garbage, want: evict.ErrAborted, says: "does not speak vacate's protocol"},
 	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin, want: evict.ErrRefused, says: "the other side gave up"},
-	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin, want: evict.ErrAborted},
+	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin, want: evict.ErrRefused},
+	{name: "cut when armed", upstream: true, kind: armed, do: cut, want: evict.ErrRefused},
 	{name: "destination's QEMU dies at the package", kind: load, do: pass, atHit: killTwin, want: evict.ErrAborted, says: "destination's QEMU ended"},
 	{name: "a device differs in a property", twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},
 		kind: offer, do: pass, want: evict.ErrRefused, says: "ctrl_vq is true on the source, false on the destination"},
@@ -111,30 +120,38 @@ func lockDisk(t *testing.T, _ *lab.Lab, vm, twin *lab.VM) {
 // However an eviction fails before the commit, the guest runs on where it was: the same
 // guest goes through all failures one after the other, works on between them, and finds
 // all of its memory as it was in the end, when it is evicted for good.
-func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}) }
+func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}, slices.Concat(attempts, switches)) }
 
 // The same with the newest QEMU, whose source behaves differently when its stream ends.
 func TestAbortsBackports(t *testing.T) {
 	labtest.New(t, lab.Options{}) // skips where there can be none
 	q, err := lab.BackportsQEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)
-	testAborts(t, q)
+	testAborts(t, q, slices.Concat(attempts, switches))
 }
 
-func testAborts(t *testing.T, q lab.QEMU) {
+// What goes wrong while the VM is being frozen, with the QEMU in between, too.
+func TestSwitchesDebian12(t *testing.T) {
+	labtest.New(t, lab.Options{}) // skips where there can be none
+	q, err := lab.Backports12QEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
+	labtest.Need(t, err)
+	testAborts(t, q, switches)
+}
+
+func testAborts(t *testing.T, q lab.QEMU, attempts []attempt) {
 	l := labtest.New(t, lab.Options{Rate: 2e9})
 	vm := boot(t, l, lab.Spec{QEMU: q, Devices: lab.Full, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, CacheMiB: 20}})
 	for _, a := range attempts {
-		t.Run(a.name, func(t *testing.T) {
-			a.run(t, l, vm)
-			if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {
-				t.Fatalf("the guest does not work on: %v", err)
-			}
-		})
+		t.Run(a.name, func(t *testing.T) { a.run(t, l, vm) })
+		if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {
+			t.Fatalf("after %s the guest does not work on: %v", a.name, err)
+		}
 		if t.Failed() {
 			return
 		}
 	}
+	disturbed(t, l, vm)
+	migrateToNowhere(t, vm)
 	twin := incoming(t, l, vm)
 	evictVM(labtest.Within(t, time.Minute), t, l, vm, twin).mustComplete(t)
 	labtest.MustCheck(t, twin)
@@ -159,6 +176,9 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 		if a.atHit != nil {
 			a.atHit(t, l, twin)
 		}
+		if a.here != nil {
+			a.here(t, vm)
+		}
 		a.do(r, frame, to)
 		if a.cancel {
 			cancel()
@@ -173,11 +193,13 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	go func() {
 		received <- receiveOn(receiving, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
-	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()), LoadTimeout: a.timeout, Log: log.With("side", "source")}.Evict(ctx)
+	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()), LoadTimeout: a.timeout, Show: a.show, Log: log.With("side", "source")}.Evict(ctx)
 	select {
 	case <-hit:
 	default:
-		t.Error("the frame that was to be tampered with never came")
+		if !a.disturbed {
+			t.Error("the frame that was to be tampered with never came")
+		}
 	}
 	front.Close()
 	<-serving
@@ -196,7 +218,10 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	if destErr == nil || errors.Is(destErr, evict.ErrLost) {
 		t.Errorf("destination: %v", destErr)
 	}
-	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != "running" {
+	if a.disturbed {
+		return
+	}
+	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != cmp.Or(a.stays, "running") {
 		t.Fatalf("the VM is %q on the source: %v", status, err)
 	}
 	if after := settingsOf(t, vm); after != before {

@@ -2,7 +2,6 @@ package evict
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -356,51 +355,34 @@ func (e *source) finish(m Mark, why string, as State) error {
 	if err := e.machine.enter(Retiring); err != nil {
 		return e.lost(err, "The VM on the destination does not need the copy here. Nothing is lost")
 	}
-	if err := note(e.Journal, m, why); err != nil {
+	if err := e.note(m, why); err != nil {
 		e.Log.Warn("the journal does not take how the eviction ended", "mark", m, "error", err)
 	}
 	if a := e.at.Load(); a != nil {
 		a.control.Write(msgHeard)
 	}
-	wait := e.quit()
-	defer wait()
-	return e.machine.enter(as)
+	ended := e.kill()
+	err := e.machine.enter(as)
+	<-ended
+	return err
 }
 
-// quitTime is how long a QEMU may take to quit.
-const quitTime = 5 * time.Second
+// quitTime is how long a QEMU that was killed may take to end.
+const quitTime = 10 * time.Second
 
-// quit tells the QEMU here to quit, as it is of no more use to anyone. What it returns waits
-// until it has ended, and ends it by force if it has not in quitTime.
-func (e *source) quit() (wait func()) {
-	if e.gone() {
-		return func() {}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
-	// Who made its monitor's socket may be another, such as libvirt, which is not to be killed.
-	pid, _, err := e.q.Process(ctx)
-	var qemu process.Process
-	if err == nil {
-		qemu, err = process.Find(pid)
-	}
-	if err != nil && !errors.Is(err, process.ErrGone) {
-		e.Log.Warn("the source's QEMU is not looked after until its end", "pid", pid, "error", err)
-	}
-	if err := e.q.Quit(ctx); err != nil {
-		e.Log.Warn("the source's QEMU does not answer when told to quit; the VM is safe on the destination", "pid", pid, "error", err)
-	}
-	return func() {
-		defer cancel()
-		if qemu.Wait(ctx) == nil {
-			return
-		}
-		e.Log.Warn("the source's QEMU does not quit: it is killed", "pid", pid)
+// kill ends the QEMU here, as it is of no more use to anyone. Its process is stopped: it could not be told to quit without being
+// let run first, and then it could carry out a `cont` that somebody gave it meanwhile. What it returns is closed when it has ended.
+func (e *source) kill() <-chan struct{} {
+	ended := make(chan struct{})
+	e.tasks.Go(func() {
+		defer close(ended)
 		ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 		defer cancel()
-		if err := qemu.Kill(ctx); err != nil {
-			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", pid, "error", err)
+		if err := e.qemu.Kill(ctx); err != nil {
+			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", e.qemu.PID, "error", err)
 		}
-	}
+	})
+	return ended
 }
 
 // frozenRemedy says what an operator can do with a VM that stands frozen here.
@@ -411,7 +393,8 @@ func (e *source) frozenRemedy() string {
 	}
 	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it"
 	if e.Journal == nil {
-		return keep
+		return fmt.Sprintf(keep+". Its process is stopped: only if the VM is gone on the destination for good, `kill -CONT %d`, "+
+			"then `cont` on its QMP socket, have it go on here from then", e.qemu.PID)
 	}
 	return fmt.Sprintf(keep+". `vacate export %[1]s FILE` saves memory and devices as they were when it was frozen; "+
 		"`vacate decide %[1]s resume-here --confirm %[2]s`, only if the VM is gone on the destination for good, has it go on here from then; "+
@@ -464,17 +447,10 @@ var errEngineDied = errors.New("the engine died")
 func (e *source) takeUp(ctx context.Context, m Mark) error {
 	opening, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
 	defer cancel()
-	here := copyPaused
-	if err := e.open(opening); err != nil {
-		if !notThere(err) {
-			return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
-		}
-		here = copyGone
-		e.die(err)
-	} else if status, err := e.q.QueryStatus(opening); err != nil {
+	e.mark = m
+	here, err := e.find(opening)
+	if err != nil {
 		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
-	} else if status.Running {
-		here = copyRunning
 	}
 	if err := e.whole(); err != nil && !errors.Is(err, ErrGivenBack) {
 		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
@@ -488,13 +464,10 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		if e.gaveBack.Load() {
 			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack), "Pause it, and look on the destination, where the VM is")
 		}
-		if err := e.remember(opening); err != nil {
-			return &Error{ErrLeft, e.machine.current(), err, "The VM is here, and was never told to run elsewhere"}
-		}
 		return e.rollBack(errEngineDied)
 	case stepAsk:
 		if here == copyPaused {
-			if err := e.reopen(opening); err != nil {
+			if err := e.reopen(); err != nil {
 				return &Error{ErrLeft, e.machine.current(), err, e.frozenRemedy()}
 			}
 		}
@@ -502,7 +475,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	case stepLose:
 		return e.lost(errEngineDied, "The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
 	case stepRetire:
-		e.quit()()
+		<-e.kill()
 		return nil
 	case stepHold:
 		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")
@@ -520,31 +493,83 @@ func (e *source) whole() error {
 	return err
 }
 
-// remember reads what rolling back needs.
-func (e *source) remember(ctx context.Context) (err error) {
-	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
-		return err
+// find finds out what the VM's QEMU does. One whose process is stopped cannot be asked: it is frozen.
+func (e *source) find(ctx context.Context) (copyState, error) {
+	b, err := e.kept(keptFacts)
+	if err == nil {
+		e.facts, err = parseFacts(b)
 	}
-	b, err := e.kept(keptSettings)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // nothing was set yet
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // else the VM was not touched yet
+		return copyGone, err
 	}
-	if err != nil {
-		return err
+	e.qemu = e.Process
+	if err == nil {
+		e.qemu = e.facts.Process
 	}
-	return json.Unmarshal(b, &e.changed)
+	if e.qemu != (process.Process{}) {
+		switch e.held, err = e.qemu.Stopped(); {
+		case errors.Is(err, process.ErrGone):
+			e.die(errQEMUGone)
+			return copyGone, nil
+		case err != nil:
+			return copyGone, err
+		}
+		e.watch()
+		if e.held {
+			return copyPaused, nil
+		}
+	}
+	if err := e.open(ctx); notThere(err) {
+		e.die(err)
+		return copyGone, nil
+	} else if err != nil {
+		return copyGone, err
+	}
+	if e.qemu == (process.Process{}) {
+		pid, _, err := e.q.Process(ctx)
+		if err != nil {
+			return copyGone, err
+		}
+		if e.qemu, err = process.Find(pid); err != nil {
+			return copyGone, err
+		}
+	}
+	events := e.q.Subscribe(256)
+	defer events.Close()
+	status, err := e.q.QueryStatus(ctx)
+	switch {
+	case err != nil:
+		return copyGone, err
+	case status.Running:
+		return copyRunning, nil
+	case e.mark != MarkMayRun && e.mark != MarkLost:
+		return copyPaused, nil
+	}
+	// Somebody had the stopped process go on.
+	if err := e.qemu.Stop(ctx); err != nil {
+		return copyGone, err
+	}
+	e.held = true
+	if err := e.q.Drain(ctx); err != nil {
+		return copyGone, err
+	}
+	for {
+		select {
+		case ev, ok := <-events.C:
+			if !ok || ev.Name == "RESUME" || events.Dropped() > 0 {
+				return copyGone, errors.Join(errMoved, e.qemu.Continue())
+			}
+		default:
+			return copyPaused, nil
+		}
+	}
 }
 
 // reopen gets ready to send the frozen VM's pages once more.
-func (e *source) reopen(ctx context.Context) error {
-	if _, err := e.recall(ctx); err != nil {
+func (e *source) reopen() error {
+	if _, err := e.recall(); err != nil {
 		return err
 	}
-	var err error
-	if e.offer, err = describe(ctx, e.q); err != nil {
-		return err
-	}
-	close(e.frozen.ready)
 	e.frozenAt.Store(&e.started)
 	if e.gaveBack.Load() {
 		return nil // what is left of the guest does not tell what its pages are used for
@@ -555,8 +580,13 @@ func (e *source) reopen(ctx context.Context) error {
 }
 
 // recall reads from the journal what the frozen VM is, and returns the head of its stream.
-func (e *source) recall(ctx context.Context) (head []byte, err error) {
-	if err := e.remember(ctx); err != nil {
+func (e *source) recall() (head []byte, err error) {
+	e.offer.Machine, e.offer.QEMU = e.facts.Machine, e.facts.QEMU
+	e.registers.Store(&e.facts.Registers)
+	if e.mem, err = guestmem.Reopen(e.facts.Process.PID, e.facts.Blocks); err != nil {
+		return nil, err
+	}
+	if err := e.mem.Map(e.facts.Mappings); err != nil {
 		return nil, err
 	}
 	head, err = e.kept(keptHead)
@@ -568,14 +598,7 @@ func (e *source) recall(ctx context.Context) (head []byte, err error) {
 		return nil, err
 	}
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
-	if err := e.layOut(l); err != nil {
-		return nil, err
-	}
-	blocks, err := e.kept(keptBlocks)
-	if err != nil {
-		return nil, err
-	}
-	return head, e.frozen.parseStreamed(blocks)
+	return head, e.layOut(l)
 }
 
 func (e *source) kept(name string) ([]byte, error) {
@@ -611,35 +634,34 @@ func (s Source) Decide(ctx context.Context, d Decision) error {
 func (e *source) decide(ctx context.Context, d Decision) error {
 	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
 	defer cancel()
-	err := e.open(ctx)
-	if notThere(err) && d == Discard {
-		return note(e.Journal, MarkDiscarded, "the operator decided so")
-	}
-	if err != nil {
+	here, err := e.find(ctx)
+	switch {
+	case err != nil:
 		return err
+	case here == copyGone && d == Discard:
+		return note(e.Journal, MarkDiscarded, "the operator decided so")
+	case here == copyGone:
+		return errQEMUGone
 	}
 	switch d {
 	case ResumeHere:
 		if err := e.whole(); err != nil {
 			return err
 		}
-		if err := e.remember(ctx); err != nil {
-			return err
-		}
 		if err := note(e.Journal, MarkResumedHere, "the operator decided so"); err != nil {
 			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
 		e.tellAbort(ctx)
-		if err := e.resume(ctx); err != nil {
-			return err
+		now, err := e.resume(ctx)
+		if err == nil && now.Running {
+			announce(ctx, e.q, e.Log)
 		}
-		announce(ctx, e.q, e.Log)
-		return e.changed.apply(ctx, e.q)
+		return err
 	case Discard:
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
 			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
-		return e.q.Quit(ctx)
+		return e.qemu.Kill(ctx)
 	}
 	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
 }
@@ -658,17 +680,15 @@ func (e *source) export(ctx context.Context, file string) error {
 	if err := e.whole(); err != nil {
 		return err
 	}
-	if err := e.open(ctx); err != nil {
+	switch here, err := e.find(ctx); {
+	case err != nil:
 		return err
-	}
-	status, err := e.q.QueryStatus(ctx)
-	if err != nil {
-		return err
-	}
-	if status.Running {
+	case here == copyGone:
+		return errQEMUGone
+	case here == copyRunning:
 		return errors.New("the VM is not frozen here: it runs")
 	}
-	head, err := e.recall(ctx)
+	head, err := e.recall()
 	if err != nil {
 		return err
 	}
@@ -676,10 +696,7 @@ func (e *source) export(ctx context.Context, file string) error {
 	if err != nil {
 		return err
 	}
-	vm := export.VM{Memory: e.mem, Head: head, Load: load, Streamed: map[string][]byte{}}
-	for i, data := range e.frozen.streamed {
-		vm.Streamed[e.frozen.layout[i].Name] = data
-	}
+	vm := export.VM{Memory: e.mem, Head: head, Load: load}
 	return vm.WriteFile(ctx, file, nil)
 }
 

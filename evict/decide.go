@@ -28,7 +28,7 @@ type Mark string
 
 // The marks.
 const (
-	MarkBegun       Mark = "begun"        // source: QEMU may be migrating, and no commit was sent
+	MarkBegun       Mark = "begun"        // source: the guest may be frozen, and no commit was sent
 	MarkAccepted    Mark = "accepted"     // destination: a twin may live, and it never ran
 	MarkMayRun      Mark = "may-run"      // the twin may run, or may have run, from here on
 	MarkRolledBack  Mark = "rolled back"  // source: the twin never runs; the guest is to run here
@@ -71,7 +71,7 @@ type copyState int
 const (
 	copyGone     copyState = iota
 	copyIncoming           // a twin that has not loaded the devices
-	copyPaused             // at the source: frozen in its migration. A twin: loaded, its migration not over, and not running
+	copyPaused             // at the source: frozen, or stopped with its process. A twin: loaded, its migration not over, and not running
 	copyRunning            // at the source: the guest runs. A twin: the guest runs, or waits for pages
 	copyEnded              // a twin whose guest ended itself: its QEMU stands still, or said so and has ended
 	copyComplete           // a twin whose migration is over, whether its guest runs or was paused since
@@ -98,9 +98,10 @@ const (
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
-// mayCommit tells whether a source may send the commit: its mark is durable, and its QEMU is
-// wholly in post-copy, so that it cannot resume the guest by itself.
-func mayCommit(m Mark, wholly bool) bool { return m == MarkMayRun && wholly }
+// mayCommit tells whether a source may send the commit: its mark is durable, the process of its
+// QEMU is stopped, so that nothing that QEMU is told can run the guest, and the guest did not run
+// between the freeze and that.
+func mayCommit(m Mark, held bool) bool { return m == MarkMayRun && held }
 
 // mayCont tells whether a destination may have its twin run: its mark is durable, and in the
 // present session the source said that it committed.
@@ -119,8 +120,7 @@ func sourceStep(m Mark, here copyState) step {
 		return stepRollBack // no commit was sent
 	case MarkMayRun:
 		if here == copyRunning {
-			// QEMU resumed it when its stream ended, so it was not wholly in post-copy, so
-			// no commit was sent; or a roll-back got that far.
+			// Its process is not stopped, so no commit was sent; or a roll-back got that far.
 			return stepRollBack
 		}
 		return stepAsk

@@ -100,14 +100,16 @@ type destination struct {
 	at       atomic.Pointer[attachment] // nil while the source is not there
 	rejoin   chan *Request              // capacity 1: the source came back
 
-	head    []byte
-	reader  *migstream.Reader // of the head
-	layout  layout
-	placer  *placer
-	stream  *stream                // of QEMU's migration; nil when it is broken
-	current atomic.Pointer[stream] // the same, for tasks of a session
-	starved bool                   // QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
-	pending bool                   // the QEMU was not told to run the VM yet
+	head      []byte
+	reader    *migstream.Reader // of the head
+	layout    layout
+	placer    *placer
+	stream    *stream                // of QEMU's migration; nil when it is broken
+	current   atomic.Pointer[stream] // the same, for tasks of a session
+	starved   bool                   // QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
+	pending   bool                   // the QEMU was not told to run the VM yet
+	mark      Mark                   // the last that is durable
+	committed bool                   // the source has said in the present session that it committed
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
 	running  atomic.Bool  // it has answered that it does
@@ -177,7 +179,8 @@ const maxDelays = 1 << 20
 
 const (
 	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
-	pingLoaded    = 3                    // QEMU's, at the end of the package
+	pingHead      = 2                    // ours, behind the head: QEMU took it
+	pingLoaded    = 3                    // ours, at the end of the package
 	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
 	// behind what is in it.
 	qemuBuffer = 128 << 10
@@ -467,6 +470,7 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	}
 	if err == nil {
 		_, err = control.await(committing, msgCommit)
+		e.committed = err == nil
 	}
 	if err == nil {
 		err = <-e.kept
@@ -477,6 +481,7 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err != nil {
 		return e.abort(err)
 	}
+	e.mark = MarkMayRun
 	left, stop := untilLeft(ctx)
 	defer stop()
 	if err := e.run(left); err != nil {
@@ -499,6 +504,9 @@ const contTime = time.Second
 // QEMU may be unable to answer until a page has come, which the VM touched at once: then
 // serve, without which no page comes after the loss of the session, hears the answer.
 func (e *destination) run(left context.Context) error {
+	if !mayCont(e.mark, e.committed) {
+		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v", e.mark, e.committed))
+	}
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
@@ -553,7 +561,13 @@ func (e *destination) arm(ctx context.Context) error {
 	}
 	e.tasks.Go(func() { e.kept <- e.keep() })
 	e.follow(e.stream, migstream.NewReturnReader(e.stream.conn, 0))
-	return e.placer.raw(e.head)
+	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(slices.Clone(e.head))); err != nil {
+		return err
+	}
+	if err := e.awaitPong(ctx, pingHead); err != nil {
+		return err
+	}
+	return e.at.Load().control.Write(msgArmed)
 }
 
 // keep stores what another engine needs to go on.

@@ -14,7 +14,6 @@ import (
 	"vacate/pageclass"
 	"vacate/pageset"
 	"vacate/pushorder"
-	"vacate/qmp"
 	"vacate/urgent"
 )
 
@@ -117,11 +116,22 @@ func (e *source) ask(ctx context.Context, path string) error {
 func (e *source) attach(ctx context.Context) (*guestlinux.Guest, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit, fmt.Errorf("it took longer than %v", lookLimit))
 	defer cancel()
-	return attachGuest(ctx, e.mem, e.q)
+	return attachGuest(ctx, e.mem, monitor{e})
+}
+
+// monitor answers what guestlinux asks of the VM's QEMU. Once that is stopped, it is what QEMU said before.
+type monitor struct{ *source }
+
+// HMP implements guestlinux.Monitor.
+func (m monitor) HMP(ctx context.Context, line string) (string, error) {
+	if r := m.registers.Load(); r != nil {
+		return r.HMP(ctx, line)
+	}
+	return m.q.HMP(ctx, line)
 }
 
 // attachGuest gets ready to look at the pages of a guest, which may run.
-func attachGuest(ctx context.Context, m *guestmem.Memory, q *qmp.Client) (*guestlinux.Guest, error) {
+func attachGuest(ctx context.Context, m *guestmem.Memory, q guestlinux.Monitor) (*guestlinux.Guest, error) {
 	live, err := guestlinux.NewLive(m, q)
 	if err != nil {
 		return nil, err
@@ -202,23 +212,19 @@ func (e *source) learn() {
 			first = pushorder.Locate(blocks, list, frames)
 			e.mu.Lock()
 			e.order.SetPlan(first)
-			e.light.report.First = e.sinceFreeze()
 			e.mu.Unlock()
+			e.light.report.First = e.sinceFreeze()
 		}
 	}
 	if e.light.guest != nil {
 		r, err := e.light.guest.Survey(ctx)
 		if err != nil {
-			e.mu.Lock()
 			e.light.doubt("the frozen guest is not what it was", err)
-			e.mu.Unlock()
 			return
 		}
 		survey = &r.Survey
-		e.mu.Lock()
 		e.light.report.Notes = r.Notes
 		e.light.report.Stages = &r.Timings
-		e.mu.Unlock()
 	}
 	if survey == nil {
 		return
@@ -231,10 +237,10 @@ func (e *source) learn() {
 	}
 	e.mu.Lock()
 	e.order.SetPlan(plan)
+	e.mu.Unlock()
 	e.light.survey, e.light.joined = survey, true
 	e.light.report.Survey = time.Since(start).Seconds()
 	e.light.report.Known = e.sinceFreeze()
-	e.mu.Unlock()
 	e.leaveOut(free, pushorder.Skipped)
 	// Until it is known, neighbours are those in physical memory.
 	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)

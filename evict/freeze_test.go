@@ -2,62 +2,41 @@ package evict
 
 import (
 	"context"
-	"errors"
 
 	"vacate/guestmem"
+	"vacate/process"
 	"vacate/qmp"
 )
 
-// Captured is what an eviction knows of a VM that it has frozen.
-type Captured struct {
-	Head, Load []byte
-	Streamed   map[string][]byte
-}
-
 // Freeze takes the VM behind a QMP socket to where an eviction would commit, and leaves it
 // there, as a source does that has lost its destination.
-func Freeze(ctx context.Context, socket string) (f Captured, err error) {
+func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFacts, err error) {
 	q, err := qmp.Dial(ctx, socket)
 	if err != nil {
-		return f, err
+		return nil, nil, facts, err
 	}
 	defer q.Close()
 	mem, err := guestmem.Attach(ctx, q)
 	if err != nil {
-		return f, err
+		return nil, nil, facts, err
 	}
 	defer mem.Close()
-	before, err := settingsOf(ctx, q)
+	o, err := describe(ctx, q)
 	if err != nil {
-		return f, err
+		return nil, nil, facts, err
 	}
-	want, _ := before.plan(captureParameters(mem))
-	if err := want.apply(ctx, q); err != nil {
-		return f, err
-	}
-	conn, err := socketTo(ctx, q, sourceFD, 0)
+	f, err := newFreezer(ctx, q, o.Machine, mem)
 	if err != nil {
-		return f, err
+		return nil, nil, facts, err
 	}
-	defer conn.Close()
-	c, err := startCapture(ctx, q, conn)
+	defer f.close()
+	s, err := f.freeze(ctx)
 	if err != nil {
-		return f, err
+		return nil, nil, facts, err
 	}
-	if err := errors.Join(c.readHead(ctx), c.readPackage(ctx)); err != nil {
-		return f, err
+	facts.Blocks = mem.Blocks()
+	if facts.Process, err = process.Find(mem.PID()); err != nil {
+		return nil, nil, facts, err
 	}
-	frozen, err := newFrozen(mem, c.layout)
-	if err != nil {
-		return f, err
-	}
-	streamed, err := c.blocks(ctx, frozen.unlocated())
-	if err != nil {
-		return f, err
-	}
-	f = Captured{c.head, c.load, map[string][]byte{}}
-	for i, data := range streamed {
-		f.Streamed[c.layout[i].Name] = data
-	}
-	return f, c.settle(ctx, q)
+	return f.head, s.load, facts, f.hold(ctx, facts.Process)
 }

@@ -1,9 +1,8 @@
 package evict
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
+	"slices"
 
 	"vacate/guestmem"
 	"vacate/link"
@@ -16,111 +15,27 @@ import (
 type frozen struct {
 	mem    *guestmem.Memory
 	layout layout
-	index  []int // of each block in mem; -1 if it cannot be read there
-	// streamed holds blocks that came through QEMU's own stream, once ready is closed.
-	streamed map[int][]byte
-	ready    chan struct{}
+	index  []int // of each block in mem
 }
 
 func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
-	f := &frozen{mem: mem, layout: l, index: make([]int, len(l)), ready: make(chan struct{})}
+	f := &frozen{mem: mem, layout: l, index: make([]int, len(l))}
 	for i, b := range l {
-		f.index[i] = -1
-		for j, m := range mem.Blocks() {
-			if m.Name != b.Name || !m.Located {
-				continue
-			}
-			if m.PageSize != b.PageSize || m.Size < b.Length {
-				return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at", b.Name)
-			}
-			f.index[i] = j
+		j := slices.IndexFunc(mem.Blocks(), func(m guestmem.Block) bool { return m.Name == b.Name })
+		switch {
+		case j < 0 || !mem.Blocks()[j].Located:
+			return nil, fmt.Errorf("memory %q: %w", b.Name, guestmem.ErrNotLocated)
+		case mem.Blocks()[j].PageSize != b.PageSize || mem.Blocks()[j].Size < b.Length:
+			return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at", b.Name)
 		}
+		f.index[i] = j
 	}
 	return f, nil
 }
 
-// unlocated lists the blocks that must come through QEMU's stream.
-func (f *frozen) unlocated() []int {
-	var list []int
-	for i, j := range f.index {
-		if j < 0 {
-			list = append(list, i)
-		}
-	}
-	return list
-}
-
-// appendStreamed encodes the blocks that came through QEMU's stream: as one frame of pages for
-// each 1 MiB at most, u32 length ahead of it. Pages of zeroes have no data in it.
-func (f *frozen) appendStreamed(b []byte) []byte {
-	for i := range f.layout {
-		data := f.streamed[i]
-		for at := 0; at < len(data); at += maxBatch {
-			fr := frame{f: f, runs: make([]pageRun, 0, 2)}
-			part := data[at:min(at+maxBatch, len(data))]
-			size := int(f.layout[i].PageSize)
-			fr.parts = [][]byte{nil}
-			fr.add(pageset.Run{Block: i, First: pageset.Page(at / size), Count: len(part) / size}, part, size)
-			head := appendPages(nil, fr.runs)
-			n := len(head)
-			for _, p := range fr.parts {
-				n += len(p)
-			}
-			b = append(binary.BigEndian.AppendUint32(b, uint32(n)), head...)
-			for _, p := range fr.parts {
-				b = append(b, p...)
-			}
-		}
-	}
-	return b
-}
-
-// parseStreamed is the reverse of appendStreamed.
-func (f *frozen) parseStreamed(b []byte) error {
-	f.streamed = map[int][]byte{}
-	for _, i := range f.unlocated() {
-		if f.layout[i].Length > maxStreamed {
-			return fmt.Errorf("memory %q of %d MiB is not at hand", f.layout[i].Name, f.layout[i].Length>>20)
-		}
-		f.streamed[i] = make([]byte, f.layout[i].Length)
-	}
-	for len(b) > 0 {
-		if len(b) < 4 || uint64(len(b)-4) < uint64(binary.BigEndian.Uint32(b)) {
-			return errors.New("what was kept of the VM's ROMs is cut off")
-		}
-		n := binary.BigEndian.Uint32(b)
-		runs, data, err := f.layout.parsePages(nil, b[4:4+n])
-		if err != nil {
-			return fmt.Errorf("what was kept of the VM's ROMs: %w", err)
-		}
-		for _, r := range runs {
-			if f.streamed[r.Block] == nil {
-				return fmt.Errorf("what was kept of the VM's ROMs has pages of %q", f.layout[r.Block].Name)
-			}
-			if r.Zero {
-				continue
-			}
-			size := f.layout[r.Block].PageSize
-			k := copy(f.streamed[r.Block][uint64(r.First)*size:], data[:uint64(r.Count)*size])
-			data = data[k:]
-		}
-		b = b[4+n:]
-	}
-	return nil
-}
-
 // read reads the pages of a run into dst, which is as long as they are.
 func (f *frozen) read(dst []byte, r pageset.Run) error {
-	offset := uint64(r.First) * f.layout[r.Block].PageSize
-	if f.index[r.Block] < 0 {
-		<-f.ready
-		if b := f.streamed[r.Block]; b != nil {
-			copy(dst, b[offset:])
-			return nil
-		}
-		return fmt.Errorf("memory %q is not at hand", f.layout[r.Block].Name)
-	}
-	return f.mem.Read(dst, f.index[r.Block], offset)
+	return f.mem.Read(dst, f.index[r.Block], uint64(r.First)*f.layout[r.Block].PageSize)
 }
 
 // unused returns those of a block's pages, from first on, that are not there, so that they read as
@@ -129,9 +44,6 @@ func (f *frozen) unused(block int, first pageset.Page, size uint64) (runs []page
 	b := f.layout[block]
 	n := min(pageset.Page(max(1, size/b.PageSize)), pageset.Page(b.Pages)-first)
 	next = first + n
-	if f.index[block] < 0 {
-		return nil, next, nil
-	}
 	per := b.PageSize / migstream.TargetPageSize
 	there := make([]uint64, (uint64(n)*per+63)/64)
 	if err := f.mem.Populated(f.index[block], uint64(first)*per, uint64(n)*per, there); err != nil {
@@ -151,7 +63,7 @@ func (f *frozen) unused(block int, first pageset.Page, size uint64) (runs []page
 
 // releasable tells whether memory of a block can be given back to the host.
 func (f *frozen) releasable(block int) bool {
-	return f.index[block] >= 0 && f.mem.Releasable(f.index[block])
+	return f.mem.Releasable(f.index[block])
 }
 
 // anyReleasable tells whether that of any block can be.

@@ -15,10 +15,9 @@ type Journal interface {
 
 // What engines keep, by its name.
 const (
-	keptSettings  = "settings"   // source: JSON of QEMU's migration settings to be put back
+	keptFacts     = "facts"      // source: hostFacts; JSON
 	keptHead      = "head"       // both: QEMU's stream from its header to the footer of the RAM section's start
 	keptLoad      = "load"       // source: the package
-	keptBlocks    = "blocks"     // source: blocks that cannot be read from QEMU's memory, see appendPages
 	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
 	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
 	KeptTrace  = journal.Lasting + "trace"

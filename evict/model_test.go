@@ -39,6 +39,8 @@ type rules struct {
 	quitFirst     bool // the twin of a guest that ended itself is told to quit before that is durable
 	unheeding     bool // a destination does not heed that a guest ended itself when its QEMU is gone
 	deaf          bool // an operator may resume a guest that ended itself, as the source knows
+	noteFirst     bool // a source writes may-run before its QEMU's process is stopped
+	blind         bool // a source does not look whether the guest ran before its process was stopped
 }
 
 func realRules() rules {
@@ -128,9 +130,9 @@ type guest uint8
 
 const (
 	gone     guest = iota
-	runsHere       // before the eviction, and after it was rolled back
-	freezing       // frozen; when its stream ends it may, by its version, resume by itself
-	standing       // frozen for good
+	runsHere       // before the eviction, after it was rolled back, and when somebody says cont
+	standing       // its state is saved; QEMU runs it when somebody says so
+	stopped        // its process is stopped: QEMU heeds nobody
 )
 
 func (g guest) state() copyState {
@@ -170,7 +172,7 @@ type world struct {
 		phase   phase
 		journal record
 		guest   guest
-		stream  bool  // the engine holds the other end of QEMU's migration
+		stale   bool  // the guest ran since its state was saved
 		session bool  // has not noticed that its session ended
 		loaded  bool  // heard
 		heard   bool  // that the twin runs
@@ -361,7 +363,7 @@ func (m *model) source(w world) {
 	// A source that sent no commit, and knows it, counts as begun.
 	m.add("source is killed", true, func(w *world) {
 		m.leaveS(w)
-		w.s.phase, w.s.stream, w.s.loaded, w.s.heard, w.s.sent = down, false, false, false, 0
+		w.s.phase, w.s.loaded, w.s.heard, w.s.sent = down, false, false, 0
 	})
 	state := w.s.guest.state()
 	early := w.s.phase == offering || w.s.phase == loading
@@ -416,13 +418,19 @@ func (m *model) source(w world) {
 			m.add("source offers", false, func(w *world) { m.connect(w, offers) })
 		}
 	case loading:
-		if w.s.guest == freezing {
-			m.add("source's QEMU is wholly in post-copy", false, func(w *world) { w.s.guest = standing })
+		if w.s.guest == standing || w.s.guest == runsHere {
+			m.add("source stops its QEMU's process", false, func(w *world) {
+				if ran := w.s.guest == runsHere || w.s.stale; ran && !m.blind {
+					m.sourceTakes(w, m.sourceStep(MarkBegun, state))
+					return
+				}
+				w.s.guest = stopped
+			})
 		}
-		if w.s.journal.mark() == MarkBegun { // as soon as it likes
+		if w.s.journal.mark() == MarkBegun && (w.s.guest == stopped || m.noteFirst) {
 			m.write("source", true, MarkMayRun, func(w *world) {}, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
 		}
-		if w.s.loaded && w.s.session && w.s.guest != gone && m.mayCommit(w.s.journal.mark(), w.s.guest == standing) {
+		if w.s.loaded && w.s.session && w.s.guest != gone && m.mayCommit(w.s.journal.mark(), w.s.guest == stopped) {
 			m.add("source commits", false, func(w *world) {
 				w.s.phase = committed
 				w.sayToD(commits)
@@ -468,7 +476,7 @@ func (m *model) source(w world) {
 			m.add("source finds its QEMU dead", false, func(w *world) { w.s.phase = losing })
 		} else {
 			m.add("source resumes the guest", false, func(w *world) {
-				w.s.phase, w.s.guest, w.s.stream, w.aborted = ended, runsHere, false, !w.resumed
+				w.s.phase, w.s.guest, w.aborted = ended, runsHere, !w.resumed
 			})
 		}
 	case retiring:
@@ -509,7 +517,7 @@ func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
 	idle := w.s.phase == asking || w.s.phase == holding || w.s.phase == ended || told
-	if w.s.guest != standing || mark != MarkMayRun && mark != MarkLost && !told || !idle {
+	if w.s.guest != standing && w.s.guest != stopped || mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
 	// Whether the word was written is found out by reading the journal again.
@@ -553,7 +561,7 @@ func (m *model) sourceHears(w *world, said word) {
 			if w.s.guest == gone {
 				return
 			}
-			w.s.phase, w.s.guest, w.s.stream = loading, freezing, true
+			w.s.phase, w.s.guest = loading, standing
 			w.sayToD(loads)
 		case loaded:
 			w.s.loaded = true
@@ -750,6 +758,9 @@ func (m *model) destination(w world) {
 
 func (m *model) cont(w *world) {
 	w.d.twin, w.d.phase, w.ran = copyRunning, running, true
+	if w.s.stale && !w.resumed {
+		w.bad = "the twin runs from an older state than the guest had here"
+	}
 	if w.s.guest == gone && !w.died && !w.gaveUp {
 		w.bad = "the twin runs though its source was retired"
 	}
@@ -839,9 +850,9 @@ func (m *model) destinationHears(w *world, said word) {
 
 // qemu is what the two QEMUs and the disks do by themselves.
 func (m *model) qemu(w world) {
-	if w.s.guest == freezing && !w.s.stream {
-		m.add("source's QEMU resumes the guest by itself", false, func(w *world) { w.s.guest = runsHere })
-		m.add("source's QEMU stays frozen", false, func(w *world) { w.s.guest = standing })
+	if w.s.guest == standing {
+		m.add("somebody has the guest run here", true, func(w *world) { w.s.guest, w.s.stale = runsHere, true })
+		m.add("somebody has the guest run here, and pauses it again", true, func(w *world) { w.s.stale = true })
 	}
 	if w.s.guest != gone && !(w.s.phase == ended && w.s.guest == runsHere) {
 		m.add("source's QEMU dies", true, func(w *world) { w.s.guest, w.died = gone, true })
@@ -887,7 +898,7 @@ func settled(w *world) bool {
 		return true // lost, and kept here
 	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot || w.resumed):
 		return true // the source's QEMU died; a twin that runs lacks pages
-	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere && w.s.guest != freezing:
+	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
 		return true // it stands here until the operator says what he found there
 	case w.gaveUp:
 		return over && w.s.guest == gone
@@ -1045,8 +1056,12 @@ func TestModelMutants(t *testing.T) {
 		{"R2", "never ran is said before the twin is killed", func(r *rules) { r.tellFirst = true }},
 		{"R2", "never ran is said and the twin is not killed", func(r *rules) { r.spare = true }},
 		{"R2", "a twin that was to be killed is not, after a restart", destinationSteps(MarkNeverRan, copyPaused, stepNone)},
-		{"R3", "commit before the source's may-run is durable", func(r *rules) { r.mayCommit = func(m Mark, wholly bool) bool { return wholly } }},
-		{"R3", "commit while QEMU may resume the guest by itself", func(r *rules) { r.mayCommit = func(m Mark, wholly bool) bool { return m == MarkMayRun } }},
+		{"R3", "commit before the source's may-run is durable", func(r *rules) { r.mayCommit = func(m Mark, held bool) bool { return held } }},
+		{"R3", "commit while QEMU can be told to run the guest", func(r *rules) {
+			r.noteFirst = true
+			r.mayCommit = func(m Mark, held bool) bool { return m == MarkMayRun }
+		}},
+		{"R3", "commit although the guest ran since the freeze", func(r *rules) { r.blind = true }},
 		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
 		{"R5", "a source that may have sent a commit rolls back", sourceSteps(MarkMayRun, copyPaused, stepRollBack)},
 		{"R5", "a source whose guest runs after all goes on asking", sourceSteps(MarkMayRun, copyRunning, stepAsk)},

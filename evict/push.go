@@ -19,9 +19,9 @@ const demandTime = 20 * time.Second
 // destination's QEMU would fetch them one by one while the VM stands still.
 func (e *source) sendEarly(a *attachment) error {
 	var runs []pageset.Run
-	wanted := e.frozen.runs(touchedByLoading(e.cap.load, e.frozen.readGuest))
+	wanted := e.frozen.runs(touchedByLoading(e.saved.load, e.frozen.readGuest))
 	for _, name := range e.flash {
-		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.index[i] >= 0 && e.frozen.layout[i].Length <= maxFlash {
+		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.layout[i].Length <= maxFlash {
 			wanted = append(wanted, pageset.Run{Block: i, Count: e.frozen.layout[i].Pages})
 		}
 	}

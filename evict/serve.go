@@ -96,6 +96,8 @@ func (e *destination) serve(ctx, left context.Context) error {
 		case f := <-frames:
 			err := f.check()
 			switch {
+			case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
+				return e.abort(err)
 			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
 				return e.lost(errors.Join(err, e.kill()), "The source runs the VM again. The one here was ended")
 			case errors.Is(err, errFailed):
@@ -173,7 +175,7 @@ func (e *destination) dropStream(why error) {
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.pending {
-		if !r.resume.Committed {
+		if e.committed = r.resume.Committed; !e.committed {
 			r.end() // it is none of ours: ours asks with this only
 			return nil
 		}
@@ -364,7 +366,7 @@ func (e *destination) twin() twin {
 func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan *Request) (Received, error) {
 	e := d.engine(CutOff)
 	defer e.close()
-	e.eviction = id
+	e.eviction, e.mark = id, m
 	e.report(CutOff)
 	e.tasks.Go(func() { e.sort(requests) })
 	var err error

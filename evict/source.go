@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -134,18 +135,22 @@ type source struct {
 	life context.Context
 	die  context.CancelCauseFunc
 
-	q       *qmp.Client
-	events  *qmp.Subscription
+	q       *qmp.Client     // nil if it was not needed yet
+	qemu    process.Process // the QEMU; zero until it is known
+	facts   hostFacts       // empty before the VM is about to be frozen
 	mem     *guestmem.Memory
-	changed settings
 	offer   offer
 	flash   []string // blocks that QEMU reads when it is told to run the VM
 	warned  []string // what the operator ought to know of a VM that is moved all the same
-	conn    net.Conn // to the source's QEMU
-	cap     *capture // nil until QEMU migrates
-	frozen  *frozen
-	pushed  *frame // of the push lane, and before the push of the control lane
-	fetched *frame // of the fetch lane
+	mark    Mark     // the last that is durable
+	freezer *freezer // nil before the VM is about to be frozen
+	saved   saved
+	held    bool // the QEMU's process is stopped
+	// registers are those of the frozen guest, once its QEMU cannot be asked any more.
+	registers atomic.Pointer[registers]
+	frozen    *frozen
+	pushed    *frame // of the push lane, and before the push of the control lane
+	fetched   *frame // of the fetch lane
 
 	awaits   atomic.Pointer[awaited] // nil for nothing
 	frozenAt atomic.Pointer[time.Time]
@@ -169,7 +174,7 @@ type source struct {
 	mu       sync.Mutex
 	askedFor []*pageset.Set   // pages that the guest waited for; nil before there were any; guarded by mu
 	order    *pushorder.Order // guarded by mu; nil before the package was read
-	light    light            // guarded by mu
+	light    light            // of prepare, then of the task that enlightens, then of report: one after the other
 	highest  int              // pages shown; guarded by shown
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
@@ -223,13 +228,9 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err := e.open(ctx); err != nil {
 		return err
 	}
-	var before settings
 	var disks fit.Disks
 	err = together(
-		func() (err error) {
-			before, err = settingsOf(ctx, e.q)
-			return err
-		},
+		func() error { return canSave(ctx, e.q) },
 		func() error { return atRest(ctx, e.q, cmp.Or(e.VM, "the VM")) },
 		func() error { return e.fit(ctx) },
 		func() (err error) {
@@ -268,6 +269,16 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err := e.offer.Devices.Held().Err(); err != nil {
 		return err
 	}
+	if err := located(e.mem); err != nil {
+		return err
+	}
+	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
+		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
+	}
+	if err := e.qemu.MayStop(); err != nil {
+		return err
+	}
+	e.watch()
 	e.look(ctx)
 	if err := disks.Trust(e.TrustDisks); err != nil {
 		return err
@@ -277,30 +288,39 @@ func (e *source) prepare(all context.Context) (err error) {
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
 	control := e.at.Load().control
-	if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
-		return err
-	}
+	err = together(
+		func() (err error) {
+			e.freezer, err = newFreezer(ctx, e.q, e.offer.Machine, e.mem)
+			return err
+		},
+		func() error {
+			if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
+				return err
+			}
+			return e.awaitTaken(all, control, prepareTimeout)
+		})
 	cancel()
-	if err := e.awaitTaken(all, control, prepareTimeout); err != nil {
+	if err != nil {
 		return err
 	}
 	ctx, cancel = e.bound(all, prepareTimeout, errLongPreparation)
 	defer cancel()
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
-	want, was := before.plan(captureParameters(e.mem))
-	b, err := json.Marshal(was)
-	if err != nil {
-		return fmt.Errorf("encode QEMU's settings: %w", err)
+	e.facts = hostFacts{
+		Process: e.qemu, Ran: true, Blocks: e.mem.Blocks(), Mappings: e.mem.Mappings(),
+		Machine: e.offer.Machine, QEMU: e.offer.QEMU,
 	}
-	if err := keep(e.Journal, keptSettings, b); err != nil {
-		return err
-	}
-	e.changed = was
 	return together(
-		func() error { return control.openWindow(ctx, e.flashBytes()) },
-		func() error { return want.apply(ctx, e.q) },
-		func() (err error) {
-			e.conn, err = socketTo(ctx, e.q, sourceFD, 0)
+		func() error { return e.keepFacts() },
+		func() error {
+			// The twin is of use to nobody else from here on. What it cannot take of the VM's memory it says now, while the VM runs.
+			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
+				return err
+			}
+			if err := control.Write(msgHead, e.freezer.head); err != nil {
+				return err
+			}
+			_, err := control.await(ctx, msgArmed)
 			return err
 		})
 }
@@ -350,6 +370,25 @@ type awaited struct {
 	since time.Time
 }
 
+// keepFacts stores what another engine must know to find the VM's QEMU, and to resume the VM.
+func (e *source) keepFacts() error {
+	b, err := json.Marshal(e.facts)
+	if err != nil {
+		return fmt.Errorf("encode what is known of the VM's QEMU: %w", err)
+	}
+	return keep(e.Journal, keptFacts, b)
+}
+
+// located makes sure that all of a VM's memory was found.
+func located(mem *guestmem.Memory) error {
+	for _, b := range mem.Blocks() {
+		if !b.Located {
+			return fmt.Errorf("memory %q of %d KiB: %w: it cannot be read for another host", b.Name, b.Size>>10, guestmem.ErrNotLocated)
+		}
+	}
+	return nil
+}
+
 // open takes hold of the VM's QEMU.
 func (e *source) open(ctx context.Context) error {
 	q, err := qmp.Dial(ctx, e.QMP)
@@ -361,7 +400,6 @@ func (e *source) open(ctx context.Context) error {
 		return err
 	}
 	e.q = q
-	e.events = e.q.Subscribe(256)
 	e.tasks.Go(func() {
 		select {
 		case <-e.q.Done():
@@ -379,6 +417,17 @@ func (e *source) pid() int {
 	}
 	return e.q.PeerPID()
 }
+
+// watch notices the end of the QEMU's process, also while that is stopped.
+func (e *source) watch() {
+	e.tasks.Go(func() {
+		if e.qemu.Wait(e.life) == nil {
+			e.die(errQEMUGone)
+		}
+	})
+}
+
+var errQEMUGone = errors.New("the source's QEMU has ended")
 
 // own makes sure that the QEMU of a process is the eviction's.
 func (e *source) own(ctx context.Context, q *qmp.Client) error {
@@ -412,11 +461,23 @@ func (e *source) fit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !over(m.Status) {
-		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+	m.Blocked = nil // the reasons for that are told elsewhere, with remedies
+	if err := mayLeave(m); err != nil {
+		return err
 	}
 	if !status.Running {
 		return fmt.Errorf("the VM is not running, its state is %q: a VM that stands still can be moved at leisure by other means", status.Status)
+	}
+	return nil
+}
+
+// mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing forbids it.
+func mayLeave(m qmp.Migration) error {
+	if !over(m.Status) {
+		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+	}
+	if len(m.Blocked) > 0 {
+		return fmt.Errorf("QEMU says that the VM cannot be moved: %s", strings.Join(m.Blocked, "; "))
 	}
 	return nil
 }
@@ -432,7 +493,7 @@ func over(status string) bool {
 
 // transfer takes the VM from running here to loaded and paused there.
 func (e *source) transfer(ctx context.Context) error {
-	if err := e.capture(); err != nil {
+	if err := e.freeze(); err != nil {
 		return err
 	}
 	loading, cancel := e.bound(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
@@ -444,14 +505,14 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.sendEarly(a); err != nil {
 		return err
 	}
-	if err := a.control.Write(msgLoad, e.cap.load); err != nil {
+	if err := a.control.Write(msgLoad, e.saved.load); err != nil {
 		return err
 	}
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	a.begin(func() error { return e.serveFetches(a) })
 	settled := make(chan error, 1)
 	e.tasks.Go(func() {
-		err := e.settle(loading)
+		err := e.hold(loading)
 		if err == nil {
 			// Beside the loading, so that the commit need not wait for the disk.
 			err = e.keep()
@@ -470,29 +531,49 @@ func (e *source) transfer(ctx context.Context) error {
 	return <-settled
 }
 
-// capture freezes the guest and takes the state of its devices from QEMU. It is not to be
-// given up half-way: some versions of QEMU never recover from a package that nobody reads.
-// So it heeds no context but bounds its time.
-func (e *source) capture() error {
+// freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must have come to the end of it: so it
+// heeds no context but bounds its time.
+func (e *source) freeze() error {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout, errors.New("saving the devices took too long"))
 	defer cancel()
 	var err error
-	if e.cap, err = startCapture(ctx, e.q, e.conn); err != nil {
+	e.saved, err = e.freezer.freeze(ctx)
+	at := e.saved.at
+	if now := time.Now(); !at.After(e.started) || at.After(now) { // events carry QEMU's wall clock, which is ours
+		at = now
+	}
+	e.frozenAt.Store(&at)
+	if errors.Is(err, errStood) {
+		e.facts.Ran = false
+		err = errors.Join(err, e.keepFacts())
+	}
+	if err != nil {
+		return fmt.Errorf("freeze the VM: %w", err)
+	}
+	return e.layOut(e.freezer.layout)
+}
+
+// hold stops the process of the QEMU whose guest is frozen, once that need not answer any more.
+func (e *source) hold(ctx context.Context) error {
+	err := together(
+		func() error { return e.freezer.forget(ctx) },
+		func() error {
+			if !e.mayLook() {
+				return nil
+			}
+			text, err := e.q.HMP(ctx, registersCommand)
+			e.facts.Registers = registers(text)
+			return err
+		})
+	if err != nil {
 		return err
 	}
-	if err := e.cap.readHead(ctx); err != nil {
+	if err := e.freezer.hold(ctx, e.qemu); err != nil {
 		return err
 	}
-	// The destination's QEMU may look at it while the package is being made.
-	headErr := e.at.Load().control.Write(msgHead, e.cap.head)
-	if err := e.cap.readPackage(ctx); err != nil {
-		return err
-	}
-	e.noteFreeze()
-	if headErr != nil {
-		return headErr
-	}
-	return e.layOut(e.cap.layout)
+	e.held = true
+	e.registers.Store(&e.facts.Registers)
+	return nil
 }
 
 // layOut gets ready to send the pages of a layout.
@@ -518,60 +599,29 @@ func (e *source) layOut(l layout) (err error) {
 	return nil
 }
 
-// settle does what the destination need not wait for, while it loads the devices: blocks
-// that cannot be read from the process are read from the stream, and QEMU gets to where
-// it no longer resumes the guest by itself.
-func (e *source) settle(ctx context.Context) error {
-	defer close(e.frozen.ready)
-	if unlocated := e.frozen.unlocated(); len(unlocated) > 0 {
-		var err error
-		if e.frozen.streamed, err = e.cap.blocks(ctx, unlocated); err != nil {
-			return err
-		}
-	}
-	return e.cap.settle(ctx, e.q)
-}
-
 // keep stores what another engine needs to go on, and last the mark without which the
 // commit must not be sent.
 func (e *source) keep() error {
-	if e.Journal == nil {
-		return nil
+	if err := errors.Join(keep(e.Journal, keptHead, e.freezer.head), keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
+		return err
 	}
-	for _, k := range []struct {
-		name string
-		b    []byte
-	}{{keptHead, e.cap.head}, {keptLoad, e.cap.load}, {keptBlocks, e.frozen.appendStreamed(nil)}} {
-		if err := e.Journal.Keep(k.name, k.b); err != nil {
-			return err
-		}
-	}
-	return e.Journal.Note(MarkMayRun, "")
+	return e.note(MarkMayRun, "")
 }
 
-// noteFreeze finds out when the guest was frozen, from QEMU's event.
-func (e *source) noteFreeze() {
-	now := time.Now()
-	for {
-		select {
-		case ev, ok := <-e.events.C:
-			if ok && ev.Name == "STOP" {
-				// Events carry QEMU's wall clock, which is ours.
-				if at := ev.Time; !at.IsZero() && at.After(e.started) && at.Before(now) {
-					now = at
-				}
-			} else if ok {
-				continue
-			}
-		default:
-		}
-		e.frozenAt.Store(&now)
-		return
+// note has the journal have a mark.
+func (e *source) note(m Mark, reason string) error {
+	err := note(e.Journal, m, reason)
+	if err == nil {
+		e.mark = m
 	}
+	return err
 }
 
 // commit tells the destination to run the VM. Its word is the only way back from here.
 func (e *source) commit(ctx context.Context) error {
+	if !mayCommit(e.mark, e.held) {
+		return e.rollBack(fmt.Errorf("bug: a commit at the mark %q, QEMU held %v", e.mark, e.held))
+	}
 	if err := e.machine.enter(Committing); err != nil {
 		return e.rollBack(err)
 	}
@@ -585,9 +635,6 @@ func (e *source) commit(ctx context.Context) error {
 	if errors.Is(err, errFarewell) {
 		return e.rollBack(err)
 	}
-	// From here on nothing must resume the source. Its stream is not at its end, so
-	// closing it leaves the guest frozen.
-	e.conn.Close()
 	if err != nil {
 		if stateErr := e.machine.enter(InDoubt); stateErr != nil {
 			return e.lost(errors.Join(err, stateErr), "")
@@ -613,20 +660,20 @@ func (e *source) refuse(err error) error {
 	if a := e.at.Load(); a != nil {
 		writeJSON(a.control.Conn, msgAbort, farewell{err.Error()})
 	}
-	if e.q != nil {
-		err = errors.Join(err, e.changed.apply(ctx, e.q))
+	if e.freezer != nil {
+		e.freezer.forget(ctx) // or QEMU does when the monitor's last client has gone
 	}
 	outcome := ErrRefused
 	if errors.Is(err, context.Canceled) || errors.Is(err, ErrAbort) || errors.Is(err, ErrLeave) {
 		outcome = ErrAborted
 	}
-	if noteErr := note(e.Journal, MarkRolledBack, err.Error()); noteErr != nil {
+	if noteErr := e.note(MarkRolledBack, err.Error()); noteErr != nil {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
 	}
 	remedy := "The VM runs on, untouched"
 	if e.q == nil {
 		remedy = "The VM was not touched"
-	} else if e.gone() {
+	} else if e.q.Err() != nil {
 		remedy = "Its monitor does not answer any more"
 		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
 			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
@@ -638,7 +685,7 @@ func (e *source) refuse(err error) error {
 // lost ends an eviction that this engine can do nothing more for.
 func (e *source) lost(err error, remedy string) error {
 	from := e.machine.current()
-	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
+	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("the journal does not take what became of the VM", "error", noteErr)
 	}
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
@@ -658,73 +705,74 @@ func (e *source) rollBack(cause error) error {
 		writeJSON(a.control.Conn, msgAbort, farewell{cause.Error()})
 		a.Fail(cause)
 	}
+	// Ahead of what it says: an engine that finds it resumes the guest, too.
+	if err := e.note(MarkRolledBack, cause.Error()); err != nil {
+		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
+	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
 	defer cancel()
-	if err := e.resume(ctx); err != nil {
+	now, err := e.resume(ctx)
+	if err != nil {
 		if e.gone() {
 			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
 		}
 		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
-			"The VM stands frozen here, with its memory intact; the destination never ran it. Try `cont` on its QMP socket")
+			fmt.Sprintf("The VM stands frozen here, with its memory intact; the destination never ran it. Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID))
 	}
-	announce(ctx, e.q, e.Log)
-	if err := e.changed.apply(ctx, e.q); err != nil {
-		e.Log.Warn("could not put the migration settings of the VM's QEMU back", "error", err)
+	remedy := "The VM runs on here, unharmed"
+	if now.Running {
+		announce(ctx, e.q, e.Log)
+	} else {
+		remedy = fmt.Sprintf("The VM stands here, unharmed, as it did before it was to be frozen: its state is %q", now.Status)
 	}
-	if err := note(e.Journal, MarkRolledBack, cause.Error()); err != nil {
-		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
-	}
-	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), "The VM runs on here, unharmed"}
+	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
 }
 
 // gone tells whether the QEMU has ended, or was not there from the start.
 func (e *source) gone() bool {
-	if e.q == nil {
-		return true
+	if e.qemu != (process.Process{}) {
+		return !e.qemu.Alive()
 	}
-	select {
-	case <-e.q.Done():
-		return true
-	default:
-		return false
-	}
+	return e.q == nil || e.q.Err() != nil
 }
 
-// resume brings the guest back to running, from wherever QEMU is in its migration. What
-// QEMU does when its stream ends differs by version and moment, so its state decides.
-func (e *source) resume(ctx context.Context) error {
+// resume has the VM do what it did before it was frozen, and returns what that is. It is legal only while the destination cannot
+// run it, or was told to be dead.
+func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	if e.gaveBack.Load() {
-		return ErrGivenBack
+		return qmp.Status{}, ErrGivenBack
 	}
-	if e.conn != nil {
-		e.conn.Close()
+	// Also where it was only about to be stopped.
+	if e.qemu != (process.Process{}) {
+		if err := e.qemu.Continue(); err != nil {
+			return qmp.Status{}, err
+		}
+	}
+	e.held = false
+	if e.q == nil {
+		if err := e.open(ctx); err != nil {
+			return qmp.Status{}, err
+		}
+	}
+	if e.freezer != nil {
+		e.freezer.forget(ctx)
 	}
 	var refused error
 	for {
-		m, err := e.q.QueryMigrate(ctx)
-		if err != nil {
-			return err
-		}
 		status, err := e.q.QueryStatus(ctx)
-		if err != nil {
-			return err
+		if err != nil || status.Running || !e.facts.Ran || e.freezer != nil && e.freezer.resumed() {
+			return status, err
 		}
-		switch {
-		case status.Running && over(m.Status):
-			return nil
-		case m.Status == "postcopy-paused":
-			if err := pretendComplete(ctx, e.q, e.mem); err != nil {
-				return err
-			}
-		case over(m.Status) && (status.Status == "postmigrate" || status.Status == "paused"):
-			// While the destination's QEMU lives, it may hold the locks of the disks.
-			if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
-				return refused
-			}
+		// While the destination's QEMU lives, it may hold the locks of the disks.
+		if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
+			return status, refused
+		}
+		if refused == nil {
+			continue
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(refused, fmt.Errorf("%w; the migration's state is %q, the VM's %q", context.Cause(ctx), m.Status, status.Status))
+			return status, errors.Join(refused, fmt.Errorf("%w; the VM's state is %q", context.Cause(ctx), status.Status))
 		case <-time.After(pollInterval):
 		}
 	}
@@ -735,11 +783,11 @@ func (e *source) close() {
 	if a := e.at.Load(); a != nil {
 		a.end()
 	}
-	if e.conn != nil {
-		e.conn.Close()
-	}
 	e.die(net.ErrClosed)
 	e.tasks.Wait()
+	if e.freezer != nil {
+		e.freezer.close()
+	}
 	if e.mem != nil {
 		e.mem.Close()
 	}

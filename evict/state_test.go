@@ -5,8 +5,10 @@ import (
 	"go/parser"
 	"go/token"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -178,4 +180,44 @@ func TestReportOfResumed(t *testing.T) {
 		t.Error("a later word counts")
 	}
 	e.done(nil)
+}
+
+// What the model tries, the engines do: each function of decide.go is called by them.
+func TestDecisionsAreMade(t *testing.T) {
+	fset := token.NewFileSet()
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	decisions, called := map[string]bool{}, map[string]bool{}
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(fset, name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncDecl:
+				if name == "decide.go" && n.Recv == nil {
+					decisions[n.Name.Name] = true
+				}
+			case *ast.CallExpr:
+				if f, ok := n.Fun.(*ast.Ident); ok {
+					called[f.Name] = true
+				}
+			}
+			return true
+		})
+	}
+	if !decisions["mayCommit"] || !decisions["mayCont"] {
+		t.Fatalf("found the functions %v only", slices.Sorted(maps.Keys(decisions)))
+	}
+	for name := range decisions {
+		if !called[name] && !ast.IsExported(name) { // those are called by the daemon
+			t.Errorf("%s is called by nobody", name)
+		}
+	}
 }

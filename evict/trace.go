@@ -209,14 +209,11 @@ func (e *source) keepTrace() {
 	if e.Journal == nil {
 		return
 	}
-	e.mu.Lock()
-	survey := e.light.survey
-	e.mu.Unlock()
 	var frames []pushorder.Frames
 	if e.frozen != nil {
 		frames = e.frozen.frames()
 	}
-	t, ok := e.tracer.result(survey, frames)
+	t, ok := e.tracer.result(e.light.survey, frames)
 	if !ok {
 		return
 	}

@@ -29,6 +29,7 @@ const (
 	msgHeard  uint8 = 7  // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
+	msgArmed    uint8 = 25 // empty: QEMU took the head
 	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
 	msgRunning  uint8 = 18 // empty: the VM runs on the destination
 	msgComplete uint8 = 19 // Received: every page is placed

@@ -7,7 +7,7 @@
 //
 //	QEVM, configuration                     of the captured head, without its commands
 //	SectionStart "ram", MemSize, EOS        the same, less the page sizes, see below
-//	SectionEnd "ram", every page, EOS       from QEMU's memory, or from Streamed
+//	SectionEnd "ram", every page, EOS       from QEMU's memory
 //	FULL section of each device             of the captured package, without its commands
 //	EOF, VMDescription "{}"
 //
@@ -79,10 +79,6 @@ type VM struct {
 	// Load is the package with the state of all devices, with or without the command
 	// SWITCHOVER_START ahead, as it was captured.
 	Load []byte
-	// Streamed holds, by their names, the blocks that Memory cannot locate: before QEMU 10.0
-	// those that the guest does not see, such as ROMs. They are needed: the ACPI tables
-	// that a fresh QEMU 7.2 makes by itself were found to differ in some 3 to 5 KB.
-	Streamed map[string][]byte
 }
 
 // Write writes the VM as a migration stream. It takes some MiB of memory, whatever the size of
@@ -108,12 +104,11 @@ type stream struct {
 	devices []byte // their sections
 }
 
-// block is a RAM block, and where its data is: in memory, unless it was streamed.
+// block is a RAM block.
 type block struct {
-	name     string
-	pages    uint64 // of 4 KiB
-	index    int    // in the memory's blocks
-	streamed []byte
+	name  string
+	pages uint64 // of 4 KiB
+	index int    // in the memory's blocks
 }
 
 // stream checks all that can be, before a byte is written.
@@ -238,15 +233,7 @@ func (v VM) find(b migstream.Block) (block, error) {
 		found.index = i
 		return found, nil
 	}
-	data, ok := v.Streamed[b.Name]
-	if !ok {
-		return block{}, fmt.Errorf("memory %q: %w, and it was not kept when the VM was frozen", b.Name, guestmem.ErrNotLocated)
-	}
-	if uint64(len(data)) != b.Length {
-		return block{}, fmt.Errorf("memory %q was kept with %d bytes, it had %d", b.Name, len(data), b.Length)
-	}
-	found.streamed = data
-	return found, nil
+	return block{}, fmt.Errorf("memory %q: %w", b.Name, guestmem.ErrNotLocated)
 }
 
 // pages is the number of all pages.
@@ -305,24 +292,10 @@ type populated [chunk / 64]uint64
 
 func (p *populated) has(i uint64) bool { return p[i/64]>>(i%64)&1 != 0 }
 
-// populated finds those of n pages from first on.
-func (s *stream) populated(b block, first, n uint64) (p populated, err error) {
-	if b.streamed == nil {
-		return p, s.memory.Populated(b.index, first, n, p[:])
-	}
-	for i := range p {
-		p[i] = ^uint64(0)
-	}
-	return p, nil
-}
-
 // read reads those of n pages from first on that are populated. buf takes them.
 func (s *stream) read(b block, first, n uint64, buf []byte) (p populated, data []byte, err error) {
-	if p, err = s.populated(b, first, n); err != nil {
+	if err = s.memory.Populated(b.index, first, n, p[:]); err != nil {
 		return p, nil, err
-	}
-	if b.streamed != nil {
-		return p, b.streamed[first*pageSize:][:n*pageSize], nil
 	}
 	var ranges []guestmem.Range
 	size := 0
@@ -365,8 +338,8 @@ func (s *stream) size(ctx context.Context) (int64, error) {
 				return 0, context.Cause(ctx)
 			}
 			n := min(chunk, b.pages-first)
-			p, err := s.populated(b, first, n)
-			if err != nil {
+			var p populated
+			if err := s.memory.Populated(b.index, first, n, p[:]); err != nil {
 				return 0, err
 			}
 			size += maxRecord

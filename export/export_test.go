@@ -159,11 +159,7 @@ func TestWrite(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			head, load, blocks := captured(t, name)
 			m := newRAM(blocks)
-			vm := export.VM{Memory: m, Head: head, Load: load, Streamed: map[string][]byte{}}
-			// One block cannot be located.
-			last := len(blocks) - 1
-			m.blocks[last].Located = false
-			vm.Streamed[blocks[last].Name] = m.data[last]
+			vm := export.VM{Memory: m, Head: head, Load: load}
 			var out bytes.Buffer
 			pages, before := 0, 0
 			err := vm.Write(t.Context(), &out, func(done, total int) {
@@ -247,7 +243,6 @@ func withBlocks(t testing.TB, head []byte, blocks []migstream.Block) []byte {
 
 func TestRefuses(t *testing.T) {
 	head, load, blocks := captured(t, "pc-bare")
-	name := blocks[0].Name
 	packed := func(data []byte) []byte { return migstream.Packaged{Data: data}.Append(nil) }
 	data := load[9:]
 	for what, c := range map[string]struct {
@@ -271,11 +266,7 @@ func TestRefuses(t *testing.T) {
 		"device without footer": {func(v *export.VM, _ *ram) {
 			v.Load = packed(slices.Delete(slices.Clone(data), len(data)-15, len(data)-14))
 		}, "without sections"},
-		"block not at hand": {func(_ *export.VM, m *ram) { m.blocks[0].Located = false }, "was not kept"},
-		"block kept in part": {func(v *export.VM, m *ram) {
-			m.blocks[0].Located = false
-			v.Streamed = map[string][]byte{name: make([]byte, 4096)}
-		}, "was kept with 4096 bytes"},
+		"block not at hand":      {func(_ *export.VM, m *ram) { m.blocks[0].Located = false }, "not located"},
 		"block shrunk":           {func(_ *export.VM, m *ram) { m.blocks[0].Size -= 4096 }, "is this QEMU the one"},
 		"block with other pages": {func(_ *export.VM, m *ram) { m.blocks[0].PageSize = 2 << 20 }, "is this QEMU the one"},
 		"memory unreadable":      {func(_ *export.VM, m *ram) { m.err = guestmem.ErrGone }, guestmem.ErrGone.Error()},
@@ -382,9 +373,8 @@ func FuzzWrite(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, head, load []byte) {
 		m := newRAM(fuzzBlocks)
-		streamed := map[string][]byte{"rom": make([]byte, 8192)}
 		var out bytes.Buffer
-		if err := (export.VM{Memory: m, Head: head, Load: load, Streamed: streamed}).Write(t.Context(), &out, nil); err != nil {
+		if err := (export.VM{Memory: m, Head: head, Load: load}).Write(t.Context(), &out, nil); err != nil {
 			if errors.Is(err, migstream.ErrMalformed) || errors.Is(err, migstream.ErrUnsupported) || errors.Is(err, io.ErrUnexpectedEOF) ||
 				strings.Contains(err.Error(), "memory ") {
 				return

@@ -11,13 +11,12 @@ import (
 	"sync"
 
 	"vacate/guestmem"
-	"vacate/qmp"
 )
 
 // Live is the memory of a running QEMU's guest.
 type Live struct {
 	mem     *guestmem.Memory
-	qmp     *qmp.Client
+	monitor Monitor
 	extents []Range
 	places  []place // of each extent
 	ranges  sync.Pool
@@ -29,10 +28,16 @@ type place struct {
 	offset uint64
 }
 
+// Monitor is QEMU's human monitor, as *qmp.Client has it.
+type Monitor interface {
+	// HMP runs a line, "info registers -a", and returns its output.
+	HMP(ctx context.Context, line string) (string, error)
+}
+
 // NewLive serves the memory mem of the QEMU behind c, which must both stay open. It
 // sees the blocks that mem has located, where they were when mem was attached.
-func NewLive(mem *guestmem.Memory, c *qmp.Client) (*Live, error) {
-	l := &Live{mem: mem, qmp: c, ranges: sync.Pool{New: func() any { return new([]guestmem.Range) }}}
+func NewLive(mem *guestmem.Memory, c Monitor) (*Live, error) {
+	l := &Live{mem: mem, monitor: c, ranges: sync.Pool{New: func() any { return new([]guestmem.Range) }}}
 	maps := slices.Clone(mem.Mappings())
 	slices.SortFunc(maps, func(a, b guestmem.Mapping) int { return cmp.Compare(a.GPA, b.GPA) })
 	end := uint64(0)
@@ -108,7 +113,7 @@ func (l *Live) Populated(addr, n uint64, dst []uint64) error {
 // CPUs implements Memory: it asks QEMU's human monitor, which holds each virtual CPU
 // for a moment.
 func (l *Live) CPUs(ctx context.Context) ([]CPU, error) {
-	text, err := l.qmp.HMP(ctx, "info registers -a")
+	text, err := l.monitor.HMP(ctx, "info registers -a")
 	if err != nil {
 		return nil, err
 	}

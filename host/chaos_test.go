@@ -18,6 +18,7 @@ import (
 	hostv1 "vacate/hostapi/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
+	"vacate/process"
 
 	"connectrpc.com/connect"
 )
@@ -463,10 +464,15 @@ func (r *run) clean() {
 	}
 }
 
-// status is the run state of a VM's QEMU: empty if it has ended, "stuck" if it does not answer.
+// status is the run state of a VM's QEMU: empty if it has ended, "stopped" if its process is, "stuck" if it does not answer.
 func status(vm *lab.VM) string {
 	if vm == nil || !vm.Alive() {
 		return ""
+	}
+	if p, err := process.Find(vm.PID()); err == nil {
+		if stopped, err := p.Stopped(); err == nil && stopped {
+			return "stopped"
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()

@@ -25,7 +25,7 @@ const (
 	Running  State = "running"  // it runs
 	Paused   State = "paused"   // it is stopped, and could be told to run
 	Incoming State = "incoming" // its QEMU waits for it to arrive, or loads it
-	Frozen   State = "frozen"   // it has left, or is leaving: QEMU would not run it just so
+	Frozen   State = "frozen"   // it has left, or is leaving: its process is stopped, or QEMU would not run it just so
 	Silent   State = "silent"   // its monitor does not answer: a client has it, such as an eviction, or QEMU is stuck
 )
 
@@ -57,7 +57,7 @@ type Seen struct {
 // lookTime is how long a QEMU may take to answer.
 const lookTime = 5 * time.Second
 
-// Look tells what there is of a VM here. For None and Silent, nothing but the state is filled in. A VM whose monitor an
+// Look tells what there is of a VM here. For None, Silent, and a Frozen one whose Status is "stopped", no more is filled in. A VM whose monitor an
 // eviction of this process holds is Silent, which takes five seconds to find out: better not ask.
 func Look(ctx context.Context, vm VM) (Seen, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
@@ -71,6 +71,8 @@ func Look(ctx context.Context, vm VM) (Seen, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return Seen{State: None}, nil
+	case errors.Is(err, qmp.ErrStopped): // as an eviction leaves the frozen VM
+		return Seen{State: Frozen, Status: "stopped"}, nil
 	case errors.Is(err, qmp.ErrBusy):
 		return Seen{State: Silent}, nil
 	case err != nil:

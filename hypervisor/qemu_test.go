@@ -341,4 +341,20 @@ func TestLook(t *testing.T) {
 	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "frozen by an eviction") {
 		t.Error(err)
 	}
+	// A stopped process takes no client, and soon has no room for one more that waits.
+	p, err := process.Find(cmd.Process.Pid)
+	if err == nil {
+		err = p.Stop(within(t, 10*time.Second))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		if seen, err := Look(within(t, 10*time.Second), vm); err != nil || seen.State != Frozen || seen.Status != "stopped" {
+			t.Errorf("%+v, %v", seen, err)
+		}
+	}
+	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "frozen by an eviction") {
+		t.Error(err)
+	}
 }

@@ -311,3 +311,34 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// What QEMU saves makes a package, and nothing else does.
+func TestPackage(t *testing.T) {
+	r := migstream.NewReader(bytes.NewReader(readGolden(t, goldenFile("q35-virtio", "forward"))))
+	var want migstream.Packaged
+	for want.Data == nil {
+		item, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, _ = item.(migstream.Packaged)
+	}
+	body, listens := bytes.CutPrefix(want.Data, migstream.Command{ID: migstream.CmdPostcopyListen}.Append(nil))
+	body, runs := bytes.CutSuffix(body, migstream.Command{ID: migstream.CmdPostcopyRun}.Append(migstream.PingCommand(3).Append(nil)))
+	if !listens || !runs {
+		t.Fatal("the recorded package is not what it was")
+	}
+	saved := migstream.EOF{}.Append(append(migstream.Header{}.Append(nil), body...))
+	p, err := migstream.Package(saved, 3)
+	if err != nil || !bytes.Equal(p.Data, want.Data) {
+		t.Errorf("a package of %d bytes, QEMU's has %d: %v", len(p.Data), len(want.Data), err)
+	}
+	for name, bad := range map[string][]byte{
+		"nothing": nil, "cut": saved[:len(saved)-1], "no header": saved[8:], "no sections": append(saved[:8:8], 0), "a command": append(append(saved[:8:8], 8), body...),
+		"too long": migstream.EOF{}.Append(append(append(saved[:8:8], 4), make([]byte, migstream.MaxPackage)...)),
+	} {
+		if _, err := migstream.Package(bad, 3); !errors.Is(err, migstream.ErrMalformed) && !errors.Is(err, migstream.ErrUnsupported) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -40,7 +40,8 @@ const (
 	flagMask     = TargetPageSize - 1
 )
 
-const ramVersion = 4
+// RAMVersion is the version of the RAM section.
+const RAMVersion = 4
 
 var be = binary.BigEndian
 
@@ -109,6 +110,11 @@ func (c Command) Append(b []byte) []byte {
 // PingCommand asks the destination for a pong with the same value, once all before it was loaded.
 func PingCommand(value uint32) Command {
 	return Command{CmdPing, be.AppendUint32(nil, value)}
+}
+
+// AdviseCommand tells the destination that the migration may go to post-copy. pageSizes is the OR of the page sizes of all blocks.
+func AdviseCommand(pageSizes uint64) Command {
+	return Command{CmdPostcopyAdvise, be.AppendUint64(be.AppendUint64(nil, pageSizes), TargetPageSize)}
 }
 
 // RecvBitmapCommand asks the destination which pages of a block it has.

@@ -5,6 +5,23 @@ import (
 	"fmt"
 )
 
+// Package makes the package of a post-copy migration from a file that QEMU's command xen-save-devices-state wrote: a header, the
+// sections of all devices, and an EOF (qemu_save_device_state in migration/savevm.c). The destination answers the ping when it has
+// loaded the devices.
+func Package(saved []byte, ping uint32) (Packaged, error) {
+	body, begins := bytes.CutPrefix(saved, Header{}.Append(nil))
+	body, ends := bytes.CutSuffix(body, EOF{}.Append(nil))
+	if !begins || !ends || len(body) == 0 || body[0] != typeSectionFull {
+		return Packaged{}, fmt.Errorf("%w: %d bytes that are no header, sections and end", ErrMalformed, len(saved))
+	}
+	data := append(Command{ID: CmdPostcopyListen}.Append(nil), body...)
+	data = Command{ID: CmdPostcopyRun}.Append(PingCommand(ping).Append(data))
+	if len(data) > MaxPackage {
+		return Packaged{}, fmt.Errorf("%w: the devices have %d bytes, and QEMU takes %d", ErrUnsupported, len(data), MaxPackage)
+	}
+	return Packaged{data}, nil
+}
+
 // DeviceSection is the state of one device in a package.
 type DeviceSection struct {
 	Name     string

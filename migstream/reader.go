@@ -16,14 +16,13 @@ type Reader struct {
 	off int64
 	err error
 
-	place      place
-	section    uint32 // id of the RAM section, once started
-	started    bool
-	anySection bool // the next part tells the RAM section's id
-	blocks     map[string]Block
-	last       string // block of the last page record
-	page       [TargetPageSize]byte
-	opaque     []byte
+	place   place
+	section uint32 // id of the RAM section, once started
+	started bool
+	blocks  map[string]Block
+	last    string // block of the last page record
+	page    [TargetPageSize]byte
+	opaque  []byte
 }
 
 // place is where in the grammar the reader is.
@@ -53,13 +52,6 @@ func (r *Reader) Resume(in io.Reader) *Reader {
 		r: bufio.NewReaderSize(in, 64<<10), place: atTop,
 		section: r.section, started: r.started, blocks: r.blocks,
 	}
-}
-
-// NewRecoveryReader returns a reader of the stream that a source's QEMU writes in post-copy
-// recovery: it begins with commands. It may have no pages: nothing is known of the blocks, and the
-// RAM section is the one that the stream first has a part of.
-func NewRecoveryReader(in io.Reader) *Reader {
-	return &Reader{r: bufio.NewReaderSize(in, 64<<10), place: atTop, anySection: true}
 }
 
 // Offset is the number of bytes of the items returned so far.
@@ -124,9 +116,6 @@ func (r *Reader) next() (Item, error) {
 		id, err := r.u32()
 		if err != nil {
 			return nil, err
-		}
-		if r.anySection {
-			r.anySection, r.started, r.section = false, true, id
 		}
 		if !r.started || id != r.section {
 			return nil, fmt.Errorf("%w: part of section %d, which was not started", ErrMalformed, id)
@@ -241,7 +230,7 @@ func (r *Reader) sectionStart() (Item, error) {
 		return nil, fmt.Errorf("%w: section %q is sent in parts; only RAM may be (turn dirty-bitmaps and block migration off)", ErrUnsupported, name)
 	case r.started:
 		return nil, fmt.Errorf("%w: a second RAM section", ErrMalformed)
-	case s.Instance != 0 || s.Version != ramVersion:
+	case s.Instance != 0 || s.Version != RAMVersion:
 		return nil, fmt.Errorf("%w: RAM section of instance %d, version %d", ErrUnsupported, s.Instance, s.Version)
 	}
 	r.section, r.started, r.place = id, true, atMemSize

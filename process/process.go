@@ -1,4 +1,4 @@
-// Package process tells one process from a later one of its number, waits for its end, and ends it.
+// Package process tells one process from a later one of its number, waits for its end, stops it, and ends it.
 package process
 
 import (
@@ -134,6 +134,102 @@ func poll(fd int, d time.Duration) (bool, error) {
 		}
 		return n > 0, os.NewSyscallError("poll", err)
 	}
+}
+
+// Stop stops the process with SIGSTOP, and returns when none of its threads runs any more. Until somebody sends SIGCONT it does nothing,
+// whatever it is told, but SIGKILL ends it. Its memory and its descriptors can be read all the while.
+func (p Process) Stop(ctx context.Context) error {
+	fd, err := p.Open()
+	if err != nil {
+		return fmt.Errorf("stop process %d: %w", p.PID, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGSTOP, nil, 0); err != nil {
+		return fmt.Errorf("stop process %d: %w", p.PID, err)
+	}
+	for pause := time.Duration(0); ; pause = min(2*pause+100*time.Microsecond, pollTime) {
+		stopped, err := p.Stopped()
+		if err != nil || stopped {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("stop process %d: some of its threads still run: %w", p.PID, context.Cause(ctx))
+		}
+	}
+}
+
+// MayStop tells whether this process may stop and kill it.
+func (p Process) MayStop() error {
+	fd, err := p.Open()
+	if err != nil {
+		return fmt.Errorf("hold on to process %d: %w", p.PID, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, 0, nil, 0); err != nil {
+		return fmt.Errorf("may not stop process %d: %w: run as root, or as its user, or with CAP_KILL", p.PID, err)
+	}
+	return nil
+}
+
+// Continue has a stopped process go on.
+func (p Process) Continue() error {
+	fd, err := p.Open()
+	if err != nil {
+		return fmt.Errorf("continue process %d: %w", p.PID, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0); err != nil {
+		return fmt.Errorf("continue process %d: %w", p.PID, err)
+	}
+	return nil
+}
+
+// Stopped reports whether all threads of the process are stopped, as by SIGSTOP.
+func (p Process) Stopped() (bool, error) {
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", p.PID))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	stopped, known := 0, 0
+	for _, t := range tasks {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/stat", p.PID, t.Name()))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // a thread that ended
+		} else if err != nil {
+			return false, err
+		}
+		state, err := parseState(b)
+		if err != nil {
+			return false, err
+		}
+		if state == 'Z' || state == 'X' { // it has ended
+			continue
+		}
+		known++
+		if state == 'T' || state == 't' { // stopped, traced
+			stopped++
+		}
+	}
+	// The start last: what was read above is of this process.
+	if start, err := startTime(p.PID); err != nil || start != p.StartTime || known == 0 {
+		if err == nil {
+			err = ErrGone
+		}
+		return false, fmt.Errorf("look whether process %d is stopped: %w", p.PID, err)
+	}
+	return stopped == known, nil
+}
+
+// parseState reads the state from /proc/PID/stat.
+func parseState(b []byte) (byte, error) {
+	i := bytes.LastIndexByte(b, ')')
+	fields := bytes.Fields(b[i+1:])
+	if i < 0 || len(fields) == 0 || len(fields[0]) != 1 {
+		return 0, fmt.Errorf("not what the kernel tells of a process: %.100q", b)
+	}
+	return fields[0][0], nil
 }
 
 func startTime(pid int) (uint64, error) {

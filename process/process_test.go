@@ -74,6 +74,86 @@ func TestProcess(t *testing.T) {
 	kill(t, child)
 }
 
+// A stopped process does nothing until it is told to go on, and can be killed.
+func TestStop(t *testing.T) {
+	cmd := exec.Command("/bin/cat")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	child, err := Find(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	is := func(want bool) {
+		t.Helper()
+		if got, err := child.Stopped(); err != nil || got != want {
+			t.Fatalf("stopped %v, %v; want %v", got, err, want)
+		}
+	}
+	heard := make(chan byte)
+	go func() {
+		defer close(heard)
+		var b [1]byte
+		for {
+			if _, err := out.Read(b[:]); err != nil {
+				return
+			}
+			heard <- b[0]
+		}
+	}()
+	is(false)
+	if err := child.MayStop(); err != nil {
+		t.Error(err)
+	}
+	for range 2 { // as often as one likes
+		if err := child.Stop(within(t, 10*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		is(true)
+	}
+	if !child.Alive() {
+		t.Error("a stopped process counts as ended")
+	}
+	in.Write([]byte("a"))
+	select {
+	case <-heard:
+		t.Fatal("a stopped process answers")
+	case <-time.After(50 * time.Millisecond):
+	}
+	if err := child.Continue(); err != nil {
+		t.Fatal(err)
+	}
+	if b := <-heard; b != 'a' {
+		t.Fatalf("heard %q", b)
+	}
+	is(false)
+	if err := child.Stop(within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, child)
+	if _, err := child.Stopped(); !errors.Is(err, ErrGone) {
+		t.Errorf("a killed process: %v", err)
+	}
+	// The number of another process.
+	own, err := Find(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := Process{own.PID, own.StartTime - 1}
+	if err := errors.Join(other.Stop(t.Context()), other.Continue(), other.MayStop()); !errors.Is(err, ErrGone) {
+		t.Errorf("another process: %v", err)
+	}
+}
+
 func FuzzParseStat(f *testing.F) {
 	own, err := os.ReadFile("/proc/self/stat")
 	if err != nil {
@@ -81,5 +161,5 @@ func FuzzParseStat(f *testing.F) {
 	}
 	f.Add(own)
 	f.Add([]byte("1 (a) b) (c) S 0 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 17 1 1"))
-	f.Fuzz(func(t *testing.T, b []byte) { parseStat(b) })
+	f.Fuzz(func(t *testing.T, b []byte) { parseStat(b); parseState(b) })
 }

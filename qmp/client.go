@@ -34,11 +34,14 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"vacate/process"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,6 +63,9 @@ var (
 	// ErrBusy is wrapped by Dial's error when the monitor accepts the
 	// connection but stays silent.
 	ErrBusy = errors.New("monitor is silent")
+
+	// ErrStopped is wrapped by Dial's error when QEMU's process is stopped, so that it answers nobody.
+	ErrStopped = errors.New("QEMU's process is stopped")
 
 	// ErrNotQMP is wrapped by Dial's error when something else than a QMP
 	// server answers.
@@ -128,6 +134,7 @@ func (s *Subscription) Close() { s.client.unsubscribe(s) }
 // concurrently.
 type Client struct {
 	conn    *net.UnixConn
+	in      *input // of conn
 	version Version
 	pid     int
 	oob     bool
@@ -176,6 +183,9 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%w: run as root or as the user that owns the socket", fs.ErrPermission)
 	case errors.Is(err, syscall.EAGAIN): // a full queue of waiting clients
+		if pid := stoppedBehind(path); pid > 0 {
+			return nil, stoppedError(pid)
+		}
 		return nil, busy()
 	case err != nil:
 		return nil, err
@@ -191,8 +201,13 @@ func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, 
 		conn.Close()
 		return nil, err
 	}
+	if stopped(pid) {
+		conn.Close()
+		return nil, stoppedError(pid)
+	}
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Now()) })
-	r := bufio.NewReaderSize(conn, 64<<10)
+	in := &input{conn: conn}
+	r := bufio.NewReaderSize(in, 64<<10)
 	g, err := readGreeting(r)
 	if !stop() { // the deadline is, or is being, set; the connection is of no more use
 		conn.Close()
@@ -208,6 +223,7 @@ func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, 
 	v := g.Version
 	c := &Client{
 		conn:    conn,
+		in:      in,
 		version: Version{v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro, v.Package},
 		pid:     pid,
 		oob:     slices.Contains(g.Capabilities, "oob"),
@@ -284,6 +300,41 @@ func peerPID(conn *net.UnixConn) (int, error) {
 	return int(cred.Pid), nil
 }
 
+func stoppedError(pid int) error {
+	return fmt.Errorf("%w (process %d): an eviction has frozen its VM, which `vacate status` tells, or somebody sent it SIGSTOP: "+
+		"do not let it go on before you know where the VM runs", ErrStopped, pid)
+}
+
+// stoppedBehind returns the process that is stopped and was told on its command line to make a monitor's socket; 0 if there is none.
+// Whose socket it is, the socket does not tell before it has room for a client.
+func stoppedBehind(path string) int {
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0
+	}
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(d.Name())
+		if err != nil || !stopped(pid) {
+			continue
+		}
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && (bytes.Contains(line, []byte("unix:"+path+",")) || bytes.Contains(line, []byte("path="+path+","))) {
+			return pid
+		}
+	}
+	return 0
+}
+
+// stopped reports whether a process is known to be stopped.
+func stopped(pid int) bool {
+	p, err := process.Find(pid)
+	if err != nil {
+		return false
+	}
+	is, err := p.Stopped()
+	return err == nil && is
+}
+
 // Version returns the version that QEMU greeted with.
 func (c *Client) Version() Version { return c.version }
 
@@ -299,6 +350,30 @@ func (c *Client) PeerPID() int { return c.pid }
 // late reply is dropped.
 func (c *Client) Run(ctx context.Context, cmd string, args, reply any) error {
 	return c.run(ctx, request{Execute: cmd, Arguments: args}, reply, -1)
+}
+
+// A Pending is a command that was sent.
+type Pending struct {
+	client *Client
+	name   string
+	call   *call
+	err    error // it could not be sent
+}
+
+// Begin is the first half of Run: it returns when the command was sent. QEMU carries out a client's commands in the order in which
+// they were sent, with nothing of that client's in between.
+func (c *Client) Begin(ctx context.Context, cmd string, args any) *Pending {
+	call, err := c.send(ctx, request{Execute: cmd, Arguments: args}, c.inBand, -1)
+	return &Pending{c, cmd, call, err}
+}
+
+// Reply is the second half of Run. It is to be called once.
+func (p *Pending) Reply(ctx context.Context, reply any) error {
+	if p.err != nil {
+		return fmt.Errorf("run %s: %w", p.name, p.err)
+	}
+	m, err := p.client.await(ctx, p.call)
+	return result(p.name, m, err, reply)
 }
 
 // RunFD is Run that also passes a descriptor (SCM_RIGHTS), as getfd and
@@ -329,6 +404,11 @@ func (c *Client) run(ctx context.Context, req request, reply any, fd int) error 
 		name, slot = req.ExecOOB, c.outBnd
 	}
 	m, err := c.exchange(ctx, req, slot, fd)
+	return result(name, m, err, reply)
+}
+
+// result decodes what came of a command.
+func result(name string, m *message, err error, reply any) error {
 	if err != nil {
 		return fmt.Errorf("run %s: %w", name, err)
 	}
@@ -342,6 +422,15 @@ func (c *Client) run(ctx context.Context, req request, reply any, fd int) error 
 }
 
 func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, fd int) (*message, error) {
+	p, err := c.send(ctx, req, slot, fd)
+	if err != nil {
+		return nil, err
+	}
+	return c.await(ctx, p)
+}
+
+// send writes a command.
+func (c *Client) send(ctx context.Context, req request, slot chan struct{}, fd int) (*call, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -387,6 +476,11 @@ func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, 
 		c.mu.Unlock()
 		return nil, err
 	}
+	return p, nil
+}
+
+// await waits for the reply to a command that was sent.
+func (c *Client) await(ctx context.Context, p *call) (*message, error) {
 	select {
 	case m := <-p.reply:
 		return m, nil
@@ -445,6 +539,69 @@ func (c *Client) write(ctx context.Context, line []byte, fd int) error {
 // isGone tells a dead connection from a bad argument such as a closed descriptor.
 func isGone(err error) bool {
 	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
+}
+
+// input reads a connection, and tells when for the moment there is nothing more to be read.
+type input struct {
+	conn *net.UnixConn
+	mu   sync.Mutex
+	dry  chan struct{} // guarded by mu; closed when there is nothing more; nil if nobody wants to know
+}
+
+func (in *input) Read(b []byte) (int, error) {
+	for {
+		n, err := in.conn.Read(b)
+		in.mu.Lock()
+		dry := in.dry
+		in.mu.Unlock()
+		if dry == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		// Drain has interrupted the read above, which took nothing.
+		raw, err := in.conn.SyscallConn()
+		if err != nil {
+			return 0, err
+		}
+		var readErr error
+		err = raw.Control(func(fd uintptr) { n, readErr = unix.Read(int(fd), b) })
+		switch {
+		case err != nil:
+			return 0, err
+		case readErr == unix.EAGAIN:
+			in.mu.Lock()
+			in.dry = nil
+			in.conn.SetReadDeadline(time.Time{})
+			in.mu.Unlock()
+			close(dry)
+		case readErr == unix.EINTR:
+		case readErr != nil:
+			return 0, readErr
+		case n == 0:
+			return 0, io.EOF
+		default:
+			return n, nil
+		}
+	}
+}
+
+// Drain returns when everything was handed on that QEMU has sent so far: what a subscription then has not, QEMU has not said. To know
+// that it says nothing more, stop its process first.
+func (c *Client) Drain(ctx context.Context) error {
+	c.in.mu.Lock()
+	if c.in.dry == nil {
+		c.in.dry = make(chan struct{})
+	}
+	dry := c.in.dry
+	c.conn.SetReadDeadline(time.Unix(1, 0))
+	c.in.mu.Unlock()
+	select {
+	case <-dry:
+		return nil
+	case <-c.done:
+		return c.closed()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // HMP runs a line of the human monitor and returns its output with \n line

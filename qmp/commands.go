@@ -34,8 +34,10 @@ func (c *Client) QueryStatus(ctx context.Context) (Status, error) {
 // (on an incoming QEMU: before it listens). Times are in milliseconds and nil
 // where this state or version does not report them.
 type Migration struct {
-	Status    string        `json:"status"`
-	ErrorDesc string        `json:"error-desc"`
+	Status    string `json:"status"`
+	ErrorDesc string `json:"error-desc"`
+	// Blocked says why the VM cannot be migrated. QEMU tells from 6.0 on.
+	Blocked   []string      `json:"blocked-reasons"`
 	RAM       *MigrationRAM `json:"ram"`
 	TotalTime *uint64       `json:"total-time"`
 	SetupTime *uint64       `json:"setup-time"`

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vacate/process"
 	"vacate/qmp"
 )
 
@@ -422,5 +423,55 @@ func TestRecord(t *testing.T) {
 		fmt.Fprintf(conn, "{\"execute\":%s,\"id\":%d}\n", cmd, id+1)
 		for !strings.Contains(keep(), fmt.Sprintf(`"id": %d`, id+1)) {
 		}
+	}
+}
+
+// Commands that were begun are carried out in order. What QEMU said before its process was stopped is all there after a Drain, and a
+// stopped QEMU is told from a busy one.
+func TestStoppedQEMU(t *testing.T) {
+	sock, proc := startQEMU(t, "-M", "none", "-S")
+	c := dial(t, sock)
+	ctx := t.Context()
+	qemu := must(process.Find(proc.Pid))(t)
+	for range 20 {
+		events := c.Subscribe(16)
+		cont, status, stop := c.Begin(ctx, "cont", nil), c.Begin(ctx, "query-status", nil), c.Begin(ctx, "stop", nil)
+		var between qmp.Status
+		check(t, errors.Join(cont.Reply(ctx, nil), status.Reply(ctx, &between), stop.Reply(ctx, nil)))
+		if !between.Running {
+			t.Fatalf("between cont and stop: %+v", between)
+		}
+		last := c.Begin(ctx, "cont", nil) // it may be carried out before QEMU is stopped, or after
+		check(t, qemu.Stop(ctx))
+		check(t, c.Drain(ctx))
+		said := len(events.C)
+		if _, err := qmp.Dial(ctx, sock); !errors.Is(err, qmp.ErrStopped) {
+			t.Fatalf("a stopped QEMU: %v", err)
+		}
+		check(t, c.Drain(ctx))
+		if now := len(events.C); now != said || said < 2 {
+			t.Fatalf("%d events after Drain, %d later", said, now)
+		}
+		check(t, qemu.Continue())
+		check(t, last.Reply(ctx, nil))
+		check(t, c.Drain(ctx))
+		if now := len(events.C); now != 3 {
+			t.Fatalf("%d events of cont, stop, cont", now)
+		}
+		check(t, c.Stop(ctx))
+		events.Close()
+	}
+	if _, err := c.QueryStatus(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var refused *qmp.Error
+	if err := c.Begin(ctx, "no-such-command", nil).Reply(ctx, nil); !errors.As(err, &refused) {
+		t.Errorf("unknown command: %v", err)
+	}
+	check(t, qemu.Stop(ctx))
+	check(t, qemu.Kill(ctx))
+	<-c.Done()
+	if err := errors.Join(c.Drain(ctx), c.Begin(ctx, "stop", nil).Reply(ctx, nil)); !errors.Is(err, qmp.ErrClosed) {
+		t.Errorf("after the end: %v", err)
 	}
 }
