@@ -229,7 +229,13 @@ func TestOperators(t *testing.T) {
 	for _, c := range silent {
 		c.Close()
 	}
-	if err := ask("admin", true); err != nil {
-		t.Errorf("an operator is not heard any more: %v", err)
+	var heard error
+	for range 5 { // on a busy machine it takes a while until they have left
+		if heard = ask("admin", true); heard == nil {
+			break
+		}
+	}
+	if heard != nil {
+		t.Errorf("an operator is not heard any more: %v", heard)
 	}
 }
