@@ -157,7 +157,7 @@ func (r *report) devices(h HostFacts, vm VMFacts) {
 		}
 	}
 	if len(r.findings) == before {
-		r.add(OK, h.Name, "devices", fmt.Sprintf("nothing is known to hold the VM here (%d devices)", len(vm.Devices)), "")
+		r.add(OK, h.Name, "devices", fmt.Sprintf("nothing is known to hold the VM on its host (%d devices)", len(vm.Devices)), "")
 	}
 }
 
@@ -186,7 +186,7 @@ func (r *report) reading(h HostFacts) {
 	case !h.mayTrace():
 		r.add(Fatal, h.Name, "process memory", "vacated lacks CAP_SYS_PTRACE and cannot read the memory of QEMUs of others", remedy)
 	case h.PtraceScope >= 3:
-		r.add(Fatal, h.Name, "process memory", "nobody may look into another process here: kernel.yama.ptrace_scope is 3", "reboot with `sysctl kernel.yama.ptrace_scope=1` in /etc/sysctl.d")
+		r.add(Fatal, h.Name, "process memory", "nobody may look into another process: kernel.yama.ptrace_scope is 3", "reboot with `sysctl kernel.yama.ptrace_scope=1` in /etc/sysctl.d")
 	default:
 		r.add(OK, h.Name, "process memory", "vacated may read that of QEMUs", "")
 	}

@@ -362,7 +362,7 @@ func (h *Host) dialer(peer string) (link.Dialer, error) {
 	if p.Address == "" {
 		return link.Dialer{}, fmt.Errorf("host %q has no address: nothing can be sent there", peer)
 	}
-	d := link.Dialer{Addr: p.Address}
+	d := link.Dialer{Addr: p.Address, Host: peer}
 	if h.identity != nil {
 		d.TLS = h.identity.Client(peer)
 	}

@@ -112,15 +112,18 @@ func Load(dir string) ([]VM, error) {
 	return list, errors.Join(errs...)
 }
 
+// File is the path of the description of a VM.
+func File(dir, name string) string { return filepath.Join(dir, name+suffix) }
+
 // Find reads one description. It wraps ErrUnknown when there is none.
 func Find(dir, name string) (VM, error) {
 	if err := CheckName(name); err != nil {
 		return VM{}, err
 	}
-	path := filepath.Join(dir, name+suffix)
+	path := File(dir, name)
 	text, err := readTrusted(dir, path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return VM{}, fmt.Errorf("%w here: %s, which describes it, does not exist", ErrUnknown, path)
+		return VM{}, fmt.Errorf("%w: %s, which describes it, does not exist", ErrUnknown, path)
 	} else if err != nil {
 		return VM{}, err
 	}

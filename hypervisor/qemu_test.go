@@ -157,7 +157,7 @@ func TestTwin(t *testing.T) {
 	}
 
 	var present *PresentError
-	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) || !reflect.DeepEqual(present.Seen, want) || !strings.Contains(err.Error(), "a twin of VM vm waits here already") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) || !reflect.DeepEqual(present.Seen, want) || !strings.Contains(err.Error(), "a twin of VM vm waits already") {
 		t.Errorf("started twice: %v", err)
 	}
 	if !p.Alive() {

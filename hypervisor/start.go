@@ -38,15 +38,15 @@ func (e *PresentError) Error() string {
 	pid := fmt.Sprintf("process %d", e.Seen.Process.PID)
 	switch e.Seen.State {
 	case Running:
-		return fmt.Sprintf("VM %s runs here already (%s)", e.VM, pid)
+		return fmt.Sprintf("VM %s runs already (%s)", e.VM, pid)
 	case Incoming:
-		return fmt.Sprintf("a twin of VM %s waits here already (%s): if no eviction needs it, end it with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
+		return fmt.Sprintf("a twin of VM %s waits already (%s): if no eviction needs it, end it with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
 	case Frozen:
-		return fmt.Sprintf("VM %s is here already, frozen by an eviction (%s, %s): see vacate status", e.VM, pid, e.Seen.Status)
+		return fmt.Sprintf("VM %s is there already, frozen by an eviction (%s, %s): see vacate status", e.VM, pid, e.Seen.Status)
 	case Silent:
-		return fmt.Sprintf("a QEMU of VM %s is here already, and its monitor does not answer: another eviction, or another client, has it", e.VM)
+		return fmt.Sprintf("a QEMU of VM %s is there already, and its monitor does not answer: another eviction, or another client, has it", e.VM)
 	}
-	return fmt.Sprintf("VM %s is here already, %s (%s)", e.VM, e.Seen.Status, pid)
+	return fmt.Sprintf("VM %s is there already, %s (%s)", e.VM, e.Seen.Status, pid)
 }
 
 // StartTwin starts the VM's QEMU so that it waits for the VM to arrive, and returns when it does. It fails with a

@@ -30,6 +30,8 @@ type Dialer struct {
 	// TLS has this host's certificate and what the other's must be: its name is ServerName, or
 	// the host of Addr. Nil means a plain link.
 	TLS *tls.Config
+	// Host is the name of the host at Addr where its daemon is meant. Empty: `vacate receive` is. It is for messages.
+	Host string
 	// Dial makes the connections, of TCP; nil for the usual way.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
@@ -79,7 +81,9 @@ func (d Dialer) lane(ctx context.Context, l Lane, id [16]byte) (*Conn, uint64, e
 	conn, err := dial(dialling, "tcp", d.Addr)
 	cancel()
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, 0, fmt.Errorf("nothing listens at %s: start `vacate receive` there first: %w", d.Addr, err)
+		return nil, 0, fmt.Errorf("nothing listens at %s: start %s there first: %w", d.Addr, d.meant(), err)
+	} else if err != nil && d.Host != "" {
+		return nil, 0, fmt.Errorf("reach host %s: %w", d.Host, err)
 	} else if err != nil {
 		return nil, 0, fmt.Errorf("reach the destination: %w", err)
 	}
@@ -94,12 +98,20 @@ func (d Dialer) lane(ctx context.Context, l Lane, id [16]byte) (*Conn, uint64, e
 			return nil, 0, explainTLS(err, d.TLS.ServerName)
 		}
 	}
-	common, err := hello(c, l, id)
+	common, err := d.hello(c, l, id)
 	if err != nil {
 		return nil, 0, err
 	}
 	lane, err := c.lane()
 	return lane, common, err
+}
+
+// meant is what is to listen at Addr.
+func (d Dialer) meant() string {
+	if d.Host != "" {
+		return "vacated of host " + d.Host + " (systemctl start vacated)"
+	}
+	return "`vacate receive`"
 }
 
 // explainTLS tells what an error of our side of a handshake with the host of that name means.
@@ -136,7 +148,7 @@ func remote(err error) bool {
 }
 
 // hello introduces a lane and returns the features that both sides have.
-func hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
+func (d Dialer) hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
 	if _, err := c.Write(appendHello(nil, l, id)); err != nil {
 		return 0, fmt.Errorf("say hello: %w", err)
 	}
@@ -144,10 +156,10 @@ func hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error) {
 	if _, err := io.ReadFull(c, head); remote(err) { // a server of TLS 1.3 judges the client last
 		return 0, fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
 	} else if err != nil {
-		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it `vacate receive` that listens there, and for links such as this (TLS or plain), and does the path carry large packets?", ErrPeer, err)
+		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it %s that listens there, and for links such as this (TLS or plain), and does the path carry large packets?", ErrPeer, err, d.meant())
 	}
 	if !bytes.HasPrefix(head, []byte(mark)) {
-		return 0, fmt.Errorf("%w: it answered %q: is it `vacate receive` that listens there?", ErrPeer, head)
+		return 0, fmt.Errorf("%w: it answered %q: is it %s that listens there?", ErrPeer, head, d.meant())
 	}
 	head = head[len(mark):]
 	if v := binary.BigEndian.Uint16(head); v != Version {

@@ -364,6 +364,17 @@ func TestDialRefused(t *testing.T) {
 	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(fmt.Sprint(err), "start `vacate receive` there first") {
 		t.Error(err)
 	}
+	// Who has daemons is told of them alone.
+	_, err := Dialer{Addr: ln.Addr().String(), Host: "hostb"}.Session(t.Context())
+	if said := fmt.Sprint(err); !strings.Contains(said, "start vacated of host hostb (systemctl start vacated) there first") || strings.Contains(said, "receive") {
+		t.Error(err)
+	}
+	ln = listen(t)
+	serve(t, ln, []byte("HTTP/1.1 400 Bad Request\r\n\r\n"), false)
+	_, err = Dialer{Addr: ln.Addr().String(), Host: "hostb"}.Session(t.Context())
+	if said := fmt.Sprint(err); !strings.Contains(said, "is it vacated of host hostb") || strings.Contains(said, "receive") {
+		t.Error(err)
+	}
 }
 
 // A peer that accepts and stays silent is given up.
@@ -580,7 +591,7 @@ func FuzzJoin(f *testing.F) {
 		}
 		w := &wire{}
 		answer(w, 0, err)
-		_, said := hello(&wire{in: &w.out}, Control, h.id)
+		_, said := (Dialer{}).hello(&wire{in: &w.out}, Control, h.id)
 		if !errors.Is(said, ErrRefused) || !strings.Contains(said.Error(), fmt.Sprintf("%q", err.Error())) {
 			t.Fatalf("turned away for %q, and the source understands %q", err, said)
 		}
@@ -598,7 +609,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(w.out.Bytes())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		w := &wire{in: bytes.NewReader(b)}
-		common, err := hello(w, Push, [16]byte{7})
+		common, err := (Dialer{}).hello(w, Push, [16]byte{7})
 		if !bytes.Equal(w.out.Bytes(), appendHello(nil, Push, [16]byte{7})) {
 			t.Fatalf("said %x", w.out.Bytes())
 		}
