@@ -79,7 +79,7 @@ var attempts = []attempt{
 	{name: "a device that the destination's QEMU does not know", kind: load, do: renameDevice, want: evict.ErrAborted,
 		says: "its last messages: qemu-system-x86_64: "},
 	{name: "link dead at the package", kind: load, do: pass, atHit: unplug, timeout: time.Second, want: evict.ErrAborted, says: "did not load the devices within"},
-	{name: "destination's disk is locked", kind: commit, do: pass, with: lockDisk, want: evict.ErrAborted, says: "could not be started here"},
+	{name: "destination's disk is locked", kind: commit, do: pass, with: lockDisk, want: evict.ErrAborted, says: "refuses to run the VM"},
 }
 
 func killTwin(_ *testing.T, _ *lab.Lab, twin *lab.VM) { twin.Kill() }

@@ -96,6 +96,9 @@ var errFailed = errors.New("the other side failed")
 // errShutDown is wrapped by the error for a destination whose guest ended itself.
 var errShutDown = errors.New("the VM was shut down")
 
+// errDead is wrapped by the error for a destination that says that the twin has ended.
+var errDead = errors.New("and its QEMU has ended")
+
 // await waits for a frame of one of the kinds. It fails with the peer's farewell, and when
 // the session or ctx ends.
 func (c *controlLane) await(ctx context.Context, kinds ...uint8) (controlFrame, error) {
@@ -122,9 +125,20 @@ func (f controlFrame) check(kinds ...uint8) error {
 			return err
 		}
 		what := map[uint8]error{msgAbort: errFarewell, msgFailed: errFailed, msgShutDown: errShutDown}[f.kind]
+		if f.kind == msgFailed && bye.Dead {
+			return fmt.Errorf("%w, %w: %s", what, errDead, plain(bye.Reason))
+		}
 		return fmt.Errorf("%w: %s", what, plain(bye.Reason))
 	}
 	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
+}
+
+// saidBy names the host that says something which is shown elsewhere, if it has a name.
+func saidBy(host string, err error) error {
+	if host == "" {
+		return err
+	}
+	return fmt.Errorf("host %s: %w", host, err)
 }
 
 // Purpose is what a peer wants with a session.
@@ -191,6 +205,9 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	case msgResume:
 		err = decode(f.payload, &r.resume)
 		r.Purpose, r.Eviction = ToResume, r.resume.Eviction
+		if err == nil && r.resume.Committed && r.resume.Resumed {
+			err = fmt.Errorf("%w: an eviction that is both committed and taken back", errFrame)
+		}
 	case msgAsk:
 		r.Purpose = ToAsk
 		if r.Question = f.payload; !json.Valid(f.payload) {
@@ -241,22 +258,25 @@ func (r *Request) While(ctx context.Context, what string, do func(context.Contex
 	return err
 }
 
+// ResumedThere reports whether the peer says that the VM runs there again by an operator's word, so that the twin here has to end.
+func (r *Request) ResumedThere() bool { return r.Purpose == ToResume && r.resume.Resumed }
+
 // Refuse turns the peer away, saying why, and ends the session. To an offer it is the
 // promise that the VM will not run here.
 func (r *Request) Refuse(reason error) {
 	if r.Purpose == ToResume {
-		r.Answer(AnswerUnknown, reason.Error(), nil)
+		r.Answer(AnswerNone, reason.Error(), false, nil)
 		return
 	}
-	writeJSON(r.control.Conn, msgAbort, farewell{reason.Error()})
+	writeJSON(r.control.Conn, msgAbort, farewell{Reason: reason.Error()})
 	r.end()
 }
 
 // Answer tells the source what became of the eviction that it wants to resume, and that is
-// not under way here, and ends the session. What was received is what Destination returned,
+// not under way here, and ends the session. dead says that the twin has ended. What was received is what Destination returned,
 // and is told of one that is complete.
-func (r *Request) Answer(a Answer, reason string, received *Received) {
-	st := status{Answer: a, Reason: reason, Summary: received}
+func (r *Request) Answer(a Answer, reason string, dead bool, received *Received) {
+	st := status{Answer: a, Reason: reason, Dead: dead, Summary: received}
 	writeJSON(r.control.Conn, msgStatus, st)
 	r.linger()
 }

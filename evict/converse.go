@@ -150,7 +150,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			return true, e.left()
 		}
 		pause = min(max(2*pause, firstPause), lastPause)
-		a, st, err := e.inquire(left)
+		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
 		if err != nil {
 			e.Log.Debug("the destination cannot be asked", "error", err)
 			continue
@@ -187,7 +187,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			if here == copyGone {
 				return true, e.lostHere(context.Cause(e.life))
 			}
-			return true, e.lostThere(fmt.Errorf("%w: %s", errFailed, st.Reason))
+			return true, e.lostThere(st.lost())
 		case stepHold:
 			if here == copyGone {
 				e.at.Store(a)
@@ -203,8 +203,8 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	}
 }
 
-// inquire makes a new session and asks what became of the eviction.
-func (e *source) inquire(left context.Context) (*attachment, status, error) {
+// inquire makes a new session, says why, and hears what became of the eviction.
+func (e *source) inquire(left context.Context, why resume) (*attachment, status, error) {
 	ctx, cancel := context.WithTimeout(left, connectTime)
 	defer cancel()
 	s, err := e.Connect(ctx)
@@ -213,7 +213,7 @@ func (e *source) inquire(left context.Context) (*attachment, status, error) {
 	}
 	a := attach(s, maxHas/8+runSize)
 	st, err := func() (st status, err error) {
-		if err := writeJSON(a.control.Conn, msgResume, resume{Eviction: e.Eviction, Committed: true}); err != nil {
+		if err := writeJSON(a.control.Conn, msgResume, why); err != nil {
 			return st, err
 		}
 		ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not answer"))
@@ -401,15 +401,29 @@ func (e *source) frozenRemedy() string {
 		"`vacate decide %[1]s discard --confirm %[2]s` gives this copy up", e.Eviction, e.VM)
 }
 
-// lostThere ends an eviction whose VM is lost at the destination.
+// lost is what a destination says that has lost the VM, as an error.
+func (st status) lost() error {
+	if st.Dead {
+		return fmt.Errorf("%w, %w: %s", errFailed, errDead, st.Reason)
+	}
+	return fmt.Errorf("%w: %s", errFailed, st.Reason)
+}
+
+// lostThere ends an eviction whose VM is lost at the destination. One that is not told that the twin is dead
+// keeps it in mind that it may run.
 func (e *source) lostThere(err error) error {
+	if errors.Is(err, errDead) || errors.Is(err, errFarewell) {
+		if err := keep(e.Journal, keptDead, nil); err != nil {
+			e.Log.Warn("the journal does not take it that the VM's QEMU on the destination has ended", "error", err)
+		}
+	}
 	return e.lost(err, fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
 }
 
 // lostHere ends an eviction whose frozen VM ended before all of its pages were sent.
 func (e *source) lostHere(err error) error {
 	if a := e.at.Load(); a != nil {
-		if writeJSON(a.control.Conn, msgFailed, farewell{err.Error()}) == nil {
+		if writeJSON(a.control.Conn, msgFailed, farewell{Reason: saidBy(e.Host, err).Error()}) == nil {
 			// What it still says must not go unread: the words above could be lost.
 			ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 			f, heard := a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
@@ -624,14 +638,22 @@ const (
 // It may be there all the same after a crash, so nobody may go on as if it had not been made.
 var ErrUndecided = errors.New("the journal does not take the decision: make room and decide again")
 
-// Decide does what an operator decided. No engine may be at work on the eviction.
-func (s Source) Decide(ctx context.Context, d Decision) error {
+// ErrAnswers is wrapped by the error of Decide when the destination still answers for the VM.
+var ErrAnswers = errors.New("the destination answers for the VM")
+
+// ErrUnfenced is wrapped by the error of Decide when nobody says that the twin is dead.
+var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination")
+
+// Decide does what an operator decided. No engine may be at work on the eviction. For ResumeHere, fenced is why the twin is
+// dead for good, in words: who asserts it. It may be empty where the destination has said so itself. The destination
+// is asked once more, and what it says counts more; whether it has heard of the decision is left to Tell.
+func (s Source) Decide(ctx context.Context, d Decision, fenced string) error {
 	e := s.engine(RollingBack)
-	_, err := e.done(e.decide(ctx, d))
+	_, err := e.done(e.decide(ctx, d, fenced))
 	return err
 }
 
-func (e *source) decide(ctx context.Context, d Decision) error {
+func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 	ctx, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
 	defer cancel()
 	here, err := e.find(ctx)
@@ -645,18 +667,7 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 	}
 	switch d {
 	case ResumeHere:
-		if err := e.whole(); err != nil {
-			return err
-		}
-		if err := note(e.Journal, MarkResumedHere, "the operator decided so"); err != nil {
-			return fmt.Errorf("%w: %w", ErrUndecided, err)
-		}
-		e.tellAbort(ctx)
-		now, err := e.resume(ctx)
-		if err == nil && now.Running {
-			announce(ctx, e.q, e.Log)
-		}
-		return err
+		return e.resumeHere(ctx, fenced)
 	case Discard:
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
 			return fmt.Errorf("%w: %w", ErrUndecided, err)
@@ -664,6 +675,57 @@ func (e *source) decide(ctx context.Context, d Decision) error {
 		return e.qemu.Kill(ctx)
 	}
 	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
+}
+
+// resumeHere has the guest go on here by the operator's word.
+func (e *source) resumeHere(ctx context.Context, fenced string) error {
+	if err := e.whole(); err != nil {
+		return err
+	}
+	if !DeadThere(e.Journal) {
+		if err := e.askOnce(ctx, fenced); err != nil {
+			return err
+		}
+	}
+	reason := "an operator decided so"
+	if fenced != "" {
+		reason += "; " + fenced
+	}
+	if err := note(e.Journal, MarkResumedHere, reason); err != nil {
+		return fmt.Errorf("%w: %w", ErrUndecided, err)
+	}
+	// A twin that lives after all may hold the locks of the disks.
+	if heard, err := e.Tell(ctx); !heard {
+		e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
+	}
+	now, err := e.resume(ctx)
+	if err == nil && now.Running {
+		announce(ctx, e.q, e.Log)
+	}
+	return err
+}
+
+// askOnce makes sure that the operator's word, which is fenced, is not contradicted by the destination. It does not go on with
+// the eviction, whatever the answer.
+func (e *source) askOnce(ctx context.Context, fenced string) error {
+	a, st, err := e.inquire(ctx, resume{Eviction: e.Eviction})
+	if err == nil {
+		a.end()
+		switch st.Answer {
+		case AnswerRunning, AnswerPaused, AnswerComplete, AnswerShutDown:
+			return fmt.Errorf("%w: it says %q", ErrAnswers, st.Answer)
+		case AnswerNeverRan:
+			return fmt.Errorf("%w: it says %q, so that the VM comes back by itself", ErrAnswers, st.Answer)
+		case AnswerLost:
+			if st.Dead {
+				return nil
+			}
+		}
+	}
+	if fenced == "" {
+		return ErrUnfenced
+	}
+	return nil
 }
 
 // Export writes the memory and the devices of a VM that stands frozen to a new file, from
@@ -700,19 +762,24 @@ func (e *source) export(ctx context.Context, file string) error {
 	return vm.WriteFile(ctx, file, nil)
 }
 
-// tellAbort tells the destination, if it can be reached, that the VM runs here again.
-func (e *source) tellAbort(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, connectTime)
-	defer cancel()
-	s, err := e.Connect(ctx)
+// Tell tells the destination that an operator had the VM resumed at the source, so that it ends its twin, and returns
+// whether it has heard that. No engine need be at work on the eviction, and the VM's QEMU is left alone.
+func (s Source) Tell(ctx context.Context) (heard bool, err error) {
+	e := &source{Source: s}
+	a, st, err := e.inquire(ctx, resume{Eviction: s.Eviction, Resumed: true})
 	if err != nil {
-		return
+		return false, err
 	}
-	a := attach(s, maxHas/8+runSize)
-	defer a.end()
-	writeJSON(a.control.Conn, msgResume, resume{Eviction: e.Eviction})
-	writeJSON(a.control.Conn, msgAbort, farewell{"the VM was resumed at the source, by an operator's decision"})
-	a.control.await(ctx, msgStatus)
+	a.end()
+	switch {
+	case st.Dead:
+		return true, nil
+	case st.Answer == AnswerUnknown:
+		return true, fmt.Errorf("it knows nothing of the eviction: look there whether a QEMU of VM %s runs, and end it: %s", s.VM, st.Reason)
+	case st.Answer == AnswerComplete:
+		return true, fmt.Errorf("it keeps the VM, which is whole there: %s", st.Reason)
+	}
+	return false, fmt.Errorf("it does not say that its QEMU has ended: %s", st.Reason)
 }
 
 // notThere tells whether an error of reaching a QEMU says that it has ended.

@@ -36,7 +36,7 @@ const (
 	MarkCompleted   Mark = "completed"    // the twin has every page; the source's QEMU is to be ended
 	MarkShutDown    Mark = "shut down"    // the guest ended itself at the destination; both QEMUs are to be ended
 	MarkLost        Mark = "lost"         // one QEMU ended too early, and the other cannot go on alone
-	MarkResumedHere Mark = "resumed here" // source: the operator says that the twin is dead for good
+	MarkResumedHere Mark = "resumed here" // source: the operator says that the guest is to run here, and that the twin is dead for good
 	MarkDiscarded   Mark = "discarded"    // source: the operator gives up the copy here
 )
 
@@ -204,15 +204,29 @@ func destinationStep(m Mark, twin copyState) step {
 }
 
 // destinationOnAbort is what a destination does when it hears that its source has rolled
-// back, or that the operator had it resume the guest there.
+// back, or that the operator had it resume the guest there. A source that says so after the
+// twin became whole never heard that, and was given a false word: the twin ends, since the
+// operator's word counts.
 func destinationOnAbort(m Mark) step {
 	switch m {
 	case MarkAccepted, MarkNeverRan:
 		return stepAbandon
-	case MarkMayRun, MarkLost:
+	case MarkMayRun, MarkLost, MarkCompleted:
 		return stepLose
 	}
 	return stepNone
+}
+
+// ResumedThere is the mark that a destination comes to, once its twin is dead, when it hears that an operator had the
+// guest resumed at the source.
+func ResumedThere(m Mark) Mark {
+	switch destinationOnAbort(m) {
+	case stepAbandon:
+		return MarkNeverRan
+	case stepLose:
+		return MarkLost
+	}
+	return m
 }
 
 // AnswerOf is what a destination says of an eviction that nobody works on there.

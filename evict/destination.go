@@ -31,6 +31,9 @@ type Destination struct {
 	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
 	// memory directly where this process has the right to, which is several times faster.
 	ThroughQEMU bool
+	// Host is the name of this host, and Description the file that says how its QEMU is started: for messages, which the source
+	// may show. Both are empty where no daemon is in use.
+	Host, Description string
 	// Patient goes on waiting after an offer that does not fit.
 	Patient bool
 	// Room knows what other VMs that are coming to this host will still take of its memory; nil if there are none.
@@ -55,7 +58,7 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 	defer e.close()
 	if err := e.prepare(ctx); err != nil {
 		if ctx.Err() == nil {
-			lastWord(requests, err)
+			e.lastWord(requests, err)
 		}
 		e.letGo()
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
@@ -256,7 +259,10 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 		m.Status = "listening for another source"
 	}
 	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
-		return fmt.Errorf("the QEMU at %s does not wait for a VM (its state is %q %s): start it as the source's, with -S -incoming defer in addition", e.QMP, status.Status, m.Status)
+		return fmt.Errorf("the destination's QEMU at %s does not wait for a VM (its state is %q %s): %s", e.QMP, status.Status, m.Status, e.startRemedy())
+	}
+	if err := handsOver(ctx, e.q, e.QMP); err != nil {
+		return err
 	}
 	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
 		return err
@@ -272,7 +278,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if err := startsPaused(args); err != nil {
-		return err
+		return fmt.Errorf("%w: %s", err, e.startRemedy())
 	}
 	e.own = actionsOf(args)
 	if e.here, err = describe(ctx, e.q); err != nil {
@@ -300,7 +306,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 }
 
 // errTwinGone is wrapped by the reason for which life ends when the QEMU does.
-var errTwinGone = errors.New("the QEMU here ended")
+var errTwinGone = errors.New("the destination's QEMU ended")
 
 // lookAfter begins to watch the QEMU.
 func (e *destination) lookAfter() {
@@ -348,11 +354,11 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		case <-e.life.Done():
-			lastWord(requests, context.Cause(e.life))
+			e.lastWord(requests, context.Cause(e.life))
 			return 0, context.Cause(e.life)
 		}
 		if r.Purpose != ToOffer {
-			r.Refuse(errors.New("there is no such eviction here"))
+			r.Refuse(e.named(errors.New("there is no such eviction")))
 			continue
 		}
 		err := e.consider(ctx, r)
@@ -362,7 +368,7 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 			e.at.Store(r.attachment)
 			return time.Duration(r.offer.LoadTimeout) * time.Millisecond, nil
 		}
-		r.Refuse(err)
+		r.Refuse(e.named(err))
 		e.Log.Warn("offer refused", "source", r.Session.Peer(), "error", err)
 		if e.life.Err() != nil {
 			return 0, context.Cause(e.life)
@@ -373,11 +379,14 @@ func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) 
 	}
 }
 
+// named names who says it, to a source that may show it to an operator elsewhere.
+func (e *destination) named(err error) error { return saidBy(e.Host, err) }
+
 // lastWord has who comes just now hear why no VM is taken any more.
-func lastWord(requests <-chan *Request, why error) {
+func (e *destination) lastWord(requests <-chan *Request, why error) {
 	select {
 	case r := <-requests:
-		r.Refuse(why)
+		r.Refuse(e.named(why))
 	case <-time.After(lastWords):
 	}
 }
@@ -399,6 +408,9 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 		return err
 	}
 	if err := o.mismatch(here); err != nil {
+		if e.Description != "" {
+			err = fmt.Errorf("%w. How it is started is in %s", err, e.Description)
+		}
 		return err
 	}
 	if err := e.hasRoom(); err != nil { // anew: it may be long since the last look
@@ -423,7 +435,7 @@ func (e *destination) sort(requests <-chan *Request) {
 		select {
 		case r := <-requests:
 			if r.Purpose != ToResume || r.Eviction != e.eviction {
-				r.Refuse(errors.New("the destination is taken by another eviction"))
+				r.Refuse(e.named(errors.New("the destination is taken by another eviction")))
 				continue
 			}
 			select {
@@ -537,7 +549,7 @@ func (e *destination) continued(left context.Context, err error) error {
 	case err == nil:
 		return nil
 	case isRefusal(err):
-		return e.abort(fmt.Errorf("the VM could not be started here: %w", err))
+		return e.abort(fmt.Errorf("the destination's QEMU refuses to run the VM: %w", err))
 	case e.life.Err() != nil:
 		return e.twinGone(left)
 	}
@@ -577,7 +589,7 @@ func (e *destination) keep() error {
 	}
 	b, err := json.Marshal(e.twin())
 	if err != nil {
-		return fmt.Errorf("encode what is known of the QEMU here: %w", err)
+		return fmt.Errorf("encode what is known of the destination's QEMU: %w", err)
 	}
 	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
 }
@@ -705,7 +717,7 @@ func (e *destination) kill() error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	if err := e.process.Kill(ctx); err != nil {
-		return fmt.Errorf("end the QEMU here: %w", err)
+		return fmt.Errorf("end the destination's QEMU: %w", err)
 	}
 	return nil
 }
@@ -727,9 +739,9 @@ func (e *destination) abort(err error) error {
 		e.Log.Warn("the journal does not take it that the VM never ran here", "error", noteErr)
 	}
 	if a := e.at.Load(); a != nil {
-		writeJSON(a.control.Conn, msgAbort, farewell{err.Error()})
+		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
 	}
-	e.answerRejoin(AnswerNeverRan, err.Error())
+	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
 	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)), "The VM never ran here, and the QEMU that was to take it was ended; it runs on on the source"}
 }
 
@@ -739,19 +751,20 @@ func (e *destination) lost(err error, remedy string) error {
 	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("the journal does not take it that the VM is lost here", "error", noteErr)
 	}
+	dead := !e.process.Alive()
 	if a := e.at.Load(); a != nil {
-		writeJSON(a.control.Conn, msgFailed, farewell{err.Error()})
+		writeJSON(a.control.Conn, msgFailed, farewell{e.named(err).Error(), dead})
 	}
-	e.answerRejoin(AnswerLost, err.Error())
+	e.answerRejoin(AnswerLost, e.named(err).Error(), dead)
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
 }
 
 // answerRejoin answers a source that came back when all was over. Where no journal remembers,
 // one that committed, and does not know what became of that, is waited for.
-func (e *destination) answerRejoin(a Answer, reason string) {
+func (e *destination) answerRejoin(a Answer, reason string, dead bool) {
 	select {
 	case r := <-e.rejoin:
-		r.Answer(a, reason, nil)
+		r.Answer(a, reason, dead, nil)
 		return
 	default:
 	}
@@ -760,7 +773,7 @@ func (e *destination) answerRejoin(a Answer, reason string) {
 	}
 	select {
 	case r := <-e.rejoin:
-		r.Answer(a, reason, nil)
+		r.Answer(a, reason, dead, nil)
 	case <-time.After(lingerTime):
 	}
 }
@@ -796,11 +809,19 @@ func (e *destination) close() {
 	e.messages.Close()
 }
 
+// startRemedy says how the QEMU is to be started.
+func (e *destination) startRemedy() string {
+	if e.Description != "" {
+		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments", e.Description)
+	}
+	return "start it as the source's, with -S -incoming defer in addition"
+}
+
 // startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
 // as soon as the devices are loaded, before anyone agreed to that.
 func startsPaused(args []string) error {
 	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
-		return errors.New("the QEMU that waits here was started without -S and would run the VM without being told to: start it with -S -incoming defer")
+		return errors.New("the destination's QEMU was started without -S and would run the VM without being told to")
 	}
 	return nil
 }

@@ -281,11 +281,11 @@ func (e *destination) shutDown(left context.Context, why string) error {
 	e.mu.Lock()
 	e.stats.ShutDown = why
 	e.mu.Unlock()
-	e.say(msgShutDown, farewell{why})
+	e.say(msgShutDown, farewell{Reason: why})
 	if err := e.quit(); err != nil {
 		e.Log.Warn("the QEMU here does not end: end it by hand", "pid", e.process.PID, "error", err)
 	}
-	e.awaitHeard(nil, func(r *Request) { r.Answer(AnswerShutDown, why, nil) })
+	e.awaitHeard(nil, func(r *Request) { r.Answer(AnswerShutDown, why, false, nil) })
 	return e.machine.enter(ShutDown)
 }
 

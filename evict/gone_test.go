@@ -39,7 +39,7 @@ func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (evict.Report
 	go func() {
 		defer close(answered)
 		r := <-requests
-		r.Answer(answer, "as the test has it", nil)
+		r.Answer(answer, "as the test has it", false, nil)
 	}()
 	s.Eviction, s.VM, s.Journal, s.Connect = journal.NewID(), "web1", emptyJournal{}, link.Dialer{Addr: ln.Addr().String()}.Session
 	report, err := s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)

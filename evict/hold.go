@@ -281,7 +281,7 @@ func (e *destination) passOn() {
 	e.mu.Lock()
 	why := e.short
 	e.mu.Unlock()
-	if err := writeJSON(a.control.Conn, msgShort, farewell{why[:min(len(why), maxReason)]}); err != nil {
+	if err := writeJSON(a.control.Conn, msgShort, farewell{Reason: why[:min(len(why), maxReason)]}); err != nil {
 		a.FailSoon(err)
 	}
 }

@@ -19,10 +19,19 @@ const (
 	keptHead      = "head"       // both: QEMU's stream from its header to the footer of the RAM section's start
 	keptLoad      = "load"       // source: the package
 	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
+	keptDead      = "dead-there" // source: empty; the twin is dead for good, as the destination said, or never ran
+	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
+	KeptHeard = journal.Lasting + "heard"
 	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
 	KeptTrace  = journal.Lasting + "trace"
 	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
 )
+
+// DeadThere reports whether it is known, without an operator's word, that the twin never runs again.
+func DeadThere(j Journal) bool {
+	_, err := j.Kept(keptDead)
+	return err == nil
+}
 
 // note is Note for an engine that may have no journal.
 func note(j Journal, m Mark, reason string) error {

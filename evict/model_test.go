@@ -41,6 +41,9 @@ type rules struct {
 	deaf          bool // an operator may resume a guest that ended itself, as the source knows
 	noteFirst     bool // a source writes may-run before its QEMU's process is stopped
 	blind         bool // a source does not look whether the guest ran before its process was stopped
+	unasserted    bool // an operator need not assert that the destination is fenced
+	desert        bool // a destination that cannot go on says lost although the twin runs
+	mute          bool // a source does not tell that the guest was resumed there
 }
 
 func realRules() rules {
@@ -204,6 +207,7 @@ type world struct {
 	over    bool // the guest ended itself, at the destination
 	unheard bool // fault: and its QEMU ended before that was durable, or the destination could not be asked
 	resumed bool // the operator had the guest resumed here
+	lied    bool // the operator asserted that the destination is fenced, and it was not
 	gaveUp  bool // the operator gave up the copy here
 
 	bad string // what must never happen, and did
@@ -228,7 +232,7 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	do(&w)
 	switch there := w.d.twin == copyRunning || w.d.twin == copyComplete; {
 	case w.bad != "":
-	case there && w.s.guest == runsHere:
+	case there && w.s.guest == runsHere && !w.lied:
 		w.bad = "two copies run"
 	case there && w.aborted:
 		w.bad = "the twin runs after the operator was told that the eviction was aborted"
@@ -504,15 +508,19 @@ func (m *model) source(w world) {
 		}
 		m.write("source", true, MarkLost, do, do)
 	case ended:
-		if mark := w.s.journal.mark(); (mark == MarkResumedHere) && !w.s.session && w.d.phase != down && !w.d.journal.mark().Final() && w.d.journal != 0 {
+		if w.s.journal.mark() != MarkResumedHere || m.mute || w.s.session || w.d.phase == down || w.d.journal == 0 {
+			break
+		}
+		// Until the destination has heard it.
+		if !w.d.journal.mark().Final() || w.d.twin != copyGone {
 			m.add("source tells that it resumed the guest", false, func(w *world) { m.connect(w, aborts) })
 		}
 	}
 	m.operator(w)
 }
 
-// operator says how to go on where the source cannot know. He may be wrong about the
-// destination's being dead as far as its twin does not run.
+// operator says how to go on where the source cannot know. Where the destination has not said that the twin is dead, he has
+// to assert it; and may lie.
 func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
@@ -529,15 +537,30 @@ func (m *model) operator(w world) {
 	}
 	// He looks there whether the guest ended itself, if he can.
 	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
-	resume := func(w *world) {
-		w.resumed = true
-		w.unheard = w.unheard || w.d.phase == down && !told
-	}
-	if (!w.s.noted || m.forgetful) && (w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down) && (!over || told) {
-		m.word("operator has the guest resumed here: source", MarkResumedHere, func(w *world) {
-			resume(w)
+	// A twin that was never told to run, of a host that is off, never will be.
+	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down
+	resume := func(what string, lie bool) {
+		say := func(w *world) {
+			w.resumed, w.lied = true, w.lied || lie
+			w.unheard = w.unheard || (lie || w.d.phase == down) && !told
+		}
+		m.word(what, MarkResumedHere, func(w *world) {
+			say(w)
 			m.sourceTakes(w, stepRollBack)
-		}, func(w *world) { resume(w); failed(w) })
+		}, func(w *world) {
+			say(w)
+			failed(w)
+		})
+	}
+	switch {
+	case w.s.noted && !m.forgetful:
+	case fenced && over && !told:
+	case mark == MarkLost || told || m.unasserted:
+		resume("operator has the guest resumed here: source", false)
+	case fenced:
+		resume("operator asserts that the destination is fenced, and has the guest resumed here: source", false)
+	default:
+		resume("operator asserts falsely that the destination is fenced, and has the guest resumed here: source", true)
 	}
 	m.word("operator gives up the copy here: source", MarkDiscarded, func(w *world) {
 		w.gaveUp, w.s.phase = true, retiring
@@ -691,6 +714,12 @@ func (m *model) destination(w world) {
 		if w.d.journal.mark() == MarkAccepted { // only where that rule is broken
 			m.write("destination", false, MarkMayRun, func(w *world) {}, func(w *world) {})
 		}
+		if m.desert {
+			m.add("destination cannot go on", true, func(w *world) {
+				w.d.journal, w.d.phase = recordOf(MarkLost), ended
+				w.sayToSIfAny(lost)
+			})
+		}
 		if w.d.held&inUse != 0 && w.d.twin != copyGone {
 			m.add("destination places a page", false, func(w *world) {
 				w.d.held &^= inUse
@@ -804,8 +833,9 @@ func (m *model) destinationHears(w *world, said word) {
 			w.d.committed, w.d.phase = true, marking
 		}
 	case aborts:
-		if mark != "" && w.d.phase != ended {
-			m.destinationTakes(w, m.destinationOnAbort(mark))
+		// Where all was over, and the twin lives all the same, it must not.
+		if st := m.destinationOnAbort(mark); mark != "" && (w.d.phase != ended || w.d.twin != copyGone) {
+			m.destinationTakes(w, st)
 		}
 	case resumes:
 		switch w.d.phase {
@@ -900,6 +930,8 @@ func settled(w *world) bool {
 		return true // the source's QEMU died; a twin that runs lacks pages
 	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
 		return true // it stands here until the operator says what he found there
+	case w.lied && w.forgot && over && w.s.guest == runsHere:
+		return true // two copies may run, and no journal knows of the other one
 	case w.gaveUp:
 		return over && w.s.guest == gone
 	}
@@ -1112,6 +1144,17 @@ func TestModelMutants(t *testing.T) {
 				return answerOf(m, c)
 			}
 		}},
+		{"R7", "resume here needs no assertion", func(r *rules) { r.unasserted = true }},
+		{"R7", "a source does not tell that the guest was resumed there", func(r *rules) { r.mute = true }},
+		{"R7", "a destination that is complete does not heed that the source was resumed", func(r *rules) {
+			r.destinationOnAbort = func(m Mark) step {
+				if m == MarkCompleted {
+					return stepNone
+				}
+				return destinationOnAbort(m)
+			}
+		}},
+		{"R7", "a destination says lost although the twin runs", func(r *rules) { r.desert = true }},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
 		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
 		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},

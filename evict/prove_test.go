@@ -68,7 +68,7 @@ func TestWaitingForTwin(t *testing.T) {
 	if f, err := a.control.await(ctx, msgWaiting); err != nil || !strings.Contains(string(f.payload), "a QEMU starts") {
 		t.Error(err)
 	}
-	if err := writeJSON(a.control.Conn, msgAbort, farewell{"no more"}); err != nil {
+	if err := writeJSON(a.control.Conn, msgAbort, farewell{Reason: "no more"}); err != nil {
 		t.Error(err)
 	}
 	if err := <-took; err == nil || !strings.Contains(err.Error(), "no more") {
@@ -121,7 +121,9 @@ func TestProve(t *testing.T) {
 	if ours == nil || !errors.Is(ours, link.ErrPeer) {
 		t.Errorf("a short answer: %v", ours)
 	}
-	ours, _, _ = prove(func(b *attachment, _ []byte) error { return writeJSON(b.control.Conn, msgAbort, farewell{"no"}) })
+	ours, _, _ = prove(func(b *attachment, _ []byte) error {
+		return writeJSON(b.control.Conn, msgAbort, farewell{Reason: "no"})
+	})
 	if !errors.Is(ours, errFarewell) {
 		t.Errorf("no answer but a farewell: %v", ours)
 	}

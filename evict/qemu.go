@@ -138,6 +138,22 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 	return c, nil
 }
 
+// probeFD is QEMU's name for a descriptor that it is handed for a moment.
+const probeFD = "vacate-probe"
+
+// handsOver makes sure that descriptors reach the QEMU behind a monitor, while neither QEMU is used up. A relay in between,
+// which has bytes pass and nothing else, is noticed by nothing before.
+func handsOver(ctx context.Context, q *qmp.Client, monitor string) error {
+	conn, err := socketTo(ctx, q, probeFD, 0)
+	if isRefusal(err) {
+		return fmt.Errorf("%w: something between %s and QEMU, such as socat, passes no descriptors on: name QEMU's own socket (-qmp unix:PATH,server=on,wait=off)", err, monitor)
+	} else if err != nil {
+		return err
+	}
+	conn.Close()
+	return q.CloseFD(ctx, probeFD)
+}
+
 // describe collects what an offer says of a VM, but its memory: of the source's, and of
 // the destination's to be compared with it.
 func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {

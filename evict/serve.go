@@ -175,8 +175,8 @@ func (e *destination) dropStream(why error) {
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.pending {
-		if e.committed = r.resume.Committed; !e.committed {
-			r.end() // it is none of ours: ours asks with this only
+		if e.committed = r.resume.Committed; !e.committed { // a source that goes on has this; one that does not may be told all the same
+			e.tasks.Go(func() { r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil) })
 			return nil
 		}
 		if err := e.run(left); err != nil {
@@ -285,7 +285,7 @@ func (e *destination) finish() error {
 	received := e.summary()
 	e.say(msgComplete, received)
 	// Whatever happens to the VM now, it is no longer ours.
-	e.awaitHeard(e.life.Done(), func(r *Request) { r.Answer(AnswerComplete, "", &received) })
+	e.awaitHeard(e.life.Done(), func(r *Request) { r.Answer(AnswerComplete, "", false, &received) })
 	return e.machine.enter(Completed)
 }
 
@@ -312,9 +312,10 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request)) {
 		}
 		select {
 		case f := <-frames:
-			done = f.check(msgHeard) == nil
-			if !done {
+			if done = f.check(msgHeard) == nil; !done {
 				a.Fail(f.check())
+			} else if err := keep(e.Journal, KeptHeard, nil); err != nil {
+				e.Log.Warn("the journal does not take it that the source knows that the VM is whole here", "error", err)
 			}
 		case <-gone:
 			e.at.Store(nil)
@@ -389,7 +390,7 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 			if err := note(d.Journal, MarkNeverRan, "the engine died before the VM was told to run"); err != nil {
 				return Received{}, &Error{ErrLeft, CutOff, err, "The VM never ran here"}
 			}
-			e.answerRejoin(AnswerNeverRan, "the destination's engine died before the VM was told to run")
+			e.answerRejoin(AnswerNeverRan, "the destination's engine died before the VM was told to run", true)
 			return Received{}, &Error{ErrAborted, CutOff, errors.Join(errDied, e.machine.enter(Aborted)), "The VM never ran here"}
 		}
 		return Received{}, e.abort(errDied)

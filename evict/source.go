@@ -28,6 +28,7 @@ import (
 type Source struct {
 	Eviction ID     // zero for a new one
 	VM       string // its name at the destination; empty where a QEMU waits for just this VM
+	Host     string // the name of this host, for messages that the destination may show; empty where no daemon is in use
 	QMP      string // path of the QMP socket of the VM's QEMU
 	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
 	// that this one ended. Zero: any.
@@ -254,6 +255,7 @@ func (e *source) prepare(all context.Context) (err error) {
 			e.findAgent(ctx)
 			return nil
 		},
+		func() error { return handsOver(ctx, e.q, e.QMP) },
 		func() error {
 			s, err := e.Connect(ctx)
 			if err != nil {
@@ -658,7 +660,7 @@ func (e *source) refuse(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
 	defer cancel()
 	if a := e.at.Load(); a != nil {
-		writeJSON(a.control.Conn, msgAbort, farewell{err.Error()})
+		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, err).Error()})
 	}
 	if e.freezer != nil {
 		e.freezer.forget(ctx) // or QEMU does when the monitor's last client has gone
@@ -702,11 +704,13 @@ func (e *source) rollBack(cause error) error {
 	}
 	if a := e.at.Load(); a != nil {
 		// Without a commit the destination never runs the VM, whether this arrives or not.
-		writeJSON(a.control.Conn, msgAbort, farewell{cause.Error()})
+		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, cause).Error()})
 		a.Fail(cause)
 	}
 	// Ahead of what it says: an engine that finds it resumes the guest, too.
-	if err := e.note(MarkRolledBack, cause.Error()); err != nil {
+	if e.mark == MarkResumedHere { // the operator's word stays
+		cause = fmt.Errorf("an operator decided so: %w", cause)
+	} else if err := e.note(MarkRolledBack, cause.Error()); err != nil {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
@@ -715,6 +719,10 @@ func (e *source) rollBack(cause error) error {
 	if err != nil {
 		if e.gone() {
 			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
+		}
+		// An operator who takes the VM up by hand need not ask what became of the twin.
+		if err := keep(e.Journal, keptDead, nil); err != nil {
+			e.Log.Warn("the journal does not take it that the VM never ran on the destination", "error", err)
 		}
 		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
 			fmt.Sprintf("The VM stands frozen here, with its memory intact; the destination never ran it. Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID))

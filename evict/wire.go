@@ -127,12 +127,16 @@ type resume struct {
 	// Committed says that the source cannot run the VM any more unless the destination
 	// says that it never did.
 	Committed bool `json:"committed"`
+	// Resumed says that the VM runs at the source again, or is about to, by an operator's word:
+	// the twin has to end.
+	Resumed bool `json:"resumed,omitempty"`
 }
 
 // status is what a destination knows of an eviction.
 type status struct {
 	Answer  Answer    `json:"answer"`
 	Reason  string    `json:"reason,omitempty"`
+	Dead    bool      `json:"dead,omitempty"`    // the twin has ended, and never runs again
 	Summary *Received `json:"summary,omitempty"` // of a complete one
 	Ran     uint32    `json:"ran_ms,omitempty"`  // of a running one: how long the VM has run here; 0 if not known
 }
@@ -145,6 +149,7 @@ type waiting struct {
 // farewell is why an eviction was given up.
 type farewell struct {
 	Reason string `json:"reason"`
+	Dead   bool   `json:"dead,omitempty"` // as in status
 }
 
 // Received is what the destination knows of an eviction that is complete.

@@ -523,7 +523,7 @@ func FuzzHas(f *testing.F) {
 func FuzzMessages(f *testing.F) {
 	for _, m := range []any{
 		resume{Eviction: journal.NewID(), Committed: true}, status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
-		farewell{"why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2}, settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
+		farewell{Reason: "why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2}, settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
 	} {
 		b, err := json.Marshal(m)
 		if err != nil {

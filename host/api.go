@@ -325,7 +325,7 @@ func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest
 		return nil, coded(err)
 	}
 	if !v.abortable() {
-		return nil, coded(&stateError{errors.New("it cannot be aborted any more: " + v.undecidable())})
+		return nil, coded(&stateError{errors.New(v.unabortable())})
 	}
 	cause := fmt.Errorf("%w by an operator", evict.ErrAbort)
 	if req.Msg.Reason != "" {
@@ -344,7 +344,7 @@ func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest
 		v.mu.Unlock()
 		switch state {
 		case evict.Pushing, evict.InDoubt, evict.Reconnecting, evict.Running, evict.CutOff, evict.Completing, evict.Retiring:
-			return nil, coded(&stateError{errors.New("the abort came too late: the VM runs on the other host, or may")})
+			return nil, coded(&stateError{errors.New("the abort came too late: " + v.unabortable())})
 		}
 		select {
 		case <-idle:
@@ -369,7 +369,10 @@ func (h api) Decide(ctx context.Context, req *connect.Request[hostv1.DecideReque
 	if vm := v.entry.Record().VM; req.Msg.Confirm != vm {
 		return nil, coded(&argumentError{fmt.Errorf("confirm is %q, and the VM of this eviction is %q", req.Msg.Confirm, vm)})
 	}
-	if err := v.decide(ctx, d); err != nil {
+	if d == evict.Discard && (req.Msg.Fenced != "" || req.Msg.Fence) {
+		return nil, coded(&argumentError{errors.New("fenced and fence are for the decision to resume the VM here alone")})
+	}
+	if err := v.decide(ctx, word{decision: d, fenced: req.Msg.Fenced, fence: req.Msg.Fence, by: askerOf(ctx)}); err != nil {
 		return nil, coded(err)
 	}
 	return connect.NewResponse(v.message()), nil
@@ -404,9 +407,12 @@ func (v *eviction) message() *hostv1.Eviction {
 	r := v.entry.Record()
 	m := &hostv1.Eviction{
 		Id: r.ID.String(), Vm: r.VM, Role: string(r.Role), Peer: r.Peer, PeerAddress: r.PeerAddr, Mark: r.Mark,
-		StartedAt: timestamppb.New(r.Begun), Abortable: v.abortable(), Decidable: v.decidable(), Remedy: v.remedies(),
+		StartedAt: timestamppb.New(r.Begun), Abortable: v.abortable(), Decidable: v.decidable(), Untold: r.Untold,
 		Options: optionsMessage(r.Options),
 	}
+	m.Advice, m.Remedy = v.prospects()
+	m.NeedsFencing = m.Decidable && r.Role == journal.Source && !v.dead()
+	m.CanFence = m.NeedsFencing && len(v.host.config.Peers[r.Peer].Fence) > 0
 	if err := v.entry.Err(); err != nil {
 		m.Damage = err.Error()
 		return m
@@ -419,8 +425,11 @@ func (v *eviction) message() *hostv1.Eviction {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	m.State, m.Outcome, m.Reason = string(v.state), v.outcome, v.reason
-	if p := v.progress; v.state != "" {
+	m.Outcome, m.Reason = v.outcome, v.reason
+	if v.cancel != nil { // else nothing goes on with it, whatever an engine said last
+		m.State = string(v.state)
+	}
+	if p := v.progress; m.State != "" {
 		m.Progress = &hostv1.Progress{
 			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total), LinkBytes: p.Bytes, Rate: p.Rate,
 			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits, AwaitedS: p.AwaitedFor.Seconds(),

@@ -457,7 +457,7 @@ func (r *run) clean() {
 			r.t.Error(err)
 		}
 		for _, f := range files {
-			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace {
+			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace && name != evict.KeptHeard {
 				r.t.Errorf("%s is left behind", f)
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -44,6 +45,13 @@ func (c Config) Check() (string, error) {
 			errs = append(errs, fmt.Errorf("%s: %w: make the directory, or name another", d.setting, err))
 		} else if !info.IsDir() {
 			errs = append(errs, fmt.Errorf("%s: %s is no directory", d.setting, d.path))
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		if p := c.Peers[name]; len(p.Fence) > 0 {
+			if _, err := exec.LookPath(p.Fence[0]); err != nil {
+				errs = append(errs, fmt.Errorf("peers.%s: fence: %w", name, err))
+			}
 		}
 	}
 	vms, err := hypervisor.Load(c.VMs)

@@ -39,6 +39,8 @@ import (
 //	address  = "hostb.example:7601"         # where it listens; without it, no VM goes there
 //	may_send = true                         # it may bring VMs here
 //	rate     = 500                          # most that is sent there, in Mbit/s; default: no limit
+//	fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # cuts it off for good, for vacate decide --fence; exit code 0: it did; default: none
+//	fence_time = "2m"                       # how long that may take
 //
 //	[guard]                                 # evict by itself when this host is overloaded; without it, only when told
 //	goal       = "cpu<111%"                 # what this host is to be like: see relief.ParseGoal
@@ -129,6 +131,9 @@ type Peer struct {
 	Address string `toml:"address"`
 	MaySend bool   `toml:"may_send"`
 	Rate    uint64 `toml:"rate"` // Mbit/s
+	// Fence is a command, without a shell, that has the host run no VM any more when it exits with 0; "{host}" in it stands for the name.
+	Fence     []string      `toml:"fence"`
+	FenceTime time.Duration `toml:"fence_time"` // 0: usualFence
 }
 
 // maxRate bounds a peer's rate, in Mbit/s.
@@ -232,6 +237,9 @@ func (c Config) check() error {
 		if p.Rate > maxRate {
 			return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
 		}
+		if err := p.checkFence(); err != nil {
+			return fmt.Errorf("peers.%s: %w", name, err)
+		}
 		if p.Address == "" {
 			if c.Plain && p.MaySend {
 				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which is missing", name)
@@ -289,14 +297,14 @@ func (c Config) peerAt(addr string) (string, error) {
 	return "", fmt.Errorf("no peer has the address %s", from.Addr())
 }
 
-// mayCome says whether a peer may bring VMs here.
-func (c Config) mayCome(name string) error {
+// mayCome says whether a peer may bring VMs to this host, whose name is here.
+func (c Config) mayCome(name, here string) error {
 	p, ok := c.Peers[name]
 	switch {
 	case !ok:
-		return fmt.Errorf("host %q is no peer of this one: it wants [peers.%s] in the configuration of vacated here", name, name)
+		return fmt.Errorf("host %q is no peer of this one: the configuration of vacated on host %s wants [peers.%s]", name, here, name)
 	case !p.MaySend:
-		return fmt.Errorf("host %q may not bring VMs to this one: it wants may_send = true under [peers.%s] in the configuration of vacated here", name, name)
+		return fmt.Errorf("host %q may not bring VMs to this one: the configuration of vacated on host %s wants may_send = true under [peers.%s]", name, here, name)
 	}
 	return nil
 }

@@ -50,7 +50,7 @@ func (h *Host) request(r *evict.Request) {
 
 // offered takes a VM that a peer offers. The request is the engine's unless there is an error.
 func (h *Host) offered(r *evict.Request, peer string) error {
-	if err := h.config.mayCome(peer); err != nil {
+	if err := h.config.mayCome(peer, h.name()); err != nil {
 		return err
 	}
 	if err := hypervisor.CheckName(r.VM); err != nil {
@@ -127,7 +127,8 @@ func (v *eviction) receive(resume bool) {
 func (v *eviction) destination() evict.Destination {
 	r := v.entry.Record()
 	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
-	return evict.Destination{QMP: r.QMP, Room: &v.host.promised, Journal: record{v.entry}, Log: log, Show: v.show}
+	host, file := v.host.name(), hypervisor.File(v.host.config.VMs, r.VM)
+	return evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised, Journal: record{v.entry}, Log: log, Show: v.show}
 }
 
 // taken notes the end of an eviction to here.
@@ -142,12 +143,13 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 		if errors.Is(err, evict.ErrRefused) {
 			outcome = evict.Refused
 		}
+		err = v.oustedBy(err)
 		if killErr := v.process().Kill(context.Background()); killErr != nil {
 			v.host.log.Error("a twin that never ran does not end", "eviction", v.entry.ID(), "pid", v.process().PID, "error", killErr)
 		}
 		v.finish(evict.MarkNeverRan, outcome, err, nil)
 	default:
-		v.finish(evict.MarkLost, evict.Lost, err, nil)
+		v.finish(evict.MarkLost, evict.Lost, v.oustedBy(err), nil)
 	}
 	select {
 	case r := <-v.requests: // that no engine took
@@ -160,7 +162,11 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 func (h *Host) resumed(r *evict.Request, peer string) {
 	v := h.find(r.Eviction)
 	if v == nil || v.entry.Record().Role != journal.Destination || v.entry.Err() == nil && v.entry.Record().Peer != peer {
-		r.Refuse(fmt.Errorf("host %s knows of no such eviction from host %s", h.name(), peer))
+		r.Answer(evict.AnswerUnknown, fmt.Sprintf("host %s knows of no such eviction from host %s", h.name(), peer), false, nil)
+		return
+	}
+	if r.ResumedThere() {
+		v.overrule(r)
 		return
 	}
 	v.mu.Lock()
@@ -200,7 +206,7 @@ func (v *eviction) answer(r *evict.Request) {
 			received = nil
 		}
 	}
-	r.Answer(evict.AnswerOf(evict.Mark(rec.Mark)), v.describe(), received)
+	r.Answer(evict.AnswerOf(evict.Mark(rec.Mark)), v.describe(), !v.process().Alive(), received)
 }
 
 // describe is what is known of the eviction, in a sentence.
@@ -208,7 +214,7 @@ func (v *eviction) describe() string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.reason != "" {
-		return v.reason
+		return fmt.Sprintf("host %s: %s", v.host.name(), v.reason)
 	}
 	return fmt.Sprintf("host %s: the eviction is at %q", v.host.name(), v.mark())
 }

@@ -60,7 +60,7 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 	case q.Ping:
 		return true, nil
 	case q.Load != nil:
-		if err := h.config.mayCome(peer); err != nil {
+		if err := h.config.mayCome(peer, h.name()); err != nil {
 			return nil, err
 		}
 		over := min(max(time.Duration(q.Load.OverMS)*time.Millisecond, leastOver), mostOver)
@@ -70,7 +70,7 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 		}
 		return p.answer(h.arriving(p.vms)), nil
 	case q.Facts != nil:
-		if err := h.config.mayCome(peer); err != nil {
+		if err := h.config.mayCome(peer, h.name()); err != nil {
 			return nil, err
 		}
 		ctx, cancel := context.WithTimeout(h.life, askTime)
@@ -139,7 +139,7 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 			return nil, err
 		}
 		if v := h.openFor(name); v != nil {
-			return nil, &takenError{name, v.entry.ID()}
+			return nil, &takenError{name, h.name(), v.entry.ID()}
 		}
 		if vm, err = lookAt(ctx, described); err != nil {
 			return nil, &stateError{err}

@@ -27,6 +27,7 @@ type eviction struct {
 	reason     string // why it did not complete, or why it does not go on
 	reconnects uint32
 	alone      time.Time               // since when the other host is out of reach; zero while it is not
+	ousted     error                   // why the twin here was ended although it ran; nil if it was not
 	cancel     context.CancelCauseFunc // ends the engine
 	idle       chan struct{}           // closed when no engine is at work
 	changed    chan struct{}           // closed at the next change
@@ -54,7 +55,10 @@ var outcomes = map[evict.Mark]string{
 type record struct{ *journal.Entry }
 
 // Note implements evict.Journal.
-func (r record) Note(m evict.Mark, reason string) error { return r.Entry.Note(string(m), reason, nil) }
+func (r record) Note(m evict.Mark, reason string) error {
+	untold := m == evict.MarkResumedHere && !evict.DeadThere(r)
+	return r.Entry.Note(string(m), reason, func(to *journal.Record) { to.Untold = untold })
+}
 
 // Kept implements evict.Journal.
 func (r record) Kept(name string) ([]byte, error) { return r.Blob(name) }
@@ -187,6 +191,7 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 		}
 	}
 	v.change(func() {})
+	v.tell()
 }
 
 // maxReport bounds a report in the journal, in bytes.
@@ -201,24 +206,6 @@ func (v *eviction) process() process.Process {
 	return process.Process{PID: r.PID, StartTime: r.StartTime}
 }
 
-// decidable tells whether an operator's word would be heeded: the VM stands frozen here, it may have run on the other host, and
-// that cannot be asked, or has lost it.
-func (v *eviction) decidable() bool {
-	r := v.entry.Record()
-	if r.Role != journal.Source || v.ended() {
-		return false
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	switch m := evict.Mark(r.Mark); {
-	case m == evict.MarkLost:
-		return v.cancel == nil
-	case m == evict.MarkMayRun:
-		return v.state == evict.InDoubt || v.state == evict.Reconnecting || v.state == ""
-	}
-	return false
-}
-
 // abortable tells whether an abort would be heeded.
 func (v *eviction) abortable() bool {
 	v.mu.Lock()
@@ -228,23 +215,6 @@ func (v *eviction) abortable() bool {
 		return v.cancel != nil
 	}
 	return false
-}
-
-// remedies are the commands that an operator may choose between.
-func (v *eviction) remedies() []string {
-	if !v.decidable() {
-		return nil
-	}
-	r := v.entry.Record()
-	discard := fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM)
-	if evict.Whole(record{v.entry}) != nil {
-		return []string{discard}
-	}
-	return []string{
-		fmt.Sprintf("vacate export %v FILE", r.ID),
-		fmt.Sprintf("vacate decide %v resume-here --confirm %s", r.ID, r.VM),
-		discard,
-	}
 }
 
 // openFor returns the eviction of a VM that has not ended, or nil.
@@ -264,7 +234,7 @@ var errStopping = errors.New("this daemon is stopping")
 // take reserves a VM for an eviction that is being set up, until what it returns is called.
 func (h *Host) take(vm string) (release func(), err error) {
 	if v := h.openFor(vm); v != nil {
-		return nil, &takenError{vm, v.entry.ID()}
+		return nil, &takenError{vm, h.name(), v.entry.ID()}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -272,7 +242,7 @@ func (h *Host) take(vm string) (release func(), err error) {
 	case h.stopping:
 		return nil, errStopping
 	case h.taken[vm]:
-		return nil, &takenError{vm: vm}
+		return nil, &takenError{vm: vm, host: h.name()}
 	}
 	h.taken[vm] = true
 	return func() {
@@ -305,15 +275,15 @@ func (h *Host) takeSoon(ctx context.Context, vm string) (release func(), err err
 
 // takenError: an eviction has the VM.
 type takenError struct {
-	vm string
-	id journal.ID // zero while it is being set up
+	vm, host string
+	id       journal.ID // zero while it is being set up
 }
 
 func (e *takenError) Error() string {
 	if e.id == (journal.ID{}) {
-		return fmt.Sprintf("an eviction of VM %s is being set up here", e.vm)
+		return fmt.Sprintf("an eviction of VM %s is being set up on host %s", e.vm, e.host)
 	}
-	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s", e.vm, e.id)
+	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s on host %s", e.vm, e.id, e.host)
 }
 
 // add makes an eviction known.

@@ -21,6 +21,7 @@ func (h *Host) recover() {
 			continue
 		}
 		if v.ended() {
+			v.tell()
 			continue
 		}
 		r := entry.Record()

@@ -60,6 +60,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 	if err != nil {
 		return s, err
 	}
+	s.Host = h.name()
 	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
 	s.TrustDisks = o.TrustDisks
 	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack
@@ -170,7 +171,7 @@ func (v *eviction) sent(report json.RawMessage, err error) {
 	case v.process().Alive():
 		// The VM stands frozen here: an operator has to decide.
 		v.undecided(err.Error())
-		v.host.log.Error("eviction needs an operator", "eviction", v.entry.ID(), "vm", v.entry.Record().VM, "error", err, "remedy", v.remedies())
+		v.host.log.Error("eviction needs an operator", "eviction", v.entry.ID(), "vm", v.entry.Record().VM, "error", err)
 	default:
 		v.finish(evict.MarkLost, evict.Lost, err, report)
 	}
@@ -187,60 +188,11 @@ func (v *eviction) undecided(reason string) {
 	})
 }
 
-// decide does what an operator decided of a VM that stands frozen here.
-func (v *eviction) decide(ctx context.Context, d evict.Decision) error {
-	v.operator.Lock()
-	defer v.operator.Unlock()
-	if !v.decidable() {
-		return &stateError{errors.New(v.undecidable())}
-	}
-	if err := evict.Whole(record{v.entry}); err != nil && d == evict.ResumeHere {
-		return &stateError{err}
-	}
-	if err := v.stop(ctx); err != nil {
-		return err
-	}
-	if m := v.mark(); m != evict.MarkMayRun && m != evict.MarkLost {
-		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
-	}
-	s, err := v.source()
-	if err != nil {
-		return err
-	}
-	// What was decided is done, whoever listens.
-	if err := s.Decide(context.WithoutCancel(ctx), d); err != nil {
-		if !errors.Is(err, evict.ErrUndecided) {
-			v.recoverSource()
-		}
-		return err
-	}
-	m := evict.MarkResumedHere
-	if d == evict.Discard {
-		m = evict.MarkDiscarded
-	}
-	v.finish(m, evict.State(outcomes[m]), errors.New("an operator decided so"), nil)
-	return nil
-}
-
-// undecidable says why it is not for an operator to decide.
-func (v *eviction) undecidable() string {
-	r := v.entry.Record()
-	switch {
-	case v.ended():
-		return fmt.Sprintf("the eviction has ended: %s", outcomes[evict.Mark(r.Mark)])
-	case r.Role == journal.Destination:
-		return "the frozen copy is on the other host, where it has to be decided"
-	case evict.Mark(r.Mark) == evict.MarkBegun:
-		return "the VM was never told to run on the other host: it is being evicted, or comes back by itself"
-	}
-	return "the VM runs on the other host, which answers: it goes on by itself"
-}
-
 // export writes a VM that stands frozen here to a file.
 func (v *eviction) export(ctx context.Context, file string) error {
 	v.operator.Lock()
 	defer v.operator.Unlock()
-	if !v.decidable() {
+	if !v.decidable() || v.entry.Record().Role != journal.Source {
 		return &stateError{errors.New(v.undecidable())}
 	}
 	if err := evict.Whole(record{v.entry}); err != nil {

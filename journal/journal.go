@@ -119,6 +119,9 @@ type Record struct {
 	At     time.Time `json:"at"`               // of this one
 	Ended  time.Time `json:"ended,omitzero"`   // of the last one there will be; zero until then
 
+	// Untold says that the other host has still to hear how it ended: the entry is not removed before.
+	Untold bool `json:"untold,omitempty"`
+
 	Options json.RawMessage `json:"options,omitempty"`
 	Report  json.RawMessage `json:"report,omitempty"`
 }
@@ -384,7 +387,7 @@ func (j *Journal) create(e *Entry, r Record) error {
 func (j *Journal) prune() error {
 	var finished []*Entry
 	for _, e := range j.entries {
-		if r := e.Record(); e.Err() == nil && !r.Ended.IsZero() {
+		if r := e.Record(); e.Err() == nil && !r.Ended.IsZero() && !r.Untold {
 			finished = append(finished, e)
 		}
 	}
@@ -455,7 +458,7 @@ func (e *Entry) Note(mark, reason string, change func(*Record)) error {
 }
 
 // Finish is Note for the last time: the eviction needs no more attention, and what was kept with it goes, unless its name begins
-// with Lasting. Finished evictions stay until two hundred have finished later.
+// with Lasting. Finished evictions stay until two hundred have finished later, and as long as they are untold.
 func (e *Entry) Finish(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	err := e.note(mark, reason, true, change)

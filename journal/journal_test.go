@@ -126,7 +126,8 @@ func TestJournal(t *testing.T) {
 
 func TestPrune(t *testing.T) {
 	j := open(t, t.TempDir())
-	live := create(t, j, "live")
+	live, untold := create(t, j, "live"), create(t, j, "untold")
+	must(t, untold.Finish("resumed here", "", func(r *Record) { r.Untold = true }))
 	var first, last *Entry
 	for i := range keepFinished + 1 {
 		e := create(t, j, "vm")
@@ -137,10 +138,10 @@ func TestPrune(t *testing.T) {
 		last = e
 	}
 	for range 2 {
-		if n := len(j.List()); n != keepFinished+1 {
+		if n := len(j.List()); n != keepFinished+2 {
 			t.Errorf("%d evictions", n)
 		}
-		if j.Find(live.ID()) == nil || j.Find(first.ID()) != nil || j.Find(last.ID()) == nil {
+		if j.Find(live.ID()) == nil || j.Find(untold.ID()) == nil || j.Find(first.ID()) != nil || j.Find(last.ID()) == nil {
 			t.Error("the wrong ones were removed")
 		}
 		j = reopen(t, j)

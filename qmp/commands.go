@@ -131,6 +131,11 @@ func (c *Client) GetFD(ctx context.Context, name string, fd int) error {
 	return c.RunFD(ctx, "getfd", map[string]any{"fdname": name}, nil, fd)
 }
 
+// CloseFD has QEMU close a descriptor that it was handed with GetFD.
+func (c *Client) CloseFD(ctx context.Context, name string) error {
+	return c.Run(ctx, "closefd", map[string]any{"fdname": name}, nil)
+}
+
 // Migrate starts a migration to uri ("fd:NAME", "unix:PATH"); with resume,
 // continues one that is "postcopy-paused". It returns when it has begun.
 func (c *Client) Migrate(ctx context.Context, uri string, resume bool) error {

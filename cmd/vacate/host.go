@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,6 +19,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
@@ -160,7 +162,7 @@ where it stands, why, and what an operator may do.`,
 		}
 		t.Flush()
 		for _, e := range r.Msg.Evictions {
-			if e.Decidable || e.Damage != "" {
+			if len(e.Remedy) > 0 || e.Damage != "" {
 				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm), clean(e.Id))
 			}
 		}
@@ -226,8 +228,11 @@ func describe(w io.Writer, e *hostv1.Eviction) {
 	if e.Abortable {
 		line("may be", "aborted: vacate abort %.8s", e.Id)
 	}
+	if e.Advice != "" {
+		fmt.Fprintf(w, "%s.\n", clean(e.Advice))
+	}
 	if len(e.Remedy) > 0 {
-		fmt.Fprintf(w, "The VM stands frozen here, with its memory intact. Look on the other host whether it runs there; then choose:\n")
+		fmt.Fprintln(w, "Choose one of:")
 		for _, r := range e.Remedy {
 			fmt.Fprintf(w, "  %s\n", clean(r))
 		}
@@ -293,29 +298,92 @@ more.`,
 	})
 }
 
+// assertion is what an operator asserts with --fenced.
+func assertion(vm, host string) string {
+	return fmt.Sprintf("host %[2]s is powered off, or cut off from the disks of VM %[1]s and from the network, or the QEMU process of VM %[1]s there has ended", vm, host)
+}
+
+// A decider is what `vacate decide` was told.
+type decider struct {
+	confirm string
+	fenced  string
+	fence   bool
+	ask     func(question string) (string, error) // nil: nobody can be asked
+}
+
+// complete asks for what is missing of a decision about an eviction.
+func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
+	ask := func(what, flag, want string, to *string) error {
+		if *to != "" {
+			return nil
+		}
+		if o.ask == nil {
+			return fmt.Errorf("%s is missing. %s", flag, what)
+		}
+		var err error
+		if *to, err = o.ask(fmt.Sprintf("%s\nType %s if so: ", what, want)); err != nil {
+			return err
+		}
+		if *to != want {
+			return errors.New("nothing was decided")
+		}
+		return nil
+	}
+	vm, peer := clean(e.Vm), clean(e.Peer)
+	if resume && e.NeedsFencing && !o.fence {
+		what := fmt.Sprintf("VM %s may run on host %s, which has not said that it does not. If it does, two copies of it will spoil their disks.\n"+
+			"With --fenced %[2]s you assert: %s.", vm, peer, assertion(vm, peer))
+		if e.CanFence {
+			what += fmt.Sprintf("\nWith --fence, vacated fences host %s first, by its command.", peer)
+		}
+		if err := ask(what, "--fenced "+peer, peer, &o.fenced); err != nil {
+			return err
+		}
+	}
+	what := fmt.Sprintf("The copy of VM %s on this host will be ended.", vm)
+	if resume {
+		what = fmt.Sprintf("VM %s will go on on this host, from when it was frozen.", vm)
+	}
+	return ask(what, "--confirm "+vm, vm, &o.confirm)
+}
+
 func decideCommand() *cobra.Command {
-	var confirm string
+	var o decider
 	c := &cobra.Command{
-		Use:   "decide VM|ID resume-here|discard --confirm VM",
+		Use:   "decide VM|ID resume-here|discard",
 		Short: "End an eviction that only an operator can end",
 		Long: `When the other host has lost a VM that may have run there, or cannot be asked
 what became of it, the VM stays frozen here with all of its memory as it was
-when it was frozen, and this host goes on asking. An operator who knows more may
-decide:
+when it was frozen, and this host goes on asking: as soon as the other host
+answers, the eviction goes on by itself. An operator who knows more may decide:
 
-  resume-here  The VM goes on here, from when it was frozen. You assert that it
-               is dead on the other host for good, and that nobody starts it
-               there. If it is not, two copies run, and spoil the disks that
-               they share. What it did there after it was frozen here is lost,
-               but for what it wrote to its disks, which it does not know of.
+  resume-here  The VM goes on here, from when it was frozen. What it did on the
+               other host since is lost, but for what it wrote to its disks,
+               which it does not know of.
   discard      The copy here is given up: its QEMU is ended. If the VM does not
-               run on the other host with all of its memory, it is lost.
+               run on the other host with all of its memory, it is lost. On the
+               host that the VM came to, while the source does not answer, it
+               is the copy that runs there.
 
-To keep a copy whatever is decided: vacate export.`,
+Two copies of a VM spoil its disks. So unless the other host has said that the
+VM's QEMU there has ended, resume-here needs one of
+
+  --fenced HOST  You assert that HOST, the other one, is powered off, or cut off
+                 from the VM's disks and from the network, or that the QEMU
+                 process of the VM there has ended.
+  --fence        vacated runs the command that its configuration has for HOST
+                 (fence under [peers.HOST]), which must succeed.
+
+If HOST answers all the same, nothing is decided. If it comes back later, it
+hears of the decision, and ends its copy of the VM.
+
+What is missing is asked for on a terminal; elsewhere all flags are needed. To
+keep a copy whatever is decided: vacate export.`,
 		Args: cobra.ExactArgs(2),
 	}
-	c.Flags().StringVar(&confirm, "confirm", "", "`NAME` of the VM, once more")
-	c.MarkFlagRequired("confirm")
+	c.Flags().StringVar(&o.confirm, "confirm", "", "`NAME` of the VM, once more")
+	c.Flags().StringVar(&o.fenced, "fenced", "", "assert that the other `HOST` is powered off or cut off, or that the VM's QEMU there has ended")
+	c.Flags().BoolVar(&o.fence, "fence", false, "have vacated fence the other host first, by its command")
 	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		decision, ok := map[string]hostv1.Decision{
 			string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE, string(evict.Discard): hostv1.Decision_DECISION_DISCARD,
@@ -327,13 +395,33 @@ To keep a copy whatever is decided: vacate export.`,
 		if err != nil {
 			return nil, err
 		}
-		r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: decision, Confirm: confirm}))
+		if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stderr.Fd())) {
+			o.ask = askTerminal
+		}
+		if err := o.complete(e, decision == hostv1.Decision_DECISION_RESUME_HERE); err != nil {
+			return nil, err
+		}
+		r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{
+			Id: e.Id, Decision: decision, Confirm: o.confirm, Fenced: o.fenced, Fence: o.fence}))
 		if err != nil {
 			return nil, err
 		}
 		fmt.Fprintf(w, "%s: %s\n", clean(r.Msg.Vm), clean(r.Msg.Outcome))
+		if r.Msg.Advice != "" {
+			fmt.Fprintln(w, clean(r.Msg.Advice)+".")
+		}
 		return r.Msg, nil
 	})
+}
+
+// askTerminal asks who sits at the terminal.
+func askTerminal(question string) (string, error) {
+	fmt.Fprint(os.Stderr, question)
+	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	return strings.TrimSpace(line), nil
 }
 
 func exportCommand() *cobra.Command {

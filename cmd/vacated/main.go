@@ -51,6 +51,8 @@ The configuration (TOML):
   address  = "hostb:7601"
   may_send = true                       # it may bring VMs here
   rate     = 500                        # Mbit/s at most to it; default: any
+  fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # see below; default: none
+  fence_time = "2m"                     # how long that may take
   [guard]                               # evict by itself when overloaded
   goal      = "cpu<111%"                # what this host is to be like
   max_load  = 0.8                       # what a host it sends to may come to
@@ -71,7 +73,10 @@ A VM (in vms, on both hosts, under one name; what is started is decided here):
   trust_disks = ["data"]               # drives whose images the other host has, though nothing proves it
   pinned  = true                        # never chosen to leave; default: false
   priority = 1                          # the least are chosen first; default: 0
-{incoming} becomes what has a QEMU wait for the VM, or nothing.`,
+{incoming} becomes what has a QEMU wait for the VM, or nothing.
+
+fence is run for vacate decide --fence, without a shell; {host} becomes the
+peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,

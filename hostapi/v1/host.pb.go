@@ -39,8 +39,8 @@ type Decision int32
 
 const (
 	Decision_DECISION_UNSPECIFIED Decision = 0
-	// The VM goes on here. The operator asserts that it is dead on the other host for good: if it is not, two copies run and
-	// spoil the disks that they share.
+	// The VM goes on here. If it is not dead on the other host for good, two copies run and spoil the disks that they share. So
+	// either the other host has said that its QEMU has ended, or fenced or fence is needed.
 	Decision_DECISION_RESUME_HERE Decision = 1
 	// The copy here is given up: its QEMU is ended.
 	Decision_DECISION_DISCARD Decision = 2
@@ -1076,7 +1076,12 @@ type DecideRequest struct {
 	// What is to be done.
 	Decision Decision `protobuf:"varint,2,opt,name=decision,proto3,enum=vacate.host.v1.Decision" json:"decision,omitempty"`
 	// The VM's name once more, as whoever decides must mean this one.
-	Confirm       string `protobuf:"bytes,3,opt,name=confirm,proto3" json:"confirm,omitempty"`
+	Confirm string `protobuf:"bytes,3,opt,name=confirm,proto3" json:"confirm,omitempty"`
+	// For resume_here: the name of the other host, of which the operator asserts that it is powered off, or cut off from the VM's
+	// disks and network, or that the VM's QEMU there has ended. Empty: nothing is asserted.
+	Fenced string `protobuf:"bytes,4,opt,name=fenced,proto3" json:"fenced,omitempty"`
+	// For resume_here, in place of fenced: the daemon runs the fencing command of the other host first, which must succeed.
+	Fence         bool `protobuf:"varint,5,opt,name=fence,proto3" json:"fence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1130,6 +1135,20 @@ func (x *DecideRequest) GetConfirm() string {
 		return x.Confirm
 	}
 	return ""
+}
+
+func (x *DecideRequest) GetFenced() string {
+	if x != nil {
+		return x.Fenced
+	}
+	return ""
+}
+
+func (x *DecideRequest) GetFence() bool {
+	if x != nil {
+		return x.Fence
+	}
+	return false
 }
 
 type ExportRequest struct {
@@ -1278,7 +1297,7 @@ type Eviction struct {
 	Remedy []string `protobuf:"bytes,11,rep,name=remedy,proto3" json:"remedy,omitempty"`
 	// Abort would be heeded.
 	Abortable bool `protobuf:"varint,12,opt,name=abortable,proto3" json:"abortable,omitempty"`
-	// Decide would be heeded: nobody but an operator can end this.
+	// Decide would be heeded. Where remedy is empty, the eviction most probably goes on without.
 	Decidable bool `protobuf:"varint,13,opt,name=decidable,proto3" json:"decidable,omitempty"`
 	// When it began.
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
@@ -1289,7 +1308,15 @@ type Eviction struct {
 	// How it is done.
 	Options *EvictOptions `protobuf:"bytes,17,opt,name=options,proto3" json:"options,omitempty"`
 	// What is wrong with its entry in the journal. Empty: nothing.
-	Damage        string `protobuf:"bytes,18,opt,name=damage,proto3" json:"damage,omitempty"`
+	Damage string `protobuf:"bytes,18,opt,name=damage,proto3" json:"damage,omitempty"`
+	// What is waited for, or may have happened, and what to look at first, in sentences. Empty: all goes its way.
+	Advice string `protobuf:"bytes,19,opt,name=advice,proto3" json:"advice,omitempty"`
+	// Decide with resume_here needs fenced or fence: the other host has not said that the VM's QEMU there has ended.
+	NeedsFencing bool `protobuf:"varint,20,opt,name=needs_fencing,json=needsFencing,proto3" json:"needs_fencing,omitempty"`
+	// The daemon has a command to fence the other host.
+	CanFence bool `protobuf:"varint,21,opt,name=can_fence,json=canFence,proto3" json:"can_fence,omitempty"`
+	// The VM was resumed here, and the other host has not heard that yet: it is told as soon as it answers.
+	Untold        bool `protobuf:"varint,22,opt,name=untold,proto3" json:"untold,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1448,6 +1475,34 @@ func (x *Eviction) GetDamage() string {
 		return x.Damage
 	}
 	return ""
+}
+
+func (x *Eviction) GetAdvice() string {
+	if x != nil {
+		return x.Advice
+	}
+	return ""
+}
+
+func (x *Eviction) GetNeedsFencing() bool {
+	if x != nil {
+		return x.NeedsFencing
+	}
+	return false
+}
+
+func (x *Eviction) GetCanFence() bool {
+	if x != nil {
+		return x.CanFence
+	}
+	return false
+}
+
+func (x *Eviction) GetUntold() bool {
+	if x != nil {
+		return x.Untold
+	}
+	return false
 }
 
 // A moment of an eviction. Nothing in it ever shrinks, but rate, eta_s and silent_s.
@@ -2622,18 +2677,20 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"skipChecks\"6\n" +
 	"\fAbortRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"o\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x9d\x01\n" +
 	"\rDecideRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x124\n" +
 	"\bdecision\x18\x02 \x01(\x0e2\x18.vacate.host.v1.DecisionR\bdecision\x12\x18\n" +
-	"\aconfirm\x18\x03 \x01(\tR\aconfirm\"3\n" +
+	"\aconfirm\x18\x03 \x01(\tR\aconfirm\x12\x16\n" +
+	"\x06fenced\x18\x04 \x01(\tR\x06fenced\x12\x14\n" +
+	"\x05fence\x18\x05 \x01(\bR\x05fence\"3\n" +
 	"\rExportRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\"P\n" +
 	"\x0eExportResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x14\n" +
-	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xbe\x04\n" +
+	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xb0\x05\n" +
 	"\bEviction\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
 	"\x02vm\x18\x02 \x01(\tR\x02vm\x12\x12\n" +
@@ -2655,7 +2712,11 @@ const file_hostapi_v1_host_proto_rawDesc = "" +
 	"\vreport_json\x18\x10 \x01(\tR\n" +
 	"reportJson\x126\n" +
 	"\aoptions\x18\x11 \x01(\v2\x1c.vacate.host.v1.EvictOptionsR\aoptions\x12\x16\n" +
-	"\x06damage\x18\x12 \x01(\tR\x06damage\"\xc8\x02\n" +
+	"\x06damage\x18\x12 \x01(\tR\x06damage\x12\x16\n" +
+	"\x06advice\x18\x13 \x01(\tR\x06advice\x12#\n" +
+	"\rneeds_fencing\x18\x14 \x01(\bR\fneedsFencing\x12\x1b\n" +
+	"\tcan_fence\x18\x15 \x01(\bR\bcanFence\x12\x16\n" +
+	"\x06untold\x18\x16 \x01(\bR\x06untold\"\xc8\x02\n" +
 	"\bProgress\x12\x1b\n" +
 	"\telapsed_s\x18\x01 \x01(\x01R\belapsedS\x12\x1d\n" +
 	"\n" +
