@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,8 @@ type daemon struct {
 	socket string
 	host   string // NAME or NAME@HOST:PORT of another host's; empty: this one's
 	certs  string // directory of an operator's certificate, to ask another host's
+	// patience is how long it may be away before its eviction is followed no longer; 0: awayTime.
+	patience time.Duration
 }
 
 // apiPort is where a daemon is asked by operators from elsewhere, unless they say another.
@@ -70,27 +73,52 @@ func (d *daemon) open() error {
 	return nil
 }
 
+// where says which daemon is asked.
+func (d *daemon) where() string {
+	if d.host != "" {
+		return "of host " + d.host
+	}
+	return "at " + d.socket
+}
+
 // explain adds to the error of a call what to do, where nobody answers.
 func (d *daemon) explain(err error) error {
 	var said *connect.Error
 	switch {
 	case err == nil:
 		return nil
-	case d.host != "" && (away(err) || errors.Is(err, context.DeadlineExceeded)):
+	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, context.DeadlineExceeded)):
 		return fmt.Errorf("the daemon of %s cannot be asked, which wants api.listen and api.operators in its configuration: %w", d.host, err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s may be used by root only, or by vacated's own user: %w", d.socket, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say where it is (--socket, VACATE_SOCKET)", d.socket)
+	case unanswered(err):
+		return fmt.Errorf("vacated %s ended before it answered: `vacate status` says what became of it, once vacated is back", d.where())
 	case errors.As(err, &said):
 		return errors.New(said.Message())
 	}
 	return err
 }
 
-// away tells whether an error says that the daemon went away, or is stopping.
+// away reports whether an error says that the daemon went away, or is stopping.
 func away(err error) bool {
-	return connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+	return connect.CodeOf(err) == connect.CodeUnavailable || unanswered(err)
+}
+
+// unanswered reports whether a call ended without a word of the daemon, as it was killed, say. Whether it did what it was asked to is not known then,
+// unless nobody took the call.
+func unanswered(err error) bool {
+	var said *connect.Error
+	if !errors.As(err, &said) || connect.IsWireError(err) || errors.Is(err, fs.ErrPermission) {
+		return false
+	}
+	return said.Code() != connect.CodeCanceled && said.Code() != connect.CodeDeadlineExceeded
+}
+
+// untaken reports whether a call was never taken, as no daemon listens.
+func untaken(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // find returns the eviction that a word means: an ID, the first digits of one, or a VM, of which it is the one under way or
@@ -142,10 +170,15 @@ func failure(e *hostv1.Eviction) error {
 	switch {
 	case e.Outcome == string(evict.Completed), e.Outcome == string(evict.ShutDown):
 		return nil
+	case e.Outcome == "resumed here":
+		return &ended{evict.ErrAborted, fmt.Sprintf("VM %s runs on the source again, by an operator's word: %s", e.Vm, e.Reason)}
 	case outcome == nil:
-		return fmt.Errorf("the eviction was ended by an operator: %s", clean(e.Outcome))
+		return &ended{evict.ErrLost, fmt.Sprintf("an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
 	}
 	err := &ended{outcome: outcome, text: e.Reason}
+	if e.Advice != "" {
+		err.text += "\n" + e.Advice + "."
+	}
 	if len(e.Remedy) > 0 {
 		err.text += "\nChoose one of:\n  " + strings.Join(e.Remedy, "\n  ")
 	}
@@ -174,14 +207,47 @@ func cleanLines(s string) string {
 // errDetached: the command ends, the eviction goes on.
 var errDetached = errors.New("the eviction goes on in the daemon: see vacate watch")
 
+// detached is an errDetached that says something else.
+type detached struct{ text string }
+
+func (d detached) Error() string        { return d.text }
+func (d detached) Is(target error) bool { return target == errDetached }
+
+// beginUnknown says that nobody knows whether an eviction began, as the daemon was asked and did not answer.
+func (d *daemon) beginUnknown(vm string, err error) error {
+	return detached{fmt.Sprintf("%v. Whether the eviction of VM %s began is not known: `vacate status %[2]s` tells", d.explain(err), vm)}
+}
+
+// goesOn says what becomes of an eviction while its daemon is away.
+func goesOn(e *hostv1.Eviction) string {
+	vm, peer := clean(e.GetVm()), clean(e.GetPeer())
+	if e == nil {
+		return "The eviction goes on as soon as it is back"
+	}
+	if e.Role == "destination" {
+		return fmt.Sprintf("If VM %s was told to run on this host, it runs there as far as its memory came, and the rest comes when vacated is back; "+
+			"else it stays on host %s", vm, peer)
+	}
+	switch evict.State(e.State) {
+	case evict.Preparing, evict.Switching, evict.Loading, evict.RollingBack:
+		return fmt.Sprintf("VM %s was not told to run on host %s yet: it stays on this host, and goes on at the latest when vacated is back", vm, peer)
+	}
+	return fmt.Sprintf("VM %s runs on host %s as far as its memory went, or may: the rest goes there when vacated is back", vm, peer)
+}
+
 // awayTime is how long a daemon may be away before its eviction is watched no longer.
 const awayTime = 2 * time.Minute
 
 // follow shows an eviction until it has ended, and returns it as it was then. seen, which may be nil, is told of each message.
 func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (*hostv1.Eviction, error) {
 	gone := time.Time{}
+	patience := cmp.Or(d.patience, awayTime)
+	var known *hostv1.Eviction
 	for {
 		last, err := d.stream(ctx, id, s, seen)
+		if last != nil {
+			known = last
+		}
 		switch {
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
@@ -191,9 +257,10 @@ func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*ho
 			return nil, d.explain(err)
 		case last != nil || gone.IsZero():
 			gone = time.Now()
-			s.note("The daemon went away. It goes on with the eviction when it is back: waiting for it.")
-		case time.Since(gone) > awayTime:
-			return nil, fmt.Errorf("%w: %w", errDetached, d.explain(err))
+			s.note("vacated does not answer. %s. Waiting for it, %v at most.", goesOn(known), patience)
+		case time.Since(gone) > patience:
+			return nil, detached{fmt.Sprintf("vacated has not answered for %v: start it (systemctl start vacated), and go on with vacate watch %.8s. %s",
+				patience, clean(id), goesOn(known))}
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):

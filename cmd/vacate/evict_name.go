@@ -41,7 +41,9 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 	started, err := o.daemon.Evict(ctx, connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: o.to, Options: &hostv1.EvictOptions{
 		Order: o.order, Enlightenment: o.enlighten, SendFree: o.source.SendFree, RateLimit: uint64(o.rate) / 8, Yield: o.yield, SkipChecks: true,
 	}}))
-	if err != nil {
+	if unanswered(err) && !untaken(err) {
+		return o.daemon.beginUnknown(vm, err)
+	} else if err != nil {
 		return refused(o.daemon.explain(err))
 	}
 	id := started.Msg.Id
