@@ -396,9 +396,12 @@ func (e *source) frozenRemedy() string {
 		return fmt.Sprintf(keep+". Its process is stopped: only if the VM is gone on the destination for good, `kill -CONT %d`, "+
 			"then `cont` on its QMP socket, have it go on here from then", e.qemu.PID)
 	}
-	return fmt.Sprintf(keep+". `vacate export %[1]s FILE` saves memory and devices as they were when it was frozen; "+
-		"`vacate decide %[1]s resume-here --confirm %[2]s`, only if the VM is gone on the destination for good, has it go on here from then; "+
-		"`vacate decide %[1]s discard --confirm %[2]s` gives this copy up", e.Eviction, e.VM)
+	return keep + ". " + e.remedies()
+}
+
+// remedies says where an operator finds what can be done. What that is depends on what the destination said, and may still say.
+func (e *source) remedies() string {
+	return fmt.Sprintf("`vacate status %s` says what is waited for, and what can be decided", e.VM)
 }
 
 // lost is what a destination says that has lost the VM, as an error.

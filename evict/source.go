@@ -724,8 +724,12 @@ func (e *source) rollBack(cause error) error {
 		if err := keep(e.Journal, keptDead, nil); err != nil {
 			e.Log.Warn("the journal does not take it that the VM never ran on the destination", "error", err)
 		}
+		remedy := fmt.Sprintf("Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID)
+		if e.Journal != nil {
+			remedy = e.remedies()
+		}
 		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
-			fmt.Sprintf("The VM stands frozen here, with its memory intact; the destination never ran it. Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID))
+			"The VM stands frozen here, with its memory intact; the destination never ran it. "+remedy)
 	}
 	remedy := "The VM runs on here, unharmed"
 	if now.Running {
