@@ -40,7 +40,7 @@ func TestProspects(t *testing.T) {
 			[]string{"runs no more on host hostb"}},
 		{"lost, and perhaps alive", journal.Source, evict.MarkLost, "", false, 0, false, []string{export, resume, discard}, []string{"may run on host hostb"}},
 		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false, []string{discard}, []string{"not whole"}},
-		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"runs on this host", "two copies run", "vacate status web1"}},
+		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
 		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard}, nil},
 		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
 		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil, []string{"hostb has not heard that yet"}},

@@ -60,10 +60,10 @@ func (v *eviction) silence() time.Duration {
 
 // prospects says what is waited for, or may have happened, and lists the commands that an operator may choose between.
 func (v *eviction) prospects() (advice string, remedies []string) {
-	r := v.entry.Record()
+	r, here := v.entry.Record(), v.host.name()
 	if r.Untold {
-		return fmt.Sprintf("VM %s runs on this host again by an operator's word. Host %s has not heard that yet: it is told as soon as vacated "+
-			"there answers. A copy of the VM that still runs there is ended then", r.VM, r.Peer), nil
+		return fmt.Sprintf("VM %s runs on host %s again by an operator's word. Host %s has not heard that yet: it is told as soon as vacated "+
+			"there answers. A copy of the VM that still runs there is ended then", r.VM, here, r.Peer), nil
 	}
 	if !v.decidable() {
 		return "", nil
@@ -71,10 +71,10 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 	silent := v.silence()
 	discard := fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM)
 	if r.Role == journal.Destination {
-		advice = fmt.Sprintf("VM %s runs on this host, until it needs memory that only host %s has, which has not answered for %.0f s. "+
-			"Where vacated on %[2]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[2]s meanwhile, "+
-			"two copies run: look there (vacate status %[1]s). If it runs there, this copy has to be ended; %[2]s sees to that, too, "+
-			"as soon as it reaches this host", r.VM, r.Peer, silent.Seconds())
+		advice = fmt.Sprintf("VM %s runs on host %s, until it needs memory that only host %s has, which has not answered for %.0f s. "+
+			"Where vacated on %[3]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[3]s meanwhile, "+
+			"two copies run: look there (vacate status %[1]s). If it runs there, the copy on %[2]s has to be ended; %[3]s sees to that, too, "+
+			"as soon as it reaches %[2]s", r.VM, here, r.Peer, silent.Seconds())
 		if silent >= offerAfter {
 			remedies = []string{discard}
 		}
@@ -83,7 +83,7 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 	resume := fmt.Sprintf("vacate decide %v resume-here --confirm %s", r.ID, r.VM)
 	if v.dead() {
 		remedies = []string{resume}
-		advice = fmt.Sprintf("VM %s stands frozen on this host, with all of its memory. It runs no more on host %s", r.VM, r.Peer)
+		advice = fmt.Sprintf("VM %s stands frozen on host %s, with all of its memory. It runs no more on host %s", r.VM, here, r.Peer)
 	} else {
 		// Without what it asserts: that is asked for.
 		remedies = []string{fmt.Sprintf("vacate decide %v resume-here", r.ID)}
@@ -91,34 +91,34 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 			remedies = append(remedies, resume+" --fence")
 		}
 		if evict.Mark(r.Mark) == evict.MarkLost {
-			advice = fmt.Sprintf("VM %s stands frozen on this host, and may run on host %s: look there before you decide", r.VM, r.Peer)
+			advice = fmt.Sprintf("VM %s stands frozen on host %s, and may run on host %s: look there before you decide", r.VM, here, r.Peer)
 		} else {
-			advice = fmt.Sprintf("VM %s stands frozen on this host, and may run on host %s, which has not answered for %.0f s. "+
+			advice = fmt.Sprintf("VM %s stands frozen on host %s, and may run on host %s, which has not answered for %.0f s. "+
 				"As soon as it does, the eviction goes on by itself: see that vacated runs there and that the link is up. "+
-				"Only should host %[2]s never come back is there something to decide", r.VM, r.Peer, silent.Seconds())
+				"Only should host %[3]s never come back is there something to decide", r.VM, here, r.Peer, silent.Seconds())
 			if silent < offerAfter {
 				return advice, nil
 			}
 		}
 	}
 	if evict.Whole(record{v.entry}) != nil {
-		return fmt.Sprintf("The copy of VM %s that stands frozen on this host is not whole, as memory of it was given back: it cannot run any more. "+
-			"Look on host %s what became of the VM", r.VM, r.Peer), []string{discard}
+		return fmt.Sprintf("The copy of VM %s that stands frozen on host %s is not whole, as memory of it was given back: it cannot run any more. "+
+			"Look on host %s what became of the VM", r.VM, here, r.Peer), []string{discard}
 	}
 	return advice, append(append([]string{fmt.Sprintf("vacate export %v FILE", r.ID)}, remedies...), discard)
 }
 
 // undecidable says why it is not for an operator to decide.
 func (v *eviction) undecidable() string {
-	r := v.entry.Record()
+	r, here := v.entry.Record(), v.host.name()
 	m := evict.Mark(r.Mark)
 	switch {
 	case v.ended():
 		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
 	case m == evict.MarkAccepted:
-		return fmt.Sprintf("VM %s was not told to run on this host yet: `vacate abort %.8v` has it stay on host %s", r.VM, r.ID, r.Peer)
+		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` has it stay on host %s", r.VM, here, r.ID, r.Peer)
 	case r.Role == journal.Destination:
-		return fmt.Sprintf("VM %s runs on this host, and host %s, which has the rest of its memory, answers: the eviction goes on by itself", r.VM, r.Peer)
+		return fmt.Sprintf("VM %s runs on host %s, and host %s, which has the rest of its memory, answers: the eviction goes on by itself", r.VM, here, r.Peer)
 	case m == evict.MarkBegun:
 		return fmt.Sprintf("VM %s was never told to run on host %s: it is being evicted, or comes back by itself", r.VM, r.Peer)
 	}
@@ -127,7 +127,7 @@ func (v *eviction) undecidable() string {
 
 // unabortable says why an eviction cannot be aborted any more, and where the VM is.
 func (v *eviction) unabortable() string {
-	r := v.entry.Record()
+	r, here := v.entry.Record(), v.host.name()
 	v.mu.Lock()
 	state := v.state
 	v.mu.Unlock()
@@ -136,13 +136,13 @@ func (v *eviction) unabortable() string {
 	case v.ended():
 		return v.undecidable()
 	case state == evict.CutOff:
-		where = fmt.Sprintf("VM %s runs on this host as far as its memory came, and host %s does not answer at the moment: see vacate status %[1]s", r.VM, r.Peer)
+		where = fmt.Sprintf("VM %s runs on host %s as far as its memory came, and host %s does not answer at the moment: see vacate status %[1]s", r.VM, here, r.Peer)
 	case r.Role == journal.Destination && (state == evict.Running || state == evict.Completing):
-		where = fmt.Sprintf("VM %s runs on this host, and its memory is coming from host %s. Nothing need be done", r.VM, r.Peer)
+		where = fmt.Sprintf("VM %s runs on host %s, and its memory is coming from host %s. Nothing need be done", r.VM, here, r.Peer)
 	case state == evict.Pushing || state == evict.Committing || state == evict.Retiring:
 		where = fmt.Sprintf("VM %s runs on host %s, and its memory is on its way there. Nothing need be done", r.VM, r.Peer)
 	case state == evict.RollingBack:
-		where = fmt.Sprintf("VM %s is coming back to this host already", r.VM)
+		where = fmt.Sprintf("VM %s is coming back to host %s already", r.VM, here)
 	}
 	return "the eviction cannot be aborted any more: " + where
 }
@@ -179,7 +179,7 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	case w.decision != evict.ResumeHere:
 	case w.fence:
 		if err := v.host.fence(r.Peer); err != nil {
-			return v.goOn(fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on this host as before", err, r.VM))
+			return v.goOn(fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on host %s as before", err, r.VM, v.host.name()))
 		}
 		fenced = fmt.Sprintf("host %s was fenced, by its command", r.Peer)
 	case w.fenced != "":
@@ -248,8 +248,8 @@ const endTime = 10 * time.Second
 func (v *eviction) giveUpTwin(w word) error {
 	r := v.entry.Record()
 	if w.decision != evict.Discard {
-		return &stateError{fmt.Errorf("VM %s runs on this host already: here there is discard alone, which ends this copy. "+
-			"A copy that stands frozen is on host %s", r.VM, r.Peer)}
+		return &stateError{fmt.Errorf("VM %s runs on host %s already: there is discard alone, which ends this copy. "+
+			"A copy that stands frozen is on host %s", r.VM, v.host.name(), r.Peer)}
 	}
 	return v.endTwin(fmt.Errorf("%s gave up the copy of VM %s on host %s: its QEMU was ended", w.by, r.VM, v.host.name()))
 }

@@ -105,7 +105,7 @@ func TestWord(t *testing.T) {
 	// While all goes its way, nothing is to be aborted or decided, and where the VM is is told alike at both ends.
 	r.begin()
 	r.wait(r.b, "running", func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) })
-	for s, says := range map[*site]string{r.a: "VM web1 runs on host hostb", r.b: "VM web1 runs on this host"} {
+	for s, says := range map[*site]string{r.a: "VM web1 runs on host hostb", r.b: "VM web1 runs on host hostb, and"} {
 		_, err := s.api.Abort(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.AbortRequest{Id: r.eviction}))
 		if said := fmt.Sprint(err); !strings.Contains(said, says) || !strings.Contains(said, "Nothing need be done") {
 			t.Errorf("abort on %s: %v", s.name, err)
