@@ -122,12 +122,18 @@ func lockDisk(t *testing.T, _ *lab.Lab, vm, twin *lab.VM) {
 // all of its memory as it was in the end, when it is evicted for good.
 func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}, slices.Concat(attempts, switches)) }
 
-// The same with the newest QEMU, whose source behaves differently when its stream ends.
+// The same with the newest QEMU.
 func TestAbortsBackports(t *testing.T) {
 	labtest.New(t, lab.Options{}) // skips where there can be none
 	q, err := lab.BackportsQEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)
-	testAborts(t, q, slices.Concat(attempts, switches))
+	all := slices.Concat(attempts, switches)
+	for i, a := range all {
+		if a.name == "a device that the destination's QEMU does not know" {
+			all[i].says = "the destination" // QEMU 11.1 may hang then, and only the time-out ends it
+		}
+	}
+	testAborts(t, q, all)
 }
 
 // What goes wrong while the VM is being frozen, with the QEMU in between, too.
