@@ -23,7 +23,7 @@ SEQUENTIAL = vacate/guestlinux vacate/lab/churn vacate/relief
 COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath)$$
 
 # $(call alltests,PACKAGES,FLAGS)
-alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 30m $(2) $(1))
+alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
