@@ -97,7 +97,7 @@ func TestOpenWindow(t *testing.T) {
 
 // The path is proved on each lane, each way, and one that answers something else is none of ours.
 func TestProve(t *testing.T) {
-	prove := func(answer func(b *attachment, proof []byte) error) (ours, theirs error, b *attachment) {
+	prove := func(answer func(b *attachment, proof []byte) error) (b *attachment, ours, theirs error) {
 		near, far := sessionPair(t)
 		a, b := attach(near, maxJSON), attach(far, maxControl)
 		t.Cleanup(a.end)
@@ -111,17 +111,17 @@ func TestProve(t *testing.T) {
 			done <- err
 		}()
 		ours = a.prove(t.Context())
-		return ours, <-done, b
+		return b, ours, <-done
 	}
-	ours, theirs, b := prove(func(b *attachment, proof []byte) error { return b.answerProof(t.Context(), proof) })
+	b, ours, theirs := prove(func(b *attachment, proof []byte) error { return b.answerProof(t.Context(), proof) })
 	if sent, received := b.Bytes(); ours != nil || theirs != nil || min(sent, received) < 3*proofBytes {
 		t.Errorf("%v, %v; %d bytes sent, %d received", ours, theirs, sent, received)
 	}
-	ours, _, _ = prove(func(b *attachment, _ []byte) error { return b.control.Write(msgProve, []byte("short")) })
+	_, ours, _ = prove(func(b *attachment, _ []byte) error { return b.control.Write(msgProve, []byte("short")) })
 	if ours == nil || !errors.Is(ours, link.ErrPeer) {
 		t.Errorf("a short answer: %v", ours)
 	}
-	ours, _, _ = prove(func(b *attachment, _ []byte) error {
+	_, ours, _ = prove(func(b *attachment, _ []byte) error {
 		return writeJSON(b.control.Conn, msgAbort, farewell{Reason: "no"})
 	})
 	if !errors.Is(ours, errFarewell) {
