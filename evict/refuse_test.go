@@ -490,7 +490,7 @@ func (r *refusals) states() {
 	}
 	r.run("paused VM", func(t *testing.T) {
 		do(t, "stop", nil)
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "not running", `"paused"`)
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "does not run", `The VM was not touched, its state is "paused"`)
 		do(t, "cont", nil)
 	})
 	r.run("VM on its way already", func(t *testing.T) {

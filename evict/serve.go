@@ -48,7 +48,10 @@ func (e *destination) serve(ctx, left context.Context) error {
 		var frames chan controlFrame
 		rejoin := e.rejoin
 		if e.stream != nil {
-			whole, broken = e.whole, e.stream.broken
+			e.mu.Lock()
+			whole = e.whole
+			e.mu.Unlock()
+			broken = e.stream.broken
 		} else {
 			if !mending {
 				mending = true

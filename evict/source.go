@@ -468,7 +468,7 @@ func (e *source) fit(ctx context.Context) error {
 		return err
 	}
 	if !status.Running {
-		return fmt.Errorf("the VM is not running, its state is %q: a VM that stands still can be moved at leisure by other means", status.Status)
+		return fmt.Errorf("the VM does not run, its state is %q: only one that runs can be evicted: let it run (`cont`), or move it by other means", status.Status)
 	}
 	return nil
 }
@@ -680,6 +680,8 @@ func (e *source) refuse(err error) error {
 		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
 			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
 		}
+	} else if now, err := e.q.QueryStatus(ctx); err == nil && !now.Running {
+		remedy = fmt.Sprintf("The VM was not touched, its state is %q", now.Status)
 	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
 }
