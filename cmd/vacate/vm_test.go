@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -209,6 +210,10 @@ func readReport(t testing.TB, name string) evict.Report {
 // nobody reading what it says; then not at all, as a Ctrl-C comes in time; then to a QEMU
 // that dies.
 func TestVM(t *testing.T) {
+	// Under nohup SIGHUP is ignored, and processes inherit that. One that is waited for they do not.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	l := labtest.New(t, lab.Options{Rate: 5e8})
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
 	if err != nil {
