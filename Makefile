@@ -20,7 +20,7 @@ TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
 # These compute much and one thing at a time: the race detector would find little, slowly.
 SEQUENTIAL = vacate/guestlinux vacate/lab/churn vacate/relief
 # So do these, of vacate/evict: the model check, and paths in simulated time.
-COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath)$$
+COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp)$$
 
 # $(call alltests,PACKAGES,FLAGS)
 alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 60m $(2) $(1))
