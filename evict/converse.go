@@ -667,6 +667,8 @@ func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 		return note(e.Journal, MarkDiscarded, "the operator decided so")
 	case here == copyGone:
 		return errQEMUGone
+	case here == copyRunning && d == Discard:
+		return errors.New("the VM runs here, and that may be its only copy: nothing was decided")
 	}
 	switch d {
 	case ResumeHere:

@@ -122,6 +122,10 @@ func (d *ending) hear(ev qmp.Event) bool {
 		}
 		d.guest = s.Reason
 		return true
+	case "RESUME": // it was reset since, and lives
+		d.mu.Lock()
+		d.guest = ""
+		d.mu.Unlock()
 	case "GUEST_PANICKED": // with a QEMU that pauses then; whether that counts, its run state tells
 		return true
 	}

@@ -21,6 +21,8 @@ const (
 	retryMemory = 100 * time.Millisecond
 	// maxHeld bounds the pages that are kept, in bytes; beyond it the lanes are not read.
 	maxHeld = 64 << 20
+	// heldRun and heldParcel are what a run and a parcel take besides, at most: a peer's may have no data.
+	heldRun, heldParcel = 64, 512
 )
 
 // parcel is pages that came, and are not placed yet.
@@ -124,7 +126,7 @@ func (e *destination) mayRead(a *attachment) {
 		bytes := 0
 		e.holding.Lock()
 		for _, h := range e.parcels {
-			bytes += len(h.data)
+			bytes += len(h.data) + len(h.runs)*heldRun + heldParcel
 		}
 		e.holding.Unlock()
 		if bytes < maxHeld {
@@ -250,6 +252,10 @@ func (e *destination) forget(a *attachment) {
 		e.mu.Lock()
 		for _, r := range f.runs {
 			e.received[r.Block].RemoveRun(r.First, r.Count)
+			// QEMU waits for what was left out, and asks but once.
+			for p := r.First; f.a == nil && p < r.End(); p++ {
+				e.waiting[pageKey{r.Block, p}] = time.Now()
+			}
 		}
 		e.mu.Unlock()
 	}

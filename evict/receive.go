@@ -410,3 +410,27 @@ func (e *destination) takeSkipped(runs []pageRun, block int, p pageset.Page) []p
 		at = first + pageset.Page(count)
 	}
 }
+
+// fillLeftOut places all pages that were left out. A QEMU that does not answer may wait for one of
+// them, which it asked an engine for that died.
+func (e *destination) fillLeftOut() {
+	if e.placer.direct.Load() == nil {
+		return
+	}
+	var runs []pageRun
+	e.mu.Lock()
+	for i, set := range e.skipped {
+		most := int(max(1, maxZeroPages*migstream.TargetPageSize/e.layout[i].PageSize))
+		for first, n := set.Next(0, most); n > 0; first, n = set.Next(first, most) {
+			set.RemoveRun(first, n)
+			e.missing += n
+			runs = append(runs, pageRun{pageset.Run{Block: i, First: first, Count: n}, true})
+		}
+	}
+	e.mu.Unlock()
+	for _, r := range runs {
+		if _, err := e.settle(parcel{runs: []pageRun{r}, urgent: true}); err != nil {
+			e.failed(nil, err)
+		}
+	}
+}

@@ -95,6 +95,9 @@ func (e *destination) serve(ctx, left context.Context) error {
 				return e.finish()
 			case m.err != nil:
 				e.Log.Warn("QEMU's migration cannot be taken up yet", "error", m.err)
+				if m.silent {
+					e.fillLeftOut()
+				}
 			}
 		case f := <-frames:
 			err := f.check()
@@ -523,6 +526,7 @@ type mended struct {
 	bitmaps map[string][]byte       // by block, a bit for each of 4 KiB that QEMU has taken from streams
 	pending bool                    // the QEMU was not told to run the VM yet
 	over    string                  // why the guest ended itself, if it did; there is no stream then
+	silent  bool                    // QEMU did not answer in time
 	err     error
 }
 
@@ -540,11 +544,14 @@ func (e *destination) mend() mended {
 	return m
 }
 
+var errSilent = errors.New("QEMU does not answer: it may wait for a page itself")
+
 func (e *destination) recover() (m mended) {
 	ctx, cancel := e.bound(context.Background())
 	defer cancel(nil)
-	timer := time.AfterFunc(recoverTime, func() { cancel(errors.New("QEMU does not answer: it may wait for a page itself")) })
+	timer := time.AfterFunc(recoverTime, func() { cancel(errSilent) })
 	defer timer.Stop()
+	defer func() { m.silent = m.err != nil && errors.Is(context.Cause(ctx), errSilent) }()
 	if e.q == nil || e.q.Err() != nil {
 		q, err := qmp.Dial(ctx, e.QMP)
 		if err != nil {

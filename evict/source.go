@@ -309,10 +309,10 @@ func (e *source) prepare(all context.Context) (err error) {
 	defer cancel()
 	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
 	e.facts = hostFacts{
-		Process: e.qemu, Ran: true, Blocks: e.mem.Blocks(), Mappings: e.mem.Mappings(),
+		Process: e.qemu, Blocks: e.mem.Blocks(), Mappings: e.mem.Mappings(),
 		Machine: e.offer.Machine, QEMU: e.offer.QEMU,
 	}
-	return together(
+	err = together(
 		func() error { return e.keepFacts() },
 		func() error {
 			// The twin is of use to nobody else from here on. What it cannot take of the VM's memory it says now, while the VM runs.
@@ -325,6 +325,12 @@ func (e *source) prepare(all context.Context) (err error) {
 			_, err := control.await(ctx, msgArmed)
 			return err
 		})
+	if err != nil {
+		return err
+	}
+	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this engine.
+	e.facts.Ran = true
+	return e.keepFacts()
 }
 
 var errLongPreparation = errors.New("preparing took too long")
@@ -520,17 +526,22 @@ func (e *source) transfer(ctx context.Context) error {
 			err = e.keep()
 		}
 		settled <- err
+		if err != nil {
+			cancel() // nothing is to be waited for
+		}
 		// Not sooner: on a host with a single core to spare, QEMU needs that until then.
 		if err == nil {
 			e.enlighten()
 		}
 	})
-	if _, err := a.control.await(loading, msgLoaded); err != nil {
+	_, err := a.control.await(loading, msgLoaded)
+	if err != nil {
 		cancel()
-		<-settled
-		return err
 	}
-	return <-settled
+	if why := <-settled; why != nil && !errors.Is(why, context.Canceled) {
+		return why
+	}
+	return err
 }
 
 // freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must have come to the end of it: so it
@@ -545,8 +556,8 @@ func (e *source) freeze() error {
 		at = now
 	}
 	e.frozenAt.Store(&at)
-	if errors.Is(err, errStood) {
-		e.facts.Ran = false
+	if was := e.saved.was; err != nil && was.Status != "" && !was.Running {
+		e.facts.Ran = false // whatever failed after that
 		err = errors.Join(err, e.keepFacts())
 	}
 	if err != nil {
@@ -717,7 +728,20 @@ func (e *source) rollBack(cause error) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
 	defer cancel()
+	if e.mark == MarkResumedHere {
+		// A twin that lives after all may hold the locks of the disks.
+		if heard, err := e.Tell(ctx); !heard {
+			e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
+		}
+	}
 	now, err := e.resume(ctx)
+	if err != nil && e.mark == MarkResumedHere {
+		// The twin may have run, and may live: what was decided stays, and is told there.
+		if e.gone() {
+			return &Error{ErrLost, from, errors.Join(cause, err), "The VM's QEMU here has ended. Look whether the VM runs on the destination before you start it anew"}
+		}
+		return &Error{ErrLeft, from, errors.Join(cause, err), "An operator decided that the VM goes on here, and that is tried again"}
+	}
 	if err != nil {
 		if e.gone() {
 			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
@@ -763,25 +787,41 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 		}
 	}
 	e.held = false
-	if e.q == nil {
-		if err := e.open(ctx); err != nil {
+	for e.q == nil {
+		// Clients that came while the process was stopped are served first, even those that have left.
+		err := e.open(ctx)
+		if err != nil && (ctx.Err() != nil || !errors.Is(err, qmp.ErrBusy) && !errors.Is(err, qmp.ErrStopped)) {
 			return qmp.Status{}, err
+		}
+		if err != nil {
+			time.Sleep(pollInterval)
 		}
 	}
 	if e.freezer != nil {
 		e.freezer.forget(ctx)
 	}
 	var refused error
-	for {
+	for told := false; ; {
 		status, err := e.q.QueryStatus(ctx)
-		if err != nil || status.Running || !e.facts.Ran || e.freezer != nil && e.freezer.resumed() {
+		if err != nil {
 			return status, err
+		}
+		if status.Running || !e.facts.Ran || told || e.freezer != nil && e.freezer.resumed() {
+			// What it does from now on is its own, and its operators', doing: also for an engine that
+			// finds it.
+			if e.facts.Ran {
+				e.facts.Ran = false
+				if err := e.keepFacts(); err != nil {
+					e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
+				}
+			}
+			return status, nil
 		}
 		// While the destination's QEMU lives, it may hold the locks of the disks.
 		if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
 			return status, refused
 		}
-		if refused == nil {
+		if told = refused == nil; told {
 			continue
 		}
 		select {

@@ -56,8 +56,12 @@ type record struct{ *journal.Entry }
 
 // Note implements evict.Journal.
 func (r record) Note(m evict.Mark, reason string) error {
-	untold := m == evict.MarkResumedHere && !evict.DeadThere(r)
-	return r.Entry.Note(string(m), reason, func(to *journal.Record) { to.Untold = untold })
+	dead := evict.DeadThere(r)
+	return r.Entry.Note(string(m), reason, func(to *journal.Record) {
+		if m == evict.MarkResumedHere {
+			to.Untold = !dead
+		}
+	})
 }
 
 // Kept implements evict.Journal.

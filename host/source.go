@@ -198,14 +198,15 @@ func (v *eviction) export(ctx context.Context, file string) error {
 	if err := evict.Whole(record{v.entry}); err != nil {
 		return &stateError{err}
 	}
-	if err := v.stop(ctx); err != nil {
-		return err
-	}
 	s, err := v.source()
 	if err != nil {
 		return err
 	}
 	s.Show = nil
+	// An operator who leaves must not leave the eviction without an engine.
+	if err := v.stop(context.WithoutCancel(ctx)); err != nil {
+		return err
+	}
 	err = s.Export(ctx, file)
 	if v.mark() == evict.MarkMayRun {
 		v.send(true)

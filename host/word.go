@@ -168,25 +168,26 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		return err
 	}
 	s.Show = nil // no engine is at work
-	if err := v.stop(ctx); err != nil {
+	// Whoever asked may have left: an eviction without an engine would go on with nobody.
+	if err := v.stop(context.WithoutCancel(ctx)); err != nil {
 		return err
 	}
 	if m := v.mark(); m != evict.MarkMayRun && m != evict.MarkLost {
 		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
 	}
+	// What was decided is done, whoever listens.
+	decide := func(fenced string) error { return s.Decide(context.WithoutCancel(ctx), w.decision, fenced) }
 	fenced := ""
-	switch {
-	case w.decision != evict.ResumeHere:
-	case w.fence:
+	if w.fenced != "" {
+		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, r.Peer)
+	}
+	// The destination is asked first: one that answers must not be fenced.
+	if err = decide(fenced); w.fence && errors.Is(err, evict.ErrUnfenced) {
 		if err := v.host.fence(r.Peer); err != nil {
 			return v.goOn(fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on host %s as before", err, r.VM, v.host.name()))
 		}
-		fenced = fmt.Sprintf("host %s was fenced, by its command", r.Peer)
-	case w.fenced != "":
-		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, r.Peer)
+		err = decide(fmt.Sprintf("host %s was fenced, by its command", r.Peer))
 	}
-	// What was decided is done, whoever listens.
-	err = s.Decide(context.WithoutCancel(ctx), w.decision, fenced)
 	switch {
 	case errors.Is(err, evict.ErrAnswers):
 		return v.goOn(fmt.Errorf("host %s answers for VM %s: %w. Nothing was decided, and the eviction goes on by itself", r.Peer, r.VM, err))
