@@ -90,7 +90,7 @@ func TestShutDown(t *testing.T) {
 				t.Errorf("all pages were sent before: %+v", p)
 			}
 			for _, q := range []*lab.VM{vm, twin} {
-				if err := q.Wait(labtest.Within(t, 10*time.Second)); err != nil {
+				if err := q.Ended(labtest.Within(t, 10*time.Second)); err != nil {
 					t.Errorf("the QEMU on host %s: %v", q.Host.Name, err)
 				}
 			}

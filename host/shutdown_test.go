@@ -82,7 +82,7 @@ func TestShutDown(t *testing.T) {
 		t.Errorf("the report says %+v, %v", report, err)
 	}
 	for _, vm := range []*lab.VM{r.vm, twin} {
-		if err := vm.Wait(labtest.Within(t, 10*time.Second)); err != nil {
+		if err := vm.Ended(labtest.Within(t, 10*time.Second)); err != nil {
 			t.Errorf("the QEMU on host %s: %v", vm.Host.Name, err)
 		}
 	}

@@ -631,6 +631,17 @@ func (vm *VM) Wait(ctx context.Context) error {
 	}
 }
 
+// Ended waits for the VM's process to end, however it does: the QEMU at the source is killed once
+// its VM is whole elsewhere.
+func (vm *VM) Ended(ctx context.Context) error {
+	select {
+	case <-vm.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for VM %s to end: %w", vm.Name, ctx.Err())
+	}
+}
+
 // Kill ends the VM's process at once and waits for it.
 func (vm *VM) Kill() {
 	vm.process.Kill()

@@ -197,7 +197,7 @@ client of %[1]s saw was %[9]d ms.`, moved.name, stayed.name, moved.name, perSeco
 			return errors.Join(append([]error{fmt.Errorf("a client of %s noticed: %d wrong answers, %d broken connections", v.name, s.Wrong, s.Broken)}, s.Errors...)...)
 		}
 	}
-	if err := moved.vm.Wait(ctx); err != nil {
+	if err := moved.vm.Ended(ctx); err != nil {
 		return fmt.Errorf("the source's QEMU: %w", err)
 	}
 	arrived, err := moved.twin.Started(ctx)

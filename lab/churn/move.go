@@ -69,10 +69,7 @@ func (g *Guest) Move(ctx context.Context, to *lab.Host, evict func(ctx context.C
 		client.Close()
 		return err
 	}
-	// Its QEMU is killed once the VM is whole elsewhere: that it ends is what counts, not how.
-	if err = vm.Wait(ctx); ctx.Err() == nil {
-		err = nil
-	}
+	err = vm.Ended(ctx)
 	vm.Kill()
 	found := g.console.read()
 	g.console.name, g.console.at = twin.Console, 0
