@@ -556,7 +556,8 @@ func (e *source) freeze() error {
 		at = now
 	}
 	e.frozenAt.Store(&at)
-	if was := e.saved.was; err != nil && was.Status != "" && !was.Running {
+	// In save-vm it stands for QEMU's own purposes, such as a dump, and runs again after that.
+	if was := e.saved.was; err != nil && !was.Running && was.Status != "" && was.Status != "save-vm" {
 		e.facts.Ran = false // whatever failed after that
 		err = errors.Join(err, e.keepFacts())
 	}
