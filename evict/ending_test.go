@@ -72,6 +72,12 @@ func TestEndingHear(t *testing.T) {
 			t.Errorf("%s %s: %v, guest %q, host %q", c.name, c.data, got, d.said(), d.host)
 		}
 	}
+	// One that was reset since lives: should its QEMU end now, it has not ended itself.
+	var d ending
+	d.hear(qmp.Event{Name: "SHUTDOWN", Data: json.RawMessage(`{"guest": true, "reason": "guest-shutdown"}`)})
+	if d.hear(qmp.Event{Name: "RESUME"}); d.said() != "" {
+		t.Errorf("a guest that runs again has ended itself: %q", d.said())
+	}
 }
 
 // A source that hears that the VM was shut down does so, however it hears it.

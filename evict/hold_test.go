@@ -3,6 +3,7 @@ package evict
 import (
 	"bytes"
 	"testing"
+	"time"
 
 	"vacate/pageset"
 
@@ -55,4 +56,21 @@ func equalRuns(a, b []pageRun) bool {
 		}
 	}
 	return true
+}
+
+// What is dropped of the zeroes that QEMU waits for is waited for still: QEMU asks but once.
+func TestForget(t *testing.T) {
+	l := layout{{Name: "ram", Length: 64 << 12, PageSize: 1 << 12, Pages: 64}}
+	e := &destination{layout: l, waiting: map[pageKey]time.Time{}, received: []*pageset.Set{pageset.Full(64)}}
+	run := func(first int) []pageRun { return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}} }
+	e.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
+	e.forget(nil)
+	if len(e.parcels) != 0 || len(e.waiting) != 2 || e.received[0].Count() != 60 {
+		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.waiting, e.received[0].Count())
+	}
+	for _, p := range []pageset.Page{4, 5} {
+		if _, ok := e.waiting[pageKey{0, p}]; !ok {
+			t.Errorf("page %d is not waited for", p)
+		}
+	}
 }
