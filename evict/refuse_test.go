@@ -319,7 +319,7 @@ func (r *refusals) twins() {
 			return func(s *lab.Spec) {
 				backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M,reserve=off")
 			}
-		}, says: []string{"the VM needs 256 MiB more, and this host's pool of huge pages has room for 120 MiB only: its nr_hugepages is worth ", "Have more with `echo ", "/hugepages-2048kB/nr_hugepages`"}},
+		}, says: []string{"the VM needs 256 MiB more, and this host's pool of huge pages has room for ", " MiB only: its nr_hugepages is worth ", "Have more with `echo ", "/hugepages-2048kB/nr_hugepages`"}},
 		"host too small": {change: func(s *lab.Spec) {
 			s.MemoryMiB = 2 * memTotalMiB(r.T)
 			backEnd(s, fmt.Sprintf("memory-backend-ram,size=%dM,reserve=off", s.MemoryMiB))
