@@ -179,6 +179,8 @@ func speak(t *testing.T, path, greeting string, replies map[string]string) strin
 					switch {
 					case command.Execute == "qmp_capabilities":
 						fmt.Fprintf(c, `{"return": {}, "id": %d}`+"\r\n", command.ID)
+					case known && reply == "":
+						fmt.Fprintf(c, `{"error": {"class": "GenericError", "desc": "Parameters are missing"}, "id": %d}`+"\r\n", command.ID)
 					case known:
 						fmt.Fprintf(c, `{"return": %s, "id": %d}`+"\r\n", reply, command.ID)
 					default:

@@ -231,6 +231,7 @@ func (e *source) prepare(all context.Context) (err error) {
 	}
 	var disks fit.Disks
 	err = together(
+		func() error { return canSave(ctx, e.q) },
 		func() error { return atRest(ctx, e.q, cmp.Or(e.VM, "the VM")) },
 		func() error { return e.fit(ctx) },
 		func() (err error) {
@@ -238,7 +239,6 @@ func (e *source) prepare(all context.Context) (err error) {
 			return err
 		},
 		func() error { return held(ctx, e.q) },
-		func() error { return canSave(ctx, e.q) },
 		func() (err error) {
 			e.flash, err = writableFlash(ctx, e.q)
 			return err
