@@ -87,7 +87,7 @@ func TestShutDown(t *testing.T) {
 		}
 	}
 	_, err = r.a.api.Decide(t.Context(), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
-	if err == nil || !strings.Contains(err.Error(), "the eviction has ended: shut down") {
+	if err == nil || !strings.Contains(err.Error(), "has ended: shut down") {
 		t.Errorf("resume here: %v", err)
 	}
 	for _, s := range []*site{r.a, r.b} {
