@@ -116,7 +116,7 @@ func TestRelieve(t *testing.T) {
 			t.Errorf("%s: %v", s.name, p)
 		}
 	}
-	vm, err := there["small"].Started(labtest.Within(t, time.Minute))
+	vm, err := there[best.Vm].Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}

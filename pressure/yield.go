@@ -129,6 +129,9 @@ func (f files) cpuGroup(pid int) string {
 		return ""
 	}
 	session, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ") // "/autogroup-5 nice 0"
+	if session == "" {                                              // of the session that the host's first process began with
+		return "/"
+	}
 	return session
 }
 

@@ -90,6 +90,7 @@ func TestGroups(t *testing.T) {
 		"version 2 beside 1":        {map[string]string{"proc/7/cgroup": "4:memory:/m\n0::/a\n", "sys/unified/a/cpu.weight": "100\n"}, "v2:/a"},
 		"sessions":                  {map[string]string{"proc/7/cgroup": "0::/\n", "proc/7/autogroup": "/autogroup-5 nice 0\n", "proc/sys/kernel/sched_autogroup_enabled": "1\n"}, "/autogroup-5"},
 		"sessions, which says none": {map[string]string{"proc/7/cgroup": "0::/\n", "proc/sys/kernel/sched_autogroup_enabled": "1\n"}, ""},
+		"sessions, the first":       {map[string]string{"proc/7/cgroup": "0::/\n", "proc/7/autogroup": "", "proc/sys/kernel/sched_autogroup_enabled": "1\n"}, "/"},
 		"sessions, off":             {map[string]string{"proc/7/cgroup": "0::/\n", "proc/7/autogroup": "/autogroup-5 nice 0\n", "proc/sys/kernel/sched_autogroup_enabled": "0\n"}, "root"},
 	} {
 		t.Run(name, func(t *testing.T) {
