@@ -18,8 +18,8 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
-SEQUENTIAL = vacate/guestlinux vacate/lab/churn vacate/relief
-# So do these, of vacate/evict: the model check, and paths in simulated time.
+SEQUENTIAL = vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
+# So do these, of vacate/internal/evict: the model check, and paths in simulated time.
 COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp)$$
 
 # $(call alltests,PACKAGES,FLAGS)
@@ -33,13 +33,13 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/vacate, bin/vacated, bin/vacate-guest and bin/guestload, all static
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacated ./cmd/vacate-guest ./cmd/guestload
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacated ./cmd/vacate-guest ./lab/cmd/guestload
 
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(call alltests,$(filter-out $(SEQUENTIAL),$(PACKAGES)),$(if $(RACE),-race -skip '^TestRecord$$|$(COMPUTING)'))
-	$(if $(RACE),$(call alltests,$(filter vacate/evict,$(PACKAGES)),-run '$(COMPUTING)'))
+	$(if $(RACE),$(call alltests,$(filter vacate/internal/evict,$(PACKAGES)),-run '$(COMPUTING)'))
 	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)))
 
 unit: ## the tests that need neither root nor QEMU (seconds)
@@ -73,21 +73,21 @@ lint: ## gofmt, go vet, staticcheck, gosec
 	$(GO) tool staticcheck ./...
 	$(GO) run $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
 
-generate: ## the Go code of hostapi/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
+generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
 	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }
 	protoc --plugin=$$($(GO) tool -n protoc-gen-go) --plugin=$$($(GO) tool -n protoc-gen-connect-go) \
 		--go_out=. --go_opt=paths=source_relative \
 		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
-		hostapi/v1/host.proto
+		internal/host/api/v1/host.proto
 
 chaos: deps ## have every fault happen in every state of an eviction, CHAOS (2) times (root; an hour)
-	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./host
+	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, 50 times over QEMU's versions (root; 15 minutes)
-	VACATE_REQUIRE=1 VACATE_REFUSALS=17 $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./evict
+	VACATE_REQUIRE=1 VACATE_REFUSALS=17 $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
-	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./evict -configurations -qemu $(QEMU)
+	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
 	bin/vacate lab bench $(BENCHFLAGS)

@@ -4,61 +4,85 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 )
 
-// imports is which packages of this module, and which modules of others, each package may
-// import outside its tests. docs/architecture.md tells why; a package that is not here is
-// not allowed.
-var imports = map[string][]string{
-	"relief":           {},
-	"page":             {"vacate/bench", "vacate/evict"},
-	"qmp":              {"golang.org/x/sys", "vacate/process"},
-	"migstream":        {},
-	"pageset":          {},
-	"pageclass":        {},
-	"guestlinux":       {"vacate/guestmem", "vacate/pageclass", "golang.org/x/sys"},
-	"guesthints":       {"vacate/pageclass", "vacate/qmp"},
-	"pushorder":        {"vacate/pageclass", "vacate/pageset"},
-	"certs":            {},
-	"link":             {"golang.org/x/sys", "vacate/certs"},
-	"journal":          {"golang.org/x/sys"},
-	"urgent":           {"golang.org/x/sys"},
-	"process":          {"golang.org/x/sys"},
-	"room":             {"golang.org/x/sys", "vacate/process"},
-	"pressure":         {"github.com/prometheus/procfs", "golang.org/x/sys", "vacate/process"},
-	"hypervisor":       {"github.com/BurntSushi/toml", "golang.org/x/sys", "vacate/process", "vacate/qmp", "vacate/urgent"},
-	"hostapi/v1":       {"connectrpc.com/connect", "google.golang.org/protobuf"},
-	"guestmem":         {"golang.org/x/sys", "vacate/qmp"},
-	"evict":            {"golang.org/x/sys", "vacate/export", "vacate/fit", "vacate/guesthints", "vacate/guestlinux", "vacate/guestmem", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pageclass", "vacate/pageset", "vacate/process", "vacate/pushorder", "vacate/qmp", "vacate/room", "vacate/urgent"},
-	"fit":              {"golang.org/x/sys", "vacate/qmp"},
-	"export":           {"golang.org/x/sys", "vacate/guestmem", "vacate/migstream"},
-	"host":             {"connectrpc.com/connect", "github.com/BurntSushi/toml", "github.com/prometheus/client_golang", "golang.org/x/net", "golang.org/x/sys", "google.golang.org/protobuf", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/hypervisor", "vacate/journal", "vacate/link", "vacate/migstream", "vacate/pressure", "vacate/process", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/room", "vacate/urgent"},
-	"doctor":           {"golang.org/x/sys", "vacate/fit", "vacate/guestmem", "vacate/qmp", "vacate/room", "vacate/urgent"},
-	"inspect":          {"golang.org/x/image", "vacate/migstream", "vacate/pageclass"},
-	"lab/loadproto":    {},
-	"lab/churnproto":   {},
-	"lab/answers":      {},
-	"lab/memclient":    {"vacate/lab/answers"},
-	"lab/pgclient":     {"github.com/jackc/pgx/v5", "vacate/lab/answers"},
-	"lab/labtest":      {"vacate/lab"},
-	"lab/churn":        {"golang.org/x/sys", "vacate/guestlinux", "vacate/guestmem", "vacate/lab", "vacate/lab/churnproto", "vacate/pageclass", "vacate/qmp"},
-	"lab":              {"github.com/vishvananda/netlink", "github.com/vishvananda/netns", "golang.org/x/sys", "vacate/lab/loadproto"},
-	"bench":            {"golang.org/x/sys", "vacate/lab", "vacate/lab/answers", "vacate/lab/memclient", "vacate/lab/pgclient", "vacate/pushorder", "vacate/qmp"},
-	"cmd/guestchurn":   {"golang.org/x/sys", "vacate/lab/churnproto"},
-	"cmd/vacate-guest": {"golang.org/x/sys", "vacate/guesthints", "vacate/pageclass"},
-	"cmd/guestload":    {"golang.org/x/sys", "vacate/lab/loadproto"},
-	"cmd/vacated":      {"github.com/spf13/cobra", "vacate/host", "vacate/urgent"},
-	"cmd/vacate":       {"connectrpc.com/connect", "github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys", "golang.org/x/term", "google.golang.org/protobuf", "vacate/bench", "vacate/certs", "vacate/doctor", "vacate/evict", "vacate/hostapi/v1", "vacate/guestlinux", "vacate/guestmem", "vacate/inspect", "vacate/lab", "vacate/link", "vacate/page", "vacate/pageclass", "vacate/pushorder", "vacate/qmp", "vacate/relief", "vacate/urgent"},
+// A row is a package in the table of docs/architecture.md.
+type row struct {
+	pkg     string   // as imports are written, below internal/ without it
+	imports []string // the same; modules of others by their path
 }
 
+// group is the first part of a package's path.
+func group(pkg string) string {
+	first, _, _ := strings.Cut(pkg, "/")
+	return first
+}
+
+// table reads the section "Packages" of docs/architecture.md.
+func table(t *testing.T) []row {
+	t.Helper()
+	text, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Packages\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	quoted := regexp.MustCompile("`([^`]+)`")
+	var rows []row
+	for line := range strings.Lines(section) {
+		cells := strings.Split(line, " | ")
+		if !strings.HasPrefix(line, "| `") || len(cells) != 3 {
+			continue
+		}
+		r := row{pkg: quoted.FindStringSubmatch(cells[0])[1]}
+		for _, m := range quoted.FindAllStringSubmatch(cells[2], -1) {
+			r.imports = append(r.imports, m[1])
+		}
+		rows = append(rows, r)
+	}
+	return rows
+}
+
+// TestImports holds the table of packages against the code. Imports of tests do not count.
 func TestImports(t *testing.T) {
-	seen := map[string]bool{}
+	rows := table(t)
+	used := imports(t)
+	for _, r := range rows {
+		var have []string
+		for _, name := range used[r.pkg] {
+			listed := slices.IndexFunc(r.imports, func(i string) bool {
+				return name == i || strings.Contains(group(i), ".") && strings.HasPrefix(name, i+"/")
+			})
+			if listed < 0 {
+				t.Errorf("package %s imports %s, which its row in docs/architecture.md does not name", r.pkg, name)
+				continue
+			}
+			have = append(have, r.imports[listed])
+		}
+		for _, name := range r.imports {
+			if !slices.Contains(have, name) {
+				t.Errorf("package %s does not import %s, which its row in docs/architecture.md names", r.pkg, name)
+			}
+		}
+		delete(used, r.pkg)
+	}
+	for pkg := range used {
+		t.Errorf("package %s has no row in docs/architecture.md", pkg)
+	}
+}
+
+// imports returns what each package of this module imports beside the standard library.
+func imports(t *testing.T) map[string][]string {
+	t.Helper()
+	all := map[string][]string{}
 	err := filepath.WalkDir(".", func(file string, e fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -69,13 +93,8 @@ func TestImports(t *testing.T) {
 		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {
 			return nil
 		}
-		pkg := path.Dir(filepath.ToSlash(file))
-		allowed, known := imports[pkg]
-		if !known {
-			t.Errorf("%s: package %s is not in the list of this test", file, pkg)
-			return nil
-		}
-		seen[pkg] = true
+		pkg := strings.TrimPrefix(path.Dir(filepath.ToSlash(file)), "internal/")
+		all[pkg] = append(all[pkg], "")
 		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
 		if err != nil {
 			return err
@@ -85,14 +104,10 @@ func TestImports(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			first, _, _ := strings.Cut(name, "/")
-			if first != "vacate" && !strings.Contains(first, ".") {
-				continue // the standard library
-			}
-			if !slices.ContainsFunc(allowed, func(a string) bool {
-				return name == a || strings.Contains(first, ".") && strings.HasPrefix(name, a+"/")
-			}) {
-				t.Errorf("%s imports %s, which package %s may not", file, name, pkg)
+			if own, ok := strings.CutPrefix(name, "vacate/"); ok {
+				all[pkg] = append(all[pkg], strings.TrimPrefix(own, "internal/"))
+			} else if strings.Contains(group(name), ".") {
+				all[pkg] = append(all[pkg], name)
 			}
 		}
 		return nil
@@ -100,9 +115,9 @@ func TestImports(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for pkg := range imports {
-		if !seen[pkg] {
-			t.Errorf("there is no package %s: take it from the list of this test", pkg)
-		}
+	for pkg, names := range all {
+		slices.Sort(names)
+		all[pkg] = slices.Compact(names)[1:]
 	}
+	return all
 }

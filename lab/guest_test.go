@@ -125,7 +125,7 @@ func TestSpecsThatCannotWork(t *testing.T) {
 		{Load: Load{CacheMiB: 1}},
 		{Init: "../vacate"},
 		{Run: []string{"a b"}},
-		{Init: agent, Run: []string{"vacate"}},
+		{Init: guestAgent, Run: []string{"vacate"}},
 	} {
 		if err := s.fill(t.Context()); err == nil {
 			t.Errorf("%+v was accepted", s)

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"vacate/guesthints"
+	"vacate/internal/guest/agent"
 )
 
 // Every kernel boots with every device, and an agent's port.
@@ -52,7 +52,7 @@ func TestPrograms(t *testing.T) {
 		says string
 	}{
 		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"}, "runs as process 1 of a lab guest only"},
-		{Spec{Init: agent, Cmdline: "quiet"}, agent + ": "},
+		{Spec{Init: guestAgent, Cmdline: "quiet"}, guestAgent + ": "},
 	} {
 		s, says := test.spec, test.says
 		vm, err := l.A.Boot(deadline(t, 2*time.Minute), s)
@@ -91,18 +91,18 @@ func TestAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		agent, err := guesthints.Dial(t.Context(), vm.AgentSocket)
+		client, err := agent.Dial(t.Context(), vm.AgentSocket)
 		if err != nil {
 			t.Fatal(vm.explain(err))
 		}
-		survey, stats, err := agent.Ask(deadline(t, time.Minute), guesthints.Options{Frames: 1 << 20, Deadline: 30 * time.Second})
+		survey, stats, err := client.Ask(deadline(t, time.Minute), agent.Options{Frames: 1 << 20, Deadline: 30 * time.Second})
 		if err != nil {
 			t.Fatal(vm.explain(err))
 		}
 		if len(survey.Pages) == 0 {
 			t.Errorf("%s: the agent knows of no page: %+v", d, stats)
 		}
-		agent.Close()
+		client.Close()
 		vm.Kill()
 	}
 }

@@ -5,15 +5,15 @@ import (
 	"testing"
 	"time"
 
-	"vacate/lab/answers"
+	"vacate/lab/latency"
 	"vacate/lab/memclient"
 	"vacate/lab/pgclient"
 )
 
 // client is one of a server in a guest.
 type client interface {
-	Stats() answers.Stats
-	Stop() answers.Stats
+	Stats() latency.Stats
+	Stop() latency.Stats
 }
 
 // clientOf starts a client of a guest's server, in the lab's client.
@@ -34,7 +34,7 @@ func clientOf(t *testing.T, l *Lab, vm *VM) client {
 }
 
 // more waits for n more answers to a client, and fails if one was wrong.
-func more(ctx context.Context, t *testing.T, c client, n uint64) answers.Stats {
+func more(ctx context.Context, t *testing.T, c client, n uint64) latency.Stats {
 	t.Helper()
 	for goal := c.Stats().Requests + n; ; time.Sleep(10 * time.Millisecond) {
 		s := c.Stats()

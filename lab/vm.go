@@ -68,8 +68,8 @@ type Spec struct {
 const AgentPort = "org.vacate.agent"
 
 const (
-	guestLoad = "guestload"
-	agent     = "vacate-guest"
+	guestLoad  = "guestload"
+	guestAgent = "vacate-guest"
 )
 
 // programs are those in the guest's image, init first, and those of them that
@@ -77,7 +77,7 @@ const (
 func (s *Spec) programs() (all, run []string) {
 	run = s.Run
 	if s.Agent && s.Init == guestLoad {
-		run = append(slices.Clone(run), agent)
+		run = append(slices.Clone(run), guestAgent)
 	}
 	return append([]string{s.Init}, run...), run
 }

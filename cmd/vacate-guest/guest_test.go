@@ -19,10 +19,10 @@ import (
 	"testing"
 	"time"
 
-	"vacate/guesthints"
+	"vacate/internal/guest/agent"
+	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/qmp"
 	"vacate/lab"
-	"vacate/pageclass"
-	"vacate/qmp"
 )
 
 // need skips the test for want of something, or fails it if the environment says that all
@@ -133,7 +133,7 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 		"-qmp", "unix:" + m.monitor + ",server=on,wait=off",
 		"-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,server=on,wait=off,path=" + m.agent,
-		"-device", "virtserialport,id=port,chardev=agent,name=" + guesthints.PortName,
+		"-device", "virtserialport,id=port,chardev=agent,name=" + agent.PortName,
 		"-chardev", "socket,id=test,server=on,wait=off,path=" + file("test"),
 		"-device", "virtserialport,chardev=test,name=test",
 	}
@@ -200,9 +200,9 @@ func (m *machine) number(command string) int {
 	return n
 }
 
-func (m *machine) dial() *guesthints.Agent {
+func (m *machine) dial() *agent.Agent {
 	m.t.Helper()
-	a, err := guesthints.Dial(m.t.Context(), m.agent)
+	a, err := agent.Dial(m.t.Context(), m.agent)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -213,9 +213,9 @@ func (m *machine) dial() *guesthints.Agent {
 // patience is a deadline that a busy machine does not miss.
 const patience = 20 * time.Second
 
-func (m *machine) ask(a *guesthints.Agent) (*pageclass.Survey, guesthints.Stats) {
+func (m *machine) ask(a *agent.Agent) (*pageclass.Survey, agent.Stats) {
 	m.t.Helper()
-	s, st, err := a.Ask(m.t.Context(), guesthints.Options{Frames: m.frames, Deadline: patience})
+	s, st, err := a.Ask(m.t.Context(), agent.Options{Frames: m.frames, Deadline: patience})
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -258,7 +258,7 @@ func TestGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := guesthints.Find(t.Context(), c); err == nil {
+	if _, err := agent.Find(t.Context(), c); err == nil {
 		t.Error("found an agent before it was started")
 	} else {
 		t.Log(err)
@@ -266,7 +266,7 @@ func TestGuest(t *testing.T) {
 	m.do("agent")
 	var path string
 	for begin := time.Now(); path == ""; time.Sleep(50 * time.Millisecond) {
-		if path, err = guesthints.Find(t.Context(), c); err != nil && time.Since(begin) > patience {
+		if path, err = agent.Find(t.Context(), c); err != nil && time.Since(begin) > patience {
 			t.Fatal(err)
 		}
 	}
@@ -275,7 +275,7 @@ func TestGuest(t *testing.T) {
 	}
 	a := m.dial()
 	time.Sleep(17 * time.Second) // until idle processes are not active
-	st, err := a.Prepare(t.Context(), guesthints.Options{Deadline: patience})
+	st, err := a.Prepare(t.Context(), agent.Options{Deadline: patience})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -412,7 +412,7 @@ func TestRecord(t *testing.T) {
 	m.do("spawn hot 4")
 	m.do("agent")
 	a := m.dial()
-	if _, err := a.Prepare(t.Context(), guesthints.Options{Deadline: patience}); err != nil {
+	if _, err := a.Prepare(t.Context(), agent.Options{Deadline: patience}); err != nil {
 		t.Fatal(err)
 	}
 	a.Close()
@@ -422,7 +422,7 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	r := guesthints.Request{ID: 1, Deadline: 5 * time.Second, ActiveWithin: 16 * time.Second, MaxBytes: 1 << 20, Frames: 1 << 16}
+	r := agent.Request{ID: 1, Deadline: 5 * time.Second, ActiveWithin: 16 * time.Second, MaxBytes: 1 << 20, Frames: 1 << 16}
 	conn.Write(r.Append(nil))
 	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
 	answer, _ := io.ReadAll(conn)
@@ -436,7 +436,7 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	release = strings.TrimSpace(release)
-	put("../../guesthints/testdata/answer-"+release, answer)
+	put("../../internal/guest/agent/testdata/answer-"+release, answer)
 	for _, name := range []string{"1/stat", "1/sched", "1/maps", "iomem", "kcore"} {
 		text, err := strconv.Unquote(m.do("read /proc/" + name))
 		if err != nil {
@@ -450,12 +450,12 @@ func TestRecord(t *testing.T) {
 func TestRestless(t *testing.T) {
 	m := boot(t, 256)
 	m.do("agent")
-	o := guesthints.Options{Frames: m.frames, Deadline: patience}
+	o := agent.Options{Frames: m.frames, Deadline: patience}
 	short := o
 	short.Deadline = 300 * time.Millisecond
 
 	t.Run("host goes", func(t *testing.T) {
-		request := (&guesthints.Request{ID: 9, Deadline: time.Second, MaxBytes: 1 << 20, Frames: m.frames}).Append(nil)
+		request := (&agent.Request{ID: 9, Deadline: time.Second, MaxBytes: 1 << 20, Frames: m.frames}).Append(nil)
 		for i := range 30 {
 			conn, err := net.Dial("unix", m.agent)
 			if err != nil {
@@ -484,7 +484,7 @@ func TestRestless(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		r := guesthints.Request{ID: 11, Prepare: true, Deadline: patience, MaxBytes: 1 << 20, Frames: m.frames}
+		r := agent.Request{ID: 11, Prepare: true, Deadline: patience, MaxBytes: 1 << 20, Frames: m.frames}
 		b := r.Append(nil)
 		conn.Write(append(append([]byte("garbage"), b[:50]...), b...))
 		conn.SetReadDeadline(time.Now().Add(patience))
@@ -497,7 +497,7 @@ func TestRestless(t *testing.T) {
 		a := m.dial()
 		defer a.Close()
 		m.do("signal 19")
-		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, guesthints.ErrSilent) {
+		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, agent.ErrSilent) {
 			t.Error(err)
 		}
 		m.do("signal 18")
@@ -510,7 +510,7 @@ func TestRestless(t *testing.T) {
 			o := o
 			o.Deadline = d
 			s, st, err := a.Ask(t.Context(), o)
-			if err != nil && !errors.Is(err, guesthints.ErrSilent) {
+			if err != nil && !errors.Is(err, agent.ErrSilent) {
 				t.Error(d, err)
 			}
 			if err == nil {
@@ -524,7 +524,7 @@ func TestRestless(t *testing.T) {
 		defer a.Close()
 		m.do("signal 9")
 		m.do("wait")
-		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, guesthints.ErrSilent) {
+		if _, _, err := a.Ask(t.Context(), short); !errors.Is(err, agent.ErrSilent) {
 			t.Error(err)
 		}
 		done := make(chan error, 1)
@@ -560,7 +560,7 @@ func TestRestless(t *testing.T) {
 			var path string
 			var err error
 			for begin := time.Now(); time.Since(begin) < patience; time.Sleep(100 * time.Millisecond) {
-				if path, err = guesthints.Find(t.Context(), c); errors.Is(err, want) {
+				if path, err = agent.Find(t.Context(), c); errors.Is(err, want) {
 					return
 				}
 			}
@@ -570,10 +570,10 @@ func TestRestless(t *testing.T) {
 		if err := c.Run(t.Context(), "device_del", map[string]any{"id": "port"}, nil); err != nil {
 			t.Fatal(err)
 		}
-		find(guesthints.ErrNoPort)
+		find(agent.ErrNoPort)
 		// Without an id it is in another place of QEMU's tree.
 		for begin := time.Now(); ; time.Sleep(100 * time.Millisecond) { // QEMU lets the old one go some time later
-			err := c.Run(t.Context(), "device_add", map[string]any{"driver": "virtserialport", "chardev": "agent", "name": guesthints.PortName}, nil)
+			err := c.Run(t.Context(), "device_add", map[string]any{"driver": "virtserialport", "chardev": "agent", "name": agent.PortName}, nil)
 			if err == nil {
 				break
 			}

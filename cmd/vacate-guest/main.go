@@ -3,7 +3,7 @@
 // the guest is used for, which processes are active, and which pages were used lately.
 // Between evictions it sleeps, unless told to clear accessed bits now and then.
 //
-// Package guesthints has the protocol, docs/agent.md how to install it.
+// Package agent has the protocol, docs/agent.md how to install it.
 package main
 
 import (

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // A mapping is a line of /proc/PID/maps that may have pages.

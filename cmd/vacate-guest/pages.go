@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h, Linux 5.10 to 7.3;

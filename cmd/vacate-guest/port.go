@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/guesthints"
+	"vacate/internal/guest/agent"
 )
 
 // A port is an open virtio-serial port (drivers/char/virtio_console.c). While no host is
@@ -34,7 +34,7 @@ func findPort(sys string) (string, error) {
 	}
 	for _, n := range names {
 		b, err := os.ReadFile(n)
-		if err == nil && strings.TrimSpace(string(b)) == guesthints.PortName {
+		if err == nil && strings.TrimSpace(string(b)) == agent.PortName {
 			return "/dev/" + filepath.Base(filepath.Dir(n)), nil
 		}
 	}
@@ -170,7 +170,7 @@ func serve(ctx context.Context, g *guest, device string, clear time.Duration, lo
 		switch {
 		case errors.Is(err, fs.ErrNotExist) && device == "" || errors.Is(err, unix.EBUSY):
 			if !told {
-				fmt.Fprintf(log, "vacate-guest: waiting for the port %s\n", guesthints.PortName)
+				fmt.Fprintf(log, "vacate-guest: waiting for the port %s\n", agent.PortName)
 				told = true
 			}
 			select {
@@ -225,9 +225,9 @@ func (p *port) serve(g *guest, clear time.Duration) error {
 // handle answers what is in got, and returns what remains of it. Of several requests that
 // wait only the last is worth an answer: their host has given the others up.
 func (p *port) handle(g *guest, got []byte, begin time.Time) ([]byte, error) {
-	var last *guesthints.Request
+	var last *agent.Request
 	for {
-		r, refusal, n, ok := guesthints.NextRequest(got)
+		r, refusal, n, ok := agent.NextRequest(got)
 		got = got[n:]
 		if refusal != nil {
 			if err := ignore(p.write(refusal, begin.Add(time.Second))); err != nil {

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // task is what is known of a process of the guest, of all of its threads together.

@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/guesthints"
-	"vacate/pageclass"
+	"vacate/internal/guest/agent"
+	"vacate/internal/guest/pageclass"
 )
 
 // recorded returns the files of that name in /proc of a real guest; TestRecord makes them.
@@ -268,7 +268,7 @@ func TestHere(t *testing.T) {
 		}
 		return n
 	}
-	r := &guesthints.Request{Deadline: time.Minute, ActiveWithin: time.Hour, Frames: 1 << 32}
+	r := &agent.Request{Deadline: time.Minute, ActiveWithin: time.Hour, Frames: 1 << 32}
 	s, incomplete, err := g.survey(r, time.Now())
 	if err != nil || incomplete || owned(s) < 10 {
 		t.Errorf("%v, incomplete %v, %d pages of the child", err, incomplete, owned(s))

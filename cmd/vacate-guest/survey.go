@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/guesthints"
-	"vacate/pageclass"
+	"vacate/internal/guest/agent"
+	"vacate/internal/guest/pageclass"
 )
 
 // guest is where the kernel tells of itself, and what the agent remembers of it.
@@ -59,7 +59,7 @@ const recentSpan = 30 * time.Second
 
 // survey finds out what it can until the time is over. Then incomplete is true. Page flags
 // get at most half of the time, and of what is left the processes that matter most come first.
-func (g *guest) survey(r *guesthints.Request, begin time.Time) (_ *pageclass.Survey, incomplete bool, err error) {
+func (g *guest) survey(r *agent.Request, begin time.Time) (_ *pageclass.Survey, incomplete bool, err error) {
 	// The rest is for coding and the way to the host.
 	until := begin.Add(r.Deadline * 3 / 4)
 	before := g.prepared
@@ -137,10 +137,10 @@ func (g *guest) prepare(until time.Time) error {
 }
 
 // answer does what a request asks and returns the frame to send.
-func (g *guest) answer(r *guesthints.Request, begin time.Time) []byte {
+func (g *guest) answer(r *agent.Request, begin time.Time) []byte {
 	cpu := cpuTime()
-	costs := func() *guesthints.Costs {
-		c := &guesthints.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1, Processes: g.processes}
+	costs := func() *agent.Costs {
+		c := &agent.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1, Processes: g.processes}
 		if !g.prepared.at.IsZero() {
 			c.Prepared = time.Since(g.prepared.at)
 		}
@@ -148,15 +148,15 @@ func (g *guest) answer(r *guesthints.Request, begin time.Time) []byte {
 	}
 	if r.Prepare {
 		if err := g.prepare(begin.Add(r.Deadline * 3 / 4)); err != nil {
-			return guesthints.AppendRefusal(nil, r.ID, err.Error())
+			return agent.AppendRefusal(nil, r.ID, err.Error())
 		}
-		return guesthints.AppendDone(nil, r.ID, costs())
+		return agent.AppendDone(nil, r.ID, costs())
 	}
 	s, incomplete, err := g.survey(r, begin)
 	if err != nil {
-		return guesthints.AppendRefusal(nil, r.ID, err.Error())
+		return agent.AppendRefusal(nil, r.ID, err.Error())
 	}
-	return guesthints.AppendSurvey(nil, r.ID, costs(), s, incomplete, r.MaxBytes)
+	return agent.AppendSurvey(nil, r.ID, costs(), s, incomplete, r.MaxBytes)
 }
 
 // cpuTime is this process's.
@@ -169,13 +169,13 @@ func cpuTime() time.Duration {
 // print shows what the host would be told.
 func (g *guest) print(w io.Writer) error {
 	begin, cpu := time.Now(), cpuTime()
-	r := &guesthints.Request{Deadline: time.Minute, ActiveWithin: guesthints.DefaultActiveWithin, MaxBytes: 64 << 20, Frames: 1 << 32}
+	r := &agent.Request{Deadline: time.Minute, ActiveWithin: agent.DefaultActiveWithin, MaxBytes: 64 << 20, Frames: 1 << 32}
 	s, _, err := g.survey(r, begin)
 	if err != nil {
 		return err
 	}
-	costs := &guesthints.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1}
-	frame := guesthints.AppendSurvey(nil, 0, costs, s, false, r.MaxBytes)
+	costs := &agent.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1}
+	frame := agent.AppendSurvey(nil, 0, costs, s, false, r.MaxBytes)
 	fmt.Fprintf(w, "%d pages, %d processes, %d bytes, in %v (CPU %v)\n", len(s.Pages), len(s.Processes), len(frame),
 		costs.Elapsed.Round(time.Millisecond), costs.CPU.Round(time.Millisecond))
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // No file of Linux tells a page's accessed bit unless the kernel tracks idle pages, which

@@ -3,7 +3,7 @@ package main
 import (
 	"fmt"
 
-	"vacate/certs"
+	"vacate/internal/link/certs"
 
 	"github.com/spf13/cobra"
 )

@@ -13,9 +13,9 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/certs"
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/link/certs"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"

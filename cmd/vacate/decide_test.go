@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	hostv1 "vacate/hostapi/v1"
+	hostv1 "vacate/internal/host/api/v1"
 )
 
 // What a decision lacks is asked for, spelled out; without a terminal it is refused.

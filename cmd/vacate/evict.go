@@ -13,11 +13,11 @@ import (
 	"strings"
 	"syscall"
 
-	"vacate/certs"
-	"vacate/evict"
-	"vacate/link"
-	"vacate/pushorder"
-	"vacate/urgent"
+	"vacate/internal/evict"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/link"
+	"vacate/internal/link/certs"
+	"vacate/internal/sys/sched"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -199,7 +199,7 @@ func (o evictOptions) screen() (*screen, *json.Encoder) {
 }
 
 func (o evictOptions) run(ctx context.Context) error {
-	urgent.Process()
+	sched.Process()
 	if err := checkAddress("--to", o.to); err != nil {
 		return err
 	}

@@ -13,9 +13,9 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/doctor"
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/doctor"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"

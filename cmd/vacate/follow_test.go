@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
 
 	"connectrpc.com/connect"
 )

@@ -13,9 +13,9 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"vacate/doctor"
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/doctor"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -35,7 +35,7 @@ func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args 
 	var d daemon
 	var asJSON bool
 	socketFlag(c, &d)
-	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output, as hostapi/v1/host.proto has it")
+	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output, as internal/host/api/v1/host.proto has it")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if err := d.open(); err != nil {
 			return err

@@ -9,7 +9,7 @@ import (
 	"os"
 	"strings"
 
-	"vacate/inspect"
+	"vacate/internal/guest/inspect"
 
 	"github.com/spf13/cobra"
 )

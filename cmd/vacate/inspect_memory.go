@@ -14,12 +14,12 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/evict"
-	"vacate/guestlinux"
-	"vacate/guestmem"
-	"vacate/inspect"
-	"vacate/pageclass"
-	"vacate/qmp"
+	"vacate/internal/evict"
+	"vacate/internal/guest/inspect"
+	"vacate/internal/guest/linux"
+	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/qmp"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -145,7 +145,7 @@ type finding struct {
 }
 
 // take surveys a guest that stands still.
-func (f *finding) take(ctx context.Context, g *guestlinux.Guest) error {
+func (f *finding) take(ctx context.Context, g *linux.Guest) error {
 	r, err := g.Survey(ctx)
 	if err != nil {
 		return err
@@ -184,11 +184,11 @@ func surveyVM(ctx context.Context, path string, limit time.Duration) (*finding, 
 		return nil, refuse(err)
 	}
 	defer mem.Close()
-	live, err := guestlinux.NewLive(mem, c)
+	live, err := linux.NewLive(mem, c)
 	if err != nil {
 		return nil, refuse(err)
 	}
-	guest, err := guestlinux.Attach(attaching, live)
+	guest, err := linux.Attach(attaching, live)
 	if err == nil {
 		err = guest.Rehearse(attaching)
 	}
@@ -223,11 +223,11 @@ func surveyCore(ctx context.Context, name string) (*finding, error) {
 	if what := sniff(file); what != "" {
 		return nil, fmt.Errorf("%s is %s; what is read here is an ELF core file, by QEMU's dump-guest-memory without a format or paging", name, what)
 	}
-	core, err := guestlinux.OpenCore(file, info.Size())
+	core, err := linux.OpenCore(file, info.Size())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	guest, err := guestlinux.Attach(ctx, core)
+	guest, err := linux.Attach(ctx, core)
 	if err == nil {
 		f.times.Attach = time.Since(start).Seconds()
 		err = f.take(ctx, guest)
@@ -385,9 +385,9 @@ func cause(ctx context.Context, err error) error {
 // teach adds to an error what it means.
 func teach(err error) error {
 	switch {
-	case errors.Is(err, guestlinux.ErrNoLinux):
+	case errors.Is(err, linux.ErrNoLinux):
 		return fmt.Errorf("%w: either the guest is not Linux, or its kernel has not booted yet, or it was built without CONFIG_CRASH_CORE (CONFIG_VMCORE_INFO since Linux 6.9), or its memory is encrypted; it can be evicted all the same, with all of its pages in plain order", err)
-	case errors.Is(err, guestlinux.ErrUnsupported):
+	case errors.Is(err, linux.ErrUnsupported):
 		return fmt.Errorf("%w: kernels of 5.10 to 7.3 as Debian builds them were tried, and BTF (CONFIG_DEBUG_INFO_BTF) is needed; it can be evicted all the same, with all of its pages in plain order", err)
 	}
 	return err

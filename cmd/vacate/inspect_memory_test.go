@@ -17,12 +17,12 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"vacate/evict"
-	"vacate/inspect"
+	"vacate/internal/evict"
+	"vacate/internal/guest/inspect"
+	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/qmp"
 	"vacate/lab"
 	"vacate/lab/labtest"
-	"vacate/pageclass"
-	"vacate/qmp"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -31,7 +31,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 
 // The survey that was recorded of a real guest, as text.
 func TestMemoryText(t *testing.T) {
-	b, err := os.ReadFile("../../inspect/testdata/survey.json")
+	b, err := os.ReadFile("../../internal/guest/inspect/testdata/survey.json")
 	if err != nil {
 		t.Fatal(err)
 	}

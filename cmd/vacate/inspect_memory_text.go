@@ -8,8 +8,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"vacate/inspect"
-	"vacate/pageclass"
+	"vacate/internal/guest/inspect"
+	"vacate/internal/guest/pageclass"
 )
 
 // shownProcesses is how many processes are listed unless all are asked for.

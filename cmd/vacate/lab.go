@@ -12,8 +12,8 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/bench"
 	"vacate/lab"
+	"vacate/lab/bench"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"

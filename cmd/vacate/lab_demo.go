@@ -18,12 +18,12 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/bench"
-	"vacate/certs"
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/htmlreport"
+	"vacate/internal/link/certs"
 	"vacate/lab"
-	"vacate/page"
+	"vacate/lab/bench"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -255,10 +255,10 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 			"The operator ran vacate relieve, which chose %[1]s to leave for host b. Both then have a core of their own.", moved.name, stayed.name),
 		"The first chart shows it: the answers of both per second. The VM that stays has the core as soon as the other has left. The one that moves has to fetch what it touches first, and is back as its hot memory has come.",
 	}
-	rates := page.Chart{Title: "Answers of the two memcached", Unit: "answers per second"}
-	latencies := page.Chart{Title: "What the clients waited", Unit: "ms, 90th percentile"}
+	rates := htmlreport.Chart{Title: "Answers of the two memcached", Unit: "answers per second"}
+	latencies := htmlreport.Chart{Title: "What the clients waited", Unit: "ms, 90th percentile"}
 	for _, v := range []*demoVM{moved, stayed} {
-		rate, latency := page.Line{Name: v.name}, page.Line{Name: v.name}
+		rate, latency := htmlreport.Line{Name: v.name}, htmlreport.Line{Name: v.name}
 		if v == moved {
 			rate.Name, latency.Name = v.name+", which moves", v.name+", which moves"
 		}
@@ -271,9 +271,9 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 		}
 		rates.Lines, latencies.Lines = append(rates.Lines, rate), append(latencies.Lines, latency)
 	}
-	p.Charts = []page.Chart{rates, latencies}
+	p.Charts = []htmlreport.Chart{rates, latencies}
 	var b bytes.Buffer
-	if err := page.Write(&b, p); err != nil {
+	if err := htmlreport.Write(&b, p); err != nil {
 		return err
 	}
 	if err := os.WriteFile(d.page, b.Bytes(), 0o644); err != nil { // #nosec G306 -- a page is to be shown

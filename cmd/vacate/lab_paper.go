@@ -10,9 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 
-	"vacate/bench"
+	"vacate/internal/htmlreport"
 	"vacate/lab"
-	"vacate/page"
+	"vacate/lab/bench"
 
 	"github.com/spf13/cobra"
 )
@@ -95,5 +95,5 @@ func writePaper(dir string, result bench.Contention) error {
 		write("contention.json", func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
 		write("contention.csv", result.CSV),
 		write("contention.svg", result.SVG),
-		write("paper.html", func(w io.Writer) error { return page.WriteContention(w, result) }))
+		write("paper.html", func(w io.Writer) error { return htmlreport.WriteContention(w, result) }))
 }

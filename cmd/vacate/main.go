@@ -11,7 +11,7 @@ import (
 	"strings"
 	"unicode"
 
-	"vacate/evict"
+	"vacate/internal/evict"
 
 	"github.com/spf13/cobra"
 )

@@ -10,10 +10,10 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/certs"
-	"vacate/evict"
-	"vacate/link"
-	"vacate/urgent"
+	"vacate/internal/evict"
+	"vacate/internal/link"
+	"vacate/internal/link/certs"
+	"vacate/internal/sys/sched"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -80,7 +80,7 @@ here; it then runs on on the source. Later they change nothing.
 }
 
 func receive(ctx context.Context, d evict.Destination, listen, identity string) error {
-	urgent.Process()
+	sched.Process()
 	out := newScreen(&lines{w: os.Stdout})
 	defer out.close()
 	problems := newScreen(&lines{w: os.Stderr})

@@ -11,9 +11,9 @@ import (
 	"strings"
 	"time"
 
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
-	"vacate/relief"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/relief"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -134,7 +134,7 @@ there is never taken. VMs that are pinned in their descriptions stay.`,
 func (o *relieveOptions) flags(c *cobra.Command) {
 	socketFlag(c, &o.daemon)
 	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
-	c.Flags().BoolVar(&o.json, "json", false, "with --dry-run: JSON, as hostapi/v1/host.proto has it")
+	c.Flags().BoolVar(&o.json, "json", false, "with --dry-run: JSON, as internal/host/api/v1/host.proto has it")
 }
 
 // plan asks for the choice, and shows it.

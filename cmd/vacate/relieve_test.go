@@ -5,8 +5,8 @@ import (
 	"strings"
 	"testing"
 
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
 )
 
 func TestPlanText(t *testing.T) {

@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"vacate/evict"
+	"vacate/internal/evict"
 )
 
 // progressJSON is progress as --json shows it. Times are in seconds.

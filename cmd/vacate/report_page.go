@@ -9,9 +9,9 @@ import (
 	"io"
 	"os"
 
-	"vacate/evict"
-	hostv1 "vacate/hostapi/v1"
-	"vacate/page"
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/htmlreport"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -51,7 +51,7 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 			return nil, err
 		}
 		var b bytes.Buffer
-		if err := page.Write(&b, p); err != nil {
+		if err := htmlreport.Write(&b, p); err != nil {
 			return nil, err
 		}
 		if file == "-" {
@@ -66,8 +66,8 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 }
 
 // pageOf gathers what the page of an eviction tells.
-func (d *daemon) pageOf(ctx context.Context, e *hostv1.Eviction, report evict.Report) (page.Eviction, error) {
-	p := page.Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome, Reason: e.Reason, Report: report}
+func (d *daemon) pageOf(ctx context.Context, e *hostv1.Eviction, report evict.Report) (htmlreport.Eviction, error) {
+	p := htmlreport.Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome, Reason: e.Reason, Report: report}
 	status, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{}))
 	if err != nil {
 		return p, err

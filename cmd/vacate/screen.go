@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"vacate/evict"
+	"vacate/internal/evict"
 
 	"golang.org/x/term"
 )

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"vacate/evict"
+	"vacate/internal/evict"
 )
 
 // shown feeds progress to a screen, with the screen given time to show each, and returns

@@ -18,7 +18,7 @@ func TestMain(m *testing.M) {
 
 // The scripts that need a QEMU give it no disk and a blank BIOS: its VM spins.
 func TestScripts(t *testing.T) {
-	golden, err := filepath.Abs("../../migstream/testdata")
+	golden, err := filepath.Abs("../../internal/qemu/migstream/testdata")
 	if err != nil {
 		t.Fatal(err)
 	}

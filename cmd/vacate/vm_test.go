@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"vacate/evict"
+	"vacate/internal/evict"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )

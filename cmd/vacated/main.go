@@ -11,8 +11,8 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"vacate/host"
-	"vacate/urgent"
+	"vacate/internal/host"
+	"vacate/internal/sys/sched"
 
 	"github.com/spf13/cobra"
 )
@@ -113,7 +113,7 @@ func run(ctx context.Context, config host.Config, format string) error {
 	default:
 		return fmt.Errorf("--log-format %q: there are text and json", format)
 	}
-	urgent.Process()
+	sched.Process()
 	// A log that nobody reads any more must not end the daemon.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)

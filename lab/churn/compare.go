@@ -4,8 +4,8 @@ import (
 	"context"
 	"fmt"
 
-	"vacate/guestlinux"
-	"vacate/pageclass"
+	"vacate/internal/guest/linux"
+	"vacate/internal/guest/pageclass"
 )
 
 // A Said is what kpageflags say a page is.
@@ -135,7 +135,7 @@ func agrees(s Said, k pageclass.Kind) bool {
 
 // Compare takes a snapshot and a survey at the same moment. The guest must be attached.
 func Compare(ctx context.Context, g *Guest, c *Comparison) error {
-	var s *guestlinux.Result
+	var s *linux.Result
 	snap, err := g.Snapshot(ctx, func() (err error) {
 		s, err = g.Survey(ctx)
 		return err

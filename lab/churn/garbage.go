@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/guestmem"
+	"vacate/internal/qemu/guestmem"
 	"vacate/lab/churnproto"
 )
 

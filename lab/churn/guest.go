@@ -1,6 +1,6 @@
 // Package churn tries whether what a survey calls free is free: with real guests that
 // allocate and free memory of every kind all the time and verify every byte of it
-// (cmd/guestchurn). There are four ways, all at random moments of the guest's life:
+// (lab/cmd/guestchurn). There are four ways, all at random moments of the guest's life:
 //
 //   - Overwrite fills each page that a survey calls skippable with garbage, and lets the
 //     guest run on. Nothing may notice.
@@ -33,11 +33,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"vacate/guestlinux"
-	"vacate/guestmem"
+	"vacate/internal/guest/linux"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/qmp"
 	"vacate/lab"
 	"vacate/lab/churnproto"
-	"vacate/qmp"
 )
 
 // Config describes a guest. The zero value is good.
@@ -92,7 +92,7 @@ type Guest struct {
 	moves   chan net.Conn // takes the guest's port on each VM after the first
 	reading sync.WaitGroup
 	mem     *guestmem.Memory
-	linux   *guestlinux.Guest
+	linux   *linux.Guest
 	console console
 	nextID  int
 
@@ -228,17 +228,17 @@ func connect(ctx context.Context, vm *lab.VM, port string) (client *qmp.Client, 
 
 // Attach finds the guest's kernel, for Survey.
 func (g *Guest) Attach(ctx context.Context) error {
-	live, err := guestlinux.NewLive(g.mem, g.qmp)
+	live, err := linux.NewLive(g.mem, g.qmp)
 	if err != nil {
 		return err
 	}
-	g.linux, err = guestlinux.Attach(ctx, live)
+	g.linux, err = linux.Attach(ctx, live)
 	return err
 }
 
 // Survey surveys the guest, which must be stopped and attached. The result is good until
 // the next survey.
-func (g *Guest) Survey(ctx context.Context) (*guestlinux.Result, error) { return g.linux.Survey(ctx) }
+func (g *Guest) Survey(ctx context.Context) (*linux.Result, error) { return g.linux.Survey(ctx) }
 
 // writeDisks makes an empty ext4, and room to swap.
 func writeDisks(ctx context.Context, disk, swap string) error {
@@ -423,7 +423,7 @@ func (g *Guest) finish(ctx context.Context, verb string) (*churnproto.Reply, map
 // commandTime is how long a guest may take for a command on a busy machine.
 const commandTime = 2 * time.Minute
 
-// Command has the guest carry out a command of cmd/guestchurn.
+// Command has the guest carry out a command of lab/cmd/guestchurn.
 func (g *Guest) Command(ctx context.Context, verb string) (*churnproto.Reply, error) {
 	if err := g.send(verb); err != nil {
 		return nil, err

@@ -8,7 +8,7 @@ import (
 	"net"
 	"time"
 
-	"vacate/guestmem"
+	"vacate/internal/qemu/guestmem"
 	"vacate/lab"
 )
 

@@ -8,8 +8,8 @@ import (
 	"slices"
 	"unsafe"
 
+	"vacate/internal/guest/pageclass"
 	"vacate/lab/churnproto"
-	"vacate/pageclass"
 )
 
 // An oracle follows the events of the guest's page allocator. The kernel writes that it

@@ -7,7 +7,7 @@ import (
 	"regexp"
 	"time"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // OverwriteResult is what stops of one guest have shown, or of several.

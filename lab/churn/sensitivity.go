@@ -10,9 +10,9 @@ import (
 	"time"
 	"unsafe"
 
-	"vacate/guestlinux"
+	"vacate/internal/guest/linux"
+	"vacate/internal/guest/pageclass"
 	"vacate/lab/churnproto"
-	"vacate/pageclass"
 )
 
 // A Target is a sort of pages in use that a trial takes for free.
@@ -85,7 +85,7 @@ func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, 
 	if err := g.rewind(ctx); err != nil {
 		return nil, err
 	}
-	var s *guestlinux.Result
+	var s *linux.Result
 	var pfns []uint64
 	for range 5 { // it may have none for the moment
 		select {

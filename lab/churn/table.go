@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"vacate/pageclass"
+	"vacate/internal/guest/pageclass"
 )
 
 // table writes a table of Markdown.

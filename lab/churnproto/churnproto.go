@@ -1,4 +1,4 @@
-// Package churnproto is what the churn guest (cmd/guestchurn) and its host (lab/churn) say
+// Package churnproto is what the churn guest (lab/cmd/guestchurn) and its host (lab/churn) say
 // to each other over one virtio-serial port, and what the guest writes into its pages.
 //
 // The host sends lines, "ID VERB ARGUMENT…\n". The guest sends frames, integers

@@ -33,7 +33,7 @@ import (
 	"sync"
 	"time"
 
-	"vacate/lab/answers"
+	"vacate/lab/latency"
 )
 
 // Options say what a client does. All but Addr may be left out.
@@ -84,8 +84,8 @@ type Client struct {
 	stop context.CancelFunc
 	all  sync.WaitGroup
 
-	*answers.Log
-	answers.Pace
+	*latency.Log
+	latency.Pace
 }
 
 // Start connects, writes all items, and begins to read and write them at random. It tries
@@ -112,7 +112,7 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 		return nil, fmt.Errorf("server at %s: %w", o.Addr, err)
 	}
 	c.ctx, c.stop = context.WithCancel(context.WithoutCancel(ctx))
-	c.Log = answers.New()
+	c.Log = latency.New()
 	c.Pace.Set(c.opts.Rate)
 	for _, k := range conns {
 		c.all.Go(func() { c.work(k) })
@@ -121,7 +121,7 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 }
 
 // Stop ends the work and closes the connections. It returns what Stats does from then on.
-func (c *Client) Stop() answers.Stats {
+func (c *Client) Stop() latency.Stats {
 	c.End()
 	c.stop()
 	c.all.Wait()

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"vacate/lab/answers"
+	"vacate/lab/latency"
 )
 
 // server is as much of memcached as the client needs.
@@ -105,7 +105,7 @@ func start(t *testing.T, o Options) *Client {
 }
 
 // until waits for stats that are as they should.
-func until(t *testing.T, c *Client, ok func(answers.Stats) bool) answers.Stats {
+func until(t *testing.T, c *Client, ok func(latency.Stats) bool) latency.Stats {
 	t.Helper()
 	for ctx := within(t, 20*time.Second); ; time.Sleep(time.Millisecond) {
 		s := c.Stats()
@@ -122,7 +122,7 @@ func TestAllRight(t *testing.T) {
 	s := newServer(t)
 	before := time.Now()
 	c := start(t, Options{Addr: s.ln.Addr().String(), Conns: 3, Items: 10, Bytes: 100, Writes: 0.5})
-	until(t, c, func(s answers.Stats) bool { return s.Requests > 2000 })
+	until(t, c, func(s latency.Stats) bool { return s.Requests > 2000 })
 	got := c.Stop()
 	if got.Wrong != 0 || got.Broken != 0 || got.Errors != nil {
 		t.Errorf("all is right: %+v", got)
@@ -159,8 +159,8 @@ func TestWrongValues(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := newServer(t)
 			k := start(t, Options{Addr: s.ln.Addr().String(), Conns: 2, Items: 10, Bytes: 100, Writes: 0.5, Seed: 9})
-			until(t, k, func(s answers.Stats) bool { return s.Requests > 200 })
-			got := until(t, k, func(n answers.Stats) bool {
+			until(t, k, func(s latency.Stats) bool { return s.Requests > 200 })
+			got := until(t, k, func(n latency.Stats) bool {
 				s.mu.Lock()
 				defer s.mu.Unlock()
 				if n.Wrong == 0 { // not yet, or written anew before it was read
@@ -181,8 +181,8 @@ func TestBroken(t *testing.T) {
 	s.mu.Lock()
 	s.conns[0].Close()
 	s.mu.Unlock()
-	got := until(t, c, func(s answers.Stats) bool { return s.Broken > 0 })
-	more := until(t, c, func(s answers.Stats) bool { return s.Requests > got.Requests+100 })
+	got := until(t, c, func(s latency.Stats) bool { return s.Broken > 0 })
+	more := until(t, c, func(s latency.Stats) bool { return s.Requests > got.Requests+100 })
 	if more.Broken != 1 || more.Wrong != 0 || len(more.Errors) != 1 {
 		t.Errorf("one connection broke: %+v", more)
 	}
@@ -198,15 +198,15 @@ func TestBroken(t *testing.T) {
 func TestSilence(t *testing.T) {
 	s := newServer(t)
 	c := start(t, Options{Addr: s.ln.Addr().String(), Conns: 2, Items: 10, Bytes: 100, Rate: 1000})
-	until(t, c, func(s answers.Stats) bool { return s.Requests > 20 })
+	until(t, c, func(s latency.Stats) bool { return s.Requests > 20 })
 	s.mu.Lock()
 	began := time.Now()
 	const quiet = 300 * time.Millisecond
-	during := until(t, c, func(s answers.Stats) bool { return time.Since(began) > quiet })
+	during := until(t, c, func(s latency.Stats) bool { return time.Since(began) > quiet })
 	s.mu.Unlock()
 	released := time.Now()
-	after := until(t, c, func(n answers.Stats) bool { return n.Requests > during.Requests })
-	for _, got := range []answers.Stats{during, after} {
+	after := until(t, c, func(n latency.Stats) bool { return n.Requests > during.Requests })
+	for _, got := range []latency.Stats{during, after} {
 		if got.Silence < quiet-100*time.Millisecond || got.SilenceBegan.After(released) || got.Wrong != 0 || got.Broken != 0 {
 			t.Errorf("silent from %v on for %v: %+v", began, quiet, got)
 		}

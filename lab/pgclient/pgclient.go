@@ -18,7 +18,7 @@ import (
 	"sync"
 	"time"
 
-	"vacate/lab/answers"
+	"vacate/lab/latency"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -38,8 +38,8 @@ type Options struct {
 
 // Client is at work from Start to Stop. Methods may be called from any goroutine.
 type Client struct {
-	*answers.Log
-	answers.Pace
+	*latency.Log
+	latency.Pace
 	opts Options
 	ctx  context.Context
 	stop context.CancelFunc
@@ -87,7 +87,7 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 		return fail(fmt.Errorf("the table has %d rows, not %d", rows, o.Rows))
 	}
 	c.ctx, c.stop = context.WithCancel(context.WithoutCancel(ctx))
-	c.Log = answers.New()
+	c.Log = latency.New()
 	for i, k := range conns {
 		c.all.Go(func() { c.work(i, k) })
 	}
@@ -159,7 +159,7 @@ func (c *Client) work(number int, k *pgx.Conn) {
 }
 
 // Stop ends the work and closes the connections. It returns what Stats does from then on.
-func (c *Client) Stop() answers.Stats {
+func (c *Client) Stop() latency.Stats {
 	c.End()
 	c.stop()
 	c.all.Wait()

@@ -1,6 +1,0 @@
-package evict
-
-import "vacate/journal"
-
-// ID names one eviction, on both of its hosts and in their journals.
-type ID = journal.ID

@@ -1,0 +1,839 @@
+package evict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/qemu/fit"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
+	"vacate/internal/sys/room"
+)
+
+// Destination receives a VM on this host.
+type Destination struct {
+	// QMP is the path of the QMP socket of a QEMU that was started as the source's was,
+	// with `-S -incoming defer` in addition.
+	QMP string
+	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
+	// memory directly where this process has the right to, which is several times faster.
+	ThroughQEMU bool
+	// Host is the name of this host, and Description the file that says how its QEMU is started: for messages, which the source
+	// may show. Both are empty where no daemon is in use.
+	Host, Description string
+	// Patient goes on waiting after an offer that does not fit.
+	Patient bool
+	// Room knows what other VMs that are coming to this host will still take of its memory; nil if there are none.
+	Room *room.Ledger
+	// Journal survives the engine; without one its death costs the VM. It must have the mark
+	// MarkAccepted before the QEMU is started.
+	Journal Journal
+	Log     *slog.Logger
+	Show    func(Progress) // called from one goroutine at a time; may be nil
+}
+
+// Receive takes the VM of a source. Its first requests are offers: one whose VM does not fit
+// is turned away without touching the QEMU. From the first byte given to the QEMU on, it is
+// used up: it runs the VM in the end, or it was killed and never ran it. While the VM runs
+// here, requests that resume the eviction bring the source back after the link was lost; it
+// is waited for without end. All requests are answered. Errors are *Error.
+//
+// When ctx is done, the eviction is aborted, unless the source committed it; with the cause
+// ErrLeave it is then left.
+func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Received, error) {
+	e := d.engine(Waiting)
+	defer e.close()
+	if err := e.prepare(ctx); err != nil {
+		if ctx.Err() == nil {
+			e.lastWord(requests, err)
+		}
+		e.letGo()
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
+	}
+	e.report(Waiting)
+	loadTimeout, err := e.awaitOffer(ctx, requests)
+	if err != nil {
+		e.letGo()
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), "The QEMU that waits here was not touched"}
+	}
+	e.tasks.Go(func() { e.sort(requests) })
+	if err := e.take(ctx, loadTimeout); err != nil {
+		return Received{}, err
+	}
+	return e.summary(), nil
+}
+
+// destination is one eviction.
+type destination struct {
+	Destination
+	started time.Time
+	machine *machine
+	// life ends when the QEMU does, or this engine; its cause tells.
+	life context.Context
+	die  context.CancelCauseFunc
+
+	ended chan struct{} // closed when the engine ends
+
+	eviction ID
+	q        *qmp.Client // nil when it does not answer
+	own      actions     // the QEMU's
+	held     bool        // the QEMU was told to stay when its guest ends itself
+	changed  settings    // of the QEMU, as they were
+	messages process.Messages
+	ending   ending
+	over     chan string     // capacity 1: the guest ended itself, and stands; why
+	process  process.Process // the QEMU
+	mem      *guestmem.Memory
+	promised *room.Claim // memory for the VM
+	kills    room.Kills  // when the QEMU was found
+	here     offer
+	at       atomic.Pointer[attachment] // nil while the source is not there
+	rejoin   chan *Request              // capacity 1: the source came back
+
+	head      []byte
+	reader    *migstream.Reader // of the head
+	layout    layout
+	placer    *placer
+	stream    *stream                // of QEMU's migration; nil when it is broken
+	current   atomic.Pointer[stream] // the same, for tasks of a session
+	starved   bool                   // QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
+	pending   bool                   // the QEMU was not told to run the VM yet
+	mark      Mark                   // the last that is durable
+	committed bool                   // the source has said in the present session that it committed
+	// ranSince is when it was told so by this engine; zero if another one did.
+	ranSince time.Time
+	running  atomic.Bool  // it has answered that it does
+	cont     <-chan error // its answer when it is told, if that takes long
+	kept     chan error   // what was to be kept is, or an error
+	tasks    sync.WaitGroup
+	ran      atomic.Bool // the source knows that the VM runs here
+	telling  sync.Mutex  // held while the source is told whether pages find memory
+
+	holding  sync.Mutex // also guards placer against being replaced while pages are held
+	parcels  []parcel   // pages that found no memory yet; guarded by holding
+	retrying bool       // a task tries to place them; guarded by holding
+
+	shown    sync.Mutex // serialises Show
+	mu       sync.Mutex
+	short    string                // why pages find no memory; "" if they do; guarded by mu
+	received []*pageset.Set        // guarded by mu; those left out count as received
+	skipped  []*pageset.Set        // left out and not yet placed as zero; guarded by mu
+	missing  int                   // pages not received; guarded by mu
+	whole    chan struct{}         // closed when missing falls to 0; guarded by mu
+	waiting  map[pageKey]time.Time // pages asked for and when; guarded by mu
+	delays   []float64             // seconds; guarded by mu
+	stats    Received              // guarded by mu
+}
+
+type pageKey struct {
+	block int
+	page  pageset.Page
+}
+
+// stream is QEMU's end of a migration that we play the source of.
+type stream struct {
+	conn   net.Conn
+	pongs  chan uint32
+	ended  chan struct{} // closed when QEMU has ended its migration
+	status uint32        // with which it did; set before ended is closed
+	broken chan struct{} // closed when the stream is of no more use
+	once   sync.Once
+	why    error // set before broken is closed
+	reader sync.WaitGroup
+}
+
+func newStream(conn net.Conn) *stream {
+	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}), broken: make(chan struct{})}
+}
+
+// use makes a stream the present one; nil for none.
+func (e *destination) use(s *stream) {
+	e.stream = s
+	e.current.Store(s)
+}
+
+// fail notes that the stream broke. Only the first reason counts.
+func (s *stream) fail(err error) {
+	s.once.Do(func() {
+		s.why = err
+		close(s.broken)
+		s.conn.Close()
+	})
+}
+
+// maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
+const maxLoadTimeout = 10 * time.Minute
+
+// maxDelays bounds the fetch latencies that are kept.
+const maxDelays = 1 << 20
+
+const (
+	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
+	pingHead      = 2                    // ours, behind the head: QEMU took it
+	pingLoaded    = 3                    // ours, at the end of the package
+	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
+	// behind what is in it.
+	qemuBuffer = 128 << 10
+)
+
+// engine makes one that is in a state.
+func (d Destination) engine(first State) *destination {
+	e := &destination{
+		Destination: d, started: time.Now(),
+		rejoin: make(chan *Request, 1), kept: make(chan error, 1), over: make(chan string, 1),
+		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}), ended: make(chan struct{}),
+	}
+	if e.Log == nil {
+		e.Log = slog.New(slog.DiscardHandler)
+	}
+	if e.Room == nil {
+		e.Room = new(room.Ledger)
+	}
+	e.life, e.die = context.WithCancelCause(context.Background())
+	e.machine = newMachine(first, e.report)
+	return e
+}
+
+// report tells of a state that was entered.
+func (e *destination) report(st State) {
+	e.Log.Info("state", "state", st)
+	e.show(st)
+}
+
+func (e *destination) show(st State) {
+	if e.Show == nil {
+		return
+	}
+	e.shown.Lock()
+	defer e.shown.Unlock()
+	if st == "" { // not looked up sooner, lest the state seems to go backwards
+		st = e.machine.current()
+	}
+	p := Progress{State: st, Elapsed: time.Since(e.started)}
+	e.mu.Lock()
+	p.Total = e.layout.pages()
+	if p.Total > 0 {
+		p.Pages = p.Total - e.missing
+	}
+	p.Fetches = e.stats.Fetches
+	p.Short = shortText("this host", e.short)
+	e.mu.Unlock()
+	e.Show(p)
+}
+
+// prepare looks at the QEMU that waits here.
+func (e *destination) prepare(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	defer cancel()
+	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+		return err
+	}
+	if err := recent(e.q.Version()); err != nil {
+		return err
+	}
+	status, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	var m struct {
+		Status    string `json:"status"`
+		Listening []any  `json:"socket-address"`
+	}
+	if err := e.q.Run(ctx, "query-migrate", nil, &m); err != nil {
+		return err
+	}
+	if m.Listening != nil && m.Status == "" {
+		m.Status = "listening for another source"
+	}
+	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
+		return fmt.Errorf("the destination's QEMU at %s does not wait for a VM (its state is %q %s): %s", e.QMP, status.Status, m.Status, e.startRemedy())
+	}
+	if err := handsOver(ctx, e.q, e.QMP); err != nil {
+		return err
+	}
+	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
+		return err
+	}
+	if e.process, err = process.Find(e.mem.PID()); err != nil {
+		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
+	}
+	e.messages = process.MessagesOf(e.mem.PID())
+	e.listen(e.q)
+	e.lookAfter()
+	args, err := commandLine(e.mem.PID())
+	if err != nil {
+		return err
+	}
+	if err := startsPaused(args); err != nil {
+		return fmt.Errorf("%w: %s", err, e.startRemedy())
+	}
+	e.own = actionsOf(args)
+	if e.here, err = describe(ctx, e.q); err != nil {
+		return err
+	}
+	e.here = e.here.withMemory(e.mem)
+	for i := range e.mem.Blocks() {
+		if err := e.mem.CanFault(i); err != nil {
+			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as -object memory-backend-memfd,share=on,…, or with a file in /dev/shm or on hugetlbfs", err)
+		}
+	}
+	if err := e.hasRoom(); err != nil {
+		return err
+	}
+	before, err := settingsOf(ctx, e.q)
+	if err != nil {
+		return err
+	}
+	want, was := before.plan(nil)
+	e.changed = was
+	if err := want.apply(ctx, e.q); err != nil {
+		return explainPostcopy(err)
+	}
+	return e.hold(ctx)
+}
+
+// errTwinGone is wrapped by the reason for which life ends when the QEMU does.
+var errTwinGone = errors.New("the destination's QEMU ended")
+
+// lookAfter begins to watch the QEMU.
+func (e *destination) lookAfter() {
+	var err error
+	if e.kills, err = room.ReadKills(e.process.PID); err != nil {
+		e.Log.Debug("if the kernel ends the QEMU for want of memory, that cannot be told", "error", err)
+	}
+	e.tasks.Go(e.watch)
+}
+
+// watch notices the end of the QEMU.
+func (e *destination) watch() {
+	how, err := e.process.End(e.life)
+	if err != nil && e.life.Err() != nil {
+		return
+	}
+	e.ending.wait()
+	e.ending.mu.Lock()
+	host := e.ending.host
+	e.ending.mu.Unlock()
+	var said []string
+	if how != "" {
+		said = append(said, how)
+	}
+	if host != "" {
+		said = append(said, "its monitor said "+host)
+	}
+	if oom := e.kills.Since(); oom != "" {
+		said = append(said, oom)
+	}
+	said = append(said, e.messages.Last())
+	e.die(fmt.Errorf("%w (process %d): %s", errTwinGone, e.process.PID, strings.Join(said, "; ")))
+}
+
+// lastWords is how long a destination that gives up waits for who has just come.
+const lastWords = 100 * time.Millisecond
+
+// awaitOffer waits for an offer that fits, and returns how long the source is willing to
+// wait for the devices to be loaded.
+func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) (time.Duration, error) {
+	for {
+		var r *Request
+		select {
+		case r = <-requests:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		case <-e.life.Done():
+			e.lastWord(requests, context.Cause(e.life))
+			return 0, context.Cause(e.life)
+		}
+		if r.Purpose != ToOffer {
+			r.Refuse(e.named(errors.New("there is no such eviction")))
+			continue
+		}
+		err := e.consider(ctx, r)
+		if err == nil {
+			e.Log.Info("offer accepted", "source", r.Session.Peer(), "machine", r.offer.Machine)
+			e.eviction = r.Eviction
+			e.at.Store(r.attachment)
+			return time.Duration(r.offer.LoadTimeout) * time.Millisecond, nil
+		}
+		r.Refuse(e.named(err))
+		e.Log.Warn("offer refused", "source", r.Session.Peer(), "error", err)
+		if e.life.Err() != nil {
+			return 0, context.Cause(e.life)
+		}
+		if !e.Patient {
+			return 0, err
+		}
+	}
+}
+
+// named names who says it, to a source that may show it to an operator elsewhere.
+func (e *destination) named(err error) error { return saidBy(e.Host, err) }
+
+// lastWord has who comes just now hear why no VM is taken any more.
+func (e *destination) lastWord(requests <-chan *Request, why error) {
+	select {
+	case r := <-requests:
+		r.Refuse(e.named(why))
+	case <-time.After(lastWords):
+	}
+}
+
+// consider looks at an offer, and accepts it if it fits.
+func (e *destination) consider(ctx context.Context, r *Request) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	defer cancel()
+	o := r.offer
+	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
+		return fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
+	}
+	if err := atRest(ctx, e.q, "the QEMU that waits at the destination"); err != nil {
+		return err
+	}
+	// Not when the wait began: it may be mended meanwhile, in QEMU's monitor.
+	here := e.here
+	if here.Disks, err = fit.DisksOf(ctx, e.q); err != nil {
+		return err
+	}
+	if err := o.mismatch(here); err != nil {
+		if e.Description != "" {
+			err = fmt.Errorf("%w. How it is started is in %s", err, e.Description)
+		}
+		return err
+	}
+	if err := e.hasRoom(); err != nil { // anew: it may be long since the last look
+		return err
+	}
+	if e.stream != nil {
+		e.stream.conn.Close() // of an offer before, whose source went away
+	}
+	// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
+	conn, err := socketTo(ctx, e.q, destinationFD, qemuBuffer)
+	if err != nil {
+		return err
+	}
+	e.use(newStream(conn))
+	return r.control.Write(msgAccepted)
+}
+
+// sort takes all further requests: those that resume this eviction are kept for whoever
+// serves it, the newest only, and its old session ends.
+func (e *destination) sort(requests <-chan *Request) {
+	for {
+		select {
+		case r := <-requests:
+			if r.Purpose != ToResume || r.Eviction != e.eviction {
+				r.Refuse(e.named(errors.New("the destination is taken by another eviction")))
+				continue
+			}
+			select {
+			case old := <-e.rejoin:
+				old.end()
+			default:
+			}
+			e.rejoin <- r
+			if a := e.at.Load(); a != nil {
+				a.Fail(errors.New("the source has made a new session"))
+			}
+		case <-e.ended:
+			return
+		}
+	}
+}
+
+// bound returns a context that also ends with the QEMU.
+func (e *destination) bound(ctx context.Context) (context.Context, context.CancelCauseFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(e.life, func() { cancel(context.Cause(e.life)) })
+	return ctx, func(cause error) {
+		stop()
+		cancel(cause)
+	}
+}
+
+// take receives the VM.
+func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
+	committing, cancel := e.bound(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(prepareTimeout+switchTimeout, func() { cancel(errors.New("no package came")) })
+	defer timer.Stop()
+	control := e.at.Load().control
+	err := e.arm(committing)
+	if err == nil {
+		err = e.receivePackage(committing)
+	}
+	if err == nil {
+		timer.Stop()
+		timer = time.AfterFunc(loadTimeout, func() { cancel(errors.New("no commit came in time")) })
+		defer timer.Stop()
+		err = e.load(committing)
+	}
+	if err == nil {
+		_, err = control.await(committing, msgCommit)
+		e.committed = err == nil
+	}
+	if err == nil {
+		err = <-e.kept
+	}
+	if err == nil {
+		err = note(e.Journal, MarkMayRun, "")
+	}
+	if err != nil {
+		return e.abort(err)
+	}
+	e.mark = MarkMayRun
+	left, stop := untilLeft(ctx)
+	defer stop()
+	if err := e.run(left); err != nil {
+		return err
+	}
+	if err := control.Write(msgRunning); err != nil {
+		e.at.Load().Fail(err)
+	}
+	e.ran.Store(true)
+	if e.isShort() {
+		e.passOn()
+	}
+	return e.serve(ctx, left)
+}
+
+// contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
+const contTime = time.Second
+
+// run has the QEMU run the VM. The source has committed the eviction, and that is on record.
+// QEMU may be unable to answer until a page has come, which the VM touched at once: then
+// serve, without which no page comes after the loss of the session, hears the answer.
+func (e *destination) run(left context.Context) error {
+	if !mayCont(e.mark, e.committed) {
+		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v", e.mark, e.committed))
+	}
+	if err := e.machine.enter(Running); err != nil {
+		return e.abort(err)
+	}
+	q, answer := e.q, make(chan error, 1)
+	e.tasks.Go(func() {
+		ctx, cancel := e.bound(context.Background())
+		defer cancel(nil)
+		err := q.Cont(ctx)
+		e.running.Store(err == nil)
+		answer <- err
+		if err == nil {
+			announce(ctx, q, e.Log)
+		}
+	})
+	e.pending, e.ranSince = false, time.Now()
+	select {
+	case err := <-answer:
+		return e.continued(left, err)
+	case <-time.After(contTime):
+		e.cont = answer
+		return nil
+	}
+}
+
+// continued is told how QEMU answered `cont`.
+func (e *destination) continued(left context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case isRefusal(err):
+		return e.abort(fmt.Errorf("the destination's QEMU refuses to run the VM: %w", err))
+	case e.life.Err() != nil:
+		return e.twinGone(left)
+	}
+	return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
+}
+
+// arm has QEMU wait for the stream, and gives it its head.
+func (e *destination) arm(ctx context.Context) error {
+	if err := e.machine.enter(Arming); err != nil {
+		return err
+	}
+	if err := e.q.MigrateIncoming(ctx, "fd:"+destinationFD); err != nil {
+		return err
+	}
+	f, err := e.at.Load().control.await(ctx, msgHead)
+	if err != nil {
+		return err
+	}
+	if err := e.takeHead(f.payload); err != nil {
+		return err
+	}
+	e.tasks.Go(func() { e.kept <- e.keep() })
+	e.follow(e.stream, migstream.NewReturnReader(e.stream.conn, 0))
+	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(slices.Clone(e.head))); err != nil {
+		return err
+	}
+	if err := e.awaitPong(ctx, pingHead); err != nil {
+		return err
+	}
+	return e.at.Load().control.Write(msgArmed)
+}
+
+// keep stores what another engine needs to go on.
+func (e *destination) keep() error {
+	if e.Journal == nil {
+		return nil
+	}
+	b, err := json.Marshal(e.twin())
+	if err != nil {
+		return fmt.Errorf("encode what is known of the destination's QEMU: %w", err)
+	}
+	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
+}
+
+// follow reads what QEMU says of a stream, and gives the stream up when that ends.
+func (e *destination) follow(s *stream, r *migstream.ReturnReader) {
+	s.reader.Go(func() {
+		if err := e.readReturnPath(s, r); err != nil {
+			s.fail(err)
+		}
+	})
+}
+
+// load waits until the VM is loaded and paused.
+func (e *destination) load(ctx context.Context) error {
+	if err := e.machine.enter(Loading); err != nil {
+		return err
+	}
+	e.receiveLanes(e.at.Load())
+	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are loaded.
+	if err := e.awaitPong(ctx, pingLoaded); err != nil {
+		return err
+	}
+	for {
+		status, err := e.q.QueryStatus(ctx)
+		if err != nil {
+			return err
+		}
+		if status.Status == "paused" {
+			break
+		}
+		if status.Status != "inmigrate" {
+			return fmt.Errorf("the destination's QEMU went to state %q in place of paused", status.Status)
+		}
+		if err := e.pause(ctx); err != nil {
+			return err
+		}
+	}
+	if err := e.machine.enter(Prepared); err != nil {
+		return err
+	}
+	if err := e.at.Load().control.Write(msgLoaded); err != nil {
+		return err
+	}
+	e.placeDirectly()
+	return nil
+}
+
+// placeDirectly has pages placed in QEMU's memory, if that may be.
+func (e *destination) placeDirectly() {
+	if e.ThroughQEMU {
+		return
+	}
+	d, err := openDirect(e.process, e.mem, e.layout)
+	if err != nil {
+		e.Log.Info("pages go through QEMU's stream", "reason", err)
+		return
+	}
+	e.placer.gate = &gate{pid: e.mem.PID()}
+	e.placer.direct.Store(d)
+}
+
+// awaitPong waits until QEMU has loaded all before a ping.
+func (e *destination) awaitPong(ctx context.Context, value uint32) error {
+	a := e.at.Load()
+	for {
+		select {
+		case v := <-e.stream.pongs:
+			if v == value {
+				return nil
+			}
+		case f := <-a.control.frames:
+			return f.check()
+		case <-e.stream.broken:
+			return e.stream.why
+		case <-a.Done():
+			return a.Err()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// pause waits for a moment. It fails at once if the eviction has failed.
+func (e *destination) pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pollInterval, errMoment)
+	defer cancel()
+	if _, err := e.at.Load().control.await(ctx); !errors.Is(err, errMoment) {
+		return err
+	}
+	select {
+	case <-e.stream.broken:
+		return e.stream.why
+	default:
+		return nil
+	}
+}
+
+var errMoment = errors.New("a moment has passed")
+
+// explain finds QEMU's own reason behind an error, if it gives one.
+func (e *destination) explain(err error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
+	defer cancel()
+	m, qerr := e.q.QueryMigrate(ctx)
+	switch {
+	case qerr == nil && m.ErrorDesc != "":
+		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
+	case errors.Is(qerr, qmp.ErrClosed):
+		select {
+		case <-e.life.Done():
+		case <-ctx.Done():
+			return fmt.Errorf("the monitor of the destination's QEMU ended: %w", err)
+		}
+		if !errors.Is(err, errTwinGone) {
+			err = fmt.Errorf("%w: %w", context.Cause(e.life), err)
+		}
+		return fmt.Errorf("the destination's QEMU ended (devices or disks that differ from the source's are the usual reason): %w", err)
+	}
+	return err
+}
+
+// kill ends the QEMU and waits until it is gone.
+func (e *destination) kill() error {
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	if err := e.process.Kill(ctx); err != nil {
+		return fmt.Errorf("end the destination's QEMU: %w", err)
+	}
+	return nil
+}
+
+// killTime is how long a QEMU may take to end when it was killed.
+const killTime = 5 * time.Second
+
+// abort ends an attempt that never ran the VM: it ends the QEMU, so that it never will,
+// and then says so.
+func (e *destination) abort(err error) error {
+	from := e.machine.current()
+	if e.q != nil {
+		err = e.explain(err)
+	}
+	if killErr := e.kill(); killErr != nil {
+		return e.lost(errors.Join(err, killErr), "The VM never ran here. End this QEMU by hand")
+	}
+	if noteErr := note(e.Journal, MarkNeverRan, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM never ran here", "error", noteErr)
+	}
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
+	}
+	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
+	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)), "The VM never ran here, and the QEMU that was to take it was ended; it runs on on the source"}
+}
+
+// lost ends an eviction that cannot be completed although the VM ran here.
+func (e *destination) lost(err error, remedy string) error {
+	from := e.machine.current()
+	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM is lost here", "error", noteErr)
+	}
+	dead := !e.process.Alive()
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgFailed, farewell{e.named(err).Error(), dead})
+	}
+	e.answerRejoin(AnswerLost, e.named(err).Error(), dead)
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+}
+
+// answerRejoin answers a source that came back when all was over. Where no journal remembers,
+// one that committed, and does not know what became of that, is waited for.
+func (e *destination) answerRejoin(a Answer, reason string, dead bool) {
+	select {
+	case r := <-e.rejoin:
+		r.Answer(a, reason, dead, nil)
+		return
+	default:
+	}
+	if e.Journal != nil || e.at.Load() != nil || e.machine.at(Running).IsZero() {
+		return
+	}
+	select {
+	case r := <-e.rejoin:
+		r.Answer(a, reason, dead, nil)
+	case <-time.After(lingerTime):
+	}
+}
+
+func (e *destination) close() {
+	if e.stream != nil {
+		e.stream.fail(net.ErrClosed)
+		e.stream.reader.Wait()
+	}
+	if a := e.at.Load(); a != nil {
+		a.end()
+	}
+	e.die(net.ErrClosed)
+	close(e.ended)
+	e.tasks.Wait()
+	select {
+	case r := <-e.rejoin:
+		r.end()
+	default:
+	}
+	if e.placer != nil {
+		if d := e.placer.direct.Load(); d != nil {
+			d.close()
+		}
+	}
+	e.promised.Release()
+	if e.mem != nil {
+		e.mem.Close()
+	}
+	if e.q != nil {
+		e.q.Close()
+	}
+	e.messages.Close()
+}
+
+// startRemedy says how the QEMU is to be started.
+func (e *destination) startRemedy() string {
+	if e.Description != "" {
+		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments", e.Description)
+	}
+	return "start it as the source's, with -S -incoming defer in addition"
+}
+
+// startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
+// as soon as the devices are loaded, before anyone agreed to that.
+func startsPaused(args []string) error {
+	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
+		return errors.New("the destination's QEMU was started without -S and would run the VM without being told to")
+	}
+	return nil
+}
+
+// explainPostcopy adds what to do to QEMU's refusal of post-copy.
+func explainPostcopy(err error) error {
+	b, readErr := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
+	if readErr != nil {
+		return fmt.Errorf("%w: this kernel has no userfaultfd, which post-copy needs", err)
+	}
+	if strings.TrimSpace(string(b)) == "0" {
+		return fmt.Errorf("%w: QEMU may not use userfaultfd: run `sysctl vm.unprivileged_userfaultfd=1`, or run QEMU with CAP_SYS_PTRACE", err)
+	}
+	return err
+}

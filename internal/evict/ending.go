@@ -1,0 +1,320 @@
+package evict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+
+	"vacate/internal/qemu/qmp"
+)
+
+// What follows is about a twin whose guest ends itself while its memory comes in: it powers itself
+// off, resets itself, or panics, and its QEMU is to end then by its own setting. The rules are
+// under R10 in docs/protocol.md.
+
+// actions are what a QEMU was told to do when its guest ends itself, by its command line: QEMU
+// does not tell at its monitor.
+type actions struct {
+	shutdown string // "poweroff" (QEMU ends) or "pause"
+	panic    string // "shutdown", "exit-failure" (QEMU 7.1; both as shutdown says), "pause" or "none"
+}
+
+// actionsOf finds the actions of a command line: -no-shutdown, -action shutdown=…,panic=…. The
+// last one counts.
+func actionsOf(args []string) actions {
+	a := actions{shutdown: "poweroff", panic: "shutdown"}
+	for i, arg := range args {
+		switch {
+		case arg == "-no-shutdown" || arg == "--no-shutdown":
+			a.shutdown = "pause"
+		case (arg == "-action" || arg == "--action") && i+1 < len(args):
+			for _, option := range strings.Split(args[i+1], ",") {
+				switch name, value, _ := strings.Cut(option, "="); name {
+				case "shutdown":
+					a.shutdown = value
+				case "panic":
+					a.panic = value
+				}
+			}
+		}
+	}
+	return a
+}
+
+// ends reports whether a QEMU that was told to pause, and stands in a run state, would have ended
+// by its own setting, because its guest ended itself.
+func (a actions) ends(status string) bool {
+	if a.shutdown == "pause" {
+		return false
+	}
+	return status == "shutdown" || status == "guest-panicked" && (a.panic == "shutdown" || a.panic == "exit-failure")
+}
+
+// commandLine returns the arguments of a process.
+func commandLine(pid int) ([]string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		return nil, fmt.Errorf("read QEMU's command line: %w", err)
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"), nil
+}
+
+// ending is what a twin said of its end. It is safe for concurrent use.
+type ending struct {
+	mu        sync.Mutex
+	guest     string          // why the guest ended itself, in QEMU's words; empty if it did not. Guarded by mu, as all below
+	host      string          // why QEMU ends though its guest did not end itself
+	listeners []chan struct{} // each closed when it has heard all that a monitor says
+}
+
+// listen takes note of what QEMU says of its guest's end, and of its own, at a monitor, until that
+// or this engine ends.
+func (e *destination) listen(q *qmp.Client) {
+	events, heard := q.Subscribe(256), make(chan struct{})
+	e.ending.mu.Lock()
+	e.ending.listeners = append(e.ending.listeners, heard)
+	e.ending.mu.Unlock()
+	e.tasks.Go(func() {
+		defer close(heard)
+		defer events.Close()
+		for {
+			select {
+			case ev, ok := <-events.C:
+				if !ok {
+					return
+				}
+				if e.ending.hear(ev) {
+					e.tasks.Go(func() { e.confirm(q) })
+				}
+			case <-e.ended:
+				return
+			}
+		}
+	})
+}
+
+// hear takes note of an event, and reports whether it says that the guest may have ended itself.
+func (d *ending) hear(ev qmp.Event) bool {
+	switch ev.Name {
+	case "SHUTDOWN":
+		var s struct {
+			Guest  bool   `json:"guest"`
+			Reason string `json:"reason"` // none before QEMU 4.0
+		}
+		if json.Unmarshal(ev.Data, &s) != nil {
+			return false
+		}
+		if s.Reason = plain(s.Reason); s.Reason == "" {
+			s.Reason = "no reason given"
+		}
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !s.Guest {
+			d.host = s.Reason
+			return false
+		}
+		d.guest = s.Reason
+		return true
+	case "RESUME": // it was reset since, and lives
+		d.mu.Lock()
+		d.guest = ""
+		d.mu.Unlock()
+	case "GUEST_PANICKED": // with a QEMU that pauses then; whether that counts, its run state tells
+		return true
+	}
+	return false
+}
+
+// said returns why the guest ended itself, as QEMU said; empty if it did not.
+func (d *ending) said() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.guest
+}
+
+// wait waits for a moment until all was heard that QEMU said before it ended.
+func (d *ending) wait() {
+	d.mu.Lock()
+	listeners := d.listeners
+	d.mu.Unlock()
+	timer := time.NewTimer(lastWords)
+	defer timer.Stop()
+	for _, heard := range listeners {
+		select {
+		case <-heard:
+		case <-timer.C:
+			return
+		}
+	}
+}
+
+// confirm asks a QEMU whose guest may have ended itself for its run state. It answers when the
+// guest stands still, and its disks are written.
+func (e *destination) confirm(q *qmp.Client) {
+	st, err := q.QueryStatus(e.life)
+	if err != nil || !e.own.ends(st.Status) {
+		return
+	}
+	why := e.ending.said()
+	if why == "" {
+		why = "guest-panic" // QEMU's own word for it, where it does not pause
+	}
+	select {
+	case e.over <- why:
+	default:
+	}
+}
+
+// hold tells the QEMU to keep a guest that ends itself, if by its own setting it would end then.
+// Without that it says so and ends at once, which is second best: nobody may listen.
+func (e *destination) hold(ctx context.Context) error {
+	if e.own.shutdown == "pause" {
+		return nil
+	}
+	err := e.q.Run(ctx, "set-action", map[string]string{"shutdown": "pause"}, nil)
+	if errors.Is(err, qmp.ErrCommandNotFound) { // QEMU before 6.0
+		e.Log.Info("the QEMU here cannot be told to stay when its guest ends itself", "version", e.q.Version())
+		return nil
+	}
+	e.held = err == nil
+	return err
+}
+
+// giveBackTime is how long a QEMU may take to get its own settings back.
+const giveBackTime = 2 * time.Second
+
+// letGo gives the QEMU its own settings back. It is called when the eviction is over and the QEMU
+// lives on.
+func (e *destination) letGo() {
+	if e.life.Err() != nil || e.q == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(e.life, giveBackTime)
+	defer cancel()
+	err := e.changed.apply(ctx, e.q)
+	for isRefusal(err) && ctx.Err() == nil { // until its migration is over, which was told to end
+		select {
+		case <-time.After(pollInterval):
+			err = e.changed.apply(ctx, e.q)
+		case <-ctx.Done():
+		}
+	}
+	if err != nil && e.life.Err() == nil {
+		e.Log.Warn("the QEMU here does not take its own migration settings back", "error", err)
+	}
+	e.release()
+}
+
+// release undoes hold, and has QEMU quit if its guest ended itself before.
+func (e *destination) release() {
+	if !e.held || e.life.Err() != nil || e.q == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(e.life, giveBackTime)
+	defer cancel()
+	err := e.q.Run(ctx, "set-action", map[string]string{"shutdown": e.own.shutdown}, nil)
+	if errors.Is(err, qmp.ErrCommandNotFound) {
+		return
+	}
+	var st qmp.Status
+	if err == nil {
+		st, err = e.q.QueryStatus(ctx)
+	}
+	if err == nil && e.own.ends(st.Status) {
+		e.Log.Info("the guest has ended itself: its QEMU is told to quit", "state", st.Status)
+		err = e.q.Quit(ctx)
+	}
+	if err != nil && e.life.Err() == nil {
+		e.Log.Warn("the QEMU here stays when its guest ends itself: if it is not to, tell its monitor set-action shutdown=poweroff", "error", err)
+	}
+}
+
+// LetGo gives a QEMU its own settings back whose eviction completed, if the engine died before it
+// did: what is to be put back is in the journal. A QEMU that has ended since needs nothing.
+func (d Destination) LetGo(ctx context.Context) error {
+	e := d.engine(Completing)
+	defer e.close()
+	err := e.find()
+	if errors.Is(err, errTwinGone) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
+	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+		return err
+	}
+	e.letGo()
+	return nil
+}
+
+// twinGone ends an eviction whose QEMU here ended after the VM ran: what that said tells why.
+func (e *destination) twinGone(left context.Context) error {
+	e.ending.wait()
+	if why := e.ending.said(); why != "" {
+		return e.shutDown(left, why)
+	}
+	return e.lost(context.Cause(e.life), goneHere)
+}
+
+// shutDown ends an eviction whose guest ended itself here. The QEMU may stand still with it, or
+// have ended. It is not told to quit before it is durable why, as without the journal nothing else tells.
+func (e *destination) shutDown(left context.Context, why string) error {
+	why = fmt.Sprintf("the guest ended itself on the destination (%s)", why)
+	for {
+		err := note(e.Journal, MarkShutDown, why)
+		if err == nil {
+			break
+		}
+		e.Log.Warn("the journal does not take it that the VM was shut down here: trying again", "error", err)
+		select {
+		case <-time.After(mendPause):
+		case <-left.Done():
+			return &Error{ErrLeft, e.machine.current(), context.Cause(left), "The VM was shut down here, and another engine can go on with the eviction"}
+		}
+	}
+	e.mu.Lock()
+	e.stats.ShutDown = why
+	e.mu.Unlock()
+	e.say(msgShutDown, farewell{Reason: why})
+	if err := e.quit(); err != nil {
+		e.Log.Warn("the QEMU here does not end: end it by hand", "pid", e.process.PID, "error", err)
+	}
+	e.awaitHeard(nil, func(r *Request) { r.Answer(AnswerShutDown, why, false, nil) })
+	return e.machine.enter(ShutDown)
+}
+
+// quit has the QEMU here quit, and ends it by force if it does not.
+func (e *destination) quit() error {
+	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
+	defer cancel()
+	if e.life.Err() == nil && e.q != nil {
+		if err := e.q.Quit(ctx); err == nil && e.process.Wait(ctx) == nil {
+			return nil
+		}
+	}
+	return e.kill()
+}
+
+// plain makes a text of another process fit for a sentence: in one line, and not too long.
+func plain(s string) string {
+	const most = 4096
+	if len(s) > most {
+		s = s[:most] + "…"
+	}
+	return strings.TrimSpace(strings.Map(func(r rune) rune {
+		if unicode.IsGraphic(r) {
+			return r
+		}
+		return ' '
+	}, strings.ToValidUTF8(s, "?")))
+}

@@ -1,0 +1,401 @@
+package evict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/guest/agent"
+	"vacate/internal/guest/linux"
+	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/sys/sched"
+)
+
+// Enlightenment is where it is learnt what the guest's pages are used for.
+type Enlightenment string
+
+// The places.
+const (
+	Auto  Enlightenment = "auto"  // the guest's memory; failing that its agent
+	Host  Enlightenment = "host"  // the guest's own page descriptors, read from outside once it is frozen
+	Agent Enlightenment = "agent" // an agent in the guest, asked while it still runs. It never makes a page be left out
+	Off   Enlightenment = "off"
+)
+
+// Enlightenments lists them.
+func Enlightenments() []Enlightenment { return []Enlightenment{Auto, Host, Agent, Off} }
+
+// Limits of what it may take, as the VM's host is overloaded and its guest may be hostile.
+const (
+	lookLimit   = 5 * time.Second  // to find its kernel; the agent has a limit of its own
+	surveyLimit = 15 * time.Second // for all that is done beside the push
+)
+
+// light is what is known of the guest's pages.
+type light struct {
+	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
+	noAgent error
+	guest   *linux.Guest      // nil if it cannot be looked into
+	survey  *pageclass.Survey // nil until it is made
+	joined  bool              // the push follows it
+	report  Enlightening
+}
+
+// findAgent finds out whether an agent in the guest can be asked.
+func (e *source) findAgent(ctx context.Context) {
+	if e.mayLook() && e.Enlightenment != Host {
+		e.light.agent, e.light.noAgent = agent.Find(ctx, e.q)
+	}
+}
+
+// look does what has to be done while the guest runs to learn what its pages are used for: an agent can only be asked now. All else
+// waits for the freeze, as each moment until then is one in which the VMs of this host starve.
+func (e *source) look(ctx context.Context) {
+	if e.light.agent != "" {
+		e.lookInside(ctx)
+	}
+}
+
+// mayLook tells whether anything is to be known of the guest's pages.
+func (e *source) mayLook() bool {
+	return e.Enlightenment != Off && (e.Order.Knows() || !e.SendFree)
+}
+
+// lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be had is no reason not to evict: the
+// pages then go in plain order.
+func (e *source) lookInside(ctx context.Context) {
+	l := &e.light
+	start := time.Now()
+	if e.Enlightenment != Agent {
+		var err error
+		if l.guest, err = e.attach(ctx); err == nil {
+			l.report.Source, l.report.Kernel = Host, l.guest.Release()
+		} else {
+			l.doubt("the guest cannot be looked into from outside", err)
+		}
+	}
+	if e.Enlightenment == Agent || e.Enlightenment == Auto && l.guest == nil {
+		err := l.noAgent
+		if err == nil {
+			err = e.ask(ctx, l.agent)
+		}
+		if err == nil {
+			l.report.Source = Agent
+		} else {
+			l.doubt("the guest's agent", err)
+		}
+	}
+	l.report.Attach = time.Since(start).Seconds()
+}
+
+// ask has the guest's agent, behind a socket, tell what its pages are used for.
+func (e *source) ask(ctx context.Context, path string) error {
+	client, err := agent.Dial(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	end := uint64(0)
+	for _, m := range e.mem.Mappings() {
+		end = max(end, (m.GPA+m.Size)/migstream.TargetPageSize)
+	}
+	survey, stats, err := client.Ask(ctx, agent.Options{Frames: end})
+	if err != nil {
+		return err
+	}
+	e.light.survey, e.light.report.AnswerBytes, e.light.report.AnswerCPU = survey, stats.Bytes, stats.CPU.Seconds()
+	return nil
+}
+
+func (e *source) attach(ctx context.Context) (*linux.Guest, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit, fmt.Errorf("it took longer than %v", lookLimit))
+	defer cancel()
+	return attachGuest(ctx, e.mem, monitor{e})
+}
+
+// monitor answers what linux asks of the VM's QEMU. Once that is stopped, it is what QEMU said before.
+type monitor struct{ *source }
+
+// HMP implements linux.Monitor.
+func (m monitor) HMP(ctx context.Context, line string) (string, error) {
+	if r := m.registers.Load(); r != nil {
+		return r.HMP(ctx, line)
+	}
+	return m.q.HMP(ctx, line)
+}
+
+// attachGuest gets ready to look at the pages of a guest, which may run.
+func attachGuest(ctx context.Context, m *guestmem.Memory, q linux.Monitor) (*linux.Guest, error) {
+	live, err := linux.NewLive(m, q)
+	if err != nil {
+		return nil, err
+	}
+	guest, err := linux.Attach(ctx, live)
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return guest, err
+}
+
+func (l *light) doubt(what string, err error) {
+	if l.report.Doubts != "" {
+		l.report.Doubts += "; "
+	}
+	l.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
+}
+
+// enlighten learns what the frozen guest's pages are used for, and has the push follow it.
+// The guest may run at the destination by then, and the push may be under way. It gives way to the VMs of this host, which starved until now.
+func (e *source) enlighten() {
+	e.tasks.Go(func() { sched.Patiently(e.leaveOutUnused) })
+	sched.Patiently(e.learn)
+}
+
+// unusedStep is how much memory is looked at in one go for pages that are not there.
+const unusedStep = 64 << 20
+
+// leaveOutUnused leaves out the pages that are not there: QEMU never had memory for them, or gave it
+// back (a balloon's, virtio-mem's). They would be sent as zeroes, and a shared memory file at the
+// destination would then have memory for them. Reading them is work for nothing, too.
+func (e *source) leaveOutUnused() {
+	for i := range e.frozen.layout {
+		for first := pageset.Page(0); int(first) < e.frozen.layout[i].Pages; {
+			unused, next, err := e.frozen.unused(i, first, unusedStep)
+			if errors.Is(err, guestmem.ErrGone) {
+				return // the eviction is over
+			} else if err != nil {
+				e.Log.Warn("memory that the VM never used is sent, too", "error", err)
+				return
+			}
+			e.leaveOut(unused, pushorder.Unused)
+			first = next
+		}
+	}
+}
+
+// leaveOut leaves out those of the pages that are left, and tells the destination.
+func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
+	var out []pageset.Run
+	e.mu.Lock()
+	for _, r := range runs {
+		out = append(out, e.order.Take(r, why)...)
+	}
+	e.mu.Unlock()
+	e.count(why, out)
+	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
+		if err := sendSkipped(a, out); err != nil {
+			a.FailSoon(err)
+		}
+	}
+}
+
+// learn does enlighten's work.
+func (e *source) learn() {
+	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
+	defer cancel()
+	if e.mayLook() && e.light.agent == "" { // else look has done it
+		e.lookInside(ctx)
+	}
+	start := time.Now()
+	survey := e.light.survey
+	blocks, frames := e.frozen.layout.blocks(), e.frozen.frames()
+	var first []pageset.Run
+	if e.light.guest != nil && e.Order.Base == pushorder.Enlightened {
+		list, err := e.light.guest.First(ctx)
+		if err == nil { // else the survey says the same
+			first = pushorder.Locate(blocks, list, frames)
+			e.mu.Lock()
+			e.order.SetPlan(first)
+			e.mu.Unlock()
+			e.light.report.First = e.sinceFreeze()
+		}
+	}
+	if e.light.guest != nil {
+		r, err := e.light.guest.Survey(ctx)
+		if err != nil {
+			e.light.doubt("the frozen guest is not what it was", err)
+			return
+		}
+		survey = &r.Survey
+		e.light.report.Notes = r.Notes
+		e.light.report.Stages = &r.Timings
+	}
+	if survey == nil {
+		return
+	}
+	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
+	plan = append(first, plan...)
+	var free []pageset.Run
+	if e.light.guest != nil && !e.SendFree {
+		free = pushorder.Skippable(blocks, survey, frames)
+	}
+	e.mu.Lock()
+	e.order.SetPlan(plan)
+	e.mu.Unlock()
+	e.light.survey, e.light.joined = survey, true
+	e.light.report.Survey = time.Since(start).Seconds()
+	e.light.report.Known = e.sinceFreeze()
+	e.leaveOut(free, pushorder.Skipped)
+	// Until it is known, neighbours are those in physical memory.
+	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)
+	e.mu.Lock()
+	e.order.SetKinship(kin)
+	e.mu.Unlock()
+}
+
+// sinceFreeze is the time for which the guest has been frozen here, in seconds.
+func (e *source) sinceFreeze() float64 {
+	return time.Since(*e.frozenAt.Load()).Seconds()
+}
+
+// frames tells which guest page frames fill which pages of the blocks. Blocks that the
+// guest sees at several addresses are left out, as are pages of which it does not see all.
+func (f *frozen) frames() []pushorder.Frames {
+	var frames []pushorder.Frames
+	seen := make([]*pageset.Set, len(f.layout))
+	twice := make([]bool, len(f.layout))
+	for _, m := range f.mem.Mappings() {
+		i := -1
+		for n, j := range f.index {
+			if j == m.Block {
+				i = n
+			}
+		}
+		if i < 0 || m.GPA%migstream.TargetPageSize != 0 || m.Offset >= f.layout[i].Length {
+			continue
+		}
+		b := f.layout[i]
+		skip := (b.PageSize - m.Offset%b.PageSize) % b.PageSize
+		size := min(m.Size, b.Length-m.Offset)
+		if size < skip+b.PageSize || (m.GPA+skip)%migstream.TargetPageSize != 0 {
+			continue
+		}
+		run := pageset.Run{Block: i, First: pageset.Page((m.Offset + skip) / b.PageSize), Count: int((size - skip) / b.PageSize)}
+		frames = append(frames, pushorder.Frames{First: (m.GPA + skip) / migstream.TargetPageSize, Run: run})
+		if seen[i] == nil {
+			seen[i] = pageset.New(b.Pages)
+		}
+		if seen[i].AddRun(run.First, run.Count) != run.Count {
+			twice[i] = true
+		}
+	}
+	once := frames[:0]
+	for _, fr := range frames {
+		if !twice[fr.Run.Block] {
+			once = append(once, fr)
+		}
+	}
+	return once
+}
+
+// Enlightening is what was known of the guest's pages, and what came of it.
+type Enlightening struct {
+	Source Enlightenment `json:"source"`           // host or agent; off if nothing was known
+	Doubts string        `json:"doubts,omitempty"` // why less was known than was asked for
+	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
+	Attach float64       `json:"attach_s"`         // finding its kernel, or having the agent answer
+	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
+	First  float64       `json:"first_known_s"`    // from the freeze until the first pages of the plan were known; 0 if they never were
+	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was; of an engine that took the eviction up, since it did
+	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
+	Notes []string `json:"notes,omitempty"`
+	// Stages are what the survey's time went to; of linux.
+	Stages *linux.Timings `json:"stages_ns,omitempty"`
+	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the guest.
+	AnswerBytes int     `json:"answer_bytes,omitempty"`
+	AnswerCPU   float64 `json:"answer_cpu_s,omitempty"`
+	// Classes counts pages by what they were used for, all of them; none if nothing was known.
+	Classes []ClassCount `json:"classes"`
+}
+
+// ClassCount counts the pages of a class by how they came to the destination.
+type ClassCount struct {
+	Class   pageclass.Class `json:"class"`
+	Pages   int             `json:"pages"`
+	Bytes   uint64          `json:"bytes"` // of pages sent with their content
+	Early   int             `json:"early"`
+	Pushed  int             `json:"pushed"` // by the plan
+	Near    int             `json:"near"`
+	Fetched int             `json:"fetched"` // the guest's first use came before the push
+	Late    int             `json:"late"`    // of those pushed and near: the first use came while they were on their way
+	Skipped int             `json:"skipped"`
+	Unused  int             `json:"unused"`
+	Zero    int             `json:"zero"`
+}
+
+// account sums up by class. Nothing may be sent any more.
+func (e *source) account() Enlightening {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r := e.light.report
+	if !e.light.joined {
+		r.Source = Off
+		return r
+	}
+	var counts [pageclass.Classes]ClassCount
+	classes := make([][]pageclass.Class, len(e.frozen.layout))
+	for i, b := range e.frozen.layout {
+		classes[i] = make([]pageclass.Class, b.Pages)
+	}
+	for _, f := range e.frozen.frames() {
+		each := e.frozen.layout[f.Run.Block].PageSize / migstream.TargetPageSize
+		for i := range f.Run.Count {
+			from := min(f.First+uint64(i)*each, uint64(len(e.light.survey.Pages)))
+			class := pageclass.Unknown
+			// A huge page is of the first class of the paper's order that is in it.
+			for _, p := range e.light.survey.Pages[from:min(from+each, uint64(len(e.light.survey.Pages)))] {
+				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
+					class = p.Class
+				}
+			}
+			classes[f.Run.Block][f.Run.First+pageset.Page(i)] = class
+		}
+	}
+	for i, b := range e.frozen.layout {
+		for p := range pageset.Page(b.Pages) {
+			c := &counts[classes[i][p]]
+			c.Pages++
+			why, late := e.order.Why(i, p)
+			switch why {
+			case pushorder.Early:
+				c.Early++
+			case pushorder.Planned:
+				c.Pushed++
+			case pushorder.Near:
+				c.Near++
+			case pushorder.Fetched:
+				c.Fetched++
+			case pushorder.Skipped:
+				c.Skipped++
+			case pushorder.Unused:
+				c.Unused++
+			}
+			if late {
+				c.Late++
+			}
+			switch {
+			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
+				c.Zero++
+			case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
+				c.Bytes += b.PageSize
+			}
+		}
+	}
+	for c, count := range counts {
+		if count.Class = pageclass.Class(c); count.Pages > 0 {
+			r.Classes = append(r.Classes, count)
+		}
+	}
+	return r
+}
+
+// wasZero tells whether a page was sent as one of zeroes.
+func (fr *frame) wasZero(block int, p pageset.Page) bool {
+	return fr.zeros != nil && fr.zeros[block].Has(p)
+}

@@ -1,0 +1,333 @@
+package evict
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
+
+	"golang.org/x/sys/unix"
+)
+
+// How a VM is frozen at the source. docs/decisions/0001-freezing-the-source.md tells why it is done so.
+//
+//	while the guest runs   newFreezer   the head is made, and QEMU is given a file to save to
+//	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is not tied to Xen: QEMU
+//	                                    saves all devices, inactivates the disks and gives their locks up. `cont` undoes it
+//	while the twin loads   hold         the process of QEMU is stopped: nothing that it is told can run the guest
+//
+// What QEMU saves is framed as the package of a post-copy migration, behind a head like that which QEMU would have made.
+type freezer struct {
+	q      *qmp.Client
+	mem    *guestmem.Memory
+	head   []byte
+	layout layout
+	file   *os.File // what QEMU saves to
+	fdset  int      // QEMU's number of it
+	events *qmp.Subscription
+	said   []string // events since the freeze began that tell of the guest
+}
+
+// saved is a VM that was frozen.
+type saved struct {
+	was  qmp.Status // what the VM did before it was frozen: it is to do the same where it goes on
+	at   time.Time  // when the guest stopped; zero if QEMU did not tell
+	load []byte     // what the destination's QEMU needs to load the devices
+}
+
+// ramSection is the number of the section of RAM in the stream: none that a device has.
+const ramSection = 0x7ffffff0
+
+// switchTimeout is how long QEMU may take to freeze the guest and save its devices.
+const switchTimeout = 20 * time.Second
+
+// makeHead makes the stream from its header to the footer of the RAM section's start, as QEMU begins a migration that goes to
+// post-copy.
+func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
+	sizes := uint64(0)
+	list := make([]migstream.Block, len(blocks))
+	for i, b := range blocks {
+		sizes |= b.PageSize
+		list[i] = migstream.Block{Name: b.Name, Length: b.Size, PageSize: b.PageSize}
+	}
+	l, err := newLayout(list)
+	if err != nil {
+		return nil, nil, err
+	}
+	var head []byte
+	for _, item := range []migstream.Item{
+		migstream.Header{}, migstream.Configuration{Machine: machine},
+		migstream.Command{ID: migstream.CmdOpenReturnPath}, migstream.PingCommand(1), migstream.AdviseCommand(sizes),
+		migstream.SectionStart{ID: ramSection, Name: "ram", Version: migstream.RAMVersion},
+		migstream.MemSize{Blocks: list}, migstream.EOS{}, migstream.Footer{ID: ramSection},
+	} {
+		head = item.Append(head)
+	}
+	if len(head) > maxHead {
+		return nil, nil, fmt.Errorf("the VM has so many RAM blocks that their list is longer than %d bytes", maxHead)
+	}
+	return head, l, nil
+}
+
+// newFreezer gets ready to freeze a VM of a machine type, which does not notice.
+func newFreezer(ctx context.Context, q *qmp.Client, machine string, mem *guestmem.Memory) (_ *freezer, err error) {
+	f := &freezer{q: q, mem: mem}
+	if f.head, f.layout, err = makeHead(machine, mem.Blocks()); err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("vacate", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a file for QEMU to save to: %w", err)
+	}
+	f.file = os.NewFile(uintptr(fd), "the saved devices")
+	defer func() {
+		if err != nil {
+			f.close()
+		}
+	}()
+	// QEMU takes the descriptor of a set that has the access which it wants, and no more.
+	writable, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make a file for QEMU to save to: %w", err)
+	}
+	defer writable.Close()
+	var added struct {
+		Set int `json:"fdset-id"`
+	}
+	if err := q.RunFD(ctx, "add-fd", map[string]any{"opaque": "vacate"}, &added, int(writable.Fd())); err != nil {
+		return nil, fmt.Errorf("hand QEMU a file: %w", err)
+	}
+	f.fdset = added.Set
+	return f, nil
+}
+
+// canSave makes sure that QEMU has the command that saves the devices. It leaves those out that send their state bit by bit, as VFIO's
+// do: package fit finds them.
+func canSave(ctx context.Context, q *qmp.Client) error {
+	err := q.Run(ctx, "xen-save-devices-state", nil, nil) // refused in any case, as it wants a file
+	if errors.Is(err, qmp.ErrCommandNotFound) {
+		return fmt.Errorf("QEMU %v cannot save a VM's devices without Xen: use a build with the command xen-save-devices-state, as 7.2 to 11.1 have it", q.Version())
+	}
+	if !isRefusal(err) {
+		return errors.Join(errors.New("QEMU took a command that lacks its arguments"), err)
+	}
+	return nil
+}
+
+// errMoved is wrapped by the errors of a VM that somebody else did something to while it was being frozen.
+var errMoved = errors.New("somebody else gave the VM's QEMU commands while it was being frozen")
+
+// freeze freezes the guest and has QEMU save its devices. Where the VM stood already, it is left as it was, and errStood says so.
+// After any other error it is to be resumed, if saved.was says that it ran.
+func (f *freezer) freeze(ctx context.Context) (s saved, err error) {
+	f.events = f.q.Subscribe(256)
+	// QEMU carries these out one after the other. Who has it pause the VM between the first and the last, which takes it
+	// less than a millisecond, is taken for us.
+	status, migrate, stop := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil), f.q.Begin(ctx, "stop", nil)
+	err = status.Reply(ctx, &s.was)
+	var m qmp.Migration
+	if err = errors.Join(err, migrate.Reply(ctx, &m), stop.Reply(ctx, nil)); err != nil {
+		return s, err
+	}
+	if !s.was.Running {
+		return s, fmt.Errorf("%w, its state is %q", errStood, s.was.Status)
+	}
+	if err := mayLeave(m); err != nil {
+		return s, err
+	}
+	save := f.q.Begin(ctx, "xen-save-devices-state", map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", f.fdset), "live": true})
+	after := f.q.Begin(ctx, "query-status", nil)
+	jobs := f.q.Begin(ctx, "query-jobs", nil)
+	blocks := f.q.Begin(ctx, "human-monitor-command", map[string]any{"command-line": "info ramblock"})
+	var now qmp.Status
+	var running []job
+	var text string
+	saveErr := save.Reply(ctx, nil)
+	if err := errors.Join(after.Reply(ctx, &now), jobs.Reply(ctx, &running), blocks.Reply(ctx, &text)); err != nil {
+		return s, errors.Join(saveErr, err)
+	}
+	if err := unfinished(running); err != nil {
+		return s, errors.Join(saveErr, err)
+	}
+	if saveErr != nil {
+		return s, saveErr
+	}
+	if now.Running || now.Status != "paused" {
+		return s, fmt.Errorf("%w: its state is %q", errMoved, now.Status)
+	}
+	if err := f.unchanged(text); err != nil {
+		return s, err
+	}
+	s.at = f.listen()
+	if len(f.said) != 1 || f.said[0] != "STOP" {
+		return s, fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
+	}
+	s.load, err = f.read()
+	return s, err
+}
+
+// errStood is wrapped by the error of freezing a VM that stood still already.
+var errStood = errors.New("somebody paused the VM, or it stopped, before it could be frozen")
+
+// job is the part of QEMU's JobInfo that names a job.
+type job struct {
+	ID     string `json:"id"`
+	Type   string `json:"type"`
+	Status string `json:"status"`
+}
+
+// unfinished returns an error that names the jobs of a list that are not over.
+func unfinished(jobs []job) error {
+	var names []string
+	for _, j := range jobs {
+		if j.Status != "concluded" && j.Status != "null" {
+			names = append(names, fmt.Sprintf("%s (%s, %s)", j.ID, j.Type, j.Status))
+		}
+	}
+	if names == nil {
+		return nil
+	}
+	return fmt.Errorf("QEMU works on the VM's disks: the job %s is not finished: wait for its end, or end it with block-job-cancel", strings.Join(names, ", and "))
+}
+
+// unchanged makes sure that the RAM blocks are those of the head.
+func (f *freezer) unchanged(text string) error {
+	blocks, err := guestmem.ParseBlocks(strings.ReplaceAll(text, "\r\n", "\n"))
+	if err != nil {
+		return err
+	}
+	same := slices.EqualFunc(blocks, f.mem.Blocks(), func(a, b guestmem.Block) bool {
+		return a.Name == b.Name && a.Size == b.Size && a.PageSize == b.PageSize
+	})
+	if !same {
+		return errors.New("the VM's memory is not what it was a moment ago: a device was plugged or unplugged, or the firmware's tables grew: try again")
+	}
+	return nil
+}
+
+// listen notes the events that have come, and returns when the guest stopped for the first time.
+func (f *freezer) listen() (stopped time.Time) {
+	for {
+		select {
+		case ev, ok := <-f.events.C:
+			if !ok {
+				return stopped
+			}
+			switch ev.Name {
+			case "STOP":
+				if stopped.IsZero() {
+					stopped = ev.Time
+				}
+				fallthrough
+			case "RESUME", "RESET", "SHUTDOWN":
+				f.said = append(f.said, ev.Name)
+			}
+		default:
+			return stopped
+		}
+	}
+}
+
+// resumed reports whether anybody has had the guest run since the freeze began: what it does now is his doing.
+func (f *freezer) resumed() bool {
+	if f.events == nil {
+		return false
+	}
+	f.listen()
+	return slices.Contains(f.said, "RESUME")
+}
+
+// read takes what QEMU saved and makes the package of it.
+func (f *freezer) read() ([]byte, error) {
+	info, err := f.file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > migstream.MaxPackage {
+		return nil, fmt.Errorf("QEMU's state of the devices has %d bytes; %d are supported", info.Size(), migstream.MaxPackage)
+	}
+	b := make([]byte, info.Size())
+	if _, err := io.ReadFull(io.NewSectionReader(f.file, 0, info.Size()), b); err != nil {
+		return nil, fmt.Errorf("read what QEMU saved: %w", err)
+	}
+	p, err := migstream.Package(b, pingLoaded)
+	if err != nil {
+		return nil, fmt.Errorf("what QEMU saved of the devices: %w", err)
+	}
+	return p.Append(nil), nil
+}
+
+// hold stops the process of a QEMU whose guest is frozen, and makes sure that the guest did not run in between. QEMU says so ahead
+// of running it, so what it has not said before it was stopped it has not done.
+func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
+	if err := qemu.Stop(ctx); err != nil {
+		return err
+	}
+	if err := f.q.Drain(ctx); err != nil {
+		return err
+	}
+	f.listen()
+	switch {
+	case f.events.Dropped() > 0:
+		return errors.New("QEMU told of more than could be followed while the VM was being frozen")
+	case len(f.said) != 1:
+		return fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
+	}
+	return nil
+}
+
+// forget has QEMU close the file.
+func (f *freezer) forget(ctx context.Context) error {
+	return f.q.Run(ctx, "remove-fd", map[string]any{"fdset-id": f.fdset}, nil)
+}
+
+func (f *freezer) close() {
+	f.file.Close()
+	if f.events != nil {
+		f.events.Close()
+	}
+}
+
+// hostFacts are what a source must know of the QEMU that holds a frozen VM, as that cannot answer once its process is stopped.
+type hostFacts struct {
+	Process   process.Process    `json:"process"`
+	Ran       bool               `json:"ran"` // the VM ran when it was about to be frozen, and does again when it is rolled back
+	Blocks    []guestmem.Block   `json:"blocks"`
+	Mappings  []guestmem.Mapping `json:"mappings"`
+	Registers registers          `json:"registers,omitempty"` // of the frozen guest's vCPUs
+	Machine   string             `json:"machine"`
+	QEMU      string             `json:"qemu"`
+}
+
+// registers is what QEMU's human monitor said of the registers of a guest that is frozen since.
+type registers string
+
+// HMP answers as that monitor did.
+func (r registers) HMP(_ context.Context, line string) (string, error) {
+	if line != registersCommand || r == "" {
+		return "", errors.New("the frozen VM's QEMU cannot be asked")
+	}
+	return string(r), nil
+}
+
+const registersCommand = "info registers -a"
+
+func parseFacts(b []byte) (f hostFacts, err error) {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&f); err != nil {
+		return f, fmt.Errorf("what was kept of the frozen VM: %w", err)
+	}
+	return f, nil
+}

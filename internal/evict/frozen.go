@@ -1,0 +1,211 @@
+package evict
+
+import (
+	"fmt"
+	"slices"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/link"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+)
+
+// frozen is the memory of the VM on the source, by the numbers of its blocks on the link.
+// It may be read concurrently.
+type frozen struct {
+	mem    *guestmem.Memory
+	layout layout
+	index  []int // of each block in mem
+}
+
+func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
+	f := &frozen{mem: mem, layout: l, index: make([]int, len(l))}
+	for i, b := range l {
+		j := slices.IndexFunc(mem.Blocks(), func(m guestmem.Block) bool { return m.Name == b.Name })
+		switch {
+		case j < 0 || !mem.Blocks()[j].Located:
+			return nil, fmt.Errorf("memory %q: %w", b.Name, guestmem.ErrNotLocated)
+		case mem.Blocks()[j].PageSize != b.PageSize || mem.Blocks()[j].Size < b.Length:
+			return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at", b.Name)
+		}
+		f.index[i] = j
+	}
+	return f, nil
+}
+
+// read reads the pages of a run into dst, which is as long as they are.
+func (f *frozen) read(dst []byte, r pageset.Run) error {
+	return f.mem.Read(dst, f.index[r.Block], uint64(r.First)*f.layout[r.Block].PageSize)
+}
+
+// unused returns those of a block's pages, from first on, that are not there, so that they read as
+// zero. It looks at so many bytes, and returns the first page that it did not look at.
+func (f *frozen) unused(block int, first pageset.Page, size uint64) (runs []pageset.Run, next pageset.Page, err error) {
+	b := f.layout[block]
+	n := min(pageset.Page(max(1, size/b.PageSize)), pageset.Page(b.Pages)-first)
+	next = first + n
+	per := b.PageSize / migstream.TargetPageSize
+	there := make([]uint64, (uint64(n)*per+63)/64)
+	if err := f.mem.Populated(f.index[block], uint64(first)*per, uint64(n)*per, there); err != nil {
+		return nil, next, err
+	}
+	for p := range n {
+		used := false
+		for i := uint64(p) * per; i < (uint64(p)+1)*per && !used; i++ {
+			used = there[i/64]>>(i%64)&1 != 0
+		}
+		if !used {
+			runs = append(runs, pageset.Run{Block: block, First: first + p, Count: 1})
+		}
+	}
+	return join(runs), next, nil
+}
+
+// releasable tells whether memory of a block can be given back to the host.
+func (f *frozen) releasable(block int) bool {
+	return f.mem.Releasable(f.index[block])
+}
+
+// anyReleasable tells whether that of any block can be.
+func (f *frozen) anyReleasable() bool {
+	for i := range f.layout {
+		if f.releasable(i) {
+			return true
+		}
+	}
+	return false
+}
+
+// release gives the memory of a run back to the host.
+func (f *frozen) release(r pageset.Run) error {
+	size := f.layout[r.Block].PageSize
+	return f.mem.Release(f.index[r.Block], uint64(r.First)*size, uint64(r.Count)*size)
+}
+
+// runs translates guest-physical addresses to the pages that hold them. What is no memory
+// that can be read is left out.
+func (f *frozen) runs(addresses []uint64) []pageset.Run {
+	var runs []pageset.Run
+	for _, gpa := range addresses {
+		j, offset, ok := f.mem.Resolve(gpa)
+		if !ok {
+			continue
+		}
+		for i, b := range f.layout {
+			if f.index[i] == j && offset < b.Length {
+				runs = append(runs, pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
+			}
+		}
+	}
+	return runs
+}
+
+// readGuest reads guest-physical memory into dst, and reports whether it could: where it lies in one piece,
+// in memory that can be read from the process.
+func (f *frozen) readGuest(gpa uint64, dst []byte) bool {
+	j, offset, ok := f.mem.Resolve(gpa)
+	if !ok {
+		return false
+	}
+	k, last, ok := f.mem.Resolve(gpa + uint64(len(dst)) - 1)
+	return ok && k == j && last == offset+uint64(len(dst))-1 && f.mem.Blocks()[j].Located && f.mem.Read(dst, j, offset) == nil
+}
+
+// frame builds frames of pages. It is not safe for concurrent use.
+type frame struct {
+	f     *frozen
+	buf   []byte
+	runs  []pageRun
+	head  []byte
+	parts [][]byte
+	zero  int            // zero pages in the frame
+	zeros []*pageset.Set // all so far, per block; nil until there is one
+}
+
+// newFrame makes a frame that takes pages of mem. Its f is to be set before its use.
+func newFrame(mem *guestmem.Memory) *frame {
+	size := uint64(maxBatch)
+	for _, b := range mem.Blocks() {
+		size = max(size, min(b.PageSize, maxPage))
+	}
+	buf := make([]byte, size)
+	for i := 0; i < len(buf); i += migstream.TargetPageSize {
+		buf[i] = 1 // so that the kernel provides the memory now
+	}
+	return &frame{buf: buf}
+}
+
+// fill reads as many of the runs' pages as one frame takes and returns the rest.
+func (fr *frame) fill(runs []pageset.Run) ([]pageset.Run, error) {
+	fr.runs, fr.parts, fr.zero = fr.runs[:0], fr.parts[:0], 0
+	fr.parts = append(fr.parts, nil) // the head, once it is known
+	used := 0
+	for len(runs) > 0 && len(fr.runs) < maxRuns/2 && fr.zero < maxZeroPages {
+		r := runs[0]
+		size := int(fr.f.layout[r.Block].PageSize)
+		// A run of n pages becomes at most n runs, zero and not.
+		room := min((max(maxBatch, size)-used)/size, maxRuns-len(fr.runs))
+		if room <= 0 {
+			break
+		}
+		if r.Count > room {
+			runs[0].First += pageset.Page(room)
+			runs[0].Count -= room
+			r.Count = room
+		} else {
+			runs = runs[1:]
+		}
+		data := fr.buf[used : used+r.Count*size]
+		if err := fr.f.read(data, r); err != nil {
+			return nil, fmt.Errorf("read the frozen guest's memory: %w", err)
+		}
+		used += len(data)
+		fr.add(r, data, size)
+	}
+	fr.head = appendPages(fr.head[:0], fr.runs)
+	return runs, nil
+}
+
+// add splits a run that was read into runs of zero pages and others.
+func (fr *frame) add(r pageset.Run, data []byte, size int) {
+	for at := 0; at < r.Count; {
+		zero := guestmem.IsZero(data[at*size : (at+1)*size])
+		end := at + 1
+		for end < r.Count && guestmem.IsZero(data[end*size:(end+1)*size]) == zero {
+			end++
+		}
+		fr.runs = append(fr.runs, pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(at), Count: end - at}, zero})
+		if zero {
+			fr.zero += end - at
+			fr.note(r.Block, r.First+pageset.Page(at), end-at)
+		} else {
+			fr.parts = append(fr.parts, data[at*size:end*size])
+		}
+		at = end
+	}
+}
+
+// note remembers pages of zeroes.
+func (fr *frame) note(block int, first pageset.Page, n int) {
+	if fr.zeros == nil {
+		for _, b := range fr.f.layout {
+			fr.zeros = append(fr.zeros, pageset.New(b.Pages))
+		}
+	}
+	fr.zeros[block].AddRun(first, n)
+}
+
+// size is the number of bytes of the frame's payload.
+func (fr *frame) size() int {
+	n := len(fr.head)
+	for _, p := range fr.parts[1:] {
+		n += len(p)
+	}
+	return n
+}
+
+// write sends the frame.
+func (fr *frame) write(lane *link.Conn) error {
+	fr.parts[0] = fr.head
+	return lane.Write(framePages, fr.parts...)
+}

@@ -1,0 +1,139 @@
+package evict
+
+import (
+	"cmp"
+	"errors"
+	"io/fs"
+	"slices"
+	"sync"
+	"time"
+
+	"vacate/internal/evict/pageset"
+)
+
+// ErrGivenBack is wrapped by the errors of doing something with a copy that is not whole.
+var ErrGivenBack = errors.New("memory of the frozen VM was given back to this host, as the destination had it: the copy here is not whole")
+
+// Whole returns an error, ErrGivenBack, if an eviction has given memory of the frozen VM back, so that its copy at the source can neither be
+// resumed nor exported; or another one if the journal does not tell.
+func Whole(j Journal) error {
+	_, err := j.Kept(keptGivenBack)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err == nil:
+		return ErrGivenBack
+	}
+	return err
+}
+
+// giveEvery is how often memory is given back, so that pages beside one another go at once.
+const giveEvery = 100 * time.Millisecond
+
+// ledger is which pages the destination has in the memory of its QEMU: those of frames that it reported so. A nil ledger keeps no books.
+type ledger struct {
+	mu     sync.Mutex
+	flying []sentFrame   // pushed and not reported, oldest first
+	sent   uint64        // bytes of all frames of the session
+	ready  []pageset.Run // to be given back
+}
+
+type sentFrame struct {
+	end  uint64 // value of sent behind it
+	runs []pageset.Run
+}
+
+// begin begins a session: what was under way in the one before may not have arrived.
+func (l *ledger) begin() {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.flying, l.sent = nil, 0
+}
+
+// add notes that a frame of so many bytes is about to be pushed.
+func (l *ledger) add(size int, runs []pageRun) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sent += uint64(size)
+	f := sentFrame{l.sent, make([]pageset.Run, len(runs))}
+	for i, r := range runs {
+		f.runs[i] = r.Run
+	}
+	l.flying = append(l.flying, f)
+}
+
+// report notes that the destination has placed all frames up to placed bytes; and whether the pages of the last of these are in its
+// QEMU's memory for good, and not on their way there.
+func (l *ledger) report(placed uint64, held bool) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for ; n < len(l.flying) && l.flying[n].end <= placed; n++ {
+		if held && l.flying[n].end == placed {
+			l.ready = append(l.ready, l.flying[n].runs...)
+		}
+	}
+	l.flying = slices.Delete(l.flying, 0, n)
+}
+
+// take returns what is to be given back, by address.
+func (l *ledger) take() []pageset.Run {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	runs := l.ready
+	l.ready = nil
+	slices.SortFunc(runs, func(a, b pageset.Run) int {
+		return cmp.Or(cmp.Compare(a.Block, b.Block), cmp.Compare(a.First, b.First))
+	})
+	return join(runs)
+}
+
+// giveBack gives memory back that the destination has, as long as a session lasts and once the VM has run there for long enough.
+func (e *source) giveBack(a *attachment) error {
+	timer := time.NewTimer(time.Until(e.ranSince.Add(e.GiveBack)))
+	defer timer.Stop()
+	for {
+		select {
+		case <-a.Done():
+			return nil
+		case <-timer.C:
+		}
+		if runs := e.ledger.take(); len(runs) > 0 {
+			if err := e.release(runs); err != nil {
+				e.Log.Warn("no more of the frozen VM's memory is given back before the end", "error", err)
+				return nil
+			}
+		}
+		timer.Reset(giveEvery)
+	}
+}
+
+// release gives pages back, as far as they are in memory that can be. That the copy here is not whole from now on is durable before.
+func (e *source) release(runs []pageset.Run) error {
+	runs = slices.DeleteFunc(runs, func(r pageset.Run) bool { return !e.frozen.releasable(r.Block) })
+	if len(runs) == 0 {
+		return nil
+	}
+	if !e.gaveBack.Load() {
+		if err := e.Journal.Keep(keptGivenBack, nil); err != nil {
+			return err
+		}
+		e.gaveBack.Store(true)
+	}
+	for _, r := range runs {
+		if err := e.frozen.release(r); err != nil {
+			return err
+		}
+		e.given.Add(int64(r.Count))
+	}
+	return nil
+}

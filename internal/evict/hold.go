@@ -1,0 +1,311 @@
+package evict
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"vacate/internal/link"
+)
+
+// Where this host has no memory for a page once the VM runs here, nothing is lost: the source has the page, and the guest waits. So the page is
+// kept, and placed as soon as there is memory. The lanes are read on meanwhile, as a session whose frames nobody reads would be taken for dead.
+// What was pushed is not reported as placed, so that the source's window lets no more than one round trip's worth come.
+
+// errNoMemory is wrapped by the reasons for which this host does not take a page now, and may later.
+var errNoMemory = errors.New("no memory for a page")
+
+const (
+	// retryMemory is how often pages that found no memory are tried again.
+	retryMemory = 100 * time.Millisecond
+	// maxHeld bounds the pages that are kept, in bytes; beyond it the lanes are not read.
+	maxHeld = 64 << 20
+	// heldRun and heldParcel are what a run and a parcel take besides, at most: a peer's may have no data.
+	heldRun, heldParcel = 64, 512
+)
+
+// parcel is pages that came, and are not placed yet.
+type parcel struct {
+	runs   []pageRun
+	data   []byte // of those that are not zero
+	urgent bool
+	all    bool        // none of the frame's was here before
+	a      *attachment // in whose session they came; nil for zeroes in place of pages that were left out
+	push   *tally      // whom to tell when they are placed; nil for nobody
+	bytes  int         // of the frame
+}
+
+// tally is what was placed of a push lane. It is used by the lane's reader, and while pages of the lane are held by who places those.
+type tally struct {
+	lane   *link.Conn
+	placed uint64 // bytes of frames
+	report []byte
+}
+
+// tell reports that a frame is placed.
+func (p *tally) tell(bytes int, held bool) error {
+	if p == nil {
+		return nil
+	}
+	p.placed += uint64(bytes)
+	p.report = appendPlaced(p.report[:0], p.placed, held)
+	return p.lane.Write(framePlaced, p.report)
+}
+
+// settle places pages, or holds them until there is memory. It tells whether they are held: then their data must stay as it is.
+func (e *destination) settle(f parcel) (held bool, err error) {
+	if f.push != nil && e.behind(f) {
+		return true, nil
+	}
+	rest, err := e.put(f)
+	if rest == nil {
+		return false, err
+	}
+	e.park(*rest, err)
+	return true, nil
+}
+
+// put places pages, and reports them. What finds no memory, where that may come, is returned with the reason.
+func (e *destination) put(f parcel) (rest *parcel, err error) {
+	if len(f.runs) == 0 {
+		return nil, f.push.tell(f.bytes, false)
+	}
+	held, done, err := e.placer.place(f.runs, f.data, f.urgent)
+	if errors.Is(err, errNoMemory) && e.mayHold() {
+		e.placed(done)
+		f.runs, f.data = without(e.layout, f.runs, f.data, done)
+		return &f, err
+	} else if err != nil {
+		return nil, err
+	}
+	e.placed(f.runs)
+	return nil, f.push.tell(f.bytes, held && f.all)
+}
+
+// without drops pages off the front of runs, and their data.
+func without(l layout, runs []pageRun, data []byte, done []pageRun) ([]pageRun, []byte) {
+	for _, d := range done {
+		if !d.Zero {
+			data = data[uint64(d.Count)*l[d.Block].PageSize:]
+		}
+		if runs[0].Count == d.Count {
+			runs = runs[1:]
+			continue
+		}
+		first := runs[0]
+		first.First, first.Count = d.End(), first.Count-d.Count
+		runs = append([]pageRun{first}, runs[1:]...)
+	}
+	return runs, data
+}
+
+// mayHold tells whether the VM may run here: before, an eviction that finds no memory is aborted.
+func (e *destination) mayHold() bool {
+	switch e.machine.current() {
+	case Running, CutOff, Completing:
+		return true
+	}
+	return false
+}
+
+// behind holds pushed pages if others of their session are, whose turn is first. It tells whether it did.
+func (e *destination) behind(f parcel) bool {
+	e.holding.Lock()
+	defer e.holding.Unlock()
+	if !slices.ContainsFunc(e.parcels, func(h parcel) bool { return h.push == f.push }) {
+		return false
+	}
+	e.parcels = append(e.parcels, f)
+	return true
+}
+
+// mayRead waits until so few pages are held that a lane of a session may be read on, or the session ends.
+func (e *destination) mayRead(a *attachment) {
+	for a.Err() == nil {
+		bytes := 0
+		e.holding.Lock()
+		for _, h := range e.parcels {
+			bytes += len(h.data) + len(h.runs)*heldRun + heldParcel
+		}
+		e.holding.Unlock()
+		if bytes < maxHeld {
+			return
+		}
+		select {
+		case <-time.After(retryMemory):
+		case <-a.Done():
+		}
+	}
+}
+
+// park keeps pages that find no memory, and has them tried again.
+func (e *destination) park(f parcel, why error) {
+	e.holding.Lock()
+	defer e.holding.Unlock()
+	e.parcels = append(e.parcels, f)
+	if !e.retrying {
+		e.retrying = true
+		e.tasks.Go(func() { e.retry(why) })
+	}
+}
+
+// retry places what is held, until nothing is. why is the reason for which the first page was not placed.
+func (e *destination) retry(why error) {
+	e.tellShort(e.shortage(why))
+	for {
+		select {
+		case <-time.After(retryMemory):
+		case <-e.ended:
+			return
+		}
+		e.holding.Lock()
+		e.parcels = e.placeHeld(e.parcels)
+		none := len(e.parcels) == 0
+		e.holding.Unlock()
+		if !none || e.at.Load() == nil && e.tight() != "" { // pages of a session that has ended are held no longer
+			continue
+		}
+		e.tellShort("")
+		e.holding.Lock()
+		e.retrying = len(e.parcels) > 0
+		again := e.retrying
+		e.holding.Unlock()
+		if !again {
+			return
+		}
+		e.tellShort(e.shortage(why))
+	}
+}
+
+// shortage says what is to be seen of a page that found no memory here.
+func (e *destination) shortage(err error) string {
+	if why := e.tight(); why != "" {
+		return why
+	}
+	return err.Error()
+}
+
+// awaitRoom waits for a while where QEMU's own loader of pages will fail once more, as this host has no memory for any.
+func (e *destination) awaitRoom() {
+	if e.placer.direct.Load() != nil {
+		return
+	}
+	until := time.Now().Add(tightTime)
+	for why := e.tight(); why != "" && time.Now().Before(until); why = e.tight() {
+		if !e.starved {
+			e.starved = true
+			e.tellShort(why)
+		}
+		select {
+		case <-time.After(mendPause / 2):
+		case <-e.life.Done():
+			return
+		}
+	}
+}
+
+// tightTime is after how long QEMU gets a new stream even where there seems to be no memory.
+const tightTime = 10 * time.Second
+
+// placeHeld places what there is memory for, and returns the rest. The caller has the lock holding.
+func (e *destination) placeHeld(held []parcel) (left []parcel) {
+	stuck := map[*tally]bool{nil: false}
+	for _, f := range held {
+		if stuck[f.push] {
+			left = append(left, f)
+			continue
+		}
+		rest, err := e.put(f)
+		switch {
+		case rest != nil:
+			left = append(left, *rest)
+			stuck[f.push] = f.push != nil
+		case err != nil:
+			e.failed(f.a, err)
+		}
+	}
+	return left
+}
+
+// failed ends what pages cannot be placed in: QEMU's stream, or the session.
+func (e *destination) failed(a *attachment, err error) {
+	if s := e.current.Load(); s != nil && errors.Is(err, errQEMU) {
+		s.fail(err)
+	}
+	if a != nil {
+		a.FailSoon(err)
+	}
+}
+
+// forget drops pages that are held: those of a session that has ended, which will be sent again, or all of them where it is about to be found
+// out what is here.
+func (e *destination) forget(a *attachment) {
+	e.holding.Lock()
+	defer e.holding.Unlock()
+	var left []parcel
+	for _, f := range e.parcels {
+		if a != nil && f.a != a {
+			left = append(left, f)
+			continue
+		}
+		e.mu.Lock()
+		for _, r := range f.runs {
+			e.received[r.Block].RemoveRun(r.First, r.Count)
+			// QEMU waits for what was left out, and asks but once.
+			for p := r.First; f.a == nil && p < r.End(); p++ {
+				e.waiting[pageKey{r.Block, p}] = time.Now()
+			}
+		}
+		e.mu.Unlock()
+	}
+	e.parcels = left
+}
+
+// tellShort tells whom it concerns that pages find no memory here, and why; "" if they do again.
+func (e *destination) tellShort(why string) {
+	if why != "" {
+		e.Log.Warn("this host has no memory for pages of the VM, which waits for them; it goes on by itself when there is some", "reason", why)
+	} else {
+		e.Log.Info("this host has memory again for the VM's pages")
+	}
+	e.mu.Lock()
+	e.short = why
+	e.mu.Unlock()
+	e.show("")
+	e.passOn()
+}
+
+// passOn tells the source, if it is there, whether pages find memory here.
+func (e *destination) passOn() {
+	e.telling.Lock()
+	defer e.telling.Unlock()
+	a := e.at.Load()
+	if a == nil || !e.ran.Load() {
+		return // it is told when it comes
+	}
+	e.mu.Lock()
+	why := e.short
+	e.mu.Unlock()
+	if err := writeJSON(a.control.Conn, msgShort, farewell{Reason: why[:min(len(why), maxReason)]}); err != nil {
+		a.FailSoon(err)
+	}
+}
+
+// isShort tells whether pages find no memory here.
+func (e *destination) isShort() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.short != ""
+}
+
+// maxReason bounds what the source is told of why pages find no memory, in bytes.
+const maxReason = 1000
+
+// shortText is what users are told of an eviction whose pages find no memory at the destination.
+func shortText(where, why string) string {
+	if why == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s has no memory for the VM's pages: %s. The VM waits there. Free memory or raise that limit; it goes on by itself", where, why)
+}

@@ -1,0 +1,50 @@
+package evict
+
+import "vacate/internal/evict/journal"
+
+// Journal is where an engine notes what must not be forgotten when it dies, of one
+// eviction. Its methods return when that is durable, and may be called concurrently.
+type Journal interface {
+	// Note sets the eviction's mark, and why it got it.
+	Note(m Mark, reason string) error
+	// Keep stores bytes under a name of the engine's, in place of those stored before.
+	Keep(name string, b []byte) error
+	// Kept returns what was stored; an error that wraps fs.ErrNotExist if nothing was.
+	Kept(name string) ([]byte, error)
+}
+
+// What engines keep, by its name.
+const (
+	keptFacts     = "facts"      // source: hostFacts; JSON
+	keptHead      = "head"       // both: QEMU's stream from its header to the footer of the RAM section's start
+	keptLoad      = "load"       // source: the package
+	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
+	keptDead      = "dead-there" // source: empty; the twin is dead for good, as the destination said, or never ran
+	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
+	KeptHeard = journal.Lasting + "heard"
+	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
+	KeptTrace  = journal.Lasting + "trace"
+	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
+)
+
+// DeadThere reports whether it is known, without an operator's word, that the twin never runs again.
+func DeadThere(j Journal) bool {
+	_, err := j.Kept(keptDead)
+	return err == nil
+}
+
+// note is Note for an engine that may have no journal.
+func note(j Journal, m Mark, reason string) error {
+	if j == nil {
+		return nil
+	}
+	return j.Note(m, reason)
+}
+
+// keep is Keep for an engine that may have no journal.
+func keep(j Journal, name string, b []byte) error {
+	if j == nil {
+		return nil
+	}
+	return j.Keep(name, b)
+}

@@ -1,0 +1,230 @@
+package evict
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/link"
+	"vacate/internal/qemu/migstream"
+)
+
+// demandTime is how long nothing is pushed where the order is demand-only; as the guest
+// may never touch some pages, the eviction would not end otherwise.
+const demandTime = 20 * time.Second
+
+// sendEarly sends the pages that loading the devices touches, ahead of the package: the
+// destination's QEMU would fetch them one by one while the VM stands still.
+func (e *source) sendEarly(a *attachment) error {
+	var runs []pageset.Run
+	wanted := e.frozen.runs(touchedByLoading(e.saved.load, e.frozen.readGuest))
+	for _, name := range e.flash {
+		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.layout[i].Length <= maxFlash {
+			wanted = append(wanted, pageset.Run{Block: i, Count: e.frozen.layout[i].Pages})
+		}
+	}
+	e.mu.Lock()
+	for _, w := range wanted {
+		runs = append(runs, e.order.Take(w, pushorder.Early)...)
+	}
+	e.mu.Unlock()
+	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
+}
+
+// send sends pages on a lane, in as many frames f as they take. note is called before each is written.
+func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run, note func()) error {
+	e.count(why, runs)
+	for len(runs) > 0 {
+		var err error
+		if runs, err = f.fill(runs); err != nil {
+			return err
+		}
+		note()
+		if err := f.write(lane); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// beginPush pushes in a session, in which fetches are served already.
+func (e *source) beginPush(a *attachment) {
+	e.ledger.begin()
+	e.mu.Lock()
+	sent, _ := a.Bytes()
+	e.pushing = pushed{time.Now(), sent, e.sentPages()}
+	if e.atPush == nil {
+		e.atPush = new(e.before.sent + sent)
+	}
+	e.mu.Unlock()
+	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly, again: time.NewTimer(0)}
+	a.begin(p.readPlaced)
+	a.begin(p.run)
+	if e.ledger != nil {
+		a.begin(func() error { return e.giveBack(a) })
+	}
+}
+
+// pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the destination's reports, as each of them makes
+// room, and run, for when something else does. To wake run for each frame would take a fifth more of a core that VMs want.
+type pusher struct {
+	*source
+	a     *attachment
+	again *time.Timer // run has to look for room then
+
+	mu   sync.Mutex // guards what follows, and the frame
+	held bool       // only neighbours of fetches are pushed
+	over bool       // nothing is left
+}
+
+// run pushes pages in order until none is left.
+func (p *pusher) run() error {
+	defer p.again.Stop()
+	release := time.NewTimer(demandTime)
+	defer release.Stop()
+	for {
+		if over, err := p.push(); over || err != nil {
+			return err
+		}
+		select {
+		case <-p.a.window.wake:
+		case <-p.again.C:
+		case <-p.touched:
+		case <-release.C:
+			p.mu.Lock()
+			p.held = false
+			p.mu.Unlock()
+		case <-p.a.Done():
+			return nil
+		}
+	}
+}
+
+// push sends what there is room for. It tells whether nothing is left.
+func (p *pusher) push() (over bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	window := p.a.window
+	for !p.over {
+		room, again := window.room()
+		if room == 0 {
+			p.again.Reset(again)
+			return false, nil
+		}
+		runs, reason, left := p.next(p.held, max(1, room/migstream.TargetPageSize))
+		if len(runs) == 0 {
+			window.pass()
+			p.over = left == 0 // else the rest is held until something is fetched
+			return p.over, nil
+		}
+		err := p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
+			window.send(p.pushed.size())
+			p.ledger.add(p.pushed.size(), p.pushed.runs)
+		})
+		if err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
+func (e *source) next(held bool, limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if held {
+		runs, reason = e.order.NextNear(nil, limit), pushorder.Near
+	} else {
+		runs, reason = e.order.Next(nil, limit)
+	}
+	return runs, reason, e.order.Left()
+}
+
+// serveFetches answers the requests of the destination, until the lane ends.
+func (e *source) serveFetches(a *attachment) error {
+	lane, f := a.Lane(link.Fetch), e.fetched
+	var buf []byte
+	for {
+		kind, payload, err := lane.Read(buf, runSize)
+		if err != nil {
+			return err
+		}
+		buf = payload
+		if kind != frameRequest {
+			return fmt.Errorf("%w: type %d on the fetch lane", errFrame, kind)
+		}
+		run, err := e.frozen.layout.parseRequest(payload)
+		if err != nil {
+			return err
+		}
+		e.mu.Lock()
+		e.noteAsked(run)
+		runs := e.order.Fetch(run)
+		e.mu.Unlock()
+		select {
+		case e.touched <- struct{}{}:
+		default:
+		}
+		// If there are none, they are on their way already.
+		if err := e.send(lane, f, pushorder.Fetched, runs, func() { a.window.fetched(f.size()) }); err != nil {
+			return err
+		}
+	}
+}
+
+// noteAsked counts pages that the guest waits for. After a lost link they are asked for once more.
+// The caller holds mu.
+func (e *source) noteAsked(r pageset.Run) {
+	if e.askedFor == nil {
+		for _, b := range e.frozen.layout {
+			e.askedFor = append(e.askedFor, pageset.New(b.Pages))
+		}
+	}
+	e.asked.Add(int64(e.askedFor[r.Block].AddRun(r.First, r.Count)))
+}
+
+// readPlaced follows the destination's reports of what it has placed.
+func (p *pusher) readPlaced() error {
+	lane := p.a.Lane(link.Push)
+	var buf []byte
+	for {
+		kind, payload, err := lane.Read(buf, placedSize)
+		if err != nil {
+			return err
+		}
+		buf = payload
+		if kind != framePlaced {
+			return fmt.Errorf("%w: type %d on the push lane", errFrame, kind)
+		}
+		placed, held, err := parsePlaced(payload)
+		if err != nil {
+			return err
+		}
+		if !p.a.window.report(placed) {
+			return fmt.Errorf("%w: report of pages that were not sent", errFrame)
+		}
+		p.ledger.report(placed, held)
+		if _, err := p.push(); err != nil {
+			return err
+		}
+	}
+}
+
+// sendSkipped tells the destination which pages never come.
+func sendSkipped(a *attachment, skipped []pageset.Run) error {
+	lane := a.Lane(link.Push)
+	for len(skipped) > 0 {
+		n := min(len(skipped), maxRuns)
+		runs := make([]pageRun, n)
+		for i, r := range skipped[:n] {
+			runs[i] = pageRun{r, true}
+		}
+		if err := lane.Write(frameSkipped, appendPages(nil, runs)); err != nil {
+			return err
+		}
+		skipped = skipped[n:]
+	}
+	return nil
+}

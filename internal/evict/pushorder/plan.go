@@ -1,0 +1,378 @@
+package pushorder
+
+import (
+	"cmp"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/guest/pageclass"
+)
+
+// Frames says which pages of a block some of the guest's page frames are: those from
+// First on (counted in 4 KiB of guest-physical address) fill the pages of Run, in order,
+// each of which has as many frames as its block's page size holds.
+type Frames struct {
+	First uint64
+	Run   pageset.Run
+}
+
+// frameSize is the unit of Frames and of surveys, in bytes.
+const frameSize = 4096
+
+// NewPlan returns the pages in the order of a policy. Where the policy needs to know the
+// pages, s tells of them, and frames where they are; what is not told of comes last. s may be
+// nil otherwise.
+func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
+	switch {
+	case p.Base == Reverse:
+		return reverse(blocks)
+	case p.Base == Random:
+		return shuffled(blocks)
+	case !p.Knows() || s == nil:
+		return nil
+	}
+	return byRank(newRanking(p.Base, s), blocks, s.Pages, frames)
+}
+
+func reverse(blocks []Block) []pageset.Run {
+	var runs []pageset.Run
+	for i := len(blocks) - 1; i >= 0; i-- {
+		for p := blocks[i].Pages - 1; p >= 0; p-- {
+			runs = append(runs, pageset.Run{Block: i, First: pageset.Page(p), Count: 1})
+		}
+	}
+	return runs
+}
+
+func shuffled(blocks []Block) []pageset.Run {
+	runs := reverse(blocks)
+	r := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- the same order each time is what is wanted
+	r.Shuffle(len(runs), func(i, j int) { runs[i], runs[j] = runs[j], runs[i] })
+	return runs
+}
+
+// ranking gives each page its rank: the lower, the sooner.
+type ranking struct {
+	base  Base
+	fresh bool
+	heat  []uint16 // rank of each process among the others, from 0 to maxHeat
+	busy  []bool   // of each process
+}
+
+const (
+	maxHeat = 63 // processes that are told apart
+	tiers   = 16
+	// hotTiers are those of what busy processes work on, and of what the kernel needs for any of them.
+	hotTiers = 3
+	ranks    = tiers * (maxHeat + 1)
+)
+
+// A process is busy if it had this much CPU time of late or, where that is not known, if it
+// ran that short a time ago.
+const (
+	busyTime = time.Millisecond
+	busyRun  = 100 * time.Millisecond
+)
+
+func newRanking(base Base, s *pageclass.Survey) *ranking {
+	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes)), busy: make([]bool, len(s.Processes))}
+	order := make([]int, len(s.Processes))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(i, j int) int {
+		a, b := &s.Processes[i], &s.Processes[j]
+		if base == Enlightened {
+			// Idle run-times of languages wake now and then, so the last run tells little of
+			// how much memory a process is about to use. The CPU time of late does.
+			if c := cmp.Compare(b.Recent, a.Recent); c != 0 {
+				return c
+			}
+		}
+		return cmp.Compare(a.LastRun, b.LastRun)
+	})
+	for rank, i := range order {
+		p := &s.Processes[i]
+		r.heat[i] = uint16(min(rank, maxHeat))
+		r.busy[i] = p.OnCPU || p.Recent >= busyTime || p.Recent < 0 && p.LastRun < busyRun
+	}
+	return r
+}
+
+// Hot returns what tells whether a page of the survey is one that the guest works on, as far as is known: of the busy processes and of the
+// kernel, those that the default order puts ahead of all others.
+func Hot(s *pageclass.Survey) func(pageclass.Page) bool {
+	r := newRanking(Enlightened, s)
+	return func(p pageclass.Page) bool {
+		return p.Kind != pageclass.None && p.Class != pageclass.Free && r.tier(p) < hotTiers
+	}
+}
+
+// rank returns the rank of a page, less than ranks.
+func (r *ranking) rank(p pageclass.Page) uint16 {
+	heat := uint16(maxHeat)
+	if n := int(p.Owner); n > 0 && n <= len(r.heat) {
+		heat = r.heat[n-1]
+	}
+	if r.base == Classes {
+		if p.Class == pageclass.Unknown || p.Kind == pageclass.None {
+			return ranks - 1
+		}
+		return uint16(p.Class)*(maxHeat+1) + heat
+	}
+	return r.tier(p)*(maxHeat+1) + heat
+}
+
+// tier orders pages by how likely the guest is to need them soon, per byte sent.
+func (r *ranking) tier(p pageclass.Page) uint16 {
+	n := int(p.Owner)
+	busy := n > 0 && n <= len(r.busy) && r.busy[n-1]
+	user := p.Class == pageclass.UserCode || p.Class == pageclass.UserData
+	cold := r.fresh && p.Flags&(pageclass.Mapped|pageclass.Accessed) == pageclass.Mapped
+	switch p.Kind {
+	case pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced:
+		return 0
+	case pageclass.UserPageTable:
+		switch {
+		case busy:
+			return 0
+		case p.Class == pageclass.PageTable:
+			return 5
+		}
+		return 9
+	case pageclass.KernelText, pageclass.KernelImage:
+		// The guest needs a fraction of it, which lies together, so that a few fetches bring it.
+		return 3
+	case pageclass.Anon, pageclass.Shmem, pageclass.Hugetlb, pageclass.ZeroPage:
+		switch {
+		case busy && p.Class == pageclass.UserCode:
+			return 1
+		case busy && !cold:
+			return 2
+		case busy:
+			return 8
+		case user && !cold:
+			return 6
+		}
+		return 10
+	case pageclass.File:
+		switch {
+		case busy && p.Class == pageclass.UserCode && !cold:
+			return 1
+		case busy && !cold:
+			return 2
+		case p.Flags&pageclass.Active != 0 && !cold:
+			return 3
+		case p.Flags&pageclass.Dirty != 0:
+			return 7
+		case user && !cold:
+			return 6
+		}
+		return 11
+	case pageclass.Slab, pageclass.KernelOther:
+		return 4
+	case pageclass.PageDescriptors:
+		return 5
+	case pageclass.Reserved, pageclass.Poisoned:
+		return 12
+	case pageclass.FreePerCPU:
+		return 13
+	case pageclass.FreeBuddy, pageclass.Offline:
+		return 14
+	}
+	return 15
+}
+
+// byRank sorts the pages by rank; within one, they keep the order of addresses, so that
+// they make long runs. It looks at all pages twice rather than keep what it found, as fresh
+// memory costs more than that.
+func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames) []pageset.Run {
+	var at [ranks + 1]int // where the runs of a rank begin; first, how many the rank before has
+	eachRun(r, blocks, pages, frames, func(rank uint16, _ pageset.Run) { at[rank+1]++ })
+	for i := range ranks {
+		at[i+1] += at[i]
+	}
+	sorted := make([]pageset.Run, at[ranks])
+	eachRun(r, blocks, pages, frames, func(rank uint16, run pageset.Run) {
+		sorted[at[rank]] = run
+		at[rank]++
+	})
+	return sorted
+}
+
+// eachRun calls found for all runs of pages of one rank, in the order of frames.
+func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames, found func(rank uint16, run pageset.Run)) {
+	// Pages beside one another are mostly alike.
+	var like pageclass.Page
+	rankOfLike := r.rank(like)
+	for _, f := range frames {
+		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
+		current, first := uint16(ranks), f.Run.First
+		end := func(at pageset.Page) {
+			if at > first {
+				found(current, pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)})
+			}
+		}
+		known := pages[min(f.First, uint64(len(pages))):]
+		f.Run.Count = min(f.Run.Count, int((uint64(len(known))+each-1)/each))
+		for i := range f.Run.Count {
+			if each == 1 && known[i] == like && current == rankOfLike {
+				continue // as most do
+			}
+			from := uint64(i) * each
+			rank := uint16(ranks - 1)
+			for _, p := range known[from:min(from+each, uint64(len(known)))] {
+				if p != like {
+					like, rankOfLike = p, r.rank(p)
+				}
+				rank = min(rank, rankOfLike)
+			}
+			if rank != current {
+				end(f.Run.First + pageset.Page(i))
+				current, first = rank, f.Run.First+pageset.Page(i)
+			}
+		}
+		end(f.Run.End())
+	}
+}
+
+// Skippable returns the pages all of whose frames the survey holds to be free beyond doubt.
+func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
+	var runs []pageset.Run
+	for _, f := range frames {
+		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
+		start := -1
+		for i := range f.Run.Count + 1 {
+			from := f.First + uint64(i)*each
+			free := i < f.Run.Count && from+each <= uint64(len(s.Pages))
+			if free {
+				for _, p := range s.Pages[from : from+each] {
+					free = free && p.Flags&pageclass.Skippable != 0
+				}
+			}
+			switch {
+			case free && start < 0:
+				start = i
+			case !free && start >= 0:
+				runs = append(runs, pageset.Run{Block: f.Run.Block, First: f.Run.First + pageset.Page(start), Count: i - start})
+				start = -1
+			}
+		}
+	}
+	return runs
+}
+
+// Locate returns the pages that are filled by page frames, in that order. Those of which
+// it is not told where they are, it leaves out.
+func Locate(blocks []Block, list []uint64, frames []Frames) []pageset.Run {
+	var runs []pageset.Run
+	find := newFinder(blocks, frames)
+	for _, frame := range list {
+		if block, page, ok := find.page(frame); ok {
+			runs = append(runs, pageset.Run{Block: block, First: page, Count: 1})
+		}
+	}
+	return runs
+}
+
+// finder finds the page that a page frame is in.
+type finder struct {
+	blocks []Block
+	frames []Frames // by First
+	last   Frames   // the one found last; those asked for mostly lie close together
+	each   uint64   // frames in a page of it
+}
+
+func newFinder(blocks []Block, frames []Frames) *finder {
+	frames = slices.Clone(frames)
+	slices.SortFunc(frames, func(a, b Frames) int { return cmp.Compare(a.First, b.First) })
+	return &finder{blocks: blocks, frames: frames, each: 1}
+}
+
+func (f *finder) page(frame uint64) (block int, p pageset.Page, ok bool) {
+	if frame < f.last.First || (frame-f.last.First)/f.each >= uint64(f.last.Run.Count) {
+		i, _ := slices.BinarySearchFunc(f.frames, frame, func(f Frames, frame uint64) int {
+			if f.First <= frame {
+				return -1
+			}
+			return 1
+		})
+		if i == 0 {
+			return 0, 0, false
+		}
+		f.last = f.frames[i-1]
+		f.each = uint64(f.blocks[f.last.Run.Block].PageSize / frameSize)
+		if (frame-f.last.First)/f.each >= uint64(f.last.Run.Count) {
+			return 0, 0, false
+		}
+	}
+	return f.last.Run.Block, f.last.Run.First + pageset.Page((frame-f.last.First)/f.each), true
+}
+
+// Kinship knows which pages lie beside one another in the address spaces of the guest's
+// processes. Nil knows of none.
+type Kinship struct {
+	base     []uint32   // number of each block's first page; pages are numbered through
+	blocks   []Block    //
+	sequence []uint32   // page numbers in virtual order
+	places   [][]uint32 // 1 + place in the sequence, of each page of each block
+}
+
+const noPage = ^uint32(0)
+
+// NewKinship returns what a survey knows of it; nil if a policy does not want to know.
+func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) *Kinship {
+	if p.Base != Enlightened || !p.Near {
+		return nil
+	}
+	k := &Kinship{blocks: blocks, sequence: make([]uint32, 0, len(s.Sequence))}
+	n := uint64(0)
+	for _, b := range blocks {
+		if n+uint64(b.Pages) >= uint64(noPage) {
+			return nil // more than 16 TiB: physical neighbours will do
+		}
+		k.base = append(k.base, uint32(n))
+		k.places = append(k.places, make([]uint32, b.Pages))
+		n += uint64(b.Pages)
+	}
+	find := newFinder(blocks, frames)
+	for _, frame := range s.Sequence {
+		block, page, ok := find.page(uint64(frame))
+		if !ok {
+			continue
+		}
+		place := &k.places[block][page]
+		if *place != 0 {
+			continue
+		}
+		k.sequence = append(k.sequence, k.base[block]+uint32(page))
+		*place = uint32(len(k.sequence))
+	}
+	return k
+}
+
+// place returns where in the sequence a page is.
+func (k *Kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
+	if k == nil || p >= pageset.Page(len(k.places[block])) || k.places[block][p] == 0 {
+		return 0, false
+	}
+	return pageset.Page(k.places[block][p] - 1), true
+}
+
+// page returns the page at a place in the sequence.
+func (k *Kinship) page(at pageset.Page) (block int, p pageset.Page, ok bool) {
+	if at >= pageset.Page(len(k.sequence)) {
+		return 0, 0, false
+	}
+	n := k.sequence[at]
+	block, found := slices.BinarySearch(k.base, n)
+	if !found {
+		block--
+	}
+	for block+1 < len(k.base) && k.base[block+1] == n { // empty blocks
+		block++
+	}
+	return block, pageset.Page(n - k.base[block]), true
+}

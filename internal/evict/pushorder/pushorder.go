@@ -1,0 +1,273 @@
+// Package pushorder decides which page of a frozen guest is sent next. It is the one
+// place where order is decided: pure, deterministic, knowing neither QEMU nor the link.
+//
+// There is one queue per reason, and the first that is not empty is served:
+//
+//  1. fetches: pages the running guest waits for. They never wait here: Fetch hands the
+//     page out at once.
+//  2. neighbours of recent fetches, the most recent first: a guest that touched a page
+//     will soon touch those beside it, in its address space where that is known, else in
+//     its physical memory.
+//  3. the plan: all other pages, in the order of a Policy, which may draw upon what is
+//     known of the guest's pages. It may come, or be replaced, at any time.
+//
+// A page is handed out exactly once, whichever queue it is in. Why it was is remembered.
+package pushorder
+
+import (
+	"slices"
+
+	"vacate/internal/evict/pageset"
+)
+
+// Reason is why a page was handed out.
+type Reason uint8
+
+// The reasons. Those from Fetched to Planned are in the order in which they are served.
+const (
+	Left    Reason = iota // not yet
+	Early                 // before the guest runs at the destination, as that needs it
+	Fetched               // the guest waits for it
+	Near                  // a neighbour of one that was fetched
+	Planned
+	Skipped // it is free in the guest, and not sent at all
+	Unused  // it is not there at the source, and not sent at all
+	Before  // it was there already
+	Reasons // the number of reasons
+)
+
+func (r Reason) String() string {
+	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "unused", "before", "none"}[min(r, Reasons)]
+}
+
+// Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it
+// before, half behind. Around a page that is known to be the kernel's, it is a quarter of that.
+const Neighbourhood = 256 << 10
+
+// maxNear bounds the spans of neighbours that are remembered; older ones are left to the plan.
+const maxNear = 512
+
+// late marks a page that the guest came to wait for after it was handed out.
+const late = 0x80
+
+// Order holds the pages not yet handed out. It is not safe for concurrent use.
+type Order struct {
+	near   bool
+	left   []*pageset.Set
+	radius []pageset.Page // of the neighbourhood, per block
+	why    [][]uint8      // reason and late, per page of each block
+	total  int
+
+	spans []span // of neighbours, the newest last
+	plan  []pageset.Run
+	at    int // first run of the plan that may still have pages
+	kin   *Kinship
+
+	returned []pageset.Run // ahead of the plan
+}
+
+// span is a run of neighbours: of a block's pages or, where virtual is set, of places in
+// the sequence of pages as the guest's processes see them.
+type span struct {
+	pageset.Run
+	virtual bool
+}
+
+// Block is a block's extent, in pages and bytes per page.
+type Block struct {
+	Pages    int
+	PageSize int
+}
+
+// New returns an order over all pages of the blocks: by address, until there is a plan,
+// after the neighbours of fetches if near is set.
+func New(blocks []Block, near bool) *Order {
+	o := &Order{near: near}
+	for _, b := range blocks {
+		o.left = append(o.left, pageset.Full(b.Pages))
+		o.radius = append(o.radius, pageset.Page(max(1, Neighbourhood/2/b.PageSize)))
+		o.why = append(o.why, make([]uint8, b.Pages))
+		o.total += b.Pages
+	}
+	o.SetPlan(nil)
+	return o
+}
+
+// SetPlan replaces the order of the pages for which there is no better reason. It may be
+// called at any time, and the plan may name any pages; those that it does not name come
+// behind it, by address.
+func (o *Order) SetPlan(plan []pageset.Run) {
+	o.plan, o.at = slices.Clone(plan), 0
+	for i, set := range o.left {
+		o.plan = append(o.plan, pageset.Run{Block: i, Count: set.Size()})
+	}
+}
+
+// SetKinship has the neighbours of pages be those in the guest's address spaces, as far as
+// they are known. It may be called at any time.
+func (o *Order) SetKinship(k *Kinship) {
+	o.kin = k
+	o.spans = slices.DeleteFunc(o.spans, func(s span) bool { return s.virtual }) // they name places in the one before
+}
+
+// Left is the number of pages not yet handed out.
+func (o *Order) Left() int { return o.total }
+
+// Take hands out those of the run's pages that are left, for a reason of the caller's.
+func (o *Order) Take(run pageset.Run, why Reason) []pageset.Run {
+	return o.take(nil, run, run.Count, why)
+}
+
+// Fetch hands out those of the run's pages that are left, because the guest waits for
+// one of them, and puts the neighbours of the run's first page at the head of the queue.
+// Those that are on their way already are noted as late.
+func (o *Order) Fetch(run pageset.Run) []pageset.Run {
+	if run.Block < 0 || run.Block >= len(o.left) {
+		return nil
+	}
+	why := o.why[run.Block]
+	for p := run.First; p < run.End() && p < pageset.Page(len(why)); p++ {
+		if r := Reason(why[p]); r == Near || r == Planned {
+			why[p] |= late
+		}
+	}
+	if o.near {
+		o.addNeighbours(run)
+	}
+	return o.take(nil, run, run.Count, Fetched)
+}
+
+func (o *Order) addNeighbours(run pageset.Run) {
+	if drop := len(o.spans) + 2 - maxNear; drop > 0 {
+		o.spans = append(o.spans[:0], o.spans[drop:]...)
+	}
+	radius, virtual := o.radius[run.Block], false
+	if at, ok := o.kin.place(run.Block, run.First); ok {
+		run, virtual = pageset.Run{First: at}, true
+	} else if o.kin != nil {
+		// It belongs to no process, so it is the kernel's, of which little is used soon: the
+		// neighbours of 150 such pages, 23 MiB, held up what a busy process waited for.
+		radius = max(1, radius/4)
+	}
+	first := run.First - min(run.First, radius)
+	// What lies behind the page is more likely to be next than what lies before it.
+	o.spans = append(o.spans,
+		span{pageset.Run{Block: run.Block, First: first, Count: int(run.First - first)}, virtual},
+		span{pageset.Run{Block: run.Block, First: run.First, Count: int(radius)}, virtual})
+}
+
+// Next hands out up to limit pages to be pushed, appended to dst as runs, and the reason.
+// All have the same reason and are of the same block. There are none only when none are left.
+func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
+	if got := o.NextNear(dst, limit); len(got) > len(dst) {
+		return got, Near
+	}
+	for ; len(o.returned) > 0; o.returned = o.returned[1:] {
+		if got := o.take(dst, o.returned[0], limit, Planned); len(got) > len(dst) {
+			return got, Planned
+		}
+	}
+	for ; o.at < len(o.plan); o.at++ {
+		run := &o.plan[o.at]
+		got := o.take(dst, *run, limit, Planned)
+		if len(got) > len(dst) {
+			// What lies before the end of the last run taken is gone for good.
+			end := got[len(got)-1].End()
+			run.Count -= int(end - run.First)
+			run.First = end
+			return got, Planned
+		}
+	}
+	return dst, Planned
+}
+
+// NextNear is Next that hands out neighbours only.
+func (o *Order) NextNear(dst []pageset.Run, limit int) []pageset.Run {
+	for len(o.spans) > 0 {
+		last := &o.spans[len(o.spans)-1]
+		var got []pageset.Run
+		if last.virtual {
+			got = o.takeKin(dst, last, limit)
+		} else {
+			got = o.take(dst, last.Run, limit, Near)
+		}
+		if len(got) > len(dst) {
+			return got
+		}
+		o.spans = o.spans[:len(o.spans)-1]
+	}
+	return dst
+}
+
+// takeKin takes pages of a span of the sequence, as long as they are of one block.
+func (o *Order) takeKin(dst []pageset.Run, s *span, limit int) []pageset.Run {
+	n := len(dst)
+	for s.Count > 0 && limit > 0 {
+		block, page, ok := o.kin.page(s.First)
+		if len(dst) > n && ok && block != dst[n].Block {
+			break
+		}
+		s.First++
+		s.Count--
+		if !ok {
+			continue
+		}
+		before := o.total
+		// Pages that lie beside one another in both orders make one run.
+		if last := len(dst) - 1; last >= n && dst[last].End() == page && o.left[block].Has(page) {
+			dst[last].Count++
+			o.take(nil, pageset.Run{Block: block, First: page, Count: 1}, 1, Near)
+		} else {
+			dst = o.take(dst, pageset.Run{Block: block, First: page, Count: 1}, 1, Near)
+		}
+		limit -= before - o.total
+	}
+	return dst
+}
+
+// take moves up to limit pages of the run from left to dst.
+func (o *Order) take(dst []pageset.Run, run pageset.Run, limit int, why Reason) []pageset.Run {
+	if run.Block < 0 || run.Block >= len(o.left) || run.Count <= 0 {
+		return dst
+	}
+	set := o.left[run.Block]
+	for p := run.First; limit > 0; {
+		first, n := set.Next(p, limit)
+		if n == 0 || first >= run.End() {
+			break
+		}
+		n = min(n, int(run.End()-first))
+		set.RemoveRun(first, n)
+		for i := range n {
+			o.why[run.Block][first+pageset.Page(i)] = uint8(why)
+		}
+		o.total -= n
+		limit -= n
+		dst = append(dst, pageset.Run{Block: run.Block, First: first, Count: n})
+		p = first + pageset.Page(n)
+	}
+	return dst
+}
+
+// Return takes pages back that were handed out and did not arrive. They are the next of the plan.
+func (o *Order) Return(run pageset.Run) {
+	set := o.left[run.Block]
+	for p := run.First; p < run.End(); p++ {
+		if set.Add(p) {
+			o.why[run.Block][p] = uint8(Left)
+			o.total++
+		}
+	}
+	if n := len(o.returned) - 1; n >= 0 && o.returned[n].Block == run.Block && o.returned[n].End() == run.First {
+		o.returned[n].Count += run.Count
+		return
+	}
+	o.returned = append(o.returned, run)
+}
+
+// Why tells why a page was handed out, and whether the guest came to wait for it while it
+// was on its way.
+func (o *Order) Why(block int, p pageset.Page) (why Reason, wasLate bool) {
+	w := o.why[block][p]
+	return Reason(w &^ late), w&late != 0
+}

@@ -1,0 +1,682 @@
+package evict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"net"
+	"slices"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/link"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
+
+	"golang.org/x/sys/unix"
+)
+
+// lingerTime is how long a destination without a journal stays after the end to tell a
+// source that comes back.
+const lingerTime = time.Minute
+
+// serve takes the pages of a VM that runs here, for as long as it takes, through any number
+// of sessions with the source and of streams to QEMU, and completes the migration.
+//
+// left ends when the engine is told to leave, for the cause of ctx.
+func (e *destination) serve(ctx, left context.Context) error {
+	mended := make(chan mended, 1)
+	mending := false
+	// still waits until nobody else uses the QEMU's monitor.
+	still := func() {
+		if mending {
+			if m := <-mended; m.conn != nil {
+				m.conn.Close()
+			}
+			mending = false
+		}
+	}
+	tick := time.NewTicker(500 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		var whole, broken, gone <-chan struct{}
+		var frames chan controlFrame
+		rejoin := e.rejoin
+		if e.stream != nil {
+			e.mu.Lock()
+			whole = e.whole
+			e.mu.Unlock()
+			broken = e.stream.broken
+		} else {
+			if !mending {
+				mending = true
+				e.tasks.Go(func() { mended <- e.mend() })
+			}
+			if e.placer.direct.Load() == nil || e.pending {
+				rejoin = nil // pages would have nowhere to go
+			}
+		}
+		if a := e.at.Load(); a != nil {
+			gone, frames = a.Done(), a.control.frames
+		}
+		select {
+		case <-whole:
+			err := e.complete()
+			if err == nil {
+				return nil
+			}
+			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
+				e.release()
+				return e.lost(err, "The VM is whole here, but its QEMU does not end the migration: ask it with `query-migrate`. The source still holds its memory")
+			}
+			e.dropStream(err)
+		case <-broken:
+			// If that is because the QEMU ends, the source should hear it in this session.
+			select {
+			case <-e.life.Done():
+				continue
+			case <-time.After(lastWords):
+			}
+			e.dropStream(e.stream.why)
+		case m := <-mended:
+			mending = false
+			if m.err == nil && m.over == "" {
+				m.err = e.useStream(m)
+			}
+			switch {
+			case m.over != "":
+				return e.shutDown(left, m.over)
+			case errors.Is(m.err, errCompleted):
+				return e.finish()
+			case m.err != nil:
+				e.Log.Warn("QEMU's migration cannot be taken up yet", "error", m.err)
+				if m.silent {
+					e.fillLeftOut()
+				}
+			}
+		case f := <-frames:
+			err := f.check()
+			switch {
+			case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
+				return e.abort(err)
+			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
+				return e.lost(errors.Join(err, e.kill()), "The source runs the VM again. The one here was ended")
+			case errors.Is(err, errFailed):
+				still()
+				e.release()
+				return e.lost(err, e.leftovers())
+			}
+			e.at.Load().Fail(err)
+		case <-gone:
+			e.detach(e.at.Load().Err())
+		case r := <-rejoin:
+			if err := e.attach(left, r); err != nil {
+				return err
+			}
+		case err := <-e.cont:
+			e.cont = nil
+			if err := e.continued(left, err); err != nil {
+				return err
+			}
+		case why := <-e.over:
+			still()
+			return e.shutDown(left, why)
+		case <-e.life.Done():
+			return e.twinGone(left)
+		case <-left.Done():
+			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
+		case <-tick.C:
+			if e.starved && e.stream != nil && e.tight() == "" {
+				e.starved = false
+				e.tellShort("")
+			}
+			e.show("")
+		}
+	}
+}
+
+// goneHere says what is left of a VM whose QEMU here ended.
+const goneHere = "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU"
+
+// leftovers says what is here of a VM that cannot become whole.
+func (e *destination) leftovers() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. Save what can be saved from it, then end its QEMU", e.missing)
+}
+
+// detach ends the session with the source.
+func (e *destination) detach(why error) {
+	a := e.at.Swap(nil)
+	if a == nil {
+		return
+	}
+	a.Fail(why)
+	a.end()
+	e.forget(a)
+	if e.machine.current() == Running {
+		if err := e.machine.enter(CutOff); err != nil {
+			e.Log.Error("state", "error", err)
+		}
+	}
+	e.Log.Warn("the source is not there; the VM runs as far as its pages go, until the source is back", "error", why)
+}
+
+// dropStream gives QEMU's stream up. What was on its way in it may be lost, so the source
+// has to come again and learn what is here.
+func (e *destination) dropStream(why error) {
+	e.detach(fmt.Errorf("the stream to QEMU broke: %w", why))
+	e.stream.fail(why)
+	e.stream.reader.Wait()
+	e.use(nil)
+}
+
+// attach goes on with a source that came back: it tells it what is here, and asks for what
+// the guest waits for. A failure of the session is no error.
+func (e *destination) attach(left context.Context, r *Request) error {
+	e.detach(errors.New("the source has made a new session"))
+	if e.pending {
+		if e.committed = r.resume.Committed; !e.committed { // a source that goes on has this; one that does not may be told all the same
+			e.tasks.Go(func() { r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil) })
+			return nil
+		}
+		if err := e.run(left); err != nil {
+			e.at.Store(r.attachment)
+			return err
+		}
+	}
+	a := r.attachment
+	if e.stream == nil {
+		// Some pages may have come and not been placed. One of them may be what keeps QEMU from answering, without which it gets no new stream.
+		e.forget(nil)
+		if err := e.takeStock(nil); err != nil {
+			e.Log.Warn("it cannot be told which pages are here", "error", err)
+			r.end()
+			return nil
+		}
+	}
+	if err := e.tellHas(a); err != nil {
+		a.Fail(err)
+		a.end()
+		return nil
+	}
+	e.Log.Info("the source is back", "source", a.Session.Peer())
+	e.receiveLanes(a)
+	e.at.Store(a)
+	e.ran.Store(true)
+	if e.isShort() {
+		e.passOn()
+	}
+	if e.machine.current() == CutOff {
+		if err := e.machine.enter(Running); err != nil {
+			return e.lost(err, e.leftovers())
+		}
+	}
+	e.mu.Lock()
+	runs := make([]pageset.Run, 0, len(e.waiting))
+	for k := range e.waiting {
+		runs = append(runs, pageset.Run{Block: k.block, First: k.page, Count: 1})
+	}
+	e.mu.Unlock()
+	for _, run := range runs {
+		if err := a.Lane(link.Fetch).Write(frameRequest, appendRequest(nil, run)); err != nil {
+			a.FailSoon(err)
+			break
+		}
+	}
+	return nil
+}
+
+// tellHas tells the source that the VM runs, and which pages are here or need not come.
+func (e *destination) tellHas(a *attachment) error {
+	st := status{Answer: AnswerRunning}
+	if !e.ranSince.IsZero() {
+		st.Ran = uint32(min(time.Since(e.ranSince).Milliseconds(), math.MaxUint32))
+	}
+	if err := writeJSON(a.control.Conn, msgStatus, st); err != nil {
+		return err
+	}
+	for i, b := range e.layout {
+		for first := 0; first < b.Pages; first += maxHas {
+			e.mu.Lock()
+			frame := appendHas(nil, i, first, min(maxHas, b.Pages-first), e.received[i])
+			e.mu.Unlock()
+			if err := a.control.Write(msgHas, frame); err != nil {
+				return err
+			}
+		}
+	}
+	return a.control.Write(msgReady)
+}
+
+// complete ends QEMU's migration, as all pages are there.
+func (e *destination) complete() error {
+	if st := e.machine.current(); st != Completing {
+		if err := e.machine.enter(Completing); err != nil {
+			return err
+		}
+	}
+	if err := e.placer.end(); err != nil {
+		return err
+	}
+	select {
+	case <-e.stream.ended:
+	case <-e.stream.broken:
+		return e.stream.why
+	case <-e.life.Done():
+		return context.Cause(e.life)
+	}
+	if e.stream.status != 0 {
+		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", e.stream.status))
+	}
+	return e.finish()
+}
+
+// finish tells the source that the VM is whole here.
+func (e *destination) finish() error {
+	if e.machine.current() != Completing {
+		if err := e.machine.enter(Completing); err != nil {
+			return err
+		}
+	}
+	if err := note(e.Journal, MarkCompleted, ""); err != nil {
+		e.Log.Warn("the journal does not take it that the VM is whole here", "error", err)
+	}
+	e.letGo()
+	received := e.summary()
+	e.say(msgComplete, received)
+	// Whatever happens to the VM now, it is no longer ours.
+	e.awaitHeard(e.life.Done(), func(r *Request) { r.Answer(AnswerComplete, "", false, &received) })
+	return e.machine.enter(Completed)
+}
+
+// say tells the source, if it is there, how the eviction ended here.
+func (e *destination) say(kind uint8, message any) {
+	if a := e.at.Load(); a != nil {
+		if err := writeJSON(a.control.Conn, kind, message); err != nil {
+			a.Fail(err)
+		}
+	}
+}
+
+// awaitHeard waits until the source has heard how the eviction ended, until over is closed, or for
+// lingerTime. A source that comes back meanwhile is answered; later ones are from the journal.
+func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request)) {
+	timer := time.NewTimer(lingerTime)
+	defer timer.Stop()
+	a := e.at.Load()
+	for done := false; !done && (a != nil || e.Journal == nil); {
+		var gone <-chan struct{}
+		var frames chan controlFrame
+		if a != nil {
+			gone, frames = a.Done(), a.control.frames
+		}
+		select {
+		case f := <-frames:
+			if done = f.check(msgHeard) == nil; !done {
+				a.Fail(f.check())
+			} else if err := keep(e.Journal, KeptHeard, nil); err != nil {
+				e.Log.Warn("the journal does not take it that the source knows that the VM is whole here", "error", err)
+			}
+		case <-gone:
+			e.at.Store(nil)
+			a.end()
+			a = nil
+		case r := <-e.rejoin:
+			answer(r)
+			done = true
+		case <-timer.C:
+			e.Log.Warn("the eviction ended well here, but the source could not be told")
+			done = true
+		case <-over:
+			done = true
+		}
+	}
+}
+
+// summary sums up what was received.
+func (e *destination) summary() Received {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	slices.Sort(e.delays)
+	stats := e.stats
+	step := len(e.delays)/1000 + 1
+	for i := len(e.delays) - 1; i >= 0; i -= step {
+		stats.FetchDelays = append(stats.FetchDelays, e.delays[i])
+	}
+	slices.Reverse(stats.FetchDelays)
+	return stats
+}
+
+// twin is what another engine needs to know of the QEMU here to place pages in its memory,
+// even while it does not answer because it waits for one of them.
+type twin struct {
+	PID    int              `json:"pid"`
+	Start  uint64           `json:"start_ticks"` // of the process, since boot, in clock ticks
+	Blocks []guestmem.Block `json:"blocks"`
+	// Changed are its migration settings to be put back.
+	Changed  settings         `json:"changed"`
+	Messages process.Messages `json:"messages"`
+}
+
+func (e *destination) twin() twin {
+	return twin{e.process.PID, e.process.StartTime, e.mem.Blocks(), e.changed, e.messages}
+}
+
+// Resume goes on with an eviction that another engine left or died over, whose last mark in
+// the journal is m. It ends as Receive does. Requests to resume the eviction are answered by it.
+func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan *Request) (Received, error) {
+	e := d.engine(CutOff)
+	defer e.close()
+	e.eviction, e.mark = id, m
+	e.report(CutOff)
+	e.tasks.Go(func() { e.sort(requests) })
+	var err error
+	found := copyGone
+	if err = e.find(); err == nil {
+		found = copyRunning
+	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
+		return Received{}, &Error{ErrLeft, CutOff, err, "Nothing was touched. The VM may run here as far as its pages go"}
+	}
+	left, stop := untilLeft(ctx)
+	defer stop()
+	switch destinationStep(m, found) {
+	case stepEnd:
+		if err := e.shutDown(left, "an engine found it so before"); err != nil {
+			return Received{}, err
+		}
+		return e.summary(), nil
+	case stepAbandon:
+		if found == copyGone {
+			if err := note(d.Journal, MarkNeverRan, "the engine died before the VM was told to run"); err != nil {
+				return Received{}, &Error{ErrLeft, CutOff, err, "The VM never ran here"}
+			}
+			e.answerRejoin(AnswerNeverRan, "the destination's engine died before the VM was told to run", true)
+			return Received{}, &Error{ErrAborted, CutOff, errors.Join(errDied, e.machine.enter(Aborted)), "The VM never ran here"}
+		}
+		return Received{}, e.abort(errDied)
+	case stepTakeUp:
+		if err := e.serve(ctx, left); err != nil {
+			return Received{}, err
+		}
+		return e.summary(), nil
+	}
+	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it; %s", errTwinGone, e.messages.Last()), goneHere)
+}
+
+var errDied = errors.New("the engine died before the VM was told to run")
+
+// find takes hold of the QEMU of an eviction that is resumed, and of its memory, without
+// asking it anything: it may not be able to answer.
+func (e *destination) find() error {
+	if e.Journal == nil {
+		return errors.New("an eviction cannot be resumed without a journal")
+	}
+	b, err := e.Journal.Kept(keptMemory)
+	if err != nil {
+		return fmt.Errorf("which QEMU took the VM: %w", err)
+	}
+	var t twin
+	if err := json.Unmarshal(b, &t); err != nil {
+		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
+	}
+	e.changed, e.messages = t.Changed, t.Messages.Reopen()
+	e.process = process.Process{PID: t.PID, StartTime: t.Start}
+	pidfd, err := e.process.Open()
+	if errors.Is(err, process.ErrGone) {
+		return fmt.Errorf("%w: process %d", errTwinGone, t.PID)
+	} else if err != nil {
+		return err
+	}
+	unix.Close(pidfd)
+	args, err := commandLine(t.PID)
+	if err != nil {
+		return err
+	}
+	e.own = actionsOf(args)
+	e.held = e.own.shutdown != "pause"
+	e.lookAfter()
+	head, err := e.Journal.Kept(keptHead)
+	if err != nil {
+		return fmt.Errorf("the VM's memory: %w", err)
+	}
+	l, r, err := parseHead(head)
+	if err != nil {
+		return err
+	}
+	e.adopt(head, l, r)
+	if e.mem, err = guestmem.Reopen(t.PID, t.Blocks); err != nil {
+		return err
+	}
+	memory, limits, err := memoryOf(e.mem)
+	if err != nil {
+		e.Log.Warn("some of what bounds the VM's memory here cannot be found out", "error", err)
+	}
+	e.promised = e.Room.Note(e.process, limits, memory)
+	e.placer = newPlacer(nil, r.SectionID(), l)
+	e.placeDirectly()
+	return e.takeStock(nil)
+}
+
+// takeStock finds out which pages are here, from QEMU's page tables: while it may wait for
+// pages, one that is there was placed. Of blocks whose place is not known only QEMU can
+// tell, by a bitmap for each; before it did, none of theirs counts as missing.
+func (e *destination) takeStock(bitmaps map[string][]byte) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.missing, e.whole = 0, make(chan struct{})
+	for i, b := range e.layout {
+		set, per := pageset.New(b.Pages), int(b.PageSize/migstream.TargetPageSize)
+		frames := b.Pages * per
+		words := make([]uint64, (frames+63)/64)
+		at := slices.IndexFunc(e.mem.Blocks(), func(m guestmem.Block) bool {
+			return m.Name == b.Name && m.Located && m.PageSize == b.PageSize && m.Size >= b.Length
+		})
+		switch bits := bitmaps[b.Name]; {
+		case at >= 0:
+			if err := e.mem.Placed(at, 0, uint64(frames), words); err != nil {
+				return err
+			}
+		case bitmaps == nil:
+			for j := range words {
+				words[j] = ^uint64(0)
+			}
+		case len(bits)*8 < frames:
+			return fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8, b.Name, frames)
+		default:
+			for j := range frames {
+				words[j/64] |= uint64(bits[j/8]>>(j%8)&1) << (j % 64)
+			}
+		}
+		for p := range b.Pages {
+			f := p * per
+			if words[f/64]>>(f%64)&1 != 0 || e.skipped[i].Has(pageset.Page(p)) {
+				set.Add(pageset.Page(p))
+			}
+		}
+		e.received[i] = set
+		e.missing += b.Pages - set.Count()
+	}
+	for k := range e.waiting {
+		if e.received[k.block].Has(k.page) && !e.skipped[k.block].Has(k.page) {
+			delete(e.waiting, k)
+		}
+	}
+	return nil
+}
+
+// errCompleted says that QEMU has ended its migration, which it is told to when it has all pages.
+var errCompleted = errors.New("the migration is complete")
+
+const (
+	recoverFD   = "vacate-recover"
+	recoverTime = 5 * time.Second
+	mendPause   = time.Second // after an attempt that failed
+)
+
+// mended is a new stream to QEMU.
+type mended struct {
+	conn    net.Conn
+	r       *migstream.ReturnReader // of its return path
+	bitmaps map[string][]byte       // by block, a bit for each of 4 KiB that QEMU has taken from streams
+	pending bool                    // the QEMU was not told to run the VM yet
+	over    string                  // why the guest ended itself, if it did; there is no stream then
+	silent  bool                    // QEMU did not answer in time
+	err     error
+}
+
+// mend takes QEMU's migration up again by its post-copy recovery: QEMU gets a new stream, tells
+// which pages it has, and once more for which it waits. It is called while e.stream is nil.
+func (e *destination) mend() mended {
+	e.awaitRoom()
+	m := e.recover()
+	if m.err != nil && !errors.Is(m.err, errCompleted) {
+		select {
+		case <-time.After(mendPause):
+		case <-e.life.Done():
+		}
+	}
+	return m
+}
+
+var errSilent = errors.New("QEMU does not answer: it may wait for a page itself")
+
+func (e *destination) recover() (m mended) {
+	ctx, cancel := e.bound(context.Background())
+	defer cancel(nil)
+	timer := time.AfterFunc(recoverTime, func() { cancel(errSilent) })
+	defer timer.Stop()
+	defer func() { m.silent = m.err != nil && errors.Is(context.Cause(ctx), errSilent) }()
+	if e.q == nil || e.q.Err() != nil {
+		q, err := qmp.Dial(ctx, e.QMP)
+		if err != nil {
+			return mended{err: err}
+		}
+		if e.q != nil {
+			e.q.Close()
+		}
+		e.q = q
+		e.listen(q)
+	}
+	// What the guest did while no engine listened.
+	if st, err := e.q.QueryStatus(ctx); err != nil {
+		return mended{err: err}
+	} else if e.own.ends(st.Status) {
+		return mended{over: "QEMU found in the state " + st.Status}
+	}
+	if m.err = e.awaitPaused(ctx); m.err != nil {
+		return m
+	}
+	st, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return mended{err: err}
+	}
+	// Of a QEMU that took the VM and has all devices, "paused" means that it was not told to run.
+	m.pending = st.Status == "paused"
+	if m.conn, m.err = socketTo(ctx, e.q, recoverFD, 0); m.err != nil {
+		return m
+	}
+	if m.err = e.handshake(ctx, &m); m.err != nil {
+		m.conn.Close()
+	}
+	return m
+}
+
+// handshake is that of QEMU's post-copy recovery.
+func (e *destination) handshake(ctx context.Context, m *mended) error {
+	// All in one piece, and before QEMU reads any of it: some versions do not survive a
+	// connection that ends before it said enough.
+	var hello []byte
+	most := 0
+	for _, b := range e.layout {
+		hello = migstream.RecvBitmapCommand(b.Name).Append(hello)
+		most = max(most, int(b.Length/migstream.TargetPageSize))
+	}
+	hello = migstream.Command{ID: migstream.CmdPostcopyResume}.Append(hello)
+	if _, err := m.conn.Write(hello); err != nil {
+		return fmt.Errorf("write to QEMU: %w", err)
+	}
+	if err := e.q.MigrateRecover(ctx, "fd:"+recoverFD); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { m.conn.SetDeadline(time.Unix(1, 0)) })
+	m.r, m.bitmaps = migstream.NewReturnReader(m.conn, most), map[string][]byte{}
+	for {
+		msg, err := m.r.Next()
+		if err != nil {
+			return fmt.Errorf("QEMU's recovery: %w", errors.Join(err, context.Cause(ctx)))
+		}
+		switch msg.Type {
+		case migstream.MsgRecvBitmap:
+			m.bitmaps[msg.Block] = msg.Bitmap
+		case migstream.MsgResumeAck:
+			if !stop() {
+				return context.Cause(ctx)
+			}
+			return nil
+		}
+	}
+}
+
+// useStream goes on with a new stream to QEMU. If the source is there, it has to come again,
+// as other pages may be here than it knows.
+func (e *destination) useStream(m mended) error {
+	e.detach(errors.New("QEMU has a new stream"))
+	e.forget(nil)
+	e.pending = m.pending
+	e.use(newStream(m.conn))
+	e.holding.Lock()
+	old := e.placer
+	d := old.direct.Load()
+	e.placer = newPlacer(m.conn, e.reader.SectionID(), e.layout)
+	if d != nil {
+		e.placer.gate = old.gate
+		e.placer.direct.Store(d)
+	} else {
+		e.placeDirectly()
+	}
+	e.holding.Unlock()
+	if err := e.takeStock(m.bitmaps); err != nil {
+		e.stream.fail(err)
+		e.use(nil)
+		return err
+	}
+	e.mu.Lock()
+	e.checkWhole()
+	e.mu.Unlock()
+	e.follow(e.stream, m.r)
+	return nil
+}
+
+// awaitPaused waits until QEMU has noticed that its stream broke.
+func (e *destination) awaitPaused(ctx context.Context) error {
+	for asked := false; ; {
+		m, err := e.q.QueryMigrate(ctx)
+		switch {
+		case err != nil:
+			return err
+		case m.Status == "postcopy-paused":
+			return nil
+		case m.Status == "completed":
+			return errCompleted
+		case m.Status == "failed":
+			return fmt.Errorf("QEMU's migration failed: %s", m.ErrorDesc)
+		case m.Status == "postcopy-active" && !asked:
+			asked = true
+			// Refused where it has just noticed by itself.
+			if err := e.q.MigratePause(ctx); err != nil && !isRefusal(err) {
+				return err
+			}
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%w; its migration is %q", context.Cause(ctx), m.Status)
+		}
+	}
+}

@@ -1,0 +1,129 @@
+package evict
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/link"
+	"vacate/internal/qemu/migstream"
+
+	"pgregory.net/rapid"
+)
+
+// However pages that are left out, pages that are sent and requests for pages come, each
+// page that the guest asked for is placed, none twice, those left out as zeroes, and the
+// destination knows when none is missing.
+func TestSkip(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		l := layout{
+			{Name: "pc.ram", Length: 300 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 300},
+			{Name: "large", Length: 4 << 14, PageSize: 16 << 10, Pages: 4},
+		}
+		out := &sink{}
+		e := &destination{layout: l, placer: newPlacer(out, testSection, l), missing: l.pages(), whole: make(chan struct{}), waiting: map[pageKey]time.Time{}}
+		for _, b := range l {
+			e.received = append(e.received, pageset.New(b.Pages))
+			e.skipped = append(e.skipped, pageset.New(b.Pages))
+		}
+		free := map[pageKey]bool{}  // left out
+		asked := map[pageKey]bool{} // by the guest
+		for e.missing > 0 {
+			run := rapid.Custom(func(t *rapid.T) pageset.Run {
+				b := rapid.IntRange(0, 1).Draw(t, "block")
+				first := rapid.IntRange(0, l[b].Pages-1).Draw(t, "first")
+				return pageset.Run{Block: b, First: pageset.Page(first), Count: rapid.IntRange(1, l[b].Pages-first).Draw(t, "count")}
+			}).Draw(t, "run")
+			switch rapid.IntRange(0, 2).Draw(t, "op") {
+			case 0: // left out
+				for p := run.First; p < run.End(); p++ {
+					if !e.received[run.Block].Has(p) {
+						free[pageKey{run.Block, p}] = true
+					}
+				}
+				if err := e.skip(appendPages(nil, []pageRun{{run, true}})); err != nil {
+					t.Fatal(err)
+				}
+			case 1: // sent
+				r := []pageRun{{run, false}}
+				if _, err := e.receive(parcel{}, append(appendPages(nil, r), pageData(l, r)...)); err != nil {
+					t.Fatal(err)
+				}
+			case 2: // asked for
+				for p := run.First; p < run.End(); p++ {
+					asked[pageKey{run.Block, p}] = true
+				}
+				_, zero := e.want(run)
+				if _, _, err := e.placer.place(zero, nil, true); err != nil {
+					t.Fatal(err)
+				}
+				if len(zero) > 0 {
+					e.placed(zero)
+				}
+			}
+		}
+		select {
+		case <-e.whole:
+		default:
+			t.Fatal("no page is missing, and that is not said")
+		}
+		if len(e.waiting) != 0 {
+			t.Fatalf("%d pages are still waited for", len(e.waiting))
+		}
+		if err := e.placer.end(); err != nil {
+			t.Fatal(err)
+		}
+		placed := decoded(t, l, out.Bytes()) // fails if one comes twice
+		for i, b := range l {
+			for p := range pageset.Page(b.Pages) {
+				data, there := placed[pageKey{i, p * pageset.Page(b.PageSize/migstream.TargetPageSize)}]
+				key := pageKey{i, p}
+				switch {
+				case there && data == free[key]:
+					t.Fatalf("page %+v: data %v, left out %v", key, data, free[key])
+				case !there && (asked[key] || !free[key]):
+					t.Fatalf("page %+v was not placed; asked for %v, left out %v", key, asked[key], free[key])
+				}
+			}
+		}
+	})
+}
+
+func TestSkipRefusesData(t *testing.T) {
+	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
+	e := &destination{layout: l}
+	r := []pageRun{{pageset.Run{Count: 1}, false}}
+	if err := e.skip(append(appendPages(nil, r), pageData(l, r)...)); !errors.Is(err, link.ErrPeer) {
+		t.Error(err)
+	}
+}
+
+// Pages that were left out and that the guest has touched are missing until they are placed:
+// QEMU must not be told before that it has all.
+func TestSkippedInFlight(t *testing.T) {
+	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
+	e := &destination{layout: l, missing: 4, whole: make(chan struct{}), waiting: map[pageKey]time.Time{},
+		received: []*pageset.Set{pageset.New(4)}, skipped: []*pageset.Set{pageset.New(4)}}
+	whole := func() bool {
+		select {
+		case <-e.whole:
+			return true
+		default:
+			return false
+		}
+	}
+	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 0, Count: 2}, true}})); err != nil {
+		t.Fatal(err)
+	}
+	_, free := e.want(pageset.Run{First: 0, Count: 1})
+	last, _, _ := e.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
+	e.placed(last)
+	if len(free) == 0 || whole() {
+		t.Fatal("all is said to be there, and pages that the guest waits for are yet to be placed")
+	}
+	e.placed(free)
+	if !whole() {
+		t.Fatal("all is there, and that is not said")
+	}
+}

@@ -1,0 +1,1016 @@
+package evict
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vacate/internal/evict/journal"
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/link"
+	"vacate/internal/qemu/fit"
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
+)
+
+// Source moves a VM away from this host.
+type Source struct {
+	Eviction ID     // zero for a new one
+	VM       string // its name at the destination; empty where a QEMU waits for just this VM
+	Host     string // the name of this host, for messages that the destination may show; empty where no daemon is in use
+	QMP      string // path of the QMP socket of the VM's QEMU
+	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
+	// that this one ended. Zero: any.
+	Process process.Process
+	// Connect makes a session with the destination. It is called again whenever the link
+	// is lost after the commit.
+	Connect func(context.Context) (*link.Session, error)
+	// LoadTimeout is how long the destination may take to load the devices, which is how
+	// long the guest may stand still before the eviction is aborted. Default 5 s.
+	LoadTimeout time.Duration
+	// Order is that of the push; the zero value is pushorder.Default.
+	Order pushorder.Policy
+	// Enlightenment is where it is learnt what the guest's pages are used for. Default Auto.
+	Enlightenment Enlightenment
+	// SendFree moves free pages, too.
+	SendFree bool
+	// Path is what the eviction shares with others; nil if it is alone.
+	Path *Path
+	// TrustDisks names disks of the VM whose images at the destination are taken for the same on the operator's
+	// word, with their cache modes; see fit.Drive.Name.
+	TrustDisks []string
+	// Limit is how many bytes per second are sent, at most; nil for any number. Fetched pages
+	// count but never wait.
+	Limit *Limit
+	// Yield has the push give way to other traffic on the path.
+	Yield bool
+	// GiveBack is how long the VM must have run at the destination before memory of the copy here is given back to the host as soon as
+	// the destination has it, instead of at the end. From then on the VM can no longer be resumed here or exported, should it be lost there.
+	// 0, or without a Journal: never. Memory that is no file without a name is never given back early.
+	GiveBack time.Duration
+	// Journal survives the engine; without one its death leaves the VM frozen.
+	Journal Journal
+	Log     *slog.Logger
+	Show    func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+}
+
+// Timeouts of the source, before the commit.
+const (
+	prepareTimeout = 30 * time.Second
+	commitTimeout  = 20 * time.Second
+	rollbackTime   = 30 * time.Second
+	// settleTime is how long the push must have gone on for its rate to mean something.
+	settleTime = 300 * time.Millisecond
+)
+
+// Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
+// VM runs on here. After it the VM could no longer be saved, so only the cause ErrLeave is
+// heeded: the eviction is then left as it is, for Resume.
+// The report is filled in as far as things came, also when there is an error, which is an
+// *Error.
+func (s Source) Evict(ctx context.Context) (Report, error) {
+	e := s.engine(Preparing)
+	return e.done(e.run(ctx))
+}
+
+// engine makes one that is in a state, and shows its progress.
+func (s Source) engine(first State) *source {
+	e := &source{Source: s, started: time.Now()}
+	if e.Eviction == (ID{}) {
+		e.Eviction = journal.NewID()
+	}
+	if e.Log == nil {
+		e.Log = slog.New(slog.DiscardHandler)
+	}
+	if e.LoadTimeout == 0 {
+		e.LoadTimeout = 5 * time.Second
+	}
+	if e.Order.Base == pushorder.Unset {
+		e.Order = pushorder.Default
+	}
+	if e.Order.Base == pushorder.DemandOnly {
+		e.touched = make(chan struct{}, 1)
+	}
+	if e.Path == nil {
+		e.Path = NewPath(0)
+	}
+	e.life, e.die = context.WithCancelCause(context.Background())
+	note := func(st State) {
+		e.Log.Info("state", "state", st)
+		e.show(st)
+	}
+	e.machine = newMachine(first, note)
+	note(first)
+	e.tasks.Go(e.tick)
+	return e
+}
+
+// done ends the engine.
+func (e *source) done(err error) (Report, error) {
+	e.close()
+	if !errors.Is(err, ErrLeft) {
+		e.keepTrace()
+	}
+	report := e.report(err)
+	e.show(e.machine.current())
+	return report, err
+}
+
+// source is one eviction.
+type source struct {
+	Source
+	started time.Time
+	machine *machine
+	// life ends when the QEMU does, or this engine; its cause tells.
+	life context.Context
+	die  context.CancelCauseFunc
+
+	q       *qmp.Client     // nil if it was not needed yet
+	qemu    process.Process // the QEMU; zero until it is known
+	facts   hostFacts       // empty before the VM is about to be frozen
+	mem     *guestmem.Memory
+	offer   offer
+	flash   []string // blocks that QEMU reads when it is told to run the VM
+	warned  []string // what the operator ought to know of a VM that is moved all the same
+	mark    Mark     // the last that is durable
+	freezer *freezer // nil before the VM is about to be frozen
+	saved   saved
+	held    bool // the QEMU's process is stopped
+	// registers are those of the frozen guest, once its QEMU cannot be asked any more.
+	registers atomic.Pointer[registers]
+	frozen    *frozen
+	pushed    *frame // of the push lane, and before the push of the control lane
+	fetched   *frame // of the fetch lane
+
+	awaits   atomic.Pointer[awaited] // nil for nothing
+	frozenAt atomic.Pointer[time.Time]
+	ranThere bool         // the destination said that the VM runs there
+	ranSince time.Time    // when it said so first
+	ledger   *ledger      // nil if no memory is given back early
+	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
+	given    atomic.Int64 // pages, by this engine
+	summary  Received
+	shutDown string                 // why the VM ended on the destination; empty if it did not
+	short    atomic.Pointer[string] // why pages find no memory at the destination; nil or empty if they do
+
+	at     atomic.Pointer[attachment] // nil while there is no session
+	before linkBytes                  // of sessions that ended; guarded by mu
+	gaps   []Gap                      // in which there was none, after the commit; guarded by mu
+	// roundTrip is that of the last session that ended; guarded by mu.
+	roundTrip float64
+	pushing   pushed  // where the push of the present session began; guarded by mu
+	atPush    *uint64 // bytes sent before the first push; nil before it; guarded by mu
+
+	mu       sync.Mutex
+	askedFor []*pageset.Set   // pages that the guest waited for; nil before there were any; guarded by mu
+	order    *pushorder.Order // guarded by mu; nil before the package was read
+	light    light            // of prepare, then of the task that enlightens, then of report: one after the other
+	highest  int              // pages shown; guarded by shown
+
+	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
+
+	sent   [pushorder.Reasons]atomic.Int64 // pages by reason
+	tracer tracer
+	total  atomic.Int64
+	asked  atomic.Int64
+	shown  sync.Mutex // serialises Show
+	tasks  sync.WaitGroup
+}
+
+type linkBytes struct{ sent, received uint64 }
+
+// pushed is where a push began.
+type pushed struct {
+	at    time.Time
+	bytes uint64 // sent before, in its session
+	pages int    // sent before
+}
+
+func (e *source) run(ctx context.Context) error {
+	if err := e.prepare(ctx); err != nil {
+		return e.refuse(err)
+	}
+	if err := e.machine.enter(Switching); err != nil {
+		return e.refuse(err)
+	}
+	if err := e.transfer(ctx); err != nil {
+		return e.rollBack(err)
+	}
+	return e.commit(ctx)
+}
+
+// bound returns a context that also ends with the QEMU, or after a time.
+func (e *source) bound(ctx context.Context, limit time.Duration, late error) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(e.life, func() { cancel(context.Cause(e.life)) })
+	timer := time.AfterFunc(limit, func() { cancel(late) })
+	return ctx, func() {
+		stop()
+		timer.Stop()
+		cancel(nil)
+	}
+}
+
+// prepare checks everything that can be checked without touching the VM, and connects.
+func (e *source) prepare(all context.Context) (err error) {
+	ctx, cancel := e.bound(all, prepareTimeout, errLongPreparation)
+	defer func() { cancel() }()
+	if err := e.open(ctx); err != nil {
+		return err
+	}
+	var disks fit.Disks
+	err = together(
+		func() error { return canSave(ctx, e.q) },
+		func() error { return atRest(ctx, e.q, cmp.Or(e.VM, "the VM")) },
+		func() error { return e.fit(ctx) },
+		func() (err error) {
+			e.offer, err = describe(ctx, e.q)
+			return err
+		},
+		func() error { return held(ctx, e.q) },
+		func() (err error) {
+			e.flash, err = writableFlash(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			disks, err = fit.DisksOf(ctx, e.q)
+			return err
+		},
+		func() (err error) {
+			e.mem, err = guestmem.Attach(ctx, e.q)
+			return err
+		},
+		func() error {
+			e.findAgent(ctx)
+			return nil
+		},
+		func() error { return handsOver(ctx, e.q, e.QMP) },
+		func() error {
+			s, err := e.Connect(ctx)
+			if err != nil {
+				return err
+			}
+			a := attach(s, maxJSON)
+			e.at.Store(a)
+			return a.prove(ctx)
+		})
+	if err != nil {
+		return err
+	}
+	if err := e.offer.Devices.Held().Err(); err != nil {
+		return err
+	}
+	if err := located(e.mem); err != nil {
+		return err
+	}
+	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
+		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
+	}
+	if err := e.qemu.MayStop(); err != nil {
+		return err
+	}
+	e.watch()
+	e.look(ctx)
+	if err := disks.Trust(e.TrustDisks); err != nil {
+		return err
+	}
+	e.warnOfBitmaps(disks)
+	e.offer.Disks = disks
+	e.offer = e.offer.withMemory(e.mem)
+	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
+	control := e.at.Load().control
+	err = together(
+		func() (err error) {
+			e.freezer, err = newFreezer(ctx, e.q, e.offer.Machine, e.mem)
+			return err
+		},
+		func() error {
+			if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
+				return err
+			}
+			return e.awaitTaken(all, control, prepareTimeout)
+		})
+	cancel()
+	if err != nil {
+		return err
+	}
+	ctx, cancel = e.bound(all, prepareTimeout, errLongPreparation)
+	defer cancel()
+	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	e.facts = hostFacts{
+		Process: e.qemu, Blocks: e.mem.Blocks(), Mappings: e.mem.Mappings(),
+		Machine: e.offer.Machine, QEMU: e.offer.QEMU,
+	}
+	err = together(
+		func() error { return e.keepFacts() },
+		func() error {
+			// The twin is of use to nobody else from here on. What it cannot take of the VM's memory it says now, while the VM runs.
+			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
+				return err
+			}
+			if err := control.Write(msgHead, e.freezer.head); err != nil {
+				return err
+			}
+			_, err := control.await(ctx, msgArmed)
+			return err
+		})
+	if err != nil {
+		return err
+	}
+	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this engine.
+	e.facts.Ran = true
+	return e.keepFacts()
+}
+
+var errLongPreparation = errors.New("preparing took too long")
+
+// maxTaking is the longest that a source waits for a destination that says what it does meanwhile.
+const maxTaking = time.Hour + prepareTimeout
+
+// maxWhat bounds what is heard of what an offer waits for, in bytes.
+const maxWhat = 200
+
+// awaitTaken waits until the destination takes the offer. It may take long over it, as long as it says
+// what it does; if it says nothing for as long as our patience is, it is given up.
+func (e *source) awaitTaken(ctx context.Context, control *controlLane, patience time.Duration) error {
+	ctx, cancel := e.bound(ctx, maxTaking, fmt.Errorf("it took longer than %v", maxTaking))
+	defer cancel()
+	defer e.awaits.Store(nil)
+	for {
+		bounded, stop := context.WithTimeoutCause(ctx, patience, fmt.Errorf("it has said nothing for %v", patience))
+		f, err := control.await(bounded, msgAccepted, msgWaiting)
+		late := bounded.Err() != nil
+		stop()
+		switch {
+		case err != nil && late:
+			return fmt.Errorf("the destination neither took the offer nor turned it down: %w", err)
+		case err != nil:
+			return err
+		case f.kind == msgAccepted:
+			return nil
+		}
+		var w waiting
+		if err := decode(f.payload, &w); err != nil {
+			return err
+		}
+		w.What = w.What[:min(len(w.What), maxWhat)]
+		if was := e.awaits.Load(); was == nil || was.what != w.What {
+			e.Log.Info("the offer waits", "what", w.What)
+			e.awaits.Store(&awaited{w.What, time.Now()})
+		}
+	}
+}
+
+// awaited is what the offer waits for, and since when.
+type awaited struct {
+	what  string
+	since time.Time
+}
+
+// keepFacts stores what another engine must know to find the VM's QEMU, and to resume the VM.
+func (e *source) keepFacts() error {
+	b, err := json.Marshal(e.facts)
+	if err != nil {
+		return fmt.Errorf("encode what is known of the VM's QEMU: %w", err)
+	}
+	return keep(e.Journal, keptFacts, b)
+}
+
+// located makes sure that all of a VM's memory was found.
+func located(mem *guestmem.Memory) error {
+	for _, b := range mem.Blocks() {
+		if !b.Located {
+			return fmt.Errorf("memory %q of %d KiB: %w: it cannot be read for another host", b.Name, b.Size>>10, guestmem.ErrNotLocated)
+		}
+	}
+	return nil
+}
+
+// open takes hold of the VM's QEMU.
+func (e *source) open(ctx context.Context) error {
+	q, err := qmp.Dial(ctx, e.QMP)
+	if err != nil {
+		return err
+	}
+	if err := e.own(ctx, q); err != nil {
+		q.Close()
+		return err
+	}
+	e.q = q
+	e.tasks.Go(func() {
+		select {
+		case <-e.q.Done():
+			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.q.Err()))
+		case <-e.life.Done():
+		}
+	})
+	return recent(e.q.Version())
+}
+
+// pid is the QEMU's process, as far as that is known: who made its monitor's socket may be another.
+func (e *source) pid() int {
+	if e.mem != nil {
+		return e.mem.PID()
+	}
+	return e.q.PeerPID()
+}
+
+// watch notices the end of the QEMU's process, also while that is stopped.
+func (e *source) watch() {
+	e.tasks.Go(func() {
+		if e.qemu.Wait(e.life) == nil {
+			e.die(errQEMUGone)
+		}
+	})
+}
+
+var errQEMUGone = errors.New("the source's QEMU has ended")
+
+// own makes sure that the QEMU of a process is the eviction's.
+func (e *source) own(ctx context.Context, q *qmp.Client) error {
+	if e.Process == (process.Process{}) {
+		return nil
+	}
+	pid, _, err := q.Process(ctx)
+	if err != nil {
+		return err
+	}
+	answers, err := process.Find(pid)
+	switch {
+	case err != nil && !errors.Is(err, process.ErrGone):
+		return err
+	case err != nil || answers != e.Process:
+		return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.Process.PID, pid)
+	}
+	return nil
+}
+
+// errAnother is wrapped by the error of a QEMU that is not the one that had the VM.
+var errAnother = errors.New("the VM's QEMU ended")
+
+// fit makes sure that the VM is in a state from which it can be evicted.
+func (e *source) fit(ctx context.Context) error {
+	status, err := e.q.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := e.q.QueryMigrate(ctx)
+	if err != nil {
+		return err
+	}
+	m.Blocked = nil // the reasons for that are told elsewhere, with remedies
+	if err := mayLeave(m); err != nil {
+		return err
+	}
+	if !status.Running {
+		return fmt.Errorf("the VM does not run, its state is %q: only one that runs can be evicted: let it run (`cont`), or move it by other means", status.Status)
+	}
+	return nil
+}
+
+// mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing forbids it.
+func mayLeave(m qmp.Migration) error {
+	if !over(m.Status) {
+		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+	}
+	if len(m.Blocked) > 0 {
+		return fmt.Errorf("QEMU says that the VM cannot be moved: %s", strings.Join(m.Blocked, "; "))
+	}
+	return nil
+}
+
+// over tells whether a migration of that state leaves room for a new one.
+func over(status string) bool {
+	switch status {
+	case "", "none", "completed", "failed", "cancelled":
+		return true
+	}
+	return false
+}
+
+// transfer takes the VM from running here to loaded and paused there.
+func (e *source) transfer(ctx context.Context) error {
+	if err := e.freeze(); err != nil {
+		return err
+	}
+	loading, cancel := e.bound(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
+	defer cancel()
+	if err := e.machine.enter(Loading); err != nil {
+		return err
+	}
+	a := e.at.Load()
+	if err := e.sendEarly(a); err != nil {
+		return err
+	}
+	if err := a.control.Write(msgLoad, e.saved.load); err != nil {
+		return err
+	}
+	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
+	a.begin(func() error { return e.serveFetches(a) })
+	settled := make(chan error, 1)
+	e.tasks.Go(func() {
+		err := e.hold(loading)
+		if err == nil {
+			// Beside the loading, so that the commit need not wait for the disk.
+			err = e.keep()
+		}
+		settled <- err
+		if err != nil {
+			cancel() // nothing is to be waited for
+		}
+		// Not sooner: on a host with a single core to spare, QEMU needs that until then.
+		if err == nil {
+			e.enlighten()
+		}
+	})
+	_, err := a.control.await(loading, msgLoaded)
+	if err != nil {
+		cancel()
+	}
+	if why := <-settled; why != nil && !errors.Is(why, context.Canceled) {
+		return why
+	}
+	return err
+}
+
+// freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must have come to the end of it: so it
+// heeds no context but bounds its time.
+func (e *source) freeze() error {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout, errors.New("saving the devices took too long"))
+	defer cancel()
+	var err error
+	e.saved, err = e.freezer.freeze(ctx)
+	at := e.saved.at
+	if now := time.Now(); !at.After(e.started) || at.After(now) { // events carry QEMU's wall clock, which is ours
+		at = now
+	}
+	e.frozenAt.Store(&at)
+	// In save-vm it stands for QEMU's own purposes, such as a dump, and runs again after that.
+	if was := e.saved.was; err != nil && !was.Running && was.Status != "" && was.Status != "save-vm" {
+		e.facts.Ran = false // whatever failed after that
+		err = errors.Join(err, e.keepFacts())
+	}
+	if err != nil {
+		return fmt.Errorf("freeze the VM: %w", err)
+	}
+	return e.layOut(e.freezer.layout)
+}
+
+// hold stops the process of the QEMU whose guest is frozen, once that need not answer any more.
+func (e *source) hold(ctx context.Context) error {
+	err := together(
+		func() error { return e.freezer.forget(ctx) },
+		func() error {
+			if !e.mayLook() {
+				return nil
+			}
+			text, err := e.q.HMP(ctx, registersCommand)
+			e.facts.Registers = registers(text)
+			return err
+		})
+	if err != nil {
+		return err
+	}
+	if err := e.freezer.hold(ctx, e.qemu); err != nil {
+		return err
+	}
+	e.held = true
+	e.registers.Store(&e.facts.Registers)
+	return nil
+}
+
+// layOut gets ready to send the pages of a layout.
+func (e *source) layOut(l layout) (err error) {
+	if e.frozen, err = newFrozen(e.mem, l); err != nil {
+		return err
+	}
+	e.pushed.f, e.fetched.f = e.frozen, e.frozen
+	if e.GiveBack > 0 && e.Journal != nil && e.frozen.anyReleasable() {
+		e.ledger = &ledger{}
+	}
+	e.total.Store(int64(l.pages()))
+	begun := e.machine.at(Switching)
+	if begun.IsZero() { // it was another engine that began
+		begun = time.Now()
+	}
+	e.tracer.open(begun, l)
+	blocks := l.blocks()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.order = pushorder.New(blocks, e.Order.Near)
+	e.order.SetPlan(pushorder.NewPlan(e.Order, blocks, nil, nil))
+	return nil
+}
+
+// keep stores what another engine needs to go on, and last the mark without which the
+// commit must not be sent.
+func (e *source) keep() error {
+	if err := errors.Join(keep(e.Journal, keptHead, e.freezer.head), keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
+		return err
+	}
+	return e.note(MarkMayRun, "")
+}
+
+// note has the journal have a mark.
+func (e *source) note(m Mark, reason string) error {
+	err := note(e.Journal, m, reason)
+	if err == nil {
+		e.mark = m
+	}
+	return err
+}
+
+// commit tells the destination to run the VM. Its word is the only way back from here.
+func (e *source) commit(ctx context.Context) error {
+	if !mayCommit(e.mark, e.held) {
+		return e.rollBack(fmt.Errorf("bug: a commit at the mark %q, QEMU held %v", e.mark, e.held))
+	}
+	if err := e.machine.enter(Committing); err != nil {
+		return e.rollBack(err)
+	}
+	await, cancel := e.bound(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
+	defer cancel()
+	a := e.at.Load()
+	err := a.control.Write(msgCommit)
+	if err == nil {
+		_, err = a.control.await(await, msgRunning)
+	}
+	if errors.Is(err, errFarewell) {
+		return e.rollBack(err)
+	}
+	if err != nil {
+		if stateErr := e.machine.enter(InDoubt); stateErr != nil {
+			return e.lost(errors.Join(err, stateErr), "")
+		}
+		return e.converse(ctx, err)
+	}
+	e.ranThere = true
+	e.noteRan(0)
+	// Not sooner: pages that arrive while the destination loads the devices take the CPU
+	// that it needs for that.
+	e.beginPush(a)
+	if err := e.machine.enter(Pushing); err != nil {
+		return e.lost(err, "")
+	}
+	return e.converse(ctx, nil)
+}
+
+// refuse ends an eviction that touched nothing.
+func (e *source) refuse(err error) error {
+	from := e.machine.current()
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
+	defer cancel()
+	if a := e.at.Load(); a != nil {
+		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, err).Error()})
+	}
+	if e.freezer != nil {
+		e.freezer.forget(ctx) // or QEMU does when the monitor's last client has gone
+	}
+	outcome := ErrRefused
+	if errors.Is(err, context.Canceled) || errors.Is(err, ErrAbort) || errors.Is(err, ErrLeave) {
+		outcome = ErrAborted
+	}
+	if noteErr := e.note(MarkRolledBack, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
+	}
+	remedy := "The VM runs on, untouched"
+	if e.q == nil {
+		remedy = "The VM was not touched"
+	} else if e.q.Err() != nil {
+		remedy = "Its monitor does not answer any more"
+		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
+			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
+		}
+	} else if now, err := e.q.QueryStatus(ctx); err == nil && !now.Running {
+		remedy = fmt.Sprintf("The VM was not touched, its state is %q", now.Status)
+	}
+	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
+}
+
+// lost ends an eviction that this engine can do nothing more for.
+func (e *source) lost(err error, remedy string) error {
+	from := e.machine.current()
+	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
+		e.Log.Warn("the journal does not take what became of the VM", "error", noteErr)
+	}
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+}
+
+// rollBack resumes the guest here. It is legal only while the destination cannot run it:
+// before the commit, or when the destination says that it never did and never will.
+func (e *source) rollBack(cause error) error {
+	from := e.machine.current()
+	if from != RollingBack {
+		if err := e.machine.enter(RollingBack); err != nil {
+			return err
+		}
+	}
+	if a := e.at.Load(); a != nil {
+		// Without a commit the destination never runs the VM, whether this arrives or not.
+		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, cause).Error()})
+		a.Fail(cause)
+	}
+	// Ahead of what it says: an engine that finds it resumes the guest, too.
+	if e.mark == MarkResumedHere { // the operator's word stays
+		cause = fmt.Errorf("an operator decided so: %w", cause)
+	} else if err := e.note(MarkRolledBack, cause.Error()); err != nil {
+		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
+	defer cancel()
+	if e.mark == MarkResumedHere {
+		// A twin that lives after all may hold the locks of the disks.
+		if heard, err := e.Tell(ctx); !heard {
+			e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
+		}
+	}
+	now, err := e.resume(ctx)
+	if err != nil && e.mark == MarkResumedHere {
+		// The twin may have run, and may live: what was decided stays, and is told there.
+		if e.gone() {
+			return &Error{ErrLost, from, errors.Join(cause, err), "The VM's QEMU here has ended. Look whether the VM runs on the destination before you start it anew"}
+		}
+		return &Error{ErrLeft, from, errors.Join(cause, err), "An operator decided that the VM goes on here, and that is tried again"}
+	}
+	if err != nil {
+		if e.gone() {
+			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
+		}
+		// An operator who takes the VM up by hand need not ask what became of the twin.
+		if err := keep(e.Journal, keptDead, nil); err != nil {
+			e.Log.Warn("the journal does not take it that the VM never ran on the destination", "error", err)
+		}
+		remedy := fmt.Sprintf("Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID)
+		if e.Journal != nil {
+			remedy = e.remedies()
+		}
+		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
+			"The VM stands frozen here, with its memory intact; the destination never ran it. "+remedy)
+	}
+	remedy := "The VM runs on here, unharmed"
+	if now.Running {
+		announce(ctx, e.q, e.Log)
+	} else {
+		remedy = fmt.Sprintf("The VM stands here, unharmed, as it did before it was to be frozen: its state is %q", now.Status)
+	}
+	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
+}
+
+// gone tells whether the QEMU has ended, or was not there from the start.
+func (e *source) gone() bool {
+	if e.qemu != (process.Process{}) {
+		return !e.qemu.Alive()
+	}
+	return e.q == nil || e.q.Err() != nil
+}
+
+// resume has the VM do what it did before it was frozen, and returns what that is. It is legal only while the destination cannot
+// run it, or was told to be dead.
+func (e *source) resume(ctx context.Context) (qmp.Status, error) {
+	if e.gaveBack.Load() {
+		return qmp.Status{}, ErrGivenBack
+	}
+	// Also where it was only about to be stopped.
+	if e.qemu != (process.Process{}) {
+		if err := e.qemu.Continue(); err != nil {
+			return qmp.Status{}, err
+		}
+	}
+	e.held = false
+	for e.q == nil {
+		// Clients that came while the process was stopped are served first, even those that have left.
+		err := e.open(ctx)
+		if err != nil && (ctx.Err() != nil || !errors.Is(err, qmp.ErrBusy) && !errors.Is(err, qmp.ErrStopped)) {
+			return qmp.Status{}, err
+		}
+		if err != nil {
+			time.Sleep(pollInterval)
+		}
+	}
+	if e.freezer != nil {
+		e.freezer.forget(ctx)
+	}
+	var refused error
+	for told := false; ; {
+		status, err := e.q.QueryStatus(ctx)
+		if err != nil {
+			return status, err
+		}
+		if status.Running || !e.facts.Ran || told || e.freezer != nil && e.freezer.resumed() {
+			// What it does from now on is its own, and its operators', doing: also for an engine that
+			// finds it.
+			if e.facts.Ran {
+				e.facts.Ran = false
+				if err := e.keepFacts(); err != nil {
+					e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
+				}
+			}
+			return status, nil
+		}
+		// While the destination's QEMU lives, it may hold the locks of the disks.
+		if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
+			return status, refused
+		}
+		if told = refused == nil; told {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return status, errors.Join(refused, fmt.Errorf("%w; the VM's state is %q", context.Cause(ctx), status.Status))
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+// close ends everything that was started.
+func (e *source) close() {
+	if a := e.at.Load(); a != nil {
+		a.end()
+	}
+	e.die(net.ErrClosed)
+	e.tasks.Wait()
+	if e.freezer != nil {
+		e.freezer.close()
+	}
+	if e.mem != nil {
+		e.mem.Close()
+	}
+	if e.q != nil {
+		e.q.Close()
+	}
+}
+
+// report sums the eviction up.
+func (e *source) report(err error) Report {
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases(), Warnings: e.warned}
+	var failed *Error
+	if e.shutDown != "" {
+		r.Outcome, r.Reason = string(ShutDown), e.shutDown
+	}
+	if errors.As(err, &failed) {
+		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
+	}
+	since := func(from, to time.Time) *float64 {
+		if from.IsZero() || to.IsZero() {
+			return nil
+		}
+		return new(to.Sub(from).Seconds())
+	}
+	begun := e.machine.at(Switching)
+	if !begun.IsZero() {
+		r.Begun = &begun
+	}
+	over := e.machine.at(Completed)
+	if over.IsZero() {
+		over = e.machine.at(ShutDown)
+	}
+	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, over)
+	// Of a VM that another engine froze it is not known when.
+	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() {
+		r.Down = since(*at, e.ranSince)
+	}
+	r.Pages = PageCounts{
+		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(), Duplicate: e.summary.Duplicate,
+		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
+		Skipped: e.pages(pushorder.Skipped), Unused: e.pages(pushorder.Unused), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
+		GivenBack: int(e.given.Load()),
+	}
+	r.Order, r.Enlightenment = e.Order.String(), e.account()
+	r.Fetch = quantiles(e.summary.FetchDelays)
+	if r.Fetch != nil {
+		r.Fetch.Count = e.summary.Fetches
+	}
+	sent, received := e.bytes()
+	r.LinkBytes = sent + received
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r.Gaps, r.RoundTrip = e.gaps, e.roundTrip
+	if a := e.at.Load(); a != nil && a.window != nil {
+		r.RoundTrip = a.window.roundTrip()
+	}
+	if took := e.machine.spent(Pushing); took > 0 && e.atPush != nil {
+		r.Rate = float64(sent-*e.atPush) / took.Seconds()
+	}
+	return r
+}
+
+// zeroPages is how many of the pages that were sent went as a mark only; each counts once, however
+// often it was sent. Nothing may be sent any more.
+func (e *source) zeroPages() (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.order == nil {
+		return 0
+	}
+	for i, b := range e.frozen.layout {
+		for p := range pageset.Page(b.Pages) {
+			if !e.pushed.wasZero(i, p) && !e.fetched.wasZero(i, p) {
+				continue
+			}
+			switch why, _ := e.order.Why(i, p); why {
+			case pushorder.Left, pushorder.Skipped, pushorder.Unused, pushorder.Before:
+			default:
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// bytes is what was sent and received over all sessions.
+func (e *source) bytes() (sent, received uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if a := e.at.Load(); a != nil {
+		sent, received = a.Bytes()
+	}
+	return sent + e.before.sent, received + e.before.received
+}
+
+func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
+
+// sentPages is the number of pages that were sent.
+func (e *source) sentPages() int {
+	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Unused) - e.pages(pushorder.Before)
+}
+
+// settled is the number of pages that are sent, or need not be.
+func (e *source) settled() int {
+	n := int64(0)
+	for i := range e.sent {
+		n += e.sent[i].Load()
+	}
+	return int(n)
+}
+
+// tick shows the progress every 100 ms.
+func (e *source) tick() {
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-e.life.Done():
+			return
+		case <-t.C:
+			e.show("")
+		}
+	}
+}
+
+// show tells of the progress in a state; if none is given, in the present one.
+func (e *source) show(st State) {
+	if e.Show == nil {
+		return
+	}
+	e.shown.Lock()
+	defer e.shown.Unlock()
+	if st == "" { // not looked up sooner, lest the state seems to go backwards
+		st = e.machine.current()
+	}
+	// After the link was lost, some that were on their way are sent once more.
+	e.highest = max(e.highest, e.settled())
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+	if p.Total > 0 {
+		p.Bytes, _ = e.bytes()
+	}
+	if w := e.awaits.Load(); w != nil && st == Preparing {
+		p.Awaits, p.AwaitedFor = w.what, time.Since(w.since)
+	}
+	if short := e.short.Load(); short != nil {
+		p.Short = *short
+	}
+	if st == Pushing {
+		p.Rate, p.ETA = e.pace()
+	}
+	e.Show(p)
+}
+
+// pace is how fast the push of the present session is, in bytes per second, and how long it takes
+// at that; 0 as long as that is not known.
+func (e *source) pace() (rate float64, eta time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	a, p := e.at.Load(), e.pushing
+	took := time.Since(p.at)
+	if a == nil || p.at.IsZero() || took < settleTime {
+		return 0, 0
+	}
+	sent, _ := a.Bytes()
+	pages := e.sentPages() - p.pages
+	if sent < p.bytes || pages <= 0 {
+		return 0, 0 // it is another session's
+	}
+	left := int(e.total.Load()) - e.settled()
+	return float64(sent-p.bytes) / took.Seconds(), time.Duration(float64(took) * float64(left) / float64(pages))
+}

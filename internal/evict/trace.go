@@ -1,0 +1,227 @@
+package evict
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"sync"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/migstream"
+)
+
+// Trace is what a source did, page by page and over time: what a report draws. Its size does not grow with the VM's.
+type Trace struct {
+	// Blocks are the VM's RAM blocks, whose pages follow one another in Cells.
+	Blocks []TraceBlock `json:"blocks"`
+	// PagesPerCell is how many pages of a block make a cell; the last one of a block may have less.
+	PagesPerCell int `json:"pages_per_cell"`
+	// Of each cell: milliseconds after Begun when its first page was sent, or left out, and -1 if none was; why that was, as the number of
+	// a name in Reasons; and what it is used for, as the number of a name in Classes.
+	When  []int32 `json:"when_ms"`
+	Why   []uint8 `json:"why"`
+	Class []uint8 `json:"class"`
+	// Steps of the time after Begun, each StepMS long: pages by reason, and fetches by class.
+	StepMS  int        `json:"step_ms"`
+	Pages   [][]uint32 `json:"pages"` // by step, then by reason
+	Fetched [][]uint32 `json:"fetched"`
+	Reasons []string   `json:"reasons"`
+	Classes []string   `json:"classes"`
+}
+
+// TraceBlock is a RAM block.
+type TraceBlock struct {
+	Name     string `json:"name"`
+	Cell     int    `json:"cell"` // its first
+	Pages    int    `json:"pages"`
+	PageSize uint64 `json:"page_size"`
+}
+
+// Limits of a trace.
+const (
+	maxCells   = 1 << 16
+	maxSteps   = 1024
+	maxFetches = 1 << 18
+	leastStep  = 10 * time.Millisecond
+)
+
+// tracer notes what is sent as it is sent. Its methods may be called by several goroutines; they do nothing before open.
+type tracer struct {
+	mu      sync.Mutex
+	begun   time.Time
+	trace   Trace
+	step    time.Duration
+	steps   [][pushorder.Reasons]uint32
+	fetches []tracedFetch
+}
+
+// tracedFetch is a page that the guest waited for; what it is used for is known later.
+type tracedFetch struct {
+	after time.Duration
+	block int
+	page  pageset.Page
+}
+
+// open gets ready for the pages of a layout.
+func (t *tracer) open(begun time.Time, l layout) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.begun, t.step = begun, leastStep
+	per := 1
+	for l.pages()/per > maxCells-len(l) {
+		per *= 2
+	}
+	tr := &t.trace
+	*tr = Trace{PagesPerCell: per}
+	cells := 0
+	for _, b := range l {
+		tr.Blocks = append(tr.Blocks, TraceBlock{b.Name, cells, b.Pages, b.PageSize})
+		cells += (b.Pages + per - 1) / per
+	}
+	tr.When, tr.Why, tr.Class = make([]int32, cells), make([]uint8, cells), make([]uint8, cells)
+	for i := range tr.When {
+		tr.When[i] = -1
+	}
+	t.steps, t.fetches = nil, nil
+}
+
+// note takes note of pages that are sent now, or left out.
+func (t *tracer) note(why pushorder.Reason, runs []pageset.Run) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.trace.PagesPerCell == 0 || len(runs) == 0 {
+		return
+	}
+	after := max(0, time.Since(t.begun))
+	for after/t.step >= maxSteps {
+		for i := range t.steps {
+			if i%2 == 0 {
+				t.steps[i/2] = t.steps[i]
+				continue
+			}
+			for why, n := range t.steps[i] {
+				t.steps[i/2][why] += n
+			}
+		}
+		t.steps = t.steps[:(len(t.steps)+1)/2]
+		t.step *= 2
+	}
+	at := int(after / t.step)
+	for len(t.steps) <= at {
+		t.steps = append(t.steps, [pushorder.Reasons]uint32{})
+	}
+	t.steps[at][why] += uint32(pageset.Pages(runs))
+	ms := int32(min(after.Milliseconds(), 1<<31-1))
+	for _, r := range runs {
+		if r.Count == 0 {
+			continue
+		}
+		first := t.trace.cell(r.Block, r.First)
+		for c := first; c <= t.trace.cell(r.Block, r.End()-1); c++ {
+			if t.trace.When[c] < 0 {
+				t.trace.When[c], t.trace.Why[c] = ms, uint8(why)
+			}
+		}
+		if why == pushorder.Fetched && len(t.fetches) < maxFetches {
+			t.fetches = append(t.fetches, tracedFetch{after, r.Block, r.First})
+		}
+	}
+}
+
+func (t *Trace) cell(block int, p pageset.Page) int {
+	return t.Blocks[block].Cell + int(p)/t.PagesPerCell
+}
+
+// result is the trace, with the classes of a survey, which may be nil. Nothing may be noted any more.
+func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	tr := t.trace
+	if tr.PagesPerCell == 0 {
+		return tr, false
+	}
+	for why := range pushorder.Reasons {
+		tr.Reasons = append(tr.Reasons, why.String())
+	}
+	for c := range pageclass.Classes {
+		tr.Classes = append(tr.Classes, c.String())
+	}
+	// Of a page of several frames, the first tells.
+	class := func(f pushorder.Frames, i int) pageclass.Class {
+		per := tr.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
+		if n := f.First + uint64(i)*per; s != nil && n < uint64(len(s.Pages)) && s.Pages[n].Kind != pageclass.None {
+			return s.Pages[n].Class
+		}
+		return pageclass.Unknown
+	}
+	for _, f := range frames {
+		for i := 0; i < f.Run.Count; i++ {
+			p := f.Run.First + pageset.Page(i)
+			if i == 0 || int(p)%tr.PagesPerCell == 0 {
+				tr.Class[tr.cell(f.Run.Block, p)] = uint8(class(f, i))
+			}
+		}
+	}
+	tr.StepMS = int(t.step.Milliseconds())
+	tr.Pages, tr.Fetched = make([][]uint32, len(t.steps)), make([][]uint32, len(t.steps))
+	for i, by := range t.steps {
+		tr.Pages[i], tr.Fetched[i] = by[:], make([]uint32, pageclass.Classes)
+	}
+	for _, f := range t.fetches {
+		c := pageclass.Unknown
+		for _, fr := range frames {
+			if fr.Run.Block == f.block && f.page >= fr.Run.First && f.page < fr.Run.End() {
+				c = class(fr, int(f.page-fr.Run.First))
+			}
+		}
+		tr.Fetched[min(int(f.after/t.step), len(t.steps)-1)][c]++
+	}
+	return tr, true
+}
+
+// encode is the trace as it is kept: JSON, compressed with gzip.
+func (t *Trace) encode() ([]byte, error) {
+	var b bytes.Buffer
+	z, err := gzip.NewWriterLevel(&b, gzip.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
+	if err := json.NewEncoder(z).Encode(t); err != nil {
+		return nil, err
+	}
+	if err := z.Close(); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
+}
+
+// count takes note of pages that are sent, or left out.
+func (e *source) count(why pushorder.Reason, runs []pageset.Run) {
+	e.sent[why].Add(int64(pageset.Pages(runs)))
+	e.tracer.note(why, runs)
+}
+
+// keepTrace stores what the eviction did, if there is a journal. That it cannot is no reason to fail.
+func (e *source) keepTrace() {
+	if e.Journal == nil {
+		return
+	}
+	var frames []pushorder.Frames
+	if e.frozen != nil {
+		frames = e.frozen.frames()
+	}
+	t, ok := e.tracer.result(e.light.survey, frames)
+	if !ok {
+		return
+	}
+	b, err := t.encode()
+	if err == nil {
+		err = e.Journal.Keep(KeptTrace, b)
+	}
+	if err != nil {
+		e.Log.Warn("what the eviction did is not kept", "error", err)
+	}
+}

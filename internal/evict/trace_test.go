@@ -1,0 +1,106 @@
+package evict
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"testing"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/guest/pageclass"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestTrace(t *testing.T) {
+	var tr tracer
+	tr.note(pushorder.Planned, []pageset.Run{{Count: 1}}) // nothing is known of the pages yet
+	if _, ok := tr.result(nil, nil); ok {
+		t.Error("a trace of nothing")
+	}
+	l := layout{{Name: "ram", PageSize: 4096, Pages: 10}, {Name: "rom", PageSize: 4096, Pages: 3}}
+	tr.open(time.Now().Add(-time.Second), l)
+	tr.note(pushorder.Fetched, []pageset.Run{{Block: 0, First: 4, Count: 1}})
+	tr.note(pushorder.Planned, []pageset.Run{{Block: 0, First: 3, Count: 4}, {Block: 1, First: 0, Count: 3}, {Block: 0, First: 9, Count: 0}})
+	s := &pageclass.Survey{Pages: make([]pageclass.Page, 100)}
+	for i := range s.Pages {
+		s.Pages[i] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
+	}
+	got, ok := tr.result(s, []pushorder.Frames{{First: 90, Run: pageset.Run{Block: 0, Count: 10}}})
+	if !ok || got.PagesPerCell != 1 || len(got.When) != 13 || got.StepMS != 10 {
+		t.Fatalf("%+v", got)
+	}
+	why := []string{}
+	for i, w := range got.Why {
+		if got.When[i] < 0 {
+			why = append(why, "")
+		} else if why = append(why, got.Reasons[w]); got.When[i] < 1000 || got.When[i] > 60_000 {
+			t.Errorf("cell %d after %d ms", i, got.When[i])
+		}
+	}
+	want := []string{"", "", "", "planned", "fetched", "planned", "planned", "", "", "", "planned", "planned", "planned"}
+	if d := cmp.Diff(want, why); d != "" {
+		t.Error(d)
+	}
+	if c := got.Classes[got.Class[9]]; c != "user data" || got.Classes[got.Class[10]] != "unknown" {
+		t.Errorf("%s", c)
+	}
+	pages, fetched := 0, 0
+	for i := range got.Pages {
+		for _, n := range got.Pages[i] {
+			pages += int(n)
+		}
+		fetched += int(got.Fetched[i][pageclass.UserData])
+	}
+	if pages != 8 || fetched != 1 {
+		t.Errorf("%d pages, %d fetches", pages, fetched)
+	}
+
+	b, err := got.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var again Trace
+	if err := json.NewDecoder(z).Decode(&again); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(got, again); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestTraceIsBounded has it neither grow with the VM nor with the time.
+func TestTraceIsBounded(t *testing.T) {
+	var tr tracer
+	const pages = 1 << 25 // 128 GiB
+	tr.open(time.Now(), layout{{Name: "ram", PageSize: 4096, Pages: pages}, {Name: "rom", PageSize: 4096, Pages: 1}})
+	for _, after := range []time.Duration{0, time.Second, time.Minute, 100 * time.Hour} {
+		tr.begun = time.Now().Add(-after)
+		tr.note(pushorder.Fetched, []pageset.Run{{First: pages - 1, Count: 1}})
+	}
+	tr.note(pushorder.Skipped, []pageset.Run{{Count: pages}})
+	got, _ := tr.result(nil, []pushorder.Frames{{Run: pageset.Run{Count: pages}}})
+	if len(got.When) > maxCells || len(got.Pages) > maxSteps {
+		t.Errorf("%d cells, %d steps", len(got.When), len(got.Pages))
+	}
+	sum := map[pushorder.Reason]int{}
+	for _, by := range got.Pages {
+		for why, n := range by {
+			sum[pushorder.Reason(why)] += int(n)
+		}
+	}
+	if sum[pushorder.Fetched] != 4 || sum[pushorder.Skipped] != pages {
+		t.Errorf("%v", sum)
+	}
+	for i, when := range got.When {
+		if when < 0 && i != len(got.When)-1 {
+			t.Fatalf("cell %d of %d never came", i, len(got.When))
+		}
+	}
+}

@@ -1,0 +1,378 @@
+package evict
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/link"
+	"vacate/internal/qemu/fit"
+	"vacate/internal/qemu/migstream"
+)
+
+// Frames of the control lane. JSON where there is something to say, else empty or raw.
+const (
+	// source to destination
+	msgOffer  uint8 = 1  // offer: the VM to be moved
+	msgHead   uint8 = 2  // raw: QEMU's stream from its header to the footer of the RAM section's start
+	msgLoad   uint8 = 3  // raw: the package with the state of all devices
+	msgCommit uint8 = 4  // empty: from here on the destination may run
+	msgResume uint8 = 5  // resume: goes on with an eviction, in a new session, in place of an offer
+	msgAsk    uint8 = 6  // JSON of the caller's: a question that touches no VM, in place of an offer
+	msgFill   uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
+	msgOpen   uint8 = 10 // filler, behind an offer that was taken: see openWindow
+	msgHeard  uint8 = 7  // empty: the source knows that the eviction is complete
+	// destination to source
+	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
+	msgArmed    uint8 = 25 // empty: QEMU took the head
+	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
+	msgRunning  uint8 = 18 // empty: the VM runs on the destination
+	msgComplete uint8 = 19 // Received: every page is placed
+	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
+	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
+	msgHas      uint8 = 22 // pages that are here, see appendHas; several, behind a status that says "running"
+	msgReady    uint8 = 23 // empty: those were all
+	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
+	msgOpened   uint8 = 26 // empty: msgOpen is here
+	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
+	msgShutDown uint8 = 27 // farewell: the guest ended itself here; nobody needs its memory any more
+	msgShort    uint8 = 28 // farewell, once the VM runs: why pages find no memory there; empty if they do again
+	// both ways
+	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
+	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
+)
+
+// Frames of the other lanes; the control lane carries framePages ahead of msgLoad.
+const (
+	framePages   uint8 = 64 // pages, see appendPages
+	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
+	framePlaced  uint8 = 66 // push lane, destination to source, for each frame of pages, see appendPlaced
+	frameProof   uint8 = 68 // filler, both ways, with msgProve: see prove
+	frameSkipped uint8 = 67 // push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
+)
+
+const (
+	maxJSON    = 1 << 20
+	maxHead    = 1 << 20
+	maxFill    = 16 << 20 // bytes of all frames ahead of a question
+	maxControl = migstream.MaxPackage
+	// maxBatch is the number of bytes of pages in one frame, unless a single page is larger.
+	maxBatch = 256 << 10
+	// maxRuns is the number of runs of pages in one frame.
+	maxRuns = 512
+	// maxZeroPages bounds the zero pages in one frame: each costs the destination about a
+	// microsecond, during which a fetch waits.
+	maxZeroPages = 1024
+	// maxPage is the largest page of a RAM block that we move, a huge page on x86.
+	maxPage  = 2 << 20
+	runSize  = 16
+	maxPages = max(maxBatch, maxPage) + 2 + maxRuns*runSize
+)
+
+// maxHas is the number of pages of a block that one frame of msgHas tells of.
+const maxHas = 1 << 22
+
+// placedSize is the length of framePlaced, in bytes.
+const placedSize = 9
+
+// appendPlaced encodes a report of what the destination has placed: u64 bytes of frames of pages so far; and u8 1 if those of the last frame
+// are in the memory of its QEMU, 0 if they may be on their way there.
+func appendPlaced(b []byte, bytes uint64, held bool) []byte {
+	b = binary.BigEndian.AppendUint64(b, bytes)
+	if held {
+		return append(b, 1)
+	}
+	return append(b, 0)
+}
+
+// parsePlaced is the reverse of appendPlaced.
+func parsePlaced(b []byte) (bytes uint64, held bool, err error) {
+	if len(b) != placedSize || b[8] > 1 {
+		return 0, false, fmt.Errorf("%w: report of %d bytes on the push lane", errFrame, len(b))
+	}
+	return binary.BigEndian.Uint64(b), b[8] == 1, nil
+}
+
+// An offer says which VM the source wants to move, so that a destination that cannot
+// take it is found before the VM is touched.
+type offer struct {
+	Eviction ID           `json:"eviction"`
+	VM       string       `json:"vm,omitempty"` // its name on both hosts, where they have names for VMs
+	QEMU     string       `json:"qemu"`         // version, for messages
+	Machine  string       `json:"machine"`      // versioned type: "pc-i440fx-7.2"
+	CPUs     fit.CPUs     `json:"cpus"`
+	Blocks   []blockOffer `json:"blocks"`
+	Devices  fit.Devices  `json:"devices"`
+	Disks    fit.Disks    `json:"disks"`
+	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
+	// long has passed since the package came and no commit: its QEMU may hold the locks of
+	// the disks, without which the source cannot resume the VM.
+	LoadTimeout int64 `json:"load_timeout_ms"`
+}
+
+type blockOffer struct {
+	Name     string `json:"name"`
+	Size     uint64 `json:"size"`      // in bytes
+	PageSize uint64 `json:"page_size"` // in bytes
+}
+
+// resume is what a source says first that goes on with an eviction.
+type resume struct {
+	Eviction ID `json:"eviction"`
+	// Committed says that the source cannot run the VM any more unless the destination
+	// says that it never did.
+	Committed bool `json:"committed"`
+	// Resumed says that the VM runs at the source again, or is about to, by an operator's word:
+	// the twin has to end.
+	Resumed bool `json:"resumed,omitempty"`
+}
+
+// status is what a destination knows of an eviction.
+type status struct {
+	Answer  Answer    `json:"answer"`
+	Reason  string    `json:"reason,omitempty"`
+	Dead    bool      `json:"dead,omitempty"`    // the twin has ended, and never runs again
+	Summary *Received `json:"summary,omitempty"` // of a complete one
+	Ran     uint32    `json:"ran_ms,omitempty"`  // of a running one: how long the VM has run here; 0 if not known
+}
+
+// waiting is what a destination does before it can take an offer.
+type waiting struct {
+	What string `json:"what"` // "hostb starts a QEMU for VM web1"
+}
+
+// farewell is why an eviction was given up.
+type farewell struct {
+	Reason string `json:"reason"`
+	Dead   bool   `json:"dead,omitempty"` // as in status
+}
+
+// Received is what the destination knows of an eviction that is complete.
+type Received struct {
+	Duplicate   int `json:"duplicate"` // pages that came twice and were dropped
+	Fetches     int `json:"fetches"`
+	FreeTouched int `json:"free_touched"` // requests for pages that were left out
+	// ShutDown is why the eviction was not completed, though it ended well: the guest ended itself.
+	ShutDown    string    `json:"shut_down,omitempty"`
+	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
+}
+
+// pageRun is a run of pages in a frame: of data, or zero.
+type pageRun struct {
+	pageset.Run
+	Zero bool
+}
+
+// appendPages appends the head of a frame of pages: u16 number of runs, then per run u16
+// block, u8 zero, u8 0, u32 count, u64 first page. The data of the runs that are not zero
+// follows, in order.
+func appendPages(b []byte, runs []pageRun) []byte {
+	b = binary.BigEndian.AppendUint16(b, uint16(len(runs)))
+	for _, r := range runs {
+		b = binary.BigEndian.AppendUint16(b, uint16(r.Block))
+		zero := byte(0)
+		if r.Zero {
+			zero = 1
+		}
+		b = binary.BigEndian.AppendUint32(append(b, zero, 0), uint32(r.Count))
+		b = binary.BigEndian.AppendUint64(b, uint64(r.First))
+	}
+	return b
+}
+
+var errFrame = fmt.Errorf("%w: bad frame", link.ErrPeer)
+
+// layout is the extent of the VM's blocks, in the order of QEMU's stream; a block's
+// index in it is its number on the link.
+type layout []blockLayout
+
+type blockLayout struct {
+	Name     string
+	Length   uint64
+	PageSize uint64
+	Pages    int
+}
+
+func newLayout(blocks []migstream.Block) (layout, error) {
+	l := make(layout, len(blocks))
+	for i, b := range blocks {
+		if b.PageSize > maxPage {
+			return nil, fmt.Errorf("block %q is backed by pages of %d MiB; at most 2 MiB are supported", b.Name, b.PageSize>>20)
+		}
+		l[i] = blockLayout{b.Name, b.Length, b.PageSize, int(b.Length / b.PageSize)}
+	}
+	return l, nil
+}
+
+// blocks is the layout as pushorder wants it.
+func (l layout) blocks() []pushorder.Block {
+	blocks := make([]pushorder.Block, len(l))
+	for i, b := range l {
+		blocks[i] = pushorder.Block{Pages: b.Pages, PageSize: int(b.PageSize)}
+	}
+	return blocks
+}
+
+func (l layout) pages() int {
+	n := 0
+	for _, b := range l {
+		n += b.Pages
+	}
+	return n
+}
+
+// find returns the number of the block called name, or -1.
+func (l layout) find(name string) int {
+	for i, b := range l {
+		if b.Name == name {
+			return i
+		}
+	}
+	return -1
+}
+
+// check tells whether the run lies within its block.
+func (l layout) check(r pageset.Run) error {
+	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 || uint64(r.First) >= uint64(l[r.Block].Pages) || r.Count > l[r.Block].Pages-int(r.First) {
+		return fmt.Errorf("%w: pages %d+%d of block %d are not in the VM", errFrame, r.First, r.Count, r.Block)
+	}
+	return nil
+}
+
+// parsePages takes a frame of pages apart. The data of the runs follows one another in
+// the returned slice, which is part of b.
+func (l layout) parsePages(dst []pageRun, b []byte) (runs []pageRun, data []byte, err error) {
+	if len(b) < 2 {
+		return nil, nil, fmt.Errorf("%w: pages of %d bytes", errFrame, len(b))
+	}
+	n := binary.BigEndian.Uint16(b)
+	b = b[2:]
+	if n == 0 || n > maxRuns || len(b) < int(n)*runSize {
+		return nil, nil, fmt.Errorf("%w: %d runs of pages in %d bytes", errFrame, n, len(b))
+	}
+	runs = dst
+	want := uint64(0)
+	for range n {
+		r := pageRun{Run: pageset.Run{
+			Block: int(binary.BigEndian.Uint16(b)),
+			First: pageset.Page(binary.BigEndian.Uint64(b[8:])),
+			Count: int(binary.BigEndian.Uint32(b[4:])),
+		}, Zero: b[2] == 1}
+		if b[2] > 1 || b[3] != 0 {
+			return nil, nil, fmt.Errorf("%w: run of unknown kind", errFrame)
+		}
+		if err := l.check(r.Run); err != nil {
+			return nil, nil, err
+		}
+		if !r.Zero {
+			want += uint64(r.Count) * l[r.Block].PageSize
+		}
+		runs = append(runs, r)
+		b = b[runSize:]
+	}
+	if uint64(len(b)) != want {
+		return nil, nil, fmt.Errorf("%w: %d bytes of page data, want %d", errFrame, len(b), want)
+	}
+	return runs, b, nil
+}
+
+// appendRequest encodes a run of pages that the guest waits for.
+func appendRequest(b []byte, r pageset.Run) []byte {
+	b = binary.BigEndian.AppendUint16(b, uint16(r.Block))
+	b = binary.BigEndian.AppendUint32(append(b, 0, 0), uint32(r.Count))
+	return binary.BigEndian.AppendUint64(b, uint64(r.First))
+}
+
+func (l layout) parseRequest(b []byte) (pageset.Run, error) {
+	if len(b) != runSize || b[2]|b[3] != 0 {
+		return pageset.Run{}, fmt.Errorf("%w: request of %d bytes", errFrame, len(b))
+	}
+	r := pageset.Run{
+		Block: int(binary.BigEndian.Uint16(b)),
+		First: pageset.Page(binary.BigEndian.Uint64(b[8:])),
+		Count: int(binary.BigEndian.Uint32(b[4:])),
+	}
+	return r, l.check(r)
+}
+
+// appendHas appends a frame that tells which pages of a block are here: u16 block, u16 0, u32
+// count of pages, u64 first page, then a bit for each page from the first on, the least
+// significant of a byte first, padded to 8 bytes.
+func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
+	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
+	words := make([]uint64, (count+63)/64)
+	for p := pageset.Page(first); ; {
+		at, n := set.Next(p, set.Size())
+		if n == 0 || int(at) >= first+count {
+			break
+		}
+		for ; n > 0 && int(at) < first+count; n, at = n-1, at+1 {
+			i := int(at) - first
+			words[i/64] |= 1 << (i % 64)
+		}
+		p = at
+	}
+	for _, w := range words {
+		b = binary.LittleEndian.AppendUint64(b, w)
+	}
+	return b
+}
+
+// parseHas adds the pages that a frame tells of to the sets, one for each block.
+func (l layout) parseHas(b []byte, sets []*pageset.Set) error {
+	if len(b) < runSize {
+		return fmt.Errorf("%w: pages received, in %d bytes", errFrame, len(b))
+	}
+	r, err := l.parseRequest(b[:runSize])
+	if err != nil {
+		return err
+	}
+	if b = b[runSize:]; len(b) != (r.Count+63)/64*8 {
+		return fmt.Errorf("%w: %d bytes tell of %d pages", errFrame, len(b), r.Count)
+	}
+	addBits(sets[r.Block], r.First, r.Count, b)
+	return nil
+}
+
+// addBits adds the pages from first on whose bits are set, of count bits in bytes.
+func addBits(set *pageset.Set, first pageset.Page, count int, bits []byte) {
+	for i := 0; i < count; i++ {
+		if bits[i/8] == 0 && i%8 == 0 {
+			i += 7
+			continue
+		}
+		if bits[i/8]>>(i%8)&1 != 0 {
+			set.Add(first + pageset.Page(i))
+		}
+	}
+}
+
+// decode reads a JSON message of the peer strictly.
+func decode(b []byte, into any) error {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	err := dec.Decode(into)
+	if _, end := dec.Token(); err == nil && !errors.Is(end, io.EOF) {
+		err = errors.New("bytes behind it")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: message: %v", errFrame, err)
+	}
+	return nil
+}
+
+func writeJSON(c *link.Conn, kind uint8, message any) error {
+	b, err := json.Marshal(message)
+	if err != nil {
+		return fmt.Errorf("encode a message: %w", err)
+	}
+	if len(b) > maxJSON {
+		return fmt.Errorf("message of %d bytes is longer than %d", len(b), maxJSON)
+	}
+	return c.Write(kind, b)
+}

@@ -1,0 +1,318 @@
+package host
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"vacate/internal/host/hypervisor"
+	"vacate/internal/host/relief"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Config is how a host's daemon is set up. It is read from a file of TOML:
+//
+//	certs   = "/etc/vacate/certs"           # who this host is: see vacate certs
+//	listen  = ":7601"                       # where other hosts bring VMs; without it, none may come
+//	socket  = "/run/vacate/vacated.sock"    # where this host's operators ask, and the path of /metrics
+//	journal = "/var/lib/vacate"             # what must not be forgotten: on a disk that keeps it
+//	vms     = "/etc/vacate/vms"             # descriptions of VMs: see package hypervisor
+//	metrics = "127.0.0.1:9601"              # /metrics for Prometheus, over plain HTTP; default: only on the socket
+//	give_back = "30s"                       # memory of a VM that has run elsewhere for so long is given back as that host gets it, and
+//	                                        # can then not be resumed here any more; default: only when that host has it all
+//
+//	[api]                                   # the same as on the socket, over TLS
+//	listen    = ":7600"
+//	operators = ["admin"]                   # names in the certificates of those who may
+//
+//	[peers.hostb]                           # another host, by the name in its certificate
+//	address  = "hostb.example:7601"         # where it listens; without it, no VM goes there
+//	may_send = true                         # it may bring VMs here
+//	rate     = 500                          # most that is sent there, in Mbit/s; default: no limit
+//	fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # cuts it off for good, for vacate decide --fence; exit code 0: it did; default: none
+//	fence_time = "2m"                       # how long that may take
+//
+//	[guard]                                 # evict by itself when this host is overloaded; without it, only when told
+//	goal       = "cpu<111%"                 # what this host is to be like: see relief.ParseGoal
+//	max_load   = 0.8                        # CPU wanted for each core that a host may come to, to which a VM goes
+//	reserve    = 0.1                        # share of its memory that stays free there
+//	sustain    = "30s"                      # how long the goal is missed before anything is done
+//	settle     = "1m"                       # how long nothing is done after an eviction
+//	cool_down  = "30m"                      # how long a VM stays where it came to
+//	concurrent = 1                          # how many evictions there may be at once
+//	interval   = "5s"                       # over which each look at the host is
+//
+// All but peers has the default shown, except for listen, metrics, api and guard, which are off. With
+//
+//	plain = true                            # no TLS: whoever reaches the link can read and forge memory
+//
+// the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
+type Config struct {
+	Name     string          `toml:"name"` // of this host on a plain link; else its certificate has it
+	Certs    string          `toml:"certs"`
+	Plain    bool            `toml:"plain"`
+	Listen   string          `toml:"listen"`
+	Socket   string          `toml:"socket"`
+	Journal  string          `toml:"journal"`
+	VMs      string          `toml:"vms"`
+	Metrics  string          `toml:"metrics"`
+	GiveBack time.Duration   `toml:"give_back"` // 0: at the end
+	API      API             `toml:"api"`
+	Peers    map[string]Peer `toml:"peers"`
+	Guard    *Guard          `toml:"guard"` // nil: off
+}
+
+// Guard is when, and how, the daemon evicts by itself. What is not set has its default.
+type Guard struct {
+	Goal       string        `toml:"goal"`
+	MaxLoad    float64       `toml:"max_load"`
+	Reserve    *float64      `toml:"reserve"`
+	Sustain    time.Duration `toml:"sustain"`
+	Settle     time.Duration `toml:"settle"`
+	CoolDown   time.Duration `toml:"cool_down"`
+	Concurrent int           `toml:"concurrent"`
+	Interval   time.Duration `toml:"interval"`
+}
+
+// policy is the guard's, with what is not set filled in.
+func (g Guard) policy() (relief.Policy, error) {
+	p := relief.DefaultPolicy
+	if g.Goal != "" {
+		var err error
+		if p.Goal, err = relief.ParseGoal(g.Goal); err != nil {
+			return p, err
+		}
+	}
+	set(&p.Limits.MaxLoad, g.MaxLoad)
+	set(&p.Sustain, g.Sustain)
+	set(&p.Settle, g.Settle)
+	set(&p.CoolDown, g.CoolDown)
+	set(&p.Concurrent, g.Concurrent)
+	if g.Reserve != nil {
+		p.Limits.Reserve = *g.Reserve
+	}
+	switch {
+	case !(p.Limits.MaxLoad > 0 && p.Limits.MaxLoad <= 10):
+		return p, fmt.Errorf("max_load = %v: want more than 0, and 10 at most", p.Limits.MaxLoad)
+	case !(p.Limits.Reserve >= 0 && p.Limits.Reserve < 1):
+		return p, fmt.Errorf("reserve = %v: want a share from 0 to 1", p.Limits.Reserve)
+	case min(p.Sustain, p.Settle, p.CoolDown) < 0 || p.Concurrent < 0:
+		return p, errors.New("no time, and no number of evictions, can be less than 0")
+	case g.Interval != 0 && (g.Interval < leastOver || g.Interval > time.Minute):
+		return p, fmt.Errorf("interval = %v: want %v to a minute", g.Interval, leastOver)
+	}
+	return p, nil
+}
+
+// interval is over what time each look is.
+func (g Guard) interval() time.Duration { return cmp.Or(g.Interval, 5*time.Second) }
+
+// set sets a value unless it is none.
+func set[T comparable](to *T, value T) { *to = cmp.Or(value, *to) }
+
+// API is who may ask over TCP.
+type API struct {
+	Listen    string   `toml:"listen"`
+	Operators []string `toml:"operators"`
+}
+
+// Peer is another host.
+type Peer struct {
+	Address string `toml:"address"`
+	MaySend bool   `toml:"may_send"`
+	Rate    uint64 `toml:"rate"` // Mbit/s
+	// Fence is a command, without a shell, that has the host run no VM any more when it exits with 0; "{host}" in it stands for the name.
+	Fence     []string      `toml:"fence"`
+	FenceTime time.Duration `toml:"fence_time"` // 0: usualFence
+}
+
+// maxRate bounds a peer's rate, in Mbit/s.
+const maxRate = 10_000_000
+
+// maxGiveBack bounds the time after which memory is given back: beyond, it is never.
+const maxGiveBack = 24 * time.Hour
+
+// maxConfig bounds the file, in bytes.
+const maxConfig = 1 << 20
+
+// ReadConfig reads a file, and fills in the defaults. Relative paths in it count from its directory.
+func ReadConfig(file string) (Config, error) {
+	c := Config{
+		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate", VMs: "/etc/vacate/vms",
+	}
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("%w: make one, see vacated --help", err)
+	} else if err != nil {
+		return c, err
+	}
+	if info.Size() > maxConfig {
+		return c, fmt.Errorf("%s has more than %d bytes", file, maxConfig)
+	}
+	meta, err := toml.DecodeFile(file, &c)
+	if err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return c, fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
+	}
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err != nil {
+		return c, err
+	}
+	for _, path := range []*string{&c.Certs, &c.Socket, &c.Journal, &c.VMs} {
+		if *path != "" && !filepath.IsAbs(*path) {
+			*path = filepath.Join(dir, *path)
+		}
+	}
+	if err := c.check(); err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+// check says what is wrong with a configuration.
+func (c Config) check() error {
+	for name, path := range map[string]string{"socket": c.Socket, "journal": c.Journal, "vms": c.VMs} {
+		if path == "" {
+			return fmt.Errorf("%s is empty", name)
+		}
+	}
+	for _, a := range []struct{ name, addr string }{{"listen", c.Listen}, {"metrics", c.Metrics}, {"api.listen", c.API.Listen}} {
+		if a.addr == "" {
+			continue
+		}
+		if _, err := splitAddress(a.addr, 0); err != nil {
+			return fmt.Errorf("%s = %q %w", a.name, a.addr, err)
+		}
+	}
+	if c.Plain && c.Name == "" {
+		return errors.New("plain = true needs name, this host's")
+	}
+	if !c.Plain && c.Name != "" {
+		return errors.New("name is for plain = true only: this host's certificate has its name")
+	}
+	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
+		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+	}
+	if c.API.Listen == "" && len(c.API.Operators) > 0 {
+		return errors.New("api.operators may ask nothing without api.listen: add it, such as listen = \":7600\"")
+	}
+	for _, name := range c.API.Operators {
+		if err := certified(name); err != nil {
+			return fmt.Errorf("api.operators: %w", err)
+		}
+	}
+	if c.GiveBack < 0 || c.GiveBack > maxGiveBack {
+		return fmt.Errorf("give_back = %v: want 0, which is off, to %v", c.GiveBack, maxGiveBack)
+	}
+	if c.Guard != nil {
+		if _, err := c.Guard.policy(); err != nil {
+			return fmt.Errorf("guard: %w", err)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		p := c.Peers[name]
+		if err := hypervisor.CheckName(name); err != nil {
+			return fmt.Errorf("peers.%s: %w", name, err)
+		}
+		if !c.Plain {
+			if err := certified(name); err != nil {
+				return fmt.Errorf("peers.%s: %w", name, err)
+			}
+		}
+		if name == c.Name {
+			return selfPeer(name)
+		}
+		if p.Rate > maxRate {
+			return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
+		}
+		if err := p.checkFence(); err != nil {
+			return fmt.Errorf("peers.%s: %w", name, err)
+		}
+		if p.Address == "" {
+			if c.Plain && p.MaySend {
+				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which is missing", name)
+			}
+			continue
+		}
+		host, err := splitAddress(p.Address, 1)
+		if err != nil {
+			return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
+		}
+		if _, err := netip.ParseAddr(host); c.Plain && err != nil {
+			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by which the peer is known", name, p.Address)
+		}
+	}
+	return nil
+}
+
+// splitAddress returns the host of HOST:PORT, whose port must be one, and least at least.
+func splitAddress(addr string, least int) (host string, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "", errors.New("is not HOST:PORT")
+	}
+	if n, err := net.LookupPort("tcp", port); err != nil || n < least {
+		return "", fmt.Errorf("has no port %q: want a number from %d to 65535", port, least)
+	}
+	return host, nil
+}
+
+// certified says why no certificate that we take can have a name: of those, names are lower case.
+func certified(name string) error {
+	if lower := strings.ToLower(name); name != lower {
+		return fmt.Errorf("%q can be in no certificate, as capital letters count as small ones there: write %q", name, lower)
+	}
+	return nil
+}
+
+// selfPeer is the error of a host that is its own peer.
+func selfPeer(name string) error {
+	return fmt.Errorf("peers.%s: that is this host itself: name only others", name)
+}
+
+// peerAt is the name of the peer on a plain link that has the IP address of addr, a host:port.
+func (c Config) peerAt(addr string) (string, error) {
+	from, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		at, err := netip.ParseAddrPort(c.Peers[name].Address)
+		if err == nil && at.Addr().Unmap() == from.Addr().Unmap() {
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("no peer has the address %s", from.Addr())
+}
+
+// mayCome says whether a peer may bring VMs to this host, whose name is here.
+func (c Config) mayCome(name, here string) error {
+	p, ok := c.Peers[name]
+	switch {
+	case !ok:
+		return fmt.Errorf("host %q is no peer of this one: the configuration of vacated on host %s wants [peers.%s]", name, here, name)
+	case !p.MaySend:
+		return fmt.Errorf("host %q may not bring VMs to this one: the configuration of vacated on host %s wants may_send = true under [peers.%s]", name, here, name)
+	}
+	return nil
+}
+
+// peerNames are those of all peers, for messages.
+func (c Config) peerNames() string {
+	if len(c.Peers) == 0 {
+		return "none is configured"
+	}
+	return "there are " + strings.Join(slices.Sorted(maps.Keys(c.Peers)), ", ")
+}

@@ -1,0 +1,220 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
+	"vacate/internal/host/hypervisor"
+	"vacate/internal/sys/process"
+)
+
+// maxIncoming is how many VMs may come at the same time.
+const maxIncoming = 16
+
+// request serves what a peer wants with a session.
+func (h *Host) request(r *evict.Request) {
+	peer := r.Session.PeerName()
+	if h.identity == nil {
+		var err error
+		if peer, err = h.config.peerAt(r.Session.Peer()); err != nil {
+			r.Refuse(err)
+			h.turnedAway(r.Session.Peer(), err)
+			return
+		}
+	}
+	switch r.Purpose {
+	case evict.ToOffer:
+		if err := h.offered(r, peer); err != nil {
+			r.Refuse(fmt.Errorf("host %s: %w", h.name(), err))
+			h.metrics.offersRefused.Inc()
+			h.log.Warn("offer refused", "vm", r.VM, "peer", peer, "error", err)
+		}
+	case evict.ToResume:
+		h.resumed(r, peer)
+	case evict.ToAsk:
+		answer, err := h.asked(r, peer)
+		if err != nil {
+			r.Refuse(err)
+			return
+		}
+		if err := r.Tell(answer); err != nil {
+			h.log.Debug("an answer did not reach its peer", "peer", peer, "error", err)
+		}
+	}
+}
+
+// offered takes a VM that a peer offers. The request is the engine's unless there is an error.
+func (h *Host) offered(r *evict.Request, peer string) error {
+	if err := h.config.mayCome(peer, h.name()); err != nil {
+		return err
+	}
+	if err := hypervisor.CheckName(r.VM); err != nil {
+		return err
+	}
+	vm, err := hypervisor.Find(h.config.VMs, r.VM)
+	if err != nil {
+		return err
+	}
+	release, err := h.take(r.VM)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if n := h.incoming(); n >= maxIncoming {
+		return fmt.Errorf("%d VMs are coming in already: try again later", n)
+	}
+	entry, err := h.journal.Create(journal.Record{
+		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), QMP: vm.QMP, Mark: string(evict.MarkAccepted),
+	})
+	if err != nil {
+		return err
+	}
+	v := h.newEviction(entry)
+	h.add(v)
+	h.log.Info("offer taken", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
+	var twin process.Process
+	err = r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name), func(ctx context.Context) (err error) {
+		twin, err = hypervisor.StartTwin(ctx, vm)
+		return err
+	})
+	if err == nil {
+		// From the process alone it would have to be guessed after our death.
+		err = entry.Note(string(evict.MarkAccepted), "", func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })
+	}
+	if err != nil {
+		if twin.PID != 0 {
+			err = errors.Join(err, twin.Kill(context.Background()))
+		}
+		v.finish(evict.MarkNeverRan, evict.Refused, err, nil)
+		return err
+	}
+	h.log.Info("twin started", "eviction", entry.ID(), "vm", r.VM, "peer", peer, "pid", twin.PID)
+	v.requests <- r
+	v.receive(false)
+	return nil
+}
+
+// incoming counts the VMs that are coming.
+func (h *Host) incoming() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n := 0
+	for _, v := range h.evictions {
+		if r := v.entry.Record(); r.Role == journal.Destination && !v.ended() {
+			n++
+		}
+	}
+	return n
+}
+
+// receive has an engine take the VM, or resume that.
+func (v *eviction) receive(resume bool) {
+	v.start(resume, func(ctx context.Context, resumed bool) (any, error) {
+		d := v.destination()
+		if resumed {
+			return d.Resume(ctx, v.entry.ID(), v.mark(), v.requests)
+		}
+		return d.Receive(ctx, v.requests)
+	}, v.taken)
+}
+
+// destination is an engine for an eviction to here.
+func (v *eviction) destination() evict.Destination {
+	r := v.entry.Record()
+	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
+	host, file := v.host.name(), hypervisor.File(v.host.config.VMs, r.VM)
+	return evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised, Journal: record{v.entry}, Log: log, Show: v.show}
+}
+
+// taken notes the end of an eviction to here.
+func (v *eviction) taken(report json.RawMessage, err error) {
+	switch {
+	case err == nil && v.mark() == evict.MarkShutDown:
+		v.finish(evict.MarkShutDown, evict.ShutDown, errors.New(v.entry.Record().Reason), report)
+	case err == nil:
+		v.finish(evict.MarkCompleted, evict.Completed, nil, report)
+	case errors.Is(err, evict.ErrRefused), errors.Is(err, evict.ErrAborted):
+		outcome := evict.Aborted
+		if errors.Is(err, evict.ErrRefused) {
+			outcome = evict.Refused
+		}
+		err = v.oustedBy(err)
+		if killErr := v.process().Kill(context.Background()); killErr != nil {
+			v.host.log.Error("a twin that never ran does not end", "eviction", v.entry.ID(), "pid", v.process().PID, "error", killErr)
+		}
+		v.finish(evict.MarkNeverRan, outcome, err, nil)
+	default:
+		v.finish(evict.MarkLost, evict.Lost, v.oustedBy(err), nil)
+	}
+	select {
+	case r := <-v.requests: // that no engine took
+		v.answer(r)
+	default:
+	}
+}
+
+// resumed serves a source that wants to go on with an eviction.
+func (h *Host) resumed(r *evict.Request, peer string) {
+	v := h.find(r.Eviction)
+	if v == nil || v.entry.Record().Role != journal.Destination || v.entry.Err() == nil && v.entry.Record().Peer != peer {
+		r.Answer(evict.AnswerUnknown, fmt.Sprintf("host %s knows of no such eviction from host %s", h.name(), peer), false, nil)
+		return
+	}
+	if r.ResumedThere() {
+		v.overrule(r)
+		return
+	}
+	v.mu.Lock()
+	working, idle := v.cancel != nil, v.idle
+	v.mu.Unlock()
+	if !working {
+		v.answer(r)
+		return
+	}
+	select {
+	case v.requests <- r:
+	case <-idle:
+		v.answer(r)
+	case <-time.After(resumeTime):
+		r.Refuse(fmt.Errorf("host %s is busy with the eviction", h.name()))
+	}
+}
+
+// resumeTime is how long an engine may take until it heeds its source.
+const resumeTime = 5 * time.Second
+
+// answer tells a source what became of an eviction that nobody works on.
+func (v *eviction) answer(r *evict.Request) {
+	if r.Purpose != evict.ToResume {
+		r.Refuse(errors.New(v.describe()))
+		return
+	}
+	if err := v.entry.Err(); err != nil {
+		r.Refuse(fmt.Errorf("the journal of host %s is damaged: %w", v.host.name(), err))
+		return
+	}
+	var received *evict.Received
+	rec := v.entry.Record()
+	if rec.Report != nil {
+		received = new(evict.Received)
+		if err := json.Unmarshal(rec.Report, received); err != nil {
+			received = nil
+		}
+	}
+	r.Answer(evict.AnswerOf(evict.Mark(rec.Mark)), v.describe(), !v.process().Alive(), received)
+}
+
+// describe is what is known of the eviction, in a sentence.
+func (v *eviction) describe() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.reason != "" {
+		return fmt.Sprintf("host %s: %s", v.host.name(), v.reason)
+	}
+	return fmt.Sprintf("host %s: the eviction is at %q", v.host.name(), v.mark())
+}

@@ -1,0 +1,311 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
+	"vacate/internal/sys/process"
+)
+
+// eviction is one in the journal, and the engine that works on it, if there is one.
+type eviction struct {
+	host     *Host
+	entry    *journal.Entry
+	requests chan *evict.Request // a destination's: to its engine
+	operator sync.Mutex          // held while an operator's word is being done: one at a time
+
+	mu         sync.Mutex
+	state      evict.State // the engine's; empty if there is none. Guarded by mu, as all below
+	progress   evict.Progress
+	outcome    string // how it ended
+	reason     string // why it did not complete, or why it does not go on
+	reconnects uint32
+	alone      time.Time               // since when the other host is out of reach; zero while it is not
+	ousted     error                   // why the twin here was ended although it ran; nil if it was not
+	cancel     context.CancelCauseFunc // ends the engine
+	idle       chan struct{}           // closed when no engine is at work
+	changed    chan struct{}           // closed at the next change
+}
+
+func (h *Host) newEviction(entry *journal.Entry) *eviction {
+	idle := make(chan struct{})
+	close(idle)
+	v := &eviction{host: h, entry: entry, requests: make(chan *evict.Request, 1), idle: idle, changed: make(chan struct{})}
+	r := entry.Record()
+	if !r.Ended.IsZero() {
+		v.outcome, v.reason = outcomes[evict.Mark(r.Mark)], r.Reason
+	}
+	return v
+}
+
+// outcomes is what a mark that an eviction ended with says to people.
+var outcomes = map[evict.Mark]string{
+	evict.MarkCompleted: string(evict.Completed), evict.MarkRolledBack: string(evict.Aborted), evict.MarkNeverRan: string(evict.Aborted),
+	evict.MarkShutDown: string(evict.ShutDown),
+	evict.MarkLost:     string(evict.Lost), evict.MarkResumedHere: "resumed here", evict.MarkDiscarded: "discarded",
+}
+
+// record is the journal of an engine.
+type record struct{ *journal.Entry }
+
+// Note implements evict.Journal.
+func (r record) Note(m evict.Mark, reason string) error {
+	dead := evict.DeadThere(r)
+	return r.Entry.Note(string(m), reason, func(to *journal.Record) {
+		if m == evict.MarkResumedHere {
+			to.Untold = !dead
+		}
+	})
+}
+
+// Kept implements evict.Journal.
+func (r record) Kept(name string) ([]byte, error) { return r.Blob(name) }
+
+func (v *eviction) mark() evict.Mark { return evict.Mark(v.entry.Record().Mark) }
+
+// ended tells whether nothing remains to be done.
+func (v *eviction) ended() bool {
+	return v.entry.Err() == nil && !v.entry.Record().Ended.IsZero()
+}
+
+// change alters the eviction, and wakes those who watch.
+func (v *eviction) change(f func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	f()
+	close(v.changed)
+	v.changed = make(chan struct{})
+}
+
+// show is told of the engine's progress.
+func (v *eviction) show(p evict.Progress) {
+	entered := false
+	v.change(func() {
+		entered = p.State != v.state
+		if entered {
+			switch p.State {
+			case evict.Reconnecting, evict.CutOff, evict.InDoubt:
+				if v.alone.IsZero() {
+					v.alone = time.Now()
+				}
+			case evict.Pushing, evict.Running:
+				if !v.alone.IsZero() {
+					v.reconnects++
+				}
+				v.alone, v.reason = time.Time{}, ""
+			}
+		}
+		if p.Short != "" || v.progress.Short != "" {
+			v.reason = p.Short
+		}
+		v.state, v.progress = p.State, p
+	})
+	if entered && v.host.onState != nil {
+		r := v.entry.Record()
+		v.host.onState(r.Role, r.ID, p.State)
+	}
+}
+
+// start has an engine work on the eviction. work is called until it does not leave the eviction, first with resumed
+// unset unless resume is. ended is told how it ended.
+func (v *eviction) start(resume bool, work func(ctx context.Context, resumed bool) (any, error), ended func(report json.RawMessage, err error)) {
+	ctx, cancel := context.WithCancelCause(v.host.life)
+	idle := make(chan struct{})
+	v.change(func() { v.cancel, v.idle = cancel, idle })
+	v.host.tasks.Go(func() {
+		defer cancel(nil)
+		for {
+			report, err := work(ctx, resume)
+			if !errors.Is(err, evict.ErrLeft) {
+				b, _ := json.Marshal(report)
+				ended(b, err)
+				break
+			}
+			v.change(func() { v.reason = err.Error() })
+			if ctx.Err() != nil {
+				break
+			}
+			resume = true
+			v.host.log.Warn("an eviction cannot go on yet", "eviction", v.entry.ID(), "error", err)
+			select {
+			case <-time.After(retryPause):
+			case <-ctx.Done():
+			}
+			if ctx.Err() != nil {
+				break
+			}
+		}
+		v.change(func() { v.cancel, v.state, v.alone = nil, "", time.Time{} })
+		close(idle)
+	})
+}
+
+// retryPause is how long an eviction is left alone that could not be taken up.
+const retryPause = 2 * time.Second
+
+// stop has the engine leave the eviction, and waits until it has.
+func (v *eviction) stop(ctx context.Context) error {
+	v.mu.Lock()
+	cancel, idle := v.cancel, v.idle
+	v.mu.Unlock()
+	if cancel != nil {
+		cancel(evict.ErrLeave)
+	}
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// finish ends the eviction in the journal, for which it tries as long as it takes.
+func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report json.RawMessage) {
+	reason := ""
+	if err != nil {
+		reason = err.Error()
+	}
+	change := func(r *journal.Record) {
+		if len(report) <= maxReport {
+			r.Report = report
+		}
+	}
+	r := v.entry.Record()
+	v.change(func() { v.outcome, v.reason = string(outcome), reason })
+	v.host.metrics.ended.WithLabelValues(string(r.Role), string(outcome)).Inc()
+	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer", r.Peer, "outcome", outcome, "reason", reason)
+	for told := false; ; told = true {
+		jerr := v.entry.Finish(string(m), reason, change)
+		if jerr == nil {
+			break
+		}
+		if !told {
+			v.host.log.Error("the journal does not take the end of an eviction: trying again until it does", "eviction", v.entry.ID(), "error", jerr)
+		}
+		select {
+		case <-time.After(retryPause):
+		case <-v.host.life.Done():
+			return // the next daemon comes to the same end
+		}
+	}
+	v.change(func() {})
+	v.tell()
+}
+
+// maxReport bounds a report in the journal, in bytes.
+const maxReport = 128 << 10
+
+// process is the QEMU of an eviction, as the journal has it; one that never lives if the host has booted since.
+func (v *eviction) process() process.Process {
+	r := v.entry.Record()
+	if r.Boot != journal.BootID() {
+		return process.Process{PID: -1}
+	}
+	return process.Process{PID: r.PID, StartTime: r.StartTime}
+}
+
+// abortable tells whether an abort would be heeded.
+func (v *eviction) abortable() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch v.state {
+	case evict.Preparing, evict.Switching, evict.Waiting, evict.Arming, evict.Loading, evict.Prepared:
+		return v.cancel != nil
+	}
+	return false
+}
+
+// openFor returns the eviction of a VM that has not ended, or nil.
+func (h *Host) openFor(vm string) *eviction {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, v := range h.evictions {
+		if r := v.entry.Record(); r.VM == vm && !v.ended() {
+			return v
+		}
+	}
+	return nil
+}
+
+var errStopping = errors.New("this daemon is stopping")
+
+// take reserves a VM for an eviction that is being set up, until what it returns is called.
+func (h *Host) take(vm string) (release func(), err error) {
+	if v := h.openFor(vm); v != nil {
+		return nil, &takenError{vm, h.name(), v.entry.ID()}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.stopping:
+		return nil, errStopping
+	case h.taken[vm]:
+		return nil, &takenError{vm: vm, host: h.name()}
+	}
+	h.taken[vm] = true
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		delete(h.taken, vm)
+	}, nil
+}
+
+// takeTime is how long one that wants a VM waits for another that is about to have, or only looks at it.
+const takeTime = 5 * time.Second
+
+// takeSoon is take, which waits for a moment if the VM is reserved.
+func (h *Host) takeSoon(ctx context.Context, vm string) (release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, takeTime)
+	defer cancel()
+	for {
+		release, err := h.take(vm)
+		var taken *takenError
+		if !errors.As(err, &taken) || taken.id != (journal.ID{}) {
+			return release, err
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
+// takenError: an eviction has the VM.
+type takenError struct {
+	vm, host string
+	id       journal.ID // zero while it is being set up
+}
+
+func (e *takenError) Error() string {
+	if e.id == (journal.ID{}) {
+		return fmt.Sprintf("an eviction of VM %s is being set up on host %s", e.vm, e.host)
+	}
+	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s on host %s", e.vm, e.id, e.host)
+}
+
+// add makes an eviction known.
+func (h *Host) add(v *eviction) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.evictions[v.entry.ID()] = v
+	// Those that the journal has forgotten.
+	for id := range h.evictions {
+		if h.journal.Find(id) == nil {
+			delete(h.evictions, id)
+		}
+	}
+}
+
+// find returns an eviction, or nil.
+func (h *Host) find(id journal.ID) *eviction {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.evictions[id]
+}

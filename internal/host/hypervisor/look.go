@@ -1,0 +1,151 @@
+package hypervisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
+)
+
+// State is what there is of a VM on this host.
+type State string
+
+// The states.
+const (
+	None     State = "none"     // nothing answers at its QMP socket
+	Running  State = "running"  // it runs
+	Paused   State = "paused"   // it is stopped, and could be told to run
+	Incoming State = "incoming" // its QEMU waits for it to arrive, or loads it
+	Frozen   State = "frozen"   // it has left, or is leaving: its process is stopped, or QEMU would not run it just so
+	Silent   State = "silent"   // its monitor does not answer: a client has it, such as an eviction, or QEMU is stuck
+)
+
+// states has QEMU's run states, RunState in qapi/run-state.json of QEMU 7.2 to 10.0. A twin that has loaded and was
+// started with -S is paused.
+var states = map[string]State{
+	"running":        Running,
+	"inmigrate":      Incoming,
+	"finish-migrate": Frozen,
+	"postmigrate":    Frozen,
+	"restore-vm":     Frozen,
+	"save-vm":        Frozen,
+	"colo":           Frozen,
+	// debug, guest-panicked, internal-error, io-error, paused, prelaunch, shutdown, suspended, watchdog: paused
+}
+
+// Seen is a VM as it was found.
+type Seen struct {
+	State     State
+	Status    string          // QEMU's run state: "running", "postmigrate"…
+	Migration string          // status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
+	Process   process.Process // the QEMU, in this PID namespace
+	Threads   []int           // of the process: those that are virtual CPUs
+	Version   qmp.Version     // of QEMU
+	Memory    uint64          // bytes of guest memory
+	VCPUs     int
+}
+
+// lookTime is how long a QEMU may take to answer.
+const lookTime = 5 * time.Second
+
+// Look tells what there is of a VM here. For None, Silent, and a Frozen one whose Status is "stopped", no more is filled in. A VM whose monitor an
+// eviction of this process holds is Silent, which takes five seconds to find out: better not ask.
+func Look(ctx context.Context, vm VM) (Seen, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	q, err := qmp.Dial(ctx, vm.QMP)
+	for errors.Is(err, qmp.ErrBusy) && ctx.Err() == nil {
+		// The queue of clients was full, maybe of some that have given up.
+		time.Sleep(20 * time.Millisecond)
+		q, err = qmp.Dial(ctx, vm.QMP)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return Seen{State: None}, nil
+	case errors.Is(err, qmp.ErrStopped): // as an eviction leaves the frozen VM
+		return Seen{State: Frozen, Status: "stopped"}, nil
+	case errors.Is(err, qmp.ErrBusy):
+		return Seen{State: Silent}, nil
+	case err != nil:
+		return Seen{}, err
+	}
+	defer q.Close()
+	seen, err := ask(ctx, q)
+	switch {
+	case errors.Is(err, qmp.ErrClosed): // it ended just now
+		return Seen{State: None}, nil
+	case errors.Is(err, context.DeadlineExceeded):
+		return Seen{State: Silent}, nil
+	case err != nil:
+		return Seen{}, fmt.Errorf("look at VM %s: %w", vm.Name, err)
+	}
+	return seen, nil
+}
+
+func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
+	s := Seen{Version: q.Version()}
+	status, err := q.QueryStatus(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Status, s.State = status.Status, states[status.Status]
+	if s.State == "" {
+		s.State = Paused
+	}
+	pid, threads, err := q.Process(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Threads, s.VCPUs = threads, len(threads)
+	if s.Process, err = process.Find(pid); err != nil {
+		return s, fmt.Errorf("find the process of QEMU: %w", err)
+	}
+	migration, err := q.QueryMigrate(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Migration = migration.Status
+	var memory struct {
+		Base    uint64 `json:"base-memory"`
+		Plugged uint64 `json:"plugged-memory"`
+	}
+	if err := q.Run(ctx, "query-memory-size-summary", nil, &memory); err != nil {
+		return s, err
+	}
+	s.Memory = memory.Base + memory.Plugged
+	return s, nil
+}
+
+// Twins returns the processes whose command line is that of the VM's twin, in this PID namespace.
+func Twins(vm VM) ([]process.Process, error) {
+	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var list []process.Process
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(d.Name())
+		if err != nil {
+			continue
+		}
+		// The start first: if the process ends and its number is given anew, that is no longer it.
+		p, err := process.Find(pid)
+		if err != nil {
+			continue
+		}
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Equal(line, want) {
+			list = append(list, p)
+		}
+	}
+	return list, nil
+}

@@ -1,0 +1,92 @@
+package host
+
+import (
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
+)
+
+// What an operator is told depends on what can still come of an eviction: what cannot be undone is offered late.
+func TestProspects(t *testing.T) {
+	dir := t.TempDir()
+	j, err := journal.Open(filepath.Join(dir, "journal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	const export, resume, discard = "export ID FILE", "decide ID resume-here", "decide ID discard --confirm web1"
+	for _, test := range []struct {
+		name     string
+		role     journal.Role
+		mark     evict.Mark
+		kept     string
+		fence    bool
+		silent   time.Duration
+		done     bool
+		remedies []string
+		says     []string
+	}{
+		{"just silent", journal.Source, evict.MarkMayRun, "", true, 5 * time.Second, false, nil,
+			[]string{"may run on host hostb, which has not answered for 5 s", "goes on by itself"}},
+		{"long silent", journal.Source, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{export, resume, discard}, []string{"not answered for 120 s"}},
+		{"can be fenced", journal.Source, evict.MarkMayRun, "", true, 2 * time.Minute, false,
+			[]string{export, resume, resume + " --confirm web1 --fence", discard}, nil},
+		{"lost, and dead", journal.Source, evict.MarkLost, "dead-there", true, 0, false, []string{export, resume + " --confirm web1", discard},
+			[]string{"runs no more on host hostb"}},
+		{"lost, and perhaps alive", journal.Source, evict.MarkLost, "", false, 0, false, []string{export, resume, discard}, []string{"may run on host hostb"}},
+		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false, []string{discard}, []string{"not whole"}},
+		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
+		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard}, nil},
+		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
+		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil, []string{"hostb has not heard that yet"}},
+		{"over", journal.Source, evict.MarkCompleted, "", true, 0, true, nil, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := &Host{started: time.Now(), config: Config{Name: "hosta", Peers: map[string]Peer{"hostb": {}}}}
+			if test.fence {
+				h.config.Peers["hostb"] = Peer{Fence: []string{"/bin/off", "{host}"}}
+			}
+			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1", Peer: "hostb", Mark: string(evict.MarkBegun)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if test.kept != "" {
+				if err := entry.Keep(test.kept, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := (record{entry}).Note(test.mark, "as the test has it"); err != nil {
+				t.Fatal(err)
+			}
+			if test.done {
+				if err := entry.Finish(string(test.mark), "", nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			v := h.newEviction(entry)
+			if test.silent != 0 {
+				v.alone = time.Now().Add(-test.silent)
+			}
+			advice, remedies := v.prospects()
+			for i, r := range test.remedies {
+				test.remedies[i] = "vacate " + strings.Replace(r, "ID", entry.ID().String(), 1)
+			}
+			if !slices.Equal(remedies, test.remedies) {
+				t.Errorf("remedies %q, not %q", remedies, test.remedies)
+			}
+			for _, text := range test.says {
+				if !strings.Contains(advice, text) {
+					t.Errorf("nothing says %q: %q", text, advice)
+				}
+			}
+			if test.says == nil && test.remedies == nil && advice != "" {
+				t.Errorf("there is nothing to say: %q", advice)
+			}
+		})
+	}
+}

@@ -1,0 +1,222 @@
+package host
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/lab"
+	"vacate/lab/labtest"
+
+	"connectrpc.com/connect"
+)
+
+// contend boots two VMs on host a that want all of its core, and gets host b ready for either.
+func contend(t *testing.T, l *lab.Lab, a, b *site) (small, big *lab.VM, there map[string]*lab.Expected) {
+	t.Helper()
+	there = map[string]*lab.Expected{}
+	for _, v := range []struct {
+		name string
+		vm   **lab.VM
+		load lab.Load
+	}{{"small", &small, lab.Load{HotMiB: 32, IdleMiB: 16, Seed: 1}}, {"big", &big, lab.Load{HotMiB: 80, IdleMiB: 40, Seed: 2}}} {
+		*v.vm = boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: v.load})
+		a.describe(v.name, (*v.vm).QMP, (*v.vm).Args)
+		there[v.name] = b.expect(v.name, *v.vm)
+	}
+	return small, big, there
+}
+
+func (s *site) pressure() *hostv1.PressureResponse {
+	s.t.Helper()
+	r, err := s.api.Pressure(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.PressureRequest{OverMs: 1500}))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return r.Msg
+}
+
+func (s *site) plan(goal string, all bool) *hostv1.PlanResponse {
+	s.t.Helper()
+	r, err := s.api.Plan(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{Goal: goal, All: all, OverMs: 1500}))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return r.Msg
+}
+
+// TestRelieve has two VMs starve each other on one core, and one of them leave.
+func TestRelieve(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	a, b := sites(t, l)
+	_, _, there := contend(t, l, a, b)
+	a.start()
+	b.start()
+
+	p := a.pressure()
+	t.Logf("%v", p)
+	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 || p.MemoryBytes == 0 {
+		t.Errorf("host a: %v", p)
+	}
+	for _, v := range p.Vms {
+		if v.Steal < 0.2 || v.Steal > 0.8 || v.ResidentBytes < 50<<20 || v.Problem != "" {
+			t.Errorf("%v", v)
+		}
+	}
+	plan := a.plan("", false)
+	t.Logf("%v", plan)
+	if plan.Met || plan.Goal != "cpu<111.11%" || len(plan.Hosts) != 2 || len(plan.Candidates) != 2 {
+		t.Fatalf("%v", plan)
+	}
+	best := plan.Candidates[0]
+	if best.Vm != "small" || best.To != "hostb" || best.Refused != "" || !best.Meets || best.GainCores < 0.5 || !(best.TransferS > 0 && best.TransferS <= best.BackS && best.BackS <= best.TotalS) {
+		t.Errorf("%v", best)
+	}
+	// Both cannot go: the other host has one core, too.
+	all := a.plan("", true)
+	if len(all.Candidates) != 2 || all.Candidates[0].Refused != "" || !strings.Contains(all.Candidates[1].Refused, "starve") {
+		t.Errorf("%v", all)
+	}
+	r, err := a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, To: "hostb", Except: []string{"small"}, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[0].Vm != "big" || r.Msg.Candidates[1].Refused != "it is excepted" {
+		t.Errorf("%v, %v", r, err)
+	}
+	r, err = a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[1].Refused != "" || !strings.Contains(r.Msg.Candidates[1].Beyond, "starve") {
+		t.Errorf("%v, %v", r, err)
+	}
+	if p := a.plan("free 1MiB", false); !p.Met {
+		t.Errorf("%v", p)
+	}
+
+	e, err := a.evict(best.Vm, best.To)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := a.pressure(); len(p.Vms) == 0 { // an eviction under way is no reason not to tell
+		t.Errorf("%v", p)
+	}
+	if end, err := a.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" {
+		t.Fatalf("%v, %v", end, err)
+	}
+	for i := 0; ; i++ {
+		plan := a.plan("", false)
+		if plan.Met && len(plan.Candidates) == 1 && plan.Candidates[0].Refused != "" {
+			break
+		} else if i == 5 {
+			t.Fatalf("host a is not relieved: %v", plan)
+		}
+	}
+	for _, s := range []*site{a, b} {
+		if p := s.pressure(); len(p.Vms) != 1 || p.Vms[0].CpuCores < 0.6 || p.Vms[0].Steal > 0.35 {
+			t.Errorf("%s: %v", s.name, p)
+		}
+	}
+	vm, err := there[best.Vm].Started(labtest.Within(t, time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	labtest.MustCheck(t, vm)
+
+	for _, r := range []*hostv1.PlanRequest{{Goal: "fast"}, {To: "hostb"}, {Force: true}, {Except: []string{"small"}}, {All: true, Except: []string{"../x"}}, {Goal: "cpu<80%", All: true}, {OverMs: 1}, {OverMs: 100_000}} {
+		if _, err := a.api.Plan(t.Context(), connect.NewRequest(r)); connect.CodeOf(err) != connect.CodeInvalidArgument {
+			t.Errorf("%v: %v", r, err)
+		}
+	}
+}
+
+// configure adds to a host's configuration.
+func (s *site) configure(more string) {
+	s.t.Helper()
+	name := filepath.Join(s.dir, "vacated.toml")
+	b, err := os.ReadFile(name)
+	if err == nil {
+		err = os.WriteFile(name, append(b, more...), 0o600)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// TestGuard has daemons relieve their hosts by themselves, once.
+func TestGuard(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	a, b := sites(t, l)
+	contend(t, l, a, b)
+	for _, s := range []*site{a, b} {
+		s.configure("[guard]\nmax_load = 1.5\nsustain = \"1s\"\nsettle = \"500ms\"\ninterval = \"500ms\"\n")
+		s.start()
+	}
+	evictions := func() []*hostv1.Eviction {
+		r, err := a.api.ListEvictions(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Msg.Evictions
+	}
+	for i := 0; len(evictions()) == 0; i++ {
+		if i == 600 {
+			t.Fatal("nothing was evicted")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	// Which of the two depends on how loaded this machine is just then.
+	if end, err := a.watch(evictions()[0].Id, time.Minute); err != nil || end.Outcome != "completed" {
+		t.Fatalf("%v, %v", end, err)
+	}
+	time.Sleep(5 * time.Second) // in which nothing is to happen
+	if n := len(evictions()); n != 1 {
+		t.Errorf("%d evictions: %v", n, evictions())
+	}
+	r, err := a.api.Status(t.Context(), connect.NewRequest(&hostv1.StatusRequest{}))
+	if err != nil || r.Msg.Guard == "" || r.Msg.Counters["vacate_guard_evictions_total"] != 1 {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
+func TestGuardConfig(t *testing.T) {
+	read := func(text string) (Config, error) {
+		file := filepath.Join(t.TempDir(), "vacated.toml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return ReadConfig(file)
+	}
+	if c, err := read(""); err != nil || c.Guard != nil {
+		t.Errorf("off unless it is there: %+v, %v", c.Guard, err)
+	}
+	c, err := read("[guard]\ngoal = \"cpu<90%\"\nsustain = \"10s\"\ncool_down = \"2h\"\nreserve = 0.0\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := c.Guard.policy(); err != nil || p.Goal.CPU != 0.9 || p.Sustain != 10*time.Second || p.CoolDown != 2*time.Hour || p.Limits.Reserve != 0 || p.Settle != time.Minute || p.Concurrent != 1 || p.Limits.MaxLoad != 0.8 {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for _, wrong := range []string{"goal = \"fast\"", "max_load = -1.0", "max_load = nan", "reserve = 1.0", "sustain = \"-1s\"", "sustain = \"soon\"", "interval = \"1ms\"", "interval = \"2h\"", "concurrent = -1", "speed = 1"} {
+		if c, err := read(fmt.Sprintf("[guard]\n%s\n", wrong)); err == nil {
+			t.Errorf("%s: %+v", wrong, c.Guard)
+		}
+	}
+}
+
+// TestLoadOfPeers refuses what no host is like.
+func TestLoadOfPeers(t *testing.T) {
+	good := loadAnswer{CPUs: 4, Used: 2, Waiting: 1, Total: 8 << 30, Available: 4 << 30}
+	if err := good.check(); err != nil {
+		t.Error(err)
+	}
+	for _, change := range []func(*loadAnswer){
+		func(a *loadAnswer) { a.CPUs = 0 }, func(a *loadAnswer) { a.CPUs = 1e9 }, func(a *loadAnswer) { a.Used = -1 },
+		func(a *loadAnswer) { a.Waiting = 1e300 }, func(a *loadAnswer) { a.Available = 1 << 62 },
+	} {
+		a := good
+		change(&a)
+		if err := a.check(); err == nil {
+			t.Errorf("%+v", a)
+		}
+	}
+}
