@@ -104,9 +104,9 @@ func buildImage(ctx context.Context, dir string, k Kernel, programs []string, lo
 	return img, writeFile(img.initrd, b.Bytes())
 }
 
-// build returns the binaries of this module's programs, by their directories'
-// names in cmd: the files of their names beside this program if there are,
-// else they are built from the source tree.
+// build returns the binaries of this module's programs, by their directories' names in cmd or
+// lab/cmd: the files of their names beside this program if there are, else they are built from the
+// source tree.
 func build(ctx context.Context, programs []string) ([][]byte, error) {
 	binaries := make([][]byte, len(programs))
 	self, err := os.Executable()
@@ -123,7 +123,11 @@ func build(ctx context.Context, programs []string) ([][]byte, error) {
 	for i, name := range programs {
 		binaries[i], err = os.ReadFile(filepath.Join(filepath.Dir(self), name))
 		if errors.Is(err, os.ErrNotExist) {
-			args = append(args, "vacate/cmd/"+name)
+			dir := "vacate/lab/cmd/"
+			if name == guestAgent { // part of the product
+				dir = "vacate/cmd/"
+			}
+			args = append(args, dir+name)
 		} else if err != nil {
 			return nil, err
 		}

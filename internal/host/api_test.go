@@ -224,7 +224,7 @@ func TestConfig(t *testing.T) {
 
 // A configuration may be anything.
 func FuzzConfig(f *testing.F) {
-	b, err := os.ReadFile("../packaging/vacated.toml")
+	b, err := os.ReadFile("../../packaging/vacated.toml")
 	if err != nil {
 		f.Fatal(err)
 	}
