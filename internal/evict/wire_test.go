@@ -219,7 +219,7 @@ func TestDecodeIsStrict(t *testing.T) {
 // golden returns a stream that package migstream's tests have recorded from a real QEMU.
 func golden(t testing.TB, name string) []byte {
 	t.Helper()
-	f, err := os.Open(filepath.Join("..", "migstream", "testdata", name))
+	f, err := os.Open(filepath.Join("..", "qemu", "migstream", "testdata", name))
 	if err != nil {
 		t.Fatal(err)
 	}
