@@ -1,7 +1,7 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), BENCHFLAGS (for vacate lab bench).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), BENCHFLAGS (for vacate-lab bench).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -32,8 +32,8 @@ QEMU = qemu-system-x86_64
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/vacate, bin/vacated, bin/vacate-guest and bin/guestload, all static
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/vacate ./cmd/vacated ./cmd/vacate-guest ./lab/cmd/guestload
+build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
 # One package at a time: those with VMs want the machine to themselves.
 test: deps ## all tests, those with real VMs included (root; minutes)
@@ -46,7 +46,7 @@ unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)
 
 demo: deps build ## evict a real VM on this machine, and compare (root; under 5 minutes)
-	@bin/vacate lab demo
+	@bin/vacate-lab demo
 
 deps: ## install the Debian packages that are missing
 	@scripts/deps $(if $(RACE),race)
@@ -90,7 +90,7 @@ configurations: ## try every configuration of docs/configurations.md with QEMU=p
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
-	bin/vacate lab bench $(BENCHFLAGS)
+	bin/vacate-lab bench $(BENCHFLAGS)
 
 clean: ## remove what was built and downloaded
 	rm -rf bin .lab

@@ -54,6 +54,19 @@ func table(t *testing.T) []row {
 // TestImports holds the table of packages against the code. Imports of tests do not count.
 func TestImports(t *testing.T) {
 	rows := table(t)
+	var groups []string // in the table's order
+	for _, r := range rows {
+		if !slices.Contains(groups, group(r.pkg)) {
+			groups = append(groups, group(r.pkg))
+		}
+	}
+	for _, r := range rows {
+		for _, name := range r.imports {
+			if !strings.Contains(group(name), ".") && slices.Index(groups, group(name)) > slices.Index(groups, group(r.pkg)) {
+				t.Errorf("%s imports %s, of a group below its own", r.pkg, name)
+			}
+		}
+	}
 	used := imports(t)
 	for _, r := range rows {
 		var have []string

@@ -104,6 +104,19 @@ func buildImage(ctx context.Context, dir string, k Kernel, programs []string, lo
 	return img, writeFile(img.initrd, b.Bytes())
 }
 
+// Program returns the path of a program of this module, which lies beside the running one.
+func Program(name string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(filepath.Dir(self), name)
+	if _, err := os.Stat(file); err != nil {
+		return "", fmt.Errorf("%w: make build puts %s beside %s", err, name, filepath.Base(self))
+	}
+	return file, nil
+}
+
 // build returns the binaries of this module's programs, by their directories' names in cmd or
 // lab/cmd: the files of their names beside this program if there are, else they are built from the
 // source tree.

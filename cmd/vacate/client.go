@@ -51,10 +51,7 @@ func socketFlag(c *cobra.Command, d *daemon) {
 // open gets ready to ask.
 func (d *daemon) open() error {
 	if d.host == "" {
-		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", d.socket)
-		}}
-		d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "http://vacated")
+		d.HostClient = hostv1.Dial(d.socket)
 		return nil
 	}
 	name, address, given := strings.Cut(d.host, "@")

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 
+	"vacate/internal/cli"
 	"vacate/internal/evict"
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/link"
@@ -152,7 +153,7 @@ type evictOptions struct {
 	skipChecks bool
 	detach     bool
 	yield      bool
-	rate       rate
+	rate       cli.Rate
 }
 
 // check tells the two ways to use the command apart.
@@ -231,7 +232,7 @@ func (o evictOptions) run(ctx context.Context) error {
 	// asked is closed when an abort was asked for.
 	asked, late := make(chan struct{}), false
 	told := false // what a second signal does
-	ctx, stop := onSignal(ctx, func(sig syscall.Signal) error {
+	ctx, stop := cli.OnSignal(ctx, func(sig syscall.Signal) error {
 		name := unix.SignalName(sig)
 		switch at := s.state(); {
 		case at == evict.InDoubt || at == evict.Reconnecting:
@@ -254,7 +255,7 @@ func (o evictOptions) run(ctx context.Context) error {
 			s.note("%s: aborting; the VM stays on this host.", name)
 			close(asked)
 		}
-		return interrupted{sig}
+		return cli.Interrupted{Signal: sig}
 	})
 	defer stop()
 	o.source.Log = slog.New(slog.NewTextHandler(notes{s}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/internal/cli"
 	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
@@ -122,14 +123,14 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Evic
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	asked := false
-	watching, stop := onSignal(ctx, func(sig syscall.Signal) error {
+	watching, stop := cli.OnSignal(ctx, func(sig syscall.Signal) error {
 		name := unix.SignalName(sig)
 		mu.Lock()
 		can := now == nil || now.Abortable
 		mu.Unlock()
 		switch {
 		case asked:
-			return interrupted{sig}
+			return cli.Interrupted{Signal: sig}
 		case !can:
 			s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination.\nThe daemon goes on with it without this command: once more ends this command.", name)
 		case sig == unix.SIGINT && term.IsTerminal(int(os.Stdin.Fd())):
@@ -156,7 +157,7 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Evic
 		now = e
 		mu.Unlock()
 	})
-	var signal interrupted
+	var signal cli.Interrupted
 	if errors.As(err, &signal) {
 		return nil, fmt.Errorf("%w %s", errDetached, id)
 	}

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/internal/cli"
 	"vacate/internal/evict"
 	"vacate/internal/guest/inspect"
 	"vacate/internal/guest/linux"
@@ -100,9 +101,9 @@ func (o memoryOptions) run(ctx context.Context) (err error) {
 	if o.limit <= 0 {
 		return fmt.Errorf("--freeze-limit %v leaves no time: name one such as 5s", o.limit)
 	}
-	ctx, stop := onSignal(ctx, func(s syscall.Signal) error {
+	ctx, stop := cli.OnSignal(ctx, func(s syscall.Signal) error {
 		fmt.Fprintf(os.Stderr, "%s: giving up.\n", unix.SignalName(s))
-		return interrupted{s}
+		return cli.Interrupted{Signal: s}
 	})
 	defer stop()
 	var found *finding

@@ -17,6 +17,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"vacate/internal/cli"
 	"vacate/internal/evict"
 	"vacate/internal/guest/inspect"
 	"vacate/internal/guest/pageclass"
@@ -224,7 +225,7 @@ func TestStill(t *testing.T) {
 				}
 				ctx, cancel := context.WithCancelCause(ctx)
 				defer cancel(nil)
-				interrupt = func() { cancel(interrupted{syscall.SIGINT}) }
+				interrupt = func() { cancel(cli.Interrupted{Signal: syscall.SIGINT}) }
 				looked := false
 				stood, was, err := still(ctx, path, c, k.limit, func(ctx context.Context) error {
 					looked = !running()

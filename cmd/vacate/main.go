@@ -143,7 +143,7 @@ Environment:
 	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})
-	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), labCommand())
+	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand())
 	c.AddCommand(hostCommands()...)
 	return c
 }

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/internal/cli"
 	"vacate/internal/evict"
 	"vacate/internal/link"
 	"vacate/internal/link/certs"
@@ -86,7 +87,7 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 	problems := newScreen(&lines{w: os.Stderr})
 	defer problems.close()
 	follow := &follower{out: out, state: evict.Waiting}
-	ctx, stop := onSignal(ctx, func(sig syscall.Signal) error {
+	ctx, stop := cli.OnSignal(ctx, func(sig syscall.Signal) error {
 		name := unix.SignalName(sig)
 		switch follow.now() {
 		case evict.Running, evict.CutOff, evict.Completing:
@@ -97,7 +98,7 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 		default:
 			problems.note("%s: aborting; the VM stays on the source.", name)
 		}
-		return interrupted{sig}
+		return cli.Interrupted{Signal: sig}
 	})
 	defer stop()
 	var options link.ListenOptions

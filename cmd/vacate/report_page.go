@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,10 +9,8 @@ import (
 	"os"
 
 	"vacate/internal/evict"
-	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/htmlreport"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/proto"
 )
@@ -46,7 +43,7 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 			io.WriteString(w, reportText(report))
 			return e, nil
 		}
-		p, err := d.pageOf(ctx, e, report)
+		p, err := htmlreport.Gather(ctx, d, e)
 		if err != nil {
 			return nil, err
 		}
@@ -63,37 +60,4 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 	})
 	c.Flags().StringVar(&file, "html", "", "write a page to `FILE`; - is standard output")
 	return c
-}
-
-// pageOf gathers what the page of an eviction tells.
-func (d *daemon) pageOf(ctx context.Context, e *hostv1.Eviction, report evict.Report) (htmlreport.Eviction, error) {
-	p := htmlreport.Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome, Reason: e.Reason, Report: report}
-	status, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{}))
-	if err != nil {
-		return p, err
-	}
-	p.From = status.Msg.Host
-	r, err := d.GetTrace(ctx, connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id}))
-	if connect.CodeOf(err) == connect.CodeNotFound {
-		return p, nil
-	} else if err != nil {
-		return p, err
-	}
-	p.Trace, err = decodeTrace(r.Msg.Trace)
-	return p, err
-}
-
-// maxTrace bounds a trace, in bytes of JSON.
-const maxTrace = 64 << 20
-
-func decodeTrace(b []byte) (*evict.Trace, error) {
-	z, err := gzip.NewReader(bytes.NewReader(b))
-	if err != nil {
-		return nil, fmt.Errorf("the trace: %w", err)
-	}
-	var t evict.Trace
-	if err := json.NewDecoder(io.LimitReader(z, maxTrace)).Decode(&t); err != nil {
-		return nil, fmt.Errorf("the trace: %w", err)
-	}
-	return &t, nil
 }

@@ -1,12 +1,9 @@
 package htmlreport
 
-import (
-	"io"
+import "io"
 
-	"vacate/lab/bench"
-)
-
-// WriteContention writes the page of what was measured of VMs that contend.
-func WriteContention(w io.Writer, c bench.Contention) error {
-	return write(w, "Eviction under contention", "contention", c)
+// WriteContention writes the page of what was measured of VMs that contend: the JSON of the lab's
+// bench.Contention.
+func WriteContention(w io.Writer, result any) error {
+	return write(w, "Eviction under contention", "contention", result)
 }

@@ -45,7 +45,7 @@ type Options struct {
 	Lab          lab.Options // among them the link's rate
 	Repeat       int
 	PrecopyBound time.Duration // after it pre-copy is given up
-	Vacate       string        // the vacate binary; default this executable
+	Vacate       string        // the vacate binary; default the one beside this executable
 	Profile      string        // directory for CPU profiles of the engine; default none
 	Log          *slog.Logger
 	Done         func(Run) // called after every run; may be nil
@@ -85,7 +85,7 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 		return Result{}, errors.New("the bound of pre-copy must be positive")
 	}
 	if opts.Vacate == "" {
-		if opts.Vacate, err = os.Executable(); err != nil {
+		if opts.Vacate, err = lab.Program("vacate"); err != nil {
 			return Result{}, err
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -32,7 +31,7 @@ type ContentionOptions struct {
 	// PrecopyBound is how many times as long as the link needs for all of a VM's memory pre-copy may take until it is given up.
 	PrecopyBound float64
 	Lab          lab.Options
-	Vacate       string // the vacate binary; default this executable
+	Vacate       string // the vacate binary; default the one beside this executable
 	Log          *slog.Logger
 	Done         func(ContentionRun) // called after every run; may be nil
 }
@@ -120,7 +119,7 @@ func Contend(ctx context.Context, opts ContentionOptions) (Contention, error) {
 		return result, err
 	}
 	if opts.Vacate == "" {
-		if opts.Vacate, err = os.Executable(); err != nil {
+		if opts.Vacate, err = lab.Program("vacate"); err != nil {
 			return result, err
 		}
 	}

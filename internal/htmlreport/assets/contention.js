@@ -87,6 +87,6 @@
 
   main.append(el("h2", {}, "Until the VM that stays is back"), el("p", { class: "soft" }, "What the eviction is for: the VM that shared its core is at 90 % of its final level."));
   main.append(table(["server", "link"].concat(strategies), servers.flatMap(s => rates.map(r => [s, bits(r)].concat(strategies.map(st => shown(s, r, st, "contending_90_s"))))), strategies.map((_, i) => i + 2)));
-  main.append(el("footer", {}, "Written by vacate lab paper. This file needs no network. Charts: uPlot (MIT)."));
+  main.append(el("footer", {}, "Written by vacate-lab paper. This file needs no network. Charts: uPlot (MIT)."));
   drawAll();
 })();

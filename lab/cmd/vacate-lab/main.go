@@ -1,3 +1,5 @@
+// Command vacate-lab makes real VMs on this machine, to try evictions and to measure them. It is not
+// installed with vacate.
 package main
 
 import (
@@ -12,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"vacate/internal/cli"
 	"vacate/lab"
 	"vacate/lab/bench"
 
@@ -19,22 +22,31 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// labCommand is "vacate lab": real VMs on this machine, to try and to measure.
-func labCommand() *cobra.Command {
+func main() {
+	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "vacate-lab:", err)
+		os.Exit(1)
+	}
+}
+
+// rootCommand has all commands of this program.
+func rootCommand() *cobra.Command {
 	c := &cobra.Command{
-		Use:   "lab",
+		Use:   "vacate-lab",
 		Short: "try and measure evictions on this machine, with real VMs",
 		Long: `A lab is two hosts, a and b, on this machine: network namespaces, each pinned to
 a core, with a shaped link between them. Its VMs run Debian's stock kernel and a
 load that knows what every byte of its memory should be. It needs root, and
 qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 		Example: `  # A VM on host a, and its twin on host b that waits for it. Prints what to do next.
-  vacate lab up
-  vacate lab status
-  vacate lab down
+  vacate-lab up
+  vacate-lab status
+  vacate-lab down
 
   # The engine against QEMU's own post-copy, three times.
-  vacate lab bench --strategies vacate,qemu-postcopy --repeat 3`,
+  vacate-lab bench --strategies vacate,qemu-postcopy --repeat 3`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
 	}
 	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()), untilSignal(statusCommand()),
 		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()), untilSignal(demoCommand()), untilSignal(paperCommand()))
@@ -45,7 +57,7 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 func untilSignal(c *cobra.Command) *cobra.Command {
 	run := c.RunE
 	c.RunE = func(c *cobra.Command, args []string) error {
-		ctx, stop := onSignal(c.Context(), func(s syscall.Signal) error { return interrupted{s} })
+		ctx, stop := cli.OnSignal(c.Context(), func(s syscall.Signal) error { return cli.Interrupted{Signal: s} })
 		defer stop()
 		c.SetContext(ctx)
 		return run(c, args)
@@ -56,12 +68,12 @@ func untilSignal(c *cobra.Command) *cobra.Command {
 // vmFlags are those that describe a VM.
 type vmFlags struct {
 	dir                    string
-	memory, hot, idle      mebibytes
+	memory, hot, idle      cli.MiB
 	vcpus                  int
 	load, kernel           string
 	qemu, machine, devices string
 	memfd, agent           bool
-	link                   rate
+	link                   cli.Rate
 	set                    *pflag.FlagSet
 }
 
@@ -163,11 +175,11 @@ JSON, is in docs/bench.md.
 
 Each run takes about 15 seconds, with a large load or pre-copy more. Nothing
 else should run on the machine meanwhile.`,
-		Example: `  vacate lab bench --json result.json --svg throughput.svg
-  vacate lab bench --strategies vacate,qemu-postcopy --link none --repeat 5
-  vacate lab bench --load hot-process --kernel 6.12
-  vacate lab bench --memory 4G --hot 1G --idle 2G --link 10Gbit --devices full
-  vacate lab bench --strategies vacate --profile profiles && go tool pprof profiles/evict-1.pprof`,
+		Example: `  vacate-lab bench --json result.json --svg throughput.svg
+  vacate-lab bench --strategies vacate,qemu-postcopy --link none --repeat 5
+  vacate-lab bench --load hot-process --kernel 6.12
+  vacate-lab bench --memory 4G --hot 1G --idle 2G --link 10Gbit --devices full
+  vacate-lab bench --strategies vacate --profile profiles && go tool pprof profiles/evict-1.pprof`,
 		Args: cobra.NoArgs,
 	}
 	f.add(c, "link")

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"vacate/internal/cli"
 	"vacate/internal/htmlreport"
 	"vacate/lab"
 	"vacate/lab/bench"
@@ -19,7 +20,7 @@ import (
 
 func paperCommand() *cobra.Command {
 	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.UsualClients}
-	memory, serve := mebibytes(640), mebibytes(192)
+	memory, serve := cli.MiB(640), cli.MiB(192)
 	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
 	var out string
 	c := &cobra.Command{
@@ -54,7 +55,7 @@ directory.`,
 			opts.Servers = append(opts.Servers, lab.Server(s))
 		}
 		for _, text := range rates {
-			var r rate
+			var r cli.Rate
 			if err := r.Set(text); err != nil {
 				return err
 			}

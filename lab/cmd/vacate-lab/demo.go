@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,7 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/htmlreport"
 	"vacate/internal/link/certs"
@@ -38,8 +36,8 @@ func demoCommand() *cobra.Command {
 other, and a daemon on each host; has one VM evicted to relieve the host, while
 clients use both; and has it check all of its memory. Writes a page of HTML that
 shows it all. Then moves one more VM by this engine and one by QEMU's own
-post-copy, and compares them. Takes about three minutes. vacated has to lie
-beside this program.`,
+post-copy, and compares them. Takes about three minutes. vacate and vacated
+have to lie beside this program.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
@@ -176,7 +174,7 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 	}
 	time.Sleep(3 * time.Second)
 	moved, stayed := vms[0], vms[1]
-	e, report, err := site.last(ctx, l.A)
+	e, err := site.last(ctx, l.A)
 	if err != nil {
 		return err
 	}
@@ -188,7 +186,7 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 %.0f requests a second now, %.0f before; %s %.0f, %.0f before. The longest silence that a
 client of %[1]s saw was %[9]d ms.`, moved.name, stayed.name, moved.name, perSecond(moved.client, end.Add(-2*time.Second), end), perSecond(moved.client, began.Add(-2*time.Second), began),
 		stayed.name, perSecond(stayed.client, end.Add(-2*time.Second), end), perSecond(stayed.client, began.Add(-2*time.Second), began), moved.client.Stats().Silence.Milliseconds())
-	if err := d.write(ctx, site, l, e, report, moved, stayed); err != nil {
+	if err := d.write(ctx, site, l, e, moved, stayed); err != nil {
 		return err
 	}
 	for _, v := range vms {
@@ -238,16 +236,13 @@ func perSecond(c bench.Loader, from, to time.Time) float64 {
 }
 
 // write writes the page.
-func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction, report evict.Report, moved, stayed *demoVM) error {
-	h := daemon{socket: site.socket(l.A)}
-	if err := h.open(); err != nil {
-		return err
-	}
-	p, err := h.pageOf(ctx, e, report)
+func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction, moved, stayed *demoVM) error {
+	p, err := htmlreport.Gather(ctx, hostv1.Dial(site.socket(l.A)), e)
 	if err != nil {
 		return err
 	}
-	if report.Begun == nil {
+	begun := p.Report.Begun
+	if begun == nil {
 		return errors.New("the report does not tell when the VM was first touched")
 	}
 	p.Notes = []string{
@@ -262,8 +257,8 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 		if v == moved {
 			rate.Name, latency.Name = v.name+", which moves", v.name+", which moves"
 		}
-		for _, r := range v.client.Rates(report.Begun.Add(-4*time.Second), time.Now(), 100*time.Millisecond) {
-			at := math.Round(r.From.Sub(*report.Begun).Seconds()*100) / 100
+		for _, r := range v.client.Rates(begun.Add(-4*time.Second), time.Now(), 100*time.Millisecond) {
+			at := math.Round(r.From.Sub(*begun).Seconds()*100) / 100
 			rate.Points = append(rate.Points, [2]float64{at, r.PerSecond})
 			if r.P90 > 0 {
 				latency.Points = append(latency.Points, [2]float64{at, float64(r.P90.Microseconds()) / 1000})
@@ -293,15 +288,20 @@ func (d *demo) quote(s string) {
 type demoSite struct {
 	lab     *lab.Lab
 	dir     string
+	vacate  string // the program
 	daemons []*exec.Cmd
 }
 
 func newDemoSite(l *lab.Lab) (*demoSite, error) {
+	program, err := lab.Program("vacate")
+	if err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp("", "vacate") // short, as paths of sockets have to be
 	if err != nil {
 		return nil, err
 	}
-	return &demoSite{lab: l, dir: dir}, certs.Init(filepath.Join(dir, "ca"))
+	return &demoSite{lab: l, dir: dir, vacate: program}, certs.Init(filepath.Join(dir, "ca"))
 }
 
 func (s *demoSite) home(h *lab.Host) string   { return filepath.Join(s.dir, "host"+h.Name) }
@@ -347,7 +347,7 @@ may_send = true
 	if err := os.WriteFile(s.config(h), []byte(config), 0o644); err != nil { // #nosec G306 -- no more than the demo shows
 		return err
 	}
-	self, err := os.Executable()
+	program, err := lab.Program("vacated")
 	if err != nil {
 		return err
 	}
@@ -356,10 +356,10 @@ may_send = true
 		return err
 	}
 	defer log.Close()
-	daemon := exec.Command(filepath.Join(filepath.Dir(self), "vacated"), "--config", s.config(h))
+	daemon := exec.Command(program, "--config", s.config(h))
 	daemon.Stderr = log
 	if err := h.Start(daemon); err != nil {
-		return fmt.Errorf("start vacated, which make build puts beside vacate: %w", err)
+		return fmt.Errorf("start vacated: %w", err)
 	}
 	s.daemons = append(s.daemons, daemon)
 	for {
@@ -379,17 +379,16 @@ may_send = true
 	}
 }
 
-// command is this program, as an operator on a host runs it.
+// command is vacate, as an operator on a host runs it.
 func (s *demoSite) command(ctx context.Context, h *lab.Host, args ...string) *exec.Cmd {
-	c := exec.CommandContext(ctx, "/proc/self/exe", args...)
-	c.Args[0] = "vacate"
+	c := exec.CommandContext(ctx, s.vacate, args...)
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
 	c.WaitDelay = 10 * time.Second
 	c.Env = append(os.Environ(), "VACATE_SOCKET="+s.socket(h))
 	return c
 }
 
-// ask runs this program on a host, and returns what it says.
+// ask runs vacate on a host, and returns what it says.
 func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string, error) {
 	c := s.command(ctx, h, args...)
 	var said strings.Builder
@@ -398,22 +397,16 @@ func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string
 	return said.String(), err
 }
 
-// last is the latest eviction from a host, with its report.
-func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, evict.Report, error) {
-	var report evict.Report
-	d := daemon{socket: s.socket(h)}
-	if err := d.open(); err != nil {
-		return nil, report, err
-	}
-	r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+// last is the latest eviction from a host.
+func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, error) {
+	r, err := hostv1.Dial(s.socket(h)).ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 	if err != nil {
-		return nil, report, err
+		return nil, err
 	}
 	if len(r.Msg.Evictions) == 0 {
-		return nil, report, errors.New("no VM was evicted: the machine may be busy with something else")
+		return nil, errors.New("no VM was evicted: the machine may be busy with something else")
 	}
-	e := r.Msg.Evictions[len(r.Msg.Evictions)-1]
-	return e, report, json.Unmarshal([]byte(e.ReportJson), &report)
+	return r.Msg.Evictions[len(r.Msg.Evictions)-1], nil
 }
 
 // close stops the daemons, and removes what they had.
@@ -443,7 +436,7 @@ func (d *demo) compare(ctx context.Context) error {
 	fmt.Fprintln(d.out, `
 transfer: from QEMU's order to migrate until the VM runs on host b; down: in which it runs
 nowhere; total: until host a holds nothing of it; work lost: in seconds of its full speed.
-One run each proves little: "vacate lab bench --repeat 5" tells more, docs/bench.md what
+One run each proves little: "vacate-lab bench --repeat 5" tells more, docs/bench.md what
 the figures mean.`)
 	for _, r := range result.Runs {
 		if r.Bad == nil || *r.Bad != 0 {

@@ -1,4 +1,5 @@
-package main
+// Package cli has what the commands share: signals, sizes and rates.
+package cli
 
 import (
 	"context"
@@ -10,19 +11,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// interrupted is why a context ended: a signal.
-type interrupted struct{ signal syscall.Signal }
+// Interrupted is why a context ended: a signal.
+type Interrupted struct{ Signal syscall.Signal }
 
-func (i interrupted) Error() string { return "interrupted by " + unix.SignalName(i.signal) }
+func (i Interrupted) Error() string { return "interrupted by " + unix.SignalName(i.Signal) }
 
 // Is makes it a cancellation to whoever asks for that.
-func (i interrupted) Is(target error) bool { return target == context.Canceled }
+func (i Interrupted) Is(target error) bool { return target == context.Canceled }
 
-// onSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the
+// OnSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the
 // context is to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error
 // of the write alone: an eviction does not die because its output went away. Signals that
 // the process was started with as ignored, as by nohup, stay ignored.
-func onSignal(ctx context.Context, ask func(syscall.Signal) error) (_ context.Context, stop func()) {
+func OnSignal(ctx context.Context, ask func(syscall.Signal) error) (_ context.Context, stop func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 4)

@@ -33,9 +33,9 @@ func upCommand() *cobra.Command {
 		Short: "make a lab with a VM to evict",
 		Long: `Makes two hosts and a link, boots a VM on host a, starts a twin on host b that
 waits for it, and prints the commands that evict the VM. The lab lives in the
-background until "vacate lab down"; its log is lab.log in the lab's directory.`,
-		Example: `  vacate lab up
-  vacate lab up --memory 4G --hot 1G --idle 2G --devices full --rate 10Gbit`,
+background until "vacate-lab down"; its log is lab.log in the lab's directory.`,
+		Example: `  vacate-lab up
+  vacate-lab up --memory 4G --hot 1G --idle 2G --devices full --rate 10Gbit`,
 		Args: cobra.NoArgs,
 	}
 	f.add(c, "rate")
@@ -55,11 +55,11 @@ background until "vacate lab down"; its log is lab.log in the lab's directory.`,
 	return c
 }
 
-// startSupervisor starts "vacate lab supervise" with the same flags, in a
+// startSupervisor starts "vacate-lab supervise" with the same flags, in a
 // session of its own, and waits until its lab is ready.
 func startSupervisor(c *cobra.Command, dir string) error {
 	if _, err := lab.Status(c.Context(), dir); err == nil {
-		return fmt.Errorf("a lab is up already in %s: take it down first, with vacate lab down", dir)
+		return fmt.Errorf("a lab is up already in %s: take it down first, with vacate-lab down", dir)
 	} else if !errors.Is(err, lab.ErrNoLab) {
 		return err
 	}
@@ -67,7 +67,7 @@ func startSupervisor(c *cobra.Command, dir string) error {
 	if err != nil {
 		return err
 	}
-	args := []string{"lab", "supervise", "--ready-fd=3"}
+	args := []string{"supervise", "--ready-fd=3"}
 	c.Flags().Visit(func(fl *pflag.Flag) { args = append(args, "--"+fl.Name+"="+fl.Value.String()) })
 	log, err := os.Create(filepath.Join(dir, "lab.log"))
 	if err != nil {
@@ -105,7 +105,7 @@ func startSupervisor(c *cobra.Command, dir string) error {
 
 const readyWord = "ready\n"
 
-// superviseCommand is what "vacate lab up" leaves running.
+// superviseCommand is what "vacate-lab up" leaves running.
 func superviseCommand() *cobra.Command {
 	var f vmFlags
 	var fd int
@@ -140,6 +140,10 @@ func explainUp(w io.Writer, s lab.State, dir string) error {
 		return fmt.Errorf("the lab has %d hosts and %d VMs, not 2 and 2", len(s.Hosts), len(s.VMs))
 	}
 	self := os.Args[0]
+	program := "vacate"
+	if strings.Contains(self, "/") {
+		program = filepath.Join(filepath.Dir(self), program)
+	}
 	at := ""
 	if dir != ".lab" {
 		at = " --dir " + dir
@@ -147,14 +151,14 @@ func explainUp(w io.Writer, s lab.State, dir string) error {
 	to := fmt.Sprintf("%s:%d", s.Hosts[1].Addr, labPort)
 	_, err := fmt.Fprintf(w, `The lab is up: a VM runs on host a, and its twin waits on host b. Evict it:
 
-  %[1]s lab exec b%[2]s -- %[1]s receive --qmp %[4]s --listen %[5]s &
-  %[1]s lab exec a%[2]s -- %[1]s evict --qmp %[3]s --to %[5]s
+  %[1]s exec b%[2]s -- %[6]s receive --qmp %[4]s --listen %[5]s &
+  %[1]s exec a%[2]s -- %[6]s evict --qmp %[3]s --to %[5]s
 
 Look at it, and end it:
 
-  %[1]s lab status%[2]s
-  %[1]s lab down%[2]s
-`, self, at, s.VMs[0].QMP, s.VMs[1].QMP, to)
+  %[1]s status%[2]s
+  %[1]s down%[2]s
+`, self, at, s.VMs[0].QMP, s.VMs[1].QMP, to, program)
 	return err
 }
 
@@ -231,11 +235,11 @@ func execCommand() *cobra.Command {
 		Use:   "exec HOST -- COMMAND [ARGUMENT...]",
 		Short: "run a command on a host of the lab",
 		Long:  `Becomes the command, in the network namespace and on the core of host a or b.`,
-		Example: `  vacate lab exec a -- ping -c 3 10.77.0.2
-  vacate lab exec b -- ip address`,
+		Example: `  vacate-lab exec a -- ping -c 3 10.77.0.2
+  vacate-lab exec b -- ip address`,
 		Args: func(c *cobra.Command, args []string) error {
 			if c.ArgsLenAtDash() != 1 || len(args) < 2 {
-				return errors.New("want a host, --, and a command: vacate lab exec a -- ip address")
+				return errors.New("want a host, --, and a command: vacate-lab exec a -- ip address")
 			}
 			return nil
 		},

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"fmt"
@@ -7,19 +7,19 @@ import (
 	"strings"
 )
 
-// mebibytes is a flag for a size such as 512M or 1G, kept in MiB.
-type mebibytes int
+// MiB is a flag for a size such as 512M or 1G, kept in MiB.
+type MiB int
 
-func (m *mebibytes) Type() string { return "SIZE" }
+func (m *MiB) Type() string { return "SIZE" }
 
-func (m mebibytes) String() string {
+func (m MiB) String() string {
 	if m != 0 && m%1024 == 0 {
 		return strconv.Itoa(int(m)/1024) + "G"
 	}
 	return strconv.Itoa(int(m)) + "M"
 }
 
-func (m *mebibytes) Set(s string) error {
+func (m *MiB) Set(s string) error {
 	factor := 1
 	digits, ok := strings.CutSuffix(s, "M")
 	if !ok {
@@ -31,21 +31,21 @@ func (m *mebibytes) Set(s string) error {
 	if !ok || err != nil {
 		return fmt.Errorf("size %.40q: want a whole number of MiB or GiB, such as 512M or 1G, below 1048576", s)
 	}
-	*m = mebibytes(int(n) * factor)
+	*m = MiB(int(n) * factor)
 	return nil
 }
 
-// rate is a flag for bits per second, such as 1Gbit; "none" is 0.
-type rate uint64
+// Rate is a flag for bits per second, such as 1Gbit; "none" is 0.
+type Rate uint64
 
-func (r *rate) Type() string { return "RATE" }
+func (r *Rate) Type() string { return "RATE" }
 
 var rateUnits = []struct {
 	suffix string
 	bits   float64
 }{{"Gbit", 1e9}, {"Mbit", 1e6}, {"kbit", 1e3}}
 
-func (r rate) String() string {
+func (r Rate) String() string {
 	if r == 0 {
 		return "none"
 	}
@@ -63,7 +63,7 @@ const (
 	mostRate  = 4e11
 )
 
-func (r *rate) Set(s string) error {
+func (r *Rate) Set(s string) error {
 	if s == "none" {
 		*r = 0
 		return nil
@@ -78,7 +78,7 @@ func (r *rate) Set(s string) error {
 		if err != nil || !(n >= leastRate && n <= mostRate) {
 			break
 		}
-		*r = rate(n)
+		*r = Rate(n)
 		return nil
 	}
 	return fmt.Errorf("rate %.40q: want none, or 100kbit to 400Gbit with one of the units kbit, Mbit, Gbit, such as 1Gbit", s)
