@@ -519,8 +519,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // else the VM was not touched yet
 		return copyGone, err
 	}
-	e.qemu = e.Process
-	if err == nil {
+	if e.qemu = e.Process; e.qemu == (process.Process{}) {
 		e.qemu = e.facts.Process
 	}
 	if e.qemu != (process.Process{}) {
@@ -652,6 +651,7 @@ var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination
 // is asked once more, and what it says counts more; whether it has heard of the decision is left to Tell.
 func (s Source) Decide(ctx context.Context, d Decision, fenced string) error {
 	e := s.engine(RollingBack)
+	e.mark = MarkMayRun
 	_, err := e.done(e.decide(ctx, d, fenced))
 	return err
 }
@@ -738,6 +738,7 @@ func (e *source) askOnce(ctx context.Context, fenced string) error {
 // be at work on the eviction.
 func (s Source) Export(ctx context.Context, file string) error {
 	e := s.engine(InDoubt)
+	e.mark = MarkMayRun // or lost, which makes no difference
 	err := e.export(ctx, file)
 	e.done(err)
 	return err

@@ -3,8 +3,10 @@ package evict_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
 	"vacate/internal/link"
+	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
@@ -35,14 +38,21 @@ func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (evict.Report
 	defer sessions.Close()
 	requests, wait := evict.Requests(t.Context(), sessions.Accept, func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
 	defer wait()
-	answered := make(chan struct{})
+	answered, resumed := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(answered)
-		r := <-requests
-		r.Answer(answer, "as the test has it", false, nil)
+		select {
+		case r := <-requests:
+			r.Answer(answer, "as the test has it", false, nil)
+		case <-resumed:
+		}
 	}()
-	s.Eviction, s.VM, s.Journal, s.Connect = journal.NewID(), "web1", emptyJournal{}, link.Dialer{Addr: ln.Addr().String()}.Session
+	s.Eviction, s.VM, s.Connect = journal.NewID(), "web1", link.Dialer{Addr: ln.Addr().String()}.Session
+	if s.Journal == nil {
+		s.Journal = emptyJournal{}
+	}
 	report, err := s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)
+	close(resumed)
 	<-answered
 	return report, err
 }
@@ -76,5 +86,76 @@ func TestResumeWithAnotherQEMU(t *testing.T) {
 	defer cancel()
 	if status, err := vm.Status(ctx); err != nil || status != "running" {
 		t.Errorf("the other QEMU is %q, %v", status, err)
+	}
+}
+
+// factsOf is a journal in which a source kept which process the VM's QEMU is, and during which boot; "" is the present one.
+func factsOf(t *testing.T, p process.Process, boot string) evict.Journal {
+	t.Helper()
+	if boot == "" {
+		boot = process.BootID()
+	}
+	j := new(memoryJournal)
+	facts := fmt.Sprintf(`{"process":{"PID":%d,"StartTime":%d,"Boot":%q},"ran":true}`, p.PID, p.StartTime, boot)
+	if err := j.Keep("facts", []byte(facts)); err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+// After the host booted anew, a process of the same number and the same start is not the VM's QEMU.
+func TestResumeAfterBoot(t *testing.T) {
+	cmd := exec.Command("/bin/sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	p, err := process.Find(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Stop(labtest.Within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none"), Journal: factsOf(t, p, "another")}
+	if report, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
+		t.Errorf("%+v, %v", report, err)
+	}
+	if !p.Alive() {
+		t.Error("a process that is not the VM's QEMU was ended")
+	}
+}
+
+// A QEMU that somebody had go on, although it has a frozen VM, is stopped again before anything else is done with that.
+func TestStopAgain(t *testing.T) {
+	monitor := runQEMU(t, "-S")
+	q, err := qmp.Dial(labtest.Within(t, 10*time.Second), monitor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, _, err := q.Process(t.Context())
+	q.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := process.Find(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := evict.Source{Eviction: journal.NewID(), VM: "web1", QMP: monitor, Journal: factsOf(t, p, ""),
+		Connect: func(context.Context) (*link.Session, error) { return nil, errors.New("nobody is there") }}
+	for what, do := range map[string]func() error{
+		"export":      func() error { return s.Export(t.Context(), filepath.Join(t.TempDir(), "file")) }, // there is no head
+		"resume here": func() error { return s.Decide(t.Context(), evict.ResumeHere, "") },
+	} {
+		if err := p.Continue(); err != nil {
+			t.Fatal(err)
+		}
+		if err := do(); err == nil {
+			t.Errorf("%s: no error", what)
+		}
+		if stopped, err := p.Stopped(); err != nil || !stopped {
+			t.Errorf("%s: QEMU is stopped: %v, %v", what, stopped, err)
+		}
 	}
 }

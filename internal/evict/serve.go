@@ -357,7 +357,8 @@ func (e *destination) summary() Received {
 // even while it does not answer because it waits for one of them.
 type twin struct {
 	PID    int              `json:"pid"`
-	Start  uint64           `json:"start_ticks"` // of the process, since boot, in clock ticks
+	Start  uint64           `json:"start_ticks"`    // of the process, since boot, in clock ticks
+	Boot   string           `json:"boot,omitempty"` // of the host; "" in journals from before there was this field
 	Blocks []guestmem.Block `json:"blocks"`
 	// Changed are its migration settings to be put back.
 	Changed  settings         `json:"changed"`
@@ -365,7 +366,7 @@ type twin struct {
 }
 
 func (e *destination) twin() twin {
-	return twin{e.process.PID, e.process.StartTime, e.mem.Blocks(), e.changed, e.messages}
+	return twin{e.process.PID, e.process.StartTime, process.BootID(), e.mem.Blocks(), e.changed, e.messages}
 }
 
 // Resume goes on with an eviction that another engine left or died over, whose last mark in
@@ -426,7 +427,7 @@ func (e *destination) find() error {
 		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
 	}
 	e.changed, e.messages = t.Changed, t.Messages.Reopen()
-	e.process = process.Process{PID: t.PID, StartTime: t.Start}
+	e.process = process.Of(t.PID, t.Start, t.Boot)
 	pidfd, err := e.process.Open()
 	if errors.Is(err, process.ErrGone) {
 		return fmt.Errorf("%w: process %d", errTwinGone, t.PID)

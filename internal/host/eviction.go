@@ -204,10 +204,7 @@ const maxReport = 128 << 10
 // process is the QEMU of an eviction, as the journal has it; one that never lives if the host has booted since.
 func (v *eviction) process() process.Process {
 	r := v.entry.Record()
-	if r.Boot != journal.BootID() {
-		return process.Process{PID: -1}
-	}
-	return process.Process{PID: r.PID, StartTime: r.StartTime}
+	return process.Of(r.PID, r.StartTime, r.Boot)
 }
 
 // abortable tells whether an abort would be heeded.

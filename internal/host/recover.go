@@ -9,6 +9,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
 	"vacate/internal/host/hypervisor"
+	"vacate/internal/sys/process"
 )
 
 // recover gives each eviction in the journal that has not ended an engine again.
@@ -128,7 +129,7 @@ func (v *eviction) killTwin() error {
 	ctx, cancel := context.WithTimeout(v.host.life, killTime)
 	defer cancel()
 	r := v.entry.Record()
-	if r.Boot != journal.BootID() {
+	if r.Boot != process.BootID() {
 		return nil
 	}
 	if r.PID != 0 {

@@ -40,6 +40,8 @@ import (
 	"sync"
 	"time"
 
+	"vacate/internal/sys/process"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -109,8 +111,8 @@ type Record struct {
 	// PID and StartTime tell that QEMU: /proc/PID/stat, field 22, in ticks since the host booted.
 	PID       int    `json:"pid,omitempty"`
 	StartTime uint64 `json:"start_time,omitempty"`
-	// Boot is /proc/sys/kernel/random/boot_id when the record was written: after the host booted anew,
-	// neither the process nor the start time mean anything. Create and Note fill it in.
+	// Boot is the boot of the host in which that process was found: after another one, neither its number
+	// nor its start mean anything. Create fills it in, and so does a Note that changes the process.
 	Boot string `json:"boot,omitempty"`
 
 	Mark   string    `json:"mark"`             // what was promised last; package evict has the names
@@ -124,12 +126,6 @@ type Record struct {
 
 	Options json.RawMessage `json:"options,omitempty"`
 	Report  json.RawMessage `json:"report,omitempty"`
-}
-
-// BootID returns what tells this boot of the host from all others.
-func BootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it, no boot equals another
-	return strings.TrimSpace(string(b))
 }
 
 // A Journal is a directory of evictions, which belongs to this process from Open to Close. Its methods and
@@ -146,7 +142,7 @@ type Journal struct {
 // Open opens the journal in dir, makes it if there is none, and reads all evictions. It wraps ErrLocked
 // when another process has it open.
 func Open(dir string) (*Journal, error) {
-	j := &Journal{dir: dir, boot: BootID(), entries: map[ID]*Entry{}}
+	j := &Journal{dir: dir, boot: process.BootID(), entries: map[ID]*Entry{}}
 	if err := j.open(); err != nil {
 		j.Close()
 		return nil, fmt.Errorf("open journal %s: %w", dir, explain(dir, err))
@@ -483,7 +479,10 @@ func (e *Entry) note(mark, reason string, ended bool, change func(*Record)) erro
 		change(&r)
 	}
 	r.ID, r.Begun = e.last.ID, e.last.Begun
-	r.Mark, r.Reason, r.At, r.Boot = mark, reason, time.Now(), e.journal.boot
+	r.Mark, r.Reason, r.At = mark, reason, time.Now()
+	if r.PID != e.last.PID || r.StartTime != e.last.StartTime {
+		r.Boot = e.journal.boot
+	}
 	if ended {
 		r.Ended = r.At
 	}

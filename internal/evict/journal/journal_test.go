@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"vacate/internal/sys/process"
+
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -66,7 +68,7 @@ func TestJournal(t *testing.T) {
 	must(t, a.Keep("package", []byte("other devices")))
 	must(t, a.Keep("head", nil))
 	want := []Record{a.Record(), b.Record()}
-	if r := want[0]; r.Mark != "may-run" || r.Reason != "the link is down" || r.PID != 4711 || r.VM != "a" || r.Boot != BootID() ||
+	if r := want[0]; r.Mark != "may-run" || r.Reason != "the link is down" || r.PID != 4711 || r.VM != "a" || r.Boot != process.BootID() ||
 		r.Begun.IsZero() || r.At.Before(r.Begun) || want[1].PID != 4712 {
 		t.Errorf("%+v", want)
 	}
@@ -121,6 +123,23 @@ func TestJournal(t *testing.T) {
 	}
 	if b, err := list[0].Blob(Lasting + "x"); string(b) != "y" || err != nil {
 		t.Errorf("what was to last: %q, %v", b, err)
+	}
+}
+
+// After the host booted anew, a word about an eviction does not make its process one of this boot.
+func TestBoot(t *testing.T) {
+	j := open(t, filepath.Join(t.TempDir(), "journal"))
+	j.boot = "before"
+	e := create(t, j, "a")
+	j = reopen(t, j)
+	e = j.Find(e.ID())
+	must(t, e.Note("lost", "the host booted anew", nil))
+	if r := e.Record(); r.Boot != "before" {
+		t.Errorf("process %d is of the boot %q", r.PID, r.Boot)
+	}
+	must(t, e.Note("lost", "", func(r *Record) { r.StartTime++ }))
+	if r := e.Record(); r.Boot != process.BootID() || r.Boot == "" {
+		t.Errorf("a process that was found now is of the boot %q", r.Boot)
 	}
 }
 

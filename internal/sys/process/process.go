@@ -4,21 +4,64 @@ package process
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A Process is one process and no other: a number may have been given to another since, but not with the same
-// start. It means nothing after the host has booted anew.
+// A Process is one process and no other: a number may have been given to another since, but not with
+// the same start. That holds as long as the host is up. Written as JSON, a Process names the boot, too:
+// read after another boot it is one that has ended.
 type Process struct {
 	PID       int
 	StartTime uint64 // in ticks since the host booted: /proc/PID/stat, field 22, proc(5)
+}
+
+// Gone is a process that has ended.
+var Gone = Process{PID: -1}
+
+// BootID returns what tells this boot of the host from all others; "" if the kernel does not say.
+func BootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// written is a Process as it is kept. Boot is "" in what was kept before there was this field.
+type written struct {
+	PID       int
+	StartTime uint64
+	Boot      string `json:",omitempty"`
+}
+
+// MarshalJSON adds the boot.
+func (p Process) MarshalJSON() ([]byte, error) {
+	return json.Marshal(written{p.PID, p.StartTime, BootID()})
+}
+
+// UnmarshalJSON reads a process of another boot as Gone.
+func (p *Process) UnmarshalJSON(b []byte) error {
+	var w written
+	if err := json.Unmarshal(b, &w); err != nil {
+		return err
+	}
+	*p = Of(w.PID, w.StartTime, w.Boot)
+	return nil
+}
+
+// Of returns the process that was written down during a boot: Gone if that was another one. "" is
+// the present boot.
+func Of(pid int, start uint64, boot string) Process {
+	if boot != "" && boot != BootID() {
+		return Gone
+	}
+	return Process{pid, start}
 }
 
 // ErrGone: the process has ended.

@@ -2,7 +2,9 @@ package process
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"testing"
@@ -72,6 +74,29 @@ func TestProcess(t *testing.T) {
 		t.Error("a zombie lives")
 	}
 	kill(t, child)
+}
+
+// A process that was written down is the same when it is read, unless the host booted in between.
+func TestWritten(t *testing.T) {
+	own, err := Find(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]Process{
+		string(b): own,
+		// Without a boot, as it was written before.
+		fmt.Sprintf(`{"PID":%d,"StartTime":%d}`, own.PID, own.StartTime):                  own,
+		fmt.Sprintf(`{"PID":%d,"StartTime":%d,"Boot":"another"}`, own.PID, own.StartTime): Gone,
+	} {
+		var p Process
+		if err := json.Unmarshal([]byte(text), &p); err != nil || p != want || p.Alive() != (want == own) {
+			t.Errorf("%s was read as %+v, %v; alive: %v", text, p, err, p.Alive())
+		}
+	}
 }
 
 // A stopped process does nothing until it is told to go on, and can be killed.
