@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"vacate/internal/guest/inspect"
+	"vacate/internal/sys/units"
 
 	"github.com/spf13/cobra"
 )
@@ -131,7 +132,7 @@ func streamText(s inspect.Stream) string {
 		if i == 0 {
 			title = "requests"
 		}
-		row(title, "%-20s %9d  %s", clean(r.Block), r.Count, sizeText(r.Bytes))
+		row(title, "%-20s %9d  %s", clean(r.Block), r.Count, units.Size(r.Bytes))
 	}
 	if s.Direction == "return" {
 		return b.String()
@@ -144,10 +145,10 @@ func streamText(s inspect.Stream) string {
 		var size, discarded uint64
 		var data, zero int
 		for _, k := range s.Blocks {
-			fmt.Fprintf(&b, line, clean(k.Name), sizeText(k.Size), sizeText(k.PageSize), fmt.Sprint(k.Data), fmt.Sprint(k.Zero), sizeText(k.Discarded))
+			fmt.Fprintf(&b, line, clean(k.Name), units.Size(k.Size), units.Size(k.PageSize), fmt.Sprint(k.Data), fmt.Sprint(k.Zero), units.Size(k.Discarded))
 			size, discarded, data, zero = size+k.Size, discarded+k.Discarded, data+k.Data, zero+k.Zero
 		}
-		fmt.Fprintf(&b, line, "all", sizeText(size), "", fmt.Sprint(data), fmt.Sprint(zero), sizeText(discarded))
+		fmt.Fprintf(&b, line, "all", units.Size(size), "", fmt.Sprint(data), fmt.Sprint(zero), units.Size(discarded))
 		b.WriteString("  (data and zero: records, of 4 KiB each)\n")
 	}
 	for _, p := range s.Packages {
@@ -163,19 +164,4 @@ func streamText(s inspect.Stream) string {
 		fmt.Fprintf(&b, "\nDevice state behind RAM: %d bytes, which only QEMU can take apart\n", s.DeviceState)
 	}
 	return b.String()
-}
-
-// sizeText writes a size of memory with a binary prefix, exact where it is a whole number.
-func sizeText(n uint64) string {
-	f, unit := float64(n), "B"
-	for _, next := range []string{"KiB", "MiB", "GiB", "TiB"} {
-		if f < 1024 {
-			break
-		}
-		f, unit = f/1024, next
-	}
-	if f == float64(int(f)) {
-		return fmt.Sprintf("%.0f %s", f, unit)
-	}
-	return fmt.Sprintf("%.1f %s", f, unit)
 }

@@ -10,6 +10,7 @@ import (
 
 	"vacate/internal/guest/inspect"
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // shownProcesses is how many processes are listed unless all are asked for.
@@ -23,7 +24,7 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%-13s %s", name, fmt.Sprintf(format, args...)), " "))
 	}
 	row("kernel", "Linux %s", clean(m.Kernel))
-	row("memory", "%s in %d pages of 4 KiB", sizeText(uint64(m.Pages)*4096), m.Pages)
+	row("memory", "%s in %d pages of 4 KiB", units.Size(uint64(m.Pages)*units.PageSize), m.Pages)
 	f := m.Free
 	row("free", "%s MiB; of that skippable %s (%s), on lists of CPUs %s", mib(f.Pages), mib(f.Skippable), share(f.Skippable, f.Pages), mib(f.PerCPU))
 	spent := func(name string, seconds float64, what string) {

@@ -14,6 +14,7 @@ import (
 	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/relief"
+	"vacate/internal/sys/units"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -39,9 +40,9 @@ and how each of its VMs fares. Neither QEMU nor the guest is asked.
 		}
 		m := r.Msg
 		fmt.Fprintf(w, "over %.1f s: %.2f of %d cores in use, VMs wait for %.2f more; %s of %s of memory available\n", m.OverS, m.CpuCores, m.Cpus, m.WaitingCores,
-			relief.Size(m.AvailableBytes), relief.Size(m.MemoryBytes))
+			units.Size(m.AvailableBytes), units.Size(m.MemoryBytes))
 		if m.SwapUsedBytes > 0 || m.RefaultsPerS > 0 {
-			fmt.Fprintf(w, "%s in swap, %.0f pages/s come back from it; %.0f pages/s are read again that were dropped too soon\n", relief.Size(m.SwapUsedBytes), m.SwappedInPerS, m.RefaultsPerS)
+			fmt.Fprintf(w, "%s in swap, %.0f pages/s come back from it; %.0f pages/s are read again that were dropped too soon\n", units.Size(m.SwapUsedBytes), m.SwappedInPerS, m.RefaultsPerS)
 		}
 		for _, what := range slices.Sorted(maps.Keys(m.Stalls)) {
 			fmt.Fprintf(w, "%s: some task of the machine stood still for it %.0f %% of the time, all %.0f %%\n", clean(what), m.Stalls[what].Some*100, m.Stalls[what].Full*100)
@@ -57,7 +58,7 @@ and how each of its VMs fares. Neither QEMU nor the guest is asked.
 				continue
 			}
 			row(t, v.Name, cores(v.CpuCores), cores(v.WaitingCores), fmt.Sprintf("%.0f %%", v.Steal*100), cores(v.OverheadCores),
-				relief.Size(v.ResidentBytes), relief.Size(v.SwappedBytes), fmt.Sprintf("%.0f", v.MajorFaultsPerS))
+				units.Size(v.ResidentBytes), units.Size(v.SwappedBytes), fmt.Sprintf("%.0f", v.MajorFaultsPerS))
 		}
 		return m, t.Flush()
 	})
@@ -166,7 +167,7 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 		if i > 0 {
 			link = fmt.Sprintf("%.0f Mbit/s", h.Rate*8/1e6)
 		}
-		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), relief.Size(h.AvailableBytes), link, "")
+		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), units.Size(h.AvailableBytes), link, "")
 	}
 	t.Flush()
 	fmt.Fprintln(w)
@@ -193,7 +194,7 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 			row(t, c.Vm, "", "", "", "", "", "", "", "", why)
 			continue
 		}
-		row(t, c.Vm, c.To, fmt.Sprintf("%+.2f", c.GainCores), load(c.LoadHere), load(c.LoadThere), relief.Size(c.FreedBytes), took(c.TransferS), took(c.BackS), took(c.TotalS), why)
+		row(t, c.Vm, c.To, fmt.Sprintf("%+.2f", c.GainCores), load(c.LoadHere), load(c.LoadThere), units.Size(c.FreedBytes), took(c.TransferS), took(c.BackS), took(c.TotalS), why)
 	}
 	return t.Flush()
 }

@@ -29,7 +29,7 @@ func TestPlanText(t *testing.T) {
 	if err := planText(&b, p); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"hosta  1.00", "this host", "1000 Mbit/s", "+0.98", "102 %", "best: it reaches the goal", "reaches the goal\n", "3.0 GiB", "4.2 s", "the VM is pinned", "goes by force: hostb would starve"} {
+	for _, want := range []string{"hosta  1.00", "this host", "1000 Mbit/s", "+0.98", "102 %", "best: it reaches the goal", "reaches the goal\n", "3 GiB", "4.2 s", "the VM is pinned", "goes by force: hostb would starve"} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("no %q in:\n%s", want, b.String())
 		}

@@ -26,6 +26,7 @@ import (
 	"vacate/internal/guest/pageclass"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/units"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )
@@ -402,17 +403,17 @@ func (v *victim) heal() {
 // change has f change each of the guest's pages that are of some kinds.
 func (v *victim) change(f func(page []uint64), kinds ...pageclass.Kind) {
 	n := 0
-	words := make([]uint64, guestmem.PageSize/8)
+	words := make([]uint64, units.PageSize/8)
 	for pfn, p := range v.pages {
 		for _, k := range kinds {
 			if p.Kind != k {
 				continue
 			}
-			b := v.read(uint64(pfn)*guestmem.PageSize, guestmem.PageSize)
+			b := v.read(uint64(pfn)*units.PageSize, units.PageSize)
 			binary.Decode(b, binary.LittleEndian, words)
 			f(words)
 			if again, err := binary.Append(nil, binary.LittleEndian, words); err == nil && !bytes.Equal(b, again) {
-				v.write(uint64(pfn)*guestmem.PageSize, again)
+				v.write(uint64(pfn)*units.PageSize, again)
 				n++
 			}
 		}
@@ -426,7 +427,7 @@ func (v *victim) change(f func(page []uint64), kinds ...pageclass.Kind) {
 func (v *victim) find(text []byte, step int) []uint64 {
 	var found []uint64
 	for _, m := range v.mem.Mappings() {
-		if !v.mem.Blocks()[m.Block].Located || m.Size < guestmem.PageSize {
+		if !v.mem.Blocks()[m.Block].Located || m.Size < units.PageSize {
 			continue
 		}
 		const part = 1 << 20
@@ -452,12 +453,12 @@ const noteHead = 24 // bytes before the text of a note
 func (v *victim) note() (uint64, []byte) {
 	v.t.Helper()
 	for _, at := range v.find([]byte("VMCOREINFO\x00"), 4) {
-		if at%guestmem.PageSize != 12 {
+		if at%units.PageSize != 12 {
 			continue
 		}
 		at -= 12
 		size := binary.LittleEndian.Uint32(v.read(at+4, 4))
-		if size > 0 && size <= guestmem.PageSize-noteHead {
+		if size > 0 && size <= units.PageSize-noteHead {
 			return at, v.read(at+noteHead, int(size))
 		}
 	}
@@ -472,7 +473,7 @@ func (v *victim) rewrite(pattern, with string) {
 	if bytes.Equal(text, changed) {
 		v.t.Errorf("the guest's note has nothing like %s", pattern)
 	}
-	changed = changed[:min(len(changed), guestmem.PageSize-noteHead)]
+	changed = changed[:min(len(changed), units.PageSize-noteHead)]
 	v.write(at+noteHead, changed)
 	v.write(at+4, binary.LittleEndian.AppendUint32(nil, uint32(len(changed))))
 }
@@ -515,7 +516,7 @@ func (v *victim) types() (uint64, uint32) {
 }
 
 // isPointer tells whether a word is likely an address of the kernel, with page tables of 4 or 5 levels.
-func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(guestmem.PageSize) }
+func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSize) }
 
 // TestHostileKernels: whatever is wrong with what a guest's kernel keeps of its memory, the
 // eviction goes on, at worst in plain order and with nothing left out. What is broken is put

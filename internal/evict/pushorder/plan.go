@@ -8,6 +8,7 @@ import (
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // Frames says which pages of a block some of the guest's page frames are: those from
@@ -17,9 +18,6 @@ type Frames struct {
 	First uint64
 	Run   pageset.Run
 }
-
-// frameSize is the unit of Frames and of surveys, in bytes.
-const frameSize = 4096
 
 // NewPlan returns the pages in the order of a policy. Where the policy needs to know the
 // pages, s tells of them, and frames where they are; what is not told of comes last. s may be
@@ -208,7 +206,7 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 	var like pageclass.Page
 	rankOfLike := r.rank(like)
 	for _, f := range frames {
-		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
+		each := uint64(blocks[f.Run.Block].PageSize / units.PageSize)
 		current, first := uint16(ranks), f.Run.First
 		end := func(at pageset.Page) {
 			if at > first {
@@ -242,7 +240,7 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
 	var runs []pageset.Run
 	for _, f := range frames {
-		each := uint64(blocks[f.Run.Block].PageSize / frameSize)
+		each := uint64(blocks[f.Run.Block].PageSize / units.PageSize)
 		start := -1
 		for i := range f.Run.Count + 1 {
 			from := f.First + uint64(i)*each
@@ -303,7 +301,7 @@ func (f *finder) page(frame uint64) (block int, p pageset.Page, ok bool) {
 			return 0, 0, false
 		}
 		f.last = f.frames[i-1]
-		f.each = uint64(f.blocks[f.last.Run.Block].PageSize / frameSize)
+		f.each = uint64(f.blocks[f.last.Run.Block].PageSize / units.PageSize)
 		if (frame-f.last.First)/f.each >= uint64(f.last.Run.Count) {
 			return 0, 0, false
 		}

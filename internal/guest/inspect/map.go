@@ -4,11 +4,10 @@ import (
 	"fmt"
 	"image"
 	"image/color"
-	"math/bits"
-	"strconv"
 	"unicode"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // Map is a picture of all memory of a guest. A row of it is contiguous memory, and rows
@@ -252,14 +251,14 @@ func (l *layout) boxes(at, n int, fill func(image.Rectangle)) {
 
 // address is that of a row, in two ways.
 func (l *layout) address(r row) (size, hex string) {
-	a := uint64(r.first) * uint64(l.rowPages()) * pageSize
-	return exactSize(a), fmt.Sprintf("%#x", a)
+	a := uint64(r.first) * uint64(l.rowPages()) * units.PageSize
+	return units.Exact(a), fmt.Sprintf("%#x", a)
 }
 
 // subtitle says what the picture shows.
 func (m *Map) subtitle(l *layout) string {
 	return fmt.Sprintf("%s of memory by guest-physical address. A row is %s; a cell is %s, and cells go down, then right.", roundSize(m.memory.Pages),
-		exactSize(uint64(l.rowPages())*pageSize), exactSize(uint64(l.cell)*pageSize))
+		units.Exact(uint64(l.rowPages())*units.PageSize), units.Exact(uint64(l.cell)*units.PageSize))
 }
 
 // An entry is a line of the legend.
@@ -313,7 +312,7 @@ func (m *Map) pictureHeight(l *layout) int {
 
 // cutText names a cut-out.
 func (l *layout) cutText(r row) string {
-	return "no memory: " + exactSize(uint64(r.n)*uint64(l.rowPages())*pageSize)
+	return "no memory: " + units.Exact(uint64(r.n)*uint64(l.rowPages())*units.PageSize)
 }
 
 // percent writes a part of a whole, with what is little told from nothing.
@@ -329,7 +328,7 @@ func percent(part, whole int) string {
 
 // roundSize writes the size of pages with three digits or so.
 func roundSize(pages int) string {
-	f, unit := float64(pages)*pageSize/1024, "KiB"
+	f, unit := float64(pages)*units.PageSize/1024, "KiB"
 	for _, next := range []string{"MiB", "GiB", "TiB"} {
 		if f < 1000 {
 			break
@@ -343,17 +342,4 @@ func roundSize(pages int) string {
 		return fmt.Sprintf("%.0f %s", f, unit)
 	}
 	return fmt.Sprintf("%.1f %s", f, unit)
-}
-
-// exactSize writes a size with the largest unit that leaves it at most three decimals.
-func exactSize(n uint64) string {
-	if n == 0 {
-		return "0"
-	}
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	u := min((bits.Len64(n)-1)/10, len(units)-1)
-	for unit := uint64(1) << (10 * u); n%unit*1000%unit != 0; unit >>= 10 {
-		u--
-	}
-	return strconv.FormatFloat(float64(n)/float64(uint64(1)<<(10*u)), 'f', -1, 64) + " " + units[u]
 }

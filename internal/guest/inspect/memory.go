@@ -6,10 +6,8 @@ import (
 	"slices"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
-
-// pageSize is that of pageclass.Page, in bytes.
-const pageSize = 4096
 
 // Memory sums up a survey of a guest's memory. Its JSON is documented in docs/inspect.md.
 // Sizes are in pages of 4 KiB, times in seconds. Texts come from the guest: they may hold
@@ -85,7 +83,7 @@ type Stage struct {
 
 // NewMemory sums up a survey. What it does not tell is left for the caller to fill in.
 func NewMemory(s *pageclass.Survey) Memory {
-	m := Memory{PageSize: pageSize, Fresh: s.Fresh, Kinds: []KindPages{}, Processes: make([]Process, len(s.Processes)),
+	m := Memory{PageSize: units.PageSize, Fresh: s.Fresh, Kinds: []KindPages{}, Processes: make([]Process, len(s.Processes)),
 		Notes: []string{}, Times: Times{Stages: []Stage{}}}
 	for i, p := range s.Processes {
 		q := Process{

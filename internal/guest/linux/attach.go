@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"vacate/internal/sys/units"
 )
 
 var (
@@ -104,7 +106,7 @@ func (g *Guest) enter(cpus []CPU) error {
 		return errors.New("it does not say where the page tables are")
 	}
 	root := dir - imageFirst + uint64(base)
-	if root%pageSize != 0 {
+	if root%units.PageSize != 0 {
 		return errors.New("its page tables are not aligned")
 	}
 	levels := 4
@@ -380,7 +382,7 @@ func (g *Guest) searchImage() error {
 	}
 	const imageSize = 64 << 20 // larger than any image with its data
 	image := make([]byte, imageSize)
-	for at := 0; at < len(image); at += pageSize { // under page table isolation, it has holes
+	for at := 0; at < len(image); at += units.PageSize { // under page table isolation, it has holes
 		at += g.readPart(image[at:], text+uint64(at))
 	}
 	g.types = findTypes(image)

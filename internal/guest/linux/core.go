@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"slices"
+
+	"vacate/internal/sys/units"
 )
 
 // Core is the memory of a guest in an ELF core file, as QEMU's dump-guest-memory writes
@@ -76,7 +78,7 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 		}
 		switch {
 		case kind == ptLoad && filesz > 0:
-			if (paddr|filesz)%pageSize != 0 || paddr > 1<<52 || filesz > 1<<52 {
+			if (paddr|filesz)%units.PageSize != 0 || paddr > 1<<52 || filesz > 1<<52 {
 				return nil, fmt.Errorf("a segment of %#x bytes for address %#x is not of whole pages", filesz, paddr)
 			}
 			segments = append(segments, segment{Range{paddr, filesz}, int64(offset)})
@@ -177,7 +179,7 @@ func (c *Core) ReadRanges(dst []byte, ranges []Range) error {
 
 // Populated implements Memory: a core file does not tell, so every page may be.
 func (c *Core) Populated(addr, n uint64, dst []uint64) error {
-	if r := (Range{addr, n * pageSize}); n > 1<<40 || inRAM(c.extents, r) < 0 || n > uint64(len(dst))*64 {
+	if r := (Range{addr, n * units.PageSize}); n > 1<<40 || inRAM(c.extents, r) < 0 || n > uint64(len(dst))*64 {
 		return errNotRAM(r)
 	}
 	clear(dst)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"vacate/internal/sys/units"
 )
 
 // A Position says where a virtual CPU was: its registers RIP and RSP, and the bases of GS,
@@ -72,8 +74,8 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 		}
 		touch(cpu.RIP)
 		touch(cpu.RSP)
-		f.add(cpu.CR3 &^ pageSize & addrMask)
-		for _, va := range []uint64{cpu.IDT, cpu.IDT + pageSize - 1, cpu.GDT, cpu.TR, cpu.TR + tssSize - 1} {
+		f.add(cpu.CR3 &^ units.PageSize & addrMask)
+		for _, va := range []uint64{cpu.IDT, cpu.IDT + units.PageSize - 1, cpu.GDT, cpu.TR, cpu.TR + tssSize - 1} {
 			touch(va)
 		}
 		var tss [tssSize]byte
@@ -84,7 +86,7 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 			touch(va)
 		}
 		if n := g.census.layout.stackSize; cpu.RSP>>63 != 0 && n != 0 {
-			for at := cpu.RSP &^ (n - 1); at < cpu.RSP|(n-1); at += pageSize { // stacks are aligned
+			for at := cpu.RSP &^ (n - 1); at < cpu.RSP|(n-1); at += units.PageSize { // stacks are aligned
 				touch(at)
 			}
 		}
@@ -97,7 +99,7 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 			for _, name := range []string{"pcpu_hot", "current_task", "cpu_tlbstate", "runqueues", "tick_cpu_sched", "hrtimer_bases", "timer_bases"} {
 				if va, ok := g.symbol(name); ok {
 					touch(area + va)
-					touch(area + va + pageSize - 1)
+					touch(area + va + units.PageSize - 1)
 				}
 			}
 		}
@@ -109,7 +111,7 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 		}
 		for i := range g.census.threads {
 			t := &g.census.threads[i]
-			for at := uint64(0); t.onCPU && t.stack>>63 != 0 && at < g.census.layout.stackSize; at += pageSize {
+			for at := uint64(0); t.onCPU && t.stack>>63 != 0 && at < g.census.layout.stackSize; at += units.PageSize {
 				f.path(g.space, t.stack+at)
 			}
 		}
@@ -127,8 +129,8 @@ func (g *Guest) handlers(idt uint64) (list []uint64) {
 	for i := 0; i < len(gates); i += 16 {
 		b := gates[i:]
 		va := uint64(u16(b)) | uint64(u16(b[6:]))<<16 | uint64(u32(b[8:]))<<32
-		if _, known := pages[va/pageSize]; b[5]&0x80 != 0 && !known {
-			pages[va/pageSize] = struct{}{}
+		if _, known := pages[va/units.PageSize]; b[5]&0x80 != 0 && !known {
+			pages[va/units.PageSize] = struct{}{}
 			list = append(list, va)
 		}
 	}
@@ -145,7 +147,7 @@ type first struct {
 }
 
 func (f *first) add(addr uint64) {
-	pfn := addr / pageSize
+	pfn := addr / units.PageSize
 	if _, known := f.seen[pfn]; !known && len(f.list) < maxFirst {
 		f.seen[pfn] = struct{}{}
 		f.list = append(f.list, pfn)
@@ -156,7 +158,7 @@ func (f *first) add(addr uint64) {
 // there is one.
 func (f *first) path(s *space, va uint64) bool {
 	addr, _, err := s.translate(va)
-	if err != nil || inRAM(s.mem.Extents(), Range{addr &^ (pageSize - 1), pageSize}) < 0 {
+	if err != nil || inRAM(s.mem.Extents(), Range{addr &^ (units.PageSize - 1), units.PageSize}) < 0 {
 		return false
 	}
 	at := s.root

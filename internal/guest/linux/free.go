@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // maxDropped is how many free blocks in all may look free but be on no list: each CPU of the guest
@@ -322,11 +323,11 @@ func (g *Guest) poisoned() (bool, error) {
 			}
 			next = pfn + step
 			var populated [1]uint64
-			if err := g.mem.Populated(pfn*pageSize, 1, populated[:]); err != nil {
+			if err := g.mem.Populated(pfn*units.PageSize, 1, populated[:]); err != nil {
 				return false, err
 			}
 			if populated[0] != 0 {
-				list = append(list, Range{pfn*pageSize + 64, 64})
+				list = append(list, Range{pfn*units.PageSize + 64, 64})
 			}
 		}
 	}

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"vacate/internal/sys/units"
 )
 
 // record writes testdata anew: go test -run TestRecord -record
@@ -352,7 +354,7 @@ func FuzzCore(f *testing.F) {
 		}
 		end := uint64(0)
 		for _, e := range c.Extents() {
-			if e.Addr < end || e.Len == 0 || (e.Addr|e.Len)%pageSize != 0 {
+			if e.Addr < end || e.Len == 0 || (e.Addr|e.Len)%units.PageSize != 0 {
 				t.Fatalf("extents %#x", c.Extents())
 			}
 			end = e.Addr + e.Len

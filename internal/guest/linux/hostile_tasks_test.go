@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // sane fails the test if the survey holds anything that its readers need not expect.
@@ -90,19 +91,19 @@ func TestHostileProcesses(t *testing.T) {
 		"mm is nowhere":                 {func() { p.set64(p.phys(user+l.mm.offset), 8) }, true},
 		"pgd is nowhere":                {func() { p.set64(p.phys(mm+l.pgd.offset), 1<<63) }, true},
 		"pgd is not aligned":            {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA+8) }, true},
-		"pgd is free":                   {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA-pgd+free*pageSize) }, true},
+		"pgd is free":                   {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA-pgd+free*units.PageSize) }, true},
 		"table leads to itself":         {func() { p.set64(p.at(path[0]), pgd|entry) }, false},
-		"table in a process":            {func() { p.set64(p.at(path[1]), file*pageSize|entry) }, true},
+		"table in a process":            {func() { p.set64(p.at(path[1]), file*units.PageSize|entry) }, true},
 		"table is not ram":              {func() { p.set64(p.at(path[1]), 1<<50|entry) }, true},
-		"page is free":                  {func() { p.set64(p.at(leaf), free*pageSize|entry) }, true},
-		"page is free, without access":  {func() { p.set64(p.at(leaf), ^(free*pageSize)&addrMask|protNone) }, true},
+		"page is free":                  {func() { p.set64(p.at(leaf), free*units.PageSize|entry) }, true},
+		"page is free, without access":  {func() { p.set64(p.at(leaf), ^(free*units.PageSize)&addrMask|protNone) }, true},
 		"page is not ram":               {func() { p.set64(p.at(leaf), 1<<50|entry) }, false},
 		"swapped":                       {func() { p.set64(p.at(leaf), 1<<59|^(free<<14)&(1<<59-1)&^0x3ff) }, false},
-		"all entries lead to one table": {func() { p.fill(path[len(path)-1]&^(pageSize-1), leaf|entry) }, false},
-		"all entries lead to one page":  {func() { p.fill(leaf, file*pageSize|entry) }, false},
+		"all entries lead to one table": {func() { p.fill(path[len(path)-1]&^(units.PageSize-1), leaf|entry) }, false},
+		"all entries lead to one page":  {func() { p.fill(leaf, file*units.PageSize|entry) }, false},
 		"all entries are large": {func() {
 			for i := range uint64(512) {
-				p.set64(p.at(path[len(path)-1]&^(pageSize-1)+i*8), i<<21|entry|largePage)
+				p.set64(p.at(path[len(path)-1]&^(units.PageSize-1)+i*8), i<<21|entry|largePage)
 			}
 		}, true},
 		"one of 1 GiB":     {func() { p.set64(p.at(path[len(path)-2]), entry|largePage) }, true},
@@ -114,7 +115,7 @@ func TestHostileProcesses(t *testing.T) {
 		"endless share":    {func() { p.set64(p.phys(user+l.util.offset), ^uint64(0)) }, false},
 		"no run queue":     {func() { p.set64(p.phys(user+l.queue.offset), 1<<63) }, false},
 		"run queue is mad": {func() { p.set64(p.phys(queue+l.queueRQ.offset), ^uint64(0)-8) }, false},
-		"stack is free":    {func() { p.set64(p.phys(user+l.stack.offset), pgdVA-pgd+free*pageSize) }, false},
+		"stack is free":    {func() { p.set64(p.phys(user+l.stack.offset), pgdVA-pgd+free*units.PageSize) }, false},
 		"stack is nowhere": {func() { p.set64(p.phys(user+l.stack.offset), ^uint64(0)&^0xfff) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -145,7 +146,7 @@ func TestHostileProcesses(t *testing.T) {
 	var tables []uint64
 	for i, page := range p.clean {
 		if page.Kind == pageclass.UserPageTable {
-			tables = append(tables, uint64(i)*pageSize)
+			tables = append(tables, uint64(i)*units.PageSize)
 		}
 	}
 	fields := []field{l.tasks, l.thread, l.stack, l.mm, l.signal, l.execStart, l.runtime, l.util, l.arrival, l.queue}
@@ -158,7 +159,7 @@ func TestHostileProcesses(t *testing.T) {
 			case 1:
 				value = tasks[rng.IntN(len(tasks))] + fields[rng.IntN(len(fields))].offset
 			case 2:
-				value = rng.Uint64N(uint64(len(p.clean)))*pageSize | entry
+				value = rng.Uint64N(uint64(len(p.clean)))*units.PageSize | entry
 			}
 			switch rng.IntN(2) {
 			case 0:
@@ -172,7 +173,7 @@ func TestHostileProcesses(t *testing.T) {
 		}
 		list, _ := g.First(t.Context())
 		for _, pfn := range list {
-			if pfn >= uint64(len(p.clean)) && inRAM(p.Extents(), Range{pfn * pageSize, pageSize}) < 0 {
+			if pfn >= uint64(len(p.clean)) && inRAM(p.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
 				t.Fatalf("page %#x is not RAM", pfn)
 			}
 		}

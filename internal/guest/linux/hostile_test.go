@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // ram is a guest's memory that a test may change.
@@ -278,7 +279,7 @@ func TestHostileStructures(t *testing.T) {
 		"free pages are poisoned": {func() {
 			for i, page := range p.clean {
 				if page.Flags&pageclass.Skippable != 0 {
-					p.set(p.at(uint64(i)*pageSize), bytes.Repeat([]byte{0xaa}, pageSize)...)
+					p.set(p.at(uint64(i)*units.PageSize), bytes.Repeat([]byte{0xaa}, units.PageSize)...)
 				}
 			}
 		}, false},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // layout is where things are in the guest kernel's page descriptors (struct page), of
@@ -155,7 +156,7 @@ func (g *Guest) learnLayout() error {
 	bits := a.number("NUMBER(SECTION_SIZE_BITS)", 24, 30)
 	l.sectionPages = 1 << (bits - 12)
 	l.sectionSize = a.number("SIZE(mem_section)", 8, 4096)
-	l.perRoot = pageSize / l.sectionSize
+	l.perRoot = units.PageSize / l.sectionSize
 	if l.perRoot&(l.perRoot-1) != 0 {
 		a.miss(errors.New("sections do not fill a page"))
 	}
@@ -264,7 +265,7 @@ func (g *Guest) learnPerCPU() {
 	if errors.Join(err1, err2, err3, err4, err5) != nil || !ok1 || !ok2 || !ok3 {
 		return
 	}
-	if size > pageSize || lock.size != 4 || count.size != 4 || lists.elem() != 16 || types < 1 || types > 8 || lists.count > 64 ||
+	if size > units.PageSize || lock.size != 4 || count.size != 4 || lists.elem() != 16 || types < 1 || types > 8 || lists.count > 64 ||
 		lock.offset+4 > size || count.offset+4 > size || lists.offset+lists.size > size {
 		return
 	}

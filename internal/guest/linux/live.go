@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"vacate/internal/qemu/guestmem"
+	"vacate/internal/sys/units"
 )
 
 // Live is the memory of a running QEMU's guest.
@@ -44,10 +45,10 @@ func NewLive(mem *guestmem.Memory, c Monitor) (*Live, error) {
 	for _, m := range maps {
 		b := mem.Blocks()[m.Block]
 		// Only whole pages; a mapping into what another has covered is not RAM to speak of.
-		if !b.Located || (m.GPA|m.Offset)%pageSize != 0 || m.GPA < end || m.Offset >= b.Size {
+		if !b.Located || (m.GPA|m.Offset)%units.PageSize != 0 || m.GPA < end || m.Offset >= b.Size {
 			continue
 		}
-		size := min(m.Size, b.Size-m.Offset) &^ (pageSize - 1)
+		size := min(m.Size, b.Size-m.Offset) &^ (units.PageSize - 1)
 		if size == 0 || m.GPA > 1<<52 || size > 1<<52 {
 			continue
 		}
@@ -102,12 +103,12 @@ func (l *Live) View(addr, size uint64) []byte {
 
 // Populated implements Memory.
 func (l *Live) Populated(addr, n uint64, dst []uint64) error {
-	r := Range{addr, n * pageSize}
+	r := Range{addr, n * units.PageSize}
 	i := inRAM(l.extents, r)
 	if i < 0 || n > 1<<40 {
 		return errNotRAM(r)
 	}
-	return l.mem.Populated(l.places[i].block, (l.places[i].offset+addr-l.extents[i].Addr)/pageSize, n, dst)
+	return l.mem.Populated(l.places[i].block, (l.places[i].offset+addr-l.extents[i].Addr)/units.PageSize, n, dst)
 }
 
 // CPUs implements Memory: it asks QEMU's human monitor, which holds each virtual CPU

@@ -6,9 +6,6 @@ import (
 	"fmt"
 )
 
-// pageSize is the size in bytes of a page, of the guest and of Memory.Populated.
-const pageSize = 4096
-
 // A Range is Len bytes from Addr on: guest-physical for Memory, virtual addresses of
 // the guest's kernel for a Guest. Neither need be aligned.
 type Range struct{ Addr, Len uint64 }

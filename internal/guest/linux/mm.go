@@ -7,6 +7,7 @@ import (
 	"math"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // census is who lives in the guest: its tasks, and the pages that their address spaces
@@ -94,7 +95,7 @@ func (g *Guest) prepareCensus(pages int) {
 	}
 	ram := 0
 	for _, e := range g.mem.Extents() {
-		ram += int(e.Len / pageSize)
+		ram += int(e.Len / units.PageSize)
 	}
 	c.seen, c.queues, c.spaces = map[uint64]struct{}{}, map[uint64]runQueue{}, map[uint64]struct{}{}
 	c.threads, c.processes, c.list = make([]thread, 0, 512), make([]process, 0, 512), make([]pageclass.Process, 0, 512)
@@ -103,7 +104,7 @@ func (g *Guest) prepareCensus(pages int) {
 	c.ranges = make([]Range, 0, 1024)
 	c.room(64 << 10)
 	c.sequence = make([]uint32, ram)
-	for i := 0; i < len(c.sequence); i += pageSize / 4 {
+	for i := 0; i < len(c.sequence); i += units.PageSize / 4 {
 		c.sequence[i] = 1
 	}
 	c.sequence = c.sequence[:0]
@@ -205,15 +206,15 @@ func (g *Guest) findStacks(pages []pageclass.Page) {
 	c := &g.census
 	for i := range c.threads {
 		t := &c.threads[i]
-		if t.stack>>63 == 0 || t.stack%pageSize != 0 {
+		if t.stack>>63 == 0 || t.stack%units.PageSize != 0 {
 			continue // an ended task has none
 		}
-		for at := uint64(0); at < c.layout.stackSize; at += pageSize {
+		for at := uint64(0); at < c.layout.stackSize; at += units.PageSize {
 			addr, _, err := g.space.translate(t.stack + at)
-			if err != nil || addr/pageSize >= uint64(len(pages)) {
+			if err != nil || addr/units.PageSize >= uint64(len(pages)) {
 				continue
 			}
-			p := &pages[addr/pageSize]
+			p := &pages[addr/units.PageSize]
 			switch p.Kind {
 			case pageclass.KernelOther, pageclass.Unreferenced, pageclass.KernelStack:
 				p.Kind, p.Class = pageclass.KernelStack, pageclass.Kernel
@@ -314,7 +315,7 @@ func (g *Guest) findRoots(pages []pageclass.Page) error {
 	}
 	for i, n := range c.more {
 		addr, _, err := g.space.translate(u64(roots[i*8:]))
-		if err != nil || addr%pageSize != 0 {
+		if err != nil || addr%units.PageSize != 0 {
 			c.doubt("process %d has no page tables", c.processes[n].PID)
 			continue
 		}
@@ -329,7 +330,7 @@ func (g *Guest) findRoots(pages []pageclass.Page) error {
 // enter reports whether the page table it is to be read: it is in memory of the kernel, and
 // was not met before. So each table is read once, wherever entries lead.
 func (c *census) enter(it *item, pages []pageclass.Page) bool {
-	pfn := it.addr / pageSize
+	pfn := it.addr / units.PageSize
 	if pfn >= uint64(len(pages)) {
 		c.wild++
 		return false
@@ -388,8 +389,8 @@ func (c *census) descend(it item, table []uint64, level int, top bool, pages []p
 		}
 		size := uint64(1) << (12 + 9*(level-1))
 		first := e & addrMask &^ (size - 1)
-		for addr := first; addr < first+size; addr += blockPages * pageSize {
-			b := addr / (blockPages * pageSize)
+		for addr := first; addr < first+size; addr += blockPages * units.PageSize {
+			b := addr / (blockPages * units.PageSize)
 			if b >= uint64(len(c.blocks)) {
 				break // a device's
 			}
@@ -400,7 +401,7 @@ func (c *census) descend(it item, table []uint64, level int, top bool, pages []p
 			c.blocks[b] |= blockTaken | flagsOf(e, next.noExec)
 		}
 	}
-	if pfn := it.addr/pageSize + 1; twin && pfn%2 == 1 && pfn < uint64(len(pages)) {
+	if pfn := it.addr/units.PageSize + 1; twin && pfn%2 == 1 && pfn < uint64(len(pages)) {
 		switch p := &pages[pfn]; p.Kind {
 		case pageclass.UserPageTable, pageclass.KernelOther, pageclass.Unreferenced:
 			c.ownTable(&it, p)
@@ -432,14 +433,14 @@ func (c *census) place(it item, table []uint64, pages []pageclass.Page) {
 		if e&present == 0 {
 			e ^= addrMask
 		}
-		if pfn := e & addrMask / pageSize; pfn < uint64(len(pages)) {
+		if pfn := e & addrMask / units.PageSize; pfn < uint64(len(pages)) {
 			c.placePage(it.owner, it.active, pfn, flagsOf(e, it.noExec), &pages[pfn])
 		}
 	}
 }
 
 func (c *census) placeBlock(it item, pages []pageclass.Page) {
-	first := it.addr / pageSize
+	first := it.addr / units.PageSize
 	f := c.blocks[first/blockPages] &^ blockTaken
 	for pfn := first; pfn < min(first+blockPages, uint64(len(pages))); pfn++ {
 		c.placePage(it.owner, it.active, pfn, f, &pages[pfn])

@@ -2,6 +2,8 @@ package linux
 
 import (
 	"fmt"
+
+	"vacate/internal/sys/units"
 )
 
 // space translates virtual addresses by a table of x86-64 (Intel SDM volume 3, 4.5):
@@ -23,7 +25,7 @@ const (
 	present   = 1 << 0
 	canWrite  = 1 << 1
 	largePage = 1 << 7
-	addrMask  = (1<<52 - 1) &^ (pageSize - 1)
+	addrMask  = (1<<52 - 1) &^ (units.PageSize - 1)
 	maxTables = 16 << 10 // kept at a time: 64 MiB
 	tlbBits   = 10
 )
@@ -36,7 +38,7 @@ type tlbEntry struct {
 }
 
 func newSpace(mem Memory, root uint64, levels int) *space {
-	return &space{mem: mem, root: root &^ (pageSize - 1) & addrMask, levels: levels, tables: map[uint64]*table{}}
+	return &space{mem: mem, root: root &^ (units.PageSize - 1) & addrMask, levels: levels, tables: map[uint64]*table{}}
 }
 
 // Bits of the registers (Intel SDM volume 3, 2.5).
@@ -55,7 +57,7 @@ func (c CPU) levels() int {
 
 // roots are the tables of which one maps the kernel: under page table isolation, a CPU in user mode uses the second of two, bit 12 set,
 // which lacks most of it.
-func (c CPU) roots() [2]uint64 { return [2]uint64{c.CR3, c.CR3 &^ pageSize} }
+func (c CPU) roots() [2]uint64 { return [2]uint64{c.CR3, c.CR3 &^ units.PageSize} }
 
 // forget drops what was read of the tables, as they may have changed.
 func (s *space) forget() {
@@ -91,14 +93,14 @@ func (s *space) table(addr uint64) (*table, error) {
 // translate returns the guest-physical address of va and the number of bytes from there
 // to the end of the page, which may be a large one.
 func (s *space) translate(va uint64) (addr, left uint64, err error) {
-	vpn := va / pageSize
+	vpn := va / units.PageSize
 	e := &s.tlb[vpn%(1<<tlbBits)]
 	if e.vpn != vpn+1 {
 		if err := s.walk(va, e); err != nil {
 			return 0, 0, err
 		}
 	}
-	return e.addr + va%pageSize, e.until - va, nil
+	return e.addr + va%units.PageSize, e.until - va, nil
 }
 
 func (s *space) walk(va uint64, e *tlbEntry) error {
@@ -123,7 +125,7 @@ func (s *space) walk(va uint64, e *tlbEntry) error {
 		size := uint64(1) << shift
 		at &^= size - 1 // bit 12 of a large page's entry is no address
 		// The last page ends at 2^64, which is 0: until minus va is right all the same.
-		*e = tlbEntry{va/pageSize + 1, at + va&(size-1)&^(pageSize-1), va&^(size-1) + size}
+		*e = tlbEntry{va/units.PageSize + 1, at + va&(size-1)&^(units.PageSize-1), va&^(size-1) + size}
 		return nil
 	}
 }

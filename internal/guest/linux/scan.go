@@ -9,6 +9,7 @@ import (
 	"unsafe"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // desc is a page descriptor, as words.
@@ -35,7 +36,7 @@ type pages struct {
 
 // sparseness bounds how much more page numbers than pages of RAM there may be: the index of
 // pages has room for each number. Holes of some GiB are usual.
-const sparseness, usualHoles = 8, 16 << 30 / pageSize
+const sparseness, usualHoles = 8, 16 << 30 / units.PageSize
 
 // findSections reads mem_section (mm/sparse.c, CONFIG_SPARSEMEM_EXTREME): an array of
 // pointers to pages full of struct mem_section, whose member section_mem_map has flags in
@@ -47,17 +48,17 @@ func (g *Guest) findSections() error {
 	}
 	ram := uint64(0)
 	for _, e := range g.mem.Extents() {
-		ram += e.Len / pageSize
+		ram += e.Len / units.PageSize
 	}
 	limit := ram*sparseness + usualHoles
 	p.vmemmap, p.beyond, p.highest = 0, false, 0
 	if p.table == nil {
-		p.table = make([]byte, pageSize)
+		p.table = make([]byte, units.PageSize)
 	}
 	loaded := ^uint64(0) // root in p.table
 	last := ^uint64(0)
 	for _, e := range g.mem.Extents() {
-		for s := e.Addr / pageSize / l.sectionPages; s*l.sectionPages*pageSize < e.Addr+e.Len; s++ {
+		for s := e.Addr / units.PageSize / l.sectionPages; s*l.sectionPages*units.PageSize < e.Addr+e.Len; s++ {
 			if s == last {
 				continue // two extents lie in it
 			}
@@ -84,7 +85,7 @@ func (g *Guest) findSections() error {
 			if coded&wanted != wanted {
 				continue
 			}
-			base := coded &^ (pageSize - 1)
+			base := coded &^ (units.PageSize - 1)
 			if p.vmemmap == 0 {
 				p.vmemmap = base
 			}
@@ -146,7 +147,7 @@ func (g *Guest) scan(ctx context.Context) error {
 	clear(p.list)
 	p.backing, p.heads = p.backing[:0], 0
 	for _, e := range g.mem.Extents() {
-		first, end := e.Addr/pageSize, min((e.Addr+e.Len)/pageSize, p.highest)
+		first, end := e.Addr/units.PageSize, min((e.Addr+e.Len)/units.PageSize, p.highest)
 		for first < end {
 			s := first / l.sectionPages
 			stop := min(end, (s+1)*l.sectionPages)
@@ -172,7 +173,7 @@ func (g *Guest) scanSection(sec *section, first, end uint64) error {
 		addr, left, err := g.space.translate(p.vmemmap + first*descSize)
 		if err != nil {
 			// Part of a section need not have descriptors.
-			first = min(end, (first&^(pageSize/descSize-1))+pageSize/descSize)
+			first = min(end, (first&^(units.PageSize/descSize-1))+units.PageSize/descSize)
 			continue
 		}
 		n := min(end-first, left/descSize)

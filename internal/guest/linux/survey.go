@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // A Result is what Survey found. It is overwritten by the next Survey of the same Guest.
@@ -95,7 +96,7 @@ func (g *Guest) Rehearse(ctx context.Context) error {
 		return err
 	}
 	for _, sec := range g.pages.sections {
-		for i := 0; i < len(sec.arena) && len(sec.words) > 0 && &sec.words[0] == &sec.arena[0]; i += pageSize / 8 {
+		for i := 0; i < len(sec.arena) && len(sec.words) > 0 && &sec.words[0] == &sec.arena[0]; i += units.PageSize / 8 {
 			sec.arena[i] = 0
 		}
 	}
@@ -106,14 +107,14 @@ func (g *Guest) Rehearse(ctx context.Context) error {
 // without kallsyms does not tell where they are; these pages are then Reserved.
 func (g *Guest) findRegions() {
 	add := func(kind pageclass.Kind, from, to uint64) {
-		for va := from &^ (pageSize - 1); va < to && to-from < 1<<30; {
+		for va := from &^ (units.PageSize - 1); va < to && to-from < 1<<30; {
 			addr, left, err := g.space.translate(va)
 			if err != nil {
-				va += pageSize
+				va += units.PageSize
 				continue
 			}
-			left = min(left, (to-va+pageSize-1)&^(pageSize-1))
-			r := region{addr / pageSize, (addr + left) / pageSize, kind}
+			left = min(left, (to-va+units.PageSize-1)&^(units.PageSize-1))
+			r := region{addr / units.PageSize, (addr + left) / units.PageSize, kind}
 			if n := len(g.regions); n > 0 && g.regions[n-1].end == r.first && g.regions[n-1].kind == kind {
 				g.regions[n-1].end = r.end
 			} else if n < 1<<16 {
@@ -259,7 +260,7 @@ func (g *Guest) markRegions(r *Result) {
 		}
 	}
 	for _, b := range p.backing {
-		first, end := b.Addr/pageSize, min((b.Addr+b.Len+pageSize-1)/pageSize, p.highest)
+		first, end := b.Addr/units.PageSize, min((b.Addr+b.Len+units.PageSize-1)/units.PageSize, p.highest)
 		for i := first; i < end; i++ {
 			if p.list[i].Kind != pageclass.None {
 				p.list[i] = page(pageclass.PageDescriptors, 0)

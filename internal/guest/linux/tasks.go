@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // taskLayout is where things are in the guest kernel's structures for tasks: task_struct
@@ -80,7 +81,7 @@ func (g *Guest) learnTasks() error {
 	// THREAD_SIZE is in no structure, but x86-64 has stacks for interrupts as large as those
 	// of tasks (arch/x86/include/asm/page_64_types.h).
 	var err error
-	if l.stackSize, err = g.types.size("irq_stack"); err == nil && (l.stackSize%pageSize != 0 || l.stackSize > 1<<20) {
+	if l.stackSize, err = g.types.size("irq_stack"); err == nil && (l.stackSize%units.PageSize != 0 || l.stackSize > 1<<20) {
 		err = fmt.Errorf("stacks of %d bytes", l.stackSize)
 	}
 	if err := errors.Join(append(errs, err)...); err != nil {
@@ -259,7 +260,7 @@ func (g *Guest) gather(dst []byte, size uint64, at []uint64) error {
 				c.lost = append(c.lost, i)
 				list = list[:mark]
 				for left = size; left > 0; left -= n {
-					n = min(left, pageSize)
+					n = min(left, units.PageSize)
 					list = append(list, Range{g.space.root, n})
 				}
 				break

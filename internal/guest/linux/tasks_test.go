@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/sys/units"
 )
 
 // answer is what the guest says of its processes.
@@ -166,7 +167,7 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 			t.Errorf("page %#x of idle is not found: %+v", f, p)
 		}
 	}
-	if want := (6 + 4 + 1) << 20 / pageSize; anon < want {
+	if want := (6 + 4 + 1) << 20 / units.PageSize; anon < want {
 		t.Errorf("idle has %d anonymous pages: want %d at least", anon, want)
 	}
 	stacks, tables, code := 0, 0, 0
@@ -189,7 +190,7 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 	if code == 0 {
 		t.Error("a process that runs has no code")
 	}
-	if want := int(g.census.layout.stackSize) / pageSize * told.threads; stacks != want {
+	if want := int(g.census.layout.stackSize) / units.PageSize * told.threads; stacks != want {
 		t.Errorf("idle's %d threads have %d pages of stack: want %d", told.threads, stacks, want)
 	}
 	// The guest does not count the top, its twin, and the level below where there are five.
@@ -229,7 +230,7 @@ func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
 	}
 	stacks := 0
 	for i, pfn := range list {
-		if slices.Index(list, pfn) != i || inRAM(m.Extents(), Range{pfn * pageSize, pageSize}) < 0 {
+		if slices.Index(list, pfn) != i || inRAM(m.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
 			t.Errorf("page %#x is twice in the list, or not RAM", pfn)
 		}
 		stacks += b2i(r.Pages[pfn].Kind == pageclass.KernelStack)
@@ -247,7 +248,7 @@ func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
 				continue // it does not translate for this CPU
 			}
 			checked++
-			if !slices.Contains(list, gpa/pageSize) {
+			if !slices.Contains(list, gpa/units.PageSize) {
 				t.Errorf("cpu %d's address %#x, at %#x, is not among the first pages", i, va, gpa)
 			}
 		}

@@ -8,6 +8,8 @@ import (
 	"math/bits"
 	"strconv"
 	"strings"
+
+	"vacate/internal/sys/units"
 )
 
 // noteMagic begins the note that Linux keeps of itself for crash dumps, at the start of
@@ -109,7 +111,7 @@ func pointedNotes(ctx context.Context, s *space, try func(addr uint64, text []by
 		for ; len(data) > 0; data = data[8:] {
 			va := u64(data)
 			// Page-aligned, and in the upper half but below the image, as all of memory is mapped there.
-			if va%pageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] || len(met) == 1<<16 {
+			if va%units.PageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] || len(met) == 1<<16 {
 				continue
 			}
 			if met[va] = true; ctx.Err() != nil {
@@ -180,18 +182,18 @@ func allNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte
 		found  int
 	)
 	for _, e := range mem.Extents() {
-		for at := e.Addr; at < e.Addr+e.Len; at += perBatch * pageSize {
+		for at := e.Addr; at < e.Addr+e.Len; at += perBatch * units.PageSize {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			n := min(perBatch, (e.Addr+e.Len-at)/pageSize)
+			n := min(perBatch, (e.Addr+e.Len-at)/units.PageSize)
 			if err := mem.Populated(at, n, bitmap[:]); err != nil {
 				return err
 			}
 			list := ranges[:0]
 			for i, word := range bitmap[:(n+63)/64] {
 				for ; word != 0; word &= word - 1 {
-					list = append(list, Range{at + uint64(i*64+bits.TrailingZeros64(word))*pageSize, noteHeader})
+					list = append(list, Range{at + uint64(i*64+bits.TrailingZeros64(word))*units.PageSize, noteHeader})
 				}
 			}
 			if err := mem.ReadRanges(heads[:len(list)*noteHeader], list); err != nil {

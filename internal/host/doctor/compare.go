@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"vacate/internal/sys/room"
+	"vacate/internal/sys/units"
 )
 
 // What is too little, too much, or too soon.
@@ -30,10 +31,8 @@ const (
 	deviceSize = 1 << 20 // bytes, of a usual VM
 )
 
-const (
-	normalPage = 4 << 10
-	largest    = 2 << 20 // of the pages that an eviction can move
-)
+// largest is that of the pages that an eviction can move, in bytes.
+const largest = 2 << 20
 
 // report collects findings.
 type report struct {
@@ -169,11 +168,11 @@ func (r *report) backing(h HostFacts, vm VMFacts) {
 	}
 	for _, b := range vm.Memory {
 		if b.PageSize > largest {
-			r.add(Fatal, h.Name, check, fmt.Sprintf("memory %q has pages of %s, which are too large to fetch one by one", b.Name, size(b.PageSize)), "restart the VM with pages of 2 MiB: `-object memory-backend-memfd,hugetlb=on,hugetlbsize=2M,…`")
+			r.add(Fatal, h.Name, check, fmt.Sprintf("memory %q has pages of %s, which are too large to fetch one by one", b.Name, units.Size(b.PageSize)), "restart the VM with pages of 2 MiB: `-object memory-backend-memfd,hugetlb=on,hugetlbsize=2M,…`")
 		}
 	}
 	if len(r.findings) == before {
-		r.add(OK, h.Name, check, fmt.Sprintf("%s in %d blocks, of which %s at most have to move", size(total(vm, 0)), len(vm.Memory), size(used(vm))), "")
+		r.add(OK, h.Name, check, fmt.Sprintf("%s in %d blocks, of which %s at most have to move", units.Size(total(vm, 0)), len(vm.Memory), units.Size(used(vm))), "")
 	}
 }
 
@@ -225,11 +224,11 @@ func (r *report) host(h HostFacts, now time.Time) {
 	case j.Error != "":
 		r.add(Fatal, h.Name, "journal", "cannot be kept: "+j.Error, fmt.Sprintf("make it writable: `mount -o remount,rw $(findmnt -nT %[1]s -o TARGET)`, or give vacated another directory than %[1]s", j.Path))
 	case j.Free < journalFatal:
-		r.add(Fatal, h.Name, "journal", fmt.Sprintf("%s are free in %s, and an eviction may write %s", size(j.Free), j.Path, size(journalFatal)), fmt.Sprintf("make room: `du -xh %s | sort -h | tail` says where", j.Path))
+		r.add(Fatal, h.Name, "journal", fmt.Sprintf("%s are free in %s, and an eviction may write %s", units.Size(j.Free), j.Path, units.Size(journalFatal)), fmt.Sprintf("make room: `du -xh %s | sort -h | tail` says where", j.Path))
 	case j.Free < journalWarning:
-		r.add(Warning, h.Name, "journal", fmt.Sprintf("only %s are free in %s", size(j.Free), j.Path), fmt.Sprintf("make room: `du -xh %s | sort -h | tail` says where", j.Path))
+		r.add(Warning, h.Name, "journal", fmt.Sprintf("only %s are free in %s", units.Size(j.Free), j.Path), fmt.Sprintf("make room: `du -xh %s | sort -h | tail` says where", j.Path))
 	default:
-		r.add(OK, h.Name, "journal", size(j.Free)+" are free", "")
+		r.add(OK, h.Name, "journal", units.Size(j.Free)+" are free", "")
 	}
 	switch c := h.Certificate; {
 	case c.Name == "":
@@ -286,7 +285,7 @@ func (r *report) twin(source HostFacts, vm VMFacts, h HostFacts, twin TwinFacts)
 		r.add(OK, h.Name, "qemu", q.Version+", as at the source", "")
 	}
 	if vm.Main != 0 && twin.Main != 0 && vm.Main != twin.Main {
-		r.add(Fatal, h.Name, "size", fmt.Sprintf("the VM has %s of memory, and its description there %s", size(vm.Main), size(twin.Main)),
+		r.add(Fatal, h.Name, "size", fmt.Sprintf("the VM has %s of memory, and its description there %s", units.Size(vm.Main), units.Size(twin.Main)),
 			fmt.Sprintf("give the description on %s the -m of the one on %s", h.Name, source.Name))
 	}
 	for _, b := range twin.Backends {
@@ -340,15 +339,15 @@ func (r *report) processor(vm VMFacts, h HostFacts, twin TwinFacts) {
 // room checks that the VM fits into the destination's memory.
 func (r *report) room(vm VMFacts, h HostFacts) {
 	const check = "memory"
-	if source := h.PageSize; source != normalPage {
-		r.add(Fatal, h.Name, "page size", fmt.Sprintf("pages of %s: only 4 KiB are supported", size(source)), "boot a kernel with pages of 4 KiB")
+	if source := h.PageSize; source != units.PageSize {
+		r.add(Fatal, h.Name, "page size", fmt.Sprintf("pages of %s: only 4 KiB are supported", units.Size(source)), "boot a kernel with pages of 4 KiB")
 	} else {
 		r.add(OK, h.Name, "page size", "4 KiB", "")
 	}
 	var memory []room.Memory
-	sizes := []uint64{normalPage}
+	sizes := []uint64{units.PageSize}
 	for _, b := range vm.Memory {
-		page := max(b.PageSize, normalPage)
+		page := max(b.PageSize, units.PageSize)
 		memory = append(memory, room.Memory{Page: page, Size: b.Size})
 		if !slices.Contains(sizes, page) {
 			sizes = append(sizes, page)
@@ -356,7 +355,7 @@ func (r *report) room(vm VMFacts, h HostFacts) {
 	}
 	for _, page := range sizes {
 		check := check
-		if page != normalPage {
+		if page != units.PageSize {
 			check = "huge pages"
 		}
 		limits := slices.DeleteFunc(slices.Clone(h.Limits), func(l room.Limit) bool { return l.Page != page })
@@ -366,19 +365,19 @@ func (r *report) room(vm VMFacts, h HostFacts) {
 			continue
 		}
 		if len(limits) == 0 {
-			r.add(Fatal, h.Name, check, fmt.Sprintf("the VM has pages of %s, and the host has none of that size", size(page)), "give the VM memory of another kind on both hosts: `-object memory-backend-memfd,…`")
+			r.add(Fatal, h.Name, check, fmt.Sprintf("the VM has pages of %s, and the host has none of that size", units.Size(page)), "give the VM memory of another kind on both hosts: `-object memory-backend-memfd,…`")
 			continue
 		}
 		least := slices.MinFunc(limits, func(a, b room.Limit) int { return cmp.Compare(a.Free(), b.Free()) })
 		need, free := least.Needs(memory), least.Free()
-		if page == normalPage && need > free/10*9 {
-			r.add(Warning, h.Name, check, fmt.Sprintf("the VM may use %s, which leaves less than a tenth of the %s that %s has room for", size(need), size(free), least.Name), "make room: move a VM away from there, `vacate evict NAME --to HOST`, or choose another host")
+		if page == units.PageSize && need > free/10*9 {
+			r.add(Warning, h.Name, check, fmt.Sprintf("the VM may use %s, which leaves less than a tenth of the %s that %s has room for", units.Size(need), units.Size(free), least.Name), "make room: move a VM away from there, `vacate evict NAME --to HOST`, or choose another host")
 		} else if need > 0 {
-			r.add(OK, h.Name, check, fmt.Sprintf("%s has room for %s, and the VM needs %s", least.Name, size(free), size(need)), "")
+			r.add(OK, h.Name, check, fmt.Sprintf("%s has room for %s, and the VM needs %s", least.Name, units.Size(free), units.Size(need)), "")
 		}
 	}
 	if h.SwapTotal > 0 && h.SwapFree < h.SwapTotal/2 {
-		r.add(Warning, h.Name, "swap", fmt.Sprintf("more than half of its %s are in use: a VM may be slowed down there", size(h.SwapTotal)), "find out who needs so much memory: `ps -eo rss,args --sort=-rss | head`")
+		r.add(Warning, h.Name, "swap", fmt.Sprintf("more than half of its %s are in use: a VM may be slowed down there", units.Size(h.SwapTotal)), "find out who needs so much memory: `ps -eo rss,args --sort=-rss | head`")
 	}
 }
 
@@ -405,21 +404,21 @@ func (r *report) way(source HostFacts, vm VMFacts, h HostFacts, link LinkFacts) 
 		return
 	}
 	took := duration(float64(used(vm)) / link.Rate)
-	text := fmt.Sprintf("%s for %s at %s/s", seconds(took), size(used(vm)), size(uint64(min(link.Rate, 1e18))))
+	text := fmt.Sprintf("%s for %s at %s/s", seconds(took), units.Size(used(vm)), units.Size(uint64(min(link.Rate, 1e18))))
 	if took > longEviction {
 		r.add(Warning, "", "estimate", text, "use a faster link: have vacated listen on the address of one, and name that with --to")
 	} else {
 		r.add(Note, "", "estimate", text, "")
 	}
 	down := duration(float64(deviceSize)/link.Rate) + deviceLoad + min(downTrips*min(link.RoundTrip, time.Hour), time.Hour)
-	r.add(Note, "", "down time", fmt.Sprintf("about %s: %d round trips of %s, the devices' state (some %s), %s to load that", seconds(down), downTrips, seconds(link.RoundTrip), size(deviceSize), seconds(deviceLoad)), "")
+	r.add(Note, "", "down time", fmt.Sprintf("about %s: %d round trips of %s, the devices' state (some %s), %s to load that", seconds(down), downTrips, seconds(link.RoundTrip), units.Size(deviceSize), seconds(deviceLoad)), "")
 }
 
 // total sums up the VM's memory in pages of one size; of any, for 0. Facts may lie: it sticks at the
 // largest number.
 func total(vm VMFacts, page uint64) (sum uint64) {
 	for _, b := range vm.Memory {
-		if page == 0 || b.PageSize == page || page == normalPage && b.PageSize < normalPage {
+		if page == 0 || b.PageSize == page || page == units.PageSize && b.PageSize < units.PageSize {
 			sum = plus(sum, b.Size)
 		}
 	}
@@ -473,19 +472,6 @@ func list(names []string) string {
 		return strings.Join(names[:most], ", ") + fmt.Sprintf(" and %d more", len(names)-most)
 	}
 	return strings.Join(names, ", ")
-}
-
-// size writes bytes with a binary prefix.
-func size(n uint64) string {
-	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
-	f, i := float64(n), 0
-	for f >= 1024 && i < len(units)-1 {
-		f, i = f/1024, i+1
-	}
-	if f == float64(uint64(f)) || f >= 100 {
-		return fmt.Sprintf("%.0f %s", f, units[i])
-	}
-	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
 // duration is that of a number of seconds, or the longest there is.

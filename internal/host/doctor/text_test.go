@@ -37,11 +37,3 @@ not possible as it is: 1 fatal, 1 warning, 0 notes, 1 ok
 		}
 	}
 }
-
-func TestSize(t *testing.T) {
-	for n, want := range map[uint64]string{0: "0 bytes", 1023: "1023 bytes", 4096: "4 KiB", 1536: "1.5 KiB", 1<<64 - 1: "16 EiB", 123456789: "118 MiB"} {
-		if got := size(n); got != want {
-			t.Errorf("%d: %s, want %s", n, got, want)
-		}
-	}
-}

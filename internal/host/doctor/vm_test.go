@@ -23,6 +23,7 @@ import (
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/units"
 	"vacate/lab"
 )
 
@@ -123,7 +124,7 @@ func TestPlainVM(t *testing.T) {
 		!strings.HasPrefix(v.Machine, "pc-i440fx-") || v.QEMU != q.Version().String() || len(v.Settings) != 0 {
 		t.Errorf("%+v", v)
 	}
-	if n := total(v, normalPage); n < 128<<20 || n > 256<<20 || v.Used == 0 {
+	if n := total(v, units.PageSize); n < 128<<20 || n > 256<<20 || v.Used == 0 {
 		t.Errorf("%d bytes of memory, %d used: %+v", n, v.Used, v.Memory)
 	}
 	disk := filepath.Join(dir, "disk.raw")

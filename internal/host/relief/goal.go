@@ -30,7 +30,7 @@ func (g Goal) String() string {
 		parts = append(parts, "cpu<"+strconv.FormatFloat(math.Round(g.CPU*1e4)/100, 'f', -1, 64)+"%")
 	}
 	if g.Free != 0 {
-		for _, u := range units {
+		for _, u := range suffixes {
 			if g.Free%u.bytes == 0 {
 				parts = append(parts, fmt.Sprintf("free %d%s", g.Free/u.bytes, u.name))
 				break
@@ -40,7 +40,7 @@ func (g Goal) String() string {
 	return strings.Join(parts, ", ")
 }
 
-var units = []struct {
+var suffixes = []struct {
 	name  string
 	bytes uint64
 }{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
@@ -60,7 +60,7 @@ func ParseGoal(s string) (Goal, error) {
 		}
 		if p, ok := strings.CutPrefix(part, "free "); ok && g.Free == 0 {
 			p = strings.TrimSpace(p)
-			for _, u := range units {
+			for _, u := range suffixes {
 				number, is := strings.CutSuffix(p, u.name)
 				if !is {
 					continue

@@ -31,6 +31,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"vacate/internal/sys/units"
 )
 
 // VM is a VM on the host that is to be relieved.
@@ -210,9 +212,9 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	case to.Rate <= 0:
 		c.Refused = "it is not known how fast the link is"
 	case float64(v.Memory) > room+l.Reserve*float64(to.Total):
-		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, Size(uint64(max(0, room))), Size(v.Memory))
+		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Fine(uint64(max(0, room))), units.Fine(v.Memory))
 	case float64(v.Memory) > room:
-		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, Size(uint64(max(0, room))), Size(v.Memory))
+		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Fine(uint64(max(0, room))), units.Fine(v.Memory))
 	case c.LoadThere > l.MaxLoad:
 		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
 	}
@@ -326,15 +328,4 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 		going = append(going, chosen)
 	}
 	return append(going, staying...)
-}
-
-// Size is a size as people read it.
-func Size(n uint64) string {
-	switch {
-	case n >= 1<<30:
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
-	case n >= 1<<20:
-		return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
-	}
-	return fmt.Sprintf("%.0f KiB", float64(n)/(1<<10))
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"vacate/internal/sys/units"
+
 	"pgregory.net/rapid"
 )
 
@@ -102,7 +104,7 @@ func TestMemory(t *testing.T) {
 	for free, want := range map[uint64]string{9 * gib: "small", 11 * gib: "big", 12 * gib: "big"} {
 		c := Choose(here, vms, others, Goal{Free: free}, DefaultLimits)[0]
 		if c.VM != want || c.Refused != "" || c.Meets != (free < 12*gib) {
-			t.Errorf("%s: %+v", Size(free), c)
+			t.Errorf("%s: %+v", units.Size(free), c)
 		}
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"vacate/internal/sys/units"
 )
 
 // Disks is what the drives of a VM are, at one of its two QEMUs.
@@ -216,7 +218,7 @@ func (c *comparison) drives(a, b Drive) {
 			"is %s on the source and %s on the destination", readOnly(a.ReadOnly), readOnly(b.ReadOnly))
 	}
 	if a.Root.Size != b.Root.Size {
-		c.add("start the destination's QEMU anew, with the image that the source has now", "has %s on the source, %s on the destination", size(a.Root.Size), size(b.Root.Size))
+		c.add("start the destination's QEMU anew, with the image that the source has now", "has %s on the source, %s on the destination", units.Exact(a.Root.Size), units.Exact(b.Root.Size))
 		return
 	}
 	if a.Carried && b.Carried || c.trusted {

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -246,7 +248,7 @@ func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 		}
 		return Same, "one device: " + a.WWN
 	case a.Block && a.Size != b.Size:
-		return Different, fmt.Sprintf("devices of %s and %s", size(a.Size), size(b.Size))
+		return Different, fmt.Sprintf("devices of %s and %s", units.Exact(a.Size), units.Exact(b.Size))
 	case a.Block:
 		return Unproven, "the devices have no names that are the same everywhere"
 	}
@@ -291,14 +293,4 @@ func either(s, other string) string {
 		return other
 	}
 	return s
-}
-
-// size writes bytes with a binary prefix.
-func size(n uint64) string {
-	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
-	i, f := 0, float64(n)
-	for f >= 1024 && n%1024 == 0 && i < len(units)-1 {
-		n, f, i = n/1024, f/1024, i+1
-	}
-	return fmt.Sprintf("%d %s", n, units[i])
 }

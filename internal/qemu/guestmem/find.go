@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -113,7 +115,7 @@ func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Bloc
 	for _, b := range blocks {
 		_, twice := wanted[b.Name]
 		if twice || b.Name == "" || len(b.Name) >= nameSize || strings.ContainsRune(b.Name, 0) || b.Size > 1<<52 ||
-			b.Total > 1<<52 || b.PageSize < PageSize || bits.OnesCount64(b.PageSize) != 1 {
+			b.Total > 1<<52 || b.PageSize < units.PageSize || bits.OnesCount64(b.PageSize) != 1 {
 			return nil, fmt.Errorf("no such block can be found: %+v", b)
 		}
 		wanted[b.Name] = b
@@ -186,9 +188,9 @@ func apart(blocks []Block, records map[string][]finding) error {
 func (p image) search(ctx context.Context, wanted map[string]Extent, known []Block, each func(finding)) (uint64, error) {
 	const window = 1 << 20
 	// A struct that begins in a window is read with it to its end.
-	const more = (recordSize + PageSize - 1) / PageSize * PageSize
+	const more = (recordSize + units.PageSize - 1) / units.PageSize * units.PageSize
 	buf := make([]byte, window+more)
-	there := make([]uint64, (len(buf)/PageSize+63)/64)
+	there := make([]uint64, (len(buf)/units.PageSize+63)/64)
 	var begins [256]bool // a wanted name, with this byte
 	for name := range wanted {
 		begins[name[0]] = true
@@ -224,9 +226,9 @@ func (p image) search(ctx context.Context, wanted map[string]Extent, known []Blo
 // fill reads the pages that are there; the others are zero, and reading them could make the process
 // grow. there is for its own use. It returns how many bytes it read; dst is undefined if there are none.
 func (p image) fill(dst []byte, at uint64, there []uint64) (uint64, error) {
-	pages := uint64(len(dst) / PageSize)
+	pages := uint64(len(dst) / units.PageSize)
 	clear(there)
-	if err := p.touched(at/PageSize, pages, there); err != nil {
+	if err := p.touched(at/units.PageSize, pages, there); err != nil {
 		return 0, err
 	}
 	if !slices.ContainsFunc(there, func(w uint64) bool { return w != 0 }) {
@@ -242,8 +244,8 @@ func (p image) fill(dst []byte, at uint64, there []uint64) (uint64, error) {
 		if first == i {
 			continue
 		}
-		part := dst[first*PageSize : i*PageSize]
-		err := p.read(part, at+first*PageSize)
+		part := dst[first*units.PageSize : i*units.PageSize]
+		err := p.read(part, at+first*units.PageSize)
 		if errors.Is(err, ErrGone) {
 			return read, err
 		} else if err != nil { // unmapped since
@@ -278,7 +280,7 @@ func heap(vmas []vma, known []Block) []span {
 func match(b []byte, wanted map[string]Extent) (finding, bool) {
 	word := func(at int) uint64 { return binary.LittleEndian.Uint64(b[at:]) }
 	r := finding{host: word(recordHost), max: word(recordMax), link: word(recordLink)}
-	if r.link == 0 || r.link%8 != 0 || r.host == 0 || r.host%PageSize != 0 {
+	if r.link == 0 || r.link%8 != 0 || r.host == 0 || r.host%units.PageSize != 0 {
 		return finding{}, false
 	}
 	name := b[recordName : recordName+nameSize]

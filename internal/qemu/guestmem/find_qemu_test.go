@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"vacate/internal/sys/units"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )
@@ -111,8 +112,8 @@ func TestFind(t *testing.T) {
 				}
 				// What is not so is refused, and by name.
 				for _, wrong := range []Extent{
-					{"pc.rom", 64 << 10, 0, PageSize}, {"pc.rom", 128 << 10, 1 << 30, PageSize},
-					{"pc.rom", 128 << 10, 0, 2 << 20}, {"no.rom", 128 << 10, 0, PageSize},
+					{"pc.rom", 64 << 10, 0, units.PageSize}, {"pc.rom", 128 << 10, 1 << 30, units.PageSize},
+					{"pc.rom", 128 << 10, 0, 2 << 20}, {"no.rom", 128 << 10, 0, units.PageSize},
 				} {
 					if _, err := Find(t.Context(), m.PID(), []Extent{wrong}); err == nil || !strings.Contains(err.Error(), wrong.Name) {
 						t.Errorf("%+v: %v", wrong, err)

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -32,7 +34,7 @@ func (p *memory) image() image {
 	}, func(first, n uint64, dst []uint64) error {
 		for i := range n {
 			for start, d := range p.data {
-				if at := (first + i) * PageSize; start <= at && at < start+uint64(len(d)) {
+				if at := (first + i) * units.PageSize; start <= at && at < start+uint64(len(d)) {
 					dst[i/64] |= 1 << (i % 64)
 				}
 			}
@@ -94,11 +96,11 @@ func qemu() (*memory, ramblock, ramblock, []Extent) {
 		data: map[uint64][]byte{testData: make([]byte, 0x1000), testHeap: make([]byte, 3<<20), testRAM: make([]byte, 16<<20)},
 	}
 	// The second lies across the border of two windows, and of two pages.
-	ram := ramblock{at: testHeap + 0x1230, host: testRAM, used: 16 << 20, max: 16 << 20, page: PageSize, link: testData + 0x100, name: "pc.ram"}
-	rom := ramblock{at: testHeap + 1<<20 - 64, host: testROM, used: 0x2000, max: 0x10000, page: PageSize, link: ram.at + recordLink - 8, name: "/rom@etc/acpi/tables"}
+	ram := ramblock{at: testHeap + 0x1230, host: testRAM, used: 16 << 20, max: 16 << 20, page: units.PageSize, link: testData + 0x100, name: "pc.ram"}
+	rom := ramblock{at: testHeap + 1<<20 - 64, host: testROM, used: 0x2000, max: 0x10000, page: units.PageSize, link: ram.at + recordLink - 8, name: "/rom@etc/acpi/tables"}
 	p.add(ram)
 	p.add(rom)
-	return p, ram, rom, []Extent{{"pc.ram", 16 << 20, 16 << 20, PageSize}, {"/rom@etc/acpi/tables", 0x2000, 0, PageSize}}
+	return p, ram, rom, []Extent{{"pc.ram", 16 << 20, 16 << 20, units.PageSize}, {"/rom@etc/acpi/tables", 0x2000, 0, units.PageSize}}
 }
 
 // What a heap holds may be old, somebody else's or made by a guest: nothing but the truth is taken.
@@ -151,7 +153,7 @@ func TestFindDoubts(t *testing.T) {
 		}, "guest's own memory"},
 		"no such block":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Name = "" }, "no such block"},
 		"asked twice":    {func(_ *memory, _, _ *ramblock, w []Extent) { w[1] = w[0] }, "no such block"},
-		"odd page size":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 3 * PageSize }, "no such block"},
+		"odd page size":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 3 * units.PageSize }, "no such block"},
 		"no page size":   {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 0 }, "no such block"},
 		"beyond reason":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Size = 1 << 60 }, "no such block"},
 		"a heap in code": {func(p *memory, _, _ *ramblock, _ []Extent) { p.vmas[1].exec = true }, "none"},
@@ -170,8 +172,8 @@ func TestFindDoubts(t *testing.T) {
 				return
 			}
 			wanted := []Block{
-				{Name: "pc.ram", Size: 16 << 20, Total: 16 << 20, PageSize: PageSize, HVA: testRAM, Located: true, Kind: Anonymous},
-				{Name: "/rom@etc/acpi/tables", Size: 0x2000, Total: 0x10000, PageSize: PageSize, HVA: testROM, Located: true, Kind: Anonymous},
+				{Name: "pc.ram", Size: 16 << 20, Total: 16 << 20, PageSize: units.PageSize, HVA: testRAM, Located: true, Kind: Anonymous},
+				{Name: "/rom@etc/acpi/tables", Size: 0x2000, Total: 0x10000, PageSize: units.PageSize, HVA: testROM, Located: true, Kind: Anonymous},
 			}
 			if err != nil || !slices.Equal(got, wanted) {
 				t.Errorf("%+v, %v", got, err)
@@ -183,7 +185,7 @@ func TestFindDoubts(t *testing.T) {
 // A search reads neither what is known to be the guest's nor what is not there, and ends in time.
 func TestFindReads(t *testing.T) {
 	p, _, _, want := qemu()
-	known := []Block{{Name: "pc.ram", HVA: testRAM, Total: 16 << 20, PageSize: PageSize, Located: true}}
+	known := []Block{{Name: "pc.ram", HVA: testRAM, Total: 16 << 20, PageSize: units.PageSize, Located: true}}
 	if _, err := p.image().find(t.Context(), want, known); err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +216,7 @@ func FuzzMatch(f *testing.F) {
 		if len(b) < recordSize {
 			return
 		}
-		w := Extent{name, size, total, PageSize << (huge % 32)}
+		w := Extent{name, size, total, units.PageSize << (huge % 32)}
 		r, ok := match(b[:recordSize], map[string]Extent{name: w})
 		if ok && (r.name != name || r.host == 0 || r.host%w.PageSize != 0 || r.max < size || r.max > 1<<52 || total != 0 && r.max != total) {
 			t.Errorf("%+v for %+v", r, w)

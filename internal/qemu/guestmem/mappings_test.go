@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"vacate/internal/sys/units"
 )
 
 // A reopened memory knows where the guest sees it once it is told; what is not possible is refused.
@@ -38,7 +40,7 @@ func TestParseBlocks(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks, err := ParseBlocks(string(text))
-	if err != nil || len(blocks) < 3 || blocks[0].Name != "pc.ram" || blocks[0].Size == 0 || blocks[0].PageSize != PageSize {
+	if err != nil || len(blocks) < 3 || blocks[0].Name != "pc.ram" || blocks[0].Size == 0 || blocks[0].PageSize != units.PageSize {
 		t.Errorf("%+v, %v", blocks, err)
 	}
 	if _, err := ParseBlocks("nothing"); err == nil {

@@ -31,13 +31,11 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"vacate/internal/qemu/qmp"
-)
+	"vacate/internal/sys/units"
 
-// PageSize is the unit of QEMU's migration on x86-64, and of Populated.
-const PageSize = 4096
+	"golang.org/x/sys/unix"
+)
 
 var (
 	// ErrGone is wrapped by errors of reading a QEMU that has exited.
@@ -63,7 +61,7 @@ func (k Kind) String() string {
 // A Block is one of QEMU's RAM blocks, as its migration stream knows them.
 type Block struct {
 	Name     string // "pc.ram", "0000:00:02.0/vga.vram"
-	Size     uint64 // bytes in use, a multiple of PageSize but for odd firmware
+	Size     uint64 // bytes in use, a multiple of units.PageSize but for odd firmware
 	Total    uint64 // bytes that it may grow to
 	PageSize uint64 // of the host memory: 4096, or 2 MiB or 1 GiB on hugetlb
 	HVA      uint64 // of the first byte, in QEMU's address space; 0 if not located
@@ -108,8 +106,8 @@ type backing struct {
 // that process and asks a handful of HMP commands, which the guest does not
 // notice. Blocks that QEMU does not migrate are left out.
 func Attach(ctx context.Context, c *qmp.Client) (*Memory, error) {
-	if os.Getpagesize() != PageSize {
-		return nil, fmt.Errorf("attach to guest memory: host pages of %d bytes: only %d is supported", os.Getpagesize(), PageSize)
+	if os.Getpagesize() != units.PageSize {
+		return nil, fmt.Errorf("attach to guest memory: host pages of %d bytes: only %d is supported", os.Getpagesize(), units.PageSize)
 	}
 	m, err := attach(ctx, c)
 	if err != nil {

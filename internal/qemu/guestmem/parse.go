@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"vacate/internal/sys/units"
 )
 
 // Limits of what is believed of QEMU and of /proc; real ones are far smaller.
@@ -54,7 +56,7 @@ func parseRAMBlocks(text string) ([]ramBlock, error) {
 			b.hva = hex(f[6])
 		}
 		switch {
-		case err != nil || !known || b.pageSize < PageSize || b.pageSize&(b.pageSize-1) != 0:
+		case err != nil || !known || b.pageSize < units.PageSize || b.pageSize&(b.pageSize-1) != 0:
 			return nil, fmt.Errorf("read ram blocks: bad page size in %.120q", line)
 		case b.used > b.total || b.total > 1<<52 || b.hva > 1<<56:
 			return nil, fmt.Errorf("read ram blocks: bad size in %.120q", line)

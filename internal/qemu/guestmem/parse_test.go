@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"vacate/internal/sys/units"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -83,7 +85,7 @@ func TestLocateRecorded(t *testing.T) {
 
 // On 7.2 nothing but a name joins a region to a block, so what contradicts it must undo that.
 func TestLocateDoubts(t *testing.T) {
-	listed := []ramBlock{{name: "pc.ram", pageSize: PageSize, used: 0x8000, total: 0x8000}, {name: "0000:00:02.0/vga.vram", pageSize: PageSize, used: 0x1800, total: 0x2000}}
+	listed := []ramBlock{{name: "pc.ram", pageSize: units.PageSize, used: 0x8000, total: 0x8000}, {name: "0000:00:02.0/vga.vram", pageSize: units.PageSize, used: 0x1800, total: 0x2000}}
 	good := []row{{0, 0x4000, 0, "pc.ram"}, {0x10000, 0x4000, 0x4000, "pc.ram"}, {0x20000, 0x2000, 0, "vga.vram"}}
 	hvas := []uint64{0x700000, 0x704000, 0x800000}
 	vmas := []vma{{start: 0x700000, end: 0x706000, read: true}, {start: 0x706000, end: 0x708000, read: true}, {start: 0x708000, end: 0x709000}, {start: 0x800000, end: 0x802000, read: true}}
@@ -92,13 +94,13 @@ func TestLocateDoubts(t *testing.T) {
 		ram, vram bool
 	}{
 		"nothing":               {func([]ramBlock, []row, []uint64, []vma) {}, true, true},
-		"parts apart":           {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[1] += PageSize }, false, true},
+		"parts apart":           {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[1] += units.PageSize }, false, true},
 		"no answer":             {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[0] = 0 }, false, true},
 		"beyond block":          {func(_ []ramBlock, r []row, _ []uint64, _ []vma) { r[2].size = 0x3000 }, true, false},
 		"not readable":          {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[1].read = false }, false, true},
 		"shared in part":        {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[1].shared = true }, false, true},
-		"mapping too long":      {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].end += PageSize }, true, false},
-		"mapping starts before": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].start -= PageSize }, true, false},
+		"mapping too long":      {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].end += units.PageSize }, true, false},
+		"mapping starts before": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].start -= units.PageSize }, true, false},
 		"same place":            {func(_ []ramBlock, r []row, h []uint64, _ []vma) { h[2] = 0x706000; r[2].size = 0x2000 }, false, false},
 		"other name":            {func(_ []ramBlock, r []row, _ []uint64, _ []vma) { r[2].region = "a.vram" }, true, false},
 		"ambiguous name": {func(l []ramBlock, r []row, _ []uint64, _ []vma) {
@@ -161,7 +163,7 @@ func FuzzRAMBlocks(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		blocks, _ := parseRAMBlocks(text)
 		for _, b := range blocks {
-			if b.used > b.total || b.pageSize < PageSize {
+			if b.used > b.total || b.pageSize < units.PageSize {
 				t.Errorf("%+v", b)
 			}
 		}
@@ -203,7 +205,7 @@ func FuzzLocate(f *testing.F) {
 }
 
 func TestIsZero(t *testing.T) {
-	for _, n := range []int{0, 1, PageSize, len(zeros), len(zeros) + 1, 3*len(zeros) + 5} {
+	for _, n := range []int{0, 1, units.PageSize, len(zeros), len(zeros) + 1, 3*len(zeros) + 5} {
 		b := make([]byte, n)
 		if !IsZero(b) {
 			t.Errorf("%d zero bytes are not zero", n)
@@ -221,8 +223,8 @@ func TestIsZero(t *testing.T) {
 }
 
 func BenchmarkIsZero(b *testing.B) {
-	page := make([]byte, PageSize)
-	b.SetBytes(PageSize)
+	page := make([]byte, units.PageSize)
+	b.SetBytes(units.PageSize)
 	for b.Loop() {
 		if !IsZero(page) {
 			b.Fatal()

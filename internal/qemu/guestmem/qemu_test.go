@@ -18,9 +18,10 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/units"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -93,7 +94,7 @@ func (v *vm) rss(tb testing.TB) int {
 	if _, err := fmt.Sscan(string(b), &size, &resident); err != nil {
 		tb.Fatal(err)
 	}
-	return resident * PageSize
+	return resident * units.PageSize
 }
 
 // shmem returns what reading must not change: QEMU's shared memory in use.
@@ -114,7 +115,7 @@ func (v *vm) shmem(tb testing.TB) string {
 
 // Data that QEMU's loader device puts at guest-physical addresses must be found there.
 func TestRead(t *testing.T) {
-	pattern := make([]byte, 3*PageSize+100)
+	pattern := make([]byte, 3*units.PageSize+100)
 	for i := range pattern {
 		pattern[i] = byte(rand.Uint32() | 1)
 	}
@@ -146,7 +147,7 @@ func TestRead(t *testing.T) {
 			if tt.name == "q35" {
 				low = 2 << 30
 			}
-			addrs := []uint64{1 << 20, 0x1234_5678, low - 4*PageSize + 100, 4 << 30, 0x1_2345_6000}
+			addrs := []uint64{1 << 20, 0x1234_5678, low - 4*units.PageSize + 100, 4 << 30, 0x1_2345_6000}
 			args := append([]string{"-S"}, tt.args...)
 			for _, a := range addrs {
 				args = append(args, "-device", fmt.Sprintf("loader,file=%s,addr=%#x,force-raw=on", file, a))
@@ -175,7 +176,7 @@ func TestRead(t *testing.T) {
 				}
 				ranges = append(ranges, Range{block, offset, uint64(len(pattern))})
 				bits := make([]uint64, 1)
-				if err := m.Populated(block, offset/PageSize, 4, bits); err != nil || bits[0] != 15 {
+				if err := m.Populated(block, offset/units.PageSize, 4, bits); err != nil || bits[0] != 15 {
 					t.Errorf("%#x: populated %b, %v", a, bits, err)
 				}
 			}
@@ -186,7 +187,7 @@ func TestRead(t *testing.T) {
 			// Nothing was ever at 2.5 GiB.
 			const hole = 5 << 29
 			bits := make([]uint64, 64)
-			if err := m.Populated(ram, hole/PageSize, 4096, bits); err != nil {
+			if err := m.Populated(ram, hole/units.PageSize, 4096, bits); err != nil {
 				t.Error(err)
 			}
 			for _, w := range bits {
@@ -202,7 +203,7 @@ func TestRead(t *testing.T) {
 				if after := v.shmem(t); after != before {
 					t.Errorf("reading made QEMU grow: %s, then %s", before, after)
 				}
-				if err := m.Populated(ram, hole/PageSize, 4096, bits); err != nil || bits[0] != 0 && tt.name != "hugetlb" {
+				if err := m.Populated(ram, hole/units.PageSize, 4096, bits); err != nil || bits[0] != 0 && tt.name != "hugetlb" {
 					t.Error("reading filled a hole")
 				}
 			}
@@ -246,12 +247,12 @@ func TestEqualsDump(t *testing.T) {
 			}
 			compared += len(got)
 			// What is called unpopulated must be zero.
-			bits := make([]uint64, r.Size/PageSize/64+1)
-			if err := m.Populated(r.Block, r.Offset/PageSize, r.Size/PageSize, bits); err != nil {
+			bits := make([]uint64, r.Size/units.PageSize/64+1)
+			if err := m.Populated(r.Block, r.Offset/units.PageSize, r.Size/units.PageSize, bits); err != nil {
 				t.Fatal(err)
 			}
-			for i := range r.Size / PageSize {
-				if zero := IsZero(part[i*PageSize:][:PageSize]); !zero {
+			for i := range r.Size / units.PageSize {
+				if zero := IsZero(part[i*units.PageSize:][:units.PageSize]); !zero {
 					nonzero++
 					if bits[i/64]>>(i%64)&1 == 0 {
 						t.Fatalf("%s page %d holds data but counts as unpopulated", b.Name, i)
@@ -269,10 +270,10 @@ func TestLimits(t *testing.T) {
 	v := start(t, "-S", "-m", "64M", "-vga", "std")
 	m := v.attach(t)
 	ram, _, _ := m.Resolve(0)
-	page := make([]byte, PageSize)
+	page := make([]byte, units.PageSize)
 	for _, r := range []Range{
-		{-1, 0, PageSize}, {len(m.Blocks()), 0, PageSize}, {ram, 64 << 20, PageSize}, {ram, ^uint64(0), PageSize},
-		{ram, 64<<20 - 1, PageSize}, {ram, 0, PageSize + 1}, {ram, 0, PageSize - 1}, {ram, 0, ^uint64(0)},
+		{-1, 0, units.PageSize}, {len(m.Blocks()), 0, units.PageSize}, {ram, 64 << 20, units.PageSize}, {ram, ^uint64(0), units.PageSize},
+		{ram, 64<<20 - 1, units.PageSize}, {ram, 0, units.PageSize + 1}, {ram, 0, units.PageSize - 1}, {ram, 0, ^uint64(0)},
 	} {
 		if err := m.ReadRanges(page, []Range{r}); err == nil {
 			t.Errorf("read %+v", r)
@@ -284,7 +285,7 @@ func TestLimits(t *testing.T) {
 		}
 	}
 	bits := make([]uint64, 1)
-	for _, r := range [][2]uint64{{0, 65}, {1 << 60, 1}, {64 << 20 / PageSize, 1}, {^uint64(0), 2}} {
+	for _, r := range [][2]uint64{{0, 65}, {1 << 60, 1}, {64 << 20 / units.PageSize, 1}, {^uint64(0), 2}} {
 		if err := m.Populated(ram, r[0], r[1], bits); err == nil {
 			t.Errorf("populated %v", r)
 		}
@@ -367,13 +368,13 @@ func BenchmarkRead(b *testing.B) {
 		ram, _, _ := m.Resolve(0)
 		for _, pages := range []int{1, 64, 512} {
 			ranges := make([]Range, pages)
-			dst := make([]byte, pages*PageSize)
+			dst := make([]byte, pages*units.PageSize)
 			b.Run(fmt.Sprintf("%s/%d scattered pages", name, pages), func(b *testing.B) {
 				b.SetBytes(int64(len(dst)))
 				b.ReportAllocs()
 				for b.Loop() {
 					for i := range ranges {
-						ranges[i] = Range{ram, rand.Uint64N(512<<20/PageSize) * PageSize, PageSize}
+						ranges[i] = Range{ram, rand.Uint64N(512<<20/units.PageSize) * units.PageSize, units.PageSize}
 					}
 					if err := m.ReadRanges(dst, ranges); err != nil {
 						b.Fatal(err)
@@ -392,9 +393,9 @@ func BenchmarkRead(b *testing.B) {
 		})
 		b.Run(name+"/populated 512 MiB", func(b *testing.B) {
 			b.ReportAllocs()
-			bits := make([]uint64, 512<<20/PageSize/64)
+			bits := make([]uint64, 512<<20/units.PageSize/64)
 			for b.Loop() {
-				if err := m.Populated(ram, 0, 512<<20/PageSize, bits); err != nil {
+				if err := m.Populated(ram, 0, 512<<20/units.PageSize, bits); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -406,10 +407,10 @@ func BenchmarkRead(b *testing.B) {
 			}
 			defer unix.Munmap(mem)
 			b.Run(name+"/64 scattered pages by mmap", func(b *testing.B) {
-				b.SetBytes(64 * PageSize)
+				b.SetBytes(64 * units.PageSize)
 				for b.Loop() {
 					for i := range 64 {
-						copy(dst[i*PageSize:], mem[rand.IntN(512<<20/PageSize)*PageSize:][:PageSize])
+						copy(dst[i*units.PageSize:], mem[rand.IntN(512<<20/units.PageSize)*units.PageSize:][:units.PageSize])
 					}
 				}
 			})
@@ -482,7 +483,7 @@ func TestRecord(t *testing.T) {
 func TestView(t *testing.T) {
 	for _, kind := range []string{"memfd", "ram"} {
 		t.Run(kind, func(t *testing.T) {
-			pattern := bytes.Repeat([]byte("view"), PageSize)
+			pattern := bytes.Repeat([]byte("view"), units.PageSize)
 			file := filepath.Join(t.TempDir(), "pattern")
 			if err := os.WriteFile(file, pattern, 0o600); err != nil {
 				t.Fatal(err)
@@ -522,7 +523,7 @@ func TestContained(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, for a PID namespace")
 	}
-	pattern := bytes.Repeat([]byte("contained"), PageSize)
+	pattern := bytes.Repeat([]byte("contained"), units.PageSize)
 	file := filepath.Join(t.TempDir(), "pattern")
 	if err := os.WriteFile(file, pattern, 0o600); err != nil {
 		t.Fatal(err)

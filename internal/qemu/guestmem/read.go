@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -165,7 +167,7 @@ const pagemapUsed = 3 << 62
 
 var pagemapBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-// Populated sets, for each of n pages of PageSize bytes from page first on, bit
+// Populated sets, for each of n pages of units.PageSize bytes from page first on, bit
 // i%64 of dst[i/64] to whether page first+i may hold anything but zero. Other
 // bits of the words it touches are cleared. Pages that swapping has moved out
 // count; so does every page of a file in hugetlb memory, whose holes the kernel does
@@ -184,7 +186,7 @@ func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
 		if kind == SharedFile {
 			return nil
 		}
-		return m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+		return m.touched(m.blocks[block].HVA/units.PageSize+first, n, dst)
 	})
 }
 
@@ -196,7 +198,7 @@ func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
 		if b := &m.backing[block]; m.blocks[block].Kind == SharedFile && !b.hugetlb {
 			return b.data(first, n, dst)
 		}
-		return m.touched(m.blocks[block].HVA/PageSize+first, n, dst)
+		return m.touched(m.blocks[block].HVA/units.PageSize+first, n, dst)
 	})
 }
 
@@ -204,13 +206,13 @@ func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
 func (m *Memory) Held(block int) (bytes uint64, err error) {
 	var words [1 << 12]uint64
 	const most = uint64(len(words)) * 64
-	for first, pages := uint64(0), m.blocks[block].Size/PageSize; first < pages; first += most {
+	for first, pages := uint64(0), m.blocks[block].Size/units.PageSize; first < pages; first += most {
 		n := min(most, pages-first)
 		if err := m.Placed(block, first, n, words[:]); err != nil {
 			return 0, err
 		}
 		for _, w := range words[:(n+63)/64] {
-			bytes += uint64(bits.OnesCount64(w)) * PageSize
+			bytes += uint64(bits.OnesCount64(w)) * units.PageSize
 		}
 	}
 	return bytes, nil
@@ -227,7 +229,7 @@ func (m *Memory) File(block int) *os.File {
 // Reserved tells for each block whether its huge pages were set aside for it when it was mapped, so that all of them can be had.
 func (m *Memory) Reserved() ([]bool, error) {
 	reserved := make([]bool, len(m.blocks))
-	if !slices.ContainsFunc(m.blocks, func(b Block) bool { return b.Located && b.PageSize != PageSize }) {
+	if !slices.ContainsFunc(m.blocks, func(b Block) bool { return b.Located && b.PageSize != units.PageSize }) {
 		return reserved, nil
 	}
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", m.pid))
@@ -241,7 +243,7 @@ func (m *Memory) Reserved() ([]bool, error) {
 	}
 	for i, b := range m.blocks {
 		isLax, mapped := lax[b.HVA]
-		reserved[i] = b.Located && b.PageSize != PageSize && mapped && !isLax
+		reserved[i] = b.Located && b.PageSize != units.PageSize && mapped && !isLax
 	}
 	return reserved, nil
 }
@@ -252,7 +254,7 @@ func (m *Memory) scan(kind string, block int, first, n uint64, dst []uint64, fin
 	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
 		return fmt.Errorf("find %s pages: bad range of %d pages at %d for %d words", kind, n, first, len(dst))
 	}
-	if err := m.within(block, first*PageSize, n*PageSize); err != nil {
+	if err := m.within(block, first*units.PageSize, n*units.PageSize); err != nil {
 		return fmt.Errorf("find %s pages: %w", kind, err)
 	}
 	dst = dst[:(n+63)/64]
@@ -292,8 +294,8 @@ func (m *Memory) touched(vpn, n uint64, dst []uint64) error {
 
 // data adds the pages that the file has storage for.
 func (b *backing) data(first, n uint64, dst []uint64) error {
-	start := b.offset + int64(first*PageSize)
-	end := start + int64(n*PageSize)
+	start := b.offset + int64(first*units.PageSize)
+	end := start + int64(n*units.PageSize)
 	for at := start; at < end; {
 		from, err := unix.Seek(int(b.file.Fd()), at, unix.SEEK_DATA)
 		if err == unix.ENXIO || err == nil && from >= end {
@@ -311,7 +313,7 @@ func (b *backing) data(first, n uint64, dst []uint64) error {
 			return fmt.Errorf("file changed while it was searched for holes")
 		}
 		to = min(to, end)
-		setBits(dst, uint64(from-start)/PageSize, (uint64(to-start)+PageSize-1)/PageSize)
+		setBits(dst, uint64(from-start)/units.PageSize, (uint64(to-start)+units.PageSize-1)/units.PageSize)
 		at = to
 	}
 	return nil

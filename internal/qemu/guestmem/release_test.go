@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -43,7 +45,7 @@ func TestRelease(t *testing.T) {
 			}
 			// Of a file on a disk nothing says which pages are not there.
 			bits := make([]uint64, 1)
-			if err := m.Populated(ram, 32<<20/PageSize, 64, bits); err != nil {
+			if err := m.Populated(ram, 32<<20/units.PageSize, 64, bits); err != nil {
 				t.Fatal(err)
 			}
 			if want := m.backing[ram].file != nil && !m.backing[ram].tmpfs; (bits[0] == ^uint64(0)) != want {
@@ -51,7 +53,7 @@ func TestRelease(t *testing.T) {
 			}
 			const at, size = 8 << 20, 1 << 20
 			if !c.can {
-				if err := m.Release(ram, at, PageSize); err == nil {
+				if err := m.Release(ram, at, units.PageSize); err == nil {
 					t.Error("it was given back")
 				}
 				return
@@ -71,7 +73,7 @@ func TestRelease(t *testing.T) {
 				return st.Blocks * 512
 			}
 			before := used()
-			if err := m.Release(ram, at+3*PageSize, size/2); err != nil {
+			if err := m.Release(ram, at+3*units.PageSize, size/2); err != nil {
 				t.Fatal(err)
 			}
 			if after := used(); after > before-size/2 {
@@ -82,11 +84,11 @@ func TestRelease(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := bytes.Repeat([]byte{7}, size)
-			clear(want[3*PageSize : 3*PageSize+size/2])
+			clear(want[3*units.PageSize : 3*units.PageSize+size/2])
 			if !bytes.Equal(got, want) {
 				t.Error("other pages than those were given back")
 			}
-			for _, bad := range [][2]uint64{{at + 1, PageSize}, {at, PageSize + 1}, {at, 0}, {64 << 20, PageSize}, {0, 65 << 20}, {^uint64(0) - PageSize + 1, 2 * PageSize}} {
+			for _, bad := range [][2]uint64{{at + 1, units.PageSize}, {at, units.PageSize + 1}, {at, 0}, {64 << 20, units.PageSize}, {0, 65 << 20}, {^uint64(0) - units.PageSize + 1, 2 * units.PageSize}} {
 				if err := m.Release(ram, bad[0], bad[1]); err == nil {
 					t.Errorf("%d bytes at %d were given back", bad[1], bad[0])
 				}

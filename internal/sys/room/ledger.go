@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"vacate/internal/sys/process"
+	"vacate/internal/sys/units"
 )
 
 // Ledger knows what VMs that are coming to this host will still take, so that each of several is not told the same memory is free.
@@ -97,7 +98,7 @@ func (c *Claim) left(limit Limit) uint64 {
 		return 0 // what has ended takes no more
 	}
 	has := Meminfo(b)
-	if limit.Page != NormalPage {
+	if limit.Page != units.PageSize {
 		return need - min(need, has["HugetlbPages"])
 	}
 	return need - min(need, plus(plus(has["RssAnon"], has["RssShmem"]), has["VmSwap"]))

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 
+	"vacate/internal/sys/units"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -47,7 +49,7 @@ func (f files) limits(pid int) (limits []Limit, err error) {
 	b, err := f.read("/proc/meminfo")
 	mem := Meminfo(b)
 	if mem["MemAvailable"] > 0 {
-		limits = append(limits, Limit{Page: NormalPage, Name: "this host", Max: mem["MemTotal"], Used: mem["MemTotal"] - min(mem["MemTotal"], mem["MemAvailable"]), Swap: mem["SwapFree"]})
+		limits = append(limits, Limit{Page: units.PageSize, Name: "this host", Max: mem["MemTotal"], Used: mem["MemTotal"] - min(mem["MemTotal"], mem["MemAvailable"]), Swap: mem["SwapFree"]})
 	}
 	errs = append(errs, err)
 	limits = append(limits, f.pools()...)
@@ -174,15 +176,15 @@ func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 	back := reclaimable(parseKeys(b))
 	switch g.controller {
 	case "memory":
-		add("memory.limit_in_bytes", "memory.usage_in_bytes", Limit{Page: NormalPage, Swap: swap}, back)
-		add("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", Limit{Page: NormalPage}, back)
+		add("memory.limit_in_bytes", "memory.usage_in_bytes", Limit{Page: units.PageSize, Swap: swap}, back)
+		add("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", Limit{Page: units.PageSize}, back)
 	case "":
 		if most, ok := number("memory.swap.max"); ok {
 			used, _ := number("memory.swap.current")
 			swap = min(swap, most-min(most, used))
 		}
-		add("memory.max", "memory.current", Limit{Page: NormalPage, Swap: swap}, back)
-		add("memory.high", "memory.current", Limit{Page: NormalPage}, back)
+		add("memory.max", "memory.current", Limit{Page: units.PageSize, Swap: swap}, back)
+		add("memory.high", "memory.current", Limit{Page: units.PageSize}, back)
 	}
 	limit, usage := "max", "current"
 	if g.controller != "" {
@@ -244,7 +246,7 @@ func FileSystem(f *os.File, page uint64) (Limit, bool, error) {
 		return Limit{}, false, nil
 	}
 	// That of huge pages takes what is set aside off what it has.
-	l := Limit{Page: page, Name: "the file system of its memory", Device: st.Dev, Spare: page != NormalPage, Max: info.Blocks * uint64(info.Bsize), Used: (info.Blocks - min(info.Blocks, info.Bavail)) * uint64(info.Bsize)}
+	l := Limit{Page: page, Name: "the file system of its memory", Device: st.Dev, Spare: page != units.PageSize, Max: info.Blocks * uint64(info.Bsize), Used: (info.Blocks - min(info.Blocks, info.Bavail)) * uint64(info.Bsize)}
 	b, err := system.read("/proc/self/mountinfo")
 	for _, m := range parseMounts(b) {
 		if m.device == st.Dev {
@@ -302,7 +304,7 @@ func (k Kills) Since() string {
 		}
 		text := "the kernel's OOM killer has ended a process of the control group " + g.dir
 		for _, l := range k.group(g.controlGroup, 0) {
-			if l.Page == NormalPage {
+			if l.Page == units.PageSize {
 				return text + ", which ran out of memory: " + l.account()
 			}
 		}

@@ -19,11 +19,11 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"vacate/internal/sys/units"
 )
 
 const (
-	// NormalPage is the usual size of pages.
-	NormalPage = 4096
 	// addresses stands for a size of pages where it is not memory that is bounded, but how much a process maps.
 	addresses = 1
 )
@@ -66,7 +66,7 @@ func (l Limit) counts(m Memory) bool {
 // What QEMU needs beside the guest's memory to take a VM: page tables, an entry of 8 bytes for each page; and what
 // loading devices, and postponed parts of QEMU itself, allocate.
 const (
-	perEntry = NormalPage / 8
+	perEntry = units.PageSize / 8
 	own      = 64 << 20
 )
 
@@ -80,7 +80,7 @@ func (l Limit) Needs(memory []Memory) (need uint64) {
 			need = plus(need, m.lacks())
 		}
 	}
-	if need > 0 && l.Page == NormalPage && l.Device == 0 {
+	if need > 0 && l.Page == units.PageSize && l.Device == 0 {
 		need = plus(need, need/perEntry+own)
 	}
 	return need
@@ -130,9 +130,9 @@ func (e *ShortError) Problem() string {
 	l := e.Limit
 	promised := ""
 	if e.Others > 0 {
-		promised = fmt.Sprintf(", of which VMs that are coming will take %s", Size(e.Others))
+		promised = fmt.Sprintf(", of which VMs that are coming will take %s", units.Fine(e.Others))
 	}
-	return fmt.Sprintf("the VM needs %s more, and %s has room for %s only%s: %s", Size(e.Need), l.Name, Size(l.Free()), promised, l.account())
+	return fmt.Sprintf("the VM needs %s more, and %s has room for %s only%s: %s", units.Fine(e.Need), l.Name, units.Fine(l.Free()), promised, l.account())
 }
 
 // Remedy says what to type.
@@ -142,11 +142,11 @@ func (e *ShortError) Remedy() string { return e.Limit.remedy(plus(e.Need, e.Othe
 func (l Limit) account() string {
 	switch {
 	case l.File == "" || l.Device != 0:
-		return fmt.Sprintf("it has %s, and %s of it are in use", Size(l.Max), Size(l.Used))
-	case l.Page > NormalPage:
-		return fmt.Sprintf("its %s is worth %d pages of %s, and %d of them are in use or set aside", path.Base(l.File), l.Max/l.Page, Size(l.Page), l.Used/l.Page)
+		return fmt.Sprintf("it has %s, and %s of it are in use", units.Fine(l.Max), units.Fine(l.Used))
+	case l.Page > units.PageSize:
+		return fmt.Sprintf("its %s is worth %d pages of %s, and %d of them are in use or set aside", path.Base(l.File), l.Max/l.Page, units.Size(l.Page), l.Used/l.Page)
 	}
-	return fmt.Sprintf("its %s is %s, and %s of it are in use", path.Base(l.File), Size(l.Max), Size(l.Used))
+	return fmt.Sprintf("its %s is %s, and %s of it are in use", path.Base(l.File), units.Fine(l.Max), units.Fine(l.Used))
 }
 
 // remedy says what to type where so many bytes are needed.
@@ -173,7 +173,7 @@ func (l Limit) remedy(need uint64) string {
 
 // deadly tells whether the kernel ends processes where a limit is reached, in place of refusing memory.
 func (l Limit) deadly() bool {
-	return l.Page == NormalPage && l.Device == 0 && path.Base(l.File) != "memory.high"
+	return l.Page == units.PageSize && l.Device == 0 && path.Base(l.File) != "memory.high"
 }
 
 // Tight says which of the limits that bound memory has nothing left; "" if none.
@@ -207,15 +207,4 @@ func Deadly(limits []Limit) (left uint64, why string) {
 		left = min(left, free-reserve)
 	}
 	return left, ""
-}
-
-// Size writes a number of bytes for people.
-func Size(n uint64) string {
-	switch {
-	case n < 10<<10:
-		return fmt.Sprintf("%d bytes", n)
-	case n < 10<<20:
-		return fmt.Sprintf("%d KiB", n>>10)
-	}
-	return fmt.Sprintf("%d MiB", n>>20)
 }

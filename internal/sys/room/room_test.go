@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"vacate/internal/sys/process"
+	"vacate/internal/sys/units"
 )
 
 const mib = 1 << 20
@@ -99,18 +100,18 @@ func TestLimits(t *testing.T) {
 		want []Limit
 	}{
 		"version 1": {version1, []Limit{
-			{Page: NormalPage, Name: "this host", Max: 24684092 << 10, Used: 1615420 << 10},
-			{Page: NormalPage, Name: "the control group " + memory + "/web1", File: memory + "/web1/memory.memsw.limit_in_bytes", Max: 200 * mib, Used: 50 * mib},
-			{Page: NormalPage, Name: "the control group " + memory, File: memory + "/memory.limit_in_bytes", Max: 1024 * mib, Used: 500 * mib},
+			{Page: units.PageSize, Name: "this host", Max: 24684092 << 10, Used: 1615420 << 10},
+			{Page: units.PageSize, Name: "the control group " + memory + "/web1", File: memory + "/web1/memory.memsw.limit_in_bytes", Max: 200 * mib, Used: 50 * mib},
+			{Page: units.PageSize, Name: "the control group " + memory, File: memory + "/memory.limit_in_bytes", Max: 1024 * mib, Used: 500 * mib},
 		}},
 		"version 2": {version2, []Limit{
-			{Page: NormalPage, Name: "this host", Max: 24684092 << 10, Used: 1615420 << 10, Swap: 1 << 30},
+			{Page: units.PageSize, Name: "this host", Max: 24684092 << 10, Used: 1615420 << 10, Swap: 1 << 30},
 			{Page: 1 << 30, Name: "this host's pool of huge pages", File: pools + "1048576kB/nr_hugepages", Max: 2 << 30, Used: 4 << 30, Spare: true},
 			{Page: 2 << 20, Name: "this host's pool of huge pages", File: pools + "2048kB/nr_hugepages", Max: 108 << 21, Used: 60 << 21, Spare: true},
-			{Page: NormalPage, Name: "the control group " + slice + "/web1.service", File: slice + "/web1.service/memory.high", Max: 2 << 30, Used: 100 * mib},
+			{Page: units.PageSize, Name: "the control group " + slice + "/web1.service", File: slice + "/web1.service/memory.high", Max: 2 << 30, Used: 100 * mib},
 			{Page: 1 << 30, Name: "the control group " + slice + "/web1.service", File: slice + "/web1.service/hugetlb.1GB.rsvd.max", Max: 4 << 30, Spare: true},
 			{Page: 2 << 20, Name: "the control group " + slice + "/web1.service", File: slice + "/web1.service/hugetlb.2MB.max", Max: 100 * mib, Used: 40 * mib},
-			{Page: NormalPage, Name: "the control group " + slice, File: slice + "/memory.max", Max: 3 << 30, Used: 714 * mib, Swap: 96 * mib},
+			{Page: units.PageSize, Name: "the control group " + slice, File: slice + "/memory.max", Max: 3 << 30, Used: 714 * mib, Swap: 96 * mib},
 			{Page: addresses, Name: "the address space of process 77", File: "RLIMIT_AS", Max: 1 << 30, Used: 917504 << 10},
 		}},
 	} {
@@ -145,15 +146,15 @@ func TestLimitsHere(t *testing.T) {
 }
 
 func TestCheck(t *testing.T) {
-	host := Limit{Page: NormalPage, Name: "this host", Max: 8 << 30, Used: 4 << 30}
-	group := Limit{Page: NormalPage, Name: "the control group /sys/fs/cgroup/a", File: "/sys/fs/cgroup/a/memory.max", Max: 600 * mib, Used: 100 * mib}
+	host := Limit{Page: units.PageSize, Name: "this host", Max: 8 << 30, Used: 4 << 30}
+	group := Limit{Page: units.PageSize, Name: "the control group /sys/fs/cgroup/a", File: "/sys/fs/cgroup/a/memory.max", Max: 600 * mib, Used: 100 * mib}
 	unit := group
 	unit.File = "/sys/fs/cgroup/vms.slice/memory.high"
 	pool := Limit{Page: 2 * mib, Name: "this host's pool of huge pages", File: "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", Max: 60 * 2 * mib, Used: 10 * 2 * mib, Spare: true}
 	huge := Limit{Page: 2 * mib, Name: "the control group /sys/fs/cgroup/a", File: "/sys/fs/cgroup/a/hugetlb.2MB.max", Max: 100 * mib}
-	disk := Limit{Page: NormalPage, Name: "the file system at /mem", File: "/mem", Device: 7, Max: 400 * mib, Used: 300 * mib}
+	disk := Limit{Page: units.PageSize, Name: "the file system at /mem", File: "/mem", Device: 7, Max: 400 * mib, Used: 300 * mib}
 	space := Limit{Page: addresses, Name: "the address space of process 5", File: "RLIMIT_AS", Max: 1 << 30, Used: 1000 * mib}
-	normal := func(size, has uint64) Memory { return Memory{Page: NormalPage, Size: size * mib, Has: has * mib} }
+	normal := func(size, has uint64) Memory { return Memory{Page: units.PageSize, Size: size * mib, Has: has * mib} }
 	large := func(size, has uint64, spare bool) Memory {
 		return Memory{Page: 2 * mib, Size: size * mib, Has: has * mib, Spare: spare}
 	}
@@ -177,13 +178,13 @@ func TestCheck(t *testing.T) {
 		{"pool, set aside", []Limit{pool}, []Memory{large(128, 0, true)}, 0, ""},
 		{"pool, there in part", []Limit{pool}, []Memory{large(128, 28, false)}, 0, ""},
 		{"huge pages of a group, set aside", []Limit{pool, huge}, []Memory{large(128, 0, true)}, 0, "its hugetlb.2MB.max is worth 50 pages"},
-		{"huge pages need no normal ones", []Limit{{Page: NormalPage, Max: 1}}, []Memory{large(128, 0, true)}, 0, ""},
+		{"huge pages need no normal ones", []Limit{{Page: units.PageSize, Max: 1}}, []Memory{large(128, 0, true)}, 0, ""},
 		{"file system", []Limit{host, disk}, []Memory{file}, 0, "the VM needs 256 MiB more, and the file system at /mem has room for 100 MiB only: it has 400 MiB, and 300 MiB of it are in use. Make room there first, for instance with `mount -o remount,size=557M /mem`"},
 		{"another file system", []Limit{host, disk}, []Memory{normal(256, 0)}, 0, ""},
 		{"address space", []Limit{space}, []Memory{ToMap}, 0, "its RLIMIT_AS is 1024 MiB, and 1000 MiB of it are in use. Start that QEMU without that limit"},
-		{"used beyond the limit", []Limit{{Page: NormalPage, Name: "x", Max: 1, Used: 2}}, []Memory{normal(1, 0)}, 0, "x has room for 0 bytes only"},
+		{"used beyond the limit", []Limit{{Page: units.PageSize, Name: "x", Max: 1, Used: 2}}, []Memory{normal(1, 0)}, 0, "x has room for 0 bytes only"},
 		{"the tightest is told", []Limit{host, group}, []Memory{normal(1<<20, 0)}, 0, "control group"},
-		{"without end", []Limit{host}, []Memory{{Page: NormalPage, Size: ^uint64(0)}, {Page: NormalPage, Size: ^uint64(0)}}, 0, "this host"},
+		{"without end", []Limit{host}, []Memory{{Page: units.PageSize, Size: ^uint64(0)}, {Page: units.PageSize, Size: ^uint64(0)}}, 0, "this host"},
 	} {
 		err := Check(c.limits, c.memory, func(Limit) uint64 { return c.others * mib })
 		var short *ShortError
@@ -197,8 +198,8 @@ func TestCheck(t *testing.T) {
 }
 
 func TestTight(t *testing.T) {
-	memory := []Memory{{Page: NormalPage, Size: mib}, {Page: 2 * mib, Size: 2 * mib, Spare: true}}
-	full := Limit{Page: NormalPage, Name: "the control group /a", File: "/a/memory.max", Max: 100 * mib, Used: 99 * mib}
+	memory := []Memory{{Page: units.PageSize, Size: mib}, {Page: 2 * mib, Size: 2 * mib, Spare: true}}
+	full := Limit{Page: units.PageSize, Name: "the control group /a", File: "/a/memory.max", Max: 100 * mib, Used: 99 * mib}
 	swapping := full
 	swapping.Swap = 50 * mib
 	for _, c := range []struct {
@@ -208,9 +209,9 @@ func TestTight(t *testing.T) {
 	}{
 		{full, true, 0},
 		{swapping, true, 35 * mib},
-		{Limit{Page: NormalPage, Max: 100 * mib, Used: 50 * mib}, false, 34 * mib},
-		{Limit{Page: NormalPage, File: "/a/memory.high", Max: 100 * mib, Used: 100 * mib}, true, ^uint64(0)},
-		{Limit{Page: NormalPage, Device: 3, Max: 100 * mib, Used: 100 * mib}, false, ^uint64(0)},
+		{Limit{Page: units.PageSize, Max: 100 * mib, Used: 50 * mib}, false, 34 * mib},
+		{Limit{Page: units.PageSize, File: "/a/memory.high", Max: 100 * mib, Used: 100 * mib}, true, ^uint64(0)},
+		{Limit{Page: units.PageSize, Device: 3, Max: 100 * mib, Used: 100 * mib}, false, ^uint64(0)},
 		{Limit{Page: 2 * mib, File: "/a/nr_hugepages", Max: 2 * mib, Used: 2 * mib, Spare: true}, false, ^uint64(0)},
 		{Limit{Page: 2 * mib, File: "/a/hugetlb.2MB.max", Max: 2 * mib, Used: 2 * mib}, true, ^uint64(0)},
 		{Limit{Page: addresses, Max: 1}, false, ^uint64(0)},
@@ -257,8 +258,8 @@ func TestLedger(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	limits := []Limit{{Page: NormalPage, Name: "this host", Max: 1 << 40}, {Page: NormalPage, Name: "the control group /a", File: "/a/memory.max", Max: 3 << 40}}
-	vm := []Memory{{Page: NormalPage, Size: 700 << 30}, ToMap}
+	limits := []Limit{{Page: units.PageSize, Name: "this host", Max: 1 << 40}, {Page: units.PageSize, Name: "the control group /a", File: "/a/memory.max", Max: 3 << 40}}
+	vm := []Memory{{Page: units.PageSize, Size: 700 << 30}, ToMap}
 	var l Ledger
 	first, err := l.Take(self, limits, vm)
 	if err != nil {
@@ -275,7 +276,7 @@ func TestLedger(t *testing.T) {
 	if _, err := l.Take(self, limits[1:], vm); err != nil {
 		t.Errorf("one of another host's limits: %v", err)
 	}
-	if n := l.Others(Limit{Page: NormalPage, Name: "the control group /b", File: "/b/memory.max"}); n != 0 {
+	if n := l.Others(Limit{Page: units.PageSize, Name: "the control group /b", File: "/b/memory.max"}); n != 0 {
 		t.Errorf("%d MiB are promised of a group that no VM is in", n/mib)
 	}
 	first.Release()
@@ -300,7 +301,7 @@ func TestFileSystem(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	l, ok, err := FileSystem(f, NormalPage)
+	l, ok, err := FileSystem(f, units.PageSize)
 	if err != nil || ok && (l.Device == 0 || l.Max == 0 || l.Spare) {
 		t.Errorf("%+v, %v, %v", l, ok, err)
 	}
@@ -335,8 +336,8 @@ func FuzzFiles(f *testing.F) {
 			below(text, m.root)
 		}
 		for _, r := range []uint64{reclaimable(parseKeys(b)), Meminfo(b)["MemTotal"]} {
-			l := Limit{Page: NormalPage, Name: name, File: text, Max: r, Used: r / 2}
-			memory := []Memory{{Page: NormalPage, Size: r, Has: parsePage(text)}}
+			l := Limit{Page: units.PageSize, Name: name, File: text, Max: r, Used: r / 2}
+			memory := []Memory{{Page: units.PageSize, Size: r, Has: parsePage(text)}}
 			if err := Check([]Limit{l}, memory, nil); err == nil && l.Needs(memory) > l.Free() {
 				t.Errorf("%+v has room for %+v", l, memory)
 			}
