@@ -212,9 +212,9 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	case to.Rate <= 0:
 		c.Refused = "it is not known how fast the link is"
 	case float64(v.Memory) > room+l.Reserve*float64(to.Total):
-		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Fine(uint64(max(0, room))), units.Fine(v.Memory))
+		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Size(uint64(max(0, room))), units.Size(v.Memory))
 	case float64(v.Memory) > room:
-		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Fine(uint64(max(0, room))), units.Fine(v.Memory))
+		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Size(uint64(max(0, room))), units.Size(v.Memory))
 	case c.LoadThere > l.MaxLoad:
 		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
 	}

@@ -66,10 +66,10 @@ func TestRefused(t *testing.T) {
 		"no monitor":      func(_ *Host, vms *[]VM, _ *[]Host, _ *Goal, _ *Limits) { (*vms)[1].Barred = "no monitor" },
 		"does not answer": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Barred = "it does not answer" },
 		"how fast":        func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Rate = 0 },
-		"has room for 1.5 GiB, the VM has 2.0 GiB": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, l *Limits) {
+		"has room for 1.5 GiB, the VM has 2 GiB": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, l *Limits) {
 			(*to)[0].Total, (*to)[0].Available, l.Reserve = 8*gib, 2*gib, 1.0/16
 		},
-		"has room for 0 KiB": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Incoming = 20 * gib },
+		"has room for 0 bytes": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Incoming = 20 * gib },
 		"starve: 1.50 cores": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Used = 0.5 },
 		"goal is met":        func(_ *Host, _ *[]VM, _ *[]Host, g *Goal, _ *Limits) { g.CPU = 3 },
 		"gain 0.00 cores": func(h *Host, vms *[]VM, _ *[]Host, g *Goal, _ *Limits) {
@@ -222,7 +222,7 @@ func TestEvacuateAsAsked(t *testing.T) {
 	}
 	// Force makes no memory.
 	others = []Host{{Name: "b", CPUs: 4, Total: 80 * gib, Available: 5 * gib, Rate: 125e6}}
-	if got := plan(Evacuation{Force: true}); got != "small>b b has room for 1.0 GiB, the VM has 2.0 GiB, big> b has room for 0 KiB, the VM has 4.0 GiB" {
+	if got := plan(Evacuation{Force: true}); got != "small>b b has room for 1 GiB, the VM has 2 GiB, big> b has room for 0 bytes, the VM has 4 GiB" {
 		t.Error(got)
 	}
 	vms[0].Pinned, vms[1].Barred = true, "it is being evicted"

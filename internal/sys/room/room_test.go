@@ -174,7 +174,7 @@ func TestCheck(t *testing.T) {
 		{"what is there counts once", []Limit{host, group}, []Memory{normal(512, 100)}, 0, ""},
 		{"what is there counts once, all of it", []Limit{group}, []Memory{normal(5000, 5000)}, 0, ""},
 		{"others", []Limit{host, group}, []Memory{normal(400, 0)}, 100, "of which VMs that are coming will take 100 MiB"},
-		{"pool", []Limit{pool}, []Memory{large(128, 0, false)}, 0, "this host's pool of huge pages has room for 100 MiB only: its nr_hugepages is worth 60 pages of 2048 KiB, and 10 of them are in use or set aside. Have more with `echo 74 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages`"},
+		{"pool", []Limit{pool}, []Memory{large(128, 0, false)}, 0, "this host's pool of huge pages has room for 100 MiB only: its nr_hugepages is worth 60 pages of 2 MiB, and 10 of them are in use or set aside. Have more with `echo 74 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages`"},
 		{"pool, set aside", []Limit{pool}, []Memory{large(128, 0, true)}, 0, ""},
 		{"pool, there in part", []Limit{pool}, []Memory{large(128, 28, false)}, 0, ""},
 		{"huge pages of a group, set aside", []Limit{pool, huge}, []Memory{large(128, 0, true)}, 0, "its hugetlb.2MB.max is worth 50 pages"},
