@@ -70,8 +70,8 @@ func TestRefused(t *testing.T) {
 			(*to)[0].Total, (*to)[0].Available, l.Reserve = 8*gib, 2*gib, 1.0/16
 		},
 		"has room for 0 bytes": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Incoming = 20 * gib },
-		"starve: 1.50 cores": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Used = 0.5 },
-		"goal is met":        func(_ *Host, _ *[]VM, _ *[]Host, g *Goal, _ *Limits) { g.CPU = 3 },
+		"starve: 1.50 cores":   func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Used = 0.5 },
+		"goal is met":          func(_ *Host, _ *[]VM, _ *[]Host, g *Goal, _ *Limits) { g.CPU = 3 },
 		"gain 0.00 cores": func(h *Host, vms *[]VM, _ *[]Host, g *Goal, _ *Limits) {
 			*h, (*vms)[1] = Host{Name: "a", CPUs: 4, Used: 1.5}, VM{Name: "small", CPU: 0.5, Memory: gib}
 			g.CPU = 0.1
