@@ -44,6 +44,9 @@ type rules struct {
 	unasserted    bool // an operator need not assert that the destination is fenced
 	desert        bool // a destination that cannot go on says lost although the twin runs
 	mute          bool // a source does not tell that the guest was resumed there
+	faint         bool // a destination that finds no memory for pages gives the guest up
+	hoard         bool // pages that were dropped with their session, for want of memory, count as received
+	guess         bool // a destination that was started anew answers before it has found which pages are placed
 }
 
 func realRules() rules {
@@ -79,6 +82,7 @@ const (
 	marking  // the commit came, may-run is to be written
 	starting // may-run is written, `cont` is to be sent
 	awaiting // after a restart: the twin is paused, its mark is may-run
+	looking  // after a restart: the twin runs, it is to be found which pages are placed
 	running
 	completing
 	marksNeverRan // is to write the mark, and then
@@ -192,6 +196,8 @@ type world struct {
 		ended     bool  // heard that the guest ended itself
 		held      pages // in the engine's memory: received and not placed, or known to be left out
 		placed    pages
+		claimed   pages // said to be there, and not; only where that rule is broken
+		short     bool  // there is no memory to place pages
 	}
 	toD, toS         queue
 	moving           pages // under way to the destination
@@ -246,6 +252,9 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	// What makes no difference any more is forgotten, to have fewer worlds.
 	if w.over && w.d.twin != copyComplete {
 		w.d.held, w.d.placed, w.moving = 0, 0, 0
+	}
+	if w.d.twin != copyRunning && w.d.twin != copyPaused {
+		w.d.short = false
 	}
 	if w.s.guest == gone {
 		w.unheard = false
@@ -302,6 +311,13 @@ func (m *model) leaveD(w *world) {
 		w.lateToD = w.toD[0]
 	}
 	w.d.session, w.toD, w.moving = false, queue{}, 0
+	// What waits for memory is dropped with its session: it is sent again in the next.
+	if w.d.short && w.d.held&inUse != 0 {
+		w.d.held &^= inUse
+		if m.hoard {
+			w.d.claimed = inUse
+		}
+	}
 }
 
 // connect begins a new session.
@@ -622,7 +638,7 @@ func (m *model) destinationTakes(w *world, st step) {
 	case stepAwait:
 		w.d.phase = awaiting
 	case stepTakeUp:
-		w.d.phase = running
+		w.d.phase = looking
 	case stepComplete:
 		w.d.phase = completing
 	case stepEnd:
@@ -642,7 +658,7 @@ func (m *model) destinationTakes(w *world, st step) {
 func (m *model) destination(w world) {
 	m.add("destination is killed", true, func(w *world) {
 		m.leaveD(w)
-		w.d.phase, w.d.held, w.d.committed, w.d.ended = down, 0, false, false
+		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended = down, 0, 0, false, false
 	})
 	ph := w.d.phase
 	// Between these it does one thing after the other, and hears of nothing.
@@ -682,7 +698,7 @@ func (m *model) destination(w world) {
 	if early {
 		m.add("destination gives up", true, look)
 	}
-	if w.d.twin == copyGone && (early || ph == awaiting || ph == running) {
+	if w.d.twin == copyGone && (early || ph == awaiting || ph == looking || ph == running) {
 		m.add("destination notices that the twin died", false, look)
 	}
 	mayCont := w.d.twin == copyPaused && (ph == prepared || ph == marking || ph == starting) && m.mayCont(w.d.journal.mark(), w.d.committed)
@@ -707,7 +723,20 @@ func (m *model) destination(w world) {
 		if m.eager && w.d.twin == copyPaused {
 			m.add("destination says cont unasked", false, m.cont)
 		}
+	case looking:
+		if w.d.twin != copyGone {
+			m.add("destination finds which pages are placed", false, func(w *world) { w.d.phase = running })
+		}
+		if m.guess && w.d.session && w.toD[0] == resumes {
+			m.add("destination answers before it looked", false, func(w *world) {
+				w.toD.take()
+				w.sayToS(runsWith3)
+			})
+		}
 	case running:
+		if w.d.short && m.faint {
+			m.add("destination gives up without memory", true, func(w *world) { m.destinationTakes(w, stepLose) })
+		}
 		if w.d.twin == copyEnded {
 			m.add("destination finds that the guest ended itself", false, look)
 		}
@@ -720,7 +749,7 @@ func (m *model) destination(w world) {
 				w.sayToSIfAny(lost)
 			})
 		}
-		if w.d.held&inUse != 0 && w.d.twin != copyGone {
+		if w.d.held&inUse != 0 && w.d.twin != copyGone && !w.d.short {
 			m.add("destination places a page", false, func(w *world) {
 				w.d.held &^= inUse
 				w.d.placed |= inUse
@@ -840,7 +869,7 @@ func (m *model) destinationHears(w *world, said word) {
 	case resumes:
 		switch w.d.phase {
 		case running:
-			w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
+			w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed|w.d.claimed))
 			return
 		case prepared:
 			if m.believeResume {
@@ -893,6 +922,11 @@ func (m *model) qemu(w world) {
 			w.bereft = w.bereft || w.d.journal.mark() == MarkMayRun
 			w.unheard = w.unheard || w.over && w.d.journal.mark() != MarkShutDown
 		})
+	}
+	if w.d.short {
+		m.add("the destination has memory again", false, func(w *world) { w.d.short = false })
+	} else if w.d.twin == copyRunning && w.d.placed&inUse == 0 {
+		m.add("the destination has no memory left", true, func(w *world) { w.d.short = true })
 	}
 	if w.d.twin == copyRunning {
 		m.add("the guest ends itself", true, func(w *world) { w.d.twin, w.over = copyEnded, true })
@@ -1157,6 +1191,9 @@ func TestModelMutants(t *testing.T) {
 		{"R7", "a destination says lost although the twin runs", func(r *rules) { r.desert = true }},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
 		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
+		{"R8", "pages that were dropped for want of memory count as received", func(r *rules) { r.hoard = true }},
+		{"R8", "a destination that was started anew says that it has pages before it looked", func(r *rules) { r.guess = true }},
+		{"R7", "a destination without memory for pages gives the guest up", func(r *rules) { r.faint = true }},
 		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},
 	} {
 		t.Run(mutant.rule+" "+mutant.name, func(t *testing.T) {
