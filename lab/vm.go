@@ -95,6 +95,7 @@ type Load struct {
 	Stale    bool // free memory was used before, and holds what was there; else zeroes mostly
 	Mixed    bool // free memory was used before and is in pieces, of which all sets take in turns
 	Sleep    bool
+	Slow     bool   // workers rest most of the time, and leave the core to others
 	Seed     uint64 // of page contents, and of all that is random
 }
 
@@ -200,6 +201,9 @@ func (s *Spec) loadParameters() string {
 		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, l.Others, l.Seed)
 	if l.Sleep {
 		line += " vacate.mode=idle"
+	}
+	if l.Slow {
+		line += " vacate.pace=slow"
 	}
 	if l.Zipf {
 		line += " vacate.access=zipf"

@@ -98,21 +98,30 @@ func (h *hotSet) grow(n int) error {
 	return nil
 }
 
-func (h *hotSet) start() {
+func (h *hotSet) start(slow bool) {
 	for _, w := range h.workers {
 		h.done.Add(1)
-		go w.run()
+		go w.run(slow)
 	}
 }
+
+// A slow worker rests for restTime after restAfter turns.
+const (
+	restAfter = 32
+	restTime  = 5 * time.Millisecond
+)
 
 // run works until the set stops. One turn: pick a page; look up its
 // generation and read its first word, which is what is timed; check it whole;
 // rewrite it as the next generation.
-func (w *worker) run() {
+func (w *worker) run(slow bool) {
 	defer w.set.done.Done()
 	runtime.LockOSThread()
 	var word uint64
-	for !w.set.stop.Load() {
+	for turn := 1; !w.set.stop.Load(); turn++ {
+		if slow && turn%restAfter == 0 {
+			time.Sleep(restTime)
+		}
 		i := w.pick.next()
 		page := &w.pages[i]
 

@@ -16,6 +16,7 @@
 //	vacate.free=stale   free memory was used; default fresh
 //	vacate.workers=2    threads working on the hot set; default one per CPU
 //	vacate.mode=idle    no work at all on the hot set; default "work"
+//	vacate.pace=slow    the workers rest most of the time; default full
 //	vacate.seed=1       what page contents are derived from
 //	vacate.port=NAME    waits for this virtio-serial port and links it in /dev/virtio-ports
 //	vacate.addr=10.77.1.1/16  the network card's IPv4 address

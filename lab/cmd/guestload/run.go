@@ -112,7 +112,7 @@ func work(port *os.File, p params) error {
 		return err
 	}
 	if p.work {
-		hot.start()
+		hot.start(p.slow)
 	}
 	return report(port, hot, sets, bad)
 }

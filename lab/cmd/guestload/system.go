@@ -23,6 +23,7 @@ type params struct {
 	hot, idle, other, cache, file int
 	workers, others               int
 	work, zipf, scatter, stale    bool
+	slow                          bool
 	seed                          uint64
 	addr                          netip.Prefix // IPv4, or not valid: none
 	ports                         []string     // names of virtio-serial ports to wait for
@@ -81,6 +82,8 @@ func parseParams(cmdline string) (params, error) {
 			p.serve, err = parseServer(value)
 		case "mode":
 			p.work, err = oneOf(value, "work", "idle")
+		case "pace":
+			p.slow, err = oneOf(value, "slow", "full")
 		case "access":
 			p.zipf, err = oneOf(value, "zipf", "uniform")
 		case "place":
