@@ -1,13 +1,14 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), BENCHFLAGS (for vacate-lab bench).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), BENCHFLAGS (for vacate-lab bench).
 
 SHELL    := /bin/bash
 GO       ?= go
 PKG      ?= ./...
 FUZZTIME ?= 10s
-CHAOS    ?= 2
+CHAOS    ?= 1
+WORKERS  ?= 5
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -80,8 +81,9 @@ generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's prot
 		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
 		internal/host/api/v1/host.proto
 
-chaos: deps ## have every fault happen in every state of an eviction, CHAOS (2) times (root; an hour)
-	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
+chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time (root; under an hour)
+	rm -rf .lab/chaos
+	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, 50 times over QEMU's versions (root; 15 minutes)
 	VACATE_REQUIRE=1 VACATE_REFUSALS=17 $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict

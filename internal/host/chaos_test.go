@@ -1,526 +1,428 @@
 package host
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"vacate/internal/evict"
-	hostv1 "vacate/internal/host/api/v1"
-	"vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
-
-	"connectrpc.com/connect"
 )
 
-// run is one eviction that something happens to.
-type run struct {
-	t        *testing.T
-	lab      *lab.Lab
-	a, b     *site
-	vm       *lab.VM
-	expected *lab.Expected
-	disks    map[*site]*lab.SmallDisk
-	eviction string
-	begun    time.Time
-	// undo ends what a fault began; the daemons are held no longer then.
-	undo []func()
+// cell is a state and the fault that happens in it; and maybe a second one while the eviction recovers from the first.
+type cell struct {
+	at     string
+	fault  fault
+	when   strike
+	second *fault
 }
 
-// A fault is what happens to an eviction in some state.
-type fault struct {
-	name string
-	do   func(*run)
-	// allowed are the outcomes that there may be besides moved and stayed: where physics allows no better.
-	allowed []outcome
-}
-
-// outcome is where the VM is in the end.
-type outcome string
+// strike is when a second fault happens.
+type strike string
 
 const (
-	moved   outcome = "runs on the destination"
-	stayed  outcome = "runs on the source"
-	frozen  outcome = "frozen on the source, resumed there by an operator"
-	dead    outcome = "ended, as its QEMU was killed where it ran, whole"
-	halved  outcome = "lost, as its QEMU on the source was killed while it held pages"
-	off     outcome = "ended, as its guest powered itself off on the destination"
-	nowhere outcome = "lost" // never allowed
+	inRecovery strike = ", in recovery: " // when a machine comes to a state of recovery, while the first fault lasts
+	onceMended strike = ", once mended: " // soon after the first fault is over
 )
 
-// cutTime is how long the link is away: longer than it takes to notice.
-const cutTime = 4 * time.Second
-
-// later undoes a fault.
-func (r *run) later(after time.Duration, f func() error) {
-	r.undo = append(r.undo, func() {
-		time.Sleep(after)
-		if err := f(); err != nil {
-			r.t.Error(err)
-		}
-	})
-}
-
-func (r *run) cut(aToB, bToA bool) {
-	if err := r.lab.SetLink(aToB, bToA); err != nil {
-		r.t.Fatal(err)
-	}
-	r.later(cutTime, func() error { return r.lab.SetLink(true, true) })
-}
-
-func (r *run) restart(s *site) {
-	s.kill()
-	r.later(100*time.Millisecond, func() error { s.start(); return nil })
-}
-
-func (r *run) fill(s *site) {
-	if err := r.disks[s].Fill(); err != nil {
-		r.t.Fatal(err)
-	}
-	r.later(3*time.Second, func() error { return r.disks[s].Free() })
-}
-
-// killTwin kills the QEMU on the destination, if there is one.
-func (r *run) killTwin() {
-	if vms := r.expected.VMs(); len(vms) > 0 {
-		vms[len(vms)-1].Kill()
-	}
-}
-
-// powerOff has the guest power itself off once it runs on the destination, if it ever does.
-func (r *run) powerOff() {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
-			samples, vms := r.vm.Guest.Samples(), r.expected.VMs()
-			if n := len(vms); n > 0 && samples[len(samples)-1].VM == vms[n-1].Name {
-				r.vm.Guest.PowerOff(vms[n-1]) // it may have ended since
-				return
-			}
-			if e, err := r.a.api.GetEviction(r.t.Context(), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil && e.Msg.Outcome != "" {
-				return
-			}
-		}
-	}()
-	r.undo = append(r.undo, func() { <-done })
-}
-
-// slow is how many bytes a second are pushed where the guest is to power itself off before the end.
-const slow = 4 << 20
-
-func (c cell) rate() uint64 {
-	if c.fault.name == powersOff || strings.HasSuffix(c.at, "/shut down") {
-		return slow
-	}
-	return 0
-}
-
-const powersOff = "guest powers off"
-
-// faults are what may happen.
-var faults = []fault{
-	{"source daemon killed", func(r *run) { r.restart(r.a) }, nil},
-	{"destination daemon killed", func(r *run) { r.restart(r.b) }, nil},
-	{"both daemons killed", func(r *run) { r.restart(r.a); r.restart(r.b) }, nil},
-	{"source QEMU killed", func(r *run) { r.vm.Kill() }, []outcome{dead, halved}},
-	{"destination QEMU killed", func(r *run) { r.killTwin() }, []outcome{frozen, dead}},
-	{"link cut", func(r *run) { r.cut(false, false) }, nil},
-	{"link cut to the destination", func(r *run) { r.cut(false, true) }, nil},
-	{"link cut to the source", func(r *run) { r.cut(true, false) }, nil},
-	{"link stalled", func(r *run) {
-		if err := r.lab.Stall(true); err != nil {
-			r.t.Fatal(err)
-		}
-		r.later(cutTime, func() error { return r.lab.Stall(false) })
-	}, nil},
-	{"source journal full", func(r *run) { r.fill(r.a) }, nil},
-	{"destination journal full", func(r *run) { r.fill(r.b) }, nil},
-	{powersOff, (*run).powerOff, []outcome{off, dead}},
-}
-
-// A way leads to a state that no undisturbed eviction comes to: something is done in a state before it.
-type way struct {
-	at string
-	do func(*run)
-}
-
-func (r *run) abort() {
-	// It answers when the eviction has ended.
-	go r.a.api.Abort(r.t.Context(), connect.NewRequest(&hostv1.AbortRequest{Id: r.eviction}))
-	time.Sleep(200 * time.Millisecond)
-}
-
-var (
-	abortLoading = way{"source/loading", (*run).abort}
-	cutPushing   = way{"source/pushing", func(r *run) { r.cut(false, false) }}
-	twinDies     = way{"source/pushing", (*run).killTwin}
-	guestEnds    = way{"source/pushing", (*run).powerOff}
-)
-
-// ways are those to the states that want one; of the destination they begin at the source, which is where an eviction is led.
-var ways = map[string]way{
-	"source/in doubt":          {"destination/running", func(r *run) { r.cut(false, false) }},
-	"source/reconnecting":      cutPushing,
-	"source/rolling back":      abortLoading,
-	"source/aborted":           abortLoading,
-	"source/lost contact":      twinDies,
-	"destination/cut off":      cutPushing,
-	"destination/aborted":      abortLoading,
-	"destination/lost contact": twinDies,
-	"source/shut down":         guestEnds,
-	"destination/shut down":    guestEnds,
-}
-
-// points are all states of both machines, as the code has them.
-func points() (list []string) {
-	for _, s := range evict.SourceStates() {
-		list = append(list, "source/"+string(s))
-	}
-	for _, s := range evict.DestinationStates() {
-		list = append(list, "destination/"+string(s))
-	}
-	return list
-}
-
-// refusal leads to the two states refused: an offer that does not fit.
-func refusal(at string) bool { return strings.HasSuffix(at, "/refused") }
-
-// cell is a state and what happens in it.
-type cell struct {
-	at    string
-	fault fault
-}
-
-func (c cell) String() string { return c.at + ": " + c.fault.name }
-
-// TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By default it takes a sample by
-// chance; VACATE_CHAOS=N has it take all cells N times, and VACATE_CHAOS_RESULT=FILE a table written.
-func TestChaos(t *testing.T) {
-	l := labtest.New(t, lab.Options{Rate: 4e8})
-	var cells []cell
-	for _, at := range points() {
-		for _, f := range faults {
-			cells = append(cells, cell{at, f})
-		}
-	}
-	rounds, err := strconv.Atoi(os.Getenv("VACATE_CHAOS"))
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("VACATE_CHAOS_SEED"); s != "" {
-		seed, _ = strconv.ParseUint(s, 10, 64)
-	}
-	t.Logf("seed %d", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
-	random.Shuffle(len(cells), func(i, j int) { cells[i], cells[j] = cells[j], cells[i] })
-	if only := os.Getenv("VACATE_CHAOS_ONLY"); only != "" {
-		cells = slices.DeleteFunc(cells, func(c cell) bool { return !strings.Contains(c.String(), only) })
-		rounds, err = max(rounds, 1), nil
-	}
-	if err != nil {
-		cells, rounds = cells[:12], 1
-	}
-	table := map[string]map[string][]string{}
-	file := os.Getenv("VACATE_CHAOS_RESULT")
-	for round := range rounds {
-		for _, c := range cells {
-			t.Run(strings.ReplaceAll(fmt.Sprintf("%v/%d", c, round), " ", "_"), func(t *testing.T) {
-				result := "FAILED"
-				defer func() {
-					if table[c.at] == nil {
-						table[c.at] = map[string][]string{}
-					}
-					table[c.at][c.fault.name] = append(table[c.at][c.fault.name], result)
-					if file != "" {
-						writeTable(t, file, table)
-					}
-				}()
-				o := disturb(t, l, c)
-				if !t.Failed() {
-					result = string(o)
-				}
-			})
-		}
-	}
-}
-
-// disturb evicts a VM, has the fault happen in the state, and returns where the VM is when all has settled.
-func disturb(t *testing.T, l *lab.Lab, c cell) outcome {
-	r := &run{t: t, lab: l, disks: map[*site]*lab.SmallDisk{}}
-	r.vm = boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48}})
-	t.Cleanup(func() {
-		r.vm.Kill()
-		if r.expected != nil {
-			for _, vm := range r.expected.VMs() {
-				vm.Kill()
-			}
-		}
-	})
-	r.a, r.b = sites(t, l)
-	for _, s := range []*site{r.a, r.b} {
-		if strings.Contains(c.fault.name, "journal full") {
-			disk, err := l.SmallDisk(64 << 20)
-			if err != nil {
-				t.Fatal(err)
-			}
-			r.disks[s] = disk
-			if err := os.Symlink(disk.Dir, filepath.Join(s.dir, "journal")); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	twin := &lab.VM{Spec: r.vm.Spec, Guest: r.vm.Guest}
-	if refusal(c.at) {
-		twin.Spec.MemoryMiB /= 2
-	}
-	r.expected = r.b.expect("web1", twin)
-
-	w, detour := ways[c.at]
-	at := r.at(c.at)
-	hold := map[*site][]string{}
-	hold[at] = append(hold[at], c.at)
-	if detour {
-		hold[r.at(w.at)] = append(hold[r.at(w.at)], w.at)
-	}
-	r.a.start(hold[r.a]...)
-	r.b.start(hold[r.b]...)
-	r.begun = time.Now()
-	e, err := r.a.evictAt("web1", "hostb", c.rate())
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.eviction = e.Id
-	if detour {
-		if !r.at(w.at).reach(w.at, 30*time.Second) {
-			t.Fatalf("the eviction did not come to %s", w.at)
-		}
-		w.do(r)
-		r.at(w.at).release(w.at)
-	}
-	if !at.reach(c.at, 30*time.Second) {
-		t.Fatalf("the eviction did not come to %s", c.at)
-	}
-	c.fault.do(r)
-	at.release(c.at)
-	for _, undo := range r.undo {
-		undo()
-	}
-	return r.settle(c)
-}
-
-func (r *run) at(point string) *site {
-	if strings.HasPrefix(point, "source/") {
-		return r.a
-	}
-	return r.b
-}
-
-// look returns the eviction as a daemon sees it; nil if it knows of none.
-func (r *run) look(s *site) *hostv1.Eviction {
-	e, err := s.api.GetEviction(labtest.Within(r.t, 10*time.Second), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction}))
-	if connect.CodeOf(err) == connect.CodeNotFound {
-		return nil
-	}
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return e.Msg
-}
-
-// settle waits until both sides are done, and checks all that must be true then.
-func (r *run) settle(c cell) outcome {
-	t := r.t
-	var src, dst *hostv1.Eviction
-	limit := time.Now().Add(60 * time.Second)
-	for {
-		src, dst = r.look(r.a), r.look(r.b)
-		if src == nil {
-			t.Fatal("the source does not know of the eviction")
-		}
-		if src.Outcome != "" && (src.EndedAt != nil || src.Decidable) && (dst == nil || dst.EndedAt != nil) {
-			break
-		}
-		if time.Now().After(limit) {
-			t.Fatalf("it does not come to an end: source %v; destination %v", src, dst)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	twins := r.expected.VMs()
-	var twin *lab.VM
-	alive := 0
-	for _, vm := range twins {
-		if vm.Alive() {
-			twin = vm
-			alive++
-		}
-	}
-	if alive > 1 {
-		t.Fatalf("%d twins are alive", alive)
-	}
-	here, there := status(r.vm), status(twin)
-	t.Logf("source: %q, %q, mark %q, QEMU %q; destination: QEMU %q", src.Outcome, src.Reason, src.Mark, here, there)
-	if here == "running" && there == "running" {
-		t.Fatal("TWO COPIES RUN")
-	}
-	o := nowhere
-	switch {
-	case src.Outcome == "shut down":
-		if here != "" || there != "" {
-			t.Fatalf("it is told to be shut down, and the source's QEMU is %q, the destination's %q", here, there)
-		}
-		o = off
-	case here == "" && there == "" && c.fault.name == powersOff && src.Outcome == "completed":
-		o = dead // just after the end
-	case here == "" && there == "" && ((src.Outcome == "refused" || src.Outcome == "aborted") && c.fault.name == "source QEMU killed" || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.fault.name == "destination QEMU killed"):
-		o = dead // after the end, or as good as
-	case src.Outcome == "completed":
-		if there != "running" || here != "" {
-			t.Fatalf("it is told to be complete, and the source's QEMU is %q, the destination's %q", here, there)
-		}
-		o = moved
-		labtest.MustCheck(t, twin)
-	case src.Outcome == "aborted", src.Outcome == "refused":
-		if here != "running" || there != "" {
-			t.Fatalf("it is told to be %s, and the source's QEMU is %q, the destination's %q", src.Outcome, here, there)
-		}
-		o = stayed
-		labtest.MustCheck(t, r.vm)
-	case here != "" && src.Decidable:
-		if len(src.Remedy) == 0 || there != "" {
-			t.Fatalf("it is frozen with the remedies %q, and the destination's QEMU is %q", src.Remedy, there)
-		}
-		r.decide(src)
-		o = frozen
-		labtest.MustCheck(t, r.vm)
-	case here == "" && there == "" && len(twins) == 0, here == "" && there == "" && dst != nil && dst.Mark == string(evict.MarkNeverRan):
-		o = dead
-	case here == "":
-		if dst.Outcome != "lost contact" {
-			t.Fatalf("the source's QEMU is gone with pages that the destination lacks, which says %v", dst)
-		}
-		o = halved
-	}
-	asked := c.fault.name == powersOff || strings.HasSuffix(c.at, "/shut down")
-	if o != moved && o != stayed && !(o == off && asked) && !slices.Contains(c.fault.allowed, o) && !(o == frozen && strings.HasSuffix(c.at, "/lost contact")) {
-		t.Fatalf("the VM %s; source %v; destination %v", o, src, dst)
-	}
-	r.once(o)
-	r.clean()
-	return o
-}
-
-// decide has the VM that stands frozen go on at the source.
-func (r *run) decide(e *hostv1.Eviction) {
-	_, err := r.a.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	if here := status(r.vm); here != "running" {
-		r.t.Fatalf("it was decided that the VM goes on here, and it is %q", here)
-	}
-}
-
-// once checks by the guest's own reports that it never ran in two places, nor went back and forth.
-func (r *run) once(o outcome) {
-	changes, last := 0, r.vm.Name
-	for _, s := range r.vm.Guest.Samples() {
-		if s.VM != last {
-			changes, last = changes+1, s.VM
-		}
-	}
-	if most := map[outcome]int{moved: 1, frozen: 2, dead: 1, halved: 1, off: 1}[o]; changes > most {
-		r.t.Errorf("the guest reported from one QEMU and the other, with %d changes", changes)
-	}
-}
-
-// clean checks that the daemons leave nothing behind but what tells of the eviction.
-func (r *run) clean() {
-	for _, s := range []*site{r.a, r.b} {
-		list, err := s.api.ListEvictions(r.t.Context(), connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: true}))
-		if err != nil {
-			r.t.Error(err)
-		} else if len(list.Msg.Evictions) > 0 {
-			r.t.Errorf("%s has open evictions: %v", s.name, list.Msg.Evictions)
-		}
-		files, err := filepath.Glob(filepath.Join(s.dir, "journal", "*", "*"))
-		if err != nil {
-			r.t.Error(err)
-		}
-		for _, f := range files {
-			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace && name != evict.KeptHeard {
-				r.t.Errorf("%s is left behind", f)
-			}
-		}
-	}
-}
-
-// status is the run state of a VM's QEMU: empty if it has ended, "stopped" if its process is, "stuck" if it does not answer.
-func status(vm *lab.VM) string {
-	if vm == nil || !vm.Alive() {
-		return ""
-	}
-	if p, err := process.Find(vm.PID()); err == nil {
-		if stopped, err := p.Stopped(); err == nil && stopped {
-			return "stopped"
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	s, err := vm.Status(ctx)
-	if err != nil {
-		if !vm.Alive() {
-			return ""
-		}
-		return "stuck"
+func (c cell) String() string {
+	s := c.at + ": " + c.fault.name
+	if c.second != nil {
+		s += string(c.when) + c.second.name
 	}
 	return s
 }
 
-// writeTable writes what came of each cell.
-func writeTable(t *testing.T, file string, table map[string]map[string][]string) {
-	b, err := json.MarshalIndent(table, "", " ")
+// faults are those that happen in the cell.
+func (c cell) faults() []fault {
+	if c.second == nil {
+		return []fault{c.fault}
+	}
+	return []fault{c.fault, *c.second}
+}
+
+func (c cell) has(name string) bool {
+	return slices.ContainsFunc(c.faults(), func(f fault) bool { return f.name == name })
+}
+
+func (c cell) allows(o outcome) bool {
+	return slices.ContainsFunc(c.faults(), func(f fault) bool { return slices.Contains(f.allowed, o) })
+}
+
+// singles are all cells with one fault.
+func singles() (cells []cell) {
+	for _, at := range points() {
+		for _, f := range faults {
+			cells = append(cells, cell{at: at, fault: f})
+		}
+	}
+	return cells
+}
+
+// doubles are cells with a second fault: one for each with a single fault, so that each fault has each as its second in two states,
+// by chance, once in recovery and once after it was mended.
+func doubles(random *rand.Rand) (cells []cell) {
+	for _, f := range faults {
+		var kinds []cell
+		for _, when := range []strike{inRecovery, onceMended} {
+			for i := range faults {
+				kinds = append(kinds, cell{fault: f, when: when, second: &faults[i]})
+			}
+		}
+		random.Shuffle(len(kinds), func(i, j int) { kinds[i], kinds[j] = kinds[j], kinds[i] })
+		for i, at := range points() {
+			c := kinds[i%len(kinds)]
+			c.at = at
+			cells = append(cells, c)
+		}
+	}
+	return cells
+}
+
+// every is all cells that there may be.
+func every() (cells []cell) {
+	cells = singles()
+	for _, c := range singles() {
+		for _, when := range []strike{inRecovery, onceMended} {
+			for i := range faults {
+				cells = append(cells, cell{c.at, c.fault, when, &faults[i]})
+			}
+		}
+	}
+	return cells
+}
+
+// result is what came of a run of a cell.
+type result struct {
+	Cell    string
+	Outcome outcome // empty: the run failed
+	Seconds float64
+	Log     string `json:",omitempty"` // file with all that a run that failed said
+}
+
+// campaign is many runs, several at a time, each in a process and a lab of its own.
+type campaign struct {
+	seed    uint64
+	workers int
+	file    string // of the tables; empty: none
+	begun   time.Time
+
+	mu      sync.Mutex
+	results []result // guarded by mu
+}
+
+// TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By default it takes a sample by
+// chance. VACATE_CHAOS=N has it take all cells N times, VACATE_CHAOS_WORKERS=N so many at a time, and VACATE_CHAOS_RESULT=FILE
+// tables written. VACATE_CHAOS_ONLY=TEXT has it take the cells with that in their names: those with a second fault if TEXT names one.
+func TestChaos(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	labtest.Need(t, lab.Probe())
+	number := func(name string, otherwise uint64) uint64 {
+		n, err := strconv.ParseUint(os.Getenv(name), 10, 64)
+		if err != nil {
+			return otherwise
+		}
+		return n
+	}
+	rounds := number("VACATE_CHAOS", 0)
+	c := &campaign{
+		seed: number("VACATE_CHAOS_SEED", uint64(time.Now().UnixNano())), workers: int(number("VACATE_CHAOS_WORKERS", 1)),
+		file: os.Getenv("VACATE_CHAOS_RESULT"), begun: time.Now(),
+	}
+	t.Logf("VACATE_CHAOS_SEED=%d", c.seed)
+	random := rand.New(rand.NewPCG(c.seed, 0))
+	var names []string
+	if only := os.Getenv("VACATE_CHAOS_ONLY"); only != "" {
+		for _, c := range every() {
+			if strings.Contains(c.String(), only) && (c.second == nil || strings.Contains(only, ",")) {
+				names = append(names, c.String())
+			}
+		}
+	} else {
+		for range max(rounds, 1) {
+			for _, c := range slices.Concat(singles(), doubles(random)) {
+				names = append(names, c.String())
+			}
+		}
+	}
+	random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	if rounds == 0 && os.Getenv("VACATE_CHAOS_ONLY") == "" {
+		names = names[:12]
+	}
+	cells := make(chan string)
+	var all sync.WaitGroup
+	for range c.workers {
+		all.Go(func() { c.work(t, cells) })
+	}
+	for _, name := range names {
+		cells <- name
+	}
+	close(cells)
+	all.Wait()
+	if len(c.results) != len(names) {
+		t.Errorf("%d runs of %d", len(c.results), len(names))
+	}
+}
+
+// work has processes run cells, one at a time, until there are no more. One that ends too early, or hangs, is followed by another.
+func (c *campaign) work(t *testing.T, cells <-chan string) {
+	var w *worker
+	for name := range cells {
+		if w == nil {
+			var err error
+			if w, err = startWorker(t.Context(), c.seed); err != nil {
+				t.Error(err)
+				c.note(t, result{Cell: name}, err.Error())
+				continue
+			}
+		}
+		r, log, ok := w.run(name)
+		c.note(t, r, log)
+		if !ok {
+			w.end()
+			w = nil
+		}
+	}
+	if w != nil {
+		w.end()
+	}
+}
+
+var noName = regexp.MustCompile(`[^a-z]+`)
+
+// note keeps a result, and writes the tables anew.
+func (c *campaign) note(t *testing.T, r result, log string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case r.Outcome != "":
+		t.Logf("%4d %5.1fs %s: %s", len(c.results)+1, r.Seconds, r.Cell, r.Outcome)
+	case c.file == "":
+		t.Errorf("%s:\n%s", r.Cell, log)
+	default:
+		name := fmt.Sprintf("%s-%d.log", strings.Trim(noName.ReplaceAllString(strings.ToLower(r.Cell), "-"), "-"), len(c.results)+1)
+		r.Log = filepath.Join(filepath.Dir(c.file), "chaos", name)
+		err := os.MkdirAll(filepath.Dir(r.Log), 0o755)
+		if err == nil {
+			err = os.WriteFile(r.Log, []byte(log), 0o644)
+		}
+		t.Errorf("%s: failed: see %s (%v)", r.Cell, r.Log, err)
+	}
+	c.results = append(c.results, r)
+	if c.file == "" {
+		return
+	}
+	b, err := json.MarshalIndent(c.results, "", " ")
 	if err == nil {
-		err = os.WriteFile(file+".json", b, 0o644)
+		err = os.WriteFile(c.file+".json", b, 0o644)
+	}
+	if err == nil {
+		err = os.WriteFile(c.file, []byte(c.tables()), 0o644)
 	}
 	if err != nil {
 		t.Error(err)
 	}
-	var out strings.Builder
-	letters := map[string]string{"FAILED": "**FAILED**", string(moved): "D", string(stayed): "S", string(frozen): "F", string(dead): "K", string(halved): "L", string(off): "O"}
-	out.WriteString("| state |")
-	for _, f := range faults {
-		fmt.Fprintf(&out, " %s |", f.name)
+}
+
+var letters = map[outcome]string{"": "**FAILED**", moved: "D", stayed: "S", frozen: "F", dead: "K", halved: "L", off: "O"}
+
+// tables are what came of all runs so far, in Markdown.
+func (c *campaign) tables() string {
+	known := map[string]cell{}
+	for _, c := range every() {
+		known[c.String()] = c
 	}
-	out.WriteString("\n|---|" + strings.Repeat("---|", len(faults)) + "\n")
-	runs := 0
-	for _, at := range points() {
-		fmt.Fprintf(&out, "| %s |", at)
-		for _, f := range faults {
-			counts := map[string]int{}
-			for _, o := range table[at][f.name] {
-				counts[letters[o]]++
-				runs++
-			}
-			var parts []string
-			for _, l := range slices.Sorted(maps.Keys(counts)) {
-				parts = append(parts, fmt.Sprintf("%s×%d", l, counts[l]))
-			}
-			fmt.Fprintf(&out, " %s |", strings.Join(parts, " "))
+	counts := map[[3]string]map[string]int{} // of letters, by table, row and column
+	sums, failed := map[string]int{}, []result{}
+	for _, r := range c.results {
+		at := known[r.Cell]
+		key := [3]string{"", at.at, at.fault.name}
+		if at.second != nil {
+			key = [3]string{string(at.when), at.fault.name, at.second.name}
 		}
-		out.WriteString("\n")
+		if counts[key] == nil {
+			counts[key] = map[string]int{}
+		}
+		counts[key][letters[r.Outcome]]++
+		sums[letters[r.Outcome]]++
+		if r.Outcome == "" {
+			failed = append(failed, r)
+		}
 	}
-	fmt.Fprintf(&out, "\n%d runs\n", runs)
-	if err := os.WriteFile(file, []byte(out.String()), 0o644); err != nil {
-		t.Error(err)
+	var out strings.Builder
+	fmt.Fprintf(&out, "%d runs in %d minutes, %d at a time, seed %d. Failed: %d. Outcomes: %s.\n", len(c.results), int(time.Since(c.begun).Minutes()), c.workers, c.seed, len(failed), cellText(sums))
+	var columns []string
+	for _, f := range faults {
+		columns = append(columns, f.name)
+	}
+	table := func(kind, head string, rows []string) {
+		fmt.Fprintf(&out, "\n| %s | %s |\n|---|%s\n", head, strings.Join(columns, " | "), strings.Repeat("---|", len(columns)))
+		for _, row := range rows {
+			fmt.Fprintf(&out, "| %s |", row)
+			for _, f := range columns {
+				fmt.Fprintf(&out, " %s |", cellText(counts[[3]string{kind, row, f}]))
+			}
+			out.WriteString("\n")
+		}
+	}
+	out.WriteString("\n## One fault\n")
+	table("", "state", points())
+	out.WriteString("\n## A second fault, when a machine comes to a state of recovery\n")
+	table(string(inRecovery), "first \\ second", columns)
+	out.WriteString("\n## A second fault, just after the first was mended\n")
+	table(string(onceMended), "first \\ second", columns)
+	if len(failed) > 0 {
+		out.WriteString("\n| failed | log |\n|---|---|\n")
+		for _, r := range failed {
+			fmt.Fprintf(&out, "| %s | %s |\n", r.Cell, r.Log)
+		}
+	}
+	return out.String()
+}
+
+func cellText(counts map[string]int) string {
+	var parts []string
+	for _, l := range slices.Sorted(maps.Keys(counts)) {
+		parts = append(parts, fmt.Sprintf("%s×%d", l, counts[l]))
+	}
+	return strings.Join(parts, " ")
+}
+
+// worker is a process that runs cells.
+type worker struct {
+	cmd   *exec.Cmd
+	input io.WriteCloser
+	lines chan string
+	stop  context.CancelFunc
+}
+
+// told begins the line in which a worker tells the result of a run.
+const told = "chaos result: "
+
+// cellTime is how long a run may take.
+const cellTime = 6 * time.Minute
+
+func startWorker(ctx context.Context, seed uint64) (*worker, error) {
+	ctx, stop := context.WithCancel(ctx)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run", "^TestChaosWorker$", "-test.v", "-test.timeout", "0")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("VACATE_CHAOS_WORKER=%d", seed))
+	input, err := cmd.StdinPipe()
+	if err == nil {
+		var output io.ReadCloser
+		if output, err = cmd.StdoutPipe(); err == nil {
+			cmd.Stderr = cmd.Stdout
+			if err = cmd.Start(); err == nil {
+				w := &worker{cmd, input, make(chan string), stop}
+				go func() {
+					defer close(w.lines)
+					for in := bufio.NewReader(output); ; {
+						line, err := in.ReadString('\n')
+						if err != nil {
+							return
+						}
+						select {
+						case w.lines <- line:
+						case <-ctx.Done():
+						}
+					}
+				}()
+				return w, nil
+			}
+		}
+	}
+	stop()
+	return nil, err
+}
+
+// run has the worker run a cell. It returns the result, all that the worker said, and whether the worker can go on.
+func (w *worker) run(name string) (r result, log string, ok bool) {
+	r.Cell = name
+	var said bytes.Buffer
+	fmt.Fprintln(w.input, name)
+	limit := time.NewTimer(cellTime)
+	defer limit.Stop()
+	for {
+		select {
+		case line, open := <-w.lines:
+			if !open {
+				said.WriteString("the process ended\n")
+				return r, said.String(), false
+			}
+			if text, is := strings.CutPrefix(line, told); is {
+				err := json.Unmarshal([]byte(text), &r)
+				return r, said.String(), err == nil
+			}
+			said.WriteString(line)
+		case <-limit.C:
+			fmt.Fprintf(&said, "the run did not end within %v\n", cellTime)
+			return r, said.String(), false
+		}
+	}
+}
+
+// end ends the worker: by itself, if it does nothing.
+func (w *worker) end() {
+	w.input.Close()
+	kill := time.AfterFunc(30*time.Second, w.stop)
+	for range w.lines {
+	}
+	w.cmd.Wait()
+	kill.Stop()
+	w.stop()
+}
+
+// TestChaosWorker runs the cells that its parent, TestChaos, names.
+func TestChaosWorker(t *testing.T) {
+	seed, err := strconv.ParseUint(os.Getenv("VACATE_CHAOS_WORKER"), 10, 64)
+	if err != nil {
+		t.Skip("TestChaos starts it")
+	}
+	known := map[string]cell{}
+	for _, c := range every() {
+		known[c.String()] = c
+	}
+	l := labtest.New(t, lab.Options{Rate: 4e8, NoPin: true})
+	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t, time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		c, ok := known[in.Text()]
+		if !ok {
+			t.Fatalf("there is no cell %q", in.Text())
+		}
+		t.Run(c.String(), func(t *testing.T) {
+			r, begun := result{Cell: c.String()}, time.Now()
+			t.Cleanup(func() { // when all others have said what they know
+				if t.Failed() {
+					r.Outcome = ""
+				}
+				r.Seconds = time.Since(begun).Seconds()
+				b, _ := json.Marshal(r)
+				fmt.Printf("\n%s%s\n", told, b)
+			})
+			hash := fnv.New64()
+			io.WriteString(hash, c.String())
+			delay := time.Duration(rand.New(rand.NewPCG(seed, hash.Sum64())).IntN(400)) * time.Millisecond
+			r.Outcome = disturb(t, l, saved, c, delay)
+		})
 	}
 }

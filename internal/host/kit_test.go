@@ -218,6 +218,13 @@ func (s *site) start(hold ...string) {
 	}
 }
 
+// runs reports whether the daemon was started and not ended since.
+func (s *site) runs() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.daemon != nil
+}
+
 // kill ends the daemon with SIGKILL.
 func (s *site) kill() {
 	s.mu.Lock()
@@ -259,6 +266,20 @@ func (s *site) reach(at string, limit time.Duration) bool {
 	}
 }
 
+// came returns the states that engines came to and that nobody has asked for yet.
+func (s *site) came() (list []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		select {
+		case line := <-s.lines:
+			list = append(list, line)
+		default:
+			return list
+		}
+	}
+}
+
 // describe gives the host a description of a VM.
 func (s *site) describe(name, qmp string, args []string) {
 	s.t.Helper()
@@ -289,7 +310,11 @@ func (s *site) evict(vm, to string) (*hostv1.Eviction, error) { return s.evictAt
 
 // evictAt begins an eviction that pushes so many bytes a second at most; 0 is any number.
 func (s *site) evictAt(vm, to string, rate uint64) (*hostv1.Eviction, error) {
-	options := &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate}
+	return s.evictWith(vm, to, &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate})
+}
+
+// evictWith begins an eviction with options.
+func (s *site) evictWith(vm, to string, options *hostv1.EvictOptions) (*hostv1.Eviction, error) {
 	r, err := s.api.Evict(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: options}))
 	if err != nil {
 		return nil, err
