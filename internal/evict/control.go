@@ -272,13 +272,14 @@ func (r *Request) Refuse(reason error) {
 	r.end()
 }
 
-// Answer tells the source what became of the eviction that it wants to resume, and that is
-// not under way here, and ends the session. dead says that the twin has ended. What was received is what Destination returned,
-// and is told of one that is complete.
-func (r *Request) Answer(a Answer, reason string, dead bool, received *Received) {
+// Answer tells the source what became of the eviction that it wants to resume, and that is not under
+// way here, and ends the session. dead says that the twin has ended. What was received is what
+// Destination returned, and is told of one that is complete. Answer reports whether the source said
+// that it has heard how the eviction ended: of one that is complete, KeptHeard is to be kept then.
+func (r *Request) Answer(a Answer, reason string, dead bool, received *Received) (heard bool) {
 	st := status{Answer: a, Reason: reason, Dead: dead, Summary: received}
 	writeJSON(r.control.Conn, msgStatus, st)
-	r.linger()
+	return r.linger()
 }
 
 // Tell answers a question and ends the session.
@@ -289,14 +290,16 @@ func (r *Request) Tell(answer any) error {
 }
 
 // linger ends the session when the peer has, or after a while: its end must not overtake
-// what was said.
-func (r *Request) linger() {
+// what was said. It reports whether the peer has heard that.
+func (r *Request) linger() (heard bool) {
 	select {
-	case <-r.control.frames:
+	case f := <-r.control.frames:
+		heard = f.check(msgHeard) == nil
 	case <-r.Done():
 	case <-time.After(requestTime):
 	}
 	r.end()
+	return heard
 }
 
 // Ask puts a question, which is JSON of the caller's, to the host behind a new session,

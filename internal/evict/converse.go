@@ -174,10 +174,10 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			if st.Summary != nil {
 				e.summary = *st.Summary
 			}
-			e.end(a)
+			e.at.Store(a) // there it is told that this was heard
 			return true, e.retire()
 		case stepEnd:
-			a.end()
+			e.at.Store(a)
 			return true, e.bury(fmt.Errorf("%w: %s", errShutDown, st.Reason))
 		case stepRollBack:
 			e.end(a)
@@ -434,8 +434,14 @@ func (e *source) lostHere(err error) error {
 				f, heard = a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
 			}
 			cancel()
-			if errors.Is(heard, errShutDown) {
+			switch {
+			case errors.Is(heard, errShutDown):
 				return e.bury(heard)
+			case heard == nil:
+				heard = decode(f.payload, &e.summary)
+			}
+			if heard == nil {
+				return e.retire() // it needs none of the pages that are gone
 			}
 		}
 	}

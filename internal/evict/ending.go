@@ -289,7 +289,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 	if err := e.quit(); err != nil {
 		e.Log.Warn("the QEMU here does not end: end it by hand", "pid", e.process.PID, "error", err)
 	}
-	e.awaitHeard(nil, func(r *Request) { r.Answer(AnswerShutDown, why, false, nil) })
+	e.awaitHeard(nil, func(r *Request) bool { return r.Answer(AnswerShutDown, why, false, nil) })
 	return e.machine.enter(ShutDown)
 }
 

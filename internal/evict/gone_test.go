@@ -27,8 +27,9 @@ func (emptyJournal) Note(evict.Mark, string) error { return nil }
 func (emptyJournal) Keep(string, []byte) error     { return nil }
 func (emptyJournal) Kept(string) ([]byte, error)   { return nil, fs.ErrNotExist }
 
-// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer.
-func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (evict.Report, error) {
+// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer. That hears whether the source has
+// heard how the eviction ended.
+func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict.Report, heard bool, err error) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -43,7 +44,7 @@ func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (evict.Report
 		defer close(answered)
 		select {
 		case r := <-requests:
-			r.Answer(answer, "as the test has it", false, nil)
+			heard = r.Answer(answer, "as the test has it", false, nil)
 		case <-resumed:
 		}
 	}()
@@ -51,20 +52,22 @@ func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (evict.Report
 	if s.Journal == nil {
 		s.Journal = emptyJournal{}
 	}
-	report, err := s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)
+	report, err = s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)
 	close(resumed)
 	<-answered
-	return report, err
+	return report, heard, err
 }
 
 // A source whose QEMU has ended asks what became of the VM, too.
 func TestResumeWithoutQEMU(t *testing.T) {
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none")}
-	if report, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
-		t.Errorf("complete there: %+v, %v", report, err)
+	for answer, outcome := range map[evict.Answer]evict.State{evict.AnswerComplete: evict.Completed, evict.AnswerShutDown: evict.ShutDown} {
+		if report, heard, err := resumeGone(t, s, answer); err != nil || report.Outcome != string(outcome) || !heard {
+			t.Errorf("%s there: %+v, %v; the destination knows that it was heard: %v", answer, report, err, heard)
+		}
 	}
 	for _, answer := range []evict.Answer{evict.AnswerNeverRan, evict.AnswerLost} {
-		if report, err := resumeGone(t, s, answer); !errors.Is(err, evict.ErrLost) || report.Outcome != "lost contact" {
+		if report, heard, err := resumeGone(t, s, answer); !errors.Is(err, evict.ErrLost) || report.Outcome != "lost contact" || heard {
 			t.Errorf("%s there: %+v, %v", answer, report, err)
 		}
 	}
@@ -79,7 +82,7 @@ func TestResumeWithAnotherQEMU(t *testing.T) {
 		t.Fatal(err)
 	}
 	before.StartTime--
-	if report, err := resumeGone(t, evict.Source{QMP: vm.QMP, Process: before}, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
+	if report, _, err := resumeGone(t, evict.Source{QMP: vm.QMP, Process: before}, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
 		t.Errorf("%+v, %v", report, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -118,7 +121,7 @@ func TestResumeAfterBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none"), Journal: factsOf(t, p, "another")}
-	if report, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
+	if report, _, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
 		t.Errorf("%+v, %v", report, err)
 	}
 	if !p.Alive() {

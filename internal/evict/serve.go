@@ -291,7 +291,7 @@ func (e *destination) finish() error {
 	received := e.summary()
 	e.say(msgComplete, received)
 	// Whatever happens to the VM now, it is no longer ours.
-	e.awaitHeard(e.life.Done(), func(r *Request) { r.Answer(AnswerComplete, "", false, &received) })
+	e.awaitHeard(e.life.Done(), func(r *Request) bool { return r.Answer(AnswerComplete, "", false, &received) })
 	return e.machine.enter(Completed)
 }
 
@@ -306,7 +306,16 @@ func (e *destination) say(kind uint8, message any) {
 
 // awaitHeard waits until the source has heard how the eviction ended, until over is closed, or for
 // lingerTime. A source that comes back meanwhile is answered; later ones are from the journal.
-func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request)) {
+func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (heard bool)) {
+	heard := false
+	defer func() {
+		if !heard {
+			return
+		}
+		if err := keep(e.Journal, KeptHeard, nil); err != nil {
+			e.Log.Warn("the journal does not take it that the source knows how the eviction ended", "error", err)
+		}
+	}()
 	timer := time.NewTimer(lingerTime)
 	defer timer.Stop()
 	a := e.at.Load()
@@ -318,18 +327,17 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request)) {
 		}
 		select {
 		case f := <-frames:
-			if done = f.check(msgHeard) == nil; !done {
-				a.Fail(f.check())
-			} else if err := keep(e.Journal, KeptHeard, nil); err != nil {
-				e.Log.Warn("the journal does not take it that the source knows that the VM is whole here", "error", err)
+			err := f.check(msgHeard)
+			heard, done = err == nil, err == nil
+			if err != nil && !errors.Is(err, errFailed) { // one that has no more pages hears that none is needed
+				a.Fail(err)
 			}
 		case <-gone:
 			e.at.Store(nil)
 			a.end()
 			a = nil
 		case r := <-e.rejoin:
-			answer(r)
-			done = true
+			heard, done = answer(r), true
 		case <-timer.C:
 			e.Log.Warn("the eviction ended well here, but the source could not be told")
 			done = true

@@ -206,7 +206,12 @@ func (v *eviction) answer(r *evict.Request) {
 			received = nil
 		}
 	}
-	r.Answer(evict.AnswerOf(evict.Mark(rec.Mark)), v.describe(), !v.process().Alive(), received)
+	m := evict.Mark(rec.Mark)
+	if r.Answer(evict.AnswerOf(m), v.describe(), !v.process().Alive(), received) && m == evict.MarkCompleted {
+		if err := v.entry.Keep(evict.KeptHeard, nil); err != nil {
+			v.host.log.Warn("the journal does not take it that the source knows that the VM is whole here", "eviction", rec.ID, "error", err)
+		}
+	}
 }
 
 // describe is what is known of the eviction, in a sentence.
