@@ -648,7 +648,7 @@ func (e *destination) placeDirectly() {
 		e.Log.Info("pages go through QEMU's stream", "reason", err)
 		return
 	}
-	e.placer.gate = &gate{pid: e.mem.PID()}
+	e.placer.gate = e.newGate()
 	e.placer.direct.Store(d)
 }
 

@@ -92,7 +92,7 @@ func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, don
 		}
 		if d.places(r.Block) {
 			if size == migstream.TargetPageSize {
-				err = p.gate.pass(uint64(r.Count) * size)
+				err = p.gate.pass(uint64(r.Count)*size, urgent)
 			}
 			pages := 0
 			if err == nil {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/migstream"
 	"vacate/internal/sys/room"
 )
 
@@ -62,10 +63,11 @@ func (e *destination) tight() string {
 	return room.Tight(limits, memory)
 }
 
-// gate keeps pages back while this host, or a control group of the QEMU, has so little memory left that the kernel's OOM killer might end
-// the QEMU over the next.
+// gate keeps pages back while this host, or a control group of the QEMU, has so little memory left that
+// the kernel's OOM killer might end the QEMU over the next.
 type gate struct {
-	pid int
+	look func() (left uint64, why string) // room.Deadly of the QEMU's limits
+	rest func() uint64                    // what the VM still lacks, in bytes
 
 	mu   sync.Mutex
 	left uint64    // bytes that may be placed until limits are looked at anew; guarded by mu
@@ -73,27 +75,44 @@ type gate struct {
 	shut string    // why nothing may be placed; "" if it may; guarded by mu
 }
 
-// reopen is how much there must be before pages are placed again, lest every few bytes that become free begin and end a wait.
+func (e *destination) newGate() *gate {
+	return &gate{
+		look: func() (uint64, string) {
+			limits, _ := room.Limits(e.mem.PID())
+			return room.Deadly(limits)
+		},
+		rest: func() uint64 {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return uint64(e.missing) * migstream.TargetPageSize
+		},
+	}
+}
+
+// reopen is how much there must be before pages are placed again, lest every few bytes that become free
+// begin and end a wait. It is enough that all that the VM lacks fits: that ends the wait for good.
 const reopen = 8 << 20
 
 // lookAgain is how long what limits leave is believed.
 const lookAgain = 200 * time.Millisecond
 
-// pass asks whether so many bytes may be placed.
-func (g *gate) pass(n uint64) error {
+// pass asks whether so many bytes may be placed. What the guest waits for may as soon as it fits.
+func (g *gate) pass(n uint64, urgent bool) error {
 	if g == nil {
 		return nil
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if now := time.Now(); n > g.left || now.After(g.next) {
-		limits, _ := room.Limits(g.pid)
-		left, why := room.Deadly(limits)
-		if g.left = 0; why != "" || left > reopen {
+		left, why := g.look()
+		if g.left = 0; why != "" || left >= min(reopen, g.rest()) {
 			g.shut = why
 		}
 		if g.shut != "" {
-			return fmt.Errorf("%w: %w: %s", errQEMU, errNoMemory, g.shut)
+			if !urgent || n > left {
+				return fmt.Errorf("%w: %w: %s", errQEMU, errNoMemory, g.shut)
+			}
+			left = 0 // for others
 		}
 		// Others use memory, too.
 		g.left, g.next = max(n, left/4), now.Add(lookAgain)
