@@ -55,8 +55,8 @@ func (f files) limits(pid int) (limits []Limit, err error) {
 	limits = append(limits, f.pools()...)
 	groups, err := f.groups(pid)
 	errs = append(errs, err)
-	for _, g := range groups {
-		limits = append(limits, f.group(g, mem["SwapFree"])...)
+	for i, g := range groups {
+		limits = append(limits, f.group(g, f.swap(groups[i:], mem["SwapFree"]))...)
 	}
 	l, ok, err := f.mayMap(pid)
 	if ok {
@@ -139,36 +139,46 @@ func (f files) groups(pid int) (all []controlGroup, err error) {
 	return all, nil
 }
 
-// below returns a control group's path as seen from another one above it.
+// below returns a control group's path as seen from another one above it. Both are told from the control
+// group namespace of this process: what is not below its root begins with as many "/.." as it takes.
 func below(at, root string) (string, bool) {
-	switch {
-	case !path.IsAbs(at) || at == "/.." || strings.HasPrefix(at, "/../"):
+	rest, ok := strings.CutPrefix(at+"/", strings.TrimSuffix(root, "/")+"/")
+	if !ok || strings.HasPrefix(rest, "../") {
 		return "", false
 	}
-	at = path.Clean(at)
-	switch {
-	case root == "/":
-		return at, true
-	case at == root:
-		return "/", true
-	}
-	rest, ok := strings.CutPrefix(at, root+"/")
-	return "/" + rest, ok
+	return path.Clean("/" + rest), true
 }
 
-// group reads the limits of a control group, on a host with so much free swap.
-func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
-	number := func(file string) (uint64, bool) {
-		b, err := f.read(g.dir + "/" + file)
-		n, ok := parseNumber(b)
-		return n, err == nil && ok && n < endless
+// swap is how much the first of some control groups may still swap out, on a host with so much free: those
+// above it, which follow it, bound it, too. Version 1 has no limit on swap alone.
+func (f files) swap(groups []controlGroup, free uint64) uint64 {
+	for _, g := range groups {
+		if g.controller != "" || groups[0].controller != "" {
+			break
+		}
+		if most, ok := f.number(g, "memory.swap.max"); ok {
+			used, _ := f.number(g, "memory.swap.current")
+			free = min(free, most-min(most, used))
+		}
 	}
+	return free
+}
+
+// number reads a file of a control group with a number, and false if that is none: "max".
+func (f files) number(g controlGroup, file string) (uint64, bool) {
+	b, err := f.read(g.dir + "/" + file)
+	n, ok := parseNumber(b)
+	return n, err == nil && ok && n < endless
+}
+
+// group reads the limits of a control group, which may still swap out so much.
+func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 	add := func(limit, usage string, l Limit, back uint64) {
-		most, ok := number(limit)
+		most, ok := f.number(g, limit)
 		if !ok {
 			return
 		}
-		used, _ := number(usage)
+		used, _ := f.number(g, usage)
 		l.Name, l.File, l.Max, l.Used = "the control group "+g.dir, g.dir+"/"+limit, most, used-min(used, back)
 		limits = append(limits, l)
 	}
@@ -179,10 +189,6 @@ func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 		add("memory.limit_in_bytes", "memory.usage_in_bytes", Limit{Page: units.PageSize, Swap: swap}, back)
 		add("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", Limit{Page: units.PageSize}, back)
 	case "":
-		if most, ok := number("memory.swap.max"); ok {
-			used, _ := number("memory.swap.current")
-			swap = min(swap, most-min(most, used))
-		}
 		add("memory.max", "memory.current", Limit{Page: units.PageSize, Swap: swap}, back)
 		add("memory.high", "memory.current", Limit{Page: units.PageSize}, back)
 	}

@@ -2,6 +2,7 @@ package room
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -123,6 +124,48 @@ func TestLimits(t *testing.T) {
 			for i := range max(len(got), len(c.want)) {
 				t.Errorf("%s, limit %d:\n got %+v\nwant %+v", name, i, at(got, i), at(c.want, i))
 			}
+		}
+	}
+}
+
+// What a control group of version 2 allows, at the edges of what cgroup-v2.rst has of it.
+func TestVersion2(t *testing.T) {
+	const outer, inner = "/sys/fs/cgroup/vms.slice", "/sys/fs/cgroup/vms.slice/web1.service"
+	for name, c := range map[string]struct {
+		list map[string]string
+		want []Limit
+	}{
+		"no limits": {map[string]string{inner + "/memory.max": "max\n", inner + "/memory.high": "max\n", inner + "/memory.swap.max": "max\n",
+			inner + "/hugetlb.2MB.max": "max\n", inner + "/hugetlb.2MB.rsvd.max": "max\n"}, nil},
+		"no controllers": {map[string]string{inner + "/cgroup.procs": "77\n", outer + "/cpu.max": "max 100000\n"}, nil},
+		"nothing allowed": {map[string]string{inner + "/memory.max": "0\n", inner + "/memory.current": "0\n", inner + "/hugetlb.1GB.max": "0\n", inner + "/hugetlb.1GB.current": "0\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Swap: 1 << 30}, {Page: 1 << 30, File: inner + "/hugetlb.1GB.max"}}},
+		"used beyond a limit that was lowered": {map[string]string{inner + "/memory.max": "1048576\n", inner + "/memory.current": "2097152\n", inner + "/memory.swap.max": "4096\n", inner + "/memory.swap.current": "8192\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Max: mib, Used: 2 * mib}}},
+		"more to take back than is used": {map[string]string{inner + "/memory.max": "1048576\n", inner + "/memory.current": "4096\n", inner + "/memory.stat": "inactive_file 8192\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Max: mib, Swap: 1 << 30}}},
+		"no swap allowed": {map[string]string{inner + "/memory.max": "1048576\n", inner + "/memory.current": "4096\n", inner + "/memory.swap.max": "0\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Max: mib, Used: 4096}}},
+		// A limit on swap holds for all below, and not for what is above.
+		"swap of the group above": {map[string]string{inner + "/memory.max": "1048576\n", inner + "/memory.current": "0\n", inner + "/memory.swap.max": "max\n",
+			outer + "/memory.max": "2097152\n", outer + "/memory.current": "0\n", outer + "/memory.swap.max": "12288\n", outer + "/memory.swap.current": "8192\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Max: mib, Swap: 4096}, {Page: units.PageSize, File: outer + "/memory.max", Max: 2 * mib, Swap: 4096}}},
+		"swap of the group below": {map[string]string{inner + "/memory.max": "1048576\n", inner + "/memory.current": "0\n", inner + "/memory.swap.max": "4096\n",
+			outer + "/memory.max": "2097152\n", outer + "/memory.current": "0\n", outer + "/memory.swap.max": "8192\n"},
+			[]Limit{{Page: units.PageSize, File: inner + "/memory.max", Max: mib, Swap: 4096}, {Page: units.PageSize, File: outer + "/memory.max", Max: 2 * mib, Swap: 8192}}},
+	} {
+		list := map[string]string{
+			"/proc/meminfo":        "SwapFree: 1048576 kB\n",
+			"/proc/self/mountinfo": "35 24 0:29 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+			"/proc/77/cgroup":      "0::/vms.slice/web1.service\n",
+		}
+		maps.Copy(list, c.list)
+		got, err := tree(t, list).limits(77)
+		for i := range got {
+			got[i].Name = ""
+		}
+		if err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v\n got %+v\nwant %+v", name, err, got, c.want)
 		}
 	}
 }
@@ -314,6 +357,8 @@ func TestParse(t *testing.T) {
 	}
 	for at, want := range map[[2]string]string{
 		{"/a/b", "/"}: "/a/b", {"/a/b", "/a"}: "/b", {"/a", "/a"}: "/", {"/ab", "/a"}: "", {"/../x", "/"}: "", {"/", "/"}: "/", {"x", "/"}: "",
+		// From a namespace: the mount shows more than that, or as much, or less.
+		{"/..", "/"}: "", {"/../../vms/a", "/../.."}: "/vms/a", {"/../..", "/../.."}: "/", {"/../../../a", "/../.."}: "", {"/a", "/.."}: "", {"/../a", "/../.."}: "", {"/../ab", "/../a"}: "",
 	} {
 		if got, ok := below(at[0], at[1]); ok != (want != "") || ok && got != want {
 			t.Errorf("%v: %q, %v", at, got, ok)
