@@ -11,6 +11,7 @@ import (
 func TestDecider(t *testing.T) {
 	unsure := &hostv1.Eviction{Vm: "web1", Peer: "hostb", NeedsFencing: true}
 	sure := &hostv1.Eviction{Vm: "web1", Peer: "hostb"}
+	last := &hostv1.Eviction{Vm: "web1", Peer: "hostb", LastCopy: true}
 	fences := &hostv1.Eviction{Vm: "web1", Peer: "hostb", NeedsFencing: true, CanFence: true}
 	for _, test := range []struct {
 		name    string
@@ -30,6 +31,11 @@ func TestDecider(t *testing.T) {
 		{"denied", unsure, true, decider{confirm: "web1"}, []string{"y"}, []string{"nothing was decided"}, true},
 		{"told of the command", fences, true, decider{}, []string{""}, []string{"With --fence"}, true},
 		{"discarded", unsure, false, decider{}, []string{"web1"}, []string{"will be ended"}, false},
+		{"the last copy discarded", last, false, decider{confirm: "web1", lose: "web1"}, nil, nil, false},
+		{"the last copy not meant", last, false, decider{confirm: "web1"}, nil, []string{"--lose web1 is missing", "may be the last one", "hostb has not said"}, true},
+		{"the last copy, asked", last, false, decider{}, []string{"web1", "web1"}, []string{"you accept that the VM is lost", "will be ended"}, false},
+		{"the last copy, denied", last, false, decider{confirm: "web1"}, []string{"y"}, []string{"nothing was decided"}, true},
+		{"the last copy resumed", last, true, decider{confirm: "web1"}, nil, nil, false},
 		{"not discarded", unsure, false, decider{}, []string{""}, []string{"nothing was decided"}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {

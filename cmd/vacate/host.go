@@ -308,6 +308,7 @@ type decider struct {
 	confirm string
 	fenced  string
 	fence   bool
+	lose    string
 	ask     func(question string) (string, error) // nil: nobody can be asked
 }
 
@@ -337,6 +338,13 @@ func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
 			what += fmt.Sprintf("\nWith --fence, vacated fences host %s first, by its command.", peer)
 		}
 		if err := ask(what, "--fenced "+peer, peer, &o.fenced); err != nil {
+			return err
+		}
+	}
+	if !resume && e.LastCopy {
+		what := fmt.Sprintf("The copy of VM %[1]s on this host may be the last one: host %[2]s has not said that it has all of the VM's memory.\n"+
+			"With --lose %[1]s you accept that the VM is lost, with its memory and what it had not written to its disks.", vm, peer)
+		if err := ask(what, "--lose "+vm, vm, &o.lose); err != nil {
 			return err
 		}
 	}
@@ -377,6 +385,11 @@ VM's QEMU there has ended, resume-here needs one of
 If HOST answers all the same, nothing is decided. If it comes back later, it
 hears of the decision, and ends its copy of the VM.
 
+The copy here may be the last one. So unless it is of no use, discard needs
+
+  --lose VM      You accept that the VM is lost, with its memory and what it had
+                 not written to its disks, if HOST does not have all of it.
+
 What is missing is asked for on a terminal; elsewhere all flags are needed. To
 keep a copy whatever is decided: vacate export.`,
 		Args: cobra.ExactArgs(2),
@@ -384,6 +397,7 @@ keep a copy whatever is decided: vacate export.`,
 	c.Flags().StringVar(&o.confirm, "confirm", "", "`NAME` of the VM, once more")
 	c.Flags().StringVar(&o.fenced, "fenced", "", "assert that the other `HOST` is powered off or cut off, or that the VM's QEMU there has ended")
 	c.Flags().BoolVar(&o.fence, "fence", false, "have vacated fence the other host first, by its command")
+	c.Flags().StringVar(&o.lose, "lose", "", "accept that the `VM` is lost, if the other host does not have all of it")
 	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		decision, ok := map[string]hostv1.Decision{
 			string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE, string(evict.Discard): hostv1.Decision_DECISION_DISCARD,
@@ -402,7 +416,7 @@ keep a copy whatever is decided: vacate export.`,
 			return nil, err
 		}
 		r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{
-			Id: e.Id, Decision: decision, Confirm: o.confirm, Fenced: o.fenced, Fence: o.fence}))
+			Id: e.Id, Decision: decision, Confirm: o.confirm, Fenced: o.fenced, Fence: o.fence, Lose: o.lose}))
 		if err != nil {
 			return nil, err
 		}

@@ -638,7 +638,8 @@ const (
 	// ResumeHere has the VM go on at the source, from when it was frozen. Whoever decides
 	// so knows that the VM is gone at the destination, and that nobody starts it there.
 	ResumeHere Decision = "resume-here"
-	// Discard gives the copy at the source up.
+	// Discard gives the copy at the source up. Whoever decides so knows that the VM is whole at the
+	// destination, or accepts that it is lost.
 	Discard Decision = "discard"
 )
 
@@ -652,12 +653,13 @@ var ErrAnswers = errors.New("the destination answers for the VM")
 // ErrUnfenced is wrapped by the error of Decide when nobody says that the twin is dead.
 var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination")
 
-// Decide does what an operator decided. No engine may be at work on the eviction. For ResumeHere, fenced is why the twin is
-// dead for good, in words: who asserts it. It may be empty where the destination has said so itself. The destination
-// is asked once more, and what it says counts more; whether it has heard of the decision is left to Tell.
-func (s Source) Decide(ctx context.Context, d Decision, fenced string) error {
+// Decide does what an operator decided of an eviction whose last mark is m. No engine may be at work on
+// it. For ResumeHere, fenced is why the twin is dead for good, in words: who asserts it. It may be empty
+// where the destination has said so itself. The destination is asked once more, and what it says counts
+// more; whether it has heard of the decision is left to Tell.
+func (s Source) Decide(ctx context.Context, m Mark, d Decision, fenced string) error {
 	e := s.engine(RollingBack)
-	e.mark = MarkMayRun
+	e.mark = m
 	_, err := e.done(e.decide(ctx, d, fenced))
 	return err
 }
@@ -680,6 +682,12 @@ func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 	case ResumeHere:
 		return e.resumeHere(ctx, fenced)
 	case Discard:
+		// One that answers needs the copy, or ends the eviction by itself.
+		if e.mark == MarkMayRun && !DeadThere(e.Journal) {
+			if err := e.askOnce(ctx, ""); errors.Is(err, ErrAnswers) {
+				return err
+			}
+		}
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
 			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}

@@ -27,35 +27,45 @@ func (emptyJournal) Note(evict.Mark, string) error { return nil }
 func (emptyJournal) Keep(string, []byte) error     { return nil }
 func (emptyJournal) Kept(string) ([]byte, error)   { return nil, fs.ErrNotExist }
 
-// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer. That hears whether the source has
-// heard how the eviction ended.
-func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict.Report, heard bool, err error) {
+// answering is a destination that gives one answer, and what connects to it. stop returns whether it heard that the source has heard how
+// the eviction ended.
+func answering(t *testing.T, answer evict.Answer) (connect func(context.Context) (*link.Session, error), stop func() (heard bool)) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	sessions := link.NewListener(ln, link.ListenOptions{})
-	defer sessions.Close()
 	requests, wait := evict.Requests(t.Context(), sessions.Accept, func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
-	defer wait()
-	answered, resumed := make(chan struct{}), make(chan struct{})
+	answered, over := make(chan bool, 1), make(chan struct{})
 	go func() {
-		defer close(answered)
 		select {
 		case r := <-requests:
-			heard = r.Answer(answer, "as the test has it", false, nil)
-		case <-resumed:
+			answered <- r.Answer(answer, "as the test has it", false, nil)
+		case <-over:
+			answered <- false
 		}
 	}()
-	s.Eviction, s.VM, s.Connect = journal.NewID(), "web1", link.Dialer{Addr: ln.Addr().String()}.Session
+	return link.Dialer{Addr: ln.Addr().String()}.Session, func() bool {
+		close(over)
+		heard := <-answered
+		wait()
+		sessions.Close()
+		return heard
+	}
+}
+
+// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer. That hears whether the source has
+// heard how the eviction ended.
+func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict.Report, heard bool, err error) {
+	t.Helper()
+	connect, stop := answering(t, answer)
+	s.Eviction, s.VM, s.Connect = journal.NewID(), "web1", connect
 	if s.Journal == nil {
 		s.Journal = emptyJournal{}
 	}
 	report, err = s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)
-	close(resumed)
-	<-answered
-	return report, heard, err
+	return report, stop(), err
 }
 
 // A source whose QEMU has ended asks what became of the VM, too.
@@ -106,20 +116,44 @@ func factsOf(t *testing.T, p process.Process, boot string) evict.Journal {
 	return j
 }
 
-// After the host booted anew, a process of the same number and the same start is not the VM's QEMU.
-func TestResumeAfterBoot(t *testing.T) {
+// stoppedProcess stands for the QEMU of a frozen VM.
+func stoppedProcess(t *testing.T) process.Process {
+	t.Helper()
 	cmd := exec.Command("/bin/sleep", "600")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	p, err := process.Find(cmd.Process.Pid)
+	if err == nil {
+		err = p.Stop(labtest.Within(t, 10*time.Second))
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.Stop(labtest.Within(t, 10*time.Second)); err != nil {
-		t.Fatal(err)
+	return p
+}
+
+// A copy is not given up that the destination still needs, or that is not for an operator to give up.
+func TestDiscard(t *testing.T) {
+	for answer, gone := range map[evict.Answer]bool{
+		evict.AnswerRunning: false, evict.AnswerPaused: false, evict.AnswerComplete: false, evict.AnswerShutDown: false, evict.AnswerNeverRan: false,
+		evict.AnswerLost: true, evict.AnswerUnknown: true,
+	} {
+		p := stoppedProcess(t)
+		connect, stop := answering(t, answer)
+		s := evict.Source{Eviction: journal.NewID(), VM: "web1", QMP: filepath.Join(t.TempDir(), "none"), Process: p, Journal: new(memoryJournal), Connect: connect}
+		err := s.Decide(labtest.Within(t, 10*time.Second), evict.MarkMayRun, evict.Discard, "")
+		stop()
+		if gone != (err == nil) || !gone && !errors.Is(err, evict.ErrAnswers) || p.Alive() == gone {
+			t.Errorf("the destination says %q: discard: %v; the copy lives: %v", answer, err, p.Alive())
+		}
 	}
+}
+
+// After the host booted anew, a process of the same number and the same start is not the VM's QEMU.
+func TestResumeAfterBoot(t *testing.T) {
+	p := stoppedProcess(t)
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none"), Journal: factsOf(t, p, "another")}
 	if report, _, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
 		t.Errorf("%+v, %v", report, err)
@@ -149,7 +183,7 @@ func TestStopAgain(t *testing.T) {
 		Connect: func(context.Context) (*link.Session, error) { return nil, errors.New("nobody is there") }}
 	for what, do := range map[string]func() error{
 		"export":      func() error { return s.Export(t.Context(), filepath.Join(t.TempDir(), "file")) }, // there is no head
-		"resume here": func() error { return s.Decide(t.Context(), evict.ResumeHere, "") },
+		"resume here": func() error { return s.Decide(t.Context(), evict.MarkMayRun, evict.ResumeHere, "") },
 	} {
 		if err := p.Continue(); err != nil {
 			t.Fatal(err)

@@ -372,7 +372,10 @@ func (h api) Decide(ctx context.Context, req *connect.Request[hostv1.DecideReque
 	if d == evict.Discard && (req.Msg.Fenced != "" || req.Msg.Fence) {
 		return nil, coded(&argumentError{errors.New("fenced and fence are for the decision to resume the VM here alone")})
 	}
-	if err := v.decide(ctx, word{decision: d, fenced: req.Msg.Fenced, fence: req.Msg.Fence, by: askerOf(ctx)}); err != nil {
+	if d == evict.ResumeHere && req.Msg.Lose != "" {
+		return nil, coded(&argumentError{errors.New("lose is for the decision to discard the copy here alone")})
+	}
+	if err := v.decide(ctx, word{decision: d, lose: req.Msg.Lose, fenced: req.Msg.Fenced, fence: req.Msg.Fence, by: askerOf(ctx)}); err != nil {
 		return nil, coded(err)
 	}
 	return connect.NewResponse(v.message()), nil
@@ -411,6 +414,7 @@ func (v *eviction) message() *hostv1.Eviction {
 		Options: optionsMessage(r.Options),
 	}
 	m.Advice, m.Remedy = v.prospects()
+	m.LastCopy = m.Decidable && v.last()
 	m.NeedsFencing = m.Decidable && r.Role == journal.Source && !v.dead()
 	m.CanFence = m.NeedsFencing && len(v.host.config.Peers[r.Peer].Fence) > 0
 	if err := v.entry.Err(); err != nil {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
+	"vacate/internal/sys/process"
 )
 
 // What an operator is told depends on what can still come of an eviction: what cannot be undone is offered late.
@@ -19,7 +21,11 @@ func TestProspects(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer j.Close()
-	const export, resume, discard = "export ID FILE", "decide ID resume-here", "decide ID discard --confirm web1"
+	const export, resume, discard = "export ID FILE", "decide ID resume-here", "decide ID discard"
+	own, err := process.Find(os.Getpid()) // stands for the QEMU
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		name     string
 		role     journal.Role
@@ -39,6 +45,7 @@ func TestProspects(t *testing.T) {
 		{"lost, and dead", journal.Source, evict.MarkLost, "dead-there", true, 0, false, []string{export, resume + " --confirm web1", discard},
 			[]string{"runs no more on host hostb"}},
 		{"lost, and perhaps alive", journal.Source, evict.MarkLost, "", false, 0, false, []string{export, resume, discard}, []string{"may run on host hostb"}},
+		{"not whole, and dead", journal.Source, evict.MarkLost, "given-back dead-there", true, 0, false, []string{discard + " --confirm web1"}, []string{"not whole"}},
 		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false, []string{discard}, []string{"not whole"}},
 		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
 		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard}, nil},
@@ -51,12 +58,13 @@ func TestProspects(t *testing.T) {
 			if test.fence {
 				h.config.Peers["hostb"] = Peer{Fence: []string{"/bin/off", "{host}"}}
 			}
-			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1", Peer: "hostb", Mark: string(evict.MarkBegun)})
+			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1", Peer: "hostb", Mark: string(evict.MarkBegun),
+				PID: own.PID, StartTime: own.StartTime})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if test.kept != "" {
-				if err := entry.Keep(test.kept, nil); err != nil {
+			for name := range strings.FieldsSeq(test.kept) {
+				if err := entry.Keep(name, nil); err != nil {
 					t.Fatal(err)
 				}
 			}

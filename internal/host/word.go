@@ -13,6 +13,8 @@ import (
 // word is what an operator decided of a VM that an eviction left in two places, or may have.
 type word struct {
 	decision evict.Decision
+	// For evict.Discard: the VM's name. The operator accepts that the VM is lost.
+	lose string
 	// For evict.ResumeHere: the other host, of which the operator asserts that the VM can run there no more.
 	fenced string
 	// In place of fenced: the other host is to be fenced first, by its command.
@@ -47,6 +49,15 @@ func (v *eviction) decidable() bool {
 // dead reports whether the VM is known to run no more on the other host, without an operator's word.
 func (v *eviction) dead() bool { return evict.DeadThere(record{v.entry}) }
 
+// last reports whether the copy of the VM here may be the last one that is whole, or the newest.
+func (v *eviction) last() bool {
+	r := record{v.entry}
+	if r.Record().Role == journal.Destination {
+		return true
+	}
+	return v.process().Alive() && (evict.Whole(r) == nil || !evict.DeadThere(r))
+}
+
 // silence is how long nothing has come from the other host.
 func (v *eviction) silence() time.Duration {
 	v.mu.Lock()
@@ -69,7 +80,10 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		return "", nil
 	}
 	silent := v.silence()
-	discard := fmt.Sprintf("vacate decide %v discard --confirm %s", r.ID, r.VM)
+	discard := fmt.Sprintf("vacate decide %v discard", r.ID) // without what it accepts: that is asked for
+	if !v.last() {
+		discard += " --confirm " + r.VM
+	}
 	if r.Role == journal.Destination {
 		advice = fmt.Sprintf("VM %s runs on host %s, until it needs memory that only host %s has, which has not answered for %.0f s. "+
 			"Where vacated on %[3]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[3]s meanwhile, "+
@@ -155,6 +169,11 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	if !v.decidable() {
 		return &stateError{errors.New(v.undecidable())}
 	}
+	if w.decision == evict.Discard {
+		if err := v.discardable(w); err != nil {
+			return err
+		}
+	}
 	if r.Role == journal.Destination {
 		return v.giveUpTwin(w)
 	}
@@ -172,11 +191,12 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	if err := v.stop(context.WithoutCancel(ctx)); err != nil {
 		return err
 	}
-	if m := v.mark(); m != evict.MarkMayRun && m != evict.MarkLost {
+	m := v.mark()
+	if m != evict.MarkMayRun && m != evict.MarkLost {
 		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
 	}
 	// What was decided is done, whoever listens.
-	decide := func(fenced string) error { return s.Decide(context.WithoutCancel(ctx), w.decision, fenced) }
+	decide := func(fenced string) error { return s.Decide(context.WithoutCancel(ctx), m, w.decision, fenced) }
 	fenced := ""
 	if w.fenced != "" {
 		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, r.Peer)
@@ -199,7 +219,7 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		v.recoverSource()
 		return err
 	}
-	m := evict.MarkResumedHere
+	m = evict.MarkResumedHere
 	if w.decision == evict.Discard {
 		m = evict.MarkDiscarded
 	}
@@ -228,6 +248,31 @@ func (v *eviction) resumable(w word) error {
 		return &stateError{errors.New(v.unfenced())}
 	}
 	return nil
+}
+
+// discardable says what is missing for the copy here to be given up.
+func (v *eviction) discardable(w word) error {
+	r, here := v.entry.Record(), v.host.name()
+	switch {
+	case w.lose == r.VM || w.lose == "" && !v.last():
+		return nil
+	case w.lose != "":
+		return &argumentError{fmt.Errorf("lose is %q, and the VM of this eviction is %q", w.lose, r.VM)}
+	case r.Role == journal.Destination:
+		return &stateError{fmt.Errorf("VM %[1]s runs on host %[2]s, and that is its newest copy: what it did since it came would be lost, "+
+			"and all of it where host %[3]s has no copy any more. Look on host %[3]s first (vacate status %[1]s). "+
+			"If host %[3]s comes back, the eviction goes on by itself. --lose %[1]s says that you accept the loss", r.VM, here, r.Peer)}
+	}
+	where := fmt.Sprintf("host %s has not said that it has all of the VM's memory", r.Peer)
+	if v.dead() {
+		where = fmt.Sprintf("the VM runs no more on host %s", r.Peer)
+	}
+	text := fmt.Sprintf("the copy of VM %s that stands frozen on host %s may be the last one: %s. Without it the VM is lost, with its memory "+
+		"and what it had not written to its disks, unless it runs on host %s and has all of its memory there", r.VM, here, where, r.Peer)
+	if evict.Whole(record{v.entry}) == nil {
+		text += fmt.Sprintf(". `vacate export %v FILE` keeps a copy", r.ID)
+	}
+	return &stateError{fmt.Errorf("%s. --lose %s says that you accept the loss", text, r.VM)}
 }
 
 // unfenced says that an assertion is missing.

@@ -52,6 +52,13 @@ func (r *run) say(s *site, d hostv1.Decision, fenced string, fence bool) error {
 	return err
 }
 
+// discard gives up the copy on a host.
+func (r *run) discard(s *site, lose string) error {
+	_, err := s.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(
+		&hostv1.DecideRequest{Id: r.eviction, Decision: hostv1.Decision_DECISION_DISCARD, Confirm: "web1", Lose: lose}))
+	return err
+}
+
 // refused makes sure that a word was not heeded, and that what was said has some texts.
 func (r *run) refused(err error, code connect.Code, texts ...string) {
 	r.t.Helper()
@@ -82,7 +89,7 @@ func (r *run) over(s *site, outcome string) *hostv1.Eviction {
 // An operator's word about a VM that may run on two hosts is hard to give wrongly; and where it was wrong, the copy
 // that the operator did not mean ends as soon as either host hears of the other.
 func TestWord(t *testing.T) {
-	const resume, discard = hostv1.Decision_DECISION_RESUME_HERE, hostv1.Decision_DECISION_DISCARD
+	const resume = hostv1.Decision_DECISION_RESUME_HERE
 	l := labtest.New(t, lab.Options{Rate: 4e7})
 	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
 	r.a, r.b = sites(t, l)
@@ -122,7 +129,9 @@ func TestWord(t *testing.T) {
 	r.refused(r.say(r.a, resume, "", false), connect.CodeFailedPrecondition, "VM web1", "--fenced hostb", "--fence has", "goes on by itself")
 	r.refused(r.say(r.a, resume, "hosta", false), connect.CodeInvalidArgument, `"hostb"`)
 	r.refused(r.say(r.a, resume, "hostb", true), connect.CodeInvalidArgument, "one too many")
-	r.refused(r.say(r.a, discard, "hostb", false), connect.CodeInvalidArgument, "resume")
+	r.refused(r.say(r.a, hostv1.Decision_DECISION_DISCARD, "hostb", false), connect.CodeInvalidArgument, "resume")
+	r.refused(r.discard(r.a, ""), connect.CodeFailedPrecondition, "may be the last one", "hostb has not said", "vacate export "+r.eviction, "--lose web1")
+	r.refused(r.discard(r.a, "hostb"), connect.CodeInvalidArgument, `"web1"`)
 	os.WriteFile(code, []byte("3\n"), 0o644)
 	r.refused(r.say(r.a, resume, "", true), connect.CodeFailedPrecondition, "hostb could not be fenced", "hostb is not off yet", "exit status 3")
 	r.wait(r.a, "asking again", func(e *hostv1.Eviction) bool { return e.Decidable && e.State != "" })
@@ -187,13 +196,16 @@ func TestWord(t *testing.T) {
 		t.Errorf("the destination may at once: %q, %q", e.Advice, e.Remedy)
 	}
 	r.refused(r.say(r.b, resume, "hosta", false), connect.CodeFailedPrecondition, "discard", "hosta")
-	if err := r.say(r.b, discard, "", false); err != nil {
+	if err := r.discard(r.b, ""); err == nil || !strings.Contains(err.Error(), "newest copy") || !strings.Contains(err.Error(), "--lose web1") {
+		t.Errorf("the copy at the destination is given up: %v", err)
+	}
+	if err := r.discard(r.b, "web1"); err != nil {
 		t.Fatal(err)
 	}
 	r.over(r.b, "lost contact")
 	r.a.start()
 	e = r.wait(r.a, "lost", func(e *hostv1.Eviction) bool { return e.Mark == "lost" && e.Decidable })
-	if e.NeedsFencing || len(e.Remedy) != 3 || !strings.HasSuffix(e.Remedy[1], "resume-here --confirm web1") || !strings.Contains(e.Reason, "gave up the copy of VM web1 on host hostb") {
+	if e.NeedsFencing || !e.LastCopy || len(e.Remedy) != 3 || !strings.HasSuffix(e.Remedy[1], "resume-here --confirm web1") || !strings.Contains(e.Reason, "gave up the copy of VM web1 on host hostb") {
 		t.Errorf("the source: %v", e)
 	}
 	if err := r.say(r.a, resume, "", false); err != nil {

@@ -99,8 +99,8 @@ type HostClient interface {
 	Abort(context.Context, *connect.Request[AbortRequest]) (*connect.Response[Eviction], error)
 	// Decide ends an eviction that only an operator can end: the VM stands frozen here, may have run on the other host, and that
 	// cannot be asked or has lost it. At the destination of an eviction only discard is possible, while the source does not answer.
-	// With fence it takes as long as the fencing command. Codes: not_found, invalid_argument (confirm or fenced is wrong),
-	// failed_precondition (it is not for an operator to decide, or fenced is missing, or fencing failed: the message says what
+	// With fence it takes as long as the fencing command. Codes: not_found, invalid_argument (confirm, fenced or lose is wrong),
+	// failed_precondition (it is not for an operator to decide, or fenced or lose is missing, or fencing failed: the message says what
 	// the daemon does about it).
 	Decide(context.Context, *connect.Request[DecideRequest]) (*connect.Response[Eviction], error)
 	// Export writes the memory and the device state of a VM that stands frozen here into a new file, and returns when
@@ -326,8 +326,8 @@ type HostHandler interface {
 	Abort(context.Context, *connect.Request[AbortRequest]) (*connect.Response[Eviction], error)
 	// Decide ends an eviction that only an operator can end: the VM stands frozen here, may have run on the other host, and that
 	// cannot be asked or has lost it. At the destination of an eviction only discard is possible, while the source does not answer.
-	// With fence it takes as long as the fencing command. Codes: not_found, invalid_argument (confirm or fenced is wrong),
-	// failed_precondition (it is not for an operator to decide, or fenced is missing, or fencing failed: the message says what
+	// With fence it takes as long as the fencing command. Codes: not_found, invalid_argument (confirm, fenced or lose is wrong),
+	// failed_precondition (it is not for an operator to decide, or fenced or lose is missing, or fencing failed: the message says what
 	// the daemon does about it).
 	Decide(context.Context, *connect.Request[DecideRequest]) (*connect.Response[Eviction], error)
 	// Export writes the memory and the device state of a VM that stands frozen here into a new file, and returns when

@@ -42,7 +42,7 @@ const (
 	// The VM goes on here. If it is not dead on the other host for good, two copies run and spoil the disks that they share. So
 	// either the other host has said that its QEMU has ended, or fenced or fence is needed.
 	Decision_DECISION_RESUME_HERE Decision = 1
-	// The copy here is given up: its QEMU is ended.
+	// The copy here is given up: its QEMU is ended. Where that may be the last copy, lose is needed.
 	Decision_DECISION_DISCARD Decision = 2
 )
 
@@ -1081,7 +1081,10 @@ type DecideRequest struct {
 	// disks and network, or that the VM's QEMU there has ended. Empty: nothing is asserted.
 	Fenced string `protobuf:"bytes,4,opt,name=fenced,proto3" json:"fenced,omitempty"`
 	// For resume_here, in place of fenced: the daemon runs the fencing command of the other host first, which must succeed.
-	Fence         bool `protobuf:"varint,5,opt,name=fence,proto3" json:"fence,omitempty"`
+	Fence bool `protobuf:"varint,5,opt,name=fence,proto3" json:"fence,omitempty"`
+	// For discard: the VM's name. The operator accepts that the VM is lost, if the other host does not have all of it. Empty: nothing
+	// is accepted.
+	Lose          string `protobuf:"bytes,6,opt,name=lose,proto3" json:"lose,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1149,6 +1152,13 @@ func (x *DecideRequest) GetFence() bool {
 		return x.Fence
 	}
 	return false
+}
+
+func (x *DecideRequest) GetLose() string {
+	if x != nil {
+		return x.Lose
+	}
+	return ""
 }
 
 type ExportRequest struct {
@@ -1316,7 +1326,9 @@ type Eviction struct {
 	// The daemon has a command to fence the other host.
 	CanFence bool `protobuf:"varint,21,opt,name=can_fence,json=canFence,proto3" json:"can_fence,omitempty"`
 	// The VM was resumed here, and the other host has not heard that yet: it is told as soon as it answers.
-	Untold        bool `protobuf:"varint,22,opt,name=untold,proto3" json:"untold,omitempty"`
+	Untold bool `protobuf:"varint,22,opt,name=untold,proto3" json:"untold,omitempty"`
+	// The copy of the VM here may be the last one: Decide with discard needs lose.
+	LastCopy      bool `protobuf:"varint,23,opt,name=last_copy,json=lastCopy,proto3" json:"last_copy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1501,6 +1513,13 @@ func (x *Eviction) GetCanFence() bool {
 func (x *Eviction) GetUntold() bool {
 	if x != nil {
 		return x.Untold
+	}
+	return false
+}
+
+func (x *Eviction) GetLastCopy() bool {
+	if x != nil {
+		return x.LastCopy
 	}
 	return false
 }
@@ -2677,20 +2696,21 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"skipChecks\"6\n" +
 	"\fAbortRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x9d\x01\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb1\x01\n" +
 	"\rDecideRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x124\n" +
 	"\bdecision\x18\x02 \x01(\x0e2\x18.vacate.host.v1.DecisionR\bdecision\x12\x18\n" +
 	"\aconfirm\x18\x03 \x01(\tR\aconfirm\x12\x16\n" +
 	"\x06fenced\x18\x04 \x01(\tR\x06fenced\x12\x14\n" +
-	"\x05fence\x18\x05 \x01(\bR\x05fence\"3\n" +
+	"\x05fence\x18\x05 \x01(\bR\x05fence\x12\x12\n" +
+	"\x04lose\x18\x06 \x01(\tR\x04lose\"3\n" +
 	"\rExportRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\"P\n" +
 	"\x0eExportResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x14\n" +
-	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xb0\x05\n" +
+	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xcd\x05\n" +
 	"\bEviction\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
 	"\x02vm\x18\x02 \x01(\tR\x02vm\x12\x12\n" +
@@ -2716,7 +2736,8 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x06advice\x18\x13 \x01(\tR\x06advice\x12#\n" +
 	"\rneeds_fencing\x18\x14 \x01(\bR\fneedsFencing\x12\x1b\n" +
 	"\tcan_fence\x18\x15 \x01(\bR\bcanFence\x12\x16\n" +
-	"\x06untold\x18\x16 \x01(\bR\x06untold\"\xc8\x02\n" +
+	"\x06untold\x18\x16 \x01(\bR\x06untold\x12\x1b\n" +
+	"\tlast_copy\x18\x17 \x01(\bR\blastCopy\"\xc8\x02\n" +
 	"\bProgress\x12\x1b\n" +
 	"\telapsed_s\x18\x01 \x01(\x01R\belapsedS\x12\x1d\n" +
 	"\n" +
