@@ -1,0 +1,9 @@
+package main
+
+import (
+	"testing"
+
+	"vacate/internal/cli/clitest"
+)
+
+func TestDocsCommands(t *testing.T) { clitest.Check(t, "vacate", rootCommand) }
