@@ -67,12 +67,17 @@ fuzz: ## every fuzz target for FUZZTIME (10s)
 #   G204, G304 commands and files by variables: an operator's own, or of the host's own descriptions, never a peer's
 GOSEC = github.com/securego/gosec/v2/cmd/gosec@v2.30.0 -quiet -exclude-generated -exclude=G103,G104,G115,G204,G304
 
-lint: ## gofmt, go vet, staticcheck, gosec
+MISSPELL = github.com/golangci/misspell/cmd/misspell@v0.7.0 -error
+
+lint: ## gofmt, go vet, staticcheck, gosec, and of prose: links, lines, phrases, spelling
 	@files=$$(find . -name '*.go' -not -path './.lab/*' | xargs gofmt -l) && \
 	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) run $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
+	$(GO) test -count=1 -run '^Test(Docs(Links|Style|Picture)|CommentStyle)$$' .
+	find . -name '*.md' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) {} +
+	find . -name '*.go' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) -source go {} +
 
 generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
 	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }

@@ -164,7 +164,7 @@ func classifyAll(pages []pageclass.Page, flags []byte, mglru bool) {
 	}
 }
 
-// mglru tells whether the multi-generational LRU is on (admin-guide/mm/multigen_lru.rst).
+// mglru reports whether the multi-generational LRU is on (admin-guide/mm/multigen_lru.rst).
 func (g *guest) mglru() bool {
 	b, err := g.read(g.sys + "/kernel/mm/lru_gen/enabled")
 	if err != nil {

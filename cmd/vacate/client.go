@@ -103,8 +103,8 @@ func away(err error) bool {
 	return connect.CodeOf(err) == connect.CodeUnavailable || unanswered(err)
 }
 
-// unanswered reports whether a call ended without a word of the daemon, as it was killed, say. Whether it did what it was asked to is not known then,
-// unless nobody took the call.
+// unanswered reports whether a call ended without a word of the daemon, as it was killed, say.
+// Whether it did what it was asked to is not known then, unless nobody took the call.
 func unanswered(err error) bool {
 	var said *connect.Error
 	if !errors.As(err, &said) || connect.IsWireError(err) || errors.Is(err, fs.ErrPermission) {
@@ -118,8 +118,8 @@ func untaken(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
-// find returns the eviction that a word means: an ID, the first digits of one, or a VM, of which it is the one under way or
-// else the latest.
+// find returns the eviction that a word means: an ID, the first digits of one, or a VM. Of a VM's
+// evictions it is the one under way, or else the latest.
 func (d *daemon) find(ctx context.Context, word string) (*hostv1.Eviction, error) {
 	r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 	if err != nil {
@@ -210,7 +210,8 @@ type detached struct{ text string }
 func (d detached) Error() string        { return d.text }
 func (d detached) Is(target error) bool { return target == errDetached }
 
-// beginUnknown says that nobody knows whether an eviction began, as the daemon was asked and did not answer.
+// beginUnknown says that nobody knows whether an eviction began, as the daemon was asked and did
+// not answer.
 func (d *daemon) beginUnknown(vm string, err error) error {
 	return detached{fmt.Sprintf("%v. Whether the eviction of VM %s began is not known: `vacate status %[2]s` tells", d.explain(err), vm)}
 }
@@ -235,7 +236,8 @@ func goesOn(e *hostv1.Eviction) string {
 // awayTime is how long a daemon may be away before its eviction is watched no longer.
 const awayTime = 2 * time.Minute
 
-// follow shows an eviction until it has ended, and returns it as it was then. seen, which may be nil, is told of each message.
+// follow shows an eviction until it has ended, and returns it as it was then. seen, which may be
+// nil, is told of each message.
 func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (*hostv1.Eviction, error) {
 	gone := time.Time{}
 	patience := cmp.Or(d.patience, awayTime)
@@ -267,7 +269,8 @@ func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*ho
 	}
 }
 
-// stream follows an eviction as far as the daemon tells. An eviction without an error is one that has ended.
+// stream follows an eviction as far as the daemon tells. An eviction without an error is one that
+// has ended.
 func (d *daemon) stream(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (last *hostv1.Eviction, err error) {
 	stream, err := d.WatchEviction(ctx, connect.NewRequest(&hostv1.WatchEvictionRequest{Id: id}))
 	if err != nil {

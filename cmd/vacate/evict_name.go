@@ -74,7 +74,7 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 	return failure(last)
 }
 
-// preflight shows what stands against an eviction, and refuses it if anything would have it fail.
+// preflight shows what would block an eviction, and refuses it if anything would make it fail.
 func (o evictOptions) preflight(ctx context.Context, vm string, s *screen) error {
 	r, err := o.daemon.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{Vm: vm, To: o.to}))
 	if err != nil {
@@ -108,8 +108,8 @@ func findingLine(f doctor.Finding) string {
 	return clean(line)
 }
 
-// attend follows an eviction. SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was
-// confirmed; the second one ends the command alone.
+// attend follows an eviction. SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a
+// terminal when that was confirmed; the second one ends the command alone.
 func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Eviction, error) {
 	var mu sync.Mutex
 	var now *hostv1.Eviction

@@ -61,7 +61,8 @@ func (d *dying) listen(t *testing.T, socket string) (stop func()) {
 	})
 }
 
-// A daemon that is killed under a command that follows an eviction is waited for; and is told of in words when it does not come back.
+// A daemon that is killed under a command that follows an eviction is waited for; and is told of in
+// words when it does not come back.
 func TestFollow(t *testing.T) {
 	dir, err := os.MkdirTemp("", "vacate") // short, for the socket
 	if err != nil {

@@ -30,7 +30,8 @@ func hostCommands() []*cobra.Command {
 		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand()}
 }
 
-// askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's JSON.
+// askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's
+// JSON.
 func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args []string, w io.Writer) (answer proto.Message, err error)) *cobra.Command {
 	var d daemon
 	var asJSON bool

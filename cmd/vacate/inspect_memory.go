@@ -330,7 +330,7 @@ func still(ctx context.Context, path string, c *qmp.Client, limit time.Duration,
 
 var errRan = errors.New("someone else had the VM run during the survey: try again")
 
-// happened tells whether an event has come.
+// happened reports whether an event has come.
 func happened(events *qmp.Subscription, name string) bool {
 	for {
 		select {

@@ -176,7 +176,7 @@ func profile(file string) (stop func() error, err error) {
 	if file == "" {
 		return func() error { return nil }, nil
 	}
-	f, err := os.Create(file) // #nosec G703 -- whoever sets the variable starts the program
+	f, err := os.Create(file) // #nosec G703 -- who sets the variable also starts the program
 	if err != nil {
 		return nil, fmt.Errorf("VACATE_CPUPROFILE: %w", err)
 	}

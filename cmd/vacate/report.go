@@ -181,8 +181,8 @@ type reportFile struct {
 // reportRoom is more than a report takes, in bytes.
 const reportRoom = 64 << 10
 
-// reserveReport makes sure that a report can be written to a file, before the eviction
-// that is to be reported. A file of that name stays what it is until write.
+// reserveReport makes sure, before an eviction, that its report can be written to a file. A file
+// of that name stays what it is until write.
 func reserveReport(name string) (_ *reportFile, err error) {
 	defer func() {
 		if err != nil {

@@ -54,7 +54,7 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 		if file == "-" {
 			_, err = b.WriteTo(w)
 		} else {
-			err = os.WriteFile(file, b.Bytes(), 0o644) // #nosec G306 -- a page is to be shown
+			err = os.WriteFile(file, b.Bytes(), 0o644) // #nosec G306 -- pages are for others to read
 		}
 		return e, err
 	})

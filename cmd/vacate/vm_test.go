@@ -210,7 +210,8 @@ func readReport(t testing.TB, name string) evict.Report {
 // nobody reading what it says; then not at all, as a Ctrl-C comes in time; then to a QEMU
 // that dies.
 func TestVM(t *testing.T) {
-	// Under nohup SIGHUP is ignored, and processes inherit that. One that is waited for they do not.
+	// Under nohup SIGHUP is ignored, and processes inherit that. One that is waited for they do
+	// not.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)

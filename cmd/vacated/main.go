@@ -1,4 +1,5 @@
-// Command vacated is the daemon of a host from which VMs are evicted, or to which. `vacated --help` tells how.
+// Command vacated is the daemon of a host from which VMs are evicted, or to which. `vacated --help`
+// tells how.
 package main
 
 import (

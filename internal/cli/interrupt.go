@@ -16,13 +16,13 @@ type Interrupted struct{ Signal syscall.Signal }
 
 func (i Interrupted) Error() string { return "interrupted by " + unix.SignalName(i.Signal) }
 
-// Is makes it a cancellation to whoever asks for that.
+// Is lets errors.Is find a cancellation in it.
 func (i Interrupted) Is(target error) bool { return target == context.Canceled }
 
-// OnSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the
-// context is to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error
-// of the write alone: an eviction does not die because its output went away. Signals that
-// the process was started with as ignored, as by nohup, stay ignored.
+// OnSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the context is
+// to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error of
+// the write alone: an eviction does not die because its output went away. Signals that the process
+// was started with as ignored, as by nohup, stay ignored.
 func OnSignal(ctx context.Context, ask func(syscall.Signal) error) (_ context.Context, stop func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -1,5 +1,6 @@
-// Package htmlreport writes self-contained HTML: what an eviction did, as one file that needs no network to be looked at. Its charts are
-// drawn by uPlot (https://github.com/leeoniya/uPlot, MIT), which is part of the file.
+// Package htmlreport writes self-contained HTML: what an eviction did, as one file that needs no
+// network to be looked at. Its charts are drawn by uPlot (https://github.com/leeoniya/uPlot, MIT),
+// which is part of the file.
 package htmlreport
 
 import (
@@ -16,7 +17,8 @@ import (
 //go:embed assets/*
 var assets embed.FS
 
-// Eviction is what a page tells of one. All texts in it may come from elsewhere: the page shows them as texts.
+// Eviction is what a page tells of one. All texts in it may come from elsewhere: the page shows
+// them as texts.
 type Eviction struct {
 	ID      string       `json:"id"`
 	VM      string       `json:"vm"`
@@ -27,7 +29,8 @@ type Eviction struct {
 	Reason  string       `json:"reason,omitempty"`
 	Report  evict.Report `json:"report"`
 	Trace   *evict.Trace `json:"trace,omitempty"` // nil: not known
-	// Charts are what others have measured, such as the throughput of guests. Times in them are seconds after the report's Begun.
+	// Charts are what others have measured, such as the throughput of guests. Times in them are
+	// seconds after the report's Begun.
 	Charts []Chart `json:"charts,omitempty"`
 	// Notes are paragraphs ahead of all.
 	Notes []string `json:"notes,omitempty"`

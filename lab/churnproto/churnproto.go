@@ -143,7 +143,7 @@ type Reply struct {
 
 // Trace says how to find what the guest's kernel writes when its page allocator allocates
 // or frees: perf(2) rings of the tracepoints kmem:mm_page_alloc and kmem:mm_page_free, one
-// a CPU. Whoever reads them moves their tail himself; as long as nobody has, they are full.
+// a CPU. Their reader moves the tail; as long as there is none, they are full.
 type Trace struct {
 	Rings []Ring `json:"rings"`
 	Alloc Event  `json:"alloc"`

@@ -55,12 +55,12 @@ func (s *Set) Size() int { return s.size }
 // Count is the number of pages in the set.
 func (s *Set) Count() int { return s.count }
 
-// Has tells whether p is in the set. A page outside the block is in no set.
+// Has reports whether p is in the set. A page outside the block is in no set.
 func (s *Set) Has(p Page) bool {
 	return p < Page(s.size) && s.words[p/64]&(1<<(p%64)) != 0
 }
 
-// Add puts p into the set and tells whether it was absent.
+// Add puts p into the set and reports whether it was absent.
 func (s *Set) Add(p Page) bool {
 	if p >= Page(s.size) || s.Has(p) {
 		return false
@@ -70,7 +70,7 @@ func (s *Set) Add(p Page) bool {
 	return true
 }
 
-// Remove takes p out of the set and tells whether it was there.
+// Remove takes p out of the set and reports whether it was there.
 func (s *Set) Remove(p Page) bool {
 	if !s.Has(p) {
 		return false

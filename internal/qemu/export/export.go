@@ -95,7 +95,7 @@ func (v VM) Write(ctx context.Context, w io.Writer, progress func(done, total in
 	return nil
 }
 
-// stream is what is to be written.
+// stream is what Write writes.
 type stream struct {
 	memory  Memory
 	head    []byte // up to the footer of the RAM section's start

@@ -121,7 +121,8 @@ on each makes one Ethernet of both, in which clients are, too.`)
 			return err
 		}
 	}
-	// So that the other host does not starve with one, on a machine where clients and engines have the same two cores.
+	// So that the other host does not starve with one, on a machine where clients and engines have
+	// the same two cores.
 	if _, err := bench.SetPace(ctx, []bench.Loader{vms[0].client, vms[1].client}, 0.6); err != nil {
 		return err
 	}
@@ -271,7 +272,7 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 	if err := htmlreport.Write(&b, p); err != nil {
 		return err
 	}
-	if err := os.WriteFile(d.page, b.Bytes(), 0o644); err != nil { // #nosec G306 -- a page is to be shown
+	if err := os.WriteFile(d.page, b.Bytes(), 0o644); err != nil { // #nosec G306 -- pages are for others to read
 		return err
 	}
 	d.say(`%s shows it: open it in a browser. It needs no network. Of any other

@@ -1,5 +1,5 @@
-// Command vacate-lab makes real VMs on this machine, to try evictions and to measure them. It is not
-// installed with vacate.
+// Command vacate-lab makes real VMs on this machine, to try evictions and to measure them. It is
+// not installed with vacate.
 package main
 
 import (

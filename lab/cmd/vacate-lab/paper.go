@@ -73,7 +73,7 @@ directory.`,
 		opts.MemoryMiB, opts.ServerMiB = int(memory), int(serve)
 		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 		opts.Lab.Log = opts.Log
-		if err := os.MkdirAll(out, 0o755); err != nil { // #nosec G301 -- results are to be shown
+		if err := os.MkdirAll(out, 0o755); err != nil { // #nosec G301 -- results are for others to read
 			return err
 		}
 		opts.Done = func(r bench.ContentionRun) { fmt.Println(r) }

@@ -1,0 +1,255 @@
+package vacate_test
+
+import (
+	"bytes"
+	"go/parser"
+	"go/token"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"unicode"
+	"unicode/utf8"
+
+	"vacate/internal/cli/clitest"
+)
+
+var (
+	link      = regexp.MustCompile(`\[([^\]]*)\]\(([^)\s]+)\)`)
+	inlined   = regexp.MustCompile("`[^`]*`")
+	ownPath   = regexp.MustCompile("`((?:cmd|contrib|docs|internal|lab|packaging|scripts)/[^`\\s*]*)`")
+	heading   = regexp.MustCompile(`(?m)^#+ +(.+)$`)
+	fencing   = regexp.MustCompile("(?ms)^ *```.*?^ *```$")
+	goFunName = regexp.MustCompile("^`(?:[a-zA-Z]+\\.)?([A-Za-z]+)`$")
+)
+
+// anchors returns the anchors that GitHub makes of a document's headings.
+func anchors(text string) []string {
+	var list []string
+	for _, m := range heading.FindAllStringSubmatch(fencing.ReplaceAllString(text, ""), -1) {
+		title := link.ReplaceAllString(m[1], "$1")
+		anchor := strings.Map(func(r rune) rune {
+			switch {
+			case unicode.IsLetter(r), unicode.IsDigit(r), r == '-', r == '_':
+				return unicode.ToLower(r)
+			case r == ' ':
+				return '-'
+			}
+			return -1
+		}, strings.TrimSpace(title))
+		list = append(list, anchor)
+	}
+	return list
+}
+
+// TestDocsLinks follows every link of the documents that stays within the repository, and every
+// path in backquotes. A link whose text is the name of a function must lead to a file that has it.
+func TestDocsLinks(t *testing.T) {
+	for _, file := range clitest.Documents(t) {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := fencing.ReplaceAllString(string(b), "")
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
+			if strings.Contains(m[2], "://") || strings.HasPrefix(m[2], "mailto:") {
+				continue
+			}
+			target, anchor, _ := strings.Cut(m[2], "#")
+			to := file
+			if target != "" {
+				to = path.Join(path.Dir(file), target)
+			}
+			there, err := os.ReadFile(to)
+			if info, e := os.Stat(to); e == nil && info.IsDir() {
+				continue
+			}
+			switch {
+			case err != nil:
+				t.Errorf("%s: the link to %s leads nowhere", file, m[2])
+			case anchor != "" && !slices.Contains(anchors(string(there)), anchor):
+				t.Errorf("%s: %s has no heading for the link to %s", file, to, m[2])
+			}
+			if f := goFunName.FindStringSubmatch(m[1]); f != nil && strings.HasSuffix(to, ".go") {
+				if !regexp.MustCompile(`\b` + f[1] + `\b`).Match(there) {
+					t.Errorf("%s: %s, to which a link leads, has no %s", file, to, f[1])
+				}
+			}
+		}
+		for _, m := range ownPath.FindAllStringSubmatch(text, -1) {
+			if !exists(m[1]) {
+				t.Errorf("%s: there is no %s", file, m[1])
+			}
+		}
+	}
+}
+
+// exists reports whether there is a file, or a package that documents name without internal/.
+func exists(name string) bool {
+	for _, suffix := range []string{"", ".md"} {
+		if _, err := os.Stat(name + suffix); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// TestDocsRun runs the blocks of the documents that are marked "sh run", each in a directory of
+// its own that looks like the top of the repository. The programs are built and in the PATH.
+func TestDocsRun(t *testing.T) {
+	bin := t.TempDir()
+	build := exec.Command("go", "build", "-o", bin+"/", "./cmd/vacate", "./cmd/vacated", "./lab/cmd/vacate-lab")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	top, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := 0
+	for _, b := range clitest.Blocks(t) {
+		if b.Info != "sh run" {
+			continue
+		}
+		ran++
+		dir := t.TempDir()
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), ".") {
+				if err := os.Symlink(filepath.Join(top, e.Name()), filepath.Join(dir, e.Name())); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		c := exec.Command("sh", "-euc", b.Text)
+		c.Dir = dir
+		c.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Errorf("%s:%d: %v\n%s", b.File, b.Line, err, out)
+		}
+	}
+	if ran == 0 {
+		t.Error("no block is marked to be run")
+	}
+}
+
+// wide is how long lines of documents and comments may be.
+const wide = 100
+
+// The packages whose comments and help texts are held to the rules below; what is missing here
+// has yet to be brought there.
+var plain = []string{
+	".", "cmd/vacate", "cmd/vacate-guest", "cmd/vacated", "internal/cli", "internal/cli/clitest",
+	"internal/evict/pageset", "internal/guest/agent", "internal/htmlreport",
+	"internal/qemu/export", "lab/churnproto", "lab/cmd/vacate-lab", "lab/labtest", "lab/loadproto",
+}
+
+// banned are phrases that hide who does what, with what to write instead.
+var banned = []struct {
+	phrase  *regexp.Regexp
+	instead string
+}{
+	{regexp.MustCompile(`(?i)\btells? whether\b`), "reports whether"},
+	{regexp.MustCompile(`(?i)\bwhoever\b`), "name the actor"},
+	{regexp.MustCompile(`(?i)\bof which\b`), "two sentences"},
+	{regexp.MustCompile(`(?i)\b(is|are) to be\b`), "must, will, or the verb"},
+	{regexp.MustCompile(`(?i)\b(has|have) to be told\b`), "must be told"},
+	{regexp.MustCompile(`(?i)\bstands? against\b`), "blocks"},
+	{regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
+}
+
+// checkLine reports what is wrong with a line of prose.
+func checkLine(t *testing.T, file string, number int, line string) {
+	t.Helper()
+	for _, b := range banned {
+		if found := b.phrase.FindString(line); found != "" {
+			t.Errorf("%s:%d: %q: write %s", file, number, found, b.instead)
+		}
+	}
+	width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
+	unbroken := !strings.Contains(strings.TrimLeft(strings.TrimSpace(line), "/#*->0123456789. "), " ")
+	if width > wide && !unbroken && !strings.Contains(line, "://") {
+		t.Errorf("%s:%d: %d columns: break the line at %d", file, number, width, wide)
+	}
+}
+
+// TestDocsStyle holds the documents to the length of lines and to the banned phrases.
+func TestDocsStyle(t *testing.T) {
+	for _, file := range clitest.Documents(t) {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fenced := false
+		for i, line := range strings.Split(string(b), "\n") {
+			if strings.HasPrefix(strings.TrimSpace(line), "```") {
+				fenced = !fenced
+			}
+			if table := strings.HasPrefix(line, "|"); fenced || table {
+				continue
+			}
+			checkLine(t, file, i+1, inlined.ReplaceAllStringFunc(line, func(s string) string {
+				return strings.Repeat("x", utf8.RuneCountInString(s))
+			}))
+		}
+	}
+}
+
+// TestCommentStyle holds the comments of the packages that are plain to the same.
+func TestCommentStyle(t *testing.T) {
+	for _, dir := range plain {
+		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+		if err != nil || len(files) == 0 {
+			t.Fatal(dir, ": no files: ", err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set := token.NewFileSet()
+			f, err := parser.ParseFile(set, file, text, parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if file == "docs_test.go" { // it lists the phrases
+				continue
+			}
+			lines := strings.Split(string(text), "\n")
+			for _, group := range f.Comments {
+				for _, c := range group.List {
+					first, last := set.Position(c.Pos()).Line, set.Position(c.End()).Line
+					for n := first; n <= last; n++ {
+						line := lines[n-1]
+						if own := strings.TrimSpace(line); !strings.HasPrefix(own, "//") && first == last {
+							line = c.Text // behind code, whose length is the code's
+						}
+						checkLine(t, file, n, line)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestDocsPicture draws the picture of the README anew from the data that are kept.
+func TestDocsPicture(t *testing.T) {
+	drawn, err := exec.Command("scripts/picture").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := os.ReadFile("docs/eviction.svg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(drawn, kept) {
+		t.Error("docs/eviction.svg is not what scripts/picture draws: scripts/picture >docs/eviction.svg")
+	}
+}
