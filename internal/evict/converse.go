@@ -88,7 +88,7 @@ func (e *source) await(left context.Context) (done bool, err error) {
 			return false, a.Err()
 		case <-e.life.Done():
 			if e.settled() < int(e.total.Load()) {
-				return true, e.lostHere(context.Cause(e.life))
+				return e.lostHere(context.Cause(e.life))
 			}
 			return false, context.Cause(e.life) // the destination may have it all: it is asked
 		case <-left.Done():
@@ -185,13 +185,17 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		case stepLose:
 			e.end(a)
 			if here == copyGone {
-				return true, e.lostHere(context.Cause(e.life))
+				return e.lostHere(context.Cause(e.life))
 			}
 			return true, e.lostThere(st.lost())
 		case stepHold:
 			if here == copyGone {
 				e.at.Store(a)
-				return true, e.lostHere(context.Cause(e.life))
+				if done, err := e.lostHere(context.Cause(e.life)); done {
+					return true, err
+				}
+				e.drop(context.Cause(e.life))
+				continue
 			}
 			e.end(a)
 			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
@@ -423,29 +427,31 @@ func (e *source) lostThere(err error) error {
 	return e.lost(err, fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
 }
 
-// lostHere ends an eviction whose frozen VM ended before all of its pages were sent.
-func (e *source) lostHere(err error) error {
+// lostHere ends an eviction whose frozen VM ended before all of its pages were sent. The destination
+// has to know that no more will come: if it is there, and does not say that it has heard, the
+// eviction is not over, and the error is why.
+func (e *source) lostHere(err error) (done bool, _ error) {
 	if a := e.at.Load(); a != nil {
-		if writeJSON(a.control.Conn, msgFailed, farewell{Reason: saidBy(e.Host, err).Error()}) == nil {
-			// What it still says must not go unread: the words above could be lost.
-			ctx, cancel := context.WithTimeout(context.Background(), answerTime)
-			f, heard := a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
-			for heard == nil && f.kind != msgComplete {
-				f, heard = a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
-			}
-			cancel()
-			switch {
-			case errors.Is(heard, errShutDown):
-				return e.bury(heard)
-			case heard == nil:
-				heard = decode(f.payload, &e.summary)
-			}
-			if heard == nil {
-				return e.retire() // it needs none of the pages that are gone
-			}
+		heard := writeJSON(a.control.Conn, msgFailed, farewell{Reason: saidBy(e.Host, err).Error()})
+		ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+		defer cancel()
+		var f controlFrame
+		for heard == nil && f.kind != msgComplete {
+			f, heard = a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
+		}
+		if heard == nil {
+			heard = decode(f.payload, &e.summary)
+		}
+		switch {
+		case heard == nil:
+			return true, e.retire() // it needs none of the pages that are gone
+		case errors.Is(heard, errShutDown):
+			return true, e.bury(heard)
+		case !errors.Is(heard, errFailed) && !errors.Is(heard, errFarewell):
+			return false, heard
 		}
 	}
-	return e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
+	return true, e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
 }
 
 func (e *source) left() error {

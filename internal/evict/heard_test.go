@@ -38,7 +38,10 @@ func TestCompleteIsHeard(t *testing.T) {
 		name string
 		end  func(s *source) error
 	}{
-		{"in the session that it failed in", func(s *source) error { return s.lostHere(errQEMUGone) }},
+		{"in the session that it failed in", func(s *source) error {
+			_, err := s.lostHere(errQEMUGone)
+			return err
+		}},
 		{"while it waits for the end", func(s *source) error {
 			_, err := s.await(context.Background())
 			return err
@@ -93,4 +96,32 @@ func TestCompleteIsHeardAsAnAnswer(t *testing.T) {
 			t.Errorf("a source that says that it has heard (%v): kept %v", says, err)
 		}
 	}
+}
+
+// A source that lost its QEMU ends only when the destination has heard that no more pages come.
+func TestLostIsHeard(t *testing.T) {
+	near, far := sessionPair(t)
+	s := Source{}.engine(Pushing)
+	s.at.Store(attach(near, maxJSON))
+	cut := errors.New("the link is cut")
+	far.Fail(cut)
+	if done, err := s.lostHere(errQEMUGone); done || err == nil || s.machine.current() != Pushing {
+		t.Errorf("done: %v, %v, in state %s; nobody heard it", done, err, s.machine.current())
+	}
+	near, far = sessionPair(t)
+	s.at.Store(attach(near, maxJSON))
+	a := attach(far, maxControl)
+	told := make(chan error)
+	go func() {
+		_, err := a.control.await(t.Context())
+		writeJSON(a.control.Conn, msgFailed, farewell{})
+		told <- err
+	}()
+	if done, err := s.lostHere(errQEMUGone); !done || !errors.Is(err, ErrLost) {
+		t.Errorf("done: %v, %v", done, err)
+	}
+	if err := <-told; !errors.Is(err, errFailed) {
+		t.Errorf("the destination heard %v", err)
+	}
+	s.done(nil)
 }

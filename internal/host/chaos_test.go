@@ -421,7 +421,7 @@ func TestChaosWorker(t *testing.T) {
 			})
 			hash := fnv.New64()
 			io.WriteString(hash, c.String())
-			delay := time.Duration(rand.New(rand.NewPCG(seed, hash.Sum64())).IntN(400)) * time.Millisecond
+			delay := time.Millisecond + time.Duration(rand.New(rand.NewPCG(seed, hash.Sum64())).IntN(400))*time.Millisecond
 			r.Outcome = disturb(t, l, saved, c, delay)
 		})
 	}
