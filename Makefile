@@ -1,7 +1,8 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), BENCHFLAGS (for vacate-lab bench).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time),
+# REFUSALS (rounds), BENCHFLAGS (for vacate-lab bench).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -9,6 +10,7 @@ PKG      ?= ./...
 FUZZTIME ?= 10s
 CHAOS    ?= 1
 WORKERS  ?= 5
+REFUSALS ?= 50
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -90,8 +92,11 @@ chaos: deps ## have every fault happen in every state of an eviction, alone and 
 	rm -rf .lab/chaos
 	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
-refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, 50 times over QEMU's versions (root; 15 minutes)
-	VACATE_REQUIRE=1 VACATE_REFUSALS=17 $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict
+refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, REFUSALS (50) times with each of QEMU's versions (root; 10 minutes)
+	@mkdir -p .lab
+	set -o pipefail; VACATE_REQUIRE=1 VACATE_REFUSALS=$(REFUSALS) $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict 2>&1 | \
+	tee .lab/refusals.log | grep -vE '^=== |^        '
+	@grep 'ran on at the source' .lab/refusals.log
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)

@@ -163,7 +163,8 @@ func testAborts(t *testing.T, q lab.QEMU, attempts []attempt) {
 	labtest.MustCheck(t, twin)
 }
 
-func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
+// run makes the attempt, and reports whether it ended before the frame came.
+func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) (early bool) {
 	before := settingsOf(t, vm)
 	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, a.twin)
 	if err != nil {
@@ -203,6 +204,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	select {
 	case <-hit:
 	default:
+		early = true
 		if !a.disturbed {
 			t.Error("the frame that was to be tampered with never came")
 		}
@@ -225,7 +227,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 		t.Errorf("destination: %v", destErr)
 	}
 	if a.disturbed {
-		return
+		return early
 	}
 	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != cmp.Or(a.stays, "running") {
 		t.Fatalf("the VM is %q on the source: %v", status, err)
@@ -233,6 +235,7 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	if after := settingsOf(t, vm); after != before {
 		t.Errorf("migration settings before %s, after %s", before, after)
 	}
+	return early
 }
 
 // settingsOf returns all migration settings of a VM's QEMU.

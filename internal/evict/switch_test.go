@@ -170,9 +170,13 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	if err != nil {
 		rounds = 3
 	}
+	ranOn, refused := 0, 0
+	defer func() {
+		t.Logf("QEMU %s: %d of %d ran on at the source; %d of them were aborted before the twin was loaded", vm.Spec.QEMU.Version, ranOn, rounds, refused)
+	}()
 	for round := range rounds {
 		a := switches[rand.N(len(switches))]
-		wait := rand.N(40 * time.Millisecond)
+		wait := rand.N(15 * time.Millisecond)
 		name := fmt.Sprintf("%d: %s after %v", round, a.name, wait)
 		t.Run(name, func(t *testing.T) {
 			done := make(chan struct{})
@@ -188,7 +192,9 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 					disturb()
 				}
 			}}
-			b.run(t, l, vm)
+			if early := b.run(t, l, vm); early {
+				refused++
+			}
 			<-done
 		})
 		// What was done to the VM is undone.
@@ -198,6 +204,7 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 		if t.Failed() {
 			return
 		}
+		ranOn++
 	}
 }
 
