@@ -2,6 +2,7 @@ package vacate_test
 
 import (
 	"bytes"
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"os"
@@ -165,14 +166,20 @@ var banned = []struct {
 	{regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
 }
 
-// checkLine reports what is wrong with a line of prose.
-func checkLine(t *testing.T, file string, number int, line string) {
+// checkPhrases reports what is wrong with the words of a text.
+func checkPhrases(t *testing.T, file string, number int, text string) {
 	t.Helper()
 	for _, b := range banned {
-		if found := b.phrase.FindString(line); found != "" {
+		if found := b.phrase.FindString(text); found != "" {
 			t.Errorf("%s:%d: %q: write %s", file, number, found, b.instead)
 		}
 	}
+}
+
+// checkLine reports what is wrong with a line of prose.
+func checkLine(t *testing.T, file string, number int, line string) {
+	t.Helper()
+	checkPhrases(t, file, number, line)
 	width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
 	unbroken := !strings.Contains(strings.TrimLeft(strings.TrimSpace(line), "/#*->0123456789. "), " ")
 	if width > wide && !unbroken && !strings.Contains(line, "://") {
@@ -202,7 +209,8 @@ func TestDocsStyle(t *testing.T) {
 	}
 }
 
-// TestCommentStyle holds the comments of the packages that are plain to the same.
+// TestCommentStyle holds the comments of the packages that are plain to the same, and their help
+// texts and messages to the phrases.
 func TestCommentStyle(t *testing.T) {
 	for _, dir := range plain {
 		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
@@ -223,6 +231,12 @@ func TestCommentStyle(t *testing.T) {
 				continue
 			}
 			lines := strings.Split(string(text), "\n")
+			ast.Inspect(f, func(n ast.Node) bool { // help texts and messages
+				if text, ok := n.(*ast.BasicLit); ok && text.Kind == token.STRING && !strings.HasSuffix(file, "_test.go") {
+					checkPhrases(t, file, set.Position(text.Pos()).Line, text.Value)
+				}
+				return true
+			})
 			for _, group := range f.Comments {
 				for _, c := range group.List {
 					first, last := set.Position(c.Pos()).Line, set.Position(c.End()).Line

@@ -16,10 +16,11 @@ func certsCommand() *cobra.Command {
   ca.pem    the CA whose certificates it believes
   host.pem  its own certificate, with its name
   host.key  its key, which only its owner may read
-Any CA can issue them: the name is the certificate's first DNS name, and it must
-be good for servers and clients of TLS. Those who have no CA make one here.
+Any CA can issue them: the name is the certificate's first DNS name, and the
+certificate must be valid for servers and clients of TLS. If you have no CA,
+make one here.
 
-Replaced files are taken by the next handshake; nothing is restarted.`,
+The next handshake uses replaced files; restart nothing.`,
 		Example: `  vacate certs init --dir ca
   vacate certs issue --dir ca --name hosta --out hosta
   vacate certs issue --dir ca --name hostb --out hostb
@@ -36,8 +37,8 @@ func certsInitCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "init --dir CA",
 		Short: "Make a CA",
-		Long: `Makes a CA for ten years: its certificate ca.pem and its key ca.key. Whoever has
-the key can make itself any host: keep it off the hosts. Nothing is overwritten.`,
+		Long: `Makes a CA for ten years: its certificate ca.pem and its key ca.key. With the
+key, anyone can pose as any host: keep it off the hosts. Nothing is overwritten.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := certs.Init(dir); err != nil {

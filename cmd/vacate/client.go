@@ -43,8 +43,8 @@ func socketFlag(c *cobra.Command, d *daemon) {
 	if path == "" {
 		path = defaultSocket
 	}
-	c.Flags().StringVar(&d.socket, "socket", path, "`SOCKET` of this host's daemon; default also by VACATE_SOCKET")
-	c.Flags().StringVar(&d.host, "host", "", "ask the daemon of another host, `NAME[@HOST:PORT]`, where NAME is that in its certificate; its api.listen (7600) is meant")
+	c.Flags().StringVar(&d.socket, "socket", path, "`SOCKET` of this host's daemon; VACATE_SOCKET sets the default")
+	c.Flags().StringVar(&d.host, "host", "", "ask the daemon of another host, `NAME[@HOST:PORT]`: the name in its certificate, and its api.listen (default port 7600)")
 	c.Flags().StringVar(&d.certs, "operator-certs", "/etc/vacate/certs", "directory of your certificate, for --host")
 }
 
@@ -85,9 +85,9 @@ func (d *daemon) explain(err error) error {
 	case err == nil:
 		return nil
 	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, context.DeadlineExceeded)):
-		return fmt.Errorf("the daemon of %s cannot be asked, which wants api.listen and api.operators in its configuration: %w", d.host, err)
+		return fmt.Errorf("the daemon of %s does not answer; it needs api.listen and api.operators in its configuration: %w", d.host, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%s may be used by root only, or by vacated's own user: %w", d.socket, err)
+		return fmt.Errorf("only root and vacated's own user may use %s: %w", d.socket, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say where it is (--socket, VACATE_SOCKET)", d.socket)
 	case unanswered(err):

@@ -29,41 +29,40 @@ func evictCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "evict VM --to HOST",
 		Short: "Move a VM of this host to another host",
-		Long: `Moves a running VM to another host. Its QEMU here quits in the end.
+		Long: `Moves a running VM to another host. At the end its QEMU here is killed.
 
 With the name of a VM, this host's daemon does it, and HOST is the name of one
-of its peers. What stands against it is looked for first (vacate doctor). The
-daemon goes on with an eviction whatever becomes of this command. Ctrl-C asks
-whether to abort it, and has that done if the VM has not been told to run on the
-destination; where standard input is no terminal, and upon SIGTERM and SIGHUP,
-without asking. The second signal ends this command alone.
+of its peers. It first checks what would block the eviction (vacate doctor). The
+daemon goes on with an eviction if this command ends. Ctrl-C asks whether to
+abort, and aborts if the VM has not been told to run on the destination. SIGTERM
+and SIGHUP do the same without asking, as does Ctrl-C where standard input is no
+terminal. The second signal ends this command alone.
 
 Without a daemon, with --qmp, it moves the VM of that QEMU to where vacate
 receive listens. Such an eviction survives the loss of the link, but not the
 death of either command. Ctrl-C (SIGINT), SIGTERM and SIGHUP abort it as long as
 the VM has not been told to run on the destination; the VM then runs on here.
-Later they change nothing, as only the destination has a VM that runs; but while
-the destination is out of reach, the second one ends this command and leaves the
-VM frozen here. An output that nobody reads or that goes away does not stop an
-eviction.
+Later they change nothing, as the VM runs on the destination. But while the
+destination is out of reach, the second signal ends this command and leaves the
+VM frozen here. An output that nobody reads does not stop an eviction.
 
-Memory is pushed in the order in which the guest will need it, as its own page
-descriptors tell when it is frozen, and its free memory is not moved at all.
-Where the guest cannot be looked into, an agent in it is asked (vacate-guest, if
-it runs there); else pages go by address. In any case pages that the guest waits
-for, and their neighbours, go first. --order, --enlighten and --send-free change
-that; the report tells what was known.
+Memory is pushed in the order in which the guest will need it, and free memory
+is not moved at all. vacate reads both from the frozen guest's own page
+descriptors. Where it cannot read the guest, it asks an agent in it
+(vacate-guest, if it runs there); else pages go by address. In any case pages
+that the guest waits for, and their neighbours, go first. --order, --enlighten
+and --send-free change that; the report says what was known.
 
-A VM whose guest ends itself on the destination (it powers itself off, say)
-before all of its memory is there is "shut down": nothing is lost, and its QEMU
-ends on both hosts. Should QEMU stay then by its own options (-no-shutdown), the
-eviction goes on.
+If the guest ends itself on the destination before all memory is there (it
+powers itself off, say), the eviction is "shut down": nothing is lost, and both
+QEMUs end. If QEMU's own options let it stay then (-no-shutdown), the eviction
+goes on.
 
 The disks of both QEMUs are compared before the VM is touched: the files or
-addresses, formats, sizes, layers, and how they are cached. One that cannot be
-shown to be the same, or that the destination might read stale, is refused by
-name. Where you know better, say so with --trust-disk; for a daemon, with
-trust_disks in the VM's description on this host.
+addresses, formats, sizes, layers, and how they are cached. A disk that is not
+proven to be the same, or that the destination might read stale, is refused by
+name. Where you know better, use --trust-disk; with a daemon, trust_disks in the
+VM's description on this host.
 
 Progress goes to standard error: one line that is written over on a terminal,
 otherwise one per state and at most one a second. The report goes to standard
@@ -85,9 +84,9 @@ With --json, standard output has JSON lines:
                         for its pages; only while that is so
       fetches           pages that the VM waited for
   {"type":"report","report":{...}}       the last line
---report FILE gets that report, too. The file's room on the disk is taken
-before the VM is touched, and the file is put in place whole at the end.
-Should that fail at the end, a warning says so; the exit code is the eviction's.
+--report FILE writes that report, too. Its space on the disk is reserved before
+the VM is touched, and the file appears whole at the end. If that fails, a
+warning says so; the exit code is the eviction's.
 
 ` + exitHelp,
 		Example: `  vacate evict web1 --to hostb
@@ -106,16 +105,16 @@ Should that fail at the end, a warning says so; the exit code is the eviction's.
 	}
 	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU, to do without a daemon")
 	c.Flags().StringVar(&o.to, "to", "", "the other `HOST`; without a daemon, HOST:PORT where vacate receive listens")
-	c.Flags().StringVar(&o.certs, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link is under TLS, as --certs of vacate receive must have it")
+	c.Flags().StringVar(&o.certs, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link uses TLS; vacate receive needs --certs, too")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
 	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(), "`ORDER` of the push: "+orderNames())
 	c.Flags().StringVar(&o.enlighten, "enlighten", string(evict.Auto), "`WHERE` to learn what the guest's pages are used for: "+enlightenNames())
 	c.Flags().BoolVar(&o.source.SendFree, "send-free", false, "move the guest's free memory, too")
-	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false, "do not look what stands against it first (with a daemon)")
+	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false, "do not check first what would block it (with a daemon)")
 	c.Flags().BoolVar(&o.detach, "detach", false, "print the eviction's ID, and do not follow it (with a daemon)")
-	c.Flags().BoolVar(&o.yield, "yield", false, "have the push yield to other traffic")
-	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil, "take `DISK`'s image there for the same on your word; repeat it for others (without a daemon)")
+	c.Flags().BoolVar(&o.yield, "yield", false, "let the push yield to other traffic")
+	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil, "take your word that `DISK`'s image there is the same; repeat it for others (without a daemon)")
 	c.Flags().Var(&o.rate, "rate-limit", "push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
 	socketFlag(c, &o.daemon)
 	c.MarkFlagRequired("to")
@@ -161,7 +160,7 @@ func (o evictOptions) check(c *cobra.Command, args []string) error {
 	var only []string // flags of the other way
 	switch {
 	case len(args) == 1 && o.source.QMP != "":
-		return errors.New("a VM by name is evicted by the daemon, one by --qmp without it: give one of them")
+		return errors.New("a name is for the daemon, --qmp does without it: give one of them")
 	case len(args) == 1:
 		only = []string{"certs", "trust-disk"}
 	case o.source.QMP == "":

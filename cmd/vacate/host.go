@@ -72,8 +72,8 @@ func lsCommand() *cobra.Command {
 	return askCommand(&cobra.Command{
 		Use:   "ls",
 		Short: "List the VMs of this host",
-		Long: `Lists the VMs that this host has descriptions of, and what there is of each:
-  none      nothing: it is elsewhere, or is not started
+		Long: `Lists the VMs that this host has descriptions of, and the state of each here:
+  none      no QEMU: it is elsewhere, or is not started
   running   it runs here
   paused    it is stopped, and could be told to run
   incoming  its QEMU waits for it to arrive, or loads it
@@ -128,11 +128,11 @@ const recent = 10
 func evictionsCommand() *cobra.Command {
 	return askCommand(&cobra.Command{
 		Use:   "status [VM|ID]",
-		Short: "List evictions, or tell all about one",
-		Long: `Without an argument, lists the evictions out of this host and into it that are
-under way or need an operator, and the latest that have ended. With one, tells
-all about the eviction of that ID (its first digits will do) or of that VM:
-where it stands, why, and what an operator may do.`,
+		Short: "List evictions, or show one in full",
+		Long: `Without an argument, lists evictions out of this host and into it: those under
+way, those that need an operator, and the latest that have ended. With a VM or
+an ID (its first digits will do), shows that eviction in full: its state, the
+reason, and what an operator may do.`,
 		Args: cobra.MaximumNArgs(1),
 	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		if len(args) == 1 {
@@ -280,10 +280,10 @@ the eviction's.
 func abortCommand() *cobra.Command {
 	return askCommand(&cobra.Command{
 		Use:   "abort VM|ID",
-		Short: "Abort an eviction that can still be",
-		Long: `Has an eviction aborted, on either host, and returns when the VM runs on where
-it was. From when it was told to run on the destination it cannot be aborted any
-more.`,
+		Short: "Abort an eviction, as long as that is possible",
+		Long: `Aborts an eviction, from either host, and returns when the VM runs on where it
+was. Once the VM was told to run on the destination, the eviction cannot be
+aborted.`,
 		Args: cobra.ExactArgs(1),
 	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		e, err := d.find(ctx, args[0])
@@ -361,18 +361,18 @@ func decideCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "decide VM|ID resume-here|discard",
 		Short: "End an eviction that only an operator can end",
-		Long: `When the other host has lost a VM that may have run there, or cannot be asked
-what became of it, the VM stays frozen here with all of its memory as it was
-when it was frozen, and this host goes on asking: as soon as the other host
-answers, the eviction goes on by itself. An operator who knows more may decide:
+		Long: `When the other host has lost a VM that may have run there, or does not answer,
+the VM stays frozen here, with all of its memory as it was at the freeze. This
+host keeps asking: as soon as the other host answers, the eviction goes on by
+itself. An operator who knows more may decide:
 
-  resume-here  The VM goes on here, from when it was frozen. What it did on the
-               other host since is lost, but for what it wrote to its disks,
-               which it does not know of.
-  discard      The copy here is given up: its QEMU is ended. If the VM does not
-               run on the other host with all of its memory, it is lost. On the
-               host that the VM came to, while the source does not answer, it
-               is the copy that runs there.
+  resume-here  The VM goes on here from the freeze. What it did on the other
+               host since is lost. What it wrote to its disks there stays, and
+               the guest does not know of it.
+  discard      Gives up the copy here: its QEMU is ended. If the VM does not run
+               on the other host with all of its memory, it is lost. On the host
+               that the VM came to, while the source does not answer, this ends
+               the copy that runs.
 
 Two copies of a VM spoil its disks. So unless the other host has said that the
 VM's QEMU there has ended, resume-here needs one of
@@ -383,28 +383,28 @@ VM's QEMU there has ended, resume-here needs one of
   --fence        vacated runs the command that its configuration has for HOST
                  (fence under [peers.HOST]), which must succeed.
 
-If HOST answers all the same, nothing is decided. If it comes back later, it
-hears of the decision, and ends its copy of the VM.
+If HOST answers all the same, nothing is decided. If it comes back later, this
+host tells it the decision, and it ends its copy of the VM.
 
 The copy here may be the last one. So unless it is of no use, discard needs
 
   --lose VM      You accept that the VM is lost, with its memory and what it had
                  not written to its disks, if HOST does not have all of it.
 
-What is missing is asked for on a terminal; elsewhere all flags are needed. To
-keep a copy whatever is decided: vacate export.`,
+On a terminal, the command asks for what is missing; elsewhere all flags are
+needed. To keep a copy before you decide: vacate export.`,
 		Args: cobra.ExactArgs(2),
 	}
 	c.Flags().StringVar(&o.confirm, "confirm", "", "`NAME` of the VM, once more")
 	c.Flags().StringVar(&o.fenced, "fenced", "", "assert that the other `HOST` is powered off or cut off, or that the VM's QEMU there has ended")
-	c.Flags().BoolVar(&o.fence, "fence", false, "have vacated fence the other host first, by its command")
+	c.Flags().BoolVar(&o.fence, "fence", false, "let vacated fence the other host first, by its command")
 	c.Flags().StringVar(&o.lose, "lose", "", "accept that the `VM` is lost, if the other host does not have all of it")
 	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		decision, ok := map[string]hostv1.Decision{
 			string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE, string(evict.Discard): hostv1.Decision_DECISION_DISCARD,
 		}[args[1]]
 		if !ok {
-			return nil, fmt.Errorf("%q is no decision: there are %s and %s", args[1], evict.ResumeHere, evict.Discard)
+			return nil, fmt.Errorf("%q is no decision: the decisions are %s and %s", args[1], evict.ResumeHere, evict.Discard)
 		}
 		e, err := d.find(ctx, args[0])
 		if err != nil {
@@ -444,7 +444,7 @@ func exportCommand() *cobra.Command {
 		Use:   "export VM|ID FILE",
 		Short: "Write the memory and devices of a frozen VM to a file",
 		Long: `Writes the memory and the device state of a VM that stands frozen here to a new
-file, from which QEMU starts it as it was when it was frozen. Its disks are not
+file. QEMU can start the VM from it, as it was at the freeze. The disks are not
 in it. The VM stays as it is.`,
 		Args: cobra.ExactArgs(2),
 	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
@@ -475,12 +475,11 @@ func doctorCommand() *cobra.Command {
 	var to string
 	c := &cobra.Command{
 		Use:   "doctor [VM] [--to HOST]",
-		Short: "Look what would stand against an eviction",
-		Long: `Looks at this host; at a VM on it, if one is named; and at the other host and
-the link to it, if one is named: userfaultfd, versions of QEMU, machine type,
-page sizes, devices and disks, space, clocks, link and certificates. Each
-finding has its remedy. Nothing is touched. The exit code is 2 if an eviction
-would fail.`,
+		Short: "Check what would block an eviction",
+		Long: `Checks this host; a VM on it, if you name one; and the other host and the link
+to it, if you name one: userfaultfd, versions of QEMU, machine type, page sizes,
+devices and disks, space, clocks, link and certificates. Each finding has its
+remedy. Nothing is touched. The exit code is 2 if an eviction would fail.`,
 		Args: cobra.MaximumNArgs(1),
 	}
 	c.Flags().StringVar(&to, "to", "", "the other `HOST`, by its name")

@@ -107,17 +107,17 @@ func rootCommand() *cobra.Command {
 		Use:   "vacate",
 		Short: "Evict a running VM to another host",
 		Long: `vacate moves a running QEMU VM off this host. The VM runs on the other host at
-once; its memory follows, each page once, those the VM waits for first. It
-works with unmodified QEMU (7.2 to 11.1 were tried) and guests. Until the VM
-runs on the destination an eviction can be aborted, and does so by itself when
-anything fails: the VM then runs on here.
+once; its memory follows, each page once, and pages that the VM waits for first.
+QEMU (7.2 to 11.1 were tried) and the guest are unmodified. Until the VM runs on
+the destination, an eviction can be aborted, and any failure aborts it: the VM
+then runs on here.
 
 With a daemon, vacated, on each host (see vacated --help):
   vacate ls                        the VMs of this host
-  vacate doctor web1 --to hostb    what would stand against evicting web1
+  vacate doctor web1 --to hostb    what would block the eviction of web1
   vacate evict web1 --to hostb     evict it
-  vacate status                    what is going on
-  vacate relieve                   evict what it takes to relieve this host
+  vacate status                    evictions under way, and the latest
+  vacate relieve                   evict VMs until no VM here starves
 Evictions then survive the death of either daemon and of the link.
 
 Without a daemon:
@@ -125,13 +125,13 @@ Without a daemon:
      -S -incoming defer in addition.
   2. On the destination:  vacate receive --qmp SOCKET --listen HOST:PORT
   3. On the source:       vacate evict --qmp SOCKET --to HOST:PORT
-Both end when the destination has all memory; the source's QEMU quits. How to
-start the QEMUs is told by  vacate receive --help.
+Both end when the destination has all memory; the source's QEMU is killed.
+vacate receive --help  says how to start the QEMUs.
 
 ` + exitHelp + `
 
 Environment:
-  VACATE_SOCKET=SOCKET    where this host's daemon is asked
+  VACATE_SOCKET=SOCKET    the socket of this host's daemon
   VACATE_CPUPROFILE=FILE  write a CPU profile of this process there (pprof)`,
 		Version:           version(),
 		SilenceUsage:      true,

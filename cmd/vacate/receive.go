@@ -37,17 +37,18 @@ same disks, shared between the hosts), and in addition
 and a -qmp socket of its own. Where QEMU does not run as root,
 ` + "`sysctl vm.unprivileged_userfaultfd=1`" + ` lets it fetch pages.
 
-A source whose VM does not fit, or a peer that is none, is turned away and the
-wait goes on. From the first byte of a VM on the QEMU is used up: in the end it
-runs the VM, or it was killed and never ran it.
+A source whose VM does not fit is refused, as is a peer that is not vacate, and
+the wait goes on. Once QEMU has read a byte of the stream, it cannot be reused:
+it ends up running the VM, or it is killed and never ran it.
 
-The first line on standard output is "listening on HOST:PORT", with the port
-that was chosen where :0 was asked for. It comes once the QEMU was found fit.
-Without --certs, whoever reaches the address can hand over a VM and read its
-memory on the way: listen on a network that only the hosts can reach.
+The first line on standard output is "listening on HOST:PORT", with the chosen
+port for :0. It comes once the QEMU has passed its checks. Without --certs,
+anyone who reaches the address can send a VM, and the link can be read: listen
+on a network that only the hosts can reach.
 
-Ctrl-C (SIGINT), SIGTERM and SIGHUP end the wait, or abort until the VM runs
-here; it then runs on on the source. Later they change nothing.
+Ctrl-C (SIGINT), SIGTERM and SIGHUP end the wait, or abort the eviction as long
+as the VM does not run here; it then goes on at the source. Later they change
+nothing.
 
 ` + exitHelp,
 		Example: `  On the source (10.0.0.1) the VM was started with
@@ -74,7 +75,7 @@ here; it then runs on on the source. Later they change nothing.
 	}
 	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
 	c.Flags().StringVar(&listen, "listen", ":7601", "`HOST:PORT` to listen on")
-	c.Flags().StringVar(&identity, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link is under TLS, and only hosts with certificates may send a VM")
+	c.Flags().StringVar(&identity, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link uses TLS, and only hosts with certificates may send a VM")
 	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false, "have QEMU itself load all pages: slower, for comparison")
 	c.MarkFlagRequired("qmp")
 	return c

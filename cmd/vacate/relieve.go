@@ -25,7 +25,7 @@ func pressureCommand() *cobra.Command {
 	var over time.Duration
 	c := askCommand(&cobra.Command{
 		Use:   "pressure",
-		Short: "Tell how short of CPU, memory and link this host and its VMs are",
+		Short: "Show how short of CPU, memory and link this host and its VMs are",
 		Long: `Measures over some time, from Linux's own accounting, how loaded this host is
 and how each of its VMs fares. Neither QEMU nor the guest is asked.
 
@@ -84,23 +84,23 @@ func relieveCommand() *cobra.Command {
 	o := relieveOptions{}
 	c := &cobra.Command{
 		Use:   "relieve",
-		Short: "Evict what VM it takes for this host not to be overloaded",
-		Long: `Measures how loaded this host and the others are, predicts for each VM and each
-other host what an eviction would gain and how long it would take, shows that,
-and evicts the VM that reaches the goal the soonest; then once more, until the
-goal is met or no eviction helps. No VM goes to where it would have others
-starve; those that are pinned in their descriptions stay.
+		Short: "Evict VMs until this host is no longer overloaded",
+		Long: `Measures the load of this host and the others, and predicts for each VM and each
+other host what an eviction would gain and how long it would take. It shows
+that, and evicts the VM that reaches the goal the soonest; then again, until the
+goal is met or no eviction helps. No VM goes to a host where others would then
+starve. VMs that are pinned in their descriptions stay.
 
-Goals: cpu<80% is about the CPU wanted for each core, which is more than 100 %
-where VMs wait for each other; free 8GiB about memory. The usual one is that no
-VM gets less than nine tenths of the CPU it wants.`,
+Goals: cpu<80% limits the CPU wanted for each core, which is more than 100 %
+where VMs wait for each other; free 8GiB asks for memory. By default no VM shall
+get less than nine tenths of the CPU it wants.`,
 		Example: `  vacate relieve --dry-run
   vacate relieve --goal 'cpu<80%'
   vacate relieve --goal 'free 8GiB'`,
 		Args: cobra.NoArgs,
 	}
 	o.flags(c)
-	c.Flags().StringVar(&o.goal, "goal", "", "what this host is to be like (default cpu<111%)")
+	c.Flags().StringVar(&o.goal, "goal", "", "the load or memory that this host shall reach (default cpu<111%)")
 	c.RunE = func(c *cobra.Command, _ []string) error { return o.relieve(c.Context()) }
 	return c
 }
@@ -110,15 +110,14 @@ func evacuateCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "evacuate",
 		Short: "Evict all VMs of this host",
-		Long: `Evicts the VMs of this host one after the other, those first whose memory takes
-the least time, so that each gives back CPU and memory as soon as can be. Where
-each goes is decided by the room and the CPU that the other hosts have. One
-that fails does not keep the others. At the end vacate lists the VMs that
-stayed, and says why each did.
+		Long: `Evicts the VMs of this host one after the other, and those first whose memory
+takes the least time, so that CPU and memory are free as soon as possible. Each
+goes where there are room and CPU for it. If one fails, the others still go. At
+the end vacate lists the VMs that stayed, and says why each did.
 
-No VM goes to where others would starve, or where too little memory would be
-left. With --force that is allowed where no host is better; memory that is not
-there is never taken. VMs that are pinned in their descriptions stay.`,
+No VM goes to a host where others would starve, or where too little memory would
+be left. --force allows that where no host is better; it never takes memory that
+is not there. VMs that are pinned in their descriptions stay.`,
 		Example: `  vacate evacuate --dry-run
   vacate evacuate --to hostb --except db1 --except db2
   vacate evacuate --force`,

@@ -19,7 +19,7 @@ func reportCommand() *cobra.Command {
 	var file string
 	c := askCommand(&cobra.Command{
 		Use:   "report VM|ID",
-		Short: "Tell what an eviction from this host did",
+		Short: "Show what an eviction from this host did",
 		Long: `Sums up an eviction from this host: how long each part of it took, and how the
 memory went. With --html, writes that as a page to be looked at in a browser,
 in one file that needs no network: a time line, what was sent and fetched over
@@ -34,7 +34,7 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 		}
 		var report evict.Report
 		if e.ReportJson == "" {
-			return nil, fmt.Errorf("there is no report of eviction %s on this host: it has not ended, or came here, where there is none", e.Id)
+			return nil, fmt.Errorf("this host has no report of eviction %s: it has not ended, or it came into this host, and the other one has the report", e.Id)
 		}
 		if err := json.Unmarshal([]byte(e.ReportJson), &report); err != nil {
 			return nil, fmt.Errorf("the report: %w", err)

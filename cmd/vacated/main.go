@@ -30,19 +30,19 @@ func command() *cobra.Command {
 	var check bool
 	c := &cobra.Command{
 		Use:   "vacated",
-		Short: "Evict VMs from this host, and take those of others",
-		Long: `Evicts VMs of this host as ` + "`vacate`" + ` asks, and takes those that other hosts
-bring. Both hosts of an eviction run one. It may be killed at any time and
-started again: VMs live on, and it goes on with what was under way.
+		Short: "Evict VMs from this host, and take those of other hosts",
+		Long: `Evicts VMs of this host when ` + "`vacate`" + ` asks, and takes VMs that other hosts
+send. Both hosts of an eviction run it. It may be killed at any time and started
+again: VMs live on, and it goes on with what was under way.
 
-SIGTERM and SIGINT stop it: evictions that can still be aborted are, and the
+SIGTERM and SIGINT stop it. Evictions that can still be aborted are aborted; the
 others wait for the next start, their VMs running or frozen as they are.
 
 The configuration (TOML):
   certs   = "/etc/vacate/certs"         # who this host is; see vacate certs
-  listen  = ":7601"                     # other hosts bring VMs there
+  listen  = ":7601"                     # other hosts send VMs there
   socket  = "/run/vacate/vacated.sock"  # vacate asks here; /metrics, too
-  journal = "/var/lib/vacate"           # what must not be forgotten
+  journal = "/var/lib/vacate"           # evictions, on a disk that keeps them
   vms     = "/etc/vacate/vms"           # NAME.toml for each VM, see below
   metrics = "127.0.0.1:9601"            # /metrics for Prometheus
   [api]                                 # as the socket, over TLS
@@ -50,13 +50,13 @@ The configuration (TOML):
   operators = ["admin"]                 # by the names in their certificates
   [peers.hostb]                         # by the name in its certificate
   address  = "hostb:7601"
-  may_send = true                       # it may bring VMs here
+  may_send = true                       # it may send VMs here
   rate     = 500                        # Mbit/s at most to it; default: any
   fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # see below; default: none
   fence_time = "2m"                     # how long that may take
   [guard]                               # evict by itself when overloaded
-  goal      = "cpu<111%"                # what this host is to be like
-  max_load  = 0.8                       # what a host it sends to may come to
+  goal      = "cpu<111%"                # what this host shall reach
+  max_load  = 0.8                       # most load of a host that takes a VM
   sustain   = "30s"                     # how long the goal is missed before
   settle    = "1m"                      # how long it rests after an eviction
   cool_down = "30m"                     # how long a VM then stays
@@ -65,16 +65,16 @@ be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses
 
-A VM (in vms, on both hosts, under one name; what is started is decided here):
+A VM (in vms, on both hosts, under one name; a host starts only what is here):
   command = ["/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm",
              "-m", "4G", "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
   qmp     = "/run/vacate/{name}.qmp"
   user    = "qemu"
   start_timeout = "2m"                  # until QEMU answers; default: 30s
-  trust_disks = ["data"]               # drives whose images the other host has, though nothing proves it
+  trust_disks = ["data"]                # on your word the same on the other host
   pinned  = true                        # never chosen to leave; default: false
   priority = 1                          # the least are chosen first; default: 0
-{incoming} becomes what has a QEMU wait for the VM, or nothing.
+{incoming} becomes the options with which a QEMU waits for the VM, or nothing.
 
 fence is run for vacate decide --fence, without a shell; {host} becomes the
 peer's name. It must end with code 0 only if no VM runs on that host any more.`,
@@ -100,7 +100,7 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 		Version:           version(),
 	}
 	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml", "`FILE` with the configuration")
-	c.Flags().StringVar(&format, "log-format", "text", "of the log on standard error: text or json")
+	c.Flags().StringVar(&format, "log-format", "text", "form of the log on standard error: text or json")
 	c.Flags().BoolVar(&check, "check", false, "only check the configuration, and what it names on this host")
 	return c
 }
@@ -112,7 +112,7 @@ func run(ctx context.Context, config host.Config, format string) error {
 	case "json":
 		handler = slog.NewJSONHandler(os.Stderr, nil)
 	default:
-		return fmt.Errorf("--log-format %q: there are text and json", format)
+		return fmt.Errorf("--log-format %q: want text or json", format)
 	}
 	sched.Process()
 	// A log that nobody reads any more must not end the daemon.

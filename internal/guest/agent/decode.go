@@ -160,7 +160,7 @@ func (c *cursor) pages(processes int, frames uint64) []pageclass.Page {
 		case p.Flags&^knownFlags != 0 || p.Kind >= pageclass.Kinds || p.Class >= pageclass.Classes:
 			c.fail("unknown kind, class or flags of a page: %d, %d, %#x", p.Kind, p.Class, uint8(p.Flags))
 		case p.Kind == pageclass.None && p != pageclass.Page{}:
-			c.fail("a page of which nothing is known has a class, flags or an owner")
+			c.fail("an unknown page has a class, flags or an owner")
 		}
 		palette[i] = p
 	}

@@ -33,11 +33,11 @@ func demoCommand() *cobra.Command {
 		Use:   "demo",
 		Short: "show VMs that starve each other, and relief; then measure it",
 		Long: `Boots two VMs with a memcached each on one host of a lab, where they starve each
-other, and a daemon on each host; has one VM evicted to relieve the host, while
-clients use both; and has it check all of its memory. Writes a page of HTML that
-shows it all. Then moves one more VM by this engine and one by QEMU's own
-post-copy, and compares them. Takes about three minutes. vacate and vacated
-have to lie beside this program.`,
+other, and starts a daemon on each host. Relieves the host by evicting one VM,
+while clients use both; the VM then checks all of its memory. Writes an HTML
+page that shows it all. Then moves one more VM by this engine and one by QEMU's
+own post-copy, and compares them. Takes about three minutes. vacate and vacated
+must be in the same directory as this program.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)

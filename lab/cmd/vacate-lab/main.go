@@ -170,8 +170,8 @@ func benchCommand() *cobra.Command {
 		Long: `Moves identically prepared VMs over the same link in every way asked for, in
 turn, and prints what each cost: medians over the repetitions and their ranges,
 then ratios to QEMU's own post-copy. The guest checks all of its memory after
-every move; a bad page is an error. What the figures mean, and the form of the
-JSON, is in docs/bench.md.
+every move; a bad page is an error. docs/bench.md
+explains the figures and the JSON.
 
 Each run takes about 15 seconds, with a large load or pre-copy more. Nothing
 else should run on the machine meanwhile.`,

@@ -26,11 +26,10 @@ func paperCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "paper",
 		Short: "repeat the evaluation of the paper on enlightened post-copy",
-		Long: `Has two VMs with a server each, whose clients want more than the core has that
-they share, contend for the core of host a; evicts one of them to host b by each
-strategy, over links of several rates; and measures when each VM, and both
-together, are back at 90 % of their final level. See docs/paper.md for what is
-scaled, and how.
+		Long: `Two VMs with a server each contend for the core of host a: their clients want
+more than it has. Evicts one VM to host b by each strategy, over links of
+several rates, and measures when each VM, and both together, are back at 90 % of
+their final level. docs/paper.md says what is scaled, and how.
 
 Writes contention.json, contention.csv, contention.svg and paper.html into a
 directory.`,
