@@ -547,7 +547,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 			return copyPaused, nil
 		}
 	}
-	if err := e.open(ctx); notThere(err) {
+	if err := e.open(ctx); notThere(err) && !e.qemu.Alive() {
 		e.die(err)
 		return copyGone, nil
 	} else if err != nil {

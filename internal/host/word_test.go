@@ -1,7 +1,9 @@
 package host
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -247,6 +249,112 @@ func TestWord(t *testing.T) {
 	}
 	vms = r.expected.VMs()
 	labtest.MustCheck(t, vms[len(vms)-1])
+}
+
+// A word is carried out in the end, and an eviction goes on: whether the operator still listens, others have the QEMU's monitor, or it is
+// not there for a while.
+func TestWordCarriedOutLater(t *testing.T) {
+	const resume, held = hostv1.Decision_DECISION_RESUME_HERE, "source/reconnecting"
+	l := labtest.New(t, lab.Options{Rate: 4e7})
+	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
+	r.a, r.b = sites(t, l)
+	r.a.describe("web1", r.vm.QMP, r.vm.Args)
+	r.expected = r.b.expect("web1", r.vm)
+	lose := func() {
+		t.Helper()
+		r.b.kill()
+		r.wait(r.a, "out of reach", func(e *hostv1.Eviction) bool { return e.Decidable })
+	}
+	runs := func() {
+		t.Helper()
+		r.over(r.a, "resumed here")
+		if s := status(r.vm); s != "running" {
+			t.Errorf("the VM is %q", s)
+		}
+	}
+
+	// The operator hangs up while the engine is asked to leave the eviction. That has an engine again, or has ended.
+	for _, request := range []func(ctx context.Context){
+		func(ctx context.Context) {
+			r.a.api.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: r.eviction, Path: filepath.Join(r.a.dir, "saved")}))
+		},
+		func(ctx context.Context) {
+			r.a.api.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: r.eviction, Decision: resume, Confirm: "web1", Fenced: "hostb"}))
+		},
+	} {
+		r.a.start(held)
+		r.b.start()
+		r.begin()
+		lose()
+		ctx, hangUp := context.WithCancel(labtest.Within(t, time.Minute))
+		left := make(chan struct{})
+		go func() {
+			defer close(left)
+			request(ctx)
+		}()
+		time.Sleep(time.Second) // the engine cannot leave meanwhile
+		hangUp()
+		<-left
+		time.Sleep(time.Second)
+		r.a.release(held)
+		r.b.start()
+		e := r.wait(r.a, "going on", func(e *hostv1.Eviction) bool { return e.State == string(evict.Pushing) || e.Outcome != "" })
+		if e.Outcome == "" {
+			lose()
+			if err := r.say(r.a, resume, "hostb", false); err != nil {
+				t.Fatal(err)
+			}
+			r.b.start()
+		}
+		runs()
+		r.wait(r.a, "heard", func(e *hostv1.Eviction) bool { return !e.Untold })
+		r.a.kill()
+		r.b.kill()
+	}
+
+	// Somebody came to the monitor while the QEMU's process was stopped, and stays for a while.
+	r.a.start()
+	r.b.start()
+	r.begin()
+	lose()
+	client, err := net.Dial("unix", r.vm.QMP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	said := make(chan error, 1)
+	go func() { said <- r.say(r.a, resume, "hostb", false) }()
+	client.SetReadDeadline(time.Now().Add(time.Minute))
+	if _, err := client.Read(make([]byte, 1)); err != nil {
+		t.Errorf("a client that came first is not served: %v", err)
+	}
+	time.Sleep(2 * time.Second)
+	client.Close()
+	if err := <-said; err != nil {
+		t.Errorf("resume here: %v", err)
+	}
+	runs()
+	r.b.start()
+	r.wait(r.a, "heard", func(e *hostv1.Eviction) bool { return !e.Untold })
+
+	// The monitor cannot be reached.
+	r.begin()
+	lose()
+	if err := os.Rename(r.vm.QMP, r.vm.QMP+"-"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.say(r.a, resume, "hostb", false); err == nil {
+		t.Error("a VM was resumed whose monitor is not there")
+	}
+	time.Sleep(3 * time.Second)
+	if e := r.look(r.a); e.Mark != "resumed here" || e.Outcome != "" {
+		t.Errorf("a word that could not be carried out yet: %v", e)
+	}
+	if err := os.Rename(r.vm.QMP+"-", r.vm.QMP); err != nil {
+		t.Fatal(err)
+	}
+	runs()
+	labtest.MustCheck(t, r.vm)
 }
 
 // latest is the eviction that a host began last.
