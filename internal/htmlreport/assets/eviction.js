@@ -4,20 +4,21 @@
   const pageSize = 4096;
   const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)); // as Go's encoding/json writes them
   if (t) Object.assign(t, { why: bytes(t.why), class: bytes(t.class) });
-  const reasonText = { early: "ahead of the devices, which need them", fetched: "fetched: the guest waited for it", near: "neighbour of one that was fetched", planned: "pushed by the plan", skipped: "never sent: free in the guest", before: "was there when the eviction was taken up again", left: "left", none: "none" };
-  const reasonColour = { early: "#cc79a7", fetched: "#d55e00", near: "#e69f00", planned: "#0072b2", skipped: "#b8c4cc", before: "#7f6b00" };
+  const reasonText = { early: "ahead of the devices, which need them", fetched: "fetched: the guest waited for it", near: "neighbour of one that was fetched", planned: "pushed by the plan", skipped: "never sent: free in the guest", unused: "never sent: not there at the source", before: "was there when the eviction was taken up again", left: "left", none: "none" };
+  const reasonColour = { early: "#cc79a7", fetched: "#d55e00", near: "#e69f00", planned: "#0072b2", skipped: "#b8c4cc", unused: "#b8c4cc", before: "#7f6b00" };
+  const unsent = ["skipped", "unused", "before"]; // not by the engine that ended the eviction
 
   main.append(el("h1", {}, "Eviction of " + data.vm), el("p", { class: "soft" },
     [data.from && "from " + data.from, data.to && "to " + data.to, data.started && new Date(data.started).toISOString().replace("T", " ").slice(0, 19) + " UTC", r.qemu && "QEMU " + r.qemu, r.machine, data.id].filter(Boolean).join(" · ")));
   for (const n of data.notes || []) main.append(el("p", {}, n));
   main.append(el("p", {}, "Outcome: ", el("span", { class: ["completed", "shut down"].includes(data.outcome) ? "" : "bad" }, data.outcome || "not ended"), data.reason ? ": " + data.reason : ""));
-  const moved = (p.total || 0) - (p.skipped || 0);
+  const moved = (p.total || 0) - unsent.reduce((a, n) => a + (p[n] || 0), 0);
   main.append(el("div", { class: "tiles" },
     tile(seconds(r.execution_transfer_s), "until the VM ran on the other host"),
     tile(seconds(r.down_time_s), "in which it ran nowhere"),
     tile(seconds(r.total_s), "until nothing was left here"),
     tile(size(r.link_bytes), "over the link"),
-    tile(size((p.skipped || 0) * pageSize), "free memory, never sent"),
+    tile(size(((p.skipped || 0) + (p.unused || 0)) * pageSize), "never sent: free, or not there"),
     tile(p.total ? (100 * (p.fetched || 0) / Math.max(1, moved)).toFixed(2) + " %" : "–", "of the memory the guest waited for"),
     tile(r.fetch_latency_s ? seconds(r.fetch_latency_s.p50) + " / " + seconds(r.fetch_latency_s.p99) : "–", "a fetch took: median / 99th percentile"),
     tile(whole(p.duplicate || 0), "pages sent twice")));
@@ -46,8 +47,8 @@
 
   if (t) {
     const xs = t.pages.map((_, i) => i * t.step_ms / 1000);
-    const names = t.reasons.map((n, i) => [n, i]).filter(([n, i]) => n !== "skipped" && t.pages.some(s => s[i]));
-    main.append(el("h2", {}, "What was sent"), el("p", { class: "soft" }, "Memory handed to the link over time, by why it went. Pages that are free in the guest are not among it; pages of zeroes are, which go as a mark only, so that a few peaks are cut off."));
+    const names = t.reasons.map((n, i) => [n, i]).filter(([n, i]) => !unsent.includes(n) && t.pages.some(s => s[i]));
+    main.append(el("h2", {}, "What was sent"), el("p", { class: "soft" }, "Memory handed to the link over time, by why it went. Pages that are free in the guest, or not there, are not among it; pages of zeroes are, which go as a mark only, so that a few peaks are cut off."));
     const sums = t.pages.map(s => names.reduce((a, [, i]) => a + s[i], 0)).sort((a, b) => a - b);
     const top = sums[Math.floor(sums.length * 0.97)] * 1.3 * pageSize / (1 << 20) / (t.step_ms / 1000);
     stacked(main, xs, names.map(([n, i]) => ({ name: n, colour: reasonColour[n], values: t.pages.map(s => s[i] * pageSize / (1 << 20) / (t.step_ms / 1000)) })), "MiB per second", { events, top });
@@ -77,7 +78,7 @@
     // From early to late: viridis, coarsely.
     const scale = ["#fde725", "#7ad151", "#22a884", "#2a788e", "#414487", "#440154"].map(rgb);
     const when = f => { const x = Math.min(0.9999, Math.max(0, f)) * (scale.length - 1), i = Math.floor(x), d = x - i; return scale[i].map((v, k) => v + (scale[i + 1][k] - v) * d); };
-    const skipped = t.reasons.indexOf("skipped");
+    const never = [t.reasons.indexOf("skipped"), t.reasons.indexOf("unused")];
     const readout = el("span", { class: "soft" }, "Point at the map.");
     const clock = el("span", {}, ""), legend = el("div", {});
     const slider = el("input", { type: "range", min: 0, max: 1000, value: 1000, "aria-label": "time" });
@@ -89,10 +90,10 @@
       rows.forEach((row, y) => {
         for (let x = 0; x < row.count; x++) {
           const c = row.first + x, o = 4 * (y * columns + x), w = t.when_ms[c];
-          if (t.why[c] !== skipped || w < 0) all++;
+          if (!never.includes(t.why[c]) || w < 0) all++;
           if (w < 0 || w > until) { bytes[o] = bytes[o + 1] = bytes[o + 2] = 128; bytes[o + 3] = 40; continue; }
-          if (t.why[c] !== skipped) come++;
-          const v = m === "why" ? whyRGB[t.why[c]] : m === "class" ? classRGB[t.class[c]] : t.why[c] === skipped ? rgb(reasonColour.skipped) : when(w / last);
+          if (!never.includes(t.why[c])) come++;
+          const v = m === "why" ? whyRGB[t.why[c]] : m === "class" ? classRGB[t.class[c]] : never.includes(t.why[c]) ? rgb(reasonColour.skipped) : when(w / last);
           bytes[o] = v[0]; bytes[o + 1] = v[1]; bytes[o + 2] = v[2]; bytes[o + 3] = 255;
         }
       });
@@ -103,7 +104,7 @@
       const seen = new Set();
       legend.textContent = "";
       if (mode.value === "when") {
-        legend.append(key([0, 0.25, 0.5, 0.75, 1].map(f => [seconds(f * last / 1000), "rgb(" + when(f).map(Math.round).join(",") + ")"]).concat([["never sent: free", reasonColour.skipped]])));
+        legend.append(key([0, 0.25, 0.5, 0.75, 1].map(f => [seconds(f * last / 1000), "rgb(" + when(f).map(Math.round).join(",") + ")"]).concat([["never sent", reasonColour.skipped]])));
         return;
       }
       const of = mode.value === "why" ? t.why : t.class;
@@ -149,7 +150,8 @@
     ["round trip", seconds(r.round_trip_s), "of the link, uncongested"],
     ["pages", whole(p.total), "of the VM"],
     ["pushed", whole(p.pushed), "by the plan"], ["near", whole(p.near), "as neighbours of fetched ones"], ["fetched", whole(p.fetched), "because the guest waited"],
-    ["early", whole(p.early), "ahead of the device state"], ["zero", whole(p.zero), "of all: sent as a mark only"], ["never sent", whole(p.skipped), "free in the guest"],
+    ["early", whole(p.early), "ahead of the device state"], ["zero", whole(p.zero), "of all: sent as a mark only"], ["never sent", whole(p.skipped), "free in the guest"], ["not there", whole(p.unused), "at the source, and never sent"],
+    ["before", whole(p.before || 0), "were there when the eviction was taken up again"],
     ["order", r.order, "of the push"], ["enlightenment", r.enlightenment && [r.enlightenment.source, r.enlightenment.kernel].filter(Boolean).join(", "), "where it was learnt what pages are used for"],
   ], [1]));
   main.append(el("footer", {}, "Written by vacate. This file needs no network. Charts: uPlot (MIT)."));
