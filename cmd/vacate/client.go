@@ -156,7 +156,7 @@ func progressOf(e *hostv1.Eviction) (evict.Progress, bool) {
 	seconds := func(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 	return evict.Progress{
 		State: evict.State(e.State), Elapsed: seconds(p.ElapsedS), Pages: int(p.PagesSent), Total: int(p.PagesTotal), Bytes: p.LinkBytes,
-		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()), Awaits: p.Awaits, AwaitedFor: seconds(p.AwaitedS),
+		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()), Awaits: p.Awaits, AwaitedFor: seconds(p.AwaitedS), Stands: p.Stands,
 	}, true
 }
 

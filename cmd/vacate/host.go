@@ -16,6 +16,7 @@ import (
 	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
+	"vacate/internal/qemu/fit"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -223,6 +224,9 @@ func describe(w io.Writer, e *hostv1.Eviction) {
 		if p.SilentS > 0 {
 			line("link", "nothing came for %.0f s", p.SilentS)
 		}
+	}
+	if p := e.GetProgress(); p.GetStands() != "" {
+		line("VM's state", "it %s, and moves so", fit.Stands(p.Stands))
 	}
 	line("reason", "%s", e.Reason)
 	line("damage", "%s", e.Damage)

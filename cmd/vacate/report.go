@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"vacate/internal/evict"
+	"vacate/internal/qemu/fit"
 )
 
 // progressJSON is progress as --json shows it. Times are in seconds.
@@ -23,14 +24,15 @@ type progressJSON struct {
 	Fetches    int         `json:"fetches"`
 	Awaits     string      `json:"awaits,omitempty"` // what the other host does before it takes the VM
 	AwaitedFor float64     `json:"awaited_s,omitempty"`
-	Short      string      `json:"short,omitempty"` // why the VM waits at the destination, which has no memory for its pages
+	Stands     string      `json:"stands,omitempty"` // QEMU's word for the state that the VM stands in
+	Short      string      `json:"short,omitempty"`  // why the VM waits at the destination, which has no memory for its pages
 }
 
 func newProgressJSON(p evict.Progress) progressJSON {
 	j := progressJSON{
 		State: p.State, Elapsed: p.Elapsed.Seconds(), Pages: p.Pages, PagesTotal: p.Total,
 		LinkBytes: p.Bytes, Rate: p.Rate, Fetches: p.Fetches,
-		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(), Short: p.Short,
+		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(), Short: p.Short, Stands: p.Stands,
 	}
 	if p.ETA > 0 {
 		s := p.ETA.Seconds()
@@ -76,8 +78,13 @@ func reportText(r evict.Report) string {
 		row("machine", "%s, QEMU %s", clean(r.Machine), clean(r.QEMU))
 	}
 	seconds("preparation", r.Prepare, "in which the VM was left alone")
-	seconds("execution transfer", r.Transfer, "from then until it ran on the destination")
-	seconds("down time", r.Down, "in which it stood still")
+	if r.Stood == "" {
+		seconds("execution transfer", r.Transfer, "from then until it ran on the destination")
+		seconds("down time", r.Down, "in which it stood still")
+	} else {
+		seconds("execution transfer", r.Transfer, "from then until it might run on the destination")
+		row("down time", "        -    it stood all along: it %s", fit.Stands(clean(r.Stood)))
+	}
 	seconds("total", r.Total, "from then until the source was empty")
 	gapsText(row, r.Gaps)
 	if p := r.Pages; p.Total > 0 {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	"vacate/internal/qemu/fit"
 
 	"golang.org/x/term"
 )
@@ -209,6 +210,9 @@ func progressLine(p evict.Progress, width int) string {
 				line += " " + field
 			}
 		}
+	}
+	if p.Stands != "" {
+		line += " (it " + clean(fit.Stands(p.Stands)) + ")"
 	}
 	if p.Awaits != "" {
 		line += fmt.Sprintf(" %s: %d s", clean(p.Awaits), int(p.AwaitedFor.Seconds()))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -332,7 +333,7 @@ func startQEMU(t *testing.T, monitor string, args ...string) (*qmp.Client, error
 	labtest.Need(t, err)
 	cmd := exec.Command(*configurationQEMU, append([]string{"-nodefaults", "-display", "none", "-qmp", "unix:" + monitor + ",server=on,wait=off"}, args...)...)
 	var said bytes.Buffer
-	cmd.Stderr = &said
+	cmd.Stderr = io.MultiWriter(&said, t.Output())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -527,6 +527,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 	b, err := e.kept(keptFacts)
 	if err == nil {
 		e.facts, err = parseFacts(b)
+		e.stands.Store(new(e.facts.Stood))
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // else the VM was not touched yet
 		return copyGone, err

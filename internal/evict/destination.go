@@ -113,6 +113,7 @@ type destination struct {
 	pending   bool                   // the QEMU was not told to run the VM yet
 	mark      Mark                   // the last that is durable
 	committed bool                   // the source has said in the present session that it committed
+	stands    string                 // QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
 	running  atomic.Bool  // it has answered that it does
@@ -224,6 +225,7 @@ func (e *destination) show(st State) {
 	}
 	p := Progress{State: st, Elapsed: time.Since(e.started)}
 	e.mu.Lock()
+	p.Stands = e.stands
 	p.Total = e.layout.pages()
 	if p.Total > 0 {
 		p.Pages = p.Total - e.missing
@@ -481,11 +483,13 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 		err = e.load(committing)
 	}
 	if err == nil {
-		_, err = control.await(committing, msgCommit)
-		e.committed = err == nil
+		err = e.hearCommit(committing)
 	}
 	if err == nil {
 		err = <-e.kept
+	}
+	if err == nil && e.stands != "" {
+		err = keep(e.Journal, keptStands, []byte(e.stands))
 	}
 	if err == nil {
 		err = note(e.Journal, MarkMayRun, "")
@@ -509,10 +513,32 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	return e.serve(ctx, left)
 }
 
+// hearCommit waits for the commit.
+func (e *destination) hearCommit(ctx context.Context) error {
+	f, err := e.at.Load().control.await(ctx, msgCommit)
+	if err != nil {
+		return err
+	}
+	if len(f.payload) > 0 {
+		var c commitment
+		if err := decode(f.payload, &c); err != nil {
+			return err
+		}
+		if !fit.Standing(c.Stands) {
+			return fmt.Errorf("%w: a VM that stands in the state %.40q", errFrame, c.Stands)
+		}
+		e.mu.Lock()
+		e.stands = c.Stands
+		e.mu.Unlock()
+	}
+	e.committed = true
+	return nil
+}
+
 // contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
 const contTime = time.Second
 
-// run has the QEMU run the VM. The source has committed the eviction, and that is on record.
+// run has the QEMU run the VM, unless that stood. The source has committed the eviction, and that is on record.
 // QEMU may be unable to answer until a page has come, which the VM touched at once: then
 // serve, without which no page comes after the loss of the session, hears the answer.
 func (e *destination) run(left context.Context) error {
@@ -521,6 +547,11 @@ func (e *destination) run(left context.Context) error {
 	}
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
+	}
+	e.pending, e.ranSince = false, time.Now()
+	if e.stands != "" { // whether it runs is its operator's to say from now on
+		e.running.Store(true)
+		return nil
 	}
 	q, answer := e.q, make(chan error, 1)
 	e.tasks.Go(func() {
@@ -533,7 +564,6 @@ func (e *destination) run(left context.Context) error {
 			announce(ctx, q, e.Log)
 		}
 	})
-	e.pending, e.ranSince = false, time.Now()
 	select {
 	case err := <-answer:
 		return e.continued(left, err)

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
@@ -37,11 +38,12 @@ type freezer struct {
 	fdset  int      // QEMU's number of it
 	events *qmp.Subscription
 	said   []string // events since the freeze began that tell of the guest
+	frozen int      // how many of them came of the freeze
 }
 
 // saved is a VM that was frozen.
 type saved struct {
-	was  qmp.Status // what the VM did before it was frozen: it is to do the same where it goes on
+	was  qmp.Status // what the VM did before it was frozen: it is to do the same wherever it goes on
 	at   time.Time  // when the guest stopped; zero if QEMU did not tell
 	load []byte     // what the destination's QEMU needs to load the devices
 }
@@ -128,20 +130,44 @@ func canSave(ctx context.Context, q *qmp.Client) error {
 // errMoved is wrapped by the errors of a VM that somebody else did something to while it was being frozen.
 var errMoved = errors.New("somebody else gave the VM's QEMU commands while it was being frozen")
 
-// freeze freezes the guest and has QEMU save its devices. Where the VM stood already, it is left as it was, and errStood says so.
-// After any other error it is to be resumed, if saved.was says that it ran.
-func (f *freezer) freeze(ctx context.Context) (s saved, err error) {
-	f.events = f.q.Subscribe(256)
+// freeze freezes the guest and has QEMU save its devices. Of a VM that may run, ran is set: it is paused. Of one that stood
+// when it was looked at, ran is not, and if it runs by now, it is left alone, and errRuns says so. After any other error the VM is to
+// do again what saved.was says.
+func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
+	if f.events != nil {
+		f.events.Close()
+	}
+	f.events, f.said = f.q.Subscribe(256), nil
 	// QEMU carries these out one after the other. Who has it pause the VM between the first and the last, which takes it
 	// less than a millisecond, is taken for us.
-	status, migrate, stop := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil), f.q.Begin(ctx, "stop", nil)
+	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
+	var stop *qmp.Pending
+	if ran {
+		stop = f.q.Begin(ctx, "stop", nil)
+	}
 	err = status.Reply(ctx, &s.was)
 	var m qmp.Migration
-	if err = errors.Join(err, migrate.Reply(ctx, &m), stop.Reply(ctx, nil)); err != nil {
+	err = errors.Join(err, migrate.Reply(ctx, &m))
+	if ran {
+		err = errors.Join(err, stop.Reply(ctx, nil))
+	}
+	if err != nil {
 		return s, err
 	}
-	if !s.was.Running {
+	frozen := "paused"
+	switch {
+	case s.was.Running && !ran:
+		return s, errRuns
+	case s.was.Running:
+	case !fit.Standing(s.was.Status):
 		return s, fmt.Errorf("%w, its state is %q", errStood, s.was.Status)
+	case s.was.Status == "suspended":
+		// What saves the devices would leave it in the state save-vm. QEMU remembers that it is suspended.
+		if err := f.q.Run(ctx, "stop", nil, nil); err != nil {
+			return s, err
+		}
+	default:
+		frozen = s.was.Status
 	}
 	if err := mayLeave(m); err != nil {
 		return s, err
@@ -163,22 +189,31 @@ func (f *freezer) freeze(ctx context.Context) (s saved, err error) {
 	if saveErr != nil {
 		return s, saveErr
 	}
-	if now.Running || now.Status != "paused" {
+	switch {
+	case now.Status == frozen:
+	case s.was.Running && fit.Standing(now.Status) && now.Status != "suspended":
+		s.was = now // it stopped by itself before it could be paused: a disk failed, say
+	default:
 		return s, fmt.Errorf("%w: its state is %q", errMoved, now.Status)
 	}
 	if err := f.unchanged(text); err != nil {
 		return s, err
 	}
 	s.at = f.listen()
-	if len(f.said) != 1 || f.said[0] != "STOP" {
+	// One that stood has said so before, or just when this began.
+	f.frozen = len(f.said)
+	if f.frozen > 1 || f.frozen == 1 && f.said[0] != "STOP" || f.frozen == 0 && s.was.Running {
 		return s, fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
 	}
 	s.load, err = f.read()
 	return s, err
 }
 
-// errStood is wrapped by the error of freezing a VM that stood still already.
-var errStood = errors.New("somebody paused the VM, or it stopped, before it could be frozen")
+// errStood is wrapped by the error of freezing a VM that stood still already, in a state in which it cannot be moved.
+var errStood = errors.New("the VM stopped before it could be frozen")
+
+// errRuns is the error of freezing a VM that stood, and runs since.
+var errRuns = errors.New("somebody had the VM run")
 
 // job is the part of QEMU's JobInfo that names a job.
 type job struct {
@@ -230,7 +265,7 @@ func (f *freezer) listen() (stopped time.Time) {
 					stopped = ev.Time
 				}
 				fallthrough
-			case "RESUME", "RESET", "SHUTDOWN":
+			case "RESUME", "WAKEUP", "RESET", "SHUTDOWN":
 				f.said = append(f.said, ev.Name)
 			}
 		default:
@@ -281,7 +316,7 @@ func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	switch {
 	case f.events.Dropped() > 0:
 		return errors.New("QEMU told of more than could be followed while the VM was being frozen")
-	case len(f.said) != 1:
+	case len(f.said) != f.frozen:
 		return fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
 	}
 	return nil
@@ -302,7 +337,8 @@ func (f *freezer) close() {
 // hostFacts are what a source must know of the QEMU that holds a frozen VM, as that cannot answer once its process is stopped.
 type hostFacts struct {
 	Process   process.Process    `json:"process"`
-	Ran       bool               `json:"ran"` // the VM ran when it was about to be frozen, and does again when it is rolled back
+	Ran       bool               `json:"ran"`             // the VM ran when it was about to be frozen, and does again when it is rolled back
+	Stood     string             `json:"stood,omitempty"` // else QEMU's word for the state that it stood in
 	Blocks    []guestmem.Block   `json:"blocks"`
 	Mappings  []guestmem.Mapping `json:"mappings"`
 	Registers registers          `json:"registers,omitempty"` // of the frozen guest's vCPUs

@@ -30,7 +30,7 @@ func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFa
 		return nil, nil, facts, err
 	}
 	defer f.close()
-	s, err := f.freeze(ctx)
+	s, err := f.freeze(ctx, true)
 	if err != nil {
 		return nil, nil, facts, err
 	}

@@ -19,6 +19,7 @@ const (
 	keptHead      = "head"       // both: QEMU's stream from its header to the footer of the RAM section's start
 	keptLoad      = "load"       // source: the package
 	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
+	keptStands    = "stands"     // destination: QEMU's word for the state that the VM stood in; without it the twin is to run
 	keptDead      = "dead-there" // source: empty; the twin is dead for good, as the destination said, or never ran
 	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
 	KeptHeard = journal.Lasting + "heard"
@@ -26,6 +27,15 @@ const (
 	KeptTrace  = journal.Lasting + "trace"
 	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
 )
+
+// StoodThere is QEMU's word for the state that a VM stood in which a destination was told of; empty if it ran, or that is not known.
+func StoodThere(j Journal) string {
+	b, err := j.Kept(keptStands)
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
 
 // DeadThere reports whether it is known, without an operator's word, that the twin never runs again.
 func DeadThere(j Journal) bool {

@@ -47,6 +47,9 @@ type rules struct {
 	faint         bool // a destination that finds no memory for pages gives the guest up
 	hoard         bool // pages that were dropped with their session, for want of memory, count as received
 	guess         bool // a destination that was started anew answers before it has found which pages are placed
+	imposing      bool // a source that rolls back has the guest run, though it stood
+	oblivious     bool // a destination does not write that the guest stood
+	ignorant      bool // a twin that was not told to run counts as one that never ran, though its operator may have run it
 }
 
 func realRules() rules {
@@ -194,6 +197,8 @@ type world struct {
 		session   bool
 		committed bool  // heard
 		ended     bool  // heard that the guest ended itself
+		stands    bool  // heard, or read in the journal, that the guest stood
+		noted     bool  // in the journal: it stood
 		held      pages // in the engine's memory: received and not placed, or known to be left out
 		placed    pages
 		claimed   pages // said to be there, and not; only where that rule is broken
@@ -202,6 +207,8 @@ type world struct {
 	toD, toS         queue
 	moving           pages // under way to the destination
 	lateToD, lateToS word  // of an older session
+
+	stands bool // the guest stood when it was frozen: whether it runs is its operator's to say, wherever it is
 
 	// What no engine knows: what was true at some time.
 	ran     bool // the twin did
@@ -270,6 +277,7 @@ func (m *model) write(what string, source bool, mark Mark, done, failed func(w *
 			w.s.journal = recordOf(mark)
 		} else {
 			w.d.journal = recordOf(mark)
+			w.d.noted = w.d.noted || mark == MarkMayRun && w.d.stands && !m.oblivious // ahead of the mark
 			w.bereft = w.bereft || mark == MarkMayRun && w.d.twin == copyGone
 			w.unheard = w.unheard && (mark != MarkShutDown || w.resumed)
 		}
@@ -331,15 +339,20 @@ func (m *model) connect(w *world, first word) {
 func (m *model) next(w world) []edge {
 	m.from, m.edges = w, m.edges[:0]
 	if w.s.phase == down {
-		m.add("source starts again", false, func(w *world) { m.sourceTakes(w, m.sourceStep(w.s.journal.mark(), w.s.guest.state())) })
+		m.add("source starts again", false, func(w *world) {
+			if mark := w.s.journal.mark(); w.s.guest == standing && (mark == MarkMayRun || mark == MarkLost) {
+				w.s.guest = stopped
+			}
+			m.sourceTakes(w, m.sourceStep(w.s.journal.mark(), w.s.guest.state()))
+		})
 	} else {
 		m.source(w)
 	}
 	if w.d.phase == down {
 		m.add("destination starts again", false, func(w *world) {
-			w.d.phase = idle
+			w.d.phase, w.d.stands = idle, w.d.noted
 			if w.d.journal != 0 {
-				m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), w.d.twin))
+				m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), m.found(w)))
 			}
 		})
 	} else {
@@ -347,6 +360,14 @@ func (m *model) next(w world) []edge {
 	}
 	m.qemu(w)
 	return m.edges
+}
+
+// found is what a destination finds its twin doing. One that stands as its guest did needs no `cont`: its operator may have run it.
+func (m *model) found(w *world) copyState {
+	if w.d.stands && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && !m.ignorant {
+		return copyRunning
+	}
+	return w.d.twin
 }
 
 // sourceTakes has the source's engine do a step.
@@ -401,6 +422,13 @@ func (m *model) source(w world) {
 		if w.toS[0] != silence {
 			m.add("source hears", false, func(w *world) { m.sourceHears(w, w.toS.take()) })
 		}
+		if w.s.phase == offering && w.toS[0] == accepts {
+			m.add("source hears, and the guest stands when it is frozen", false, func(w *world) {
+				w.stands = true
+				w.d.placed = leftOut // such a world has one page, to be fewer
+				m.sourceHears(w, w.toS.take())
+			})
+		}
 		if w.lateToS != silence {
 			m.add("source hears late", false, func(w *world) {
 				said := w.lateToS
@@ -410,7 +438,7 @@ func (m *model) source(w world) {
 		}
 		if (w.s.phase == loading || w.s.phase == committed || w.s.phase == pushing) && w.s.guest != gone {
 			for _, p := range []pages{inUse, leftOut} {
-				if w.s.sent&p == 0 {
+				if w.s.sent&p == 0 && !(w.stands && p == leftOut) {
 					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
 						if w.s.given&p&^w.d.placed != 0 && !w.over {
 							w.bad = "the source sends zeroes for a page that it gave back"
@@ -496,7 +524,13 @@ func (m *model) source(w world) {
 			m.add("source finds its QEMU dead", false, func(w *world) { w.s.phase = losing })
 		} else {
 			m.add("source resumes the guest", false, func(w *world) {
-				w.s.phase, w.s.guest, w.aborted = ended, runsHere, !w.resumed
+				if w.s.phase, w.aborted = ended, !w.resumed; !w.stands {
+					w.s.guest = runsHere
+				} else if m.imposing {
+					w.bad = "the source runs a guest that stood"
+				} else if w.s.guest == stopped {
+					w.s.guest = standing
+				}
 			})
 		}
 	case retiring:
@@ -541,7 +575,7 @@ func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
 	idle := w.s.phase == asking || w.s.phase == holding || w.s.phase == ended || told
-	if w.s.guest != standing && w.s.guest != stopped || mark != MarkMayRun && mark != MarkLost && !told || !idle {
+	if w.here() || w.s.guest != standing && w.s.guest != stopped || mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
 	// Whether the word was written is found out by reading the journal again.
@@ -553,8 +587,8 @@ func (m *model) operator(w world) {
 	}
 	// He looks there whether the guest ended itself, if he can.
 	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
-	// A twin that was never told to run, of a host that is off, never will be.
-	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down
+	// A twin that was never told to run, of a host that is off, never will be; unless its operator may run it.
+	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down && !w.d.noted
 	resume := func(what string, lie bool) {
 		say := func(w *world) {
 			w.resumed, w.lied = true, w.lied || lie
@@ -658,14 +692,14 @@ func (m *model) destinationTakes(w *world, st step) {
 func (m *model) destination(w world) {
 	m.add("destination is killed", true, func(w *world) {
 		m.leaveD(w)
-		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended = down, 0, 0, false, false
+		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended, w.d.stands = down, 0, 0, false, false, false
 	})
 	ph := w.d.phase
 	// Between these it does one thing after the other, and hears of nothing.
 	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running || ph == ended
 	early := ph == arming || ph == prepared
 	look := func(w *world) {
-		found := w.d.twin
+		found := m.found(w)
 		if w.d.ended && !m.unheeding {
 			found = copyEnded
 		}
@@ -702,7 +736,14 @@ func (m *model) destination(w world) {
 		m.add("destination notices that the twin died", false, look)
 	}
 	mayCont := w.d.twin == copyPaused && (ph == prepared || ph == marking || ph == starting) && m.mayCont(w.d.journal.mark(), w.d.committed)
-	if mayCont {
+	if mayCont && w.d.stands {
+		m.add("destination has the twin stand", false, func(w *world) {
+			if w.d.phase = running; m.ignorant {
+				w.d.phase = awaiting
+			}
+			w.sayToSIfAny(runs)
+		})
+	} else if mayCont {
 		m.add("destination says cont", false, func(w *world) {
 			m.cont(w)
 			w.sayToSIfAny(runs)
@@ -815,7 +856,16 @@ func (m *model) destination(w world) {
 }
 
 func (m *model) cont(w *world) {
-	w.d.twin, w.d.phase, w.ran = copyRunning, running, true
+	if w.stands {
+		w.bad = "the destination runs a guest that stood"
+	}
+	w.d.phase = running
+	m.runs(w)
+}
+
+// runs is a twin that is told to run.
+func (m *model) runs(w *world) {
+	w.d.twin, w.ran = copyRunning, true
 	if w.s.stale && !w.resumed {
 		w.bad = "the twin runs from an older state than the guest had here"
 	}
@@ -859,7 +909,7 @@ func (m *model) destinationHears(w *world, said word) {
 		}
 	case commits:
 		if w.d.phase == prepared {
-			w.d.committed, w.d.phase = true, marking
+			w.d.committed, w.d.phase, w.d.stands = true, marking, w.stands
 		}
 	case aborts:
 		// Where all was over, and the twin lives all the same, it must not.
@@ -903,7 +953,7 @@ func (m *model) destinationHears(w *world, said word) {
 			return
 		}
 		// A new session is the end of the one before.
-		m.destinationTakes(w, m.destinationStep(mark, w.d.twin))
+		m.destinationTakes(w, m.destinationStep(mark, m.found(w)))
 	}
 }
 
@@ -913,7 +963,10 @@ func (m *model) qemu(w world) {
 		m.add("somebody has the guest run here", true, func(w *world) { w.s.guest, w.s.stale = runsHere, true })
 		m.add("somebody has the guest run here, and pauses it again", true, func(w *world) { w.s.stale = true })
 	}
-	if w.s.guest != gone && !(w.s.phase == ended && w.s.guest == runsHere) {
+	if w.stands && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && (w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
+		m.add("an operator has the guest run there", true, m.runs)
+	}
+	if w.s.guest != gone && !(w.s.phase == ended && w.here()) {
 		m.add("source's QEMU dies", true, func(w *world) { w.s.guest, w.died = gone, true })
 	}
 	if w.d.twin != copyGone && w.d.twin != copyComplete {
@@ -942,6 +995,11 @@ func (m *model) qemu(w world) {
 	}
 }
 
+// here reports whether the guest is the source's: it runs, or stands as it did before.
+func (w *world) here() bool {
+	return w.s.guest == runsHere || w.s.guest == standing && w.stands && w.s.phase == ended && (w.aborted || w.resumed)
+}
+
 // settled tells whether the eviction has come to an end that docs/protocol.md promises.
 func settled(w *world) bool {
 	if w.s.phase == down || w.d.phase == down {
@@ -950,9 +1008,9 @@ func settled(w *world) bool {
 	over := w.s.phase == ended
 	there := w.d.twin == copyRunning || w.d.twin == copyComplete
 	switch {
-	case over && w.s.guest == runsHere && w.d.twin == copyGone && (w.d.phase == ended || w.d.phase == idle):
+	case over && w.here() && w.d.twin == copyGone && (w.d.phase == ended || w.d.phase == idle):
 		return true // it runs here
-	case over && w.s.guest == runsHere && w.forgot && !there:
+	case over && w.here() && w.forgot && !there:
 		return true // the same, but nobody knows of the twin any more
 	case over && w.s.guest == gone && w.d.twin == copyComplete && (w.d.phase == ended || w.forgot) && w.whole:
 		return true // it runs there
@@ -964,7 +1022,7 @@ func settled(w *world) bool {
 		return true // the source's QEMU died; a twin that runs lacks pages
 	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
 		return true // it stands here until the operator says what he found there
-	case w.lied && w.forgot && over && w.s.guest == runsHere:
+	case w.lied && w.forgot && over && w.here():
 		return true // two copies may run, and no journal knows of the other one
 	case w.gaveUp:
 		return over && w.s.guest == gone
@@ -1063,7 +1121,7 @@ func explore(r rules, limit int) verdict {
 }
 
 const (
-	modelLimit = 4_000_000 // states; more than there are where no rule is broken
+	modelLimit = 6_000_000 // states; more than there are where no rule is broken
 	tooMany    = "too many states"
 )
 
@@ -1189,6 +1247,9 @@ func TestModelMutants(t *testing.T) {
 			}
 		}},
 		{"R7", "a destination says lost although the twin runs", func(r *rules) { r.desert = true }},
+		{"R11", "a roll-back runs a guest that stood", func(r *rules) { r.imposing = true }},
+		{"R11", "it is not written that the guest stood", func(r *rules) { r.oblivious = true }},
+		{"R11", "a twin that its operator may have run counts as one that was not told to run", func(r *rules) { r.ignorant = true }},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
 		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
 		{"R8", "pages that were dropped for want of memory count as received", func(r *rules) { r.hoard = true }},

@@ -59,7 +59,7 @@ func (e *source) beginPush(a *attachment) {
 		e.atPush = new(e.before.sent + sent)
 	}
 	e.mu.Unlock()
-	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly, again: time.NewTimer(0)}
+	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "", again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
 	a.begin(p.run)
 	if e.ledger != nil {

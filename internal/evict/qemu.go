@@ -222,6 +222,9 @@ func (o offer) check() error {
 	if err := errors.Join(o.CPUs.Check(), o.Devices.Check(), o.Disks.Check()); err != nil {
 		return fmt.Errorf("%w: %w", errFrame, err)
 	}
+	if o.Stands != "" && !fit.Standing(o.Stands) {
+		return fmt.Errorf("%w: a VM that stands in the state %.40q", errFrame, o.Stands)
+	}
 	return nil
 }
 
@@ -230,6 +233,10 @@ func (o offer) check() error {
 func (o offer) mismatch(here offer) error {
 	if o.Machine != here.Machine {
 		return fmt.Errorf("the source's machine is %s, the destination's %s: start the destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
+	}
+	source, destination := versionOf(o.QEMU), versionOf(here.QEMU)
+	if err := fit.StateOf(cmp.Or(o.Stands, "running"), source, destination).Err(); err != nil {
+		return fmt.Errorf("the VM %w", err)
 	}
 	differ := slices.Concat(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices), o.Disks.Against(here.Disks))
 	if err := differ.Err(); err != nil {
@@ -257,6 +264,12 @@ func (o offer) mismatch(here offer) error {
 		return fmt.Errorf("the destination has memory %q and the source has none of that name: start the destination's QEMU with the source's -device and -object options", name)
 	}
 	return nil
+}
+
+// versionOf reads what Version.String wrote; zero for anything else.
+func versionOf(s string) (v qmp.Version) {
+	fmt.Sscanf(s, "%d.%d.%d", &v.Major, &v.Minor, &v.Micro)
+	return v
 }
 
 // holds makes sure that memory which the source's QEMU announces is that of the offer: a

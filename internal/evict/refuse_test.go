@@ -492,7 +492,7 @@ func (r *refusals) states() {
 	}
 	r.run("paused VM", func(t *testing.T) {
 		do(t, "stop", nil)
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "does not run", `The VM was not touched, its state is "paused"`)
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "nothing listens", "The VM was not touched: it is paused")
 		do(t, "cont", nil)
 	})
 	r.run("VM on its way already", func(t *testing.T) {

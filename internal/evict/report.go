@@ -7,6 +7,8 @@ import "time"
 type Progress struct {
 	State   State
 	Elapsed time.Duration
+	// Stands is QEMU's word for the state that the VM stood in when it was looked at or frozen; empty of one that runs.
+	Stands  string
 	Pages   int     // sent, or free and left out
 	Total   int     // pages of the VM
 	Bytes   uint64  // sent over the link
@@ -37,8 +39,10 @@ type Report struct {
 	Begun    *time.Time `json:"begun"`
 	Prepare  *float64   `json:"prepare_s"`
 	Transfer *float64   `json:"execution_transfer_s"` // begun until the VM ran on the destination for the first time
-	Down     *float64   `json:"down_time_s"`          // frozen until then
-	Total    *float64   `json:"total_s"`              // begun until the source holds nothing any more
+	Down     *float64   `json:"down_time_s"`          // frozen until then; nil of a VM that stood
+	// Stood is QEMU's word for the state that the VM stood in all along; empty of one that ran. Then Transfer is until it might have run there.
+	Stood string   `json:"stood,omitempty"`
+	Total *float64 `json:"total_s"` // begun until the source holds nothing any more
 
 	Order         string       `json:"order"`         // of the push
 	Enlightenment Enlightening `json:"enlightenment"` // what was known of the guest's pages

@@ -388,7 +388,7 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 	var err error
 	found := copyGone
 	if err = e.find(); err == nil {
-		found = copyRunning
+		found = copyRunning // or it stands; recover finds out
 	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
 		return Received{}, &Error{ErrLeft, CutOff, err, "Nothing was touched. The VM may run here as far as its pages go"}
 	}
@@ -447,6 +447,11 @@ func (e *destination) find() error {
 	if err != nil {
 		return err
 	}
+	stands, err := e.Journal.Kept(keptStands)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("whether the VM is to run: %w", err)
+	}
+	e.stands = string(stands)
 	e.own = actionsOf(args)
 	e.held = e.own.shutdown != "pause"
 	e.lookAfter()
@@ -637,7 +642,7 @@ func (e *destination) handshake(ctx context.Context, m *mended) error {
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)
-	e.pending = m.pending
+	e.pending = m.pending && e.stands == ""
 	e.use(newStream(m.conn))
 	e.holding.Lock()
 	old := e.placer

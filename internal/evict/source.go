@@ -139,6 +139,7 @@ type source struct {
 	q       *qmp.Client     // nil if it was not needed yet
 	qemu    process.Process // the QEMU; zero until it is known
 	facts   hostFacts       // empty before the VM is about to be frozen
+	first   qmp.Status      // what the VM did when it was looked at first
 	mem     *guestmem.Memory
 	offer   offer
 	flash   []string // blocks that QEMU reads when it is told to run the VM
@@ -154,6 +155,7 @@ type source struct {
 	fetched   *frame // of the fetch lane
 
 	awaits   atomic.Pointer[awaited] // nil for nothing
+	stands   atomic.Pointer[string]  // facts.Stood, to be shown; nil before that is known
 	frozenAt atomic.Pointer[time.Time]
 	ranThere bool         // the destination said that the VM runs there
 	ranSince time.Time    // when it said so first
@@ -289,6 +291,9 @@ func (e *source) prepare(all context.Context) (err error) {
 	e.offer.Disks = disks
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
+	if !e.first.Running {
+		e.offer.Stands = e.first.Status
+	}
 	control := e.at.Load().control
 	err = together(
 		func() (err error) {
@@ -329,7 +334,9 @@ func (e *source) prepare(all context.Context) (err error) {
 		return err
 	}
 	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this engine.
-	e.facts.Ran = true
+	if e.facts.Ran = e.first.Running; !e.facts.Ran {
+		e.facts.Stood = e.first.Status
+	}
 	return e.keepFacts()
 }
 
@@ -473,8 +480,33 @@ func (e *source) fit(ctx context.Context) error {
 	if err := mayLeave(m); err != nil {
 		return err
 	}
-	if !status.Running {
-		return fmt.Errorf("the VM does not run, its state is %q: only one that runs can be evicted: let it run (`cont`), or move it by other means", status.Status)
+	// Of what QEMU the destination has, that speaks for itself.
+	if err := e.about(fit.StateOf(status.Status, e.q.Version(), e.q.Version())); err != nil {
+		return err
+	}
+	e.first = status
+	if status.Running {
+		return nil
+	}
+	e.stands.Store(&status.Status)
+	// It may have come here standing, or have been rolled back: QEMU before 10.0 does not survive giving up its disks twice.
+	return fit.Activate(ctx, e.q)
+}
+
+// name is what the VM is called in messages.
+func (e *source) name() string { return vmName(e.VM) }
+
+func vmName(vm string) string {
+	if vm == "" {
+		return "the VM"
+	}
+	return "VM " + vm
+}
+
+// about is reasons whose texts go on from the VM's name, as an error; nil if there are none.
+func (e *source) about(r fit.Reasons) error {
+	if err := r.Err(); err != nil {
+		return fmt.Errorf("%s %w", e.name(), err)
 	}
 	return nil
 }
@@ -550,19 +582,29 @@ func (e *source) freeze() error {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout, errors.New("saving the devices took too long"))
 	defer cancel()
 	var err error
-	e.saved, err = e.freezer.freeze(ctx)
+	e.saved, err = e.freezer.freeze(ctx, e.facts.Ran)
+	if errors.Is(err, errRuns) {
+		e.facts.Ran, e.facts.Stood = true, ""
+		if err = e.keepFacts(); err == nil {
+			e.saved, err = e.freezer.freeze(ctx, true)
+		}
+	}
 	at := e.saved.at
 	if now := time.Now(); !at.After(e.started) || at.After(now) { // events carry QEMU's wall clock, which is ours
 		at = now
 	}
 	e.frozenAt.Store(&at)
 	// In save-vm it stands for QEMU's own purposes, such as a dump, and runs again after that.
-	if was := e.saved.was; err != nil && !was.Running && was.Status != "" && was.Status != "save-vm" {
-		e.facts.Ran = false // whatever failed after that
+	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" && was.Status != e.facts.Stood {
+		e.facts.Ran, e.facts.Stood = false, was.Status // whatever fails after that
 		err = errors.Join(err, e.keepFacts())
 	}
+	e.stands.Store(new(e.facts.Stood))
 	if err != nil {
 		return fmt.Errorf("freeze the VM: %w", err)
+	}
+	if e.facts.Stood == "suspended" && e.offer.Stands != "suspended" {
+		return errors.New("the VM was suspended since it was offered: try again")
 	}
 	return e.layOut(e.freezer.layout)
 }
@@ -642,7 +684,12 @@ func (e *source) commit(ctx context.Context) error {
 	await, cancel := e.bound(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
 	defer cancel()
 	a := e.at.Load()
-	err := a.control.Write(msgCommit)
+	var err error
+	if e.facts.Ran {
+		err = a.control.Write(msgCommit)
+	} else {
+		err = writeJSON(a.control.Conn, msgCommit, commitment{e.facts.Stood})
+	}
 	if err == nil {
 		_, err = a.control.await(await, msgRunning)
 	}
@@ -693,7 +740,7 @@ func (e *source) refuse(err error) error {
 			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
 		}
 	} else if now, err := e.q.QueryStatus(ctx); err == nil && !now.Running {
-		remedy = fmt.Sprintf("The VM was not touched, its state is %q", now.Status)
+		remedy = fmt.Sprintf("The VM was not touched: it %s", fit.Stands(now.Status))
 	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
 }
@@ -762,7 +809,7 @@ func (e *source) rollBack(cause error) error {
 	if now.Running {
 		announce(ctx, e.q, e.Log)
 	} else {
-		remedy = fmt.Sprintf("The VM stands here, unharmed, as it did before it was to be frozen: its state is %q", now.Status)
+		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before it was to be frozen", fit.Stands(now.Status))
 	}
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
 }
@@ -775,8 +822,8 @@ func (e *source) gone() bool {
 	return e.q == nil || e.q.Err() != nil
 }
 
-// resume has the VM do what it did before it was frozen, and returns what that is. It is legal only while the destination cannot
-// run it, or was told to be dead.
+// resume has the VM do what it did before it was frozen, and returns what that is: one that stood is not run, but gets its disks back. It is
+// legal only while the destination cannot run it, or was told to be dead.
 func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	if e.gaveBack.Load() {
 		return qmp.Status{}, ErrGivenBack
@@ -807,11 +854,13 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 		if err != nil {
 			return status, err
 		}
-		if status.Running || !e.facts.Ran || told || e.freezer != nil && e.freezer.resumed() {
+		if status.Running || told || e.freezer != nil && e.freezer.resumed() {
 			// What it does from now on is its own, and its operators', doing: also for an engine that
 			// finds it.
-			if e.facts.Ran {
-				e.facts.Ran = false
+			if e.facts.Ran || e.facts.Stood == "suspended" {
+				if e.facts.Ran, e.facts.Stood = false, status.Status; status.Running {
+					e.facts.Stood = ""
+				}
 				if err := e.keepFacts(); err != nil {
 					e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
 				}
@@ -819,7 +868,12 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 			return status, nil
 		}
 		// While the destination's QEMU lives, it may hold the locks of the disks.
-		if refused = e.q.Cont(ctx); refused != nil && !isRefusal(refused) {
+		if e.facts.Ran || e.facts.Stood == "suspended" && status.Status == "paused" {
+			refused = e.q.Cont(ctx) // a guest that was suspended is again, and does not run
+		} else {
+			refused = fit.Activate(ctx, e.q)
+		}
+		if refused != nil && !isRefusal(refused) && !errors.Is(refused, fit.ErrInactive) {
 			return status, refused
 		}
 		if told = refused == nil; told {
@@ -877,9 +931,10 @@ func (e *source) report(err error) Report {
 	}
 	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, over)
 	// Of a VM that another engine froze it is not known when.
-	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() {
+	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() && e.facts.Stood == "" {
 		r.Down = since(*at, e.ranSince)
 	}
+	r.Stood = e.facts.Stood
 	r.Pages = PageCounts{
 		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(), Duplicate: e.summary.Duplicate,
 		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
@@ -983,6 +1038,9 @@ func (e *source) show(st State) {
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.bytes()
+	}
+	if stands := e.stands.Load(); stands != nil {
+		p.Stands = *stands
 	}
 	if w := e.awaits.Load(); w != nil && st == Preparing {
 		p.Awaits, p.AwaitedFor = w.what, time.Since(w.since)

@@ -21,7 +21,7 @@ const (
 	msgOffer  uint8 = 1  // offer: the VM to be moved
 	msgHead   uint8 = 2  // raw: QEMU's stream from its header to the footer of the RAM section's start
 	msgLoad   uint8 = 3  // raw: the package with the state of all devices
-	msgCommit uint8 = 4  // empty: from here on the destination may run
+	msgCommit uint8 = 4  // from here on the destination may run. Empty: it does at once. Else commitment: it stands
 	msgResume uint8 = 5  // resume: goes on with an eviction, in a new session, in place of an offer
 	msgAsk    uint8 = 6  // JSON of the caller's: a question that touches no VM, in place of an offer
 	msgFill   uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
@@ -31,7 +31,7 @@ const (
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
 	msgArmed    uint8 = 25 // empty: QEMU took the head
 	msgLoaded   uint8 = 17 // empty: the devices are loaded, the VM is paused
-	msgRunning  uint8 = 18 // empty: the VM runs on the destination
+	msgRunning  uint8 = 18 // empty: the VM runs on the destination, or stands there and may run
 	msgComplete uint8 = 19 // Received: every page is placed
 	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
 	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
@@ -113,6 +113,13 @@ type offer struct {
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.
 	LoadTimeout int64 `json:"load_timeout_ms"`
+	// Stands is QEMU's word for the state that the VM stands in; empty if it runs.
+	Stands string `json:"stands,omitempty"`
+}
+
+// commitment is the commit of a VM that stood when it was frozen.
+type commitment struct {
+	Stands string `json:"stands"` // QEMU's word for the state that it stood in
 }
 
 type blockOffer struct {

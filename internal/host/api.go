@@ -170,10 +170,10 @@ func (h *Host) look(ctx context.Context, vm hypervisor.VM) *hostv1.VM {
 		r := v.entry.Record()
 		out.EvictionId, out.Pid = r.ID.String(), int32(r.PID)
 		v.mu.Lock()
-		state, working := v.state, v.cancel != nil
+		state, stands, working := v.state, v.progress.Stands, v.cancel != nil
 		v.mu.Unlock()
 		if working {
-			out.State = string(vmState(r.Role, state))
+			out.State = string(vmState(r.Role, state, stands))
 			return out
 		}
 	}
@@ -190,18 +190,22 @@ func (h *Host) look(ctx context.Context, vm hypervisor.VM) *hostv1.VM {
 	return out
 }
 
-// vmState is what there is of a VM here whose eviction is in a state.
-func vmState(role journal.Role, s evict.State) hypervisor.State {
+// vmState is what there is of a VM here whose eviction is in a state. stands is what QEMU called the state that it stood in, if it did.
+func vmState(role journal.Role, s evict.State, stands string) hypervisor.State {
+	running := hypervisor.Running
+	if stands != "" {
+		running = hypervisor.Paused
+	}
 	switch s {
 	case evict.Preparing, evict.Running, evict.CutOff, evict.Completing:
-		return hypervisor.Running
+		return running
 	case evict.ShutDown:
 		return hypervisor.None
 	case evict.Completed:
 		if role == journal.Source {
 			return hypervisor.None
 		}
-		return hypervisor.Running
+		return running
 	}
 	if role == journal.Source {
 		return hypervisor.Frozen
@@ -436,7 +440,7 @@ func (v *eviction) message() *hostv1.Eviction {
 	if p := v.progress; m.State != "" {
 		m.Progress = &hostv1.Progress{
 			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total), LinkBytes: p.Bytes, Rate: p.Rate,
-			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits, AwaitedS: p.AwaitedFor.Seconds(),
+			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits, AwaitedS: p.AwaitedFor.Seconds(), Stands: p.Stands,
 		}
 		if p.ETA > 0 {
 			eta := p.ETA.Seconds()

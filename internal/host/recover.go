@@ -113,6 +113,9 @@ func (v *eviction) mayHaveRun() (bool, error) {
 	if !v.entry.Torn() {
 		return false, nil
 	}
+	if evict.StoodThere(record{v.entry}) != "" { // which is written behind the commit
+		return true, nil
+	}
 	vm, err := hypervisor.Find(v.host.config.VMs, v.entry.Record().VM)
 	if err != nil {
 		return false, err

@@ -107,8 +107,8 @@ func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks
 	if err != nil {
 		return nil, err
 	}
-	if seen.State != hypervisor.Running {
-		return nil, &stateError{fmt.Errorf("VM %s does not run here: its state is %s", name, seen.State)}
+	if seen.State != hypervisor.Running && seen.State != hypervisor.Paused {
+		return nil, &stateError{fmt.Errorf("VM %s is not here, or cannot leave: its state on host %s is %s", name, h.name(), seen.State)}
 	}
 	r.PID, r.StartTime = seen.Process.PID, seen.Process.StartTime
 	o.TrustDisks = vm.TrustDisks

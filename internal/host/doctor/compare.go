@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"vacate/internal/qemu/fit"
+	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/room"
 	"vacate/internal/sys/units"
 )
@@ -48,7 +50,7 @@ func (r *report) add(l Level, host, check, text, remedy string) {
 // would take. Each check has at least one finding, OK if all is well.
 func Compare(source HostFacts, vm VMFacts, destination HostFacts, twin TwinFacts, link LinkFacts) []Finding {
 	r := report{now: source.Time}
-	r.vm(source, vm)
+	r.vm(source, vm, or(twin.QEMU.Version, vm.QEMU))
 	r.reading(source)
 	r.host(source, source.Time)
 	r.placing(destination, twin, Fatal)
@@ -65,7 +67,7 @@ func Compare(source HostFacts, vm VMFacts, destination HostFacts, twin TwinFacts
 func Inspect(h HostFacts, vm *VMFacts) []Finding {
 	r := report{now: h.Time}
 	if vm != nil {
-		r.vm(h, *vm)
+		r.vm(h, *vm, vm.QEMU)
 	}
 	r.reading(h)
 	r.placing(h, TwinFacts{}, Warning)
@@ -73,14 +75,15 @@ func Inspect(h HostFacts, vm *VMFacts) []Finding {
 	return r.findings
 }
 
-// vm checks whether this VM can be moved at all.
-func (r *report) vm(h HostFacts, vm VMFacts) {
+// vm checks whether this VM can be moved at all, to a QEMU of some version.
+func (r *report) vm(h HostFacts, vm VMFacts, twin string) {
 	const check = "vm"
-	if vm.State == "running" {
+	if reasons := fit.StateOf(vm.State, version(vm.QEMU), version(twin)); reasons != nil {
+		r.add(Fatal, h.Name, check, "the VM "+reasons[0].Text, reasons[0].Remedy)
+	} else if vm.State == "running" {
 		r.add(OK, h.Name, check, fmt.Sprintf("runs: QEMU %s, %s, %d vCPUs of %s under %s", vm.QEMU, vm.Machine, len(vm.CPUs.VCPUs), vm.CPUs.Model, vm.CPUs.Accel), "")
 	} else {
-		r.add(Fatal, h.Name, check, fmt.Sprintf("the VM is %q, and only a running one is moved", vm.State),
-			"let it run: `cont` in QEMU's monitor; or move it by other means, as it stands still")
+		r.add(OK, h.Name, check, fmt.Sprintf("it %s, and moves so: at the destination it stands until it is told `cont`: QEMU %s, %s", fit.Stands(vm.State), vm.QEMU, vm.Machine), "")
 	}
 	if slices.Contains([]string{"", "none", "completed", "failed", "cancelled"}, vm.Migration) {
 		r.add(OK, h.Name, "migration", "none is under way", "")
@@ -444,6 +447,12 @@ func used(vm VMFacts) uint64 {
 // atLeast tells whether a version is major.minor or later; none is not.
 func atLeast(version string, major, minor int) bool {
 	return compareVersions(version, fmt.Sprintf("%d.%d", major, minor)) >= 0
+}
+
+// version reads a version such as "10.0.2"; zero if it is none.
+func version(s string) (v qmp.Version) {
+	fmt.Sscanf(s, "%d.%d.%d", &v.Major, &v.Minor, &v.Micro)
+	return v
 }
 
 // compareVersions orders versions such as "10.0.2" by their first three numbers. What is no number is 0.

@@ -93,7 +93,12 @@ func TestFindings(t *testing.T) {
 		text   string // part of it
 		remedy string // part of it
 	}{
-		{"paused", func(s *situation) { s.VM.State = "paused" }, Fatal, "alpha", "vm", `"paused"`, "cont"},
+		{"paused", func(s *situation) { s.VM.State = "paused" }, OK, "alpha", "vm", "it is paused, and moves so", ""},
+		{"its disk failed", func(s *situation) { s.VM.State = "io-error" }, OK, "alpha", "vm", "as a disk failed (io-error), and moves so", ""},
+		{"suspended", func(s *situation) { s.VM.State, s.VM.QEMU, s.Twin.QEMU.Version = "suspended", "10.0.2", "10.0.2" }, OK, "alpha", "vm", "is suspended, and moves so", ""},
+		{"suspended, old twin", func(s *situation) { s.VM.State, s.VM.QEMU, s.Twin.QEMU.Version = "suspended", "10.0.2", "7.2.22" }, Fatal, "alpha", "vm", "QEMU 7.2 forgets that", "system_wakeup"},
+		{"moved away", func(s *situation) { s.VM.State = "postmigrate" }, Fatal, "alpha", "vm", "was moved away by QEMU itself", "cont"},
+		{"shut down", func(s *situation) { s.VM.State = "shutdown" }, Fatal, "alpha", "vm", "has shut down, and only its QEMU is left", "quit"},
 		{"migrating", func(s *situation) { s.VM.Migration = "postcopy-paused" }, Fatal, "alpha", "migration", "postcopy-paused", "migrate_cancel"},
 		{"ancient", func(s *situation) { s.VM.QEMU = "3.1.0" }, Fatal, "alpha", "qemu", "too old", "apt-get"},
 		{"no post-copy", func(s *situation) { s.VM.Postcopy = false }, Fatal, "alpha", "qemu", "without post-copy", "apt-get"},

@@ -181,7 +181,7 @@ func TestOddVM(t *testing.T) {
 	}
 	got := Inspect(goodHost("here"), &v)
 	for _, want := range []Finding{
-		{"here", "vm", Fatal, "prelaunch", "cont"},
+		{"here", "vm", OK, "has not been started yet (prelaunch)", ""},
 		{"here", "devices", Fatal, "ivshmem", "device_del"},
 		{"here", "devices", Warning, "virtio-9p-pci", "umount"},
 		{"here", "devices", Warning, "(user)", "tap"},

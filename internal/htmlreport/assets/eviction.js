@@ -14,8 +14,8 @@
   main.append(el("p", {}, "Outcome: ", el("span", { class: ["completed", "shut down"].includes(data.outcome) ? "" : "bad" }, data.outcome || "not ended"), data.reason ? ": " + data.reason : ""));
   const moved = (p.total || 0) - unsent.reduce((a, n) => a + (p[n] || 0), 0);
   main.append(el("div", { class: "tiles" },
-    tile(seconds(r.execution_transfer_s), "until the VM ran on the other host"),
-    tile(seconds(r.down_time_s), "in which it ran nowhere"),
+    tile(seconds(r.execution_transfer_s), r.stood ? "until the VM might run on the other host" : "until the VM ran on the other host"),
+    r.stood ? tile("stood", "all along: " + r.stood) : tile(seconds(r.down_time_s), "in which it ran nowhere"),
     tile(seconds(r.total_s), "until nothing was left here"),
     tile(size(r.link_bytes), "over the link"),
     tile(size(((p.skipped || 0) + (p.unused || 0)) * pageSize), "never sent: free, or not there"),
@@ -142,8 +142,8 @@
 
   main.append(el("h2", {}, "All figures"), table(["figure", "", "what it means"], [
     ["prepare", seconds(r.prepare_s), "looking at the VM and the other host, before anything was touched"],
-    ["execution transfer", seconds(r.execution_transfer_s), "from then until the VM ran on the other host"],
-    ["down time", seconds(r.down_time_s), "in which it ran nowhere"],
+    ["execution transfer", seconds(r.execution_transfer_s), "from then until the VM " + (r.stood ? "might run" : "ran") + " on the other host"],
+    ["down time", r.stood ? "-" : seconds(r.down_time_s), r.stood ? "it stood all along: " + r.stood : "in which it ran nowhere"],
     ["total", seconds(r.total_s), "until this host held nothing of it"],
     ["link lost", (r.gaps || []).length ? seconds(r.gaps.reduce((a, g) => a + g.for_s, 0)) : "–", (r.gaps || []).length + " times after the commit"],
     ["rate", r.rate_bytes_per_s ? (r.rate_bytes_per_s * 8 / 1e6).toFixed(0) + " Mbit/s" : "–", "while pages were pushed, without the times when the link was lost"],

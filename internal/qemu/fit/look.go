@@ -49,6 +49,7 @@ type blockInfo struct {
 	QDev     string `json:"qdev"`
 	Inserted *struct {
 		Node     string `json:"node-name"`
+		Active   *bool  `json:"active"` // from QEMU 10.0 on
 		ReadOnly bool   `json:"ro"`
 	} `json:"inserted"`
 }
@@ -80,9 +81,11 @@ type edges struct {
 		Name string `json:"name"`
 	} `json:"nodes"`
 	Edges []struct {
-		Parent uint64 `json:"parent"`
-		Child  uint64 `json:"child"`
-		Name   string `json:"name"`
+		Parent uint64   `json:"parent"`
+		Child  uint64   `json:"child"`
+		Name   string   `json:"name"`
+		Needs  []string `json:"perm"`
+		Allows []string `json:"shared-perm"` // others to need
 	} `json:"edges"`
 }
 

@@ -1548,7 +1548,10 @@ type Progress struct {
 	Awaits   string  `protobuf:"bytes,10,opt,name=awaits,proto3" json:"awaits,omitempty"`
 	AwaitedS float64 `protobuf:"fixed64,11,opt,name=awaited_s,json=awaitedS,proto3" json:"awaited_s,omitempty"`
 	// Seconds for which nothing has come from the other host. 0 while the link is up.
-	SilentS       float64 `protobuf:"fixed64,9,opt,name=silent_s,json=silentS,proto3" json:"silent_s,omitempty"`
+	SilentS float64 `protobuf:"fixed64,9,opt,name=silent_s,json=silentS,proto3" json:"silent_s,omitempty"`
+	// QEMU's word for the state that the VM stood in when it was looked at or frozen: paused, prelaunch, io-error, suspended,
+	// guest-panicked, watchdog. It is moved so. Empty: it runs.
+	Stands        string `protobuf:"bytes,12,opt,name=stands,proto3" json:"stands,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1658,6 +1661,13 @@ func (x *Progress) GetSilentS() float64 {
 		return x.SilentS
 	}
 	return 0
+}
+
+func (x *Progress) GetStands() string {
+	if x != nil {
+		return x.Stands
+	}
+	return ""
 }
 
 type DoctorRequest struct {
@@ -2737,7 +2747,7 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\rneeds_fencing\x18\x14 \x01(\bR\fneedsFencing\x12\x1b\n" +
 	"\tcan_fence\x18\x15 \x01(\bR\bcanFence\x12\x16\n" +
 	"\x06untold\x18\x16 \x01(\bR\x06untold\x12\x1b\n" +
-	"\tlast_copy\x18\x17 \x01(\bR\blastCopy\"\xc8\x02\n" +
+	"\tlast_copy\x18\x17 \x01(\bR\blastCopy\"\xe0\x02\n" +
 	"\bProgress\x12\x1b\n" +
 	"\telapsed_s\x18\x01 \x01(\x01R\belapsedS\x12\x1d\n" +
 	"\n" +
@@ -2755,7 +2765,8 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x06awaits\x18\n" +
 	" \x01(\tR\x06awaits\x12\x1b\n" +
 	"\tawaited_s\x18\v \x01(\x01R\bawaitedS\x12\x19\n" +
-	"\bsilent_s\x18\t \x01(\x01R\asilentSB\b\n" +
+	"\bsilent_s\x18\t \x01(\x01R\asilentS\x12\x16\n" +
+	"\x06stands\x18\f \x01(\tR\x06standsB\b\n" +
 	"\x06_eta_s\"/\n" +
 	"\rDoctorRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x0e\n" +

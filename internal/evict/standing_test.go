@@ -1,0 +1,317 @@
+package evict_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/internal/evict"
+	"vacate/internal/link"
+	"vacate/internal/qemu/qmp"
+	"vacate/lab"
+	"vacate/lab/labtest"
+
+	"golang.org/x/sys/unix"
+)
+
+// A standingCase is a guest that comes to stand in a state, and goes on from there.
+type standingCase struct {
+	state string
+	args  string
+	code  func() []byte // of its option ROM
+	stop  func(v *standingVM)
+	goOn  func(v *standingVM, q *qmp.Client) // has the guest go on; without it `cont` does
+	newer bool                               // QEMU before 8.2 cannot move it
+}
+
+var standingCases = []standingCase{
+	{state: "paused", code: counterROM, stop: func(v *standingVM) { v.counts("source"); v.does(v.source, "stop") }},
+	{state: "prelaunch", code: counterROM, args: "-S"},
+	{state: "guest-panicked", code: panicROM, args: "-device pvpanic -action panic=pause"},
+	{state: "io-error", code: func() []byte { return make([]byte, 512) }, args: "-device virtio-blk-pci,drive=d -drive if=none,id=d,format=raw,file={full}/disk.raw,cache.direct=off"},
+	{state: "suspended", code: suspendROM, newer: true, goOn: func(v *standingVM, q *qmp.Client) {
+		v.does(q, "cont")
+		v.is(q, "suspended")
+		v.does(q, "system_wakeup")
+	}},
+}
+
+// panicROM is counterROM, which panics first.
+func panicROM() []byte {
+	return before(
+		0xba, 0x05, 0x05, // mov dx, 0x505: pvpanic
+		0xb0, 0x01, // mov al, 1
+		0xee, // out dx, al
+	)
+}
+
+// suspendROM is a guest that suspends itself to memory, and writes a full stop each time that it is woken up, or starts.
+func suspendROM() []byte {
+	return before(
+		0xba, 0xf8, 0x03, // mov dx, 0x3f8
+		0xb0, '.', // mov al, '.'
+		0xee,             // out dx, al
+		0xba, 0x04, 0x06, // mov dx, 0x604: PM1a_CNT of a pc
+		0xb8, 0x00, 0x24, // mov ax, 0x2400: S3, sleep
+		0xef, // out dx, ax
+		0xf4, // hlt
+	)
+}
+
+// before is counterROM with code ahead of it.
+func before(code ...byte) []byte {
+	rom := make([]byte, 512)
+	n := copy(rom, []byte{0x55, 0xaa, 1})
+	n += copy(rom[n:], code)
+	copy(rom[n:], counterROM()[3:100])
+	for _, b := range rom[:511] {
+		rom[511] -= b
+	}
+	return rom
+}
+
+// writingSector is a boot sector that writes itself to sector 32 of its disk, and then counts as counterROM does.
+func writingSector() []byte {
+	s := make([]byte, 512)
+	n := copy(s, []byte{
+		0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfb, // segments 0, stack at 0x7c00
+		0xb8, 0x01, 0x03, // mov ax, 0x0301: write a sector
+		0xb9, 0x21, 0x00, // mov cx, 33: sector 32, counted from 1
+		0xba, 0x80, 0x00, // mov dx, 0x80: the first disk
+		0xbb, 0x00, 0x7c, // mov bx, 0x7c00
+		0xcd, 0x13, // int 0x13
+		0x73, 0x01, // jnc on
+		0xf4, // hlt: it failed
+	})
+	copy(s[n:], counterROM()[3:100])
+	s[510], s[511] = 0x55, 0xaa
+	return s
+}
+
+// standingVM is a VM of a standingCase, and its twin.
+type standingVM struct {
+	*testing.T
+	dir          string
+	source, twin *qmp.Client
+	full         string // a full file system
+}
+
+func (v *standingVM) monitor(side string) string { return filepath.Join(v.dir, side+".qmp") }
+
+func (v *standingVM) start(q lab.QEMU, side string, args ...string) *qmp.Client {
+	*configurationQEMU = q.Path
+	c, err := startQEMU(v.T, v.monitor(side), append([]string{"-machine", "pc", "-accel", "tcg", "-m", "64", "-option-rom", filepath.Join(v.dir, "rom"),
+		"-serial", "file:" + filepath.Join(v.dir, side+".out"), "-qmp", "unix:" + v.monitor(side+"-lab") + ",server=on,wait=off"}, args...)...)
+	if err != nil {
+		v.Fatal(err)
+	}
+	c.Close()
+	if c, err = qmp.Dial(v.Context(), v.monitor(side+"-lab")); err != nil {
+		v.Fatal(err)
+	}
+	v.Cleanup(func() { c.Close() })
+	return c
+}
+
+func (v *standingVM) does(q *qmp.Client, command string) {
+	v.Helper()
+	if err := q.Run(v.Context(), command, nil, nil); err != nil {
+		v.Fatalf("%s: %v", command, err)
+	}
+}
+
+// is waits until a VM is in a state.
+func (v *standingVM) is(q *qmp.Client, want string) {
+	v.Helper()
+	var s qmp.Status
+	var err error
+	for range 600 {
+		if s, err = q.QueryStatus(v.Context()); err != nil || s.Status == want {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if err != nil || s.Status != want {
+		v.Fatalf("the VM is %q, %v; want %q", s.Status, err, want)
+	}
+}
+
+func (v *standingVM) dots(side string) int {
+	v.Helper()
+	b, err := os.ReadFile(filepath.Join(v.dir, side+".out"))
+	if err != nil {
+		v.Fatal(err)
+	}
+	if bytes.ContainsRune(b, '!') {
+		v.Fatalf("the guest's memory and CPU disagree: %s", b)
+	}
+	return bytes.Count(b, []byte("."))
+}
+
+// counts waits until the guest has gone on.
+func (v *standingVM) counts(side string) {
+	v.Helper()
+	before := v.dots(side)
+	for range 600 {
+		if v.dots(side) > before {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	v.Fatalf("the guest does not go on at the %s", side)
+}
+
+// fill makes a file system that is full, and of no more than a disk with the boot sector.
+func (v *standingVM) fill() {
+	v.full = filepath.Join(v.dir, "full")
+	if err := os.Mkdir(v.full, 0o700); err != nil {
+		v.Fatal(err)
+	}
+	labtest.Need(v.T, unix.Mount("tmpfs", v.full, "tmpfs", 0, "size=64k"))
+	v.Cleanup(func() {
+		if err := unix.Unmount(v.full, unix.MNT_DETACH); err != nil {
+			v.Error(err)
+		}
+	})
+	disk := filepath.Join(v.full, "disk.raw")
+	if err := errors.Join(os.WriteFile(disk, writingSector(), 0o600), os.Truncate(disk, 1<<20)); err != nil {
+		v.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(v.full, "filler"), make([]byte, 128<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		v.Fatal(err)
+	}
+}
+
+func (c standingCase) begin(t *testing.T, q lab.QEMU) *standingVM {
+	dir, err := os.MkdirTemp("", "vacate-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	v := &standingVM{T: t, dir: dir}
+	if err := os.WriteFile(filepath.Join(v.dir, "rom"), c.code(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(c.args, "{full}") {
+		v.fill()
+	}
+	args := strings.Fields(strings.ReplaceAll(c.args, "{full}", v.full))
+	v.source = v.start(q, "source", args...)
+	if c.stop != nil {
+		c.stop(v)
+	}
+	v.is(v.source, c.state)
+	if !slices.Contains(args, "-S") {
+		args = append(args, "-S")
+	}
+	v.twin = v.start(q, "twin", append(args, "-incoming", "defer")...)
+	return v
+}
+
+// evict moves the VM; where commit is false, it is given up when the twin is loaded.
+func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		v.Fatal(err)
+	}
+	defer ln.Close()
+	ctx, cancel := context.WithCancelCause(labtest.Within(v.T, time.Minute))
+	defer cancel(nil)
+	received := make(chan error, 1)
+	go func() { received <- receiveOn(ctx, evict.Destination{QMP: v.monitor("twin")}, ln) }()
+	source := evict.Source{QMP: v.monitor("source"), Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
+	if !commit {
+		source.LoadTimeout = time.Millisecond
+	}
+	report, err := source.Evict(ctx)
+	if err != nil {
+		cancel(errors.New("the source gave up"))
+	}
+	return report, err, <-received
+}
+
+// A VM that stands, in whatever state, is moved and not run: it is for its operator to have it go on at the destination. Where the eviction
+// fails it stands as before, and can be moved again.
+func TestStanding(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	for name, find := range map[string]func(context.Context) (lab.QEMU, error){
+		"stock": lab.StockQEMU, "debian 12": cached(t, lab.Backports12QEMU), "newest": cached(t, lab.BackportsQEMU),
+	} {
+		q, err := find(labtest.Within(t, 5*time.Minute))
+		labtest.Need(t, err)
+		for _, c := range standingCases {
+			t.Run(name+" "+c.state, func(t *testing.T) { c.try(t, q) })
+		}
+	}
+}
+
+func (c standingCase) try(t *testing.T, q lab.QEMU) {
+	v := c.begin(t, q)
+	if c.newer && strings.HasPrefix(q.Version, "7.") {
+		_, err, _ := v.evict(true)
+		refused(t, err, "is suspended, and QEMU 7.2 forgets", "system_wakeup")
+		v.is(v.source, c.state)
+		return
+	}
+	// It stays what it was, also if the eviction is given up when the VM is frozen.
+	for range 2 {
+		report, err, _ := v.evict(false)
+		if !errors.Is(err, evict.ErrAborted) || !strings.Contains(err.Error(), "unharmed, as it did before") {
+			t.Fatalf("given up: %v", err)
+		}
+		if report.Stood != c.state || report.Down != nil {
+			t.Errorf("given up: it stood %q, down time %v", report.Stood, report.Down)
+		}
+		v.is(v.source, c.state)
+		v.twin = c.again(v, q)
+	}
+	there := v.dots("source")
+	report, err, destErr := v.evict(true)
+	if err != nil || destErr != nil {
+		t.Fatalf("source: %v; destination: %v", err, destErr)
+	}
+	if report.Stood != c.state || report.Down != nil || report.Transfer == nil {
+		t.Errorf("it stood %q, down time %v, transfer %v", report.Stood, report.Down, report.Transfer)
+	}
+	if n := v.dots("source"); n != there || v.dots("twin") != 0 {
+		t.Errorf("the guest ran: it wrote %d and %d full stops", n-there, v.dots("twin"))
+	}
+	v.is(v.twin, "paused")
+	if c.goOn != nil {
+		c.goOn(v, v.twin)
+		v.counts("twin")
+		return
+	}
+	if v.full != "" {
+		if err := os.Remove(filepath.Join(v.full, "filler")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v.does(v.twin, "cont")
+	v.counts("twin")
+	v.counts("twin")
+	if v.full != "" {
+		b, err := os.ReadFile(filepath.Join(v.full, "disk.raw"))
+		if err != nil || !bytes.Equal(b[32*512:33*512], writingSector()) {
+			t.Errorf("the request that failed was not tried again: %v, %x", err, b[32*512:32*512+16])
+		}
+	}
+}
+
+// again starts the twin again.
+func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
+	args := strings.Fields(strings.ReplaceAll(c.args, "{full}", v.full))
+	if !slices.Contains(args, "-S") {
+		args = append(args, "-S")
+	}
+	return v.start(q, "twin", append(args, "-incoming", "defer")...)
+}
