@@ -182,7 +182,7 @@ func TestDecodeRefuses(t *testing.T) {
 		"unknown kind":         {palette(byte(pageclass.Kinds), 1, 0, 0), "unknown kind"},
 		"unknown class":        {palette(1, byte(pageclass.Classes), 0, 0), "unknown kind"},
 		"no such owner":        {palette(1, 1, 0, 1), "owner"},
-		"something of nothing": {palette(0, 1, 0, 0), "nothing is known"},
+		"something of nothing": {palette(0, 1, 0, 0), "an unknown page"},
 		"big palette":          {bytesOf(none, 60000, 1), "60000 kinds"},
 		"too many pages":       {bytesOf(anon, 101), "too much"},
 		"run too long":         {bytesOf(anon, 100, 1, 99, 0), "outside"},
