@@ -328,7 +328,7 @@ func TestWordCarriedOutLater(t *testing.T) {
 	if _, err := client.Read(make([]byte, 1)); err != nil {
 		t.Errorf("a client that came first is not served: %v", err)
 	}
-	time.Sleep(2 * time.Second)
+	time.Sleep(7 * time.Second) // longer than one attempt to reach the monitor
 	client.Close()
 	if err := <-said; err != nil {
 		t.Errorf("resume here: %v", err)
