@@ -12,8 +12,8 @@ import (
 	"vacate/internal/evict/pushorder"
 )
 
-// stub is as much of a browser as the page's script needs to say its figures, one to a line, and what
-// it draws.
+// stub is as much of a browser as the page's script needs to say its figures, one to a line, and
+// what it draws.
 const stub = `
 const out = [];
 function element(name) {
@@ -70,8 +70,8 @@ func figures(t *testing.T, e Eviction) []string {
 	return strings.Split(strings.TrimSpace(string(said)), "\n")
 }
 
-// Of an eviction whose link was lost in mid-push, and of one that another engine ended, the page shows
-// what is so.
+// Of an eviction whose link was lost in mid-push, and of one that another engine ended, the page
+// shows what is so.
 func TestFigures(t *testing.T) {
 	begun := time.Unix(1000, 0)
 	f := func(v float64) *float64 { return new(v) }
