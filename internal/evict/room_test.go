@@ -3,6 +3,7 @@ package evict_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -149,7 +150,7 @@ func (s spell) run() {
 	var r result
 	ended := make(chan struct{})
 	received := make(chan error, 1)
-	ctx := labtest.Within(t, 4*time.Minute)
+	ctx := labtest.Within(t, 4*time.Minute+*withoutMemory)
 	taking, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
 	id := journal.NewID()
@@ -192,7 +193,7 @@ func (s spell) run() {
 	select {
 	case <-ended:
 		t.Fatalf("without memory it ended: %v; at the destination: %v", r.source, <-received)
-	case <-time.After(2 * time.Second):
+	case <-time.After(*withoutMemory):
 	}
 	if status, err := s.twin.Status(labtest.Within(t, 20*time.Second)); err != nil || status != "running" {
 		t.Errorf("the twin is %q, %v", status, err)
@@ -210,6 +211,8 @@ func (s spell) run() {
 		t.Error(err)
 	}
 }
+
+var withoutMemory = flag.Duration("without-memory", 2*time.Second, "how long TestNoMemory leaves the destination without memory")
 
 // fill takes all that is free of a file system, but for what one page needs.
 func fill(t *testing.T, dir string) (empty func()) {
