@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"vacate/internal/evict/pageset"
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
@@ -106,6 +105,7 @@ type destination struct {
 	head      []byte
 	reader    *migstream.Reader // of the head
 	layout    layout
+	pages     arrivals
 	placer    *placer
 	stream    *stream                // of QEMU's migration; nil when it is broken
 	current   atomic.Pointer[stream] // the same, for tasks of a session
@@ -127,21 +127,10 @@ type destination struct {
 	parcels  []parcel   // pages that found no memory yet; guarded by holding
 	retrying bool       // a task tries to place them; guarded by holding
 
-	shown    sync.Mutex // serialises Show
-	mu       sync.Mutex
-	short    string                // why pages find no memory; "" if they do; guarded by mu
-	received []*pageset.Set        // guarded by mu; those left out count as received
-	skipped  []*pageset.Set        // left out and not yet placed as zero; guarded by mu
-	missing  int                   // pages not received; guarded by mu
-	whole    chan struct{}         // closed when missing falls to 0; guarded by mu
-	waiting  map[pageKey]time.Time // pages asked for and when; guarded by mu
-	delays   []float64             // seconds; guarded by mu
-	stats    Received              // guarded by mu
-}
-
-type pageKey struct {
-	block int
-	page  pageset.Page
+	shown       sync.Mutex // serialises Show
+	mu          sync.Mutex
+	short       string // why pages find no memory; "" if they do; guarded by mu
+	shutDownWhy string // why the guest ended itself here; "" if it did not; guarded by mu
 }
 
 // stream is QEMU's end of a migration that we play the source of.
@@ -178,9 +167,6 @@ func (s *stream) fail(err error) {
 // maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
 const maxLoadTimeout = 10 * time.Minute
 
-// maxDelays bounds the fetch latencies that are kept.
-const maxDelays = 1 << 20
-
 const (
 	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
 	pingHead      = 2                    // ours, behind the head: QEMU took it
@@ -195,7 +181,7 @@ func (d Destination) engine(first State) *destination {
 	e := &destination{
 		Destination: d, started: time.Now(),
 		rejoin: make(chan *Request, 1), kept: make(chan error, 1), over: make(chan string, 1),
-		waiting: map[pageKey]time.Time{}, whole: make(chan struct{}), ended: make(chan struct{}),
+		ended: make(chan struct{}),
 	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
@@ -224,13 +210,9 @@ func (e *destination) show(st State) {
 		st = e.machine.current()
 	}
 	p := Progress{State: st, Elapsed: time.Since(e.started)}
+	p.Pages, p.Total, p.Fetches = e.pages.progress()
 	e.mu.Lock()
 	p.Stands = e.stands
-	p.Total = e.layout.pages()
-	if p.Total > 0 {
-		p.Pages = p.Total - e.missing
-	}
-	p.Fetches = e.stats.Fetches
 	p.Short = shortText("this host", e.short)
 	e.mu.Unlock()
 	e.Show(p)

@@ -283,7 +283,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 		}
 	}
 	e.mu.Lock()
-	e.stats.ShutDown = why
+	e.shutDownWhy = why
 	e.mu.Unlock()
 	e.say(msgShutDown, farewell{Reason: why})
 	if err := e.quit(); err != nil {

@@ -73,13 +73,13 @@ func (e *destination) put(f parcel) (rest *parcel, err error) {
 	}
 	held, done, err := e.placer.place(f.runs, f.data, f.urgent)
 	if errors.Is(err, errNoMemory) && e.mayHold() {
-		e.placed(done)
+		e.pages.placed(done)
 		f.runs, f.data = without(e.layout, f.runs, f.data, done)
 		return &f, err
 	} else if err != nil {
 		return nil, err
 	}
-	e.placed(f.runs)
+	e.pages.placed(f.runs)
 	return nil, f.push.tell(f.bytes, held && f.all)
 }
 
@@ -249,15 +249,7 @@ func (e *destination) forget(a *attachment) {
 			left = append(left, f)
 			continue
 		}
-		e.mu.Lock()
-		for _, r := range f.runs {
-			e.received[r.Block].RemoveRun(r.First, r.Count)
-			// QEMU waits for what was left out, and asks but once.
-			for p := r.First; f.a == nil && p < r.End(); p++ {
-				e.waiting[pageKey{r.Block, p}] = time.Now()
-			}
-		}
-		e.mu.Unlock()
+		e.pages.disclaim(f.runs, f.a == nil) // without a session: left out, and asked for
 	}
 	e.parcels = left
 }

@@ -3,7 +3,6 @@ package evict
 import (
 	"bytes"
 	"testing"
-	"time"
 
 	"vacate/internal/evict/pageset"
 
@@ -61,15 +60,17 @@ func equalRuns(a, b []pageRun) bool {
 // What is dropped of the zeroes that QEMU waits for is waited for still: QEMU asks but once.
 func TestForget(t *testing.T) {
 	l := layout{{Name: "ram", Length: 64 << 12, PageSize: 1 << 12, Pages: 64}}
-	e := &destination{layout: l, waiting: map[pageKey]time.Time{}, received: []*pageset.Set{pageset.Full(64)}}
+	e := &destination{layout: l}
+	e.pages.begin(l)
+	e.pages.claim([]pageRun{{pageset.Run{Count: 64}, true}}, nil)
 	run := func(first int) []pageRun { return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}} }
 	e.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
 	e.forget(nil)
-	if len(e.parcels) != 0 || len(e.waiting) != 2 || e.received[0].Count() != 60 {
-		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.waiting, e.received[0].Count())
+	if len(e.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
+		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.pages.waiting, e.pages.received[0].Count())
 	}
 	for _, p := range []pageset.Page{4, 5} {
-		if _, ok := e.waiting[pageKey{0, p}]; !ok {
+		if _, ok := e.pages.waiting[pageKey{0, p}]; !ok {
 			t.Errorf("page %d is not waited for", p)
 		}
 	}

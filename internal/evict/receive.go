@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"time"
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/link"
@@ -29,14 +28,8 @@ func (e *destination) takeHead(head []byte) error {
 
 // adopt takes a layout over, with no page received yet.
 func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	e.head, e.layout, e.reader = head, l, r
-	for _, b := range l {
-		e.received = append(e.received, pageset.New(b.Pages))
-		e.skipped = append(e.skipped, pageset.New(b.Pages))
-	}
-	e.missing = l.pages()
+	e.pages.begin(l)
 	if e.stream != nil {
 		e.placer = newPlacer(e.stream.conn, r.SectionID(), l)
 	}
@@ -93,7 +86,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return e.placer.raw(append(e.discards(), load...))
+		return e.placer.raw(append(e.pages.discards(), load...))
 	}
 }
 
@@ -120,41 +113,6 @@ func checkLoad(r *migstream.Reader) ([]byte, error) {
 			return nil, fmt.Errorf("%w: %T with the package", errFrame, item)
 		}
 	}
-}
-
-// discards encodes commands to drop all pages but those received.
-func (e *destination) discards() []byte {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	var b []byte
-	for i, set := range e.received {
-		absent := pageset.Full(set.Size())
-		for p := pageset.Page(0); ; {
-			first, n := set.Next(p, set.Size())
-			if n == 0 {
-				break
-			}
-			absent.RemoveRun(first, n)
-			p = first + pageset.Page(n)
-		}
-		size := e.layout[i].PageSize
-		var ranges []migstream.Range
-		for p := pageset.Page(0); ; {
-			first, n := absent.Next(p, absent.Size())
-			if n > 0 {
-				ranges = append(ranges, migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
-			}
-			if len(ranges) == migstream.MaxDiscardRanges || n == 0 && len(ranges) > 0 {
-				b = migstream.DiscardCommand(e.layout[i].Name, ranges).Append(b)
-				ranges = nil
-			}
-			if n == 0 {
-				break
-			}
-			p = first + pageset.Page(n)
-		}
-	}
-	return b
 }
 
 // receiveLanes receives what comes on the lanes for pages.
@@ -211,7 +169,7 @@ func (e *destination) receive(as parcel, payload []byte) (held bool, err error) 
 		return false, err
 	}
 	as.bytes = len(payload)
-	as.runs, as.data, as.all = e.claim(runs, data)
+	as.runs, as.data, as.all = e.pages.claim(runs, data)
 	return e.settle(as)
 }
 
@@ -225,97 +183,8 @@ func (e *destination) skip(payload []byte) error {
 	if slices.ContainsFunc(runs, func(r pageRun) bool { return !r.Zero }) {
 		return fmt.Errorf("%w: pages that are left out, with data", errFrame)
 	}
-	var wanted []pageRun
-	n := 0
-	e.mu.Lock()
-	for _, r := range runs {
-		for p := r.First; p < r.End(); p++ {
-			if !e.received[r.Block].Add(p) {
-				e.stats.Duplicate++
-			} else if _, ok := e.waiting[pageKey{r.Block, p}]; ok {
-				wanted = append(wanted, pageRun{pageset.Run{Block: r.Block, First: p, Count: 1}, true})
-			} else {
-				e.skipped[r.Block].Add(p)
-				n++
-			}
-		}
-	}
-	e.missing -= n
-	e.stats.FreeTouched += len(wanted)
-	e.checkWhole()
-	e.mu.Unlock()
-	_, err = e.settle(parcel{runs: wanted, urgent: true})
+	_, err = e.settle(parcel{runs: e.pages.skip(runs), urgent: true})
 	return err
-}
-
-// claim marks pages as received and drops those that already were: QEMU takes a page that
-// comes twice for an error.
-func (e *destination) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []byte, all bool) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	twice := false
-	for _, r := range runs {
-		set := e.received[r.Block]
-		if first, n := set.Next(r.First, 1); n > 0 && first < r.End() {
-			twice = true
-		}
-	}
-	if !twice {
-		for _, r := range runs {
-			e.received[r.Block].AddRun(r.First, r.Count)
-		}
-		return runs, data, true
-	}
-	for _, r := range runs {
-		size := int(e.layout[r.Block].PageSize)
-		for i := range r.Count {
-			p := r.First + pageset.Page(i)
-			if e.received[r.Block].Add(p) {
-				fresh = append(fresh, pageRun{pageset.Run{Block: r.Block, First: p, Count: 1}, r.Zero})
-				if !r.Zero {
-					kept = append(kept, data[i*size:(i+1)*size]...)
-				}
-			} else {
-				e.stats.Duplicate++
-			}
-		}
-		if !r.Zero {
-			data = data[r.Count*size:]
-		}
-	}
-	return fresh, kept, false
-}
-
-// placed notes that QEMU was handed pages.
-func (e *destination) placed(runs []pageRun) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	now := time.Now()
-	for _, r := range runs {
-		e.missing -= r.Count
-		for p := r.First; p < r.End() && len(e.waiting) > 0; p++ {
-			if since, ok := e.waiting[pageKey{r.Block, p}]; ok {
-				delete(e.waiting, pageKey{r.Block, p})
-				e.stats.Fetches++
-				if len(e.delays) < maxDelays {
-					e.delays = append(e.delays, now.Sub(since).Seconds())
-				}
-			}
-		}
-	}
-	e.checkWhole()
-}
-
-// checkWhole notes when no page is missing any more. The caller holds mu.
-func (e *destination) checkWhole() {
-	if e.missing > 0 {
-		return
-	}
-	select {
-	case <-e.whole:
-	default:
-		close(e.whole)
-	}
 }
 
 // readReturnPath follows what QEMU says of a stream, and asks the source for the pages it wants.
@@ -346,7 +215,7 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 			if err := e.layout.check(run); err != nil {
 				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
 			}
-			missing, free := e.want(run)
+			missing, free := e.pages.want(run)
 			if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil {
 				return err
 			}
@@ -366,69 +235,13 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 	}
 }
 
-// want notes that the guest waits for pages and tells whether they must be asked for. It
-// returns those that were left out, with what was left out around them: they are to be
-// placed as zero.
-func (e *destination) want(r pageset.Run) (missing bool, free []pageRun) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	now := time.Now()
-	for p := r.First; p < r.End(); p++ {
-		switch {
-		case !e.received[r.Block].Has(p):
-			missing = true
-			e.waiting[pageKey{r.Block, p}] = now
-		case e.skipped[r.Block].Has(p):
-			e.stats.FreeTouched++
-			// Until they are placed they are missing, lest QEMU stops waiting for pages meanwhile.
-			// When none is, it is about to: then they read as zero by themselves.
-			if e.missing > 0 {
-				free = e.takeSkipped(free, r.Block, p)
-			}
-		}
-	}
-	return missing, free
-}
-
-// freeAround is how much memory that was left out is placed at once when the guest touches
-// it: whoever allocated one free page is likely to use the next.
-const freeAround = 128 << 10
-
-// takeSkipped takes the pages around p that were left out. The caller holds mu.
-func (e *destination) takeSkipped(runs []pageRun, block int, p pageset.Page) []pageRun {
-	n := pageset.Page(max(1, freeAround/e.layout[block].PageSize))
-	set := e.skipped[block]
-	for at, end := p/n*n, p/n*n+n; ; {
-		first, count := set.Next(at, int(n))
-		if count == 0 || first >= end {
-			return runs
-		}
-		count = min(count, int(end-first))
-		set.RemoveRun(first, count)
-		e.missing += count
-		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: count}, true})
-		at = first + pageset.Page(count)
-	}
-}
-
 // fillLeftOut places all pages that were left out. A QEMU that does not answer may wait for one of
 // them, which it asked an engine for that died.
 func (e *destination) fillLeftOut() {
 	if e.placer.direct.Load() == nil {
 		return
 	}
-	var runs []pageRun
-	e.mu.Lock()
-	for i, set := range e.skipped {
-		most := int(max(1, maxZeroPages*migstream.TargetPageSize/e.layout[i].PageSize))
-		for first, n := set.Next(0, most); n > 0; first, n = set.Next(first, most) {
-			set.RemoveRun(first, n)
-			e.missing += n
-			runs = append(runs, pageRun{pageset.Run{Block: i, First: first, Count: n}, true})
-		}
-	}
-	e.mu.Unlock()
-	for _, r := range runs {
+	for _, r := range e.pages.takeAllSkipped() {
 		if _, err := e.settle(parcel{runs: []pageRun{r}, urgent: true}); err != nil {
 			e.failed(nil, err)
 		}

@@ -48,9 +48,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 		var frames chan controlFrame
 		rejoin := e.rejoin
 		if e.stream != nil {
-			e.mu.Lock()
-			whole = e.whole
-			e.mu.Unlock()
+			whole = e.pages.done()
 			broken = e.stream.broken
 		} else {
 			if !mending {
@@ -145,9 +143,7 @@ const goneHere = "The VM that ran here is gone. The source holds its memory and 
 
 // leftovers says what is here of a VM that cannot become whole.
 func (e *destination) leftovers() string {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. Save what can be saved from it, then end its QEMU", e.missing)
+	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. Save what can be saved from it, then end its QEMU", e.pages.left())
 }
 
 // detach ends the session with the source.
@@ -217,13 +213,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 			return e.lost(err, e.leftovers())
 		}
 	}
-	e.mu.Lock()
-	runs := make([]pageset.Run, 0, len(e.waiting))
-	for k := range e.waiting {
-		runs = append(runs, pageset.Run{Block: k.block, First: k.page, Count: 1})
-	}
-	e.mu.Unlock()
-	for _, run := range runs {
+	for _, run := range e.pages.awaited() {
 		if err := a.Lane(link.Fetch).Write(frameRequest, appendRequest(nil, run)); err != nil {
 			a.FailSoon(err)
 			break
@@ -243,9 +233,7 @@ func (e *destination) tellHas(a *attachment) error {
 	}
 	for i, b := range e.layout {
 		for first := 0; first < b.Pages; first += maxHas {
-			e.mu.Lock()
-			frame := appendHas(nil, i, first, min(maxHas, b.Pages-first), e.received[i])
-			e.mu.Unlock()
+			frame := e.pages.appendHas(nil, i, first, min(maxHas, b.Pages-first))
 			if err := a.control.Write(msgHas, frame); err != nil {
 				return err
 			}
@@ -349,15 +337,10 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 
 // summary sums up what was received.
 func (e *destination) summary() Received {
+	stats := e.pages.summary()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	slices.Sort(e.delays)
-	stats := e.stats
-	step := len(e.delays)/1000 + 1
-	for i := len(e.delays) - 1; i >= 0; i -= step {
-		stats.FetchDelays = append(stats.FetchDelays, e.delays[i])
-	}
-	slices.Reverse(stats.FetchDelays)
+	stats.ShutDown = e.shutDownWhy
 	return stats
 }
 
@@ -477,14 +460,16 @@ func (e *destination) find() error {
 	return e.takeStock(nil)
 }
 
-// takeStock finds out which pages are here, from QEMU's page tables: while it may wait for
-// pages, one that is there was placed. Of blocks whose place is not known only QEMU can
-// tell, by a bitmap for each; before it did, none of theirs counts as missing.
+// takeStock finds out which pages are here.
 func (e *destination) takeStock(bitmaps map[string][]byte) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.missing, e.whole = 0, make(chan struct{})
-	for i, b := range e.layout {
+	return e.pages.restock(func() ([]*pageset.Set, error) { return e.present(bitmaps) })
+}
+
+// present returns which pages are here, from QEMU's page tables: while it may wait for pages, one
+// that is there was placed. Of blocks whose place is not known only QEMU can tell, by a bitmap for
+// each; before it did, none of theirs counts as missing.
+func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set, err error) {
+	for _, b := range e.layout {
 		set, per := pageset.New(b.Pages), int(b.PageSize/migstream.TargetPageSize)
 		frames := b.Pages * per
 		words := make([]uint64, (frames+63)/64)
@@ -494,14 +479,14 @@ func (e *destination) takeStock(bitmaps map[string][]byte) error {
 		switch bits := bitmaps[b.Name]; {
 		case at >= 0:
 			if err := e.mem.Placed(at, 0, uint64(frames), words); err != nil {
-				return err
+				return nil, err
 			}
 		case bitmaps == nil:
 			for j := range words {
 				words[j] = ^uint64(0)
 			}
 		case len(bits)*8 < frames:
-			return fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8, b.Name, frames)
+			return nil, fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8, b.Name, frames)
 		default:
 			for j := range frames {
 				words[j/64] |= uint64(bits[j/8]>>(j%8)&1) << (j % 64)
@@ -509,19 +494,13 @@ func (e *destination) takeStock(bitmaps map[string][]byte) error {
 		}
 		for p := range b.Pages {
 			f := p * per
-			if words[f/64]>>(f%64)&1 != 0 || e.skipped[i].Has(pageset.Page(p)) {
+			if words[f/64]>>(f%64)&1 != 0 {
 				set.Add(pageset.Page(p))
 			}
 		}
-		e.received[i] = set
-		e.missing += b.Pages - set.Count()
+		placed = append(placed, set)
 	}
-	for k := range e.waiting {
-		if e.received[k.block].Has(k.page) && !e.skipped[k.block].Has(k.page) {
-			delete(e.waiting, k)
-		}
-	}
-	return nil
+	return placed, nil
 }
 
 // errCompleted says that QEMU has ended its migration, which it is told to when it has all pages.
@@ -660,9 +639,7 @@ func (e *destination) useStream(m mended) error {
 		e.use(nil)
 		return err
 	}
-	e.mu.Lock()
-	e.checkWhole()
-	e.mu.Unlock()
+	e.pages.recount()
 	e.follow(e.stream, m.r)
 	return nil
 }

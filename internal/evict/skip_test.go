@@ -3,7 +3,6 @@ package evict
 import (
 	"errors"
 	"testing"
-	"time"
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/link"
@@ -22,14 +21,11 @@ func TestSkip(t *testing.T) {
 			{Name: "large", Length: 4 << 14, PageSize: 16 << 10, Pages: 4},
 		}
 		out := &sink{}
-		e := &destination{layout: l, placer: newPlacer(out, testSection, l), missing: l.pages(), whole: make(chan struct{}), waiting: map[pageKey]time.Time{}}
-		for _, b := range l {
-			e.received = append(e.received, pageset.New(b.Pages))
-			e.skipped = append(e.skipped, pageset.New(b.Pages))
-		}
+		e := &destination{layout: l, placer: newPlacer(out, testSection, l)}
+		e.pages.begin(l)
 		free := map[pageKey]bool{}  // left out
 		asked := map[pageKey]bool{} // by the guest
-		for e.missing > 0 {
+		for e.pages.left() > 0 {
 			run := rapid.Custom(func(t *rapid.T) pageset.Run {
 				b := rapid.IntRange(0, 1).Draw(t, "block")
 				first := rapid.IntRange(0, l[b].Pages-1).Draw(t, "first")
@@ -38,7 +34,7 @@ func TestSkip(t *testing.T) {
 			switch rapid.IntRange(0, 2).Draw(t, "op") {
 			case 0: // left out
 				for p := run.First; p < run.End(); p++ {
-					if !e.received[run.Block].Has(p) {
+					if !e.pages.received[run.Block].Has(p) {
 						free[pageKey{run.Block, p}] = true
 					}
 				}
@@ -54,22 +50,22 @@ func TestSkip(t *testing.T) {
 				for p := run.First; p < run.End(); p++ {
 					asked[pageKey{run.Block, p}] = true
 				}
-				_, zero := e.want(run)
+				_, zero := e.pages.want(run)
 				if _, _, err := e.placer.place(zero, nil, true); err != nil {
 					t.Fatal(err)
 				}
 				if len(zero) > 0 {
-					e.placed(zero)
+					e.pages.placed(zero)
 				}
 			}
 		}
 		select {
-		case <-e.whole:
+		case <-e.pages.done():
 		default:
 			t.Fatal("no page is missing, and that is not said")
 		}
-		if len(e.waiting) != 0 {
-			t.Fatalf("%d pages are still waited for", len(e.waiting))
+		if len(e.pages.waiting) != 0 {
+			t.Fatalf("%d pages are still waited for", len(e.pages.waiting))
 		}
 		if err := e.placer.end(); err != nil {
 			t.Fatal(err)
@@ -103,11 +99,11 @@ func TestSkipRefusesData(t *testing.T) {
 // QEMU must not be told before that it has all.
 func TestSkippedInFlight(t *testing.T) {
 	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
-	e := &destination{layout: l, missing: 4, whole: make(chan struct{}), waiting: map[pageKey]time.Time{},
-		received: []*pageset.Set{pageset.New(4)}, skipped: []*pageset.Set{pageset.New(4)}}
+	e := &destination{layout: l}
+	e.pages.begin(l)
 	whole := func() bool {
 		select {
-		case <-e.whole:
+		case <-e.pages.done():
 			return true
 		default:
 			return false
@@ -116,13 +112,13 @@ func TestSkippedInFlight(t *testing.T) {
 	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 0, Count: 2}, true}})); err != nil {
 		t.Fatal(err)
 	}
-	_, free := e.want(pageset.Run{First: 0, Count: 1})
-	last, _, _ := e.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
-	e.placed(last)
+	_, free := e.pages.want(pageset.Run{First: 0, Count: 1})
+	last, _, _ := e.pages.claim([]pageRun{{pageset.Run{First: 2, Count: 2}, true}}, nil)
+	e.pages.placed(last)
 	if len(free) == 0 || whole() {
 		t.Fatal("all is said to be there, and pages that the guest waits for are yet to be placed")
 	}
-	e.placed(free)
+	e.pages.placed(free)
 	if !whole() {
 		t.Fatal("all is there, and that is not said")
 	}

@@ -286,8 +286,8 @@ func TestHeadAndLoad(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if e.missing != e.layout.pages() || len(e.layout) != len(blocks) || len(e.received) != len(blocks) || e.placer == nil {
-			t.Errorf("%s: %d pages of %+v", name, e.missing, e.layout)
+		if e.pages.left() != e.layout.pages() || len(e.layout) != len(blocks) || len(e.pages.received) != len(blocks) || e.placer == nil {
+			t.Errorf("%s: %d pages of %+v", name, e.pages.left(), e.layout)
 		}
 		got, err := checkLoad(e.reader.Resume(bytes.NewReader(load)))
 		if err != nil || !bytes.Equal(got, load) {
@@ -342,8 +342,8 @@ func FuzzHead(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 || e.missing < len(e.layout) || e.missing > most {
-			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b), e.missing, e.layout)
+		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 || e.pages.left() < len(e.layout) || e.pages.left() > most {
+			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b), e.pages.left(), e.layout)
 		}
 	})
 }

@@ -123,12 +123,19 @@ func (s *Set) change(first Page, n int, apply func(w *uint64, mask uint64) int, 
 
 // Next returns the first run of pages in the set at or after from, at most limit pages
 // long. It returns a count of 0 when there is none.
-func (s *Set) Next(from Page, limit int) (first Page, count int) {
-	first = s.find(from, 0)
+func (s *Set) Next(from Page, limit int) (first Page, count int) { return s.next(from, limit, 0) }
+
+// NextGap is Next for pages of the block that are not in the set.
+func (s *Set) NextGap(from Page, limit int) (first Page, count int) {
+	return s.next(from, limit, ^uint64(0))
+}
+
+func (s *Set) next(from Page, limit int, invert uint64) (first Page, count int) {
+	first = s.find(from, invert)
 	if first >= Page(s.size) {
 		return first, 0
 	}
-	end := s.find(first, ^uint64(0))
+	end := s.find(first, ^invert)
 	if n := uint64(end - first); n < uint64(limit) {
 		return first, int(n)
 	}

@@ -1,0 +1,332 @@
+package evict
+
+import (
+	"slices"
+	"sync"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/qemu/migstream"
+)
+
+// arrivals are the pages of a VM at its destination: which came, which were left out, and which the
+// guest waits for. They come on two lanes and QEMU asks for them by its stream, all at once.
+//
+// Two things must hold at every moment. A page is handed to QEMU once: it takes a second time for
+// an error. And "whole" is not said while the guest waits for a page, lest QEMU is told that it has
+// all, and waits for ever. So one lock guards all of it.
+type arrivals struct {
+	mu       sync.Mutex // guards all below
+	layout   layout
+	received []*pageset.Set        // of each block: pages that somebody places or placed, and those left out
+	skipped  []*pageset.Set        // left out, and not yet placed as zero
+	missing  int                   // pages neither placed nor left out
+	whole    chan struct{}         // closed when missing falls to 0
+	waiting  map[pageKey]time.Time // pages that the guest waits for, and since when
+	delays   []float64             // of those that it has waited for, in seconds
+	stats    Received
+}
+
+type pageKey struct {
+	block int
+	page  pageset.Page
+}
+
+// begin takes the layout of the VM's memory, of which no page came yet.
+func (p *arrivals) begin(l layout) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.layout, p.missing, p.whole, p.waiting = l, l.pages(), make(chan struct{}), map[pageKey]time.Time{}
+	for _, b := range l {
+		p.received = append(p.received, pageset.New(b.Pages))
+		p.skipped = append(p.skipped, pageset.New(b.Pages))
+	}
+}
+
+// progress returns how many pages are placed or left out, of how many, and how many were fetched.
+func (p *arrivals) progress() (placed, total, fetches int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	total = p.layout.pages()
+	return total - p.missing, total, p.stats.Fetches
+}
+
+// left is how many pages are neither placed nor left out.
+func (p *arrivals) left() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.missing
+}
+
+// done is closed when no page is left; another one after restock.
+func (p *arrivals) done() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.whole
+}
+
+// claim marks pages as received and drops those that already were.
+func (p *arrivals) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []byte, all bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	twice := false
+	for _, r := range runs {
+		if first, n := p.received[r.Block].Next(r.First, 1); n > 0 && first < r.End() {
+			twice = true
+		}
+	}
+	if !twice {
+		for _, r := range runs {
+			p.received[r.Block].AddRun(r.First, r.Count)
+		}
+		return runs, data, true
+	}
+	for _, r := range runs {
+		size := int(p.layout[r.Block].PageSize)
+		for i := range r.Count {
+			page := r.First + pageset.Page(i)
+			if !p.received[r.Block].Add(page) {
+				p.stats.Duplicate++
+				continue
+			}
+			fresh = append(fresh, pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, r.Zero})
+			if !r.Zero {
+				kept = append(kept, data[i*size:(i+1)*size]...)
+			}
+		}
+		if !r.Zero {
+			data = data[r.Count*size:]
+		}
+	}
+	return fresh, kept, false
+}
+
+// disclaim takes it back that pages were received: they are dropped, and come again. What the
+// guest waits for it asks for but once: with asked, all of them count as waited for.
+func (p *arrivals) disclaim(runs []pageRun, asked bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, r := range runs {
+		p.received[r.Block].RemoveRun(r.First, r.Count)
+		for page := r.First; asked && page < r.End(); page++ {
+			p.waiting[pageKey{r.Block, page}] = time.Now()
+		}
+	}
+}
+
+// skip notes pages that never come. It returns those that the guest waits for: they are to be
+// placed as zeroes.
+func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, r := range runs {
+		for page := r.First; page < r.End(); page++ {
+			if !p.received[r.Block].Add(page) {
+				p.stats.Duplicate++
+			} else if _, ok := p.waiting[pageKey{r.Block, page}]; ok {
+				wanted = append(wanted, pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, true})
+			} else {
+				p.skipped[r.Block].Add(page)
+				p.missing--
+			}
+		}
+	}
+	p.stats.FreeTouched += len(wanted)
+	p.checkWhole()
+	return wanted
+}
+
+// placed notes that QEMU was handed pages.
+func (p *arrivals) placed(runs []pageRun) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	for _, r := range runs {
+		p.missing -= r.Count
+		for page := r.First; page < r.End() && len(p.waiting) > 0; page++ {
+			if since, ok := p.waiting[pageKey{r.Block, page}]; ok {
+				delete(p.waiting, pageKey{r.Block, page})
+				p.stats.Fetches++
+				if len(p.delays) < maxDelays {
+					p.delays = append(p.delays, now.Sub(since).Seconds())
+				}
+			}
+		}
+	}
+	p.checkWhole()
+}
+
+// recount says so if no page is missing, after restock.
+func (p *arrivals) recount() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.checkWhole()
+}
+
+// checkWhole notes when no page is missing any more. The caller holds mu.
+func (p *arrivals) checkWhole() {
+	if p.missing > 0 {
+		return
+	}
+	select {
+	case <-p.whole:
+	default:
+		close(p.whole)
+	}
+}
+
+// want notes that the guest waits for pages and reports whether they must be asked for. It
+// returns those that were left out, with what was left out around them: they are to be placed as
+// zeroes.
+func (p *arrivals) want(r pageset.Run) (missing bool, free []pageRun) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	for page := r.First; page < r.End(); page++ {
+		switch {
+		case !p.received[r.Block].Has(page):
+			missing = true
+			p.waiting[pageKey{r.Block, page}] = now
+		case p.skipped[r.Block].Has(page):
+			p.stats.FreeTouched++
+			// Until they are placed they are missing, lest QEMU stops waiting for pages meanwhile.
+			// When none is, it is about to: then they read as zero by themselves.
+			if p.missing > 0 {
+				n := pageset.Page(max(1, freeAround/p.layout[r.Block].PageSize))
+				free = p.takeSkipped(free, r.Block, page/n*n, page/n*n+n)
+			}
+		}
+	}
+	return missing, free
+}
+
+// freeAround is how much memory that was left out is placed at once when the guest touches it:
+// whoever allocated one free page is likely to use the next.
+const freeAround = 128 << 10
+
+// takeSkipped appends the pages of [at, end) that were left out, which are missing from now on. The
+// caller holds mu.
+func (p *arrivals) takeSkipped(runs []pageRun, block int, at, end pageset.Page) []pageRun {
+	set := p.skipped[block]
+	for {
+		first, n := set.Next(at, int(end-at))
+		if n == 0 || first >= end {
+			return runs
+		}
+		n = min(n, int(end-first))
+		set.RemoveRun(first, n)
+		p.missing += n
+		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: n}, true})
+		at = first + pageset.Page(n)
+	}
+}
+
+// takeAllSkipped returns all pages that were left out, in runs of at most maxZeroPages. They are
+// missing from now on.
+func (p *arrivals) takeAllSkipped() (runs []pageRun) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, b := range p.layout {
+		most := pageset.Page(max(1, maxZeroPages*migstream.TargetPageSize/b.PageSize))
+		for at := pageset.Page(0); int(at) < b.Pages; at += most {
+			runs = p.takeSkipped(runs, i, at, min(at+most, pageset.Page(b.Pages)))
+		}
+	}
+	return runs
+}
+
+// restock replaces what is known of the pages by what count finds to be there: of each block its
+// pages that are placed. Those left out are as they were. Nothing is noted meanwhile. It says
+// nothing of whole: recount does.
+func (p *arrivals) restock(count func() ([]*pageset.Set, error)) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	placed, err := count()
+	if err != nil {
+		return err
+	}
+	p.missing, p.whole = 0, make(chan struct{})
+	for i, set := range placed {
+		for at := pageset.Page(0); ; {
+			first, n := p.skipped[i].Next(at, set.Size())
+			if n == 0 {
+				break
+			}
+			set.AddRun(first, n)
+			at = first + pageset.Page(n)
+		}
+		p.received[i] = set
+		p.missing += set.Size() - set.Count()
+	}
+	for k := range p.waiting {
+		if p.received[k.block].Has(k.page) && !p.skipped[k.block].Has(k.page) {
+			delete(p.waiting, k)
+		}
+	}
+	return nil
+}
+
+// awaited returns the pages that the guest waits for.
+func (p *arrivals) awaited() []pageset.Run {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	runs := make([]pageset.Run, 0, len(p.waiting))
+	for k := range p.waiting {
+		runs = append(runs, pageset.Run{Block: k.block, First: k.page, Count: 1})
+	}
+	return runs
+}
+
+// appendHas appends what the source is told of n pages of a block from first on: which are received.
+func (p *arrivals) appendHas(b []byte, block, first, n int) []byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return appendHas(b, block, first, n, p.received[block])
+}
+
+// discards encodes commands for QEMU to drop all pages but those received.
+func (p *arrivals) discards() []byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var b []byte
+	for i, set := range p.received {
+		size := p.layout[i].PageSize
+		var ranges []migstream.Range
+		flush := func() {
+			if len(ranges) > 0 {
+				b = migstream.DiscardCommand(p.layout[i].Name, ranges).Append(b)
+				ranges = nil
+			}
+		}
+		for at := pageset.Page(0); ; {
+			first, n := set.NextGap(at, set.Size())
+			if n == 0 {
+				break
+			}
+			ranges = append(ranges, migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
+			if len(ranges) == migstream.MaxDiscardRanges {
+				flush()
+			}
+			at = first + pageset.Page(n)
+		}
+		flush()
+	}
+	return b
+}
+
+// summary sums up what was received.
+func (p *arrivals) summary() Received {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	slices.Sort(p.delays)
+	stats := p.stats
+	step := len(p.delays)/1000 + 1
+	for i := len(p.delays) - 1; i >= 0; i -= step {
+		stats.FetchDelays = append(stats.FetchDelays, p.delays[i])
+	}
+	slices.Reverse(stats.FetchDelays)
+	return stats
+}
+
+// maxDelays bounds the fetch latencies that are kept.
+const maxDelays = 1 << 20
