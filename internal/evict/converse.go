@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"slices"
 	"syscall"
 	"time"
 
@@ -97,19 +96,6 @@ func (e *source) await(left context.Context) (done bool, err error) {
 	}
 }
 
-// maxGaps bounds the gaps that a report tells of.
-const maxGaps = 64
-
-// noteGap notes that there is a link again.
-func (e *source) noteGap(since time.Time, again int, why error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.gaps) == maxGaps {
-		e.gaps = slices.Delete(e.gaps, maxGaps/2, maxGaps/2+1)
-	}
-	e.gaps = append(e.gaps, Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
-}
-
 // hearShort takes note of whether the destination has memory for pages.
 func (e *source) hearShort(a *attachment, payload []byte) error {
 	var f farewell
@@ -137,7 +123,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	again := 0
 	defer func() {
 		if !errors.Is(err, ErrLeft) {
-			e.noteGap(since, again, why)
+			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
 		}
 	}()
 	pause := time.Duration(0)
@@ -319,15 +305,7 @@ func (e *source) drop(why error) {
 // end ends a session, and keeps what the report tells of it.
 func (e *source) end(a *attachment) {
 	a.end()
-	sent, received := a.Bytes()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.before.sent += sent
-	e.before.received += received
-	if a.window != nil {
-		e.roundTrip, e.pushing = a.window.roundTrip(), pushed{}
-	}
-	e.at.CompareAndSwap(a, nil)
+	e.sessions.end(a)
 }
 
 // noteRan notes that the VM has run at the destination for so long, as that says. What it says

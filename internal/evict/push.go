@@ -52,13 +52,7 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 // beginPush pushes in a session, in which fetches are served already.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
-	e.mu.Lock()
-	sent, _ := a.Bytes()
-	e.pushing = pushed{time.Now(), sent, e.sentPages()}
-	if e.atPush == nil {
-		e.atPush = new(e.before.sent + sent)
-	}
-	e.mu.Unlock()
+	e.sessions.beginPush(a, e.sentPages())
 	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "", again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
 	a.begin(p.run)

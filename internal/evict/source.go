@@ -87,6 +87,7 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 // engine makes one that is in a state, and shows its progress.
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now()}
+	e.sessions.now = &e.at
 	if e.Eviction == (ID{}) {
 		e.Eviction = journal.NewID()
 	}
@@ -166,13 +167,8 @@ type source struct {
 	shutDown string                 // why the VM ended on the destination; empty if it did not
 	short    atomic.Pointer[string] // why pages find no memory at the destination; nil or empty if they do
 
-	at     atomic.Pointer[attachment] // nil while there is no session
-	before linkBytes                  // of sessions that ended; guarded by mu
-	gaps   []Gap                      // in which there was none, after the commit; guarded by mu
-	// roundTrip is that of the last session that ended; guarded by mu.
-	roundTrip float64
-	pushing   pushed  // where the push of the present session began; guarded by mu
-	atPush    *uint64 // bytes sent before the first push; nil before it; guarded by mu
+	at       atomic.Pointer[attachment] // nil while there is no session
+	sessions sessions
 
 	mu       sync.Mutex
 	askedFor []*pageset.Set   // pages that the guest waited for; nil before there were any; guarded by mu
@@ -188,15 +184,6 @@ type source struct {
 	asked  atomic.Int64
 	shown  sync.Mutex // serialises Show
 	tasks  sync.WaitGroup
-}
-
-type linkBytes struct{ sent, received uint64 }
-
-// pushed is where a push began.
-type pushed struct {
-	at    time.Time
-	bytes uint64 // sent before, in its session
-	pages int    // sent before
 }
 
 func (e *source) run(ctx context.Context) error {
@@ -946,17 +933,7 @@ func (e *source) report(err error) Report {
 	if r.Fetch != nil {
 		r.Fetch.Count = e.summary.Fetches
 	}
-	sent, received := e.bytes()
-	r.LinkBytes = sent + received
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	r.Gaps, r.RoundTrip = e.gaps, e.roundTrip
-	if a := e.at.Load(); a != nil && a.window != nil {
-		r.RoundTrip = a.window.roundTrip()
-	}
-	if took := e.machine.spent(Pushing); took > 0 && e.atPush != nil {
-		r.Rate = float64(sent-*e.atPush) / took.Seconds()
-	}
+	e.sessions.account(&r, e.machine.spent(Pushing))
 	return r
 }
 
@@ -981,16 +958,6 @@ func (e *source) zeroPages() (n int) {
 		}
 	}
 	return n
-}
-
-// bytes is what was sent and received over all sessions.
-func (e *source) bytes() (sent, received uint64) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if a := e.at.Load(); a != nil {
-		sent, received = a.Bytes()
-	}
-	return sent + e.before.sent, received + e.before.received
 }
 
 func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
@@ -1037,7 +1004,7 @@ func (e *source) show(st State) {
 	e.highest = max(e.highest, e.settled())
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
-		p.Bytes, _ = e.bytes()
+		p.Bytes, _ = e.sessions.bytes()
 	}
 	if stands := e.stands.Load(); stands != nil {
 		p.Stands = *stands
@@ -1049,26 +1016,7 @@ func (e *source) show(st State) {
 		p.Short = *short
 	}
 	if st == Pushing {
-		p.Rate, p.ETA = e.pace()
+		p.Rate, p.ETA = e.sessions.pace(e.sentPages(), p.Total-e.settled())
 	}
 	e.Show(p)
-}
-
-// pace is how fast the push of the present session is, in bytes per second, and how long it takes
-// at that; 0 as long as that is not known.
-func (e *source) pace() (rate float64, eta time.Duration) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	a, p := e.at.Load(), e.pushing
-	took := time.Since(p.at)
-	if a == nil || p.at.IsZero() || took < settleTime {
-		return 0, 0
-	}
-	sent, _ := a.Bytes()
-	pages := e.sentPages() - p.pages
-	if sent < p.bytes || pages <= 0 {
-		return 0, 0 // it is another session's
-	}
-	left := int(e.total.Load()) - e.settled()
-	return float64(sent-p.bytes) / took.Seconds(), time.Duration(float64(took) * float64(left) / float64(pages))
 }
