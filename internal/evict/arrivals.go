@@ -58,6 +58,17 @@ func (p *arrivals) left() int {
 	return p.missing
 }
 
+// lack is how much memory the pages that are left may take, in bytes.
+func (p *arrivals) lack() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	size := uint64(0)
+	for _, b := range p.layout {
+		size = max(size, b.PageSize)
+	}
+	return uint64(p.missing) * size
+}
+
 // done is closed when no page is left; another one after restock.
 func (p *arrivals) done() <-chan struct{} {
 	p.mu.Lock()

@@ -69,8 +69,8 @@ func TestFillLeftOut(t *testing.T) {
 	defer ln.Close()
 	e := Destination{QMP: socket}.engine(CutOff)
 	l := layout{{Name: "pc.ram", Length: pages * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: pages}}
-	e.layout, e.whole, e.waiting, e.missing = l, make(chan struct{}), map[pageKey]time.Time{}, pages
-	e.received, e.skipped = []*pageset.Set{pageset.New(pages)}, []*pageset.Set{pageset.New(pages)}
+	e.layout = l
+	e.pages.begin(l)
 	e.placer = newPlacer(nil, testSection, l)
 	e.placer.direct.Store(d)
 	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 3, Count: 40}, true}})); err != nil {
@@ -92,11 +92,9 @@ func TestFillLeftOut(t *testing.T) {
 	if err := <-ended; err == nil {
 		t.Error("the engine ended well")
 	}
-	e.mu.Lock()
-	if e.missing != pages-40 {
-		t.Errorf("%d pages are missing, want %d", e.missing, pages-40)
+	if n := e.pages.left(); n != pages-40 {
+		t.Errorf("%d pages are missing, want %d", n, pages-40)
 	}
-	e.mu.Unlock()
 	e.placer.direct.Store(nil)
 	e.close()
 }

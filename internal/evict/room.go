@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"vacate/internal/qemu/guestmem"
-	"vacate/internal/qemu/migstream"
 	"vacate/internal/sys/room"
 )
 
@@ -81,11 +80,7 @@ func (e *destination) newGate() *gate {
 			limits, _ := room.Limits(e.mem.PID())
 			return room.Deadly(limits)
 		},
-		rest: func() uint64 {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			return uint64(e.missing) * migstream.TargetPageSize
-		},
+		rest: e.pages.lack,
 	}
 }
 
