@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,6 +37,7 @@ type run struct {
 	// repairs end what faults began; the daemons are held no longer then.
 	repairs []repair
 	waits   []<-chan struct{} // for what faults do by themselves
+	told    atomic.Bool       // the guest was told to power itself off
 }
 
 // A repair is due some time after its fault.
@@ -143,7 +145,7 @@ func (r *run) powerOff() {
 		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
 			samples, vms := r.vm.Guest.Samples(), r.expected.VMs()
 			if n := len(vms); n > 0 && samples[len(samples)-1].VM == vms[n-1].Name {
-				r.vm.Guest.PowerOff(vms[n-1]) // it may have ended since
+				r.told.Store(r.vm.Guest.PowerOff(vms[n-1]) == nil) // it may have ended since
 				return
 			}
 			if e, err := r.a.api.GetEviction(r.t.Context(), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil && e.Msg.Outcome != "" {
@@ -228,6 +230,9 @@ func points() (list []string) {
 // refusal leads to the two states refused: an offer that does not fit.
 func refusal(at string) bool { return strings.HasSuffix(at, "/refused") }
 
+// late are the states in which all pages are at the destination: the guest cannot power itself off sooner.
+var late = []string{"destination/completing", "destination/completed", "source/retiring", "source/completed"}
+
 // load is what the VMs do: a little, so that several evictions may run side by side.
 var load = lab.Load{HotMiB: 16, IdleMiB: 48, Slow: true}
 
@@ -267,7 +272,7 @@ func disturb(t *testing.T, l *lab.Lab, saved *lab.Saved, c cell, delay time.Dura
 		twin.Spec.MemoryMiB /= 2
 	}
 	options := &hostv1.EvictOptions{SkipChecks: true}
-	if c.has(powersOff) || strings.HasSuffix(c.at, "/shut down") {
+	if (c.has(powersOff) || strings.HasSuffix(c.at, "/shut down")) && !slices.Contains(late, c.at) {
 		options.RateLimit = slow
 	}
 	if c.has(noMemory) {
@@ -400,6 +405,11 @@ func (r *run) settle(c cell) outcome {
 		time.Sleep(50 * time.Millisecond)
 	}
 	twins := r.expected.VMs()
+	if n := len(twins); n > 0 && r.told.Load() && src.Outcome == "completed" {
+		if err := twins[n-1].Ended(labtest.Within(t, time.Minute)); err != nil {
+			t.Fatalf("the guest was told to power itself off: %v", err)
+		}
+	}
 	var twin *lab.VM
 	alive := 0
 	for _, vm := range twins {
@@ -424,8 +434,8 @@ func (r *run) settle(c cell) outcome {
 			t.Fatalf("it is told to be shut down, and the source's QEMU is %q, the destination's %q", here, there)
 		}
 		o = off
-	case here == "" && there == "" && asked && src.Outcome == "completed":
-		o = dead // just after the end
+	case here == "" && there == "" && r.told.Load() && !c.has(twinKilled) && src.Outcome == "completed":
+		o = off // just after the end
 	case here == "" && there == "" && ((src.Outcome == "refused" || src.Outcome == "aborted") && c.has(sourceKilled) || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.has(twinKilled)):
 		o = dead // after the end, or as good as
 	case src.Outcome == "completed":
