@@ -77,7 +77,7 @@ lint: ## gofmt, go vet, staticcheck, gosec, and of prose: links, lines, phrases,
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) run $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
-	$(GO) test -count=1 -run '^Test(Docs(Links|Style|Picture)|CommentStyle)$$' .
+	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Picture)|CommentStyle)$$' .
 	find . -name '*.md' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) {} +
 	find . -name '*.go' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) -source go {} +
 

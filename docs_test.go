@@ -17,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"vacate/internal/cli/clitest"
+	"vacate/internal/evict"
 )
 
 var (
@@ -249,6 +250,29 @@ func TestCommentStyle(t *testing.T) {
 					}
 				}
 			}
+		}
+	}
+}
+
+// TestDocsStates holds the documents to the states and metrics that there are.
+func TestDocsStates(t *testing.T) {
+	read := func(file string) string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	concepts := read("docs/concepts.md")
+	for _, s := range append(evict.SourceStates(), evict.DestinationStates()...) {
+		if !regexp.MustCompile(`(?m)^\|[^|]*\b` + string(s) + `\b`).MatchString(concepts) {
+			t.Errorf("docs/concepts.md has no row for the state %q", s)
+		}
+	}
+	metrics := read("internal/host/metrics.go")
+	for _, name := range regexp.MustCompile("`vacate_[a-z_]+").FindAllString(read("docs/operate.md"), -1) {
+		if !strings.Contains(metrics, `"`+name[1:]+`"`) {
+			t.Errorf("docs/operate.md: there is no metric %s", name[1:])
 		}
 	}
 }
