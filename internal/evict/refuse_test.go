@@ -193,34 +193,6 @@ func speak(t *testing.T, path, greeting string, replies map[string]string) strin
 	return path
 }
 
-// relayTo serves a unix socket whose clients reach that of a QEMU through it, but for their descriptors. It returns the path.
-func relayTo(t *testing.T, monitor string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "relay.sock")
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			q, err := net.Dial("unix", monitor)
-			if err != nil {
-				c.Close()
-				continue
-			}
-			// Either ends with the other.
-			go func() { io.Copy(struct{ io.Writer }{q}, c); q.Close() }()
-			go func() { io.Copy(struct{ io.Writer }{c}, q); c.Close() }()
-		}
-	}()
-	return path
-}
-
 // twin starts a QEMU on host b for the guest, which may differ from the VM's own.
 func (r *refusals) twin(t *testing.T, opts lab.IncomingOptions, change func(*lab.Spec)) *lab.VM {
 	t.Helper()
@@ -353,14 +325,14 @@ func (r *refusals) twins() {
 	r.run("relayed monitors", func(t *testing.T) {
 		says := []string{"passes no descriptors on", "name QEMU's own socket"}
 		twin := r.twin(t, lab.IncomingOptions{}, nil)
-		relayed := relayTo(t, twin.QMP)
+		relayed := labtest.RelayMonitor(t, twin.QMP)
 		refused(t, r.receive(t, relayed), append(says, relayed)...)
 		ln := listen(t, r.lab.B)
 		ctx, stop := context.WithCancel(labtest.Within(t, time.Minute))
 		defer stop()
 		received := make(chan error, 1)
 		go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP}, ln) }()
-		relayed = relayTo(t, r.vm.QMP)
+		relayed = labtest.RelayMonitor(t, r.vm.QMP)
 		refused(t, r.evict(t, relayed, ln.Addr().String()), append(says, relayed, "The VM runs on, untouched")...)
 		stop()
 		refused(t, <-received)

@@ -3,7 +3,9 @@ package labtest
 
 import (
 	"context"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -83,4 +85,33 @@ func MustCheck(t testing.TB, vm *lab.VM) {
 	if check.Bad != 0 || check.Pages == 0 {
 		t.Fatalf("%d bad pages of %d", check.Bad, check.Pages)
 	}
+}
+
+// RelayMonitor serves a unix socket whose clients reach that of a QEMU through it, but for the
+// descriptors that they pass. It returns the path.
+func RelayMonitor(t testing.TB, monitor string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "relay.sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			q, err := net.Dial("unix", monitor)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			// Either ends with the other.
+			go func() { io.Copy(struct{ io.Writer }{q}, c); q.Close() }()
+			go func() { io.Copy(struct{ io.Writer }{c}, q); c.Close() }()
+		}
+	}()
+	return path
 }

@@ -2,8 +2,6 @@ package qmp_test
 
 import (
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"vacate/internal/qemu/qmp"
+	"vacate/lab/labtest"
 )
 
 // startContained runs a QEMU in a PID namespace of its own.
@@ -41,33 +40,6 @@ func startContained(t *testing.T, args ...string) string {
 	return ""
 }
 
-// relayed listens in this process, and passes on what comes to another socket.
-func relayed(t *testing.T, to string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "relay")
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			a, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			b, err := net.Dial("unix", to)
-			if err != nil {
-				a.Close()
-				return
-			}
-			go func() { io.Copy(a, b); a.Close() }()
-			go func() { io.Copy(b, a); b.Close() }()
-		}
-	}()
-	return path
-}
-
 // TestProcess finds a QEMU's process and the threads of its CPUs from outside, be they numbered
 // otherwise inside, and says what is wrong where somebody else is at the socket.
 func TestProcess(t *testing.T) {
@@ -88,7 +60,7 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	t.Run("direct", func(t *testing.T) { check(t, dial(t, direct), own.Pid) })
-	t.Run("relayed", func(t *testing.T) { check(t, dial(t, relayed(t, direct)), own.Pid) })
+	t.Run("relayed", func(t *testing.T) { check(t, dial(t, labtest.RelayMonitor(t, direct)), own.Pid) })
 	t.Run("contained", func(t *testing.T) {
 		c := dial(t, contained)
 		cpus, err := c.QueryCPUs(t.Context())
@@ -101,7 +73,7 @@ func TestProcess(t *testing.T) {
 		check(t, c, c.PeerPID())
 	})
 	t.Run("contained and relayed", func(t *testing.T) {
-		pid, _, err := dial(t, relayed(t, contained)).Process(t.Context())
+		pid, _, err := dial(t, labtest.RelayMonitor(t, contained)).Process(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "process "+strconv.Itoa(os.Getpid())) || !strings.Contains(err.Error(), "relayed") {
 			t.Errorf("process %d, %v", pid, err)
 		}
