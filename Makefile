@@ -30,7 +30,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint generate chaos refusals configurations bench clean
+.PHONY: help build test unit demo deps fuzz lint generate chaos refusals configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,12 @@ configurations: ## try every configuration of docs/configurations.md with QEMU=p
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
 	bin/vacate-lab bench $(BENCHFLAGS)
+
+package: build ## bin/vacate_VERSION_amd64.deb (VERSION: by default that of git)
+	@GO="$(GO)" packaging/build
+
+package-test: ## install, upgrade and remove the package on a fresh Debian 12 and 13, and evict a VM between them (root; 15 minutes)
+	scripts/try-package
 
 clean: ## remove what was built and downloaded
 	rm -rf bin .lab

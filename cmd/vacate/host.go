@@ -127,7 +127,8 @@ func row(t *tabwriter.Writer, cells ...string) {
 const recent = 10
 
 func evictionsCommand() *cobra.Command {
-	return askCommand(&cobra.Command{
+	var open bool
+	c := askCommand(&cobra.Command{
 		Use:   "status [VM|ID]",
 		Short: "List evictions, or show one in full",
 		Long: `Without an argument, lists evictions out of this host and into it: those under
@@ -143,7 +144,7 @@ reason, and what an operator may do.`,
 			}
 			return e, err
 		}
-		r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+		r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: open}))
 		if err != nil {
 			return nil, err
 		}
@@ -173,6 +174,8 @@ reason, and what an operator may do.`,
 		}
 		return r.Msg, nil
 	})
+	c.Flags().BoolVar(&open, "open", false, "without an argument: only those that have not ended")
+	return c
 }
 
 func stateOf(e *hostv1.Eviction) string {

@@ -143,8 +143,9 @@ Environment:
 	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})
-	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand())
+	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), manCommand())
 	c.AddCommand(hostCommands()...)
+	addCompletions(c)
 	return c
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -13,6 +14,7 @@ import (
 	"syscall"
 
 	"vacate/internal/host"
+	"vacate/internal/manpage"
 	"vacate/internal/sys/sched"
 
 	"github.com/spf13/cobra"
@@ -27,7 +29,7 @@ func main() {
 
 func command() *cobra.Command {
 	var file, format string
-	var check bool
+	var check, man bool
 	c := &cobra.Command{
 		Use:   "vacated",
 		Short: "Evict VMs from this host, and take those of other hosts",
@@ -36,7 +38,8 @@ send. Both hosts of an eviction run it. It may be killed at any time and started
 again: VMs live on, and it goes on with what was under way.
 
 SIGTERM and SIGINT stop it. Evictions that can still be aborted are aborted; the
-others wait for the next start, their VMs running or frozen as they are.
+others wait for the next start, their VMs running or frozen as they are. SIGHUP
+stops it when no eviction can be aborted any more; it begins none meanwhile.
 
 The configuration (TOML):
   certs   = "/etc/vacate/certs"         # who this host is; see vacate certs
@@ -82,6 +85,10 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if man {
+				_, err := io.WriteString(c.OutOrStdout(), manpage.Page(c, 8))
+				return err
+			}
 			config, err := host.ReadConfig(file)
 			if err != nil {
 				return err
@@ -102,6 +109,8 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml", "`FILE` with the configuration")
 	c.Flags().StringVar(&format, "log-format", "text", "form of the log on standard error: text or json")
 	c.Flags().BoolVar(&check, "check", false, "only check the configuration, and what it names on this host")
+	c.Flags().BoolVar(&man, "man", false, "write the manual page")
+	c.Flags().MarkHidden("man")
 	return c
 }
 
@@ -123,6 +132,15 @@ func run(ctx context.Context, config host.Config, format string) error {
 	if err != nil {
 		return err
 	}
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	go func() {
+		<-hangup
+		slog.New(handler).Info("stopping as soon as no eviction is aborted by that")
+		if h.Settle(ctx) == nil {
+			stop()
+		}
+	}()
 	if err := h.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}

@@ -104,6 +104,13 @@ func (v *eviction) show(p evict.Progress) {
 		if p.Short != "" || v.progress.Short != "" {
 			v.reason = p.Short
 		}
+		more := p.Bytes - v.progress.Bytes
+		if p.Bytes < v.progress.Bytes { // another engine began to count anew
+			more = p.Bytes
+		}
+		if more > 0 {
+			v.host.metrics.bytes.WithLabelValues(string(v.entry.Record().Role)).Add(float64(more))
+		}
 		v.state, v.progress = p.State, p
 	})
 	if entered && v.host.onState != nil {
@@ -214,6 +221,19 @@ func (v *eviction) abortable() bool {
 	switch v.state {
 	case evict.Preparing, evict.Switching, evict.Waiting, evict.Arming, evict.Loading, evict.Prepared:
 		return v.cancel != nil
+	}
+	return false
+}
+
+// unsettled reports whether a stop of the daemon may abort it.
+func (v *eviction) unsettled() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch v.state {
+	case evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.RollingBack, evict.Waiting, evict.Arming, evict.Prepared:
+		return v.cancel != nil
+	case "": // its engine has said nothing yet; one that was taken up may stay so
+		return v.cancel != nil && v.entry.Record().Begun.After(v.host.started)
 	}
 	return false
 }

@@ -20,6 +20,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -264,6 +265,33 @@ func (h *Host) Run(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// Settle has no eviction begin any more, and returns when those under way are past what a stop would abort. Whoever then ends
+// Run costs nobody an eviction: the next daemon goes on with them.
+func (h *Host) Settle(ctx context.Context) error {
+	h.mu.Lock()
+	h.stopping = true
+	h.mu.Unlock()
+	for !h.settled() {
+		select {
+		case <-time.After(settlePause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// settlePause is how often evictions under way are looked at.
+const settlePause = 50 * time.Millisecond
+
+// settled reports whether a stop would abort no eviction.
+func (h *Host) settled() bool {
+	h.mu.Lock()
+	setUp := len(h.taken) > 0
+	h.mu.Unlock()
+	return !setUp && !slices.ContainsFunc(h.list(), (*eviction).unsettled)
 }
 
 // protocols are those of the API: gRPC needs HTTP/2.

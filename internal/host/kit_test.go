@@ -82,6 +82,14 @@ func runDaemon(file string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	go func() {
+		<-hangup
+		if h.Settle(ctx) == nil {
+			stop()
+		}
+	}()
 	fmt.Println("ready")
 	return h.Run(ctx)
 }

@@ -158,6 +158,7 @@ func (v *eviction) sent(report json.RawMessage, err error) {
 		m := v.mark()
 		if m == evict.MarkBegun || m == evict.MarkMayRun {
 			m = evict.MarkCompleted
+			v.host.metrics.left(told)
 		}
 		v.finish(m, evict.State(outcomes[m]), nil, report)
 	case errors.Is(err, evict.ErrRefused):
