@@ -8,8 +8,8 @@ import (
 
 	"vacate/internal/manpage"
 
-	hostv1 "vacate/hostapi/v1"
-	"vacate/hypervisor"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/hypervisor"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"

@@ -7,8 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"vacate/evict"
-	"vacate/journal"
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
@@ -87,7 +87,7 @@ func TestPackagedMetrics(t *testing.T) {
 		}
 	}
 	used := map[string]bool{}
-	for _, file := range []string{"../packaging/alerts.yml", "../packaging/dashboard.json"} {
+	for _, file := range []string{"../../packaging/alerts.yml", "../../packaging/dashboard.json"} {
 		for _, word := range regexp.MustCompile(`\bvacate_\w+`).FindAllString(string(must(t, os.ReadFile, file)), -1) {
 			word = strings.TrimSuffix(word, "_bucket")
 			used[word] = true

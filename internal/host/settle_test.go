@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	hostv1 "vacate/hostapi/v1"
+	hostv1 "vacate/internal/host/api/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
 
