@@ -25,6 +25,9 @@ type completer func(ctx context.Context, d *daemon, typed string) []string
 var arguments = map[string][]completer{
 	"evict":  {vmsIn(hypervisor.Running)},
 	"doctor": {vmsIn()},
+	"start":  {vmsIn(hypervisor.None)},
+	"stop":   {vmsIn(hypervisor.Running, hypervisor.Paused)},
+	"show":   {vmsIn()},
 	"status": {evictions(anyEviction)},
 	"watch":  {evictions(func(e *hostv1.Eviction) bool { return e.EndedAt == nil })},
 	"abort":  {evictions((*hostv1.Eviction).GetAbortable)},

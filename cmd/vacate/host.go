@@ -27,7 +27,7 @@ import (
 
 // hostCommands are those that ask this host's daemon.
 func hostCommands() []*cobra.Command {
-	return []*cobra.Command{lsCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand(),
+	return []*cobra.Command{lsCommand(), startCommand(), stopCommand(), showCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand(),
 		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand()}
 }
 

@@ -98,6 +98,14 @@ const (
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
+// Clear reports whether a host has nothing of a VM (R11): its journal has no eviction of it that goes
+// on, and no QEMU of it lives there. A VM is started anew only on a host that is clear of it, and
+// that has heard the same of each other host since it began to start the VM. A host that begins to is
+// not clear for the others. The mark is for the moments in which an eviction is about to start a QEMU.
+func Clear(m Mark, lives, starting bool) bool {
+	return (m == "" || m.Final()) && !lives && !starting
+}
+
 // mayCommit tells whether a source may send the commit: its mark is durable, the process of its
 // QEMU is stopped, so that nothing that QEMU is told can run the guest, and the guest did not run
 // between the freeze and that.

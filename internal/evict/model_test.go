@@ -22,6 +22,7 @@ type rules struct {
 	destinationStep    func(Mark, copyState) step
 	destinationOnAbort func(Mark) step
 	answerOf           func(Mark, copyState) Answer
+	clear              func(m Mark, lives, starting bool) bool
 
 	killFirst     bool // abandon kills before it marks. This is allowed
 	tellFirst     bool // abandon says never ran before it kills
@@ -50,11 +51,12 @@ type rules struct {
 	imposing      bool // a source that rolls back has the guest run, though it stood
 	oblivious     bool // a destination does not write that the guest stood
 	ignorant      bool // a twin that was not told to run counts as one that never ran, though its operator may have run it
+	unasked       bool // a VM is started without asking the other host
 }
 
 func realRules() rules {
 	return rules{mayCommit: mayCommit, mayCont: mayCont, sourceStep: sourceStep, sourceOnAnswer: sourceOnAnswer,
-		destinationStep: destinationStep, destinationOnAbort: destinationOnAbort, answerOf: answerOf}
+		destinationStep: destinationStep, destinationOnAbort: destinationOnAbort, answerOf: answerOf, clear: Clear}
 }
 
 // phase is where an engine stands: what it would forget if it were killed.
@@ -176,6 +178,15 @@ func (q *queue) take() (w word) {
 	return w
 }
 
+// start is how far a host is with starting the VM anew.
+type start uint8
+
+const (
+	notStarted start = iota
+	taken            // nobody else begins anything with the VM on this host, and the other host is clear of it
+	started          // a QEMU runs it, from its disks
+)
+
 // world is a state of everything.
 type world struct {
 	s struct {
@@ -189,6 +200,7 @@ type world struct {
 		sent    pages // need not be sent
 		given   pages // given back to the host
 		noted   bool  // in the journal: some may have been given back
+		start   start
 	}
 	d struct {
 		phase     phase
@@ -203,6 +215,7 @@ type world struct {
 		placed    pages
 		claimed   pages // said to be there, and not; only where that rule is broken
 		short     bool  // there is no memory to place pages
+		start     start
 	}
 	toD, toS         queue
 	moving           pages // under way to the destination
@@ -247,6 +260,8 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	case w.bad != "":
 	case there && w.s.guest == runsHere && !w.lied:
 		w.bad = "two copies run"
+	case (w.s.start == started || w.d.start == started) && (there || w.s.guest == runsHere) && !w.lied, w.s.start == started && w.d.start == started:
+		w.bad = "a VM was started that runs"
 	case there && w.aborted:
 		w.bad = "the twin runs after the operator was told that the eviction was aborted"
 	case w.s.guest == runsHere && w.s.given != 0:
@@ -265,6 +280,9 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	}
 	if w.s.guest == gone {
 		w.unheard = false
+	}
+	if (w.s.start != notStarted || w.d.start != notStarted) && w.d.twin != copyComplete {
+		w.d.held, w.d.placed, w.d.claimed, w.d.short, w.moving, w.s.sent = 0, 0, 0, false, 0, 0
 	}
 	m.edges = append(m.edges, edge{what, fault, w})
 }
@@ -359,6 +377,8 @@ func (m *model) next(w world) []edge {
 		m.destination(w)
 	}
 	m.qemu(w)
+	m.starts("source", w.sClear, w.dClear, func(w *world) *start { return &w.s.start }, w.s.phase == down, w.d.phase == down)
+	m.starts("destination", w.dClear, w.sClear, func(w *world) *start { return &w.d.start }, w.d.phase == down, w.s.phase == down)
 	return m.edges
 }
 
@@ -405,6 +425,7 @@ func (m *model) source(w world) {
 	m.add("source is killed", true, func(w *world) {
 		m.leaveS(w)
 		w.s.phase, w.s.loaded, w.s.heard, w.s.sent = down, false, false, 0
+		w.s.start = w.s.start.afterDeath()
 	})
 	state := w.s.guest.state()
 	early := w.s.phase == offering || w.s.phase == loading
@@ -460,6 +481,9 @@ func (m *model) source(w world) {
 	}
 	switch w.s.phase {
 	case idle:
+		if w.s.start == taken {
+			break
+		}
 		m.write("source", true, MarkBegun, func(w *world) { w.s.phase = offering }, func(w *world) { w.s.phase = ended })
 	case offering:
 		if !w.s.session && w.d.phase != down {
@@ -693,6 +717,7 @@ func (m *model) destination(w world) {
 	m.add("destination is killed", true, func(w *world) {
 		m.leaveD(w)
 		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended, w.d.stands = down, 0, 0, false, false, false
+		w.d.start = w.d.start.afterDeath()
 	})
 	ph := w.d.phase
 	// Between these it does one thing after the other, and hears of nothing.
@@ -1000,6 +1025,49 @@ func (w *world) here() bool {
 	return w.s.guest == runsHere || w.s.guest == standing && w.stands && w.s.phase == ended && (w.aborted || w.resumed)
 }
 
+// sClear and dClear are what the hosts find of the VM when they are asked whether it is there.
+func (w *world) sClear(m *model, starting bool) bool {
+	return m.clear(w.s.journal.mark(), w.s.guest != gone, starting && w.s.start != notStarted)
+}
+
+func (w *world) dClear(m *model, starting bool) bool {
+	return m.clear(w.d.journal.mark(), w.d.twin != copyGone, starting && w.d.start != notStarted)
+}
+
+// afterDeath is what remains of a start when the daemon is killed.
+func (s start) afterDeath() start {
+	if s == started {
+		return started
+	}
+	return notStarted
+}
+
+// starts has an operator start the VM on a host that is clear of it.
+func (m *model) starts(host string, here, there func(*model, bool) bool, of func(*world) *start, down, otherDown bool) {
+	w := m.from
+	set := func(to start) func(*world) { return func(w *world) { *of(w) = to } }
+	if *of(&w) == started {
+		m.add("the VM that was started at the "+host+" ends", true, set(notStarted))
+	}
+	if down || !here(m, false) {
+		return
+	}
+	switch *of(&w) {
+	case notStarted:
+		// To ask the other host takes no time here: one that begins meanwhile asks this one, and hears that.
+		if !otherDown && (there(m, true) || m.unasked) {
+			m.add("operator starts the VM at the "+host, true, set(taken))
+		}
+		// What a host that is down would say is not known. That no QEMU is there, is.
+		lives := &model{rules: rules{clear: func(_ Mark, lives, starting bool) bool { return !lives && !starting }}}
+		if otherDown && there(lives, true) {
+			m.add("operator asserts that the VM runs nowhere else, and starts it at the "+host, true, set(taken))
+		}
+	case taken:
+		m.add("the "+host+" starts the VM", false, set(started))
+	}
+}
+
 // settled tells whether the eviction has come to an end that docs/protocol.md promises.
 func settled(w *world) bool {
 	if w.s.phase == down || w.d.phase == down {
@@ -1024,6 +1092,8 @@ func settled(w *world) bool {
 		return true // it stands here until the operator says what he found there
 	case w.lied && w.forgot && over && w.here():
 		return true // two copies may run, and no journal knows of the other one
+	case w.s.start == started || w.d.start == started:
+		return true // it was over, and the VM was started anew
 	case w.gaveUp:
 		return over && w.s.guest == gone
 	}
@@ -1250,6 +1320,13 @@ func TestModelMutants(t *testing.T) {
 		{"R11", "a roll-back runs a guest that stood", func(r *rules) { r.imposing = true }},
 		{"R11", "it is not written that the guest stood", func(r *rules) { r.oblivious = true }},
 		{"R11", "a twin that its operator may have run counts as one that was not told to run", func(r *rules) { r.ignorant = true }},
+		{"R12", "a VM is started that an eviction may run elsewhere", func(r *rules) { r.unasked = true }},
+		{"R12", "a host is clear of a VM that has a QEMU", func(r *rules) {
+			r.clear = func(m Mark, _, starting bool) bool { return Clear(m, false, starting) }
+		}},
+		{"R12", "a host is clear of a VM that it is about to start", func(r *rules) {
+			r.clear = func(m Mark, lives, _ bool) bool { return Clear(m, lives, false) }
+		}},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
 		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
 		{"R8", "pages that were dropped for want of memory count as received", func(r *rules) { r.hoard = true }},

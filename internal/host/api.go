@@ -409,6 +409,53 @@ func (h api) Export(ctx context.Context, req *connect.Request[hostv1.ExportReque
 	}}), nil
 }
 
+// Start implements hostv1.HostHandler.
+func (h api) Start(ctx context.Context, req *connect.Request[hostv1.StartRequest]) (*connect.Response[hostv1.VM], error) {
+	if err := h.startVM(ctx, req.Msg.Vm, req.Msg.Fenced); err != nil {
+		return nil, coded(err)
+	}
+	return h.lookAt(ctx, req.Msg.Vm)
+}
+
+// Stop implements hostv1.HostHandler.
+func (h api) Stop(ctx context.Context, req *connect.Request[hostv1.StopRequest]) (*connect.Response[hostv1.VM], error) {
+	limit := time.Duration(req.Msg.TimeoutMs) * time.Millisecond
+	if limit == 0 && !req.Msg.Force {
+		limit = usualStop
+	}
+	if limit > mostStop {
+		return nil, coded(&argumentError{fmt.Errorf("timeout_ms = %d: want %d at most", req.Msg.TimeoutMs, mostStop.Milliseconds())})
+	}
+	if err := h.stopVM(ctx, req.Msg.Vm, limit, req.Msg.Force); err != nil {
+		return nil, coded(err)
+	}
+	return h.lookAt(ctx, req.Msg.Vm)
+}
+
+// lookAt answers with what there is of a VM.
+func (h api) lookAt(ctx context.Context, name string) (*connect.Response[hostv1.VM], error) {
+	vm, err := hypervisor.Find(h.config.VMs, name)
+	if err != nil {
+		return nil, coded(err)
+	}
+	return connect.NewResponse(h.look(ctx, vm)), nil
+}
+
+// ShowVM implements hostv1.HostHandler.
+func (h api) ShowVM(_ context.Context, req *connect.Request[hostv1.ShowVMRequest]) (*connect.Response[hostv1.ShowVMResponse], error) {
+	if err := hypervisor.CheckName(req.Msg.Vm); err != nil {
+		return nil, coded(&argumentError{err})
+	}
+	vm, err := hypervisor.Find(h.config.VMs, req.Msg.Vm)
+	if err != nil {
+		return nil, coded(err)
+	}
+	return connect.NewResponse(&hostv1.ShowVMResponse{
+		Command: vm.Args(false), IncomingCommand: vm.Args(true), Qmp: vm.QMP, User: vm.User, Log: vm.Log, Env: vm.Env,
+		File: hypervisor.File(h.config.VMs, vm.Name),
+	}), nil
+}
+
 // message is the eviction as the API tells it.
 func (v *eviction) message() *hostv1.Eviction {
 	r := v.entry.Record()

@@ -65,6 +65,7 @@ func askerOf(ctx context.Context) string {
 var audited = map[string]bool{
 	hostv1.HostEvictProcedure: true, hostv1.HostAbortProcedure: true,
 	hostv1.HostDecideProcedure: true, hostv1.HostExportProcedure: true,
+	hostv1.HostStartProcedure: true, hostv1.HostStopProcedure: true,
 }
 
 // audit logs who asked for what, and what came of it.
@@ -76,17 +77,26 @@ func (h *Host) audit() connect.UnaryInterceptorFunc {
 			}
 			log := h.log.With("operator", askerOf(ctx), "asks", path.Base(req.Spec().Procedure))
 			m := req.Any()
-			if m, ok := m.(interface {
-				GetVm() string
-				GetTo() string
-			}); ok {
-				log = log.With("vm", m.GetVm(), "to", m.GetTo())
+			if m, ok := m.(interface{ GetVm() string }); ok {
+				log = log.With("vm", m.GetVm())
+			}
+			if m, ok := m.(interface{ GetTo() string }); ok {
+				log = log.With("to", m.GetTo())
 			}
 			if m, ok := m.(interface{ GetId() string }); ok {
 				log = log.With("eviction", m.GetId())
 			}
-			if m, ok := m.(interface{ GetDecision() hostv1.Decision }); ok {
-				log = log.With("decision", m.GetDecision())
+			switch m := m.(type) {
+			case *hostv1.DecideRequest:
+				log = log.With("decision", m.Decision, "fenced", m.Fenced, "fence", m.Fence)
+			case *hostv1.AbortRequest:
+				log = log.With("reason", m.Reason)
+			case *hostv1.ExportRequest:
+				log = log.With("path", m.Path)
+			case *hostv1.StartRequest:
+				log = log.With("fenced", m.Fenced)
+			case *hostv1.StopRequest:
+				log = log.With("force", m.Force, "timeout_ms", m.TimeoutMs)
 			}
 			resp, err := next(ctx, req)
 			if err != nil {

@@ -25,6 +25,7 @@ import (
 type question struct {
 	Facts *factsQuestion `json:"facts,omitempty"`
 	Load  *loadQuestion  `json:"load,omitempty"`
+	VM    *vmQuestion    `json:"vm,omitempty"`
 	Ping  bool           `json:"ping,omitempty"` // answered at once, to measure the link
 }
 
@@ -59,6 +60,10 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 	switch {
 	case q.Ping:
 		return true, nil
+	case q.VM != nil:
+		ctx, cancel := context.WithTimeout(h.life, clearTime)
+		defer cancel()
+		return h.vmHere(ctx, q.VM.Name, false), nil
 	case q.Load != nil:
 		if err := h.config.mayCome(peer, h.name()); err != nil {
 			return nil, err

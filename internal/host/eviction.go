@@ -302,7 +302,7 @@ type takenError struct {
 
 func (e *takenError) Error() string {
 	if e.id == (journal.ID{}) {
-		return fmt.Sprintf("an eviction of VM %s is being set up on host %s", e.vm, e.host)
+		return fmt.Sprintf("VM %s is being started or stopped, or an eviction of it is being set up, on host %s", e.vm, e.host)
 	}
 	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s on host %s", e.vm, e.id, e.host)
 }

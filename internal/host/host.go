@@ -27,6 +27,7 @@ import (
 
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
+	"vacate/internal/host/hypervisor"
 	"vacate/internal/link"
 	"vacate/internal/link/certs"
 	"vacate/internal/sys/room"
@@ -231,6 +232,9 @@ func (h *Host) Run(ctx context.Context) error {
 	var guard sync.WaitGroup
 	if h.config.Guard != nil {
 		guard.Go(func() { h.guard(ctx) })
+	}
+	if !hypervisor.Scoped() {
+		h.log.Info("no systemd runs here: VMs that this daemon starts share its control group, its weight and its limits")
 	}
 	h.log.Info("serving", "host", h.name(), "listen", addrOf(h.link), "socket", h.config.Socket, "api", addrOf(h.tcp), "metrics", addrOf(h.scrape))
 	<-ctx.Done()

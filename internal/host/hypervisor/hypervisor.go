@@ -23,8 +23,8 @@
 //
 // The directory and the file must belong to root, or to the daemon's user, and nobody else may write to them.
 //
-// A QEMU that was started here lives on when the daemon ends. It is in the daemon's control group all the same:
-// a unit of systemd needs KillMode=process.
+// A QEMU that was started here lives on when the daemon ends. Where systemd runs it has a scope of its own; elsewhere it is in
+// the daemon's control group.
 package hypervisor
 
 import (

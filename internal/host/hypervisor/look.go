@@ -125,7 +125,7 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	return s, nil
 }
 
-// Twins returns the processes whose command line is that of the VM's twin, in this PID namespace.
+// Twins returns the processes whose command line is that of the VM's twin, or that are about to become it, in this PID namespace.
 func Twins(vm VM) ([]process.Process, error) {
 	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
 	dirs, err := os.ReadDir("/proc")
@@ -143,7 +143,7 @@ func Twins(vm VM) ([]process.Process, error) {
 		if err != nil {
 			continue
 		}
-		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Equal(line, want) {
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && (bytes.Equal(line, want) || bytes.HasSuffix(line, append([]byte("\x00--\x00"), want...))) {
 			list = append(list, p)
 		}
 	}

@@ -358,3 +358,78 @@ func TestLook(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Where systemd runs, a QEMU starts by way of systemd-run, keeps the process ID, and has its user's groups.
+func TestScope(t *testing.T) {
+	dir := t.TempDir()
+	told := filepath.Join(dir, "told")
+	script := filepath.Join(dir, "systemd-run")
+	text := fmt.Sprintf("#!/bin/sh\necho \"$@\" >%s\nwhile [ \"$1\" != -- ]; do shift; done\nshift\nexec \"$@\"\n", told)
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	oldBooted, oldRun := systemdBooted, systemdRun
+	systemdBooted, systemdRun = dir, script
+	t.Cleanup(func() { systemdBooted, systemdRun = oldBooted, oldRun })
+	for _, more := range []string{"", "user = \"nobody\""} {
+		vm := describe(t, more)
+		if more != "" {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root")
+			}
+			os.Chmod(filepath.Dir(filepath.Dir(vm.QMP)), 0o755)
+			os.Chmod(filepath.Dir(vm.QMP), 0o777)
+		}
+		p, err := Start(within(t, 30*time.Second), vm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer kill(t, p)
+		b, err := os.ReadFile(told)
+		if err != nil || !strings.HasPrefix(string(b), "--scope ") || !strings.Contains(string(b), "--unit=vacate-vm-") {
+			t.Errorf("systemd-run was told %q, %v", b, err)
+		}
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))
+		if want := strings.Join(vm.Args(false), "\x00") + "\x00"; err != nil || string(line) != want {
+			t.Errorf("process %d is %q, %v", p.PID, line, err)
+		}
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+		if err != nil || more != "" && !strings.Contains(string(status), "Uid:\t65534\t65534\t65534\t65534") {
+			t.Errorf("status %s, %v", status, err)
+		}
+		if seen, err := Look(within(t, 10*time.Second), vm); err != nil || seen.State != Running {
+			t.Errorf("it is %v, %v", seen, err)
+		}
+	}
+}
+
+// A twin that is still systemd-run is found as one.
+func TestTwinsInScope(t *testing.T) {
+	vm := VM{Name: "vm", Command: []string{"/usr/bin/sleep", "1000", incoming}}
+	cmd := exec.Command("/bin/sh", append([]string{"-c", "sleep 1000", "systemd-run", "--"}, vm.Args(true)...)...)
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		cmd.Wait()
+	})
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		twins, err := Twins(vm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(twins) == 1 && twins[0].PID == cmd.Process.Pid {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("twins: %v, want process %d", twins, cmd.Process.Pid)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}

@@ -55,14 +55,23 @@ func (e *PresentError) Error() string {
 // The QEMU lives on when this process ends: it has a session, a log file and an environment of its own, and none of our
 // descriptors. One goroutine stays until the QEMU ends, to take note of that for the kernel.
 func StartTwin(ctx context.Context, vm VM) (process.Process, error) {
-	p, err := startTwin(ctx, vm)
+	p, err := start(ctx, vm, true)
 	if err != nil {
 		return process.Process{}, fmt.Errorf("start twin: %w", err)
 	}
 	return p, nil
 }
 
-func startTwin(ctx context.Context, vm VM) (process.Process, error) {
+// Start is StartTwin for a VM that is to run at once, from its disks. Whether it may, the caller knows.
+func Start(ctx context.Context, vm VM) (process.Process, error) {
+	p, err := start(ctx, vm, false)
+	if err != nil {
+		return process.Process{}, fmt.Errorf("start VM %s: %w", vm.Name, err)
+	}
+	return p, nil
+}
+
+func start(ctx context.Context, vm VM, twin bool) (process.Process, error) {
 	// The description is a good lock: there is one for each VM.
 	lock, err := os.Open(vm.file)
 	if err != nil {
@@ -70,7 +79,7 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 	}
 	defer lock.Close()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return process.Process{}, fmt.Errorf("a twin of VM %s is being started already", vm.Name)
+		return process.Process{}, fmt.Errorf("a QEMU of VM %s is being started already", vm.Name)
 	} else if err != nil {
 		return process.Process{}, os.NewSyscallError("flock", err)
 	}
@@ -93,7 +102,7 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 	if err != nil {
 		return process.Process{}, fmt.Errorf("%s, its log, is not a file: %w", vm.Log, err)
 	}
-	cmd, err := vm.start(log)
+	cmd, err := vm.start(log, twin)
 	if err != nil {
 		return process.Process{}, err
 	}
@@ -102,7 +111,7 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 		cmd.Wait() // what it ended with, its log tells
 		close(ended)
 	}()
-	p, err := answers(ctx, vm, cmd.Process.Pid, ended)
+	p, err := answers(ctx, vm, twin, cmd.Process.Pid, ended)
 	if err != nil {
 		cmd.Process.Kill()
 		<-ended
@@ -114,23 +123,27 @@ func startTwin(ctx context.Context, vm VM) (process.Process, error) {
 	return p, nil
 }
 
-// start starts the twin as a process of its own.
-func (vm VM) start(log *os.File) (*exec.Cmd, error) {
-	args := vm.Args(true)
+// start starts the QEMU as a process of its own, where systemd runs in a control group of its own.
+func (vm VM) start(log *os.File, twin bool) (*exec.Cmd, error) {
+	args := vm.Args(twin)
+	var cred *syscall.Credential
+	if vm.User != "" {
+		var err error
+		if cred, err = credential(vm.User); err != nil {
+			return nil, err
+		}
+	}
+	if Scoped() {
+		args = append(vm.scope(cred), args...)
+		cred = nil // for systemd-run, which sets it
+	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: cred}
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	for k, v := range vm.Env {
 		cmd.Env = append(cmd.Env, k+"="+v)
-	}
-	if vm.User != "" {
-		cred, err := credential(vm.User)
-		if err != nil {
-			return nil, err
-		}
-		cmd.SysProcAttr.Credential = cred
 	}
 	// Go opens all files so that they close by themselves. Those that we were started with may not.
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL {
@@ -171,10 +184,10 @@ const attemptTime = 3 * time.Second
 // errSlow is why a QEMU that is being started is given up.
 var errSlow = errors.New("it took too long")
 
-// answers waits until the QEMU that was started answers, and waits for the VM.
-func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (process.Process, error) {
+// answers waits until the QEMU that was started answers; a twin then waits for the VM.
+func answers(ctx context.Context, vm VM, twin bool, pid int, ended <-chan struct{}) (process.Process, error) {
 	for {
-		seen, err := answer(ctx, vm, pid)
+		seen, err := answer(ctx, vm, twin, pid)
 		if err == nil {
 			return seen.Process, nil
 		}
@@ -196,7 +209,7 @@ func answers(ctx context.Context, vm VM, pid int, ended <-chan struct{}) (proces
 }
 
 // answer asks the QEMU that was started once.
-func answer(ctx context.Context, vm VM, pid int) (Seen, error) {
+func answer(ctx context.Context, vm VM, twin bool, pid int) (Seen, error) {
 	ctx, cancel := context.WithTimeout(ctx, attemptTime)
 	defer cancel()
 	q, err := qmp.Dial(ctx, vm.QMP)
@@ -213,7 +226,7 @@ func answer(ctx context.Context, vm VM, pid int) (Seen, error) {
 		return Seen{}, fmt.Errorf("another process (%d) answers at %s than the one started (%d): the command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
 	}
 	seen, err := ask(ctx, q)
-	if err == nil && seen.State != Incoming {
+	if err == nil && twin && seen.State != Incoming {
 		err = fmt.Errorf("the QEMU does not wait for a VM: it is %s", seen.Status)
 	}
 	return seen, err

@@ -64,6 +64,12 @@ const (
 	HostDecideProcedure = "/vacate.host.v1.Host/Decide"
 	// HostExportProcedure is the fully-qualified name of the Host's Export RPC.
 	HostExportProcedure = "/vacate.host.v1.Host/Export"
+	// HostStartProcedure is the fully-qualified name of the Host's Start RPC.
+	HostStartProcedure = "/vacate.host.v1.Host/Start"
+	// HostStopProcedure is the fully-qualified name of the Host's Stop RPC.
+	HostStopProcedure = "/vacate.host.v1.Host/Stop"
+	// HostShowVMProcedure is the fully-qualified name of the Host's ShowVM RPC.
+	HostShowVMProcedure = "/vacate.host.v1.Host/ShowVM"
 	// HostDoctorProcedure is the fully-qualified name of the Host's Doctor RPC.
 	HostDoctorProcedure = "/vacate.host.v1.Host/Doctor"
 	// HostPressureProcedure is the fully-qualified name of the Host's Pressure RPC.
@@ -107,6 +113,15 @@ type HostClient interface {
 	// it is on disk. The VM stays as it is. Codes: not_found, invalid_argument (path), already_exists (the file),
 	// failed_precondition (the VM is not frozen here), resource_exhausted (no space).
 	Export(context.Context, *connect.Request[ExportRequest]) (*connect.Response[ExportResponse], error)
+	// Start starts a VM anew on this host, from its disks, and returns when its QEMU answers. It asks all other hosts before
+	// whether they have it. Codes: not_found (no such VM, or fenced names no other host), already_exists (an eviction has
+	// the VM), failed_precondition (it is here or elsewhere, or a host that may have it does not say, or QEMU does not start).
+	Start(context.Context, *connect.Request[StartRequest]) (*connect.Response[VM], error)
+	// Stop has the guest of a VM power itself off, and returns when its QEMU has ended. Codes: not_found, already_exists (an
+	// eviction has the VM), failed_precondition (it is not here, or does not heed: it runs on).
+	Stop(context.Context, *connect.Request[StopRequest]) (*connect.Response[VM], error)
+	// ShowVM returns the description that this host has of a VM. Codes: not_found.
+	ShowVM(context.Context, *connect.Request[ShowVMRequest]) (*connect.Response[ShowVMResponse], error)
 	// Doctor checks this host; a VM on it, if one is named; and the other host and the link to it, if one is named. It
 	// touches nothing, and takes some seconds. Codes: not_found (no such VM, no such host).
 	Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error)
@@ -194,6 +209,25 @@ func NewHostClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(hostMethods.ByName("Export")),
 			connect.WithClientOptions(opts...),
 		),
+		start: connect.NewClient[StartRequest, VM](
+			httpClient,
+			baseURL+HostStartProcedure,
+			connect.WithSchema(hostMethods.ByName("Start")),
+			connect.WithClientOptions(opts...),
+		),
+		stop: connect.NewClient[StopRequest, VM](
+			httpClient,
+			baseURL+HostStopProcedure,
+			connect.WithSchema(hostMethods.ByName("Stop")),
+			connect.WithClientOptions(opts...),
+		),
+		showVM: connect.NewClient[ShowVMRequest, ShowVMResponse](
+			httpClient,
+			baseURL+HostShowVMProcedure,
+			connect.WithSchema(hostMethods.ByName("ShowVM")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		doctor: connect.NewClient[DoctorRequest, DoctorResponse](
 			httpClient,
 			baseURL+HostDoctorProcedure,
@@ -229,6 +263,9 @@ type hostClient struct {
 	abort         *connect.Client[AbortRequest, Eviction]
 	decide        *connect.Client[DecideRequest, Eviction]
 	export        *connect.Client[ExportRequest, ExportResponse]
+	start         *connect.Client[StartRequest, VM]
+	stop          *connect.Client[StopRequest, VM]
+	showVM        *connect.Client[ShowVMRequest, ShowVMResponse]
 	doctor        *connect.Client[DoctorRequest, DoctorResponse]
 	pressure      *connect.Client[PressureRequest, PressureResponse]
 	plan          *connect.Client[PlanRequest, PlanResponse]
@@ -284,6 +321,21 @@ func (c *hostClient) Export(ctx context.Context, req *connect.Request[ExportRequ
 	return c.export.CallUnary(ctx, req)
 }
 
+// Start calls vacate.host.v1.Host.Start.
+func (c *hostClient) Start(ctx context.Context, req *connect.Request[StartRequest]) (*connect.Response[VM], error) {
+	return c.start.CallUnary(ctx, req)
+}
+
+// Stop calls vacate.host.v1.Host.Stop.
+func (c *hostClient) Stop(ctx context.Context, req *connect.Request[StopRequest]) (*connect.Response[VM], error) {
+	return c.stop.CallUnary(ctx, req)
+}
+
+// ShowVM calls vacate.host.v1.Host.ShowVM.
+func (c *hostClient) ShowVM(ctx context.Context, req *connect.Request[ShowVMRequest]) (*connect.Response[ShowVMResponse], error) {
+	return c.showVM.CallUnary(ctx, req)
+}
+
 // Doctor calls vacate.host.v1.Host.Doctor.
 func (c *hostClient) Doctor(ctx context.Context, req *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error) {
 	return c.doctor.CallUnary(ctx, req)
@@ -334,6 +386,15 @@ type HostHandler interface {
 	// it is on disk. The VM stays as it is. Codes: not_found, invalid_argument (path), already_exists (the file),
 	// failed_precondition (the VM is not frozen here), resource_exhausted (no space).
 	Export(context.Context, *connect.Request[ExportRequest]) (*connect.Response[ExportResponse], error)
+	// Start starts a VM anew on this host, from its disks, and returns when its QEMU answers. It asks all other hosts before
+	// whether they have it. Codes: not_found (no such VM, or fenced names no other host), already_exists (an eviction has
+	// the VM), failed_precondition (it is here or elsewhere, or a host that may have it does not say, or QEMU does not start).
+	Start(context.Context, *connect.Request[StartRequest]) (*connect.Response[VM], error)
+	// Stop has the guest of a VM power itself off, and returns when its QEMU has ended. Codes: not_found, already_exists (an
+	// eviction has the VM), failed_precondition (it is not here, or does not heed: it runs on).
+	Stop(context.Context, *connect.Request[StopRequest]) (*connect.Response[VM], error)
+	// ShowVM returns the description that this host has of a VM. Codes: not_found.
+	ShowVM(context.Context, *connect.Request[ShowVMRequest]) (*connect.Response[ShowVMResponse], error)
 	// Doctor checks this host; a VM on it, if one is named; and the other host and the link to it, if one is named. It
 	// touches nothing, and takes some seconds. Codes: not_found (no such VM, no such host).
 	Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error)
@@ -417,6 +478,25 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(hostMethods.ByName("Export")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostStartHandler := connect.NewUnaryHandler(
+		HostStartProcedure,
+		svc.Start,
+		connect.WithSchema(hostMethods.ByName("Start")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostStopHandler := connect.NewUnaryHandler(
+		HostStopProcedure,
+		svc.Stop,
+		connect.WithSchema(hostMethods.ByName("Stop")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostShowVMHandler := connect.NewUnaryHandler(
+		HostShowVMProcedure,
+		svc.ShowVM,
+		connect.WithSchema(hostMethods.ByName("ShowVM")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostDoctorHandler := connect.NewUnaryHandler(
 		HostDoctorProcedure,
 		svc.Doctor,
@@ -459,6 +539,12 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 			hostDecideHandler.ServeHTTP(w, r)
 		case HostExportProcedure:
 			hostExportHandler.ServeHTTP(w, r)
+		case HostStartProcedure:
+			hostStartHandler.ServeHTTP(w, r)
+		case HostStopProcedure:
+			hostStopHandler.ServeHTTP(w, r)
+		case HostShowVMProcedure:
+			hostShowVMHandler.ServeHTTP(w, r)
 		case HostDoctorProcedure:
 			hostDoctorHandler.ServeHTTP(w, r)
 		case HostPressureProcedure:
@@ -512,6 +598,18 @@ func (UnimplementedHostHandler) Decide(context.Context, *connect.Request[DecideR
 
 func (UnimplementedHostHandler) Export(context.Context, *connect.Request[ExportRequest]) (*connect.Response[ExportResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Export is not implemented"))
+}
+
+func (UnimplementedHostHandler) Start(context.Context, *connect.Request[StartRequest]) (*connect.Response[VM], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Start is not implemented"))
+}
+
+func (UnimplementedHostHandler) Stop(context.Context, *connect.Request[StopRequest]) (*connect.Response[VM], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.Stop is not implemented"))
+}
+
+func (UnimplementedHostHandler) ShowVM(context.Context, *connect.Request[ShowVMRequest]) (*connect.Response[ShowVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.ShowVM is not implemented"))
 }
 
 func (UnimplementedHostHandler) Doctor(context.Context, *connect.Request[DoctorRequest]) (*connect.Response[DoctorResponse], error) {

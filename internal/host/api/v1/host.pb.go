@@ -572,6 +572,268 @@ func (x *VM) GetProblem() string {
 	return ""
 }
 
+type StartRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the VM.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Names of other hosts of which the operator asserts that they are powered off, or cut off from the VM's disks and
+	// network, or that they have no QEMU of the VM. They are not asked.
+	Fenced        []string `protobuf:"bytes,2,rep,name=fenced,proto3" json:"fenced,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartRequest) Reset() {
+	*x = StartRequest{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartRequest) ProtoMessage() {}
+
+func (x *StartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
+func (*StartRequest) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *StartRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *StartRequest) GetFenced() []string {
+	if x != nil {
+		return x.Fenced
+	}
+	return nil
+}
+
+type StopRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the VM.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// How long its guest may take, in milliseconds. 0 with force: no time; else two minutes.
+	TimeoutMs uint32 `protobuf:"varint,2,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	// Its QEMU is ended if the guest takes longer, as by a loss of power.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopRequest) Reset() {
+	*x = StopRequest{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopRequest) ProtoMessage() {}
+
+func (x *StopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
+func (*StopRequest) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *StopRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *StopRequest) GetTimeoutMs() uint32 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *StopRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ShowVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the VM.
+	Vm            string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowVMRequest) Reset() {
+	*x = ShowVMRequest{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowVMRequest) ProtoMessage() {}
+
+func (x *ShowVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowVMRequest.ProtoReflect.Descriptor instead.
+func (*ShowVMRequest) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ShowVMRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type ShowVMResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The command line of its QEMU, as Start has it, one string for each argument.
+	Command []string `protobuf:"bytes,1,rep,name=command,proto3" json:"command,omitempty"`
+	// The same for a QEMU that waits for the VM to come here.
+	IncomingCommand []string `protobuf:"bytes,2,rep,name=incoming_command,json=incomingCommand,proto3" json:"incoming_command,omitempty"`
+	// Path of its QMP socket.
+	Qmp string `protobuf:"bytes,3,opt,name=qmp,proto3" json:"qmp,omitempty"`
+	// The user that it runs as. Empty: the daemon's.
+	User string `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
+	// Path of its log.
+	Log string `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`
+	// Its environment, to which PATH is added.
+	Env map[string]string `protobuf:"bytes,6,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Path of the description.
+	File          string `protobuf:"bytes,7,opt,name=file,proto3" json:"file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowVMResponse) Reset() {
+	*x = ShowVMResponse{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowVMResponse) ProtoMessage() {}
+
+func (x *ShowVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowVMResponse.ProtoReflect.Descriptor instead.
+func (*ShowVMResponse) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ShowVMResponse) GetCommand() []string {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *ShowVMResponse) GetIncomingCommand() []string {
+	if x != nil {
+		return x.IncomingCommand
+	}
+	return nil
+}
+
+func (x *ShowVMResponse) GetQmp() string {
+	if x != nil {
+		return x.Qmp
+	}
+	return ""
+}
+
+func (x *ShowVMResponse) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ShowVMResponse) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+func (x *ShowVMResponse) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *ShowVMResponse) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
 type ListEvictionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only those that have not ended.
@@ -584,7 +846,7 @@ type ListEvictionsRequest struct {
 
 func (x *ListEvictionsRequest) Reset() {
 	*x = ListEvictionsRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[6]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -596,7 +858,7 @@ func (x *ListEvictionsRequest) String() string {
 func (*ListEvictionsRequest) ProtoMessage() {}
 
 func (x *ListEvictionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[6]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -609,7 +871,7 @@ func (x *ListEvictionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEvictionsRequest.ProtoReflect.Descriptor instead.
 func (*ListEvictionsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListEvictionsRequest) GetOpenOnly() bool {
@@ -636,7 +898,7 @@ type ListEvictionsResponse struct {
 
 func (x *ListEvictionsResponse) Reset() {
 	*x = ListEvictionsResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[7]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +910,7 @@ func (x *ListEvictionsResponse) String() string {
 func (*ListEvictionsResponse) ProtoMessage() {}
 
 func (x *ListEvictionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[7]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +923,7 @@ func (x *ListEvictionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEvictionsResponse.ProtoReflect.Descriptor instead.
 func (*ListEvictionsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListEvictionsResponse) GetEvictions() []*Eviction {
@@ -681,7 +943,7 @@ type GetEvictionRequest struct {
 
 func (x *GetEvictionRequest) Reset() {
 	*x = GetEvictionRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[8]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -693,7 +955,7 @@ func (x *GetEvictionRequest) String() string {
 func (*GetEvictionRequest) ProtoMessage() {}
 
 func (x *GetEvictionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[8]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -706,7 +968,7 @@ func (x *GetEvictionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvictionRequest.ProtoReflect.Descriptor instead.
 func (*GetEvictionRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetEvictionRequest) GetId() string {
@@ -726,7 +988,7 @@ type GetTraceRequest struct {
 
 func (x *GetTraceRequest) Reset() {
 	*x = GetTraceRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[9]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +1000,7 @@ func (x *GetTraceRequest) String() string {
 func (*GetTraceRequest) ProtoMessage() {}
 
 func (x *GetTraceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[9]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +1013,7 @@ func (x *GetTraceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTraceRequest.ProtoReflect.Descriptor instead.
 func (*GetTraceRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetTraceRequest) GetId() string {
@@ -771,7 +1033,7 @@ type GetTraceResponse struct {
 
 func (x *GetTraceResponse) Reset() {
 	*x = GetTraceResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[10]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -783,7 +1045,7 @@ func (x *GetTraceResponse) String() string {
 func (*GetTraceResponse) ProtoMessage() {}
 
 func (x *GetTraceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[10]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -796,7 +1058,7 @@ func (x *GetTraceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTraceResponse.ProtoReflect.Descriptor instead.
 func (*GetTraceResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetTraceResponse) GetTrace() []byte {
@@ -816,7 +1078,7 @@ type WatchEvictionRequest struct {
 
 func (x *WatchEvictionRequest) Reset() {
 	*x = WatchEvictionRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[11]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1090,7 @@ func (x *WatchEvictionRequest) String() string {
 func (*WatchEvictionRequest) ProtoMessage() {}
 
 func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[11]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1103,7 @@ func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEvictionRequest.ProtoReflect.Descriptor instead.
 func (*WatchEvictionRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchEvictionRequest) GetId() string {
@@ -865,7 +1127,7 @@ type EvictRequest struct {
 
 func (x *EvictRequest) Reset() {
 	*x = EvictRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[12]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +1139,7 @@ func (x *EvictRequest) String() string {
 func (*EvictRequest) ProtoMessage() {}
 
 func (x *EvictRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[12]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +1152,7 @@ func (x *EvictRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictRequest.ProtoReflect.Descriptor instead.
 func (*EvictRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *EvictRequest) GetVm() string {
@@ -938,7 +1200,7 @@ type EvictOptions struct {
 
 func (x *EvictOptions) Reset() {
 	*x = EvictOptions{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[13]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1212,7 @@ func (x *EvictOptions) String() string {
 func (*EvictOptions) ProtoMessage() {}
 
 func (x *EvictOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[13]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1225,7 @@ func (x *EvictOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictOptions.ProtoReflect.Descriptor instead.
 func (*EvictOptions) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EvictOptions) GetOrder() string {
@@ -1027,7 +1289,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[14]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1301,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[14]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1314,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -1091,7 +1353,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1365,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1378,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -1173,7 +1435,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1185,7 +1447,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1198,7 +1460,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExportRequest) GetId() string {
@@ -1229,7 +1491,7 @@ type ExportResponse struct {
 
 func (x *ExportResponse) Reset() {
 	*x = ExportResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1503,7 @@ func (x *ExportResponse) String() string {
 func (*ExportResponse) ProtoMessage() {}
 
 func (x *ExportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1516,7 @@ func (x *ExportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportResponse.ProtoReflect.Descriptor instead.
 func (*ExportResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExportResponse) GetPath() string {
@@ -1335,7 +1597,7 @@ type Eviction struct {
 
 func (x *Eviction) Reset() {
 	*x = Eviction{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1609,7 @@ func (x *Eviction) String() string {
 func (*Eviction) ProtoMessage() {}
 
 func (x *Eviction) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1622,7 @@ func (x *Eviction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Eviction.ProtoReflect.Descriptor instead.
 func (*Eviction) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Eviction) GetId() string {
@@ -1558,7 +1820,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1832,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1845,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Progress) GetElapsedS() float64 {
@@ -1682,7 +1944,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1694,7 +1956,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1707,7 +1969,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DoctorRequest) GetVm() string {
@@ -1734,7 +1996,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +2008,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +2021,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -1788,7 +2050,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2062,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2075,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Finding) GetCheck() string {
@@ -1861,7 +2123,7 @@ type PressureRequest struct {
 
 func (x *PressureRequest) Reset() {
 	*x = PressureRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2135,7 @@ func (x *PressureRequest) String() string {
 func (*PressureRequest) ProtoMessage() {}
 
 func (x *PressureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2148,7 @@ func (x *PressureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureRequest.ProtoReflect.Descriptor instead.
 func (*PressureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PressureRequest) GetOverMs() uint32 {
@@ -1925,7 +2187,7 @@ type PressureResponse struct {
 
 func (x *PressureResponse) Reset() {
 	*x = PressureResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1937,7 +2199,7 @@ func (x *PressureResponse) String() string {
 func (*PressureResponse) ProtoMessage() {}
 
 func (x *PressureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1950,7 +2212,7 @@ func (x *PressureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureResponse.ProtoReflect.Descriptor instead.
 func (*PressureResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PressureResponse) GetOverS() float64 {
@@ -2050,7 +2312,7 @@ type Stall struct {
 
 func (x *Stall) Reset() {
 	*x = Stall{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2062,7 +2324,7 @@ func (x *Stall) String() string {
 func (*Stall) ProtoMessage() {}
 
 func (x *Stall) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2075,7 +2337,7 @@ func (x *Stall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stall.ProtoReflect.Descriptor instead.
 func (*Stall) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Stall) GetSome() float64 {
@@ -2120,7 +2382,7 @@ type VMPressure struct {
 
 func (x *VMPressure) Reset() {
 	*x = VMPressure{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2132,7 +2394,7 @@ func (x *VMPressure) String() string {
 func (*VMPressure) ProtoMessage() {}
 
 func (x *VMPressure) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2145,7 +2407,7 @@ func (x *VMPressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMPressure.ProtoReflect.Descriptor instead.
 func (*VMPressure) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VMPressure) GetName() string {
@@ -2252,7 +2514,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2264,7 +2526,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2277,7 +2539,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PlanRequest) GetGoal() string {
@@ -2338,7 +2600,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2350,7 +2612,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2363,7 +2625,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PlanResponse) GetGoal() string {
@@ -2413,7 +2675,7 @@ type HostLoad struct {
 
 func (x *HostLoad) Reset() {
 	*x = HostLoad{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2687,7 @@ func (x *HostLoad) String() string {
 func (*HostLoad) ProtoMessage() {}
 
 func (x *HostLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2700,7 @@ func (x *HostLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
 func (*HostLoad) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *HostLoad) GetName() string {
@@ -2525,7 +2787,7 @@ type Candidate struct {
 
 func (x *Candidate) Reset() {
 	*x = Candidate{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2537,7 +2799,7 @@ func (x *Candidate) String() string {
 func (*Candidate) ProtoMessage() {}
 
 func (x *Candidate) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2550,7 +2812,7 @@ func (x *Candidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
 func (*Candidate) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Candidate) GetVm() string {
@@ -2676,7 +2938,28 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x05vcpus\x18\a \x01(\rR\x05vcpus\x12\x1f\n" +
 	"\veviction_id\x18\b \x01(\tR\n" +
 	"evictionId\x12\x18\n" +
-	"\aproblem\x18\t \x01(\tR\aproblem\"C\n" +
+	"\aproblem\x18\t \x01(\tR\aproblem\"6\n" +
+	"\fStartRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x16\n" +
+	"\x06fenced\x18\x02 \x03(\tR\x06fenced\"R\n" +
+	"\vStopRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x02 \x01(\rR\ttimeoutMs\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"\x1f\n" +
+	"\rShowVMRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"\x94\x02\n" +
+	"\x0eShowVMResponse\x12\x18\n" +
+	"\acommand\x18\x01 \x03(\tR\acommand\x12)\n" +
+	"\x10incoming_command\x18\x02 \x03(\tR\x0fincomingCommand\x12\x10\n" +
+	"\x03qmp\x18\x03 \x01(\tR\x03qmp\x12\x12\n" +
+	"\x04user\x18\x04 \x01(\tR\x04user\x12\x10\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\x129\n" +
+	"\x03env\x18\x06 \x03(\v2'.vacate.host.v1.ShowVMResponse.EnvEntryR\x03env\x12\x12\n" +
+	"\x04file\x18\a \x01(\tR\x04file\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x14ListEvictionsRequest\x12\x1b\n" +
 	"\topen_only\x18\x01 \x01(\bR\bopenOnly\x12\x0e\n" +
 	"\x02vm\x18\x02 \x01(\tR\x02vm\"O\n" +
@@ -2874,7 +3157,7 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"LEVEL_NOTE\x10\x02\x12\x11\n" +
 	"\rLEVEL_WARNING\x10\x03\x12\x0f\n" +
-	"\vLEVEL_FATAL\x10\x042\xf4\a\n" +
+	"\vLEVEL_FATAL\x10\x042\xb6\t\n" +
 	"\x04Host\x12L\n" +
 	"\x06Status\x12\x1d.vacate.host.v1.StatusRequest\x1a\x1e.vacate.host.v1.StatusResponse\"\x03\x90\x02\x01\x12O\n" +
 	"\aListVMs\x12\x1e.vacate.host.v1.ListVMsRequest\x1a\x1f.vacate.host.v1.ListVMsResponse\"\x03\x90\x02\x01\x12a\n" +
@@ -2885,7 +3168,10 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x05Evict\x12\x1c.vacate.host.v1.EvictRequest\x1a\x18.vacate.host.v1.Eviction\x12?\n" +
 	"\x05Abort\x12\x1c.vacate.host.v1.AbortRequest\x1a\x18.vacate.host.v1.Eviction\x12A\n" +
 	"\x06Decide\x12\x1d.vacate.host.v1.DecideRequest\x1a\x18.vacate.host.v1.Eviction\x12G\n" +
-	"\x06Export\x12\x1d.vacate.host.v1.ExportRequest\x1a\x1e.vacate.host.v1.ExportResponse\x12G\n" +
+	"\x06Export\x12\x1d.vacate.host.v1.ExportRequest\x1a\x1e.vacate.host.v1.ExportResponse\x129\n" +
+	"\x05Start\x12\x1c.vacate.host.v1.StartRequest\x1a\x12.vacate.host.v1.VM\x127\n" +
+	"\x04Stop\x12\x1b.vacate.host.v1.StopRequest\x1a\x12.vacate.host.v1.VM\x12L\n" +
+	"\x06ShowVM\x12\x1d.vacate.host.v1.ShowVMRequest\x1a\x1e.vacate.host.v1.ShowVMResponse\"\x03\x90\x02\x01\x12G\n" +
 	"\x06Doctor\x12\x1d.vacate.host.v1.DoctorRequest\x1a\x1e.vacate.host.v1.DoctorResponse\x12R\n" +
 	"\bPressure\x12\x1f.vacate.host.v1.PressureRequest\x1a .vacate.host.v1.PressureResponse\"\x03\x90\x02\x01\x12F\n" +
 	"\x04Plan\x12\x1b.vacate.host.v1.PlanRequest\x1a\x1c.vacate.host.v1.PlanResponse\"\x03\x90\x02\x01B$Z\"vacate/internal/host/api/v1;hostv1b\x06proto3"
@@ -2903,7 +3189,7 @@ func file_internal_host_api_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_host_api_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(Decision)(0),                 // 0: vacate.host.v1.Decision
 	(Level)(0),                    // 1: vacate.host.v1.Level
@@ -2913,91 +3199,103 @@ var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),        // 5: vacate.host.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),       // 6: vacate.host.v1.ListVMsResponse
 	(*VM)(nil),                    // 7: vacate.host.v1.VM
-	(*ListEvictionsRequest)(nil),  // 8: vacate.host.v1.ListEvictionsRequest
-	(*ListEvictionsResponse)(nil), // 9: vacate.host.v1.ListEvictionsResponse
-	(*GetEvictionRequest)(nil),    // 10: vacate.host.v1.GetEvictionRequest
-	(*GetTraceRequest)(nil),       // 11: vacate.host.v1.GetTraceRequest
-	(*GetTraceResponse)(nil),      // 12: vacate.host.v1.GetTraceResponse
-	(*WatchEvictionRequest)(nil),  // 13: vacate.host.v1.WatchEvictionRequest
-	(*EvictRequest)(nil),          // 14: vacate.host.v1.EvictRequest
-	(*EvictOptions)(nil),          // 15: vacate.host.v1.EvictOptions
-	(*AbortRequest)(nil),          // 16: vacate.host.v1.AbortRequest
-	(*DecideRequest)(nil),         // 17: vacate.host.v1.DecideRequest
-	(*ExportRequest)(nil),         // 18: vacate.host.v1.ExportRequest
-	(*ExportResponse)(nil),        // 19: vacate.host.v1.ExportResponse
-	(*Eviction)(nil),              // 20: vacate.host.v1.Eviction
-	(*Progress)(nil),              // 21: vacate.host.v1.Progress
-	(*DoctorRequest)(nil),         // 22: vacate.host.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 23: vacate.host.v1.DoctorResponse
-	(*Finding)(nil),               // 24: vacate.host.v1.Finding
-	(*PressureRequest)(nil),       // 25: vacate.host.v1.PressureRequest
-	(*PressureResponse)(nil),      // 26: vacate.host.v1.PressureResponse
-	(*Stall)(nil),                 // 27: vacate.host.v1.Stall
-	(*VMPressure)(nil),            // 28: vacate.host.v1.VMPressure
-	(*PlanRequest)(nil),           // 29: vacate.host.v1.PlanRequest
-	(*PlanResponse)(nil),          // 30: vacate.host.v1.PlanResponse
-	(*HostLoad)(nil),              // 31: vacate.host.v1.HostLoad
-	(*Candidate)(nil),             // 32: vacate.host.v1.Candidate
-	nil,                           // 33: vacate.host.v1.StatusResponse.CountersEntry
-	nil,                           // 34: vacate.host.v1.PressureResponse.StallsEntry
-	nil,                           // 35: vacate.host.v1.PressureResponse.LinksEntry
-	nil,                           // 36: vacate.host.v1.VMPressure.StallsEntry
-	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
+	(*StartRequest)(nil),          // 8: vacate.host.v1.StartRequest
+	(*StopRequest)(nil),           // 9: vacate.host.v1.StopRequest
+	(*ShowVMRequest)(nil),         // 10: vacate.host.v1.ShowVMRequest
+	(*ShowVMResponse)(nil),        // 11: vacate.host.v1.ShowVMResponse
+	(*ListEvictionsRequest)(nil),  // 12: vacate.host.v1.ListEvictionsRequest
+	(*ListEvictionsResponse)(nil), // 13: vacate.host.v1.ListEvictionsResponse
+	(*GetEvictionRequest)(nil),    // 14: vacate.host.v1.GetEvictionRequest
+	(*GetTraceRequest)(nil),       // 15: vacate.host.v1.GetTraceRequest
+	(*GetTraceResponse)(nil),      // 16: vacate.host.v1.GetTraceResponse
+	(*WatchEvictionRequest)(nil),  // 17: vacate.host.v1.WatchEvictionRequest
+	(*EvictRequest)(nil),          // 18: vacate.host.v1.EvictRequest
+	(*EvictOptions)(nil),          // 19: vacate.host.v1.EvictOptions
+	(*AbortRequest)(nil),          // 20: vacate.host.v1.AbortRequest
+	(*DecideRequest)(nil),         // 21: vacate.host.v1.DecideRequest
+	(*ExportRequest)(nil),         // 22: vacate.host.v1.ExportRequest
+	(*ExportResponse)(nil),        // 23: vacate.host.v1.ExportResponse
+	(*Eviction)(nil),              // 24: vacate.host.v1.Eviction
+	(*Progress)(nil),              // 25: vacate.host.v1.Progress
+	(*DoctorRequest)(nil),         // 26: vacate.host.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 27: vacate.host.v1.DoctorResponse
+	(*Finding)(nil),               // 28: vacate.host.v1.Finding
+	(*PressureRequest)(nil),       // 29: vacate.host.v1.PressureRequest
+	(*PressureResponse)(nil),      // 30: vacate.host.v1.PressureResponse
+	(*Stall)(nil),                 // 31: vacate.host.v1.Stall
+	(*VMPressure)(nil),            // 32: vacate.host.v1.VMPressure
+	(*PlanRequest)(nil),           // 33: vacate.host.v1.PlanRequest
+	(*PlanResponse)(nil),          // 34: vacate.host.v1.PlanResponse
+	(*HostLoad)(nil),              // 35: vacate.host.v1.HostLoad
+	(*Candidate)(nil),             // 36: vacate.host.v1.Candidate
+	nil,                           // 37: vacate.host.v1.StatusResponse.CountersEntry
+	nil,                           // 38: vacate.host.v1.ShowVMResponse.EnvEntry
+	nil,                           // 39: vacate.host.v1.PressureResponse.StallsEntry
+	nil,                           // 40: vacate.host.v1.PressureResponse.LinksEntry
+	nil,                           // 41: vacate.host.v1.VMPressure.StallsEntry
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
 }
 var file_internal_host_api_v1_host_proto_depIdxs = []int32{
 	4,  // 0: vacate.host.v1.StatusResponse.peers:type_name -> vacate.host.v1.Peer
-	33, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
-	37, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	37, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
+	37, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
+	42, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	42, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
 	7,  // 4: vacate.host.v1.ListVMsResponse.vms:type_name -> vacate.host.v1.VM
-	20, // 5: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
-	15, // 6: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
-	0,  // 7: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
-	21, // 8: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
-	37, // 9: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
-	37, // 10: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
-	15, // 11: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
-	24, // 12: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
-	1,  // 13: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
-	34, // 14: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
-	35, // 15: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
-	28, // 16: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
-	36, // 17: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
-	31, // 18: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
-	32, // 19: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
-	27, // 20: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	27, // 21: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	2,  // 22: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
-	5,  // 23: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
-	8,  // 24: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
-	10, // 25: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
-	11, // 26: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
-	13, // 27: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
-	14, // 28: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
-	16, // 29: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
-	17, // 30: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
-	18, // 31: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
-	22, // 32: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
-	25, // 33: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
-	29, // 34: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
-	3,  // 35: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
-	6,  // 36: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
-	9,  // 37: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
-	20, // 38: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
-	12, // 39: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
-	20, // 40: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
-	20, // 41: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
-	20, // 42: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
-	20, // 43: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
-	19, // 44: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
-	23, // 45: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
-	26, // 46: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
-	30, // 47: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
-	35, // [35:48] is the sub-list for method output_type
-	22, // [22:35] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	38, // 5: vacate.host.v1.ShowVMResponse.env:type_name -> vacate.host.v1.ShowVMResponse.EnvEntry
+	24, // 6: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
+	19, // 7: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
+	0,  // 8: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
+	25, // 9: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
+	42, // 10: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
+	42, // 11: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
+	19, // 12: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
+	28, // 13: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
+	1,  // 14: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
+	39, // 15: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
+	40, // 16: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
+	32, // 17: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
+	41, // 18: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
+	35, // 19: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
+	36, // 20: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
+	31, // 21: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	31, // 22: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	2,  // 23: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
+	5,  // 24: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
+	12, // 25: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
+	14, // 26: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
+	15, // 27: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
+	17, // 28: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
+	18, // 29: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
+	20, // 30: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
+	21, // 31: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
+	22, // 32: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
+	8,  // 33: vacate.host.v1.Host.Start:input_type -> vacate.host.v1.StartRequest
+	9,  // 34: vacate.host.v1.Host.Stop:input_type -> vacate.host.v1.StopRequest
+	10, // 35: vacate.host.v1.Host.ShowVM:input_type -> vacate.host.v1.ShowVMRequest
+	26, // 36: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
+	29, // 37: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
+	33, // 38: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
+	3,  // 39: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
+	6,  // 40: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
+	13, // 41: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
+	24, // 42: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
+	16, // 43: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
+	24, // 44: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
+	24, // 45: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
+	24, // 46: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
+	24, // 47: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
+	23, // 48: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
+	7,  // 49: vacate.host.v1.Host.Start:output_type -> vacate.host.v1.VM
+	7,  // 50: vacate.host.v1.Host.Stop:output_type -> vacate.host.v1.VM
+	11, // 51: vacate.host.v1.Host.ShowVM:output_type -> vacate.host.v1.ShowVMResponse
+	27, // 52: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
+	30, // 53: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
+	34, // 54: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
+	39, // [39:55] is the sub-list for method output_type
+	23, // [23:39] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_internal_host_api_v1_host_proto_init() }
@@ -3005,14 +3303,14 @@ func file_internal_host_api_v1_host_proto_init() {
 	if File_internal_host_api_v1_host_proto != nil {
 		return
 	}
-	file_internal_host_api_v1_host_proto_msgTypes[19].OneofWrappers = []any{}
+	file_internal_host_api_v1_host_proto_msgTypes[23].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_host_api_v1_host_proto_rawDesc), len(file_internal_host_api_v1_host_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   35,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

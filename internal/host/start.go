@@ -1,0 +1,239 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
+	"vacate/internal/host/hypervisor"
+	"vacate/internal/qemu/qmp"
+)
+
+// vmQuestion is whether a host is clear of a VM (R11 in docs/protocol.md).
+type vmQuestion struct {
+	Name string `json:"name"`
+}
+
+// vmAnswer is what a host has of a VM.
+type vmAnswer struct {
+	Clear bool   `json:"clear"`
+	Why   string `json:"why,omitempty"`  // it is not, in words
+	Left  string `json:"left,omitempty"` // the host that has it by the last eviction of it here; empty: this one, if any
+}
+
+// vmHere answers whether this host is clear of a VM. begun: this host has taken the VM for that itself.
+func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
+	a := vmAnswer{Left: h.left(name)}
+	mark, lives := evict.Mark(""), false
+	if v := h.openFor(name); v != nil {
+		mark, a.Why = evict.MarkMayRun, fmt.Sprintf("an eviction of it is under way: see vacate status %.8s there", v.entry.ID())
+	}
+	h.mu.Lock()
+	starting := h.taken[name] && !begun
+	h.mu.Unlock()
+	if starting {
+		a.Why = "that host starts, stops or evicts it"
+	}
+	vm, err := hypervisor.Find(h.config.VMs, name)
+	switch {
+	case errors.Is(err, hypervisor.ErrUnknown): // no description, no socket to look at
+	case err != nil:
+		lives, a.Why = true, "its description cannot be read: "+err.Error()
+	case mark == "" && !starting:
+		seen, err := hypervisor.Look(ctx, vm)
+		switch lives = err != nil || seen.State != hypervisor.None; {
+		case err != nil:
+			a.Why = err.Error()
+		case lives:
+			a.Why = fmt.Sprintf("it is there, %s", seen.State)
+		}
+	}
+	a.Clear = evict.Clear(mark, lives, starting)
+	return a
+}
+
+// left is the host that has a VM by the last eviction of it in this host's journal; empty if that is this host.
+func (h *Host) left(vm string) string {
+	for _, v := range slices.Backward(h.list()) {
+		r := v.entry.Record()
+		if r.VM != vm {
+			continue
+		}
+		switch m := evict.Mark(r.Mark); {
+		case r.Role == journal.Source && (m == evict.MarkCompleted || m == evict.MarkDiscarded || m == evict.MarkLost),
+			r.Role == journal.Destination && (m == evict.MarkNeverRan || m == evict.MarkLost):
+			return r.Peer
+		}
+		return ""
+	}
+	return ""
+}
+
+// startVM starts a VM anew. Of hosts that are fenced an operator asserts that the VM does not run there.
+func (h *Host) startVM(ctx context.Context, name string, fenced []string) error {
+	if err := hypervisor.CheckName(name); err != nil {
+		return &argumentError{err}
+	}
+	vm, err := hypervisor.Find(h.config.VMs, name)
+	if err != nil {
+		return err
+	}
+	for _, host := range fenced {
+		if host == h.name() {
+			return &argumentError{fmt.Errorf("fenced: %s is this host", host)}
+		}
+	}
+	// Before the others are asked: two hosts that start it at once then hear of one another.
+	release, err := h.takeSoon(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := h.clearOf(ctx, name, fenced); err != nil {
+		return &stateError{err}
+	}
+	// Whoever asked may leave: what ends now is a VM that runs.
+	p, err := hypervisor.Start(context.WithoutCancel(ctx), vm)
+	if err != nil {
+		return &stateError{err}
+	}
+	h.log.Info("VM started", "vm", name, "pid", p.PID)
+	return nil
+}
+
+// clearTime is how long another host may take to say whether it has a VM.
+const clearTime = 10 * time.Second
+
+// clearOf says why a VM must not be started here.
+func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error {
+	here := h.vmHere(ctx, name, true)
+	if !here.Clear {
+		return fmt.Errorf("VM %s was not started: on host %s %s", name, h.name(), here.Why)
+	}
+	others := slices.Sorted(maps.Keys(h.config.Peers))
+	others = slices.DeleteFunc(others, func(host string) bool { return slices.Contains(fenced, host) })
+	answers, errs := make([]vmAnswer, len(others)), make([]error, len(others))
+	ctx, cancel := context.WithTimeout(ctx, clearTime)
+	defer cancel()
+	var asks sync.WaitGroup
+	for i, host := range others {
+		asks.Go(func() {
+			d, err := h.dialer(host)
+			if err == nil {
+				_, err = putTo(ctx, d, 0, question{VM: &vmQuestion{name}}, &answers[i])
+			}
+			errs[i] = err
+		})
+	}
+	asks.Wait()
+	var why []string
+	left := map[string]string{h.name(): here.Left}
+	for i, host := range others {
+		switch a := answers[i]; {
+		case errs[i] != nil:
+			why = append(why, fmt.Sprintf("host %s does not say whether it has it (%v)", host, errs[i]))
+		case !a.Clear:
+			why = append(why, fmt.Sprintf("on host %s %s", host, a.Why))
+		default:
+			left[host] = a.Left
+		}
+	}
+	for _, from := range slices.Sorted(maps.Keys(left)) {
+		if to := left[from]; to != "" && to != h.name() && !slices.Contains(others, to) && !slices.Contains(fenced, to) {
+			why = append(why, fmt.Sprintf("it left host %s for host %s, which host %s cannot ask", from, to, h.name()))
+		}
+	}
+	if why == nil {
+		return nil
+	}
+	return fmt.Errorf("VM %s was not started, as it may run elsewhere: %s. Where you know that a host has no QEMU of it, or is off: "+
+		"vacate start %[1]s --fenced HOST", name, strings.Join(why, "; "))
+}
+
+// Times for a guest to power itself off.
+const (
+	usualStop = 2 * time.Minute
+	mostStop  = time.Hour
+	quitTime  = 10 * time.Second // for QEMU to write what it holds of the disks
+	stopLooks = 500 * time.Millisecond
+)
+
+// stopVM has the guest of a VM power itself off. With force its QEMU is ended where that takes longer than limit.
+func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, force bool) error {
+	if err := hypervisor.CheckName(name); err != nil {
+		return &argumentError{err}
+	}
+	vm, err := hypervisor.Find(h.config.VMs, name)
+	if err != nil {
+		return err
+	}
+	release, err := h.takeSoon(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer release()
+	seen, err := hypervisor.Look(ctx, vm)
+	if err != nil {
+		return err
+	}
+	switch {
+	case seen.State == hypervisor.None:
+		return &stateError{fmt.Errorf("VM %s has no QEMU on host %s", name, h.name())}
+	case seen.Process.PID == 0:
+		return &stateError{fmt.Errorf("VM %s on host %s is %s: it was not touched", name, h.name(), seen.State)}
+	case seen.State != hypervisor.Running && !force:
+		return &stateError{fmt.Errorf("VM %s on host %s is %s, and heeds nothing: it was not touched. To end its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
+	}
+	if seen.State == hypervisor.Running && limit > 0 {
+		if err := tell(ctx, vm, "system_powerdown"); err != nil {
+			return fmt.Errorf("tell VM %s to power itself off: %w", name, err)
+		}
+		deadline := time.Now().Add(limit)
+		for time.Now().Before(deadline) {
+			look, cancel := context.WithTimeout(ctx, stopLooks)
+			err := seen.Process.Wait(look)
+			cancel()
+			if err == nil {
+				return nil
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			// With -no-shutdown, QEMU stays when its guest is off.
+			if now, err := hypervisor.Look(ctx, vm); err == nil && now.Process == seen.Process && now.Status == "shutdown" {
+				force = true
+				break
+			}
+		}
+	}
+	if !force {
+		return &stateError{fmt.Errorf("VM %s was told to power itself off, and has not done so within %v: it runs on, and may do so later. "+
+			"To end its QEMU, as by a loss of power: vacate stop %[1]s --force", name, limit)}
+	}
+	quit, cancel := context.WithTimeout(ctx, quitTime)
+	defer cancel()
+	if tell(quit, vm, "quit") == nil && seen.Process.Wait(quit) == nil {
+		return nil
+	}
+	return seen.Process.Kill(context.WithoutCancel(ctx))
+}
+
+// tell gives a VM's QEMU one command.
+func tell(ctx context.Context, vm hypervisor.VM, command string) error {
+	q, err := qmp.Dial(ctx, vm.QMP)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	if command == "quit" {
+		return q.Quit(ctx)
+	}
+	return q.Run(ctx, command, nil, nil)
+}
