@@ -87,7 +87,7 @@ func (d *daemon) explain(err error) error {
 	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, context.DeadlineExceeded)):
 		return fmt.Errorf("the daemon of %s does not answer; it needs api.listen and api.operators in its configuration: %w", d.host, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("only root and vacated's own user may use %s: %w", d.socket, err)
+		return fmt.Errorf("only root and members of the group that socket_group in vacated.toml names may use %s: %w", d.socket, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say where it is (--socket, VACATE_SOCKET)", d.socket)
 	case unanswered(err):

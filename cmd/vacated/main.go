@@ -45,6 +45,7 @@ The configuration (TOML):
   certs   = "/etc/vacate/certs"         # who this host is; see vacate certs
   listen  = ":7601"                     # other hosts send VMs there
   socket  = "/run/vacate/vacated.sock"  # vacate asks here; /metrics, too
+  socket_group = "vacate"               # its members may ask there; they are as good as root
   journal = "/var/lib/vacate"           # evictions, on a disk that keeps them
   vms     = "/etc/vacate/vms"           # NAME.toml for each VM, see below
   metrics = "127.0.0.1:9601"            # /metrics for Prometheus
@@ -63,7 +64,7 @@ The configuration (TOML):
   sustain   = "30s"                     # how long the goal is missed before
   settle    = "1m"                      # how long it rests after an eviction
   cool_down = "30m"                     # how long a VM then stays
-listen, metrics, api and guard are off by default. In place of certs there may
+listen, metrics, api, guard and socket_group are off by default. In place of certs there may
 be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses

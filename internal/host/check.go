@@ -34,6 +34,9 @@ func (c Config) Check() (string, error) {
 	if err := journal.Check(c.Journal); err != nil {
 		errs = append(errs, err)
 	}
+	if _, err := groupID(c.Group); err != nil {
+		errs = append(errs, err)
+	}
 	if _, err := ownSocket(c.Socket); err != nil {
 		errs = append(errs, err)
 	}

@@ -1,10 +1,13 @@
 package host
 
 import (
+	"fmt"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"vacate/internal/link/certs"
@@ -42,7 +45,7 @@ func TestSocketOfOthers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := listenUnix(path(name))
+		l, err := listenUnix(path(name), "")
 		if err == nil {
 			l.Close()
 		}
@@ -55,14 +58,41 @@ func TestSocketOfOthers(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"ours", "new"} {
-		l, err := listenUnix(path(name))
+		l, err := listenUnix(path(name), "")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		if _, err := listenUnix(path(name)); err == nil || !strings.Contains(err.Error(), "another daemon") {
+		if _, err := listenUnix(path(name), ""); err == nil || !strings.Contains(err.Error(), "another daemon") {
 			t.Errorf("%s has two daemons: %v", name, err)
 		}
+	}
+}
+
+// The group that is configured may use the socket, nobody else; and the next daemon takes its place.
+func TestSocketGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to give a file to a group")
+	}
+	path := filepath.Join(t.TempDir(), "sock")
+	if _, err := listenUnix(path, "no-such-group"); err == nil || !strings.Contains(err.Error(), "addgroup --system no-such-group") {
+		t.Errorf("%v", err)
+	}
+	for range 2 {
+		l, err := listenUnix(path, "daemon")
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		group, err := user.LookupGroupId(fmt.Sprint(info.Sys().(*syscall.Stat_t).Gid))
+		if err != nil || group.Name != "daemon" || info.Mode().Perm() != 0o660 {
+			t.Errorf("the socket has group %v and mode %v, %v", group, info.Mode(), err)
+		}
+		l.(*net.UnixListener).SetUnlinkOnClose(false) // as if killed
+		l.Close()
 	}
 }
 

@@ -25,6 +25,7 @@ import (
 //	certs   = "/etc/vacate/certs"           # who this host is: see vacate certs
 //	listen  = ":7601"                       # where other hosts bring VMs; without it, none may come
 //	socket  = "/run/vacate/vacated.sock"    # where this host's operators ask, and the path of /metrics
+//	socket_group = "vacate"                  # whose members may ask there, too: they can do all that root can with vacate; default: nobody
 //	journal = "/var/lib/vacate"             # what must not be forgotten: on a disk that keeps it
 //	vms     = "/etc/vacate/vms"             # descriptions of VMs: see package hypervisor
 //	metrics = "127.0.0.1:9601"              # /metrics for Prometheus, over plain HTTP; default: only on the socket
@@ -63,6 +64,7 @@ type Config struct {
 	Plain    bool            `toml:"plain"`
 	Listen   string          `toml:"listen"`
 	Socket   string          `toml:"socket"`
+	Group    string          `toml:"socket_group"` // empty: the daemon's user alone
 	Journal  string          `toml:"journal"`
 	VMs      string          `toml:"vms"`
 	Metrics  string          `toml:"metrics"`

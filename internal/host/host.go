@@ -19,8 +19,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -101,7 +103,7 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	if h.journal, err = journal.Open(c.Journal); err != nil {
 		return nil, err
 	}
-	if h.socket, err = listenUnix(c.Socket); err != nil {
+	if h.socket, err = listenUnix(c.Socket, c.Group); err != nil {
 		return nil, err
 	}
 	for _, l := range []struct {
@@ -135,8 +137,12 @@ const idleTime = time.Minute
 
 const bytesPerMbit = 1_000_000 / 8
 
-// listenUnix listens on a socket for this user alone. One that nobody listens on is replaced.
-func listenUnix(path string) (net.Listener, error) {
+// listenUnix listens on a socket for this user, and a group unless that is empty. A socket that nobody listens on is replaced.
+func listenUnix(path, group string) (net.Listener, error) {
+	gid, err := groupID(group)
+	if err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { // #nosec G301 -- as /run has it; the socket in it is for one user
 		return nil, err
 	}
@@ -158,7 +164,27 @@ func listenUnix(path string) (net.Listener, error) {
 	}
 	old := syscall.Umask(0o077)
 	defer syscall.Umask(old)
-	return net.Listen("unix", path)
+	l, err := net.Listen("unix", path)
+	if err != nil || group == "" {
+		return l, err
+	}
+	if err := errors.Join(os.Chown(path, -1, gid), os.Chmod(path, 0o660)); err != nil { // #nosec G302 -- as was asked for
+		l.Close()
+		return nil, fmt.Errorf("socket_group = %q: %w", group, err)
+	}
+	return l, nil
+}
+
+// groupID is the number of a group; -1 of none.
+func groupID(name string) (int, error) {
+	if name == "" {
+		return -1, nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return -1, fmt.Errorf("socket_group = %q: there is no such group: addgroup --system %[1]s", name)
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // ownSocket reports whether the socket of a daemon of ours is at path, live or dead. It fails if
@@ -170,9 +196,9 @@ func ownSocket(path string) (bool, error) {
 	} else if err != nil {
 		return false, err
 	}
-	// A daemon makes its socket for its own user alone.
+	// A daemon makes its socket for its own user, and one group at most.
 	st, ok := info.Sys().(*syscall.Stat_t)
-	if info.Mode().Type() != fs.ModeSocket || info.Mode().Perm()&0o077 != 0 || !ok || int(st.Uid) != os.Geteuid() {
+	if info.Mode().Type() != fs.ModeSocket || info.Mode().Perm()&0o017 != 0 || !ok || int(st.Uid) != os.Geteuid() {
 		return false, fmt.Errorf("socket = %q: something else than a socket of vacated is there (%v): it was not touched. "+
 			"Name a path that nothing else uses", path, info.Mode())
 	}
