@@ -21,8 +21,8 @@ func main() { os.Exit(run()) }
 func run() (code int) {
 	stop, err := profile(os.Getenv("VACATE_CPUPROFILE"))
 	if err == nil {
-		err = rootCommand().ExecuteContext(context.Background())
-		err = errors.Join(err, stop())
+		c, failed := rootCommand().ExecuteContextC(context.Background())
+		err = errors.Join(plainly(c, failed), stop())
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, explain(err))
@@ -146,6 +146,7 @@ Environment:
 	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), manCommand())
 	c.AddCommand(hostCommands()...)
 	addCompletions(c)
+	speakPlainly(c)
 	return c
 }
 
