@@ -117,7 +117,6 @@ warning says so; the exit code is the eviction's.
 	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil, "take your word that `DISK`'s image there is the same; repeat it for others (without a daemon)")
 	c.Flags().Var(&o.rate, "rate-limit", "push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
 	socketFlag(c, &o.daemon)
-	c.MarkFlagRequired("to")
 	return c
 }
 
@@ -159,6 +158,8 @@ type evictOptions struct {
 func (o evictOptions) check(c *cobra.Command, args []string) error {
 	var only []string // flags of the other way
 	switch {
+	case o.to == "": // not marked as required: shells would complete it ahead of the VM
+		return fmt.Errorf("--to is missing: %s", usageOf(c))
 	case len(args) == 1 && o.source.QMP != "":
 		return errors.New("a name is for the daemon, --qmp does without it: give one of them")
 	case len(args) == 1:
