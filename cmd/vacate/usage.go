@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// speakPlainly has all commands say in a sentence what is wrong with a command line, and how it goes.
+// speakPlainly has all commands say in a sentence what is wrong with a command line, and its form.
 func speakPlainly(c *cobra.Command) {
 	c.SuggestionsMinimumDistance = 2
 	for _, sub := range c.Commands() {
