@@ -79,6 +79,9 @@ func TestStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	refusedWith(t, b.stopVM("web1", 0, true), connect.CodeFailedPrecondition, "has no QEMU on host hostb")
+	// What the lab's VMs have besides is not there any more.
+	a.describe("web1", vm.QMP, []string{vm.Args[0], "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m", "64",
+		"-qmp", "unix:" + vm.QMP + ",server=on,wait=off"})
 	_, err = a.startVM("web1", "hosta")
 	refusedWith(t, err, connect.CodeInvalidArgument, "is this host")
 	here, err := a.startVM("web1")
