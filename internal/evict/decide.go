@@ -98,7 +98,7 @@ const (
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
-// Clear reports whether a host has nothing of a VM (R11): its journal has no eviction of it that goes
+// Clear reports whether a host has nothing of a VM (R12): its journal has no eviction of it that goes
 // on, and no QEMU of it lives there. A VM is started anew only on a host that is clear of it, and
 // that has heard the same of each other host since it began to start the VM. A host that begins to is
 // not clear for the others. The mark is for the moments in which an eviction is about to start a QEMU.

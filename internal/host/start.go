@@ -16,7 +16,7 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// vmQuestion is whether a host is clear of a VM (R11 in docs/protocol.md).
+// vmQuestion is whether a host is clear of a VM (R12 in docs/protocol.md).
 type vmQuestion struct {
 	Name string `json:"name"`
 }
