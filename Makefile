@@ -2,7 +2,7 @@
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time),
-# REFUSALS (rounds), BENCHFLAGS (for vacate-lab bench).
+# REFUSALS (rounds), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -11,6 +11,7 @@ FUZZTIME ?= 10s
 CHAOS    ?= 1
 WORKERS  ?= 5
 REFUSALS ?= 50
+JOBS     ?= 1
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -23,10 +24,14 @@ TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
 # These compute much and one thing at a time: the race detector would find little, slowly.
 SEQUENTIAL = vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
 # So do these, of vacate/internal/evict: the model check, and paths in simulated time.
-COMPUTING = ^(TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp)$$
+COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp
+# These measure how busy the machine is: nothing else may run meanwhile.
+QUIET = vacate/internal/sys/pressure vacate/lab/bench
+# So do these, of vacate/internal/host.
+MEASURING = TestRelieve|TestGuard
 
-# $(call alltests,PACKAGES,FLAGS)
-alltests = $(if $(1),$(TEST) -count=1 -p 1 -timeout 60m $(2) $(1))
+# $(call alltests,PACKAGES,FLAGS,PACKAGES AT A TIME)
+alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
@@ -38,12 +43,15 @@ help: ## this list
 build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
-# One package at a time: those with VMs want the machine to themselves.
+# The longest package comes first: the others run beside it.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
-	$(call alltests,$(filter-out $(SEQUENTIAL),$(PACKAGES)),$(if $(RACE),-race -skip '^TestRecord$$|$(COMPUTING)'))
-	$(if $(RACE),$(call alltests,$(filter vacate/internal/evict,$(PACKAGES)),-run '$(COMPUTING)'))
-	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)))
+	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))
+	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(SEQUENTIAL) $(QUIET),$(PACKAGES)),$(if $(RACE),-race) -skip '^(TestRecord$(if $(RACE),|$(COMPUTING))|$(MEASURING))$$',$(JOBS))
+	$(if $(RACE),$(call alltests,$(LONGEST),-run '^($(COMPUTING))$$'))
+	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)),,$(JOBS))
+	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(if $(RACE),-race))
+	$(call alltests,$(filter vacate/internal/host,$(PACKAGES)),$(if $(RACE),-race) -run '^($(MEASURING))$$')
 
 unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)

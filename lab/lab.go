@@ -90,7 +90,8 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 	if l.dir, err = absDir(opts.Dir); err != nil {
 		return nil, err
 	}
-	if err := l.openRunDir(); err != nil {
+	others, err := l.openRunDir()
+	if err != nil {
 		return nil, fmt.Errorf("make lab's run directory: %w", err)
 	}
 	defer func() {
@@ -103,7 +104,7 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 	for i, h := range []**Host{&l.A, &l.B} {
 		core := -1
 		if !opts.NoPin {
-			core = cores[i%len(cores)]
+			core = cores[(i+others)%len(cores)] // hosts a are the busy ones
 		}
 		if *h, err = newHost(l, string(rune('a'+i)), byte(1+i), core); err != nil {
 			return nil, err
@@ -135,23 +136,23 @@ func absDir(dir string) (string, error) {
 	return dir, nil
 }
 
-// openRunDir makes a run directory and locks it, and removes those whose lab
-// is dead: a lock lasts no longer than the process that holds it.
-func (l *Lab) openRunDir() error {
+// openRunDir makes a run directory and locks it, and removes those whose lab is dead: a lock lasts no
+// longer than the process that holds it. It returns how many others live.
+func (l *Lab) openRunDir() (others int, err error) {
 	all := filepath.Join(l.dir, "run")
 	if err := os.MkdirAll(all, 0o700); err != nil {
-		return err
+		return 0, err
 	}
 	// Between making a directory and locking it another lab could take it
 	// for a dead one's.
 	unlock, err := lockFile(context.Background(), filepath.Join(l.dir, "run.lock"))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer unlock()
 	old, err := os.ReadDir(all)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, e := range old {
 		dir := filepath.Join(all, e.Name())
@@ -160,21 +161,23 @@ func (l *Lab) openRunDir() error {
 			f.Close()
 		} else if errors.Is(err, os.ErrNotExist) {
 			removeRunDir(dir)
+		} else {
+			others++
 		}
 	}
 	if l.run, err = os.MkdirTemp(all, ""); err != nil {
-		return err
+		return 0, err
 	}
 	if longest := filepath.Join(l.run, "a-100-labqmp.sock"); len(longest) > maxSocketPath {
 		os.Remove(l.run)
-		return fmt.Errorf("unix sockets such as %s would have %d bytes, Linux allows %d: choose a shorter lab directory", longest, len(longest), maxSocketPath)
+		return 0, fmt.Errorf("unix sockets such as %s would have %d bytes, Linux allows %d: choose a shorter lab directory", longest, len(longest), maxSocketPath)
 	}
 	f, err := os.OpenFile(filepath.Join(l.run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	l.lock = f
-	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	return others, unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 }
 
 // removeRunDir removes a run directory, with the disks that are mounted in it.
