@@ -107,7 +107,7 @@ type Comparison struct {
 	InactiveAgree uint64
 }
 
-// Agreement is the share of pages whose kind is as said, of those of which something is said.
+// Agreement is the share of pages whose kind is as said, of those about which something is said.
 func (c *Comparison) Agreement() float64 {
 	all, same := uint64(0), uint64(0)
 	for said, row := range c.Matrix {

@@ -104,7 +104,7 @@ type Guest struct {
 	beatAt   time.Time
 	moved    []time.Time // when each worker's count last grew
 	problems []Problem
-	told     uint64 // problems of which the guest has told
+	told     uint64 // problems that the guest has reported
 	waiting  string // id of the command under way; what belongs to others is dropped
 	reply    *churnproto.Reply
 	tables   map[string][]byte

@@ -160,7 +160,7 @@ func WriteComparison(w io.Writer, name string, c *Comparison) {
 		{"", ""},
 		{"snapshots", fmt.Sprint(c.Snapshots)},
 		{"pages compared", fmt.Sprint(c.Pages)},
-		{"left out, as they changed meanwhile", fmt.Sprintf("%d, of which %d skippable and in use before or after", c.Moving, c.MovingInUse)},
+		{"left out, as they changed meanwhile", fmt.Sprintf("%d; %d of them skippable and in use before or after", c.Moving, c.MovingInUse)},
 		{"in use, and called skippable", fmt.Sprint(len(c.Wrong))},
 		{"free pages found skippable", percent(c.Found, c.Free)},
 		{"greatest difference to the kernel's count of free pages", fmt.Sprint(c.CounterOff)},

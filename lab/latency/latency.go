@@ -1,4 +1,5 @@
-// Package latency keeps when a server's answers came, and how long each took: what its clients feel while its guest moves.
+// Package latency keeps when a server's answers came, and how long each took: what its clients feel
+// while its guest moves.
 package latency
 
 import (
@@ -27,12 +28,14 @@ type Log struct {
 	errors []error
 }
 
-// Stats are what clients saw. Those all of whose connections work and all of whose values are right have Wrong and Broken 0.
+// Stats are what clients saw. Those all of whose connections work and all of whose values are right
+// have Wrong and Broken 0.
 type Stats struct {
 	Requests uint64 // answered
 	Wrong    uint64 // values that were not as last written, or gone
 	Broken   int    // connections that did not last, or got an answer that is none
-	// Silence is the longest time in which no answer came, the one that lasts still included. Pauses that a rate makes count.
+	// Silence is the longest time in which no answer came, the one that lasts still included.
+	// Pauses that a rate makes count.
 	Silence      time.Duration
 	SilenceBegan time.Time
 	Errors       []error // the first of wrong values and broken connections, at most 20
@@ -51,7 +54,8 @@ func New() *Log {
 	return &Log{begun: now, last: now}
 }
 
-// Note takes note of an answer that comes now, to what was asked at a time; wrong tells what was wrong with it, or is nil.
+// Note takes note of an answer that comes now, to what was asked at a time; wrong tells what was
+// wrong with it, or is nil.
 func (l *Log) Note(asked time.Time, wrong error) {
 	now := time.Now()
 	l.mu.Lock()
@@ -129,8 +133,8 @@ func (l *Log) between(from, to time.Time) []answer {
 	return l.recent[before(from):max(before(from), before(to))]
 }
 
-// Latencies returns how long the answers took that came after one time, up to another, in order of their coming. Of a log that has gone
-// on for long the oldest may be forgotten.
+// Latencies returns how long the answers took that came after one time, up to another, in order of
+// their coming. Of a log that has gone on for long the oldest may be forgotten.
 func (l *Log) Latencies(from, to time.Time) []time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -163,14 +167,15 @@ func (l *Log) Rates(from, to time.Time, step time.Duration) []Rate {
 	return rates
 }
 
-// Pace is how often clients ask. The zero value is as often as they are answered. Its methods may be called from any goroutine.
+// Pace is how often clients ask. The zero value is as often as they are answered. Its methods may
+// be called from any goroutine.
 type Pace struct{ perSecond atomic.Uint64 } // bits of a float64
 
 // Set has all clients together ask so often a second; 0 is as often as they are answered.
 func (p *Pace) Set(perSecond float64) { p.perSecond.Store(math.Float64bits(perSecond)) }
 
-// Wait waits until it is the turn of one of so many clients, which it takes in next, and notes when that is again. What silence
-// cost is not made up for. It returns false when ctx is done.
+// Wait waits until it is the turn of one of so many clients, which it takes in next, and notes when
+// that is again. What silence cost is not made up for. It returns false when ctx is done.
 func (p *Pace) Wait(ctx context.Context, clients int, next *time.Time) bool {
 	rate := math.Float64frombits(p.perSecond.Load())
 	if rate <= 0 {

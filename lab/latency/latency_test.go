@@ -9,7 +9,8 @@ import (
 
 func TestLog(t *testing.T) {
 	l := New()
-	// As if it had begun a second ago, with an answer each 10 ms from then on, but for a silence of 300 ms.
+	// As if it had begun a second ago, with an answer each 10 ms from then on, but for a silence of
+	// 300 ms.
 	l.begun = time.Now().Add(-time.Second)
 	l.last = l.begun
 	for at := 10 * time.Millisecond; at <= time.Second; at += 10 * time.Millisecond {

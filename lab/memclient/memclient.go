@@ -1,5 +1,5 @@
-// Package memclient is a client of memcached, or Redis, that notices what users of a guest would notice
-// while it moves: wrong answers, broken connections, silence. It knows what every value
+// Package memclient is a client of memcached, or Redis, that notices what users of a guest would
+// notice while it moves: wrong answers, broken connections, silence. It knows what every value
 // should be, keeps its connections, and never makes another in place of one that broke.
 //
 // It speaks memcached's text protocol (doc/protocol.txt of memcached 1.6), one request at a

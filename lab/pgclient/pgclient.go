@@ -1,10 +1,11 @@
-// Package pgclient is a client of the lab's PostgreSQL that notices what users of a guest would notice while it moves: wrong answers,
-// broken connections, silence. It knows what every row should be, keeps its connections, and never makes another in place of one that
-// broke.
+// Package pgclient is a client of the lab's PostgreSQL that notices what users of a guest would
+// notice while it moves: wrong answers, broken connections, silence. It knows what every row should
+// be, keeps its connections, and never makes another in place of one that broke.
 //
-// It works on a table items of rows id (from 1 on), version (0 at first) and value, which follows from both (see Value). Each
-// transaction reads one row, and some write it with its next version. Rows are picked by Zipf's law, those with small numbers the most
-// often, as the youngest of what people write are read the most.
+// It works on a table items of rows id (from 1 on), version (0 at first) and value, which follows
+// from both (see Value). Each transaction reads one row, and some write it with its next version.
+// Rows are picked by Zipf's law, those with small numbers the most often, as the youngest of what
+// people write are read the most.
 package pgclient
 
 import (
@@ -46,8 +47,9 @@ type Client struct {
 	all  sync.WaitGroup
 }
 
-// Start connects and reads the whole table once, so that it is in the guest's memory; then it begins its transactions. It tries until ctx
-// ends to connect. A context that ends later changes nothing.
+// Start connects and reads the whole table once, so that it is in the guest's memory; then it
+// begins its transactions. It tries until ctx ends to connect. A context that ends later changes
+// nothing.
 func Start(ctx context.Context, o Options) (*Client, error) {
 	if o.Dial == nil {
 		o.Dial = new(net.Dialer).DialContext
@@ -122,7 +124,8 @@ func Value(id int, version int64) string {
 	return strings.Repeat(hex.EncodeToString(sum[:]), 8)
 }
 
-// work makes transactions until told to stop, or until the connection breaks. Of every Conns rows one is this connection's.
+// work makes transactions until told to stop, or until the connection breaks. Of every Conns rows
+// one is this connection's.
 func (c *Client) work(number int, k *pgx.Conn) {
 	defer func() {
 		k.Close(context.Background())

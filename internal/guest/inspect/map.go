@@ -27,7 +27,7 @@ import (
 // most of its pages; what the others lose by that is made up for in the following cells
 // of the row that have such pages, so that each colour covers the area that it should.
 type Map struct {
-	pages  []pageclass.Page // up to the last of which something is known
+	pages  []pageclass.Page // up to the last known one
 	title  string
 	memory Memory
 	shades [shades]int   // pages

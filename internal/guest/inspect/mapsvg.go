@@ -90,7 +90,7 @@ func (m *Map) SVG(w io.Writer) error {
 func tip(e entry) string {
 	switch {
 	case e.shade == hole:
-		return "addresses without memory, or of which nothing is known"
+		return "addresses without memory, or unknown"
 	case e.of == "":
 		return fmt.Sprintf("%s: none", e.shade)
 	}

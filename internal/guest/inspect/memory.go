@@ -16,7 +16,7 @@ type Memory struct {
 	Source   string `json:"source"` // "vm" or "core"; the caller's
 	Kernel   string `json:"kernel"` // the guest's release; the caller's
 	PageSize int    `json:"page_size"`
-	Pages    int    `json:"pages"` // of which something is known
+	Pages    int    `json:"pages"` // known ones
 	// Classes has all of them in their order, Kinds those that occur, largest first.
 	Classes   []ClassPages `json:"classes"`
 	Kinds     []KindPages  `json:"kinds"`

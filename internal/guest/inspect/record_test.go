@@ -21,7 +21,8 @@ var record = flag.String("record", "", "QMP `socket` of a guest to record a surv
 // TestRecord records the survey that the other tests use: of a guest of 128 MiB with the
 // lab's load, by
 //
-//	go test ./internal/guest/inspect -run TestRecord -record SOCKET && go test ./internal/guest/inspect ./cmd/vacate -update
+//	go test ./internal/guest/inspect -run TestRecord -record SOCKET
+//	go test ./internal/guest/inspect ./cmd/vacate -update
 func TestRecord(t *testing.T) {
 	if *record == "" {
 		t.Skip("records only when asked to by -record")

@@ -3,8 +3,8 @@
 // enlightened post-copy orders them (Abe et al., "Urgent Virtual Machine Eviction with
 // Enlightened Post-Copy", VEE 2016, section 4).
 //
-// Whoever learns of the guest's pages, from outside or from an agent inside, tells it in
-// these terms; whoever orders, counts or draws them needs no others.
+// Readers of a guest's pages, from outside or as an agent inside, describe them in these terms;
+// code that orders, counts or draws pages needs no others.
 package pageclass
 
 import (
@@ -120,7 +120,7 @@ type Flags uint8
 const (
 	Accessed  Flags = 1 << iota // a page table of a process says that it was used since that was last cleared
 	Active                      // on an active list, or its like (workingset, referenced often) under multi-generational LRU
-	Dirty                       // file pages that are to be written back
+	Dirty                       // file pages that wait to be written back
 	Exec                        // mapped executable
 	Mapped                      // some process maps it
 	Skippable                   // free beyond doubt: need not be moved, as long as it reads as zero
@@ -144,12 +144,13 @@ type Process struct {
 	OnCPU   bool          // a CPU was running it
 	LastRun time.Duration // before the survey
 	CPUTime time.Duration // in all, of all of its threads
-	// Recent is the CPU time that it used of late, in about the last 100 ms; negative if that is not known.
+	// Recent is the CPU time that it used of late, in about the last 100 ms; negative if that is
+	// not known.
 	Recent time.Duration
 }
 
-// A Survey is what is known of all pages of a guest. Whoever made it has bounded it: it
-// is no larger than the guest's memory makes necessary.
+// A Survey is what is known of all pages of a guest. Its maker has bounded it: it is no
+// larger than the guest's memory makes necessary.
 type Survey struct {
 	// Pages is indexed by guest page frame number (guest-physical address / 4096). Numbers
 	// behind its end, and pages of kind None, are not known.

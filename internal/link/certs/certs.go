@@ -44,7 +44,7 @@ const (
 
 var label = regexp.MustCompile(`^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$`)
 
-// checkName tells whether a name can be a host's: a DNS name in lower case without wildcards,
+// checkName reports whether a name can be a host's: a DNS name in lower case without wildcards,
 // or an IP address as it is usually written.
 func checkName(name string) error {
 	if ip, err := netip.ParseAddr(name); err == nil && ip.Zone() == "" && ip.String() == name {
@@ -88,7 +88,7 @@ type Identity struct {
 	stamp [3]stamp   // of the files when they were last looked into
 }
 
-// stamp tells whether a file changed.
+// stamp reports whether a file changed.
 type stamp struct {
 	inode os.FileInfo
 	size  int64
@@ -302,7 +302,7 @@ func (i *Identity) Info() Info {
 	return Info{f.name, hex.EncodeToString(sum[:]), f.cert.Leaf.NotAfter}
 }
 
-// readCerts reads a file of certificates, of which there is at least one.
+// readCerts reads a file of certificates; there is at least one.
 func readCerts(file string) (all []*x509.Certificate, err error) {
 	b, err := readFile(file, false)
 	if err != nil {

@@ -25,8 +25,8 @@ const (
 	clockSkew = time.Hour
 )
 
-// Init makes a CA in dir, which it creates if need be: its certificate, ca.pem, and its key, ca.key, which
-// should stay where it is. It never overwrites either.
+// Init makes a CA in dir, which it creates if need be: its certificate, ca.pem, and its key,
+// ca.key, which should stay where it is. It never overwrites either.
 func Init(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -61,8 +61,8 @@ func Init(dir string) error {
 }
 
 // Issue makes a certificate and a key for the host of that name, signed by the CA in dir, in the
-// directory out, which it creates if need be, with a copy of the CA's certificate. It overwrites files
-// of before only if renew is set; then a running daemon takes the new ones by itself.
+// directory out, which it creates if need be, with a copy of the CA's certificate. It overwrites
+// files of before only if renew is set; then a running daemon takes the new ones by itself.
 func Issue(dir, name, out string, days int, renew bool) error {
 	if err := checkName(name); err != nil {
 		return err

@@ -45,7 +45,8 @@ const (
 	MaxPackage = 16 << 20
 	// MaxName is the length of the longest block, section or machine type name.
 	MaxName = 255
-	// MaxBlocks is how many RAM blocks we accept. QEMU gives no limit; large machines have a few dozen.
+	// MaxBlocks is how many RAM blocks we accept. QEMU gives no limit; large machines have a few
+	// dozen.
 	MaxBlocks = 1024
 	// maxBlockLength is the size of the largest RAM block we accept: 64 TiB.
 	maxBlockLength = 1 << 46

@@ -112,7 +112,8 @@ func PingCommand(value uint32) Command {
 	return Command{CmdPing, be.AppendUint32(nil, value)}
 }
 
-// AdviseCommand tells the destination that the migration may go to post-copy. pageSizes is the OR of the page sizes of all blocks.
+// AdviseCommand tells the destination that the migration may go to post-copy. pageSizes is the OR
+// of the page sizes of all blocks.
 func AdviseCommand(pageSizes uint64) Command {
 	return Command{CmdPostcopyAdvise, be.AppendUint64(be.AppendUint64(nil, pageSizes), TargetPageSize)}
 }
@@ -171,7 +172,7 @@ func (c Command) Value() (uint32, error) {
 	return be.Uint32(c.Payload), nil
 }
 
-// check tells whether the payload is what the command wants.
+// check reports whether the payload is what the command wants.
 func (c Command) check() error {
 	want := 0
 	switch c.ID {

@@ -5,8 +5,9 @@ import (
 	"fmt"
 )
 
-// Package makes the package of a post-copy migration from a file that QEMU's command xen-save-devices-state wrote: a header, the
-// sections of all devices, and an EOF (qemu_save_device_state in migration/savevm.c). The destination answers the ping when it has
+// Package makes the package of a post-copy migration from a file that QEMU's command
+// xen-save-devices-state wrote: a header, the sections of all devices, and an EOF
+// (qemu_save_device_state in migration/savevm.c). The destination answers the ping when it has
 // loaded the devices.
 func Package(saved []byte, ping uint32) (Packaged, error) {
 	body, begins := bytes.CutPrefix(saved, Header{}.Append(nil))

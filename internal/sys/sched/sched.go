@@ -1,5 +1,5 @@
-// Package sched has a host schedule engines ahead of VMs. They need little of a core, but they need it at once: a guest waits
-// for every page, and the core they share is the overloaded one.
+// Package sched has a host schedule engines ahead of VMs. They need little of a core, but they need
+// it at once: a guest waits for every page, and the core they share is the overloaded one.
 package sched
 
 import (
@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// With a short slice, Linux 6.12 and later lets a thread that wakes go first, and others need not wait until a long one ends.
+// With a short slice, Linux 6.12 and later lets a thread that wakes go first, and others need not
+// wait until a long one ends.
 const (
 	niceness = -10
 	patience = 5 // a third of what a vCPU gets that wants all that it can get
@@ -34,8 +35,9 @@ func Process() {
 			_ = unix.SchedSetAttr(tid, attributes(niceness, slice), 0)
 		}
 	}
-	// Niceness counts among the threads of a control group or, where there is none and the kernel makes groups by itself, of a session
-	// (sched(7), autogroup), which has one of its own. Somebody else's session is none of ours.
+	// Niceness counts among the threads of a control group or, where there is none and the kernel
+	// makes groups by itself, of a session (sched(7), autogroup), which has one of its own.
+	// Somebody else's session is none of ours.
 	if sid, err := unix.Getsid(0); err == nil && sid == os.Getpid() {
 		_ = os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(niceness)), 0)
 	}

@@ -171,7 +171,7 @@ func (w *worker) files(dir string) error {
 	}
 }
 
-// put chooses the content of page i of a file that is to be written.
+// put chooses the content of page i of a file that will be written.
 func (w *worker) put(f *file, i int, p []byte, total *int) {
 	for len(f.seeds) <= i {
 		f.seeds = append(f.seeds, 0)
@@ -206,7 +206,7 @@ func (w *worker) read(what string, f *file, from int, buf []byte) error {
 }
 
 // names keeps small objects in the kernel: directory entries, inodes, symbolic links,
-// extended attributes, messages and keys, all of which say what they are.
+// extended attributes, messages and keys. All of them say what they are.
 func (w *worker) names() error {
 	dirs := []string{shmemDir}
 	if _, err := os.Stat(diskDir + "/lost+found"); err == nil {

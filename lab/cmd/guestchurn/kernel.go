@@ -357,7 +357,7 @@ func (w *worker) echo() error {
 }
 
 // ftraceSum sums up what ftrace's records say. The kernel keeps them, from boot on, in
-// blocks of pages of which all but the first have no reference.
+// blocks of pages; all but the first have no reference.
 func ftraceSum() (sum uint64, err error) {
 	f, err := os.Open(traceDir + "/available_filter_functions")
 	if err != nil {

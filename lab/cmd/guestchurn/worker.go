@@ -110,7 +110,7 @@ func randomSeed(seed *[2]uint64) error {
 // checkDue says whether checkNow would call.
 func (w *worker) checkDue() bool { return w.shared.done[w.index].Load() != w.shared.checks.Load() }
 
-// checkNow calls verify if all that the worker has is to be verified now. It is called often.
+// checkNow calls verify if the worker must verify all that it has now. It is called often.
 func (w *worker) checkNow(verify func() error) error {
 	n := w.shared.checks.Load()
 	if w.shared.done[w.index].Load() == n {
