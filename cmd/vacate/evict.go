@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"vacate/internal/cli"
 	"vacate/internal/evict"
@@ -152,6 +153,7 @@ type evictOptions struct {
 	detach     bool
 	yield      bool
 	rate       cli.Rate
+	patience   time.Duration // with an eviction that does not get on; 0: any
 }
 
 // check tells the two ways to use the command apart.

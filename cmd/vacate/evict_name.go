@@ -52,7 +52,7 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 		fmt.Fprintln(os.Stdout, id)
 		return nil
 	}
-	last, err := o.daemon.attend(ctx, id, s)
+	last, err := o.daemon.attend(ctx, id, s, o.patience)
 	if err != nil {
 		return err
 	}
@@ -108,9 +108,20 @@ func findingLine(f doctor.Finding) string {
 	return clean(line)
 }
 
-// attend follows an eviction. SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a
+// stuckError is the error of an eviction that is followed no longer, as it does not get on. It may
+// yet, in the daemon.
+type stuckError struct {
+	last *hostv1.Eviction
+	over time.Duration
+}
+
+func (e *stuckError) Error() string {
+	return fmt.Sprintf("the eviction of VM %s has not got on for %v: it is %q", e.last.Vm, e.over, e.last.State)
+}
+
+// attend follows an eviction; where patience is not 0, until that has not got on for so long. SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a
 // terminal when that was confirmed; the second one ends the command alone.
-func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Eviction, error) {
+func (d *daemon) attend(ctx context.Context, id string, s *screen, patience time.Duration) (*hostv1.Eviction, error) {
 	var mu sync.Mutex
 	var now *hostv1.Eviction
 	abort := func(why string) {
@@ -152,11 +163,24 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen) (*hostv1.Evic
 		return nil
 	})
 	defer stop()
+	watching, give := context.WithCancelCause(watching)
+	defer give(nil)
+	idle := time.AfterFunc(time.Hour, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		give(&stuckError{now, patience})
+	})
+	idle.Stop()
 	last, err := d.follow(watching, id, s, func(e *hostv1.Eviction) {
 		mu.Lock()
+		before := now
 		now = e
 		mu.Unlock()
+		if patience > 0 && (before == nil || before.State != e.State || before.GetProgress().GetPagesSent() != e.GetProgress().GetPagesSent()) {
+			idle.Reset(patience)
+		}
 	})
+	idle.Stop()
 	var signal cli.Interrupted
 	if errors.As(err, &signal) {
 		return nil, fmt.Errorf("%w %s", errDetached, id)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -78,6 +79,8 @@ type relieveOptions struct {
 	force  bool
 	dryRun bool
 	json   bool
+
+	patience time.Duration // as in evictOptions; for tests
 }
 
 func relieveCommand() *cobra.Command {
@@ -112,8 +115,11 @@ func evacuateCommand() *cobra.Command {
 		Short: "Evict all VMs of this host",
 		Long: `Evicts the VMs of this host one after the other, and those first whose memory
 takes the least time, so that CPU and memory are free as soon as possible. Each
-goes where there are room and CPU for it. If one fails, the others still go. At
-the end vacate lists the VMs that stayed, and says why each did.
+goes where there are room and CPU for it. VMs that stand, as they are paused,
+say, are moved, too, and stay as they are. If one fails, the others still go. So
+they do if one has not got on for 20 s, as the other host cannot be reached, say:
+the daemon goes on with that one. At the end vacate lists the VMs that stayed,
+says why each did, and what to type.
 
 No VM goes to a host where others would starve, or where too little memory would
 be left. --force allows that where no host is better; it never takes memory that
@@ -240,6 +246,7 @@ func (o *relieveOptions) evacuate(ctx context.Context) error {
 		return err
 	}
 	stayed := map[string]stay{} // by VM
+	stuck := map[string]*stuckError{}
 	for _, c := range p.Candidates {
 		switch {
 		case c.Refused == relief.Excepted:
@@ -253,11 +260,55 @@ func (o *relieveOptions) evacuate(ctx context.Context) error {
 		if errors.Is(err, errDetached) || ctx.Err() != nil {
 			return err
 		}
-		if err != nil {
-			stayed[c.Vm] = stay{strings.TrimPrefix(strings.ReplaceAll(explain(err), "\n", " "), "vacate: "), err}
+		var s *stuckError
+		if errors.As(err, &s) {
+			fmt.Printf("%s. Going on with the next.\n", clean(err.Error()))
+			stuck[c.Vm] = s
+		} else if err != nil {
+			stayed[c.Vm] = staying(err)
+		}
+	}
+	for vm, s := range stuck {
+		if why, stays := o.revisit(ctx, s); stays {
+			stayed[vm] = why
 		}
 	}
 	return summary(os.Stdout, stayed)
+}
+
+// patience is how long an evacuation waits for an eviction that does not get on.
+const patience = 20 * time.Second
+
+// revisit says what became of an eviction that was followed no longer, and whether its VM stays for now.
+func (o *relieveOptions) revisit(ctx context.Context, s *stuckError) (why stay, stays bool) {
+	e := s.last
+	if r, err := o.daemon.GetEviction(ctx, connect.NewRequest(&hostv1.GetEvictionRequest{Id: e.Id})); err == nil {
+		e = r.Msg
+	}
+	if e.Outcome != "" && e.State == "" {
+		err := failure(e)
+		return staying(err), err != nil
+	}
+	text := fmt.Sprintf("its eviction to %s goes on in the daemon, and is %q", e.Peer, stateOf(e))
+	if n := pagesOf(e); n != "" {
+		text += fmt.Sprintf(", with %s of its memory dealt with", n)
+	}
+	if p := e.GetProgress(); p.GetSilentS() > 0 {
+		text += fmt.Sprintf("; nothing came from %s for %.0f s", e.Peer, p.SilentS)
+	}
+	text += fmt.Sprintf(": `vacate watch %s` follows it, `vacate status %[1]s` says what can be done", e.Vm)
+	if e.Abortable {
+		text += fmt.Sprintf(", `vacate abort %s` has the VM stay here", e.Vm)
+	}
+	return stay{text, detached{text}}, true
+}
+
+// staying is the stay of a VM whose eviction failed.
+func staying(err error) stay {
+	if err == nil {
+		return stay{}
+	}
+	return stay{strings.TrimPrefix(strings.ReplaceAll(explain(err), "\n", " "), "vacate: "), err}
 }
 
 // stay is why a VM was not moved.
@@ -307,5 +358,8 @@ func (e *notMoved) Unwrap() error { return e.why }
 func (o *relieveOptions) evict(ctx context.Context, c *hostv1.Candidate) error {
 	fmt.Printf("\nvacate evict %s --to %s\n", clean(c.Vm), clean(c.To))
 	e := evictOptions{to: c.To, daemon: o.daemon}
+	if o.all {
+		e.patience = cmp.Or(o.patience, patience)
+	}
 	return e.runByName(ctx, c.Vm)
 }

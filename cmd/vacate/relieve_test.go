@@ -1,12 +1,25 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 )
 
 func TestPlanText(t *testing.T) {
@@ -57,6 +70,114 @@ func TestSummary(t *testing.T) {
 	}
 	stayed["web1"] = stay{"lost contact", &evict.Error{Outcome: evict.ErrLost, Err: errors.New("x")}}
 	if err := summary(&b, stayed); exitCode(err) != exitLost {
+		t.Errorf("%v: exit code %d", err, exitCode(err))
+	}
+}
+
+// hanging is a daemon with evictions that do not get on, but for that of VM good.
+type hanging struct {
+	hostv1.UnimplementedHostHandler
+	moments map[string]*hostv1.Eviction // by VM
+}
+
+func (h *hanging) Plan(context.Context, *connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
+	p := &hostv1.PlanResponse{}
+	for _, vm := range slices.Sorted(maps.Keys(h.moments)) {
+		p.Candidates = append(p.Candidates, &hostv1.Candidate{Vm: vm, To: "hostb"})
+	}
+	return connect.NewResponse(p), nil
+}
+
+func (h *hanging) Doctor(context.Context, *connect.Request[hostv1.DoctorRequest]) (*connect.Response[hostv1.DoctorResponse], error) {
+	return connect.NewResponse(&hostv1.DoctorResponse{}), nil
+}
+
+func (h *hanging) Evict(_ context.Context, r *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
+	return connect.NewResponse(h.moments[r.Msg.Vm]), nil
+}
+
+func (h *hanging) get(id string) *hostv1.Eviction {
+	for _, e := range h.moments {
+		if e.Id == id {
+			return e
+		}
+	}
+	return nil
+}
+
+func (h *hanging) GetEviction(_ context.Context, r *connect.Request[hostv1.GetEvictionRequest]) (*connect.Response[hostv1.Eviction], error) {
+	e := proto.Clone(h.get(r.Msg.Id)).(*hostv1.Eviction)
+	if e.Vm == "late" { // it ended while others left
+		e.Outcome, e.State = "completed", ""
+	}
+	return connect.NewResponse(e), nil
+}
+
+func (h *hanging) WatchEviction(ctx context.Context, r *connect.Request[hostv1.WatchEvictionRequest], s *connect.ServerStream[hostv1.Eviction]) error {
+	e := h.get(r.Msg.Id)
+	for e.Outcome == "" && ctx.Err() == nil {
+		s.Send(e)
+		time.Sleep(10 * time.Millisecond)
+	}
+	return s.Send(e)
+}
+
+// Of an evacuation an eviction that does not get on keeps no other VM from leaving, and the list at the end says what it does, and
+// what to type.
+func TestEvacuateStuck(t *testing.T) {
+	dir, err := os.MkdirTemp("", "vacate") // short, for the socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	id := func(n int) string { return fmt.Sprintf("%032d", n) }
+	fake := &hanging{moments: map[string]*hostv1.Eviction{
+		"cut": {Id: id(1), Vm: "cut", Peer: "hostb", State: "reconnecting", Progress: &hostv1.Progress{PagesSent: 3, PagesTotal: 10, SilentS: 25}},
+		"early": {Id: id(2), Vm: "early", Peer: "hostb", State: "preparing", Abortable: true,
+			Progress: &hostv1.Progress{Awaits: "hostb starts a QEMU for VM early", AwaitedS: 40}},
+		"good": {Id: id(3), Vm: "good", Peer: "hostb", Outcome: "completed"},
+		"late": {Id: id(4), Vm: "late", Peer: "hostb", State: "reconnecting"},
+	}}
+	socket := filepath.Join(dir, "sock")
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle(hostv1.NewHostHandler(fake))
+	server := &http.Server{Handler: mux}
+	var serving sync.WaitGroup
+	serving.Go(func() { server.Serve(ln) })
+	defer serving.Wait()
+	defer server.Close()
+
+	out, err := os.Create(filepath.Join(dir, "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout := os.Stdout
+	os.Stdout = out
+	o := relieveOptions{all: true, daemon: daemon{socket: socket}, patience: 200 * time.Millisecond}
+	err = o.evacuate(t.Context())
+	os.Stdout = stdout
+	b, readErr := os.ReadFile(out.Name())
+	if readErr != nil {
+		t.Fatal(readErr)
+	}
+	_, list, _ := strings.Cut(string(b), "Not moved:")
+	for _, want := range []string{
+		`cut    its eviction to hostb goes on in the daemon, and is "reconnecting", with 30.0 % of its memory dealt with; nothing came from hostb for 25 s`,
+		"vacate watch cut", "vacate status cut",
+		`early  its eviction to hostb goes on in the daemon, and is "preparing; hostb starts a QEMU for VM early: 40 s"`, "vacate abort early",
+	} {
+		if !strings.Contains(list, want) {
+			t.Errorf("no %q in:\n%s", want, b)
+		}
+	}
+	if strings.Contains(list, "good") || strings.Contains(list, "late") || !strings.Contains(string(b), "vacate evict good --to hostb") {
+		t.Errorf("what left is not as it should be:\n%s", b)
+	}
+	if exitCode(err) != exitDetached {
 		t.Errorf("%v: exit code %d", err, exitCode(err))
 	}
 }
