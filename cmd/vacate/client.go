@@ -168,7 +168,7 @@ func failure(e *hostv1.Eviction) error {
 	case e.Outcome == string(evict.Completed), e.Outcome == string(evict.ShutDown):
 		return nil
 	case e.Outcome == "resumed here":
-		return &ended{evict.ErrAborted, fmt.Sprintf("VM %s runs on the source again, by an operator's word: %s", e.Vm, e.Reason)}
+		return &ended{evict.ErrAborted, fmt.Sprintf("VM %s is on the source again, by an operator's word: %s", e.Vm, e.Reason)}
 	case outcome == nil:
 		return &ended{evict.ErrLost, fmt.Sprintf("an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/link"
 	"vacate/internal/link/certs"
+	"vacate/internal/qemu/fit"
 	"vacate/internal/sys/sched"
 
 	"github.com/spf13/cobra"
@@ -136,7 +138,11 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 	case received.ShutDown != "":
 		out.note("%s  the VM is shut down: %s", follow.elapsed(), clean(received.ShutDown))
 	default:
-		out.note("%s  the VM runs here, with all of its memory", follow.elapsed())
+		does := "runs here"
+		if stands := follow.stood(); stands != "" {
+			does = fmt.Sprintf("came standing, and was not run (it %s)", fit.Stands(stands))
+		}
+		out.note("%s  the VM %s, with all of its memory", follow.elapsed(), does)
 	}
 	return err
 }
@@ -150,6 +156,13 @@ type follower struct {
 	mu      sync.Mutex
 	state   evict.State // guarded by mu
 	started time.Time   // when the VM began to come; guarded by mu
+	stands  string      // QEMU's word for the state that the VM stood in; guarded by mu
+}
+
+func (f *follower) stood() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.stands
 }
 
 func (f *follower) now() evict.State {
@@ -174,6 +187,12 @@ var stateText = map[evict.State]string{
 	evict.Completing: "all memory is here",
 }
 
+// standingText is the same of a VM that stands.
+var standingText = map[evict.State]string{
+	evict.Running: "the VM stands here, and may be told to run; its memory comes in",
+	evict.CutOff:  "the source cannot be reached; the VM stands here, and lacks memory",
+}
+
 // Enabled implements slog.Handler.
 func (f *follower) Enabled(context.Context, slog.Level) bool { return true }
 
@@ -195,8 +214,14 @@ func (f *follower) Handle(ctx context.Context, r slog.Record) error {
 		if state == evict.Arming {
 			f.started = time.Now()
 		}
+		f.stands = clean(attrs["stands"].String())
+		stands := f.stands != ""
 		f.mu.Unlock()
-		if text, ok := stateText[state]; ok {
+		text, ok := stateText[state]
+		if stands {
+			text = cmp.Or(standingText[state], text)
+		}
+		if ok {
 			f.out.note("%s  %-10s  %s", f.elapsed(), state, text)
 		}
 	case "offer accepted":

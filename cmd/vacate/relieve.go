@@ -117,7 +117,7 @@ func evacuateCommand() *cobra.Command {
 takes the least time, so that CPU and memory are free as soon as possible. Each
 goes where there are room and CPU for it. VMs that stand, as they are paused,
 say, are moved, too, and stay as they are. If one fails, the others still go. So
-they do if one has not got on for 20 s, as the other host cannot be reached, say:
+they do if one has not got on for 20 s, as the other host does not answer, say:
 the daemon goes on with that one. At the end vacate lists the VMs that stayed,
 says why each did, and what to type.
 
@@ -279,7 +279,8 @@ func (o *relieveOptions) evacuate(ctx context.Context) error {
 // patience is how long an evacuation waits for an eviction that does not get on.
 const patience = 20 * time.Second
 
-// revisit says what became of an eviction that was followed no longer, and whether its VM stays for now.
+// revisit says what became of an eviction that was followed no longer, and whether its VM stays for
+// now.
 func (o *relieveOptions) revisit(ctx context.Context, s *stuckError) (why stay, stays bool) {
 	e := s.last
 	if r, err := o.daemon.GetEviction(ctx, connect.NewRequest(&hostv1.GetEvictionRequest{Id: e.Id})); err == nil {

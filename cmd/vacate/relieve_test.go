@@ -122,8 +122,8 @@ func (h *hanging) WatchEviction(ctx context.Context, r *connect.Request[hostv1.W
 	return s.Send(e)
 }
 
-// Of an evacuation an eviction that does not get on keeps no other VM from leaving, and the list at the end says what it does, and
-// what to type.
+// In an evacuation an eviction that does not get on keeps no other VM from leaving. The list at the
+// end says what it does, and what to type.
 func TestEvacuateStuck(t *testing.T) {
 	dir, err := os.MkdirTemp("", "vacate") // short, for the socket
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"vacate/internal/evict/pageset"
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/qemu/export"
+	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
@@ -694,6 +695,9 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	reason := "an operator decided so"
 	if fenced != "" {
 		reason += "; " + fenced
+	}
+	if e.facts.Stood != "" {
+		reason += fmt.Sprintf("; as before the eviction, the VM %s", fit.Stands(e.facts.Stood))
 	}
 	if err := note(e.Journal, MarkResumedHere, reason); err != nil {
 		return fmt.Errorf("%w: %w", ErrUndecided, err)

@@ -196,7 +196,10 @@ func (d Destination) engine(first State) *destination {
 
 // report tells of a state that was entered.
 func (e *destination) report(st State) {
-	e.Log.Info("state", "state", st)
+	e.mu.Lock()
+	stands := e.stands
+	e.mu.Unlock()
+	e.Log.Info("state", "state", st, "stands", stands)
 	e.show(st)
 }
 

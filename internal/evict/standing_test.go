@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -314,4 +315,58 @@ func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
 		args = append(args, "-S")
 	}
 	return v.start(q, "twin", append(args, "-incoming", "defer")...)
+}
+
+// An operator has a VM that came standing go on at the destination while its memory is still arriving: it fetches what it touches, and
+// all of its memory is as it was.
+func TestStandingGoesOn(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full, Load: lab.Load{HotMiB: 60, IdleMiB: 100, CacheMiB: 10}})
+	twin := incoming(t, l, vm)
+	if err := vm.Execute(labtest.Within(t, 20*time.Second), "stop", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	ln := listen(t, l.B)
+	rate := new(evict.Limit)
+	rate.Set(20 << 20)
+	ctx := labtest.Within(t, 2*time.Minute)
+	received := make(chan error, 1)
+	go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP}, ln) }()
+	pushing := make(chan struct{})
+	begun := sync.OnceFunc(func() { close(pushing) })
+	ended := make(chan error, 1)
+	var report evict.Report
+	go func() {
+		var err error
+		report, err = evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, ln.Addr().String()), Limit: rate, Show: func(p evict.Progress) {
+			if p.State == evict.Pushing && p.Stands == "paused" {
+				begun()
+			}
+		}}.Evict(ctx)
+		ended <- err
+	}()
+	select {
+	case <-pushing:
+	case err := <-ended:
+		t.Fatal(err)
+	}
+	if s, err := twin.Status(ctx); err != nil || s != "paused" {
+		t.Errorf("the twin is %q, %v", s, err)
+	}
+	if err := twin.Execute(ctx, "cont", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := twin.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
+		t.Error(err)
+	}
+	if err, destErr := <-ended, <-received; err != nil || destErr != nil {
+		t.Fatalf("source: %v; destination: %v", err, destErr)
+	}
+	if report.Stood != "paused" || report.Pages.Fetched == 0 {
+		t.Errorf("it stood %q, and fetched %d pages", report.Stood, report.Pages.Fetched)
+	}
+	if s, err := twin.Status(ctx); err != nil || s != "running" {
+		t.Errorf("in the end the twin is %q, %v", s, err)
+	}
+	labtest.MustCheck(t, twin)
 }

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,11 +70,27 @@ func (v *eviction) silence() time.Duration {
 	return time.Since(since)
 }
 
+// stands is QEMU's word for the state that the VM stood in when it was frozen; empty if it ran.
+func (v *eviction) stands() string {
+	v.mu.Lock()
+	stands := v.progress.Stands
+	v.mu.Unlock()
+	return cmp.Or(stands, evict.StoodThere(record{v.entry}))
+}
+
+// does says what the VM does where it is, as far as vacate knows.
+func (v *eviction) does() string {
+	if v.stands() != "" {
+		return "stands"
+	}
+	return "runs"
+}
+
 // prospects says what is waited for, or may have happened, and lists the commands that an operator may choose between.
 func (v *eviction) prospects() (advice string, remedies []string) {
 	r, here := v.entry.Record(), v.host.name()
 	if r.Untold {
-		return fmt.Sprintf("VM %s runs on host %s again by an operator's word. Host %s has not heard that yet: it is told as soon as vacated "+
+		return fmt.Sprintf("VM %s is on host %s again by an operator's word. Host %s has not heard that yet: it is told as soon as vacated "+
 			"there answers. A copy of the VM that still runs there is ended then", r.VM, here, r.Peer), nil
 	}
 	if !v.decidable() {
@@ -85,10 +102,14 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		discard += " --confirm " + r.VM
 	}
 	if r.Role == journal.Destination {
-		advice = fmt.Sprintf("VM %s runs on host %s, until it needs memory that only host %s has, which has not answered for %.0f s. "+
+		is := fmt.Sprintf("runs on host %s, until it needs memory", here)
+		if v.stands() != "" {
+			is = fmt.Sprintf("stands on host %s, and lacks memory", here)
+		}
+		advice = fmt.Sprintf("VM %[1]s %[4]s that only host %[3]s has, which has not answered for %[5].0f s. "+
 			"Where vacated on %[3]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[3]s meanwhile, "+
 			"two copies run: look there (vacate status %[1]s). If it runs there, the copy on %[2]s has to be ended; %[3]s sees to that, too, "+
-			"as soon as it reaches %[2]s", r.VM, here, r.Peer, silent.Seconds())
+			"as soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
 		if silent >= offerAfter {
 			remedies = []string{discard}
 		}
@@ -132,11 +153,11 @@ func (v *eviction) undecidable() string {
 	case m == evict.MarkAccepted:
 		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` has it stay on host %s", r.VM, here, r.ID, r.Peer)
 	case r.Role == journal.Destination:
-		return fmt.Sprintf("VM %s runs on host %s, and host %s, which has the rest of its memory, answers: the eviction goes on by itself", r.VM, here, r.Peer)
+		return fmt.Sprintf("VM %s %s on host %s, and host %s, which has the rest of its memory, answers: the eviction goes on by itself", r.VM, v.does(), here, r.Peer)
 	case m == evict.MarkBegun:
 		return fmt.Sprintf("VM %s was never told to run on host %s: it is being evicted, or comes back by itself", r.VM, r.Peer)
 	}
-	return fmt.Sprintf("VM %s runs on host %s, which answers: the eviction goes on by itself", r.VM, r.Peer)
+	return fmt.Sprintf("VM %s %s on host %s, which answers: the eviction goes on by itself", r.VM, v.does(), r.Peer)
 }
 
 // unabortable says why an eviction cannot be aborted any more, and where the VM is.
@@ -150,11 +171,11 @@ func (v *eviction) unabortable() string {
 	case v.ended():
 		return v.undecidable()
 	case state == evict.CutOff:
-		where = fmt.Sprintf("VM %s runs on host %s as far as its memory came, and host %s does not answer at the moment: see vacate status %[1]s", r.VM, here, r.Peer)
+		where = fmt.Sprintf("VM %s %s on host %s as far as its memory came, and host %s does not answer at the moment: see vacate status %[1]s", r.VM, v.does(), here, r.Peer)
 	case r.Role == journal.Destination && (state == evict.Running || state == evict.Completing):
-		where = fmt.Sprintf("VM %s runs on host %s, and its memory is coming from host %s. Nothing need be done", r.VM, here, r.Peer)
+		where = fmt.Sprintf("VM %s %s on host %s, and its memory is coming from host %s. Nothing need be done", r.VM, v.does(), here, r.Peer)
 	case state == evict.Pushing || state == evict.Committing || state == evict.Retiring:
-		where = fmt.Sprintf("VM %s runs on host %s, and its memory is on its way there. Nothing need be done", r.VM, r.Peer)
+		where = fmt.Sprintf("VM %s %s on host %s, and its memory is on its way there. Nothing need be done", r.VM, v.does(), r.Peer)
 	case state == evict.RollingBack:
 		where = fmt.Sprintf("VM %s is coming back to host %s already", r.VM, here)
 	}
