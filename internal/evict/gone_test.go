@@ -27,8 +27,8 @@ func (emptyJournal) Note(evict.Mark, string) error { return nil }
 func (emptyJournal) Keep(string, []byte) error     { return nil }
 func (emptyJournal) Kept(string) ([]byte, error)   { return nil, fs.ErrNotExist }
 
-// answering is a destination that gives one answer, and what connects to it. stop returns whether it heard that the source has heard how
-// the eviction ended.
+// answering is a destination that gives one answer, and what connects to it. stop returns whether
+// it heard that the source has heard how the eviction ended.
 func answering(t *testing.T, answer evict.Answer) (connect func(context.Context) (*link.Session, error), stop func() (heard bool)) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -55,8 +55,8 @@ func answering(t *testing.T, answer evict.Answer) (connect func(context.Context)
 	}
 }
 
-// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer. That hears whether the source has
-// heard how the eviction ended.
+// resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer.
+// That hears whether the source has heard how the eviction ended.
 func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict.Report, heard bool, err error) {
 	t.Helper()
 	connect, stop := answering(t, answer)
@@ -102,7 +102,8 @@ func TestResumeWithAnotherQEMU(t *testing.T) {
 	}
 }
 
-// factsOf is a journal in which a source kept which process the VM's QEMU is, and during which boot; "" is the present one.
+// factsOf is a journal in which a source kept which process the VM's QEMU is, and during which
+// boot; "" is the present one.
 func factsOf(t *testing.T, p process.Process, boot string) evict.Journal {
 	t.Helper()
 	if boot == "" {
@@ -134,7 +135,8 @@ func stoppedProcess(t *testing.T) process.Process {
 	return p
 }
 
-// A copy is not given up that the destination still needs, or that is not for an operator to give up.
+// A copy is not given up that the destination still needs, or that is not for an operator to give
+// up.
 func TestDiscard(t *testing.T) {
 	for answer, gone := range map[evict.Answer]bool{
 		evict.AnswerRunning: false, evict.AnswerPaused: false, evict.AnswerComplete: false, evict.AnswerShutDown: false, evict.AnswerNeverRan: false,
@@ -163,7 +165,8 @@ func TestResumeAfterBoot(t *testing.T) {
 	}
 }
 
-// A QEMU that somebody had go on, although it has a frozen VM, is stopped again before anything else is done with that.
+// A QEMU that somebody had go on, although it has a frozen VM, is stopped again before anything
+// else is done with that.
 func TestStopAgain(t *testing.T) {
 	monitor := runQEMU(t, "-S")
 	q, err := qmp.Dial(labtest.Within(t, 10*time.Second), monitor)

@@ -31,8 +31,8 @@ func (j *oneJournal) Kept(name string) ([]byte, error) {
 	return nil, fs.ErrNotExist
 }
 
-// A source that lost its QEMU, and hears that the destination has every page, has lost nothing. That destination hears that no more pages
-// come, and keeps it that the source knows.
+// A source that lost its QEMU, and hears that the destination has every page, has lost nothing.
+// That destination hears that no more pages come, and keeps it that the source knows.
 func TestCompleteIsHeard(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -73,7 +73,8 @@ func TestCompleteIsHeard(t *testing.T) {
 	}
 }
 
-// A source that comes back, and is answered that the VM is whole, says that it has heard that; one that breaks off does not.
+// A source that comes back, and is answered that the VM is whole, says that it has heard that; one
+// that breaks off does not.
 func TestCompleteIsHeardAsAnAnswer(t *testing.T) {
 	for _, says := range []bool{true, false} {
 		near, far := sessionPair(t)

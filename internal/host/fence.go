@@ -12,10 +12,12 @@ import (
 )
 
 const (
-	// usualFence is how long a fencing command may take unless its peer's fence_time says otherwise.
+	// usualFence is how long a fencing command may take unless its peer's fence_time says
+	// otherwise.
 	usualFence = 2 * time.Minute
 	mostFence  = time.Hour
-	// maxFenceArgs and maxFenceArg bound a fencing command, and maxFenceOutput what is heard of it, in bytes.
+	// maxFenceArgs and maxFenceArg bound a fencing command, and maxFenceOutput what is heard of it,
+	// in bytes.
 	maxFenceArgs   = 64
 	maxFenceArg    = 4096
 	maxFenceOutput = 8 << 10
@@ -56,7 +58,8 @@ func (h *head) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// fence runs the fencing command of a peer. Without an error the command says that the peer is fenced.
+// fence runs the fencing command of a peer. Without an error the command says that the peer is
+// fenced.
 func (h *Host) fence(peer string) error {
 	p := h.config.Peers[peer]
 	if len(p.Fence) == 0 {

@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// A fencing command is believed only when it ends well, in time; and it can neither stay nor say too much.
+// A fencing command is believed only when it ends well, in time; and it can neither stay nor say
+// too much.
 func TestFence(t *testing.T) {
 	dir := t.TempDir()
 	left := filepath.Join(dir, "left")

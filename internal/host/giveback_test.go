@@ -46,7 +46,8 @@ func shared(t *testing.T, pid int) int {
 	return n
 }
 
-// giving evicts a VM whose host wants its memory back at once, and returns when it has some, long before the end.
+// giving evicts a VM whose host wants its memory back at once, and returns when it has some, long
+// before the end.
 func giving(t *testing.T, spec lab.Spec) *run {
 	l := labtest.New(t, lab.Options{Rate: 1e8})
 	r := &run{t: t, lab: l, vm: boot(t, l.A, spec)}
@@ -75,7 +76,8 @@ func giving(t *testing.T, spec lab.Spec) *run {
 
 var shareable = lab.Spec{MemoryMiB: 256, Memfd: true, Load: lab.Load{HotMiB: 32, IdleMiB: 96}}
 
-// Memory that the destination has is given back while the rest is on its way; nothing is lost for it, whoever dies in between.
+// Memory that the destination has is given back while the rest is on its way; nothing is lost for
+// it, whichever engine dies in between.
 func TestGiveBack(t *testing.T) {
 	r := giving(t, shareable)
 	r.b.kill()

@@ -13,8 +13,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// A daemon that answers that a VM is whole keeps it that the source has heard that: such a source is not believed any more when it says that
-// an operator had the VM resumed there.
+// A daemon that answers that a VM is whole keeps it that the source has heard that: such a source
+// is not believed any more when it says that an operator had the VM resumed there.
 func TestAcknowledged(t *testing.T) {
 	for mark, want := range map[evict.Mark]bool{evict.MarkCompleted: true, evict.MarkLost: false} {
 		dir := t.TempDir()

@@ -59,7 +59,8 @@ func (r *run) metrics(s *site, when string, want map[string]float64) map[string]
 	return got
 }
 
-// What the metrics and the page of an eviction tell of it is so while its link is lost in mid-push, and after it.
+// What the metrics and the page of an eviction tell of it is so while its link is lost in mid-push,
+// and after it.
 func TestInterrupted(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e7})
 	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}

@@ -13,7 +13,8 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// What an operator is told depends on what can still come of an eviction: what cannot be undone is offered late.
+// What an operator is told depends on what can still come of an eviction: what cannot be undone is
+// offered late.
 func TestProspects(t *testing.T) {
 	dir := t.TempDir()
 	j, err := journal.Open(filepath.Join(dir, "journal"))

@@ -88,8 +88,8 @@ func (r *run) over(s *site, outcome string) *hostv1.Eviction {
 	return e
 }
 
-// An operator's word about a VM that may run on two hosts is hard to give wrongly; and where it was wrong, the copy
-// that the operator did not mean ends as soon as either host hears of the other.
+// An operator's word about a VM that may run on two hosts is hard to give wrongly; and where it was
+// wrong, the copy that the operator did not mean ends as soon as either host hears of the other.
 func TestWord(t *testing.T) {
 	const resume = hostv1.Decision_DECISION_RESUME_HERE
 	l := labtest.New(t, lab.Options{Rate: 4e7})
@@ -111,7 +111,8 @@ func TestWord(t *testing.T) {
 	r.a.start()
 	r.b.start()
 
-	// While all goes its way, nothing is to be aborted or decided, and where the VM is is told alike at both ends.
+	// While all goes its way, nothing is to be aborted or decided, and where the VM is is told
+	// alike at both ends.
 	r.begin()
 	r.wait(r.b, "running", func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) })
 	for s, says := range map[*site]string{r.a: "VM web1 runs on host hostb", r.b: "VM web1 runs on host hostb, and"} {
@@ -190,7 +191,8 @@ func TestWord(t *testing.T) {
 	}
 	labtest.MustCheck(t, r.vm)
 
-	// The source's daemon dies, and an operator ends the copy at the destination: then there is nothing to assert.
+	// The source's daemon dies, and an operator ends the copy at the destination: then there is
+	// nothing to assert.
 	r.begin()
 	r.a.kill()
 	e = r.wait(r.b, "cut off", func(e *hostv1.Eviction) bool { return e.Decidable })
@@ -251,8 +253,8 @@ func TestWord(t *testing.T) {
 	labtest.MustCheck(t, vms[len(vms)-1])
 }
 
-// A word is carried out in the end, and an eviction goes on: whether the operator still listens, others have the QEMU's monitor, or it is
-// not there for a while.
+// A word is carried out in the end, and an eviction goes on: whether the operator still listens,
+// others have the QEMU's monitor, or it is not there for a while.
 func TestWordCarriedOutLater(t *testing.T) {
 	const resume, held = hostv1.Decision_DECISION_RESUME_HERE, "source/reconnecting"
 	l := labtest.New(t, lab.Options{Rate: 4e7})
@@ -273,7 +275,8 @@ func TestWordCarriedOutLater(t *testing.T) {
 		}
 	}
 
-	// The operator hangs up while the engine is asked to leave the eviction. That has an engine again, or has ended.
+	// The operator hangs up while the engine is asked to leave the eviction. That has an engine
+	// again, or has ended.
 	for _, request := range []func(ctx context.Context){
 		func(ctx context.Context) {
 			r.a.api.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: r.eviction, Path: filepath.Join(r.a.dir, "saved")}))

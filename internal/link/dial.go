@@ -30,7 +30,8 @@ type Dialer struct {
 	// TLS has this host's certificate and what the other's must be: its name is ServerName, or
 	// the host of Addr. Nil means a plain link.
 	TLS *tls.Config
-	// Host is the name of the host at Addr where its daemon is meant. Empty: `vacate receive` is. It is for messages.
+	// Host is the name of the host at Addr where its daemon is meant. Empty: `vacate receive` is.
+	// It is for messages.
 	Host string
 	// Dial makes the connections, of TCP; nil for the usual way.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -141,7 +142,7 @@ func explainTLS(err error, name string) error {
 	return fmt.Errorf("handshake of TLS: %w", err)
 }
 
-// remote tells whether an error is an alert of TLS that the peer sent.
+// remote reports whether an error is an alert of TLS that the peer sent.
 func remote(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && op.Op == "remote error"
@@ -181,7 +182,7 @@ func (d Dialer) hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error
 	}
 	common = binary.BigEndian.Uint64(rest)
 	if common&^features != 0 {
-		return 0, fmt.Errorf("%w: it claims features %#x, of which we have %#x", ErrPeer, common, features)
+		return 0, fmt.Errorf("%w: it claims features %#x, and we have %#x of them", ErrPeer, common, features)
 	}
 	return common, nil
 }

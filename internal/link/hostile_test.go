@@ -92,7 +92,7 @@ func otherHello(version uint16, l Lane, id byte, features uint64) []byte {
 	return b
 }
 
-// Over a plain link, too, whoever does not belong is turned away, and keeps nobody from a session.
+// Over a plain link, too, a stranger is turned away, and keeps nobody from a session.
 func TestPlainStrangers(t *testing.T) {
 	why := make(reasons, 100)
 	l, addr := server(t, ListenOptions{TurnedAway: why.note, Timeout: 2 * time.Second, WaitingPerPeer: 2})
@@ -511,8 +511,8 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
-// Frames of all sizes pass through records of TLS, cut anywhere, as does a change of keys that the peer
-// asks for.
+// Frames of all sizes pass through records of TLS, cut anywhere, as does a change of keys that the
+// peer asks for.
 func TestRecords(t *testing.T) {
 	a, b := securePair(t)
 	w, r := a.Lane(Push), b.Lane(Push)

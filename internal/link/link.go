@@ -151,8 +151,8 @@ func (s *Session) Lane(l Lane) *Conn { return s.lane[l] }
 // Peer is the address of the other side.
 func (s *Session) Peer() string { return s.lane[Control].peer }
 
-// PeerName is the other side's name by its certificate, empty on a link without TLS. Whoever
-// dialled has the name that it asked for.
+// PeerName is the other side's name by its certificate, empty on a link without TLS. For
+// the side that dialled, that is the name that it asked for.
 func (s *Session) PeerName() string { return s.name }
 
 // Features are the bits of what both sides can do.

@@ -72,7 +72,7 @@ type Listener struct {
 	sessions map[ticket]*place // of all that have not ended; guarded by mu
 }
 
-// arrival is a connection of which nothing is known.
+// arrival is a connection, and nothing is known of it yet.
 type arrival struct {
 	conn   net.Conn
 	from   string // its address
@@ -132,8 +132,8 @@ func (l *Listener) Accept(ctx context.Context) (*Session, error) {
 	}
 }
 
-// Close closes the port and all sessions that were not accepted. It returns when nothing that the listener
-// started runs any more.
+// Close closes the port and all sessions that were not accepted. It returns when nothing that the
+// listener started runs any more.
 func (l *Listener) Close() error {
 	l.stop()
 	err := l.ln.Close()
@@ -459,7 +459,7 @@ func (l *Listener) forget(t ticket) {
 	delete(l.sessions, t)
 }
 
-// fail ends a session that is not whole. It tells whether there was one.
+// fail ends a session that is not whole. It reports whether there was one.
 func (l *Listener) fail(p *place, err error) bool {
 	l.mu.Lock()
 	failed := p.failed || p.lanes == int(lanes)

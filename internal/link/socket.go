@@ -73,7 +73,7 @@ func (s *socket) leave() {
 	}
 }
 
-// Close ends the connection, and whoever waits in it. It may be called more than once.
+// Close ends the connection, and every wait in it. It may be called more than once.
 func (s *socket) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

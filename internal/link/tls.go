@@ -43,8 +43,8 @@ func secured(c *tls.Config) *tls.Config {
 	return c
 }
 
-// secret is a lane under TLS. As with socket, one goroutine may read and one write at the
-// same time; Close ends both. It says no farewell of TLS (close_notify): who cuts the stream between two
+// secret is a lane under TLS. As with socket, one goroutine may read and one write at the same
+// time; Close ends both. It says no farewell of TLS (close_notify): who cuts the stream between two
 // frames gains nothing, as the end of a lane is never success.
 type secret struct {
 	*socket
@@ -99,10 +99,10 @@ func (s *secret) writev(parts [][]byte) (sum int, err error) {
 // one, with its deadlines; then the socket, for which it makes few system calls of many
 // records.
 //
-// It hands the tls.Conn no byte beyond the record that it works on. So when the next one is
-// begun, all bytes after it are here or yet to come, and it is known how many must come at the least: as
-// many as the plaintext that the reader still waits for, and what TLS adds. These it waits
-// for in the kernel, in one go, as the plain lane does.
+// It hands the tls.Conn no byte beyond the record that it works on. So when the next one is begun,
+// all bytes after it are here or yet to come, and it is known how many must come at the least: as
+// many as the plaintext that the reader still waits for, and what TLS adds. These it waits for in
+// the kernel, in one go, as the plain lane does.
 type records struct {
 	net.Conn
 	sock *socket // nil during the handshake

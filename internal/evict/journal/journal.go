@@ -12,8 +12,8 @@
 //
 //	u32 length of the JSON | u32 its CRC-32C | JSON, a Record
 //
-// (integers are big-endian) and then zeroes: the log is written with zeroes up to 64 KiB when it is made,
-// so that a record that comes later needs no space on a disk that is full by then, and its
+// (integers are big-endian) and then zeroes: the log is written with zeroes up to 64 KiB when it is
+// made, so that a record that comes later needs no space on a disk that is full by then, and its
 // fdatasync no change of the file's metadata. A record is durable when [Entry.Note] returns without
 // an error; one that is not whole does not count ([Entry.Torn]).
 //
@@ -111,8 +111,9 @@ type Record struct {
 	// PID and StartTime tell that QEMU: /proc/PID/stat, field 22, in ticks since the host booted.
 	PID       int    `json:"pid,omitempty"`
 	StartTime uint64 `json:"start_time,omitempty"`
-	// Boot is the boot of the host in which that process was found: after another one, neither its number
-	// nor its start mean anything. Create fills it in, and so does a Note that changes the process.
+	// Boot is the boot of the host in which that process was found: after another one, neither its
+	// number nor its start mean anything. Create fills it in, and so does a Note that changes the
+	// process.
 	Boot string `json:"boot,omitempty"`
 
 	Mark   string    `json:"mark"`             // what was promised last; package evict has the names
@@ -121,15 +122,16 @@ type Record struct {
 	At     time.Time `json:"at"`               // of this one
 	Ended  time.Time `json:"ended,omitzero"`   // of the last one there will be; zero until then
 
-	// Untold says that the other host has still to hear how it ended: the entry is not removed before.
+	// Untold says that the other host has still to hear how it ended: the entry is not removed
+	// before.
 	Untold bool `json:"untold,omitempty"`
 
 	Options json.RawMessage `json:"options,omitempty"`
 	Report  json.RawMessage `json:"report,omitempty"`
 }
 
-// A Journal is a directory of evictions, which belongs to this process from Open to Close. Its methods and
-// those of its entries may be called concurrently.
+// A Journal is a directory of evictions, which belongs to this process from Open to Close. Its
+// methods and those of its entries may be called concurrently.
 type Journal struct {
 	dir  string
 	lock *os.File
@@ -139,8 +141,8 @@ type Journal struct {
 	entries map[ID]*Entry
 }
 
-// Open opens the journal in dir, makes it if there is none, and reads all evictions. It wraps ErrLocked
-// when another process has it open.
+// Open opens the journal in dir, makes it if there is none, and reads all evictions. It wraps
+// ErrLocked when another process has it open.
 func Open(dir string) (*Journal, error) {
 	j := &Journal{dir: dir, boot: process.BootID(), entries: map[ID]*Entry{}}
 	if err := j.open(); err != nil {
@@ -297,7 +299,7 @@ func (j *Journal) load(id ID, dir string) *Entry {
 	return e
 }
 
-// Close gives the journal up to whoever opens it next. Its entries must not be used any more.
+// Close gives the journal up to the next one that opens it. Its entries must not be used any more.
 func (j *Journal) Close() error {
 	if j.lock == nil {
 		return nil
@@ -329,8 +331,8 @@ func (j *Journal) Find(id ID) *Entry {
 	return j.entries[id]
 }
 
-// Create begins an eviction, which is durable then. It fails if there is one with this ID: a source that
-// offers it again must not make a second of it.
+// Create begins an eviction, which is durable then. It fails if there is one with this ID: a source
+// that offers it again must not make a second of it.
 func (j *Journal) Create(r Record) (*Entry, error) {
 	e := &Entry{journal: j, dir: filepath.Join(j.dir, r.ID.String())}
 	j.mu.Lock()
@@ -424,8 +426,9 @@ func (e *Entry) begun() time.Time {
 	return e.last.Begun
 }
 
-// Err is nil, or says how the entry is damaged: its Record then has nothing but the ID and the times of
-// its directory, and nothing can be noted. Nobody can tell what such an eviction has promised.
+// Err is nil, or says how the entry is damaged: its Record then has nothing but the ID and the
+// times of its directory, and nothing can be noted. Nobody can tell what such an eviction has
+// promised.
 func (e *Entry) Err() error { return e.err }
 
 // Record returns the last record.
@@ -435,26 +438,28 @@ func (e *Entry) Record() Record {
 	return e.last
 }
 
-// Torn reports whether something that is no whole record followed the last record when the journal was opened:
-// the daemon died, or the host lost power, before a Note returned; or else the disk damaged a record that was
-// whole. Where the two would lead to different ends, the safer must be chosen.
+// Torn reports whether something that is no whole record followed the last record when the journal
+// was opened: the daemon died, or the host lost power, before a Note returned; or else the disk
+// damaged a record that was whole. Where the two would lead to different ends, the safer must be
+// chosen.
 func (e *Entry) Torn() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.torn
 }
 
-// Note makes durable that the eviction has come to a mark, and why, and what else change, which may be nil, alters
-// in the record. When it fails the mark was not reached, as far as this process is concerned; after a crash it may
-// turn out to be there all the same.
+// Note makes durable that the eviction has come to a mark, and why, and what else change, which may
+// be nil, alters in the record. When it fails the mark was not reached, as far as this process is
+// concerned; after a crash it may turn out to be there all the same.
 func (e *Entry) Note(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.note(mark, reason, false, change)
 }
 
-// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it goes, unless its name begins
-// with Lasting. Finished evictions stay until two hundred have finished later, and as long as they are untold.
+// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it
+// goes, unless its name begins with Lasting. Finished evictions stay until two hundred have
+// finished later, and as long as they are untold.
 func (e *Entry) Finish(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	err := e.note(mark, reason, true, change)
@@ -520,8 +525,8 @@ func (e *Entry) append(r Record) error {
 
 var blobName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 
-// Keep makes data durable with the eviction, under a name of lower-case letters, digits and dashes. What was kept under that name
-// before is replaced: at no time is there neither.
+// Keep makes data durable with the eviction, under a name of lower-case letters, digits and dashes.
+// What was kept under that name before is replaced: at no time is there neither.
 func (e *Entry) Keep(name string, data []byte) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -712,14 +717,15 @@ func explain(dir string, err error) error {
 	case errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("%w: raise the quota on the file system at %s", err, mountPoint(dir))
 	case errors.Is(err, unix.EROFS):
-		return fmt.Errorf("%w: the kernel log tells whether the file system at %s was made read-only for errors; mend it and remount it", err, mountPoint(dir))
+		return fmt.Errorf("%w: the kernel log says if the file system at %s was made read-only for errors; mend it and remount it", err, mountPoint(dir))
 	case errors.Is(err, unix.EIO):
 		return fmt.Errorf("%w: the kernel log tells what is wrong with the disk that holds %s", err, mountPoint(dir))
 	}
 	return err
 }
 
-// mountPoint returns the directory that a file system is mounted on: the last one upwards on the same device.
+// mountPoint returns the directory that a file system is mounted on: the last one upwards on the
+// same device.
 func mountPoint(dir string) string {
 	dir, err := filepath.Abs(dir)
 	if err != nil {

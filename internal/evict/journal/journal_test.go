@@ -167,8 +167,8 @@ func TestPrune(t *testing.T) {
 	}
 }
 
-// TestCrash damages the log at each byte: cut there, as when the file's end never came to the disk; from there on
-// zeroes, or garbage, as when an append was torn; that one byte another.
+// TestCrash damages the log at each byte: cut there, as when the file's end never came to the disk;
+// from there on zeroes, or garbage, as when an append was torn; that one byte another.
 func TestCrash(t *testing.T) {
 	j := open(t, t.TempDir())
 	e := create(t, j, "vm")

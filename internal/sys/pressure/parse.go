@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// parseKeys reads what memory.stat, cpu.stat and vmstat have, a name and a number in each line; or a number alone, which gets the name "".
-// Lines with another word in place of the number, such as "max", are left out.
+// parseKeys reads what memory.stat, cpu.stat and vmstat have, a name and a number in each line; or
+// a number alone, which gets the name "". Lines with another word in place of the number, such as
+// "max", are left out.
 func parseKeys(b []byte) (map[string]uint64, error) {
 	keys := map[string]uint64{}
 	for line := range bytes.Lines(b) {
@@ -31,7 +32,8 @@ func parseKeys(b []byte) (map[string]uint64, error) {
 	return keys, nil
 }
 
-// parseStall reads a file of pressure stall information (Documentation/accounting/psi.rst), of which it takes the totals:
+// parseStall reads a file of pressure stall information (Documentation/accounting/psi.rst), of
+// which it takes the totals:
 //
 //	some avg10=0.00 avg60=0.00 avg300=0.00 total=0
 //	full avg10=0.00 avg60=0.00 avg300=0.00 total=0
@@ -63,7 +65,7 @@ func parseStall(b []byte) (Stall, error) {
 	return s, nil
 }
 
-// word tells whether a string may be the name of a key.
+// word reports whether a string may be the name of a key.
 func word(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(c rune) bool {
 		return c != '_' && c != '.' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9')

@@ -1,14 +1,15 @@
-// Package pressure tells from Linux's own accounting how short of CPU, memory and link a host and the VMs on it are. It only reads
-// files of /proc and /sys/fs/cgroup (proc(5), and Documentation/accounting/psi.rst and admin-guide/cgroup-v2.rst of Linux); it asks
-// neither QEMU nor the guest.
+// Package pressure tells from Linux's own accounting how short of CPU, memory and link a host and
+// the VMs on it are. It only reads files of /proc and /sys/fs/cgroup (proc(5), and
+// Documentation/accounting/psi.rst and admin-guide/cgroup-v2.rst of Linux); it asks neither QEMU
+// nor the guest.
 //
 //	ReadHost, ReadVM ─► counters at a moment ─┐
 //	                                          ├─ Since ─► HostLoad, VMLoad: shares and rates of the time between
 //	ReadHost, ReadVM ─► counters, later ──────┘
 //
-// A VM feels contention for CPU as steal: one of its vCPUs wants to run and waits for a core. For QEMU a vCPU is a thread, and Linux
-// counts for each thread how long it ran, and how long it waited while it could have run (its run delay). Both together are the CPU
-// that the VM wants:
+// A VM feels contention for CPU as steal: one of its vCPUs wants to run and waits for a core. For
+// QEMU a vCPU is a thread, and Linux counts for each thread how long it ran, and how long it waited
+// while it could have run (its run delay). Both together are the CPU that the VM wants:
 //
 //	wants = ran + waited        steal = waited ÷ wants
 package pressure
@@ -31,12 +32,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Host has what Linux had counted of a host at a moment. Times and counts are since the host booted.
+// Host has what Linux had counted of a host at a moment. Times and counts are since the host
+// booted.
 type Host struct {
 	At   time.Time
 	CPUs int           // that this process may use, and the VMs of its host with it
 	Busy time.Duration // that these CPUs were not idle; a guest's time included
-	// Stalls has pressure stall information, by "cpu", "memory" and "io", of the whole machine; empty where the kernel keeps none.
+	// Stalls has pressure stall information, by "cpu", "memory" and "io", of the whole machine;
+	// empty where the kernel keeps none.
 	Stalls map[string]Stall
 	Memory Memory
 	// Pages that were read again soon after they had been dropped, and that came back from swap.
@@ -168,8 +171,8 @@ func (f files) host(cpus map[int64]bool) (Host, error) {
 // resources that Linux has pressure stall information of.
 var resources = []string{"cpu", "memory", "io"}
 
-// absent tells whether an error says that a kernel keeps no such account. One that was told to keep none has the files, and no
-// operation on them.
+// absent reports whether an error says that a kernel keeps no such account. One that was told to keep
+// none has the files, and no operation on them.
 func absent(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOTDIR)
 }
@@ -179,9 +182,10 @@ func refaults(keys map[string]uint64) uint64 {
 	return keys["workingset_refault_anon"] + keys["workingset_refault_file"] + keys["workingset_refault"]
 }
 
-// ReadVM counts the QEMU of a VM. vcpus are its threads that are vCPUs, as QEMU tells them by QMP; those that are not there any more
-// do not count. So do threads that have a vCPU's name, if QEMU names its threads (-name debug-threads=on). Where neither is known, all
-// threads count. It wraps process.ErrGone when the QEMU has ended. It takes some 30 µs for each thread.
+// ReadVM counts the QEMU of a VM. vcpus are its threads that are vCPUs, as QEMU tells them by QMP;
+// those that are not there any more do not count. So do threads that have a vCPU's name, if QEMU
+// names its threads (-name debug-threads=on). Where neither is known, all threads count. It wraps
+// process.ErrGone when the QEMU has ended. It takes some 30 µs for each thread.
 func ReadVM(p process.Process, vcpus []int) (VM, error) {
 	vm, err := system.vm(p.PID, vcpus)
 	// The start last: what was read is of this process only if the number is still its own.
@@ -193,7 +197,8 @@ func ReadVM(p process.Process, vcpus []int) (VM, error) {
 	return vm, err
 }
 
-// vcpuName is what QEMU calls the thread of a vCPU: CPU 0/KVM, CPU 0/TCG, or ALL CPUs/TCG where one thread runs all.
+// vcpuName is what QEMU calls the thread of a vCPU: CPU 0/KVM, CPU 0/TCG, or ALL CPUs/TCG where one
+// thread runs all.
 var vcpuName = regexp.MustCompile(`^(CPU \d+|ALL CPUs)/`)
 
 func (f files) vm(pid int, vcpus []int) (VM, error) {
@@ -255,7 +260,8 @@ func (f files) vm(pid int, vcpus []int) (VM, error) {
 	return vm, err
 }
 
-// group reads the control groups of a process: the one of version 2, or where that has nothing to tell those of version 1.
+// group reads the control groups of a process: the one of version 2, or where that has nothing to
+// tell those of version 1.
 func (f files) group(groups []procfs.Cgroup) (*Cgroup, error) {
 	g := Cgroup{Stalls: map[string]Stall{}}
 	told := false
@@ -366,8 +372,8 @@ type HostLoad struct {
 	CPU  float64 // cores in use
 	// Yielding is the share of these that processes of lower priority use, and would leave to VMs.
 	Yielding float64
-	// Some and Full are the shares of the time, 0 to 1, in which at least one task, or all, stood still for want of "cpu", "memory"
-	// or "io".
+	// Some and Full are the shares of the time, 0 to 1, in which at least one task, or all, stood
+	// still for want of "cpu", "memory" or "io".
 	Some, Full map[string]float64
 	Memory     Memory // at the end
 	Refaults   float64
@@ -400,7 +406,8 @@ type VMLoad struct {
 	Overhead float64 // cores that the rest of QEMU used
 	Resident uint64  // bytes, at the end
 	Swapped  uint64  // bytes, at the end
-	// MajorFaults per second, and where the VM has a control group of its own what that tells: shares of the time, and pages per second.
+	// MajorFaults per second, and where the VM has a control group of its own what that tells:
+	// shares of the time, and pages per second.
 	MajorFaults float64
 	Some, Full  map[string]float64
 	Throttled   float64

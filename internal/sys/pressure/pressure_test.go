@@ -196,7 +196,8 @@ func TestVCPUs(t *testing.T) {
 	}
 }
 
-// TestUnnamed reads a QEMU that does not name its threads: those are vCPUs that it has told of by QMP.
+// TestUnnamed reads a QEMU that does not name its threads: those are vCPUs that it has told of by
+// QMP.
 func TestUnnamed(t *testing.T) {
 	dir := t.TempDir()
 	put(t, dir, map[string]string{
@@ -308,7 +309,8 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// BenchmarkHost and BenchmarkVM tell what a look costs: as many a second as a daemon takes make its share of a core.
+// BenchmarkHost and BenchmarkVM tell what a look costs: as many a second as a daemon takes make its
+// share of a core.
 func BenchmarkHost(b *testing.B) {
 	for b.Loop() {
 		if _, err := ReadHost(); err != nil {

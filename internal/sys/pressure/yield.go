@@ -19,11 +19,11 @@ import (
 // both: each step of nice is a factor of 1.25. So it counts as so much of a core as it weighs
 // compared with the vCPU, 0.11 for nice 10, and the rest yields.
 //
-// A priority only matters among tasks of one control group of the CPU controller, and where there is
-// none, of one session (Linux groups these by itself, sched(7)): tasks of two groups share by the
-// weights of the groups, however low the priority of one is. So a process counts in full unless it
-// is in the group of all VMs. Groups of less weight than a VM's count in full, too, which is more
-// than they are: a host then takes less than it could.
+// A priority only matters among tasks of one control group of the CPU controller, and where there
+// is none, of one session (Linux groups these by itself, sched(7)): tasks of two groups share by
+// the weights of the groups, however low the priority of one is. So a process counts in full unless
+// it is in the group of all VMs. Groups of less weight than a VM's count in full, too, which is
+// more than they are: a host then takes less than it could.
 
 // A yielder is a process of lower priority than usual.
 type yielder struct {

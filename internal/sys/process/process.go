@@ -1,4 +1,5 @@
-// Package process tells one process from a later one of its number, waits for its end, stops it, and ends it.
+// Package process tells one process from a later one of its number, waits for its end, stops it,
+// and ends it.
 package process
 
 import (
@@ -16,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Process is one process and no other: a number may have been given to another since, but not with
-// the same start. That holds as long as the host is up. Written as JSON, a Process names the boot, too:
-// read after another boot it is one that has ended.
+// A Process is one process and no other: a number may have been given to another since, but not
+// with the same start. That holds as long as the host is up. Written as JSON, a Process names the
+// boot, too: read after another boot it is one that has ended.
 type Process struct {
 	PID       int
 	StartTime uint64 // in ticks since the host booted: /proc/PID/stat, field 22, proc(5)
@@ -73,7 +74,8 @@ func Find(pid int) (Process, error) {
 	return Process{pid, start}, err
 }
 
-// Alive reports whether the process runs. One that has ended does not, even if nobody has waited for it yet.
+// Alive reports whether the process runs. One that has ended does not, even if nobody has waited
+// for it yet.
 func (p Process) Alive() bool {
 	fd, err := p.Open()
 	if err != nil {
@@ -83,8 +85,8 @@ func (p Process) Alive() bool {
 	return true
 }
 
-// Kill ends the process with SIGKILL and returns when it has ended, its memory included. It returns nil, too,
-// when it had ended before.
+// Kill ends the process with SIGKILL and returns when it has ended, its memory included. It returns
+// nil, too, when it had ended before.
 func (p Process) Kill(ctx context.Context) error {
 	fd, err := p.Open()
 	if errors.Is(err, ErrGone) {
@@ -143,9 +145,9 @@ func (p Process) wait(ctx context.Context, fd int) error {
 	}
 }
 
-// Open returns a descriptor of the process (pidfd), which the caller closes. It wraps ErrGone when that has ended. It is of
-// this one, as it has not ended yet when the start of whoever
-// has the number is read.
+// Open returns a descriptor of the process (pidfd), which the caller closes. It wraps ErrGone when
+// that has ended. The descriptor is of this process: what it opened has not ended yet when the
+// start of the process with that number is read.
 func (p Process) Open() (int, error) {
 	fd, err := unix.PidfdOpen(p.PID, 0)
 	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread has the number, or none can have it
@@ -179,8 +181,9 @@ func poll(fd int, d time.Duration) (bool, error) {
 	}
 }
 
-// Stop stops the process with SIGSTOP, and returns when none of its threads runs any more. Until somebody sends SIGCONT it does nothing,
-// whatever it is told, but SIGKILL ends it. Its memory and its descriptors can be read all the while.
+// Stop stops the process with SIGSTOP, and returns when none of its threads runs any more. Until
+// somebody sends SIGCONT it does nothing, whatever it is told, but SIGKILL ends it. Its memory and
+// its descriptors can be read all the while.
 func (p Process) Stop(ctx context.Context) error {
 	fd, err := p.Open()
 	if err != nil {
@@ -203,7 +206,7 @@ func (p Process) Stop(ctx context.Context) error {
 	}
 }
 
-// MayStop tells whether this process may stop and kill it.
+// MayStop reports whether this process may stop and kill it.
 func (p Process) MayStop() error {
 	fd, err := p.Open()
 	if err != nil {
@@ -285,7 +288,8 @@ func startTime(pid int) (uint64, error) {
 	return parseStat(b)
 }
 
-// parseStat reads the start time from /proc/PID/stat. The second field is the name, which may have anything in it.
+// parseStat reads the start time from /proc/PID/stat. The second field is the name, which may have
+// anything in it.
 func parseStat(b []byte) (uint64, error) {
 	i := bytes.LastIndexByte(b, ')')
 	fields := bytes.Fields(b[i+1:])

@@ -122,7 +122,8 @@ func TestLastWords(t *testing.T) {
 	}
 }
 
-// A process that is killed leaves no message. How it ended is told all the same where the kernel does.
+// A process that is killed leaves no message. How it ended is told all the same where the kernel
+// does.
 func TestEndKilled(t *testing.T) {
 	p, _, reap := start(t, filepath.Join(t.TempDir(), "log"), "exec sleep 100")
 	done := make(chan string)

@@ -9,8 +9,9 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// Ledger knows what VMs that are coming to this host will still take, so that each of several is not told the same memory is free.
-// The zero value is empty. Its methods may be called by several goroutines.
+// Ledger knows what VMs that are coming to this host will still take, so that each of several is
+// not told the same memory is free. The zero value is empty. Its methods may be called by several
+// goroutines.
 type Ledger struct {
 	mu     sync.Mutex
 	claims map[*Claim]bool // guarded by mu
@@ -24,7 +25,8 @@ type Claim struct {
 	files   []string // of the limits that bound it
 }
 
-// Take makes sure that memory of a process fits into limits beside what others will still take, and claims it.
+// Take makes sure that memory of a process fits into limits beside what others will still take, and
+// claims it.
 func (l *Ledger) Take(p process.Process, limits []Limit, memory []Memory) (*Claim, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -87,7 +89,8 @@ func (l *Ledger) others(limit Limit) (sum uint64) {
 // key tells limits apart.
 func (l Limit) key() string { return fmt.Sprint(l.Page, " ", l.Device, " ", l.Name, " ", l.File) }
 
-// left is what a claim will still take of a limit: what it needs of it in all, less what its process has of that kind.
+// left is what a claim will still take of a limit: what it needs of it in all, less what its
+// process has of that kind.
 func (c *Claim) left(limit Limit) uint64 {
 	if limit.Page == addresses {
 		return 0

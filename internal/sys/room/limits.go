@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// files are the roots of what is read; others in tests. Directories of control groups come from mountinfo, and are below root.
+// files are the roots of what is read; others in tests. Directories of control groups come from
+// mountinfo, and are below root.
 type files struct{ root string }
 
 var system = files{""}
@@ -40,8 +41,9 @@ func (f files) read(name string) ([]byte, error) {
 	return b, err
 }
 
-// Limits returns what bounds the memory of a process on this host: that which is available, its control groups and those
-// above, huge pages, and how much it may map. It takes some 0.5 ms. What can be found out is returned with an error, too.
+// Limits returns what bounds the memory of a process on this host: that which is available, its
+// control groups and those above, huge pages, and how much it may map. It takes some 0.5 ms. What
+// can be found out is returned with an error, too.
 func Limits(pid int) ([]Limit, error) { return system.limits(pid) }
 
 func (f files) limits(pid int) (limits []Limit, err error) {
@@ -99,7 +101,8 @@ type controlGroup struct {
 	controller string // memory or hugetlb: of version 1; "" is version 2
 }
 
-// groups returns the control groups that bound the memory of a process, up to the root of what is mounted.
+// groups returns the control groups that bound the memory of a process, up to the root of what is
+// mounted.
 func (f files) groups(pid int) (all []controlGroup, err error) {
 	b, err := f.read(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
@@ -139,8 +142,9 @@ func (f files) groups(pid int) (all []controlGroup, err error) {
 	return all, nil
 }
 
-// below returns a control group's path as seen from another one above it. Both are told from the control
-// group namespace of this process: what is not below its root begins with as many "/.." as it takes.
+// below returns a control group's path as seen from another one above it. Both are told from the
+// control group namespace of this process: what is not below its root begins with as many "/.." as
+// it takes.
 func below(at, root string) (string, bool) {
 	rest, ok := strings.CutPrefix(at+"/", strings.TrimSuffix(root, "/")+"/")
 	if !ok || strings.HasPrefix(rest, "../") {
@@ -149,8 +153,8 @@ func below(at, root string) (string, bool) {
 	return path.Clean("/" + rest), true
 }
 
-// swap is how much the first of some control groups may still swap out, on a host with so much free: those
-// above it, which follow it, bound it, too. Version 1 has no limit on swap alone.
+// swap is how much the first of some control groups may still swap out, on a host with so much
+// free: those above it, which follow it, bound it, too. Version 1 has no limit on swap alone.
 func (f files) swap(groups []controlGroup, free uint64) uint64 {
 	for _, g := range groups {
 		if g.controller != "" || groups[0].controller != "" {
@@ -207,8 +211,8 @@ func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 	return limits
 }
 
-// reclaimable is what a control group uses that the kernel takes back when it has to. Version 1 tells of the groups below,
-// too, under names of their own.
+// reclaimable is what a control group uses that the kernel takes back when it has to. Version 1
+// tells of the groups below, too, under names of their own.
 func reclaimable(stat map[string]uint64) (n uint64) {
 	for _, name := range []string{"inactive_file", "active_file", "slab_reclaimable"} {
 		if all, ok := stat["total_"+name]; ok {
@@ -237,7 +241,8 @@ func (f files) mayMap(pid int) (Limit, bool, error) {
 // ToMap is what a QEMU maps while it takes a VM: stacks and heaps of threads.
 var ToMap = Memory{Page: addresses, Size: 64 << 20}
 
-// FileSystem returns the limit of the file system of an open file, and false if it has none. It is one on pages of so many bytes.
+// FileSystem returns the limit of the file system of an open file, and false if it has none. It is
+// one on pages of so many bytes.
 func FileSystem(f *os.File, page uint64) (Limit, bool, error) {
 	var info unix.Statfs_t
 	var st unix.Stat_t
@@ -262,7 +267,8 @@ func FileSystem(f *os.File, page uint64) (Limit, bool, error) {
 	return l, true, err
 }
 
-// Kills counts how many processes the kernel's OOM killer has ended, in the control groups of a process and on the host.
+// Kills counts how many processes the kernel's OOM killer has ended, in the control groups of a
+// process and on the host.
 type Kills struct {
 	files
 	groups []groupKills

@@ -7,7 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// endless is what limits have that are none: version 1 of control groups has a number of pages below 2^63 bytes.
+// endless is what limits have that are none: version 1 of control groups has a number of pages
+// below 2^63 bytes.
 const endless = 1 << 62
 
 // parseNumber reads a file with one number; "max", and anything else, is none.
@@ -41,7 +42,8 @@ func Meminfo(b []byte) map[string]uint64 {
 	return sizes
 }
 
-// parseGroups reads /proc/PID/cgroup: the path of each controller of version 1, and under "" that of version 2.
+// parseGroups reads /proc/PID/cgroup: the path of each controller of version 1, and under "" that
+// of version 2.
 func parseGroups(b []byte) map[string]string {
 	groups := map[string]string{}
 	for line := range strings.Lines(string(b)) {
@@ -117,7 +119,8 @@ func parsePage(s string) uint64 {
 	return 0
 }
 
-// parseAddressSpace reads the soft limit on mappings from /proc/PID/limits, in bytes; false if there is none.
+// parseAddressSpace reads the soft limit on mappings from /proc/PID/limits, in bytes; false if
+// there is none.
 func parseAddressSpace(b []byte) (uint64, bool) {
 	for line := range strings.Lines(string(b)) {
 		if rest, ok := strings.CutPrefix(line, "Max address space"); ok {

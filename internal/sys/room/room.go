@@ -1,17 +1,19 @@
-// Package room tells whether a host has room for the memory of a VM that is about to come, and why not.
+// Package room reports whether a host has room for the memory of a VM that is about to come, and
+// why not.
 //
 //	/proc/meminfo, sysfs ──────────┐
 //	/proc/PID/cgroup ─► its control ├─► Limits ──┐
 //	groups and all above them       │            ├─► Check ─► *ShortError: which limit, how much, what to type
 //	file systems of memory files ──┘  Memory ────┘
 //
-// A limit is on one kind of memory: pages of the usual size, or huge pages of one size. What is used of it
-// counts without what the kernel takes back when it has to (page cache, slab). Swap is no room: a VM whose pages go
-// there while they arrive is not usable. What a VM needs is what it lacks of its memory, all of which a guest may come to
-// use; what is there already, preallocated or left in a file, is not counted once more.
+// A limit is on one kind of memory: pages of the usual size, or huge pages of one size. What is
+// used of it counts without what the kernel takes back when it has to (page cache, slab). Swap is
+// no room: a VM whose pages go there while they arrive is not usable. What a VM needs is what it
+// lacks of its memory, all of which a guest may come to use; what is there already, preallocated or
+// left in a file, is not counted once more.
 //
-// Files and their meaning: proc(5), and cgroup-v1/memory.rst, cgroup-v1/hugetlb.rst, cgroup-v2.rst and
-// mm/hugetlbpage.rst of Linux's admin guide.
+// Files and their meaning: proc(5), and cgroup-v1/memory.rst, cgroup-v1/hugetlb.rst, cgroup-v2.rst
+// and mm/hugetlbpage.rst of Linux's admin guide.
 package room
 
 import (
@@ -24,7 +26,8 @@ import (
 )
 
 const (
-	// addresses stands for a size of pages where it is not memory that is bounded, but how much a process maps.
+	// addresses stands for a size of pages where it is not memory that is bounded, but how much a
+	// process maps.
 	addresses = 1
 )
 
@@ -34,7 +37,7 @@ type Limit struct {
 	Name string `json:"name"` // of what it is, which may begin a sentence: "the control group /sys/fs/cgroup/a.slice"
 	File string `json:"file"` // in which it is written down; "" if there is none that could be changed
 	Max  uint64 `json:"max"`
-	Used uint64 `json:"used"` // by whoever it may be, and not to be taken back
+	Used uint64 `json:"used"` // by anybody, and the kernel cannot take it back
 	// Swap is what may go to swap in place of memory that is used.
 	Swap uint64 `json:"swap,omitempty"`
 	// Spare tells that memory which was set aside before counts as used.
@@ -58,19 +61,20 @@ type Memory struct {
 // lacks is what is still to come.
 func (m Memory) lacks() uint64 { return m.Size - min(m.Size, m.Has) }
 
-// counts tells whether a limit bounds the memory.
+// counts reports whether a limit bounds the memory.
 func (l Limit) counts(m Memory) bool {
 	return l.Page == m.Page && (l.Device == 0 || l.Device == m.Device) && (!l.Spare || !m.Spare)
 }
 
-// What QEMU needs beside the guest's memory to take a VM: page tables, an entry of 8 bytes for each page; and what
-// loading devices, and postponed parts of QEMU itself, allocate.
+// What QEMU needs beside the guest's memory to take a VM: page tables, an entry of 8 bytes for each
+// page; and what loading devices, and postponed parts of QEMU itself, allocate.
 const (
 	perEntry = units.PageSize / 8
 	own      = 64 << 20
 )
 
-// reserve is what must be left of memory that is not placed page by page, lest the kernel ends processes to have some.
+// reserve is what must be left of memory that is not placed page by page, lest the kernel ends
+// processes to have some.
 const reserve = own / 4
 
 // Needs returns what memory needs of a limit.
@@ -100,8 +104,8 @@ type ShortError struct {
 	Others uint64 // of VMs that are coming, too
 }
 
-// Check returns a *ShortError if memory does not fit into a limit; the tightest one. others is what VMs that are
-// coming will still take of each limit; nil for nothing.
+// Check returns a *ShortError if memory does not fit into a limit; the tightest one. others is what
+// VMs that are coming will still take of each limit; nil for nothing.
 func Check(limits []Limit, memory []Memory, others func(Limit) uint64) error {
 	var worst *ShortError
 	missing := uint64(0)
@@ -130,7 +134,7 @@ func (e *ShortError) Problem() string {
 	l := e.Limit
 	promised := ""
 	if e.Others > 0 {
-		promised = fmt.Sprintf(", of which VMs that are coming will take %s", units.Fine(e.Others))
+		promised = fmt.Sprintf("; VMs that are coming will take %s of that", units.Fine(e.Others))
 	}
 	return fmt.Sprintf("the VM needs %s more, and %s has room for %s only%s: %s", units.Fine(e.Need), l.Name, units.Fine(l.Free()), promised, l.account())
 }
@@ -171,7 +175,8 @@ func (l Limit) remedy(need uint64) string {
 	return fmt.Sprintf("Raise it with `echo %d >%s`%s", want, l.File, other)
 }
 
-// deadly tells whether the kernel ends processes where a limit is reached, in place of refusing memory.
+// deadly reports whether the kernel ends processes where a limit is reached, in place of refusing
+// memory.
 func (l Limit) deadly() bool {
 	return l.Page == units.PageSize && l.Device == 0 && path.Base(l.File) != "memory.high"
 }
@@ -192,8 +197,8 @@ func Tight(limits []Limit, memory []Memory) string {
 
 func (l Limit) full() string { return fmt.Sprintf("%s has no room: %s", l.Name, l.account()) }
 
-// Deadly returns how much may be had, swap included, until the kernel ends processes for want of memory, and which limit is to blame if
-// that is nothing.
+// Deadly returns how much may be had, swap included, until the kernel ends processes for want of
+// memory, and which limit is to blame if that is nothing.
 func Deadly(limits []Limit) (left uint64, why string) {
 	left = ^uint64(0)
 	for _, l := range limits {

@@ -54,7 +54,8 @@ var version1 = map[string]string{
 	"/sys/fs/cgroup/memory/vms/web1/memory.memsw.usage_in_bytes": "52428800\n",
 }
 
-// version2 is a process in a service, whose daemon sees no more of the hierarchy than a container's.
+// version2 is a process in a service, whose daemon sees no more of the hierarchy than a
+// container's.
 var version2 = map[string]string{
 	"/proc/meminfo":        "MemTotal:       24684092 kB\nMemAvailable:   23068672 kB\nSwapFree:        1048576 kB\n",
 	"/proc/self/mountinfo": "35 24 0:29 /machine.slice/c1 /sys/fs/cg\\040roup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n",
@@ -216,7 +217,7 @@ func TestCheck(t *testing.T) {
 		{"unit", []Limit{unit}, []Memory{normal(512, 0)}, 0, "`systemctl set-property --runtime vms.slice MemoryHigh=709885952`"},
 		{"what is there counts once", []Limit{host, group}, []Memory{normal(512, 100)}, 0, ""},
 		{"what is there counts once, all of it", []Limit{group}, []Memory{normal(5000, 5000)}, 0, ""},
-		{"others", []Limit{host, group}, []Memory{normal(400, 0)}, 100, "of which VMs that are coming will take 100 MiB"},
+		{"others", []Limit{host, group}, []Memory{normal(400, 0)}, 100, "VMs that are coming will take 100 MiB of that"},
 		{"pool", []Limit{pool}, []Memory{large(128, 0, false)}, 0, "this host's pool of huge pages has room for 100 MiB only: its nr_hugepages is worth 60 pages of 2 MiB, and 10 of them are in use or set aside. Have more with `echo 74 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages`"},
 		{"pool, set aside", []Limit{pool}, []Memory{large(128, 0, true)}, 0, ""},
 		{"pool, there in part", []Limit{pool}, []Memory{large(128, 28, false)}, 0, ""},
@@ -366,7 +367,8 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// Whatever the kernel writes one day, or a container shows in its place, reading it ends, and sums do not run over.
+// Whatever the kernel writes one day, or a container shows in its place, reading it ends, and sums
+// do not run over.
 func FuzzFiles(f *testing.F) {
 	for _, list := range []map[string]string{version1, version2} {
 		for name, text := range list {
