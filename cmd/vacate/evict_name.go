@@ -119,9 +119,9 @@ func (e *stuckError) Error() string {
 	return fmt.Sprintf("the eviction of VM %s has not got on for %v: it is %q", e.last.Vm, e.over, e.last.State)
 }
 
-// attend follows an eviction; where patience is not 0, until that has not got on for so long. SIGINT,
-// SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was confirmed; the
-// second one ends the command alone.
+// attend follows an eviction; where patience is not 0, until that has not got on for so long.
+// SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was
+// confirmed; the second one ends the command alone.
 func (d *daemon) attend(ctx context.Context, id string, s *screen, patience time.Duration) (*hostv1.Eviction, error) {
 	var mu sync.Mutex
 	var now *hostv1.Eviction

@@ -106,7 +106,7 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		if v.stands() != "" {
 			is = fmt.Sprintf("stands on host %s, and lacks memory", here)
 		}
-		advice = fmt.Sprintf("VM %[1]s %[4]s that only host %[3]s has, which has not answered for %[5].0f s. "+
+		advice = fmt.Sprintf("VM %[1]s %[4]s that only host %[3]s has, which has not answered for %.0[5]f s. "+
 			"Where vacated on %[3]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[3]s meanwhile, "+
 			"two copies run: look there (vacate status %[1]s). If it runs there, the copy on %[2]s has to be ended; %[3]s sees to that, too, "+
 			"as soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
