@@ -49,6 +49,15 @@ func TestStanding(t *testing.T) {
 		}
 	}
 	do(r.vm, "stop")
+	// An evacuation moves it; it is no relief to a host that is short of CPU.
+	p, err := r.a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, Force: true}))
+	if err != nil || len(p.Msg.Candidates) != 1 || p.Msg.Candidates[0].Refused != "" || p.Msg.Candidates[0].To != "hostb" {
+		t.Errorf("an evacuation of it: %v, %v", p, err)
+	}
+	if p, err = r.a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{Goal: "cpu<1%"})); err != nil ||
+		len(p.Msg.Candidates) > 0 && p.Msg.Candidates[0].Refused == "" {
+		t.Errorf("relief of the host by it: %v, %v", p, err)
+	}
 	begin(true)
 	is(r.a, "frozen")
 	is(r.b, "paused")
