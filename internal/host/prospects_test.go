@@ -49,7 +49,10 @@ func TestProspects(t *testing.T) {
 		{"not whole, and dead", journal.Source, evict.MarkLost, "given-back dead-there", true, 0, false, []string{discard + " --confirm web1"}, []string{"not whole"}},
 		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false, []string{discard}, []string{"not whole"}},
 		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
-		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard}, nil},
+		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard},
+			[]string{"runs on host hosta, until it needs memory that only host hostb has, which has not answered for 120 s"}},
+		{"cut off, and it stands", journal.Destination, evict.MarkMayRun, "stands", false, 5 * time.Second, false, nil,
+			[]string{"stands on host hosta, and lacks memory that only host hostb has, which has not answered for 5 s", "vacate status web1"}},
 		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
 		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil, []string{"hostb has not heard that yet"}},
 		{"over", journal.Source, evict.MarkCompleted, "", true, 0, true, nil, nil},
@@ -65,7 +68,7 @@ func TestProspects(t *testing.T) {
 				t.Fatal(err)
 			}
 			for name := range strings.FieldsSeq(test.kept) {
-				if err := entry.Keep(name, nil); err != nil {
+				if err := entry.Keep(name, []byte("paused")); err != nil { // only stands has a content
 					t.Fatal(err)
 				}
 			}
