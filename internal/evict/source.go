@@ -687,7 +687,7 @@ func (e *source) commit(ctx context.Context) error {
 		if stateErr := e.machine.enter(InDoubt); stateErr != nil {
 			return e.lost(errors.Join(err, stateErr), "")
 		}
-		return e.converse(ctx, err)
+		return e.seeThrough(ctx, err)
 	}
 	e.ranThere = true
 	e.noteRan(0)
@@ -697,7 +697,7 @@ func (e *source) commit(ctx context.Context) error {
 	if err := e.machine.enter(Pushing); err != nil {
 		return e.lost(err, "")
 	}
-	return e.converse(ctx, nil)
+	return e.seeThrough(ctx, nil)
 }
 
 // refuse ends an eviction that touched nothing.

@@ -1,0 +1,326 @@
+package evict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+	"time"
+
+	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
+)
+
+// How long a source waits before it tries to reach the destination again, and for its answers.
+const (
+	firstPause = 100 * time.Millisecond
+	lastPause  = time.Second
+	answerTime = 10 * time.Second
+	// connectTime is how long a new session may take to be made.
+	connectTime = 5 * time.Second
+)
+
+// Gap is a time in which a committed eviction had no link.
+type Gap struct {
+	At    float64 `json:"at_s"`   // since the start
+	For   float64 `json:"for_s"`  // until pages were sent again, or it was known that none need be
+	Again int     `json:"again"`  // pages that were on their way and had to be sent once more
+	Why   string  `json:"reason"` // of the first failure
+}
+
+// seeThrough goes on with a committed eviction to its end, through any number of sessions. why
+// is the reason for which the present one is of no use; nil if pages are being pushed in it.
+func (e *source) seeThrough(ctx context.Context, why error) error {
+	left, stop := untilLeft(ctx)
+	defer stop()
+	for {
+		if why == nil {
+			done, err := e.await(left)
+			if done {
+				return err
+			}
+			why = err
+			if err := e.machine.enter(Reconnecting); err != nil {
+				return e.lost(errors.Join(why, err), e.frozenRemedy())
+			}
+		}
+		e.drop(why)
+		e.Log.Warn("the destination is out of reach; the VM stays frozen here, and pages wait", "error", why)
+		done, err := e.reach(left, why)
+		if done {
+			return err
+		}
+		why = nil
+	}
+}
+
+// await waits for the end of a push, or of its session.
+func (e *source) await(left context.Context) (done bool, err error) {
+	a := e.at.Load()
+	for {
+		select {
+		case f := <-a.control.frames:
+			err := f.check(msgComplete, msgShort)
+			if err == nil && f.kind == msgShort {
+				if err = e.hearShort(a, f.payload); err == nil {
+					continue
+				}
+			} else if err == nil {
+				err = decode(f.payload, &e.summary)
+			}
+			switch {
+			case err == nil:
+				return true, e.retire()
+			case errors.Is(err, errShutDown):
+				return true, e.bury(err)
+			case errors.Is(err, errFailed), errors.Is(err, errFarewell):
+				return true, e.lostThere(err)
+			}
+			return false, err
+		case <-a.Done():
+			return false, a.Err()
+		case <-e.life.Done():
+			if e.settled() < int(e.total.Load()) {
+				return e.lostHere(context.Cause(e.life))
+			}
+			return false, context.Cause(e.life) // the destination may have it all: it is asked
+		case <-left.Done():
+			return true, e.left()
+		}
+	}
+}
+
+// hearShort takes note of whether the destination has memory for pages.
+func (e *source) hearShort(a *attachment, payload []byte) error {
+	var f farewell
+	if err := decode(payload, &f); err != nil {
+		return err
+	}
+	if len(f.Reason) > maxReason {
+		return fmt.Errorf("%w: a reason of %d bytes", errFrame, len(f.Reason))
+	}
+	text := shortText("the destination "+a.Session.Peer(), f.Reason)
+	if text == "" {
+		e.Log.Info("the destination has memory again for the VM's pages")
+	} else {
+		e.Log.Warn("the VM waits at the destination", "reason", text)
+	}
+	e.short.Store(&text)
+	e.show("")
+	return nil
+}
+
+// reach makes sessions with the destination until it has said what became of the eviction,
+// and does what follows from it. It returns with done unset when pages are pushed again.
+func (e *source) reach(left context.Context, why error) (done bool, err error) {
+	since := time.Now()
+	again := 0
+	defer func() {
+		if !errors.Is(err, ErrLeft) {
+			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
+		}
+	}()
+	pause := time.Duration(0)
+	for {
+		// Even where the QEMU here has ended: the destination may have every page already, and
+		// if it has not, it has to know that no more will come.
+		select {
+		case <-time.After(pause):
+		case <-left.Done():
+			return true, e.left()
+		}
+		pause = min(max(2*pause, firstPause), lastPause)
+		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
+		if err != nil {
+			e.Log.Debug("the destination cannot be asked", "error", err)
+			continue
+		}
+		here := copyPaused
+		if e.life.Err() != nil {
+			here = copyGone
+		}
+		switch next := sourceOnAnswer(here, e.ranThere, st.Answer); next {
+		case stepPush:
+			if again, err = e.rejoin(a, time.Duration(st.Ran)*time.Millisecond); err != nil {
+				a.Fail(err)
+				e.end(a)
+				continue
+			}
+			if err := e.machine.enter(Pushing); err != nil {
+				return true, e.lost(err, e.frozenRemedy())
+			}
+			return false, nil
+		case stepRetire:
+			if st.Summary != nil {
+				e.summary = *st.Summary
+			}
+			e.at.Store(a) // there it is told that this was heard
+			return true, e.retire()
+		case stepEnd:
+			e.at.Store(a)
+			return true, e.bury(fmt.Errorf("%w: %s", errShutDown, st.Reason))
+		case stepRollBack:
+			e.end(a)
+			return true, e.rollBack(fmt.Errorf("the destination never ran the VM: %s", st.Reason))
+		case stepLose:
+			e.end(a)
+			if here == copyGone {
+				return e.lostHere(context.Cause(e.life))
+			}
+			return true, e.lostThere(st.lost())
+		case stepHold:
+			if here == copyGone {
+				e.at.Store(a)
+				if done, err := e.lostHere(context.Cause(e.life)); done {
+					return true, err
+				}
+				e.drop(context.Cause(e.life))
+				continue
+			}
+			e.end(a)
+			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
+		default:
+			e.end(a)
+			e.Log.Warn("the destination cannot tell what became of the VM; it stays frozen here", "answer", st.Answer, "reason", st.Reason)
+			pause = lastPause
+		}
+	}
+}
+
+// inquire makes a new session, says why, and hears what became of the eviction.
+func (e *source) inquire(left context.Context, why resume) (*attachment, status, error) {
+	ctx, cancel := context.WithTimeout(left, connectTime)
+	defer cancel()
+	s, err := e.Connect(ctx)
+	if err != nil {
+		return nil, status{}, err
+	}
+	a := attach(s, maxHas/8+runSize)
+	st, err := func() (st status, err error) {
+		if err := writeJSON(a.control.Conn, msgResume, why); err != nil {
+			return st, err
+		}
+		ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not answer"))
+		defer cancel()
+		f, err := a.control.await(ctx, msgStatus)
+		if err != nil {
+			return st, err
+		}
+		err = decode(f.payload, &st)
+		st.Reason = plain(st.Reason)
+		return st, err
+	}()
+	if err != nil {
+		e.end(a)
+		return nil, st, err
+	}
+	return a, st, nil
+}
+
+// rejoin learns which pages the destination has, where the VM has run for so long, and pushes the
+// others in a new session. It returns how many of them were sent before.
+func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not tell what it has"))
+	defer cancel()
+	l := e.frozen.layout
+	has := make([]*pageset.Set, len(l))
+	for i, b := range l {
+		has[i] = pageset.New(b.Pages)
+	}
+	for {
+		f, err := a.control.await(ctx, msgHas, msgReady)
+		if err != nil {
+			return 0, err
+		}
+		if f.kind == msgReady {
+			break
+		}
+		if err := l.parseHas(f.payload, has); err != nil {
+			return 0, err
+		}
+	}
+	var skipped []pageset.Run
+	e.mu.Lock()
+	for i, b := range l {
+		for p := range pageset.Page(b.Pages) {
+			run := pageset.Run{Block: i, First: p, Count: 1}
+			switch why, _ := e.order.Why(i, p); {
+			case has[i].Has(p) && why == pushorder.Left:
+				e.order.Take(run, pushorder.Before)
+				e.count(pushorder.Before, []pageset.Run{run})
+			case has[i].Has(p) || why == pushorder.Left:
+			case why == pushorder.Skipped || why == pushorder.Unused:
+				skipped = append(skipped, run)
+			default:
+				e.order.Return(run)
+				e.sent[why].Add(-1)
+				again++
+			}
+		}
+	}
+	e.mu.Unlock()
+	e.ranThere = true
+	e.noteRan(ran)
+	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
+	e.at.Store(a)
+	a.begin(func() error { return e.serveFetches(a) })
+	a.begin(func() error {
+		if err := sendSkipped(a, join(skipped)); err != nil {
+			return err
+		}
+		e.beginPush(a)
+		return nil
+	})
+	return again, nil
+}
+
+// join makes runs of pages that follow one another into one.
+func join(runs []pageset.Run) []pageset.Run {
+	out := runs[:0]
+	for _, r := range runs {
+		if n := len(out) - 1; n >= 0 && out[n].Block == r.Block && out[n].End() == r.First {
+			out[n].Count += r.Count
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// drop ends the present session.
+func (e *source) drop(why error) {
+	e.short.Store(nil) // it is told anew
+	if a := e.at.Load(); a != nil {
+		a.Fail(why)
+		e.end(a)
+	}
+}
+
+// end ends a session, and keeps what the report tells of it.
+func (e *source) end(a *attachment) {
+	a.end()
+	e.sessions.end(a)
+}
+
+// noteRan notes that the VM has run at the destination for so long, as that says. What it says
+// cannot be true of a time before it was told to run the VM.
+func (e *source) noteRan(ran time.Duration) {
+	if !e.ranSince.IsZero() {
+		return
+	}
+	now := time.Now()
+	e.ranSince = now.Add(-ran)
+	if told := e.machine.at(Committing); told.IsZero() {
+		e.ranSince = now // it was another engine that told it
+	} else if e.ranSince.Before(told) {
+		e.ranSince = told
+	}
+}
+
+// notThere tells whether an error of reaching a QEMU says that it has ended.
+func notThere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, qmp.ErrClosed) || errors.Is(err, errAnother)
+}

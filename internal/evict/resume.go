@@ -1,0 +1,190 @@
+package evict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"vacate/internal/qemu/guestmem"
+	"vacate/internal/sys/process"
+)
+
+// Resume goes on with an eviction that another engine left or died over, whose last mark in
+// the journal is m: it rolls back one that was not committed, and completes the others. It
+// ends as Evict does after the commit.
+func (s Source) Resume(ctx context.Context, m Mark) (Report, error) {
+	first := InDoubt
+	if m == MarkBegun || m == MarkRolledBack {
+		first = RollingBack
+	}
+	e := s.engine(first)
+	return e.done(e.takeUp(ctx, m))
+}
+
+var errEngineDied = errors.New("the engine died")
+
+// takeUp is Resume.
+func (e *source) takeUp(ctx context.Context, m Mark) error {
+	opening, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
+	defer cancel()
+	e.mark = m
+	here, err := e.find(opening)
+	if err != nil {
+		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
+	}
+	if err := e.whole(); err != nil && !errors.Is(err, ErrGivenBack) {
+		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
+	}
+	e.ranThere = e.gaveBack.Load() // not sooner is any given back
+	if m == MarkShutDown {
+		e.shutDown = errShutDown.Error()
+	}
+	switch sourceStep(m, here) {
+	case stepRollBack:
+		if e.gaveBack.Load() {
+			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack), "Pause it, and look on the destination, where the VM is")
+		}
+		return e.rollBack(errEngineDied)
+	case stepAsk:
+		if here == copyPaused {
+			if err := e.reopen(); err != nil {
+				return &Error{ErrLeft, e.machine.current(), err, e.frozenRemedy()}
+			}
+		}
+		return e.seeThrough(ctx, errEngineDied)
+	case stepLose:
+		return e.lost(errEngineDied, "The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
+	case stepRetire:
+		<-e.kill()
+		return nil
+	case stepHold:
+		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")
+	}
+	return nil
+}
+
+// whole is Whole, and remembers what it said.
+func (e *source) whole() error {
+	if e.Journal == nil {
+		return nil
+	}
+	err := Whole(e.Journal)
+	e.gaveBack.Store(errors.Is(err, ErrGivenBack))
+	return err
+}
+
+// find finds out what the VM's QEMU does. One whose process is stopped cannot be asked: it is frozen.
+func (e *source) find(ctx context.Context) (copyState, error) {
+	b, err := e.kept(keptFacts)
+	if err == nil {
+		e.facts, err = parseFacts(b)
+		e.stands.Store(new(e.facts.Stood))
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // else the VM was not touched yet
+		return copyGone, err
+	}
+	if e.qemu = e.Process; e.qemu == (process.Process{}) {
+		e.qemu = e.facts.Process
+	}
+	if e.qemu != (process.Process{}) {
+		switch e.held, err = e.qemu.Stopped(); {
+		case errors.Is(err, process.ErrGone):
+			e.die(errQEMUGone)
+			return copyGone, nil
+		case err != nil:
+			return copyGone, err
+		}
+		e.watch()
+		if e.held {
+			return copyPaused, nil
+		}
+	}
+	if err := e.open(ctx); notThere(err) && !e.qemu.Alive() {
+		e.die(err)
+		return copyGone, nil
+	} else if err != nil {
+		return copyGone, err
+	}
+	if e.qemu == (process.Process{}) {
+		pid, _, err := e.q.Process(ctx)
+		if err != nil {
+			return copyGone, err
+		}
+		if e.qemu, err = process.Find(pid); err != nil {
+			return copyGone, err
+		}
+	}
+	events := e.q.Subscribe(256)
+	defer events.Close()
+	status, err := e.q.QueryStatus(ctx)
+	switch {
+	case err != nil:
+		return copyGone, err
+	case status.Running:
+		return copyRunning, nil
+	case e.mark != MarkMayRun && e.mark != MarkLost:
+		return copyPaused, nil
+	}
+	// Somebody had the stopped process go on.
+	if err := e.qemu.Stop(ctx); err != nil {
+		return copyGone, err
+	}
+	e.held = true
+	if err := e.q.Drain(ctx); err != nil {
+		return copyGone, err
+	}
+	for {
+		select {
+		case ev, ok := <-events.C:
+			if !ok || ev.Name == "RESUME" || events.Dropped() > 0 {
+				return copyGone, errors.Join(errMoved, e.qemu.Continue())
+			}
+		default:
+			return copyPaused, nil
+		}
+	}
+}
+
+// reopen gets ready to send the frozen VM's pages once more.
+func (e *source) reopen() error {
+	if _, err := e.recall(); err != nil {
+		return err
+	}
+	e.frozenAt.Store(&e.started)
+	if e.gaveBack.Load() {
+		return nil // what is left of the guest does not tell what its pages are used for
+	}
+	e.light.noAgent = errors.New("the guest stands still")
+	e.tasks.Go(e.enlighten)
+	return nil
+}
+
+// recall reads from the journal what the frozen VM is, and returns the head of its stream.
+func (e *source) recall() (head []byte, err error) {
+	e.offer.Machine, e.offer.QEMU = e.facts.Machine, e.facts.QEMU
+	e.registers.Store(&e.facts.Registers)
+	if e.mem, err = guestmem.Reopen(e.facts.Process.PID, e.facts.Blocks); err != nil {
+		return nil, err
+	}
+	if err := e.mem.Map(e.facts.Mappings); err != nil {
+		return nil, err
+	}
+	head, err = e.kept(keptHead)
+	if err != nil {
+		return nil, err
+	}
+	l, _, err := parseHead(head)
+	if err != nil {
+		return nil, err
+	}
+	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	return head, e.layOut(l)
+}
+
+func (e *source) kept(name string) ([]byte, error) {
+	if e.Journal == nil {
+		return nil, errors.New("an eviction cannot be resumed without a journal")
+	}
+	return e.Journal.Kept(name)
+}
