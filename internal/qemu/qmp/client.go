@@ -235,12 +235,13 @@ func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, 
 		stale:   maxEarly,
 		pending: make(map[uint64]*call),
 	}
-	go c.read(r)
 	enable := []string{}
 	if c.oob {
 		enable = append(enable, "oob")
 	}
-	if err := c.Run(ctx, "qmp_capabilities", map[string]any{"enable": enable}, nil); err != nil {
+	negotiation := c.Begin(ctx, "qmp_capabilities", map[string]any{"enable": enable})
+	go c.read(r) // now that it knows which reply is awaited
+	if err := negotiation.Reply(ctx, nil); err != nil {
 		c.Close()
 		return nil, err
 	}
