@@ -156,11 +156,16 @@ func TestHostileAgents(t *testing.T) {
 		{"real, again", nil, true, ""},
 	} {
 		ok := t.Run(a.name, func(t *testing.T) {
-			if a.answer != nil {
-				impersonate(t, vm.AgentSocket, a.answer)
-			}
 			var report evict.Report
-			vm, report = suffer(t, l, vm, evict.Source{Enlightenment: evict.Agent}, nil)
+			for range 4 { // an agent that does no harm may be late on a busy machine
+				if a.answer != nil {
+					impersonate(t, vm.AgentSocket, a.answer)
+				}
+				vm, report = suffer(t, l, vm, evict.Source{Enlightenment: evict.Agent}, nil)
+				if !a.trusted || !strings.Contains(report.Enlightenment.Doubts, "in time") {
+					break
+				}
+			}
 			e := report.Enlightenment
 			if report.Pages.Skipped != 0 {
 				t.Errorf("an agent has %d pages left out", report.Pages.Skipped)
@@ -655,38 +660,44 @@ func TestHostileKernels(t *testing.T) {
 		{name: "none, again", skips: true},
 	} {
 		ok := t.Run(a.name, func(t *testing.T) {
-			v := newVictim(t, vm)
-			if a.running != nil {
-				a.running(v)
-			}
-			var began, healed time.Time // of the frozen guest
-			s := evict.Source{LoadTimeout: time.Minute, Show: func(p evict.Progress) {
-				switch {
-				case p.State == evict.Loading && began.IsZero(): // frozen, not yet looked at
-					began = time.Now()
-					if a.frozen != nil {
-						v.look()
-						a.frozen(v)
-					}
-				case p.State == evict.Committing && healed.IsZero():
-					// Before the commit only pages that loading the devices touches are sent;
-					// this guest has no device that touches more than a ROM.
-					if a.running != nil || a.frozen != nil {
-						time.Sleep(2 * time.Second) // for the survey
-					}
-					healed = time.Now()
-					v.heal()
-				}
-			}}
 			var report evict.Report
-			vm, report = suffer(t, l, vm, s, nil)
-			if healed.IsZero() {
-				t.Fatal("the guest runs with what was broken")
+			// On a busy machine the survey may come late, and find nothing broken.
+			for wait := 2 * time.Second; ; wait *= 2 {
+				v := newVictim(t, vm)
+				if a.running != nil {
+					a.running(v)
+				}
+				var began, healed time.Time // of the frozen guest
+				s := evict.Source{LoadTimeout: 2 * time.Minute, Show: func(p evict.Progress) {
+					switch {
+					case p.State == evict.Loading && began.IsZero(): // frozen, not yet looked at
+						began = time.Now()
+						if a.frozen != nil {
+							v.look()
+							a.frozen(v)
+						}
+					case p.State == evict.Committing && healed.IsZero():
+						// Before the commit only pages that loading the devices touches are sent;
+						// this guest has no device that touches more than a ROM.
+						if a.running != nil || a.frozen != nil {
+							time.Sleep(wait) // for the survey
+						}
+						healed = time.Now()
+						v.heal()
+					}
+				}}
+				vm, report = suffer(t, l, vm, s, nil)
+				if healed.IsZero() {
+					t.Fatal("the guest runs with what was broken")
+				}
+				if a.running == nil && a.frozen == nil || report.Enlightenment.Known <= healed.Sub(began).Seconds() {
+					break
+				}
+				if wait > 10*time.Second {
+					t.Fatalf("the survey was not done in %v", wait)
+				}
 			}
 			e, skipped := report.Enlightenment, report.Pages.Skipped
-			if (a.running != nil || a.frozen != nil) && e.Known > healed.Sub(began).Seconds() {
-				t.Skip("this machine is too busy: the survey came late, and has found nothing broken")
-			}
 			// What was free when the VM came here is not there any more.
 			left := skipped + report.Pages.Unused
 			if left == 0 && e.Doubts == "" && len(e.Notes) == 0 {

@@ -77,7 +77,7 @@ func TestInterrupted(t *testing.T) {
 		return fmt.Sprintf(`vacate_evictions_ended_total{outcome="completed",role=%q}`, role)
 	}
 	of := func(name string) string {
-		return fmt.Sprintf(`vacate_eviction_%s{eviction=%q,role="source",vm="web1"}`, name, r.eviction)
+		return fmt.Sprintf(`vacate_eviction_%s{role="source",vm="web1"}`, name)
 	}
 	const undecided = "vacate_evictions_undecided"
 	before := r.metrics(r.a, "pushing", map[string]float64{state("source", "pushing"): 1, undecided: 0, ended("source"): -1})
@@ -88,8 +88,8 @@ func TestInterrupted(t *testing.T) {
 	r.wait(r.b, "cut off", func(e *hostv1.Eviction) bool { return e.State == string(evict.CutOff) })
 	cut := r.metrics(r.a, "without a link", map[string]float64{state("source", "reconnecting"): 1, state("source", "pushing"): -1, undecided: 1, ended("source"): -1})
 	r.metrics(r.b, "without a link", map[string]float64{state("destination", "cut off"): 1, undecided: 1})
-	if n := cut[of("pages")]; n < before[of("pages")] || n <= 0 || n >= cut[of("pages_total")] || cut[of("pages_total")] != before[of("pages_total")] {
-		t.Errorf("%v of %v pages, and before %v of %v", n, cut[of("pages_total")], before[of("pages")], before[of("pages_total")])
+	if n := cut[of("pages")]; n < before[of("pages")] || n <= 0 || n >= cut[of("vm_pages")] || cut[of("vm_pages")] != before[of("vm_pages")] {
+		t.Errorf("%v of %v pages, and before %v of %v", n, cut[of("vm_pages")], before[of("pages")], before[of("vm_pages")])
 	}
 	const lost = 2 * time.Second
 	time.Sleep(lost)
@@ -107,7 +107,7 @@ func TestInterrupted(t *testing.T) {
 		t.Fatalf("%v, %v", e, err)
 	}
 	r.over(r.b, "completed")
-	over := map[string]float64{undecided: 0, of("pages"): -1, of("pages_total"): -1, of("fetches"): -1}
+	over := map[string]float64{undecided: 0, of("pages"): -1, of("vm_pages"): -1, of("fetches"): -1}
 	over[ended("source")] = 1
 	r.metrics(r.a, "after it", over)
 	over = map[string]float64{undecided: 0, ended("destination"): 1}
@@ -117,7 +117,7 @@ func TestInterrupted(t *testing.T) {
 	if err != nil || p.VM != "web1" || p.From != "hosta" || p.To != "hostb" || p.Trace == nil {
 		t.Fatalf("%+v, %v", p, err)
 	}
-	interruptedPage(t, p, lost.Seconds(), before[of("pages_total")])
+	interruptedPage(t, p, lost.Seconds(), before[of("vm_pages")])
 	vms := r.expected.VMs()
 	labtest.MustCheck(t, vms[len(vms)-1])
 }
