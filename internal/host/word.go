@@ -265,7 +265,9 @@ func (v *eviction) resumable(w word) error {
 		return &argumentError{errors.New("fenced and fence are one too many: either you assert that the other host is fenced, or it is to be fenced")}
 	case w.fenced != "" && w.fenced != r.Peer:
 		return &argumentError{fmt.Errorf("fenced is %q, and the other host of this eviction is %q", w.fenced, r.Peer)}
-	case w.fenced == "" && !w.fence && !v.dead():
+	case w.fenced == "" && !w.fence && !v.dead() && v.mark() != evict.MarkLost:
+		// Of one that is lost, the other host may have said that its QEMU has ended while the journal
+		// was full. The engine asks it once more.
 		return &stateError{errors.New(v.unfenced())}
 	}
 	return nil
