@@ -1191,7 +1191,7 @@ func explore(r rules, limit int) verdict {
 }
 
 const (
-	modelLimit = 6_000_000 // states; more than there are where no rule is broken
+	modelLimit = 10_000_000 // states; more than there are where no rule is broken
 	tooMany    = "too many states"
 )
 
