@@ -27,8 +27,10 @@ import (
 
 var (
 	allConfigurations = flag.Bool("configurations", false, "try all configurations of VMs, not only the first of each kind")
-	configurationQEMU = flag.String("qemu", "qemu-system-x86_64", "QEMU to try configurations with")
+	configurationQEMU = flag.String("qemu", stockQEMU, "QEMU to try configurations with")
 )
+
+const stockQEMU = "qemu-system-x86_64"
 
 // A configuration is a VM of some kind, as QEMU's arguments have it. {dir} is a directory of its own, {shm} one in memory.
 type configuration struct {
@@ -36,6 +38,8 @@ type configuration struct {
 	args string
 	twin string   // where it differs
 	says []string // of a refusal; none: it moves
+	// moves is that QEMU's newer versions let it move.
+	moves bool
 }
 
 const (
@@ -105,7 +109,7 @@ var configurations = []struct {
 		{name: "mptsas1068", args: plain + disk + " -device mptsas1068 -device scsi-hd,drive=d"},
 		{name: "pvscsi", args: plain + disk + " -device pvscsi -device scsi-hd,drive=d"},
 		{name: "SD card", args: plain + disk + " -device sdhci-pci -device sd-card,drive=d"},
-		{name: "NVMe", args: plain + disk + " -device nvme,serial=1,drive=d", says: []string{"QEMU refuses to migrate", "nvme"}},
+		{name: "NVMe", args: plain + disk + " -device nvme,serial=1,drive=d", says: []string{"QEMU refuses to migrate", "nvme"}, moves: true},
 	}},
 	{"network", []configuration{
 		{name: "virtio-net", args: plain + " -netdev user,id=n -device virtio-net-pci,netdev=n"},
@@ -291,7 +295,7 @@ func tryConfiguration(t *testing.T, c configuration, rom string) string {
 	destErr := <-received
 	stop(nil)
 	if err == nil && destErr == nil {
-		if len(c.says) > 0 {
+		if len(c.says) > 0 && !(c.moves && *configurationQEMU != stockQEMU) {
 			t.Fatal("it moved")
 		}
 		if !more("twin") {
