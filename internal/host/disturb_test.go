@@ -145,7 +145,9 @@ func (r *run) powerOff() {
 		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
 			samples, vms := r.vm.Guest.Samples(), r.expected.VMs()
 			if n := len(vms); n > 0 && samples[len(samples)-1].VM == vms[n-1].Name {
-				r.told.Store(r.vm.Guest.PowerOff(vms[n-1]) == nil) // it may have ended since
+				if r.vm.Guest.PowerOff(vms[n-1]) == nil { // else it has ended since
+					r.told.Store(true)
+				}
 				return
 			}
 			if e, err := r.a.api.GetEviction(r.t.Context(), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil && e.Msg.Outcome != "" {
