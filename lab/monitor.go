@@ -29,8 +29,10 @@ func execute(ctx context.Context, socket, command string, args, result any) erro
 		Arguments any    `json:"arguments,omitempty"`
 	}
 	var greeting struct{ QMP json.RawMessage }
-	if err := in.Decode(&greeting); err != nil || greeting.QMP == nil {
-		return fmt.Errorf("qmp %s: no greeting: %w", command, errors.Join(err, ctx.Err()))
+	for greeting.QMP == nil { // an event may come ahead of it
+		if err := in.Decode(&greeting); err != nil {
+			return fmt.Errorf("qmp %s: no greeting: %w", command, errors.Join(err, ctx.Err()))
+		}
 	}
 	for _, r := range []request{{Execute: "qmp_capabilities"}, {command, args}} {
 		if err := out.Encode(r); err != nil {
