@@ -43,7 +43,7 @@ help: ## this list
 build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
-# The longest package comes first: the others run beside it.
+# With JOBS=2 the longest package comes first, and the others run beside it.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))

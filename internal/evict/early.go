@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/units"
 )
 
 // maxFlash bounds the flash that is sent ahead of the package, in bytes.
@@ -119,7 +120,7 @@ func descriptorsOf(load []byte, rings []uint64) (addresses []uint64) {
 		if n == 0 || n&(n-1) != 0 || at == 0 || at%size != 0 || !known[at+n*size] {
 			continue
 		}
-		for a := at; a < at+n*size && len(addresses) < maxEarly; a += 4096 {
+		for a := at; a < at+n*size && len(addresses) < maxEarly; a += units.PageSize {
 			addresses = append(addresses, a)
 		}
 	}
