@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -316,10 +318,34 @@ func TestBackgroundSnapshot(t *testing.T) {
 	vm := bare(t)
 	twin := bare(t, "-S", "-incoming", "defer")
 	vm.do("migrate-set-capabilities", arguments{"capabilities": []arguments{{"capability": "background-snapshot", "state": true}}})
-	vm.do("migrate-set-parameters", arguments{"max-bandwidth": 10_000})
-	vm.do("migrate", arguments{"uri": "exec:cat > /dev/null"})
-	_, err, _ := vm.evictTo(t, twin, evict.Source{})
-	refused(t, err, "the VM has an unfinished snapshot of its memory", "wait for its end", "The VM runs on")
+	// A slow reader keeps it going for seconds. QEMU keeps to no rate of its own where memory is empty, and holds its
+	// main loop up where nobody reads.
+	socket := filepath.Join(t.TempDir(), "snapshot")
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reader sync.WaitGroup
+	var over atomic.Bool
+	defer reader.Wait()
+	defer over.Store(true)
+	defer ln.Close()
+	reader.Go(func() {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		for b := make([]byte, 1<<10); !over.Load(); time.Sleep(5 * time.Millisecond) {
+			if _, err := c.Read(b); err != nil {
+				return
+			}
+		}
+	})
+	vm.do("migrate", arguments{"uri": "unix:" + socket})
+	_, err, _ = vm.evictTo(t, twin, evict.Source{})
+	// It runs on, or stands for the moment in which QEMU saves its devices.
+	refused(t, err, "the VM has an unfinished snapshot of its memory", "wait for its end")
 }
 
 // gone waits until a list of QEMU's is empty.
