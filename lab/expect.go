@@ -28,6 +28,10 @@ type Expected struct {
 	// besides. It has to run on Host, that is, be started by a process that Host.Start did.
 	Args []string
 
+	// Kernel, Initrd and Cmdline are what it boots, and Reports is the socket to which its second
+	// serial port connects: all that a QEMU of another command line needs.
+	Kernel, Initrd, Cmdline, Reports string
+
 	what *prepared
 	done chan struct{} // closed when no more connections are taken
 
@@ -39,12 +43,30 @@ type Expected struct {
 // Expect has the lab ready for a QEMU that is to take the guest of twin, and which another
 // process starts.
 func (h *Host) Expect(ctx context.Context, twin *VM) (*Expected, error) {
-	p, err := h.prepare(ctx, twin.Spec, twin.Guest)
+	return h.expect(ctx, twin.Spec, twin.Guest)
+}
+
+// ExpectBoot has the lab ready for QEMUs that boot a guest of their own, and which another process
+// starts with a command line of its own; [Expected.Came] waits for each.
+func (h *Host) ExpectBoot(ctx context.Context, spec Spec) (*Expected, error) {
+	if err := spec.fill(ctx); err != nil {
+		return nil, fmt.Errorf("expect VM on host %s: %w", h.Name, err)
+	}
+	return h.expect(ctx, spec, newGuest())
+}
+
+func (h *Host) expect(ctx context.Context, spec Spec, guest *Guest) (*Expected, error) {
+	p, err := h.prepare(ctx, spec, guest)
+	if err != nil {
+		return nil, fmt.Errorf("expect VM on host %s: %w", h.Name, err)
+	}
+	img, err := h.lab.image.get(ctx, &spec)
 	if err != nil {
 		return nil, fmt.Errorf("expect VM on host %s: %w", h.Name, err)
 	}
 	e := &Expected{
 		Name: p.name, Host: h, QMP: p.file("qmp.sock"), Args: p.args,
+		Kernel: img.kernel, Initrd: img.initrd, Cmdline: p.spec.cmdline(), Reports: p.file("load.sock"),
 		what: p, done: make(chan struct{}), changed: make(chan struct{}),
 	}
 	h.lab.mu.Lock()
@@ -58,6 +80,22 @@ func (h *Host) Expect(ctx context.Context, twin *VM) (*Expected, error) {
 // has ended since, Started waits for the next.
 func (e *Expected) Started(ctx context.Context) (*VM, error) {
 	for {
+		vm, err := e.Came(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err = vm.answer(ctx); err == nil {
+			return vm, nil
+		} else if vm.Alive() {
+			return nil, vm.explain(fmt.Errorf("wait for VM %s to answer: %w", e.Name, err))
+		}
+	}
+}
+
+// Came returns the VM that was started last, once it is there, without asking its monitor. If none
+// was, or it has ended since, Came waits for the next.
+func (e *Expected) Came(ctx context.Context) (*VM, error) {
+	for {
 		e.mu.Lock()
 		changed := e.changed
 		var vm *VM
@@ -66,12 +104,7 @@ func (e *Expected) Started(ctx context.Context) (*VM, error) {
 		}
 		e.mu.Unlock()
 		if vm != nil {
-			if err := vm.answer(ctx); err == nil {
-				return vm, nil
-			} else if vm.Alive() {
-				return nil, vm.explain(fmt.Errorf("wait for VM %s to answer: %w", e.Name, err))
-			}
-			continue
+			return vm, nil
 		}
 		select {
 		case <-changed:
@@ -82,6 +115,21 @@ func (e *Expected) Started(ctx context.Context) (*VM, error) {
 		}
 	}
 }
+
+// Booted waits until the load of the guest has begun that vm boots.
+func (vm *VM) Booted(ctx context.Context) error {
+	err := vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
+	if err != nil {
+		return vm.explain(err)
+	}
+	return nil
+}
+
+// Spec returns what a QEMU is to be like, with all defaults filled in.
+func (e *Expected) Spec() Spec { return e.what.spec }
+
+// Guest returns the guest that such a QEMU boots, or takes.
+func (e *Expected) Guest() *Guest { return e.what.guest }
 
 // VMs returns all that were started so far, the oldest first.
 func (e *Expected) VMs() []*VM {

@@ -1,0 +1,41 @@
+package libvirtlab
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/lab"
+	"vacate/lab/labtest"
+)
+
+// A domain boots the lab's guest, and libvirt's own live migration takes it to the other host.
+func TestMigrate(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	labtest.Need(t, Probe())
+	ctx := labtest.Within(t, 4*time.Minute)
+	h, err := New(ctx, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	d, err := h.Start(ctx, "web1", Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full, Load: lab.Load{HotMiB: 16, Slow: true}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dest := "unix://" + l.RunDir() + "/move.sock"
+	if out, err := h.A.Virsh(ctx, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "--postcopy", "--migrateuri", dest, "web1", h.B.URI); err != nil {
+		t.Fatal(out, err)
+	}
+	vm, err := d.Came(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	labtest.MustCheck(t, vm)
+	if out, err := h.B.Virsh(ctx, "domstate", "--reason", "web1"); err != nil || !strings.HasPrefix(out, "running") {
+		t.Fatal(out, err)
+	}
+	if out, err := h.A.Virsh(ctx, "list", "--all", "--name"); err != nil || out != "" {
+		t.Fatal(out, err)
+	}
+}
