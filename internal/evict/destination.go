@@ -117,6 +117,7 @@ type destination struct {
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
 	running  atomic.Bool  // it has answered that it does
+	hasRun   atomic.Bool  // it did at some time, by this engine's word or another's
 	cont     <-chan error // its answer when it is told, if that takes long
 	kept     chan error   // what was to be kept is, or an error
 	tasks    sync.WaitGroup
@@ -544,10 +545,17 @@ func (e *destination) run(left context.Context) error {
 		defer cancel(nil)
 		err := q.Cont(ctx)
 		e.running.Store(err == nil)
-		answer <- err
 		if err == nil {
-			announce(ctx, q, e.Log)
+			e.hasRun.Store(true)
 		}
+		answer <- err
+		if err != nil {
+			return
+		}
+		if err := keep(e.Journal, keptRan, nil); err != nil {
+			e.Log.Warn("the journal does not take it that the VM ran here: should an operator pause it, the next engine would have it run", "error", err)
+		}
+		announce(ctx, q, e.Log)
 	})
 	select {
 	case err := <-answer:

@@ -20,6 +20,7 @@ const (
 	keptLoad      = "load"       // source: the package
 	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
 	keptStands    = "stands"     // destination: QEMU's word for the state that the VM stood in; without it the twin is to run
+	keptRan       = "ran"        // destination: empty; the twin ran, so that one that is paused since is so by its operator's word
 	keptDead      = "dead-there" // source: empty; the twin is dead for good, as the destination said, or never ran
 	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
 	KeptHeard = journal.Lasting + "heard"

@@ -50,6 +50,7 @@ type rules struct {
 	guess         bool // a destination that was started anew answers before it has found which pages are placed
 	imposing      bool // a source that rolls back has the guest run, though it stood
 	oblivious     bool // a destination does not write that the guest stood
+	meddling      bool // a destination does not heed that its twin ran already
 	ignorant      bool // a twin that was not told to run counts as one that never ran, though its operator may have run it
 	unasked       bool // a VM is started without asking the other host
 
@@ -215,6 +216,7 @@ type world struct {
 		ended     bool  // heard that the guest ended itself
 		stands    bool  // heard, or read in the journal, that the guest stood
 		noted     bool  // in the journal: it stood
+		ran       bool  // in the journal: the twin ran
 		held      pages // in the engine's memory: received and not placed, or known to be left out
 		placed    pages
 		claimed   pages // said to be there, and not; only where that rule is broken
@@ -280,7 +282,7 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 		w.d.held, w.d.placed, w.moving = 0, 0, 0
 	}
 	if w.d.twin != copyRunning && w.d.twin != copyPaused {
-		w.d.short = false
+		w.d.short, w.d.ran = false, false
 	}
 	if w.s.guest == gone {
 		w.unheard = false
@@ -387,8 +389,10 @@ func (m *model) next(w world) []edge {
 }
 
 // found is what a destination finds its twin doing. One that stands as its guest did needs no `cont`: its operator may have run it.
+// Nor does one that ran before: its operator paused it.
 func (m *model) found(w *world) copyState {
-	if w.d.stands && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && !m.ignorant {
+	own := w.d.stands && !m.ignorant || w.d.ran && !m.meddling
+	if own && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun {
 		return copyRunning
 	}
 	return w.d.twin
@@ -615,8 +619,9 @@ func (m *model) operator(w world) {
 	}
 	// He looks there whether the guest ended itself, if he can.
 	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
-	// A twin that was never told to run, of a host that is off, never will be; unless its operator may run it.
-	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down && !w.d.noted
+	// A twin that was never told to run, of a host that is off, never will be; unless its operator may run it, as he
+	// may one that he paused.
+	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran
 	resume := func(what string, lie bool) {
 		say := func(w *world) {
 			w.resumed, w.lied = true, w.lied || lie
@@ -810,6 +815,10 @@ func (m *model) destination(w world) {
 		if w.d.twin == copyEnded {
 			m.add("destination finds that the guest ended itself", false, look)
 		}
+		// If it cannot, it goes on all the same.
+		if (w.d.twin == copyRunning || w.d.twin == copyPaused) && !w.d.ran && !w.stands {
+			m.add("destination writes that the twin ran", false, func(w *world) { w.d.ran = true })
+		}
 		if w.d.journal.mark() == MarkAccepted { // only where that rule is broken
 			m.write("destination", false, MarkMayRun, func(w *world) {}, func(w *world) {})
 		}
@@ -885,8 +894,11 @@ func (m *model) destination(w world) {
 }
 
 func (m *model) cont(w *world) {
-	if w.stands {
+	switch {
+	case w.stands:
 		w.bad = "the destination runs a guest that stood"
+	case w.d.ran:
+		w.bad = "the destination runs a guest that its operator paused"
 	}
 	w.d.phase = running
 	m.runs(w)
@@ -992,7 +1004,7 @@ func (m *model) qemu(w world) {
 		m.add("somebody has the guest run here", true, func(w *world) { w.s.guest, w.s.stale = runsHere, true })
 		m.add("somebody has the guest run here, and pauses it again", true, func(w *world) { w.s.stale = true })
 	}
-	if w.stands && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && (w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
+	if (w.stands || w.ran) && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && (w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
 		m.add("an operator has the guest run there", true, m.runs)
 	}
 	if w.s.guest != gone && !(w.s.phase == ended && w.here()) {
@@ -1020,7 +1032,7 @@ func (m *model) qemu(w world) {
 		m.add("somebody pauses the twin", true, func(w *world) { w.d.twin = copyPaused })
 	}
 	if w.d.phase == down && w.d.journal != 0 {
-		m.add("the destination's journal is lost", true, func(w *world) { w.d.journal, w.forgot = 0, true })
+		m.add("the destination's journal is lost", true, func(w *world) { w.d.journal, w.d.ran, w.forgot = 0, false, true })
 	}
 }
 
@@ -1281,6 +1293,7 @@ func TestModelMutants(t *testing.T) {
 		{"R5", "a source is not retired after a restart", sourceSteps(MarkCompleted, copyPaused, stepNone)},
 		{"R6", "cont after a restart without hearing from the source", func(r *rules) { r.eager = true }},
 		{"R6", "a twin that ran and stands is killed as one that never ran", destinationSteps(MarkMayRun, copyPaused, stepAbandon)},
+		{"R6", "a twin that ran, and was paused by its operator, is told to run", func(r *rules) { r.meddling = true }},
 		{"R6", "a twin that runs is killed after a restart", destinationSteps(MarkMayRun, copyRunning, stepLose)},
 		{"R6", "a dead twin that may have run counts as one that never ran", destinationSteps(MarkMayRun, copyGone, stepAbandon)},
 		{"R7", "a source asks on although it may have been told to resume", func(r *rules) { r.askOn = true }},

@@ -435,6 +435,12 @@ func (e *destination) find() error {
 		return fmt.Errorf("whether the VM is to run: %w", err)
 	}
 	e.stands = string(stands)
+	switch _, err := e.Journal.Kept(keptRan); {
+	case err == nil:
+		e.hasRun.Store(true)
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("whether the VM ran here: %w", err)
+	}
 	e.own = actionsOf(args)
 	e.held = e.own.shutdown != "pause"
 	e.lookAfter()
@@ -569,7 +575,7 @@ func (e *destination) recover() (m mended) {
 	if err != nil {
 		return mended{err: err}
 	}
-	// Of a QEMU that took the VM and has all devices, "paused" means that it was not told to run.
+	// Of a QEMU that took the VM, has all devices and never ran it, "paused" means that it was not told to.
 	m.pending = st.Status == "paused"
 	if m.conn, m.err = socketTo(ctx, e.q, recoverFD, 0); m.err != nil {
 		return m
@@ -621,7 +627,7 @@ func (e *destination) handshake(ctx context.Context, m *mended) error {
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)
-	e.pending = m.pending && e.stands == ""
+	e.pending = m.pending && e.stands == "" && !e.hasRun.Load()
 	e.use(newStream(m.conn))
 	e.holding.Lock()
 	old := e.placer

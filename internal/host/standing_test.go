@@ -115,3 +115,51 @@ func TestStanding(t *testing.T) {
 	}
 	labtest.MustCheck(t, twin)
 }
+
+// An operator may pause the VM while its memory comes to the destination. It stays paused, also where
+// the daemon there dies and the next one goes on.
+func TestPausedThere(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	r := &run{t: t, lab: l}
+	r.vm = boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 32, IdleMiB: 64}})
+	r.a, r.b = sites(t, l)
+	r.a.describe("web1", r.vm.QMP, r.vm.Args)
+	r.expected = r.b.expect("web1", r.vm)
+	r.a.start()
+	r.b.start()
+	e, err := r.a.evictAt("web1", "hostb", 5<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.eviction = e.Id
+	arriving := func(e *hostv1.Eviction) bool {
+		return e.State == string(evict.Running) && e.Progress.PagesSent > 1000
+	}
+	r.wait(r.b, "arriving", arriving)
+	twin, err := r.expected.Started(labtest.Within(t, time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	do := func(command string) {
+		t.Helper()
+		if err := twin.Execute(labtest.Within(t, 20*time.Second), command, nil, nil); err != nil {
+			t.Fatalf("%s: %v", command, err)
+		}
+	}
+	do("stop")
+	r.b.kill()
+	r.b.start()
+	r.wait(r.b, "arriving again", arriving)
+	if s := status(twin); s != "paused" {
+		t.Errorf("after a restart the twin is %q", s)
+	}
+	end, err := r.a.watch(r.eviction, 2*time.Minute)
+	if err != nil || end.Outcome != "completed" {
+		t.Fatalf("%v, %v", end, err)
+	}
+	if s := status(twin); s != "paused" {
+		t.Errorf("in the end the twin is %q", s)
+	}
+	do("cont")
+	labtest.MustCheck(t, twin)
+}
