@@ -20,6 +20,7 @@ type Guest struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced at every message
 	samples []Sample
+	clocks  []Clocks
 	hellos  int
 	hello   loadproto.Hello
 	lastSeq uint64
@@ -40,6 +41,13 @@ type Sample struct {
 	// Touches are the slow first touches since the report before, those of
 	// lost reports included.
 	Touches loadproto.Touches
+}
+
+// Clocks is one report of the bare guest on its clocks and interrupts.
+type Clocks struct {
+	At time.Time // of arrival
+	VM string    // name of the VM it came from
+	loadproto.Clocks
 }
 
 // maxSamples is an hour of reports; when they are too many, the older half goes.
@@ -92,6 +100,11 @@ func (g *Guest) take(vm string, now time.Time, line []byte) {
 			g.samples = slices.Delete(g.samples, 0, maxSamples/2)
 		}
 		g.samples = append(g.samples, s)
+	case loadproto.Clocks:
+		if len(g.clocks) == maxSamples {
+			g.clocks = slices.Delete(g.clocks, 0, maxSamples/2)
+		}
+		g.clocks = append(g.clocks, Clocks{now, vm, m})
 	case loadproto.BadWord:
 		g.badSeen = append(g.badSeen, m)
 	case loadproto.SetResult:
@@ -131,6 +144,13 @@ func (g *Guest) Samples() []Sample {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return slices.Clone(g.samples)
+}
+
+// Clocks returns what the bare guest reported of its clocks so far.
+func (g *Guest) Clocks() []Clocks {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.clocks)
 }
 
 // Torn returns how many lines were cut, as happens to one at a switch-over.

@@ -12,12 +12,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+
+	"vacate/lab/bareguest"
 )
 
 // image is what QEMU boots.
 type image struct {
-	kernel, initrd string // files
-	release        string // such as 6.1.0-56-cloud-amd64
+	kernel, initrd string // files; the bare guest has no initrd
+	release        string // such as 6.1.0-56-cloud-amd64, or bareguest-6ac1fe4b
 }
 
 // images are the images made so far, and makes others; what fails is tried
@@ -34,6 +36,9 @@ type images struct {
 func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
 	is.mu.Lock()
 	defer is.mu.Unlock()
+	if s.BareMetal {
+		return bareImage(is.dir)
+	}
 	programs, _ := s.programs()
 	key := fmt.Sprint(s.Kernel, programs)
 	if img := is.built[key]; img != nil {
@@ -48,6 +53,16 @@ func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
 	}
 	is.built[key] = img
 	return img, nil
+}
+
+// bareImage returns the image of the bare guest; it puts the file into the cache if it is missing.
+func bareImage(dir string) (*image, error) {
+	release := fmt.Sprintf("bareguest-%.4x", sha256.Sum256(bareguest.ELF))
+	img := &image{kernel: filepath.Join(dir, release), release: release}
+	if _, err := os.Stat(img.kernel); err == nil {
+		return img, nil
+	}
+	return img, writeFile(img.kernel, bareguest.ELF)
 }
 
 // buildImage returns the image in the cache with a kernel and programs of this module (see

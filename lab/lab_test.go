@@ -270,6 +270,45 @@ func TestCorruptionIsFound(t *testing.T) {
 	}
 }
 
+// The bare guest finds each changed bit, in memory that it works on and in memory that it does not.
+func TestBareGuestFindsCorruption(t *testing.T) {
+	l := newTestLab(t, Options{})
+	const seed = 7
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{
+		BareMetal: true, VCPUs: 2, MemoryMiB: 128,
+		Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, Seed: seed, Mixed: true, Sleep: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log("under", vm.Spec.Accel)
+	victims := []string{loadproto.SetHot, loadproto.SetIdle, loadproto.SetOther}
+	for i, set := range victims {
+		var page loadproto.Page
+		page.Fill(loadproto.Base(loadproto.SetSeed(seed, set), uint64(10+i), 0))
+		corrupt(t, vm, &page)
+	}
+	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if check.Bad != uint64(len(victims)) || check.Pages != (16+16+4)*pagesPerMiB {
+		t.Fatalf("changed a bit in %d sets: %+v", len(victims), check)
+	}
+	// The words are told with the next report.
+	for len(vm.Guest.Bad()) < len(victims) {
+		if t.Context().Err() != nil || !vm.Alive() {
+			t.Fatal("the VM is gone")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	for i, w := range vm.Guest.Bad() {
+		if w.Set != victims[i] || w.Page != uint64(10+i) || w.Word != 100 || w.Got != w.Want^1 {
+			t.Errorf("changed page %d of set %s: %+v", 10+i, victims[i], w)
+		}
+	}
+}
+
 // corrupt flips a bit in word 100 of the page wherever the VM's memory has it.
 func corrupt(t *testing.T, vm *VM, page *loadproto.Page) {
 	t.Helper()

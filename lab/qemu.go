@@ -174,10 +174,11 @@ exec %q --argv0 %q --library-path "%s" \
 `, loader, stockQEMU, strings.Join(libs, ":")), nil
 }
 
-// accelerator returns "kvm" if a guest really boots under it, else "tcg". That
-// /dev/kvm opens proves nothing. The answer is kept in the lab directory; the
-// environment variable VACATE_ACCEL overrides it.
-func (l *Lab) accelerator(ctx context.Context, q QEMU, k Kernel, img *image) (string, error) {
+// accelerator returns "kvm" if a guest like the VM's really runs under it, else "tcg". That
+// /dev/kvm opens proves nothing. The bare guest is tried first: where that does not run, nothing
+// does, and where it does, Linux may still not. Answers are kept in the lab directory; the
+// environment variable VACATE_ACCEL overrides them.
+func (l *Lab) accelerator(ctx context.Context, spec Spec, img *image) (string, error) {
 	if a := os.Getenv("VACATE_ACCEL"); a != "" {
 		if a != "kvm" && a != "tcg" {
 			return "", fmt.Errorf("VACATE_ACCEL is %q: want kvm or tcg", a)
@@ -191,26 +192,40 @@ func (l *Lab) accelerator(ctx context.Context, q QEMU, k Kernel, img *image) (st
 	f.Close()
 	l.kvm.Lock()
 	defer l.kvm.Unlock()
+	bare, err := bareImage(l.dir)
+	if err != nil {
+		return "", err
+	}
+	accel, err := l.try(ctx, Spec{QEMU: spec.QEMU, BareMetal: true}, bare)
+	if err != nil || accel == "tcg" || spec.BareMetal {
+		return accel, err
+	}
+	return l.try(ctx, Spec{QEMU: spec.QEMU, Kernel: spec.Kernel}, img)
+}
+
+// try boots a guest under KVM, unless it is known what comes of that, and returns "kvm" or "tcg".
+func (l *Lab) try(ctx context.Context, spec Spec, img *image) (string, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return "", err
 	}
-	key := fmt.Sprintf("accel-%s-%s-%s", q.Version, img.release, unix.ByteSliceToString(u.Release[:]))
+	key := fmt.Sprintf("accel-%s-%s-%s", spec.QEMU.Version, img.release, unix.ByteSliceToString(u.Release[:]))
 	file := filepath.Join(l.dir, key)
 	if known, err := os.ReadFile(file); err == nil && (string(known) == "kvm" || string(known) == "tcg") {
 		return string(known), nil
 	}
-	l.log.Info("trying whether a guest boots under KVM")
+	l.log.Info("trying whether a guest boots under KVM", "guest", img.release)
 	short, cancel := context.WithTimeout(ctx, kvmBootTime)
 	defer cancel()
 	accel := "kvm"
-	vm, err := l.A.Boot(short, Spec{QEMU: q, Kernel: k, Accel: "kvm", MemoryMiB: 256})
+	spec.Accel, spec.MemoryMiB = "kvm", 256
+	vm, err := l.A.Boot(short, spec)
 	if err == nil {
 		vm.Kill()
 	} else if ctx.Err() != nil {
 		return "", err
 	} else {
-		l.log.Info("no guest boots under KVM here: using software emulation", "error", err)
+		l.log.Info("the guest does not boot under KVM here: using software emulation", "guest", img.release, "error", err)
 		accel = "tcg"
 	}
 	return accel, writeFile(file, []byte(accel))

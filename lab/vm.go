@@ -43,10 +43,14 @@ type Spec struct {
 	Devices   Devices // default Bare
 	Kernel    Kernel  // default this machine's release's
 	Load      Load
-	Disk      string   // raw image of a Full VM; default one made for it
-	Accel     string   // "kvm" or "tcg"; default whichever works
-	CPU       string   // QEMU's CPU model; default all that Accel has
-	Cmdline   string   // more of the kernel's command line
+	Disk      string // raw image of a Full VM; default one made for it
+	Accel     string // "kvm" or "tcg"; default whichever works
+	CPU       string // QEMU's CPU model; default all that Accel has
+	Cmdline   string // more of the kernel's command line
+	// BareMetal has package bareguest's guest in place of Linux, with its own load. It runs
+	// under KVM also where Linux does not. Its CPUs each have a worker; other sets than hot, idle
+	// and other memory are not for it.
+	BareMetal bool
 	Init      string   // program of this module, by its name in cmd, to be the guest's whole user space; default guestload
 	Run       []string // programs that guestload starts beside its load; what they write is on the console
 	// Agent has guestload start the program vacate-guest, and gives the VM a
@@ -99,8 +103,12 @@ type Load struct {
 	Seed     uint64 // of page contents, and of all that is random
 }
 
-// guestNeeds is what the kernel and an empty load need, in MiB.
-const guestNeeds = 128
+// guestNeeds is what the kernel and an empty load need, in MiB, and bareNeeds the same of the bare
+// guest.
+const (
+	guestNeeds = 128
+	bareNeeds  = 16
+)
 
 // kvmBootTime is how long a guest may take to boot under KVM, which is much
 // more than it needs.
@@ -165,8 +173,15 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 		}
 		all += s.ServerMiB + r.needs
 	}
-	if all+guestNeeds > s.MemoryMiB {
-		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+guestNeeds, s.MemoryMiB)
+	needs := guestNeeds
+	if s.BareMetal {
+		needs = bareNeeds
+		if l.Workers != s.VCPUs || s.VCPUs > 4 || l.CacheMiB+l.FileMiB > 0 || s.Agent || s.Tap || len(s.Run) > 0 || s.Init != guestLoad {
+			return errors.New("the bare guest has 1 to 4 CPUs with a worker each, and nothing of Linux")
+		}
+	}
+	if all+needs > s.MemoryMiB {
+		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+needs, s.MemoryMiB)
 	}
 	if s.Tap && (s.Devices != Full || s.Init != guestLoad) {
 		return fmt.Errorf("a tap needs a network card and %s: devices %q", guestLoad, Full)
@@ -398,6 +413,7 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 		return nil, err
 	}
 	vm.follow(conn)
+	l.log.Info("QEMU started", "vm", vm.Name, "qemu", vm.Spec.QEMU.Version, "accelerator", vm.Spec.Accel)
 	return vm, nil
 }
 
@@ -429,7 +445,7 @@ func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepare
 		return nil, err
 	}
 	if spec.Accel == "" {
-		if spec.Accel, err = l.accelerator(ctx, spec.QEMU, spec.Kernel, img); err != nil {
+		if spec.Accel, err = l.accelerator(ctx, spec, img); err != nil {
 			return nil, err
 		}
 	}
@@ -538,9 +554,14 @@ func (vm *VM) args(img *image, reports string) []string {
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", machine, "-accel", accel, "-cpu", s.CPU,
 		"-smp", strconv.Itoa(s.VCPUs), "-m", strconv.Itoa(s.MemoryMiB)+"M",
-		"-kernel", img.kernel, "-initrd", img.initrd, "-append", s.cmdline(),
+		"-kernel", img.kernel, "-append", s.cmdline(),
 		"-chardev", "file,id=console,path="+escape(vm.Console), "-serial", "chardev:console",
 		"-chardev", "socket,id=reports,server=off,path="+escape(reports), "-serial", "chardev:reports")
+	if s.BareMetal {
+		add("-bios", "qboot.rom")
+	} else {
+		add("-initrd", img.initrd)
+	}
 	for _, socket := range []string{vm.QMP, vm.LabQMP} {
 		add("-qmp", "unix:"+escape(socket)+",server=on,wait=off")
 	}

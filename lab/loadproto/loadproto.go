@@ -11,6 +11,7 @@
 //
 //	hello VERSION PAGES WORKERS            all sets are written, work begins
 //	r SEQ CLOCK OPS BAD TOUCHES TOUCHES    ten times a second
+//	clocks TSC KVMCLOCK TICKS BACK ASYNC   with each r, by the bare guest alone
 //	bad SET PAGE WORD WANT GOT             a word that is not what it should be
 //	set SET PAGES BAD                      answer to "check", once per set
 //	final PAGES BAD                        end of that answer
@@ -69,7 +70,7 @@ func knownSet(s string) bool {
 	return false
 }
 
-// A Message is one of Hello, Report, BadWord, SetResult, Final and Fail.
+// A Message is one of Hello, Report, Clocks, BadWord, SetResult, Final and Fail.
 type Message interface{ appendFields([]byte) []byte }
 
 // Hello says that all sets are written and the work begins.
@@ -82,6 +83,15 @@ type Hello struct {
 type Report struct {
 	Seq, Clock, Ops, Bad uint64
 	Touches, Before      Touches
+}
+
+// Clocks is what a guest without an operating system saw of its clocks and interrupts.
+type Clocks struct {
+	TSC      uint64 // nanoseconds since Hello
+	KVMClock uint64 // nanoseconds; 0 if it has none
+	Ticks    uint64 // of its timer, on the CPU that had the fewest; 100 a second at most
+	Back     uint64 // how often the TSC or KVM's clock of a CPU went back
+	Async    uint64 // asynchronous page faults waited out
 }
 
 // BadWord is a word whose value is wrong.
@@ -203,6 +213,10 @@ func (m Report) appendFields(b []byte) []byte {
 	return m.Before.append(append(b, ' '))
 }
 
+func (m Clocks) appendFields(b []byte) []byte {
+	return appendNumbers(append(b, "clocks"...), m.TSC, m.KVMClock, m.Ticks, m.Back, m.Async)
+}
+
 func (m BadWord) appendFields(b []byte) []byte {
 	b = append(append(b, "bad "...), m.Set...)
 	return appendNumbers(b, m.Page, m.Word, m.Want, m.Got)
@@ -268,6 +282,8 @@ func parseFields(s string) (Message, error) {
 		m = Hello{p.number(), p.number(), p.number()}
 	case "r":
 		m = Report{p.number(), p.number(), p.number(), p.number(), p.touches(), p.touches()}
+	case "clocks":
+		m = Clocks{p.number(), p.number(), p.number(), p.number(), p.number()}
 	case "bad":
 		m = BadWord{p.set(), p.number(), p.number(), p.number(), p.number()}
 	case "set":

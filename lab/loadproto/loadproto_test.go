@@ -21,6 +21,7 @@ func samples() []Message {
 		Hello{Version, 131072, 2},
 		Report{0, 5, 0, 0, Touches{}, Touches{}},
 		Report{math.MaxUint64, 12345678901, 99, 1, some, one},
+		Clocks{12345678901, 1 << 40, 100, 0, 7},
 		BadWord{SetHot, 7, 511, 0xdeadbeef, 0},
 		SetResult{SetCache, 100, 0},
 		Final{131072, 3},
