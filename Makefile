@@ -2,7 +2,7 @@
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time),
-# REFUSALS (rounds), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
+# REFUSALS and KVM (rounds), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -11,6 +11,7 @@ FUZZTIME ?= 10s
 CHAOS    ?= 1
 WORKERS  ?= 5
 REFUSALS ?= 50
+KVM      ?= 4
 JOBS     ?= 1
 
 export PATH := $(PATH):/usr/local/go/bin
@@ -35,7 +36,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint generate chaos refusals configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint generate chaos refusals kvm configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +106,11 @@ refusals: deps ## have evictions disturbed at random moments while the VM is bei
 	set -o pipefail; VACATE_REQUIRE=1 VACATE_REFUSALS=$(REFUSALS) $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict 2>&1 | \
 	tee .lab/refusals.log | grep -vE '^=== |^        '
 	@grep 'ran on at the source' .lab/refusals.log
+
+kvm: deps ## evict the bare guest, under KVM where that works, KVM (4) times with each QEMU and configuration (root; 15 minutes)
+	@mkdir -p .lab
+	set -o pipefail; VACATE_REQUIRE=1 VACATE_KVM=$(KVM) VACATE_KVM_RESULT=$(CURDIR)/.lab/kvm.md $(GO) test -count=1 -timeout 2h -run '^TestKVM$$' -v ./internal/evict >.lab/kvm.log 2>&1 || { grep -E '^ *--- FAIL' .lab/kvm.log; false; }
+	@cat .lab/kvm.md
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)

@@ -1,0 +1,210 @@
+package evict_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/lab"
+	"vacate/lab/labtest"
+)
+
+// A bareCase is a VM with the bare guest.
+type bareCase struct {
+	machine string
+	vcpus   int
+	memfd   bool
+	async   bool
+	mib     int // of memory; default 256
+}
+
+func (c bareCase) String() string {
+	s := fmt.Sprintf("%s, %d CPUs", c.machine, c.vcpus)
+	if c.memfd {
+		s += ", memfd"
+	}
+	if c.async {
+		s += ", async"
+	}
+	if c.mib != 0 {
+		s += fmt.Sprintf(", %d MiB", c.mib)
+	}
+	return s
+}
+
+func (c bareCase) spec(q lab.QEMU) lab.Spec {
+	s := lab.Spec{
+		QEMU: q, BareMetal: true, Machine: c.machine, VCPUs: c.vcpus, Memfd: c.memfd, MemoryMiB: max(c.mib, 256),
+		Load: lab.Load{Zipf: c.vcpus%2 == 0, Mixed: c.memfd},
+	}
+	s.Load.HotMiB, s.Load.IdleMiB, s.Load.OtherMiB = s.MemoryMiB/4, s.MemoryMiB/4, s.MemoryMiB/8
+	if c.async {
+		s.Cmdline = "vacate.async=1"
+	}
+	return s
+}
+
+// bareCases have each number of CPUs, machine and kind of memory, with asynchronous page faults and
+// without.
+var bareCases = []bareCase{
+	{machine: "pc", vcpus: 1},
+	{machine: "pc", vcpus: 2, async: true},
+	{machine: "q35", vcpus: 3, memfd: true},
+	{machine: "q35", vcpus: 4, async: true},
+	{machine: "pc", vcpus: 4, memfd: true, async: true},
+	{machine: "q35", vcpus: 1, async: true},
+}
+
+// clockReports is how many reports the clocks are judged by.
+const clockReports = 5
+
+// evictBare evicts a bare guest, and judges its memory, ticks and clocks afterwards.
+func evictBare(t *testing.T, l *lab.Lab, spec lab.Spec) (last lab.Clocks, accel string) {
+	t.Helper()
+	vm := boot(t, l, spec)
+	defer vm.Kill()
+	twin := incoming(t, l, vm)
+	defer twin.Kill()
+	if twin.Spec.Accel == "kvm" {
+		defer underKVM(t, twin)
+	}
+	r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
+	r.mustComplete(t)
+	if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%+v", r.report)
+	first, last := clocksOn(labtest.Within(t, time.Minute), t, twin)
+	judgeClocks(t, vm.Guest.Clocks(), twin.Spec.Accel, first, last)
+	labtest.MustCheck(t, twin)
+	t.Logf("%+v", last)
+	return last, twin.Spec.Accel
+}
+
+// clocksOn waits for reports from the twin, and returns the first and the last of them.
+func clocksOn(ctx context.Context, t *testing.T, twin *lab.VM) (first, last lab.Clocks) {
+	t.Helper()
+	for {
+		n := 0
+		for _, c := range twin.Guest.Clocks() {
+			if c.VM != twin.Name {
+				continue
+			}
+			if n++; n == 1 {
+				first = c
+			}
+			last = c
+		}
+		if n >= clockReports {
+			return first, last
+		}
+		if err := twin.Guest.WaitOps(ctx, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func judgeClocks(t *testing.T, all []lab.Clocks, accel string, first, last lab.Clocks) {
+	t.Helper()
+	if last.Back != 0 {
+		t.Errorf("a clock went back %d times", last.Back)
+	}
+	for i, c := range all[1:] {
+		if c.TSC <= all[i].TSC || c.Ticks < all[i].Ticks {
+			t.Errorf("the TSC or the ticks went from %+v to %+v", all[i], c)
+		}
+	}
+	if last.Ticks == first.Ticks {
+		t.Errorf("a CPU's timer stands: %+v, %+v", first, last)
+	}
+	if accel != "kvm" {
+		return
+	}
+	// Both clocks of the guest must go at one rate where it came to, as they do from the start.
+	tsc, kvmclock := float64(last.TSC-first.TSC), float64(last.KVMClock)-float64(first.KVMClock)
+	if ratio := kvmclock / tsc; ratio < 0.99 || ratio > 1.01 {
+		t.Errorf("while the TSC went on by %.0f ns, KVM's clock did by %.0f", tsc, kvmclock)
+	}
+}
+
+// underKVM proves by what QEMU counted that the VM's CPUs ran under KVM.
+func underKVM(t *testing.T, vm *lab.VM) {
+	t.Helper()
+	var stats []struct {
+		Stats []struct {
+			Name  string
+			Value any
+		}
+	}
+	err := vm.Execute(t.Context(), "query-stats", map[string]any{
+		"target": "vcpu", "providers": []any{map[string]any{"provider": "kvm", "names": []string{"exits"}}},
+	}, &stats)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range stats {
+		if len(s.Stats) == 1 && s.Stats[0].Value != float64(0) {
+			return
+		}
+	}
+	t.Errorf("QEMU counts no exits from KVM: %+v", stats)
+}
+
+// A guest at native speed moves, where there is KVM, whatever its machine and memory, and its
+// clocks go on.
+func TestBareGuest(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 2e9})
+	for _, c := range bareCases {
+		t.Run(c.String(), func(t *testing.T) {
+			_, accel := evictBare(t, l, c.spec(lab.QEMU{}))
+			t.Log("under", accel)
+		})
+	}
+}
+
+// TestKVM is the campaign of `make kvm`: VACATE_KVM rounds of evictions of the bare guest with each
+// QEMU. It writes a table to the file VACATE_KVM_RESULT.
+func TestKVM(t *testing.T) {
+	rounds, err := strconv.Atoi(os.Getenv("VACATE_KVM"))
+	if err != nil || rounds < 1 {
+		t.Skip("make kvm runs it")
+	}
+	l := labtest.New(t, lab.Options{Rate: 10e9})
+	cases := append(bareCases[:len(bareCases):len(bareCases)],
+		bareCase{machine: "pc", vcpus: 2, memfd: true},
+		bareCase{machine: "q35", vcpus: 2, memfd: true, async: true},
+		bareCase{machine: "pc", vcpus: 3, async: true},
+		bareCase{machine: "q35", vcpus: 1, memfd: true})
+	var table strings.Builder
+	table.WriteString("| QEMU | VM | accelerator | evictions | without a fault | async page faults |\n|---|---|---|---|---|---|\n")
+	for _, find := range []func(context.Context) (lab.QEMU, error){
+		lab.StockQEMU, cached(t, lab.Backports12QEMU), cached(t, lab.BackportsQEMU),
+	} {
+		q, err := find(labtest.Within(t, 5*time.Minute))
+		labtest.Need(t, err)
+		for _, c := range cases {
+			good, async, accel := 0, uint64(0), ""
+			for range rounds {
+				ok := t.Run(q.Version+" "+c.String(), func(t *testing.T) {
+					var last lab.Clocks
+					last, accel = evictBare(t, l, c.spec(q))
+					async += last.Async
+				})
+				if ok {
+					good++
+				}
+			}
+			fmt.Fprintf(&table, "| %s | %s | %s | %d | %d | %d |\n", q.Version, c, accel, rounds, good, async)
+		}
+	}
+	t.Log("\n" + table.String())
+	if name := os.Getenv("VACATE_KVM_RESULT"); name != "" {
+		if err := os.WriteFile(name, []byte(table.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
