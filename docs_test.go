@@ -104,7 +104,8 @@ func exists(name string) bool {
 // its own that looks like the top of the repository. The programs are built and in the PATH.
 func TestDocsRun(t *testing.T) {
 	bin := t.TempDir()
-	build := exec.Command("go", "build", "-o", bin+"/", "./cmd/vacate", "./cmd/vacated", "./lab/cmd/vacate-lab")
+	build := exec.Command("go", "build", "-o", bin+"/", "./cmd/vacate", "./cmd/vacated",
+		"./lab/cmd/vacate-lab")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -125,7 +126,8 @@ func TestDocsRun(t *testing.T) {
 		dir := t.TempDir()
 		for _, e := range entries {
 			if !strings.HasPrefix(e.Name(), ".") {
-				if err := os.Symlink(filepath.Join(top, e.Name()), filepath.Join(dir, e.Name())); err != nil {
+				if err := os.Symlink(filepath.Join(top, e.Name()),
+					filepath.Join(dir, e.Name())); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -186,7 +188,8 @@ func checkLine(t *testing.T, file string, number int, line string) {
 	t.Helper()
 	checkPhrases(t, file, number, line)
 	width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
-	unbroken := !strings.Contains(strings.TrimLeft(strings.TrimSpace(line), "/#*->0123456789. "), " ")
+	unbroken := !strings.Contains(strings.TrimLeft(strings.TrimSpace(line), "/#*->0123456789. "),
+		" ")
 	if width > wide && !unbroken && !strings.Contains(line, "://") {
 		t.Errorf("%s:%d: %d columns: break the line at %d", file, number, width, wide)
 	}
@@ -237,7 +240,8 @@ func TestCommentStyle(t *testing.T) {
 			}
 			lines := strings.Split(string(text), "\n")
 			ast.Inspect(f, func(n ast.Node) bool { // help texts and messages
-				if text, ok := n.(*ast.BasicLit); ok && text.Kind == token.STRING && !strings.HasSuffix(file, "_test.go") {
+				if text, ok := n.(*ast.BasicLit); ok && text.Kind == token.STRING &&
+					!strings.HasSuffix(file, "_test.go") {
 					checkPhrases(t, file, set.Position(text.Pos()).Line, text.Value)
 				}
 				return true
@@ -247,7 +251,8 @@ func TestCommentStyle(t *testing.T) {
 					first, last := set.Position(c.Pos()).Line, set.Position(c.End()).Line
 					for n := first; n <= last; n++ {
 						line := lines[n-1]
-						if own := strings.TrimSpace(line); !strings.HasPrefix(own, "//") && first == last {
+						if own := strings.TrimSpace(line); !strings.HasPrefix(own, "//") &&
+							first == last {
 							line = c.Text // behind code, whose length is the code's
 						}
 						checkLine(t, file, n, line)
@@ -274,7 +279,8 @@ func TestDocsStates(t *testing.T) {
 		}
 	}
 	metrics := read("internal/host/metrics.go")
-	for _, name := range regexp.MustCompile("`vacate_[a-z_]+").FindAllString(read("docs/operate.md"), -1) {
+	for _, name := range regexp.MustCompile("`vacate_[a-z_]+").FindAllString(
+		read("docs/operate.md"), -1) {
 		if !strings.Contains(metrics, `"`+name[1:]+`"`) {
 			t.Errorf("docs/operate.md: there is no metric %s", name[1:])
 		}
@@ -292,6 +298,7 @@ func TestDocsPicture(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(drawn, kept) {
-		t.Error("docs/eviction.svg is not what scripts/picture draws: scripts/picture >docs/eviction.svg")
+		t.Error("docs/eviction.svg is not what scripts/picture draws: scripts/picture " +
+			">docs/eviction.svg")
 	}
 }

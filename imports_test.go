@@ -62,7 +62,8 @@ func TestImports(t *testing.T) {
 	}
 	for _, r := range rows {
 		for _, name := range r.imports {
-			if !strings.Contains(group(name), ".") && slices.Index(groups, group(name)) > slices.Index(groups, group(r.pkg)) {
+			if !strings.Contains(group(name), ".") &&
+				slices.Index(groups, group(name)) > slices.Index(groups, group(r.pkg)) {
 				t.Errorf("%s imports %s, of a group below its own", r.pkg, name)
 			}
 		}
@@ -72,17 +73,20 @@ func TestImports(t *testing.T) {
 		var have []string
 		for _, name := range used[r.pkg] {
 			listed := slices.IndexFunc(r.imports, func(i string) bool {
-				return name == i || strings.Contains(group(i), ".") && strings.HasPrefix(name, i+"/")
+				return name == i ||
+					strings.Contains(group(i), ".") && strings.HasPrefix(name, i+"/")
 			})
 			if listed < 0 {
-				t.Errorf("package %s imports %s, which its row in docs/architecture.md does not name", r.pkg, name)
+				t.Errorf("package %s imports %s, which its row in docs/architecture.md does not "+
+					"name", r.pkg, name)
 				continue
 			}
 			have = append(have, r.imports[listed])
 		}
 		for _, name := range r.imports {
 			if !slices.Contains(have, name) {
-				t.Errorf("package %s does not import %s, which its row in docs/architecture.md names", r.pkg, name)
+				t.Errorf("package %s does not import %s, which its row in docs/architecture.md "+
+					"names", r.pkg, name)
 			}
 		}
 		delete(used, r.pkg)
@@ -100,7 +104,8 @@ func imports(t *testing.T) map[string][]string {
 		if err != nil {
 			return err
 		}
-		if e.IsDir() && file != "." && (strings.HasPrefix(e.Name(), ".") || e.Name() == "testdata") {
+		if e.IsDir() && file != "." &&
+			(strings.HasPrefix(e.Name(), ".") || e.Name() == "testdata") {
 			return filepath.SkipDir
 		}
 		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {

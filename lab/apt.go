@@ -20,18 +20,21 @@ func debianRepos(ctx context.Context) (codename string, repos []repo, err error)
 	if codename, err = debianCodename(); err != nil {
 		return "", nil, err
 	}
-	out, err := output(exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)", "Created-By: Packages"))
+	out, err := output(exec.CommandContext(ctx, "apt-get", "indextargets", "--format",
+		"$(REPO_URI)|$(RELEASE)|$(COMPONENT)", "Created-By: Packages"))
 	if err != nil {
 		return "", nil, err
 	}
 	for line := range strings.Lines(string(out)) {
 		f := strings.Split(strings.TrimSpace(line), "|")
-		if len(f) == 3 && f[2] == "main" && (f[1] == codename || strings.HasPrefix(f[1], codename+"-")) {
+		if len(f) == 3 && f[2] == "main" &&
+			(f[1] == codename || strings.HasPrefix(f[1], codename+"-")) {
 			repos = append(repos, repo{f[0], f[1], f[2]})
 		}
 	}
 	if len(repos) == 0 {
-		return "", nil, fmt.Errorf("apt has no sources of Debian %s: add them to /etc/apt", codename)
+		return "", nil, fmt.Errorf("apt has no sources of Debian %s: add them to /etc/apt",
+			codename)
 	}
 	return codename, repos, nil
 }
@@ -60,7 +63,8 @@ func debianCodename() (string, error) {
 		values[k] = strings.Trim(v, `"'`)
 	}
 	if values["ID"] != "debian" || values["VERSION_CODENAME"] == "" {
-		return "", fmt.Errorf("this machine runs %q: the lab fetches packages on Debian only", values["PRETTY_NAME"])
+		return "", fmt.Errorf("this machine runs %q: the lab fetches packages on Debian only",
+			values["PRETTY_NAME"])
 	}
 	return values["VERSION_CODENAME"], nil
 }
@@ -113,7 +117,8 @@ Acquire::AllowInsecureRepositories "false";
 Acquire::Languages "none";
 Acquire::PDiffs "false";
 `, dir)
-	for name, content := range map[string]string{"sources.list": sources.String(), "apt.conf": conf, "status": ""} {
+	for name, content := range map[string]string{"sources.list": sources.String(), "apt.conf": conf,
+		"status": ""} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
 			return nil, err
 		}
@@ -125,7 +130,8 @@ Acquire::PDiffs "false";
 }
 
 func (a *privateApt) run(ctx context.Context, name string, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, name, append([]string{"-c", filepath.Join(a.dir, "apt.conf"), "-qq"}, args...)...)
+	cmd := exec.CommandContext(ctx, name,
+		append([]string{"-c", filepath.Join(a.dir, "apt.conf"), "-qq"}, args...)...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
 	cmd.Dir = a.dir
 	return output(cmd)
@@ -152,7 +158,8 @@ func (a *privateApt) depends(ctx context.Context, pkg, prefix string) ([]string,
 	}
 	var names []string
 	for line := range strings.Lines(string(out)) {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok && strings.HasPrefix(name, prefix) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok &&
+			strings.HasPrefix(name, prefix) {
 			names = append(names, name)
 		}
 	}
@@ -174,7 +181,8 @@ func output(cmd *exec.Cmd) ([]byte, error) {
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("%s: %w%s", strings.Join(cmd.Args, " "), err, lastLines("its output", errs.String()+out.String()))
+		return nil, fmt.Errorf("%s: %w%s", strings.Join(cmd.Args, " "), err,
+			lastLines("its output", errs.String()+out.String()))
 	}
 	return out.Bytes(), nil
 }

@@ -29,15 +29,16 @@ func (l *Lab) SmallDisk(bytes uint64) (*SmallDisk, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make small disk: %w", err)
 	}
-	if err := unix.Mount("vacate-lab", at, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d,mode=700", bytes)); err != nil {
+	if err := unix.Mount("vacate-lab", at, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV,
+		fmt.Sprintf("size=%d,mode=700", bytes)); err != nil {
 		return nil, fmt.Errorf("make small disk: mount tmpfs at %s: %w", at, err)
 	}
 	d := &SmallDisk{filepath.Join(at, "dir"), at, bytes}
 	return d, os.Mkdir(d.Dir, 0o700)
 }
 
-// Fill takes all space that is left, at once, so that whoever needs more gets ENOSPC. Memory that is
-// mapped from a file there gets ENOMEM, or SIGBUS.
+// Fill takes all space that is left, at once, so that whoever needs more gets ENOSPC. Memory that
+// is mapped from a file there gets ENOMEM, or SIGBUS.
 func (d *SmallDisk) Fill() error {
 	for {
 		var fs unix.Statfs_t
@@ -68,7 +69,8 @@ func (d *SmallDisk) Free() error {
 func (d *SmallDisk) resize(bytes uint64) error {
 	page := uint64(os.Getpagesize())
 	options := fmt.Sprintf("size=%d", max(bytes, page))
-	return unix.Mount("vacate-lab", d.mount, "tmpfs", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, options)
+	return unix.Mount("vacate-lab", d.mount, "tmpfs", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV,
+		options)
 }
 
 // Close takes the file system away before the lab is closed; files there may be open still.

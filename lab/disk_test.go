@@ -39,7 +39,8 @@ func TestSmallDisk(t *testing.T) {
 	cp := exec.Command("cp", "/etc/os-release", d.Dir)
 	var said bytes.Buffer
 	cp.Stderr = &said
-	if err := l.B.Run(cp); err == nil || !strings.Contains(said.String(), "No space left on device") {
+	if err := l.B.Run(cp); err == nil ||
+		!strings.Contains(said.String(), "No space left on device") {
 		t.Errorf("a process wrote to the full disk: %v, %s", err, said.String())
 	}
 	if err := d.Free(); err != nil {
@@ -56,7 +57,8 @@ func TestSmallDisk(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), l.RunDir()) {
+	if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil ||
+		strings.Contains(string(mounts), l.RunDir()) {
 		t.Errorf("still mounted after Close: %v\n%s", err, mounts)
 	}
 }

@@ -66,8 +66,9 @@ func (h *Host) expect(ctx context.Context, spec Spec, guest *Guest) (*Expected, 
 	}
 	e := &Expected{
 		Name: p.name, Host: h, QMP: p.file("qmp.sock"), Args: p.args,
-		Kernel: img.kernel, Initrd: img.initrd, Cmdline: p.spec.cmdline(), Reports: p.file("load.sock"),
-		what: p, done: make(chan struct{}), changed: make(chan struct{}),
+		Kernel: img.kernel, Initrd: img.initrd, Cmdline: p.spec.cmdline(),
+		Reports: p.file("load.sock"),
+		what:    p, done: make(chan struct{}), changed: make(chan struct{}),
 	}
 	h.lab.mu.Lock()
 	h.lab.expected = append(h.lab.expected, e)
@@ -118,7 +119,8 @@ func (e *Expected) Came(ctx context.Context) (*VM, error) {
 
 // Booted waits until the load of the guest has begun that vm boots.
 func (vm *VM) Booted(ctx context.Context) error {
-	err := vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
+	err := vm.Guest.wait(ctx, "the guest's load to begin", vm.done,
+		func() bool { return vm.Guest.hellos > 0 })
 	if err != nil {
 		return vm.explain(err)
 	}

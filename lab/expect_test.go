@@ -13,7 +13,8 @@ import (
 
 // startAsDaemon starts a process on the VM's host that starts its QEMU, and then waits.
 func startAsDaemon(e *Expected) (*exec.Cmd, error) {
-	cmd := exec.Command("sh", append([]string{"-c", `"$@" -S -incoming defer & wait`, "sh"}, e.Args...)...)
+	cmd := exec.Command("sh", append([]string{"-c", `"$@" -S -incoming defer & wait`, "sh"},
+		e.Args...)...)
 	cmd.Stderr = os.Stderr
 	return cmd, e.Host.Start(cmd)
 }
@@ -22,7 +23,8 @@ func startAsDaemon(e *Expected) (*exec.Cmd, error) {
 // after another was killed.
 func TestExpect(t *testing.T) {
 	l := newTestLab(t, Options{Rate: 1e9})
-	src, err := l.A.Boot(deadline(t, 3*time.Minute), Spec{MemoryMiB: 192, Devices: Full, Tap: true, Load: Load{HotMiB: 16, IdleMiB: 16}})
+	src, err := l.A.Boot(deadline(t, 3*time.Minute),
+		Spec{MemoryMiB: 192, Devices: Full, Tap: true, Load: Load{HotMiB: 16, IdleMiB: 16}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +51,8 @@ func TestExpect(t *testing.T) {
 		// What has become of who started it is no matter.
 		daemon.Process.Kill()
 		daemon.Wait()
-		if status, err := vm.Status(deadline(t, time.Minute)); err != nil || status != "inmigrate" || !vm.Alive() {
+		if status, err := vm.Status(deadline(t, time.Minute)); err != nil ||
+			status != "inmigrate" || !vm.Alive() {
 			t.Fatalf("the VM is %q, %v, alive: %v", status, err, vm.Alive())
 		}
 		if again, err := e.Started(t.Context()); again != vm {
@@ -62,12 +65,14 @@ func TestExpect(t *testing.T) {
 			}
 		}
 	}
-	if got := e.VMs(); len(got) != 2 || got[0] != vms[0] || got[1] != vms[1] || vms[0].PID() == vms[1].PID() {
+	if got := e.VMs(); len(got) != 2 || got[0] != vms[0] || got[1] != vms[1] ||
+		vms[0].PID() == vms[1].PID() {
 		t.Fatalf("two processes were started in a row: %v, %v", got, vms)
 	}
 	dst := vms[1]
 	postcopy(deadline(t, 2*time.Minute), t, l, src, dst)
-	if err := dst.Execute(deadline(t, time.Minute), "cont", nil, nil); err != nil { // it was started with -S
+	if err := dst.Execute(deadline(t, time.Minute), "cont", nil, nil); err != nil {
+		// it was started with -S
 		t.Fatal(err)
 	}
 	src.Kill()

@@ -88,7 +88,8 @@ func (g *Guest) take(vm string, now time.Time, line []byte) {
 		g.hello, g.lastSeq = m, 0
 		g.hellos++
 		if m.Version != loadproto.Version {
-			g.failure = fmt.Errorf("guest load speaks version %d, this lab %d: build both anew", m.Version, loadproto.Version)
+			g.failure = fmt.Errorf("guest load speaks version %d, this lab %d: build both anew",
+				m.Version, loadproto.Version)
 		}
 	case loadproto.Report:
 		s := Sample{At: now, VM: vm, Ops: m.Ops, Bad: m.Bad, Touches: m.Touches}
@@ -206,7 +207,8 @@ func (g *Guest) Throughput(from, to time.Time, step time.Duration) []Rate {
 }
 
 func opsAt(samples []Sample, t time.Time) float64 {
-	i, _ := slices.BinarySearchFunc(samples, t, func(s Sample, t time.Time) int { return s.At.Compare(t) })
+	i, _ := slices.BinarySearchFunc(samples, t,
+		func(s Sample, t time.Time) int { return s.At.Compare(t) })
 	switch {
 	case len(samples) == 0:
 		return 0
@@ -280,7 +282,8 @@ func (g *Guest) Check(ctx context.Context, vm *VM) (Check, error) {
 	if err := vm.command(loadproto.CommandCheck); err != nil {
 		return Check{}, fmt.Errorf("check guest: %w", err)
 	}
-	if err := g.wait(ctx, "the guest's check", vm.done, func() bool { return g.finals > finals }); err != nil {
+	if err := g.wait(ctx, "the guest's check", vm.done,
+		func() bool { return g.finals > finals }); err != nil {
 		return Check{}, vm.explain(fmt.Errorf("check guest: %w", err))
 	}
 	g.mu.Lock()
@@ -295,7 +298,8 @@ func (g *Guest) Reboot(ctx context.Context, vm *VM) error {
 	if err := vm.command(loadproto.CommandReboot); err != nil {
 		return fmt.Errorf("reboot guest: %w", err)
 	}
-	err := g.wait(ctx, "the rebooted guest's load", vm.done, func() bool { return g.hellos > starts })
+	err := g.wait(ctx, "the rebooted guest's load", vm.done,
+		func() bool { return g.hellos > starts })
 	if err != nil {
 		return vm.explain(fmt.Errorf("reboot guest: %w", err))
 	}

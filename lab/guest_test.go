@@ -40,7 +40,8 @@ func TestGuestSurvivesTornLine(t *testing.T) {
 		t.Errorf("%d torn pieces, want 2", g.Torn())
 	}
 	s := g.Stalls(at(0), at(4))
-	if s.Count != 3 || s.Max != 5*time.Second || s.Sum != 5*time.Second+3*time.Millisecond || s.P50 < 2*time.Millisecond || s.P50 > 2300*time.Microsecond {
+	if s.Count != 3 || s.Max != 5*time.Second || s.Sum != 5*time.Second+3*time.Millisecond ||
+		s.P50 < 2*time.Millisecond || s.P50 > 2300*time.Microsecond {
 		t.Errorf("stalls %+v", s)
 	}
 	if s := g.Stalls(at(1), at(2)); s.Count != 0 {
@@ -49,7 +50,8 @@ func TestGuestSurvivesTornLine(t *testing.T) {
 	// 100 at 0.1 s, 300 at 0.3 s, 500 at 0.4 s.
 	rates := g.Throughput(at(1), at(4), 100*time.Millisecond)
 	for i, want := range []float64{1000, 1000, 2000} {
-		if len(rates) != 3 || rates[i].PerSecond < want-1e-3 || rates[i].PerSecond > want+1e-3 || !rates[i].From.Equal(at(1+i)) {
+		if len(rates) != 3 || rates[i].PerSecond < want-1e-3 || rates[i].PerSecond > want+1e-3 ||
+			!rates[i].From.Equal(at(1+i)) {
 			t.Fatalf("rates %+v", rates)
 		}
 	}
@@ -71,7 +73,8 @@ func TestGuestFailures(t *testing.T) {
 		t.Errorf("the load has failed, WaitOps said %v", err)
 	}
 	g = newGuest()
-	g.take("a-1", time.Now(), loadproto.Append(nil, loadproto.Hello{Version: loadproto.Version + 1}))
+	g.take("a-1", time.Now(), loadproto.Append(nil,
+		loadproto.Hello{Version: loadproto.Version + 1}))
 	if g.Err() == nil {
 		t.Error("a load of another version was accepted")
 	}

@@ -61,7 +61,8 @@ var (
 
 // newHost makes a host; n is its number in the lab.
 func newHost(l *Lab, name string, n byte, core int) (*Host, error) {
-	h := &Host{Name: name, Addr: hostAddr(n).String(), Core: core, lab: l, ns: -1, calls: make(chan func()), closed: make(chan struct{}), done: make(chan struct{})}
+	h := &Host{Name: name, Addr: hostAddr(n).String(), Core: core, lab: l, ns: -1,
+		calls: make(chan func()), closed: make(chan struct{}), done: make(chan struct{})}
 	ready := make(chan error)
 	go h.serve(n, ready)
 	if err := <-ready; err != nil {
@@ -123,19 +124,23 @@ func (h *Host) enterNew(n byte) (err error) {
 func (h *Host) addBridge(n byte) (err error) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "br0"
-	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 77, 0, n} // else it has a port's, and another with each port
+	// else it has a port's, and another with each port
+	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 77, 0, n}
 	snoop := false
-	if err := h.nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snoop}); err != nil {
+	if err := h.nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snoop}); err !=
+		nil {
 		return fmt.Errorf("kernel option BRIDGE: %w", err)
 	}
 	// Bridged packets need not pass by the (empty) packet filter. Without it there is no such file.
-	if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"),
+		0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	if h.bridge, err = h.nl.LinkByName(attrs.Name); err != nil {
 		return err
 	}
-	if err := h.nl.AddrAdd(h.bridge, &netlink.Addr{IPNet: &net.IPNet{IP: hostAddr(n), Mask: network}}); err != nil {
+	if err := h.nl.AddrAdd(h.bridge,
+		&netlink.Addr{IPNet: &net.IPNet{IP: hostAddr(n), Mask: network}}); err != nil {
 		return fmt.Errorf("address %s: %w", h.Addr, err)
 	}
 	return h.nl.LinkSetUp(h.bridge)
@@ -190,7 +195,8 @@ func receiveOn(core int) error {
 		words[i] = "0"
 	}
 	words[0] = fmt.Sprintf("%x", 1<<(core%32))
-	if err := os.WriteFile(mask, []byte(strings.Join(words, ",")), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.WriteFile(mask, []byte(strings.Join(words, ",")), 0); err != nil &&
+		!errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("have core %d receive: %w", core, err)
 	}
 	return nil

@@ -68,7 +68,8 @@ func bareImage(dir string) (*image, error) {
 // buildImage returns the image in the cache with a kernel and programs of this module (see
 // build), the first of which is init; it makes what is missing
 // there. The name of the initramfs is a hash of what is in it.
-func buildImage(ctx context.Context, dir string, k Kernel, programs []string, log *slog.Logger) (*image, error) {
+func buildImage(ctx context.Context, dir string, k Kernel, programs []string,
+	log *slog.Logger) (*image, error) {
 	kernel, err := FetchKernel(ctx, dir, k, log)
 	if err != nil {
 		return nil, fmt.Errorf("kernel: %w", err)
@@ -166,7 +167,9 @@ func build(ctx context.Context, programs []string) ([][]byte, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
 	if _, err := output(cmd); err != nil {
-		return nil, fmt.Errorf("%w\nput them, built, beside this program, or run it inside the source tree", err)
+		return nil,
+			fmt.Errorf("%w\nput them, built, beside this program, or run it inside the source tree",
+				err)
 	}
 	for i, name := range programs {
 		if binaries[i] == nil {

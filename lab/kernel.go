@@ -142,7 +142,8 @@ func fetchKernel(ctx context.Context, dir string, repos []repo) error {
 			for i, m := range names {
 				// The kernels that have compressed modules unpack them themselves.
 				if file == m+".ko" || file == m+".ko.xz" || file == m+".ko.zst" {
-					return os.Rename(path, filepath.Join(dir, kind, fmt.Sprintf("%02d-%s", i, file)))
+					return os.Rename(path,
+						filepath.Join(dir, kind, fmt.Sprintf("%02d-%s", i, file)))
 				}
 			}
 		}

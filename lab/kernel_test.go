@@ -17,7 +17,8 @@ func TestKernels(t *testing.T) {
 	for _, k := range Kernels {
 		t.Run(k.Name, func(t *testing.T) {
 			start := time.Now()
-			vm, err := l.A.Boot(deadline(t, 5*time.Minute), Spec{Kernel: k, Devices: Full, Load: Load{HotMiB: 16, CacheMiB: 4}})
+			vm, err := l.A.Boot(deadline(t, 5*time.Minute),
+				Spec{Kernel: k, Devices: Full, Load: Load{HotMiB: 16, CacheMiB: 4}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -51,7 +52,8 @@ func TestPrograms(t *testing.T) {
 		spec Spec
 		says string
 	}{
-		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"}, "runs as process 1 of a lab guest only"},
+		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"},
+			"runs as process 1 of a lab guest only"},
 		{Spec{Init: guestAgent, Cmdline: "quiet"}, guestAgent + ": "},
 	} {
 		s, says := test.spec, test.says
@@ -87,7 +89,8 @@ func TestPrograms(t *testing.T) {
 func TestAgent(t *testing.T) {
 	l := newTestLab(t, Options{})
 	for _, d := range []Devices{Bare, Full} {
-		vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Agent: true, Devices: d, Load: Load{HotMiB: 16}})
+		vm, err := l.A.Boot(deadline(t, 2*time.Minute),
+			Spec{Agent: true, Devices: d, Load: Load{HotMiB: 16}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -95,7 +98,8 @@ func TestAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(vm.explain(err))
 		}
-		survey, stats, err := client.Ask(deadline(t, time.Minute), agent.Options{Frames: 1 << 20, Deadline: 30 * time.Second})
+		survey, stats, err := client.Ask(deadline(t, time.Minute),
+			agent.Options{Frames: 1 << 20, Deadline: 30 * time.Second})
 		if err != nil {
 			t.Fatal(vm.explain(err))
 		}

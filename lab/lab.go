@@ -18,9 +18,9 @@
 // It needs Linux on x86-64, root, and on Debian the packages named in
 // Packages. It speaks to QEMU 7.2 and later (machines pc and q35).
 //
-// Nothing outlives the process: QEMUs and other children get SIGKILL when it
-// dies (QEMUs that a daemon under test has started, too: see Expected), namespaces have no names and vanish with their last process, and run
-// directories left behind are removed by the next lab in the same folder.
+// Nothing outlives the process: QEMUs and other children get SIGKILL when it dies (QEMUs that a
+// daemon under test has started, too: see Expected), namespaces have no names and vanish with their
+// last process, and run directories left behind are removed by the next lab in the same folder.
 package lab
 
 import (
@@ -136,8 +136,8 @@ func absDir(dir string) (string, error) {
 	return dir, nil
 }
 
-// openRunDir makes a run directory and locks it, and removes those whose lab is dead: a lock lasts no
-// longer than the process that holds it. It returns how many others live.
+// openRunDir makes a run directory and locks it, and removes those whose lab is dead: a lock lasts
+// no longer than the process that holds it. It returns how many others live.
 func (l *Lab) openRunDir() (others int, err error) {
 	all := filepath.Join(l.dir, "run")
 	if err := os.MkdirAll(all, 0o700); err != nil {
@@ -170,7 +170,9 @@ func (l *Lab) openRunDir() (others int, err error) {
 	}
 	if longest := filepath.Join(l.run, "a-100-labqmp.sock"); len(longest) > maxSocketPath {
 		os.Remove(l.run)
-		return 0, fmt.Errorf("unix sockets such as %s would have %d bytes, Linux allows %d: choose a shorter lab directory", longest, len(longest), maxSocketPath)
+		return 0,
+			fmt.Errorf("unix sockets such as %s would have %d bytes, Linux allows %d: choose a "+
+				"shorter lab directory", longest, len(longest), maxSocketPath)
 	}
 	f, err := os.OpenFile(filepath.Join(l.run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -188,7 +190,8 @@ func removeRunDir(dir string) error {
 	}
 	for _, d := range disks {
 		// Also if a process has files open there, as one that is being killed may.
-		if err := unix.Unmount(d, unix.MNT_DETACH); err != nil && err != unix.EINVAL { // not mounted
+		if err := unix.Unmount(d, unix.MNT_DETACH); err != nil && err != unix.EINVAL {
+			// not mounted
 			return fmt.Errorf("unmount %s: %w", d, err)
 		}
 	}

@@ -73,7 +73,8 @@ func mustCheck(t *testing.T, g *Guest, vm *VM, pages uint64) {
 		t.Fatal(err)
 	}
 	if check.Pages != pages || check.Bad != 0 {
-		t.Errorf("the guest checked %d pages, %d bad; want %d, 0 bad: %+v", check.Pages, check.Bad, pages, check)
+		t.Errorf("the guest checked %d pages, %d bad; want %d, 0 bad: %+v", check.Pages, check.Bad,
+			pages, check)
 	}
 }
 
@@ -82,7 +83,8 @@ const pagesPerMiB = 256
 func TestBootAndCheck(t *testing.T) {
 	l := newTestLab(t, Options{})
 	start := time.Now()
-	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Load: Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 16, FileMiB: 4}})
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
+		Spec{Load: Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 16, FileMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +94,8 @@ func TestBootAndCheck(t *testing.T) {
 	}
 	s := vm.Guest.Samples()
 	last := s[len(s)-1].At
-	t.Logf("rate %v, stalls %+v", vm.Guest.Throughput(s[0].At, last, 100*time.Millisecond), vm.Guest.Stalls(s[0].At, last))
+	t.Logf("rate %v, stalls %+v", vm.Guest.Throughput(s[0].At, last, 100*time.Millisecond),
+		vm.Guest.Stalls(s[0].At, last))
 	mustCheck(t, vm.Guest, vm, (64+64+16+4)*pagesPerMiB)
 	if n := vm.Guest.Torn(); n != 0 {
 		t.Errorf("%d torn lines without an eviction", n)
@@ -118,7 +121,8 @@ func TestBootAndCheck(t *testing.T) {
 func TestMixedLoad(t *testing.T) {
 	l := newTestLab(t, Options{})
 	start := time.Now()
-	load := Load{HotMiB: 64, OtherMiB: 90, Others: 4, CacheMiB: 32, Zipf: true, Mixed: true, Seed: 3}
+	load := Load{HotMiB: 64, OtherMiB: 90, Others: 4, CacheMiB: 32, Zipf: true, Mixed: true,
+		Seed: 3}
 	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{VCPUs: 2, Devices: Full, Load: load})
 	if err != nil {
 		t.Fatal(err)
@@ -137,7 +141,8 @@ func TestMixedLoad(t *testing.T) {
 	if check.Pages != (64+90+32)*pagesPerMiB || check.Bad != 1 || len(check.Sets) != 6 {
 		t.Errorf("%d MiB in 6 sets, one page of which was changed: %+v", 64+90+32, check)
 	}
-	if len(check.Words) != 1 || check.Words[0].Set != loadproto.SetOther || check.Words[0].Page != 80*pagesPerMiB {
+	if len(check.Words) != 1 || check.Words[0].Set != loadproto.SetOther ||
+		check.Words[0].Page != 80*pagesPerMiB {
 		t.Errorf("page %d of the other processes was changed: %+v", 80*pagesPerMiB, check.Words)
 	}
 }
@@ -166,13 +171,15 @@ func TestMigrateBackports(t *testing.T) {
 
 func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	load := Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 32, CacheMiB: 16, FileMiB: 8}
-	src, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{QEMU: q, Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
+	src, err := l.A.Boot(deadline(t, 2*time.Minute),
+		Spec{QEMU: q, Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
 	if err != nil {
 		t.Fatal(err)
 	}
 	guest := src.Guest
 	// Its process must be QEMU itself, not a shell that waits for it.
-	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", src.PID())); err != nil || !bytes.Contains(line, []byte("/bin/qemu-system-x86_64\x00")) {
+	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", src.PID())); err != nil ||
+		!bytes.Contains(line, []byte("/bin/qemu-system-x86_64\x00")) {
 		t.Errorf("the VM's process is %q, %v", line, err)
 	}
 	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
@@ -212,7 +219,8 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	if vm := samples[len(samples)-1].VM; vm != dst.Name {
 		t.Errorf("the last report came from VM %s", vm)
 	}
-	t.Logf("moved %d MiB in %v; torn lines %d; before %v, after %v", (after-before)>>20, took, guest.Torn(),
+	t.Logf("moved %d MiB in %v; torn lines %d; before %v, after %v", (after-before)>>20, took,
+		guest.Torn(),
 		guest.Stalls(start.Add(-took), start), guest.Stalls(start, time.Now()))
 	mustCheck(t, guest, dst, (64+64+32+16+8)*pagesPerMiB)
 }
@@ -246,7 +254,8 @@ func TestTwoLabs(t *testing.T) {
 func TestCorruptionIsFound(t *testing.T) {
 	l := newTestLab(t, Options{})
 	const seed = 7
-	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Seed: seed}})
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
+		Spec{Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Seed: seed}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -371,7 +380,8 @@ func TestLink(t *testing.T) {
 		for _, ends := range [][2]*Host{{l.A, l.B}, {l.B, l.A}} {
 			const n = 32 << 20
 			took, crossed := send(ends[0], ends[1], n)
-			t.Logf("rate %d from %s: %d bytes in %v (%.0f Mbit/s), %d crossed", rate, ends[0].Name, n, took, n*8/took.Seconds()/1e6, crossed)
+			t.Logf("rate %d from %s: %d bytes in %v (%.0f Mbit/s), %d crossed", rate, ends[0].Name,
+				n, took, n*8/took.Seconds()/1e6, crossed)
 			if crossed < n || crossed > n*11/10 {
 				t.Errorf("rate %d: sent %d bytes, %d crossed", rate, n, crossed)
 			}
@@ -453,14 +463,17 @@ func transfer(t *testing.T, from, to *Host, bytes int64) time.Duration {
 func TestHostStartsProcesses(t *testing.T) {
 	l := newTestLab(t, Options{})
 	for _, h := range []*Host{l.A, l.B} {
-		cmd := exec.Command("sh", "-c", "grep Cpus_allowed_list /proc/self/status; cat /proc/net/fib_trie")
+		cmd := exec.Command("sh", "-c",
+			"grep Cpus_allowed_list /proc/self/status; cat /proc/net/fib_trie")
 		var out bytes.Buffer
 		cmd.Stdout = &out
 		if err := h.Run(cmd); err != nil {
 			t.Fatal(err)
 		}
-		if !strings.Contains(out.String(), "Cpus_allowed_list:\t"+strconv.Itoa(h.Core)+"\n") || !strings.Contains(out.String(), h.Addr) {
-			t.Errorf("a process on host %s, core %d, address %s, sees:\n%s", h.Name, h.Core, h.Addr, out.String())
+		if !strings.Contains(out.String(), "Cpus_allowed_list:\t"+strconv.Itoa(h.Core)+"\n") ||
+			!strings.Contains(out.String(), h.Addr) {
+			t.Errorf("a process on host %s, core %d, address %s, sees:\n%s", h.Name, h.Core, h.Addr,
+				out.String())
 		}
 	}
 	sleep := exec.Command("sleep", "600")
@@ -487,7 +500,8 @@ const (
 
 func TestMain(m *testing.M) {
 	if dir, ok := os.LookupEnv(execEnv); ok {
-		fmt.Fprintln(os.Stderr, Exec(dir, "b", []string{"cat", "/proc/self/status", "/proc/net/fib_trie"}))
+		fmt.Fprintln(os.Stderr,
+			Exec(dir, "b", []string{"cat", "/proc/self/status", "/proc/net/fib_trie"}))
 		os.Exit(1)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -501,7 +515,8 @@ func TestMain(m *testing.M) {
 		stop() // signals are for the tests as they are
 		os.Exit(m.Run())
 	}
-	err := Supervise(ctx, Options{Dir: dir}, Spec{MemoryMiB: 256}, func(State) { fmt.Println("ready") })
+	err := Supervise(ctx, Options{Dir: dir}, Spec{MemoryMiB: 256},
+		func(State) { fmt.Println("ready") })
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -576,14 +591,16 @@ func TestSupervisor(t *testing.T) {
 	if len(s.VMs) != 2 || len(ns) != 2 {
 		t.Fatalf("want 2 VMs, and 2 hosts of different namespaces: %+v", s)
 	}
-	if err := Supervise(t.Context(), Options{Dir: testDir}, Spec{}, nil); err == nil || !strings.Contains(err.Error(), "up already") {
+	if err := Supervise(t.Context(), Options{Dir: testDir}, Spec{}, nil); err == nil ||
+		!strings.Contains(err.Error(), "up already") {
 		t.Errorf("a second supervisor: %v", err)
 	}
 	run := filepath.Dir(s.VMs[0].QMP)
 	inside := exec.Command(os.Args[0])
 	inside.Env = append(os.Environ(), execEnv+"="+testDir)
 	b := s.Hosts[1]
-	if out, err := inside.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(b.Addr)) || !bytes.Contains(out, []byte("Cpus_allowed_list:\t"+strconv.Itoa(b.Core)+"\n")) {
+	if out, err := inside.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(b.Addr)) ||
+		!bytes.Contains(out, []byte("Cpus_allowed_list:\t"+strconv.Itoa(b.Core)+"\n")) {
 		t.Errorf("a command on host b: %v, sees:\n%s", err, out)
 	}
 

@@ -76,9 +76,11 @@ func plug(a *Host, aName string, b *Host, bName string) (ends [2]linkEnd, err er
 func (l *link) apply() error {
 	for i := range l.ends {
 		end := &l.ends[i]
-		attrs := netlink.QdiscAttrs{LinkIndex: end.dev.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
+		attrs := netlink.QdiscAttrs{LinkIndex: end.dev.Attrs().Index,
+			Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
 		// One kind cannot take another's place under the same handle.
-		if err := end.nl.QdiscDel(&netlink.GenericQdisc{QdiscAttrs: attrs}); err != nil && err != unix.ENOENT && err != unix.EINVAL {
+		if err := end.nl.QdiscDel(&netlink.GenericQdisc{QdiscAttrs: attrs}); err != nil &&
+			err != unix.ENOENT && err != unix.EINVAL {
 			return fmt.Errorf("remove link's shape: %w", err)
 		}
 		var q netlink.Qdisc
@@ -86,16 +88,20 @@ func (l *link) apply() error {
 		case end.down:
 			q = &netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "blackhole"}
 		case end.losing:
-			// A bucket that no larger packet fits into: tbf drops those, also as segments of larger ones.
-			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: losingRate, Limit: queueBytes, Buffer: netlink.Xmittime(losingRate, smallPacket)}
+			// A bucket that no larger packet fits into: tbf drops those, also as segments of larger
+			// ones.
+			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: losingRate, Limit: queueBytes,
+				Buffer: netlink.Xmittime(losingRate, smallPacket)}
 		case l.stalled:
-			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: stallRate, Limit: queueBytes, Buffer: netlink.Xmittime(stallRate, stallBurst)}
+			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: stallRate, Limit: queueBytes,
+				Buffer: netlink.Xmittime(stallRate, stallBurst)}
 		case l.rate == 0:
 			continue
 		default:
 			bytes := l.rate / 8
 			burst := uint32(max(minBurst, min(bytes/burstTime, 16<<20)))
-			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: bytes, Limit: queueBytes, Buffer: netlink.Xmittime(bytes, burst)}
+			q = &netlink.Tbf{QdiscAttrs: attrs, Rate: bytes, Limit: queueBytes,
+				Buffer: netlink.Xmittime(bytes, burst)}
 		}
 		if err := end.nl.QdiscAdd(q); err != nil {
 			return fmt.Errorf("shape link (kernel option NET_SCH_TBF): %w", err)

@@ -34,7 +34,8 @@ func Probe() error {
 		}
 	}
 	if missing != nil {
-		return fmt.Errorf("a lab needs %s: apt-get install %s", strings.Join(missing, ", "), Packages)
+		return fmt.Errorf("a lab needs %s: apt-get install %s", strings.Join(missing, ", "),
+			Packages)
 	}
 	return nil
 }
@@ -122,7 +123,8 @@ func fetchQEMU(ctx context.Context, dir, codename string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := apt.run(ctx, "apt-get", "install", "-y", "--download-only", "-t", from, "qemu-system-x86"); err != nil {
+	if _, err := apt.run(ctx, "apt-get", "install", "-y", "--download-only", "-t", from,
+		"qemu-system-x86"); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(work, "cache/archives/*.deb"))
@@ -155,7 +157,8 @@ func wrapQEMU(root string) (string, error) {
 		if e.Type().IsRegular() && e.Name() == "ld-linux-x86-64.so.2" {
 			loader = rel
 		}
-		if e.IsDir() && e.Name() == "x86_64-linux-gnu" && filepath.Base(filepath.Dir(path)) == "lib" {
+		if e.IsDir() && e.Name() == "x86_64-linux-gnu" &&
+			filepath.Base(filepath.Dir(path)) == "lib" {
 			libs = append(libs, rel)
 		}
 		return nil
@@ -209,9 +212,11 @@ func (l *Lab) try(ctx context.Context, spec Spec, img *image) (string, error) {
 	if err := unix.Uname(&u); err != nil {
 		return "", err
 	}
-	key := fmt.Sprintf("accel-%s-%s-%s", spec.QEMU.Version, img.release, unix.ByteSliceToString(u.Release[:]))
+	key := fmt.Sprintf("accel-%s-%s-%s", spec.QEMU.Version, img.release,
+		unix.ByteSliceToString(u.Release[:]))
 	file := filepath.Join(l.dir, key)
-	if known, err := os.ReadFile(file); err == nil && (string(known) == "kvm" || string(known) == "tcg") {
+	if known, err := os.ReadFile(file); err == nil &&
+		(string(known) == "kvm" || string(known) == "tcg") {
 		return string(known), nil
 	}
 	l.log.Info("trying whether a guest boots under KVM", "guest", img.release)
@@ -225,7 +230,8 @@ func (l *Lab) try(ctx context.Context, spec Spec, img *image) (string, error) {
 	} else if ctx.Err() != nil {
 		return "", err
 	} else {
-		l.log.Info("the guest does not boot under KVM here: using software emulation", "guest", img.release, "error", err)
+		l.log.Info("the guest does not boot under KVM here: using software emulation", "guest",
+			img.release, "error", err)
 		accel = "tcg"
 	}
 	return accel, writeFile(file, []byte(accel))

@@ -117,7 +117,8 @@ func TestRelayCut(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a connection that was cut goes on")
 	}
-	if _, err := dialRelay(t, r).Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+	if _, err := dialRelay(t, r).Read(make([]byte, 1)); !errors.Is(err, io.EOF) &&
+		!errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a new one is let in: %v", err)
 	}
 	r.Mend()

@@ -18,11 +18,14 @@ type Saved struct {
 // be shared by all that start from the file.
 func (vm *VM) Save(ctx context.Context) (*Saved, error) {
 	if vm.Spec.Devices != Bare {
-		return nil, fmt.Errorf("save VM %s: its devices are %q, want %q", vm.Name, vm.Spec.Devices, Bare)
+		return nil, fmt.Errorf("save VM %s: its devices are %q, want %q", vm.Name, vm.Spec.Devices,
+			Bare)
 	}
 	s := &Saved{spec: vm.Spec, file: vm.Host.lab.run + "/" + vm.Name + "-saved", guest: newGuest()}
-	// It is not stopped before, as it would be stopped where it starts, too. What it writes to its memory comes while it stands.
-	err := vm.Execute(ctx, "migrate-set-parameters", map[string]any{"downtime-limit": 60_000, "max-bandwidth": int64(1) << 40}, nil)
+	// It is not stopped before, as it would be stopped where it starts, too. What it writes to its
+	// memory comes while it stands.
+	err := vm.Execute(ctx, "migrate-set-parameters",
+		map[string]any{"downtime-limit": 60_000, "max-bandwidth": int64(1) << 40}, nil)
 	if err == nil {
 		err = vm.Execute(ctx, "migrate", map[string]any{"uri": "exec:cat >" + s.file}, nil)
 	}
@@ -35,7 +38,8 @@ func (vm *VM) Save(ctx context.Context) (*Saved, error) {
 			vm.Kill()
 			vm.Guest.mu.Lock()
 			defer vm.Guest.mu.Unlock()
-			s.guest.hello, s.guest.hellos, s.guest.lastSeq = vm.Guest.hello, vm.Guest.hellos, vm.Guest.lastSeq
+			s.guest.hello, s.guest.hellos, s.guest.lastSeq = vm.Guest.hello, vm.Guest.hellos,
+				vm.Guest.lastSeq
 			return s, nil
 		}
 		if m.Status == "failed" {
@@ -50,11 +54,13 @@ func (vm *VM) Save(ctx context.Context) (*Saved, error) {
 func (s *Saved) Start(ctx context.Context, h *Host) (*VM, error) {
 	g := newGuest()
 	g.hello, g.hellos, g.lastSeq = s.guest.hello, s.guest.hellos, s.guest.lastSeq
-	vm, err := h.Incoming(ctx, &VM{Spec: s.spec, Guest: g}, IncomingOptions{From: "exec:cat " + s.file, Running: true})
+	vm, err := h.Incoming(ctx, &VM{Spec: s.spec, Guest: g},
+		IncomingOptions{From: "exec:cat " + s.file, Running: true})
 	if err != nil {
 		return nil, err
 	}
-	if err := g.wait(ctx, "the saved guest to report", vm.done, func() bool { return len(g.samples) > 0 }); err != nil {
+	if err := g.wait(ctx, "the saved guest to report", vm.done,
+		func() bool { return len(g.samples) > 0 }); err != nil {
 		err = vm.explain(fmt.Errorf("start saved VM on host %s: %w", h.Name, err))
 		vm.Kill()
 		return nil, err

@@ -17,16 +17,19 @@ import (
 	"syscall"
 )
 
-// Server is a program that a guest with a Tap serves clients with: Debian's, of this machine's release, which runs on a disk of
-// its own that has what it needs and nothing else. The disk is one file that both hosts have, as shared disks are.
+// Server is a program that a guest with a Tap serves clients with: Debian's, of this machine's
+// release, which runs on a disk of its own that has what it needs and nothing else. The disk is one
+// file that both hosts have, as shared disks are.
 type Server string
 
 // The servers.
 const (
-	NoServer   Server = ""
-	Memcached  Server = "memcached"  // refuses what does not fit in its memory, and so loses nothing
-	Redis      Server = "redis"      // keeps all in memory
-	PostgreSQL Server = "postgresql" // has a database vacate, of the user postgres, with a table of items
+	NoServer Server = ""
+	// refuses what does not fit in its memory, and so loses nothing
+	Memcached Server = "memcached"
+	Redis     Server = "redis" // keeps all in memory
+	// has a database vacate, of the user postgres, with a table of items
+	PostgreSQL Server = "postgresql"
 )
 
 // Servers are all of them.
@@ -37,35 +40,46 @@ const serverUser = 999
 
 // recipe is how a server is put on a disk and started.
 type recipe struct {
-	port    int
-	needs   int                                                   // MiB of the guest's memory beside what it serves
-	debian  string                                                // Debian's; the one that it stands for where its name ends in a dash
-	more    []string                                              // more packages
-	program func(tree string) (string, error)                     // path in a tree of unpacked packages
-	files   []string                                              // patterns of what else it needs, in such a tree
-	set     func(ctx context.Context, root string, mib int) error // what is to be done in the root of its disk; may be nil
-	args    func(s *Spec) []string
+	port int
+	// MiB of the guest's memory beside what it serves
+	needs int
+	// Debian's; the one that it stands for where its name ends in a dash
+	debian string
+	more   []string // more packages
+	// path in a tree of unpacked packages
+	program func(tree string) (string, error)
+	// patterns of what else it needs, in such a tree
+	files []string
+	// what is to be done in the root of its disk; may be nil
+	set  func(ctx context.Context, root string, mib int) error
+	args func(s *Spec) []string
 }
 
 var recipes = map[Server]recipe{
 	Memcached: {
 		port: 11211, needs: 64, debian: "memcached", program: at("usr/bin/memcached"),
 		args: func(s *Spec) []string {
-			return []string{"-l", s.Addr, "-U", "0", "-t", strconv.Itoa(s.VCPUs), "-m", strconv.Itoa(s.ServerMiB), "-M"}
+			return []string{"-l", s.Addr, "-U", "0", "-t", strconv.Itoa(s.VCPUs), "-m",
+				strconv.Itoa(s.ServerMiB), "-M"}
 		},
 	},
 	Redis: {
-		port: 6379, needs: 64, debian: "redis-server", more: []string{"redis-tools"}, program: at("usr/bin/redis-server"),
+		port: 6379, needs: 64, debian: "redis-server", more: []string{"redis-tools"},
+		program: at("usr/bin/redis-server"),
 		args: func(s *Spec) []string {
-			return []string{"--bind", s.Addr, "--protected-mode", "no", "--save", "", "--maxmemory-policy", "noeviction"}
+			return []string{"--bind", s.Addr, "--protected-mode", "no", "--save", "",
+				"--maxmemory-policy", "noeviction"}
 		},
 	},
 	PostgreSQL: {
-		port: 5432, needs: 192, debian: "postgresql-", more: []string{"tzdata", "dash", "zlib1g"}, program: at("usr/lib/postgresql/*/bin/postgres"),
-		files: []string{"usr/lib/postgresql/*/bin/initdb", "usr/lib/postgresql/*/lib/*.so", "usr/share/postgresql/*", "usr/share/zoneinfo", "bin/dash"},
-		set:   makeDatabase,
+		port: 5432, needs: 192, debian: "postgresql-", more: []string{"tzdata", "dash", "zlib1g"},
+		program: at("usr/lib/postgresql/*/bin/postgres"),
+		files: []string{"usr/lib/postgresql/*/bin/initdb", "usr/lib/postgresql/*/lib/*.so",
+			"usr/share/postgresql/*", "usr/share/zoneinfo", "bin/dash"},
+		set: makeDatabase,
 		args: func(s *Spec) []string {
-			return []string{"-D", "/data", "-c", "listen_addresses=" + s.Addr, "-c", "shared_buffers=128MB", "-c", "max_connections=20"}
+			return []string{"-D", "/data", "-c", "listen_addresses=" + s.Addr, "-c",
+				"shared_buffers=128MB", "-c", "max_connections=20"}
 		},
 	},
 }
@@ -90,7 +104,8 @@ func (vm *VM) ServerAddr() string {
 
 // serve is the kernel's parameter that has guestload start the server.
 func (s *Spec) serve(program string) string {
-	return fmt.Sprintf(" vacate.serve=%d,%s,%s", serverUser, program, strings.Join(recipes[s.Server].args(s), ","))
+	return fmt.Sprintf(" vacate.serve=%d,%s,%s", serverUser, program,
+		strings.Join(recipes[s.Server].args(s), ","))
 }
 
 // server is a disk with a server, in the cache.
@@ -99,8 +114,10 @@ type server struct {
 	program string // path on it
 }
 
-// fetchServer returns the disk of a server that is to serve so much memory; it makes one that is missing in the cache, dir.
-func fetchServer(ctx context.Context, dir string, kind Server, mib int, log *slog.Logger) (server, error) {
+// fetchServer returns the disk of a server that is to serve so much memory; it makes one that is
+// missing in the cache, dir.
+func fetchServer(ctx context.Context, dir string, kind Server, mib int,
+	log *slog.Logger) (server, error) {
 	r, ok := recipes[kind]
 	if !ok {
 		return server{}, fmt.Errorf("no server %q: there are %v", kind, Servers())
@@ -141,7 +158,8 @@ func fetchServer(ctx context.Context, dir string, kind Server, mib int, log *slo
 	return server{filepath.Join(name, "disk.raw"), string(program)}, err
 }
 
-// serverPackages unpacks a server's packages, and the libraries that they depend on, without what they need to be installed.
+// serverPackages unpacks a server's packages, and the libraries that they depend on, without what
+// they need to be installed.
 func serverPackages(ctx context.Context, work string, r recipe) (tree string, err error) {
 	_, repos, err := debianRepos(ctx)
 	if err != nil {
@@ -167,14 +185,16 @@ func serverPackages(ctx context.Context, work string, r recipe) (tree string, er
 			return "", err
 		}
 		// Which is large, and compiles queries where that is worth the time.
-		more = slices.DeleteFunc(more, func(p string) bool { return strings.HasPrefix(p, "libllvm") })
+		more = slices.DeleteFunc(more,
+			func(p string) bool { return strings.HasPrefix(p, "libllvm") })
 		packages = appendNew(packages, more...)
 	}
 	return apt.unpacked(ctx, packages)
 }
 
-// plant copies a server from a tree of unpacked packages into the root of its disk, with the libraries that it is linked to where the
-// loader looks for them. It returns the program's path there.
+// plant copies a server from a tree of unpacked packages into the root of its disk, with the
+// libraries that it is linked to where the loader looks for them. It returns the program's path
+// there.
 func plant(tree, root string, r recipe) (program string, err error) {
 	for _, d := range []string{"dev", "proc", "tmp", "etc", "bin", "data", "run"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
@@ -229,7 +249,8 @@ func plant(tree, root string, r recipe) (program string, err error) {
 		if err != nil {
 			return "", err
 		}
-		if slices.ContainsFunc(libs, func(l string) bool { return strings.HasPrefix(l, "libLLVM") }) {
+		if slices.ContainsFunc(libs,
+			func(l string) bool { return strings.HasPrefix(l, "libLLVM") }) {
 			continue // what it is for goes without
 		}
 		for _, lib := range libs {
@@ -264,7 +285,8 @@ func inTree(tree, lib string) string {
 	return found
 }
 
-// linked returns the libraries that a program or library is linked to, the loader among them; none of another file.
+// linked returns the libraries that a program or library is linked to, the loader among them; none
+// of another file.
 func linked(file string) ([]string, error) {
 	f, err := elf.Open(file)
 	var format *elf.FormatError
@@ -310,7 +332,8 @@ func appendNew(list []string, more ...string) []string {
 	return list
 }
 
-// makeDisk makes a file system of what is in a directory, with room for as much again as it may serve.
+// makeDisk makes a file system of what is in a directory, with room for as much again as it may
+// serve.
 func makeDisk(ctx context.Context, root, file string, mib int) error {
 	size := int64(0)
 	err := filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
@@ -326,15 +349,17 @@ func makeDisk(ctx context.Context, root, file string, mib int) error {
 	if err != nil {
 		return err
 	}
-	_, err = output(exec.CommandContext(ctx, "mke2fs", "-q", "-t", "ext4", "-d", root, file, strconv.FormatInt(size>>20*5/4+int64(mib)+96, 10)+"M"))
+	_, err = output(exec.CommandContext(ctx, "mke2fs", "-q", "-t", "ext4", "-d", root, file,
+		strconv.FormatInt(size>>20*5/4+int64(mib)+96, 10)+"M"))
 	return err
 }
 
-// ItemBytes is how much memory an item of the PostgreSQL server's table takes, about, with all that belongs to it.
+// ItemBytes is how much memory an item of the PostgreSQL server's table takes, about, with all that
+// belongs to it.
 const ItemBytes = 330
 
-// makeDatabase makes a database with a table of items: id, from 1 on; version, 0; and value, which is the MD5 of "id-version" in hex, eight
-// times over.
+// makeDatabase makes a database with a table of items: id, from 1 on; version, 0; and value, which
+// is the MD5 of "id-version" in hex, eight times over.
 func makeDatabase(ctx context.Context, root string, mib int) error {
 	inside := func(input, program string, args ...string) error {
 		found, err := at(filepath.Join("usr/lib/postgresql/*/bin", program))(root)
@@ -349,7 +374,9 @@ func makeDatabase(ctx context.Context, root string, mib int) error {
 		cmd.Dir = "/"
 		cmd.Env = []string{"PATH=/bin", "LC_ALL=C", "TZ=UTC"}
 		cmd.Stdin = strings.NewReader(input)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Credential: &syscall.Credential{Uid: serverUser, Gid: serverUser}, Pdeathsig: syscall.SIGKILL}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root,
+			Credential: &syscall.Credential{Uid: serverUser, Gid: serverUser},
+			Pdeathsig:  syscall.SIGKILL}
 		_, err = output(cmd)
 		return err
 	}
@@ -365,25 +392,33 @@ func makeDatabase(ctx context.Context, root string, mib int) error {
 	if err := syscall.Mknod(random, syscall.S_IFCHR|0o444, 1<<8|9); err != nil {
 		return err
 	}
-	if err := inside("", "initdb", "-D", "/data", "-U", "postgres", "-A", "trust", "--locale=C", "--encoding=UTF8", "--no-sync"); err != nil {
+	if err := inside("", "initdb", "-D", "/data", "-U", "postgres", "-A", "trust", "--locale=C",
+		"--encoding=UTF8", "--no-sync"); err != nil {
 		return err
 	}
-	conf := "jit = off\nsynchronous_commit = off\ndynamic_shared_memory_type = mmap\nunix_socket_directories = '/tmp'\nautovacuum = off\ncheckpoint_timeout = 1h\nmax_wal_size = 1GB\n"
+	conf := "jit = off\nsynchronous_commit = off\ndynamic_shared_memory_type = " +
+		"mmap\nunix_socket_directories = '/tmp'\nautovacuum = off\ncheckpoint_timeout = " +
+		"1h\nmax_wal_size = 1GB\n"
 	f, err := os.OpenFile(filepath.Join(root, "data/postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
 	if err == nil {
 		_, err = f.WriteString(conf)
 		err = errors.Join(err, f.Close())
 	}
 	if err == nil {
-		err = os.WriteFile(filepath.Join(root, "data/pg_hba.conf"), []byte("host all all 10.77.0.0/16 trust\n"), 0o644)
+		err = os.WriteFile(filepath.Join(root, "data/pg_hba.conf"),
+			[]byte("host all all 10.77.0.0/16 trust\n"), 0o644)
 	}
 	if err != nil {
 		return err
 	}
 	rows := mib << 20 / ItemBytes
-	sql := fmt.Sprintf("create table items (id int primary key, version bigint not null, value text not null) with (fillfactor = 90)\n"+
-		"insert into items select i, 0, repeat(md5(i || '-0'), 8) from generate_series(1, %d) i\n"+"vacuum analyze items\ncheckpoint\n", rows)
-	if err := inside("create database vacate\n", "postgres", "--single", "-D", "/data", "postgres"); err != nil {
+	sql := fmt.Sprintf(
+		"create table items (id int primary key, version bigint not null, value text not null) "+
+			"with (fillfactor = 90)\n"+
+			"insert into items select i, 0, repeat(md5(i || '-0'), 8) from generate_series(1, "+
+			"%d) i\n"+"vacuum analyze items\ncheckpoint\n", rows)
+	if err := inside("create database vacate\n", "postgres", "--single", "-D", "/data",
+		"postgres"); err != nil {
 		return err
 	}
 	return inside(sql, "postgres", "--single", "-D", "/data", "vacate")

@@ -22,9 +22,13 @@ func clientOf(t *testing.T, l *Lab, vm *VM) client {
 	var c client
 	var err error
 	if ctx := deadline(t, time.Minute); vm.Spec.Server == PostgreSQL {
-		c, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / ItemBytes})
+		c, err = pgclient.Start(ctx,
+			pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial,
+				Rows: vm.Spec.ServerMiB << 20 / ItemBytes})
 	} else {
-		c, err = memclient.Start(ctx, memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Items: 2000, Rate: 500, Redis: vm.Spec.Server == Redis})
+		c, err = memclient.Start(ctx,
+			memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Items: 2000, Rate: 500,
+				Redis: vm.Spec.Server == Redis})
 	}
 	if err != nil {
 		t.Fatal(vm.explain(err))
@@ -56,7 +60,9 @@ func TestServers(t *testing.T) {
 }
 
 func serverMoves(t *testing.T, l *Lab, kind Server) {
-	src, err := l.A.Boot(deadline(t, 5*time.Minute), Spec{MemoryMiB: 768, Devices: Full, Tap: true, Server: kind, ServerMiB: 64, Load: Load{HotMiB: 4}})
+	src, err := l.A.Boot(deadline(t, 5*time.Minute),
+		Spec{MemoryMiB: 768, Devices: Full, Tap: true, Server: kind, ServerMiB: 64,
+			Load: Load{HotMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +92,8 @@ func serverMoves(t *testing.T, l *Lab, kind Server) {
 		t.Fatal(err)
 	}
 	if s := more(deadline(t, time.Minute), t, c, 100); s.Silence < late {
-		t.Errorf("the link was cut for %v, and the client's longest silence was %v", late, s.Silence)
+		t.Errorf("the link was cut for %v, and the client's longest silence was %v", late,
+			s.Silence)
 	}
 	if s := c.Stop(); s.Wrong != 0 || s.Broken != 0 {
 		t.Errorf("the client saw %+v", s)

@@ -106,7 +106,9 @@ func (l *Lab) supervise(ctx context.Context, spec Spec, file string, ready func(
 		state.Hosts = append(state.Hosts, HostState{h.Name, h.Addr, h.NetNS(), h.Core})
 	}
 	for _, vm := range []*VM{source, dest} {
-		state.VMs = append(state.VMs, VMState{Name: vm.Name, Host: vm.Host.Name, PID: vm.PID(), QMP: vm.QMP, LabQMP: vm.LabQMP, Console: vm.Console})
+		state.VMs = append(state.VMs,
+			VMState{Name: vm.Name, Host: vm.Host.Name, PID: vm.PID(), QMP: vm.QMP,
+				LabQMP: vm.LabQMP, Console: vm.Console})
 	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()

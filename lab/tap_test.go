@@ -105,7 +105,8 @@ func postcopy(ctx context.Context, t *testing.T, l *Lab, src, dst *VM) {
 			t.Fatal(err)
 		}
 	}
-	capability := json.RawMessage(`{"capabilities": [{"capability": "postcopy-ram", "state": true}]}`)
+	capability := json.RawMessage(
+		`{"capabilities": [{"capability": "postcopy-ram", "state": true}]}`)
 	uri := map[string]string{"uri": "tcp:" + l.B.Addr + ":4444"}
 	must(src, "migrate-set-capabilities", capability)
 	must(dst, "migrate-set-capabilities", capability)

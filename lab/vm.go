@@ -51,8 +51,11 @@ type Spec struct {
 	// under KVM also where Linux does not. Its CPUs each have a worker; other sets than hot, idle
 	// and other memory are not for it.
 	BareMetal bool
-	Init      string   // program of this module, by its name in cmd, to be the guest's whole user space; default guestload
-	Run       []string // programs that guestload starts beside its load; what they write is on the console
+	// program of this module, by its name in cmd, to be the guest's whole user space; default
+	// guestload
+	Init string
+	// programs that guestload starts beside its load; what they write is on the console
+	Run []string
 	// Agent has guestload start the program vacate-guest, and gives the VM a
 	// virtio-serial port for it, AgentPort; see VM.AgentSocket.
 	Agent bool
@@ -60,7 +63,8 @@ type Spec struct {
 	// has Addr wherever it runs.
 	Tap  bool
 	Addr string // IPv4 address of a guest with a Tap; default one of its own
-	// Server runs in a guest with a Tap, beside its load, and serves so much memory (PostgreSQL: a table of that size); see VM.ServerAddr.
+	// Server runs in a guest with a Tap, beside its load, and serves so much memory (PostgreSQL: a
+	// table of that size); see VM.ServerAddr.
 	Server    Server
 	ServerMiB int
 	Extra     []string // more arguments for QEMU
@@ -169,26 +173,31 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	if s.Server != NoServer {
 		r, ok := recipes[s.Server]
 		if !ok || !s.Tap || s.ServerMiB < 1 {
-			return fmt.Errorf("server %q: want one of %v, which needs a tap, and memory to serve", s.Server, Servers())
+			return fmt.Errorf("server %q: want one of %v, which needs a tap, and memory to serve",
+				s.Server, Servers())
 		}
 		all += s.ServerMiB + r.needs
 	}
 	needs := guestNeeds
 	if s.BareMetal {
 		needs = bareNeeds
-		if l.Workers != s.VCPUs || s.VCPUs > 4 || l.CacheMiB+l.FileMiB > 0 || s.Agent || s.Tap || len(s.Run) > 0 || s.Init != guestLoad {
-			return errors.New("the bare guest has 1 to 4 CPUs with a worker each, and nothing of Linux")
+		if l.Workers != s.VCPUs || s.VCPUs > 4 || l.CacheMiB+l.FileMiB > 0 || s.Agent || s.Tap ||
+			len(s.Run) > 0 || s.Init != guestLoad {
+			return errors.New("the bare guest has 1 to 4 CPUs with a worker each, and nothing " +
+				"of Linux")
 		}
 	}
 	if all+needs > s.MemoryMiB {
-		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all, all+needs, s.MemoryMiB)
+		return fmt.Errorf("a load of %d MiB needs a guest of %d MiB or more, not %d", all,
+			all+needs, s.MemoryMiB)
 	}
 	if s.Tap && (s.Devices != Full || s.Init != guestLoad) {
 		return fmt.Errorf("a tap needs a network card and %s: devices %q", guestLoad, Full)
 	}
 	if s.Addr != "" {
 		if a, err := netip.ParseAddr(s.Addr); err != nil || !a.Is4() || !s.Tap {
-			return fmt.Errorf("guest's address %.40q: want an IPv4 address of a guest with a tap", s.Addr)
+			return fmt.Errorf("guest's address %.40q: want an IPv4 address of a guest with a tap",
+				s.Addr)
 		}
 	}
 	if l.CacheMiB > 0 && s.Devices != Full {
@@ -212,8 +221,10 @@ func (s *Spec) cmdline() string {
 
 func (s *Spec) loadParameters() string {
 	l := s.Load
-	line := fmt.Sprintf(" vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM vacate.file=%dM vacate.workers=%d vacate.others=%d vacate.seed=%d",
-		l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, l.Others, l.Seed)
+	line :=
+		fmt.Sprintf(" vacate.hot=%dM vacate.idle=%dM vacate.other=%dM vacate.cache=%dM "+
+			"vacate.file=%dM vacate.workers=%d vacate.others=%d vacate.seed=%d",
+			l.HotMiB, l.IdleMiB, l.OtherMiB, l.CacheMiB, l.FileMiB, l.Workers, l.Others, l.Seed)
 	if l.Sleep {
 		line += " vacate.mode=idle"
 	}
@@ -304,7 +315,8 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 	if spec.Init != guestLoad {
 		err = vm.answer(ctx)
 	} else {
-		err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done, func() bool { return vm.Guest.hellos > 0 })
+		err = vm.Guest.wait(ctx, "the guest's load to begin", vm.done,
+			func() bool { return vm.Guest.hellos > 0 })
 	}
 	if err != nil {
 		err = vm.explain(fmt.Errorf("boot VM on host %s: %w", h.Name, err))
@@ -413,7 +425,8 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 		return nil, err
 	}
 	vm.follow(conn)
-	l.log.Info("QEMU started", "vm", vm.Name, "qemu", vm.Spec.QEMU.Version, "accelerator", vm.Spec.Accel)
+	l.log.Info("QEMU started", "vm", vm.Name, "qemu", vm.Spec.QEMU.Version, "accelerator",
+		vm.Spec.Accel)
 	return vm, nil
 }
 
@@ -463,11 +476,13 @@ func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepare
 		}
 	}
 	if spec.Server != NoServer && spec.server.disk == "" {
-		if spec.server, err = fetchServer(ctx, l.dir, spec.Server, spec.ServerMiB, l.log); err != nil {
+		if spec.server, err = fetchServer(ctx, l.dir, spec.Server, spec.ServerMiB,
+			l.log); err != nil {
 			return nil, err
 		}
 		own := p.file("server.raw")
-		if _, err := output(exec.CommandContext(ctx, "cp", "--sparse=always", "--reflink=auto", spec.server.disk, own)); err != nil {
+		if _, err := output(exec.CommandContext(ctx, "cp", "--sparse=always", "--reflink=auto",
+			spec.server.disk, own)); err != nil {
 			return nil, fmt.Errorf("copy the disk of server %s: %w", spec.Server, err)
 		}
 		spec.server.disk = own
@@ -488,7 +503,9 @@ func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepare
 	return p, err
 }
 
-func (p *prepared) file(kind string) string { return filepath.Join(p.host.lab.run, p.name+"-"+kind) }
+func (p *prepared) file(kind string) string {
+	return filepath.Join(p.host.lab.run, p.name+"-"+kind)
+}
 
 // vm returns the VM of a process that is not there yet.
 func (p *prepared) vm() *VM {
@@ -556,7 +573,8 @@ func (vm *VM) args(img *image, reports string) []string {
 		"-smp", strconv.Itoa(s.VCPUs), "-m", strconv.Itoa(s.MemoryMiB)+"M",
 		"-kernel", img.kernel, "-append", s.cmdline(),
 		"-chardev", "file,id=console,path="+escape(vm.Console), "-serial", "chardev:console",
-		"-chardev", "socket,id=reports,server=off,path="+escape(reports), "-serial", "chardev:reports")
+		"-chardev", "socket,id=reports,server=off,path="+escape(reports), "-serial",
+		"chardev:reports")
 	if s.BareMetal {
 		add("-bios", "qboot.rom")
 	} else {
@@ -573,12 +591,15 @@ func (vm *VM) args(img *image, reports string) []string {
 			mac = net.HardwareAddr{0x52, 0x54, 0, 0x77, ip[2], ip[3]}.String()
 		}
 		add("-vga", "std",
-			"-drive", "if=none,id=disk,format=raw,cache="+diskCache(s.Disk)+",file="+escape(s.Disk), "-device", "virtio-blk-pci,drive=disk",
+			"-drive", "if=none,id=disk,format=raw,cache="+diskCache(s.Disk)+",file="+escape(s.Disk),
+			"-device", "virtio-blk-pci,drive=disk",
 			"-netdev", netdev, "-device", "virtio-net-pci,netdev=net,mac="+mac,
-			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device", "virtserialport,chardev=port,name=lab.port",
+			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device",
+			"virtserialport,chardev=port,name=lab.port",
 			"-device", "virtio-balloon-pci")
 		if s.Server != NoServer {
-			add("-drive", "if=none,id=server,format=raw,cache="+diskCache(s.server.disk)+",file="+escape(s.server.disk), "-device", "virtio-blk-pci,drive=server")
+			add("-drive", "if=none,id=server,format=raw,cache="+diskCache(s.server.disk)+",file="+
+				escape(s.server.disk), "-device", "virtio-blk-pci,drive=server")
 		}
 	} else {
 		add("-vga", "none")
@@ -587,7 +608,8 @@ func (vm *VM) args(img *image, reports string) []string {
 		if s.Devices == Bare {
 			add("-device", "virtio-serial-pci")
 		}
-		add("-chardev", "socket,id=agent,server=on,wait=off,path="+escape(vm.AgentSocket), "-device", "virtserialport,chardev=agent,name="+AgentPort)
+		add("-chardev", "socket,id=agent,server=on,wait=off,path="+escape(vm.AgentSocket),
+			"-device", "virtserialport,chardev=agent,name="+AgentPort)
 	}
 	return append(args, s.Extra...)
 }
@@ -704,7 +726,8 @@ func (vm *VM) command(c string) error {
 
 // explain adds the ends of the VM's logs to an error.
 func (vm *VM) explain(err error) error {
-	return fmt.Errorf("%w%s%s", err, tail("qemu said", vm.stderr), tail("the guest's console", vm.Console))
+	return fmt.Errorf("%w%s%s", err, tail("qemu said", vm.stderr),
+		tail("the guest's console", vm.Console))
 }
 
 func tail(what, file string) string {

@@ -66,7 +66,8 @@ func kernelDir(t testing.TB) string {
 func build(t testing.TB, dir, name, pkg string) []byte {
 	t.Helper()
 	out := filepath.Join(dir, name)
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", out,
+		pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
@@ -123,12 +124,16 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 	if err := os.WriteFile(file("initrd"), initrd.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	m := &machine{t: t, agent: file("agent"), monitor: file("qmp"), console: file("console"), frames: uint64(mib) << 8}
+	m := &machine{t: t, agent: file("agent"), monitor: file("qmp"), console: file("console"),
+		frames: uint64(mib) << 8}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,memory-backend=ram",
-		"-accel", "tcg,thread=multi", "-cpu", lab.DefaultCPU("tcg", string(release)), "-smp", "2", "-m", strconv.Itoa(mib) + "M",
-		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=on,mem-path=%s", mib, file("memory")),
-		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", file("initrd"), "-append", "console=ttyS0 panic=-1 quiet",
+		"-accel", "tcg,thread=multi", "-cpu", lab.DefaultCPU("tcg", string(release)), "-smp", "2",
+		"-m", strconv.Itoa(mib) + "M",
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=on,mem-path=%s", mib,
+			file("memory")),
+		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", file("initrd"), "-append",
+		"console=ttyS0 panic=-1 quiet",
 		"-chardev", "file,id=console,path=" + m.console, "-serial", "chardev:console",
 		"-qmp", "unix:" + m.monitor + ",server=on,wait=off",
 		"-device", "virtio-serial-pci",
@@ -232,7 +237,8 @@ func (m *machine) marks() map[uint32][2]uint64 {
 			m.t.Fatal(err)
 		}
 		if binary.LittleEndian.Uint64(buf) == 0x5ca1ab1ecafef00d {
-			found[uint32(f)] = [2]uint64{binary.LittleEndian.Uint64(buf[8:]), binary.LittleEndian.Uint64(buf[16:])}
+			found[uint32(f)] = [2]uint64{binary.LittleEndian.Uint64(buf[8:]),
+				binary.LittleEndian.Uint64(buf[16:])}
 		}
 	}
 	return found
@@ -348,7 +354,8 @@ func TestGuest(t *testing.T) {
 		}
 		t.Logf("%s: %+v", name, *x)
 		// The process's stack or the compiler may keep a mark or two elsewhere.
-		if most := pages - pages/100; x.owned < most || x.class < most || x.kind < most || x.mapped < most || x.sorted < most {
+		if most := pages - pages/100; x.owned < most || x.class < most || x.kind < most ||
+			x.mapped < most || x.sorted < most {
 			t.Errorf("%s: of %d pages only %+v are told right", name, pages, *x)
 		}
 		switch {
@@ -359,7 +366,8 @@ func TestGuest(t *testing.T) {
 		}
 	}
 	counts := s.Counts()
-	for _, c := range []pageclass.Class{pageclass.KernelCode, pageclass.Kernel, pageclass.PageTable, pageclass.UserCode, pageclass.UserData, pageclass.FileInactive, pageclass.Free} {
+	for _, c := range []pageclass.Class{pageclass.KernelCode, pageclass.Kernel, pageclass.PageTable,
+		pageclass.UserCode, pageclass.UserData, pageclass.FileInactive, pageclass.Free} {
 		if counts[c] == 0 {
 			t.Errorf("no page of class %v", c)
 		}
@@ -375,7 +383,8 @@ func TestGuest(t *testing.T) {
 		cpu := m.number("cpu")
 		const idle = 20 * time.Second
 		time.Sleep(idle)
-		t.Logf("idle: %v of CPU in %v; resident %d pages", time.Duration(m.number("cpu")-cpu), idle, m.number("rss"))
+		t.Logf("idle: %v of CPU in %v; resident %d pages", time.Duration(m.number("cpu")-cpu), idle,
+			m.number("rss"))
 		var before *pageclass.Survey
 		stale := func(what string) {
 			s, st := m.ask(a)
@@ -422,7 +431,8 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	r := agent.Request{ID: 1, Deadline: 5 * time.Second, ActiveWithin: 16 * time.Second, MaxBytes: 1 << 20, Frames: 1 << 16}
+	r := agent.Request{ID: 1, Deadline: 5 * time.Second, ActiveWithin: 16 * time.Second,
+		MaxBytes: 1 << 20, Frames: 1 << 16}
 	conn.Write(r.Append(nil))
 	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
 	answer, _ := io.ReadAll(conn)
@@ -455,7 +465,8 @@ func TestRestless(t *testing.T) {
 	short.Deadline = 300 * time.Millisecond
 
 	t.Run("host goes", func(t *testing.T) {
-		request := (&agent.Request{ID: 9, Deadline: time.Second, MaxBytes: 1 << 20, Frames: m.frames}).Append(nil)
+		request := (&agent.Request{ID: 9, Deadline: time.Second, MaxBytes: 1 << 20,
+			Frames: m.frames}).Append(nil)
 		for i := range 30 {
 			conn, err := net.Dial("unix", m.agent)
 			if err != nil {
@@ -484,12 +495,14 @@ func TestRestless(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		r := agent.Request{ID: 11, Prepare: true, Deadline: patience, MaxBytes: 1 << 20, Frames: m.frames}
+		r := agent.Request{ID: 11, Prepare: true, Deadline: patience, MaxBytes: 1 << 20,
+			Frames: m.frames}
 		b := r.Append(nil)
 		conn.Write(append(append([]byte("garbage"), b[:50]...), b...))
 		conn.SetReadDeadline(time.Now().Add(patience))
 		answer := make([]byte, 32)
-		if _, err := io.ReadFull(conn, answer); err != nil || string(answer[:7]) != "vacateG" || binary.LittleEndian.Uint64(answer[16:]) != 11 {
+		if _, err := io.ReadFull(conn, answer); err != nil || string(answer[:7]) != "vacateG" ||
+			binary.LittleEndian.Uint64(answer[16:]) != 11 {
 			t.Errorf("%q, %v", answer, err)
 		}
 	})
@@ -506,7 +519,8 @@ func TestRestless(t *testing.T) {
 	t.Run("no time", func(t *testing.T) {
 		a := m.dial()
 		defer a.Close()
-		for _, d := range []time.Duration{time.Millisecond, 10 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond} {
+		for _, d := range []time.Duration{time.Millisecond, 10 * time.Millisecond,
+			50 * time.Millisecond, 100 * time.Millisecond} {
 			o := o
 			o.Deadline = d
 			s, st, err := a.Ask(t.Context(), o)
@@ -559,7 +573,8 @@ func TestRestless(t *testing.T) {
 			t.Helper()
 			var path string
 			var err error
-			for begin := time.Now(); time.Since(begin) < patience; time.Sleep(100 * time.Millisecond) {
+			for begin := time.Now(); time.Since(begin) <
+				patience; time.Sleep(100 * time.Millisecond) {
 				if path, err = agent.Find(t.Context(), c); errors.Is(err, want) {
 					return
 				}
@@ -572,8 +587,11 @@ func TestRestless(t *testing.T) {
 		}
 		find(agent.ErrNoPort)
 		// Without an id it is in another place of QEMU's tree.
-		for begin := time.Now(); ; time.Sleep(100 * time.Millisecond) { // QEMU lets the old one go some time later
-			err := c.Run(t.Context(), "device_add", map[string]any{"driver": "virtserialport", "chardev": "agent", "name": agent.PortName}, nil)
+		for begin := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+			// QEMU lets the old one go some time later
+			err := c.Run(t.Context(), "device_add",
+				map[string]any{"driver": "virtserialport", "chardev": "agent",
+					"name": agent.PortName}, nil)
 			if err == nil {
 				break
 			}

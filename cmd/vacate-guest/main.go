@@ -48,8 +48,11 @@ func run(args []string, stdout, stderr io.Writer) error {
 		fmt.Fprint(flags.Output(), usage)
 		flags.PrintDefaults()
 	}
-	port := flags.String("port", "", "the port's device `file`; default: found by the port's name, waited for if not there")
-	clear := flags.Duration("clear", 0, "clear the processes' accessed bits this often (at least 10s; 0: only when the host says so); stretched to stay below 0.05 % of a CPU")
+	port := flags.String("port", "",
+		"the port's device `file`; default: found by the port's name, waited for if not there")
+	clear := flags.Duration("clear", 0,
+		"clear the processes' accessed bits this often (at least 10s; 0: only when the host "+
+			"says so); stretched to stay below 0.05 % of a CPU")
 	show := flags.Bool("print", false, "print what the host would be told, and end")
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -75,7 +75,8 @@ func (s *survey) claim(owner uint16, t *task, until time.Time) bool {
 	return true
 }
 
-func (s *survey) claimMapping(owner uint16, t *task, pagemap *os.File, m mapping, until time.Time) bool {
+func (s *survey) claimMapping(owner uint16, t *task, pagemap *os.File, m mapping,
+	until time.Time) bool {
 	for at := m.start; at < m.end; {
 		if time.Now().After(until) {
 			return false
@@ -164,7 +165,8 @@ func (g *guest) present(pagemap *os.File, at, end, size uint64) (from, to, next 
 		vec: uint64(uintptr(unsafe.Pointer(r))), vecLen: 1, maxPages: size / 4096,
 		mask: isPresent, result: isPresent,
 	}
-	n, _, errno := unix.Syscall(unix.SYS_IOCTL, pagemap.Fd(), uintptr(pagemapScan), uintptr(unsafe.Pointer(&g.scan)))
+	n, _, errno := unix.Syscall(unix.SYS_IOCTL, pagemap.Fd(), uintptr(pagemapScan),
+		uintptr(unsafe.Pointer(&g.scan)))
 	switch {
 	case errno == unix.ENOTTY || errno == unix.EINVAL:
 		g.scanEmpty = false

@@ -95,7 +95,8 @@ const chunkFrames = 1 << 13
 
 // readPages reads up to frames page flags, on several CPUs, until the time is over.
 // Frames that it did not get to are of kind None; whole says that there are none.
-func (g *guest) readPages(frames uint64, until time.Time) (pages []pageclass.Page, whole bool, err error) {
+func (g *guest) readPages(frames uint64,
+	until time.Time) (pages []pageclass.Page, whole bool, err error) {
 	f, err := os.Open(g.proc + "/kpageflags")
 	if err != nil {
 		return nil, false, err

@@ -52,8 +52,10 @@ func openPort(device string, wake int) (*port, error) {
 		return nil, err
 	}
 	err = errors.Join(
-		unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLET, Fd: int32(fd)}),
-		unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)}),
+		unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, fd,
+			&unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLET, Fd: int32(fd)}),
+		unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, wake,
+			&unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)}),
 	)
 	if err != nil {
 		p.close()

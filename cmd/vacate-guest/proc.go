@@ -296,7 +296,8 @@ func (g *guest) tasks(within time.Duration, before sample, until time.Time) ([]t
 		if t.unknown && t.Recent == 0 {
 			t.LastRun = time.Since(before.at) // at least
 		}
-		t.Active = t.Active || t.Recent > 0 && time.Since(before.at) <= within || t.LastRun <= within
+		t.Active = t.Active || t.Recent > 0 && time.Since(before.at) <= within ||
+			t.LastRun <= within
 		tasks = append(tasks, *t)
 	}
 	slices.SortStableFunc(tasks, func(x, y task) int {

@@ -36,7 +36,8 @@ func TestParseStat(t *testing.T) {
 	if err != nil || s.name != "init" || s.kernel || s.threads < 2 || s.rss < 100 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	s, err = parseStat([]byte("5 (a) R (b)) S" + strings.Repeat(" 0", 5) + " 2097152" + strings.Repeat(" 1", 40)))
+	s, err = parseStat([]byte("5 (a) R (b)) S" + strings.Repeat(" 0", 5) + " 2097152" +
+		strings.Repeat(" 1", 40)))
 	if s.name != "a) R (b)" || s.running || !s.kernel || err != nil {
 		t.Errorf("%+v, %v", s, err)
 	}
@@ -44,11 +45,13 @@ func TestParseStat(t *testing.T) {
 
 func TestParseSched(t *testing.T) {
 	s, err := parseSched(recorded(t, "1-sched"))
-	if err != nil || s.ran < 100*time.Millisecond || s.ran > time.Minute || s.cpu <= 0 || s.cpu > s.ran {
+	if err != nil || s.ran < 100*time.Millisecond || s.ran > time.Minute || s.cpu <= 0 ||
+		s.cpu > s.ran {
 		t.Errorf("%+v, %v", s, err)
 	}
 	s, err = parseSched([]byte("x\nse.exec_start     :    12.000345\nse.sum_exec_runtime : 1.5\n"))
-	if s.ran != 12*time.Millisecond+345*time.Nanosecond || s.cpu != 1500*time.Microsecond || err != nil {
+	if s.ran != 12*time.Millisecond+345*time.Nanosecond || s.cpu != 1500*time.Microsecond ||
+		err != nil {
 		t.Errorf("%+v, %v", s, err)
 	}
 }
@@ -71,10 +74,12 @@ func TestIomem(t *testing.T) {
 	for _, p := range pages {
 		counts[p.Kind]++
 	}
-	if counts[pageclass.KernelText] < 1000 || counts[pageclass.KernelImage] < 1000 || pages[0xf0].Class != pageclass.MMIO {
+	if counts[pageclass.KernelText] < 1000 || counts[pageclass.KernelImage] < 1000 ||
+		pages[0xf0].Class != pageclass.MMIO {
 		t.Errorf("%v, ROM %+v", counts, pages[0xf0])
 	}
-	if err := os.WriteFile(g.proc+"/iomem", []byte("00000000-00000000 : System RAM\n"), 0o600); err != nil {
+	if err := os.WriteFile(g.proc+"/iomem", []byte("00000000-00000000 : System RAM\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := g.lastFrame(); err == nil {
@@ -92,11 +97,16 @@ func TestClassify(t *testing.T) {
 		{1 << 10, false, pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free}},
 		{0, false, pageclass.Page{Kind: pageclass.KernelOther, Class: pageclass.Kernel}},
 		{1<<7 | 1<<16, false, pageclass.Page{Kind: pageclass.Slab, Class: pageclass.Kernel}},
-		{0x402415828, false, pageclass.Page{Kind: pageclass.Anon, Class: pageclass.Other, Flags: pageclass.Mapped}},
-		{0x40000006c, false, pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive, Flags: pageclass.Active}},
+		{0x402415828, false, pageclass.Page{Kind: pageclass.Anon, Class: pageclass.Other,
+			Flags: pageclass.Mapped}},
+		{0x40000006c, false, pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive,
+			Flags: pageclass.Active}},
 		{0x40000002c, false, pageclass.Page{Kind: pageclass.File, Class: pageclass.FileInactive}},
-		{0x40000002c, true, pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive, Flags: pageclass.Active}},
-		{1<<5 | 1<<14 | 1<<4, false, pageclass.Page{Kind: pageclass.Shmem, Class: pageclass.FileInactive, Flags: pageclass.Dirty}},
+		{0x40000002c, true, pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive,
+			Flags: pageclass.Active}},
+		{1<<5 | 1<<14 | 1<<4, false,
+			pageclass.Page{Kind: pageclass.Shmem, Class: pageclass.FileInactive,
+				Flags: pageclass.Dirty}},
 		{1 << 26, false, pageclass.Page{Kind: pageclass.UserPageTable, Class: pageclass.PageTable}},
 	} {
 		if got := classify(tt.flags, tt.mglru); got != tt.want {
@@ -108,7 +118,8 @@ func TestClassify(t *testing.T) {
 // A tail has what its head has, whatever its own flags are.
 func TestTails(t *testing.T) {
 	var b []byte
-	for _, f := range []uint64{1 << 10, 1<<5 | 1<<12 | 1<<15 | 1<<22, 1 << 16, 1<<16 | 1<<22, 1 << 19, 1 << 16, 1 << 7} {
+	for _, f := range []uint64{1 << 10, 1<<5 | 1<<12 | 1<<15 | 1<<22, 1 << 16, 1<<16 | 1<<22,
+		1 << 19, 1 << 16, 1 << 7} {
 		b = binary.NativeEndian.AppendUint64(b, f)
 	}
 	pages := make([]pageclass.Page, 8)
@@ -117,7 +128,8 @@ func TestTails(t *testing.T) {
 	for _, p := range pages {
 		got = append(got, p.Kind)
 	}
-	want := []pageclass.Kind{pageclass.FreeBuddy, pageclass.Anon, pageclass.Anon, pageclass.Anon, pageclass.Poisoned, pageclass.Poisoned, pageclass.Slab, pageclass.None}
+	want := []pageclass.Kind{pageclass.FreeBuddy, pageclass.Anon, pageclass.Anon, pageclass.Anon,
+		pageclass.Poisoned, pageclass.Poisoned, pageclass.Slab, pageclass.None}
 	if !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
@@ -134,17 +146,21 @@ func TestTables(t *testing.T) {
 	s.Pages[1030] = pageclass.Page{} // its flags were not read
 	table := make([]byte, 4096)
 	for i, e := range []uint64{
-		2000<<12 | 0x27, 2001<<12 | 0x07, 2002<<12 | 0x26, 2003<<12 | 0x23, // accessed, not, not present, the kernel's
-		1024<<12 | 0xa7, 1<<40<<12>>1 | 0x27, 1 << 52 >> 1, 9<<12 | 0x27, // 2 MiB, far outside, a table
+		// accessed, not, not present, the kernel's
+		2000<<12 | 0x27, 2001<<12 | 0x07, 2002<<12 | 0x26, 2003<<12 | 0x23,
+		// 2 MiB, far outside, a table
+		1024<<12 | 0xa7, 1<<40<<12>>1 | 0x27, 1 << 52 >> 1, 9<<12 | 0x27,
 		1<<63 | 2004<<12 | 0x67,
 	} {
 		binary.LittleEndian.PutUint64(table[8*i:], e)
 	}
 	mapped, accessed, below := s.readTable(8, table)
 	if mapped != 515 || accessed != 514 || below != 9 || s.Pages[8].Owner != 3 {
-		t.Errorf("mapped %d, accessed %d, below %d, owner %d", mapped, accessed, below, s.Pages[8].Owner)
+		t.Errorf("mapped %d, accessed %d, below %d, owner %d", mapped, accessed, below,
+			s.Pages[8].Owner)
 	}
-	for frame, want := range map[int]bool{2000: true, 2001: false, 2002: false, 2003: false, 2004: true, 1024: true, 1030: false, 1535: true, 1536: false} {
+	for frame, want := range map[int]bool{2000: true, 2001: false, 2002: false, 2003: false,
+		2004: true, 1024: true, 1030: false, 1535: true, 1536: false} {
 		if got := s.Pages[frame].Flags&pageclass.Accessed != 0; got != want {
 			t.Errorf("frame %d: accessed %v, want %v", frame, got, want)
 		}
@@ -168,7 +184,8 @@ func TestKcore(t *testing.T) {
 // TestPresent compares the ioctl with what is known of this process's own memory.
 func TestPresent(t *testing.T) {
 	const pages = 2048
-	mem, err := unix.Mmap(-1, 0, pages*4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	mem, err := unix.Mmap(-1, 0, pages*4096, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +245,8 @@ func FuzzProc(f *testing.F) {
 			t.Errorf("%+v", s)
 		}
 		for line := range strings.Lines(string(b)) {
-			if m, err := parseMapping(strings.TrimSuffix(line, "\n")); err == nil && (m.end < m.start || m.start%4096 != 0) {
+			if m, err := parseMapping(strings.TrimSuffix(line, "\n")); err == nil &&
+				(m.end < m.start || m.start%4096 != 0) {
 				t.Errorf("%+v", m)
 			}
 			parseArea(strings.TrimSuffix(line, "\n"))
@@ -276,7 +294,8 @@ func TestHere(t *testing.T) {
 	// Half of the time is over before it begins, so that no page flags are read, but maps are.
 	s, incomplete, err = g.survey(r, time.Now().Add(-31*time.Second))
 	if err != nil || !incomplete || owned(s) < 10 || len(s.Sequence) < 10 {
-		t.Errorf("without page flags: %v, incomplete %v, %d pages of the child", err, incomplete, owned(s))
+		t.Errorf("without page flags: %v, incomplete %v, %d pages of the child", err, incomplete,
+			owned(s))
 	}
 	r.Deadline, r.Frames = 0, 1000
 	s, incomplete, err = g.survey(r, time.Now())
@@ -292,7 +311,8 @@ func TestFlags(t *testing.T) {
 			t.Errorf("%q is accepted", args)
 		}
 	}
-	if err := run([]string{"--help"}, &out, &errs); err == nil || !strings.Contains(errs.String(), "org.vacate.agent") {
+	if err := run([]string{"--help"}, &out, &errs); err == nil ||
+		!strings.Contains(errs.String(), "org.vacate.agent") {
 		t.Errorf("help: %v, %q", err, errs.String())
 	}
 }

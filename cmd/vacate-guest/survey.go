@@ -59,7 +59,8 @@ const recentSpan = 30 * time.Second
 
 // survey finds out what it can until the time is over. Then incomplete is true. Page flags
 // get at most half of the time, and of what is left the processes that matter most come first.
-func (g *guest) survey(r *agent.Request, begin time.Time) (_ *pageclass.Survey, incomplete bool, err error) {
+func (g *guest) survey(r *agent.Request,
+	begin time.Time) (_ *pageclass.Survey, incomplete bool, err error) {
 	// The rest is for coding and the way to the host.
 	until := begin.Add(r.Deadline * 3 / 4)
 	before := g.prepared
@@ -140,7 +141,8 @@ func (g *guest) prepare(until time.Time) error {
 func (g *guest) answer(r *agent.Request, begin time.Time) []byte {
 	cpu := cpuTime()
 	costs := func() *agent.Costs {
-		c := &agent.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1, Processes: g.processes}
+		c := &agent.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1,
+			Processes: g.processes}
 		if !g.prepared.at.IsZero() {
 			c.Prepared = time.Since(g.prepared.at)
 		}
@@ -169,14 +171,16 @@ func cpuTime() time.Duration {
 // print shows what the host would be told.
 func (g *guest) print(w io.Writer) error {
 	begin, cpu := time.Now(), cpuTime()
-	r := &agent.Request{Deadline: time.Minute, ActiveWithin: agent.DefaultActiveWithin, MaxBytes: 64 << 20, Frames: 1 << 32}
+	r := &agent.Request{Deadline: time.Minute, ActiveWithin: agent.DefaultActiveWithin,
+		MaxBytes: 64 << 20, Frames: 1 << 32}
 	s, _, err := g.survey(r, begin)
 	if err != nil {
 		return err
 	}
 	costs := &agent.Costs{Elapsed: time.Since(begin), CPU: cpuTime() - cpu, Prepared: -1}
 	frame := agent.AppendSurvey(nil, 0, costs, s, false, r.MaxBytes)
-	fmt.Fprintf(w, "%d pages, %d processes, %d bytes, in %v (CPU %v)\n", len(s.Pages), len(s.Processes), len(frame),
+	fmt.Fprintf(w, "%d pages, %d processes, %d bytes, in %v (CPU %v)\n", len(s.Pages),
+		len(s.Processes), len(frame),
 		costs.Elapsed.Round(time.Millisecond), costs.CPU.Round(time.Millisecond))
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(t, "class\tpages\tMiB\t\n")
@@ -199,8 +203,10 @@ func (g *guest) print(w io.Writer) error {
 	fmt.Fprintf(w, "\naccessed bits are fresh: %v\n", s.Fresh)
 	fmt.Fprint(t, "process\tname\tactive\tlast run\tCPU\trecent\tpages\taccessed\t\n")
 	for i, p := range s.Processes {
-		fmt.Fprintf(t, "%d\t%q\t%v\t%v\t%v\t%v\t%d\t%d\t\n", p.PID, p.Name, p.Active, p.LastRun.Round(time.Microsecond),
-			p.CPUTime.Round(time.Millisecond), p.Recent.Round(time.Microsecond), sums[i+1].owned, sums[i+1].accessed)
+		fmt.Fprintf(t, "%d\t%q\t%v\t%v\t%v\t%v\t%d\t%d\t\n", p.PID, p.Name, p.Active,
+			p.LastRun.Round(time.Microsecond),
+			p.CPUTime.Round(time.Millisecond), p.Recent.Round(time.Microsecond), sums[i+1].owned,
+			sums[i+1].accessed)
 	}
 	return t.Flush()
 }

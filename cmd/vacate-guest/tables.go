@@ -22,8 +22,9 @@ const (
 	ptePresent  = 1 << 0
 	pteUser     = 1 << 2
 	pteAccessed = 1 << 5
-	pteLarge    = 1 << 7 // in a table of the lowest level a memory type, which user memory does not use
-	pteFrame    = 1<<52 - 1<<12
+	// in a table of the lowest level a memory type, which user memory does not use
+	pteLarge = 1 << 7
+	pteFrame = 1<<52 - 1<<12
 )
 
 // A segment is a part of memory in /proc/kcore, an ELF core file (man 5 elf).
@@ -82,11 +83,13 @@ func (s *survey) readTables(until time.Time) (done bool, err error) {
 			return false, nil
 		}
 		phys := uint64(i) * 4096
-		at := slices.IndexFunc(segments, func(g segment) bool { return phys >= g.phys && phys-g.phys < g.size })
+		at := slices.IndexFunc(segments,
+			func(g segment) bool { return phys >= g.phys && phys-g.phys < g.size })
 		if at < 0 {
 			continue
 		}
-		if _, err := f.ReadAt(table, int64(segments[at].offset+phys-segments[at].phys)); err != nil {
+		if _, err := f.ReadAt(table,
+			int64(segments[at].offset+phys-segments[at].phys)); err != nil {
 			continue
 		}
 		m, a, below := s.readTable(uint32(i), table)
@@ -137,7 +140,8 @@ func (s *survey) readTable(frame uint32, table []byte) (mapped, accessed int, be
 		if e&pteAccessed != 0 {
 			accessed += int(n)
 			for i := range n {
-				if p := &s.Pages[to+i]; p.Kind != pageclass.None { // there may have been no time for its flags
+				if p := &s.Pages[to+i]; p.Kind != pageclass.None {
+					// there may have been no time for its flags
 					p.Flags |= pageclass.Accessed
 				}
 			}

@@ -44,7 +44,9 @@ key, anyone can pose as any host: keep it off the hosts. Nothing is overwritten.
 			if err := certs.Init(dir); err != nil {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "made a CA in %s; next: vacate certs issue --dir %s --name HOST --out DIR\n", clean(dir), clean(dir))
+			fmt.Fprintf(c.OutOrStdout(),
+				"made a CA in %s; next: vacate certs issue --dir %s --name HOST --out DIR\n",
+				clean(dir), clean(dir))
 			return nil
 		},
 	}
@@ -71,7 +73,8 @@ replaces the certificate and the key of one that is there.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "%s is %s until %s\n", clean(out), info.Name, info.NotAfter.UTC().Format("2006-01-02 15:04 MST"))
+			fmt.Fprintf(c.OutOrStdout(), "%s is %s until %s\n", clean(out), info.Name,
+				info.NotAfter.UTC().Format("2006-01-02 15:04 MST"))
 			return nil
 		},
 	}

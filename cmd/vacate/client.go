@@ -43,9 +43,13 @@ func socketFlag(c *cobra.Command, d *daemon) {
 	if path == "" {
 		path = defaultSocket
 	}
-	c.Flags().StringVar(&d.socket, "socket", path, "`SOCKET` of this host's daemon; VACATE_SOCKET sets the default")
-	c.Flags().StringVar(&d.host, "host", "", "ask the daemon of another host, `NAME[@HOST:PORT]`: the name in its certificate, and its api.listen (default port 7600)")
-	c.Flags().StringVar(&d.certs, "operator-certs", "/etc/vacate/certs", "directory of your certificate, for --host")
+	c.Flags().StringVar(&d.socket, "socket", path,
+		"`SOCKET` of this host's daemon; VACATE_SOCKET sets the default")
+	c.Flags().StringVar(&d.host, "host", "",
+		"ask the daemon of another host, `NAME[@HOST:PORT]`: the name in its certificate, and "+
+			"its api.listen (default port 7600)")
+	c.Flags().StringVar(&d.certs, "operator-certs", "/etc/vacate/certs",
+		"directory of your certificate, for --host")
 }
 
 // open gets ready to ask.
@@ -63,9 +67,11 @@ func (d *daemon) open() error {
 	}
 	identity, err := certs.Load(d.certs, func(error) {})
 	if err != nil {
-		return refused(fmt.Errorf("%w: --host needs an operator's certificate, see --operator-certs", err))
+		return refused(
+			fmt.Errorf("%w: --host needs an operator's certificate, see --operator-certs", err))
 	}
-	transport := &http.Transport{TLSClientConfig: identity.Client(name), DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
+	transport := &http.Transport{TLSClientConfig: identity.Client(name),
+		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
 	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "https://"+address)
 	return nil
 }
@@ -84,14 +90,19 @@ func (d *daemon) explain(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable || errors.Is(err, context.DeadlineExceeded)):
-		return fmt.Errorf("the daemon of %s does not answer; it needs api.listen and api.operators in its configuration: %w", d.host, err)
+	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable ||
+		errors.Is(err, context.DeadlineExceeded)):
+		return fmt.Errorf("the daemon of %s does not answer; it needs api.listen and "+
+			"api.operators in its configuration: %w", d.host, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("only root and members of the group that socket_group in vacated.toml names may use %s: %w", d.socket, err)
+		return fmt.Errorf("only root and members of the group that socket_group in vacated.toml "+
+			"names may use %s: %w", d.socket, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say where it is (--socket, VACATE_SOCKET)", d.socket)
+		return fmt.Errorf("no daemon answers at %s: start it (systemctl start vacated), or say "+
+			"where it is (--socket, VACATE_SOCKET)", d.socket)
 	case unanswered(err):
-		return fmt.Errorf("vacated %s ended before it answered: `vacate status` says what became of it, once vacated is back", d.where())
+		return fmt.Errorf("vacated %s ended before it answered: `vacate status` says what "+
+			"became of it, once vacated is back", d.where())
 	case errors.As(err, &said):
 		return errors.New(said.Message())
 	}
@@ -115,7 +126,8 @@ func unanswered(err error) bool {
 
 // untaken reports whether a call was never taken, as no daemon listens.
 func untaken(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ECONNREFUSED)
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) ||
+		errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // find returns the eviction that a word means: an ID, the first digits of one, or a VM. Of a VM's
@@ -144,7 +156,8 @@ func (d *daemon) find(ctx context.Context, word string) (*hostv1.Eviction, error
 	case byID != nil:
 		return byID, nil
 	}
-	return nil, fmt.Errorf("there is no eviction %q on this host, by ID or VM: see vacate status", word)
+	return nil, fmt.Errorf("there is no eviction %q on this host, by ID or VM: see vacate status",
+		word)
 }
 
 // progressOf is an eviction's progress as screens show it.
@@ -155,22 +168,27 @@ func progressOf(e *hostv1.Eviction) (evict.Progress, bool) {
 	}
 	seconds := func(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 	return evict.Progress{
-		State: evict.State(e.State), Elapsed: seconds(p.ElapsedS), Pages: int(p.PagesSent), Total: int(p.PagesTotal), Bytes: p.LinkBytes,
-		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()), Awaits: p.Awaits, AwaitedFor: seconds(p.AwaitedS), Stands: p.Stands,
+		State: evict.State(e.State), Elapsed: seconds(p.ElapsedS), Pages: int(p.PagesSent),
+		Total: int(p.PagesTotal), Bytes: p.LinkBytes,
+		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()), Awaits: p.Awaits,
+		AwaitedFor: seconds(p.AwaitedS), Stands: p.Stands,
 	}, true
 }
 
 // failure is how an eviction ended, as an error; nil if it ended well: the VM runs on the other
 // host, or its guest ended itself there.
 func failure(e *hostv1.Eviction) error {
-	outcome := map[string]error{"refused": evict.ErrRefused, "aborted": evict.ErrAborted, "lost contact": evict.ErrLost}[e.Outcome]
+	outcome := map[string]error{"refused": evict.ErrRefused, "aborted": evict.ErrAborted,
+		"lost contact": evict.ErrLost}[e.Outcome]
 	switch {
 	case e.Outcome == string(evict.Completed), e.Outcome == string(evict.ShutDown):
 		return nil
 	case e.Outcome == "resumed here":
-		return &ended{evict.ErrAborted, fmt.Sprintf("VM %s is on the source again, by an operator's word: %s", e.Vm, e.Reason)}
+		return &ended{evict.ErrAborted,
+			fmt.Sprintf("VM %s is on the source again, by an operator's word: %s", e.Vm, e.Reason)}
 	case outcome == nil:
-		return &ended{evict.ErrLost, fmt.Sprintf("an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
+		return &ended{evict.ErrLost,
+			fmt.Sprintf("an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
 	}
 	err := &ended{outcome: outcome, text: e.Reason}
 	if e.Advice != "" {
@@ -213,7 +231,9 @@ func (d detached) Is(target error) bool { return target == errDetached }
 // beginUnknown says that nobody knows whether an eviction began, as the daemon was asked and did
 // not answer.
 func (d *daemon) beginUnknown(vm string, err error) error {
-	return detached{fmt.Sprintf("%v. Whether the eviction of VM %s began is not known: `vacate status %[2]s` tells", d.explain(err), vm)}
+	return detached{
+		fmt.Sprintf("%v. Whether the eviction of VM %s began is not known: `vacate status "+
+			"%[2]s` tells", d.explain(err), vm)}
 }
 
 // goesOn says what becomes of an eviction while its daemon is away.
@@ -223,14 +243,18 @@ func goesOn(e *hostv1.Eviction) string {
 		return "The eviction goes on as soon as it is back"
 	}
 	if e.Role == "destination" {
-		return fmt.Sprintf("If VM %s was told to run on this host, it runs there as far as its memory came, and the rest comes when vacated is back; "+
-			"else it stays on host %s", vm, peer)
+		return fmt.Sprintf(
+			"If VM %s was told to run on this host, it runs there as far as its memory came, "+
+				"and the rest comes when vacated is back; "+
+				"else it stays on host %s", vm, peer)
 	}
 	switch evict.State(e.State) {
 	case evict.Preparing, evict.Switching, evict.Loading, evict.RollingBack:
-		return fmt.Sprintf("VM %s was not told to run on host %s yet: it stays on this host, and goes on at the latest when vacated is back", vm, peer)
+		return fmt.Sprintf("VM %s was not told to run on host %s yet: it stays on this host, "+
+			"and goes on at the latest when vacated is back", vm, peer)
 	}
-	return fmt.Sprintf("VM %s runs on host %s as far as its memory went, or may: the rest goes there when vacated is back", vm, peer)
+	return fmt.Sprintf("VM %s runs on host %s as far as its memory went, or may: the rest goes "+
+		"there when vacated is back", vm, peer)
 }
 
 // awayTime is how long a daemon may be away before its eviction is watched no longer.
@@ -238,7 +262,8 @@ const awayTime = 2 * time.Minute
 
 // follow shows an eviction until it has ended, and returns it as it was then. seen, which may be
 // nil, is told of each message.
-func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (*hostv1.Eviction, error) {
+func (d *daemon) follow(ctx context.Context, id string, s *screen,
+	seen func(*hostv1.Eviction)) (*hostv1.Eviction, error) {
 	gone := time.Time{}
 	patience := cmp.Or(d.patience, awayTime)
 	var known *hostv1.Eviction
@@ -256,10 +281,14 @@ func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*ho
 			return nil, d.explain(err)
 		case last != nil || gone.IsZero():
 			gone = time.Now()
-			s.note("vacated does not answer. %s. Waiting for it, %v at most.", goesOn(known), patience)
+			s.note("vacated does not answer. %s. Waiting for it, %v at most.", goesOn(known),
+				patience)
 		case time.Since(gone) > patience:
-			return nil, detached{fmt.Sprintf("vacated has not answered for %v: start it (systemctl start vacated), and go on with vacate watch %.8s. %s",
-				patience, clean(id), goesOn(known))}
+			return nil,
+				detached{
+					fmt.Sprintf("vacated has not answered for %v: start it (systemctl start "+
+						"vacated), and go on with vacate watch %.8s. %s",
+						patience, clean(id), goesOn(known))}
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
@@ -271,7 +300,8 @@ func (d *daemon) follow(ctx context.Context, id string, s *screen, seen func(*ho
 
 // stream follows an eviction as far as the daemon tells. An eviction without an error is one that
 // has ended.
-func (d *daemon) stream(ctx context.Context, id string, s *screen, seen func(*hostv1.Eviction)) (last *hostv1.Eviction, err error) {
+func (d *daemon) stream(ctx context.Context, id string, s *screen,
+	seen func(*hostv1.Eviction)) (last *hostv1.Eviction, err error) {
 	stream, err := d.WatchEviction(ctx, connect.NewRequest(&hostv1.WatchEvictionRequest{Id: id}))
 	if err != nil {
 		return nil, err
@@ -296,7 +326,8 @@ func (d *daemon) stream(ctx context.Context, id string, s *screen, seen func(*ho
 		return last, err
 	}
 	if last == nil || last.Outcome == "" {
-		return last, connect.NewError(connect.CodeUnavailable, errors.New("the daemon ended the watch"))
+		return last, connect.NewError(connect.CodeUnavailable,
+			errors.New("the daemon ended the watch"))
 	}
 	return last, nil
 }

@@ -50,7 +50,8 @@ func addCompletions(root *cobra.Command) {
 				continue
 			}
 			complete := completed(f)
-			value := func(c *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
+			value := func(c *cobra.Command, _ []string,
+				typed string) ([]string, cobra.ShellCompDirective) {
 				return complete(c, nil, typed)
 			}
 			if err := c.RegisterFlagCompletionFunc(flag, value); err != nil {
@@ -62,7 +63,8 @@ func addCompletions(root *cobra.Command) {
 
 // completed has the daemon's answer complete arguments.
 func completed(places ...completer) cobra.CompletionFunc {
-	return func(c *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
+	return func(c *cobra.Command, args []string,
+		typed string) ([]string, cobra.ShellCompDirective) {
 		if len(args) >= len(places) {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
@@ -70,7 +72,8 @@ func completed(places ...completer) cobra.CompletionFunc {
 		if ask == nil {
 			return nil, cobra.ShellCompDirectiveDefault
 		}
-		d := daemon{socket: c.Flag("socket").Value.String(), host: c.Flag("host").Value.String(), certs: c.Flag("operator-certs").Value.String()}
+		d := daemon{socket: c.Flag("socket").Value.String(), host: c.Flag("host").Value.String(),
+			certs: c.Flag("operator-certs").Value.String()}
 		if c.Flag("host").Value.String() == typed {
 			d.host = "" // it is what is being typed
 		}
@@ -148,6 +151,9 @@ func words(list ...string) completer {
 
 // manCommand writes the manual pages, for those who make packages.
 func manCommand() *cobra.Command {
-	return &cobra.Command{Use: "man DIR", Short: "write the manual pages into a directory", Hidden: true, Args: cobra.ExactArgs(1),
-		RunE: func(c *cobra.Command, args []string) error { return manpage.WriteTree(args[0], c.Root(), 1) }}
+	return &cobra.Command{Use: "man DIR", Short: "write the manual pages into a directory",
+		Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return manpage.WriteTree(args[0], c.Root(), 1)
+		}}
 }

@@ -23,20 +23,30 @@ func TestDecider(t *testing.T) {
 		fails   bool
 	}{
 		{"flags", unsure, true, decider{confirm: "web1", fenced: "hostb"}, nil, nil, false},
-		{"nothing asserted", unsure, true, decider{confirm: "web1"}, nil, []string{"--fenced hostb is missing", "host hostb is powered off", "disks of VM web1"}, true},
+		{"nothing asserted", unsure, true, decider{confirm: "web1"}, nil,
+			[]string{"--fenced hostb is missing", "host hostb is powered off", "disks of VM web1"},
+			true},
 		{"not confirmed", sure, true, decider{}, nil, []string{"--confirm web1 is missing"}, true},
 		{"said to be lost", sure, true, decider{confirm: "web1"}, nil, nil, false},
 		{"by command", fences, true, decider{confirm: "web1", fence: true}, nil, nil, false},
-		{"asked", unsure, true, decider{}, []string{"hostb", "web1"}, []string{"powered off, or cut off", "Type hostb if so", "Type web1 if so"}, false},
-		{"denied", unsure, true, decider{confirm: "web1"}, []string{"y"}, []string{"nothing was decided"}, true},
-		{"told of the command", fences, true, decider{}, []string{""}, []string{"With --fence"}, true},
+		{"asked", unsure, true, decider{}, []string{"hostb", "web1"},
+			[]string{"powered off, or cut off", "Type hostb if so", "Type web1 if so"}, false},
+		{"denied", unsure, true, decider{confirm: "web1"}, []string{"y"},
+			[]string{"nothing was decided"}, true},
+		{"told of the command", fences, true, decider{}, []string{""}, []string{"With --fence"},
+			true},
 		{"discarded", unsure, false, decider{}, []string{"web1"}, []string{"will be ended"}, false},
-		{"the last copy discarded", last, false, decider{confirm: "web1", lose: "web1"}, nil, nil, false},
-		{"the last copy not meant", last, false, decider{confirm: "web1"}, nil, []string{"--lose web1 is missing", "may be the last one", "hostb has not said"}, true},
-		{"the last copy, asked", last, false, decider{}, []string{"web1", "web1"}, []string{"you accept that the VM is lost", "will be ended"}, false},
-		{"the last copy, denied", last, false, decider{confirm: "web1"}, []string{"y"}, []string{"nothing was decided"}, true},
+		{"the last copy discarded", last, false, decider{confirm: "web1", lose: "web1"}, nil, nil,
+			false},
+		{"the last copy not meant", last, false, decider{confirm: "web1"}, nil,
+			[]string{"--lose web1 is missing", "may be the last one", "hostb has not said"}, true},
+		{"the last copy, asked", last, false, decider{}, []string{"web1", "web1"},
+			[]string{"you accept that the VM is lost", "will be ended"}, false},
+		{"the last copy, denied", last, false, decider{confirm: "web1"}, []string{"y"},
+			[]string{"nothing was decided"}, true},
 		{"the last copy resumed", last, true, decider{confirm: "web1"}, nil, nil, false},
-		{"not discarded", unsure, false, decider{}, []string{""}, []string{"nothing was decided"}, true},
+		{"not discarded", unsure, false, decider{}, []string{""}, []string{"nothing was decided"},
+			true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var said strings.Builder
@@ -56,7 +66,8 @@ func TestDecider(t *testing.T) {
 			if (err != nil) != test.fails {
 				t.Errorf("%v", err)
 			}
-			if err == nil && (o.confirm != "web1" || test.resume && test.e.NeedsFencing && !o.fence && o.fenced != "hostb") {
+			if err == nil && (o.confirm != "web1" ||
+				test.resume && test.e.NeedsFencing && !o.fence && o.fenced != "hostb") {
 				t.Errorf("it is taken for complete: %+v", o)
 			}
 			for _, text := range test.said {

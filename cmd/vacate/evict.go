@@ -104,19 +104,30 @@ warning says so; the exit code is the eviction's.
 			return o.run(c.Context())
 		},
 	}
-	c.Flags().StringVar(&o.source.QMP, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU, to do without a daemon")
-	c.Flags().StringVar(&o.to, "to", "", "the other `HOST`; without a daemon, HOST:PORT where vacate receive listens")
-	c.Flags().StringVar(&o.certs, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link uses TLS; vacate receive needs --certs, too")
+	c.Flags().StringVar(&o.source.QMP, "qmp", "",
+		"`SOCKET` (QMP) of the VM's QEMU, to do without a daemon")
+	c.Flags().StringVar(&o.to, "to", "",
+		"the other `HOST`; without a daemon, HOST:PORT where vacate receive listens")
+	c.Flags().StringVar(&o.certs, "certs", "",
+		"`DIR` with certificates of this host (see vacate certs): the link uses TLS; vacate "+
+			"receive needs --certs, too")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
-	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(), "`ORDER` of the push: "+orderNames())
-	c.Flags().StringVar(&o.enlighten, "enlighten", string(evict.Auto), "`WHERE` to learn what the guest's pages are used for: "+enlightenNames())
+	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(),
+		"`ORDER` of the push: "+orderNames())
+	c.Flags().StringVar(&o.enlighten, "enlighten", string(evict.Auto),
+		"`WHERE` to learn what the guest's pages are used for: "+enlightenNames())
 	c.Flags().BoolVar(&o.source.SendFree, "send-free", false, "move the guest's free memory, too")
-	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false, "do not check first what would block it (with a daemon)")
-	c.Flags().BoolVar(&o.detach, "detach", false, "print the eviction's ID, and do not follow it (with a daemon)")
+	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false,
+		"do not check first what would block it (with a daemon)")
+	c.Flags().BoolVar(&o.detach, "detach", false,
+		"print the eviction's ID, and do not follow it (with a daemon)")
 	c.Flags().BoolVar(&o.yield, "yield", false, "let the push yield to other traffic")
-	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil, "take your word that `DISK`'s image there is the same; repeat it for others (without a daemon)")
-	c.Flags().Var(&o.rate, "rate-limit", "push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
+	c.Flags().StringArrayVar(&o.source.TrustDisks, "trust-disk", nil,
+		"take your word that `DISK`'s image there is the same; repeat it for others (without a "+
+			"daemon)")
+	c.Flags().Var(&o.rate, "rate-limit",
+		"push at most `RATE`, such as 500Mbit; pages that the VM waits for are not limited")
 	socketFlag(c, &o.daemon)
 	return c
 }
@@ -173,7 +184,8 @@ func (o evictOptions) check(c *cobra.Command, args []string) error {
 	}
 	for _, name := range only {
 		if c.Flags().Changed(name) {
-			return fmt.Errorf("--%s does not go together with the other arguments; see `vacate evict --help`", name)
+			return fmt.Errorf("--%s does not go together with the other arguments; see `vacate "+
+				"evict --help`", name)
 		}
 	}
 	return nil
@@ -242,11 +254,15 @@ func (o evictOptions) run(ctx context.Context) error {
 				return evict.ErrLeave
 			}
 			told = true
-			s.note("%s: the destination is out of reach. The VM may run there, and waits for pages that only\nthis host has. Going on; once more leaves it frozen here, with its memory.", name)
+			s.note("%s: the destination is out of reach. The VM may run there, and waits for "+
+				"pages that only\nthis host has. Going on; once more leaves it frozen here, "+
+				"with its memory.", name)
 			return nil
 		case rank[at] > rank[evict.Loading]:
 			if rank[at] < rank[evict.RollingBack] {
-				s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination,\nand only there it does; its memory is still arriving. Going on.", name)
+				s.note("%s: the eviction cannot be aborted any more. The VM was told to run on "+
+					"the destination,\nand only there it does; its memory is still arriving. "+
+					"Going on.", name)
 			}
 			return nil
 		}
@@ -260,7 +276,8 @@ func (o evictOptions) run(ctx context.Context) error {
 		return cli.Interrupted{Signal: sig}
 	})
 	defer stop()
-	o.source.Log = slog.New(slog.NewTextHandler(notes{s}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))
+	o.source.Log = slog.New(slog.NewTextHandler(notes{s},
+		&slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))
 	o.source.Show = func(p evict.Progress) {
 		s.show(p)
 		if p.State != evict.Committing && p.State != evict.Pushing || late {
@@ -269,7 +286,8 @@ func (o evictOptions) run(ctx context.Context) error {
 		select {
 		case <-asked:
 			late = true
-			s.note("The abort came too late: the VM was already told to run on the destination. Going on.")
+			s.note("The abort came too late: the VM was already told to run on the destination. " +
+				"Going on.")
 		default:
 		}
 	}

@@ -39,9 +39,11 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 			return err
 		}
 	}
-	started, err := o.daemon.Evict(ctx, connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: o.to, Options: &hostv1.EvictOptions{
-		Order: o.order, Enlightenment: o.enlighten, SendFree: o.source.SendFree, RateLimit: uint64(o.rate) / 8, Yield: o.yield, SkipChecks: true,
-	}}))
+	started, err := o.daemon.Evict(ctx,
+		connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: o.to, Options: &hostv1.EvictOptions{
+			Order: o.order, Enlightenment: o.enlighten, SendFree: o.source.SendFree,
+			RateLimit: uint64(o.rate) / 8, Yield: o.yield, SkipChecks: true,
+		}}))
 	if unanswered(err) && !untaken(err) {
 		return o.daemon.beginUnknown(vm, err)
 	} else if err != nil {
@@ -116,19 +118,22 @@ type stuckError struct {
 }
 
 func (e *stuckError) Error() string {
-	return fmt.Sprintf("the eviction of VM %s has not got on for %v: it is %q", e.last.Vm, e.over, e.last.State)
+	return fmt.Sprintf("the eviction of VM %s has not got on for %v: it is %q", e.last.Vm, e.over,
+		e.last.State)
 }
 
 // attend follows an eviction; where patience is not 0, until that has not got on for so long.
 // SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was
 // confirmed; the second one ends the command alone.
-func (d *daemon) attend(ctx context.Context, id string, s *screen, patience time.Duration) (*hostv1.Eviction, error) {
+func (d *daemon) attend(ctx context.Context, id string, s *screen,
+	patience time.Duration) (*hostv1.Eviction, error) {
 	var mu sync.Mutex
 	var now *hostv1.Eviction
 	abort := func(why string) {
 		ctx, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
-		if _, err := d.Abort(ctx, connect.NewRequest(&hostv1.AbortRequest{Id: id, Reason: why})); err != nil {
+		if _, err := d.Abort(ctx,
+			connect.NewRequest(&hostv1.AbortRequest{Id: id, Reason: why})); err != nil {
 			s.note("vacate: %s. Going on.", clean(d.explain(err).Error()))
 		}
 	}
@@ -144,7 +149,9 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen, patience time
 		case asked:
 			return cli.Interrupted{Signal: sig}
 		case !can:
-			s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the destination.\nThe daemon goes on with it without this command: once more ends this command.", name)
+			s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the "+
+				"destination.\nThe daemon goes on with it without this command: once more ends "+
+				"this command.", name)
 		case sig == unix.SIGINT && term.IsTerminal(int(os.Stdin.Fd())):
 			s.note("%s: abort the eviction? The VM stays on this host. [y/N]", name)
 			// Not waited for: nothing interrupts who reads from a terminal.
@@ -177,7 +184,8 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen, patience time
 		before := now
 		now = e
 		mu.Unlock()
-		if patience > 0 && (before == nil || before.State != e.State || before.GetProgress().GetPagesSent() != e.GetProgress().GetPagesSent()) {
+		if patience > 0 && (before == nil || before.State != e.State ||
+			before.GetProgress().GetPagesSent() != e.GetProgress().GetPagesSent()) {
 			idle.Reset(patience)
 		}
 	})

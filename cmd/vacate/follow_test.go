@@ -30,7 +30,8 @@ type dying struct {
 
 func (d *dying) die() { panic(http.ErrAbortHandler) }
 
-func (d *dying) WatchEviction(_ context.Context, _ *connect.Request[hostv1.WatchEvictionRequest], s *connect.ServerStream[hostv1.Eviction]) error {
+func (d *dying) WatchEviction(_ context.Context, _ *connect.Request[hostv1.WatchEvictionRequest],
+	s *connect.ServerStream[hostv1.Eviction]) error {
 	if d.deaths.Add(-1) >= 0 {
 		s.Send(d.state)
 		d.die()
@@ -38,7 +39,8 @@ func (d *dying) WatchEviction(_ context.Context, _ *connect.Request[hostv1.Watch
 	return s.Send(d.end)
 }
 
-func (d *dying) Evict(context.Context, *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (d *dying) Evict(context.Context,
+	*connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
 	d.die()
 	return nil, nil
 }
@@ -71,7 +73,8 @@ func TestFollow(t *testing.T) {
 	defer os.RemoveAll(dir)
 	const id = "0123456789abcdef0123456789abcdef"
 	moment := func(role string, s evict.State) *hostv1.Eviction {
-		return &hostv1.Eviction{Id: id, Vm: "web1", Role: role, Peer: "hostb", State: string(s), Progress: &hostv1.Progress{PagesSent: 1, PagesTotal: 9}}
+		return &hostv1.Eviction{Id: id, Vm: "web1", Role: role, Peer: "hostb", State: string(s),
+			Progress: &hostv1.Progress{PagesSent: 1, PagesTotal: 9}}
 	}
 	for _, test := range []struct {
 		name   string
@@ -83,18 +86,22 @@ func TestFollow(t *testing.T) {
 		ended  []string // by the error
 	}{
 		{"back, completed", moment("source", evict.Pushing), 3, "completed", exitCompleted,
-			[]string{"vacated does not answer. VM web1 runs on host hostb as far as its memory went"}, nil},
+			[]string{
+				"vacated does not answer. VM web1 runs on host hostb as far as its memory went"},
+			nil},
 		{"back, aborted", moment("source", evict.Loading), 1, "aborted", exitAborted,
 			[]string{"VM web1 was not told to run on host hostb yet: it stays on this host"}, nil},
 		{"back, lost", moment("source", evict.Pushing), 1, "lost contact", exitLost, nil, nil},
 		{"away", moment("source", evict.Pushing), 1, "", exitDetached, nil,
-			[]string{"vacated has not answered for 300ms", "systemctl start vacated", "vacate watch 01234567", "VM web1 runs on host hostb"}},
+			[]string{"vacated has not answered for 300ms", "systemctl start vacated",
+				"vacate watch 01234567", "VM web1 runs on host hostb"}},
 		{"away, at the destination", moment("destination", evict.Running), 1, "", exitDetached, nil,
 			[]string{"told to run on this host", "host hostb"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			socket := filepath.Join(dir, "sock")
-			fake := &dying{state: test.state, end: &hostv1.Eviction{Id: id, Vm: "web1", Outcome: test.end}}
+			fake := &dying{state: test.state,
+				end: &hostv1.Eviction{Id: id, Vm: "web1", Outcome: test.end}}
 			fake.deaths.Store(test.deaths)
 			stop := fake.listen(t, socket)
 			defer func() { stop() }()
@@ -131,7 +138,8 @@ func TestFollow(t *testing.T) {
 					t.Errorf("nothing says %q: %v", text, err)
 				}
 			}
-			if all := out.String() + explainOf(err); strings.Contains(all, "protocol") || strings.Contains(all, "EOF") {
+			if all := out.String() + explainOf(err); strings.Contains(all, "protocol") ||
+				strings.Contains(all, "EOF") {
 				t.Errorf("that is nothing for people: %s", all)
 			}
 		})
@@ -160,7 +168,8 @@ func TestBeginUnknown(t *testing.T) {
 	stop := new(dying).listen(t, socket)
 	defer stop()
 	err = o.runByName(t.Context(), "web1")
-	if exitCode(err) != exitDetached || errors.Is(err, evict.ErrRefused) || !strings.Contains(err.Error(), "`vacate status web1` tells") {
+	if exitCode(err) != exitDetached || errors.Is(err, evict.ErrRefused) ||
+		!strings.Contains(err.Error(), "`vacate status web1` tells") {
 		t.Errorf("a daemon that died: %v", err)
 	}
 }

@@ -27,17 +27,21 @@ import (
 
 // hostCommands are those that ask this host's daemon.
 func hostCommands() []*cobra.Command {
-	return []*cobra.Command{lsCommand(), startCommand(), stopCommand(), showCommand(), evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(), doctorCommand(),
+	return []*cobra.Command{lsCommand(), startCommand(), stopCommand(), showCommand(),
+		evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(),
+		doctorCommand(),
 		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand()}
 }
 
 // askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's
 // JSON.
-func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args []string, w io.Writer) (answer proto.Message, err error)) *cobra.Command {
+func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args []string,
+	w io.Writer) (answer proto.Message, err error)) *cobra.Command {
 	var d daemon
 	var asJSON bool
 	socketFlag(c, &d)
-	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output, as internal/host/api/v1/host.proto has it")
+	c.Flags().BoolVar(&asJSON, "json", false,
+		"JSON on standard output, as internal/host/api/v1/host.proto has it")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if err := d.open(); err != nil {
 			return err
@@ -144,7 +148,8 @@ reason, and what an operator may do.`,
 			}
 			return e, err
 		}
-		r, err := d.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: open}))
+		r, err := d.ListEvictions(ctx,
+			connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: open}))
 		if err != nil {
 			return nil, err
 		}
@@ -161,15 +166,18 @@ reason, and what an operator may do.`,
 					continue
 				}
 			}
-			row(t, e.Id[:min(len(e.Id), 8)], e.Vm, e.Role, e.Peer, stateOf(e), pagesOf(e), e.StartedAt.AsTime().Local().Format(time.DateTime))
+			row(t, e.Id[:min(len(e.Id), 8)], e.Vm, e.Role, e.Peer, stateOf(e), pagesOf(e),
+				e.StartedAt.AsTime().Local().Format(time.DateTime))
 		}
 		t.Flush()
 		for _, e := range r.Msg.Evictions {
 			if len(e.Remedy) > 0 || e.Damage != "" {
-				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm), clean(e.Id))
+				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm),
+					clean(e.Id))
 			}
 		}
-		if s, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err == nil && s.Msg.Guard != "" {
+		if s, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err == nil &&
+			s.Msg.Guard != "" {
 			fmt.Fprintf(w, "\nguard: %s\n", clean(s.Msg.Guard))
 		}
 		return r.Msg, nil
@@ -308,7 +316,8 @@ aborted.`,
 
 // assertion is what an operator asserts with --fenced.
 func assertion(vm, host string) string {
-	return fmt.Sprintf("host %[2]s is powered off, or cut off from the disks of VM %[1]s and from the network, or the QEMU process of VM %[1]s there has ended", vm, host)
+	return fmt.Sprintf("host %[2]s is powered off, or cut off from the disks of VM %[1]s and "+
+		"from the network, or the QEMU process of VM %[1]s there has ended", vm, host)
 }
 
 // A decider is what `vacate decide` was told.
@@ -340,18 +349,24 @@ func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
 	}
 	vm, peer := clean(e.Vm), clean(e.Peer)
 	if resume && e.NeedsFencing && !o.fence {
-		what := fmt.Sprintf("VM %s may run on host %s, which has not said that it does not. If it does, two copies of it will spoil their disks.\n"+
-			"With --fenced %[2]s you assert: %s.", vm, peer, assertion(vm, peer))
+		what := fmt.Sprintf(
+			"VM %s may run on host %s, which has not said that it does not. If it does, two "+
+				"copies of it will spoil their disks.\n"+
+				"With --fenced %[2]s you assert: %s.", vm, peer, assertion(vm, peer))
 		if e.CanFence {
-			what += fmt.Sprintf("\nWith --fence, vacated fences host %s first, by its command.", peer)
+			what += fmt.Sprintf("\nWith --fence, vacated fences host %s first, by its command.",
+				peer)
 		}
 		if err := ask(what, "--fenced "+peer, peer, &o.fenced); err != nil {
 			return err
 		}
 	}
 	if !resume && e.LastCopy {
-		what := fmt.Sprintf("The copy of VM %[1]s on this host may be the last one: host %[2]s has not said that it has all of the VM's memory.\n"+
-			"With --lose %[1]s you accept that the VM is lost, with its memory and what it had not written to its disks.", vm, peer)
+		what := fmt.Sprintf(
+			"The copy of VM %[1]s on this host may be the last one: host %[2]s has not said "+
+				"that it has all of the VM's memory.\n"+
+				"With --lose %[1]s you accept that the VM is lost, with its memory and what it "+
+				"had not written to its disks.", vm, peer)
 		if err := ask(what, "--lose "+vm, vm, &o.lose); err != nil {
 			return err
 		}
@@ -403,37 +418,45 @@ needed. To keep a copy before you decide: vacate export.`,
 		Args: cobra.ExactArgs(2),
 	}
 	c.Flags().StringVar(&o.confirm, "confirm", "", "`NAME` of the VM, once more")
-	c.Flags().StringVar(&o.fenced, "fenced", "", "assert that the other `HOST` is powered off or cut off, or that the VM's QEMU there has ended")
-	c.Flags().BoolVar(&o.fence, "fence", false, "let vacated fence the other host first, by its command")
-	c.Flags().StringVar(&o.lose, "lose", "", "accept that the `VM` is lost, if the other host does not have all of it")
-	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
-		decision, ok := map[string]hostv1.Decision{
-			string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE, string(evict.Discard): hostv1.Decision_DECISION_DISCARD,
-		}[args[1]]
-		if !ok {
-			return nil, fmt.Errorf("%q is no decision: the decisions are %s and %s", args[1], evict.ResumeHere, evict.Discard)
-		}
-		e, err := d.find(ctx, args[0])
-		if err != nil {
-			return nil, err
-		}
-		if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stderr.Fd())) {
-			o.ask = askTerminal
-		}
-		if err := o.complete(e, decision == hostv1.Decision_DECISION_RESUME_HERE); err != nil {
-			return nil, err
-		}
-		r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{
-			Id: e.Id, Decision: decision, Confirm: o.confirm, Fenced: o.fenced, Fence: o.fence, Lose: o.lose}))
-		if err != nil {
-			return nil, err
-		}
-		fmt.Fprintf(w, "%s: %s\n", clean(r.Msg.Vm), clean(r.Msg.Outcome))
-		if r.Msg.Advice != "" {
-			fmt.Fprintln(w, clean(r.Msg.Advice)+".")
-		}
-		return r.Msg, nil
-	})
+	c.Flags().StringVar(&o.fenced, "fenced", "",
+		"assert that the other `HOST` is powered off or cut off, or that the VM's QEMU there "+
+			"has ended")
+	c.Flags().BoolVar(&o.fence, "fence", false,
+		"let vacated fence the other host first, by its command")
+	c.Flags().StringVar(&o.lose, "lose", "",
+		"accept that the `VM` is lost, if the other host does not have all of it")
+	return askCommand(c,
+		func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+			decision, ok := map[string]hostv1.Decision{
+				string(evict.ResumeHere): hostv1.Decision_DECISION_RESUME_HERE,
+				string(evict.Discard):    hostv1.Decision_DECISION_DISCARD,
+			}[args[1]]
+			if !ok {
+				return nil, fmt.Errorf("%q is no decision: the decisions are %s and %s", args[1],
+					evict.ResumeHere, evict.Discard)
+			}
+			e, err := d.find(ctx, args[0])
+			if err != nil {
+				return nil, err
+			}
+			if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stderr.Fd())) {
+				o.ask = askTerminal
+			}
+			if err := o.complete(e, decision == hostv1.Decision_DECISION_RESUME_HERE); err != nil {
+				return nil, err
+			}
+			r, err := d.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{
+				Id: e.Id, Decision: decision, Confirm: o.confirm, Fenced: o.fenced, Fence: o.fence,
+				Lose: o.lose}))
+			if err != nil {
+				return nil, err
+			}
+			fmt.Fprintf(w, "%s: %s\n", clean(r.Msg.Vm), clean(r.Msg.Outcome))
+			if r.Msg.Advice != "" {
+				fmt.Fprintln(w, clean(r.Msg.Advice)+".")
+			}
+			return r.Msg, nil
+		})
 }
 
 // askTerminal asks who sits at the terminal.
@@ -490,37 +513,40 @@ remedy. Nothing is touched. The exit code is 2 if an eviction would fail.`,
 		Args: cobra.MaximumNArgs(1),
 	}
 	c.Flags().StringVar(&to, "to", "", "the other `HOST`, by its name")
-	return askCommand(c, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
-		q := &hostv1.DoctorRequest{To: to}
-		if len(args) == 1 {
-			q.Vm = args[0]
-		}
-		r, err := d.Doctor(ctx, connect.NewRequest(q))
-		if err != nil {
-			return nil, err
-		}
-		list := findings(r.Msg.Findings)
-		if err := doctor.Text(w, list); err != nil {
-			return nil, err
-		}
-		if doctor.Worst(list) == doctor.Fatal {
-			return r.Msg, errFatal
-		}
-		return r.Msg, nil
-	})
+	return askCommand(c,
+		func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
+			q := &hostv1.DoctorRequest{To: to}
+			if len(args) == 1 {
+				q.Vm = args[0]
+			}
+			r, err := d.Doctor(ctx, connect.NewRequest(q))
+			if err != nil {
+				return nil, err
+			}
+			list := findings(r.Msg.Findings)
+			if err := doctor.Text(w, list); err != nil {
+				return nil, err
+			}
+			if doctor.Worst(list) == doctor.Fatal {
+				return r.Msg, errFatal
+			}
+			return r.Msg, nil
+		})
 }
 
 // findings are those of the daemon, fit for a terminal.
 func findings(list []*hostv1.Finding) (out []doctor.Finding) {
 	levels := map[hostv1.Level]doctor.Level{
-		hostv1.Level_LEVEL_OK: doctor.OK, hostv1.Level_LEVEL_NOTE: doctor.Note, hostv1.Level_LEVEL_WARNING: doctor.Warning,
+		hostv1.Level_LEVEL_OK: doctor.OK, hostv1.Level_LEVEL_NOTE: doctor.Note,
+		hostv1.Level_LEVEL_WARNING: doctor.Warning,
 	}
 	for _, f := range list {
 		level, ok := levels[f.Level]
 		if !ok {
 			level = doctor.Fatal
 		}
-		out = append(out, doctor.Finding{Host: clean(f.Host), Check: clean(f.Check), Level: level, Text: clean(f.Text), Remedy: clean(f.Remedy)})
+		out = append(out, doctor.Finding{Host: clean(f.Host), Check: clean(f.Check), Level: level,
+			Text: clean(f.Text), Remedy: clean(f.Remedy)})
 	}
 	return out
 }

@@ -16,7 +16,8 @@ import (
 )
 
 func inspectCommand() *cobra.Command {
-	c := &cobra.Command{Use: "inspect", Short: "Look into a guest's memory, or into recorded migrations", Args: cobra.NoArgs,
+	c := &cobra.Command{Use: "inspect",
+		Short: "Look into a guest's memory, or into recorded migrations", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
 	c.AddCommand(inspectMemoryCommand(), inspectStreamCommand())
 	return c
@@ -42,7 +43,9 @@ bytes; with --records in addition, each element comes before it as
 		Example: `  vacate inspect stream migstream/testdata/pc-bare.forward.gz
   vacate inspect stream --records - <recording | less`,
 		Args: cobra.MinimumNArgs(1),
-		RunE: func(_ *cobra.Command, files []string) error { return inspectStream(files, asJSON, records) },
+		RunE: func(_ *cobra.Command, files []string) error {
+			return inspectStream(files, asJSON, records)
+		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "JSON lines on standard output")
 	c.Flags().BoolVar(&records, "records", false, "list each element with its offset")
@@ -68,7 +71,9 @@ func inspectStream(files []string, asJSON, records bool) error {
 	var record func(inspect.Record) error
 	switch {
 	case records && asJSON:
-		record = func(r inspect.Record) error { return enc.Encode(map[string]any{"type": "record", "record": r}) }
+		record = func(r inspect.Record) error {
+			return enc.Encode(map[string]any{"type": "record", "record": r})
+		}
 	case records:
 		record = func(r inspect.Record) error {
 			_, err := fmt.Fprintf(out, "%12d  %s\n", r.Offset, clean(r.Item))
@@ -138,21 +143,26 @@ func streamText(s inspect.Stream) string {
 		return b.String()
 	}
 	counts("commands", s.Commands)
-	row("RAM sections", "%d start, %d part, %d end", s.Sections.Start, s.Sections.Part, s.Sections.End)
+	row("RAM sections", "%d start, %d part, %d end", s.Sections.Start, s.Sections.Part,
+		s.Sections.End)
 	if len(s.Blocks) > 0 {
 		const line = "  %-28s %9s %8s %9s %9s %9s\n"
 		fmt.Fprintf(&b, "\nRAM blocks\n"+line, "name", "size", "page", "data", "zero", "discarded")
 		var size, discarded uint64
 		var data, zero int
 		for _, k := range s.Blocks {
-			fmt.Fprintf(&b, line, clean(k.Name), units.Size(k.Size), units.Size(k.PageSize), fmt.Sprint(k.Data), fmt.Sprint(k.Zero), units.Size(k.Discarded))
-			size, discarded, data, zero = size+k.Size, discarded+k.Discarded, data+k.Data, zero+k.Zero
+			fmt.Fprintf(&b, line, clean(k.Name), units.Size(k.Size), units.Size(k.PageSize),
+				fmt.Sprint(k.Data), fmt.Sprint(k.Zero), units.Size(k.Discarded))
+			size, discarded, data, zero = size+k.Size, discarded+k.Discarded, data+k.Data, zero+
+				k.Zero
 		}
-		fmt.Fprintf(&b, line, "all", units.Size(size), "", fmt.Sprint(data), fmt.Sprint(zero), units.Size(discarded))
+		fmt.Fprintf(&b, line, "all", units.Size(size), "", fmt.Sprint(data), fmt.Sprint(zero),
+			units.Size(discarded))
 		b.WriteString("  (data and zero: records, of 4 KiB each)\n")
 	}
 	for _, p := range s.Packages {
-		fmt.Fprintf(&b, "\nPackage at byte %d, %d bytes\n  %-40s %8s %8s %9s\n", p.Offset, p.Size, "device", "instance", "version", "bytes")
+		fmt.Fprintf(&b, "\nPackage at byte %d, %d bytes\n  %-40s %8s %8s %9s\n", p.Offset, p.Size,
+			"device", "instance", "version", "bytes")
 		for _, d := range p.Devices {
 			fmt.Fprintf(&b, "  %-40s %8d %8d %9d\n", clean(d.Name), d.Instance, d.Version, d.Size)
 		}
@@ -161,7 +171,8 @@ func streamText(s inspect.Stream) string {
 		}
 	}
 	if s.DeviceState > 0 {
-		fmt.Fprintf(&b, "\nDevice state behind RAM: %d bytes, which only QEMU can take apart\n", s.DeviceState)
+		fmt.Fprintf(&b, "\nDevice state behind RAM: %d bytes, which only QEMU can take apart\n",
+			s.DeviceState)
 	}
 	return b.String()
 }

@@ -67,16 +67,19 @@ A core file is made by QEMU's monitor:
 				o.core = args[0]
 			}
 			if (o.core == "") == (o.qmp == "") {
-				return errors.New("name either a VM's monitor, by --qmp SOCKET, or a core file; see `vacate inspect memory --help`")
+				return errors.New("name either a VM's monitor, by --qmp SOCKET, or a core file; " +
+					"see `vacate inspect memory --help`")
 			}
 			return o.run(c.Context())
 		},
 	}
 	c.Flags().StringVar(&o.qmp, "qmp", "", "`SOCKET` (QMP) of the VM's QEMU")
-	c.Flags().StringVar(&o.picture, "map", "", "draw the memory in `FILE`, which ends in .svg or .png")
+	c.Flags().StringVar(&o.picture, "map", "",
+		"draw the memory in `FILE`, which ends in .svg or .png")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON on standard output")
 	c.Flags().BoolVar(&o.all, "all", false, "list all processes, not only the first 20")
-	c.Flags().DurationVar(&o.limit, "freeze-limit", 5*time.Second, "give up when the VM would stand still for longer")
+	c.Flags().DurationVar(&o.limit, "freeze-limit", 5*time.Second,
+		"give up when the VM would stand still for longer")
 	return c
 }
 
@@ -119,7 +122,8 @@ func (o memoryOptions) run(ctx context.Context) (err error) {
 	m.Source, m.Kernel, m.Times = found.source, found.kernel, found.times
 	m.Notes = append(m.Notes, found.notes...)
 	if picture != nil {
-		if err := picture.write(inspect.NewMap(found.survey, "Memory of a guest with Linux "+m.Kernel)); err != nil {
+		if err := picture.write(inspect.NewMap(found.survey,
+			"Memory of a guest with Linux "+m.Kernel)); err != nil {
 			return err
 		}
 	}
@@ -166,7 +170,8 @@ func (f *finding) take(ctx context.Context, g *linux.Guest) error {
 func surveyVM(ctx context.Context, path string, limit time.Duration) (*finding, error) {
 	f := &finding{source: "vm"}
 	start := time.Now()
-	attaching, cancel := context.WithTimeoutCause(ctx, attachLimit, fmt.Errorf("it took longer than %v", attachLimit))
+	attaching, cancel := context.WithTimeoutCause(ctx, attachLimit,
+		fmt.Errorf("it took longer than %v", attachLimit))
 	defer cancel()
 	refuse := func(err error) error {
 		outcome := evict.ErrRefused
@@ -197,7 +202,8 @@ func surveyVM(ctx context.Context, path string, limit time.Duration) (*finding, 
 		return nil, refuse(err)
 	}
 	f.times.Attach = time.Since(start).Seconds()
-	stood, paused, err := still(ctx, path, c, limit, func(ctx context.Context) error { return f.take(ctx, guest) })
+	stood, paused, err := still(ctx, path, c, limit,
+		func(ctx context.Context) error { return f.take(ctx, guest) })
 	if err != nil {
 		return nil, err
 	}
@@ -219,10 +225,13 @@ func surveyCore(ctx context.Context, name string) (*finding, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is no regular file: name a core file, or a VM's monitor by --qmp", name)
+		return nil,
+			fmt.Errorf("%s is no regular file: name a core file, or a VM's monitor by --qmp", name)
 	}
 	if what := sniff(file); what != "" {
-		return nil, fmt.Errorf("%s is %s; what is read here is an ELF core file, by QEMU's dump-guest-memory without a format or paging", name, what)
+		return nil,
+			fmt.Errorf("%s is %s; what is read here is an ELF core file, by QEMU's "+
+				"dump-guest-memory without a format or paging", name, what)
 	}
 	core, err := linux.OpenCore(file, info.Size())
 	if err != nil {
@@ -269,25 +278,31 @@ func sniff(r io.ReaderAt) string {
 // that ran runs on when still returns, or as soon as ctx or the limit ends if that is
 // before look returns. It tells how long the VM stood for this, or that it was paused
 // anyway; then it stays so.
-func still(ctx context.Context, path string, c *qmp.Client, limit time.Duration, look func(context.Context) error) (stood time.Duration, paused bool, err error) {
+func still(ctx context.Context, path string, c *qmp.Client, limit time.Duration,
+	look func(context.Context) error) (stood time.Duration, paused bool, err error) {
 	status, err := c.QueryStatus(ctx)
 	if err != nil {
 		return 0, false, fmt.Errorf("%w: %w", evict.ErrRefused, cause(ctx, err))
 	}
 	switch status.Status {
 	case "inmigrate", "finish-migrate", "postmigrate":
-		return 0, false, fmt.Errorf("%w: the VM is being moved or was (%s): survey it where it runs", evict.ErrRefused, status.Status)
+		return 0, false,
+			fmt.Errorf("%w: the VM is being moved or was (%s): survey it where it runs",
+				evict.ErrRefused, status.Status)
 	}
 	events := c.Subscribe(64)
 	defer events.Close()
 	if ctx.Err() != nil {
-		return 0, false, fmt.Errorf("%w: %w; the VM was not touched", evict.ErrAborted, context.Cause(ctx))
+		return 0, false, fmt.Errorf("%w: %w; the VM was not touched", evict.ErrAborted,
+			context.Cause(ctx))
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the survey took longer than %v: --freeze-limit allows for more", limit))
+	ctx, cancel := context.WithTimeoutCause(ctx, limit,
+		fmt.Errorf("the survey took longer than %v: --freeze-limit allows for more", limit))
 	defer cancel()
 	if !status.Running {
 		if err := look(ctx); err != nil {
-			return 0, true, fmt.Errorf("%w: %w; the VM stands still, as before", evict.ErrAborted, cause(ctx, err))
+			return 0, true, fmt.Errorf("%w: %w; the VM stands still, as before", evict.ErrAborted,
+				cause(ctx, err))
 		}
 		if happened(events, "RESUME") {
 			return 0, true, fmt.Errorf("%w: %w", evict.ErrAborted, errRan)
@@ -306,9 +321,11 @@ func still(ctx context.Context, path string, c *qmp.Client, limit time.Duration,
 		lost := run()
 		stood = took
 		if lost != nil {
-			err = fmt.Errorf("%w: the VM may stand still: %w; say \"cont\" to its monitor", evict.ErrLost, lost)
+			err = fmt.Errorf("%w: the VM may stand still: %w; say \"cont\" to its monitor",
+				evict.ErrLost, lost)
 		} else if err != nil {
-			err = fmt.Errorf("%w: %w; the VM runs on, after it stood still for %v at most", evict.ErrAborted, cause(ctx, err), stood.Round(100*time.Microsecond))
+			err = fmt.Errorf("%w: %w; the VM runs on, after it stood still for %v at most",
+				evict.ErrAborted, cause(ctx, err), stood.Round(100*time.Microsecond))
 		}
 	}()
 	if err := c.Stop(ctx); err != nil {
@@ -387,9 +404,14 @@ func cause(ctx context.Context, err error) error {
 func teach(err error) error {
 	switch {
 	case errors.Is(err, linux.ErrNoLinux):
-		return fmt.Errorf("%w: either the guest is not Linux, or its kernel has not booted yet, or it was built without CONFIG_CRASH_CORE (CONFIG_VMCORE_INFO since Linux 6.9), or its memory is encrypted; it can be evicted all the same, with all of its pages in plain order", err)
+		return fmt.Errorf("%w: either the guest is not Linux, or its kernel has not booted yet, "+
+			"or it was built without CONFIG_CRASH_CORE (CONFIG_VMCORE_INFO since Linux 6.9), or "+
+			"its memory is encrypted; it can be evicted all the same, with all of its pages in "+
+			"plain order", err)
 	case errors.Is(err, linux.ErrUnsupported):
-		return fmt.Errorf("%w: kernels of 5.10 to 7.3 as Debian builds them were tried, and BTF (CONFIG_DEBUG_INFO_BTF) is needed; it can be evicted all the same, with all of its pages in plain order", err)
+		return fmt.Errorf("%w: kernels of 5.10 to 7.3 as Debian builds them were tried, and BTF "+
+			"(CONFIG_DEBUG_INFO_BTF) is needed; it can be evicted all the same, with all of its "+
+			"pages in plain order", err)
 	}
 	return err
 }

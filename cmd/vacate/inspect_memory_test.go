@@ -40,8 +40,12 @@ func TestMemoryText(t *testing.T) {
 	if err := json.Unmarshal(b, &m); err != nil {
 		t.Fatal(err)
 	}
-	m.Notes = []string{"a reason for distrust that is so long that it takes more than one line of a terminal, of 80 columns", "another\x1b[31m"}
-	m.Times = inspect.Times{Attach: 0.25, Frozen: 0.0051, Stages: []inspect.Stage{{Name: "scan", Seconds: 0.002}, {Name: "free lists", Seconds: 0.0007}, {Name: "tasks", Seconds: 0.0021}}}
+	m.Notes = []string{
+		"a reason for distrust that is so long that it takes more than one line of a terminal, " +
+			"of 80 columns", "another\x1b[31m"}
+	m.Times = inspect.Times{Attach: 0.25, Frozen: 0.0051,
+		Stages: []inspect.Stage{{Name: "scan", Seconds: 0.002},
+			{Name: "free lists", Seconds: 0.0007}, {Name: "tasks", Seconds: 0.0021}}}
 	got := memoryText(m, false, false)
 	for line := range strings.Lines(got) {
 		if n := utf8.RuneCountInString(strings.TrimSpace(line)); n > 80 {
@@ -66,8 +70,10 @@ func TestMemoryText(t *testing.T) {
 // What a guest calls itself and its processes does nothing to a terminal.
 func TestHostileNames(t *testing.T) {
 	m := inspect.NewMemory(&pageclass.Survey{Processes: []pageclass.Process{
-		{PID: 1, Name: "\x1b]0;owned\x07\x1b[2J"}, {PID: 2, Name: "evil\nname\r\t"}, {PID: 3, Name: "\u202etxt.exe\u2066"},
-		{PID: 4, Name: "\xff\xfe\x80"}, {PID: 5, Name: `C:\x1b`}, {PID: 6, Name: strings.Repeat("x", 1<<20)}, {PID: 7, Name: "naïve 漢"},
+		{PID: 1, Name: "\x1b]0;owned\x07\x1b[2J"}, {PID: 2, Name: "evil\nname\r\t"},
+		{PID: 3, Name: "\u202etxt.exe\u2066"},
+		{PID: 4, Name: "\xff\xfe\x80"}, {PID: 5, Name: `C:\x1b`},
+		{PID: 6, Name: strings.Repeat("x", 1<<20)}, {PID: 7, Name: "naïve 漢"},
 		{PID: 8, Name: "z" + strings.Repeat("\u0300", 9)},
 	}})
 	m.Kernel, m.Notes = "6.1\x1b[31m", []string{"\x9b31m\n\nnote"}
@@ -80,7 +86,8 @@ func TestHostileNames(t *testing.T) {
 	if len(got) > 4000 {
 		t.Errorf("%d bytes", len(got))
 	}
-	for _, want := range []string{`\x1b]0;owned\a\x1b[2J`, `evil\nname\r\t`, `\u202etxt.exe\u2066`, `\xff\xfe\x80`, `C:\\x1b`, "xxx...", "naïve 漢", `z\u0300\u0300`} {
+	for _, want := range []string{`\x1b]0;owned\a\x1b[2J`, `evil\nname\r\t`, `\u202etxt.exe\u2066`,
+		`\xff\xfe\x80`, `C:\\x1b`, "xxx...", "naïve 漢", `z\u0300\u0300`} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in %s", want, got)
 		}
@@ -127,7 +134,8 @@ func spinning(t *testing.T) (path string, other *qmp.Client, process *os.Process
 		t.Fatal(err)
 	}
 	path = filepath.Join(dir, "1")
-	cmd := exec.Command(bin, "-nodefaults", "-display", "none", "-accel", "tcg", "-machine", "pc", "-m", "16", "-bios", bios,
+	cmd := exec.Command(bin, "-nodefaults", "-display", "none", "-accel", "tcg", "-machine", "pc",
+		"-m", "16", "-bios", bios,
 		"-qmp", "unix:"+path+",server=on,wait=off", "-qmp", "unix:"+dir+"/2,server=on,wait=off")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -172,12 +180,14 @@ func TestStill(t *testing.T) {
 		says  string
 	}{
 		{name: "looked at", look: func(context.Context) error { return nil }},
-		{name: "failed", look: func(context.Context) error { return broken }, want: evict.ErrAborted, says: "broken"},
+		{name: "failed", look: func(context.Context) error { return broken },
+			want: evict.ErrAborted, says: "broken"},
 		{name: "too long", look: func(ctx context.Context) error {
 			<-ctx.Done()
 			return broken
 		}, limit: 50 * time.Millisecond, want: evict.ErrAborted, says: "longer than 50ms"},
-		{name: "deaf", look: func(ctx context.Context) error { // it does not heed ctx, so it looks at a VM that runs
+		{name: "deaf", look: func(ctx context.Context) error {
+			// it does not heed ctx, so it looks at a VM that runs
 			for !running() {
 				time.Sleep(time.Millisecond)
 			}
@@ -232,7 +242,8 @@ func TestStill(t *testing.T) {
 					return k.look(ctx)
 				})
 				if !looked || was != paused || (stood > 0) == paused {
-					t.Errorf("looked at it standing still: %v; paused: %v; stood for %v", looked, was, stood)
+					t.Errorf("looked at it standing still: %v; paused: %v; stood for %v", looked,
+						was, stood)
 				}
 				if !errors.Is(err, k.want) || err != nil && !strings.Contains(err.Error(), k.says) {
 					t.Errorf("%v, want %v and %q", err, k.want, k.says)
@@ -263,7 +274,8 @@ func TestStill(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		_, _, err = still(ctx, path, c, time.Minute, func(context.Context) error { return process.Kill() })
+		_, _, err = still(ctx, path, c, time.Minute,
+			func(context.Context) error { return process.Kill() })
 		if !errors.Is(err, evict.ErrLost) {
 			t.Error(err)
 		}
@@ -274,7 +286,8 @@ func TestStill(t *testing.T) {
 // It works on, and its memory is what it was.
 func TestInspectMemory(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
-	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8}})
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute),
+		lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -291,7 +304,8 @@ func TestInspectMemory(t *testing.T) {
 	out, _ := vacate(exitCompleted, "--qmp", vm.QMP, "--json", "--map", picture)
 	mustWork(t, vm)
 	live := decodeMemory(t, out)
-	if live.Source != "vm" || live.Pages < 60000 || live.Pages > 65536 || live.Free.Skippable == 0 || live.Times.Frozen <= 0 {
+	if live.Source != "vm" || live.Pages < 60000 || live.Pages > 65536 ||
+		live.Free.Skippable == 0 || live.Times.Frozen <= 0 {
 		t.Errorf("%+v", live)
 	}
 	anon := 0
@@ -303,7 +317,8 @@ func TestInspectMemory(t *testing.T) {
 	if anon < 80*256 { // hot, idle and other
 		t.Errorf("%d anonymous pages", anon)
 	}
-	if len(live.Processes) == 0 || live.Processes[0].Name != "init" || !live.Processes[0].Active || live.Processes[0].Pages < 40*256 {
+	if len(live.Processes) == 0 || live.Processes[0].Name != "init" || !live.Processes[0].Active ||
+		live.Processes[0].Pages < 40*256 {
 		t.Errorf("%+v", live.Processes)
 	}
 	b, err := os.ReadFile(picture)
@@ -315,13 +330,15 @@ func TestInspectMemory(t *testing.T) {
 	}
 
 	out, _ = vacate(exitCompleted, "--qmp", vm.QMP)
-	if text := strings.Join(out, "\n"); !strings.Contains(text, "kernel        Linux "+live.Kernel+"\n") || !strings.Contains(text, "\nstood still   ") {
+	if text := strings.Join(out, "\n"); !strings.Contains(text,
+		"kernel        Linux "+live.Kernel+"\n") || !strings.Contains(text, "\nstood still   ") {
 		t.Errorf("%s", text)
 	}
 	mustWork(t, vm)
 
 	// Not enough time for anything.
-	_, stderr := vacate(exitAborted, "--qmp", vm.QMP, "--freeze-limit", "1ns", "--map", filepath.Join(dir, "none.svg"))
+	_, stderr := vacate(exitAborted, "--qmp", vm.QMP, "--freeze-limit", "1ns", "--map",
+		filepath.Join(dir, "none.svg"))
 	if !strings.Contains(stderr, "--freeze-limit") {
 		t.Errorf("it said %s", stderr)
 	}
@@ -336,7 +353,8 @@ func TestInspectMemory(t *testing.T) {
 	if err := c.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Run(labtest.Within(t, time.Minute), "dump-guest-memory", map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
+	if err := c.Run(labtest.Within(t, time.Minute), "dump-guest-memory",
+		map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()

@@ -21,12 +21,14 @@ const shownProcesses = 20
 func memoryText(m inspect.Memory, paused, all bool) string {
 	var b strings.Builder
 	row := func(name, format string, args ...any) {
-		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%-13s %s", name, fmt.Sprintf(format, args...)), " "))
+		fmt.Fprintln(&b,
+			strings.TrimRight(fmt.Sprintf("%-13s %s", name, fmt.Sprintf(format, args...)), " "))
 	}
 	row("kernel", "Linux %s", clean(m.Kernel))
 	row("memory", "%s in %d pages of 4 KiB", units.Size(uint64(m.Pages)*units.PageSize), m.Pages)
 	f := m.Free
-	row("free", "%s MiB; of that skippable %s (%s), on lists of CPUs %s", mib(f.Pages), mib(f.Skippable), share(f.Skippable, f.Pages), mib(f.PerCPU))
+	row("free", "%s MiB; of that skippable %s (%s), on lists of CPUs %s", mib(f.Pages),
+		mib(f.Skippable), share(f.Skippable, f.Pages), mib(f.PerCPU))
 	spent := func(name string, seconds float64, what string) {
 		row(name, "%8s  %s", shortText(seconds), what)
 	}
@@ -72,11 +74,14 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		largest = max(largest, c.Pages)
 	}
 	for _, c := range order {
-		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%-14s %9d %10s %7s  %s", c.Class, c.Pages, mib(c.Pages), share(c.Pages, m.Pages), bar(c.Pages, largest, 34)), " "))
+		fmt.Fprintln(&b,
+			strings.TrimRight(fmt.Sprintf("%-14s %9d %10s %7s  %s", c.Class, c.Pages, mib(c.Pages),
+				share(c.Pages, m.Pages), bar(c.Pages, largest, 34)), " "))
 	}
 	fmt.Fprintf(&b, "%-14s %9d %10s\n", "all", m.Pages, mib(m.Pages))
 
-	fmt.Fprintf(&b, "\n%-17s %9s %9s %7s %6s %6s %5s %6s %5s\n", "KIND", "PAGES", "MiB", "", "used", "active", "dirty", "mapped", "exec")
+	fmt.Fprintf(&b, "\n%-17s %9s %9s %7s %6s %6s %5s %6s %5s\n", "KIND", "PAGES", "MiB", "", "used",
+		"active", "dirty", "mapped", "exec")
 	for _, k := range m.Kinds {
 		part := func(n int) string {
 			if n == 0 {
@@ -87,8 +92,11 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 			}
 			return fmt.Sprintf("%.0f%%", 100*float64(n)/float64(k.Pages))
 		}
-		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%-17s %9d %9s %7s %6s %6s %5s %6s %5s", k.Kind, k.Pages, mib(k.Pages), share(k.Pages, m.Pages),
-			part(k.Accessed), part(k.Active), part(k.Dirty), part(k.Mapped), part(k.Exec)), " "))
+		fmt.Fprintln(&b,
+			strings.TrimRight(fmt.Sprintf("%-17s %9d %9s %7s %6s %6s %5s %6s %5s", k.Kind, k.Pages,
+				mib(k.Pages), share(k.Pages, m.Pages),
+				part(k.Accessed), part(k.Active), part(k.Dirty), part(k.Mapped), part(k.Exec)),
+				" "))
 	}
 	if !m.Fresh {
 		b.WriteString("(used tells nothing here: nobody clears the marks in the page tables)\n")
@@ -97,13 +105,15 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 	if len(m.Processes) == 0 {
 		return b.String()
 	}
-	fmt.Fprintf(&b, "\n%7s %7s %7s %7s %6s %6s %7s %7s %-6s %s\n", "PID", "MiB", "code", "data", "tables", "rest", "ran ago", "CPU", "", "NAME")
+	fmt.Fprintf(&b, "\n%7s %7s %7s %7s %6s %6s %7s %7s %-6s %s\n", "PID", "MiB", "code", "data",
+		"tables", "rest", "ran ago", "CPU", "", "NAME")
 	list := m.Processes
 	if !all {
 		list = list[:min(len(list), shownProcesses)]
 	}
 	for _, p := range list {
-		code, data, tables := p.Classes[pageclass.UserCode], p.Classes[pageclass.UserData], p.Classes[pageclass.PageTable]
+		code, data, tables := p.Classes[pageclass.UserCode], p.Classes[pageclass.UserData],
+			p.Classes[pageclass.PageTable]
 		state := ""
 		switch {
 		case p.OnCPU:
@@ -111,8 +121,10 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		case p.Active:
 			state = "active"
 		}
-		fmt.Fprintln(&b, strings.TrimRight(fmt.Sprintf("%7d %7s %7s %7s %6s %6s %7s %7s %-6s %s", p.PID, mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
-			timeText(p.LastRun), timeText(p.CPU), state, escape(p.Name)), " "))
+		fmt.Fprintln(&b,
+			strings.TrimRight(fmt.Sprintf("%7d %7s %7s %7s %6s %6s %7s %7s %-6s %s", p.PID,
+				mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
+				timeText(p.LastRun), timeText(p.CPU), state, escape(p.Name)), " "))
 	}
 	if rest := m.Processes[len(list):]; len(rest) > 0 {
 		pages := 0

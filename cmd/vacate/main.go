@@ -67,7 +67,8 @@ func exitCode(err error) int {
 
 // refused is an error from before an eviction was begun.
 func refused(err error) error {
-	return &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err, Remedy: "Nothing was touched"}
+	return &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err,
+		Remedy: "Nothing was touched"}
 }
 
 // explain puts an error in one or two lines: what happened; where the VM is and what to do.
@@ -139,7 +140,8 @@ Environment:
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	c.SetVersionTemplate("vacate {{.Version}}\n")
-	c.SetUsageTemplate(strings.ReplaceAll(c.UsageTemplate(), ".FlagUsages ", ".FlagUsagesWrapped 80 "))
+	c.SetUsageTemplate(strings.ReplaceAll(c.UsageTemplate(), ".FlagUsages ",
+		".FlagUsagesWrapped 80 "))
 	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})

@@ -77,8 +77,11 @@ nothing.
 	}
 	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
 	c.Flags().StringVar(&listen, "listen", ":7601", "`HOST:PORT` to listen on")
-	c.Flags().StringVar(&identity, "certs", "", "`DIR` with certificates of this host (see vacate certs): the link uses TLS, and only hosts with certificates may send a VM")
-	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false, "have QEMU itself load all pages: slower, for comparison")
+	c.Flags().StringVar(&identity, "certs", "",
+		"`DIR` with certificates of this host (see vacate certs): the link uses TLS, and only "+
+			"hosts with certificates may send a VM")
+	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false,
+		"have QEMU itself load all pages: slower, for comparison")
 	c.MarkFlagRequired("qmp")
 	return c
 }
@@ -94,7 +97,8 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 		name := unix.SignalName(sig)
 		switch follow.now() {
 		case evict.Running, evict.CutOff, evict.Completing:
-			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; its memory is still arriving. Going on.", name)
+			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; "+
+				"its memory is still arriving. Going on.", name)
 			return nil
 		case evict.Waiting:
 			problems.note("%s: waiting no longer.", name)
@@ -116,10 +120,13 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 	if err != nil {
 		return refused(err)
 	}
-	warnings := slog.NewTextHandler(notes{problems}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime})
+	warnings := slog.NewTextHandler(notes{problems},
+		&slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime})
 	follow.Handler = warnings
 	d.Log = slog.New(follow)
-	turnedAway := func(peer string, err error) { d.Log.Warn("peer turned away", "peer", peer, "error", err) }
+	turnedAway := func(peer string, err error) {
+		d.Log.Warn("peer turned away", "peer", peer, "error", err)
+	}
 	options.TurnedAway = turnedAway
 	sessions := link.NewListener(ln, options)
 	defer sessions.Close()
@@ -179,11 +186,12 @@ func (f *follower) elapsed() string {
 
 // stateText says what a state means to who waits here.
 var stateText = map[evict.State]string{
-	evict.Arming:     "the VM's description comes in",
-	evict.Loading:    "the VM's devices are being loaded",
-	evict.Prepared:   "loaded and paused; the source decides",
-	evict.Running:    "the VM runs here; its memory comes in",
-	evict.CutOff:     "the source cannot be reached; the VM runs here until it needs what is missing",
+	evict.Arming:   "the VM's description comes in",
+	evict.Loading:  "the VM's devices are being loaded",
+	evict.Prepared: "loaded and paused; the source decides",
+	evict.Running:  "the VM runs here; its memory comes in",
+	evict.CutOff: "the source cannot be reached; the VM runs here until it needs what is " +
+		"missing",
 	evict.Completing: "all memory is here",
 }
 
@@ -225,7 +233,8 @@ func (f *follower) Handle(ctx context.Context, r slog.Record) error {
 			f.out.note("%s  %-10s  %s", f.elapsed(), state, text)
 		}
 	case "offer accepted":
-		f.out.note("a VM of machine type %s comes from %s", clean(attrs["machine"].String()), clean(attrs["source"].String()))
+		f.out.note("a VM of machine type %s comes from %s", clean(attrs["machine"].String()),
+			clean(attrs["source"].String()))
 	}
 	return nil
 }

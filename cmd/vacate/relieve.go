@@ -35,18 +35,26 @@ and how each of its VMs fares. Neither QEMU nor the guest is asked.
   STEAL     the share of the CPU it wants that a VM does not get`,
 		Args: cobra.NoArgs,
 	}, func(ctx context.Context, d *daemon, _ []string, w io.Writer) (proto.Message, error) {
-		r, err := d.Pressure(ctx, connect.NewRequest(&hostv1.PressureRequest{OverMs: uint32(over.Milliseconds())}))
+		r, err := d.Pressure(ctx,
+			connect.NewRequest(&hostv1.PressureRequest{OverMs: uint32(over.Milliseconds())}))
 		if err != nil {
 			return nil, err
 		}
 		m := r.Msg
-		fmt.Fprintf(w, "over %.1f s: %.2f of %d cores in use, VMs wait for %.2f more; %s of %s of memory available\n", m.OverS, m.CpuCores, m.Cpus, m.WaitingCores,
+		fmt.Fprintf(w,
+			"over %.1f s: %.2f of %d cores in use, VMs wait for %.2f more; %s of %s of memory "+
+				"available\n", m.OverS, m.CpuCores, m.Cpus, m.WaitingCores,
 			units.Size(m.AvailableBytes), units.Size(m.MemoryBytes))
 		if m.SwapUsedBytes > 0 || m.RefaultsPerS > 0 {
-			fmt.Fprintf(w, "%s in swap, %.0f pages/s come back from it; %.0f pages/s are read again that were dropped too soon\n", units.Size(m.SwapUsedBytes), m.SwappedInPerS, m.RefaultsPerS)
+			fmt.Fprintf(w,
+				"%s in swap, %.0f pages/s come back from it; %.0f pages/s are read again that "+
+					"were dropped too soon\n", units.Size(m.SwapUsedBytes), m.SwappedInPerS,
+				m.RefaultsPerS)
 		}
 		for _, what := range slices.Sorted(maps.Keys(m.Stalls)) {
-			fmt.Fprintf(w, "%s: some task of the machine stood still for it %.0f %% of the time, all %.0f %%\n", clean(what), m.Stalls[what].Some*100, m.Stalls[what].Full*100)
+			fmt.Fprintf(w,
+				"%s: some task of the machine stood still for it %.0f %% of the time, all %.0f "+
+					"%%\n", clean(what), m.Stalls[what].Some*100, m.Stalls[what].Full*100)
 		}
 		for _, name := range slices.Sorted(maps.Keys(m.Links)) {
 			fmt.Fprintf(w, "%s: %.1f Mbit/s\n", clean(name), m.Links[name]*8/1e6)
@@ -58,8 +66,10 @@ and how each of its VMs fares. Neither QEMU nor the guest is asked.
 				row(t, v.Name, v.Problem)
 				continue
 			}
-			row(t, v.Name, cores(v.CpuCores), cores(v.WaitingCores), fmt.Sprintf("%.0f %%", v.Steal*100), cores(v.OverheadCores),
-				units.Size(v.ResidentBytes), units.Size(v.SwappedBytes), fmt.Sprintf("%.0f", v.MajorFaultsPerS))
+			row(t, v.Name, cores(v.CpuCores), cores(v.WaitingCores),
+				fmt.Sprintf("%.0f %%", v.Steal*100), cores(v.OverheadCores),
+				units.Size(v.ResidentBytes), units.Size(v.SwappedBytes),
+				fmt.Sprintf("%.0f", v.MajorFaultsPerS))
 		}
 		return m, t.Flush()
 	})
@@ -103,7 +113,8 @@ get less than nine tenths of the CPU it wants.`,
 		Args: cobra.NoArgs,
 	}
 	o.flags(c)
-	c.Flags().StringVar(&o.goal, "goal", "", "the load or memory that this host shall reach (default cpu<111%)")
+	c.Flags().StringVar(&o.goal, "goal", "",
+		"the load or memory that this host shall reach (default cpu<111%)")
 	c.RunE = func(c *cobra.Command, _ []string) error { return o.relieve(c.Context()) }
 	return c
 }
@@ -131,7 +142,8 @@ is not there. VMs that are pinned in their descriptions stay.`,
 	}
 	o.flags(c)
 	c.Flags().StringVar(&o.to, "to", "", "the only `HOST` that VMs go to (default any)")
-	c.Flags().StringArrayVar(&o.except, "except", nil, "a `VM` that stays; may be given several times")
+	c.Flags().StringArrayVar(&o.except, "except", nil,
+		"a `VM` that stays; may be given several times")
 	c.Flags().BoolVar(&o.force, "force", false, "overload other hosts rather than leave a VM here")
 	c.RunE = func(c *cobra.Command, _ []string) error { return o.evacuate(c.Context()) }
 	return c
@@ -140,7 +152,8 @@ is not there. VMs that are pinned in their descriptions stay.`,
 func (o *relieveOptions) flags(c *cobra.Command) {
 	socketFlag(c, &o.daemon)
 	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
-	c.Flags().BoolVar(&o.json, "json", false, "with --dry-run: JSON, as internal/host/api/v1/host.proto has it")
+	c.Flags().BoolVar(&o.json, "json", false,
+		"with --dry-run: JSON, as internal/host/api/v1/host.proto has it")
 }
 
 // plan asks for the choice, and shows it.
@@ -172,11 +185,13 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 		if i > 0 {
 			link = fmt.Sprintf("%.0f Mbit/s", h.Rate*8/1e6)
 		}
-		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus), units.Size(h.AvailableBytes), link, "")
+		row(t, h.Name, cores(h.CpuCores), cores(h.WaitingCores), cores(h.Cpus),
+			units.Size(h.AvailableBytes), link, "")
 	}
 	t.Flush()
 	fmt.Fprintln(w)
-	t = table(w, "VM", "TO", "GAIN", "LOAD HERE", "LOAD THERE", "FREES", "RUNS THERE", "ALL BACK", "DONE", "VERDICT")
+	t = table(w, "VM", "TO", "GAIN", "LOAD HERE", "LOAD THERE", "FREES", "RUNS THERE", "ALL BACK",
+		"DONE", "VERDICT")
 	load := func(l float64) string { return fmt.Sprintf("%.0f %%", l*100) }
 	took := func(s float64) string { return fmt.Sprintf("%.1f s", s) }
 	for i, c := range p.Candidates {
@@ -199,7 +214,8 @@ func planText(w io.Writer, p *hostv1.PlanResponse) error {
 			row(t, c.Vm, "", "", "", "", "", "", "", "", why)
 			continue
 		}
-		row(t, c.Vm, c.To, fmt.Sprintf("%+.2f", c.GainCores), load(c.LoadHere), load(c.LoadThere), units.Size(c.FreedBytes), took(c.TransferS), took(c.BackS), took(c.TotalS), why)
+		row(t, c.Vm, c.To, fmt.Sprintf("%+.2f", c.GainCores), load(c.LoadHere), load(c.LoadThere),
+			units.Size(c.FreedBytes), took(c.TransferS), took(c.BackS), took(c.TotalS), why)
 	}
 	return t.Flush()
 }
@@ -221,14 +237,16 @@ func (o *relieveOptions) relieve(ctx context.Context) error {
 		case len(p.Candidates) == 0:
 			return refused(errors.New("there is no VM that could go, or no host to go to"))
 		case p.Candidates[0].Refused != "" && round > 0:
-			fmt.Printf("\nThe goal, %s, is not met, and no further eviction helps: the table tells why.\n", clean(p.Goal))
+			fmt.Printf("\nThe goal, %s, is not met, and no further eviction helps: the table "+
+				"tells why.\n", clean(p.Goal))
 			return nil
 		case p.Candidates[0].Refused != "":
 			return refused(fmt.Errorf("no eviction helps to reach %s: the table tells why", p.Goal))
 		case o.dryRun:
 			return nil
 		case round > len(p.Hosts)+len(p.Candidates):
-			return fmt.Errorf("%w: %d VMs have left, and the goal is not met: it moves away as fast", evict.ErrAborted, round)
+			return fmt.Errorf("%w: %d VMs have left, and the goal is not met: it moves away as "+
+				"fast", evict.ErrAborted, round)
 		}
 		if err := o.evict(ctx, p.Candidates[0]); err != nil {
 			return err
@@ -283,7 +301,8 @@ const patience = 20 * time.Second
 // now.
 func (o *relieveOptions) revisit(ctx context.Context, s *stuckError) (why stay, stays bool) {
 	e := s.last
-	if r, err := o.daemon.GetEviction(ctx, connect.NewRequest(&hostv1.GetEvictionRequest{Id: e.Id})); err == nil {
+	if r, err := o.daemon.GetEviction(ctx,
+		connect.NewRequest(&hostv1.GetEvictionRequest{Id: e.Id})); err == nil {
 		e = r.Msg
 	}
 	if e.Outcome != "" && e.State == "" {
@@ -297,7 +316,9 @@ func (o *relieveOptions) revisit(ctx context.Context, s *stuckError) (why stay, 
 	if p := e.GetProgress(); p.GetSilentS() > 0 {
 		text += fmt.Sprintf("; nothing came from %s for %.0f s", e.Peer, p.SilentS)
 	}
-	text += fmt.Sprintf(": `vacate watch %s` follows it, `vacate status %[1]s` says what can be done", e.Vm)
+	text +=
+		fmt.Sprintf(": `vacate watch %s` follows it, `vacate status %[1]s` says what can be done",
+			e.Vm)
 	if e.Abortable {
 		text += fmt.Sprintf(", `vacate abort %s` has the VM stay here", e.Vm)
 	}

@@ -32,8 +32,10 @@ func TestPlanText(t *testing.T) {
 			{Name: "hostc", Barred: "hostc cannot be asked: \x1b[31mno"},
 		},
 		Candidates: []*hostv1.Candidate{
-			{Vm: "small", To: "hostb", GainCores: 0.98, LoadHere: 1, LoadThere: 1.02, FreedBytes: 1 << 30, TransferS: 0.15, BackS: 4.2, TotalS: 8.7, Meets: true},
-			{Vm: "big", To: "hostb", GainCores: 0.98, LoadHere: 1, LoadThere: 1.02, FreedBytes: 3 << 30, TransferS: 0.15, BackS: 17, TotalS: 26, Meets: true},
+			{Vm: "small", To: "hostb", GainCores: 0.98, LoadHere: 1, LoadThere: 1.02,
+				FreedBytes: 1 << 30, TransferS: 0.15, BackS: 4.2, TotalS: 8.7, Meets: true},
+			{Vm: "big", To: "hostb", GainCores: 0.98, LoadHere: 1, LoadThere: 1.02,
+				FreedBytes: 3 << 30, TransferS: 0.15, BackS: 17, TotalS: 26, Meets: true},
 			{Vm: "big", To: "hostc", Refused: "hostc cannot be asked"},
 			{Vm: "pin", Refused: "the VM is pinned"},
 			{Vm: "forced", To: "hostb", Beyond: "hostb would starve"},
@@ -42,7 +44,9 @@ func TestPlanText(t *testing.T) {
 	if err := planText(&b, p); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"hosta  1.00", "this host", "1000 Mbit/s", "+0.98", "102 %", "best: it reaches the goal", "reaches the goal\n", "3 GiB", "4.2 s", "the VM is pinned", "goes by force: hostb would starve"} {
+	for _, want := range []string{"hosta  1.00", "this host", "1000 Mbit/s", "+0.98", "102 %",
+		"best: it reaches the goal", "reaches the goal\n", "3 GiB", "4.2 s", "the VM is pinned",
+		"goes by force: hostb would starve"} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("no %q in:\n%s", want, b.String())
 		}
@@ -60,15 +64,18 @@ func TestSummary(t *testing.T) {
 	}
 	stayed := map[string]stay{"db1": {why: "it is excepted"}}
 	b.Reset()
-	if err := summary(&b, stayed); err != nil || !strings.Contains(b.String(), "db1  it is excepted") {
+	if err := summary(&b, stayed); err != nil ||
+		!strings.Contains(b.String(), "db1  it is excepted") {
 		t.Errorf("%q, %v", b.String(), err)
 	}
 	stayed["pin"] = stay{"the VM is pinned", refused(errors.New("the VM is pinned"))}
 	err := summary(&b, stayed)
-	if exitCode(err) != exitRefused || explain(err) != "vacate: 1 of the VMs did not leave: see the list above" {
+	if exitCode(err) != exitRefused ||
+		explain(err) != "vacate: 1 of the VMs did not leave: see the list above" {
 		t.Errorf("%d, %q", exitCode(err), explain(err))
 	}
-	stayed["web1"] = stay{"lost contact", &evict.Error{Outcome: evict.ErrLost, Err: errors.New("x")}}
+	stayed["web1"] = stay{"lost contact",
+		&evict.Error{Outcome: evict.ErrLost, Err: errors.New("x")}}
 	if err := summary(&b, stayed); exitCode(err) != exitLost {
 		t.Errorf("%v: exit code %d", err, exitCode(err))
 	}
@@ -80,7 +87,8 @@ type hanging struct {
 	moments map[string]*hostv1.Eviction // by VM
 }
 
-func (h *hanging) Plan(context.Context, *connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
+func (h *hanging) Plan(context.Context,
+	*connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
 	p := &hostv1.PlanResponse{}
 	for _, vm := range slices.Sorted(maps.Keys(h.moments)) {
 		p.Candidates = append(p.Candidates, &hostv1.Candidate{Vm: vm, To: "hostb"})
@@ -88,11 +96,13 @@ func (h *hanging) Plan(context.Context, *connect.Request[hostv1.PlanRequest]) (*
 	return connect.NewResponse(p), nil
 }
 
-func (h *hanging) Doctor(context.Context, *connect.Request[hostv1.DoctorRequest]) (*connect.Response[hostv1.DoctorResponse], error) {
+func (h *hanging) Doctor(context.Context,
+	*connect.Request[hostv1.DoctorRequest]) (*connect.Response[hostv1.DoctorResponse], error) {
 	return connect.NewResponse(&hostv1.DoctorResponse{}), nil
 }
 
-func (h *hanging) Evict(_ context.Context, r *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h *hanging) Evict(_ context.Context,
+	r *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
 	return connect.NewResponse(h.moments[r.Msg.Vm]), nil
 }
 
@@ -105,7 +115,8 @@ func (h *hanging) get(id string) *hostv1.Eviction {
 	return nil
 }
 
-func (h *hanging) GetEviction(_ context.Context, r *connect.Request[hostv1.GetEvictionRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h *hanging) GetEviction(_ context.Context,
+	r *connect.Request[hostv1.GetEvictionRequest]) (*connect.Response[hostv1.Eviction], error) {
 	e := proto.Clone(h.get(r.Msg.Id)).(*hostv1.Eviction)
 	if e.Vm == "late" { // it ended while others left
 		e.Outcome, e.State = "completed", ""
@@ -113,7 +124,9 @@ func (h *hanging) GetEviction(_ context.Context, r *connect.Request[hostv1.GetEv
 	return connect.NewResponse(e), nil
 }
 
-func (h *hanging) WatchEviction(ctx context.Context, r *connect.Request[hostv1.WatchEvictionRequest], s *connect.ServerStream[hostv1.Eviction]) error {
+func (h *hanging) WatchEviction(ctx context.Context,
+	r *connect.Request[hostv1.WatchEvictionRequest],
+	s *connect.ServerStream[hostv1.Eviction]) error {
 	e := h.get(r.Msg.Id)
 	for e.Outcome == "" && ctx.Err() == nil {
 		s.Send(e)
@@ -132,7 +145,8 @@ func TestEvacuateStuck(t *testing.T) {
 	defer os.RemoveAll(dir)
 	id := func(n int) string { return fmt.Sprintf("%032d", n) }
 	fake := &hanging{moments: map[string]*hostv1.Eviction{
-		"cut": {Id: id(1), Vm: "cut", Peer: "hostb", State: "reconnecting", Progress: &hostv1.Progress{PagesSent: 3, PagesTotal: 10, SilentS: 25}},
+		"cut": {Id: id(1), Vm: "cut", Peer: "hostb", State: "reconnecting",
+			Progress: &hostv1.Progress{PagesSent: 3, PagesTotal: 10, SilentS: 25}},
 		"early": {Id: id(2), Vm: "early", Peer: "hostb", State: "preparing", Abortable: true,
 			Progress: &hostv1.Progress{Awaits: "hostb starts a QEMU for VM early", AwaitedS: 40}},
 		"good": {Id: id(3), Vm: "good", Peer: "hostb", Outcome: "completed"},
@@ -174,7 +188,8 @@ func TestEvacuateStuck(t *testing.T) {
 			t.Errorf("no %q in:\n%s", want, b)
 		}
 	}
-	if strings.Contains(list, "good") || strings.Contains(list, "late") || !strings.Contains(string(b), "vacate evict good --to hostb") {
+	if strings.Contains(list, "good") || strings.Contains(list, "late") ||
+		!strings.Contains(string(b), "vacate evict good --to hostb") {
 		t.Errorf("what left is not as it should be:\n%s", b)
 	}
 	if exitCode(err) != exitDetached {

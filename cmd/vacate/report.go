@@ -22,10 +22,12 @@ type progressJSON struct {
 	Rate       float64     `json:"rate_bytes_per_s"`
 	ETA        *float64    `json:"eta_s"` // null if not known
 	Fetches    int         `json:"fetches"`
-	Awaits     string      `json:"awaits,omitempty"` // what the other host does before it takes the VM
-	AwaitedFor float64     `json:"awaited_s,omitempty"`
-	Stands     string      `json:"stands,omitempty"` // QEMU's word for the state that the VM stands in
-	Short      string      `json:"short,omitempty"`  // why the VM waits at the destination, which has no memory for its pages
+	// what the other host does before it takes the VM
+	Awaits     string  `json:"awaits,omitempty"`
+	AwaitedFor float64 `json:"awaited_s,omitempty"`
+	Stands     string  `json:"stands,omitempty"` // QEMU's word for the state that the VM stands in
+	// why the VM waits at the destination, which has no memory for its pages
+	Short string `json:"short,omitempty"`
 }
 
 func newProgressJSON(p evict.Progress) progressJSON {
@@ -104,9 +106,11 @@ func reportText(r evict.Report) string {
 			if k.name == "unused" && k.count == 0 {
 				continue
 			}
-			row("  "+k.name, "%9d %5.1f%%  %s", k.count, 100*float64(k.count)/float64(p.Total), k.what)
+			row("  "+k.name, "%9d %5.1f%%  %s", k.count, 100*float64(k.count)/float64(p.Total),
+				k.what)
 		}
-		row("of them zero", "%9d %5.1f%%  sent as a mark only", p.Zero, 100*float64(p.Zero)/float64(p.Total))
+		row("of them zero", "%9d %5.1f%%  sent as a mark only", p.Zero,
+			100*float64(p.Zero)/float64(p.Total))
 		if p.Duplicate > 0 {
 			row("sent twice", "%9d", p.Duplicate)
 		}
@@ -119,7 +123,8 @@ func reportText(r evict.Report) string {
 		row("delivery rate", "%9s/s, round trip %s", bytesText(r.Rate), shortText(r.RoundTrip))
 	}
 	if f := r.Fetch; f != nil {
-		row("fetch latency", "p50 %s, p99 %s, max %s, %d fetches", shortText(f.P50), shortText(f.P99), shortText(f.Max), f.Count)
+		row("fetch latency", "p50 %s, p99 %s, max %s, %d fetches", shortText(f.P50),
+			shortText(f.P99), shortText(f.Max), f.Count)
 	}
 	for i, p := range r.Phases {
 		name := ""
@@ -163,13 +168,16 @@ func enlightenmentText(row func(name, format string, args ...any), r evict.Repor
 		return
 	}
 	row("enlightenment", "by the %s, Linux %s", e.Source, clean(e.Kernel))
-	row("", "ready in %s; survey %s, known %s after the freeze", shortText(e.Attach), shortText(e.Survey), shortText(e.Known))
+	row("", "ready in %s; survey %s, known %s after the freeze", shortText(e.Attach),
+		shortText(e.Survey), shortText(e.Known))
 	for _, n := range e.Notes {
 		row("", "%s", clean(n))
 	}
-	row("  class", "%9s %8s %8s %8s %8s %8s", "pages", "skipped", "pushed", "near", "fetched", "late")
+	row("  class", "%9s %8s %8s %8s %8s %8s", "pages", "skipped", "pushed", "near", "fetched",
+		"late")
 	for _, c := range e.Classes {
-		row("  "+c.Class.String(), "%9d %8d %8d %8d %8d %8d", c.Pages, c.Skipped+c.Unused, c.Early+c.Pushed, c.Near, c.Fetched, c.Late)
+		row("  "+c.Class.String(), "%9d %8d %8d %8d %8d %8d", c.Pages, c.Skipped+c.Unused,
+			c.Early+c.Pushed, c.Near, c.Fetched, c.Late)
 	}
 }
 

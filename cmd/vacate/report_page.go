@@ -34,7 +34,9 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 		}
 		var report evict.Report
 		if e.ReportJson == "" {
-			return nil, fmt.Errorf("this host has no report of eviction %s: it has not ended, or it came into this host, and the other one has the report", e.Id)
+			return nil,
+				fmt.Errorf("this host has no report of eviction %s: it has not ended, or it "+
+					"came into this host, and the other one has the report", e.Id)
 		}
 		if err := json.Unmarshal([]byte(e.ReportJson), &report); err != nil {
 			return nil, fmt.Errorf("the report: %w", err)

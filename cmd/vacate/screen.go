@@ -52,7 +52,8 @@ func newScreen(to display) *screen {
 
 // rank orders the source's states. The final ones come last.
 var rank = map[evict.State]int{
-	evict.Preparing: 1, evict.Arming: 2, evict.Switching: 3, evict.Loading: 4, evict.Committing: 5, evict.InDoubt: 5,
+	evict.Preparing: 1, evict.Arming: 2, evict.Switching: 3, evict.Loading: 4, evict.Committing: 5,
+	evict.InDoubt: 5,
 	evict.Pushing: 6, evict.Reconnecting: 6, evict.Retiring: 7, evict.RollingBack: 8,
 	evict.Refused: 9, evict.Aborted: 9, evict.Completed: 9, evict.ShutDown: 9, evict.Lost: 9,
 }
@@ -70,7 +71,8 @@ func (s *screen) show(p evict.Progress) {
 	p.Bytes = max(p.Bytes, s.last.Bytes)
 	p.Fetches = max(p.Fetches, s.last.Fetches)
 	s.last = p
-	if n := len(s.events); n > 0 && s.events[n-1].note == "" && s.events[n-1].progress.State == p.State {
+	if n := len(s.events); n > 0 && s.events[n-1].note == "" &&
+		s.events[n-1].progress.State == p.State {
 		s.events[n-1].progress = p
 		return
 	}

@@ -50,23 +50,28 @@ func (s signalling) progress(p evict.Progress) {
 // unsteady is progress as a careless engine could report it: out of order here and there.
 func unsteady() []evict.Progress {
 	r := rand.New(rand.NewPCG(1, 2))
-	states := []evict.State{evict.Preparing, evict.Arming, evict.Switching, evict.Loading, evict.Committing, evict.Pushing, evict.Retiring, evict.Completed}
+	states := []evict.State{evict.Preparing, evict.Arming, evict.Switching, evict.Loading,
+		evict.Committing, evict.Pushing, evict.Retiring, evict.Completed}
 	var list []evict.Progress
 	for i := range 400 {
 		p := evict.Progress{
-			State:   states[max(0, min(i*len(states)/400-r.IntN(2), len(states)-1))],
-			Elapsed: time.Duration(i)*20*time.Millisecond - time.Duration(r.IntN(50))*time.Millisecond,
-			Rate:    float64(r.IntN(2e9)), ETA: time.Duration(r.Int64N(int64(200 * time.Hour))),
+			State: states[max(0, min(i*len(states)/400-r.IntN(2), len(states)-1))],
+			Elapsed: time.Duration(i)*20*time.Millisecond - time.Duration(r.IntN(50))*
+				time.Millisecond,
+			Rate: float64(r.IntN(2e9)), ETA: time.Duration(r.Int64N(int64(200 * time.Hour))),
 		}
 		if i > 60 {
-			p.Total, p.Pages, p.Fetches = 26214400, 26214400/340*(i-60)-r.IntN(300000), max(0, i*1000-r.IntN(5000))
+			p.Total, p.Pages, p.Fetches = 26214400, 26214400/340*(i-60)-r.IntN(300000), max(0,
+				i*1000-r.IntN(5000))
 		}
 		list = append(list, p)
 	}
-	return append(list, evict.Progress{State: evict.Completed, Elapsed: 9 * time.Second, Pages: 26214400, Total: 26214400})
+	return append(list, evict.Progress{State: evict.Completed, Elapsed: 9 * time.Second,
+		Pages: 26214400, Total: 26214400})
 }
 
-var lineForm = regexp.MustCompile(`^ *(\d+\.\d) s  ([a-z ]+?) *(?: (\d+\.\d)% (\d+)/(\d+) pages.*?)?$`)
+var lineForm = regexp.MustCompile(
+	`^ *(\d+\.\d) s  ([a-z ]+?) *(?: (\d+\.\d)% (\d+)/(\d+) pages.*?)?$`)
 
 // mustGrow checks that nothing in the lines runs backwards.
 func mustGrow(t *testing.T, got []string) {
@@ -82,7 +87,8 @@ func mustGrow(t *testing.T, got []string) {
 			f, _ := strconv.ParseFloat(s, 64)
 			return f
 		}
-		if number(m[1]) < elapsed || rank[evict.State(m[2])] < at || m[3] != "" && (number(m[3]) < percent || number(m[4]) < pages) {
+		if number(m[1]) < elapsed || rank[evict.State(m[2])] < at ||
+			m[3] != "" && (number(m[3]) < percent || number(m[4]) < pages) {
 			t.Errorf("%q runs backwards", line)
 		}
 		elapsed, at = number(m[1]), rank[evict.State(m[2])]
@@ -93,7 +99,8 @@ func mustGrow(t *testing.T, got []string) {
 			t.Errorf("%q rounds up", line)
 		}
 	}
-	if last := got[len(got)-1]; !strings.Contains(last, "completed") || !strings.Contains(last, "100.0% 26214400/26214400 pages") {
+	if last := got[len(got)-1]; !strings.Contains(last, "completed") ||
+		!strings.Contains(last, "100.0% 26214400/26214400 pages") {
 		t.Errorf("the last line is %q", last)
 	}
 }
@@ -137,7 +144,8 @@ func TestNote(t *testing.T) {
 	s.show(evict.Progress{State: evict.Loading})
 	s.close()
 	s.note("too late")
-	want := eraseLine + "   0.0 s  arming" + eraseLine + "a note\n" + eraseLine + "   0.0 s  loading\n"
+	want := eraseLine + "   0.0 s  arming" + eraseLine + "a note\n" + eraseLine +
+		"   0.0 s  loading\n"
 	if b.String() != want {
 		t.Errorf("got %q, want %q", b.String(), want)
 	}
@@ -173,17 +181,24 @@ func TestReportText(t *testing.T) {
 	full := evict.Report{
 		Outcome: "completed", Machine: "pc-i440fx-7.2\x1b[2J", QEMU: "7.2.22",
 		Transfer: f(0.4), Down: f(0.1), Total: f(12.5),
-		Pages:     evict.PageCounts{Total: 1 << 25, Early: 70, Pushed: 1<<25 - 1070, Fetched: 1000, Zero: 1 << 24},
+		Pages: evict.PageCounts{Total: 1 << 25, Early: 70, Pushed: 1<<25 - 1070, Fetched: 1000,
+			Zero: 1 << 24},
 		LinkBytes: 1 << 37, Rate: 1.1e9, RoundTrip: 0.0003,
-		Fetch:  &evict.Quantiles{P50: 0.0008, P99: 0.0031, Max: 0.2, Count: 1000},
-		Phases: []evict.Phase{{State: evict.Preparing, At: 0, For: 0.25}, {State: evict.RollingBack, At: 0.25}},
-		Gaps:   []evict.Gap{{At: 3, For: 6, Again: 20, Why: "reset"}, {At: 10, For: 0.5, Again: 1, Why: "later"}},
+		Fetch: &evict.Quantiles{P50: 0.0008, P99: 0.0031, Max: 0.2, Count: 1000},
+		Phases: []evict.Phase{{State: evict.Preparing, At: 0, For: 0.25},
+			{State: evict.RollingBack, At: 0.25}},
+		Gaps: []evict.Gap{{At: 3, For: 6, Again: 20, Why: "reset"},
+			{At: 10, For: 0.5, Again: 1, Why: "later"}},
 	}
 	text := reportText(full)
 	for _, want := range []string{
-		"outcome             completed\n", "machine             pc-i440fx-7.2\uFFFD[2J, QEMU 7.2.22\n",
-		"down time               0.100 s", "  fetched                1000   0.0%", "p50 0.8 ms, p99 3.1 ms, max 200 ms, 1000 fetches",
-		"preparing     for 0.250 s\n", "link lost               6.500 s  2 times, 21 pages sent again\n", "delivery rate          1.1 GB/s, round trip 0.3 ms\n",
+		"outcome             completed\n",
+		"machine             pc-i440fx-7.2\uFFFD[2J, QEMU 7.2.22\n",
+		"down time               0.100 s", "  fetched                1000   0.0%",
+		"p50 0.8 ms, p99 3.1 ms, max 200 ms, 1000 fetches",
+		"preparing     for 0.250 s\n",
+		"link lost               6.500 s  2 times, 21 pages sent again\n",
+		"delivery rate          1.1 GB/s, round trip 0.3 ms\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
@@ -194,7 +209,8 @@ func TestReportText(t *testing.T) {
 			t.Errorf("%q is too long", line)
 		}
 	}
-	if text := reportText(evict.Report{Outcome: "refused"}); text != "outcome             refused\n" {
+	if text := reportText(evict.Report{Outcome: "refused"}); text !=
+		"outcome             refused\n" {
 		t.Errorf("an empty report is %q", text)
 	}
 }

@@ -26,7 +26,8 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("GOLDEN", golden)
-			if err := os.WriteFile(filepath.Join(env.WorkDir, "bios.bin"), make([]byte, 64<<10), 0o644); err != nil {
+			if err := os.WriteFile(filepath.Join(env.WorkDir, "bios.bin"), make([]byte, 64<<10),
+				0o644); err != nil {
 				return err
 			}
 			return nil

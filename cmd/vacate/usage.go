@@ -32,9 +32,11 @@ func speakPlainly(c *cobra.Command) {
 		case len(args) == 0:
 			return fmt.Errorf("`%s` needs more than that: %s", c.CommandPath(), usageOf(c))
 		case check(c, nil) == nil && check(c, args[:1]) != nil:
-			return fmt.Errorf("`%s` takes no argument, and there is %q: %s", c.CommandPath(), args[0], usageOf(c))
+			return fmt.Errorf("`%s` takes no argument, and there is %q: %s", c.CommandPath(),
+				args[0], usageOf(c))
 		}
-		return fmt.Errorf("`%s` does not take %d arguments (%s): %s", c.CommandPath(), len(args), strings.Join(args, " "), usageOf(c))
+		return fmt.Errorf("`%s` does not take %d arguments (%s): %s", c.CommandPath(), len(args),
+			strings.Join(args, " "), usageOf(c))
 	}
 }
 

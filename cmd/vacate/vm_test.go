@@ -44,7 +44,8 @@ func start(t testing.TB, h *lab.Host, args ...string) *process {
 	if err := os.Symlink(self, name); err != nil {
 		t.Fatal(err)
 	}
-	p := &process{t: t, name: args[0], cmd: exec.Command(name, args...), lines: make(chan string, 10_000), said: make(chan struct{}, 1)}
+	p := &process{t: t, name: args[0], cmd: exec.Command(name, args...),
+		lines: make(chan string, 10_000), said: make(chan struct{}, 1)}
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -129,7 +130,8 @@ func (p *process) exit(code int) {
 	case err := <-ended:
 		var exit *exec.ExitError
 		if err != nil && !errors.As(err, &exit) || p.cmd.ProcessState.ExitCode() != code {
-			p.t.Fatalf("%s ended with %v, want code %d; it said %s", p.name, p.cmd.ProcessState, code, p.errors())
+			p.t.Fatalf("%s ended with %v, want code %d; it said %s", p.name, p.cmd.ProcessState,
+				code, p.errors())
 		}
 	case <-time.After(2 * time.Minute):
 		p.t.Fatalf("%s does not end; it said %s", p.name, p.errors())
@@ -182,7 +184,8 @@ func decode(t testing.TB, line string) (p *progressJSON, r *evict.Report) {
 	}
 	d := json.NewDecoder(strings.NewReader(line))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil || (v.Type == "progress") != (v.Progress != nil) || (v.Type == "report") != (v.Report != nil) {
+	if err := d.Decode(&v); err != nil || (v.Type == "progress") != (v.Progress != nil) ||
+		(v.Type == "report") != (v.Report != nil) {
 		t.Fatalf("%q: %v", line, err)
 	}
 	return v.Progress, v.Report
@@ -216,7 +219,9 @@ func TestVM(t *testing.T) {
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 	l := labtest.New(t, lab.Options{Rate: 5e8})
-	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute),
+		lab.Spec{MemoryMiB: 384,
+			Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,7 +242,8 @@ func TestVM(t *testing.T) {
 	src.exit(exitCompleted)
 	dest.exit(exitCompleted)
 	received := dest.rest()
-	if len(received) == 0 || !strings.HasSuffix(received[len(received)-1], "the VM runs here, with all of its memory") {
+	if len(received) == 0 || !strings.HasSuffix(received[len(received)-1],
+		"the VM runs here, with all of its memory") {
 		t.Errorf("vacate receive said %q", received)
 	}
 	list := src.rest()
@@ -254,7 +260,8 @@ func TestVM(t *testing.T) {
 			pages = p.Pages
 			continue
 		}
-		if r.Outcome != "completed" || r.Transfer == nil || r.Total == nil || r.Pages.Total == 0 || pages != r.Pages.Total {
+		if r.Outcome != "completed" || r.Transfer == nil || r.Total == nil || r.Pages.Total == 0 ||
+			pages != r.Pages.Total {
 			t.Errorf("%d pages, %+v", pages, r)
 		}
 	}
@@ -287,7 +294,8 @@ func TestVM(t *testing.T) {
 	src.cmd.Process.Signal(os.Interrupt)
 	src.awaitError("SIGINT: aborting; the VM stays on this host.")
 	src.exit(exitAborted)
-	if s := src.errors(); !strings.Contains(s, "vacate: aborted while preparing: ") || !strings.Contains(s, "touched") {
+	if s := src.errors(); !strings.Contains(s, "vacate: aborted while preparing: ") ||
+		!strings.Contains(s, "touched") {
 		t.Errorf("it said %s", s)
 	}
 	if r := readReport(t, report); r.Outcome != "aborted" || r.Transfer != nil {
@@ -302,7 +310,8 @@ func TestVM(t *testing.T) {
 		t.Error("the destination's QEMU is gone, although it was not touched")
 	}
 	twin.Kill()
-	if text := strings.Join(src.rest(), "\n"); !strings.HasPrefix(text, "outcome             aborted\n") {
+	if text := strings.Join(src.rest(), "\n"); !strings.HasPrefix(text,
+		"outcome             aborted\n") {
 		t.Errorf("the report is %s", text)
 	}
 	mustWork(t, back)
@@ -315,11 +324,13 @@ func TestVM(t *testing.T) {
 	twin.Kill()
 	src.exit(exitLost)
 	dest.exit(exitLost)
-	if s := src.errors(); !strings.Contains(s, "vacate: lost contact while ") || !strings.Contains(s, "Here it stays frozen, with all of its memory: do not end its QEMU.") {
+	if s := src.errors(); !strings.Contains(s, "vacate: lost contact while ") ||
+		!strings.Contains(s, "Here it stays frozen, with all of its memory: do not end its QEMU.") {
 		t.Errorf("it said %s", s)
 	}
 	text := strings.Join(src.rest(), "\n")
-	if !strings.HasPrefix(text, "outcome             lost contact\n") || !strings.Contains(text, "\ndown time ") {
+	if !strings.HasPrefix(text, "outcome             lost contact\n") ||
+		!strings.Contains(text, "\ndown time ") {
 		t.Errorf("the report is %s", text)
 	}
 	t.Logf("%s", text)

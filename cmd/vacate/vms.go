@@ -34,14 +34,16 @@ any other host has it, or does not say that it has not.
   vacate start web1 --fenced hostb`,
 		Args: cobra.ExactArgs(1),
 	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
-		r, err := d.Start(ctx, connect.NewRequest(&hostv1.StartRequest{Vm: args[0], Fenced: fenced}))
+		r, err := d.Start(ctx,
+			connect.NewRequest(&hostv1.StartRequest{Vm: args[0], Fenced: fenced}))
 		if err != nil {
 			return nil, err
 		}
 		fmt.Fprintf(w, "%s: %s (process %d)\n", clean(r.Msg.Name), clean(r.Msg.State), r.Msg.Pid)
 		return r.Msg, nil
 	})
-	c.Flags().StringArrayVar(&fenced, "fenced", nil, "assert that `HOST` does not run the VM; may be given several times")
+	c.Flags().StringArrayVar(&fenced, "fenced", nil,
+		"assert that `HOST` does not run the VM; may be given several times")
 	return c
 }
 
@@ -60,9 +62,13 @@ a loss of power. A VM that is being evicted is not touched.`,
 		Args: cobra.ExactArgs(1),
 	}, func(ctx context.Context, d *daemon, args []string, w io.Writer) (proto.Message, error) {
 		if timeout < 0 || timeout == 0 && !force {
-			return nil, fmt.Errorf("--timeout %v: the guest needs some time to power itself off, unless --force ends it", timeout)
+			return nil,
+				fmt.Errorf("--timeout %v: the guest needs some time to power itself off, unless "+
+					"--force ends it", timeout)
 		}
-		r, err := d.Stop(ctx, connect.NewRequest(&hostv1.StopRequest{Vm: args[0], TimeoutMs: uint32(min(timeout, 24*time.Hour).Milliseconds()), Force: force}))
+		r, err := d.Stop(ctx,
+			connect.NewRequest(&hostv1.StopRequest{Vm: args[0],
+				TimeoutMs: uint32(min(timeout, 24*time.Hour).Milliseconds()), Force: force}))
 		if err != nil {
 			return nil, err
 		}
@@ -98,7 +104,8 @@ VM to come here.`,
 			fmt.Fprintln(w, shellWords(m.Command))
 			return m, nil
 		}
-		for _, line := range [][2]string{{"description", m.File}, {"qmp", m.Qmp}, {"user", m.User}, {"log", m.Log}} {
+		for _, line := range [][2]string{{"description", m.File}, {"qmp", m.Qmp}, {"user", m.User},
+			{"log", m.Log}} {
 			if line[1] != "" {
 				fmt.Fprintf(w, "%-12s %s\n", line[0], clean(line[1]))
 			}

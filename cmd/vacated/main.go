@@ -107,9 +107,12 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		Version:           version(),
 	}
-	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml", "`FILE` with the configuration")
-	c.Flags().StringVar(&format, "log-format", "text", "form of the log on standard error: text or json")
-	c.Flags().BoolVar(&check, "check", false, "only check the configuration, and what it names on this host")
+	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml",
+		"`FILE` with the configuration")
+	c.Flags().StringVar(&format, "log-format", "text",
+		"form of the log on standard error: text or json")
+	c.Flags().BoolVar(&check, "check", false,
+		"only check the configuration, and what it names on this host")
 	c.Flags().BoolVar(&man, "man", false, "write the manual page")
 	c.Flags().MarkHidden("man")
 	return c

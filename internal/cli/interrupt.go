@@ -23,7 +23,8 @@ func (i Interrupted) Is(target error) bool { return target == context.Canceled }
 // to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error of
 // the write alone: an eviction does not die because its output went away. Signals that the process
 // was started with as ignored, as by nohup, stay ignored.
-func OnSignal(ctx context.Context, ask func(syscall.Signal) error) (_ context.Context, stop func()) {
+func OnSignal(ctx context.Context,
+	ask func(syscall.Signal) error) (_ context.Context, stop func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 4)

@@ -29,7 +29,8 @@ func (m *MiB) Set(s string) error {
 	}
 	n, err := strconv.ParseUint(digits, 10, 20)
 	if !ok || err != nil {
-		return fmt.Errorf("size %.40q: want a whole number of MiB or GiB, such as 512M or 1G, below 1048576", s)
+		return fmt.Errorf("size %.40q: want a whole number of MiB or GiB, such as 512M or 1G, "+
+			"below 1048576", s)
 	}
 	*m = MiB(int(n) * factor)
 	return nil
@@ -81,5 +82,6 @@ func (r *Rate) Set(s string) error {
 		*r = Rate(n)
 		return nil
 	}
-	return fmt.Errorf("rate %.40q: want none, or 100kbit to 400Gbit with one of the units kbit, Mbit, Gbit, such as 1Gbit", s)
+	return fmt.Errorf("rate %.40q: want none, or 100kbit to 400Gbit with one of the units kbit, "+
+		"Mbit, Gbit, such as 1Gbit", s)
 }

@@ -9,7 +9,8 @@ func TestSize(t *testing.T) {
 			t.Errorf("size %q is %d MiB, %v; want %d", in, m, err, want)
 		}
 	}
-	for _, in := range []string{"", "M", "1", "1g", "1GB", "1GiB", "-1G", "+1G", "1.5G", " 1G", "1G ", "9999999M", "0x10M", "1_0M"} {
+	for _, in := range []string{"", "M", "1", "1g", "1GB", "1GiB", "-1G", "+1G", "1.5G", " 1G",
+		"1G ", "9999999M", "0x10M", "1_0M"} {
 		var m MiB
 		if err := m.Set(in); err == nil {
 			t.Errorf("size %q is taken as %d MiB", in, m)
@@ -18,13 +19,15 @@ func TestSize(t *testing.T) {
 }
 
 func TestRate(t *testing.T) {
-	for in, want := range map[string]Rate{"none": 0, "1Gbit": 1e9, "2.5Gbit": 2.5e9, "100Mbit": 1e8, "100kbit": 1e5} {
+	for in, want := range map[string]Rate{"none": 0, "1Gbit": 1e9, "2.5Gbit": 2.5e9, "100Mbit": 1e8,
+		"100kbit": 1e5} {
 		var r Rate
 		if err := r.Set(in); err != nil || r != want {
 			t.Errorf("rate %q is %d, %v; want %d", in, r, err, want)
 		}
 	}
-	for _, in := range []string{"", "0", "1", "1G", "1gbit", "-1Gbit", "+1Gbit", "1e9Gbit", "NaNGbit", "InfGbit", "0Gbit", "1kbit", "500Gbit", "1..2Gbit", ".Gbit", "None"} {
+	for _, in := range []string{"", "0", "1", "1G", "1gbit", "-1Gbit", "+1Gbit", "1e9Gbit",
+		"NaNGbit", "InfGbit", "0Gbit", "1kbit", "500Gbit", "1..2Gbit", ".Gbit", "None"} {
 		var r Rate
 		if err := r.Set(in); err == nil {
 			t.Errorf("rate %q is taken as %d", in, r)

@@ -32,14 +32,17 @@ type attempt struct {
 	cancel   bool // ctx is cancelled when the frame has come
 	timeout  time.Duration
 	show     func(evict.Progress)
-	// disturbed: what is done takes effect at a random moment, so that the frame may not come, and the VM stands as somebody had it.
+	// disturbed: what is done takes effect at a random moment, so that the frame may not come, and
+	// the VM stands as somebody had it.
 	disturbed bool
 
-	twin  lab.IncomingOptions
-	with  func(t *testing.T, l *lab.Lab, vm, twin *lab.VM) // done before the eviction; undone by cleanup
-	atHit func(t *testing.T, l *lab.Lab, twin *lab.VM)     // done when the frame has come, before it passes
-	here  func(t *testing.T, vm *lab.VM)                   // the same, at the source; undone by cleanup
-	stays string                                           // the VM's state after it; running if empty
+	twin lab.IncomingOptions
+	// done before the eviction; undone by cleanup
+	with func(t *testing.T, l *lab.Lab, vm, twin *lab.VM)
+	// done when the frame has come, before it passes
+	atHit func(t *testing.T, l *lab.Lab, twin *lab.VM)
+	here  func(t *testing.T, vm *lab.VM) // the same, at the source; undone by cleanup
+	stays string                         // the VM's state after it; running if empty
 
 	want error
 	says string // part of the error
@@ -57,29 +60,45 @@ const (
 
 var attempts = []attempt{
 	{name: "cut at the offer", kind: offer, do: cut, want: evict.ErrRefused},
-	{name: "garbage for an answer to the offer", upstream: true, kind: accepted, do: garbage, want: evict.ErrRefused, says: "does not speak vacate's protocol"},
-	{name: "cancelled at the offer", upstream: true, kind: accepted, do: stall, cancel: true, want: evict.ErrAborted},
+	{name: "garbage for an answer to the offer", upstream: true, kind: accepted, do: garbage,
+		want: evict.ErrRefused, says: "does not speak vacate's protocol"},
+	{name: "cancelled at the offer", upstream: true, kind: accepted, do: stall, cancel: true,
+		want: evict.ErrAborted},
 	{name: "cut at the head", kind: head, do: cut, want: evict.ErrRefused},
 	{name: "head corrupted", kind: head, do: corrupt, want: evict.ErrRefused},
-	{name: "cancelled at the head", kind: head, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
+	{name: "cancelled at the head", kind: head, do: stall, cancel: true, want: evict.ErrAborted,
+		says: "canceled"},
 	{name: "cut ahead of the package", kind: pages, do: cut, want: evict.ErrAborted},
 	{name: "cut at the package", kind: load, do: cut, want: evict.ErrAborted},
 	{name: "package corrupted", kind: load, do: corrupt, want: evict.ErrAborted},
-	{name: "cancelled at the package", kind: load, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
-	{name: "destination stalls at the package", kind: load, do: stall, timeout: 500 * time.Millisecond, want: evict.ErrAborted, says: "did not load the devices within"},
+	{name: "cancelled at the package", kind: load, do: stall, cancel: true, want: evict.ErrAborted,
+		says: "canceled"},
+	{name: "destination stalls at the package", kind: load, do: stall,
+		timeout: 500 * time.Millisecond, want: evict.ErrAborted,
+		says: "did not load the devices within"},
 	{name: "cut when loaded", upstream: true, kind: loaded, do: cut, want: evict.ErrAborted},
-	{name: "cancelled when loaded", upstream: true, kind: loaded, do: stall, cancel: true, want: evict.ErrAborted, says: "canceled"},
-	{name: "garbage when loaded", upstream: true, kind: loaded, do: garbage, want: evict.ErrAborted, says: "does not speak vacate's protocol"},
-	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin, want: evict.ErrRefused, says: "the other side gave up"},
-	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin, want: evict.ErrRefused},
+	{name: "cancelled when loaded", upstream: true, kind: loaded, do: stall, cancel: true,
+		want: evict.ErrAborted, says: "canceled"},
+	{name: "garbage when loaded", upstream: true, kind: loaded, do: garbage, want: evict.ErrAborted,
+		says: "does not speak vacate's protocol"},
+	{name: "destination's QEMU dies at the offer", kind: offer, do: pass, atHit: killTwin,
+		want: evict.ErrRefused, says: "the other side gave up"},
+	{name: "destination's QEMU dies at the head", kind: head, do: pass, atHit: killTwin,
+		want: evict.ErrRefused},
 	{name: "cut when armed", upstream: true, kind: armed, do: cut, want: evict.ErrRefused},
-	{name: "destination's QEMU dies at the package", kind: load, do: pass, atHit: killTwin, want: evict.ErrAborted, says: "destination's QEMU ended"},
-	{name: "a device differs in a property", twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},
-		kind: offer, do: pass, want: evict.ErrRefused, says: "ctrl_vq is true on the source, false on the destination"},
-	{name: "a device that the destination's QEMU does not know", kind: load, do: renameDevice, want: evict.ErrAborted,
+	{name: "destination's QEMU dies at the package", kind: load, do: pass, atHit: killTwin,
+		want: evict.ErrAborted, says: "destination's QEMU ended"},
+	{name: "a device differs in a property",
+		twin: lab.IncomingOptions{Extra: []string{"-global", "virtio-net-device.ctrl_vq=off"}},
+		kind: offer, do: pass, want: evict.ErrRefused,
+		says: "ctrl_vq is true on the source, false on the destination"},
+	{name: "a device that the destination's QEMU does not know", kind: load, do: renameDevice,
+		want: evict.ErrAborted,
 		says: "its last messages: qemu-system-x86_64: "},
-	{name: "link dead at the package", kind: load, do: pass, atHit: unplug, timeout: time.Second, want: evict.ErrAborted, says: "did not load the devices within"},
-	{name: "destination's disk is locked", kind: commit, do: pass, with: lockDisk, want: evict.ErrAborted, says: "refuses to run the VM"},
+	{name: "link dead at the package", kind: load, do: pass, atHit: unplug, timeout: time.Second,
+		want: evict.ErrAborted, says: "did not load the devices within"},
+	{name: "destination's disk is locked", kind: commit, do: pass, with: lockDisk,
+		want: evict.ErrAborted, says: "refuses to run the VM"},
 }
 
 func killTwin(_ *testing.T, _ *lab.Lab, twin *lab.VM) { twin.Kill() }
@@ -130,7 +149,8 @@ func TestAbortsBackports(t *testing.T) {
 	all := slices.Concat(attempts, switches)
 	for i, a := range all {
 		if a.name == "a device that the destination's QEMU does not know" {
-			all[i].says = "the destination" // QEMU 11.1 may hang then, and only the time-out ends it
+			// QEMU 11.1 may hang then, and only the time-out ends it
+			all[i].says = "the destination"
 		}
 	}
 	testAborts(t, q, all)
@@ -146,7 +166,8 @@ func TestSwitchesDebian12(t *testing.T) {
 
 func testAborts(t *testing.T, q lab.QEMU, attempts []attempt) {
 	l := labtest.New(t, lab.Options{Rate: 2e9})
-	vm := boot(t, l, lab.Spec{QEMU: q, Devices: lab.Full, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, CacheMiB: 20}})
+	vm := boot(t, l, lab.Spec{QEMU: q, Devices: lab.Full,
+		Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, CacheMiB: 20}})
 	for _, a := range attempts {
 		t.Run(a.name, func(t *testing.T) { a.run(t, l, vm) })
 		if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {
@@ -177,7 +198,8 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) (early bool) {
 	ctx, cancel := context.WithCancel(labtest.Within(t, time.Minute))
 	defer cancel()
 	ln, front := listen(t, l.B), listen(t, l.B)
-	r := &relay{t: t, host: l.B, to: ln.Addr().String(), lane: a.lane, upstream: a.upstream, kind: a.kind, hit: make(chan struct{})}
+	r := &relay{t: t, host: l.B, to: ln.Addr().String(), lane: a.lane, upstream: a.upstream,
+		kind: a.kind, hit: make(chan struct{})}
 	hit := r.hit
 	r.do = func(r *relay, frame []byte, to net.Conn) {
 		if a.atHit != nil {
@@ -198,9 +220,11 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) (early bool) {
 	receiving, stopReceiving := context.WithCancel(labtest.Within(t, time.Minute))
 	defer stopReceiving()
 	go func() {
-		received <- receiveOn(receiving, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
+		received <- receiveOn(receiving,
+			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
-	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()), LoadTimeout: a.timeout, Show: a.show, Log: log.With("side", "source")}.Evict(ctx)
+	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()),
+		LoadTimeout: a.timeout, Show: a.show, Log: log.With("side", "source")}.Evict(ctx)
 	select {
 	case <-hit:
 	default:
@@ -229,7 +253,8 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) (early bool) {
 	if a.disturbed {
 		return early
 	}
-	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != cmp.Or(a.stays, "running") {
+	if status, err := vm.Status(labtest.Within(t, 10*time.Second)); err != nil ||
+		status != cmp.Or(a.stays, "running") {
 		t.Fatalf("the VM is %q on the source: %v", status, err)
 	}
 	if after := settingsOf(t, vm); after != before {

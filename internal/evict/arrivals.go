@@ -16,9 +16,10 @@ import (
 // an error. And "whole" is not said while the guest waits for a page, lest QEMU is told that it has
 // all, and waits for ever. So one lock guards all of it.
 type arrivals struct {
-	mu       sync.Mutex // guards all below
-	layout   layout
-	received []*pageset.Set        // of each block: pages that somebody places or placed, and those left out
+	mu     sync.Mutex // guards all below
+	layout layout
+	// of each block: pages that somebody places or placed, and those left out
+	received []*pageset.Set
 	skipped  []*pageset.Set        // left out, and not yet placed as zero
 	missing  int                   // pages neither placed nor left out
 	whole    chan struct{}         // closed when missing falls to 0
@@ -36,7 +37,8 @@ type pageKey struct {
 func (p *arrivals) begin(l layout) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.layout, p.missing, p.whole, p.waiting = l, l.pages(), make(chan struct{}), map[pageKey]time.Time{}
+	p.layout, p.missing, p.whole, p.waiting = l, l.pages(), make(chan struct{}),
+		map[pageKey]time.Time{}
 	for _, b := range l {
 		p.received = append(p.received, pageset.New(b.Pages))
 		p.skipped = append(p.skipped, pageset.New(b.Pages))
@@ -100,7 +102,8 @@ func (p *arrivals) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []b
 				p.stats.Duplicate++
 				continue
 			}
-			fresh = append(fresh, pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, r.Zero})
+			fresh = append(fresh,
+				pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, r.Zero})
 			if !r.Zero {
 				kept = append(kept, data[i*size:(i+1)*size]...)
 			}
@@ -135,7 +138,8 @@ func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
 			if !p.received[r.Block].Add(page) {
 				p.stats.Duplicate++
 			} else if _, ok := p.waiting[pageKey{r.Block, page}]; ok {
-				wanted = append(wanted, pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, true})
+				wanted = append(wanted,
+					pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, true})
 			} else {
 				p.skipped[r.Block].Add(page)
 				p.missing--
@@ -288,7 +292,8 @@ func (p *arrivals) awaited() []pageset.Run {
 	return runs
 }
 
-// appendHas appends what the source is told of n pages of a block from first on: which are received.
+// appendHas appends what the source is told of n pages of a block from first on: which are
+// received.
 func (p *arrivals) appendHas(b []byte, block, first, n int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -314,7 +319,8 @@ func (p *arrivals) discards() []byte {
 			if n == 0 {
 				break
 			}
-			ranges = append(ranges, migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
+			ranges = append(ranges,
+				migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
 			if len(ranges) == migstream.MaxDiscardRanges {
 				flush()
 			}

@@ -21,7 +21,8 @@ func TestAsk(t *testing.T) {
 	sessions := link.NewListener(ln, link.ListenOptions{TurnedAway: turnedAway})
 	defer sessions.Close()
 	ctx := labtest.Within(t, time.Minute)
-	requests, stop := evict.Requests(ctx, sessions.Accept, turnedAway, func(err error) { t.Error(err) })
+	requests, stop := evict.Requests(ctx, sessions.Accept, turnedAway,
+		func(err error) { t.Error(err) })
 	defer stop()
 	go func() {
 		for r := range requests {

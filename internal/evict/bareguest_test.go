@@ -38,8 +38,9 @@ func (c bareCase) String() string {
 
 func (c bareCase) spec(q lab.QEMU) lab.Spec {
 	s := lab.Spec{
-		QEMU: q, BareMetal: true, Machine: c.machine, VCPUs: c.vcpus, Memfd: c.memfd, MemoryMiB: max(c.mib, 256),
-		Load: lab.Load{Zipf: c.vcpus%2 == 0, Mixed: c.memfd},
+		QEMU: q, BareMetal: true, Machine: c.machine, VCPUs: c.vcpus, Memfd: c.memfd,
+		MemoryMiB: max(c.mib, 256),
+		Load:      lab.Load{Zipf: c.vcpus%2 == 0, Mixed: c.memfd},
 	}
 	s.Load.HotMiB, s.Load.IdleMiB, s.Load.OtherMiB = s.MemoryMiB/4, s.MemoryMiB/4, s.MemoryMiB/8
 	if c.async {
@@ -141,7 +142,8 @@ func underKVM(t *testing.T, vm *lab.VM) {
 		}
 	}
 	err := vm.Execute(t.Context(), "query-stats", map[string]any{
-		"target": "vcpu", "providers": []any{map[string]any{"provider": "kvm", "names": []string{"exits"}}},
+		"target":    "vcpu",
+		"providers": []any{map[string]any{"provider": "kvm", "names": []string{"exits"}}},
 	}, &stats)
 	if err != nil {
 		t.Fatal(err)
@@ -180,7 +182,8 @@ func TestKVM(t *testing.T) {
 		bareCase{machine: "pc", vcpus: 3, async: true},
 		bareCase{machine: "q35", vcpus: 1, memfd: true})
 	var table strings.Builder
-	table.WriteString("| QEMU | VM | accelerator | evictions | without a fault | async page faults |\n|---|---|---|---|---|---|\n")
+	table.WriteString("| QEMU | VM | accelerator | evictions | without a fault | async page " +
+		"faults |\n|---|---|---|---|---|---|\n")
 	for _, find := range []func(context.Context) (lab.QEMU, error){
 		lab.StockQEMU, cached(t, lab.Backports12QEMU), cached(t, lab.BackportsQEMU),
 	} {
@@ -198,7 +201,8 @@ func TestKVM(t *testing.T) {
 					good++
 				}
 			}
-			fmt.Fprintf(&table, "| %s | %s | %s | %d | %d | %d |\n", q.Version, c, accel, rounds, good, async)
+			fmt.Fprintf(&table, "| %s | %s | %s | %d | %d | %d |\n", q.Version, c, accel, rounds,
+				good, async)
 		}
 	}
 	t.Log("\n" + table.String())

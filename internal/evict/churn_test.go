@@ -23,7 +23,8 @@ import (
 //
 //	go test ./internal/evict -run TestChurn -kernel all -evictions 100 -out docs/results -timeout 3h
 var (
-	kernelFlag    = flag.String("kernel", "6.1", "TestChurn: kernels by their names in the lab, with commas between, or \"all\"")
+	kernelFlag = flag.String("kernel", "6.1",
+		"TestChurn: kernels by their names in the lab, with commas between, or \"all\"")
 	evictionsFlag = flag.Int("evictions", 3, "TestChurn: evictions per kernel")
 	chainFlag     = flag.Int("chain", 10, "TestChurn: evictions per guest")
 	outFlag       = flag.String("out", "", "TestChurn: directory that takes a table of the results")
@@ -66,7 +67,8 @@ func TestChurn(t *testing.T) {
 			c.Kernel, c.Movable, c.Seed = k, true, rand.Uint64()
 			count := min(*chainFlag, *evictionsFlag-done)
 			done += count
-			t.Run(fmt.Sprintf("%s/%d", k.Name, n), func(t *testing.T) { table = chain(t, l, c, count, table) })
+			t.Run(fmt.Sprintf("%s/%d", k.Name, n),
+				func(t *testing.T) { table = chain(t, l, c, count, table) })
 			writeChurned(t, table)
 		}
 	}
@@ -157,7 +159,8 @@ func (r *churned) take(t *testing.T, report *evict.Report) {
 			r.notes[n]++
 		}
 	}
-	t.Logf("%d of %d pages left out, %d of them touched, %d fetched; %s; %q %q", p.Skipped, p.Total, p.SkippedTouched, p.Fetched, e.Source, e.Notes, e.Doubts)
+	t.Logf("%d of %d pages left out, %d of them touched, %d fetched; %s; %q %q", p.Skipped, p.Total,
+		p.SkippedTouched, p.Fetched, e.Source, e.Notes, e.Doubts)
 	switch {
 	case e.Source == evict.Host && p.Skipped > 0:
 	case len(e.Notes) > 0 || e.Doubts != "":
@@ -171,15 +174,19 @@ func (r *churned) take(t *testing.T, report *evict.Report) {
 func writeChurned(t *testing.T, table []*churned) {
 	t.Helper()
 	var b strings.Builder
-	b.WriteString("| guest | evictions | of them without leaving out | pages left out | share of memory | of them touched before the end | pages fetched | pages verified by the guest | median down time | problems |\n")
+	b.WriteString("| guest | evictions | of them without leaving out | pages left out | share " +
+		"of memory | of them touched before the end | pages fetched | pages verified by the " +
+		"guest | median down time | problems |\n")
 	b.WriteString("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n")
 	for _, r := range table {
 		down := 0.0
 		if slices.Sort(r.down); len(r.down) > 0 {
 			down = r.down[len(r.down)/2]
 		}
-		fmt.Fprintf(&b, "| %s | %d | %d | %d | %.1f %% | %d | %d | %d | %.0f ms | %d |\n", r.guest, r.evictions, r.blind,
-			r.skipped, 100*float64(r.skipped)/float64(max(1, r.pages)), r.touched, r.waits, r.verified, down*1000, r.problems)
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %.1f %% | %d | %d | %d | %.0f ms | %d |\n", r.guest,
+			r.evictions, r.blind,
+			r.skipped, 100*float64(r.skipped)/float64(max(1, r.pages)), r.touched, r.waits,
+			r.verified, down*1000, r.problems)
 	}
 	for _, r := range table {
 		for n, count := range r.notes {
@@ -193,7 +200,8 @@ func writeChurned(t *testing.T, table []*churned) {
 	if err := os.MkdirAll(*outFlag, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(*outFlag, "evictions-churn.md"), []byte(b.String()), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(*outFlag, "evictions-churn.md"), []byte(b.String()),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 }

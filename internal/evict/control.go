@@ -124,7 +124,8 @@ func (f controlFrame) check(kinds ...uint8) error {
 		if err := decode(f.payload, &bye); err != nil {
 			return err
 		}
-		what := map[uint8]error{msgAbort: errFarewell, msgFailed: errFailed, msgShutDown: errShutDown}[f.kind]
+		what := map[uint8]error{msgAbort: errFarewell, msgFailed: errFailed,
+			msgShutDown: errShutDown}[f.kind]
 		if f.kind == msgFailed && bye.Dead {
 			return fmt.Errorf("%w, %w: %s", what, errDead, plain(bye.Reason))
 		}
@@ -156,8 +157,9 @@ const (
 type Request struct {
 	*attachment
 	Purpose  Purpose
-	Eviction ID              // to offer or to resume
-	VM       string          // to offer: its name at the source, which the peer is free to choose; may be empty
+	Eviction ID // to offer or to resume
+	// to offer: its name at the source, which the peer is free to choose; may be empty
+	VM       string
 	Question json.RawMessage // to ask
 
 	offer  offer
@@ -170,7 +172,8 @@ const requestTime = 10 * time.Second
 // ReadRequest learns what the peer of a new session wants. If that fails the session is
 // closed.
 func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, requestTime, errors.New("the peer did not say what it wants"))
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTime,
+		errors.New("the peer did not say what it wants"))
 	defer cancel()
 	r := &Request{attachment: attach(s, maxControl)}
 	defer func() {
@@ -185,7 +188,8 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 		}
 		f, err = r.control.await(ctx, msgOffer)
 	}
-	for left := maxFill; err == nil && f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {
+	for left := maxFill; err == nil &&
+		f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {
 		if left -= len(f.payload); left < 0 || len(f.payload) == 0 {
 			return nil, fmt.Errorf("%w: a question behind too much of nothing", errFrame)
 		}
@@ -223,8 +227,8 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 // tellWaiting is how often a source hears what its offer waits for.
 const tellWaiting = time.Second
 
-// While does what has to be done before an offer can be taken or turned down, and may take long. The source
-// is told what it is, all the while. ctx ends when the source gives up.
+// While does what has to be done before an offer can be taken or turned down, and may take long.
+// The source is told what it is, all the while. ctx ends when the source gives up.
 func (r *Request) While(ctx context.Context, what string, do func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -258,7 +262,8 @@ func (r *Request) While(ctx context.Context, what string, do func(context.Contex
 	return err
 }
 
-// ResumedThere reports whether the peer says that the VM runs there again by an operator's word, so that the twin here has to end.
+// ResumedThere reports whether the peer says that the VM runs there again by an operator's word, so
+// that the twin here has to end.
 func (r *Request) ResumedThere() bool { return r.Purpose == ToResume && r.resume.Resumed }
 
 // Refuse turns the peer away, saying why, and ends the session. To an offer it is the
@@ -272,10 +277,11 @@ func (r *Request) Refuse(reason error) {
 	r.end()
 }
 
-// Answer tells the source what became of the eviction that it wants to resume, and that is not under
-// way here, and ends the session. dead says that the twin has ended. What was received is what
-// Destination returned, and is told of one that is complete. Answer reports whether the source said
-// that it has heard how the eviction ended: of one that is complete, KeptHeard is to be kept then.
+// Answer tells the source what became of the eviction that it wants to resume, and that is not
+// under way here, and ends the session. dead says that the twin has ended. What was received is
+// what Destination returned, and is told of one that is complete. Answer reports whether the source
+// said that it has heard how the eviction ended: of one that is complete, KeptHeard is to be kept
+// then.
 func (r *Request) Answer(a Answer, reason string, dead bool, received *Received) (heard bool) {
 	st := status{Answer: a, Reason: reason, Dead: dead, Summary: received}
 	writeJSON(r.control.Conn, msgStatus, st)
@@ -302,9 +308,9 @@ func (r *Request) linger() (heard bool) {
 	return heard
 }
 
-// Ask puts a question, which is JSON of the caller's, to the host behind a new session,
-// and returns its answer. So many bytes of zeroes, at most maxFill, go ahead of it, and are read by the other side first: to measure the
-// link. It closes the session.
+// Ask puts a question, which is JSON of the caller's, to the host behind a new session, and returns
+// its answer. So many bytes of zeroes, at most maxFill, go ahead of it, and are read by the other
+// side first: to measure the link. It closes the session.
 func Ask(ctx context.Context, s *link.Session, fill int, question any, answer any) error {
 	a := attach(s, maxJSON)
 	defer a.end()
@@ -329,7 +335,8 @@ func Ask(ctx context.Context, s *link.Session, fill int, question any, answer an
 // was started, and ends the sessions of requests that nobody took. Sessions come from
 // accept; when that fails, stopped is told why, and no more come. turnedAway hears of peers
 // that say nothing of use.
-func Requests(ctx context.Context, accept func(context.Context) (*link.Session, error), turnedAway func(peer string, err error), stopped func(error)) (<-chan *Request, func()) {
+func Requests(ctx context.Context, accept func(context.Context) (*link.Session, error),
+	turnedAway func(peer string, err error), stopped func(error)) (<-chan *Request, func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	requests := make(chan *Request)
 	var tasks sync.WaitGroup

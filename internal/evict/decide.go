@@ -28,16 +28,21 @@ type Mark string
 
 // The marks.
 const (
-	MarkBegun       Mark = "begun"        // source: the guest may be frozen, and no commit was sent
-	MarkAccepted    Mark = "accepted"     // destination: a twin may live, and it never ran
-	MarkMayRun      Mark = "may-run"      // the twin may run, or may have run, from here on
-	MarkRolledBack  Mark = "rolled back"  // source: the twin never runs; the guest is to run here
-	MarkNeverRan    Mark = "never ran"    // destination: the twin never ran and never will; it is to be killed
-	MarkCompleted   Mark = "completed"    // the twin has every page; the source's QEMU is to be ended
-	MarkShutDown    Mark = "shut down"    // the guest ended itself at the destination; both QEMUs are to be ended
-	MarkLost        Mark = "lost"         // one QEMU ended too early, and the other cannot go on alone
-	MarkResumedHere Mark = "resumed here" // source: the operator says that the guest is to run here, and that the twin is dead for good
-	MarkDiscarded   Mark = "discarded"    // source: the operator gives up the copy here
+	MarkBegun      Mark = "begun"       // source: the guest may be frozen, and no commit was sent
+	MarkAccepted   Mark = "accepted"    // destination: a twin may live, and it never ran
+	MarkMayRun     Mark = "may-run"     // the twin may run, or may have run, from here on
+	MarkRolledBack Mark = "rolled back" // source: the twin never runs; the guest is to run here
+	// destination: the twin never ran and never will; it is to be killed
+	MarkNeverRan Mark = "never ran"
+	// the twin has every page; the source's QEMU is to be ended
+	MarkCompleted Mark = "completed"
+	// the guest ended itself at the destination; both QEMUs are to be ended
+	MarkShutDown Mark = "shut down"
+	// one QEMU ended too early, and the other cannot go on alone
+	MarkLost Mark = "lost"
+	// source: the operator says that the guest is to run here, and that the twin is dead for good
+	MarkResumedHere Mark = "resumed here"
+	MarkDiscarded   Mark = "discarded" // source: the operator gives up the copy here
 )
 
 // Final tells whether the two sides have nothing left to settle. What follows a final mark
@@ -55,10 +60,12 @@ type Answer string
 
 // The answers.
 const (
-	AnswerNone     Answer = ""          // none yet: something is to be done first
-	AnswerUnknown  Answer = "unknown"   // no record: it was never accepted here, or the journal is gone
+	AnswerNone Answer = "" // none yet: something is to be done first
+	// no record: it was never accepted here, or the journal is gone
+	AnswerUnknown  Answer = "unknown"
 	AnswerNeverRan Answer = "never ran" // and never will
-	AnswerPaused   Answer = "paused"    // the twin is loaded and waits to hear that the source committed
+	// the twin is loaded and waits to hear that the source committed
+	AnswerPaused   Answer = "paused"
 	AnswerRunning  Answer = "running"   // pages are missing
 	AnswerComplete Answer = "complete"  // the twin has every page
 	AnswerShutDown Answer = "shut down" // the guest ran and ended itself
@@ -71,10 +78,12 @@ type copyState int
 const (
 	copyGone     copyState = iota
 	copyIncoming           // a twin that has not loaded the devices
-	copyPaused             // at the source: frozen, or stopped with its process. A twin: loaded, its migration not over, and not running
-	copyRunning            // at the source: the guest runs. A twin: the guest runs, or waits for pages
-	copyEnded              // a twin whose guest ended itself: its QEMU stands still, or said so and has ended
-	copyComplete           // a twin whose migration is over, whether its guest runs or was paused since
+	// at the source: frozen, or stopped with its process. A twin: loaded, its migration not over,
+	// and not running
+	copyPaused
+	copyRunning  // at the source: the guest runs. A twin: the guest runs, or waits for pages
+	copyEnded    // a twin whose guest ended itself: its QEMU stands still, or said so and has ended
+	copyComplete // a twin whose migration is over, whether its guest runs or was paused since
 )
 
 // step is what is to be done.
@@ -83,25 +92,31 @@ type step string
 const (
 	stepNone step = "none"
 	// Of a source.
-	stepRollBack step = "roll back" // mark rolled back (resumed here stays), have the guest run here, and tell the destination
-	stepAsk      step = "ask"       // look again and ask (again), with back-off; say what the operator may choose
-	stepPush     step = "push"      // send what is missing
-	stepRetire   step = "retire"    // mark completed, then end the QEMU; where the operator discards, so is its mark
+	// mark rolled back (resumed here stays), have the guest run here, and tell the destination
+	stepRollBack step = "roll back"
+	// look again and ask (again), with back-off; say what the operator may choose
+	stepAsk  step = "ask"
+	stepPush step = "push" // send what is missing
+	// mark completed, then end the QEMU; where the operator discards, so is its mark
+	stepRetire step = "retire"
 	// Of a destination.
-	stepAbandon  step = "abandon"      // mark never ran, kill the twin, only then say so
-	stepAwait    step = "await commit" // keep the twin paused until the source says that it committed
-	stepTakeUp   step = "take up"      // learn which pages are placed, and take the others
-	stepComplete step = "complete"     // mark completed, then say so
+	stepAbandon step = "abandon" // mark never ran, kill the twin, only then say so
+	// keep the twin paused until the source says that it committed
+	stepAwait    step = "await commit"
+	stepTakeUp   step = "take up"  // learn which pages are placed, and take the others
+	stepComplete step = "complete" // mark completed, then say so
 	// Of both.
-	stepEnd  step = "end"  // mark shut down, end the QEMU; a destination then says so
-	stepLose step = "lose" // mark lost and say so; a source keeps its QEMU, a destination kills what is left of the twin
+	stepEnd step = "end" // mark shut down, end the QEMU; a destination then says so
+	// mark lost and say so; a source keeps its QEMU, a destination kills what is left of the twin
+	stepLose step = "lose"
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
-// Clear reports whether a host has nothing of a VM (R12): its journal has no eviction of it that goes
-// on, and no QEMU of it lives there. A VM is started anew only on a host that is clear of it, and
-// that has heard the same of each other host since it began to start the VM. A host that begins to is
-// not clear for the others. The mark is for the moments in which an eviction is about to start a QEMU.
+// Clear reports whether a host has nothing of a VM (R12): its journal has no eviction of it that
+// goes on, and no QEMU of it lives there. A VM is started anew only on a host that is clear of it,
+// and that has heard the same of each other host since it began to start the VM. A host that begins
+// to is not clear for the others. The mark is for the moments in which an eviction is about to
+// start a QEMU.
 func Clear(m Mark, lives, starting bool) bool {
 	return (m == "" || m.Final()) && !lives && !starting
 }
@@ -225,8 +240,8 @@ func destinationOnAbort(m Mark) step {
 	return stepNone
 }
 
-// ResumedThere is the mark that a destination comes to, once its twin is dead, when it hears that an operator had the
-// guest resumed at the source.
+// ResumedThere is the mark that a destination comes to, once its twin is dead, when it hears that
+// an operator had the guest resumed at the source.
 func ResumedThere(m Mark) Mark {
 	switch destinationOnAbort(m) {
 	case stepAbandon:

@@ -31,10 +31,10 @@ var ErrAnswers = errors.New("the destination answers for the VM")
 // ErrUnfenced is wrapped by the error of Decide when nobody says that the twin is dead.
 var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination")
 
-// Decide does what an operator decided of an eviction whose last mark is m. No engine may be at work on
-// it. For ResumeHere, fenced is why the twin is dead for good, in words: who asserts it. It may be empty
-// where the destination has said so itself. The destination is asked once more, and what it says counts
-// more; whether it has heard of the decision is left to Tell.
+// Decide does what an operator decided of an eviction whose last mark is m. No engine may be at
+// work on it. For ResumeHere, fenced is why the twin is dead for good, in words: who asserts it. It
+// may be empty where the destination has said so itself. The destination is asked once more, and
+// what it says counts more; whether it has heard of the decision is left to Tell.
 func (s Source) Decide(ctx context.Context, m Mark, d Decision, fenced string) error {
 	e := s.engine(RollingBack)
 	e.mark = m
@@ -105,8 +105,8 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	return err
 }
 
-// askOnce makes sure that the operator's word, which is fenced, is not contradicted by the destination. It does not go on with
-// the eviction, whatever the answer.
+// askOnce makes sure that the operator's word, which is fenced, is not contradicted by the
+// destination. It does not go on with the eviction, whatever the answer.
 func (e *source) askOnce(ctx context.Context, fenced string) error {
 	a, st, err := e.inquire(ctx, resume{Eviction: e.Eviction})
 	if err == nil {
@@ -115,7 +115,8 @@ func (e *source) askOnce(ctx context.Context, fenced string) error {
 		case AnswerRunning, AnswerPaused, AnswerComplete, AnswerShutDown:
 			return fmt.Errorf("%w: it says %q", ErrAnswers, st.Answer)
 		case AnswerNeverRan:
-			return fmt.Errorf("%w: it says %q, so that the VM comes back by itself", ErrAnswers, st.Answer)
+			return fmt.Errorf("%w: it says %q, so that the VM comes back by itself", ErrAnswers,
+				st.Answer)
 		case AnswerLost:
 			if st.Dead {
 				return nil
@@ -128,8 +129,9 @@ func (e *source) askOnce(ctx context.Context, fenced string) error {
 	return nil
 }
 
-// Tell tells the destination that an operator had the VM resumed at the source, so that it ends its twin, and returns
-// whether it has heard that. No engine need be at work on the eviction, and the VM's QEMU is left alone.
+// Tell tells the destination that an operator had the VM resumed at the source, so that it ends its
+// twin, and returns whether it has heard that. No engine need be at work on the eviction, and the
+// VM's QEMU is left alone.
 func (s Source) Tell(ctx context.Context) (heard bool, err error) {
 	e := &source{Source: s}
 	a, st, err := e.inquire(ctx, resume{Eviction: s.Eviction, Resumed: true})
@@ -141,7 +143,9 @@ func (s Source) Tell(ctx context.Context) (heard bool, err error) {
 	case st.Dead:
 		return true, nil
 	case st.Answer == AnswerUnknown:
-		return true, fmt.Errorf("it knows nothing of the eviction: look there whether a QEMU of VM %s runs, and end it: %s", s.VM, st.Reason)
+		return true,
+			fmt.Errorf("it knows nothing of the eviction: look there whether a QEMU of VM %s "+
+				"runs, and end it: %s", s.VM, st.Reason)
 	case st.Answer == AnswerComplete:
 		return true, fmt.Errorf("it keeps the VM, which is whole there: %s", st.Reason)
 	}

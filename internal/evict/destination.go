@@ -30,12 +30,13 @@ type Destination struct {
 	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
 	// memory directly where this process has the right to, which is several times faster.
 	ThroughQEMU bool
-	// Host is the name of this host, and Description the file that says how its QEMU is started: for messages, which the source
-	// may show. Both are empty where no daemon is in use.
+	// Host is the name of this host, and Description the file that says how its QEMU is started:
+	// for messages, which the source may show. Both are empty where no daemon is in use.
 	Host, Description string
 	// Patient goes on waiting after an offer that does not fit.
 	Patient bool
-	// Room knows what other VMs that are coming to this host will still take of its memory; nil if there are none.
+	// Room knows what other VMs that are coming to this host will still take of its memory; nil if
+	// there are none.
 	Room *room.Ledger
 	// Journal survives the engine; without one its death costs the VM. It must have the mark
 	// MarkAccepted before the QEMU is started.
@@ -60,13 +61,15 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 			e.lastWord(requests, err)
 		}
 		e.letGo()
-		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), ""}
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)),
+			""}
 	}
 	e.report(Waiting)
 	loadTimeout, err := e.awaitOffer(ctx, requests)
 	if err != nil {
 		e.letGo()
-		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)), "The QEMU that waits here was not touched"}
+		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)),
+			"The QEMU that waits here was not touched"}
 	}
 	e.tasks.Go(func() { e.sort(requests) })
 	if err := e.take(ctx, loadTimeout); err != nil {
@@ -102,18 +105,20 @@ type destination struct {
 	at       atomic.Pointer[attachment] // nil while the source is not there
 	rejoin   chan *Request              // capacity 1: the source came back
 
-	head      []byte
-	reader    *migstream.Reader // of the head
-	layout    layout
-	pages     arrivals
-	placer    *placer
-	stream    *stream                // of QEMU's migration; nil when it is broken
-	current   atomic.Pointer[stream] // the same, for tasks of a session
-	starved   bool                   // QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
-	pending   bool                   // the QEMU was not told to run the VM yet
-	mark      Mark                   // the last that is durable
-	committed bool                   // the source has said in the present session that it committed
-	stands    string                 // QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
+	head    []byte
+	reader  *migstream.Reader // of the head
+	layout  layout
+	pages   arrivals
+	placer  *placer
+	stream  *stream                // of QEMU's migration; nil when it is broken
+	current atomic.Pointer[stream] // the same, for tasks of a session
+	// QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
+	starved   bool
+	pending   bool // the QEMU was not told to run the VM yet
+	mark      Mark // the last that is durable
+	committed bool // the source has said in the present session that it committed
+	// QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
+	stands string
 	// ranSince is when it was told so by this engine; zero if another one did.
 	ranSince time.Time
 	running  atomic.Bool  // it has answered that it does
@@ -147,7 +152,8 @@ type stream struct {
 }
 
 func newStream(conn net.Conn) *stream {
-	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}), broken: make(chan struct{})}
+	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}),
+		broken: make(chan struct{})}
 }
 
 // use makes a stream the present one; nil for none.
@@ -224,7 +230,8 @@ func (e *destination) show(st State) {
 
 // prepare looks at the QEMU that waits here.
 func (e *destination) prepare(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout,
+		errors.New("preparing took too long"))
 	defer cancel()
 	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
 		return err
@@ -247,7 +254,8 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 		m.Status = "listening for another source"
 	}
 	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
-		return fmt.Errorf("the destination's QEMU at %s does not wait for a VM (its state is %q %s): %s", e.QMP, status.Status, m.Status, e.startRemedy())
+		return fmt.Errorf("the destination's QEMU at %s does not wait for a VM (its state is %q "+
+			"%s): %s", e.QMP, status.Status, m.Status, e.startRemedy())
 	}
 	if err := handsOver(ctx, e.q, e.QMP); err != nil {
 		return err
@@ -275,7 +283,9 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 	e.here = e.here.withMemory(e.mem)
 	for i := range e.mem.Blocks() {
 		if err := e.mem.CanFault(i); err != nil {
-			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as -object memory-backend-memfd,share=on,…, or with a file in /dev/shm or on hugetlbfs", err)
+			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as "+
+				"-object memory-backend-memfd,share=on,…, or with a file in /dev/shm or on "+
+				"hugetlbfs", err)
 		}
 	}
 	if err := e.hasRoom(); err != nil {
@@ -300,7 +310,8 @@ var errTwinGone = errors.New("the destination's QEMU ended")
 func (e *destination) lookAfter() {
 	var err error
 	if e.kills, err = room.ReadKills(e.process.PID); err != nil {
-		e.Log.Debug("if the kernel ends the QEMU for want of memory, that cannot be told", "error", err)
+		e.Log.Debug("if the kernel ends the QEMU for want of memory, that cannot be told", "error",
+			err)
 	}
 	e.tasks.Go(e.watch)
 }
@@ -334,7 +345,8 @@ const lastWords = 100 * time.Millisecond
 
 // awaitOffer waits for an offer that fits, and returns how long the source is willing to
 // wait for the devices to be loaded.
-func (e *destination) awaitOffer(ctx context.Context, requests <-chan *Request) (time.Duration, error) {
+func (e *destination) awaitOffer(ctx context.Context,
+	requests <-chan *Request) (time.Duration, error) {
 	for {
 		var r *Request
 		select {
@@ -381,7 +393,8 @@ func (e *destination) lastWord(requests <-chan *Request, why error) {
 
 // consider looks at an offer, and accepts it if it fits.
 func (e *destination) consider(ctx context.Context, r *Request) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, errors.New("preparing took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout,
+		errors.New("preparing took too long"))
 	defer cancel()
 	o := r.offer
 	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
@@ -455,7 +468,8 @@ func (e *destination) bound(ctx context.Context) (context.Context, context.Cance
 func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error {
 	committing, cancel := e.bound(ctx)
 	defer cancel(nil)
-	timer := time.AfterFunc(prepareTimeout+switchTimeout, func() { cancel(errors.New("no package came")) })
+	timer := time.AfterFunc(prepareTimeout+switchTimeout,
+		func() { cancel(errors.New("no package came")) })
 	defer timer.Stop()
 	control := e.at.Load().control
 	err := e.arm(committing)
@@ -524,12 +538,13 @@ func (e *destination) hearCommit(ctx context.Context) error {
 // contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
 const contTime = time.Second
 
-// run has the QEMU run the VM, unless that stood. The source has committed the eviction, and that is on record.
-// QEMU may be unable to answer until a page has come, which the VM touched at once: then
-// serve, without which no page comes after the loss of the session, hears the answer.
+// run has the QEMU run the VM, unless that stood. The source has committed the eviction, and that
+// is on record. QEMU may be unable to answer until a page has come, which the VM touched at once:
+// then serve, without which no page comes after the loss of the session, hears the answer.
 func (e *destination) run(left context.Context) error {
 	if !mayCont(e.mark, e.committed) {
-		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v", e.mark, e.committed))
+		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v",
+			e.mark, e.committed))
 	}
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
@@ -553,7 +568,8 @@ func (e *destination) run(left context.Context) error {
 			return
 		}
 		if err := keep(e.Journal, keptRan, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM ran here: should an operator pause it, the next engine would have it run", "error", err)
+			e.Log.Warn("the journal does not take it that the VM ran here: should an operator "+
+				"pause it, the next engine would have it run", "error", err)
 		}
 		announce(ctx, q, e.Log)
 	})
@@ -596,7 +612,8 @@ func (e *destination) arm(ctx context.Context) error {
 	}
 	e.tasks.Go(func() { e.kept <- e.keep() })
 	e.follow(e.stream, migstream.NewReturnReader(e.stream.conn, 0))
-	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(slices.Clone(e.head))); err != nil {
+	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(slices.Clone(e.head))); err !=
+		nil {
 		return err
 	}
 	if err := e.awaitPong(ctx, pingHead); err != nil {
@@ -632,7 +649,8 @@ func (e *destination) load(ctx context.Context) error {
 		return err
 	}
 	e.receiveLanes(e.at.Load())
-	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are loaded.
+	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are
+	// loaded.
 	if err := e.awaitPong(ctx, pingLoaded); err != nil {
 		return err
 	}
@@ -645,7 +663,8 @@ func (e *destination) load(ctx context.Context) error {
 			break
 		}
 		if status.Status != "inmigrate" {
-			return fmt.Errorf("the destination's QEMU went to state %q in place of paused", status.Status)
+			return fmt.Errorf("the destination's QEMU went to state %q in place of paused",
+				status.Status)
 		}
 		if err := e.pause(ctx); err != nil {
 			return err
@@ -730,7 +749,8 @@ func (e *destination) explain(err error) error {
 		if !errors.Is(err, errTwinGone) {
 			err = fmt.Errorf("%w: %w", context.Cause(e.life), err)
 		}
-		return fmt.Errorf("the destination's QEMU ended (devices or disks that differ from the source's are the usual reason): %w", err)
+		return fmt.Errorf("the destination's QEMU ended (devices or disks that differ from the "+
+			"source's are the usual reason): %w", err)
 	}
 	return err
 }
@@ -765,7 +785,9 @@ func (e *destination) abort(err error) error {
 		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
 	}
 	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
-	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)), "The VM never ran here, and the QEMU that was to take it was ended; it runs on on the source"}
+	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
+		"The VM never ran here, and the QEMU that was to take it was ended; it runs on on the " +
+			"source"}
 }
 
 // lost ends an eviction that cannot be completed although the VM ran here.
@@ -835,7 +857,8 @@ func (e *destination) close() {
 // startRemedy says how the QEMU is to be started.
 func (e *destination) startRemedy() string {
 	if e.Description != "" {
-		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments", e.Description)
+		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments",
+			e.Description)
 	}
 	return "start it as the source's, with -S -incoming defer in addition"
 }
@@ -844,7 +867,8 @@ func (e *destination) startRemedy() string {
 // as soon as the devices are loaded, before anyone agreed to that.
 func startsPaused(args []string) error {
 	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
-		return errors.New("the destination's QEMU was started without -S and would run the VM without being told to")
+		return errors.New("the destination's QEMU was started without -S and would run the VM " +
+			"without being told to")
 	}
 	return nil
 }
@@ -856,7 +880,8 @@ func explainPostcopy(err error) error {
 		return fmt.Errorf("%w: this kernel has no userfaultfd, which post-copy needs", err)
 	}
 	if strings.TrimSpace(string(b)) == "0" {
-		return fmt.Errorf("%w: QEMU may not use userfaultfd: run `sysctl vm.unprivileged_userfaultfd=1`, or run QEMU with CAP_SYS_PTRACE", err)
+		return fmt.Errorf("%w: QEMU may not use userfaultfd: run `sysctl "+
+			"vm.unprivileged_userfaultfd=1`, or run QEMU with CAP_SYS_PTRACE", err)
 	}
 	return err
 }

@@ -92,7 +92,8 @@ func (d *direct) close() error { return unix.Close(d.uffd) }
 // places tells whether pages of a block can be placed.
 func (d *direct) places(block int) bool { return d.hva[block] != 0 }
 
-// place places the pages of a run, whose data it takes off the front of data. It returns how many it has placed.
+// place places the pages of a run, whose data it takes off the front of data. It returns how many
+// it has placed.
 func (d *direct) place(r pageRun, size uint64, data []byte) (pages int, err error) {
 	at := d.hva[r.Block] + uint64(r.First)*size
 	length := uint64(r.Count) * size
@@ -119,7 +120,8 @@ func (d *direct) copy(at uint64, data []byte) (done uint64, err error) {
 			dst, src, len, mode uint64
 			copied              int64
 		}{at, uint64(uintptr(unsafe.Pointer(&data[0]))), uint64(len(data)), 0, 0}
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.uffd), uffdioCopy, uintptr(unsafe.Pointer(&arg)))
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.uffd), uffdioCopy,
+			uintptr(unsafe.Pointer(&arg)))
 		runtime.KeepAlive(data)
 		n, err := progress(errno, arg.copied, len(data))
 		if err != nil {
@@ -139,7 +141,8 @@ func (d *direct) fill(at, length uint64) (done uint64, err error) {
 			start, len, mode uint64
 			filled           int64
 		}{at + done, length - done, 0, 0}
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.uffd), uffdioZeropage, uintptr(unsafe.Pointer(&arg)))
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.uffd), uffdioZeropage,
+			uintptr(unsafe.Pointer(&arg)))
 		n, err := progress(errno, arg.filled, int(length-done))
 		if err != nil {
 			return done, err

@@ -9,8 +9,8 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// atRest makes sure that a QEMU is in the middle of nothing that an eviction would break or lose. Who names
-// what the QEMU has.
+// atRest makes sure that a QEMU is in the middle of nothing that an eviction would break or lose.
+// Who names what the QEMU has.
 func atRest(ctx context.Context, q *qmp.Client, who string) error {
 	work, err := fit.WorkOf(ctx, q)
 	if err != nil {
@@ -22,7 +22,8 @@ func atRest(ctx context.Context, q *qmp.Client, who string) error {
 	return work.Err()
 }
 
-// warnOfBitmaps tells of dirty bitmaps that the VM leaves behind. Without one the next backup is a full one.
+// warnOfBitmaps tells of dirty bitmaps that the VM leaves behind. Without one the next backup is a
+// full one.
 func (e *source) warnOfBitmaps(d fit.Disks) {
 	const most = 20
 	if len(d.Volatile) == 0 {
@@ -32,7 +33,9 @@ func (e *source) warnOfBitmaps(d fit.Disks) {
 	if more := len(d.Volatile) - most; more > 0 {
 		names += fmt.Sprintf(" and %d more", more)
 	}
-	text := "dirty bitmaps in QEMU's memory do not move, so the next backups of these disks must be full ones: " + names
+	text :=
+		"dirty bitmaps in QEMU's memory do not move, so the next backups of these disks must be " +
+			"full ones: " + names
 	e.warned = append(e.warned, text)
 	e.Log.Warn(text)
 }

@@ -25,16 +25,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reader is a boot sector. It reads the disk's second sector again and again, and writes the first 8 bytes to
-// the first serial port.
+// reader is a boot sector. It reads the disk's second sector again and again, and writes the first
+// 8 bytes to the first serial port.
 var reader = []byte{
-	0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, // xor ax, ax; mov ds, ax; mov es, ax; mov ss, ax
+	// xor ax, ax; mov ds, ax; mov es, ax; mov ss, ax
+	0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0,
 	0xbc, 0x00, 0x7c, 0xfb, // mov sp, 0x7c00; sti
 	0x52,                   // push dx: the disk's number
 	0x5a, 0x52, 0xb6, 0x00, // again: pop dx; push dx; mov dh, 0
 	0xb8, 0x01, 0x02, 0xb9, 0x02, 0x00, // mov ax, 0x201; mov cx, 2
 	0xbb, 0x00, 0x7e, 0xcd, 0x13, // mov bx, 0x7e00; int 0x13
-	0xbe, 0x00, 0x7e, 0xb9, 0x08, 0x00, 0xba, 0xf8, 0x03, // mov si, 0x7e00; mov cx, 8; mov dx, 0x3f8
+	// mov si, 0x7e00; mov cx, 8; mov dx, 0x3f8
+	0xbe, 0x00, 0x7e, 0xb9, 0x08, 0x00, 0xba, 0xf8, 0x03,
 	0xac, 0xee, 0xe2, 0xfc, // next: lodsb; out dx, al; loop next
 	0xf4, 0xeb, 0xe1, // hlt; jmp again
 }
@@ -57,7 +59,8 @@ func bare(t testing.TB, args ...string) *bareVM {
 	stock, err := lab.StockQEMU(labtest.Within(t, time.Minute))
 	labtest.Need(t, err)
 	dir := t.TempDir()
-	v := &bareVM{t: t, qmp: filepath.Join(dir, "qmp"), serial: filepath.Join(dir, "serial"), errors: filepath.Join(dir, "stderr")}
+	v := &bareVM{t: t, qmp: filepath.Join(dir, "qmp"), serial: filepath.Join(dir, "serial"),
+		errors: filepath.Join(dir, "stderr")}
 	stderr, err := os.Create(v.errors)
 	if err != nil {
 		t.Fatal(err)
@@ -65,8 +68,10 @@ func bare(t testing.TB, args ...string) *bareVM {
 	defer stderr.Close()
 	own := filepath.Join(dir, "test.qmp")
 	v.cmd = exec.Command(stock.Path, append([]string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,accel=tcg", "-m", "256", "-serial", "file:" + v.serial,
-		"-qmp", "unix:" + v.qmp + ",server=on,wait=off", "-qmp", "unix:" + own + ",server=on,wait=off",
+		"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,accel=tcg", "-m",
+		"256", "-serial", "file:" + v.serial,
+		"-qmp", "unix:" + v.qmp + ",server=on,wait=off", "-qmp",
+		"unix:" + own + ",server=on,wait=off",
 	}, args...)...)
 	v.cmd.Stderr = stderr
 	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
@@ -141,8 +146,9 @@ func (v *bareVM) evictTo(t testing.TB, twin *bareVM, s evict.Source) (evict.Repo
 	return report, err, <-received
 }
 
-// What a VM's disks are at both ends is compared before the VM is touched, and a VM that is in the middle of
-// something stays. One VM goes through all of it, and is moved in the end: it reads there what it wrote here.
+// What a VM's disks are at both ends is compared before the VM is touched, and a VM that is in the
+// middle of something stays. One VM goes through all of it, and is moved in the end: it reads there
+// what it wrote here.
 func TestDisks(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name) }
@@ -150,7 +156,8 @@ func TestDisks(t *testing.T) {
 	copy(image, reader)
 	copy(image[sector-2:], "\x55\xaa")
 	copy(image[sector:], "BEFORE..")
-	for _, name := range []string{"boot.raw", "data.raw", "other.raw", "small.raw", "vars-a.fd", "vars-b.fd"} {
+	for _, name := range []string{"boot.raw", "data.raw", "other.raw", "small.raw", "vars-a.fd",
+		"vars-b.fd"} {
 		b := image
 		switch {
 		case name == "vars-a.fd":
@@ -178,7 +185,8 @@ func TestDisks(t *testing.T) {
 			"-drive", "if=pflash,unit=0,format=raw,readonly=on,file=" + file("code-"+host+".fd"),
 			"-drive", "if=pflash,unit=1,format=raw,file=" + file("vars-"+host+".fd"),
 			"-blockdev", boot, "-device", "virtio-blk-pci,drive=boot,id=vd0,bootindex=1",
-			"-drive", "if=none,id=data,format=raw,file=" + data, "-device", "virtio-blk-pci,drive=data",
+			"-drive", "if=none,id=data,format=raw,file=" + data, "-device",
+			"virtio-blk-pci,drive=data",
 			"-drive", "if=none,id=cd,media=cdrom" + cd, "-device", "ide-cd,drive=cd",
 		}
 	}
@@ -193,10 +201,12 @@ func TestDisks(t *testing.T) {
 		t.Helper()
 		_, err, _ := vm.evictTo(t, twin, s)
 		refused(t, err, append(says, "The VM runs on, untouched")...)
-		if status, err := vm.q.QueryStatus(labtest.Within(t, time.Minute)); err != nil || !status.Running {
+		if status, err := vm.q.QueryStatus(labtest.Within(t, time.Minute)); err != nil ||
+			!status.Running {
 			t.Errorf("the VM is %q: %v", status.Status, err)
 		}
-		if status, err := twin.q.QueryStatus(labtest.Within(t, time.Minute)); err != nil || status.Status != "inmigrate" {
+		if status, err := twin.q.QueryStatus(labtest.Within(t, time.Minute)); err != nil ||
+			status.Status != "inmigrate" {
 			t.Errorf("the twin is %q: %v", status.Status, err)
 		}
 	}
@@ -206,14 +216,18 @@ func TestDisks(t *testing.T) {
 		says  []string
 	}{
 		"another file": {args: args("b", raw, file("other.raw"), ""),
-			says: []string{`disk "data" is ` + data + " on the source, and " + file("other.raw") + " on the destination is another", "--trust-disk data", "trust_disks"}},
+			says: []string{`disk "data" is ` + data + " on the source, and " + file("other.raw") +
+				" on the destination is another", "--trust-disk data", "trust_disks"}},
 		"smaller file": {args: args("b", raw, file("small.raw"), ""), trust: []string{"data"},
 			says: []string{`disk "data" has 4 MiB on the source, 1 MiB on the destination`}},
 		"read-only": {args: args("b", raw, data+",readonly=on", ""), trust: []string{"data"},
-			says: []string{`disk "data" is writable on the source and read-only on the destination`}},
+			says: []string{
+				`disk "data" is writable on the source and read-only on the destination`}},
 		"a medium": {args: args("b", raw, data, ",file="+file("other.raw")),
-			says: []string{`disk "cd" is empty on the source, and the destination has raw ` + file("other.raw") + " in it", "`eject`"}},
-		"part of the file": {args: args("b", strings.Replace(raw, "driver=raw", "driver=raw,offset=0,size=4194304", 1), data, ""),
+			says: []string{`disk "cd" is empty on the source, and the destination has raw ` +
+				file("other.raw") + " in it", "`eject`"}},
+		"part of the file": {args: args("b",
+			strings.Replace(raw, "driver=raw", "driver=raw,offset=0,size=4194304", 1), data, ""),
 			says: []string{`disk "vd0" is raw `, "on the source, raw (offset=0,size=4194304) "}},
 		"unknown to trust": {args: args("b", raw, data, ""), trust: []string{"hda"},
 			says: []string{`no disk "hda" to trust`, `"vd0"`, `"data"`, `"cd"`}},
@@ -222,7 +236,8 @@ func TestDisks(t *testing.T) {
 			return // the VM may have left
 		}
 		t.Run(name, func(t *testing.T) {
-			refuse(t, bare(t, append(c.args, incoming...)...), evict.Source{TrustDisks: c.trust}, c.says...)
+			refuse(t, bare(t, append(c.args, incoming...)...), evict.Source{TrustDisks: c.trust},
+				c.says...)
 		})
 	}
 
@@ -234,58 +249,85 @@ func TestDisks(t *testing.T) {
 		if err := os.Truncate(file("small.raw"), 4<<20); err != nil {
 			t.Fatal(err)
 		}
-		vm.do("blockdev-add", arguments{"driver": "raw", "node-name": "target", "file": arguments{"driver": "file", "filename": file("small.raw")}})
-		vm.do("blockdev-backup", arguments{"job-id": "backup0", "device": "data", "target": "target", "sync": "full", "speed": 1})
-		refuse(t, same, evict.Source{VM: "web1"}, `web1 has an unfinished job "backup0" (backup, running, `, "`job-cancel`")
+		vm.do("blockdev-add", arguments{"driver": "raw", "node-name": "target",
+			"file": arguments{"driver": "file", "filename": file("small.raw")}})
+		vm.do("blockdev-backup",
+			arguments{"job-id": "backup0", "device": "data", "target": "target", "sync": "full",
+				"speed": 1})
+		refuse(t, same, evict.Source{VM: "web1"},
+			`web1 has an unfinished job "backup0" (backup, running, `, "`job-cancel`")
 		vm.do("job-cancel", arguments{"id": "backup0"})
 		vm.gone(t, "query-jobs")
-		vm.do("blockdev-mirror", arguments{"job-id": "mirror0", "device": "data", "target": "target", "sync": "full", "filter-node-name": "mirror"})
-		refuse(t, same, evict.Source{}, `the VM has an unfinished job "mirror0" (mirror, `, "`job-cancel`")
+		vm.do("blockdev-mirror",
+			arguments{"job-id": "mirror0", "device": "data", "target": "target", "sync": "full",
+				"filter-node-name": "mirror"})
+		refuse(t, same, evict.Source{}, `the VM has an unfinished job "mirror0" (mirror, `,
+			"`job-cancel`")
 		vm.do("job-cancel", arguments{"id": "mirror0"})
 		vm.gone(t, "query-jobs")
 		vm.do("blockdev-del", arguments{"node-name": "target"})
 	})
 	t.Run("an export", func(t *testing.T) {
-		vm.do("nbd-server-start", arguments{"addr": arguments{"type": "unix", "data": arguments{"path": file("nbd.sock")}}})
+		vm.do("nbd-server-start",
+			arguments{"addr": arguments{"type": "unix",
+				"data": arguments{"path": file("nbd.sock")}}})
 		vm.do("block-export-add", arguments{"type": "nbd", "id": "export0", "node-name": "boot"})
-		refuse(t, same, evict.Source{}, `the VM has an export "export0" of its disk "boot" (nbd)`, "`block-export-del`")
+		refuse(t, same, evict.Source{}, `the VM has an export "export0" of its disk "boot" (nbd)`,
+			"`block-export-del`")
 		vm.do("nbd-server-stop", nil)
 		vm.gone(t, "query-block-exports")
 	})
 	t.Run("an export of the twin", func(t *testing.T) {
 		twin := bare(t, append(args("b", raw, data, ""), incoming...)...)
-		twin.do("nbd-server-start", arguments{"addr": arguments{"type": "unix", "data": arguments{"path": file("nbd.sock")}}})
+		twin.do("nbd-server-start",
+			arguments{"addr": arguments{"type": "unix",
+				"data": arguments{"path": file("nbd.sock")}}})
 		twin.do("block-export-add", arguments{"type": "nbd", "id": "export1", "node-name": "boot"})
-		refuse(t, twin, evict.Source{}, "the QEMU that waits at the destination has an export", "export1")
+		refuse(t, twin, evict.Source{}, "the QEMU that waits at the destination has an export",
+			"export1")
 	})
 
 	// A twin that started before a disk grew has the old size.
 	vm.do("block_resize", arguments{"device": "data", "size": 5 << 20})
 	t.Run("a disk that grew", func(t *testing.T) {
-		refuse(t, same, evict.Source{}, `disk "data" has 5 MiB on the source, 4 MiB on the destination`, "start the destination's QEMU anew")
+		refuse(t, same, evict.Source{},
+			`disk "data" has 5 MiB on the source, 4 MiB on the destination`,
+			"start the destination's QEMU anew")
 	})
 
-	// From here on the VM writes to an overlay, which a twin with the old command line knows nothing of.
-	vm.do("blockdev-snapshot-sync", arguments{"node-name": "boot", "snapshot-file": file("overlay.qcow2"), "snapshot-node-name": "overlay", "format": "qcow2"})
-	vm.do("human-monitor-command", arguments{"command-line": `qemu-io -d /machine/peripheral/vd0/virtio-backend "write -P 0x41 512 512"`})
+	// From here on the VM writes to an overlay, which a twin with the old command line knows
+	// nothing of.
+	vm.do("blockdev-snapshot-sync",
+		arguments{"node-name": "boot", "snapshot-file": file("overlay.qcow2"),
+			"snapshot-node-name": "overlay", "format": "qcow2"})
+	vm.do("human-monitor-command",
+		arguments{
+			"command-line": `qemu-io -d /machine/peripheral/vd0/virtio-backend "write -P 0x41 512 512"`})
 	vm.reads("AAAAAAAA")
-	vm.do("block-dirty-bitmap-add", arguments{"node": "overlay", "name": "daily", "persistent": true})
+	vm.do("block-dirty-bitmap-add",
+		arguments{"node": "overlay", "name": "daily", "persistent": true})
 	vm.do("block-dirty-bitmap-add", arguments{"node": "overlay", "name": "hourly"})
 	t.Run("a snapshot", func(t *testing.T) {
-		refuse(t, same, evict.Source{}, `disk "vd0" is qcow2 `+file("overlay.qcow2")+", backed by raw "+file("boot.raw")+" on the source, raw "+file("boot.raw")+" on the destination",
-			"start the destination's QEMU with the image that the source has now", "--trust-disk vd0")
+		refuse(t, same, evict.Source{},
+			`disk "vd0" is qcow2 `+file("overlay.qcow2")+", backed by raw "+file("boot.raw")+
+				" on the source, raw "+file("boot.raw")+" on the destination",
+			"start the destination's QEMU with the image that the source has now",
+			"--trust-disk vd0")
 	})
 	if t.Failed() {
 		return
 	}
-	twin := bare(t, append(args("b", "driver=qcow2,node-name=boot,file.driver=file,file.filename="+file("overlay.qcow2"), data, ""), incoming...)...)
+	twin := bare(t,
+		append(args("b", "driver=qcow2,node-name=boot,file.driver=file,file.filename="+
+			file("overlay.qcow2"), data, ""), incoming...)...)
 	report, err, there := vm.evictTo(t, twin, evict.Source{})
 	if err != nil || there != nil {
 		b, _ := os.ReadFile(twin.errors)
 		t.Fatalf("%v; %v; the twin says: %s", err, there, b)
 	}
 	twin.reads("AAAAAAAA")
-	if w := strings.Join(report.Warnings, "\n"); !strings.Contains(w, `"hourly" of node "overlay"`) || strings.Contains(w, "daily") {
+	if w := strings.Join(report.Warnings, "\n"); !strings.Contains(w,
+		`"hourly" of node "overlay"`) || strings.Contains(w, "daily") {
 		t.Errorf("the report warns of %q", w)
 	}
 	a, errA := os.ReadFile(file("vars-a.fd"))
@@ -299,7 +341,8 @@ func TestDisks(t *testing.T) {
 			Name string `json:"name"`
 		} `json:"dirty-bitmaps"`
 	}
-	if err := twin.q.Run(labtest.Within(t, time.Minute), "query-named-block-nodes", nil, &nodes); err != nil {
+	if err := twin.q.Run(labtest.Within(t, time.Minute), "query-named-block-nodes", nil,
+		&nodes); err != nil {
 		t.Fatal(err)
 	}
 	var bitmaps []string
@@ -313,13 +356,16 @@ func TestDisks(t *testing.T) {
 	}
 }
 
-// A snapshot of a VM's memory that is being taken in the background is a migration to QEMU, and is named for what it is.
+// A snapshot of a VM's memory that is being taken in the background is a migration to QEMU, and is
+// named for what it is.
 func TestBackgroundSnapshot(t *testing.T) {
 	vm := bare(t)
 	twin := bare(t, "-S", "-incoming", "defer")
-	vm.do("migrate-set-capabilities", arguments{"capabilities": []arguments{{"capability": "background-snapshot", "state": true}}})
-	// A slow reader keeps it going for seconds. QEMU keeps to no rate of its own where memory is empty, and holds its
-	// main loop up where nobody reads.
+	vm.do("migrate-set-capabilities",
+		arguments{"capabilities": []arguments{{"capability": "background-snapshot",
+			"state": true}}})
+	// A slow reader keeps it going for seconds. QEMU keeps to no rate of its own where memory is
+	// empty, and holds its main loop up where nobody reads.
 	socket := filepath.Join(t.TempDir(), "snapshot")
 	ln, err := net.Listen("unix", socket)
 	if err != nil {

@@ -14,9 +14,10 @@ import (
 // maxFlash bounds the flash that is sent ahead of the package, in bytes.
 const maxFlash = 16 << 20
 
-// writableFlash names the blocks of memory that are flash which the guest may write. When QEMU is told to
-// run the VM, and before any vCPU does, it writes all of each to its drive, and reads it for that (pflash_cfi01,
-// postload_update_cb in QEMU's hw/block/pflash_cfi01.c). The firmware itself is read-only, and not read.
+// writableFlash names the blocks of memory that are flash which the guest may write. When QEMU is
+// told to run the VM, and before any vCPU does, it writes all of each to its drive, and reads it
+// for that (pflash_cfi01, postload_update_cb in QEMU's hw/block/pflash_cfi01.c). The firmware
+// itself is read-only, and not read.
 func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	var drives []struct {
 		Device   string `json:"qdev"` // path in QEMU's tree of objects
@@ -30,7 +31,8 @@ func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	var names []string
 	for _, d := range drives {
 		// Only of flash has a block the name of the device, which is a part of the machine.
-		if name, ok := strings.CutPrefix(d.Device, "/machine/"); ok && d.Inserted != nil && !d.Inserted.ReadOnly {
+		if name, ok := strings.CutPrefix(d.Device, "/machine/"); ok && d.Inserted != nil &&
+			!d.Inserted.ReadOnly {
 			names = append(names, name)
 		}
 	}
@@ -41,12 +43,13 @@ func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 const maxEarly = 8192
 
 // touchedByLoading returns guest-physical addresses that a QEMU reads or writes while it loads the
-// devices of a package, or when it is told to run the VM and before it does: each page that has to be
-// fetched then makes the VM stand still for a round trip longer. They are a hint, taken from the device
-// state itself, which names them; whatever else the bytes may mean, the worst that comes of it is a page
-// sent early. read reads the frozen guest's memory, and reports whether it could.
+// devices of a package, or when it is told to run the VM and before it does: each page that has to
+// be fetched then makes the VM stand still for a round trip longer. They are a hint, taken from the
+// device state itself, which names them; whatever else the bytes may mean, the worst that comes of
+// it is a page sent early. read reads the frozen guest's memory, and reports whether it could.
 //
-// Which devices there are was found by watching QEMU 7.2 to 11.1 (TestRecordLoading; docs/results/loading.md).
+// Which devices there are was found by watching QEMU 7.2 to 11.1 (TestRecordLoading;
+// docs/results/loading.md).
 func touchedByLoading(load []byte, read func(gpa uint64, b []byte) bool) []uint64 {
 	a := ringsOf(load)
 	a = append(a, descriptorsOf(load, a)...)
@@ -77,9 +80,9 @@ func section(load []byte, name string) (state []byte, ok bool) {
 	return load[i+1+len(name)+8:], true
 }
 
-// ringsOf returns where the rings of virtio queues are: loading looks up the indices in the available and
-// the used one of every queue. The addresses are in the subsection "virtio/virtqueues"
-// (hw/virtio/virtio.c): 1024 times u64 avail, u64 used.
+// ringsOf returns where the rings of virtio queues are: loading looks up the indices in the
+// available and the used one of every queue. The addresses are in the subsection
+// "virtio/virtqueues" (hw/virtio/virtio.c): 1024 times u64 avail, u64 used.
 func ringsOf(load []byte) (addresses []uint64) {
 	const (
 		queues    = "\x05\x11virtio/virtqueues\x00\x00\x00\x01"
@@ -95,7 +98,8 @@ func ringsOf(load []byte) (addresses []uint64) {
 			if len(rest) < (q+1)*16 || len(addresses) >= maxEarly {
 				break
 			}
-			avail, used := binary.BigEndian.Uint64(rest[q*16:]), binary.BigEndian.Uint64(rest[q*16+8:])
+			avail, used := binary.BigEndian.Uint64(rest[q*16:]), binary.BigEndian.Uint64(rest[q*16+
+				8:])
 			if avail != 0 && used != 0 {
 				addresses = append(addresses, avail, used)
 			}
@@ -103,9 +107,9 @@ func ringsOf(load []byte) (addresses []uint64) {
 	}
 }
 
-// descriptorsOf returns where the descriptors of virtio queues are, which some devices look at before the VM
-// runs (virtio-rng, for one). Each queue is there as u32 number of descriptors and u64 their address; Linux has
-// the available ring, which is among those given, right behind them.
+// descriptorsOf returns where the descriptors of virtio queues are, which some devices look at
+// before the VM runs (virtio-rng, for one). Each queue is there as u32 number of descriptors and
+// u64 their address; Linux has the available ring, which is among those given, right behind them.
 func descriptorsOf(load []byte, rings []uint64) (addresses []uint64) {
 	const size = 16 // of a descriptor
 	known := map[uint64]bool{}
@@ -127,9 +131,10 @@ func descriptorsOf(load []byte, rings []uint64) (addresses []uint64) {
 	return addresses
 }
 
-// balloonBuffers returns where balloons have their buffers. When QEMU is told to run the VM it looks into that
-// with the guest's statistics once more (virtio_balloon_set_status in hw/virtio/virtio-balloon.c). Which one that
-// is does not matter: there are few, and a driver has them next to each other.
+// balloonBuffers returns where balloons have their buffers. When QEMU is told to run the VM it
+// looks into that with the guest's statistics once more (virtio_balloon_set_status in
+// hw/virtio/virtio-balloon.c). Which one that is does not matter: there are few, and a driver has
+// them next to each other.
 func balloonBuffers(load []byte, read func(gpa uint64, b []byte) bool) (addresses []uint64) {
 	const size, looked = 16, 8 // bytes of a descriptor; descriptors of a queue
 	for _, state := range sections(load, "/virtio-balloon", 4) {
@@ -148,16 +153,17 @@ func balloonBuffers(load []byte, read func(gpa uint64, b []byte) bool) (addresse
 	return addresses
 }
 
-// xhciContexts returns where the slots of USB controllers are described: loading looks up which ports and
-// endpoints they have (usb_xhci_post_load in hw/usb/hcd-xhci.c).
+// xhciContexts returns where the slots of USB controllers are described: loading looks up which
+// ports and endpoints they have (usb_xhci_post_load in hw/usb/hcd-xhci.c).
 func xhciContexts(load []byte, read func(gpa uint64, b []byte) bool) (addresses []uint64) {
 	const (
-		most     = 8                 // controllers
-		slots    = 64                // of each
-		context  = 32                // bytes
-		contexts = 32 * context      // of a slot and its endpoints
-		running  = 1                 // an endpoint, whose ring is looked at as soon as the VM runs
-		behind   = 4 + 8 + 8 + 8 + 1 // what a controller's state has behind the address of the array of slots
+		most     = 8            // controllers
+		slots    = 64           // of each
+		context  = 32           // bytes
+		contexts = 32 * context // of a slot and its endpoints
+		running  = 1            // an endpoint, whose ring is looked at as soon as the VM runs
+		// what a controller's state has behind the address of the array of slots
+		behind = 4 + 8 + 8 + 8 + 1
 	)
 	for _, state := range sections(load, "/xhci", most) {
 		if len(state) < behind+8 {
@@ -178,7 +184,8 @@ func xhciContexts(load []byte, read func(gpa uint64, b []byte) bool) (addresses 
 			}
 			addresses = append(addresses, a, a+contexts-1)
 			for at := context; at < contexts; at += context { // the first one is the slot's
-				if ring := binary.LittleEndian.Uint64(c[at+8:]) &^ 0xf; c[at]&7 == running && ring != 0 {
+				if ring := binary.LittleEndian.Uint64(c[at+8:]) &^ 0xf; c[at]&7 == running &&
+					ring != 0 {
 					addresses = append(addresses, ring)
 				}
 			}
@@ -187,8 +194,9 @@ func xhciContexts(load []byte, read func(gpa uint64, b []byte) bool) (addresses 
 	return addresses
 }
 
-// sections finds the states of at most so many devices whose names end in some way, up to their footers:
-// u8 4, u32 section, u8 length, name, u32 instance, u32 version, state, u8 0x7e, u32 section.
+// sections finds the states of at most so many devices whose names end in some way, up to their
+// footers: u8 4, u32 section, u8 length, name, u32 instance, u32 version, state, u8 0x7e, u32
+// section.
 func sections(load []byte, suffix string, most int) (states [][]byte) {
 	const full, footer, longest = 4, 0x7e, 100
 	const looks = 100 // at most: a guest may have written the name anywhere, any number of times

@@ -23,7 +23,8 @@ import (
 // does not tell at its monitor.
 type actions struct {
 	shutdown string // "poweroff" (QEMU ends) or "pause"
-	panic    string // "shutdown", "exit-failure" (QEMU 7.1; both as shutdown says), "pause" or "none"
+	// "shutdown", "exit-failure" (QEMU 7.1; both as shutdown says), "pause" or "none"
+	panic string
 }
 
 // actionsOf finds the actions of a command line: -no-shutdown, -action shutdown=…,panic=…. The
@@ -54,7 +55,8 @@ func (a actions) ends(status string) bool {
 	if a.shutdown == "pause" {
 		return false
 	}
-	return status == "shutdown" || status == "guest-panicked" && (a.panic == "shutdown" || a.panic == "exit-failure")
+	return status == "shutdown" ||
+		status == "guest-panicked" && (a.panic == "shutdown" || a.panic == "exit-failure")
 }
 
 // commandLine returns the arguments of a process.
@@ -68,8 +70,9 @@ func commandLine(pid int) ([]string, error) {
 
 // ending is what a twin said of its end. It is safe for concurrent use.
 type ending struct {
-	mu        sync.Mutex
-	guest     string          // why the guest ended itself, in QEMU's words; empty if it did not. Guarded by mu, as all below
+	mu sync.Mutex
+	// why the guest ended itself, in QEMU's words; empty if it did not. Guarded by mu, as all below
+	guest     string
 	host      string          // why QEMU ends though its guest did not end itself
 	listeners []chan struct{} // each closed when it has heard all that a monitor says
 }
@@ -180,7 +183,8 @@ func (e *destination) hold(ctx context.Context) error {
 	}
 	err := e.q.Run(ctx, "set-action", map[string]string{"shutdown": "pause"}, nil)
 	if errors.Is(err, qmp.ErrCommandNotFound) { // QEMU before 6.0
-		e.Log.Info("the QEMU here cannot be told to stay when its guest ends itself", "version", e.q.Version())
+		e.Log.Info("the QEMU here cannot be told to stay when its guest ends itself", "version",
+			e.q.Version())
 		return nil
 	}
 	e.held = err == nil
@@ -232,7 +236,8 @@ func (e *destination) release() {
 		err = e.q.Quit(ctx)
 	}
 	if err != nil && e.life.Err() == nil {
-		e.Log.Warn("the QEMU here stays when its guest ends itself: if it is not to, tell its monitor set-action shutdown=poweroff", "error", err)
+		e.Log.Warn("the QEMU here stays when its guest ends itself: if it is not to, tell its "+
+			"monitor set-action shutdown=poweroff", "error", err)
 	}
 }
 
@@ -267,7 +272,8 @@ func (e *destination) twinGone(left context.Context) error {
 }
 
 // shutDown ends an eviction whose guest ended itself here. The QEMU may stand still with it, or
-// have ended. It is not told to quit before it is durable why, as without the journal nothing else tells.
+// have ended. It is not told to quit before it is durable why, as without the journal nothing else
+// tells.
 func (e *destination) shutDown(left context.Context, why string) error {
 	why = fmt.Sprintf("the guest ended itself on the destination (%s)", why)
 	for {
@@ -275,11 +281,13 @@ func (e *destination) shutDown(left context.Context, why string) error {
 		if err == nil {
 			break
 		}
-		e.Log.Warn("the journal does not take it that the VM was shut down here: trying again", "error", err)
+		e.Log.Warn("the journal does not take it that the VM was shut down here: trying again",
+			"error", err)
 		select {
 		case <-time.After(mendPause):
 		case <-left.Done():
-			return &Error{ErrLeft, e.machine.current(), context.Cause(left), "The VM was shut down here, and another engine can go on with the eviction"}
+			return &Error{ErrLeft, e.machine.current(), context.Cause(left),
+				"The VM was shut down here, and another engine can go on with the eviction"}
 		}
 	}
 	e.mu.Lock()

@@ -15,9 +15,12 @@ func TestActionsOf(t *testing.T) {
 		{nil, actions{"poweroff", "shutdown"}},
 		{[]string{"qemu", "-S", "-no-reboot"}, actions{"poweroff", "shutdown"}},
 		{[]string{"qemu", "-no-shutdown"}, actions{"pause", "shutdown"}},
-		{[]string{"qemu", "--no-shutdown", "-action", "shutdown=poweroff"}, actions{"poweroff", "shutdown"}},
-		{[]string{"qemu", "-action", "panic=pause,reboot=shutdown,shutdown=pause"}, actions{"pause", "pause"}},
-		{[]string{"qemu", "-action", "panic=exit-failure", "--action", "watchdog=poweroff"}, actions{"poweroff", "exit-failure"}},
+		{[]string{"qemu", "--no-shutdown", "-action", "shutdown=poweroff"},
+			actions{"poweroff", "shutdown"}},
+		{[]string{"qemu", "-action", "panic=pause,reboot=shutdown,shutdown=pause"},
+			actions{"pause", "pause"}},
+		{[]string{"qemu", "-action", "panic=exit-failure", "--action", "watchdog=poweroff"},
+			actions{"poweroff", "exit-failure"}},
 		{[]string{"qemu", "-action"}, actions{"poweroff", "shutdown"}},
 	} {
 		if got := actionsOf(c.args); got != c.want {
@@ -57,10 +60,13 @@ func TestEndingHear(t *testing.T) {
 		heard       bool
 		guest, host string
 	}{
-		{name: "SHUTDOWN", data: `{"guest": true, "reason": "guest-shutdown"}`, heard: true, guest: "guest-shutdown"},
+		{name: "SHUTDOWN", data: `{"guest": true, "reason": "guest-shutdown"}`, heard: true,
+			guest: "guest-shutdown"},
 		{name: "SHUTDOWN", data: `{"guest": true}`, heard: true, guest: "no reason given"},
-		{name: "SHUTDOWN", data: `{"guest": true, "reason": "a\u001b[31m\nb"}`, heard: true, guest: "a [31m b"},
-		{name: "SHUTDOWN", data: `{"guest": false, "reason": "host-qmp-quit"}`, host: "host-qmp-quit"},
+		{name: "SHUTDOWN", data: `{"guest": true, "reason": "a\u001b[31m\nb"}`, heard: true,
+			guest: "a [31m b"},
+		{name: "SHUTDOWN", data: `{"guest": false, "reason": "host-qmp-quit"}`,
+			host: "host-qmp-quit"},
 		{name: "SHUTDOWN", data: `{"guest": "yes"}`},
 		{name: "SHUTDOWN", data: `[`},
 		{name: "SHUTDOWN"},
@@ -68,13 +74,15 @@ func TestEndingHear(t *testing.T) {
 		{name: "STOP"},
 	} {
 		var d ending
-		if got := d.hear(qmp.Event{Name: c.name, Data: json.RawMessage(c.data)}); got != c.heard || d.said() != c.guest || d.host != c.host {
+		if got := d.hear(qmp.Event{Name: c.name, Data: json.RawMessage(c.data)}); got != c.heard ||
+			d.said() != c.guest || d.host != c.host {
 			t.Errorf("%s %s: %v, guest %q, host %q", c.name, c.data, got, d.said(), d.host)
 		}
 	}
 	// One that was reset since lives: should its QEMU end now, it has not ended itself.
 	var d ending
-	d.hear(qmp.Event{Name: "SHUTDOWN", Data: json.RawMessage(`{"guest": true, "reason": "guest-shutdown"}`)})
+	d.hear(qmp.Event{Name: "SHUTDOWN",
+		Data: json.RawMessage(`{"guest": true, "reason": "guest-shutdown"}`)})
 	if d.hear(qmp.Event{Name: "RESUME"}); d.said() != "" {
 		t.Errorf("a guest that runs again has ended itself: %q", d.said())
 	}

@@ -22,9 +22,11 @@ type Enlightenment string
 
 // The places.
 const (
-	Auto  Enlightenment = "auto"  // the guest's memory; failing that its agent
-	Host  Enlightenment = "host"  // the guest's own page descriptors, read from outside once it is frozen
-	Agent Enlightenment = "agent" // an agent in the guest, asked while it still runs. It never makes a page be left out
+	Auto Enlightenment = "auto" // the guest's memory; failing that its agent
+	// the guest's own page descriptors, read from outside once it is frozen
+	Host Enlightenment = "host"
+	// an agent in the guest, asked while it still runs. It never makes a page be left out
+	Agent Enlightenment = "agent"
 	Off   Enlightenment = "off"
 )
 
@@ -54,8 +56,9 @@ func (e *source) findAgent(ctx context.Context) {
 	}
 }
 
-// look does what has to be done while the guest runs to learn what its pages are used for: an agent can only be asked now. All else
-// waits for the freeze, as each moment until then is one in which the VMs of this host starve.
+// look does what has to be done while the guest runs to learn what its pages are used for: an agent
+// can only be asked now. All else waits for the freeze, as each moment until then is one in which
+// the VMs of this host starve.
 func (e *source) look(ctx context.Context) {
 	if e.light.agent != "" {
 		e.lookInside(ctx)
@@ -67,8 +70,8 @@ func (e *source) mayLook() bool {
 	return e.Enlightenment != Off && (e.Order.Knows() || !e.SendFree)
 }
 
-// lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be had is no reason not to evict: the
-// pages then go in plain order.
+// lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be
+// had is no reason not to evict: the pages then go in plain order.
 func (e *source) lookInside(ctx context.Context) {
 	l := &e.light
 	start := time.Now()
@@ -109,17 +112,20 @@ func (e *source) ask(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	e.light.survey, e.light.report.AnswerBytes, e.light.report.AnswerCPU = survey, stats.Bytes, stats.CPU.Seconds()
+	e.light.survey, e.light.report.AnswerBytes, e.light.report.AnswerCPU = survey, stats.Bytes,
+		stats.CPU.Seconds()
 	return nil
 }
 
 func (e *source) attach(ctx context.Context) (*linux.Guest, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit, fmt.Errorf("it took longer than %v", lookLimit))
+	ctx, cancel := context.WithTimeoutCause(ctx, lookLimit,
+		fmt.Errorf("it took longer than %v", lookLimit))
 	defer cancel()
 	return attachGuest(ctx, e.mem, monitor{e})
 }
 
-// monitor answers what linux asks of the VM's QEMU. Once that is stopped, it is what QEMU said before.
+// monitor answers what linux asks of the VM's QEMU. Once that is stopped, it is what QEMU said
+// before.
 type monitor struct{ *source }
 
 // HMP implements linux.Monitor.
@@ -150,8 +156,9 @@ func (l *light) doubt(what string, err error) {
 	l.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
-// enlighten learns what the frozen guest's pages are used for, and has the push follow it.
-// The guest may run at the destination by then, and the push may be under way. It gives way to the VMs of this host, which starved until now.
+// enlighten learns what the frozen guest's pages are used for, and has the push follow it. The
+// guest may run at the destination by then, and the push may be under way. It gives way to the VMs
+// of this host, which starved until now.
 func (e *source) enlighten() {
 	e.tasks.Go(func() { sched.Patiently(e.leaveOutUnused) })
 	sched.Patiently(e.learn)
@@ -160,9 +167,9 @@ func (e *source) enlighten() {
 // unusedStep is how much memory is looked at in one go for pages that are not there.
 const unusedStep = 64 << 20
 
-// leaveOutUnused leaves out the pages that are not there: QEMU never had memory for them, or gave it
-// back (a balloon's, virtio-mem's). They would be sent as zeroes, and a shared memory file at the
-// destination would then have memory for them. Reading them is work for nothing, too.
+// leaveOutUnused leaves out the pages that are not there: QEMU never had memory for them, or gave
+// it back (a balloon's, virtio-mem's). They would be sent as zeroes, and a shared memory file at
+// the destination would then have memory for them. Reading them is work for nothing, too.
 func (e *source) leaveOutUnused() {
 	for i := range e.frozen.layout {
 		for first := pageset.Page(0); int(first) < e.frozen.layout[i].Pages; {
@@ -197,7 +204,8 @@ func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
 
 // learn does enlighten's work.
 func (e *source) learn() {
-	ctx, cancel := e.bound(context.Background(), surveyLimit, fmt.Errorf("it took longer than %v", surveyLimit))
+	ctx, cancel := e.bound(context.Background(), surveyLimit,
+		fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
 	if e.mayLook() && e.light.agent == "" { // else look has done it
 		e.lookInside(ctx)
@@ -276,8 +284,10 @@ func (f *frozen) frames() []pushorder.Frames {
 		if size < skip+b.PageSize || (m.GPA+skip)%migstream.TargetPageSize != 0 {
 			continue
 		}
-		run := pageset.Run{Block: i, First: pageset.Page((m.Offset + skip) / b.PageSize), Count: int((size - skip) / b.PageSize)}
-		frames = append(frames, pushorder.Frames{First: (m.GPA + skip) / migstream.TargetPageSize, Run: run})
+		run := pageset.Run{Block: i, First: pageset.Page((m.Offset + skip) / b.PageSize),
+			Count: int((size - skip) / b.PageSize)}
+		frames = append(frames,
+			pushorder.Frames{First: (m.GPA + skip) / migstream.TargetPageSize, Run: run})
 		if seen[i] == nil {
 			seen[i] = pageset.New(b.Pages)
 		}
@@ -300,14 +310,19 @@ type Enlightening struct {
 	Doubts string        `json:"doubts,omitempty"` // why less was known than was asked for
 	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
 	Attach float64       `json:"attach_s"`         // finding its kernel, or having the agent answer
-	Survey float64       `json:"survey_s"`         // learning the pages' use when it was frozen, up to the plan
-	First  float64       `json:"first_known_s"`    // from the freeze until the first pages of the plan were known; 0 if they never were
-	Known  float64       `json:"known_s"`          // from the freeze until all of the plan was; of an engine that took the eviction up, since it did
+	// learning the pages' use when it was frozen, up to the plan
+	Survey float64 `json:"survey_s"`
+	// from the freeze until the first pages of the plan were known; 0 if they never were
+	First float64 `json:"first_known_s"`
+	// from the freeze until all of the plan was; of an engine that took the eviction up, since it
+	// did
+	Known float64 `json:"known_s"`
 	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
 	Notes []string `json:"notes,omitempty"`
 	// Stages are what the survey's time went to; of linux.
 	Stages *linux.Timings `json:"stages_ns,omitempty"`
-	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the guest.
+	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the
+	// guest.
 	AnswerBytes int     `json:"answer_bytes,omitempty"`
 	AnswerCPU   float64 `json:"answer_cpu_s,omitempty"`
 	// Classes counts pages by what they were used for, all of them; none if nothing was known.
@@ -323,10 +338,11 @@ type ClassCount struct {
 	Pushed  int             `json:"pushed"` // by the plan
 	Near    int             `json:"near"`
 	Fetched int             `json:"fetched"` // the guest's first use came before the push
-	Late    int             `json:"late"`    // of those pushed and near: the first use came while they were on their way
-	Skipped int             `json:"skipped"`
-	Unused  int             `json:"unused"`
-	Zero    int             `json:"zero"`
+	// of those pushed and near: the first use came while they were on their way
+	Late    int `json:"late"`
+	Skipped int `json:"skipped"`
+	Unused  int `json:"unused"`
+	Zero    int `json:"zero"`
 }
 
 // account sums up by class. Nothing may be sent any more.
@@ -349,7 +365,8 @@ func (e *source) account() Enlightening {
 			from := min(f.First+uint64(i)*each, uint64(len(e.light.survey.Pages)))
 			class := pageclass.Unknown
 			// A huge page is of the first class of the paper's order that is in it.
-			for _, p := range e.light.survey.Pages[from:min(from+each, uint64(len(e.light.survey.Pages)))] {
+			for _, p := range e.light.survey.Pages[from:min(from+each,
+				uint64(len(e.light.survey.Pages)))] {
 				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
 					class = p.Class
 				}

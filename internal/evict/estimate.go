@@ -16,16 +16,19 @@ import (
 type Estimate struct {
 	Total int // pages of guest memory
 	InUse int // to be sent with what they hold; those that hold only zeroes hardly count
-	Hot   int // of these, what the guest works on; all that are in use, where the guest cannot be looked into
+	// of these, what the guest works on; all that are in use, where the guest cannot be looked into
+	Hot int
 }
 
 // estimateLimit bounds an estimate, as the VM's host is overloaded and its guest may be hostile.
 const estimateLimit = 5 * time.Second
 
-// LookAhead estimates what an eviction of the VM behind a QMP socket would find. The VM runs on meanwhile, so that it is not
-// exact; it costs the host some 10 ms for each GiB. It may not be called while an eviction has the VM's monitor.
+// LookAhead estimates what an eviction of the VM behind a QMP socket would find. The VM runs on
+// meanwhile, so that it is not exact; it costs the host some 10 ms for each GiB. It may not be
+// called while an eviction has the VM's monitor.
 func LookAhead(ctx context.Context, path string) (Estimate, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, estimateLimit, fmt.Errorf("it took longer than %v", estimateLimit))
+	ctx, cancel := context.WithTimeoutCause(ctx, estimateLimit,
+		fmt.Errorf("it took longer than %v", estimateLimit))
 	defer cancel()
 	q, err := qmp.Dial(ctx, path)
 	if err != nil {
@@ -111,7 +114,8 @@ type place struct {
 	offset uint64
 }
 
-// sampleMost is how many pages are read of those that are alike, for an error of some 2 % in what share holds only zeroes.
+// sampleMost is how many pages are read of those that are alike, for an error of some 2 % in what
+// share holds only zeroes.
 const sampleMost = 1024
 
 // sample is some of many pages, at equal distances: every stride-th.
@@ -143,7 +147,8 @@ func (s *sample) used(mem *guestmem.Memory) (int, error) {
 	page := make([]byte, migstream.TargetPageSize)
 	for _, p := range s.kept {
 		// To read one that is not there may have the host allocate it.
-		if err := mem.Populated(p.block, p.offset/migstream.TargetPageSize, 1, there[:]); err != nil {
+		if err := mem.Populated(p.block, p.offset/migstream.TargetPageSize, 1,
+			there[:]); err != nil {
 			return 0, err
 		}
 		if there[0]&1 == 0 {

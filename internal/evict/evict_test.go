@@ -77,12 +77,15 @@ func receiveOn(ctx context.Context, d evict.Destination, ln net.Listener) error 
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	turnedAway := func(peer string, err error) { log.Warn("peer turned away", "peer", peer, "error", err) }
+	turnedAway := func(peer string, err error) {
+		log.Warn("peer turned away", "peer", peer, "error", err)
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	sessions := link.NewListener(ln, link.ListenOptions{TurnedAway: turnedAway})
 	defer sessions.Close()
-	requests, stop := evict.Requests(ctx, sessions.Accept, turnedAway, func(err error) { cancel(err) })
+	requests, stop := evict.Requests(ctx, sessions.Accept, turnedAway,
+		func(err error) { cancel(err) })
 	defer stop()
 	d.Patient = true
 	_, err := d.Receive(ctx, requests)
@@ -108,10 +111,12 @@ func evictBetween(ctx context.Context, t testing.TB, from, to *lab.Host, vm, twi
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
+		received <- receiveOn(ctx,
+			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	var r result
-	r.report, r.source = evict.Source{QMP: vm.QMP, Connect: connectTo(from, ln.Addr().String()), Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
+	r.report, r.source = evict.Source{QMP: vm.QMP, Connect: connectTo(from, ln.Addr().String()),
+		Log: log.With("side", "source"), Show: r.show(t)}.Evict(ctx)
 	if r.source != nil {
 		ln.Close()
 	}
@@ -122,7 +127,8 @@ func evictBetween(ctx context.Context, t testing.TB, from, to *lab.Host, vm, twi
 // show checks that progress never runs backwards.
 func (r *result) show(t testing.TB) func(evict.Progress) {
 	return func(p evict.Progress) {
-		if p.Pages < r.last.Pages || p.Bytes < r.last.Bytes || p.Elapsed < r.last.Elapsed || p.Total < r.last.Total {
+		if p.Pages < r.last.Pages || p.Bytes < r.last.Bytes || p.Elapsed < r.last.Elapsed ||
+			p.Total < r.last.Total {
 			t.Errorf("progress went from %+v to %+v", r.last, p)
 		}
 		r.last = p

@@ -22,7 +22,8 @@ import (
 // A VM that was frozen and whose QEMU is gone goes on from the file that it was exported to.
 func TestExport(t *testing.T) {
 	load := lab.Load{HotMiB: 60, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
-	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t, lab.Backports12QEMU)
+	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t,
+		lab.Backports12QEMU)
 	const exec, file = "exec:cat 'FILE'", "file:FILE"
 	for _, c := range []struct {
 		name string
@@ -32,7 +33,8 @@ func TestExport(t *testing.T) {
 	}{
 		{"bare", stock, exec, lab.Spec{Load: load}},
 		{"full", stock, exec, lab.Spec{Devices: lab.Full, Load: load}},
-		{"full q35, memfd", stock, exec, lab.Spec{Devices: lab.Full, Machine: "q35", VCPUs: 2, Memfd: true, Load: load}},
+		{"full q35, memfd", stock, exec,
+			lab.Spec{Devices: lab.Full, Machine: "q35", VCPUs: 2, Memfd: true, Load: load}},
 		{"huge pages", stock, exec, lab.Spec{Load: load}},
 		{"debian 12 bare", bookworm, exec, lab.Spec{Load: load}},
 		{"debian 12 full", bookworm, file, lab.Spec{Devices: lab.Full, Load: load}},
@@ -48,7 +50,8 @@ func TestExport(t *testing.T) {
 			if strings.Contains(c.name, "huge pages") {
 				reserveHugePages(t, 512)
 				c.spec.Machine, c.spec.MemoryMiB = "pc,memory-backend=huge", 1024
-				c.spec.Extra = []string{"-object", "memory-backend-memfd,id=huge,hugetlb=on,hugetlbsize=2M,size=1024M"}
+				c.spec.Extra = []string{"-object",
+					"memory-backend-memfd,id=huge,hugetlb=on,hugetlbsize=2M,size=1024M"}
 			}
 			exportVM(t, l, c.spec, c.from)
 		})
@@ -56,7 +59,8 @@ func TestExport(t *testing.T) {
 }
 
 // cached binds a finder of a QEMU to the tests' cache.
-func cached(t testing.TB, find func(context.Context, string) (lab.QEMU, error)) func(context.Context) (lab.QEMU, error) {
+func cached(t testing.TB, find func(context.Context,
+	string) (lab.QEMU, error)) func(context.Context) (lab.QEMU, error) {
 	return func(ctx context.Context) (lab.QEMU, error) { return find(ctx, labtest.Dir(t)) }
 }
 
@@ -87,7 +91,8 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	mem.Close() // and with it, huge pages
 	ops := len(vm.Guest.Samples())
 
-	again, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{From: strings.ReplaceAll(from, "FILE", name)})
+	again, err := l.B.Incoming(labtest.Within(t, time.Minute), vm,
+		lab.IncomingOptions{From: strings.ReplaceAll(from, "FILE", name)})
 	if err != nil {
 		t.Fatal(err)
 	}

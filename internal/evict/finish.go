@@ -36,8 +36,9 @@ func (e *source) finish(m Mark, why string, as State) error {
 // quitTime is how long a QEMU that was killed may take to end.
 const quitTime = 10 * time.Second
 
-// kill ends the QEMU here, as it is of no more use to anyone. Its process is stopped: it could not be told to quit without being
-// let run first, and then it could carry out a `cont` that somebody gave it meanwhile. What it returns is closed when it has ended.
+// kill ends the QEMU here, as it is of no more use to anyone. Its process is stopped: it could not
+// be told to quit without being let run first, and then it could carry out a `cont` that somebody
+// gave it meanwhile. What it returns is closed when it has ended.
 func (e *source) kill() <-chan struct{} {
 	ended := make(chan struct{})
 	e.tasks.Go(func() {
@@ -45,7 +46,8 @@ func (e *source) kill() <-chan struct{} {
 		ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 		defer cancel()
 		if err := e.qemu.Kill(ctx); err != nil {
-			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", e.qemu.PID, "error", err)
+			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", e.qemu.PID, "error",
+				err)
 		}
 	})
 	return ended
@@ -54,18 +56,24 @@ func (e *source) kill() <-chan struct{} {
 // frozenRemedy says what an operator can do with a VM that stands frozen here.
 func (e *source) frozenRemedy() string {
 	if e.gaveBack.Load() {
-		return fmt.Sprintf("The copy here is of no use, as memory of it was given back. Look on the destination what became of the VM; "+
-			"`vacate decide %s discard --confirm %s` ends this copy", e.Eviction, e.VM)
+		return fmt.Sprintf(
+			"The copy here is of no use, as memory of it was given back. Look on the "+
+				"destination what became of the VM; "+
+				"`vacate decide %s discard --confirm %s` ends this copy", e.Eviction, e.VM)
 	}
-	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on the destination what became of it"
+	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on " +
+		"the destination what became of it"
 	if e.Journal == nil {
-		return fmt.Sprintf(keep+". Its process is stopped: only if the VM is gone on the destination for good, `kill -CONT %d`, "+
+		return fmt.Sprintf(keep+
+			". Its process is stopped: only if the VM is gone on the destination for good, "+
+			"`kill -CONT %d`, "+
 			"then `cont` on its QMP socket, have it go on here from then", e.qemu.PID)
 	}
 	return keep + ". " + e.remedies()
 }
 
-// remedies says where an operator finds what can be done. What that is depends on what the destination said, and may still say.
+// remedies says where an operator finds what can be done. What that is depends on what the
+// destination said, and may still say.
 func (e *source) remedies() string {
 	return fmt.Sprintf("`vacate status %s` says what is waited for, and what can be decided", e.VM)
 }
@@ -78,20 +86,23 @@ func (st status) lost() error {
 	return fmt.Errorf("%w: %s", errFailed, st.Reason)
 }
 
-// lostThere ends an eviction whose VM is lost at the destination. One that is not told that the twin is dead
-// keeps it in mind that it may run.
+// lostThere ends an eviction whose VM is lost at the destination. One that is not told that the
+// twin is dead keeps it in mind that it may run.
 func (e *source) lostThere(err error) error {
 	if errors.Is(err, errDead) || errors.Is(err, errFarewell) {
 		if err := keep(e.Journal, keptDead, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM's QEMU on the destination has ended", "error", err)
+			e.Log.Warn("the journal does not take it that the VM's QEMU on the destination has "+
+				"ended", "error", err)
 		}
 	}
-	return e.lost(err, fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
+	return e.lost(err,
+		fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, "+
+			"and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
 }
 
-// lostHere ends an eviction whose frozen VM ended before all of its pages were sent. The destination
-// has to know that no more will come: if it is there, and does not say that it has heard, the
-// eviction is not over, and the error is why.
+// lostHere ends an eviction whose frozen VM ended before all of its pages were sent. The
+// destination has to know that no more will come: if it is there, and does not say that it has
+// heard, the eviction is not over, and the error is why.
 func (e *source) lostHere(err error) (done bool, _ error) {
 	if a := e.at.Load(); a != nil {
 		heard := writeJSON(a.control.Conn, msgFailed, farewell{Reason: saidBy(e.Host, err).Error()})
@@ -113,9 +124,12 @@ func (e *source) lostHere(err error) (done bool, _ error) {
 			return false, heard
 		}
 	}
-	return true, e.lost(err, "The frozen VM here is gone, and with it the pages that the destination lacks. There it runs until it touches one of them: save what can be saved from it")
+	return true, e.lost(err,
+		"The frozen VM here is gone, and with it the pages that the destination lacks. There it "+
+			"runs until it touches one of them: save what can be saved from it")
 }
 
 func (e *source) left() error {
-	return &Error{ErrLeft, e.machine.current(), ErrLeave, "The VM stays frozen here, and another engine can go on with the eviction"}
+	return &Error{ErrLeft, e.machine.current(), ErrLeave,
+		"The VM stays frozen here, and another engine can go on with the eviction"}
 }

@@ -20,7 +20,8 @@ func TestFoundShutDown(t *testing.T) {
 		t.Skip("needs qemu-system-x86_64: install the package qemu-system-x86")
 	}
 	socket := filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.Command(bin, "-machine", "none", "-nodefaults", "-display", "none", "-no-reboot", "-qmp", "unix:"+socket+",server=on,wait=off")
+	cmd := exec.Command(bin, "-machine", "none", "-nodefaults", "-display", "none", "-no-reboot",
+		"-qmp", "unix:"+socket+",server=on,wait=off")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

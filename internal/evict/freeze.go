@@ -21,14 +21,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How a VM is frozen at the source. docs/decisions/0001-freezing-the-source.md tells why it is done so.
+// How a VM is frozen at the source. docs/decisions/0001-freezing-the-source.md tells why it is done
+// so.
 //
 //	while the guest runs   newFreezer   the head is made, and QEMU is given a file to save to
 //	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is not tied to Xen: QEMU
 //	                                    saves all devices, inactivates the disks and gives their locks up. `cont` undoes it
 //	while the twin loads   hold         the process of QEMU is stopped: nothing that it is told can run the guest
 //
-// What QEMU saves is framed as the package of a post-copy migration, behind a head like that which QEMU would have made.
+// What QEMU saves is framed as the package of a post-copy migration, behind a head like that which
+// QEMU would have made.
 type freezer struct {
 	q      *qmp.Client
 	mem    *guestmem.Memory
@@ -43,9 +45,10 @@ type freezer struct {
 
 // saved is a VM that was frozen.
 type saved struct {
-	was  qmp.Status // what the VM did before it was frozen: it is to do the same wherever it goes on
-	at   time.Time  // when the guest stopped; zero if QEMU did not tell
-	load []byte     // what the destination's QEMU needs to load the devices
+	// what the VM did before it was frozen: it is to do the same wherever it goes on
+	was  qmp.Status
+	at   time.Time // when the guest stopped; zero if QEMU did not tell
+	load []byte    // what the destination's QEMU needs to load the devices
 }
 
 // ramSection is the number of the section of RAM in the stream: none that a device has.
@@ -54,8 +57,8 @@ const ramSection = 0x7ffffff0
 // switchTimeout is how long QEMU may take to freeze the guest and save its devices.
 const switchTimeout = 20 * time.Second
 
-// makeHead makes the stream from its header to the footer of the RAM section's start, as QEMU begins a migration that goes to
-// post-copy.
+// makeHead makes the stream from its header to the footer of the RAM section's start, as QEMU
+// begins a migration that goes to post-copy.
 func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 	sizes := uint64(0)
 	list := make([]migstream.Block, len(blocks))
@@ -70,20 +73,24 @@ func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 	var head []byte
 	for _, item := range []migstream.Item{
 		migstream.Header{}, migstream.Configuration{Machine: machine},
-		migstream.Command{ID: migstream.CmdOpenReturnPath}, migstream.PingCommand(1), migstream.AdviseCommand(sizes),
+		migstream.Command{ID: migstream.CmdOpenReturnPath}, migstream.PingCommand(1),
+		migstream.AdviseCommand(sizes),
 		migstream.SectionStart{ID: ramSection, Name: "ram", Version: migstream.RAMVersion},
 		migstream.MemSize{Blocks: list}, migstream.EOS{}, migstream.Footer{ID: ramSection},
 	} {
 		head = item.Append(head)
 	}
 	if len(head) > maxHead {
-		return nil, nil, fmt.Errorf("the VM has so many RAM blocks that their list is longer than %d bytes", maxHead)
+		return nil, nil,
+			fmt.Errorf("the VM has so many RAM blocks that their list is longer than %d bytes",
+				maxHead)
 	}
 	return head, l, nil
 }
 
 // newFreezer gets ready to freeze a VM of a machine type, which does not notice.
-func newFreezer(ctx context.Context, q *qmp.Client, machine string, mem *guestmem.Memory) (_ *freezer, err error) {
+func newFreezer(ctx context.Context, q *qmp.Client, machine string,
+	mem *guestmem.Memory) (_ *freezer, err error) {
 	f := &freezer{q: q, mem: mem}
 	if f.head, f.layout, err = makeHead(machine, mem.Blocks()); err != nil {
 		return nil, err
@@ -107,19 +114,21 @@ func newFreezer(ctx context.Context, q *qmp.Client, machine string, mem *guestme
 	var added struct {
 		Set int `json:"fdset-id"`
 	}
-	if err := q.RunFD(ctx, "add-fd", map[string]any{"opaque": "vacate"}, &added, int(writable.Fd())); err != nil {
+	if err := q.RunFD(ctx, "add-fd", map[string]any{"opaque": "vacate"}, &added,
+		int(writable.Fd())); err != nil {
 		return nil, fmt.Errorf("hand QEMU a file: %w", err)
 	}
 	f.fdset = added.Set
 	return f, nil
 }
 
-// canSave makes sure that QEMU has the command that saves the devices. It leaves those out that send their state bit by bit, as VFIO's
-// do: package fit finds them.
+// canSave makes sure that QEMU has the command that saves the devices. It leaves those out that
+// send their state bit by bit, as VFIO's do: package fit finds them.
 func canSave(ctx context.Context, q *qmp.Client) error {
 	err := q.Run(ctx, "xen-save-devices-state", nil, nil) // refused in any case, as it wants a file
 	if errors.Is(err, qmp.ErrCommandNotFound) {
-		return fmt.Errorf("QEMU %v cannot save a VM's devices without Xen: use a build with the command xen-save-devices-state, as 7.2 to 11.1 have it", q.Version())
+		return fmt.Errorf("QEMU %v cannot save a VM's devices without Xen: use a build with the "+
+			"command xen-save-devices-state, as 7.2 to 11.1 have it", q.Version())
 	}
 	if !isRefusal(err) {
 		return errors.Join(errors.New("QEMU took a command that lacks its arguments"), err)
@@ -127,19 +136,20 @@ func canSave(ctx context.Context, q *qmp.Client) error {
 	return nil
 }
 
-// errMoved is wrapped by the errors of a VM that somebody else did something to while it was being frozen.
+// errMoved is wrapped by the errors of a VM that somebody else did something to while it was being
+// frozen.
 var errMoved = errors.New("somebody else gave the VM's QEMU commands while it was being frozen")
 
-// freeze freezes the guest and has QEMU save its devices. Of a VM that may run, ran is set: it is paused. Of one that stood
-// when it was looked at, ran is not, and if it runs by now, it is left alone, and errRuns says so. After any other error the VM is to
-// do again what saved.was says.
+// freeze freezes the guest and has QEMU save its devices. Of a VM that may run, ran is set: it is
+// paused. Of one that stood when it was looked at, ran is not, and if it runs by now, it is left
+// alone, and errRuns says so. After any other error the VM is to do again what saved.was says.
 func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if f.events != nil {
 		f.events.Close()
 	}
 	f.events, f.said = f.q.Subscribe(256), nil
-	// QEMU carries these out one after the other. Who has it pause the VM between the first and the last, which takes it
-	// less than a millisecond, is taken for us.
+	// QEMU carries these out one after the other. Who has it pause the VM between the first and the
+	// last, which takes it less than a millisecond, is taken for us.
 	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
 	var stop *qmp.Pending
 	if ran {
@@ -162,7 +172,8 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	case !fit.Standing(s.was.Status):
 		return s, fmt.Errorf("%w, its state is %q", errStood, s.was.Status)
 	case s.was.Status == "suspended":
-		// What saves the devices would leave it in the state save-vm. QEMU remembers that it is suspended.
+		// What saves the devices would leave it in the state save-vm. QEMU remembers that it is
+		// suspended.
 		if err := f.q.Run(ctx, "stop", nil, nil); err != nil {
 			return s, err
 		}
@@ -172,15 +183,18 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if err := mayLeave(m); err != nil {
 		return s, err
 	}
-	save := f.q.Begin(ctx, "xen-save-devices-state", map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", f.fdset), "live": true})
+	save := f.q.Begin(ctx, "xen-save-devices-state",
+		map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", f.fdset), "live": true})
 	after := f.q.Begin(ctx, "query-status", nil)
 	jobs := f.q.Begin(ctx, "query-jobs", nil)
-	blocks := f.q.Begin(ctx, "human-monitor-command", map[string]any{"command-line": "info ramblock"})
+	blocks := f.q.Begin(ctx, "human-monitor-command",
+		map[string]any{"command-line": "info ramblock"})
 	var now qmp.Status
 	var running []job
 	var text string
 	saveErr := save.Reply(ctx, nil)
-	if err := errors.Join(after.Reply(ctx, &now), jobs.Reply(ctx, &running), blocks.Reply(ctx, &text)); err != nil {
+	if err := errors.Join(after.Reply(ctx, &now), jobs.Reply(ctx, &running),
+		blocks.Reply(ctx, &text)); err != nil {
 		return s, errors.Join(saveErr, err)
 	}
 	if err := unfinished(running); err != nil {
@@ -209,7 +223,8 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	return s, err
 }
 
-// errStood is wrapped by the error of freezing a VM that stood still already, in a state in which it cannot be moved.
+// errStood is wrapped by the error of freezing a VM that stood still already, in a state in which
+// it cannot be moved.
 var errStood = errors.New("the VM stopped before it could be frozen")
 
 // errRuns is the error of freezing a VM that stood, and runs since.
@@ -233,7 +248,8 @@ func unfinished(jobs []job) error {
 	if names == nil {
 		return nil
 	}
-	return fmt.Errorf("QEMU works on the VM's disks: the job %s is not finished: wait for its end, or end it with block-job-cancel", strings.Join(names, ", and "))
+	return fmt.Errorf("QEMU works on the VM's disks: the job %s is not finished: wait for its "+
+		"end, or end it with block-job-cancel", strings.Join(names, ", and "))
 }
 
 // unchanged makes sure that the RAM blocks are those of the head.
@@ -246,7 +262,8 @@ func (f *freezer) unchanged(text string) error {
 		return a.Name == b.Name && a.Size == b.Size && a.PageSize == b.PageSize
 	})
 	if !same {
-		return errors.New("the VM's memory is not what it was a moment ago: a device was plugged or unplugged, or the firmware's tables grew: try again")
+		return errors.New("the VM's memory is not what it was a moment ago: a device was " +
+			"plugged or unplugged, or the firmware's tables grew: try again")
 	}
 	return nil
 }
@@ -274,7 +291,8 @@ func (f *freezer) listen() (stopped time.Time) {
 	}
 }
 
-// resumed reports whether anybody has had the guest run since the freeze began: what it does now is his doing.
+// resumed reports whether anybody has had the guest run since the freeze began: what it does now is
+// his doing.
 func (f *freezer) resumed() bool {
 	if f.events == nil {
 		return false
@@ -290,7 +308,8 @@ func (f *freezer) read() ([]byte, error) {
 		return nil, err
 	}
 	if info.Size() > migstream.MaxPackage {
-		return nil, fmt.Errorf("QEMU's state of the devices has %d bytes; %d are supported", info.Size(), migstream.MaxPackage)
+		return nil, fmt.Errorf("QEMU's state of the devices has %d bytes; %d are supported",
+			info.Size(), migstream.MaxPackage)
 	}
 	b := make([]byte, info.Size())
 	if _, err := io.ReadFull(io.NewSectionReader(f.file, 0, info.Size()), b); err != nil {
@@ -303,8 +322,9 @@ func (f *freezer) read() ([]byte, error) {
 	return p.Append(nil), nil
 }
 
-// hold stops the process of a QEMU whose guest is frozen, and makes sure that the guest did not run in between. QEMU says so ahead
-// of running it, so what it has not said before it was stopped it has not done.
+// hold stops the process of a QEMU whose guest is frozen, and makes sure that the guest did not run
+// in between. QEMU says so ahead of running it, so what it has not said before it was stopped it
+// has not done.
 func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	if err := qemu.Stop(ctx); err != nil {
 		return err
@@ -334,11 +354,14 @@ func (f *freezer) close() {
 	}
 }
 
-// hostFacts are what a source must know of the QEMU that holds a frozen VM, as that cannot answer once its process is stopped.
+// hostFacts are what a source must know of the QEMU that holds a frozen VM, as that cannot answer
+// once its process is stopped.
 type hostFacts struct {
-	Process   process.Process    `json:"process"`
-	Ran       bool               `json:"ran"`             // the VM ran when it was about to be frozen, and does again when it is rolled back
-	Stood     string             `json:"stood,omitempty"` // else QEMU's word for the state that it stood in
+	Process process.Process `json:"process"`
+	// the VM ran when it was about to be frozen, and does again when it is rolled back
+	Ran bool `json:"ran"`
+	// else QEMU's word for the state that it stood in
+	Stood     string             `json:"stood,omitempty"`
 	Blocks    []guestmem.Block   `json:"blocks"`
 	Mappings  []guestmem.Mapping `json:"mappings"`
 	Registers registers          `json:"registers,omitempty"` // of the frozen guest's vCPUs

@@ -22,17 +22,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A QEMU of each version, whose guest is its firmware, is frozen, and others have their word at every moment of it: what they did is
-// noticed, or cannot be done, and the VM goes on as they left it. None of it changes what the next freeze does.
+// A QEMU of each version, whose guest is its firmware, is frozen, and others have their word at
+// every moment of it: what they did is noticed, or cannot be done, and the VM goes on as they left
+// it. None of it changes what the next freeze does.
 func TestFreezer(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts QEMUs")
 	}
 	labtest.Need(t, lab.Probe())
 	for name, find := range map[string]func(context.Context) (lab.QEMU, error){
-		"stock":     lab.StockQEMU,
-		"newest":    func(ctx context.Context) (lab.QEMU, error) { return lab.BackportsQEMU(ctx, labtest.Dir(t)) },
-		"debian 12": func(ctx context.Context) (lab.QEMU, error) { return lab.Backports12QEMU(ctx, labtest.Dir(t)) },
+		"stock": lab.StockQEMU,
+		"newest": func(ctx context.Context) (lab.QEMU, error) {
+			return lab.BackportsQEMU(ctx, labtest.Dir(t))
+		},
+		"debian 12": func(ctx context.Context) (lab.QEMU, error) {
+			return lab.Backports12QEMU(ctx, labtest.Dir(t))
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			q, err := find(labtest.Within(t, 5*time.Minute))
@@ -52,7 +57,8 @@ type firmware struct {
 	qemu     process.Process
 	machine  string
 	last     *freezer
-	stands   string // QEMU's word for the state that it stands in when it is frozen; empty if it runs
+	// QEMU's word for the state that it stands in when it is frozen; empty if it runs
+	stands string
 }
 
 func startFirmware(t *testing.T, q lab.QEMU) *firmware {
@@ -60,9 +66,12 @@ func startFirmware(t *testing.T, q lab.QEMU) *firmware {
 	v := &firmware{T: t, ctx: labtest.Within(t, 2*time.Minute), disk: filepath.Join(dir, "disk")}
 	v.check(os.WriteFile(v.disk, make([]byte, 1<<20), 0o600))
 	sockets := []string{filepath.Join(dir, "a"), filepath.Join(dir, "b")}
-	cmd := exec.Command(q.Path, "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-machine", "pc",
-		"-drive", "file="+v.disk+",format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d", "-device", "virtio-net-pci",
-		"-qmp", "unix:"+sockets[0]+",server=on,wait=off", "-qmp", "unix:"+sockets[1]+",server=on,wait=off")
+	cmd := exec.Command(q.Path, "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64",
+		"-machine", "pc",
+		"-drive", "file="+v.disk+",format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d",
+		"-device", "virtio-net-pci",
+		"-qmp", "unix:"+sockets[0]+",server=on,wait=off", "-qmp",
+		"unix:"+sockets[1]+",server=on,wait=off")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Stderr = t.Output()
 	v.check(cmd.Start())
@@ -117,7 +126,8 @@ func (v *firmware) goOn() {
 
 func (v *firmware) rollBack(want string) {
 	v.Helper()
-	e := &source{q: v.q, qemu: v.qemu, facts: hostFacts{Ran: v.stands == "", Stood: v.stands}, freezer: v.last}
+	e := &source{q: v.q, qemu: v.qemu, facts: hostFacts{Ran: v.stands == "", Stood: v.stands},
+		freezer: v.last}
 	now, err := e.resume(v.ctx)
 	if err != nil || now.Status != want {
 		v.Fatalf("rolled back, and the VM is %+v, %v; want %q", now, err, want)
@@ -129,7 +139,8 @@ func (v *firmware) rollBack(want string) {
 	}
 }
 
-// run freezes the VM once. between is done before the freeze, after it, and once the process is stopped.
+// run freezes the VM once. between is done before the freeze, after it, and once the process is
+// stopped.
 func (v *firmware) run(name string, before, between, held func(), want error, says string) {
 	v.T.Run(name, func(t *testing.T) {
 		all := v
@@ -145,7 +156,8 @@ func (v *firmware) run(name string, before, between, held func(), want error, sa
 		s, err := f.freeze(v.ctx, true)
 		if err == nil {
 			v.is("paused")
-			if len(s.load) < 10_000 || s.at.IsZero() && v.stands == "" || s.was.Running != (v.stands == "") {
+			if len(s.load) < 10_000 || s.at.IsZero() && v.stands == "" ||
+				s.was.Running != (v.stands == "") {
 				t.Errorf("%d bytes, at %v, was %+v", len(s.load), s.at, s.was)
 			}
 			if between != nil {
@@ -163,7 +175,8 @@ func (v *firmware) run(name string, before, between, held func(), want error, sa
 		t.Log(err)
 		if want == nil && says == "" {
 			v.check(err)
-		} else if err == nil || want != nil && !errors.Is(err, want) || !strings.Contains(err.Error(), says) {
+		} else if err == nil || want != nil && !errors.Is(err, want) ||
+			!strings.Contains(err.Error(), says) {
 			t.Errorf("%v; want %v that says %q", err, want, says)
 		}
 	})
@@ -184,7 +197,8 @@ func (v *firmware) all() {
 	}
 	v.run("cont behind the freeze", nil, v.has("cont", nil), nil, errMoved, "RESUME")
 	v.goOn()
-	v.run("cont and stop behind the freeze", nil, func() { v.has("cont", nil)(); v.has("stop", nil)() }, nil, errMoved, "RESUME")
+	v.run("cont and stop behind the freeze", nil,
+		func() { v.has("cont", nil)(); v.has("stop", nil)() }, nil, errMoved, "RESUME")
 	v.rollBack("paused") // as somebody wants it
 	v.has("cont", nil)()
 	v.run("reset behind the freeze", nil, v.has("system_reset", nil), nil, errMoved, "RESET")
@@ -201,10 +215,12 @@ func (v *firmware) all() {
 		v.has("cont", nil)()
 	}
 	v.stands = "paused"
-	v.run("cont behind the freeze of one that stood", v.has("stop", nil), v.has("cont", nil), nil, errMoved, "RESUME")
+	v.run("cont behind the freeze of one that stood", v.has("stop", nil), v.has("cont", nil), nil,
+		errMoved, "RESUME")
 	v.stands = ""
 	v.rollBack("running")
-	v.run("a device plugged", v.has("device_add", map[string]any{"driver": "secondary-vga", "id": "more"}), nil, nil, nil, "plugged")
+	v.run("a device plugged", v.has("device_add",
+		map[string]any{"driver": "secondary-vga", "id": "more"}), nil, nil, nil, "plugged")
 	v.goOn()
 	var err error
 	v.mem.Close()
@@ -231,14 +247,16 @@ func (v *firmware) all() {
 	lock := func() (unlock func()) {
 		f, err := os.OpenFile(v.disk, os.O_RDWR, 0)
 		v.check(err)
-		v.check(unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Start: 100, Len: 150}))
+		v.check(unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK,
+			&unix.Flock_t{Type: unix.F_WRLCK, Start: 100, Len: 150}))
 		return func() { f.Close() }
 	}
 	var unlock func()
 	v.run("the disk is locked by another", nil, func() { unlock = lock() }, nil, nil, "")
 	v.check(v.qemu.Continue())
 	var refused *qmp.Error
-	if err := v.other.Cont(v.ctx); !errors.As(err, &refused) || !strings.Contains(refused.Desc, "lock") {
+	if err := v.other.Cont(v.ctx); !errors.As(err, &refused) ||
+		!strings.Contains(refused.Desc, "lock") {
 		v.Errorf("cont without the disk's lock: %v", err)
 	}
 	v.is("paused")

@@ -26,7 +26,8 @@ func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
 		case j < 0 || !mem.Blocks()[j].Located:
 			return nil, fmt.Errorf("memory %q: %w", b.Name, guestmem.ErrNotLocated)
 		case mem.Blocks()[j].PageSize != b.PageSize || mem.Blocks()[j].Size < b.Length:
-			return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at", b.Name)
+			return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at",
+				b.Name)
 		}
 		f.index[i] = j
 	}
@@ -40,7 +41,8 @@ func (f *frozen) read(dst []byte, r pageset.Run) error {
 
 // unused returns those of a block's pages, from first on, that are not there, so that they read as
 // zero. It looks at so many bytes, and returns the first page that it did not look at.
-func (f *frozen) unused(block int, first pageset.Page, size uint64) (runs []pageset.Run, next pageset.Page, err error) {
+func (f *frozen) unused(block int, first pageset.Page,
+	size uint64) (runs []pageset.Run, next pageset.Page, err error) {
 	b := f.layout[block]
 	n := min(pageset.Page(max(1, size/b.PageSize)), pageset.Page(b.Pages)-first)
 	next = first + n
@@ -93,22 +95,24 @@ func (f *frozen) runs(addresses []uint64) []pageset.Run {
 		}
 		for i, b := range f.layout {
 			if f.index[i] == j && offset < b.Length {
-				runs = append(runs, pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
+				runs = append(runs,
+					pageset.Run{Block: i, First: pageset.Page(offset / b.PageSize), Count: 1})
 			}
 		}
 	}
 	return runs
 }
 
-// readGuest reads guest-physical memory into dst, and reports whether it could: where it lies in one piece,
-// in memory that can be read from the process.
+// readGuest reads guest-physical memory into dst, and reports whether it could: where it lies in
+// one piece, in memory that can be read from the process.
 func (f *frozen) readGuest(gpa uint64, dst []byte) bool {
 	j, offset, ok := f.mem.Resolve(gpa)
 	if !ok {
 		return false
 	}
 	k, last, ok := f.mem.Resolve(gpa + uint64(len(dst)) - 1)
-	return ok && k == j && last == offset+uint64(len(dst))-1 && f.mem.Blocks()[j].Located && f.mem.Read(dst, j, offset) == nil
+	return ok && k == j && last == offset+uint64(len(dst))-1 && f.mem.Blocks()[j].Located &&
+		f.mem.Read(dst, j, offset) == nil
 }
 
 // frame builds frames of pages. It is not safe for concurrent use.
@@ -174,7 +178,9 @@ func (fr *frame) add(r pageset.Run, data []byte, size int) {
 		for end < r.Count && guestmem.IsZero(data[end*size:(end+1)*size]) == zero {
 			end++
 		}
-		fr.runs = append(fr.runs, pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(at), Count: end - at}, zero})
+		fr.runs = append(fr.runs,
+			pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(at), Count: end - at},
+				zero})
 		if zero {
 			fr.zero += end - at
 			fr.note(r.Block, r.First+pageset.Page(at), end-at)

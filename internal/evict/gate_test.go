@@ -20,7 +20,8 @@ func TestGate(t *testing.T) {
 	passes := func(what string, urgent, want bool) {
 		t.Helper()
 		g.next = time.Time{} // time has passed
-		if err := g.pass(4096, urgent); (err == nil) != want || err != nil && !errors.Is(err, errNoMemory) {
+		if err := g.pass(4096, urgent); (err == nil) != want ||
+			err != nil && !errors.Is(err, errNoMemory) {
 			t.Errorf("%s, urgent: %v: %v", what, urgent, err)
 		}
 	}

@@ -12,10 +12,12 @@ import (
 )
 
 // ErrGivenBack is wrapped by the errors of doing something with a copy that is not whole.
-var ErrGivenBack = errors.New("memory of the frozen VM was given back to this host, as the destination had it: the copy here is not whole")
+var ErrGivenBack = errors.New("memory of the frozen VM was given back to this host, as the " +
+	"destination had it: the copy here is not whole")
 
-// Whole returns an error, ErrGivenBack, if an eviction has given memory of the frozen VM back, so that its copy at the source can neither be
-// resumed nor exported; or another one if the journal does not tell.
+// Whole returns an error, ErrGivenBack, if an eviction has given memory of the frozen VM back, so
+// that its copy at the source can neither be resumed nor exported; or another one if the journal
+// does not tell.
 func Whole(j Journal) error {
 	_, err := j.Kept(keptGivenBack)
 	switch {
@@ -30,7 +32,8 @@ func Whole(j Journal) error {
 // giveEvery is how often memory is given back, so that pages beside one another go at once.
 const giveEvery = 100 * time.Millisecond
 
-// ledger is which pages the destination has in the memory of its QEMU: those of frames that it reported so. A nil ledger keeps no books.
+// ledger is which pages the destination has in the memory of its QEMU: those of frames that it
+// reported so. A nil ledger keeps no books.
 type ledger struct {
 	mu     sync.Mutex
 	flying []sentFrame   // pushed and not reported, oldest first
@@ -68,8 +71,8 @@ func (l *ledger) add(size int, runs []pageRun) {
 	l.flying = append(l.flying, f)
 }
 
-// report notes that the destination has placed all frames up to placed bytes; and whether the pages of the last of these are in its
-// QEMU's memory for good, and not on their way there.
+// report notes that the destination has placed all frames up to placed bytes; and whether the pages
+// of the last of these are in its QEMU's memory for good, and not on their way there.
 func (l *ledger) report(placed uint64, held bool) {
 	if l == nil {
 		return
@@ -97,7 +100,8 @@ func (l *ledger) take() []pageset.Run {
 	return join(runs)
 }
 
-// giveBack gives memory back that the destination has, as long as a session lasts and once the VM has run there for long enough.
+// giveBack gives memory back that the destination has, as long as a session lasts and once the VM
+// has run there for long enough.
 func (e *source) giveBack(a *attachment) error {
 	timer := time.NewTimer(time.Until(e.ranSince.Add(e.GiveBack)))
 	defer timer.Stop()
@@ -109,7 +113,8 @@ func (e *source) giveBack(a *attachment) error {
 		}
 		if runs := e.ledger.take(); len(runs) > 0 {
 			if err := e.release(runs); err != nil {
-				e.Log.Warn("no more of the frozen VM's memory is given back before the end", "error", err)
+				e.Log.Warn("no more of the frozen VM's memory is given back before the end",
+					"error", err)
 				return nil
 			}
 		}
@@ -117,9 +122,11 @@ func (e *source) giveBack(a *attachment) error {
 	}
 }
 
-// release gives pages back, as far as they are in memory that can be. That the copy here is not whole from now on is durable before.
+// release gives pages back, as far as they are in memory that can be. That the copy here is not
+// whole from now on is durable before.
 func (e *source) release(runs []pageset.Run) error {
-	runs = slices.DeleteFunc(runs, func(r pageset.Run) bool { return !e.frozen.releasable(r.Block) })
+	runs = slices.DeleteFunc(runs,
+		func(r pageset.Run) bool { return !e.frozen.releasable(r.Block) })
 	if len(runs) == 0 {
 		return nil
 	}

@@ -29,14 +29,16 @@ func (emptyJournal) Kept(string) ([]byte, error)   { return nil, fs.ErrNotExist 
 
 // answering is a destination that gives one answer, and what connects to it. stop returns whether
 // it heard that the source has heard how the eviction ended.
-func answering(t *testing.T, answer evict.Answer) (connect func(context.Context) (*link.Session, error), stop func() (heard bool)) {
+func answering(t *testing.T, answer evict.Answer) (connect func(context.Context) (*link.Session,
+	error), stop func() (heard bool)) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	sessions := link.NewListener(ln, link.ListenOptions{})
-	requests, wait := evict.Requests(t.Context(), sessions.Accept, func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
+	requests, wait := evict.Requests(t.Context(), sessions.Accept,
+		func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
 	answered, over := make(chan bool, 1), make(chan struct{})
 	go func() {
 		select {
@@ -57,7 +59,8 @@ func answering(t *testing.T, answer evict.Answer) (connect func(context.Context)
 
 // resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer.
 // That hears whether the source has heard how the eviction ended.
-func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict.Report, heard bool, err error) {
+func resumeGone(t *testing.T, s evict.Source,
+	answer evict.Answer) (report evict.Report, heard bool, err error) {
 	t.Helper()
 	connect, stop := answering(t, answer)
 	s.Eviction, s.VM, s.Connect = journal.NewID(), "web1", connect
@@ -71,13 +74,17 @@ func resumeGone(t *testing.T, s evict.Source, answer evict.Answer) (report evict
 // A source whose QEMU has ended asks what became of the VM, too.
 func TestResumeWithoutQEMU(t *testing.T) {
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none")}
-	for answer, outcome := range map[evict.Answer]evict.State{evict.AnswerComplete: evict.Completed, evict.AnswerShutDown: evict.ShutDown} {
-		if report, heard, err := resumeGone(t, s, answer); err != nil || report.Outcome != string(outcome) || !heard {
-			t.Errorf("%s there: %+v, %v; the destination knows that it was heard: %v", answer, report, err, heard)
+	for answer, outcome := range map[evict.Answer]evict.State{evict.AnswerComplete: evict.Completed,
+		evict.AnswerShutDown: evict.ShutDown} {
+		if report, heard, err := resumeGone(t, s, answer); err != nil ||
+			report.Outcome != string(outcome) || !heard {
+			t.Errorf("%s there: %+v, %v; the destination knows that it was heard: %v", answer,
+				report, err, heard)
 		}
 	}
 	for _, answer := range []evict.Answer{evict.AnswerNeverRan, evict.AnswerLost} {
-		if report, heard, err := resumeGone(t, s, answer); !errors.Is(err, evict.ErrLost) || report.Outcome != "lost contact" || heard {
+		if report, heard, err := resumeGone(t, s, answer); !errors.Is(err, evict.ErrLost) ||
+			report.Outcome != "lost contact" || heard {
 			t.Errorf("%s there: %+v, %v", answer, report, err)
 		}
 	}
@@ -92,7 +99,8 @@ func TestResumeWithAnotherQEMU(t *testing.T) {
 		t.Fatal(err)
 	}
 	before.StartTime--
-	if report, _, err := resumeGone(t, evict.Source{QMP: vm.QMP, Process: before}, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
+	if report, _, err := resumeGone(t, evict.Source{QMP: vm.QMP, Process: before},
+		evict.AnswerComplete); err != nil || report.Outcome != "completed" {
 		t.Errorf("%+v, %v", report, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -110,7 +118,8 @@ func factsOf(t *testing.T, p process.Process, boot string) evict.Journal {
 		boot = process.BootID()
 	}
 	j := new(memoryJournal)
-	facts := fmt.Sprintf(`{"process":{"PID":%d,"StartTime":%d,"Boot":%q},"ran":true}`, p.PID, p.StartTime, boot)
+	facts := fmt.Sprintf(`{"process":{"PID":%d,"StartTime":%d,"Boot":%q},"ran":true}`, p.PID,
+		p.StartTime, boot)
 	if err := j.Keep("facts", []byte(facts)); err != nil {
 		t.Fatal(err)
 	}
@@ -139,16 +148,20 @@ func stoppedProcess(t *testing.T) process.Process {
 // up.
 func TestDiscard(t *testing.T) {
 	for answer, gone := range map[evict.Answer]bool{
-		evict.AnswerRunning: false, evict.AnswerPaused: false, evict.AnswerComplete: false, evict.AnswerShutDown: false, evict.AnswerNeverRan: false,
+		evict.AnswerRunning: false, evict.AnswerPaused: false, evict.AnswerComplete: false,
+		evict.AnswerShutDown: false, evict.AnswerNeverRan: false,
 		evict.AnswerLost: true, evict.AnswerUnknown: true,
 	} {
 		p := stoppedProcess(t)
 		connect, stop := answering(t, answer)
-		s := evict.Source{Eviction: journal.NewID(), VM: "web1", QMP: filepath.Join(t.TempDir(), "none"), Process: p, Journal: new(memoryJournal), Connect: connect}
+		s := evict.Source{Eviction: journal.NewID(), VM: "web1",
+			QMP: filepath.Join(t.TempDir(), "none"), Process: p, Journal: new(memoryJournal),
+			Connect: connect}
 		err := s.Decide(labtest.Within(t, 10*time.Second), evict.MarkMayRun, evict.Discard, "")
 		stop()
 		if gone != (err == nil) || !gone && !errors.Is(err, evict.ErrAnswers) || p.Alive() == gone {
-			t.Errorf("the destination says %q: discard: %v; the copy lives: %v", answer, err, p.Alive())
+			t.Errorf("the destination says %q: discard: %v; the copy lives: %v", answer, err,
+				p.Alive())
 		}
 	}
 }
@@ -157,7 +170,8 @@ func TestDiscard(t *testing.T) {
 func TestResumeAfterBoot(t *testing.T) {
 	p := stoppedProcess(t)
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none"), Journal: factsOf(t, p, "another")}
-	if report, _, err := resumeGone(t, s, evict.AnswerComplete); err != nil || report.Outcome != "completed" {
+	if report, _, err := resumeGone(t, s, evict.AnswerComplete); err != nil ||
+		report.Outcome != "completed" {
 		t.Errorf("%+v, %v", report, err)
 	}
 	if !p.Alive() {
@@ -182,11 +196,19 @@ func TestStopAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := evict.Source{Eviction: journal.NewID(), VM: "web1", QMP: monitor, Journal: factsOf(t, p, ""),
-		Connect: func(context.Context) (*link.Session, error) { return nil, errors.New("nobody is there") }}
+	s := evict.Source{Eviction: journal.NewID(), VM: "web1", QMP: monitor,
+		Journal: factsOf(t, p, ""),
+		Connect: func(context.Context) (*link.Session, error) {
+			return nil, errors.New("nobody is there")
+		}}
 	for what, do := range map[string]func() error{
-		"export":      func() error { return s.Export(t.Context(), filepath.Join(t.TempDir(), "file")) }, // there is no head
-		"resume here": func() error { return s.Decide(t.Context(), evict.MarkMayRun, evict.ResumeHere, "") },
+		// there is no head
+		"export": func() error {
+			return s.Export(t.Context(), filepath.Join(t.TempDir(), "file"))
+		},
+		"resume here": func() error {
+			return s.Decide(t.Context(), evict.MarkMayRun, evict.ResumeHere, "")
+		},
 	} {
 		if err := p.Continue(); err != nil {
 			t.Fatal(err)

@@ -38,7 +38,8 @@ func TestHead(t *testing.T) {
 				machine = it.Machine
 			case migstream.MemSize:
 				for _, b := range it.Blocks {
-					blocks = append(blocks, guestmem.Block{Name: b.Name, Size: b.Length, PageSize: b.PageSize})
+					blocks = append(blocks,
+						guestmem.Block{Name: b.Name, Size: b.Length, PageSize: b.PageSize})
 				}
 			case migstream.SectionStart:
 				it.ID = ramSection
@@ -58,7 +59,8 @@ func TestHead(t *testing.T) {
 			t.Errorf("%s: %v of %v, section %#x, %v", name, again, l, r.SectionID(), err)
 		}
 	}
-	if _, _, err := makeHead("pc", []guestmem.Block{{Name: "huge", Size: 1 << 30, PageSize: 1 << 30}}); err == nil {
+	if _, _, err := makeHead("pc",
+		[]guestmem.Block{{Name: "huge", Size: 1 << 30, PageSize: 1 << 30}}); err == nil {
 		t.Error("a page of 1 GiB is taken")
 	}
 }
@@ -70,7 +72,8 @@ func is[T any](item migstream.Item) bool {
 
 // What QEMU said before the process was stopped decides whether the guest ran.
 func TestFacts(t *testing.T) {
-	for _, bad := range []string{"", "[]", `{"process": 1}`, `{"unknown": 1}`, `{"blocks": [{"Size": -1}]}`} {
+	for _, bad := range []string{"", "[]", `{"process": 1}`, `{"unknown": 1}`,
+		`{"blocks": [{"Size": -1}]}`} {
 		if f, err := parseFacts([]byte(bad)); err == nil {
 			t.Errorf("%q: %+v", bad, f)
 		}
@@ -90,7 +93,8 @@ func TestMayLeave(t *testing.T) {
 		m    qmp.Migration
 		free bool
 	}{
-		{qmp.Migration{}, true}, {qmp.Migration{Status: "completed"}, true}, {qmp.Migration{Status: "cancelled"}, true},
+		{qmp.Migration{}, true}, {qmp.Migration{Status: "completed"}, true},
+		{qmp.Migration{Status: "cancelled"}, true},
 		{qmp.Migration{Status: "active"}, false}, {qmp.Migration{Status: "postcopy-paused"}, false},
 		{qmp.Migration{Blocked: []string{"nvme"}}, false},
 	} {

@@ -49,7 +49,8 @@ func TestCompleteIsHeard(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			near, far := sessionPair(t)
-			ours, theirs := &oneJournal{kept: map[string][]byte{}}, &oneJournal{kept: map[string][]byte{}}
+			ours, theirs := &oneJournal{kept: map[string][]byte{}}, &oneJournal{
+				kept: map[string][]byte{}}
 			s := Source{Journal: ours}.engine(Pushing)
 			s.at.Store(attach(near, maxJSON))
 			d := Destination{Journal: theirs}.engine(Completing)
@@ -63,8 +64,10 @@ func TestCompleteIsHeard(t *testing.T) {
 			}()
 			report, err := s.done(c.end(s))
 			<-told
-			if err != nil || report.Outcome != string(Completed) || !slices.Equal(ours.marks, []Mark{MarkCompleted}) || s.summary.Fetches != 7 {
-				t.Errorf("the source ends as %q, %v, with marks %q and %+v", report.Outcome, err, ours.marks, s.summary)
+			if err != nil || report.Outcome != string(Completed) ||
+				!slices.Equal(ours.marks, []Mark{MarkCompleted}) || s.summary.Fetches != 7 {
+				t.Errorf("the source ends as %q, %v, with marks %q and %+v", report.Outcome, err,
+					ours.marks, s.summary)
 			}
 			if _, err := theirs.Kept(KeptHeard); err != nil {
 				t.Errorf("the destination does not keep it that the source knows: %v", err)
@@ -93,7 +96,8 @@ func TestCompleteIsHeardAsAnAnswer(t *testing.T) {
 		d.rejoin <- &Request{attachment: attach(far, maxControl), Purpose: ToResume}
 		d.awaitHeard(nil, func(r *Request) bool { return r.Answer(AnswerComplete, "", false, nil) })
 		d.close()
-		if _, err := theirs.Kept(KeptHeard); says != (err == nil) || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if _, err := theirs.Kept(KeptHeard); says != (err == nil) ||
+			err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a source that says that it has heard (%v): kept %v", says, err)
 		}
 	}

@@ -12,32 +12,39 @@ import (
 	"vacate/lab/labtest"
 )
 
-// What QEMU cannot migrate, and what the engine cannot, is refused before anybody is asked to take it.
+// What QEMU cannot migrate, and what the engine cannot, is refused before anybody is asked to take
+// it.
 func TestHeldVMs(t *testing.T) {
 	disk := []string{"-drive", "if=none,id=a,file=null-co://,format=raw"}
 	for name, c := range map[string]struct {
 		args []string
 		says []string
 	}{
-		"NVMe":          {append(disk, "-device", "nvme,id=n,serial=1,drive=a"), []string{"QEMU refuses to migrate", "/nvme", "device_del"}},
-		"virtio-crypto": {[]string{"-object", "cryptodev-backend-builtin,id=c", "-device", "virtio-crypto-pci,cryptodev=c"}, []string{"QEMU refuses to migrate", "virtio-crypto"}},
-		"AMD's IOMMU":   {[]string{"-M", "q35", "-device", "amd-iommu"}, []string{"QEMU refuses to migrate", "iommu"}},
+		"NVMe": {append(disk, "-device", "nvme,id=n,serial=1,drive=a"),
+			[]string{"QEMU refuses to migrate", "/nvme", "device_del"}},
+		"virtio-crypto": {[]string{"-object", "cryptodev-backend-builtin,id=c", "-device",
+			"virtio-crypto-pci,cryptodev=c"}, []string{"QEMU refuses to migrate", "virtio-crypto"}},
+		"AMD's IOMMU": {[]string{"-M", "q35", "-device", "amd-iommu"},
+			[]string{"QEMU refuses to migrate", "iommu"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			refused(t, evictNowhere(t, runQEMU(t, c.args...)), append(c.says, "The VM runs on, untouched")...)
+			refused(t, evictNowhere(t, runQEMU(t, c.args...)),
+				append(c.says, "The VM runs on, untouched")...)
 		})
 	}
 	t.Run("architecture", func(t *testing.T) {
-		monitor := speak(t, filepath.Join(t.TempDir(), "arm.sock"), qmpGreeting(7, 2), map[string]string{
-			"query-status":               `{"status": "running", "running": true, "singlestep": false}`,
-			"query-migrate":              `{}`,
-			"query-migrate-capabilities": `[{"capability": "postcopy-ram", "state": false}]`,
-			"query-migrate-parameters":   `{}`,
-			"query-target":               `{"arch": "aarch64"}`,
-			"xen-save-devices-state":     "", // it is there, and refuses what lacks arguments
-		})
-		refused(t, evictNowhere(t, monitor), "the VM's architecture is aarch64, and only x86 VMs can be evicted")
+		monitor := speak(t, filepath.Join(t.TempDir(), "arm.sock"), qmpGreeting(7, 2),
+			map[string]string{
+				"query-status":               `{"status": "running", "running": true, "singlestep": false}`,
+				"query-migrate":              `{}`,
+				"query-migrate-capabilities": `[{"capability": "postcopy-ram", "state": false}]`,
+				"query-migrate-parameters":   `{}`,
+				"query-target":               `{"arch": "aarch64"}`,
+				"xen-save-devices-state":     "", // it is there, and refuses what lacks arguments
+			})
+		refused(t, evictNowhere(t, monitor),
+			"the VM's architecture is aarch64, and only x86 VMs can be evicted")
 	})
 }
 

@@ -9,11 +9,14 @@ import (
 	"vacate/internal/link"
 )
 
-// Where this host has no memory for a page once the VM runs here, nothing is lost: the source has the page, and the guest waits. So the page is
-// kept, and placed as soon as there is memory. The lanes are read on meanwhile, as a session whose frames nobody reads would be taken for dead.
-// What was pushed is not reported as placed, so that the source's window lets no more than one round trip's worth come.
+// Where this host has no memory for a page once the VM runs here, nothing is lost: the source has
+// the page, and the guest waits. So the page is kept, and placed as soon as there is memory. The
+// lanes are read on meanwhile, as a session whose frames nobody reads would be taken for dead. What
+// was pushed is not reported as placed, so that the source's window lets no more than one round
+// trip's worth come.
 
-// errNoMemory is wrapped by the reasons for which this host does not take a page now, and may later.
+// errNoMemory is wrapped by the reasons for which this host does not take a page now, and may
+// later.
 var errNoMemory = errors.New("no memory for a page")
 
 const (
@@ -21,7 +24,8 @@ const (
 	retryMemory = 100 * time.Millisecond
 	// maxHeld bounds the pages that are kept, in bytes; beyond it the lanes are not read.
 	maxHeld = 64 << 20
-	// heldRun and heldParcel are what a run and a parcel take besides, at most: a peer's may have no data.
+	// heldRun and heldParcel are what a run and a parcel take besides, at most: a peer's may have
+	// no data.
 	heldRun, heldParcel = 64, 512
 )
 
@@ -30,13 +34,15 @@ type parcel struct {
 	runs   []pageRun
 	data   []byte // of those that are not zero
 	urgent bool
-	all    bool        // none of the frame's was here before
-	a      *attachment // in whose session they came; nil for zeroes in place of pages that were left out
-	push   *tally      // whom to tell when they are placed; nil for nobody
-	bytes  int         // of the frame
+	all    bool // none of the frame's was here before
+	// in whose session they came; nil for zeroes in place of pages that were left out
+	a     *attachment
+	push  *tally // whom to tell when they are placed; nil for nobody
+	bytes int    // of the frame
 }
 
-// tally is what was placed of a push lane. It is used by the lane's reader, and while pages of the lane are held by who places those.
+// tally is what was placed of a push lane. It is used by the lane's reader, and while pages of the
+// lane are held by who places those.
 type tally struct {
 	lane   *link.Conn
 	placed uint64 // bytes of frames
@@ -53,7 +59,8 @@ func (p *tally) tell(bytes int, held bool) error {
 	return p.lane.Write(framePlaced, p.report)
 }
 
-// settle places pages, or holds them until there is memory. It tells whether they are held: then their data must stay as it is.
+// settle places pages, or holds them until there is memory. It tells whether they are held: then
+// their data must stay as it is.
 func (e *destination) settle(f parcel) (held bool, err error) {
 	if f.push != nil && e.behind(f) {
 		return true, nil
@@ -66,7 +73,8 @@ func (e *destination) settle(f parcel) (held bool, err error) {
 	return true, nil
 }
 
-// put places pages, and reports them. What finds no memory, where that may come, is returned with the reason.
+// put places pages, and reports them. What finds no memory, where that may come, is returned with
+// the reason.
 func (e *destination) put(f parcel) (rest *parcel, err error) {
 	if len(f.runs) == 0 {
 		return nil, f.push.tell(f.bytes, false)
@@ -109,7 +117,8 @@ func (e *destination) mayHold() bool {
 	return false
 }
 
-// behind holds pushed pages if others of their session are, whose turn is first. It tells whether it did.
+// behind holds pushed pages if others of their session are, whose turn is first. It tells whether
+// it did.
 func (e *destination) behind(f parcel) bool {
 	e.holding.Lock()
 	defer e.holding.Unlock()
@@ -120,7 +129,8 @@ func (e *destination) behind(f parcel) bool {
 	return true
 }
 
-// mayRead waits until so few pages are held that a lane of a session may be read on, or the session ends.
+// mayRead waits until so few pages are held that a lane of a session may be read on, or the session
+// ends.
 func (e *destination) mayRead(a *attachment) {
 	for a.Err() == nil {
 		bytes := 0
@@ -150,7 +160,8 @@ func (e *destination) park(f parcel, why error) {
 	}
 }
 
-// retry places what is held, until nothing is. why is the reason for which the first page was not placed.
+// retry places what is held, until nothing is. why is the reason for which the first page was not
+// placed.
 func (e *destination) retry(why error) {
 	e.tellShort(e.shortage(why))
 	for {
@@ -163,7 +174,8 @@ func (e *destination) retry(why error) {
 		e.parcels = e.placeHeld(e.parcels)
 		none := len(e.parcels) == 0
 		e.holding.Unlock()
-		if !none || e.at.Load() == nil && e.tight() != "" { // pages of a session that has ended are held no longer
+		if !none || e.at.Load() == nil && e.tight() != "" {
+			// pages of a session that has ended are held no longer
 			continue
 		}
 		e.tellShort("")
@@ -186,7 +198,8 @@ func (e *destination) shortage(err error) string {
 	return err.Error()
 }
 
-// awaitRoom waits for a while where QEMU's own loader of pages will fail once more, as this host has no memory for any.
+// awaitRoom waits for a while where QEMU's own loader of pages will fail once more, as this host
+// has no memory for any.
 func (e *destination) awaitRoom() {
 	if e.placer.direct.Load() != nil {
 		return
@@ -238,8 +251,8 @@ func (e *destination) failed(a *attachment, err error) {
 	}
 }
 
-// forget drops pages that are held: those of a session that has ended, which will be sent again, or all of them where it is about to be found
-// out what is here.
+// forget drops pages that are held: those of a session that has ended, which will be sent again, or
+// all of them where it is about to be found out what is here.
 func (e *destination) forget(a *attachment) {
 	e.holding.Lock()
 	defer e.holding.Unlock()
@@ -257,7 +270,8 @@ func (e *destination) forget(a *attachment) {
 // tellShort tells whom it concerns that pages find no memory here, and why; "" if they do again.
 func (e *destination) tellShort(why string) {
 	if why != "" {
-		e.Log.Warn("this host has no memory for pages of the VM, which waits for them; it goes on by itself when there is some", "reason", why)
+		e.Log.Warn("this host has no memory for pages of the VM, which waits for them; it goes "+
+			"on by itself when there is some", "reason", why)
 	} else {
 		e.Log.Info("this host has memory again for the VM's pages")
 	}
@@ -279,7 +293,8 @@ func (e *destination) passOn() {
 	e.mu.Lock()
 	why := e.short
 	e.mu.Unlock()
-	if err := writeJSON(a.control.Conn, msgShort, farewell{Reason: why[:min(len(why), maxReason)]}); err != nil {
+	if err := writeJSON(a.control.Conn, msgShort,
+		farewell{Reason: why[:min(len(why), maxReason)]}); err != nil {
 		a.FailSoon(err)
 	}
 }
@@ -299,5 +314,6 @@ func shortText(where, why string) string {
 	if why == "" {
 		return ""
 	}
-	return fmt.Sprintf("%s has no memory for the VM's pages: %s. The VM waits there. Free memory or raise that limit; it goes on by itself", where, why)
+	return fmt.Sprintf("%s has no memory for the VM's pages: %s. The VM waits there. Free "+
+		"memory or raise that limit; it goes on by itself", where, why)
 }

@@ -21,16 +21,20 @@ func TestWithout(t *testing.T) {
 			n := min(place, r.Count)
 			place -= n
 			if n > 0 {
-				done = append(done, pageRun{pageset.Run{Block: r.Block, First: r.First, Count: n}, r.Zero})
+				done = append(done,
+					pageRun{pageset.Run{Block: r.Block, First: r.First, Count: n}, r.Zero})
 			}
 			if n < r.Count {
-				left = append(left, pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(n), Count: r.Count - n}, r.Zero})
+				left = append(left,
+					pageRun{pageset.Run{Block: r.Block, First: r.First + pageset.Page(n),
+						Count: r.Count - n}, r.Zero})
 			}
 		}
 		before := append([]pageRun(nil), runs...)
 		gotRuns, gotData := without(l, runs, data, done)
 		if !equalRuns(gotRuns, left) || !bytes.Equal(gotData, pageData(l, left)) {
-			t.Fatalf("of %v without %v are left %v, %d bytes; want %v, %d bytes", before, done, gotRuns, len(gotData), left, len(pageData(l, left)))
+			t.Fatalf("of %v without %v are left %v, %d bytes; want %v, %d bytes", before, done,
+				gotRuns, len(gotData), left, len(pageData(l, left)))
 		}
 		if !equalRuns(runs, before) {
 			t.Fatal("the runs themselves changed")
@@ -63,11 +67,14 @@ func TestForget(t *testing.T) {
 	e := &destination{layout: l}
 	e.pages.begin(l)
 	e.pages.claim([]pageRun{{pageset.Run{Count: 64}, true}}, nil)
-	run := func(first int) []pageRun { return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}} }
+	run := func(first int) []pageRun {
+		return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}}
+	}
 	e.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
 	e.forget(nil)
 	if len(e.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
-		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.pages.waiting, e.pages.received[0].Count())
+		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.pages.waiting,
+			e.pages.received[0].Count())
 	}
 	for _, p := range []pageset.Page{4, 5} {
 		if _, ok := e.pages.waiting[pageKey{0, p}]; !ok {

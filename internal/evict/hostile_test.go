@@ -38,10 +38,12 @@ func evictAs(ctx context.Context, t testing.TB, vm, twin *lab.VM, s evict.Source
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
+		received <- receiveOn(ctx,
+			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	var r result
-	s.QMP, s.Connect, s.Log = vm.QMP, connectTo(vm.Host, ln.Addr().String()), log.With("side", "source")
+	s.QMP, s.Connect, s.Log = vm.QMP, connectTo(vm.Host, ln.Addr().String()), log.With("side",
+		"source")
 	r.report, r.source = s.Evict(ctx)
 	if r.source != nil {
 		ln.Close()
@@ -56,7 +58,8 @@ const allowance = 256 << 20
 
 // suffer evicts a guest that is hostile in some way to the other host. It must arrive whole
 // and at work, and not cost much memory, and what it says must be fit for a terminal.
-func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(twin *lab.VM)) (*lab.VM, evict.Report) {
+func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source,
+	prepare func(twin *lab.VM)) (*lab.VM, evict.Report) {
 	t.Helper()
 	to := l.B
 	if vm.Host == l.B {
@@ -80,9 +83,12 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(t
 		t.Logf("%d MiB allocated", n>>20)
 	}
 	e := r.report.Enlightenment
-	t.Logf("by %s, %d of %d pages left out; doubts: %q; notes: %q", e.Source, r.report.Pages.Skipped, r.report.Pages.Total, e.Doubts, e.Notes)
+	t.Logf("by %s, %d of %d pages left out; doubts: %q; notes: %q", e.Source,
+		r.report.Pages.Skipped, r.report.Pages.Total, e.Doubts, e.Notes)
 	for _, text := range append([]string{e.Doubts, e.Kernel}, e.Notes...) {
-		if len(text) > 2000 || strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsGraphic(r) }) {
+		if len(text) > 2000 ||
+			strings.ContainsFunc(text,
+				func(r rune) bool { return r != '\n' && !unicode.IsGraphic(r) }) {
 			t.Errorf("a text that is not fit for a terminal: %q", text)
 		}
 	}
@@ -101,12 +107,14 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source, prepare func(t
 	return twin, r.report
 }
 
-var complaint = regexp.MustCompile(`\bBUG\b|WARNING:|Oops|[Bb]ad page|corrupt|Call Trace|general protection`)
+var complaint = regexp.MustCompile(
+	`\bBUG\b|WARNING:|Oops|[Bb]ad page|corrupt|Call Trace|general protection`)
 
 // TestHostileAgents: an agent can spoil the order at worst.
 func TestHostileAgents(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Agent: true, Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Agent: true,
+		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	answers(t, vm)
 	for _, a := range []struct {
 		name    string
@@ -116,7 +124,8 @@ func TestHostileAgents(t *testing.T) {
 	}{
 		{"real", nil, true, ""},
 		{"lies", func(c net.Conn, r agent.Request) { c.Write(lies(r)) }, true, ""},
-		{"calls all pages skippable", func(c net.Conn, r agent.Request) { c.Write(skippable(t, r)) }, false, "skippable"},
+		{"calls all pages skippable",
+			func(c net.Conn, r agent.Request) { c.Write(skippable(t, r)) }, false, "skippable"},
 		{"says nothing", func(c net.Conn, r agent.Request) { untilClosed(c) }, false, "in time"},
 		{"stops in the middle", func(c net.Conn, r agent.Request) {
 			b := lies(r)
@@ -132,7 +141,8 @@ func TestHostileAgents(t *testing.T) {
 			}
 		}, false, "in time"},
 		{"hangs up", func(net.Conn, agent.Request) {}, false, ""},
-		{"floods", func(c net.Conn, r agent.Request) { flood(c, 1<<20, random) }, false, "belong to no answer"},
+		{"floods", func(c net.Conn, r agent.Request) { flood(c, 1<<20, random) }, false,
+			"belong to no answer"},
 		{"floods with headers", func(c net.Conn, r agent.Request) {
 			head := agent.AppendRefusal(nil, r.ID+1, "")
 			binary.LittleEndian.PutUint32(head[12:], 1<<32-1)
@@ -173,7 +183,8 @@ func TestHostileAgents(t *testing.T) {
 			if a.answer == nil && strings.Contains(e.Doubts, "in time") {
 				return // this machine is busy
 			}
-			if a.trusted != (e.Source == evict.Agent) || a.trusted == (e.Doubts != "") || !strings.Contains(e.Doubts, a.doubt) {
+			if a.trusted != (e.Source == evict.Agent) || a.trusted == (e.Doubts != "") ||
+				!strings.Contains(e.Doubts, a.doubt) {
 				t.Errorf("order by %s; doubts %q, want %q", e.Source, e.Doubts, a.doubt)
 			}
 		})
@@ -281,10 +292,12 @@ func random(b []byte) {
 func lies(r agent.Request) []byte {
 	s := &pageclass.Survey{Fresh: true, Pages: make([]pageclass.Page, r.Frames)}
 	for i := range s.Pages {
-		s.Pages[i] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free, Flags: pageclass.Exec | pageclass.Dirty}
+		s.Pages[i] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free,
+			Flags: pageclass.Exec | pageclass.Dirty}
 	}
 	for i := range 20_000 {
-		s.Processes = append(s.Processes, pageclass.Process{PID: i, Name: "\x1b[2J", Active: true, OnCPU: true, Recent: -1})
+		s.Processes = append(s.Processes,
+			pageclass.Process{PID: i, Name: "\x1b[2J", Active: true, OnCPU: true, Recent: -1})
 	}
 	for i := range uint32(r.Frames) {
 		s.Sequence = append(s.Sequence, uint32(r.Frames)-1-i)
@@ -303,7 +316,8 @@ func sign(b []byte) {
 // skippable is what no agent can say by way of AppendSurvey.
 func skippable(t testing.TB, r agent.Request) []byte {
 	b := lies(r)
-	kind := []byte{byte(pageclass.FreeBuddy), byte(pageclass.Free), byte(pageclass.Exec | pageclass.Dirty)}
+	kind := []byte{byte(pageclass.FreeBuddy), byte(pageclass.Free),
+		byte(pageclass.Exec | pageclass.Dirty)}
 	at := bytes.LastIndex(b[:bytes.LastIndex(b, kind)+3], kind)
 	if at < 0 {
 		t.Error("the kind of pages is not where it was")
@@ -347,7 +361,8 @@ func newVictim(t testing.TB, vm *lab.VM) *victim {
 		t.Fatal(err)
 	}
 	v.close = append(v.close, v.mem.Close)
-	if v.file, err = os.OpenFile(fmt.Sprintf("/proc/%d/mem", v.mem.PID()), os.O_RDWR, 0); err != nil {
+	if v.file, err = os.OpenFile(fmt.Sprintf("/proc/%d/mem", v.mem.PID()), os.O_RDWR,
+		0); err != nil {
 		t.Fatal(err)
 	}
 	v.close = append(v.close, v.file.Close)
@@ -417,7 +432,8 @@ func (v *victim) change(f func(page []uint64), kinds ...pageclass.Kind) {
 			b := v.read(uint64(pfn)*units.PageSize, units.PageSize)
 			binary.Decode(b, binary.LittleEndian, words)
 			f(words)
-			if again, err := binary.Append(nil, binary.LittleEndian, words); err == nil && !bytes.Equal(b, again) {
+			if again, err := binary.Append(nil, binary.LittleEndian, words); err == nil &&
+				!bytes.Equal(b, again) {
 				v.write(uint64(pfn)*units.PageSize, again)
 				n++
 			}
@@ -506,13 +522,16 @@ func (v *victim) symbol(name string) (uint64, bool) {
 // may be in pieces, nor what is left of a copy that the kernel has used when it unpacked itself.
 func (v *victim) types() (uint64, uint32) {
 	for _, at := range v.find([]byte{0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0}, 4) {
-		head := v.read(at, 24) // struct btf_header: ends with the types' size, and offset and size of names
-		size, names, length := binary.LittleEndian.Uint32(head[12:]), binary.LittleEndian.Uint32(head[16:]), binary.LittleEndian.Uint32(head[20:])
+		// struct btf_header: ends with the types' size, and offset and size of names
+		head := v.read(at, 24)
+		size, names, length := binary.LittleEndian.Uint32(head[12:]),
+			binary.LittleEndian.Uint32(head[16:]), binary.LittleEndian.Uint32(head[20:])
 		if size < 1<<20 || size > 32<<20 || names != size || length > 32<<20 {
 			continue
 		}
 		all := v.read(at+24+uint64(names), int(length))
-		if bytes.Contains(all, []byte("\x00task_struct\x00")) && !bytes.ContainsFunc(all, func(r rune) bool { return r >= 0x7f }) {
+		if bytes.Contains(all, []byte("\x00task_struct\x00")) &&
+			!bytes.ContainsFunc(all, func(r rune) bool { return r >= 0x7f }) {
 			return at + 24, size
 		}
 	}
@@ -520,7 +539,8 @@ func (v *victim) types() (uint64, uint32) {
 	return 0, 0
 }
 
-// isPointer tells whether a word is likely an address of the kernel, with page tables of 4 or 5 levels.
+// isPointer tells whether a word is likely an address of the kernel, with page tables of 4 or 5
+// levels.
 func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSize) }
 
 // TestHostileKernels: whatever is wrong with what a guest's kernel keeps of its memory, the
@@ -528,7 +548,8 @@ func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSi
 // right before the guest runs on, so that it can tell whether its memory is whole.
 func TestHostileKernels(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 256,
+		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	descriptors := func(f func(d []uint64)) func(*victim) {
 		return func(v *victim) {
 			v.change(func(page []uint64) {
@@ -554,7 +575,9 @@ func TestHostileKernels(t *testing.T) {
 			}, kinds...)
 		}
 	}
-	all := []pageclass.Kind{pageclass.PageDescriptors, pageclass.KernelImage, pageclass.KernelStack, pageclass.PerCPU, pageclass.UserPageTable, pageclass.Slab, pageclass.KernelOther, pageclass.Unreferenced}
+	all := []pageclass.Kind{pageclass.PageDescriptors, pageclass.KernelImage, pageclass.KernelStack,
+		pageclass.PerCPU, pageclass.UserPageTable, pageclass.Slab, pageclass.KernelOther,
+		pageclass.Unreferenced}
 	fill := func(w uint64) func(*victim) {
 		return func(v *victim) {
 			v.change(func(page []uint64) {
@@ -572,15 +595,19 @@ func TestHostileKernels(t *testing.T) {
 		may     bool // pages may be left out: what is free is none the less beyond doubt
 	}{
 		{name: "none", skips: true},
-		{name: "note plays with the terminal", running: func(v *victim) { v.rewrite(`OSRELEASE=....`, "OSRELEASE=\x1b[2J") }},
+		{name: "note plays with the terminal",
+			running: func(v *victim) { v.rewrite(`OSRELEASE=....`, "OSRELEASE=\x1b[2J") }},
 		{name: "note lies about page tables", running: func(v *victim) {
-			v.rewrite(`SYMBOL\(swapper_pg_dir\)=[0-9a-f]+`, "SYMBOL(swapper_pg_dir)=fffffffffffff000")
+			v.rewrite(`SYMBOL\(swapper_pg_dir\)=[0-9a-f]+`,
+				"SYMBOL(swapper_pg_dir)=fffffffffffff000")
 		}},
 		{name: "note lies about descriptors", running: func(v *victim) {
-			v.rewrite(`(OFFSET\([a-z.]+\)|SIZE\([a-z_]+\)|LENGTH\([a-z._]+\))=[0-9]+`, "$1=18446744073709551615")
+			v.rewrite(`(OFFSET\([a-z.]+\)|SIZE\([a-z_]+\)|LENGTH\([a-z._]+\))=[0-9]+`,
+				"$1=18446744073709551615")
 		}},
 		{name: "note of garbage", running: func(v *victim) {
-			v.rewrite(`(?s)\n.*`, "\n"+strings.Repeat("SYMBOL(mem_section)=\xff\x00=\x1b[2J\n", 120))
+			v.rewrite(`(?s)\n.*`,
+				"\n"+strings.Repeat("SYMBOL(mem_section)=\xff\x00=\x1b[2J\n", 120))
 		}},
 		{name: "types of garbage", running: func(v *victim) {
 			at, size := v.types()
@@ -589,7 +616,8 @@ func TestHostileKernels(t *testing.T) {
 			v.write(at, garbage)
 		}},
 		{name: "types in circles", running: func(v *victim) {
-			// Words of struct btf_type: name, info, and size or type. All are typedefs of the next but one.
+			// Words of struct btf_type: name, info, and size or type. All are typedefs of the next
+			// but one.
 			at, size := v.types()
 			var b []byte
 			for i := range size / 12 {
@@ -610,7 +638,8 @@ func TestHostileKernels(t *testing.T) {
 		}},
 		{name: "descriptors at random", frozen: descriptors(func(d []uint64) {
 			if rand.IntN(8) == 0 {
-				d[rand.IntN(8)] = []uint64{0, ^uint64(0), rand.Uint64(), 1 << rand.IntN(64)}[rand.IntN(4)]
+				d[rand.IntN(8)] = []uint64{0, ^uint64(0), rand.Uint64(),
+					1 << rand.IntN(64)}[rand.IntN(4)]
 			}
 		})},
 		{name: "lists in circles", frozen: func(v *victim) {
@@ -635,7 +664,8 @@ func TestHostileKernels(t *testing.T) {
 		{name: "all alike", frozen: func(v *victim) { // a block of free pages, every one of them
 			var block [8]uint64
 			descriptors(func(d []uint64) {
-				if isPointer(d[1]) && isPointer(d[2]) && d[5] > 0 && d[5] <= 10 && block == [8]uint64{} {
+				if isPointer(d[1]) && isPointer(d[2]) && d[5] > 0 && d[5] <= 10 &&
+					block == [8]uint64{} {
 					copy(block[:], d)
 				}
 				if block != [8]uint64{} {
@@ -643,7 +673,8 @@ func TestHostileKernels(t *testing.T) {
 				}
 			})(v)
 		}},
-		{name: "kernel's variables mixed up", frozen: shuffle(8, pageclass.KernelImage, pageclass.PerCPU), may: true},
+		{name: "kernel's variables mixed up",
+			frozen: shuffle(8, pageclass.KernelImage, pageclass.PerCPU), may: true},
 		{name: "objects mixed up", frozen: shuffle(8, pageclass.Slab), may: true},
 		{name: "page tables of garbage", frozen: func(v *victim) {
 			v.change(func(page []uint64) {
@@ -690,7 +721,8 @@ func TestHostileKernels(t *testing.T) {
 				if healed.IsZero() {
 					t.Fatal("the guest runs with what was broken")
 				}
-				if a.running == nil && a.frozen == nil || report.Enlightenment.Known <= healed.Sub(began).Seconds() {
+				if a.running == nil && a.frozen == nil ||
+					report.Enlightenment.Known <= healed.Sub(began).Seconds() {
 					break
 				}
 				if wait > 10*time.Second {

@@ -15,13 +15,19 @@ type Journal interface {
 
 // What engines keep, by its name.
 const (
-	keptFacts     = "facts"      // source: hostFacts; JSON
-	keptHead      = "head"       // both: QEMU's stream from its header to the footer of the RAM section's start
-	keptLoad      = "load"       // source: the package
-	keptGivenBack = "given-back" // source: empty; memory of the frozen VM was given back to the host
-	keptStands    = "stands"     // destination: QEMU's word for the state that the VM stood in; without it the twin is to run
-	keptRan       = "ran"        // destination: empty; the twin ran, so that one that is paused since is so by its operator's word
-	keptDead      = "dead-there" // source: empty; the twin is dead for good, as the destination said, or never ran
+	keptFacts = "facts" // source: hostFacts; JSON
+	// both: QEMU's stream from its header to the footer of the RAM section's start
+	keptHead = "head"
+	keptLoad = "load" // source: the package
+	// source: empty; memory of the frozen VM was given back to the host
+	keptGivenBack = "given-back"
+	// destination: QEMU's word for the state that the VM stood in; without it the twin is to run
+	keptStands = "stands"
+	// destination: empty; the twin ran, so that one that is paused since is so by its operator's
+	// word
+	keptRan = "ran"
+	// source: empty; the twin is dead for good, as the destination said, or never ran
+	keptDead = "dead-there"
 	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
 	KeptHeard = journal.Lasting + "heard"
 	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
@@ -29,7 +35,8 @@ const (
 	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
 )
 
-// StoodThere is QEMU's word for the state that a VM stood in which a destination was told of; empty if it ran, or that is not known.
+// StoodThere is QEMU's word for the state that a VM stood in which a destination was told of; empty
+// if it ran, or that is not known.
 func StoodThere(j Journal) string {
 	b, err := j.Kept(keptStands)
 	if err != nil {
@@ -38,7 +45,8 @@ func StoodThere(j Journal) string {
 	return string(b)
 }
 
-// DeadThere reports whether it is known, without an operator's word, that the twin never runs again.
+// DeadThere reports whether it is known, without an operator's word, that the twin never runs
+// again.
 func DeadThere(j Journal) bool {
 	_, err := j.Kept(keptDead)
 	return err == nil

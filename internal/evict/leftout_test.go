@@ -15,14 +15,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// missingMemory is memory of this process whose pages are missing until they are placed by what is returned.
+// missingMemory is memory of this process whose pages are missing until they are placed by what is
+// returned.
 func missingMemory(t *testing.T, pages int) ([]byte, *direct) {
 	t.Helper()
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
 	if errno != 0 {
 		labtest.Need(t, errno)
 	}
-	mem, err := unix.Mmap(-1, 0, pages*migstream.TargetPageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := unix.Mmap(-1, 0, pages*migstream.TargetPageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,11 +36,13 @@ func missingMemory(t *testing.T, pages int) ([]byte, *direct) {
 		request uintptr
 		arg     unsafe.Pointer
 	}{{uffdioAPI, unsafe.Pointer(&hello)}, {uffdioRegister, unsafe.Pointer(&register)}} {
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, call.request, uintptr(call.arg)); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, call.request,
+			uintptr(call.arg)); errno != 0 {
 			t.Fatal(errno)
 		}
 	}
-	d := &direct{uffd: int(fd), hva: []uint64{uint64(first)}, zero: make([]byte, migstream.TargetPageSize), huge: []bool{false}}
+	d := &direct{uffd: int(fd), hva: []uint64{uint64(first)},
+		zero: make([]byte, migstream.TargetPageSize), huge: []bool{false}}
 	t.Cleanup(func() {
 		d.close()
 		unix.Munmap(mem)
@@ -46,14 +50,15 @@ func missingMemory(t *testing.T, pages int) ([]byte, *direct) {
 	return mem, d
 }
 
-// A QEMU asks but once for a page. Where it asked an engine that died for one that was left out, and does not answer before it has it, all
-// that were left out are placed.
+// A QEMU asks but once for a page. Where it asked an engine that died for one that was left out,
+// and does not answer before it has it, all that were left out are placed.
 func TestFillLeftOut(t *testing.T) {
 	const pages = 64
 	mem, d := missingMemory(t, pages)
 	there := func() (n int) {
 		list := make([]byte, pages)
-		if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), uintptr(unsafe.Pointer(&list[0]))); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])),
+			uintptr(len(mem)), uintptr(unsafe.Pointer(&list[0]))); errno != 0 {
 			t.Fatal(errno)
 		}
 		for _, b := range list {
@@ -68,12 +73,14 @@ func TestFillLeftOut(t *testing.T) {
 	}
 	defer ln.Close()
 	e := Destination{QMP: socket}.engine(CutOff)
-	l := layout{{Name: "pc.ram", Length: pages * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: pages}}
+	l := layout{{Name: "pc.ram", Length: pages * migstream.TargetPageSize,
+		PageSize: migstream.TargetPageSize, Pages: pages}}
 	e.layout = l
 	e.pages.begin(l)
 	e.placer = newPlacer(nil, testSection, l)
 	e.placer.direct.Store(d)
-	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 3, Count: 40}, true}})); err != nil {
+	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 3, Count: 40}, true}})); err !=
+		nil {
 		t.Fatal(err)
 	}
 	if n := there(); n != 0 {

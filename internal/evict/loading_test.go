@@ -19,9 +19,11 @@ import (
 	"vacate/lab/labtest"
 )
 
-var recordLoading = flag.Bool("record-loading", false, "TestRecordLoading: print what memory devices read when they are loaded")
+var recordLoading = flag.Bool("record-loading", false,
+	"TestRecordLoading: print what memory devices read when they are loaded")
 
-// standing hears of each page that a twin asks for before it runs the VM, and of the thread that waits for it.
+// standing hears of each page that a twin asks for before it runs the VM, and of the thread that
+// waits for it.
 type standing struct {
 	slog.Handler
 	pid int
@@ -76,7 +78,8 @@ func faulting(pid int) string {
 	return strings.Join(names, "+")
 }
 
-// heldUp are the pages that kept the VM from running: those asked for before a vCPU waited for one itself.
+// heldUp are the pages that kept the VM from running: those asked for before a vCPU waited for one
+// itself.
 func (s *standing) heldUp() (list []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,7 +101,8 @@ type kind struct {
 	extra   []string
 }
 
-// kinds lists kinds of VMs, with as many devices as there are drivers for in a lab's guest, or in its BIOS.
+// kinds lists kinds of VMs, with as many devices as there are drivers for in a lab's guest, or in
+// its BIOS.
 func kinds(t *testing.T) []kind {
 	dir := t.TempDir()
 	image := func(name string, size int, from string) string {
@@ -122,24 +126,45 @@ func kinds(t *testing.T) []kind {
 	bios := image("code.fd", 256<<10, "/usr/share/seabios/bios-256k.bin")
 	vars := image("vars.fd", 528<<10, "")
 	disk := func(id string) []string {
-		return []string{"-drive", "if=none,id=" + id + ",format=raw,file.locking=off,file=" + image(id, 1<<20, "")}
+		return []string{"-drive",
+			"if=none,id=" + id + ",format=raw,file.locking=off,file=" + image(id, 1<<20, "")}
 	}
-	flash := []string{"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + bios, "-drive", "if=pflash,format=raw,unit=1,file=" + vars}
-	usb := []string{"-device", "qemu-xhci,id=xhci", "-device", "usb-tablet,bus=xhci.0", "-device", "usb-kbd,bus=xhci.0", "-device", "usb-storage,bus=xhci.0,drive=usb"}
+	flash := []string{"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + bios, "-drive",
+		"if=pflash,format=raw,unit=1,file=" + vars}
+	usb := []string{"-device", "qemu-xhci,id=xhci", "-device", "usb-tablet,bus=xhci.0", "-device",
+		"usb-kbd,bus=xhci.0", "-device", "usb-storage,bus=xhci.0,drive=usb"}
 	return []kind{
-		{"flash, USB, SCSI", "q35", lab.Full, slices.Concat(flash, disk("usb"), disk("d0"), usb, []string{"-device", "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87",
-			"-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-hd,bus=scsi.0,drive=d0", "-device", "virtio-rng-pci"})},
-		{"virtio", "pc", lab.Full, []string{"-device", "virtio-keyboard-pci", "-device", "virtio-tablet-pci", "-netdev", "user,id=n2,restrict=on", "-device", "virtio-net-pci,netdev=n2,mq=on,packed=on"}},
-		{"old", "pc", lab.Bare, slices.Concat(disk("d0"), disk("d1"), disk("d2"), []string{"-device", "cirrus-vga", "-device", "e1000", "-device", "rtl8139", "-device", "vmxnet3", "-device", "e1000e",
-			"-device", "ide-hd,drive=d0", "-device", "lsi53c895a,id=lsi", "-device", "scsi-hd,bus=lsi.0,drive=d1", "-device", "megasas,id=mega", "-device", "scsi-hd,bus=mega.0,drive=d2",
-			"-device", "piix3-usb-uhci,id=uhci", "-device", "usb-mouse,bus=uhci.0", "-device", "usb-ehci,id=ehci", "-device", "intel-hda", "-audiodev", "none,id=audio", "-device", "hda-duplex,audiodev=audio", "-device", "i6300esb", "-device", "pvpanic"})},
-		{"AHCI", "q35", lab.Bare, slices.Concat(disk("d0"), disk("d1"), []string{"-vga", "std", "-device", "ide-hd,drive=d0,bus=ide.0", "-device", "pvscsi,id=pv", "-device", "scsi-hd,bus=pv.0,drive=d1"})},
+		{"flash, USB, SCSI", "q35", lab.Full,
+			slices.Concat(flash, disk("usb"), disk("d0"), usb,
+				[]string{"-device", "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87",
+					"-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-hd,bus=scsi.0,drive=d0",
+					"-device", "virtio-rng-pci"})},
+		{"virtio", "pc", lab.Full,
+			[]string{"-device", "virtio-keyboard-pci", "-device", "virtio-tablet-pci", "-netdev",
+				"user,id=n2,restrict=on", "-device", "virtio-net-pci,netdev=n2,mq=on,packed=on"}},
+		{"old", "pc", lab.Bare,
+			slices.Concat(disk("d0"), disk("d1"), disk("d2"),
+				[]string{"-device", "cirrus-vga", "-device", "e1000", "-device", "rtl8139",
+					"-device", "vmxnet3", "-device", "e1000e",
+					"-device", "ide-hd,drive=d0", "-device", "lsi53c895a,id=lsi", "-device",
+					"scsi-hd,bus=lsi.0,drive=d1", "-device", "megasas,id=mega", "-device",
+					"scsi-hd,bus=mega.0,drive=d2",
+					"-device", "piix3-usb-uhci,id=uhci", "-device", "usb-mouse,bus=uhci.0",
+					"-device", "usb-ehci,id=ehci", "-device", "intel-hda", "-audiodev",
+					"none,id=audio", "-device", "hda-duplex,audiodev=audio", "-device", "i6300esb",
+					"-device", "pvpanic"})},
+		{"AHCI", "q35", lab.Bare,
+			slices.Concat(disk("d0"), disk("d1"),
+				[]string{"-vga", "std", "-device", "ide-hd,drive=d0,bus=ide.0", "-device",
+					"pvscsi,id=pv", "-device", "scsi-hd,bus=pv.0,drive=d1"})},
 	}
 }
 
-// loadOver evicts a VM of a kind over a path with a delay each way, and returns what it read before it ran.
+// loadOver evicts a VM of a kind over a path with a delay each way, and returns what it read before
+// it ran.
 func loadOver(t *testing.T, l *lab.Lab, q lab.QEMU, k kind, delay time.Duration) *standing {
-	vm := boot(t, l, lab.Spec{QEMU: q, Machine: k.machine, MemoryMiB: 256, Devices: k.devices, Extra: k.extra, Load: lab.Load{HotMiB: 10}})
+	vm := boot(t, l, lab.Spec{QEMU: q, Machine: k.machine, MemoryMiB: 256, Devices: k.devices,
+		Extra: k.extra, Load: lab.Load{HotMiB: 10}})
 	twin := incoming(t, l, vm)
 	t.Cleanup(twin.Kill)
 	t.Cleanup(vm.Kill)
@@ -152,19 +177,22 @@ func loadOver(t *testing.T, l *lab.Lab, q lab.QEMU, k kind, delay time.Duration)
 	heard := &standing{Handler: slog.DiscardHandler, pid: twin.PID()}
 	received := make(chan error, 1)
 	ctx := labtest.Within(t, 2*time.Minute)
-	go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(heard)}, ln) }()
+	go func() {
+		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(heard)}, ln)
+	}()
 	report, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, path.Addr())}.Evict(ctx)
 	if destErr := <-received; err != nil || destErr != nil {
 		t.Fatal(err, destErr)
 	}
-	t.Logf("down time %.3f s, round trip of the path %v; %d pages early; fetched before it ran:\n%s",
+	t.Logf("down time %.3f s, round trip of the path %v; %d pages early; fetched before it "+
+		"ran:\n%s",
 		*report.Down, 2*delay, report.Pages.Early, strings.Join(heard.list, "\n"))
 	labtest.MustCheck(t, twin)
 	return heard
 }
 
-// No page is fetched while a VM stands still, however many its devices need: each would cost a round trip. What is
-// left are two: to load the devices, and to run the VM.
+// No page is fetched while a VM stands still, however many its devices need: each would cost a
+// round trip. What is left are two: to load the devices, and to run the VM.
 func TestNothingFetchedStanding(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	heard := loadOver(t, l, lab.QEMU{}, kinds(t)[0], 50*time.Millisecond)
@@ -173,7 +201,8 @@ func TestNothingFetchedStanding(t *testing.T) {
 	}
 }
 
-// TestRecordLoading prints what twins read before they run the VM, for all kinds and some versions of QEMU.
+// TestRecordLoading prints what twins read before they run the VM, for all kinds and some versions
+// of QEMU.
 func TestRecordLoading(t *testing.T) {
 	if !*recordLoading {
 		return

@@ -17,13 +17,16 @@ func TestMatrix(t *testing.T) {
 		spec   lab.Spec
 		reboot bool
 	}{
-		"bare pc":          {spec: lab.Spec{Load: load}},
-		"full pc":          {spec: lab.Spec{Devices: lab.Full, Load: disk}},
-		"full q35, 2 CPUs": {spec: lab.Spec{Devices: lab.Full, Machine: "q35", VCPUs: 2, Load: disk}},
-		"5 GB":             {spec: lab.Spec{MemoryMiB: 5120, VCPUs: 2, Load: lab.Load{HotMiB: 200, IdleMiB: 3500, OtherMiB: 20}}},
-		"memfd":            {spec: lab.Spec{Memfd: true, Devices: lab.Full, Load: disk}},
-		"idle":             {spec: lab.Spec{Devices: lab.Full, Load: lab.Load{HotMiB: 10, IdleMiB: 50, Sleep: true}}},
-		"rebooted":         {spec: lab.Spec{Load: load}, reboot: true},
+		"bare pc": {spec: lab.Spec{Load: load}},
+		"full pc": {spec: lab.Spec{Devices: lab.Full, Load: disk}},
+		"full q35, 2 CPUs": {spec: lab.Spec{Devices: lab.Full, Machine: "q35", VCPUs: 2,
+			Load: disk}},
+		"5 GB": {spec: lab.Spec{MemoryMiB: 5120, VCPUs: 2,
+			Load: lab.Load{HotMiB: 200, IdleMiB: 3500, OtherMiB: 20}}},
+		"memfd": {spec: lab.Spec{Memfd: true, Devices: lab.Full, Load: disk}},
+		"idle": {spec: lab.Spec{Devices: lab.Full,
+			Load: lab.Load{HotMiB: 10, IdleMiB: 50, Sleep: true}}},
+		"rebooted": {spec: lab.Spec{Load: load}, reboot: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := labtest.New(t, lab.Options{Rate: 2e9})
@@ -62,7 +65,8 @@ func TestBackports(t *testing.T) {
 			labtest.Need(t, err)
 			t.Log(q)
 			for _, d := range []lab.Devices{lab.Bare, lab.Full} {
-				matrix(t, l, lab.Spec{QEMU: q, Devices: d, Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20}}, false)
+				matrix(t, l, lab.Spec{QEMU: q, Devices: d,
+					Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20}}, false)
 			}
 		})
 	}

@@ -37,31 +37,38 @@ type rules struct {
 	hasty         bool // memory is given back before it is durable that the copy is not whole
 	generous      bool // memory is given back that the destination only has received
 	forgetful     bool // an operator may resume a copy of which memory was given back
-	quitFirst     bool // the twin of a guest that ended itself is told to quit before that is durable
-	unheeding     bool // a destination does not heed that a guest ended itself when its QEMU is gone
-	deaf          bool // an operator may resume a guest that ended itself, as the source knows
-	noteFirst     bool // a source writes may-run before its QEMU's process is stopped
-	blind         bool // a source does not look whether the guest ran before its process was stopped
-	unasserted    bool // an operator need not assert that the destination is fenced
-	desert        bool // a destination that cannot go on says lost although the twin runs
-	mute          bool // a source does not tell that the guest was resumed there
-	faint         bool // a destination that finds no memory for pages gives the guest up
-	hoard         bool // pages that were dropped with their session, for want of memory, count as received
-	guess         bool // a destination that was started anew answers before it has found which pages are placed
-	imposing      bool // a source that rolls back has the guest run, though it stood
-	oblivious     bool // a destination does not write that the guest stood
-	meddling      bool // a destination does not heed that its twin ran already
-	ignorant      bool // a twin that was not told to run counts as one that never ran, though its operator may have run it
-	unasked       bool // a VM is started without asking the other host
+	// the twin of a guest that ended itself is told to quit before that is durable
+	quitFirst  bool
+	unheeding  bool // a destination does not heed that a guest ended itself when its QEMU is gone
+	deaf       bool // an operator may resume a guest that ended itself, as the source knows
+	noteFirst  bool // a source writes may-run before its QEMU's process is stopped
+	blind      bool // a source does not look whether the guest ran before its process was stopped
+	unasserted bool // an operator need not assert that the destination is fenced
+	desert     bool // a destination that cannot go on says lost although the twin runs
+	mute       bool // a source does not tell that the guest was resumed there
+	faint      bool // a destination that finds no memory for pages gives the guest up
+	// pages that were dropped with their session, for want of memory, count as received
+	hoard bool
+	// a destination that was started anew answers before it has found which pages are placed
+	guess     bool
+	imposing  bool // a source that rolls back has the guest run, though it stood
+	oblivious bool // a destination does not write that the guest stood
+	meddling  bool // a destination does not heed that its twin ran already
+	// a twin that was not told to run counts as one that never ran, though its operator may have
+	// run it
+	ignorant bool
+	unasked  bool // a VM is started without asking the other host
 
-	// restless keeps the guest from standing when it is frozen. It breaks no rule: it leaves out half of
-	// the states, for the mutants of rules that are not about such a guest.
+	// restless keeps the guest from standing when it is frozen. It breaks no rule: it leaves out
+	// half of the states, for the mutants of rules that are not about such a guest.
 	restless bool
 }
 
 func realRules() rules {
-	return rules{mayCommit: mayCommit, mayCont: mayCont, sourceStep: sourceStep, sourceOnAnswer: sourceOnAnswer,
-		destinationStep: destinationStep, destinationOnAbort: destinationOnAbort, answerOf: answerOf, clear: Clear}
+	return rules{mayCommit: mayCommit, mayCont: mayCont, sourceStep: sourceStep,
+		sourceOnAnswer:  sourceOnAnswer,
+		destinationStep: destinationStep, destinationOnAbort: destinationOnAbort,
+		answerOf: answerOf, clear: Clear}
 }
 
 // phase is where an engine stands: what it would forget if it were killed.
@@ -129,8 +136,10 @@ const (
 	lost
 )
 
-var answers = map[word]Answer{unknown: AnswerUnknown, neverRan: AnswerNeverRan, stands: AnswerPaused, runs: AnswerRunning, runsWith0: AnswerRunning,
-	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning, completes: AnswerComplete, shutsDown: AnswerShutDown, lost: AnswerLost}
+var answers = map[word]Answer{unknown: AnswerUnknown, neverRan: AnswerNeverRan,
+	stands: AnswerPaused, runs: AnswerRunning, runsWith0: AnswerRunning,
+	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning,
+	completes: AnswerComplete, shutsDown: AnswerShutDown, lost: AnswerLost}
 
 // pages is a set of the model's two: one in use, and one that is left out, of which the
 // destination needs to hear nothing but that.
@@ -156,7 +165,8 @@ func (g guest) state() copyState {
 	return [...]copyState{copyGone, copyRunning, copyPaused, copyPaused}[g]
 }
 
-var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan, MarkCompleted, MarkShutDown, MarkLost, MarkResumedHere, MarkDiscarded}
+var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan,
+	MarkCompleted, MarkShutDown, MarkLost, MarkResumedHere, MarkDiscarded}
 
 // record is a Mark as its place in marks, which makes a world small.
 type record uint8
@@ -188,8 +198,9 @@ type start uint8
 
 const (
 	notStarted start = iota
-	taken            // nobody else begins anything with the VM on this host, and the other host is clear of it
-	started          // a QEMU runs it, from its disks
+	// nobody else begins anything with the VM on this host, and the other host is clear of it
+	taken
+	started // a QEMU runs it, from its disks
 )
 
 // world is a state of everything.
@@ -227,17 +238,20 @@ type world struct {
 	moving           pages // under way to the destination
 	lateToD, lateToS word  // of an older session
 
-	stands bool // the guest stood when it was frozen: whether it runs is its operator's to say, wherever it is
+	// the guest stood when it was frozen: whether it runs is its operator's to say, wherever it is
+	stands bool
 
 	// What no engine knows: what was true at some time.
 	ran     bool // the twin did
 	whole   bool // it has had every page
 	aborted bool // the operator was told that the eviction was aborted
-	bereft  bool // fault: the twin is dead, and the destination's journal has had it that it may have run
-	died    bool // fault: the source's QEMU died
-	forgot  bool // fault: the destination's journal was lost
-	over    bool // the guest ended itself, at the destination
-	unheard bool // fault: and its QEMU ended before that was durable, or the destination could not be asked
+	// fault: the twin is dead, and the destination's journal has had it that it may have run
+	bereft bool
+	died   bool // fault: the source's QEMU died
+	forgot bool // fault: the destination's journal was lost
+	over   bool // the guest ended itself, at the destination
+	// fault: and its QEMU ended before that was durable, or the destination could not be asked
+	unheard bool
 	resumed bool // the operator had the guest resumed here
 	lied    bool // the operator asserted that the destination is fenced, and it was not
 	gaveUp  bool // the operator gave up the copy here
@@ -266,7 +280,8 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	case w.bad != "":
 	case there && w.s.guest == runsHere && !w.lied:
 		w.bad = "two copies run"
-	case (w.s.start == started || w.d.start == started) && (there || w.s.guest == runsHere) && !w.lied, w.s.start == started && w.d.start == started:
+	case (w.s.start == started || w.d.start == started) && (there || w.s.guest == runsHere) &&
+		!w.lied, w.s.start == started && w.d.start == started:
 		w.bad = "a VM was started that runs"
 	case there && w.aborted:
 		w.bad = "the twin runs after the operator was told that the eviction was aborted"
@@ -301,7 +316,8 @@ func (m *model) write(what string, source bool, mark Mark, done, failed func(w *
 			w.s.journal = recordOf(mark)
 		} else {
 			w.d.journal = recordOf(mark)
-			w.d.noted = w.d.noted || mark == MarkMayRun && w.d.stands && !m.oblivious // ahead of the mark
+			// ahead of the mark
+			w.d.noted = w.d.noted || mark == MarkMayRun && w.d.stands && !m.oblivious
 			w.bereft = w.bereft || mark == MarkMayRun && w.d.twin == copyGone
 			w.unheard = w.unheard && (mark != MarkShutDown || w.resumed)
 		}
@@ -364,7 +380,8 @@ func (m *model) next(w world) []edge {
 	m.from, m.edges = w, m.edges[:0]
 	if w.s.phase == down {
 		m.add("source starts again", false, func(w *world) {
-			if mark := w.s.journal.mark(); w.s.guest == standing && (mark == MarkMayRun || mark == MarkLost) {
+			if mark := w.s.journal.mark(); w.s.guest == standing &&
+				(mark == MarkMayRun || mark == MarkLost) {
 				w.s.guest = stopped
 			}
 			m.sourceTakes(w, m.sourceStep(w.s.journal.mark(), w.s.guest.state()))
@@ -383,13 +400,15 @@ func (m *model) next(w world) []edge {
 		m.destination(w)
 	}
 	m.qemu(w)
-	m.starts("source", w.sClear, w.dClear, func(w *world) *start { return &w.s.start }, w.s.phase == down, w.d.phase == down)
-	m.starts("destination", w.dClear, w.sClear, func(w *world) *start { return &w.d.start }, w.d.phase == down, w.s.phase == down)
+	m.starts("source", w.sClear, w.dClear, func(w *world) *start { return &w.s.start },
+		w.s.phase == down, w.d.phase == down)
+	m.starts("destination", w.dClear, w.sClear, func(w *world) *start { return &w.d.start },
+		w.d.phase == down, w.s.phase == down)
 	return m.edges
 }
 
-// found is what a destination finds its twin doing. One that stands as its guest did needs no `cont`: its operator may have run it.
-// Nor does one that ran before: its operator paused it.
+// found is what a destination finds its twin doing. One that stands as its guest did needs no
+// `cont`: its operator may have run it. Nor does one that ran before: its operator paused it.
 func (m *model) found(w *world) copyState {
 	own := w.d.stands && !m.ignorant || w.d.ran && !m.meddling
 	if own && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun {
@@ -465,7 +484,8 @@ func (m *model) source(w world) {
 				m.sourceHears(w, said)
 			})
 		}
-		if (w.s.phase == loading || w.s.phase == committed || w.s.phase == pushing) && w.s.guest != gone {
+		if (w.s.phase == loading || w.s.phase == committed || w.s.phase == pushing) &&
+			w.s.guest != gone {
 			for _, p := range []pages{inUse, leftOut} {
 				if w.s.sent&p == 0 && !(w.stands && p == leftOut) {
 					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
@@ -482,9 +502,11 @@ func (m *model) source(w world) {
 		}
 	}
 	if early {
-		m.add("source gives up, or the operator does", true, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
+		m.add("source gives up, or the operator does", true,
+			func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
 		if w.s.guest == gone {
-			m.add("source notices that its QEMU died", false, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, copyGone)) })
+			m.add("source notices that its QEMU died", false,
+				func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, copyGone)) })
 		}
 	}
 	switch w.s.phase {
@@ -492,7 +514,8 @@ func (m *model) source(w world) {
 		if w.s.start == taken {
 			break
 		}
-		m.write("source", true, MarkBegun, func(w *world) { w.s.phase = offering }, func(w *world) { w.s.phase = ended })
+		m.write("source", true, MarkBegun, func(w *world) { w.s.phase = offering },
+			func(w *world) { w.s.phase = ended })
 	case offering:
 		if !w.s.session && w.d.phase != down {
 			m.add("source offers", false, func(w *world) { m.connect(w, offers) })
@@ -508,9 +531,11 @@ func (m *model) source(w world) {
 			})
 		}
 		if w.s.journal.mark() == MarkBegun && (w.s.guest == stopped || m.noteFirst) {
-			m.write("source", true, MarkMayRun, func(w *world) {}, func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
+			m.write("source", true, MarkMayRun, func(w *world) {},
+				func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
 		}
-		if w.s.loaded && w.s.session && w.s.guest != gone && m.mayCommit(w.s.journal.mark(), w.s.guest == stopped) {
+		if w.s.loaded && w.s.session && w.s.guest != gone &&
+			m.mayCommit(w.s.journal.mark(), w.s.guest == stopped) {
 			m.add("source commits", false, func(w *world) {
 				w.s.phase = committed
 				w.sayToD(commits)
@@ -518,7 +543,8 @@ func (m *model) source(w world) {
 		}
 	case pushing:
 		if w.s.guest == gone {
-			m.add("source notices that its QEMU died", false, func(w *world) { w.s.phase = holding })
+			m.add("source notices that its QEMU died", false,
+				func(w *world) { w.s.phase = holding })
 			break
 		}
 		// As soon as it likes. It is an operator's setting, so that nothing relies upon it.
@@ -527,9 +553,11 @@ func (m *model) source(w world) {
 			reported |= w.d.held
 		}
 		switch {
-		case w.s.given != 0 || w.over || !w.s.session || !w.d.session || w.s.sent&reported&inUse == 0:
+		case w.s.given != 0 || w.over || !w.s.session || !w.d.session ||
+			w.s.sent&reported&inUse == 0:
 		case !w.s.noted && !m.hasty:
-			m.add("source writes that the copy is not whole", true, func(w *world) { w.s.noted = true })
+			m.add("source writes that the copy is not whole", true,
+				func(w *world) { w.s.noted = true })
 		default:
 			m.add("source gives a page back", true, func(w *world) { w.s.given = inUse })
 		}
@@ -590,24 +618,27 @@ func (m *model) source(w world) {
 		}
 		m.write("source", true, MarkLost, do, do)
 	case ended:
-		if w.s.journal.mark() != MarkResumedHere || m.mute || w.s.session || w.d.phase == down || w.d.journal == 0 {
+		if w.s.journal.mark() != MarkResumedHere || m.mute || w.s.session || w.d.phase == down ||
+			w.d.journal == 0 {
 			break
 		}
 		// Until the destination has heard it.
 		if !w.d.journal.mark().Final() || w.d.twin != copyGone {
-			m.add("source tells that it resumed the guest", false, func(w *world) { m.connect(w, aborts) })
+			m.add("source tells that it resumed the guest", false,
+				func(w *world) { m.connect(w, aborts) })
 		}
 	}
 	m.operator(w)
 }
 
-// operator says how to go on where the source cannot know. Where the destination has not said that the twin is dead, he has
-// to assert it; and may lie.
+// operator says how to go on where the source cannot know. Where the destination has not said that
+// the twin is dead, he has to assert it; and may lie.
 func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
 	idle := w.s.phase == asking || w.s.phase == holding || w.s.phase == ended || told
-	if w.here() || w.s.guest != standing && w.s.guest != stopped || mark != MarkMayRun && mark != MarkLost && !told || !idle {
+	if w.here() || w.s.guest != standing && w.s.guest != stopped ||
+		mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
 	// Whether the word was written is found out by reading the journal again.
@@ -619,9 +650,10 @@ func (m *model) operator(w world) {
 	}
 	// He looks there whether the guest ended itself, if he can.
 	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
-	// A twin that was never told to run, of a host that is off, never will be; unless its operator may run it, as he
-	// may one that he paused.
-	fenced := w.d.twin == copyGone || w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran
+	// A twin that was never told to run, of a host that is off, never will be; unless its operator
+	// may run it, as he may one that he paused.
+	fenced := w.d.twin == copyGone ||
+		w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran
 	resume := func(what string, lie bool) {
 		say := func(w *world) {
 			w.resumed, w.lied = true, w.lied || lie
@@ -641,9 +673,11 @@ func (m *model) operator(w world) {
 	case mark == MarkLost || told || m.unasserted:
 		resume("operator has the guest resumed here: source", false)
 	case fenced:
-		resume("operator asserts that the destination is fenced, and has the guest resumed here: source", false)
+		resume("operator asserts that the destination is fenced, and has the guest resumed "+
+			"here: source", false)
 	default:
-		resume("operator asserts falsely that the destination is fenced, and has the guest resumed here: source", true)
+		resume("operator asserts falsely that the destination is fenced, and has the guest "+
+			"resumed here: source", true)
 	}
 	m.word("operator gives up the copy here: source", MarkDiscarded, func(w *world) {
 		w.gaveUp, w.s.phase = true, retiring
@@ -725,12 +759,14 @@ func (m *model) destinationTakes(w *world, st step) {
 func (m *model) destination(w world) {
 	m.add("destination is killed", true, func(w *world) {
 		m.leaveD(w)
-		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended, w.d.stands = down, 0, 0, false, false, false
+		w.d.phase, w.d.held, w.d.claimed, w.d.committed, w.d.ended, w.d.stands = down, 0, 0, false,
+			false, false
 		w.d.start = w.d.start.afterDeath()
 	})
 	ph := w.d.phase
 	// Between these it does one thing after the other, and hears of nothing.
-	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running || ph == ended
+	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running ||
+		ph == ended
 	early := ph == arming || ph == prepared
 	look := func(w *world) {
 		found := m.found(w)
@@ -747,7 +783,8 @@ func (m *model) destination(w world) {
 			}
 		})
 		if stable && w.toD[0] != silence {
-			m.add("destination hears", false, func(w *world) { m.destinationHears(w, w.toD.take()) })
+			m.add("destination hears", false,
+				func(w *world) { m.destinationHears(w, w.toD.take()) })
 		}
 		if stable && w.lateToD != silence {
 			m.add("destination hears late", false, func(w *world) {
@@ -769,7 +806,8 @@ func (m *model) destination(w world) {
 	if w.d.twin == copyGone && (early || ph == awaiting || ph == looking || ph == running) {
 		m.add("destination notices that the twin died", false, look)
 	}
-	mayCont := w.d.twin == copyPaused && (ph == prepared || ph == marking || ph == starting) && m.mayCont(w.d.journal.mark(), w.d.committed)
+	mayCont := w.d.twin == copyPaused && (ph == prepared || ph == marking || ph == starting) &&
+		m.mayCont(w.d.journal.mark(), w.d.committed)
 	if mayCont && w.d.stands {
 		m.add("destination has the twin stand", false, func(w *world) {
 			if w.d.phase = running; m.ignorant {
@@ -789,10 +827,12 @@ func (m *model) destination(w world) {
 		if w.d.twin == copyGone {
 			m.add("destination notices that the twin died", false, look)
 		}
-		m.write("destination", false, MarkMayRun, func(w *world) { w.d.phase = starting }, func(w *world) { m.destinationTakes(w, stepAbandon) })
+		m.write("destination", false, MarkMayRun, func(w *world) { w.d.phase = starting },
+			func(w *world) { m.destinationTakes(w, stepAbandon) })
 	case starting:
 		if w.d.twin == copyGone {
-			m.add("destination finds the twin dead, which had no cont", false, func(w *world) { m.destinationTakes(w, stepAbandon) })
+			m.add("destination finds the twin dead, which had no cont", false,
+				func(w *world) { m.destinationTakes(w, stepAbandon) })
 		}
 	case awaiting:
 		if m.eager && w.d.twin == copyPaused {
@@ -800,7 +840,8 @@ func (m *model) destination(w world) {
 		}
 	case looking:
 		if w.d.twin != copyGone {
-			m.add("destination finds which pages are placed", false, func(w *world) { w.d.phase = running })
+			m.add("destination finds which pages are placed", false,
+				func(w *world) { w.d.phase = running })
 		}
 		if m.guess && w.d.session && w.toD[0] == resumes {
 			m.add("destination answers before it looked", false, func(w *world) {
@@ -810,7 +851,8 @@ func (m *model) destination(w world) {
 		}
 	case running:
 		if w.d.short && m.faint {
-			m.add("destination gives up without memory", true, func(w *world) { m.destinationTakes(w, stepLose) })
+			m.add("destination gives up without memory", true,
+				func(w *world) { m.destinationTakes(w, stepLose) })
 		}
 		if w.d.twin == copyEnded {
 			m.add("destination finds that the guest ended itself", false, look)
@@ -834,7 +876,8 @@ func (m *model) destination(w world) {
 				w.d.placed |= inUse
 			})
 		}
-		if has := w.d.placed | w.d.held&leftOut; w.d.twin != copyGone && (has == all || m.trustBuffers && w.d.held|w.d.placed == all) {
+		if has := w.d.placed | w.d.held&leftOut; w.d.twin != copyGone &&
+			(has == all || m.trustBuffers && w.d.held|w.d.placed == all) {
 			m.add("destination ends the twin's migration", false, func(w *world) {
 				w.d.twin, w.whole, w.d.phase = copyComplete, has == all, completing
 			})
@@ -938,9 +981,11 @@ func (m *model) destinationHears(w *world, said word) {
 		w.d.phase = ended
 		refused := *w
 		refuse(&refused)
-		m.edges = append(m.edges, edge{"destination writes \"accepted\", which fails", true, refused})
+		m.edges = append(m.edges,
+			edge{"destination writes \"accepted\", which fails", true, refused})
 		refused.d.journal = recordOf(MarkAccepted)
-		m.edges = append(m.edges, edge{"destination writes \"accepted\", which seems to fail", true, refused})
+		m.edges = append(m.edges,
+			edge{"destination writes \"accepted\", which seems to fail", true, refused})
 		w.d.journal, w.d.twin, w.d.phase = recordOf(MarkAccepted), copyIncoming, arming
 		w.sayToSIfAny(accepts)
 	case loads:
@@ -954,7 +999,8 @@ func (m *model) destinationHears(w *world, said word) {
 		}
 	case aborts:
 		// Where all was over, and the twin lives all the same, it must not.
-		if st := m.destinationOnAbort(mark); mark != "" && (w.d.phase != ended || w.d.twin != copyGone) {
+		if st := m.destinationOnAbort(mark); mark != "" &&
+			(w.d.phase != ended || w.d.twin != copyGone) {
 			m.destinationTakes(w, st)
 		}
 	case resumes:
@@ -1001,10 +1047,13 @@ func (m *model) destinationHears(w *world, said word) {
 // qemu is what the two QEMUs and the disks do by themselves.
 func (m *model) qemu(w world) {
 	if w.s.guest == standing {
-		m.add("somebody has the guest run here", true, func(w *world) { w.s.guest, w.s.stale = runsHere, true })
-		m.add("somebody has the guest run here, and pauses it again", true, func(w *world) { w.s.stale = true })
+		m.add("somebody has the guest run here", true,
+			func(w *world) { w.s.guest, w.s.stale = runsHere, true })
+		m.add("somebody has the guest run here, and pauses it again", true,
+			func(w *world) { w.s.stale = true })
 	}
-	if (w.stands || w.ran) && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun && (w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
+	if (w.stands || w.ran) && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun &&
+		(w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
 		m.add("an operator has the guest run there", true, m.runs)
 	}
 	if w.s.guest != gone && !(w.s.phase == ended && w.here()) {
@@ -1032,13 +1081,15 @@ func (m *model) qemu(w world) {
 		m.add("somebody pauses the twin", true, func(w *world) { w.d.twin = copyPaused })
 	}
 	if w.d.phase == down && w.d.journal != 0 {
-		m.add("the destination's journal is lost", true, func(w *world) { w.d.journal, w.d.ran, w.forgot = 0, false, true })
+		m.add("the destination's journal is lost", true,
+			func(w *world) { w.d.journal, w.d.ran, w.forgot = 0, false, true })
 	}
 }
 
 // here reports whether the guest is the source's: it runs, or stands as it did before.
 func (w *world) here() bool {
-	return w.s.guest == runsHere || w.s.guest == standing && w.stands && w.s.phase == ended && (w.aborted || w.resumed)
+	return w.s.guest == runsHere ||
+		w.s.guest == standing && w.stands && w.s.phase == ended && (w.aborted || w.resumed)
 }
 
 // sClear and dClear are what the hosts find of the VM when they are asked whether it is there.
@@ -1059,7 +1110,8 @@ func (s start) afterDeath() start {
 }
 
 // starts has an operator start the VM on a host that is clear of it.
-func (m *model) starts(host string, here, there func(*model, bool) bool, of func(*world) *start, down, otherDown bool) {
+func (m *model) starts(host string, here, there func(*model, bool) bool, of func(*world) *start,
+	down, otherDown bool) {
 	w := m.from
 	set := func(to start) func(*world) { return func(w *world) { *of(w) = to } }
 	if *of(&w) == started {
@@ -1070,14 +1122,18 @@ func (m *model) starts(host string, here, there func(*model, bool) bool, of func
 	}
 	switch *of(&w) {
 	case notStarted:
-		// To ask the other host takes no time here: one that begins meanwhile asks this one, and hears that.
+		// To ask the other host takes no time here: one that begins meanwhile asks this one, and
+		// hears that.
 		if !otherDown && (there(m, true) || m.unasked) {
 			m.add("operator starts the VM at the "+host, true, set(taken))
 		}
 		// What a host that is down would say is not known. That no QEMU is there, is.
-		lives := &model{rules: rules{clear: func(_ Mark, lives, starting bool) bool { return !lives && !starting }}}
+		lives := &model{rules: rules{clear: func(_ Mark, lives, starting bool) bool {
+			return !lives && !starting
+		}}}
 		if otherDown && there(lives, true) {
-			m.add("operator asserts that the VM runs nowhere else, and starts it at the "+host, true, set(taken))
+			m.add("operator asserts that the VM runs nowhere else, and starts it at the "+host,
+				true, set(taken))
 		}
 	case taken:
 		m.add("the "+host+" starts the VM", false, set(started))
@@ -1096,15 +1152,19 @@ func settled(w *world) bool {
 		return true // it runs here
 	case over && w.here() && w.forgot && !there:
 		return true // the same, but nobody knows of the twin any more
-	case over && w.s.guest == gone && w.d.twin == copyComplete && (w.d.phase == ended || w.forgot) && w.whole:
+	case over && w.s.guest == gone && w.d.twin == copyComplete &&
+		(w.d.phase == ended || w.forgot) && w.whole:
 		return true // it runs there
-	case w.over && over && w.s.guest == gone && (w.d.twin == copyGone && w.d.phase == ended || w.forgot):
+	case w.over && over && w.s.guest == gone &&
+		(w.d.twin == copyGone && w.d.phase == ended || w.forgot):
 		return true // it was shut down there
 	case w.bereft && over && w.s.guest != runsHere && w.d.twin == copyGone:
 		return true // lost, and kept here
-	case w.died && w.s.guest == gone && (over || w.s.phase == holding) && (w.d.twin == copyGone || w.d.phase == running || w.forgot || w.resumed):
+	case w.died && w.s.guest == gone && (over || w.s.phase == holding) &&
+		(w.d.twin == copyGone || w.d.phase == running || w.forgot || w.resumed):
 		return true // the source's QEMU died; a twin that runs lacks pages
-	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking && w.s.guest != runsHere:
+	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking &&
+		w.s.guest != runsHere:
 		return true // it stands here until the operator says what he found there
 	case w.lied && w.forgot && over && w.here():
 		return true // two copies may run, and no journal knows of the other one
@@ -1259,25 +1319,35 @@ func TestModelMutants(t *testing.T) {
 		rule, name string
 		mutate     func(*rules)
 	}{
-		{"R1", "cont before the destination's may-run is durable", func(r *rules) { r.mayCont = func(m Mark, committed bool) bool { return committed } }},
-		{"R1", "cont without a commit", func(r *rules) { r.mayCont = func(Mark, bool) bool { return true } }},
+		{"R1", "cont before the destination's may-run is durable",
+			func(r *rules) { r.mayCont = func(m Mark, committed bool) bool { return committed } }},
+		{"R1", "cont without a commit",
+			func(r *rules) { r.mayCont = func(Mark, bool) bool { return true } }},
 		{"R1", "a resume counts as a commit", func(r *rules) { r.believeResume = true }},
-		{"R2", "a destination that was not told to commit keeps its twin", destinationSteps(MarkAccepted, copyPaused, stepAwait)},
-		{"R2", "never ran is said before the twin is killed", func(r *rules) { r.tellFirst = true }},
+		{"R2", "a destination that was not told to commit keeps its twin",
+			destinationSteps(MarkAccepted, copyPaused, stepAwait)},
+		{"R2", "never ran is said before the twin is killed",
+			func(r *rules) { r.tellFirst = true }},
 		{"R2", "never ran is said and the twin is not killed", func(r *rules) { r.spare = true }},
-		{"R2", "a twin that was to be killed is not, after a restart", destinationSteps(MarkNeverRan, copyPaused, stepNone)},
-		{"R3", "commit before the source's may-run is durable", func(r *rules) { r.mayCommit = func(m Mark, held bool) bool { return held } }},
+		{"R2", "a twin that was to be killed is not, after a restart",
+			destinationSteps(MarkNeverRan, copyPaused, stepNone)},
+		{"R3", "commit before the source's may-run is durable",
+			func(r *rules) { r.mayCommit = func(m Mark, held bool) bool { return held } }},
 		{"R3", "commit while QEMU can be told to run the guest", func(r *rules) {
 			r.noteFirst = true
 			r.mayCommit = func(m Mark, held bool) bool { return m == MarkMayRun }
 		}},
 		{"R3", "commit although the guest ran since the freeze", func(r *rules) { r.blind = true }},
 		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
-		{"R5", "a source that may have sent a commit rolls back", sourceSteps(MarkMayRun, copyPaused, stepRollBack)},
-		{"R5", "a source whose guest runs after all goes on asking", sourceSteps(MarkMayRun, copyRunning, stepAsk)},
+		{"R5", "a source that may have sent a commit rolls back",
+			sourceSteps(MarkMayRun, copyPaused, stepRollBack)},
+		{"R5", "a source whose guest runs after all goes on asking",
+			sourceSteps(MarkMayRun, copyRunning, stepAsk)},
 		{"R9", "memory is given back before that is durable", func(r *rules) { r.hasty = true }},
-		{"R9", "memory is given back that was received and not placed", func(r *rules) { r.generous = true }},
-		{"R9", "a copy of which memory was given back is resumed", func(r *rules) { r.forgetful = true }},
+		{"R9", "memory is given back that was received and not placed",
+			func(r *rules) { r.generous = true }},
+		{"R9", "a copy of which memory was given back is resumed",
+			func(r *rules) { r.forgetful = true }},
 		{"R5", "rolls back when there is no answer", func(r *rules) { r.impatient = true }},
 		{"R5", "rolls back on unknown", sourceAnswers(AnswerUnknown, stepRollBack)},
 		{"R5", "rolls back on paused", sourceAnswers(AnswerPaused, stepRollBack)},
@@ -1289,14 +1359,22 @@ func TestModelMutants(t *testing.T) {
 		{"R5", "asks on never ran", sourceAnswers(AnswerNeverRan, stepAsk)},
 		{"R5", "asks on lost", sourceAnswers(AnswerLost, stepAsk)},
 		{"R5", "asks on complete", sourceAnswers(AnswerComplete, stepAsk)},
-		{"R5", "a roll-back is not finished after a restart", sourceSteps(MarkRolledBack, copyPaused, stepNone)},
-		{"R5", "a source is not retired after a restart", sourceSteps(MarkCompleted, copyPaused, stepNone)},
-		{"R6", "cont after a restart without hearing from the source", func(r *rules) { r.eager = true }},
-		{"R6", "a twin that ran and stands is killed as one that never ran", destinationSteps(MarkMayRun, copyPaused, stepAbandon)},
-		{"R6", "a twin that ran, and was paused by its operator, is told to run", func(r *rules) { r.meddling = true }},
-		{"R6", "a twin that runs is killed after a restart", destinationSteps(MarkMayRun, copyRunning, stepLose)},
-		{"R6", "a dead twin that may have run counts as one that never ran", destinationSteps(MarkMayRun, copyGone, stepAbandon)},
-		{"R7", "a source asks on although it may have been told to resume", func(r *rules) { r.askOn = true }},
+		{"R5", "a roll-back is not finished after a restart",
+			sourceSteps(MarkRolledBack, copyPaused, stepNone)},
+		{"R5", "a source is not retired after a restart",
+			sourceSteps(MarkCompleted, copyPaused, stepNone)},
+		{"R6", "cont after a restart without hearing from the source",
+			func(r *rules) { r.eager = true }},
+		{"R6", "a twin that ran and stands is killed as one that never ran",
+			destinationSteps(MarkMayRun, copyPaused, stepAbandon)},
+		{"R6", "a twin that ran, and was paused by its operator, is told to run",
+			func(r *rules) { r.meddling = true }},
+		{"R6", "a twin that runs is killed after a restart",
+			destinationSteps(MarkMayRun, copyRunning, stepLose)},
+		{"R6", "a dead twin that may have run counts as one that never ran",
+			destinationSteps(MarkMayRun, copyGone, stepAbandon)},
+		{"R7", "a source asks on although it may have been told to resume",
+			func(r *rules) { r.askOn = true }},
 		{"R7", "a destination does not heed that the source was resumed", func(r *rules) {
 			r.destinationOnAbort = func(m Mark) step {
 				if m == MarkMayRun {
@@ -1308,13 +1386,20 @@ func TestModelMutants(t *testing.T) {
 		{"R10", "rolls back on shut down", sourceAnswers(AnswerShutDown, stepRollBack)},
 		{"R10", "keeps the copy on shut down", sourceAnswers(AnswerShutDown, stepLose)},
 		{"R10", "asks on shut down", sourceAnswers(AnswerShutDown, stepAsk)},
-		{"R10", "a copy of a guest that was shut down is resumed after a restart", sourceSteps(MarkShutDown, copyPaused, stepRollBack)},
-		{"R10", "a copy of a guest that was shut down stays after a restart", sourceSteps(MarkShutDown, copyPaused, stepNone)},
-		{"R10", "an operator may resume a guest that was shut down", func(r *rules) { r.deaf = true }},
-		{"R10", "the twin is told to quit before the mark is durable", func(r *rules) { r.quitFirst = true }},
-		{"R10", "a twin that is gone is lost, whatever it said", func(r *rules) { r.unheeding = true }},
-		{"R10", "a twin that stands shut down is killed as one that failed", destinationSteps(MarkMayRun, copyEnded, stepLose)},
-		{"R10", "a twin that was to quit does not after a restart", destinationSteps(MarkShutDown, copyEnded, stepNone)},
+		{"R10", "a copy of a guest that was shut down is resumed after a restart",
+			sourceSteps(MarkShutDown, copyPaused, stepRollBack)},
+		{"R10", "a copy of a guest that was shut down stays after a restart",
+			sourceSteps(MarkShutDown, copyPaused, stepNone)},
+		{"R10", "an operator may resume a guest that was shut down",
+			func(r *rules) { r.deaf = true }},
+		{"R10", "the twin is told to quit before the mark is durable",
+			func(r *rules) { r.quitFirst = true }},
+		{"R10", "a twin that is gone is lost, whatever it said",
+			func(r *rules) { r.unheeding = true }},
+		{"R10", "a twin that stands shut down is killed as one that failed",
+			destinationSteps(MarkMayRun, copyEnded, stepLose)},
+		{"R10", "a twin that was to quit does not after a restart",
+			destinationSteps(MarkShutDown, copyEnded, stepNone)},
 		{"R10", "a guest that was shut down counts as one that never ran", func(r *rules) {
 			r.answerOf = func(m Mark, c copyState) Answer {
 				if m == MarkShutDown && c == copyGone {
@@ -1324,20 +1409,25 @@ func TestModelMutants(t *testing.T) {
 			}
 		}},
 		{"R7", "resume here needs no assertion", func(r *rules) { r.unasserted = true }},
-		{"R7", "a source does not tell that the guest was resumed there", func(r *rules) { r.mute = true }},
-		{"R7", "a destination that is complete does not heed that the source was resumed", func(r *rules) {
-			r.destinationOnAbort = func(m Mark) step {
-				if m == MarkCompleted {
-					return stepNone
+		{"R7", "a source does not tell that the guest was resumed there",
+			func(r *rules) { r.mute = true }},
+		{"R7", "a destination that is complete does not heed that the source was resumed",
+			func(r *rules) {
+				r.destinationOnAbort = func(m Mark) step {
+					if m == MarkCompleted {
+						return stepNone
+					}
+					return destinationOnAbort(m)
 				}
-				return destinationOnAbort(m)
-			}
-		}},
-		{"R7", "a destination says lost although the twin runs", func(r *rules) { r.desert = true }},
+			}},
+		{"R7", "a destination says lost although the twin runs",
+			func(r *rules) { r.desert = true }},
 		{"R11", "a roll-back runs a guest that stood", func(r *rules) { r.imposing = true }},
 		{"R11", "it is not written that the guest stood", func(r *rules) { r.oblivious = true }},
-		{"R11", "a twin that its operator may have run counts as one that was not told to run", func(r *rules) { r.ignorant = true }},
-		{"R12", "a VM is started that an eviction may run elsewhere", func(r *rules) { r.unasked = true }},
+		{"R11", "a twin that its operator may have run counts as one that was not told to run",
+			func(r *rules) { r.ignorant = true }},
+		{"R12", "a VM is started that an eviction may run elsewhere",
+			func(r *rules) { r.unasked = true }},
 		{"R12", "a host is clear of a VM that has a QEMU", func(r *rules) {
 			r.clear = func(m Mark, _, starting bool) bool { return Clear(m, false, starting) }
 		}},
@@ -1345,11 +1435,16 @@ func TestModelMutants(t *testing.T) {
 			r.clear = func(m Mark, lives, _ bool) bool { return Clear(m, lives, false) }
 		}},
 		{"R8", "words of an older session are heeded", func(r *rules) { r.lateWords = true }},
-		{"R8", "pages sent in an older session count as sent", func(r *rules) { r.keepBooks = true }},
-		{"R8", "pages that were dropped for want of memory count as received", func(r *rules) { r.hoard = true }},
-		{"R8", "a destination that was started anew says that it has pages before it looked", func(r *rules) { r.guess = true }},
-		{"R7", "a destination without memory for pages gives the guest up", func(r *rules) { r.faint = true }},
-		{"R8", "complete is said when every page was received, though not placed", func(r *rules) { r.trustBuffers = true }},
+		{"R8", "pages sent in an older session count as sent",
+			func(r *rules) { r.keepBooks = true }},
+		{"R8", "pages that were dropped for want of memory count as received",
+			func(r *rules) { r.hoard = true }},
+		{"R8", "a destination that was started anew says that it has pages before it looked",
+			func(r *rules) { r.guess = true }},
+		{"R7", "a destination without memory for pages gives the guest up",
+			func(r *rules) { r.faint = true }},
+		{"R8", "complete is said when every page was received, though not placed",
+			func(r *rules) { r.trustBuffers = true }},
 	} {
 		t.Run(mutant.rule+" "+mutant.name, func(t *testing.T) {
 			t.Parallel()

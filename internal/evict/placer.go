@@ -76,9 +76,11 @@ func (p *placer) raw(b []byte) error {
 	return nil
 }
 
-// place gives QEMU the pages of the runs; data holds those that are not zero. It tells whether they are in its memory: else they
-// may be on their way there when it returns. With an error that is errNoMemory it returns which it has placed, in order.
-func (p *placer) place(runs []pageRun, data []byte, urgent bool) (held bool, done []pageRun, err error) {
+// place gives QEMU the pages of the runs; data holds those that are not zero. It tells whether they
+// are in its memory: else they may be on their way there when it returns. With an error that is
+// errNoMemory it returns which it has placed, in order.
+func (p *placer) place(runs []pageRun, data []byte,
+	urgent bool) (held bool, done []pageRun, err error) {
 	d := p.direct.Load()
 	if d == nil {
 		return false, nil, p.stream(runs, data, urgent)
@@ -132,7 +134,8 @@ func (p *placer) stream(runs []pageRun, data []byte, urgent bool) error {
 
 // writeSection writes as many pages as go in one section and returns what is left. A page
 // of a block's back end is written whole: QEMU places it when its last record has come.
-func (p *placer) writeSection(runs []pageRun, next int, data []byte) ([]pageRun, int, []byte, error) {
+func (p *placer) writeSection(runs []pageRun, next int,
+	data []byte) ([]pageRun, int, []byte, error) {
 	vec := p.vec[:0]
 	heads, from := migstream.SectionPart{ID: p.section}.Append(p.heads[:0]), 0
 	last, bytes, zeros := -1, 0, 0

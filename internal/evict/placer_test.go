@@ -30,7 +30,8 @@ const testSection = 2
 // fillPage makes each guest page of a VM different, and none zero.
 func fillPage(b []byte, block int, page uint64) {
 	for i := 0; i < len(b); i += migstream.TargetPageSize {
-		binary.BigEndian.PutUint64(b[i:], uint64(block)<<56|page<<16|uint64(i/migstream.TargetPageSize)+1)
+		binary.BigEndian.PutUint64(b[i:],
+			uint64(block)<<56|page<<16|uint64(i/migstream.TargetPageSize)+1)
 	}
 }
 
@@ -60,7 +61,8 @@ func decoded(t interface {
 	var sizes migstream.MemSize
 	largest := 0
 	for _, b := range l {
-		sizes.Blocks = append(sizes.Blocks, migstream.Block{Name: b.Name, Length: b.Length, PageSize: b.PageSize})
+		sizes.Blocks = append(sizes.Blocks,
+			migstream.Block{Name: b.Name, Length: b.Length, PageSize: b.PageSize})
 		largest = max(largest, int(b.PageSize))
 	}
 	start = migstream.Footer{ID: testSection}.Append(migstream.EOS{}.Append(sizes.Append(start)))
@@ -83,7 +85,8 @@ func decoded(t interface {
 			if records != 0 {
 				t.Fatalf("a section ends inside page %d of block %d", whole.page, whole.block)
 			}
-			if data >= sectionBytes+largest || zeros >= sectionZeros+largest/migstream.TargetPageSize {
+			if data >= sectionBytes+largest ||
+				zeros >= sectionZeros+largest/migstream.TargetPageSize {
 				t.Fatalf("a section has %d bytes of pages and %d zero pages", data, zeros)
 			}
 		case migstream.SectionEnd:
@@ -95,7 +98,8 @@ func decoded(t interface {
 			if records == 0 {
 				whole = at
 			} else if at != whole {
-				t.Fatalf("page %d of block %d comes inside page %d of block %d", at.page, block, whole.page, whole.block)
+				t.Fatalf("page %d of block %d comes inside page %d of block %d", at.page, block,
+					whole.page, whole.block)
 			}
 			if uint64(records)*migstream.TargetPageSize != it.Offset%size {
 				t.Fatalf("record at %#x is number %d of its page", it.Offset, records)
@@ -143,7 +147,8 @@ func drawRuns(t *rapid.T, l layout) (runs []pageRun) {
 		for p := 0; p < b.Pages; {
 			n := rapid.IntRange(1, b.Pages-p).Draw(t, "pages")
 			if rapid.Bool().Draw(t, "sent") {
-				runs = append(runs, pageRun{run(i, pageset.Page(p), n), rapid.Bool().Draw(t, "zero")})
+				runs = append(runs,
+					pageRun{run(i, pageset.Page(p), n), rapid.Bool().Draw(t, "zero")})
 			}
 			p += n
 		}
@@ -154,7 +159,8 @@ func drawRuns(t *rapid.T, l layout) (runs []pageRun) {
 // What is placed is what QEMU reads: the same pages, each once, whole.
 func TestPlacer(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		l := layout{{"pc.ram", 700 * 4096, 4096, 700}, {"huge", 2 * maxPage, maxPage, 2}, {"pc.bios", 3 * 4096, 4096, 3}}
+		l := layout{{"pc.ram", 700 * 4096, 4096, 700}, {"huge", 2 * maxPage, maxPage, 2},
+			{"pc.bios", 3 * 4096, 4096, 3}}
 		if rapid.IntRange(0, 9).Draw(t, "huge pages") > 0 {
 			l[1] = blockLayout{"vga.vram", 40 * 4096, 4096, 40}
 		}
@@ -165,7 +171,8 @@ func TestPlacer(t *testing.T) {
 		expect(l, want, runs)
 		for rest := runs; len(rest) > 0; {
 			n := rapid.IntRange(1, len(rest)).Draw(t, "runs at once")
-			if _, _, err := p.place(rest[:n], pageData(l, rest[:n]), rapid.Bool().Draw(t, "urgent")); err != nil {
+			if _, _, err := p.place(rest[:n], pageData(l, rest[:n]),
+				rapid.Bool().Draw(t, "urgent")); err != nil {
 				t.Fatal(err)
 			}
 			rest = rest[n:]
@@ -179,7 +186,8 @@ func TestPlacer(t *testing.T) {
 		}
 		for key, data := range want {
 			if came, ok := got[key]; !ok || came != data {
-				t.Fatalf("page %d of block %d: came %v, with data %v, want %v", key.page, key.block, ok, came, data)
+				t.Fatalf("page %d of block %d: came %v, with data %v, want %v", key.page, key.block,
+					ok, came, data)
 			}
 		}
 	})
@@ -195,7 +203,8 @@ func TestPlacerConcurrently(t *testing.T) {
 	for lane := range 4 {
 		var all [][]pageRun
 		for i := range 16 {
-			runs := []pageRun{{run(0, pageset.Page(lane*1024+i*64), 40), false}, {run(0, pageset.Page(lane*1024+i*64+40), 24), true}}
+			runs := []pageRun{{run(0, pageset.Page(lane*1024+i*64), 40), false},
+				{run(0, pageset.Page(lane*1024+i*64+40), 24), true}}
 			expect(l, want, runs)
 			all = append(all, runs)
 		}
@@ -258,7 +267,8 @@ func TestPlacerFails(t *testing.T) {
 		_, _, err := p.place(runs, nil, urgent)
 		return err
 	}
-	for name, err := range map[string]error{"place": place(false), "raw": p.raw([]byte("x")), "end": p.end(), "again": place(true)} {
+	for name, err := range map[string]error{"place": place(false), "raw": p.raw([]byte("x")),
+		"end": p.end(), "again": place(true)} {
 		if !errors.Is(err, errQEMU) || !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -12,10 +12,10 @@ import (
 	"vacate/internal/link"
 )
 
-// A path may carry small packets and lose large ones: where a tunnel takes some bytes of each, and a
-// firewall drops the messages that would tell. All set-up then goes well, and the first page is lost. So
-// the source proves the path before it touches the VM: frames longer than any packet cross each lane,
-// both ways, beside what else is prepared.
+// A path may carry small packets and lose large ones: where a tunnel takes some bytes of each, and
+// a firewall drops the messages that would tell. All set-up then goes well, and the first page is
+// lost. So the source proves the path before it touches the VM: frames longer than any packet cross
+// each lane, both ways, beside what else is prepared.
 const (
 	proofBytes = 64 << 10
 	// proofTime is how long the proof may take, and provenTime the part of the destination.
@@ -72,9 +72,10 @@ func readProof(lane *link.Conn, buf []byte) error {
 	return err
 }
 
-// cross does what is to be done on the control lane and on each other one, at the same time, within a
-// limit. It ends the session if any of it fails.
-func (a *attachment) cross(ctx context.Context, limit time.Duration, control func(context.Context) error, each func(*link.Conn) error) error {
+// cross does what is to be done on the control lane and on each other one, at the same time, within
+// a limit. It ends the session if any of it fails.
+func (a *attachment) cross(ctx context.Context, limit time.Duration,
+	control func(context.Context) error, each func(*link.Conn) error) error {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, errProof)
 	defer cancel()
@@ -92,7 +93,8 @@ func (a *attachment) cross(ctx context.Context, limit time.Duration, control fun
 			if lossy(err, time.Since(begun)) {
 				err = &lossError{a.Peer(), name, err}
 			}
-			if name == link.Control.String() { // the others may fail as the peer gave up, which it says there
+			if name == link.Control.String() {
+				// the others may fail as the peer gave up, which it says there
 				a.Fail(err)
 			} else {
 				a.FailSoon(err)
@@ -118,7 +120,8 @@ func lossy(err error, after time.Duration) bool {
 	if errors.Is(err, errProof) || errors.Is(err, syscall.ETIMEDOUT) {
 		return true
 	}
-	return after >= lossTime && (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE))
+	return after >= lossTime &&
+		(errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE))
 }
 
 // lossError says that small frames came through, and large ones did not.
@@ -137,8 +140,11 @@ func (e *lossError) Error() string {
 	if errors.Is(e.err, errProof) {
 		slow = ", or is slower than 300 kbit/s"
 	}
-	return fmt.Sprintf("the path to %s loses large packets%s: small frames pass on the %s lane, and one of %d KiB does not (%v). "+
-		"Check the MTU at both ends and on the way (`ip link`; a firewall that drops ICMP \"fragmentation needed\" hides what is wrong): `ping -M do -s 1472 %[1]s`",
+	return fmt.Sprintf(
+		"the path to %s loses large packets%s: small frames pass on the %s lane, and one of %d "+
+			"KiB does not (%v). "+
+			"Check the MTU at both ends and on the way (`ip link`; a firewall that drops ICMP "+
+			"\"fragmentation needed\" hides what is wrong): `ping -M do -s 1472 %[1]s`",
 		host, slow, e.lane, proofBytes>>10, e.err)
 }
 
@@ -151,9 +157,10 @@ const (
 	mostOpening = 1 << 20
 )
 
-// openWindow has as many bytes cross the control lane as soon will while the VM stands still: the package, and
-// n bytes of pages ahead of it. TCP begins with 15 KB a round trip and doubles that with each, also after a
-// pause; it is now, while the VM runs, that it finds out that the path carries more.
+// openWindow has as many bytes cross the control lane as soon will while the VM stands still: the
+// package, and n bytes of pages ahead of it. TCP begins with 15 KB a round trip and doubles that
+// with each, also after a pause; it is now, while the VM runs, that it finds out that the path
+// carries more.
 func (c *controlLane) openWindow(ctx context.Context, n uint64) error {
 	filler := make([]byte, packageBytes+min(n, mostOpening-packageBytes))
 	rand.Read(filler)

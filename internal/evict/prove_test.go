@@ -31,7 +31,8 @@ func sessionPair(t *testing.T) (near, far *link.Session) {
 	return near, far
 }
 
-// A destination may take longer over an offer than a source waits for one that says nothing. It hears that the source gives up.
+// A destination may take longer over an offer than a source waits for one that says nothing. It
+// hears that the source gives up.
 func TestWaitingForTwin(t *testing.T) {
 	ctx := t.Context()
 	near, far := sessionPair(t)
@@ -56,7 +57,8 @@ func TestWaitingForTwin(t *testing.T) {
 		t.Error(err)
 	}
 	err := e.awaitTaken(ctx, a.control, 50*time.Millisecond)
-	if err == nil || !strings.Contains(err.Error(), "neither took the offer nor turned it down: it has said nothing for 50ms") {
+	if err == nil || !strings.Contains(err.Error(),
+		"neither took the offer nor turned it down: it has said nothing for 50ms") {
 		t.Error(err)
 	}
 	go func() {
@@ -65,7 +67,8 @@ func TestWaitingForTwin(t *testing.T) {
 			return context.Cause(ctx)
 		})
 	}()
-	if f, err := a.control.await(ctx, msgWaiting); err != nil || !strings.Contains(string(f.payload), "a QEMU starts") {
+	if f, err := a.control.await(ctx, msgWaiting); err != nil ||
+		!strings.Contains(string(f.payload), "a QEMU starts") {
 		t.Error(err)
 	}
 	if err := writeJSON(a.control.Conn, msgAbort, farewell{Reason: "no more"}); err != nil {
@@ -83,7 +86,8 @@ func TestOpenWindow(t *testing.T) {
 	defer a.end()
 	defer b.end()
 	before := uint64(0)
-	for _, c := range []struct{ early, want uint64 }{{0, packageBytes}, {528 << 10, packageBytes + 528<<10}, {maxFlash, mostOpening}} {
+	for _, c := range []struct{ early, want uint64 }{{0, packageBytes},
+		{528 << 10, packageBytes + 528<<10}, {maxFlash, mostOpening}} {
 		if err := a.control.openWindow(t.Context(), c.early); err != nil {
 			t.Fatal(err)
 		}
@@ -97,7 +101,8 @@ func TestOpenWindow(t *testing.T) {
 
 // The path is proved on each lane, each way, and one that answers something else is none of ours.
 func TestProve(t *testing.T) {
-	prove := func(answer func(b *attachment, proof []byte) error) (b *attachment, ours, theirs error) {
+	prove := func(answer func(b *attachment,
+		proof []byte) error) (b *attachment, ours, theirs error) {
 		near, far := sessionPair(t)
 		a, b := attach(near, maxJSON), attach(far, maxControl)
 		t.Cleanup(a.end)
@@ -113,11 +118,16 @@ func TestProve(t *testing.T) {
 		ours = a.prove(t.Context())
 		return b, ours, <-done
 	}
-	b, ours, theirs := prove(func(b *attachment, proof []byte) error { return b.answerProof(t.Context(), proof) })
-	if sent, received := b.Bytes(); ours != nil || theirs != nil || min(sent, received) < 3*proofBytes {
+	b, ours, theirs := prove(func(b *attachment, proof []byte) error {
+		return b.answerProof(t.Context(), proof)
+	})
+	if sent, received := b.Bytes(); ours != nil || theirs != nil ||
+		min(sent, received) < 3*proofBytes {
 		t.Errorf("%v, %v; %d bytes sent, %d received", ours, theirs, sent, received)
 	}
-	_, ours, _ = prove(func(b *attachment, _ []byte) error { return b.control.Write(msgProve, []byte("short")) })
+	_, ours, _ = prove(func(b *attachment, _ []byte) error {
+		return b.control.Write(msgProve, []byte("short"))
+	})
 	if ours == nil || !errors.Is(ours, link.ErrPeer) {
 		t.Errorf("a short answer: %v", ours)
 	}
@@ -139,25 +149,30 @@ func TestProve(t *testing.T) {
 
 var errEnough = errors.New("enough")
 
-// A lane that ended by a time-out, or was reset late, has lost a frame; one that was reset at once has not.
+// A lane that ended by a time-out, or was reset late, has lost a frame; one that was reset at once
+// has not.
 func TestLossError(t *testing.T) {
 	for _, c := range []struct {
 		err   error
 		after time.Duration
 		lossy bool
 	}{
-		{syscall.ETIMEDOUT, 0, true}, {errProof, proofTime, true}, {syscall.ECONNRESET, lossTime, true}, {syscall.ECONNRESET, lossTime / 2, false},
+		{syscall.ETIMEDOUT, 0, true}, {errProof, proofTime, true},
+		{syscall.ECONNRESET, lossTime, true}, {syscall.ECONNRESET, lossTime / 2, false},
 		{errFarewell, proofTime, false}, {context.Canceled, proofTime, false},
 	} {
 		if lossy(fmt.Errorf("read: %w", c.err), c.after) != c.lossy {
 			t.Errorf("%v after %v", c.err, c.after)
 		}
 	}
-	const want = "the path to 10.0.0.2 loses large packets, or is slower than 300 kbit/s: small frames pass on the push lane, and one of 64 KiB does not"
-	if err := (&lossError{"10.0.0.2:7601", "push", errProof}); !strings.HasPrefix(err.Error(), want) || !strings.HasSuffix(err.Error(), "`ping -M do -s 1472 10.0.0.2`") {
+	const want = "the path to 10.0.0.2 loses large packets, or is slower than 300 kbit/s: small " +
+		"frames pass on the push lane, and one of 64 KiB does not"
+	if err := (&lossError{"10.0.0.2:7601", "push", errProof}); !strings.HasPrefix(err.Error(),
+		want) || !strings.HasSuffix(err.Error(), "`ping -M do -s 1472 10.0.0.2`") {
 		t.Error(err)
 	}
-	if err := (&lossError{"10.0.0.2:7601", "push", syscall.ETIMEDOUT}); strings.Contains(err.Error(), "slower") {
+	if err := (&lossError{"10.0.0.2:7601", "push",
+		syscall.ETIMEDOUT}); strings.Contains(err.Error(), "slower") {
 		t.Error(err)
 	}
 }

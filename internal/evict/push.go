@@ -33,8 +33,10 @@ func (e *source) sendEarly(a *attachment) error {
 	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
 }
 
-// send sends pages on a lane, in as many frames f as they take. note is called before each is written.
-func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run, note func()) error {
+// send sends pages on a lane, in as many frames f as they take. note is called before each is
+// written.
+func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run,
+	note func()) error {
 	e.count(why, runs)
 	for len(runs) > 0 {
 		var err error
@@ -53,7 +55,8 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
 	e.sessions.beginPush(a, e.sentPages())
-	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "", again: time.NewTimer(0)}
+	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "",
+		again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
 	a.begin(p.run)
 	if e.ledger != nil {
@@ -61,8 +64,9 @@ func (e *source) beginPush(a *attachment) {
 	}
 }
 
-// pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the destination's reports, as each of them makes
-// room, and run, for when something else does. To wake run for each frame would take a fifth more of a core that VMs want.
+// pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the
+// destination's reports, as each of them makes room, and run, for when something else does. To wake
+// run for each frame would take a fifth more of a core that VMs want.
 type pusher struct {
 	*source
 	a     *attachment
@@ -125,7 +129,8 @@ func (p *pusher) push() (over bool, err error) {
 }
 
 // next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
-func (e *source) next(held bool, limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
+func (e *source) next(held bool,
+	limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if held {
@@ -162,7 +167,8 @@ func (e *source) serveFetches(a *attachment) error {
 		default:
 		}
 		// If there are none, they are on their way already.
-		if err := e.send(lane, f, pushorder.Fetched, runs, func() { a.window.fetched(f.size()) }); err != nil {
+		if err := e.send(lane, f, pushorder.Fetched, runs,
+			func() { a.window.fetched(f.size()) }); err != nil {
 			return err
 		}
 	}

@@ -26,15 +26,18 @@ const pollInterval = time.Millisecond
 // capabilitiesOff are switched off for the time of an eviction where a QEMU has them:
 // they change the stream, or let QEMU throttle, drop or resume on its own.
 var capabilitiesOff = []string{
-	"auto-converge", "background-snapshot", "block", "compress", "dirty-bitmaps", "mapped-ram", "multifd",
+	"auto-converge", "background-snapshot", "block", "compress", "dirty-bitmaps", "mapped-ram",
+	"multifd",
 	"pause-before-switchover", "postcopy-preempt", "rdma-pin-all", "release-ram", "return-path",
-	"switchover-ack", "validate-uuid", "x-colo", "x-ignore-shared", "xbzrle", "zero-copy-send", "zero-blocks",
+	"switchover-ack", "validate-uuid", "x-colo", "x-ignore-shared", "xbzrle", "zero-copy-send",
+	"zero-blocks",
 }
 
 // recent makes sure that a QEMU is not too old.
 func recent(v qmp.Version) error {
 	if !v.AtLeast(4, 2) {
-		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was tried with 7.2 to 11.1", v)
+		return fmt.Errorf("QEMU %v is too old: post-copy can be relied on from 4.2 on; this was "+
+			"tried with 7.2 to 11.1", v)
 	}
 	return nil
 }
@@ -51,7 +54,9 @@ func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
 		return s, err
 	}
 	if _, ok := s.Capabilities["postcopy-ram"]; !ok {
-		return s, fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with userfaultfd", q.Version())
+		return s,
+			fmt.Errorf("QEMU %v was built without post-copy: use a build for Linux with "+
+				"userfaultfd", q.Version())
 	}
 	return s, q.Run(ctx, "query-migrate-parameters", nil, &s.Parameters)
 }
@@ -107,7 +112,9 @@ func (s settings) apply(ctx context.Context, q *qmp.Client) error {
 func announce(ctx context.Context, q *qmp.Client, log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	err := q.Run(ctx, "announce-self", map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil) // ms; QEMU's own values
+	// ms; QEMU's own values
+	err := q.Run(ctx, "announce-self",
+		map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil)
 	if err != nil {
 		log.Debug("the VM's network cards do not tell where they are", "error", err)
 	}
@@ -127,7 +134,8 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 		return nil, fmt.Errorf("hand QEMU a socket: %w", err)
 	}
 	if sendBuffer > 0 {
-		if err := unix.SetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer); err != nil {
+		if err := unix.SetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_SNDBUF,
+			sendBuffer); err != nil {
 			return nil, fmt.Errorf("set the socket's buffer: %w", err)
 		}
 	}
@@ -141,12 +149,14 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 // probeFD is QEMU's name for a descriptor that it is handed for a moment.
 const probeFD = "vacate-probe"
 
-// handsOver makes sure that descriptors reach the QEMU behind a monitor, while neither QEMU is used up. A relay in between,
-// which has bytes pass and nothing else, is noticed by nothing before.
+// handsOver makes sure that descriptors reach the QEMU behind a monitor, while neither QEMU is used
+// up. A relay in between, which has bytes pass and nothing else, is noticed by nothing before.
 func handsOver(ctx context.Context, q *qmp.Client, monitor string) error {
 	conn, err := socketTo(ctx, q, probeFD, 0)
 	if isRefusal(err) {
-		return fmt.Errorf("%w: something between %s and QEMU, such as socat, passes no descriptors on: name QEMU's own socket (-qmp unix:PATH,server=on,wait=off)", err, monitor)
+		return fmt.Errorf("%w: something between %s and QEMU, such as socat, passes no "+
+			"descriptors on: name QEMU's own socket (-qmp unix:PATH,server=on,wait=off)", err,
+			monitor)
 	} else if err != nil {
 		return err
 	}
@@ -232,13 +242,15 @@ func (o offer) check() error {
 // as. It returns nil if the one can become the other.
 func (o offer) mismatch(here offer) error {
 	if o.Machine != here.Machine {
-		return fmt.Errorf("the source's machine is %s, the destination's %s: start the destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
+		return fmt.Errorf("the source's machine is %s, the destination's %s: start the "+
+			"destination's QEMU with -machine %[1]s", o.Machine, here.Machine)
 	}
 	source, destination := versionOf(o.QEMU), versionOf(here.QEMU)
 	if err := fit.StateOf(cmp.Or(o.Stands, "running"), source, destination).Err(); err != nil {
 		return fmt.Errorf("the VM %w", err)
 	}
-	differ := slices.Concat(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices), o.Disks.Against(here.Disks))
+	differ := slices.Concat(o.CPUs.Against(here.CPUs), o.Devices.Against(here.Devices),
+		o.Disks.Against(here.Disks))
 	if err := differ.Err(); err != nil {
 		return err
 	}
@@ -250,18 +262,27 @@ func (o offer) mismatch(here offer) error {
 		h, ok := sizes[b.Name]
 		switch {
 		case !ok:
-			return fmt.Errorf("the source has memory %q of %d KiB and the destination has none of that name: start the destination's QEMU with the source's -device and -object options", b.Name, b.Size>>10)
+			return fmt.Errorf("the source has memory %q of %d KiB and the destination has none "+
+				"of that name: start the destination's QEMU with the source's -device and "+
+				"-object options", b.Name, b.Size>>10)
 		case b.PageSize > maxPage:
-			return fmt.Errorf("memory %q has pages of %d MiB, and only those of 2 MiB at most can come one by one: restart the VM with memory of 2 MiB pages, hugetlbsize=2M", b.Name, b.PageSize>>20)
+			return fmt.Errorf("memory %q has pages of %d MiB, and only those of 2 MiB at most "+
+				"can come one by one: restart the VM with memory of 2 MiB pages, hugetlbsize=2M",
+				b.Name, b.PageSize>>20)
 		case h.PageSize != b.PageSize:
-			return fmt.Errorf("memory %q has pages of %d KiB on the source, %d KiB on the destination: start the destination's QEMU with the source's memory back end", b.Name, b.PageSize>>10, h.PageSize>>10)
+			return fmt.Errorf("memory %q has pages of %d KiB on the source, %d KiB on the "+
+				"destination: start the destination's QEMU with the source's memory back end",
+				b.Name, b.PageSize>>10, h.PageSize>>10)
 		case h.Size != b.Size && !resizable(b.Name):
-			return fmt.Errorf("memory %q has %d MiB on the source, %d MiB on the destination: start the destination's QEMU with the source's -m and -object options", b.Name, b.Size>>20, h.Size>>20)
+			return fmt.Errorf("memory %q has %d MiB on the source, %d MiB on the destination: "+
+				"start the destination's QEMU with the source's -m and -object options", b.Name,
+				b.Size>>20, h.Size>>20)
 		}
 		delete(sizes, b.Name)
 	}
 	for name := range sizes {
-		return fmt.Errorf("the destination has memory %q and the source has none of that name: start the destination's QEMU with the source's -device and -object options", name)
+		return fmt.Errorf("the destination has memory %q and the source has none of that name: "+
+			"start the destination's QEMU with the source's -device and -object options", name)
 	}
 	return nil
 }
@@ -282,7 +303,8 @@ func (o offer) holds(l layout) error {
 			return fmt.Errorf("%w: memory %q was not in the offer", errFrame, b.Name)
 		case b.PageSize != o.Blocks[i].PageSize,
 			b.Length != o.Blocks[i].Size && (!resizable(b.Name) || b.Length > maxResizable):
-			return fmt.Errorf("%w: memory %q has other pages or another size, %d KiB, than in the offer", errFrame, b.Name, b.Length>>10)
+			return fmt.Errorf("%w: memory %q has other pages or another size, %d KiB, than in "+
+				"the offer", errFrame, b.Name, b.Length>>10)
 		}
 	}
 	return nil

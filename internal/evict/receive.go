@@ -161,8 +161,8 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 	}
 }
 
-// receive takes a frame of pages, which come as is told by a parcel, and hands those to QEMU that it does not have yet. It tells whether
-// they are held, and the payload with them.
+// receive takes a frame of pages, which come as is told by a parcel, and hands those to QEMU that
+// it does not have yet. It tells whether they are held, and the payload with them.
 func (e *destination) receive(as parcel, payload []byte) (held bool, err error) {
 	runs, data, err := e.layout.parsePages(nil, payload)
 	if err != nil {
@@ -211,7 +211,8 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 				return fmt.Errorf("QEMU wants a page of unknown memory %q", m.Block)
 			}
 			size := e.layout[i].PageSize
-			run := pageset.Run{Block: i, First: pageset.Page(m.Start / size), Count: int((uint64(m.Length) + size - 1) / size)}
+			run := pageset.Run{Block: i, First: pageset.Page(m.Start / size),
+				Count: int((uint64(m.Length) + size - 1) / size)}
 			if err := e.layout.check(run); err != nil {
 				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
 			}
@@ -224,10 +225,12 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 			}
 			if st := e.machine.current(); st != Running || !e.running.Load() {
 				// While the VM stands still, each of these makes it stand longer: by a round trip.
-				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
+				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length",
+					m.Length)
 			}
 			if a := e.at.Load(); a != nil { // else it is asked for when the source is back
-				if err := a.Lane(link.Fetch).Write(frameRequest, appendRequest(nil, run)); err != nil {
+				if err := a.Lane(link.Fetch).Write(frameRequest,
+					appendRequest(nil, run)); err != nil {
 					a.FailSoon(err)
 				}
 			}

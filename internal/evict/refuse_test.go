@@ -36,7 +36,8 @@ var greeting = "vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0x
 func TestRefusals(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	r := &refusals{T: t, lab: l}
-	r.vm = boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 20, IdleMiB: 30, OtherMiB: 10},
+	r.vm = boot(t, l, lab.Spec{MemoryMiB: 256,
+		Load:  lab.Load{HotMiB: 20, IdleMiB: 30, OtherMiB: 10},
 		Extra: []string{"-device", "virtio-rng-pci"}})
 	r.monitors()
 	r.twins()
@@ -60,7 +61,8 @@ func (r *refusals) run(name string, f func(t *testing.T)) {
 	r.Run(name, func(t *testing.T) {
 		before := settingsOf(t, r.vm)
 		f(t)
-		if status, err := r.vm.Status(labtest.Within(t, 10*time.Second)); err != nil || status != "running" {
+		if status, err := r.vm.Status(labtest.Within(t, 10*time.Second)); err != nil ||
+			status != "running" {
 			t.Errorf("the VM is %q: %v", status, err)
 		}
 		if after := settingsOf(t, r.vm); after != before {
@@ -89,7 +91,8 @@ func refused(t *testing.T, err error, says ...string) {
 
 // evict has a VM leave for an address of host b.
 func (r *refusals) evict(t *testing.T, monitor, to string) error {
-	report, err := evict.Source{QMP: monitor, Connect: connectTo(r.lab.A, to)}.Evict(labtest.Within(t, time.Minute))
+	report, err := evict.Source{QMP: monitor,
+		Connect: connectTo(r.lab.A, to)}.Evict(labtest.Within(t, time.Minute))
 	if err != nil && report.Reason != err.Error() {
 		t.Errorf("the report says %q, the error %q", report.Reason, err)
 	}
@@ -98,7 +101,8 @@ func (r *refusals) evict(t *testing.T, monitor, to string) error {
 
 // receive waits for a VM at a monitor that is not fit for one.
 func (r *refusals) receive(t *testing.T, monitor string) error {
-	return receiveOn(labtest.Within(t, time.Minute), evict.Destination{QMP: monitor}, listen(t, r.lab.B))
+	return receiveOn(labtest.Within(t, time.Minute), evict.Destination{QMP: monitor},
+		listen(t, r.lab.B))
 }
 
 const nowhere = "10.77.0.2:9" // on host b, where nothing listens
@@ -110,7 +114,8 @@ func (r *refusals) monitors() {
 		refused(t, r.receive(t, monitor), says...)
 	}
 	r.run("no monitor", func(t *testing.T) {
-		both(t, filepath.Join(dir, "none.sock"), "no such socket", "check the path", "-qmp unix:PATH")
+		both(t, filepath.Join(dir, "none.sock"), "no such socket", "check the path",
+			"-qmp unix:PATH")
 	})
 	r.run("abandoned monitor", func(t *testing.T) {
 		path := filepath.Join(dir, "abandoned.sock")
@@ -123,10 +128,13 @@ func (r *refusals) monitors() {
 		both(t, path, "nothing listens there", "QEMU has exited")
 	})
 	r.run("not a monitor", func(t *testing.T) {
-		both(t, speak(t, filepath.Join(dir, "ssh.sock"), "SSH-2.0-OpenSSH_9.2\r\n", nil), "not a QMP monitor", "SSH-2.0")
+		both(t, speak(t, filepath.Join(dir, "ssh.sock"), "SSH-2.0-OpenSSH_9.2\r\n", nil),
+			"not a QMP monitor", "SSH-2.0")
 	})
 	r.run("human monitor", func(t *testing.T) {
-		both(t, speak(t, filepath.Join(dir, "hmp.sock"), "QEMU 7.2.22 monitor - type 'help' for more information\r\n(qemu) ", nil), "human monitor", "-qmp unix:PATH")
+		both(t, speak(t, filepath.Join(dir, "hmp.sock"),
+			"QEMU 7.2.22 monitor - type 'help' for more information\r\n(qemu) ", nil),
+			"human monitor", "-qmp unix:PATH")
 	})
 	r.run("monitor of another client", func(t *testing.T) {
 		q, err := qmp.Dial(labtest.Within(t, 10*time.Second), r.vm.QMP)
@@ -134,22 +142,26 @@ func (r *refusals) monitors() {
 			t.Fatal(err)
 		}
 		defer q.Close()
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "another client probably holds it", "one more monitor")
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "another client probably holds it",
+			"one more monitor")
 	})
 	r.run("old QEMU", func(t *testing.T) {
-		both(t, speak(t, filepath.Join(dir, "old.sock"), qmpGreeting(2, 9), map[string]string{}), "QEMU 2.9.0 is too old", "from 4.2 on")
+		both(t, speak(t, filepath.Join(dir, "old.sock"), qmpGreeting(2, 9), map[string]string{}),
+			"QEMU 2.9.0 is too old", "from 4.2 on")
 	})
 	r.run("QEMU that cannot save devices", func(t *testing.T) {
 		monitor := speak(t, filepath.Join(dir, "bare.sock"), qmpGreeting(7, 2), map[string]string{
 			"query-status":  `{"status": "running", "running": true, "singlestep": false}`,
 			"query-migrate": `{}`,
 		})
-		refused(t, r.evict(t, monitor, nowhere), "cannot save a VM's devices without Xen", "use a build with the command xen-save-devices-state")
+		refused(t, r.evict(t, monitor, nowhere), "cannot save a VM's devices without Xen",
+			"use a build with the command xen-save-devices-state")
 	})
 }
 
 func qmpGreeting(major, minor int) string {
-	return fmt.Sprintf(`{"QMP": {"version": {"qemu": {"micro": 0, "minor": %d, "major": %d}, "package": ""}, "capabilities": ["oob"]}}`+"\r\n", minor, major)
+	return fmt.Sprintf(
+		`{"QMP": {"version": {"qemu": {"micro": 0, "minor": %d, "major": %d}, "package": ""}, "capabilities": ["oob"]}}`+"\r\n", minor, major)
 }
 
 // speak serves a unix socket that greets, and then answers QMP commands from replies; the
@@ -180,11 +192,13 @@ func speak(t *testing.T, path, greeting string, replies map[string]string) strin
 					case command.Execute == "qmp_capabilities":
 						fmt.Fprintf(c, `{"return": {}, "id": %d}`+"\r\n", command.ID)
 					case known && reply == "":
-						fmt.Fprintf(c, `{"error": {"class": "GenericError", "desc": "Parameters are missing"}, "id": %d}`+"\r\n", command.ID)
+						fmt.Fprintf(c,
+							`{"error": {"class": "GenericError", "desc": "Parameters are missing"}, "id": %d}`+"\r\n", command.ID)
 					case known:
 						fmt.Fprintf(c, `{"return": %s, "id": %d}`+"\r\n", reply, command.ID)
 					default:
-						fmt.Fprintf(c, `{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %d}`+"\r\n", command.Execute, command.ID)
+						fmt.Fprintf(c,
+							`{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %d}`+"\r\n", command.Execute, command.ID)
 					}
 				}
 			}()
@@ -200,7 +214,8 @@ func (r *refusals) twin(t *testing.T, opts lab.IncomingOptions, change func(*lab
 	if change != nil {
 		change(&spec)
 	}
-	twin, err := r.lab.B.Incoming(labtest.Within(t, time.Minute), &lab.VM{Spec: spec, Guest: r.vm.Guest}, opts)
+	twin, err := r.lab.B.Incoming(labtest.Within(t, time.Minute),
+		&lab.VM{Spec: spec, Guest: r.vm.Guest}, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,26 +237,54 @@ func (r *refusals) twins() {
 		says   []string
 	}{
 		"other memory": {change: func(s *lab.Spec) { s.MemoryMiB = 384 },
-			says: []string{`memory "pc.ram" has 256 MiB on the source, 384 MiB on the destination`, "-m "}},
+			says: []string{`memory "pc.ram" has 256 MiB on the source, 384 MiB on the destination`,
+				"-m "}},
 		"other machine": {change: func(s *lab.Spec) { s.Machine = "pc-i440fx-7.1" },
-			says: []string{"machine is pc-i440fx-7.2", "the destination's pc-i440fx-7.1", "-machine pc-i440fx-7.2"}},
-		"other kind of machine": {change: func(s *lab.Spec) { s.Machine = "q35" }, says: []string{"the destination's pc-q35-7.2", "-machine pc-i440fx-7.2"}},
-		"other vCPUs":           {change: func(s *lab.Spec) { s.VCPUs = 2 }, says: []string{"1 vCPUs", "the destination 2", "-smp"}},
-		"device too many":       {extra: []string{"-device", "e1000"}, says: []string{"only the source has []", "e1000 (8086:100e) at i440FX-pcihost/addr 0", "-device"}},
-		"device missing":        {change: func(s *lab.Spec) { s.Extra = nil }, says: []string{"only the source has [virtio-rng-pci (1af4:1005) at i440FX-pcihost/addr 0", "only the destination []", "-device"}},
-		"device elsewhere":      {change: func(s *lab.Spec) { s.Extra = []string{"-device", "virtio-rng-pci,addr=9"} }, says: []string{"(1af4:1005) at i440FX-pcihost/addr 09.0]", "-device"}},
+			says: []string{"machine is pc-i440fx-7.2", "the destination's pc-i440fx-7.1",
+				"-machine pc-i440fx-7.2"}},
+		"other kind of machine": {change: func(s *lab.Spec) { s.Machine = "q35" },
+			says: []string{"the destination's pc-q35-7.2", "-machine pc-i440fx-7.2"}},
+		"other vCPUs": {change: func(s *lab.Spec) { s.VCPUs = 2 },
+			says: []string{"1 vCPUs", "the destination 2", "-smp"}},
+		"device too many": {extra: []string{"-device", "e1000"},
+			says: []string{"only the source has []", "e1000 (8086:100e) at i440FX-pcihost/addr 0",
+				"-device"}},
+		"device missing": {change: func(s *lab.Spec) { s.Extra = nil },
+			says: []string{
+				"only the source has [virtio-rng-pci (1af4:1005) at i440FX-pcihost/addr 0",
+				"only the destination []", "-device"}},
+		"device elsewhere": {change: func(s *lab.Spec) {
+			s.Extra = []string{"-device", "virtio-rng-pci,addr=9"}
+		}, says: []string{"(1af4:1005) at i440FX-pcihost/addr 09.0]", "-device"}},
 		"lesser CPU": {change: func(s *lab.Spec) { s.CPU = "qemu64" },
-			says: []string{"the destination's CPU (qemu64) lacks", "avx2", "which the guest uses or may use (max)", "with the source's -cpu (model max)"}},
-		"other CPU": {change: func(s *lab.Spec) { s.CPU = "max,erms=off,fsrm=off,vendor=GenuineIntel" },
-			says: []string{`vendor is "AuthenticAMD" on the source, "GenuineIntel" on the destination`, "-cpu max"}},
-		"device that is made otherwise": {change: func(s *lab.Spec) { s.Extra = []string{"-device", "virtio-rng-pci,event_idx=off"} },
+			says: []string{"the destination's CPU (qemu64) lacks", "avx2",
+				"which the guest uses or may use (max)", "with the source's -cpu (model max)"}},
+		"other CPU": {change: func(s *lab.Spec) {
+			s.CPU = "max,erms=off,fsrm=off,vendor=GenuineIntel"
+		},
+			says: []string{
+				`vendor is "AuthenticAMD" on the source, "GenuineIntel" on the destination`,
+				"-cpu max"}},
+		"device that is made otherwise": {change: func(s *lab.Spec) {
+			s.Extra = []string{"-device", "virtio-rng-pci,event_idx=off"}
+		},
 			says: []string{"event_idx is true on the source, false on the destination", "-device"}},
-		"room for memory": {change: func(s *lab.Spec) { s.Extra = append(s.Extra, "-m", "slots=2,maxmem=1G") },
-			says: []string{"-m maxmem is 0 on the source, 1073741824 on the destination", "-m options"}},
-		"huge pages": {change: func(s *lab.Spec) { backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M") },
-			says: []string{"pages of 4 KiB on the source, 2048 KiB on the destination", "memory back end"}},
-		"memory of another name": {change: func(s *lab.Spec) { named(s, "ram", "memory-backend-ram,size=256M") },
-			says: []string{`memory "pc.ram" of 262144 KiB and the destination has none of that name`, "-object"}},
+		"room for memory": {change: func(s *lab.Spec) {
+			s.Extra = append(s.Extra, "-m", "slots=2,maxmem=1G")
+		},
+			says: []string{"-m maxmem is 0 on the source, 1073741824 on the destination",
+				"-m options"}},
+		"huge pages": {change: func(s *lab.Spec) {
+			backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M")
+		},
+			says: []string{"pages of 4 KiB on the source, 2048 KiB on the destination",
+				"memory back end"}},
+		"memory of another name": {change: func(s *lab.Spec) {
+			named(s, "ram", "memory-backend-ram,size=256M")
+		},
+			says: []string{
+				`memory "pc.ram" of 262144 KiB and the destination has none of that name`,
+				"-object"}},
 	} {
 		r.run(name, func(t *testing.T) {
 			if name == "huge pages" {
@@ -253,12 +296,16 @@ func (r *refusals) twins() {
 			ctx, stop := context.WithCancel(labtest.Within(t, time.Minute))
 			defer stop()
 			received := make(chan error, 1)
-			go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln) }()
-			refused(t, r.evict(t, r.vm.QMP, ln.Addr().String()), append(c.says, "The VM runs on, untouched")...)
+			go func() {
+				received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
+			}()
+			refused(t, r.evict(t, r.vm.QMP, ln.Addr().String()),
+				append(c.says, "The VM runs on, untouched")...)
 			log.expect(t, c.says[0])
 			stop()
 			refused(t, <-received, "not touched")
-			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status != "inmigrate" {
+			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status !=
+				"inmigrate" {
 				t.Errorf("the destination's QEMU is %q: %v", status, err)
 			}
 		})
@@ -271,29 +318,43 @@ func (r *refusals) twins() {
 		then   func(t *testing.T, twin *lab.VM)
 		says   []string
 	}{
-		"started without -S": {opts: lab.IncomingOptions{Running: true}, says: []string{"started without -S", "-S -incoming defer"}},
+		"started without -S": {opts: lab.IncomingOptions{Running: true},
+			says: []string{"started without -S", "-S -incoming defer"}},
 		"tmpfs too small": {prep: func(t *testing.T) func(*lab.Spec) {
 			dir := mount(t, "tmpfs", "size=64m")
-			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
-		}, says: []string{"the VM needs 256 MiB more, and the file system at /", "room for 64 MiB only", "Make room there first", "mount -o remount,size="}},
+			return func(s *lab.Spec) {
+				backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir)
+			}
+		}, says: []string{"the VM needs 256 MiB more, and the file system at /",
+			"room for 64 MiB only", "Make room there first", "mount -o remount,size="}},
 		"file that cannot be faulted in": {prep: func(t *testing.T) func(*lab.Spec) {
 			dir := mount(t, "ramfs", "")
-			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir) }
-		}, says: []string{`memory "pc.ram" is the file`, "on ramfs", "memory-backend-memfd", "/dev/shm"}},
+			return func(s *lab.Spec) {
+				backEnd(s, "memory-backend-file,size=256M,share=on,mem-path="+dir)
+			}
+		}, says: []string{`memory "pc.ram" is the file`, "on ramfs", "memory-backend-memfd",
+			"/dev/shm"}},
 		"private file that cannot be faulted in": {prep: func(t *testing.T) func(*lab.Spec) {
 			dir := mount(t, "ramfs", "")
-			return func(s *lab.Spec) { backEnd(s, "memory-backend-file,size=256M,share=off,mem-path="+dir+"/ram") }
+			return func(s *lab.Spec) {
+				backEnd(s, "memory-backend-file,size=256M,share=off,mem-path="+dir+"/ram")
+			}
 		}, says: []string{`memory "pc.ram" is the file`, "/ram on ramfs", "memory-backend-memfd"}},
 		"control group too small": {prep: func(t *testing.T) func(*lab.Spec) {
 			group, _ := memoryGroup(t, 300<<20)
 			return func(s *lab.Spec) { s.QEMU = within(t, s.QEMU, group) }
-		}, says: []string{"the control group /sys/fs/cgroup/", "/vacate-test-", "its memory.", " is 300 MiB", "the VM needs 3", "Raise it with `echo ", " >/sys/fs/cgroup/"}},
+		}, says: []string{"the control group /sys/fs/cgroup/", "/vacate-test-", "its memory.",
+			" is 300 MiB", "the VM needs 3", "Raise it with `echo ", " >/sys/fs/cgroup/"}},
 		"too few huge pages": {prep: func(t *testing.T) func(*lab.Spec) {
 			reserveHugePages(t, 60)
 			return func(s *lab.Spec) {
 				backEnd(s, "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,size=256M,reserve=off")
 			}
-		}, says: []string{"the VM needs 256 MiB more, and this host's pool of huge pages has room for ", " MiB only: its nr_hugepages is worth ", "Have more with `echo ", "/hugepages-2048kB/nr_hugepages`"}},
+		},
+			says: []string{
+				"the VM needs 256 MiB more, and this host's pool of huge pages has room for ",
+				" MiB only: its nr_hugepages is worth ", "Have more with `echo ",
+				"/hugepages-2048kB/nr_hugepages`"}},
 		"host too small": {change: func(s *lab.Spec) {
 			s.MemoryMiB = 2 * memTotalMiB(r.T)
 			backEnd(s, fmt.Sprintf("memory-backend-ram,size=%dM,reserve=off", s.MemoryMiB))
@@ -304,11 +365,14 @@ func (r *refusals) twins() {
 		}, says: []string{"userfaultfd", "sysctl vm.unprivileged_userfaultfd=1", "CAP_SYS_PTRACE"}},
 		"waits for somebody else": {then: func(t *testing.T, twin *lab.VM) {
 			uri := map[string]any{"uri": "unix:" + filepath.Join(t.TempDir(), "in.sock")}
-			if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-incoming", uri, nil); err != nil {
+			if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-incoming", uri,
+				nil); err != nil {
 				t.Fatal(err)
 			}
-		}, says: []string{"does not wait for a VM", "listening for another source", "-S -incoming defer"}},
-		"used up": {then: func(t *testing.T, twin *lab.VM) { twin.Kill() }, says: []string{"nothing listens there", "QEMU has exited"}},
+		}, says: []string{"does not wait for a VM", "listening for another source",
+			"-S -incoming defer"}},
+		"used up": {then: func(t *testing.T, twin *lab.VM) { twin.Kill() },
+			says: []string{"nothing listens there", "QEMU has exited"}},
 	} {
 		r.run(name, func(t *testing.T) {
 			change := c.change
@@ -333,7 +397,8 @@ func (r *refusals) twins() {
 		received := make(chan error, 1)
 		go func() { received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP}, ln) }()
 		relayed = labtest.RelayMonitor(t, r.vm.QMP)
-		refused(t, r.evict(t, relayed, ln.Addr().String()), append(says, relayed, "The VM runs on, untouched")...)
+		refused(t, r.evict(t, relayed, ln.Addr().String()),
+			append(says, relayed, "The VM runs on, untouched")...)
 		stop()
 		refused(t, <-received)
 		if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status != "inmigrate" {
@@ -341,7 +406,8 @@ func (r *refusals) twins() {
 		}
 	})
 	r.run("runs a VM", func(t *testing.T) {
-		refused(t, r.receive(t, r.vm.LabQMP), "does not wait for a VM", `"running"`, "-S -incoming defer")
+		refused(t, r.receive(t, r.vm.LabQMP), "does not wait for a VM", `"running"`,
+			"-S -incoming defer")
 	})
 }
 
@@ -379,7 +445,8 @@ func reserveHugePages(t *testing.T, n int) {
 	}
 	set(t, file, strconv.Itoa(have+n))
 	if free := meminfo(t, "HugePages_Free"); free < n {
-		labtest.Need(t, fmt.Errorf("%d huge pages could be had, %d are needed: free memory", free, n))
+		labtest.Need(t, fmt.Errorf("%d huge pages could be had, %d are needed: free memory", free,
+			n))
 	}
 }
 
@@ -437,20 +504,27 @@ func (r *refusals) peers() {
 		return ln.Addr().String()
 	}
 	r.run("nothing listens", func(t *testing.T) {
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "nothing listens at "+nowhere, "start `vacate receive` there first")
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "nothing listens at "+nowhere,
+			"start `vacate receive` there first")
 	})
 	r.run("no address", func(t *testing.T) {
 		refused(t, r.evict(t, r.vm.QMP, "host-without-port"), "missing port in address")
 	})
 	for name, c := range map[string]struct{ answer, says string }{
-		"web server":         {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ask},
-		"noise":              {strings.Repeat("\x00\xff\x17", 40), ask},
-		"another version":    {"vacate\r\n\x00\x63\x00\x00\x00\x00", fmt.Sprintf("speaks version 99, we speak %d: use the same release of vacate on both hosts", link.Version)},
-		"taken":              {greeting + "\x01\x00\x00\x05taken", `refused by the destination: "taken"`},
+		"web server": {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ask},
+		"noise":      {strings.Repeat("\x00\xff\x17", 40), ask},
+		"another version": {"vacate\r\n\x00\x63\x00\x00\x00\x00",
+			fmt.Sprintf("speaks version 99, we speak %d: use the same release of vacate on both "+
+				"hosts", link.Version)},
+		"taken": {greeting + "\x01\x00\x00\x05taken",
+			`refused by the destination: "taken"`},
 		"silent destination": {"", ask},
-		"mirror":             {strings.Repeat(greeting+"\x00\x00\x00\x00", 2), "does not speak vacate's protocol"},
+		"mirror": {strings.Repeat(greeting+"\x00\x00\x00\x00", 2),
+			"does not speak vacate's protocol"},
 	} {
-		r.run(name, func(t *testing.T) { refused(t, r.evict(t, r.vm.QMP, serve(t, c.answer)), c.says) })
+		r.run(name, func(t *testing.T) {
+			refused(t, r.evict(t, r.vm.QMP, serve(t, c.answer)), c.says)
+		})
 	}
 }
 
@@ -464,14 +538,16 @@ func (r *refusals) states() {
 	}
 	r.run("paused VM", func(t *testing.T) {
 		do(t, "stop", nil)
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "nothing listens", "The VM was not touched: it is paused")
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "nothing listens",
+			"The VM was not touched: it is paused")
 		do(t, "cont", nil)
 	})
 	r.run("VM on its way already", func(t *testing.T) {
 		do(t, "migrate-set-parameters", map[string]any{"max-bandwidth": 100_000})
 		defer do(t, "migrate-set-parameters", map[string]any{"max-bandwidth": 128 << 20})
 		do(t, "migrate", map[string]any{"uri": "exec:cat > /dev/null"})
-		refused(t, r.evict(t, r.vm.QMP, nowhere), "being migrated already", "wait for its end or cancel it")
+		refused(t, r.evict(t, r.vm.QMP, nowhere), "being migrated already",
+			"wait for its end or cancel it")
 		do(t, "migrate_cancel", nil)
 		for ctx := labtest.Within(t, 30*time.Second); ; {
 			var m struct{ Status string }
@@ -487,9 +563,12 @@ func (r *refusals) states() {
 	do(r.T, "migrate-set-capabilities", map[string]any{"capabilities": []map[string]any{
 		{"capability": "xbzrle", "state": true}, {"capability": "auto-converge", "state": true},
 		{"capability": "postcopy-ram", "state": false}, {"capability": "events", "state": false},
-		{"capability": "release-ram", "state": true}, {"capability": "pause-before-switchover", "state": true},
+		{"capability": "release-ram", "state": true},
+		{"capability": "pause-before-switchover", "state": true},
 	}})
-	do(r.T, "migrate-set-parameters", map[string]any{"max-bandwidth": 54321, "max-postcopy-bandwidth": 9876, "tls-creds": "none-such", "downtime-limit": 7})
+	do(r.T, "migrate-set-parameters",
+		map[string]any{"max-bandwidth": 54321, "max-postcopy-bandwidth": 9876,
+			"tls-creds": "none-such", "downtime-limit": 7})
 	for _, a := range []attempt{
 		{name: "settings, cut at the offer", kind: offer, do: cut, want: evict.ErrRefused},
 		{name: "settings, cut at the package", kind: load, do: cut, want: evict.ErrAborted},
@@ -509,16 +588,19 @@ func (r *refusals) strangers() {
 	twin := r.twin(t, lab.IncomingOptions{}, func(s *lab.Spec) {
 		s.QEMU = within(t, s.QEMU, group)
 		s.Machine += ",memory-backend=pc.ram"
-		s.Extra = append([]string{"-object", "memory-backend-ram,size=256M,prealloc=on,id=pc.ram"}, s.Extra...)
+		s.Extra = append([]string{"-object", "memory-backend-ram,size=256M,prealloc=on,id=pc.ram"},
+			s.Extra...)
 	})
-	if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-set-parameters", map[string]any{"tls-creds": "none-such"}, nil); err != nil {
+	if err := twin.Execute(labtest.Within(t, 10*time.Second), "migrate-set-parameters",
+		map[string]any{"tls-creds": "none-such"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	ln := listen(t, r.lab.B)
 	log := make(refusalLog, 10)
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(labtest.Within(t, 3*time.Minute), evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
+		received <- receiveOn(labtest.Within(t, 3*time.Minute),
+			evict.Destination{QMP: twin.QMP, Log: slog.New(log)}, ln)
 	}()
 
 	connect := func(t *testing.T, say []byte) net.Conn {
@@ -540,7 +622,8 @@ func (r *refusals) strangers() {
 		for lane := range byte(3) {
 			c := connect(t, hello(link.Version, lane))
 			answer := make([]byte, 22)
-			if _, err := io.ReadFull(c, answer); err != nil || string(answer) != greeting+"\x00\x00\x00\x08"+strings.Repeat("\x00", 8) {
+			if _, err := io.ReadFull(c, answer); err != nil ||
+				string(answer) != greeting+"\x00\x00\x00\x08"+strings.Repeat("\x00", 8) {
 				t.Fatalf("answered %q, %v", answer, err)
 			}
 			if lane == 0 {
@@ -552,29 +635,43 @@ func (r *refusals) strangers() {
 		}
 		return control
 	}
-	fits := `{"qemu":"7.2.22","machine":"pc-i440fx-7.2","cpus":{},"blocks":[],"devices":{},"load_timeout_ms":20000}`
+	fits :=
+		`{"qemu":"7.2.22","machine":"pc-i440fx-7.2","cpus":{},"blocks":[],"devices":{},"load_timeout_ms":20000}`
 	for name, c := range map[string]struct {
 		hello bool // only
 		say   []byte
 		says  string
 	}{
-		"web client":         {true, []byte("GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"), "does not speak vacate's protocol"},
-		"half a hello":       {true, hello(link.Version, 0)[:11], "no hello"},
-		"another version":    {true, hello(link.Version+1, 0), "use the same release of vacate on both hosts"},
-		"fetch lane only":    {true, hello(link.Version, 2), "the other lanes of its session did not come"},
-		"garbage":            {say: []byte(strings.Repeat("garbage ", 100)), says: "does not speak vacate's protocol"},
-		"huge frame":         {say: []byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}, says: "4294967295 bytes, more than"},
-		"wrong checksum":     {say: append(frame(offer, nil)[:8], 1, 2, 3, 4), says: "wrong checksum"},
-		"commit first":       {say: frame(commit, nil), says: "message 4 out of turn"},
-		"package first":      {say: frame(load, make([]byte, 1000)), says: "message 3 out of turn"},
-		"farewell first":     {say: frame(32, []byte(`{"reason":"changed my mind"}`)), says: "changed my mind"},
-		"no JSON":            {say: frame(offer, []byte("an offer")), says: "bad frame: message"},
-		"JSON of other type": {say: frame(offer, []byte(`{"cpus":"one"}`)), says: "bad frame: message"},
-		"unknown field":      {say: frame(offer, []byte(`{"speed":"fast"}`)), says: `unknown field "speed"`},
-		"two offers":         {say: frame(offer, []byte(fits+fits)), says: "bytes behind it"},
-		"no time to load":    {say: frame(offer, []byte(strings.Replace(fits, "20000", "0", 1))), says: "ms for loading the devices"},
-		"endless time":       {say: frame(offer, []byte(strings.Replace(fits, "20000", "9223372036854775807", 1))), says: "ms for loading the devices"},
-		"other VM":           {say: frame(offer, []byte(fits)), says: "the source's QEMU is for , the destination's for x86_64"},
+		"web client": {true, []byte("GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"),
+			"does not speak vacate's protocol"},
+		"half a hello": {true, hello(link.Version, 0)[:11], "no hello"},
+		"another version": {true, hello(link.Version+1, 0),
+			"use the same release of vacate on both hosts"},
+		"fetch lane only": {true, hello(link.Version, 2),
+			"the other lanes of its session did not come"},
+		"garbage": {say: []byte(strings.Repeat("garbage ", 100)),
+			says: "does not speak vacate's protocol"},
+		"huge frame": {say: []byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0},
+			says: "4294967295 bytes, more than"},
+		"wrong checksum": {say: append(frame(offer, nil)[:8], 1, 2, 3, 4),
+			says: "wrong checksum"},
+		"commit first":  {say: frame(commit, nil), says: "message 4 out of turn"},
+		"package first": {say: frame(load, make([]byte, 1000)), says: "message 3 out of turn"},
+		"farewell first": {say: frame(32, []byte(`{"reason":"changed my mind"}`)),
+			says: "changed my mind"},
+		"no JSON": {say: frame(offer, []byte("an offer")), says: "bad frame: message"},
+		"JSON of other type": {say: frame(offer, []byte(`{"cpus":"one"}`)),
+			says: "bad frame: message"},
+		"unknown field": {say: frame(offer, []byte(`{"speed":"fast"}`)),
+			says: `unknown field "speed"`},
+		"two offers": {say: frame(offer, []byte(fits+fits)), says: "bytes behind it"},
+		"no time to load": {say: frame(offer, []byte(strings.Replace(fits, "20000", "0", 1))),
+			says: "ms for loading the devices"},
+		"endless time": {say: frame(offer,
+			[]byte(strings.Replace(fits, "20000", "9223372036854775807", 1))),
+			says: "ms for loading the devices"},
+		"other VM": {say: frame(offer, []byte(fits)),
+			says: "the source's QEMU is for , the destination's for x86_64"},
 	} {
 		r.run("stranger: "+name, func(t *testing.T) {
 			if c.hello {
@@ -586,7 +683,8 @@ func (r *refusals) strangers() {
 				session(t, c.say)
 			}
 			log.expect(t, c.says)
-			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status != "inmigrate" {
+			if status, err := twin.Status(labtest.Within(t, 10*time.Second)); status !=
+				"inmigrate" {
 				t.Errorf("the destination's QEMU is %q: %v", status, err)
 			}
 		})
@@ -594,7 +692,8 @@ func (r *refusals) strangers() {
 	if r.Failed() {
 		return
 	}
-	report, err := evict.Source{QMP: r.vm.QMP, Connect: connectTo(r.lab.A, ln.Addr().String())}.Evict(labtest.Within(t, time.Minute))
+	report, err := evict.Source{QMP: r.vm.QMP,
+		Connect: connectTo(r.lab.A, ln.Addr().String())}.Evict(labtest.Within(t, time.Minute))
 	result{report: report, source: err, destErr: <-received}.mustComplete(t)
 	labtest.MustCheck(t, twin)
 }
@@ -614,9 +713,11 @@ func frame(kind byte, payload []byte) []byte {
 // refusalLog is a slog.Handler that keeps the reasons of warnings.
 type refusalLog chan string
 
-func (l refusalLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
-func (l refusalLog) WithAttrs([]slog.Attr) slog.Handler               { return l }
-func (l refusalLog) WithGroup(string) slog.Handler                    { return l }
+func (l refusalLog) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn
+}
+func (l refusalLog) WithAttrs([]slog.Attr) slog.Handler { return l }
+func (l refusalLog) WithGroup(string) slog.Handler      { return l }
 func (l refusalLog) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
 		if a.Key == "error" {

@@ -55,7 +55,8 @@ func renameDevice(r *relay, frame []byte, to net.Conn) {
 	}
 	const head = 8 // bytes that the checksum behind them covers, too
 	table := crc32.MakeTable(crc32.Castagnoli)
-	binary.BigEndian.PutUint32(frame[head:], crc32.Update(crc32.Checksum(frame[:head], table), table, frame[head+4:]))
+	binary.BigEndian.PutUint32(frame[head:],
+		crc32.Update(crc32.Checksum(frame[:head], table), table, frame[head+4:]))
 	to.Write(frame)
 }
 

@@ -14,8 +14,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// A path that loses large packets, either way, is found out before the VM is touched. Every figure of the
-// report holds of the eviction that follows, whose link is lost for a while in mid-push.
+// A path that loses large packets, either way, is found out before the VM is touched. Every figure
+// of the report holds of the eviction that follows, whose link is lost for a while in mid-push.
 func TestPathsThatFail(t *testing.T) {
 	const limit, lostFor = 30e6, 2 * time.Second // bytes per second
 	l := labtest.New(t, lab.Options{})
@@ -31,17 +31,21 @@ func TestPathsThatFail(t *testing.T) {
 	ctx := labtest.Within(t, 3*time.Minute)
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
+		received <- receiveOn(ctx,
+			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 
-	source := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, path.Addr()), Log: log.With("side", "source")}
+	source := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, path.Addr()),
+		Log: log.With("side", "source")}
 	before := settingsOf(t, vm)
-	for name, lose := range map[string][2]bool{"to the destination": {true, false}, "to the source": {false, true}} {
+	for name, lose := range map[string][2]bool{"to the destination": {true, false},
+		"to the source": {false, true}} {
 		if err := l.LoseLarge(lose[0], lose[1]); err != nil {
 			t.Fatal(err)
 		}
 		report, err := source.Evict(ctx)
-		if !errors.Is(err, evict.ErrRefused) || !strings.Contains(err.Error(), "the path to "+l.B.Addr+" loses large packets") ||
+		if !errors.Is(err, evict.ErrRefused) ||
+			!strings.Contains(err.Error(), "the path to "+l.B.Addr+" loses large packets") ||
 			!strings.Contains(err.Error(), "The VM runs on, untouched") {
 			t.Errorf("large packets %s are lost: %v", name, err)
 		}
@@ -69,7 +73,8 @@ func TestPathsThatFail(t *testing.T) {
 			states = append(states, p.State)
 		}
 		if p.State != evict.Pushing && (p.Rate != 0 || p.ETA != 0) {
-			t.Errorf("while %s it tells of a rate of %.0f B/s and an ETA of %v", p.State, p.Rate, p.ETA)
+			t.Errorf("while %s it tells of a rate of %.0f B/s and an ETA of %v", p.State, p.Rate,
+				p.ETA)
 		}
 		if p.Rate > 1.5*limit {
 			t.Errorf("while %s the rate is %.0f B/s, and the limit %.0f", p.State, p.Rate, limit)
@@ -122,7 +127,8 @@ func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor 
 			pushing += p.For
 		}
 	}
-	want := []evict.State{evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.Pushing, evict.Reconnecting, evict.Pushing, evict.Retiring, evict.Completed}
+	want := []evict.State{evict.Preparing, evict.Switching, evict.Loading, evict.Committing,
+		evict.Pushing, evict.Reconnecting, evict.Pushing, evict.Retiring, evict.Completed}
 	if !slices.Equal(phases, want) {
 		t.Fatalf("phases %q, want %q", phases, want)
 	}
@@ -146,7 +152,8 @@ func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor 
 	}
 
 	p := rep.Pages
-	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped + p.Unused + p.Before; sum != p.Total {
+	if sum := p.Early + p.Pushed + p.Near + p.Fetched + p.Skipped + p.Unused +
+		p.Before; sum != p.Total {
 		t.Errorf("%d pages in sum: %+v", sum, p)
 	}
 	classes, zero := 0, 0
@@ -155,17 +162,23 @@ func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor 
 		zero += c.Zero
 	}
 	if len(rep.Enlightenment.Classes) > 0 && (classes != p.Total || zero != p.Zero) {
-		t.Errorf("the classes have %d pages, %d zero; in all there are %d, %d zero", classes, zero, p.Total, p.Zero)
+		t.Errorf("the classes have %d pages, %d zero; in all there are %d, %d zero", classes, zero,
+			p.Total, p.Zero)
 	}
 	content := float64(p.Total-p.Zero-p.Skipped-p.Unused) * 4096
-	if again := float64(g.Again) * 4096; float64(rep.LinkBytes) < content || float64(rep.LinkBytes) > 1.1*(content+again)+16<<20 {
-		t.Errorf("%d bytes crossed the link for %.0f bytes of pages, %.0f of them twice", rep.LinkBytes, content, again)
+	if again := float64(g.Again) * 4096; float64(rep.LinkBytes) < content ||
+		float64(rep.LinkBytes) > 1.1*(content+again)+16<<20 {
+		t.Errorf("%d bytes crossed the link for %.0f bytes of pages, %.0f of them twice",
+			rep.LinkBytes, content, again)
 	}
-	if rep.Rate > 1.5*limit || rep.Rate*pushing > float64(rep.LinkBytes) || rep.Rate*pushing < 0.9*content {
-		t.Errorf("%.0f B/s in %.2f s of pushing, %d bytes in all, limit %.0f", rep.Rate, pushing, rep.LinkBytes, limit)
+	if rep.Rate > 1.5*limit || rep.Rate*pushing > float64(rep.LinkBytes) ||
+		rep.Rate*pushing < 0.9*content {
+		t.Errorf("%.0f B/s in %.2f s of pushing, %d bytes in all, limit %.0f", rep.Rate, pushing,
+			rep.LinkBytes, limit)
 	}
 	if f := rep.Fetch; f == nil || r.last.Fetches > f.Count+p.SkippedTouched {
-		t.Errorf("the source counts %d fetches, the destination %+v and %d of free pages", r.last.Fetches, f, p.SkippedTouched)
+		t.Errorf("the source counts %d fetches, the destination %+v and %d of free pages",
+			r.last.Fetches, f, p.SkippedTouched)
 	}
 	if rep.RoundTrip <= 0 {
 		t.Error("no round trip")

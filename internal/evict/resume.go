@@ -43,7 +43,8 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	switch sourceStep(m, here) {
 	case stepRollBack:
 		if e.gaveBack.Load() {
-			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack), "Pause it, and look on the destination, where the VM is")
+			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack),
+				"Pause it, and look on the destination, where the VM is")
 		}
 		return e.rollBack(errEngineDied)
 	case stepAsk:
@@ -54,12 +55,14 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		}
 		return e.seeThrough(ctx, errEngineDied)
 	case stepLose:
-		return e.lost(errEngineDied, "The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
+		return e.lost(errEngineDied,
+			"The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
 	case stepRetire:
 		<-e.kill()
 		return nil
 	case stepHold:
-		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"), "Nothing was touched. Look whether it runs on the destination, too")
+		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"),
+			"Nothing was touched. Look whether it runs on the destination, too")
 	}
 	return nil
 }
@@ -74,7 +77,8 @@ func (e *source) whole() error {
 	return err
 }
 
-// find finds out what the VM's QEMU does. One whose process is stopped cannot be asked: it is frozen.
+// find finds out what the VM's QEMU does. One whose process is stopped cannot be asked: it is
+// frozen.
 func (e *source) find(ctx context.Context) (copyState, error) {
 	b, err := e.kept(keptFacts)
 	if err == nil {

@@ -10,8 +10,9 @@ import (
 	"vacate/internal/sys/room"
 )
 
-// memoryOf is the memory of a QEMU that takes a VM, as if none of it were there, and the limits that bound it on this host. Limits
-// that cannot be found out are left out, and told as an error beside the others.
+// memoryOf is the memory of a QEMU that takes a VM, as if none of it were there, and the limits
+// that bound it on this host. Limits that cannot be found out are left out, and told as an error
+// beside the others.
 func memoryOf(mem *guestmem.Memory) (memory []room.Memory, limits []room.Limit, err error) {
 	limits, err = room.Limits(mem.PID())
 	errs := []error{err}
@@ -35,8 +36,9 @@ func memoryOf(mem *guestmem.Memory) (memory []room.Memory, limits []room.Limit, 
 	return append(memory, room.ToMap), limits, errors.Join(errs...)
 }
 
-// hasRoom makes sure that this host can hold the VM's memory, beside what others that are coming will take: when a page finds no
-// room after the commit, the VM has to wait. What fits is promised to it, in place of what was before.
+// hasRoom makes sure that this host can hold the VM's memory, beside what others that are coming
+// will take: when a page finds no room after the commit, the VM has to wait. What fits is promised
+// to it, in place of what was before.
 func (e *destination) hasRoom() error {
 	memory, limits, err := memoryOf(e.mem)
 	errs := []error{err}
@@ -62,8 +64,8 @@ func (e *destination) tight() string {
 	return room.Tight(limits, memory)
 }
 
-// gate keeps pages back while this host, or a control group of the QEMU, has so little memory left that
-// the kernel's OOM killer might end the QEMU over the next.
+// gate keeps pages back while this host, or a control group of the QEMU, has so little memory left
+// that the kernel's OOM killer might end the QEMU over the next.
 type gate struct {
 	look func() (left uint64, why string) // room.Deadly of the QEMU's limits
 	rest func() uint64                    // what the VM still lacks, in bytes
@@ -84,8 +86,9 @@ func (e *destination) newGate() *gate {
 	}
 }
 
-// reopen is how much there must be before pages are placed again, lest every few bytes that become free
-// begin and end a wait. It is enough that all that the VM lacks fits: that ends the wait for good.
+// reopen is how much there must be before pages are placed again, lest every few bytes that become
+// free begin and end a wait. It is enough that all that the VM lacks fits: that ends the wait for
+// good.
 const reopen = 8 << 20
 
 // lookAgain is how long what limits leave is believed.

@@ -46,7 +46,8 @@ func memoryGroup(t *testing.T, bytes int64) (dir, limit string) {
 		}
 		t.Error(err)
 	})
-	if err := os.WriteFile(filepath.Join(dir, limit), []byte(strconv.FormatInt(bytes, 10)), 0); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, limit), []byte(strconv.FormatInt(bytes, 10)),
+		0); err != nil {
 		t.Fatal(err)
 	}
 	return dir, filepath.Join(dir, limit)
@@ -66,14 +67,15 @@ func within(t *testing.T, q lab.QEMU, group string) lab.QEMU {
 
 // spell is a time in which a destination has no memory for pages of a VM that runs there.
 type spell struct {
-	t         *testing.T
-	lab       *lab.Lab
-	from, to  *lab.Host
-	vm, twin  *lab.VM
-	begin     func()               // takes the memory, in mid-push
-	meanwhile func(restart func()) // does something more to the eviction; restart has another engine go on at the destination
-	end       func()               // gives it back
-	says      string               // of the reason, at both ends
+	t        *testing.T
+	lab      *lab.Lab
+	from, to *lab.Host
+	vm, twin *lab.VM
+	begin    func() // takes the memory, in mid-push
+	// does something more to the eviction; restart has another engine go on at the destination
+	meanwhile func(restart func())
+	end       func() // gives it back
+	says      string // of the reason, at both ends
 }
 
 // memoryJournal is one of a destination, for as long as the test lives.
@@ -128,7 +130,8 @@ func (s *shorts) now() string {
 // await waits until progress says, or no longer says, that memory is missing.
 func (s *shorts) await(t *testing.T, short bool) string {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 *
+		time.Millisecond) {
 		if now := s.now(); (now != "") == short {
 			return now
 		}
@@ -157,9 +160,11 @@ func (s spell) run() {
 	go func() {
 		sessions := link.NewListener(ln, link.ListenOptions{})
 		defer sessions.Close()
-		requests, stop := evict.Requests(ctx, sessions.Accept, func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
+		requests, stop := evict.Requests(ctx, sessions.Accept,
+			func(_ string, err error) { t.Error(err) }, func(err error) { t.Error(err) })
 		defer stop()
-		d := evict.Destination{QMP: s.twin.QMP, Log: log.With("side", "destination"), Show: there.take, Journal: &memoryJournal{}}
+		d := evict.Destination{QMP: s.twin.QMP, Log: log.With("side", "destination"),
+			Show: there.take, Journal: &memoryJournal{}}
 		_, err := d.Receive(taking, requests)
 		if errors.Is(err, evict.ErrLeft) {
 			_, err = d.Resume(ctx, id, evict.MarkMayRun, requests)
@@ -168,7 +173,9 @@ func (s spell) run() {
 	}()
 	go func() {
 		defer close(ended)
-		src := evict.Source{Eviction: id, QMP: s.vm.QMP, Connect: connectTo(s.from, ln.Addr().String()), Log: log.With("side", "source"), Limit: limit, SendFree: true}
+		src := evict.Source{Eviction: id, QMP: s.vm.QMP,
+			Connect: connectTo(s.from, ln.Addr().String()), Log: log.With("side", "source"),
+			Limit: limit, SendFree: true}
 		src.Show = func(p evict.Progress) {
 			here.take(p)
 			if p.State == evict.Pushing && p.Pages > p.Total/10 {
@@ -184,7 +191,8 @@ func (s spell) run() {
 	}
 	s.begin()
 	limit.Set(0)
-	for side, text := range map[string]string{"source": here.await(t, true), "destination": there.await(t, true)} {
+	for side, text := range map[string]string{"source": here.await(t, true),
+		"destination": there.await(t, true)} {
 		if !strings.Contains(text, s.says) || !strings.Contains(text, "goes on by itself") {
 			t.Errorf("the %s says %q", side, text)
 		}
@@ -195,7 +203,8 @@ func (s spell) run() {
 		t.Fatalf("without memory it ended: %v; at the destination: %v", r.source, <-received)
 	case <-time.After(*withoutMemory):
 	}
-	if status, err := s.twin.Status(labtest.Within(t, 20*time.Second)); err != nil || status != "running" {
+	if status, err := s.twin.Status(labtest.Within(t, 20*time.Second)); err != nil ||
+		status != "running" {
 		t.Errorf("the twin is %q, %v", status, err)
 	}
 	here.await(t, true)
@@ -214,7 +223,8 @@ func (s spell) run() {
 	}
 }
 
-var withoutMemory = flag.Duration("without-memory", 2*time.Second, "how long TestNoMemory leaves the destination without memory")
+var withoutMemory = flag.Duration("without-memory", 2*time.Second,
+	"how long TestNoMemory leaves the destination without memory")
 
 // fill takes all that is free of a file system, but for what one page needs.
 func fill(t *testing.T, dir string) (empty func()) {
@@ -236,15 +246,17 @@ func fill(t *testing.T, dir string) (empty func()) {
 	}
 }
 
-// A VM whose pages find no memory at the destination after the commit waits, is told of at both ends, and goes on by itself when there
-// is some; whatever else happens meanwhile. One guest goes to and fro.
+// A VM whose pages find no memory at the destination after the commit waits, is told of at both
+// ends, and goes on by itself when there is some; whatever else happens meanwhile. One guest goes
+// to and fro.
 func TestNoMemory(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 60}})
 	plain := vm.Spec
 	start := func(h *lab.Host, spec lab.Spec) *lab.VM {
 		t.Helper()
-		twin, err := h.Incoming(labtest.Within(t, time.Minute), &lab.VM{Spec: spec, Guest: vm.Guest}, lab.IncomingOptions{})
+		twin, err := h.Incoming(labtest.Within(t, time.Minute),
+			&lab.VM{Spec: spec, Guest: vm.Guest}, lab.IncomingOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -253,7 +265,8 @@ func TestNoMemory(t *testing.T) {
 	inFile := func(dir string) lab.Spec {
 		spec := plain
 		spec.Machine += ",memory-backend=pc.ram"
-		spec.Extra = append([]string{"-object", "memory-backend-file,id=pc.ram,size=256M,share=on,mem-path=" + dir}, spec.Extra...)
+		spec.Extra = append([]string{"-object",
+			"memory-backend-file,id=pc.ram,size=256M,share=on,mem-path=" + dir}, spec.Extra...)
 		return spec
 	}
 	dir := mount(t, "tmpfs", "size=300m")
@@ -270,7 +283,8 @@ func TestNoMemory(t *testing.T) {
 	// The kernel refuses memory: a file system is full.
 	twin := start(l.B, inFile(dir))
 	var empty func()
-	spell{t: t, lab: l, from: l.A, to: l.B, vm: vm, twin: twin, says: "the file system at " + dir + " has no room",
+	spell{t: t, lab: l, from: l.A, to: l.B, vm: vm, twin: twin,
+		says:  "the file system at " + dir + " has no room",
 		begin: func() { empty = fill(t, dir) }, meanwhile: cutLink, end: func() { empty() }}.run()
 	if t.Failed() {
 		return
@@ -283,8 +297,10 @@ func TestNoMemory(t *testing.T) {
 	spec.QEMU = within(t, plain.QEMU, group)
 	vm, twin = twin, start(l.A, spec)
 	t.Cleanup(twin.Kill)
-	spell{t: t, lab: l, from: l.B, to: l.A, vm: vm, twin: twin, says: "the control group " + group + " has no room",
-		begin: func() { eat(t, group, limit, dir, 40<<20) }, meanwhile: func(restart func()) { restart() },
+	spell{t: t, lab: l, from: l.B, to: l.A, vm: vm, twin: twin,
+		says:      "the control group " + group + " has no room",
+		begin:     func() { eat(t, group, limit, dir, 40<<20) },
+		meanwhile: func(restart func()) { restart() },
 		end: func() {
 			if err := os.Remove(filepath.Join(dir, "eaten")); err != nil {
 				t.Error(err)
@@ -293,7 +309,8 @@ func TestNoMemory(t *testing.T) {
 	labtest.MustCheck(t, twin)
 }
 
-// eat has a process in a control group write a file in memory, until so many bytes of the group's limit are left.
+// eat has a process in a control group write a file in memory, until so many bytes of the group's
+// limit are left.
 func eat(t *testing.T, group, limit, dir string, left int64) {
 	t.Helper()
 	number := func(names ...string) (n int64) {
@@ -306,8 +323,11 @@ func eat(t *testing.T, group, limit, dir string, left int64) {
 		}
 		return n
 	}
-	n := number(limit) - number(filepath.Join(group, "memory.usage_in_bytes"), filepath.Join(group, "memory.current")) - left
-	cmd := exec.Command("sh", "-c", fmt.Sprintf("echo $$ >%s/cgroup.procs && exec head -c %d /dev/zero >%s/eaten", group, n, dir))
+	n := number(limit) - number(filepath.Join(group, "memory.usage_in_bytes"),
+		filepath.Join(group, "memory.current")) - left
+	cmd := exec.Command("sh", "-c",
+		fmt.Sprintf("echo $$ >%s/cgroup.procs && exec head -c %d /dev/zero >%s/eaten", group, n,
+			dir))
 	if b, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, b)
 	}

@@ -70,7 +70,9 @@ func (e *destination) serve(ctx, left context.Context) error {
 			}
 			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
 				e.release()
-				return e.lost(err, "The VM is whole here, but its QEMU does not end the migration: ask it with `query-migrate`. The source still holds its memory")
+				return e.lost(err,
+					"The VM is whole here, but its QEMU does not end the migration: ask it with "+
+						"`query-migrate`. The source still holds its memory")
 			}
 			e.dropStream(err)
 		case <-broken:
@@ -103,7 +105,8 @@ func (e *destination) serve(ctx, left context.Context) error {
 			case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
 				return e.abort(err)
 			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
-				return e.lost(errors.Join(err, e.kill()), "The source runs the VM again. The one here was ended")
+				return e.lost(errors.Join(err, e.kill()),
+					"The source runs the VM again. The one here was ended")
 			case errors.Is(err, errFailed):
 				still()
 				e.release()
@@ -127,7 +130,9 @@ func (e *destination) serve(ctx, left context.Context) error {
 		case <-e.life.Done():
 			return e.twinGone(left)
 		case <-left.Done():
-			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx), "The VM runs here as far as its pages go, and another engine can go on with the eviction"}
+			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx),
+				"The VM runs here as far as its pages go, and another engine can go on with the " +
+					"eviction"}
 		case <-tick.C:
 			if e.starved && e.stream != nil && e.tight() == "" {
 				e.starved = false
@@ -139,11 +144,13 @@ func (e *destination) serve(ctx, left context.Context) error {
 }
 
 // goneHere says what is left of a VM whose QEMU here ended.
-const goneHere = "The VM that ran here is gone. The source holds its memory and devices as they were when it was frozen there: do not end its QEMU"
+const goneHere = "The VM that ran here is gone. The source holds its memory and devices as they " +
+	"were when it was frozen there: do not end its QEMU"
 
 // leftovers says what is here of a VM that cannot become whole.
 func (e *destination) leftovers() string {
-	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that are missing. Save what can be saved from it, then end its QEMU", e.pages.left())
+	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that "+
+		"are missing. Save what can be saved from it, then end its QEMU", e.pages.left())
 }
 
 // detach ends the session with the source.
@@ -160,7 +167,8 @@ func (e *destination) detach(why error) {
 			e.Log.Error("state", "error", err)
 		}
 	}
-	e.Log.Warn("the source is not there; the VM runs as far as its pages go, until the source is back", "error", why)
+	e.Log.Warn("the source is not there; the VM runs as far as its pages go, until the source "+
+		"is back", "error", why)
 }
 
 // dropStream gives QEMU's stream up. What was on its way in it may be lost, so the source
@@ -177,8 +185,11 @@ func (e *destination) dropStream(why error) {
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.pending {
-		if e.committed = r.resume.Committed; !e.committed { // a source that goes on has this; one that does not may be told all the same
-			e.tasks.Go(func() { r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil) })
+		if e.committed = r.resume.Committed; !e.committed {
+			// a source that goes on has this; one that does not may be told all the same
+			e.tasks.Go(func() {
+				r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil)
+			})
 			return nil
 		}
 		if err := e.run(left); err != nil {
@@ -188,7 +199,8 @@ func (e *destination) attach(left context.Context, r *Request) error {
 	}
 	a := r.attachment
 	if e.stream == nil {
-		// Some pages may have come and not been placed. One of them may be what keeps QEMU from answering, without which it gets no new stream.
+		// Some pages may have come and not been placed. One of them may be what keeps QEMU from
+		// answering, without which it gets no new stream.
 		e.forget(nil)
 		if err := e.takeStock(nil); err != nil {
 			e.Log.Warn("it cannot be told which pages are here", "error", err)
@@ -279,7 +291,8 @@ func (e *destination) finish() error {
 	received := e.summary()
 	e.say(msgComplete, received)
 	// Whatever happens to the VM now, it is no longer ours.
-	e.awaitHeard(e.life.Done(), func(r *Request) bool { return r.Answer(AnswerComplete, "", false, &received) })
+	e.awaitHeard(e.life.Done(),
+		func(r *Request) bool { return r.Answer(AnswerComplete, "", false, &received) })
 	return e.machine.enter(Completed)
 }
 
@@ -301,7 +314,8 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 			return
 		}
 		if err := keep(e.Journal, KeptHeard, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the source knows how the eviction ended", "error", err)
+			e.Log.Warn("the journal does not take it that the source knows how the eviction ended",
+				"error", err)
 		}
 	}()
 	timer := time.NewTimer(lingerTime)
@@ -317,7 +331,8 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 		case f := <-frames:
 			err := f.check(msgHeard)
 			heard, done = err == nil, err == nil
-			if err != nil && !errors.Is(err, errFailed) { // one that has no more pages hears that none is needed
+			if err != nil && !errors.Is(err, errFailed) {
+				// one that has no more pages hears that none is needed
 				a.Fail(err)
 			}
 		case <-gone:
@@ -347,9 +362,10 @@ func (e *destination) summary() Received {
 // twin is what another engine needs to know of the QEMU here to place pages in its memory,
 // even while it does not answer because it waits for one of them.
 type twin struct {
-	PID    int              `json:"pid"`
-	Start  uint64           `json:"start_ticks"`    // of the process, since boot, in clock ticks
-	Boot   string           `json:"boot,omitempty"` // of the host; "" in journals from before there was this field
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start_ticks"` // of the process, since boot, in clock ticks
+	// of the host; "" in journals from before there was this field
+	Boot   string           `json:"boot,omitempty"`
 	Blocks []guestmem.Block `json:"blocks"`
 	// Changed are its migration settings to be put back.
 	Changed  settings         `json:"changed"`
@@ -357,12 +373,14 @@ type twin struct {
 }
 
 func (e *destination) twin() twin {
-	return twin{e.process.PID, e.process.StartTime, process.BootID(), e.mem.Blocks(), e.changed, e.messages}
+	return twin{e.process.PID, e.process.StartTime, process.BootID(), e.mem.Blocks(), e.changed,
+		e.messages}
 }
 
 // Resume goes on with an eviction that another engine left or died over, whose last mark in
 // the journal is m. It ends as Receive does. Requests to resume the eviction are answered by it.
-func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan *Request) (Received, error) {
+func (d Destination) Resume(ctx context.Context, id ID, m Mark,
+	requests <-chan *Request) (Received, error) {
 	e := d.engine(CutOff)
 	defer e.close()
 	e.eviction, e.mark = id, m
@@ -373,7 +391,8 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 	if err = e.find(); err == nil {
 		found = copyRunning // or it stands; recover finds out
 	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
-		return Received{}, &Error{ErrLeft, CutOff, err, "Nothing was touched. The VM may run here as far as its pages go"}
+		return Received{}, &Error{ErrLeft, CutOff, err,
+			"Nothing was touched. The VM may run here as far as its pages go"}
 	}
 	left, stop := untilLeft(ctx)
 	defer stop()
@@ -385,11 +404,14 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 		return e.summary(), nil
 	case stepAbandon:
 		if found == copyGone {
-			if err := note(d.Journal, MarkNeverRan, "the engine died before the VM was told to run"); err != nil {
+			if err := note(d.Journal, MarkNeverRan,
+				"the engine died before the VM was told to run"); err != nil {
 				return Received{}, &Error{ErrLeft, CutOff, err, "The VM never ran here"}
 			}
-			e.answerRejoin(AnswerNeverRan, "the destination's engine died before the VM was told to run", true)
-			return Received{}, &Error{ErrAborted, CutOff, errors.Join(errDied, e.machine.enter(Aborted)), "The VM never ran here"}
+			e.answerRejoin(AnswerNeverRan,
+				"the destination's engine died before the VM was told to run", true)
+			return Received{}, &Error{ErrAborted, CutOff,
+				errors.Join(errDied, e.machine.enter(Aborted)), "The VM never ran here"}
 		}
 		return Received{}, e.abort(errDied)
 	case stepTakeUp:
@@ -398,7 +420,8 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark, requests <-chan 
 		}
 		return e.summary(), nil
 	}
-	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it; %s", errTwinGone, e.messages.Last()), goneHere)
+	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it; %s", errTwinGone,
+		e.messages.Last()), goneHere)
 }
 
 var errDied = errors.New("the engine died before the VM was told to run")
@@ -492,7 +515,8 @@ func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set,
 				words[j] = ^uint64(0)
 			}
 		case len(bits)*8 < frames:
-			return nil, fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8, b.Name, frames)
+			return nil, fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8,
+				b.Name, frames)
 		default:
 			for j := range frames {
 				words[j/64] |= uint64(bits[j/8]>>(j%8)&1) << (j % 64)
@@ -520,12 +544,13 @@ const (
 
 // mended is a new stream to QEMU.
 type mended struct {
-	conn    net.Conn
-	r       *migstream.ReturnReader // of its return path
-	bitmaps map[string][]byte       // by block, a bit for each of 4 KiB that QEMU has taken from streams
-	pending bool                    // the QEMU was not told to run the VM yet
-	over    string                  // why the guest ended itself, if it did; there is no stream then
-	silent  bool                    // QEMU did not answer in time
+	conn net.Conn
+	r    *migstream.ReturnReader // of its return path
+	// by block, a bit for each of 4 KiB that QEMU has taken from streams
+	bitmaps map[string][]byte
+	pending bool   // the QEMU was not told to run the VM yet
+	over    string // why the guest ended itself, if it did; there is no stream then
+	silent  bool   // QEMU did not answer in time
 	err     error
 }
 
@@ -575,7 +600,8 @@ func (e *destination) recover() (m mended) {
 	if err != nil {
 		return mended{err: err}
 	}
-	// Of a QEMU that took the VM, has all devices and never ran it, "paused" means that it was not told to.
+	// Of a QEMU that took the VM, has all devices and never ran it, "paused" means that it was not
+	// told to.
 	m.pending = st.Status == "paused"
 	if m.conn, m.err = socketTo(ctx, e.q, recoverFD, 0); m.err != nil {
 		return m

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// sessions are those of a source with its destination, one after the other: what crossed the link in
-// them, and when there was none. One ends at any moment, also while a report adds up what they
+// sessions are those of a source with its destination, one after the other: what crossed the link
+// in them, and when there was none. One ends at any moment, also while a report adds up what they
 // carried. One lock sees to it that this counts once.
 type sessions struct {
 	now *atomic.Pointer[attachment] // the present one; nil between two
@@ -90,7 +90,8 @@ func (t *sessions) pace(sentPages, left int) (rate float64, eta time.Duration) {
 	if sent < p.bytes || pages <= 0 {
 		return 0, 0 // it is another session's
 	}
-	return float64(sent-p.bytes) / took.Seconds(), time.Duration(float64(took) * float64(left) / float64(pages))
+	return float64(sent-p.bytes) / took.Seconds(),
+		time.Duration(float64(took) * float64(left) / float64(pages))
 }
 
 // account fills in what a report tells of the link. pushing is how long memory was pushed.

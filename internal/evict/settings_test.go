@@ -17,7 +17,8 @@ import (
 // migrate, saves a snapshot, and can be evicted.
 func TestAfterwards(t *testing.T) {
 	stock, newest := lab.StockQEMU, cached(t, lab.BackportsQEMU)
-	for name, find := range map[string]func(context.Context) (lab.QEMU, error){"stock": stock, "newest": newest} {
+	for name, find := range map[string]func(context.Context) (lab.QEMU, error){"stock": stock,
+		"newest": newest} {
 		t.Run(name, func(t *testing.T) {
 			l := labtest.New(t, lab.Options{Rate: 2e9})
 			q, err := find(labtest.Within(t, 5*time.Minute))
@@ -26,8 +27,11 @@ func TestAfterwards(t *testing.T) {
 			if err := os.WriteFile(disk, emptyQcow2(64<<20), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			vm := boot(t, l, lab.Spec{QEMU: q, MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48},
-				Extra: []string{"-blockdev", "driver=qcow2,node-name=disk,file.driver=file,file.filename=" + disk, "-device", "virtio-blk-pci,drive=disk"}})
+			vm := boot(t, l, lab.Spec{QEMU: q, MemoryMiB: 192,
+				Load: lab.Load{HotMiB: 16, IdleMiB: 48},
+				Extra: []string{"-blockdev",
+					"driver=qcow2,node-name=disk,file.driver=file,file.filename=" + disk, "-device",
+					"virtio-blk-pci,drive=disk"}})
 			twin := incoming(t, l, vm)
 			before := settingsOf(t, twin)
 			evictVM(labtest.Within(t, time.Minute), t, l, vm, twin).mustComplete(t)
@@ -37,7 +41,8 @@ func TestAfterwards(t *testing.T) {
 			ctx := labtest.Within(t, 2*time.Minute)
 			var answer string
 			for _, line := range []string{"savevm after", "delvm after"} {
-				if err := twin.Execute(ctx, "human-monitor-command", map[string]string{"command-line": line}, &answer); err != nil || answer != "" {
+				if err := twin.Execute(ctx, "human-monitor-command",
+					map[string]string{"command-line": line}, &answer); err != nil || answer != "" {
 					t.Errorf("%s: %q, %v", line, answer, err)
 				}
 			}
@@ -65,7 +70,8 @@ func TestAfterwards(t *testing.T) {
 func emptyQcow2(size uint64) []byte {
 	const bits, cluster = 16, 1 << 16
 	b := make([]byte, 4*cluster)
-	header := []any{uint32(0x514649fb), uint32(2), uint64(0), uint32(0), uint32(bits), size, uint32(0),
+	header := []any{uint32(0x514649fb), uint32(2), uint64(0), uint32(0), uint32(bits), size,
+		uint32(0),
 		uint32(1), uint64(3 * cluster), uint64(cluster), uint32(1), uint32(0), uint64(0)}
 	at := 0
 	for _, v := range header {
@@ -82,7 +88,8 @@ func emptyQcow2(size uint64) []byte {
 // migrate has a VM's QEMU write it to nowhere.
 func migrate(ctx context.Context, t *testing.T, vm *lab.VM) {
 	t.Helper()
-	if err := vm.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"}, nil); err != nil {
+	if err := vm.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"},
+		nil); err != nil {
 		t.Error(err)
 		return
 	}

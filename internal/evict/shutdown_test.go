@@ -44,10 +44,13 @@ func TestShutDown(t *testing.T) {
 		says   string
 	}{
 		{name: "an operator's quit", lost: true, says: "its monitor said host-qmp-quit",
-			do: func(vm, twin *lab.VM) error { return twin.Execute(t.Context(), "quit", nil, nil) }},
+			do: func(vm, twin *lab.VM) error {
+				return twin.Execute(t.Context(), "quit", nil, nil)
+			}},
 		{name: "panic", extra: []string{"-device", "pvpanic"}, says: "guest-panic",
 			do: func(vm, twin *lab.VM) error { return vm.Guest.Panic(twin) }},
-		{name: "reset, and QEMU ends at once", extra: []string{"-no-reboot"}, atOnce: true, says: "guest-reset",
+		{name: "reset, and QEMU ends at once", extra: []string{"-no-reboot"}, atOnce: true,
+			says: "guest-reset",
 			do: func(vm, twin *lab.VM) error {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 				defer cancel()
@@ -56,13 +59,15 @@ func TestShutDown(t *testing.T) {
 			}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			vm := boot(t, l, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48}, Extra: c.extra})
+			vm := boot(t, l, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48},
+				Extra: c.extra})
 			defer vm.Kill()
 			twin := incoming(t, l, vm)
 			defer twin.Kill()
 			wait := whenIn(t, twin, func() {
 				if c.atOnce {
-					if err := twin.Execute(t.Context(), "set-action", map[string]any{"shutdown": "poweroff"}, nil); err != nil {
+					if err := twin.Execute(t.Context(), "set-action",
+						map[string]any{"shutdown": "poweroff"}, nil); err != nil {
 						t.Error(err)
 					}
 				}
@@ -73,7 +78,8 @@ func TestShutDown(t *testing.T) {
 			r := evictVM(labtest.Within(t, time.Minute), t, l, vm, twin)
 			wait()
 			if c.lost {
-				for side, err := range map[string]error{"source": r.source, "destination": r.destErr} {
+				for side, err := range map[string]error{"source": r.source,
+					"destination": r.destErr} {
 					if !errors.Is(err, evict.ErrLost) || !strings.Contains(err.Error(), c.says) {
 						t.Errorf("%s: %v", side, err)
 					}
@@ -83,7 +89,8 @@ func TestShutDown(t *testing.T) {
 			if r.source != nil || r.destErr != nil {
 				t.Fatalf("source: %v; destination: %v", r.source, r.destErr)
 			}
-			if r.report.Outcome != string(evict.ShutDown) || !strings.Contains(r.report.Reason, c.says) {
+			if r.report.Outcome != string(evict.ShutDown) ||
+				!strings.Contains(r.report.Reason, c.says) {
 				t.Errorf("the report says %q, %q", r.report.Outcome, r.report.Reason)
 			}
 			if p := r.report.Pages; p.Early+p.Pushed+p.Near+p.Fetched+p.Skipped >= p.Total {
@@ -103,7 +110,8 @@ func TestShutDown(t *testing.T) {
 func TestShutDownStays(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e8})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48}})
-	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{Extra: []string{"-no-shutdown"}})
+	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm,
+		lab.IncomingOptions{Extra: []string{"-no-shutdown"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +123,8 @@ func TestShutDownStays(t *testing.T) {
 	r := evictVM(labtest.Within(t, time.Minute), t, l, vm, twin)
 	wait()
 	r.mustComplete(t)
-	if status, err := twin.Status(labtest.Within(t, 10*time.Second)); err != nil || status != "shutdown" {
+	if status, err := twin.Status(labtest.Within(t, 10*time.Second)); err != nil ||
+		status != "shutdown" {
 		t.Errorf("the VM is %q, %v", status, err)
 	}
 }

@@ -17,7 +17,8 @@ import (
 func TestSkip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := layout{
-			{Name: "pc.ram", Length: 300 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 300},
+			{Name: "pc.ram", Length: 300 * migstream.TargetPageSize,
+				PageSize: migstream.TargetPageSize, Pages: 300},
 			{Name: "large", Length: 4 << 14, PageSize: 16 << 10, Pages: 4},
 		}
 		out := &sink{}
@@ -29,7 +30,8 @@ func TestSkip(t *testing.T) {
 			run := rapid.Custom(func(t *rapid.T) pageset.Run {
 				b := rapid.IntRange(0, 1).Draw(t, "block")
 				first := rapid.IntRange(0, l[b].Pages-1).Draw(t, "first")
-				return pageset.Run{Block: b, First: pageset.Page(first), Count: rapid.IntRange(1, l[b].Pages-first).Draw(t, "count")}
+				return pageset.Run{Block: b, First: pageset.Page(first),
+					Count: rapid.IntRange(1, l[b].Pages-first).Draw(t, "count")}
 			}).Draw(t, "run")
 			switch rapid.IntRange(0, 2).Draw(t, "op") {
 			case 0: // left out
@@ -43,7 +45,8 @@ func TestSkip(t *testing.T) {
 				}
 			case 1: // sent
 				r := []pageRun{{run, false}}
-				if _, err := e.receive(parcel{}, append(appendPages(nil, r), pageData(l, r)...)); err != nil {
+				if _, err := e.receive(parcel{},
+					append(appendPages(nil, r), pageData(l, r)...)); err != nil {
 					t.Fatal(err)
 				}
 			case 2: // asked for
@@ -73,13 +76,15 @@ func TestSkip(t *testing.T) {
 		placed := decoded(t, l, out.Bytes()) // fails if one comes twice
 		for i, b := range l {
 			for p := range pageset.Page(b.Pages) {
-				data, there := placed[pageKey{i, p * pageset.Page(b.PageSize/migstream.TargetPageSize)}]
+				data, there := placed[pageKey{i,
+					p * pageset.Page(b.PageSize/migstream.TargetPageSize)}]
 				key := pageKey{i, p}
 				switch {
 				case there && data == free[key]:
 					t.Fatalf("page %+v: data %v, left out %v", key, data, free[key])
 				case !there && (asked[key] || !free[key]):
-					t.Fatalf("page %+v was not placed; asked for %v, left out %v", key, asked[key], free[key])
+					t.Fatalf("page %+v was not placed; asked for %v, left out %v", key, asked[key],
+						free[key])
 				}
 			}
 		}
@@ -87,10 +92,12 @@ func TestSkip(t *testing.T) {
 }
 
 func TestSkipRefusesData(t *testing.T) {
-	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
+	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize,
+		PageSize: migstream.TargetPageSize, Pages: 4}}
 	e := &destination{layout: l}
 	r := []pageRun{{pageset.Run{Count: 1}, false}}
-	if err := e.skip(append(appendPages(nil, r), pageData(l, r)...)); !errors.Is(err, link.ErrPeer) {
+	if err := e.skip(append(appendPages(nil, r), pageData(l, r)...)); !errors.Is(err,
+		link.ErrPeer) {
 		t.Error(err)
 	}
 }
@@ -98,7 +105,8 @@ func TestSkipRefusesData(t *testing.T) {
 // Pages that were left out and that the guest has touched are missing until they are placed:
 // QEMU must not be told before that it has all.
 func TestSkippedInFlight(t *testing.T) {
-	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize, PageSize: migstream.TargetPageSize, Pages: 4}}
+	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize,
+		PageSize: migstream.TargetPageSize, Pages: 4}}
 	e := &destination{layout: l}
 	e.pages.begin(l)
 	whole := func() bool {
@@ -109,7 +117,8 @@ func TestSkippedInFlight(t *testing.T) {
 			return false
 		}
 	}
-	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 0, Count: 2}, true}})); err != nil {
+	if err := e.skip(appendPages(nil, []pageRun{{pageset.Run{First: 0, Count: 2}, true}})); err !=
+		nil {
 		t.Fatal(err)
 	}
 	_, free := e.pages.want(pageset.Run{First: 0, Count: 1})

@@ -28,8 +28,10 @@ import (
 type Source struct {
 	Eviction ID     // zero for a new one
 	VM       string // its name at the destination; empty where a QEMU waits for just this VM
-	Host     string // the name of this host, for messages that the destination may show; empty where no daemon is in use
-	QMP      string // path of the QMP socket of the VM's QEMU
+	// the name of this host, for messages that the destination may show; empty where no daemon is
+	// in use
+	Host string
+	QMP  string // path of the QMP socket of the VM's QEMU
 	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
 	// that this one ended. Zero: any.
 	Process process.Process
@@ -47,17 +49,18 @@ type Source struct {
 	SendFree bool
 	// Path is what the eviction shares with others; nil if it is alone.
 	Path *Path
-	// TrustDisks names disks of the VM whose images at the destination are taken for the same on the operator's
-	// word, with their cache modes; see fit.Drive.Name.
+	// TrustDisks names disks of the VM whose images at the destination are taken for the same on
+	// the operator's word, with their cache modes; see fit.Drive.Name.
 	TrustDisks []string
 	// Limit is how many bytes per second are sent, at most; nil for any number. Fetched pages
 	// count but never wait.
 	Limit *Limit
 	// Yield has the push give way to other traffic on the path.
 	Yield bool
-	// GiveBack is how long the VM must have run at the destination before memory of the copy here is given back to the host as soon as
-	// the destination has it, instead of at the end. From then on the VM can no longer be resumed here or exported, should it be lost there.
-	// 0, or without a Journal: never. Memory that is no file without a name is never given back early.
+	// GiveBack is how long the VM must have run at the destination before memory of the copy here
+	// is given back to the host as soon as the destination has it, instead of at the end. From then
+	// on the VM can no longer be resumed here or exported, should it be lost there. 0, or without a
+	// Journal: never. Memory that is no file without a name is never given back early.
 	GiveBack time.Duration
 	// Journal survives the engine; without one its death leaves the VM frozen.
 	Journal Journal
@@ -164,17 +167,20 @@ type source struct {
 	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
 	given    atomic.Int64 // pages, by this engine
 	summary  Received
-	shutDown string                 // why the VM ended on the destination; empty if it did not
-	short    atomic.Pointer[string] // why pages find no memory at the destination; nil or empty if they do
+	shutDown string // why the VM ended on the destination; empty if it did not
+	// why pages find no memory at the destination; nil or empty if they do
+	short atomic.Pointer[string]
 
 	at       atomic.Pointer[attachment] // nil while there is no session
 	sessions sessions
 
-	mu       sync.Mutex
-	askedFor []*pageset.Set   // pages that the guest waited for; nil before there were any; guarded by mu
+	mu sync.Mutex
+	// pages that the guest waited for; nil before there were any; guarded by mu
+	askedFor []*pageset.Set
 	order    *pushorder.Order // guarded by mu; nil before the package was read
-	light    light            // of prepare, then of the task that enlightens, then of report: one after the other
-	highest  int              // pages shown; guarded by shown
+	// of prepare, then of the task that enlightens, then of report: one after the other
+	light   light
+	highest int // pages shown; guarded by shown
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 
@@ -200,7 +206,8 @@ func (e *source) run(ctx context.Context) error {
 }
 
 // bound returns a context that also ends with the QEMU, or after a time.
-func (e *source) bound(ctx context.Context, limit time.Duration, late error) (context.Context, context.CancelFunc) {
+func (e *source) bound(ctx context.Context, limit time.Duration,
+	late error) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(e.life, func() { cancel(context.Cause(e.life)) })
 	timer := time.AfterFunc(limit, func() { cancel(late) })
@@ -277,7 +284,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	e.warnOfBitmaps(disks)
 	e.offer.Disks = disks
 	e.offer = e.offer.withMemory(e.mem)
-	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM, e.LoadTimeout.Milliseconds()
+	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
+		e.LoadTimeout.Milliseconds()
 	if !e.first.Running {
 		e.offer.Stands = e.first.Status
 	}
@@ -307,7 +315,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	err = together(
 		func() error { return e.keepFacts() },
 		func() error {
-			// The twin is of use to nobody else from here on. What it cannot take of the VM's memory it says now, while the VM runs.
+			// The twin is of use to nobody else from here on. What it cannot take of the VM's
+			// memory it says now, while the VM runs.
 			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
 				return err
 			}
@@ -320,7 +329,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this engine.
+	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this
+	// engine.
 	if e.facts.Ran = e.first.Running; !e.facts.Ran {
 		e.facts.Stood = e.first.Status
 	}
@@ -335,14 +345,16 @@ const maxTaking = time.Hour + prepareTimeout
 // maxWhat bounds what is heard of what an offer waits for, in bytes.
 const maxWhat = 200
 
-// awaitTaken waits until the destination takes the offer. It may take long over it, as long as it says
-// what it does; if it says nothing for as long as our patience is, it is given up.
-func (e *source) awaitTaken(ctx context.Context, control *controlLane, patience time.Duration) error {
+// awaitTaken waits until the destination takes the offer. It may take long over it, as long as it
+// says what it does; if it says nothing for as long as our patience is, it is given up.
+func (e *source) awaitTaken(ctx context.Context, control *controlLane,
+	patience time.Duration) error {
 	ctx, cancel := e.bound(ctx, maxTaking, fmt.Errorf("it took longer than %v", maxTaking))
 	defer cancel()
 	defer e.awaits.Store(nil)
 	for {
-		bounded, stop := context.WithTimeoutCause(ctx, patience, fmt.Errorf("it has said nothing for %v", patience))
+		bounded, stop := context.WithTimeoutCause(ctx, patience,
+			fmt.Errorf("it has said nothing for %v", patience))
 		f, err := control.await(bounded, msgAccepted, msgWaiting)
 		late := bounded.Err() != nil
 		stop()
@@ -385,7 +397,8 @@ func (e *source) keepFacts() error {
 func located(mem *guestmem.Memory) error {
 	for _, b := range mem.Blocks() {
 		if !b.Located {
-			return fmt.Errorf("memory %q of %d KiB: %w: it cannot be read for another host", b.Name, b.Size>>10, guestmem.ErrNotLocated)
+			return fmt.Errorf("memory %q of %d KiB: %w: it cannot be read for another host", b.Name,
+				b.Size>>10, guestmem.ErrNotLocated)
 		}
 	}
 	return nil
@@ -445,7 +458,8 @@ func (e *source) own(ctx context.Context, q *qmp.Client) error {
 	case err != nil && !errors.Is(err, process.ErrGone):
 		return err
 	case err != nil || answers != e.Process:
-		return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother, e.Process.PID, pid)
+		return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother,
+			e.Process.PID, pid)
 	}
 	return nil
 }
@@ -476,7 +490,8 @@ func (e *source) fit(ctx context.Context) error {
 		return nil
 	}
 	e.stands.Store(&status.Status)
-	// It may have come here standing, or have been rolled back: QEMU before 10.0 does not survive giving up its disks twice.
+	// It may have come here standing, or have been rolled back: QEMU before 10.0 does not survive
+	// giving up its disks twice.
 	return fit.Activate(ctx, e.q)
 }
 
@@ -498,13 +513,16 @@ func (e *source) about(r fit.Reasons) error {
 	return nil
 }
 
-// mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing forbids it.
+// mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing
+// forbids it.
 func mayLeave(m qmp.Migration) error {
 	if !over(m.Status) {
-		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for its end or cancel it", m.Status)
+		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for "+
+			"its end or cancel it", m.Status)
 	}
 	if len(m.Blocked) > 0 {
-		return fmt.Errorf("QEMU says that the VM cannot be moved: %s", strings.Join(m.Blocked, "; "))
+		return fmt.Errorf("QEMU says that the VM cannot be moved: %s",
+			strings.Join(m.Blocked, "; "))
 	}
 	return nil
 }
@@ -523,7 +541,8 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.freeze(); err != nil {
 		return err
 	}
-	loading, cancel := e.bound(ctx, e.LoadTimeout, fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
+	loading, cancel := e.bound(ctx, e.LoadTimeout,
+		fmt.Errorf("the destination did not load the devices within %v", e.LoadTimeout))
 	defer cancel()
 	if err := e.machine.enter(Loading); err != nil {
 		return err
@@ -563,10 +582,11 @@ func (e *source) transfer(ctx context.Context) error {
 	return err
 }
 
-// freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must have come to the end of it: so it
-// heeds no context but bounds its time.
+// freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must
+// have come to the end of it: so it heeds no context but bounds its time.
 func (e *source) freeze() error {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout, errors.New("saving the devices took too long"))
+	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout,
+		errors.New("saving the devices took too long"))
 	defer cancel()
 	var err error
 	e.saved, err = e.freezer.freeze(ctx, e.facts.Ran)
@@ -577,12 +597,14 @@ func (e *source) freeze() error {
 		}
 	}
 	at := e.saved.at
-	if now := time.Now(); !at.After(e.started) || at.After(now) { // events carry QEMU's wall clock, which is ours
+	if now := time.Now(); !at.After(e.started) || at.After(now) {
+		// events carry QEMU's wall clock, which is ours
 		at = now
 	}
 	e.frozenAt.Store(&at)
 	// In save-vm it stands for QEMU's own purposes, such as a dump, and runs again after that.
-	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" && was.Status != e.facts.Stood {
+	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" &&
+		was.Status != e.facts.Stood {
 		e.facts.Ran, e.facts.Stood = false, was.Status // whatever fails after that
 		err = errors.Join(err, e.keepFacts())
 	}
@@ -645,7 +667,8 @@ func (e *source) layOut(l layout) (err error) {
 // keep stores what another engine needs to go on, and last the mark without which the
 // commit must not be sent.
 func (e *source) keep() error {
-	if err := errors.Join(keep(e.Journal, keptHead, e.freezer.head), keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
+	if err := errors.Join(keep(e.Journal, keptHead, e.freezer.head),
+		keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
 		return err
 	}
 	return e.note(MarkMayRun, "")
@@ -668,7 +691,8 @@ func (e *source) commit(ctx context.Context) error {
 	if err := e.machine.enter(Committing); err != nil {
 		return e.rollBack(err)
 	}
-	await, cancel := e.bound(context.Background(), commitTimeout, errors.New("the destination does not answer to the commit"))
+	await, cancel := e.bound(context.Background(), commitTimeout,
+		errors.New("the destination does not answer to the commit"))
 	defer cancel()
 	a := e.at.Load()
 	var err error
@@ -724,7 +748,8 @@ func (e *source) refuse(err error) error {
 	} else if e.q.Err() != nil {
 		remedy = "Its monitor does not answer any more"
 		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
-			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: see QEMU's log for why. Start it anew"
+			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: " +
+				"see QEMU's log for why. Start it anew"
 		}
 	} else if now, err := e.q.QueryStatus(ctx); err == nil && !now.Running {
 		remedy = fmt.Sprintf("The VM was not touched: it %s", fit.Stands(now.Status))
@@ -761,7 +786,8 @@ func (e *source) rollBack(cause error) error {
 	} else if err := e.note(MarkRolledBack, cause.Error()); err != nil {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
 	}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime, errors.New("rolling back took too long"))
+	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime,
+		errors.New("rolling back took too long"))
 	defer cancel()
 	if e.mark == MarkResumedHere {
 		// A twin that lives after all may hold the locks of the disks.
@@ -773,30 +799,38 @@ func (e *source) rollBack(cause error) error {
 	if err != nil && e.mark == MarkResumedHere {
 		// The twin may have run, and may live: what was decided stays, and is told there.
 		if e.gone() {
-			return &Error{ErrLost, from, errors.Join(cause, err), "The VM's QEMU here has ended. Look whether the VM runs on the destination before you start it anew"}
+			return &Error{ErrLost, from, errors.Join(cause, err),
+				"The VM's QEMU here has ended. Look whether the VM runs on the destination " +
+					"before you start it anew"}
 		}
-		return &Error{ErrLeft, from, errors.Join(cause, err), "An operator decided that the VM goes on here, and that is tried again"}
+		return &Error{ErrLeft, from, errors.Join(cause, err),
+			"An operator decided that the VM goes on here, and that is tried again"}
 	}
 	if err != nil {
 		if e.gone() {
-			return e.lost(errors.Join(cause, err), "The source's QEMU ended during the eviction, and with it the VM; the destination never ran it. Start it anew")
+			return e.lost(errors.Join(cause, err),
+				"The source's QEMU ended during the eviction, and with it the VM; the "+
+					"destination never ran it. Start it anew")
 		}
 		// An operator who takes the VM up by hand need not ask what became of the twin.
 		if err := keep(e.Journal, keptDead, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM never ran on the destination", "error", err)
+			e.Log.Warn("the journal does not take it that the VM never ran on the destination",
+				"error", err)
 		}
 		remedy := fmt.Sprintf("Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID)
 		if e.Journal != nil {
 			remedy = e.remedies()
 		}
 		return e.lost(errors.Join(cause, fmt.Errorf("roll back: %w", err)),
-			"The VM stands frozen here, with its memory intact; the destination never ran it. "+remedy)
+			"The VM stands frozen here, with its memory intact; the destination never ran it. "+
+				remedy)
 	}
 	remedy := "The VM runs on here, unharmed"
 	if now.Running {
 		announce(ctx, e.q, e.Log)
 	} else {
-		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before it was to be frozen", fit.Stands(now.Status))
+		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before it was to be frozen",
+			fit.Stands(now.Status))
 	}
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
 }
@@ -809,8 +843,9 @@ func (e *source) gone() bool {
 	return e.q == nil || e.q.Err() != nil
 }
 
-// resume has the VM do what it did before it was frozen, and returns what that is: one that stood is not run, but gets its disks back. It is
-// legal only while the destination cannot run it, or was told to be dead.
+// resume has the VM do what it did before it was frozen, and returns what that is: one that stood
+// is not run, but gets its disks back. It is legal only while the destination cannot run it, or was
+// told to be dead.
 func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	if e.gaveBack.Load() {
 		return qmp.Status{}, ErrGivenBack
@@ -823,9 +858,11 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	}
 	e.held = false
 	for e.q == nil {
-		// Clients that came while the process was stopped are served first, even those that have left.
+		// Clients that came while the process was stopped are served first, even those that have
+		// left.
 		err := e.open(ctx)
-		if err != nil && (ctx.Err() != nil || !errors.Is(err, qmp.ErrBusy) && !errors.Is(err, qmp.ErrStopped)) {
+		if err != nil && (ctx.Err() != nil ||
+			!errors.Is(err, qmp.ErrBusy) && !errors.Is(err, qmp.ErrStopped)) {
 			return qmp.Status{}, err
 		}
 		if err != nil {
@@ -842,8 +879,8 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 			return status, err
 		}
 		if status.Running || told || e.freezer != nil && e.freezer.resumed() {
-			// What it does from now on is its own, and its operators', doing: also for an engine that
-			// finds it.
+			// What it does from now on is its own, and its operators', doing: also for an engine
+			// that finds it.
 			if e.facts.Ran || e.facts.Stood == "suspended" {
 				if e.facts.Ran, e.facts.Stood = false, status.Status; status.Running {
 					e.facts.Stood = ""
@@ -868,7 +905,8 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return status, errors.Join(refused, fmt.Errorf("%w; the VM's state is %q", context.Cause(ctx), status.Status))
+			return status, errors.Join(refused,
+				fmt.Errorf("%w; the VM's state is %q", context.Cause(ctx), status.Status))
 		case <-time.After(pollInterval):
 		}
 	}
@@ -894,7 +932,8 @@ func (e *source) close() {
 
 // report sums the eviction up.
 func (e *source) report(err error) Report {
-	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU, Phases: e.machine.phases(), Warnings: e.warned}
+	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU,
+		Phases: e.machine.phases(), Warnings: e.warned}
 	var failed *Error
 	if e.shutDown != "" {
 		r.Outcome, r.Reason = string(ShutDown), e.shutDown
@@ -916,16 +955,20 @@ func (e *source) report(err error) Report {
 	if over.IsZero() {
 		over = e.machine.at(ShutDown)
 	}
-	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun, over)
+	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun,
+		over)
 	// Of a VM that another engine froze it is not known when.
 	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() && e.facts.Stood == "" {
 		r.Down = since(*at, e.ranSince)
 	}
 	r.Stood = e.facts.Stood
 	r.Pages = PageCounts{
-		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(), Duplicate: e.summary.Duplicate,
-		Pushed: e.pages(pushorder.Planned), Near: e.pages(pushorder.Near), Fetched: e.pages(pushorder.Fetched),
-		Skipped: e.pages(pushorder.Skipped), Unused: e.pages(pushorder.Unused), SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
+		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(),
+		Duplicate: e.summary.Duplicate,
+		Pushed:    e.pages(pushorder.Planned), Near: e.pages(pushorder.Near),
+		Fetched: e.pages(pushorder.Fetched),
+		Skipped: e.pages(pushorder.Skipped), Unused: e.pages(pushorder.Unused),
+		SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
 		GivenBack: int(e.given.Load()),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
@@ -964,7 +1007,8 @@ func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()
 
 // sentPages is the number of pages that were sent.
 func (e *source) sentPages() int {
-	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Unused) - e.pages(pushorder.Before)
+	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Unused) -
+		e.pages(pushorder.Before)
 }
 
 // settled is the number of pages that are sent, or need not be.
@@ -1002,7 +1046,8 @@ func (e *source) show(st State) {
 	}
 	// After the link was lost, some that were on their way are sent once more.
 	e.highest = max(e.highest, e.settled())
-	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest, Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest,
+		Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.sessions.bytes()
 	}

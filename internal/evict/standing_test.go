@@ -33,10 +33,13 @@ type standingCase struct {
 }
 
 var standingCases = []standingCase{
-	{state: "paused", code: counterROM, stop: func(v *standingVM) { v.counts("source"); v.does(v.source, "stop") }},
+	{state: "paused", code: counterROM,
+		stop: func(v *standingVM) { v.counts("source"); v.does(v.source, "stop") }},
 	{state: "prelaunch", code: counterROM, args: "-S"},
 	{state: "guest-panicked", code: panicROM, args: "-device pvpanic -action panic=pause"},
-	{state: "io-error", code: func() []byte { return make([]byte, 512) }, args: "-device virtio-blk-pci,drive=d -drive if=none,id=d,format=raw,file={full}/disk.raw,cache.direct=off"},
+	{state: "io-error", code: func() []byte { return make([]byte, 512) },
+		args: "-device virtio-blk-pci,drive=d -drive " +
+			"if=none,id=d,format=raw,file={full}/disk.raw,cache.direct=off"},
 	{state: "suspended", code: suspendROM, newer: true, goOn: func(v *standingVM, q *qmp.Client) {
 		v.does(q, "cont")
 		v.is(q, "suspended")
@@ -53,7 +56,8 @@ func panicROM() []byte {
 	)
 }
 
-// suspendROM is a guest that suspends itself to memory, and writes a full stop each time that it is woken up, or starts.
+// suspendROM is a guest that suspends itself to memory, and writes a full stop each time that it is
+// woken up, or starts.
 func suspendROM() []byte {
 	return before(
 		0xba, 0xf8, 0x03, // mov dx, 0x3f8
@@ -78,11 +82,13 @@ func before(code ...byte) []byte {
 	return rom
 }
 
-// writingSector is a boot sector that writes itself to sector 32 of its disk, and then counts as counterROM does.
+// writingSector is a boot sector that writes itself to sector 32 of its disk, and then counts as
+// counterROM does.
 func writingSector() []byte {
 	s := make([]byte, 512)
 	n := copy(s, []byte{
-		0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfb, // segments 0, stack at 0x7c00
+		// segments 0, stack at 0x7c00
+		0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfb,
 		0xb8, 0x01, 0x03, // mov ax, 0x0301: write a sector
 		0xb9, 0x21, 0x00, // mov cx, 33: sector 32, counted from 1
 		0xba, 0x80, 0x00, // mov dx, 0x80: the first disk
@@ -108,8 +114,11 @@ func (v *standingVM) monitor(side string) string { return filepath.Join(v.dir, s
 
 func (v *standingVM) start(q lab.QEMU, side string, args ...string) *qmp.Client {
 	*configurationQEMU = q.Path
-	c, err := startQEMU(v.T, v.monitor(side), append([]string{"-machine", "pc", "-accel", "tcg", "-m", "64", "-option-rom", filepath.Join(v.dir, "rom"),
-		"-serial", "file:" + filepath.Join(v.dir, side+".out"), "-qmp", "unix:" + v.monitor(side+"-lab") + ",server=on,wait=off"}, args...)...)
+	c, err := startQEMU(v.T, v.monitor(side),
+		append([]string{"-machine", "pc", "-accel", "tcg", "-m", "64", "-option-rom",
+			filepath.Join(v.dir, "rom"),
+			"-serial", "file:" + filepath.Join(v.dir, side+".out"), "-qmp",
+			"unix:" + v.monitor(side+"-lab") + ",server=on,wait=off"}, args...)...)
 	if err != nil {
 		v.Fatal(err)
 	}
@@ -182,10 +191,12 @@ func (v *standingVM) fill() {
 		}
 	})
 	disk := filepath.Join(v.full, "disk.raw")
-	if err := errors.Join(os.WriteFile(disk, writingSector(), 0o600), os.Truncate(disk, 1<<20)); err != nil {
+	if err := errors.Join(os.WriteFile(disk, writingSector(), 0o600),
+		os.Truncate(disk, 1<<20)); err != nil {
 		v.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(v.full, "filler"), make([]byte, 128<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+	if err := os.WriteFile(filepath.Join(v.full, "filler"), make([]byte, 128<<10),
+		0o600); !errors.Is(err, unix.ENOSPC) {
 		v.Fatal(err)
 	}
 }
@@ -227,7 +238,8 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	defer cancel(nil)
 	received := make(chan error, 1)
 	go func() { received <- receiveOn(ctx, evict.Destination{QMP: v.monitor("twin")}, ln) }()
-	source := evict.Source{QMP: v.monitor("source"), Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
+	source := evict.Source{QMP: v.monitor("source"),
+		Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
 	if !commit {
 		source.LoadTimeout = time.Millisecond
 	}
@@ -238,14 +250,15 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	return report, err, <-received
 }
 
-// A VM that stands, in whatever state, is moved and not run: it is for its operator to have it go on at the destination. Where the eviction
-// fails it stands as before, and can be moved again.
+// A VM that stands, in whatever state, is moved and not run: it is for its operator to have it go
+// on at the destination. Where the eviction fails it stands as before, and can be moved again.
 func TestStanding(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: boots VMs")
 	}
 	for name, find := range map[string]func(context.Context) (lab.QEMU, error){
-		"stock": lab.StockQEMU, "debian 12": cached(t, lab.Backports12QEMU), "newest": cached(t, lab.BackportsQEMU),
+		"stock": lab.StockQEMU, "debian 12": cached(t, lab.Backports12QEMU),
+		"newest": cached(t, lab.BackportsQEMU),
 	} {
 		q, err := find(labtest.Within(t, 5*time.Minute))
 		labtest.Need(t, err)
@@ -266,7 +279,8 @@ func (c standingCase) try(t *testing.T, q lab.QEMU) {
 	// It stays what it was, also if the eviction is given up when the VM is frozen.
 	for range 2 {
 		report, err, _ := v.evict(false)
-		if !errors.Is(err, evict.ErrAborted) || !strings.Contains(err.Error(), "unharmed, as it did before") {
+		if !errors.Is(err, evict.ErrAborted) ||
+			!strings.Contains(err.Error(), "unharmed, as it did before") {
 			t.Fatalf("given up: %v", err)
 		}
 		if report.Stood != c.state || report.Down != nil {
@@ -281,7 +295,8 @@ func (c standingCase) try(t *testing.T, q lab.QEMU) {
 		t.Fatalf("source: %v; destination: %v", err, destErr)
 	}
 	if report.Stood != c.state || report.Down != nil || report.Transfer == nil {
-		t.Errorf("it stood %q, down time %v, transfer %v", report.Stood, report.Down, report.Transfer)
+		t.Errorf("it stood %q, down time %v, transfer %v", report.Stood, report.Down,
+			report.Transfer)
 	}
 	if n := v.dots("source"); n != there || v.dots("twin") != 0 {
 		t.Errorf("the guest ran: it wrote %d and %d full stops", n-there, v.dots("twin"))
@@ -303,7 +318,8 @@ func (c standingCase) try(t *testing.T, q lab.QEMU) {
 	if v.full != "" {
 		b, err := os.ReadFile(filepath.Join(v.full, "disk.raw"))
 		if err != nil || !bytes.Equal(b[32*512:33*512], writingSector()) {
-			t.Errorf("the request that failed was not tried again: %v, %x", err, b[32*512:32*512+16])
+			t.Errorf("the request that failed was not tried again: %v, %x", err,
+				b[32*512:32*512+16])
 		}
 	}
 }
@@ -317,11 +333,12 @@ func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
 	return v.start(q, "twin", append(args, "-incoming", "defer")...)
 }
 
-// An operator has a VM that came standing go on at the destination while its memory is still arriving: it fetches what it touches, and
-// all of its memory is as it was.
+// An operator has a VM that came standing go on at the destination while its memory is still
+// arriving: it fetches what it touches, and all of its memory is as it was.
 func TestStandingGoesOn(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full, Load: lab.Load{HotMiB: 60, IdleMiB: 100, CacheMiB: 10}})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full,
+		Load: lab.Load{HotMiB: 60, IdleMiB: 100, CacheMiB: 10}})
 	twin := incoming(t, l, vm)
 	if err := vm.Execute(labtest.Within(t, 20*time.Second), "stop", nil, nil); err != nil {
 		t.Fatal(err)
@@ -338,11 +355,12 @@ func TestStandingGoesOn(t *testing.T) {
 	var report evict.Report
 	go func() {
 		var err error
-		report, err = evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, ln.Addr().String()), Limit: rate, Show: func(p evict.Progress) {
-			if p.State == evict.Pushing && p.Stands == "paused" {
-				begun()
-			}
-		}}.Evict(ctx)
+		report, err = evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, ln.Addr().String()),
+			Limit: rate, Show: func(p evict.Progress) {
+				if p.State == evict.Pushing && p.Stands == "paused" {
+					begun()
+				}
+			}}.Evict(ctx)
 		ended <- err
 	}()
 	select {

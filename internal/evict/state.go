@@ -38,26 +38,32 @@ type State string
 
 // The states.
 const (
-	Preparing    State = "preparing"    // source: checks, connection, offer; the VM is untouched
-	Waiting      State = "waiting"      // destination: for an offer; the VM's QEMU is untouched
-	Arming       State = "arming"       // destination: QEMU takes the head of the stream
-	Switching    State = "switching"    // source: QEMU freezes the guest and saves its devices
-	Loading      State = "loading"      // the destination's QEMU loads the devices
-	Prepared     State = "prepared"     // destination: loaded and paused, waits for the commit
-	Committing   State = "committing"   // source: the destination was told to run the VM
-	Running      State = "running"      // destination: the VM runs, pages arrive
-	Pushing      State = "pushing"      // source: the VM runs on the destination, pages leave
-	Completing   State = "completing"   // destination: all pages are placed, QEMU ends its migration
-	InDoubt      State = "in doubt"     // source: the commit was sent, and it is not known what came of it; the guest stays frozen
-	Reconnecting State = "reconnecting" // source: the link is lost; the VM runs on the destination as far as its pages go
-	CutOff       State = "cut off"      // destination: the source is not there; the VM runs as far as its pages go
-	Retiring     State = "retiring"     // source: the destination has everything, the source's QEMU quits
-	RollingBack  State = "rolling back" // source: the guest is being resumed where it was
-	Refused      State = "refused"
-	Aborted      State = "aborted"
-	Completed    State = "completed"
-	ShutDown     State = "shut down" // the guest ended itself on the destination before all of its memory was there
-	Lost         State = "lost contact"
+	Preparing  State = "preparing"  // source: checks, connection, offer; the VM is untouched
+	Waiting    State = "waiting"    // destination: for an offer; the VM's QEMU is untouched
+	Arming     State = "arming"     // destination: QEMU takes the head of the stream
+	Switching  State = "switching"  // source: QEMU freezes the guest and saves its devices
+	Loading    State = "loading"    // the destination's QEMU loads the devices
+	Prepared   State = "prepared"   // destination: loaded and paused, waits for the commit
+	Committing State = "committing" // source: the destination was told to run the VM
+	Running    State = "running"    // destination: the VM runs, pages arrive
+	Pushing    State = "pushing"    // source: the VM runs on the destination, pages leave
+	// destination: all pages are placed, QEMU ends its migration
+	Completing State = "completing"
+	// source: the commit was sent, and it is not known what came of it; the guest stays frozen
+	InDoubt State = "in doubt"
+	// source: the link is lost; the VM runs on the destination as far as its pages go
+	Reconnecting State = "reconnecting"
+	// destination: the source is not there; the VM runs as far as its pages go
+	CutOff State = "cut off"
+	// source: the destination has everything, the source's QEMU quits
+	Retiring    State = "retiring"
+	RollingBack State = "rolling back" // source: the guest is being resumed where it was
+	Refused     State = "refused"
+	Aborted     State = "aborted"
+	Completed   State = "completed"
+	// the guest ended itself on the destination before all of its memory was there
+	ShutDown State = "shut down"
+	Lost     State = "lost contact"
 )
 
 // next lists the states that may follow a state. A state not in it is final.
@@ -126,7 +132,8 @@ func newMachine(first State, onEnter func(State)) *machine {
 	}
 }
 
-// enter moves to a state. A move that the diagram does not have is a bug: it is not made, and reported.
+// enter moves to a state. A move that the diagram does not have is a bug: it is not made, and
+// reported.
 func (m *machine) enter(s State) error {
 	m.mu.Lock()
 	now, present := time.Now(), &m.history[len(m.history)-1]

@@ -96,7 +96,8 @@ func TestMachine(t *testing.T) {
 			if want := map[bool]State{true: to, false: from}[allowed]; m.current() != want {
 				t.Errorf("from %s to %s: it is %s", from, to, m.current())
 			}
-			if allowed != slices.Equal(told, []State{to}) || allowed == m.at(to).IsZero() && from != to || m.at(from).IsZero() {
+			if allowed != slices.Equal(told, []State{to}) ||
+				allowed == m.at(to).IsZero() && from != to || m.at(from).IsZero() {
 				t.Errorf("from %s to %s: told of %q", from, to, told)
 			}
 		}
@@ -119,7 +120,8 @@ func TestMachine(t *testing.T) {
 	}
 }
 
-// A state that is entered again keeps its first time, and each of its periods; the history has an end.
+// A state that is entered again keeps its first time, and each of its periods; the history has an
+// end.
 func TestMachineAgain(t *testing.T) {
 	m := newMachine(Pushing, func(State) {})
 	first := m.at(Pushing)
@@ -135,7 +137,8 @@ func TestMachineAgain(t *testing.T) {
 		t.Errorf("it was entered first at %v, not %v", first, m.at(Pushing))
 	}
 	list := m.phases()
-	if len(list) != maxHistory || list[0].State != Pushing || list[0].At != 0 || list[maxHistory-1].State != Pushing || list[maxHistory-1].For != 0 {
+	if len(list) != maxHistory || list[0].State != Pushing || list[0].At != 0 ||
+		list[maxHistory-1].State != Pushing || list[maxHistory-1].For != 0 {
 		t.Fatalf("%d phases, from %+v to %+v", len(list), list[0], list[len(list)-1])
 	}
 	sum := 0.0
@@ -151,8 +154,8 @@ func TestMachineAgain(t *testing.T) {
 	}
 }
 
-// What is not known of an eviction that another engine began is not in the report; what a destination
-// says of the time before cannot be true of a time before the commit.
+// What is not known of an eviction that another engine began is not in the report; what a
+// destination says of the time before cannot be true of a time before the commit.
 func TestReportOfResumed(t *testing.T) {
 	e := Source{}.engine(InDoubt)
 	e.frozenAt.Store(&e.started)

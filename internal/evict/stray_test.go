@@ -13,13 +13,17 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Somebody tells the source's QEMU to run the VM, in the middle of an eviction: it does not, whether the VM has disks, which the
-// destination has locked by then, or none. Once the eviction was aborted it may; once it is complete there is no QEMU to run it.
+// Somebody tells the source's QEMU to run the VM, in the middle of an eviction: it does not,
+// whether the VM has disks, which the destination has locked by then, or none. Once the eviction
+// was aborted it may; once it is complete there is no QEMU to run it.
 func TestStrayCont(t *testing.T) {
-	for name, devices := range map[string]lab.Devices{"without disks": lab.Bare, "with a disk": lab.Full} {
+	for name, devices := range map[string]lab.Devices{"without disks": lab.Bare,
+		"with a disk": lab.Full} {
 		t.Run(name, func(t *testing.T) {
-			l := labtest.New(t, lab.Options{Rate: 3e8}) // the push takes seconds, in which a second copy would report
-			vm := boot(t, l, lab.Spec{Devices: devices, Load: lab.Load{HotMiB: 60, IdleMiB: 60, OtherMiB: 20}})
+			// the push takes seconds, in which a second copy would report
+			l := labtest.New(t, lab.Options{Rate: 3e8})
+			vm := boot(t, l, lab.Spec{Devices: devices,
+				Load: lab.Load{HotMiB: 60, IdleMiB: 60, OtherMiB: 20}})
 			told := make(chan error, 1)
 			cont := func() {
 				asked := make(chan struct{})
@@ -32,13 +36,14 @@ func TestStrayCont(t *testing.T) {
 				<-asked
 				time.Sleep(50 * time.Millisecond)
 			}
-			err := strayed(t, l, vm, incoming(t, l, vm), &relay{upstream: true, kind: loaded, do: func(r *relay, frame []byte, to net.Conn) {
-				cont()
-				if len(told) > 0 {
-					t.Error("QEMU answered while its process should be stopped")
-				}
-				cut(r, frame, to)
-			}})
+			err := strayed(t, l, vm, incoming(t, l, vm),
+				&relay{upstream: true, kind: loaded, do: func(r *relay, frame []byte, to net.Conn) {
+					cont()
+					if len(told) > 0 {
+						t.Error("QEMU answered while its process should be stopped")
+					}
+					cut(r, frame, to)
+				}})
 			if !errors.Is(err, evict.ErrAborted) {
 				t.Fatalf("%v; want it aborted", err)
 			}
@@ -50,10 +55,11 @@ func TestStrayCont(t *testing.T) {
 				t.Fatal(err)
 			}
 			twin := incoming(t, l, vm)
-			if err := strayed(t, l, vm, twin, &relay{kind: commit, do: func(_ *relay, frame []byte, to net.Conn) {
-				cont()
-				to.Write(frame)
-			}}); err != nil {
+			if err := strayed(t, l, vm, twin,
+				&relay{kind: commit, do: func(_ *relay, frame []byte, to net.Conn) {
+					cont()
+					to.Write(frame)
+				}}); err != nil {
 				t.Fatal(err)
 			}
 			if err := <-told; err == nil {
@@ -86,9 +92,11 @@ func strayed(t *testing.T, l *lab.Lab, vm, twin *lab.VM, r *relay) error {
 	defer cancel()
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
+		received <- receiveOn(ctx,
+			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
-	_, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()), Log: log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
+	_, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()),
+		Log: log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
 	select {
 	case <-hit:
 	default:

@@ -17,8 +17,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// switches are evictions in which the source's QEMU does not freeze the VM, or somebody else had his word, after all was prepared:
-// as the last frame before it comes, something happens at the source.
+// switches are evictions in which the source's QEMU does not freeze the VM, or somebody else had
+// his word, after all was prepared: as the last frame before it comes, something happens at the
+// source.
 var switches = []attempt{
 	{name: "a backup job begins", here: beginBackup, says: "job bk (backup"},
 	{name: "a mirror is ready", here: beginMirror, says: "job mi (mirror"},
@@ -26,7 +27,8 @@ var switches = []attempt{
 	{name: "the file to save to is full", here: fillFile, says: "xen-save-devices-state"},
 	{name: "the VM is dumped", here: dump, says: "dump"},
 	{name: "another migration begins", here: migrateForever, says: "being migrated already"},
-	{name: "an operator pauses the VM", here: pauseIt, stays: "paused", timeout: time.Millisecond, says: "did not load the devices within"},
+	{name: "an operator pauses the VM", here: pauseIt, stays: "paused", timeout: time.Millisecond,
+		says: "did not load the devices within"},
 }
 
 func init() {
@@ -63,11 +65,14 @@ func beginBackup(t *testing.T, vm *lab.VM) {
 	begin(t, vm, "bk", "blockdev-backup", m{"sync": "full", "speed": 1000})
 }
 
-func beginMirror(t *testing.T, vm *lab.VM) { begin(t, vm, "mi", "blockdev-mirror", m{"sync": "none"}) }
+func beginMirror(t *testing.T, vm *lab.VM) {
+	begin(t, vm, "mi", "blockdev-mirror", m{"sync": "none"})
+}
 
 // begin begins a block job with the VM's disk.
 func begin(t *testing.T, vm *lab.VM, id, command string, args m) {
-	does(t, vm, "blockdev-add", m{"driver": "null-co", "node-name": "nowhere", "size": 20 << 20, "read-zeroes": true})
+	does(t, vm, "blockdev-add",
+		m{"driver": "null-co", "node-name": "nowhere", "size": 20 << 20, "read-zeroes": true})
 	undo(t, vm, "blockdev-del", m{"node-name": "nowhere"})
 	args["job-id"], args["device"], args["target"] = id, "disk", "nowhere"
 	if !does(t, vm, command, args) {
@@ -76,10 +81,12 @@ func begin(t *testing.T, vm *lab.VM, id, command string, args m) {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		if err := vm.Execute(ctx, "block-job-cancel", m{"device": id, "force": true}, nil); err != nil {
+		if err := vm.Execute(ctx, "block-job-cancel", m{"device": id, "force": true},
+			nil); err != nil {
 			t.Log(err)
 		}
-		for jobs := []any{nil}; len(jobs) > 0 && ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
+		for jobs := []any{nil}; len(jobs) > 0 &&
+			ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
 			if err := vm.Execute(ctx, "query-jobs", nil, &jobs); err != nil {
 				t.Error(err)
 				return
@@ -92,7 +99,8 @@ func takeFile(t *testing.T, vm *lab.VM) {
 	var sets []struct {
 		ID int `json:"fdset-id"`
 	}
-	if err := vm.Execute(labtest.Within(t, 10*time.Second), "query-fdsets", nil, &sets); err != nil {
+	if err := vm.Execute(labtest.Within(t, 10*time.Second), "query-fdsets", nil,
+		&sets); err != nil {
 		t.Error(err)
 	}
 	for _, set := range sets { // none, if QEMU was told to close it by then
@@ -105,7 +113,8 @@ func fillFile(t *testing.T, vm *lab.VM) {
 	var sets []struct {
 		ID int `json:"fdset-id"`
 	}
-	if err := vm.Execute(labtest.Within(t, 10*time.Second), "query-fdsets", nil, &sets); err != nil {
+	if err := vm.Execute(labtest.Within(t, 10*time.Second), "query-fdsets", nil,
+		&sets); err != nil {
 		t.Error(err)
 	}
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
@@ -122,7 +131,8 @@ func fillFile(t *testing.T, vm *lab.VM) {
 		}
 		defer q.Close()
 		if q.Run(ctx, "remove-fd", m{"fdset-id": set.ID}, nil) == nil {
-			if err := q.RunFD(ctx, "add-fd", m{"fdset-id": set.ID}, nil, int(full.Fd())); err != nil {
+			if err := q.RunFD(ctx, "add-fd", m{"fdset-id": set.ID}, nil,
+				int(full.Fd())); err != nil {
 				t.Error(err)
 			}
 		}
@@ -130,7 +140,8 @@ func fillFile(t *testing.T, vm *lab.VM) {
 }
 
 func dump(t *testing.T, vm *lab.VM) {
-	does(t, vm, "dump-guest-memory", m{"paging": false, "protocol": "file:/dev/null", "detach": true})
+	does(t, vm, "dump-guest-memory",
+		m{"paging": false, "protocol": "file:/dev/null", "detach": true})
 }
 
 func migrateForever(t *testing.T, vm *lab.VM) {
@@ -147,7 +158,8 @@ func migrateForever(t *testing.T, vm *lab.VM) {
 		if err := vm.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
 			t.Error(err)
 		}
-		for state := "cancelling"; state == "cancelling" || state == "active"; time.Sleep(10 * time.Millisecond) {
+		for state := "cancelling"; state == "cancelling" ||
+			state == "active"; time.Sleep(10 * time.Millisecond) {
 			var s struct{ Status string }
 			if err := vm.Execute(ctx, "query-migrate", nil, &s); err != nil {
 				t.Error(err)
@@ -163,8 +175,9 @@ func pauseIt(t *testing.T, vm *lab.VM) {
 	undo(t, vm, "cont", nil)
 }
 
-// disturbed has evictions disturbed in one of these ways at a random moment while the VM is being frozen, or soon after: as often as
-// VACATE_REFUSALS says. Those that were not aborted by then are when the twin is loaded.
+// disturbed has evictions disturbed in one of these ways at a random moment while the VM is being
+// frozen, or soon after: as often as VACATE_REFUSALS says. Those that were not aborted by then are
+// when the twin is loaded.
 func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	rounds, err := strconv.Atoi(os.Getenv("VACATE_REFUSALS"))
 	if err != nil {
@@ -172,7 +185,8 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	}
 	ranOn, refused := 0, 0
 	defer func() {
-		t.Logf("QEMU %s: %d of %d ran on at the source; %d of them were aborted before the twin was loaded", vm.Spec.QEMU.Version, ranOn, rounds, refused)
+		t.Logf("QEMU %s: %d of %d ran on at the source; %d of them were aborted before the twin "+
+			"was loaded", vm.Spec.QEMU.Version, ranOn, rounds, refused)
 	}()
 	for round := range rounds {
 		a := switches[rand.N(len(switches))]
@@ -187,11 +201,12 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 					a.here(t, vm)
 				}()
 			})
-			b := attempt{upstream: true, kind: loaded, do: cut, want: evict.ErrAborted, disturbed: true, show: func(p evict.Progress) {
-				if p.State == evict.Switching {
-					disturb()
-				}
-			}}
+			b := attempt{upstream: true, kind: loaded, do: cut, want: evict.ErrAborted,
+				disturbed: true, show: func(p evict.Progress) {
+					if p.State == evict.Switching {
+						disturb()
+					}
+				}}
 			if early := b.run(t, l, vm); early {
 				refused++
 			}
@@ -208,10 +223,12 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	}
 }
 
-// migrateToNowhere makes sure that QEMU's own migration of the VM works, and that the VM runs on after it.
+// migrateToNowhere makes sure that QEMU's own migration of the VM works, and that the VM runs on
+// after it.
 func migrateToNowhere(t *testing.T, vm *lab.VM) {
 	t.Helper()
-	// The guest writes to its memory faster than a pass over that takes: the rest comes while it stands.
+	// The guest writes to its memory faster than a pass over that takes: the rest comes while it
+	// stands.
 	does(t, vm, "migrate-set-parameters", m{"downtime-limit": 60_000})
 	defer does(t, vm, "migrate-set-parameters", m{"downtime-limit": 300})
 	does(t, vm, "migrate", m{"uri": "exec:cat >/dev/null"})

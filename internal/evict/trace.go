@@ -13,14 +13,16 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// Trace is what a source did, page by page and over time: what a report draws. Its size does not grow with the VM's.
+// Trace is what a source did, page by page and over time: what a report draws. Its size does not
+// grow with the VM's.
 type Trace struct {
 	// Blocks are the VM's RAM blocks, whose pages follow one another in Cells.
 	Blocks []TraceBlock `json:"blocks"`
 	// PagesPerCell is how many pages of a block make a cell; the last one of a block may have less.
 	PagesPerCell int `json:"pages_per_cell"`
-	// Of each cell: milliseconds after Begun when its first page was sent, or left out, and -1 if none was; why that was, as the number of
-	// a name in Reasons; and what it is used for, as the number of a name in Classes.
+	// Of each cell: milliseconds after Begun when its first page was sent, or left out, and -1 if
+	// none was; why that was, as the number of a name in Reasons; and what it is used for, as the
+	// number of a name in Classes.
 	When  []int32 `json:"when_ms"`
 	Why   []uint8 `json:"why"`
 	Class []uint8 `json:"class"`
@@ -48,7 +50,8 @@ const (
 	leastStep  = 10 * time.Millisecond
 )
 
-// tracer notes what is sent as it is sent. Its methods may be called by several goroutines; they do nothing before open.
+// tracer notes what is sent as it is sent. Its methods may be called by several goroutines; they do
+// nothing before open.
 type tracer struct {
 	mu      sync.Mutex
 	begun   time.Time
@@ -135,7 +138,8 @@ func (t *Trace) cell(block int, p pageset.Page) int {
 	return t.Blocks[block].Cell + int(p)/t.PagesPerCell
 }
 
-// result is the trace, with the classes of a survey, which may be nil. Nothing may be noted any more.
+// result is the trace, with the classes of a survey, which may be nil. Nothing may be noted any
+// more.
 func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -152,7 +156,8 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	// Of a page of several frames, the first tells.
 	class := func(f pushorder.Frames, i int) pageclass.Class {
 		per := tr.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
-		if n := f.First + uint64(i)*per; s != nil && n < uint64(len(s.Pages)) && s.Pages[n].Kind != pageclass.None {
+		if n := f.First + uint64(i)*per; s != nil && n < uint64(len(s.Pages)) &&
+			s.Pages[n].Kind != pageclass.None {
 			return s.Pages[n].Class
 		}
 		return pageclass.Unknown
@@ -204,7 +209,8 @@ func (e *source) count(why pushorder.Reason, runs []pageset.Run) {
 	e.tracer.note(why, runs)
 }
 
-// keepTrace stores what the eviction did, if there is a journal. That it cannot is no reason to fail.
+// keepTrace stores what the eviction did, if there is a journal. That it cannot is no reason to
+// fail.
 func (e *source) keepTrace() {
 	if e.Journal == nil {
 		return

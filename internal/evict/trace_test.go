@@ -23,7 +23,9 @@ func TestTrace(t *testing.T) {
 	l := layout{{Name: "ram", PageSize: 4096, Pages: 10}, {Name: "rom", PageSize: 4096, Pages: 3}}
 	tr.open(time.Now().Add(-time.Second), l)
 	tr.note(pushorder.Fetched, []pageset.Run{{Block: 0, First: 4, Count: 1}})
-	tr.note(pushorder.Planned, []pageset.Run{{Block: 0, First: 3, Count: 4}, {Block: 1, First: 0, Count: 3}, {Block: 0, First: 9, Count: 0}})
+	tr.note(pushorder.Planned,
+		[]pageset.Run{{Block: 0, First: 3, Count: 4}, {Block: 1, First: 0, Count: 3},
+			{Block: 0, First: 9, Count: 0}})
 	s := &pageclass.Survey{Pages: make([]pageclass.Page, 100)}
 	for i := range s.Pages {
 		s.Pages[i] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
@@ -40,7 +42,8 @@ func TestTrace(t *testing.T) {
 			t.Errorf("cell %d after %d ms", i, got.When[i])
 		}
 	}
-	want := []string{"", "", "", "planned", "fetched", "planned", "planned", "", "", "", "planned", "planned", "planned"}
+	want := []string{"", "", "", "planned", "fetched", "planned", "planned", "", "", "", "planned",
+		"planned", "planned"}
 	if d := cmp.Diff(want, why); d != "" {
 		t.Error(d)
 	}
@@ -79,7 +82,8 @@ func TestTrace(t *testing.T) {
 func TestTraceIsBounded(t *testing.T) {
 	var tr tracer
 	const pages = 1 << 25 // 128 GiB
-	tr.open(time.Now(), layout{{Name: "ram", PageSize: 4096, Pages: pages}, {Name: "rom", PageSize: 4096, Pages: 1}})
+	tr.open(time.Now(), layout{{Name: "ram", PageSize: 4096, Pages: pages},
+		{Name: "rom", PageSize: 4096, Pages: 1}})
 	for _, after := range []time.Duration{0, time.Second, time.Minute, 100 * time.Hour} {
 		tr.begun = time.Now().Add(-after)
 		tr.note(pushorder.Fetched, []pageset.Run{{First: pages - 1, Count: 1}})

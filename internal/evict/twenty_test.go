@@ -14,7 +14,8 @@ func TestTwenty(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	const journeys, legs = 4, 5
 	for range journeys {
-		vm := boot(t, l, lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200, OtherMiB: 50, FileMiB: 4}})
+		vm := boot(t, l, lab.Spec{MemoryMiB: 1024,
+			Load: lab.Load{HotMiB: 200, IdleMiB: 200, OtherMiB: 50, FileMiB: 4}})
 		from, to := l.A, l.B
 		for range legs {
 			twin, err := to.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})

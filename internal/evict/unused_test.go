@@ -25,7 +25,8 @@ func memoryFiles(t *testing.T, vm *lab.VM) int64 {
 	for _, e := range entries {
 		path := dir + "/" + e.Name()
 		var st unix.Stat_t
-		if to, err := os.Readlink(path); err == nil && strings.HasPrefix(to, "/memfd:") && unix.Stat(path, &st) == nil {
+		if to, err := os.Readlink(path); err == nil && strings.HasPrefix(to, "/memfd:") &&
+			unix.Stat(path, &st) == nil {
 			files[st.Ino] = st.Blocks * 512
 		}
 	}
@@ -41,7 +42,8 @@ func memoryFiles(t *testing.T, vm *lab.VM) int64 {
 // no guest has used yet; and looking for both makes none at the source.
 func TestUnused(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	vm := boot(t, l, lab.Spec{Memfd: true, MemoryMiB: 768, Devices: lab.Full, Load: lab.Load{HotMiB: 40, IdleMiB: 40, OtherMiB: 10, Stale: true}})
+	vm := boot(t, l, lab.Spec{Memfd: true, MemoryMiB: 768, Devices: lab.Full,
+		Load: lab.Load{HotMiB: 40, IdleMiB: 40, OtherMiB: 10, Stale: true}})
 	const left = 320 << 20
 	inUse := memoryFiles(t, vm)
 	if err := vm.Execute(t.Context(), "balloon", map[string]any{"value": left}, nil); err != nil {
@@ -58,15 +60,18 @@ func TestUnused(t *testing.T) {
 	}
 	before := memoryFiles(t, vm)
 	if before > left+64<<20 || before > inUse*3/4 {
-		t.Fatalf("the guest's memory takes %d MiB and took %d: this tests little", before>>20, inUse>>20)
+		t.Fatalf("the guest's memory takes %d MiB and took %d: this tests little", before>>20,
+			inUse>>20)
 	}
 	twin := incoming(t, l, vm)
 	r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
 	r.mustComplete(t)
 	after := memoryFiles(t, twin)
-	t.Logf("%d MiB in use, %d at the source when it left, %d at the destination; %+v", inUse>>20, before>>20, after>>20, r.report.Pages)
+	t.Logf("%d MiB in use, %d at the source when it left, %d at the destination; %+v", inUse>>20,
+		before>>20, after>>20, r.report.Pages)
 	if after > before*5/4 {
-		t.Errorf("the memory of the VM takes %d MiB at the destination, and took %d at the source", after>>20, before>>20)
+		t.Errorf("the memory of the VM takes %d MiB at the destination, and took %d at the source",
+			after>>20, before>>20)
 	}
 	if r.report.Pages.Unused < 300<<20/4096 {
 		t.Errorf("%d pages were left out as unused", r.report.Pages.Unused)

@@ -12,13 +12,13 @@ import (
 // evictions send in turn. Fetched pages never wait here.
 //
 // The bound is measured, not chosen: destinations report what they have placed, and from those
-// reports come the rate of delivery (over spans of 10 ms, the greatest of the last second)
-// and the round trip of an uncongested path (the least of the last ten seconds). What is allowed in flight
-// is that rate times (that round trip plus allowedQueue): enough to keep the narrowest
-// place on the path busy, and to find out if it has become wider, and no more. This is the
-// model of BBR (Cardwell et al., 2016) with a fixed bound on the queue. As there, the path
-// is let run empty now and then, and a single page of each eviction measures it: else the queue that is
-// always there would in time be taken for a part of the path.
+// reports come the rate of delivery (over spans of 10 ms, the greatest of the last second) and the
+// round trip of an uncongested path (the least of the last ten seconds). What is allowed in flight
+// is that rate times (that round trip plus allowedQueue): enough to keep the narrowest place on the
+// path busy, and to find out if it has become wider, and no more. This is the model of BBR
+// (Cardwell et al., 2016) with a fixed bound on the queue. As there, the path is let run empty now
+// and then, and a single page of each eviction measures it: else the queue that is always there
+// would in time be taken for a part of the path.
 //
 // Several goroutines may use a Path.
 type Path struct {
@@ -72,8 +72,8 @@ type flight struct {
 }
 
 const (
-	// allowedQueue is how long a fetch, and whatever else is on the path, may wait behind pushed bytes.
-	// Less would mean smaller frames, which cost both hosts CPU time that VMs want.
+	// allowedQueue is how long a fetch, and whatever else is on the path, may wait behind pushed
+	// bytes. Less would mean smaller frames, which cost both hosts CPU time that VMs want.
 	allowedQueue = time.Millisecond
 	// rateSpan is long enough that reports which arrive in a bunch, or a burst that the
 	// path lets through, do not look like a fast path.
@@ -123,8 +123,9 @@ func (w *window) leave() {
 	p.serve(w)
 }
 
-// room returns how many bytes of pages the next frame should hold, which count as in flight until send or pass is
-// called. If nothing may be sent, that is 0, and room is to be called again after a report, when wake says so, and not later than after a while.
+// room returns how many bytes of pages the next frame should hold, which count as in flight until
+// send or pass is called. If nothing may be sent, that is 0, and room is to be called again after a
+// report, when wake says so, and not later than after a while.
 func (w *window) room() (n int, again time.Duration) {
 	p := w.path
 	p.mu.Lock()
@@ -165,9 +166,10 @@ func (w *window) pass() {
 	p.serve(w)
 }
 
-// serve lets windows that wait send, while there is room: the one whose turn it is, of those
-// that may. As turns are counted in bytes, each gets as many as the others, as far as it can
-// use them (start-time fair queueing; Goyal et al., 1996). The caller, who looks by itself, is not woken; it holds mu.
+// serve lets windows that wait send, while there is room: the one whose turn it is, of those that
+// may. As turns are counted in bytes, each gets as many as the others, as far as it can use them
+// (start-time fair queueing; Goyal et al., 1996). The caller, who looks by itself, is not woken; it
+// holds mu.
 func (p *Path) serve(caller *window) {
 	now := p.now()
 	for p.Limit.due(now) <= 0 {
@@ -264,8 +266,8 @@ func (w *window) steady() int {
 	return max(int(w.yield.share()*2*float64(w.page)), int(w.target()*w.delay())+w.page/2)
 }
 
-// due returns after how long the window may send: on a long path that has run empty, all of it at once
-// would be a queue of a round trip. What it may have in flight is spread over one instead.
+// due returns after how long the window may send: on a long path that has run empty, all of it at
+// once would be a queue of a round trip. What it may have in flight is spread over one instead.
 func (w *window) due(now time.Time) time.Duration { return w.paid.Sub(now) }
 
 // unpaced is how many pages are few enough to be sent at once.
@@ -370,14 +372,15 @@ func (w *window) roundTrip() float64 {
 	return w.trip.value(0)
 }
 
-// opening is how a window finds the rate of its path: as TCP's slow start does (RFC 5681), it doubles
-// in each round trip. On a long path the rate alone would take it far too long, as that lets the
-// window exceed what it has measured by no more than allowedQueue.
+// opening is how a window finds the rate of its path: as TCP's slow start does (RFC 5681), it
+// doubles in each round trip. On a long path the rate alone would take it far too long, as that
+// lets the window exceed what it has measured by no more than allowedQueue.
 //
-// It grows by what is placed without having waited for long, and ends when the rate of a round trip has grown
-// no more and there is a queue, or three times in a row where there is none: something else than the path
-// is the limit then. A path that has become wider is found in the same way. For that a window exceeds its rate by a
-// quarter for a moment every tripMemory, and doubles again if more came through.
+// It grows by what is placed without having waited for long, and ends when the rate of a round trip
+// has grown no more and there is a queue, or three times in a row where there is none: something
+// else than the path is the limit then. A path that has become wider is found in the same way. For
+// that a window exceeds its rate by a quarter for a moment every tripMemory, and doubles again if
+// more came through.
 //
 // The caller of its methods holds the path's mu; nil is not opening.
 type opening struct {
@@ -438,8 +441,8 @@ func (o *opening) send(now time.Time, w *window) {
 	}
 }
 
-// report notes that more bytes are placed, the last of which were on their way for some time. It reports
-// whether the path is known.
+// report notes that more bytes are placed, the last of which were on their way for some time. It
+// reports whether the path is known.
 func (o *opening) report(now time.Time, w *window, more uint64, took time.Duration) (done bool) {
 	if o == nil {
 		return false
@@ -482,8 +485,8 @@ const (
 	// foreignQueue is how much longer than the path alone a round trip is if others
 	// queue. Our own queue with a frame or two beyond it stays below that.
 	foreignQueue = 2 * allowedQueue
-	// quietMemory is RFC 6817's BASE_HISTORY. It is not tripMemory: who yields for long would take the
-	// others' queue for a part of the path.
+	// quietMemory is RFC 6817's BASE_HISTORY. It is not tripMemory: who yields for long would take
+	// the others' queue for a part of the path.
 	quietMemory = 10 * time.Minute
 	// leastPart of the window is used whatever others do, so that the eviction ends some day.
 	leastPart = 1. / 64
@@ -571,7 +574,8 @@ type meter struct {
 }
 
 func newMeter() meter {
-	return meter{greatest: extremum{keep: rateMemory, better: func(a, b float64) bool { return a > b }}}
+	return meter{greatest: extremum{keep: rateMemory,
+		better: func(a, b float64) bool { return a > b }}}
 }
 
 // idle notes that nothing was in flight until now. If that was for long, the path is not to blame.

@@ -213,7 +213,8 @@ func (s *simulation) settled(t *rapid.T) {
 	page := float64(p.w.page)
 	ideal, frame := s.rate*(p.trip+s.bunch+allowedQueue).Seconds()+page, float64(p.frame)
 	if mean > 1.1*ideal+frame+page || most > 1.2*ideal+frame+page {
-		t.Errorf("%.0f bytes in flight, at most %.0f; %.0f are ideal, a frame has %.0f", mean, most, ideal, frame)
+		t.Errorf("%.0f bytes in flight, at most %.0f; %.0f are ideal, a frame has %.0f", mean, most,
+			ideal, frame)
 	}
 }
 
@@ -233,7 +234,8 @@ func TestWindowFindsThePath(t *testing.T) {
 			least = 5 // else a page of our own looks like others' queue
 		}
 		s := newSimulation(drawRate(t, "MB/s", least))
-		s.join(time.Duration(rapid.IntRange(20, 10_000).Draw(t, "trip in µs"))*time.Microsecond, nil, yields)
+		s.join(time.Duration(rapid.IntRange(20, 10_000).Draw(t, "trip in µs"))*time.Microsecond,
+			nil, yields)
 		s.bunch = time.Duration(rapid.IntRange(0, 200).Draw(t, "bunch in µs")) * time.Microsecond
 		s.settled(t)
 		s.run(t, tripMemory)
@@ -269,10 +271,12 @@ func TestWindowHolds(t *testing.T) {
 				}
 			},
 			"report": func(t *rapid.T) {
-				placed := rapid.OneOf(rapid.Uint64Range(p.got, p.sent), rapid.Uint64()).Draw(t, "placed")
+				placed := rapid.OneOf(rapid.Uint64Range(p.got, p.sent), rapid.Uint64()).Draw(t,
+					"placed")
 				possible := placed >= p.got && placed <= p.sent
 				if p.w.report(placed) != possible {
-					t.Fatalf("report of %d with %d placed and %d sent: possible is %v", placed, p.got, p.sent, possible)
+					t.Fatalf("report of %d with %d placed and %d sent: possible is %v", placed,
+						p.got, p.sent, possible)
 				}
 				if possible {
 					p.got = placed
@@ -330,7 +334,8 @@ func TestWindowOpens(t *testing.T) {
 	for _, c := range []struct {
 		trip   time.Duration
 		within time.Duration // until 80 % of 10 Gbit/s
-	}{{ms / 5, 200 * ms}, {ms, 200 * ms}, {10 * ms, 400 * ms}, {50 * ms, time.Second}, {200 * ms, 4 * time.Second}} {
+	}{{ms / 5, 200 * ms}, {ms, 200 * ms}, {10 * ms, 400 * ms}, {50 * ms, time.Second},
+		{200 * ms, 4 * time.Second}} {
 		for _, rate := range []float64{1250e6, 125e6, 2e6} {
 			t.Run(fmt.Sprintf("%v %.0f MB/s", c.trip, rate/1e6), func(t *testing.T) {
 				s := newSimulation(rate, c.trip)
@@ -348,7 +353,8 @@ func TestWindowOpens(t *testing.T) {
 				s.run(t, time.Second+4*c.trip)
 				steady, _, _ := s.run(t, 20*time.Second)
 				wait := s.wait99()
-				t.Logf("80 %% within %v (MB/s every %v: %s); queue %v at most; then %.0f MB/s, wait %v", found, step, strings.Join(rates, " "), worst, steady/1e6, wait)
+				t.Logf("80 %% within %v (MB/s every %v: %s); queue %v at most; then %.0f MB/s, "+
+					"wait %v", found, step, strings.Join(rates, " "), worst, steady/1e6, wait)
 				if found == 0 || found > c.within {
 					t.Errorf("the path was found within %v, not %v", found, c.within)
 				}
@@ -364,7 +370,8 @@ func TestWindowOpens(t *testing.T) {
 				s.rate *= 4
 				s.run(t, tripMemory+20*c.trip+time.Second)
 				if wider, _, _ := s.run(t, 5*time.Second); wider < 0.75*s.rate {
-					t.Errorf("%.0f MB/s of %.0f when the path had become wider", wider/1e6, s.rate/1e6)
+					t.Errorf("%.0f MB/s of %.0f when the path had become wider", wider/1e6,
+						s.rate/1e6)
 				}
 			})
 		}
@@ -427,9 +434,11 @@ func TestPathIsShared(t *testing.T) {
 			check := func() {
 				t.Helper()
 				rates, sum := s.rates(t, 6*time.Second)
-				t.Logf("%.0f %% of the rate, fairness %.3f, wait %v, %v for one", 100*sum/s.rate, fairness(rates), s.wait99(), alone)
+				t.Logf("%.0f %% of the rate, fairness %.3f, wait %v, %v for one", 100*sum/s.rate,
+					fairness(rates), s.wait99(), alone)
 				if sum < 0.95*s.rate || fairness(rates) < 0.95 || s.wait99() > alone+c.more {
-					t.Errorf("%.1f MB/s in all (%.1f), fairness %.3f, wait %v, %v for one", sum/1e6, rates, fairness(rates), s.wait99(), alone)
+					t.Errorf("%.1f MB/s in all (%.1f), fairness %.3f, wait %v, %v for one", sum/1e6,
+						rates, fairness(rates), s.wait99(), alone)
 				}
 			}
 			check()
@@ -447,12 +456,14 @@ func TestPathIsShared(t *testing.T) {
 // What one destination cannot take, the others get: if it is slow, if it stops, or if its session
 // ends.
 func TestPathIsNotHeldUp(t *testing.T) {
-	s, alone := four(t, 200*time.Microsecond, 200*time.Microsecond, 200*time.Microsecond, 200*time.Microsecond)
+	s, alone := four(t, 200*time.Microsecond, 200*time.Microsecond, 200*time.Microsecond,
+		200*time.Microsecond)
 	check := func(what string, rest float64) {
 		t.Helper()
 		rates, sum := s.rates(t, 6*time.Second)
 		t.Logf("%s: %.1f MB/s, wait %v, %v for one", what, rates, s.wait99(), alone)
-		if others := rates[1:]; sum < 0.95*s.rate || fairness(others) < 0.95 || math.Abs(rates[0]-rest) > 0.1*rest+100e3 {
+		if others := rates[1:]; sum < 0.95*s.rate || fairness(others) < 0.95 ||
+			math.Abs(rates[0]-rest) > 0.1*rest+100e3 {
 			t.Errorf("%s: %.1f MB/s", what, rates)
 		}
 		if s.wait99() > alone*6/5 {
@@ -651,7 +662,9 @@ func TestYield(t *testing.T) {
 					s.others = nil
 					s.run(t, time.Second)
 					after, _, _ := s.run(t, 3*time.Second)
-					t.Logf("they have %.1f MB/s alone, %.1f beside one that yields, which has %.1f, and %.1f beside one that does not", without/1e6, with/1e6, ours/1e6, beside/1e6)
+					t.Logf("they have %.1f MB/s alone, %.1f beside one that yields, which has "+
+						"%.1f, and %.1f beside one that does not", without/1e6, with/1e6, ours/1e6,
+						beside/1e6)
 					if with < 0.9*without {
 						t.Errorf("they have %.1f MB/s, %.1f alone", with/1e6, without/1e6)
 					}

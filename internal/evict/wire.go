@@ -18,15 +18,18 @@ import (
 // Frames of the control lane. JSON where there is something to say, else empty or raw.
 const (
 	// source to destination
-	msgOffer  uint8 = 1  // offer: the VM to be moved
-	msgHead   uint8 = 2  // raw: QEMU's stream from its header to the footer of the RAM section's start
-	msgLoad   uint8 = 3  // raw: the package with the state of all devices
-	msgCommit uint8 = 4  // from here on the destination may run. Empty: it does at once. Else commitment: it stands
-	msgResume uint8 = 5  // resume: goes on with an eviction, in a new session, in place of an offer
-	msgAsk    uint8 = 6  // JSON of the caller's: a question that touches no VM, in place of an offer
-	msgFill   uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
-	msgOpen   uint8 = 10 // filler, behind an offer that was taken: see openWindow
-	msgHeard  uint8 = 7  // empty: the source knows that the eviction is complete
+	msgOffer uint8 = 1 // offer: the VM to be moved
+	// raw: QEMU's stream from its header to the footer of the RAM section's start
+	msgHead uint8 = 2
+	msgLoad uint8 = 3 // raw: the package with the state of all devices
+	// from here on the destination may run. Empty: it does at once. Else commitment: it stands
+	msgCommit uint8 = 4
+	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
+	// JSON of the caller's: a question that touches no VM, in place of an offer
+	msgAsk   uint8 = 6
+	msgFill  uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
+	msgOpen  uint8 = 10 // filler, behind an offer that was taken: see openWindow
+	msgHeard uint8 = 7  // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
 	msgArmed    uint8 = 25 // empty: QEMU took the head
@@ -35,25 +38,33 @@ const (
 	msgComplete uint8 = 19 // Received: every page is placed
 	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
 	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
-	msgHas      uint8 = 22 // pages that are here, see appendHas; several, behind a status that says "running"
-	msgReady    uint8 = 23 // empty: those were all
-	msgWaiting  uint8 = 25 // waiting: what an offer waits for, again and again until it is taken or turned down
-	msgOpened   uint8 = 26 // empty: msgOpen is here
-	msgTold     uint8 = 24 // JSON of the caller's: the answer to a question
-	msgShutDown uint8 = 27 // farewell: the guest ended itself here; nobody needs its memory any more
-	msgShort    uint8 = 28 // farewell, once the VM runs: why pages find no memory there; empty if they do again
+	// pages that are here, see appendHas; several, behind a status that says "running"
+	msgHas   uint8 = 22
+	msgReady uint8 = 23 // empty: those were all
+	// waiting: what an offer waits for, again and again until it is taken or turned down
+	msgWaiting uint8 = 25
+	msgOpened  uint8 = 26 // empty: msgOpen is here
+	msgTold    uint8 = 24 // JSON of the caller's: the answer to a question
+	// farewell: the guest ended itself here; nobody needs its memory any more
+	msgShutDown uint8 = 27
+	// farewell, once the VM runs: why pages find no memory there; empty if they do again
+	msgShort uint8 = 28
 	// both ways
-	msgProve uint8 = 9  // filler, ahead of an offer, and its answer: the path carries large frames
-	msgAbort uint8 = 32 // farewell: the sender has given the eviction up, and the VM never ran on the destination
+	msgProve uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
+	// farewell: the sender has given the eviction up, and the VM never ran on the destination
+	msgAbort uint8 = 32
 )
 
 // Frames of the other lanes; the control lane carries framePages ahead of msgLoad.
 const (
-	framePages   uint8 = 64 // pages, see appendPages
-	frameRequest uint8 = 65 // fetch lane, destination to source: a run of pages that the guest waits for
-	framePlaced  uint8 = 66 // push lane, destination to source, for each frame of pages, see appendPlaced
-	frameProof   uint8 = 68 // filler, both ways, with msgProve: see prove
-	frameSkipped uint8 = 67 // push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
+	framePages uint8 = 64 // pages, see appendPages
+	// fetch lane, destination to source: a run of pages that the guest waits for
+	frameRequest uint8 = 65
+	// push lane, destination to source, for each frame of pages, see appendPlaced
+	framePlaced uint8 = 66
+	frameProof  uint8 = 68 // filler, both ways, with msgProve: see prove
+	// push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
+	frameSkipped uint8 = 67
 )
 
 const (
@@ -80,8 +91,9 @@ const maxHas = 1 << 22
 // placedSize is the length of framePlaced, in bytes.
 const placedSize = 9
 
-// appendPlaced encodes a report of what the destination has placed: u64 bytes of frames of pages so far; and u8 1 if those of the last frame
-// are in the memory of its QEMU, 0 if they may be on their way there.
+// appendPlaced encodes a report of what the destination has placed: u64 bytes of frames of pages so
+// far; and u8 1 if those of the last frame are in the memory of its QEMU, 0 if they may be on their
+// way there.
 func appendPlaced(b []byte, bytes uint64, held bool) []byte {
 	b = binary.BigEndian.AppendUint64(b, bytes)
 	if held {
@@ -101,14 +113,15 @@ func parsePlaced(b []byte) (bytes uint64, held bool, err error) {
 // An offer says which VM the source wants to move, so that a destination that cannot
 // take it is found before the VM is touched.
 type offer struct {
-	Eviction ID           `json:"eviction"`
-	VM       string       `json:"vm,omitempty"` // its name on both hosts, where they have names for VMs
-	QEMU     string       `json:"qemu"`         // version, for messages
-	Machine  string       `json:"machine"`      // versioned type: "pc-i440fx-7.2"
-	CPUs     fit.CPUs     `json:"cpus"`
-	Blocks   []blockOffer `json:"blocks"`
-	Devices  fit.Devices  `json:"devices"`
-	Disks    fit.Disks    `json:"disks"`
+	Eviction ID `json:"eviction"`
+	// its name on both hosts, where they have names for VMs
+	VM      string       `json:"vm,omitempty"`
+	QEMU    string       `json:"qemu"`    // version, for messages
+	Machine string       `json:"machine"` // versioned type: "pc-i440fx-7.2"
+	CPUs    fit.CPUs     `json:"cpus"`
+	Blocks  []blockOffer `json:"blocks"`
+	Devices fit.Devices  `json:"devices"`
+	Disks   fit.Disks    `json:"disks"`
 	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.
@@ -145,7 +158,8 @@ type status struct {
 	Reason  string    `json:"reason,omitempty"`
 	Dead    bool      `json:"dead,omitempty"`    // the twin has ended, and never runs again
 	Summary *Received `json:"summary,omitempty"` // of a complete one
-	Ran     uint32    `json:"ran_ms,omitempty"`  // of a running one: how long the VM has run here; 0 if not known
+	// of a running one: how long the VM has run here; 0 if not known
+	Ran uint32 `json:"ran_ms,omitempty"`
 }
 
 // waiting is what a destination does before it can take an offer.
@@ -165,8 +179,9 @@ type Received struct {
 	Fetches     int `json:"fetches"`
 	FreeTouched int `json:"free_touched"` // requests for pages that were left out
 	// ShutDown is why the eviction was not completed, though it ended well: the guest ended itself.
-	ShutDown    string    `json:"shut_down,omitempty"`
-	FetchDelays []float64 `json:"fetch_delays_s"` // sorted, thinned to at most 1000; seconds from request to placement
+	ShutDown string `json:"shut_down,omitempty"`
+	// sorted, thinned to at most 1000; seconds from request to placement
+	FetchDelays []float64 `json:"fetch_delays_s"`
 }
 
 // pageRun is a run of pages in a frame: of data, or zero.
@@ -209,7 +224,9 @@ func newLayout(blocks []migstream.Block) (layout, error) {
 	l := make(layout, len(blocks))
 	for i, b := range blocks {
 		if b.PageSize > maxPage {
-			return nil, fmt.Errorf("block %q is backed by pages of %d MiB; at most 2 MiB are supported", b.Name, b.PageSize>>20)
+			return nil,
+				fmt.Errorf("block %q is backed by pages of %d MiB; at most 2 MiB are supported",
+					b.Name, b.PageSize>>20)
 		}
 		l[i] = blockLayout{b.Name, b.Length, b.PageSize, int(b.Length / b.PageSize)}
 	}
@@ -245,8 +262,10 @@ func (l layout) find(name string) int {
 
 // check tells whether the run lies within its block.
 func (l layout) check(r pageset.Run) error {
-	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 || uint64(r.First) >= uint64(l[r.Block].Pages) || r.Count > l[r.Block].Pages-int(r.First) {
-		return fmt.Errorf("%w: pages %d+%d of block %d are not in the VM", errFrame, r.First, r.Count, r.Block)
+	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 ||
+		uint64(r.First) >= uint64(l[r.Block].Pages) || r.Count > l[r.Block].Pages-int(r.First) {
+		return fmt.Errorf("%w: pages %d+%d of block %d are not in the VM", errFrame, r.First,
+			r.Count, r.Block)
 	}
 	return nil
 }

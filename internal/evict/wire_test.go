@@ -39,7 +39,8 @@ func FuzzParsePages(f *testing.F) {
 		b := appendPages(nil, runs)
 		for _, r := range runs {
 			if !r.Zero {
-				b = append(b, bytes.Repeat([]byte("page"), r.Count*int(small[r.Block].PageSize)/4)...)
+				b = append(b, bytes.Repeat([]byte("page"),
+					r.Count*int(small[r.Block].PageSize)/4)...)
 			}
 		}
 		f.Add(b)
@@ -58,7 +59,8 @@ func FuzzParsePages(f *testing.F) {
 		}
 		want := 0
 		for _, r := range runs {
-			if r.Block >= len(small) || r.Count < 1 || int(r.First) < 0 || int(r.End()) > small[r.Block].Pages {
+			if r.Block >= len(small) || r.Count < 1 || int(r.First) < 0 ||
+				int(r.End()) > small[r.Block].Pages {
 				t.Fatalf("run %+v is not in the VM", r)
 			}
 			if !r.Zero {
@@ -154,12 +156,18 @@ func anOffer() offer {
 	return offer{
 		QEMU: "7.2.22", Machine: "pc-i440fx-7.2", LoadTimeout: 20000,
 		CPUs: fit.CPUs{Arch: "x86_64", Accel: "tcg", Model: "qemu64", VCPUs: []fit.VCPU{{}},
-			Features:   [][]fit.Word{{{Leaf: "1 EDX", Bits: 0x078bfbfd}, {Leaf: "1 ECX", Bits: 0x80002001}}},
+			Features: [][]fit.Word{{{Leaf: "1 EDX", Bits: 0x078bfbfd},
+				{Leaf: "1 ECX", Bits: 0x80002001}}},
 			Properties: []fit.Property{{Name: "family", Value: "15"}}},
-		Blocks: []blockOffer{{"pc.ram", 256 << 20, 4096}, {"pc.bios", 256 << 10, 4096}, {"/rom@etc/acpi/tables", 128 << 10, 4096}},
+		Blocks: []blockOffer{{"pc.ram", 256 << 20, 4096}, {"pc.bios", 256 << 10, 4096},
+			{"/rom@etc/acpi/tables", 128 << 10, 4096}},
 		Devices: fit.Devices{
-			List:  []fit.Device{{Place: "i440FX-pcihost/addr 00.0"}, {Place: "i440FX-pcihost/addr 01.0", Kind: 1}, {Place: "i440FX-pcihost/addr 02.0", ID: "rng0", Kind: 2}},
-			Kinds: []fit.Kind{{Type: "i440FX", PCI: "8086:1237"}, {Type: "PIIX3", PCI: "8086:7000"}, {Type: "virtio-rng-pci", PCI: "1af4:1005", Properties: []fit.Property{{Name: "vectors", Value: "2"}}}},
+			List: []fit.Device{{Place: "i440FX-pcihost/addr 00.0"},
+				{Place: "i440FX-pcihost/addr 01.0", Kind: 1},
+				{Place: "i440FX-pcihost/addr 02.0", ID: "rng0", Kind: 2}},
+			Kinds: []fit.Kind{{Type: "i440FX", PCI: "8086:1237"}, {Type: "PIIX3", PCI: "8086:7000"},
+				{Type: "virtio-rng-pci", PCI: "1af4:1005",
+					Properties: []fit.Property{{Name: "vectors", Value: "2"}}}},
 		},
 	}
 }
@@ -204,14 +212,16 @@ func FuzzOffer(f *testing.F) {
 }
 
 func TestDecodeIsStrict(t *testing.T) {
-	for _, bad := range []string{"", "{", "[]", `{"cpus":"1"}`, `{"cpus":1}x`, `{"cpus":1}{}`, `{"speed":1}`, `{"cpus":1e99}`} {
+	for _, bad := range []string{"", "{", "[]", `{"cpus":"1"}`, `{"cpus":1}x`, `{"cpus":1}{}`,
+		`{"speed":1}`, `{"cpus":1e99}`} {
 		var o offer
 		if err := decode([]byte(bad), &o); !errors.Is(err, errFrame) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
 	var o offer
-	if err := decode([]byte(`{"machine":"pc"} `), &o); err != nil || !reflect.DeepEqual(o, offer{Machine: "pc"}) {
+	if err := decode([]byte(`{"machine":"pc"} `), &o); err != nil ||
+		!reflect.DeepEqual(o, offer{Machine: "pc"}) {
 		t.Errorf("%+v, %v", o, err)
 	}
 }
@@ -236,7 +246,8 @@ func golden(t testing.TB, name string) []byte {
 }
 
 // recordings are of the machines pc and q35, bare and with virtio, and of a microvm.
-var recordings = []string{"pc-bare.forward.gz", "q35-virtio.forward.gz", "pc-old.forward.gz", "microvm-memfd.forward.gz"}
+var recordings = []string{"pc-bare.forward.gz", "q35-virtio.forward.gz", "pc-old.forward.gz",
+	"microvm-memfd.forward.gz"}
 
 // split takes from a stream what a source would send of it: the head and the load.
 func split(t testing.TB, stream []byte) (head, load []byte, blocks []migstream.Block) {
@@ -286,16 +297,19 @@ func TestHeadAndLoad(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if e.pages.left() != e.layout.pages() || len(e.layout) != len(blocks) || len(e.pages.received) != len(blocks) || e.placer == nil {
+		if e.pages.left() != e.layout.pages() || len(e.layout) != len(blocks) ||
+			len(e.pages.received) != len(blocks) || e.placer == nil {
 			t.Errorf("%s: %d pages of %+v", name, e.pages.left(), e.layout)
 		}
 		got, err := checkLoad(e.reader.Resume(bytes.NewReader(load)))
 		if err != nil || !bytes.Equal(got, load) {
 			t.Errorf("%s: %d bytes of load became %d, %v", name, len(load), len(got), err)
 		}
-		for _, bad := range [][]byte{nil, load[:len(load)-1], append(bytes.Clone(load), 0), append(bytes.Clone(load), load...), head} {
+		for _, bad := range [][]byte{nil, load[:len(load)-1], append(bytes.Clone(load), 0),
+			append(bytes.Clone(load), load...), head} {
 			if _, err := checkLoad(e.reader.Resume(bytes.NewReader(bad))); err == nil {
-				t.Errorf("%s: a load of %d bytes was taken for one of %d", name, len(bad), len(load))
+				t.Errorf("%s: a load of %d bytes was taken for one of %d", name, len(bad),
+					len(load))
 			}
 		}
 		for n := range head {
@@ -342,8 +356,10 @@ func FuzzHead(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 || e.pages.left() < len(e.layout) || e.pages.left() > most {
-			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b), e.pages.left(), e.layout)
+		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 ||
+			e.pages.left() < len(e.layout) || e.pages.left() > most {
+			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b),
+				e.pages.left(), e.layout)
 		}
 	})
 }
@@ -359,7 +375,8 @@ func FuzzLoad(f *testing.F) {
 		f.Add(load)
 	}
 	f.Add(migstream.PingCommand(3).Append(nil))
-	f.Add(migstream.Packaged{}.Append(migstream.Command{ID: migstream.CmdSwitchoverStart}.Append(nil)))
+	f.Add(migstream.Packaged{}.Append(
+		migstream.Command{ID: migstream.CmdSwitchoverStart}.Append(nil)))
 	e := offered(blocks)
 	if err := e.takeHead(head); err != nil {
 		f.Fatal(err)
@@ -383,11 +400,13 @@ func TestTouchedByLoading(t *testing.T) {
 	load = append(load, make([]byte, 1020*16)...)
 	load = append(load, "\x0bkvm-tpr-opt"...)
 	load = binary.BigEndian.AppendUint32(append(load, make([]byte, 148)...), 0xc8000)
-	load = append(append(load, "\x07vmgenid\x00\x00\x00\x00\x00\x00\x00\x01"...), 0x28, 0, 0xe, 0, 0, 0, 0, 0)
+	load = append(append(load, "\x07vmgenid\x00\x00\x00\x00\x00\x00\x00\x01"...), 0x28, 0, 0xe, 0,
+		0, 0, 0, 0)
 	// Two pages of descriptors ahead of an available ring, and a number that is none of a queue.
 	load = append(binary.BigEndian.AppendUint32(load, 512), word(0x3000-512*16)...)
 	load = append(binary.BigEndian.AppendUint32(load, 128), word(0x3000-512*16)...)
-	want := []uint64{0x1000, 0x2000, 0x3000, 0x4000, 0x1000, 0x2000, 0xc8000, 0xc9000, 0xca000, 0xe0028}
+	want := []uint64{0x1000, 0x2000, 0x3000, 0x4000, 0x1000, 0x2000, 0xc8000, 0xc9000, 0xca000,
+		0xe0028}
 	if got := touchedByLoading(load, nothing); !slices.Equal(got, want) {
 		t.Errorf("%#x, want %#x", got, want)
 	}
@@ -422,7 +441,8 @@ func TestXHCIContexts(t *testing.T) {
 		b = append(b, make([]byte, 29)...)
 		return append(b, 0x7e, 0, 0, 0, id)
 	}
-	load := slices.Concat([]byte("before /xhci"), controller(7, "0000:00:04.0/xhci", 0x1_0000_1000), controller(8, "0000:00:1c.0/00.0/xhci", 0), controller(9, "x/xhci", 0x5000))
+	load := slices.Concat([]byte("before /xhci"), controller(7, "0000:00:04.0/xhci", 0x1_0000_1000),
+		controller(8, "0000:00:1c.0/00.0/xhci", 0), controller(9, "x/xhci", 0x5000))
 	got := xhciContexts(load, func(gpa uint64, b []byte) bool {
 		if gpa == 0x1_0000_1000 {
 			binary.LittleEndian.PutUint64(b[8:], 0x20c40)
@@ -435,7 +455,8 @@ func TestXHCIContexts(t *testing.T) {
 		}
 		return gpa != 0x5000
 	})
-	if want := []uint64{0x1_0000_1000, 0x1_0000_1000 + 65*8 - 1, 0x20c40, 0x20c40 + 1023, 0x99010}; !slices.Equal(got, want) {
+	if want := []uint64{0x1_0000_1000, 0x1_0000_1000 + 65*8 - 1, 0x20c40, 0x20c40 + 1023,
+		0x99010}; !slices.Equal(got, want) {
 		t.Errorf("%#x, want %#x", got, want)
 	}
 }
@@ -463,12 +484,15 @@ func FuzzTouchedByLoading(f *testing.F) {
 		_, load, _ := split(f, golden(f, name))
 		f.Add(load)
 	}
-	queues := append([]byte("\x05\x11virtio/virtqueues\x00\x00\x00\x01"), bytes.Repeat([]byte{0, 0, 0, 0, 1, 2, 0, 0}, 40)...)
+	queues := append([]byte("\x05\x11virtio/virtqueues\x00\x00\x00\x01"),
+		bytes.Repeat([]byte{0, 0, 0, 0, 1, 2, 0, 0}, 40)...)
 	f.Add(queues)
 	f.Add(bytes.Repeat(queues, 20))
 	f.Add(append([]byte("\x0bkvm-tpr-opt"), make([]byte, 152)...))
-	f.Add(slices.Concat([]byte("\x04\x00\x00\x00\x01\x0f/virtio-balloon"), make([]byte, 8), []byte{0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0xff, 0xf0}, queues, []byte{0x7e, 0, 0, 0, 1}))
-	f.Add(append(append([]byte("\x04\x00\x00\x00\x01\x05/xhci"), make([]byte, 100)...), 0x7e, 0, 0, 0, 1))
+	f.Add(slices.Concat([]byte("\x04\x00\x00\x00\x01\x0f/virtio-balloon"), make([]byte, 8),
+		[]byte{0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0xff, 0xf0}, queues, []byte{0x7e, 0, 0, 0, 1}))
+	f.Add(append(append([]byte("\x04\x00\x00\x00\x01\x05/xhci"), make([]byte, 100)...), 0x7e, 0, 0,
+		0, 1))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if n := len(touchedByLoading(b, anything)); n > 2*maxEarly+20_000 {
 			t.Fatalf("%d addresses of %d bytes", n, len(b))
@@ -506,7 +530,8 @@ func FuzzHas(f *testing.F) {
 		for _, block := range small {
 			again = append(again, pageset.New(block.Pages))
 		}
-		if err := small.parseHas(appendHas(nil, r.Block, int(r.First), r.Count, sets[r.Block]), again); err != nil {
+		if err := small.parseHas(appendHas(nil, r.Block, int(r.First), r.Count, sets[r.Block]),
+			again); err != nil {
 			t.Fatal(err)
 		}
 		for i := range sets {
@@ -519,11 +544,14 @@ func FuzzHas(f *testing.F) {
 	})
 }
 
-// All messages of JSON but the offer, which has a test of its own: each is taken as what it is, or refused.
+// All messages of JSON but the offer, which has a test of its own: each is taken as what it is, or
+// refused.
 func FuzzMessages(f *testing.F) {
 	for _, m := range []any{
-		resume{Eviction: journal.NewID(), Committed: true}, status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
-		farewell{Reason: "why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2}, settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
+		resume{Eviction: journal.NewID(), Committed: true},
+		status{Answer: AnswerComplete, Summary: &Received{Fetches: 3, FetchDelays: []float64{0.1}}},
+		farewell{Reason: "why"}, Received{Duplicate: 1}, twin{PID: 1, Start: 2},
+		settings{map[string]bool{"events": true}, map[string]any{"max-bandwidth": 1}},
 	} {
 		b, err := json.Marshal(m)
 		if err != nil {
@@ -547,11 +575,14 @@ func FuzzMessages(f *testing.F) {
 	})
 }
 
-// Pages that are too large to come one by one are refused with the offer, though both ends have them.
+// Pages that are too large to come one by one are refused with the offer, though both ends have
+// them.
 func TestOfferOfHugePages(t *testing.T) {
 	o := anOffer()
 	o.Blocks[0].PageSize = 1 << 30
-	if err := o.mismatch(o); err == nil || !strings.Contains(err.Error(), `memory "pc.ram" has pages of 1024 MiB, and only those of 2 MiB at most can come one by one`) {
+	if err := o.mismatch(o); err == nil ||
+		!strings.Contains(err.Error(),
+			`memory "pc.ram" has pages of 1024 MiB, and only those of 2 MiB at most can come one by one`) {
 		t.Error(err)
 	}
 	if err := anOffer().mismatch(anOffer()); err != nil {

@@ -71,7 +71,8 @@ func coded(err error) error {
 	return connect.NewError(code, err)
 }
 
-// operators is TLS for the API: the peer's certificate must be of the host's CA and have the name of an operator.
+// operators is TLS for the API: the peer's certificate must be of the host's CA and have the name
+// of an operator.
 func (h *Host) operators() *tls.Config {
 	server := h.identity.Server()
 	check := func(chains [][]*x509.Certificate) error {
@@ -100,7 +101,9 @@ func (h *Host) operators() *tls.Config {
 			c.ClientAuth = tls.RequireAndVerifyClientCert
 			c.SessionTicketsDisabled = true
 			c.NextProtos = []string{"h2", "http/1.1"}
-			c.VerifyPeerCertificate = func(_ [][]byte, chains [][]*x509.Certificate) error { return check(chains) }
+			c.VerifyPeerCertificate = func(_ [][]byte, chains [][]*x509.Certificate) error {
+				return check(chains)
+			}
 			return c, nil
 		},
 	}
@@ -113,7 +116,8 @@ const maxRequest = 1 << 20
 func (h *Host) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", h.metrics.handler())
-	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(h.audit())))
+	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest),
+		connect.WithInterceptors(h.audit())))
 	return mux
 }
 
@@ -121,9 +125,11 @@ func (h *Host) handler() http.Handler {
 type api struct{ *Host }
 
 // Status implements hostv1.HostHandler.
-func (h api) Status(context.Context, *connect.Request[hostv1.StatusRequest]) (*connect.Response[hostv1.StatusResponse], error) {
+func (h api) Status(context.Context,
+	*connect.Request[hostv1.StatusRequest]) (*connect.Response[hostv1.StatusResponse], error) {
 	r := &hostv1.StatusResponse{
-		Host: h.name(), Version: h.version, ListenAddress: addrOf(h.link), Counters: h.metrics.counters(), StartedAt: timestamppb.New(h.started),
+		Host: h.name(), Version: h.version, ListenAddress: addrOf(h.link),
+		Counters: h.metrics.counters(), StartedAt: timestamppb.New(h.started),
 	}
 	for _, name := range slices.Sorted(maps.Keys(h.config.Peers)) {
 		p := h.config.Peers[name]
@@ -139,7 +145,8 @@ func (h api) Status(context.Context, *connect.Request[hostv1.StatusRequest]) (*c
 }
 
 // ListVMs implements hostv1.HostHandler.
-func (h api) ListVMs(ctx context.Context, _ *connect.Request[hostv1.ListVMsRequest]) (*connect.Response[hostv1.ListVMsResponse], error) {
+func (h api) ListVMs(ctx context.Context,
+	_ *connect.Request[hostv1.ListVMsRequest]) (*connect.Response[hostv1.ListVMsResponse], error) {
 	vms, err := hypervisor.Load(h.config.VMs)
 	r := &hostv1.ListVMsResponse{}
 	if err != nil {
@@ -190,7 +197,8 @@ func (h *Host) look(ctx context.Context, vm hypervisor.VM) *hostv1.VM {
 	return out
 }
 
-// vmState is what there is of a VM here whose eviction is in a state. stands is what QEMU called the state that it stood in, if it did.
+// vmState is what there is of a VM here whose eviction is in a state. stands is what QEMU called
+// the state that it stood in, if it did.
 func vmState(role journal.Role, s evict.State, stands string) hypervisor.State {
 	running := hypervisor.Running
 	if stands != "" {
@@ -218,12 +226,16 @@ func (h *Host) list() []*eviction {
 	h.mu.Lock()
 	list := slices.Collect(maps.Values(h.evictions))
 	h.mu.Unlock()
-	slices.SortFunc(list, func(a, b *eviction) int { return a.entry.Record().Begun.Compare(b.entry.Record().Begun) })
+	slices.SortFunc(list, func(a, b *eviction) int {
+		return a.entry.Record().Begun.Compare(b.entry.Record().Begun)
+	})
 	return list
 }
 
 // ListEvictions implements hostv1.HostHandler.
-func (h api) ListEvictions(_ context.Context, req *connect.Request[hostv1.ListEvictionsRequest]) (*connect.Response[hostv1.ListEvictionsResponse], error) {
+func (h api) ListEvictions(_ context.Context,
+	req *connect.Request[hostv1.ListEvictionsRequest]) (
+	*connect.Response[hostv1.ListEvictionsResponse], error) {
 	r := &hostv1.ListEvictionsResponse{}
 	for _, v := range h.list() {
 		if req.Msg.OpenOnly && v.ended() || req.Msg.Vm != "" && v.entry.Record().VM != req.Msg.Vm {
@@ -247,7 +259,8 @@ func (h *Host) get(id string) (*eviction, error) {
 }
 
 // GetEviction implements hostv1.HostHandler.
-func (h api) GetEviction(_ context.Context, req *connect.Request[hostv1.GetEvictionRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h api) GetEviction(_ context.Context,
+	req *connect.Request[hostv1.GetEvictionRequest]) (*connect.Response[hostv1.Eviction], error) {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return nil, coded(err)
@@ -256,14 +269,18 @@ func (h api) GetEviction(_ context.Context, req *connect.Request[hostv1.GetEvict
 }
 
 // GetTrace implements hostv1.HostHandler.
-func (h api) GetTrace(_ context.Context, req *connect.Request[hostv1.GetTraceRequest]) (*connect.Response[hostv1.GetTraceResponse], error) {
+func (h api) GetTrace(_ context.Context,
+	req *connect.Request[hostv1.GetTraceRequest]) (*connect.Response[hostv1.GetTraceResponse],
+	error) {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return nil, coded(err)
 	}
 	b, err := v.entry.Blob(evict.KeptTrace)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = &unknownError{fmt.Errorf("nothing is kept of what eviction %s did: that is so only on the host that the VM left, once it has ended", v.entry.ID())}
+		err = &unknownError{
+			fmt.Errorf("nothing is kept of what eviction %s did: that is so only on the host "+
+				"that the VM left, once it has ended", v.entry.ID())}
 	}
 	if err != nil {
 		return nil, coded(err)
@@ -275,7 +292,8 @@ func (h api) GetTrace(_ context.Context, req *connect.Request[hostv1.GetTraceReq
 const watchPause = 100 * time.Millisecond
 
 // WatchEviction implements hostv1.HostHandler.
-func (h api) WatchEviction(ctx context.Context, req *connect.Request[hostv1.WatchEvictionRequest], stream *connect.ServerStream[hostv1.Eviction]) error {
+func (h api) WatchEviction(ctx context.Context, req *connect.Request[hostv1.WatchEvictionRequest],
+	stream *connect.ServerStream[hostv1.Eviction]) error {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return coded(err)
@@ -307,12 +325,14 @@ func (h api) WatchEviction(ctx context.Context, req *connect.Request[hostv1.Watc
 }
 
 // Evict implements hostv1.HostHandler.
-func (h api) Evict(ctx context.Context, req *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h api) Evict(ctx context.Context,
+	req *connect.Request[hostv1.EvictRequest]) (*connect.Response[hostv1.Eviction], error) {
 	var o options
 	m := req.Msg.GetOptions()
 	if m != nil {
 		o = options{
-			Order: m.Order, Enlightenment: m.Enlightenment, SendFree: m.SendFree, RateLimit: m.RateLimit, Yield: m.Yield, LoadTimeout: m.LoadTimeoutMs,
+			Order: m.Order, Enlightenment: m.Enlightenment, SendFree: m.SendFree,
+			RateLimit: m.RateLimit, Yield: m.Yield, LoadTimeout: m.LoadTimeoutMs,
 		}
 	}
 	v, err := h.evict(ctx, req.Msg.Vm, req.Msg.To, o, m.GetSkipChecks())
@@ -323,7 +343,8 @@ func (h api) Evict(ctx context.Context, req *connect.Request[hostv1.EvictRequest
 }
 
 // Abort implements hostv1.HostHandler.
-func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h api) Abort(ctx context.Context,
+	req *connect.Request[hostv1.AbortRequest]) (*connect.Response[hostv1.Eviction], error) {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return nil, coded(err)
@@ -347,8 +368,10 @@ func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest
 		changed, state := v.changed, v.state
 		v.mu.Unlock()
 		switch state {
-		case evict.Pushing, evict.InDoubt, evict.Reconnecting, evict.Running, evict.CutOff, evict.Completing, evict.Retiring:
-			return nil, coded(&stateError{errors.New("the abort came too late: " + v.unabortable())})
+		case evict.Pushing, evict.InDoubt, evict.Reconnecting, evict.Running, evict.CutOff,
+			evict.Completing, evict.Retiring:
+			return nil,
+				coded(&stateError{errors.New("the abort came too late: " + v.unabortable())})
 		}
 		select {
 		case <-idle:
@@ -361,32 +384,43 @@ func (h api) Abort(ctx context.Context, req *connect.Request[hostv1.AbortRequest
 }
 
 // Decide implements hostv1.HostHandler.
-func (h api) Decide(ctx context.Context, req *connect.Request[hostv1.DecideRequest]) (*connect.Response[hostv1.Eviction], error) {
+func (h api) Decide(ctx context.Context,
+	req *connect.Request[hostv1.DecideRequest]) (*connect.Response[hostv1.Eviction], error) {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return nil, coded(err)
 	}
-	d, ok := map[hostv1.Decision]evict.Decision{hostv1.Decision_DECISION_RESUME_HERE: evict.ResumeHere, hostv1.Decision_DECISION_DISCARD: evict.Discard}[req.Msg.Decision]
+	d, ok := map[hostv1.Decision]evict.Decision{
+		hostv1.Decision_DECISION_RESUME_HERE: evict.ResumeHere,
+		hostv1.Decision_DECISION_DISCARD:     evict.Discard}[req.Msg.Decision]
 	if !ok {
 		return nil, coded(&argumentError{errors.New("no such decision")})
 	}
 	if vm := v.entry.Record().VM; req.Msg.Confirm != vm {
-		return nil, coded(&argumentError{fmt.Errorf("confirm is %q, and the VM of this eviction is %q", req.Msg.Confirm, vm)})
+		return nil,
+			coded(&argumentError{fmt.Errorf("confirm is %q, and the VM of this eviction is %q",
+				req.Msg.Confirm, vm)})
 	}
 	if d == evict.Discard && (req.Msg.Fenced != "" || req.Msg.Fence) {
-		return nil, coded(&argumentError{errors.New("fenced and fence are for the decision to resume the VM here alone")})
+		return nil,
+			coded(&argumentError{
+				errors.New("fenced and fence are for the decision to resume the VM here alone")})
 	}
 	if d == evict.ResumeHere && req.Msg.Lose != "" {
-		return nil, coded(&argumentError{errors.New("lose is for the decision to discard the copy here alone")})
+		return nil,
+			coded(&argumentError{
+				errors.New("lose is for the decision to discard the copy here alone")})
 	}
-	if err := v.decide(ctx, word{decision: d, lose: req.Msg.Lose, fenced: req.Msg.Fenced, fence: req.Msg.Fence, by: askerOf(ctx)}); err != nil {
+	if err := v.decide(ctx, word{decision: d, lose: req.Msg.Lose, fenced: req.Msg.Fenced,
+		fence: req.Msg.Fence, by: askerOf(ctx)}); err != nil {
 		return nil, coded(err)
 	}
 	return connect.NewResponse(v.message()), nil
 }
 
 // Export implements hostv1.HostHandler.
-func (h api) Export(ctx context.Context, req *connect.Request[hostv1.ExportRequest]) (*connect.Response[hostv1.ExportResponse], error) {
+func (h api) Export(ctx context.Context,
+	req *connect.Request[hostv1.ExportRequest]) (*connect.Response[hostv1.ExportResponse], error) {
 	v, err := h.get(req.Msg.Id)
 	if err != nil {
 		return nil, coded(err)
@@ -402,15 +436,19 @@ func (h api) Export(ctx context.Context, req *connect.Request[hostv1.ExportReque
 	if err != nil {
 		return nil, coded(err)
 	}
-	return connect.NewResponse(&hostv1.ExportResponse{Path: file, Bytes: uint64(info.Size()), Usage: []string{
-		"It holds memory and devices as they were when the VM was frozen, not its disks. If it ran on elsewhere, the disks are ahead of it. Never run two copies.",
-		fmt.Sprintf("QEMU OF THE SAME VERSION AND OPTIONS -S -incoming \"exec:cat '%s'\"", file),
-		"then, at its monitor, once `info status` says paused: cont",
-	}}), nil
+	return connect.NewResponse(&hostv1.ExportResponse{Path: file, Bytes: uint64(info.Size()),
+		Usage: []string{
+			"It holds memory and devices as they were when the VM was frozen, not its disks. If " +
+				"it ran on elsewhere, the disks are ahead of it. Never run two copies.",
+			fmt.Sprintf("QEMU OF THE SAME VERSION AND OPTIONS -S -incoming \"exec:cat '%s'\"",
+				file),
+			"then, at its monitor, once `info status` says paused: cont",
+		}}), nil
 }
 
 // Start implements hostv1.HostHandler.
-func (h api) Start(ctx context.Context, req *connect.Request[hostv1.StartRequest]) (*connect.Response[hostv1.VM], error) {
+func (h api) Start(ctx context.Context,
+	req *connect.Request[hostv1.StartRequest]) (*connect.Response[hostv1.VM], error) {
 	if err := h.startVM(ctx, req.Msg.Vm, req.Msg.Fenced); err != nil {
 		return nil, coded(err)
 	}
@@ -418,13 +456,15 @@ func (h api) Start(ctx context.Context, req *connect.Request[hostv1.StartRequest
 }
 
 // Stop implements hostv1.HostHandler.
-func (h api) Stop(ctx context.Context, req *connect.Request[hostv1.StopRequest]) (*connect.Response[hostv1.VM], error) {
+func (h api) Stop(ctx context.Context,
+	req *connect.Request[hostv1.StopRequest]) (*connect.Response[hostv1.VM], error) {
 	limit := time.Duration(req.Msg.TimeoutMs) * time.Millisecond
 	if limit == 0 && !req.Msg.Force {
 		limit = usualStop
 	}
 	if limit > mostStop {
-		return nil, coded(&argumentError{fmt.Errorf("timeout_ms = %d: want %d at most", req.Msg.TimeoutMs, mostStop.Milliseconds())})
+		return nil, coded(&argumentError{fmt.Errorf("timeout_ms = %d: want %d at most",
+			req.Msg.TimeoutMs, mostStop.Milliseconds())})
 	}
 	if err := h.stopVM(ctx, req.Msg.Vm, limit, req.Msg.Force); err != nil {
 		return nil, coded(err)
@@ -442,7 +482,8 @@ func (h api) lookAt(ctx context.Context, name string) (*connect.Response[hostv1.
 }
 
 // ShowVM implements hostv1.HostHandler.
-func (h api) ShowVM(_ context.Context, req *connect.Request[hostv1.ShowVMRequest]) (*connect.Response[hostv1.ShowVMResponse], error) {
+func (h api) ShowVM(_ context.Context,
+	req *connect.Request[hostv1.ShowVMRequest]) (*connect.Response[hostv1.ShowVMResponse], error) {
 	if err := hypervisor.CheckName(req.Msg.Vm); err != nil {
 		return nil, coded(&argumentError{err})
 	}
@@ -451,7 +492,8 @@ func (h api) ShowVM(_ context.Context, req *connect.Request[hostv1.ShowVMRequest
 		return nil, coded(err)
 	}
 	return connect.NewResponse(&hostv1.ShowVMResponse{
-		Command: vm.Args(false), IncomingCommand: vm.Args(true), Qmp: vm.QMP, User: vm.User, Log: vm.Log, Env: vm.Env,
+		Command: vm.Args(false), IncomingCommand: vm.Args(true), Qmp: vm.QMP, User: vm.User,
+		Log: vm.Log, Env: vm.Env,
 		File: hypervisor.File(h.config.VMs, vm.Name),
 	}), nil
 }
@@ -460,8 +502,10 @@ func (h api) ShowVM(_ context.Context, req *connect.Request[hostv1.ShowVMRequest
 func (v *eviction) message() *hostv1.Eviction {
 	r := v.entry.Record()
 	m := &hostv1.Eviction{
-		Id: r.ID.String(), Vm: r.VM, Role: string(r.Role), Peer: r.Peer, PeerAddress: r.PeerAddr, Mark: r.Mark,
-		StartedAt: timestamppb.New(r.Begun), Abortable: v.abortable(), Decidable: v.decidable(), Untold: r.Untold,
+		Id: r.ID.String(), Vm: r.VM, Role: string(r.Role), Peer: r.Peer, PeerAddress: r.PeerAddr,
+		Mark:      r.Mark,
+		StartedAt: timestamppb.New(r.Begun), Abortable: v.abortable(), Decidable: v.decidable(),
+		Untold:  r.Untold,
 		Options: optionsMessage(r.Options),
 	}
 	m.Advice, m.Remedy = v.prospects()
@@ -486,8 +530,10 @@ func (v *eviction) message() *hostv1.Eviction {
 	}
 	if p := v.progress; m.State != "" {
 		m.Progress = &hostv1.Progress{
-			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total), LinkBytes: p.Bytes, Rate: p.Rate,
-			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits, AwaitedS: p.AwaitedFor.Seconds(), Stands: p.Stands,
+			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total),
+			LinkBytes: p.Bytes, Rate: p.Rate,
+			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits,
+			AwaitedS: p.AwaitedFor.Seconds(), Stands: p.Stands,
 		}
 		if p.ETA > 0 {
 			eta := p.ETA.Seconds()
@@ -505,20 +551,24 @@ func optionsMessage(b json.RawMessage) *hostv1.EvictOptions {
 	if len(b) == 0 || json.Unmarshal(b, &o) != nil {
 		return nil
 	}
-	return &hostv1.EvictOptions{Order: o.Order, Enlightenment: o.Enlightenment, SendFree: o.SendFree, RateLimit: o.RateLimit, Yield: o.Yield, LoadTimeoutMs: o.LoadTimeout}
+	return &hostv1.EvictOptions{Order: o.Order, Enlightenment: o.Enlightenment,
+		SendFree: o.SendFree, RateLimit: o.RateLimit, Yield: o.Yield, LoadTimeoutMs: o.LoadTimeout}
 }
 
 // overOf is the time of a request to measure.
 func overOf(ms uint32) (time.Duration, error) {
 	over := time.Duration(cmp.Or(ms, uint32(usualOver.Milliseconds()))) * time.Millisecond
 	if over < leastOver || over > mostOver {
-		return 0, &argumentError{fmt.Errorf("over_ms = %d: want %d to %d", ms, leastOver.Milliseconds(), mostOver.Milliseconds())}
+		return 0, &argumentError{fmt.Errorf("over_ms = %d: want %d to %d", ms,
+			leastOver.Milliseconds(), mostOver.Milliseconds())}
 	}
 	return over, nil
 }
 
 // Pressure implements hostv1.HostHandler.
-func (h api) Pressure(ctx context.Context, req *connect.Request[hostv1.PressureRequest]) (*connect.Response[hostv1.PressureResponse], error) {
+func (h api) Pressure(ctx context.Context,
+	req *connect.Request[hostv1.PressureRequest]) (*connect.Response[hostv1.PressureResponse],
+	error) {
 	over, err := overOf(req.Msg.OverMs)
 	if err != nil {
 		return nil, coded(err)
@@ -529,15 +579,20 @@ func (h api) Pressure(ctx context.Context, req *connect.Request[hostv1.PressureR
 	}
 	l := p.load
 	r := &hostv1.PressureResponse{
-		OverS: l.Over.Seconds(), Cpus: uint32(l.CPUs), CpuCores: l.CPU, WaitingCores: p.answer(0).Waiting, Stalls: stallsMessage(l.Some, l.Full),
-		MemoryBytes: l.Memory.Total, AvailableBytes: l.Memory.Available, SwapUsedBytes: l.Memory.SwapTotal - l.Memory.SwapFree,
-		RefaultsPerS: l.Refaults, SwappedInPerS: l.SwappedIn, Links: l.Links,
+		OverS: l.Over.Seconds(), Cpus: uint32(l.CPUs), CpuCores: l.CPU,
+		WaitingCores: p.answer(0).Waiting, Stalls: stallsMessage(l.Some, l.Full),
+		MemoryBytes: l.Memory.Total, AvailableBytes: l.Memory.Available,
+		SwapUsedBytes: l.Memory.SwapTotal - l.Memory.SwapFree,
+		RefaultsPerS:  l.Refaults, SwappedInPerS: l.SwappedIn, Links: l.Links,
 	}
 	for _, v := range p.vms {
 		r.Vms = append(r.Vms, &hostv1.VMPressure{
-			Name: v.vm.Name, CpuCores: v.load.CPU, WaitingCores: v.load.Waiting, Steal: v.load.Steal(), OverheadCores: v.load.Overhead,
-			ResidentBytes: v.load.Resident, SwappedBytes: v.load.Swapped, MajorFaultsPerS: v.load.MajorFaults,
-			Stalls: stallsMessage(v.load.Some, v.load.Full), Throttled: v.load.Throttled, RefaultsPerS: v.load.Refaults, Problem: v.problem,
+			Name: v.vm.Name, CpuCores: v.load.CPU, WaitingCores: v.load.Waiting,
+			Steal: v.load.Steal(), OverheadCores: v.load.Overhead,
+			ResidentBytes: v.load.Resident, SwappedBytes: v.load.Swapped,
+			MajorFaultsPerS: v.load.MajorFaults,
+			Stalls:          stallsMessage(v.load.Some, v.load.Full), Throttled: v.load.Throttled,
+			RefaultsPerS: v.load.Refaults, Problem: v.problem,
 		})
 	}
 	return connect.NewResponse(r), nil
@@ -552,7 +607,8 @@ func stallsMessage(some, full map[string]float64) map[string]*hostv1.Stall {
 }
 
 // Plan implements hostv1.HostHandler.
-func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
+func (h api) Plan(ctx context.Context,
+	req *connect.Request[hostv1.PlanRequest]) (*connect.Response[hostv1.PlanResponse], error) {
 	over, err := overOf(req.Msg.OverMs)
 	if err != nil {
 		return nil, coded(err)
@@ -567,7 +623,8 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 		}
 	}
 	if !req.Msg.All && (req.Msg.To != "" || len(req.Msg.Except) > 0 || req.Msg.Force) {
-		return nil, coded(&argumentError{errors.New("to, except and force are for all VMs to leave")})
+		return nil,
+			coded(&argumentError{errors.New("to, except and force are for all VMs to leave")})
 	}
 	if to := req.Msg.To; to != "" {
 		if _, err := h.dialer(to); err != nil {
@@ -590,20 +647,24 @@ func (h api) Plan(ctx context.Context, req *connect.Request[hostv1.PlanRequest])
 	r := &hostv1.PlanResponse{}
 	for _, o := range append([]relief.Host{s.here}, s.others...) {
 		r.Hosts = append(r.Hosts, &hostv1.HostLoad{
-			Name: o.Name, Cpus: o.CPUs, CpuCores: o.Used, WaitingCores: o.Waiting, MemoryBytes: o.Total, AvailableBytes: o.Available, Rate: o.Rate, Barred: o.Barred,
+			Name: o.Name, Cpus: o.CPUs, CpuCores: o.Used, WaitingCores: o.Waiting,
+			MemoryBytes: o.Total, AvailableBytes: o.Available, Rate: o.Rate, Barred: o.Barred,
 		})
 	}
 	var list []relief.Candidate
 	if req.Msg.All {
-		list = relief.Evacuate(s.here, s.vms, s.others, s.limits, relief.Evacuation{Except: req.Msg.Except, Force: req.Msg.Force})
+		list = relief.Evacuate(s.here, s.vms, s.others, s.limits,
+			relief.Evacuation{Except: req.Msg.Except, Force: req.Msg.Force})
 	} else {
 		r.Goal, r.Met = goal.String(), goal.Met(s.here)
 		list = relief.Choose(s.here, s.vms, s.others, goal, s.limits)
 	}
 	for _, c := range list {
 		r.Candidates = append(r.Candidates, &hostv1.Candidate{
-			Vm: c.VM, To: c.To, GainCores: c.Gain, LoadHere: c.LoadHere, LoadThere: c.LoadThere, FreedBytes: c.Freed,
-			TransferS: c.Transfer.Seconds(), BackS: c.Back.Seconds(), TotalS: c.Total.Seconds(), Meets: c.Meets, Refused: c.Refused, Beyond: c.Beyond,
+			Vm: c.VM, To: c.To, GainCores: c.Gain, LoadHere: c.LoadHere, LoadThere: c.LoadThere,
+			FreedBytes: c.Freed,
+			TransferS:  c.Transfer.Seconds(), BackS: c.Back.Seconds(), TotalS: c.Total.Seconds(),
+			Meets: c.Meets, Refused: c.Refused, Beyond: c.Beyond,
 		})
 	}
 	return connect.NewResponse(r), nil

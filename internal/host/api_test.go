@@ -70,7 +70,8 @@ func clientOf(t *http.Transport) *http.Client {
 }
 
 // plainHost is a daemon without certificates and without a link.
-func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClient, web *http.Client) {
+func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClient,
+	web *http.Client) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "vacate")
 	if err != nil {
@@ -81,7 +82,8 @@ func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClie
 		t.Fatal(err)
 	}
 	file := filepath.Join(dir, "vacated.toml")
-	text := "plain = true\nname = \"hosta\"\nsocket = \"sock\"\njournal = \"journal\"\nvms = \"vms\"\n[peers.hostb]\naddress = \"127.0.0.1:1\"\nmay_send = true\n"
+	text := "plain = true\nname = \"hosta\"\nsocket = \"sock\"\njournal = \"journal\"\nvms = " +
+		"\"vms\"\n[peers.hostb]\naddress = \"127.0.0.1:1\"\nmay_send = true\n"
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +92,8 @@ func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClie
 		t.Fatal(err)
 	}
 	h = serve(t, c, logs...)
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	transport := &http.Transport{DialContext: func(ctx context.Context,
+		_, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", c.Socket)
 	}}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -120,16 +123,20 @@ func TestAPI(t *testing.T) {
 	code(err, connect.CodeInvalidArgument, "..")
 	_, err = api.Abort(ctx, connect.NewRequest(&hostv1.AbortRequest{Id: id}))
 	code(err, connect.CodeNotFound, id)
-	_, err = api.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: id, Decision: hostv1.Decision_DECISION_DISCARD}))
+	_, err = api.Decide(ctx,
+		connect.NewRequest(&hostv1.DecideRequest{Id: id,
+			Decision: hostv1.Decision_DECISION_DISCARD}))
 	code(err, connect.CodeNotFound, id)
 	_, err = api.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: id, Path: "/x"}))
 	code(err, connect.CodeNotFound, id)
 	_, err = api.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{To: "hostc"}))
 	code(err, connect.CodeNotFound, "hostc")
-	if r, err := api.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{})); err != nil || len(r.Msg.Findings) == 0 {
+	if r, err := api.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{})); err != nil ||
+		len(r.Msg.Findings) == 0 {
 		t.Errorf("%v, %v", r, err)
 	}
-	if r, err := api.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err != nil || r.Msg.Host != "hosta" || len(r.Msg.Peers) != 1 {
+	if r, err := api.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err != nil ||
+		r.Msg.Host != "hosta" || len(r.Msg.Peers) != 1 {
 		t.Errorf("%v, %v", r, err)
 	}
 
@@ -139,7 +146,8 @@ func TestAPI(t *testing.T) {
 		if body != "" {
 			method = http.MethodPost
 		}
-		req, err := http.NewRequestWithContext(ctx, method, "http://host"+path, strings.NewReader(body))
+		req, err := http.NewRequestWithContext(ctx, method, "http://host"+path,
+			strings.NewReader(body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -159,7 +167,8 @@ func TestAPI(t *testing.T) {
 	if s := get("/vacate.host.v1.Host/ListVMs", "{}"); s != "{}" {
 		t.Errorf("there are VMs: %s", s)
 	}
-	if s := get("/vacate.host.v1.Host/Evict", `{"vm":"web1","to":"hostb"}`); !strings.Contains(s, "not_found") {
+	if s := get("/vacate.host.v1.Host/Evict", `{"vm":"web1","to":"hostb"}`); !strings.Contains(s,
+		"not_found") {
 		t.Errorf("evicted a VM that is not there: %s", s)
 	}
 	if s := get("/metrics", ""); !strings.Contains(s, "vacate_evictions_undecided 0") {
@@ -169,7 +178,8 @@ func TestAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, call := range []string{"Evict vm=web1 to=hostb", "Abort eviction=" + id, "Decide eviction=" + id, "Export eviction=" + id} {
+	for _, call := range []string{"Evict vm=web1 to=hostb", "Abort eviction=" + id,
+		"Decide eviction=" + id, "Export eviction=" + id} {
 		want := fmt.Sprintf("operator=\"user %s\" asks=%s", me.Username, call)
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not say %q", want)
@@ -229,7 +239,9 @@ func FuzzConfig(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
-	f.Add([]byte("plain = true\nname = \"a\"\n[peers.b]\naddress = \"[::1]:1\"\nmay_send = true\n[api]\nlisten = \":1\"\noperators = [\"x\"]"))
+	f.Add(
+		[]byte("plain = true\nname = \"a\"\n[peers.b]\naddress = \"[::1]:1\"\nmay_send = " +
+			"true\n[api]\nlisten = \":1\"\noperators = [\"x\"]"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		file := filepath.Join(t.TempDir(), "vacated.toml")
 		if err := os.WriteFile(file, b, 0o600); err != nil {
@@ -248,7 +260,8 @@ func FuzzQuestion(f *testing.F) {
 	f.Add([]byte(`{"ping":true}`))
 	f.Add([]byte(`{"load":{"over_ms":1000}}`))
 	f.Add([]byte(`{}`))
-	h := &Host{config: Config{Name: "hosta", VMs: f.TempDir()}} // it has no peers, so that nobody gets facts
+	// it has no peers, so that nobody gets facts
+	h := &Host{config: Config{Name: "hosta", VMs: f.TempDir()}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		answer, err := h.asked(&evict.Request{Question: b}, "hostb")
 		if err == nil {

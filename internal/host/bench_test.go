@@ -16,7 +16,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// What docs/results has of daemons is measured here: go test -run '^$' -bench NAME -benchtime 3x ./internal/host
+// What docs/results has of daemons is measured here: go test -run '^$' -bench NAME -benchtime 3x
+// ./internal/host
 
 // reportOf is the report of an eviction that is complete.
 func reportOf(t testing.TB, e *hostv1.Eviction) (r evict.Report) {
@@ -30,7 +31,8 @@ func reportOf(t testing.TB, e *hostv1.Eviction) (r evict.Report) {
 	return r
 }
 
-// move evicts VMs of host a, all at once, and returns their reports. meanwhile is called when all have begun.
+// move evicts VMs of host a, all at once, and returns their reports. meanwhile is called when all
+// have begun.
 func move(t testing.TB, a *site, names []string, meanwhile func()) []evict.Report {
 	t.Helper()
 	var ids []string
@@ -113,7 +115,9 @@ func BenchmarkLinkCut(b *testing.B) {
 		}
 		ratio := (*halved.Total - cut.Seconds()) / *whole.Total
 		ratios = append(ratios, ratio)
-		fmt.Fprintf(os.Stderr, "uncut %.2f s; cut for 10 s %.2f s, gap %.2f s, %d pages sent again of %d; less the cut: %.3f times\n",
+		fmt.Fprintf(os.Stderr,
+			"uncut %.2f s; cut for 10 s %.2f s, gap %.2f s, %d pages sent again of %d; less the "+
+				"cut: %.3f times\n",
 			*whole.Total, *halved.Total, halved.Gaps[0].For, again, halved.Pages.Total, ratio)
 	}
 	slices.Sort(ratios)
@@ -136,11 +140,16 @@ func BenchmarkFour(b *testing.B) {
 		remove = place(b, l, hosta, hostb, names, spec)
 		four := move(b, hosta, names, nil)
 		remove()
-		fmt.Fprintf(os.Stderr, "alone: total %.2f s, %d fetches, p50 %.2f ms, p99 %.2f ms, max %.2f ms\n", *alone.Total, alone.Fetch.Count, 1e3*alone.Fetch.P50, 1e3*alone.Fetch.P99, 1e3*alone.Fetch.Max)
+		fmt.Fprintf(os.Stderr,
+			"alone: total %.2f s, %d fetches, p50 %.2f ms, p99 %.2f ms, max %.2f ms\n",
+			*alone.Total, alone.Fetch.Count, 1e3*alone.Fetch.P50, 1e3*alone.Fetch.P99,
+			1e3*alone.Fetch.Max)
 		for _, r := range four {
 			ratio := r.Fetch.P99 / alone.Fetch.P99
 			ratios = append(ratios, ratio)
-			fmt.Fprintf(os.Stderr, "one of four: total %.2f s, %d fetches, p50 %.2f ms, p99 %.2f ms, max %.2f ms: p99 %.2f times that of one alone\n",
+			fmt.Fprintf(os.Stderr,
+				"one of four: total %.2f s, %d fetches, p50 %.2f ms, p99 %.2f ms, max %.2f ms: "+
+					"p99 %.2f times that of one alone\n",
 				*r.Total, r.Fetch.Count, 1e3*r.Fetch.P50, 1e3*r.Fetch.P99, 1e3*r.Fetch.Max, ratio)
 		}
 	}
@@ -160,7 +169,8 @@ func BenchmarkTLS(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		plain := strings.Replace(string(config), `certs = "certs"`, fmt.Sprintf("plain = true\nname = %q", s.name), 1)
+		plain := strings.Replace(string(config), `certs = "certs"`,
+			fmt.Sprintf("plain = true\nname = %q", s.name), 1)
 		if err := os.WriteFile(file, []byte(plain), 0o600); err != nil {
 			b.Fatal(err)
 		}
@@ -180,7 +190,9 @@ func BenchmarkTLS(b *testing.B) {
 	for b.Loop() {
 		plainTotal, plainCPU := measure(plainA, plainB)
 		total, cpu := measure(secureA, secureB)
-		fmt.Fprintf(os.Stderr, "plain: %.2f s, %.2f CPU s/GB; TLS: %.2f s, %.2f CPU s/GB; ratios %.3f, %.2f\n", plainTotal, plainCPU, total, cpu, total/plainTotal, cpu/plainCPU)
+		fmt.Fprintf(os.Stderr,
+			"plain: %.2f s, %.2f CPU s/GB; TLS: %.2f s, %.2f CPU s/GB; ratios %.3f, %.2f\n",
+			plainTotal, plainCPU, total, cpu, total/plainTotal, cpu/plainCPU)
 		totals, cpus = append(totals, total/plainTotal), append(cpus, cpu/plainCPU)
 	}
 	slices.Sort(totals)

@@ -25,7 +25,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// cell is a state and the fault that happens in it; and maybe a second one while the eviction recovers from the first.
+// cell is a state and the fault that happens in it; and maybe a second one while the eviction
+// recovers from the first.
 type cell struct {
 	at     string
 	fault  fault
@@ -37,7 +38,8 @@ type cell struct {
 type strike string
 
 const (
-	inRecovery strike = ", in recovery: " // when a machine comes to a state of recovery, while the first fault lasts
+	// when a machine comes to a state of recovery, while the first fault lasts
+	inRecovery strike = ", in recovery: "
 	onceMended strike = ", once mended: " // soon after the first fault is over
 )
 
@@ -62,7 +64,8 @@ func (c cell) has(name string) bool {
 }
 
 func (c cell) allows(o outcome) bool {
-	return slices.ContainsFunc(c.faults(), func(f fault) bool { return slices.Contains(f.allowed, o) })
+	return slices.ContainsFunc(c.faults(),
+		func(f fault) bool { return slices.Contains(f.allowed, o) })
 }
 
 // singles are all cells with one fault.
@@ -75,8 +78,8 @@ func singles() (cells []cell) {
 	return cells
 }
 
-// doubles are cells with a second fault: one for each with a single fault, so that each fault has each as its second in two states,
-// by chance, once in recovery and once after it was mended.
+// doubles are cells with a second fault: one for each with a single fault, so that each fault has
+// each as its second in two states, by chance, once in recovery and once after it was mended.
 func doubles(random *rand.Rand) (cells []cell) {
 	for _, f := range faults {
 		var kinds []cell
@@ -127,9 +130,11 @@ type campaign struct {
 	results []result // guarded by mu
 }
 
-// TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By default it takes a sample by
-// chance. VACATE_CHAOS=N has it take all cells N times, VACATE_CHAOS_WORKERS=N so many at a time, and VACATE_CHAOS_RESULT=FILE
-// tables written. VACATE_CHAOS_ONLY=TEXT has it take the cells with that in their names: those with a second fault if TEXT names one.
+// TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By
+// default it takes a sample by chance. VACATE_CHAOS=N has it take all cells N times,
+// VACATE_CHAOS_WORKERS=N so many at a time, and VACATE_CHAOS_RESULT=FILE tables written.
+// VACATE_CHAOS_ONLY=TEXT has it take the cells with that in their names: those with a second fault
+// if TEXT names one.
 func TestChaos(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: boots VMs")
@@ -148,15 +153,17 @@ func TestChaos(t *testing.T) {
 	}
 	rounds := number("VACATE_CHAOS", 0)
 	c := &campaign{
-		seed: number("VACATE_CHAOS_SEED", uint64(time.Now().UnixNano())), workers: int(number("VACATE_CHAOS_WORKERS", 1)),
-		file: os.Getenv("VACATE_CHAOS_RESULT"), begun: time.Now(),
+		seed:    number("VACATE_CHAOS_SEED", uint64(time.Now().UnixNano())),
+		workers: int(number("VACATE_CHAOS_WORKERS", 1)),
+		file:    os.Getenv("VACATE_CHAOS_RESULT"), begun: time.Now(),
 	}
 	t.Logf("VACATE_CHAOS_SEED=%d", c.seed)
 	random := rand.New(rand.NewPCG(c.seed, 0))
 	var names []string
 	if only := os.Getenv("VACATE_CHAOS_ONLY"); only != "" {
 		for _, c := range every() {
-			if strings.Contains(c.String(), only) && (c.second == nil || strings.Contains(only, ",")) {
+			if strings.Contains(c.String(), only) &&
+				(c.second == nil || strings.Contains(only, ",")) {
 				names = append(names, c.String())
 			}
 		}
@@ -186,7 +193,8 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// work has processes run cells, one at a time, until there are no more. One that ends too early, or hangs, is followed by another.
+// work has processes run cells, one at a time, until there are no more. One that ends too early, or
+// hangs, is followed by another.
 func (c *campaign) work(t *testing.T, cells <-chan string) {
 	var w *worker
 	for name := range cells {
@@ -222,7 +230,9 @@ func (c *campaign) note(t *testing.T, r result, log string) {
 	case c.file == "":
 		t.Errorf("%s:\n%s", r.Cell, log)
 	default:
-		name := fmt.Sprintf("%s-%d.log", strings.Trim(noName.ReplaceAllString(strings.ToLower(r.Cell), "-"), "-"), len(c.results)+1)
+		name := fmt.Sprintf("%s-%d.log",
+			strings.Trim(noName.ReplaceAllString(strings.ToLower(r.Cell), "-"), "-"),
+			len(c.results)+1)
 		r.Log = filepath.Join(filepath.Dir(c.file), "chaos", name)
 		err := os.MkdirAll(filepath.Dir(r.Log), 0o755)
 		if err == nil {
@@ -246,7 +256,8 @@ func (c *campaign) note(t *testing.T, r result, log string) {
 	}
 }
 
-var letters = map[outcome]string{"": "**FAILED**", moved: "D", stayed: "S", frozen: "F", dead: "K", halved: "L", off: "O"}
+var letters = map[outcome]string{"": "**FAILED**", moved: "D", stayed: "S", frozen: "F", dead: "K",
+	halved: "L", off: "O"}
 
 // tables are what came of all runs so far, in Markdown.
 func (c *campaign) tables() string {
@@ -272,13 +283,16 @@ func (c *campaign) tables() string {
 		}
 	}
 	var out strings.Builder
-	fmt.Fprintf(&out, "%d runs in %d minutes, %d at a time, seed %d. Failed: %d. Outcomes: %s.\n", len(c.results), int(time.Since(c.begun).Minutes()), c.workers, c.seed, len(failed), cellText(sums))
+	fmt.Fprintf(&out, "%d runs in %d minutes, %d at a time, seed %d. Failed: %d. Outcomes: %s.\n",
+		len(c.results), int(time.Since(c.begun).Minutes()), c.workers, c.seed, len(failed),
+		cellText(sums))
 	var columns []string
 	for _, f := range faults {
 		columns = append(columns, f.name)
 	}
 	table := func(kind, head string, rows []string) {
-		fmt.Fprintf(&out, "\n| %s | %s |\n|---|%s\n", head, strings.Join(columns, " | "), strings.Repeat("---|", len(columns)))
+		fmt.Fprintf(&out, "\n| %s | %s |\n|---|%s\n", head, strings.Join(columns, " | "),
+			strings.Repeat("---|", len(columns)))
 		for _, row := range rows {
 			fmt.Fprintf(&out, "| %s |", row)
 			for _, f := range columns {
@@ -326,7 +340,8 @@ const cellTime = 6 * time.Minute
 
 func startWorker(ctx context.Context, seed uint64) (*worker, error) {
 	ctx, stop := context.WithCancel(ctx)
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run", "^TestChaos$", "-test.v", "-test.timeout", "0")
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run", "^TestChaos$", "-test.v",
+		"-test.timeout", "0")
 	cmd.Env = append(os.Environ(), fmt.Sprintf("VACATE_CHAOS_WORKER=%d", seed))
 	input, err := cmd.StdinPipe()
 	if err == nil {
@@ -356,7 +371,8 @@ func startWorker(ctx context.Context, seed uint64) (*worker, error) {
 	return nil, err
 }
 
-// run has the worker run a cell. It returns the result, all that the worker said, and whether the worker can go on.
+// run has the worker run a cell. It returns the result, all that the worker said, and whether the
+// worker can go on.
 func (w *worker) run(name string) (r result, log string, ok bool) {
 	r.Cell = name
 	var said bytes.Buffer
@@ -400,7 +416,8 @@ func runCells(t *testing.T, seed uint64) {
 		known[c.String()] = c
 	}
 	l := labtest.New(t, lab.Options{Rate: 4e8, NoPin: true})
-	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t, time.Minute))
+	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t,
+		time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -421,7 +438,8 @@ func runCells(t *testing.T, seed uint64) {
 			})
 			hash := fnv.New64()
 			io.WriteString(hash, c.String())
-			delay := time.Millisecond + time.Duration(rand.New(rand.NewPCG(seed, hash.Sum64())).IntN(400))*time.Millisecond
+			delay := time.Millisecond +
+				time.Duration(rand.New(rand.NewPCG(seed, hash.Sum64())).IntN(400))*time.Millisecond
 			r.Outcome = disturb(t, l, saved, c, delay)
 		})
 	}

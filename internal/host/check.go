@@ -40,12 +40,15 @@ func (c Config) Check() (string, error) {
 	if _, err := ownSocket(c.Socket); err != nil {
 		errs = append(errs, err)
 	}
-	// What is missing of the last two, a daemon makes: more than one directory looks like a mistake.
+	// What is missing of the last two, a daemon makes: more than one directory looks like a
+	// mistake.
 	for _, d := range []struct{ setting, path string }{
-		{"vms", c.VMs}, {"journal", filepath.Dir(c.Journal)}, {"socket", filepath.Dir(filepath.Dir(c.Socket))},
+		{"vms", c.VMs}, {"journal", filepath.Dir(c.Journal)},
+		{"socket", filepath.Dir(filepath.Dir(c.Socket))},
 	} {
 		if info, err := os.Stat(d.path); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w: make the directory, or name another", d.setting, err))
+			errs = append(errs,
+				fmt.Errorf("%s: %w: make the directory, or name another", d.setting, err))
 		} else if !info.IsDir() {
 			errs = append(errs, fmt.Errorf("%s: %s is no directory", d.setting, d.path))
 		}

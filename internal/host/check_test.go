@@ -63,19 +63,22 @@ func TestSocketOfOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		if _, err := listenUnix(path(name), ""); err == nil || !strings.Contains(err.Error(), "another daemon") {
+		if _, err := listenUnix(path(name), ""); err == nil ||
+			!strings.Contains(err.Error(), "another daemon") {
 			t.Errorf("%s has two daemons: %v", name, err)
 		}
 	}
 }
 
-// The group that is configured may use the socket, nobody else; and the next daemon takes its place.
+// The group that is configured may use the socket, nobody else; and the next daemon takes its
+// place.
 func TestSocketGroup(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to give a file to a group")
 	}
 	path := filepath.Join(t.TempDir(), "sock")
-	if _, err := listenUnix(path, "no-such-group"); err == nil || !strings.Contains(err.Error(), "addgroup --system no-such-group") {
+	if _, err := listenUnix(path, "no-such-group"); err == nil ||
+		!strings.Contains(err.Error(), "addgroup --system no-such-group") {
 		t.Errorf("%v", err)
 	}
 	for range 2 {
@@ -103,7 +106,8 @@ func TestCheck(t *testing.T) {
 	if err := certs.Init(path("ca")); err != nil {
 		t.Fatal(err)
 	}
-	if err := certs.Issue(path("ca"), "hosta", path("certs"), certs.DefaultDays, false); err != nil {
+	if err := certs.Issue(path("ca"), "hosta", path("certs"), certs.DefaultDays,
+		false); err != nil {
 		t.Fatal(err)
 	}
 	for _, d := range []string{"vms", "foreign"} {
@@ -111,7 +115,9 @@ func TestCheck(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for name, text := range map[string]string{"foreign/passwd": "root:x:0:0", "file": "", "vms/web1.toml": "command = [\"/bin/true\", \"-qmp\", \"unix:{qmp},server=on,wait=off\", \"{incoming}\"]\nqmp = \"/run/x.qmp\"\n"} {
+	for name, text := range map[string]string{"foreign/passwd": "root:x:0:0", "file": "",
+		"vms/web1.toml": "command = [\"/bin/true\", \"-qmp\", " +
+			"\"unix:{qmp},server=on,wait=off\", \"{incoming}\"]\nqmp = \"/run/x.qmp\"\n"} {
 		if err := os.WriteFile(path(name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -146,7 +152,8 @@ func TestCheck(t *testing.T) {
 	}
 	self := good
 	self.Peers = map[string]Peer{"hosta": {}}
-	if h, err := Open(self, "test", nil); err == nil || !strings.Contains(err.Error(), "this host itself") {
+	if h, err := Open(self, "test", nil); err == nil ||
+		!strings.Contains(err.Error(), "this host itself") {
 		t.Errorf("a daemon has itself as its peer: %v", err)
 		if err == nil {
 			h.close()

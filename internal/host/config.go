@@ -53,13 +53,15 @@ import (
 //	concurrent = 1                          # how many evictions there may be at once
 //	interval   = "5s"                       # over which each look at the host is
 //
-// All but peers has the default shown, except for listen, metrics, api and guard, which are off. With
+// All but peers has the default shown, except for listen, metrics, api and guard, which are off.
+// With
 //
 //	plain = true                            # no TLS: whoever reaches the link can read and forge memory
 //
 // the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
 type Config struct {
-	Name     string          `toml:"name"` // of this host on a plain link; else its certificate has it
+	// of this host on a plain link; else its certificate has it
+	Name     string          `toml:"name"`
 	Certs    string          `toml:"certs"`
 	Plain    bool            `toml:"plain"`
 	Listen   string          `toml:"listen"`
@@ -133,7 +135,8 @@ type Peer struct {
 	Address string `toml:"address"`
 	MaySend bool   `toml:"may_send"`
 	Rate    uint64 `toml:"rate"` // Mbit/s
-	// Fence is a command, without a shell, that has the host run no VM any more when it exits with 0; "{host}" in it stands for the name.
+	// Fence is a command, without a shell, that has the host run no VM any more when it exits with
+	// 0; "{host}" in it stands for the name.
 	Fence     []string      `toml:"fence"`
 	FenceTime time.Duration `toml:"fence_time"` // 0: usualFence
 }
@@ -147,10 +150,12 @@ const maxGiveBack = 24 * time.Hour
 // maxConfig bounds the file, in bytes.
 const maxConfig = 1 << 20
 
-// ReadConfig reads a file, and fills in the defaults. Relative paths in it count from its directory.
+// ReadConfig reads a file, and fills in the defaults. Relative paths in it count from its
+// directory.
 func ReadConfig(file string) (Config, error) {
 	c := Config{
-		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate", VMs: "/etc/vacate/vms",
+		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate",
+		VMs: "/etc/vacate/vms",
 	}
 	info, err := os.Stat(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -185,12 +190,14 @@ func ReadConfig(file string) (Config, error) {
 
 // check says what is wrong with a configuration.
 func (c Config) check() error {
-	for name, path := range map[string]string{"socket": c.Socket, "journal": c.Journal, "vms": c.VMs} {
+	for name, path := range map[string]string{"socket": c.Socket, "journal": c.Journal,
+		"vms": c.VMs} {
 		if path == "" {
 			return fmt.Errorf("%s is empty", name)
 		}
 	}
-	for _, a := range []struct{ name, addr string }{{"listen", c.Listen}, {"metrics", c.Metrics}, {"api.listen", c.API.Listen}} {
+	for _, a := range []struct{ name, addr string }{{"listen", c.Listen}, {"metrics", c.Metrics},
+		{"api.listen", c.API.Listen}} {
 		if a.addr == "" {
 			continue
 		}
@@ -205,10 +212,12 @@ func (c Config) check() error {
 		return errors.New("name is for plain = true only: this host's certificate has its name")
 	}
 	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
-		return errors.New("api.listen needs certificates (no plain = true), and api.operators, the names of those who may ask")
+		return errors.New("api.listen needs certificates (no plain = true), and api.operators, " +
+			"the names of those who may ask")
 	}
 	if c.API.Listen == "" && len(c.API.Operators) > 0 {
-		return errors.New("api.operators may ask nothing without api.listen: add it, such as listen = \":7600\"")
+		return errors.New("api.operators may ask nothing without api.listen: add it, such as " +
+			"listen = \":7600\"")
 	}
 	for _, name := range c.API.Operators {
 		if err := certified(name); err != nil {
@@ -244,7 +253,8 @@ func (c Config) check() error {
 		}
 		if p.Address == "" {
 			if c.Plain && p.MaySend {
-				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which is missing", name)
+				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which "+
+					"is missing", name)
 			}
 			continue
 		}
@@ -253,7 +263,8 @@ func (c Config) check() error {
 			return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
 		}
 		if _, err := netip.ParseAddr(host); c.Plain && err != nil {
-			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by which the peer is known", name, p.Address)
+			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by "+
+				"which the peer is known", name, p.Address)
 		}
 	}
 	return nil
@@ -274,7 +285,8 @@ func splitAddress(addr string, least int) (host string, err error) {
 // certified says why no certificate that we take can have a name: of those, names are lower case.
 func certified(name string) error {
 	if lower := strings.ToLower(name); name != lower {
-		return fmt.Errorf("%q can be in no certificate, as capital letters count as small ones there: write %q", name, lower)
+		return fmt.Errorf("%q can be in no certificate, as capital letters count as small ones "+
+			"there: write %q", name, lower)
 	}
 	return nil
 }
@@ -304,9 +316,11 @@ func (c Config) mayCome(name, here string) error {
 	p, ok := c.Peers[name]
 	switch {
 	case !ok:
-		return fmt.Errorf("host %q is no peer of this one: the configuration of vacated on host %s wants [peers.%s]", name, here, name)
+		return fmt.Errorf("host %q is no peer of this one: the configuration of vacated on host "+
+			"%s wants [peers.%s]", name, here, name)
 	case !p.MaySend:
-		return fmt.Errorf("host %q may not bring VMs to this one: the configuration of vacated on host %s wants may_send = true under [peers.%s]", name, here, name)
+		return fmt.Errorf("host %q may not bring VMs to this one: the configuration of vacated "+
+			"on host %s wants may_send = true under [peers.%s]", name, here, name)
 	}
 	return nil
 }

@@ -13,7 +13,8 @@ import (
 // destination that no more pages come as soon as there is a link again.
 func TestSourceDiesWhileCut(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e8})
-	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t, time.Minute))
+	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t,
+		time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -69,7 +69,8 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)
 	}
 	entry, err := h.journal.Create(journal.Record{
-		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), QMP: vm.QMP, Mark: string(evict.MarkAccepted),
+		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(),
+		QMP: vm.QMP, Mark: string(evict.MarkAccepted),
 	})
 	if err != nil {
 		return err
@@ -78,13 +79,15 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	h.add(v)
 	h.log.Info("offer taken", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
 	var twin process.Process
-	err = r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name), func(ctx context.Context) (err error) {
-		twin, err = hypervisor.StartTwin(ctx, vm)
-		return err
-	})
+	err = r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name),
+		func(ctx context.Context) (err error) {
+			twin, err = hypervisor.StartTwin(ctx, vm)
+			return err
+		})
 	if err == nil {
 		// From the process alone it would have to be guessed after our death.
-		err = entry.Note(string(evict.MarkAccepted), "", func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })
+		err = entry.Note(string(evict.MarkAccepted), "",
+			func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })
 	}
 	if err != nil {
 		if twin.PID != 0 {
@@ -128,7 +131,8 @@ func (v *eviction) destination() evict.Destination {
 	r := v.entry.Record()
 	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
 	host, file := v.host.name(), hypervisor.File(v.host.config.VMs, r.VM)
-	return evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised, Journal: record{v.entry}, Log: log, Show: v.show}
+	return evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised,
+		Journal: record{v.entry}, Log: log, Show: v.show}
 }
 
 // taken notes the end of an eviction to here.
@@ -145,7 +149,8 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 		}
 		err = v.oustedBy(err)
 		if killErr := v.process().Kill(context.Background()); killErr != nil {
-			v.host.log.Error("a twin that never ran does not end", "eviction", v.entry.ID(), "pid", v.process().PID, "error", killErr)
+			v.host.log.Error("a twin that never ran does not end", "eviction", v.entry.ID(), "pid",
+				v.process().PID, "error", killErr)
 		}
 		v.finish(evict.MarkNeverRan, outcome, err, nil)
 	default:
@@ -161,8 +166,11 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 // resumed serves a source that wants to go on with an eviction.
 func (h *Host) resumed(r *evict.Request, peer string) {
 	v := h.find(r.Eviction)
-	if v == nil || v.entry.Record().Role != journal.Destination || v.entry.Err() == nil && v.entry.Record().Peer != peer {
-		r.Answer(evict.AnswerUnknown, fmt.Sprintf("host %s knows of no such eviction from host %s", h.name(), peer), false, nil)
+	if v == nil || v.entry.Record().Role != journal.Destination ||
+		v.entry.Err() == nil && v.entry.Record().Peer != peer {
+		r.Answer(evict.AnswerUnknown,
+			fmt.Sprintf("host %s knows of no such eviction from host %s", h.name(), peer), false,
+			nil)
 		return
 	}
 	if r.ResumedThere() {
@@ -207,9 +215,11 @@ func (v *eviction) answer(r *evict.Request) {
 		}
 	}
 	m := evict.Mark(rec.Mark)
-	if r.Answer(evict.AnswerOf(m), v.describe(), !v.process().Alive(), received) && m == evict.MarkCompleted {
+	if r.Answer(evict.AnswerOf(m), v.describe(), !v.process().Alive(), received) &&
+		m == evict.MarkCompleted {
 		if err := v.entry.Keep(evict.KeptHeard, nil); err != nil {
-			v.host.log.Warn("the journal does not take it that the source knows that the VM is whole here", "eviction", rec.ID, "error", err)
+			v.host.log.Warn("the journal does not take it that the source knows that the VM is "+
+				"whole here", "eviction", rec.ID, "error", err)
 		}
 	}
 }

@@ -50,7 +50,8 @@ type repair struct {
 type fault struct {
 	name string
 	do   func(*run)
-	// allowed are the outcomes that there may be besides moved and stayed: where physics allows no better.
+	// allowed are the outcomes that there may be besides moved and stayed: where physics allows no
+	// better.
 	allowed []outcome
 }
 
@@ -142,7 +143,8 @@ func (r *run) powerOff() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 * time.Millisecond) {
+		for limit := time.Now().Add(30 * time.Second); time.Now().Before(limit); time.Sleep(20 *
+			time.Millisecond) {
 			samples, vms := r.vm.Guest.Samples(), r.expected.VMs()
 			if n := len(vms); n > 0 && samples[len(samples)-1].VM == vms[n-1].Name {
 				if r.vm.Guest.PowerOff(vms[n-1]) == nil { // else it has ended since
@@ -150,7 +152,9 @@ func (r *run) powerOff() {
 				}
 				return
 			}
-			if e, err := r.a.api.GetEviction(r.t.Context(), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil && e.Msg.Outcome != "" {
+			if e, err := r.a.api.GetEviction(r.t.Context(),
+				connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction})); err == nil &&
+				e.Msg.Outcome != "" {
 				return
 			}
 		}
@@ -185,7 +189,8 @@ var faults = []fault{
 	{powersOff, (*run).powerOff, []outcome{off, dead}},
 }
 
-// A way leads to a state that no undisturbed eviction comes to: something is done in a state before it.
+// A way leads to a state that no undisturbed eviction comes to: something is done in a state before
+// it.
 type way struct {
 	at string
 	do func(*run)
@@ -204,7 +209,8 @@ var (
 	guestEnds    = way{"source/pushing", (*run).powerOff}
 )
 
-// ways are those to the states that want one; of the destination they begin at the source, which is where an eviction is led.
+// ways are those to the states that want one; of the destination they begin at the source, which is
+// where an eviction is led.
 var ways = map[string]way{
 	"source/in doubt":          {"destination/running", func(r *run) { r.cut(true, true) }},
 	"source/reconnecting":      cutPushing,
@@ -232,15 +238,18 @@ func points() (list []string) {
 // refusal leads to the two states refused: an offer that does not fit.
 func refusal(at string) bool { return strings.HasSuffix(at, "/refused") }
 
-// late are the states in which all pages are at the destination: the guest cannot power itself off sooner.
-var late = []string{"destination/completing", "destination/completed", "source/retiring", "source/completed"}
+// late are the states in which all pages are at the destination: the guest cannot power itself off
+// sooner.
+var late = []string{"destination/completing", "destination/completed", "source/retiring",
+	"source/completed"}
 
 // load is what the VMs do: a little, so that several evictions may run side by side.
 var load = lab.Load{HotMiB: 16, IdleMiB: 48, Slow: true}
 
-// disturb evicts a VM, has the faults happen in the state, and returns where the VM is when all has settled. A second fault comes
-// so long after the first was mended; or 10 times as long after that began, where no machine came to a state of recovery before:
-// not every fault is one to recover from, and one that is may not be noticed yet.
+// disturb evicts a VM, has the faults happen in the state, and returns where the VM is when all has
+// settled. A second fault comes so long after the first was mended; or 10 times as long after that
+// began, where no machine came to a state of recovery before: not every fault is one to recover
+// from, and one that is may not be noticed yet.
 func disturb(t *testing.T, l *lab.Lab, saved *lab.Saved, c cell, delay time.Duration) outcome {
 	r := &run{t: t, lab: l, disks: map[*site]*lab.SmallDisk{}}
 	vm, err := saved.Start(labtest.Within(t, time.Minute), l.A)
@@ -281,8 +290,11 @@ func disturb(t *testing.T, l *lab.Lab, saved *lab.Saved, c cell, delay time.Dura
 		size := twin.Spec.MemoryMiB
 		r.memory = r.smallDisk(uint64(size+16) << 20)
 		twin.Spec.Machine += ",memory-backend=pc.ram"
-		twin.Spec.Extra = append(slices.Clone(twin.Spec.Extra), "-object", fmt.Sprintf("memory-backend-file,id=pc.ram,size=%dM,share=on,mem-path=%s", size, r.memory.Dir))
-		// Once it is complete, nothing but the kernel stands between a page that was left out and a host without memory for it.
+		twin.Spec.Extra = append(slices.Clone(twin.Spec.Extra), "-object",
+			fmt.Sprintf("memory-backend-file,id=pc.ram,size=%dM,share=on,mem-path=%s", size,
+				r.memory.Dir))
+		// Once it is complete, nothing but the kernel stands between a page that was left out and a
+		// host without memory for it.
 		options.SendFree = true
 	}
 	r.expected = r.b.expect("web1", twin)
@@ -321,7 +333,8 @@ func disturb(t *testing.T, l *lab.Lab, saved *lab.Saved, c cell, delay time.Dura
 		} else if limit := 10 * delay; !r.recovering(limit) {
 			t.Logf("no machine came to a state of recovery within %v", limit)
 		}
-		t.Logf("%s: the %s at %q, the %s at %q", c.second.name, r.a.name, r.state(r.a), r.b.name, r.state(r.b))
+		t.Logf("%s: the %s at %q, the %s at %q", c.second.name, r.a.name, r.state(r.a), r.b.name,
+			r.state(r.b))
 		c.second.do(r)
 	}
 	r.mend()
@@ -342,7 +355,8 @@ func (r *run) smallDisk(bytes uint64) *lab.SmallDisk {
 }
 
 // recovery are the states in which an engine gets over a fault.
-var recovery = []string{"source/rolling back", "source/in doubt", "source/reconnecting", "destination/cut off"}
+var recovery = []string{"source/rolling back", "source/in doubt", "source/reconnecting",
+	"destination/cut off"}
 
 // recovering waits until a machine comes to a state of recovery, and reports whether one did.
 func (r *run) recovering(limit time.Duration) bool {
@@ -378,7 +392,8 @@ func (r *run) at(point string) *site {
 
 // look returns the eviction as a daemon sees it; nil if it knows of none.
 func (r *run) look(s *site) *hostv1.Eviction {
-	e, err := s.api.GetEviction(labtest.Within(r.t, 10*time.Second), connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction}))
+	e, err := s.api.GetEviction(labtest.Within(r.t, 10*time.Second),
+		connect.NewRequest(&hostv1.GetEvictionRequest{Id: r.eviction}))
 	if connect.CodeOf(err) == connect.CodeNotFound {
 		return nil
 	}
@@ -398,7 +413,8 @@ func (r *run) settle(c cell) outcome {
 		if src == nil {
 			t.Fatal("the source does not know of the eviction")
 		}
-		if src.Outcome != "" && (src.EndedAt != nil || src.Decidable) && (dst == nil || dst.EndedAt != nil) {
+		if src.Outcome != "" && (src.EndedAt != nil || src.Decidable) &&
+			(dst == nil || dst.EndedAt != nil) {
 			break
 		}
 		if time.Now().After(limit) {
@@ -424,7 +440,8 @@ func (r *run) settle(c cell) outcome {
 		t.Fatalf("%d twins are alive", alive)
 	}
 	here, there := status(r.vm), status(twin)
-	t.Logf("source: %q, %q, mark %q, QEMU %q; destination: QEMU %q", src.Outcome, src.Reason, src.Mark, here, there)
+	t.Logf("source: %q, %q, mark %q, QEMU %q; destination: QEMU %q", src.Outcome, src.Reason,
+		src.Mark, here, there)
 	if here == "running" && there == "running" {
 		t.Fatal("TWO COPIES RUN")
 	}
@@ -433,33 +450,42 @@ func (r *run) settle(c cell) outcome {
 	switch {
 	case src.Outcome == "shut down":
 		if here != "" || there != "" {
-			t.Fatalf("it is told to be shut down, and the source's QEMU is %q, the destination's %q", here, there)
+			t.Fatalf("it is told to be shut down, and the source's QEMU is %q, the "+
+				"destination's %q", here, there)
 		}
 		o = off
-	case here == "" && there == "" && r.told.Load() && !c.has(twinKilled) && src.Outcome == "completed":
+	case here == "" && there == "" && r.told.Load() && !c.has(twinKilled) &&
+		src.Outcome == "completed":
 		o = off // just after the end
-	case here == "" && there == "" && ((src.Outcome == "refused" || src.Outcome == "aborted") && c.has(sourceKilled) || src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) && c.has(twinKilled)):
+	case here == "" && there == "" &&
+		((src.Outcome == "refused" || src.Outcome == "aborted") && c.has(sourceKilled) ||
+			src.Outcome == "completed" && src.Mark == string(evict.MarkCompleted) &&
+				c.has(twinKilled)):
 		o = dead // after the end, or as good as
 	case src.Outcome == "completed":
 		if there != "running" || here != "" {
-			t.Fatalf("it is told to be complete, and the source's QEMU is %q, the destination's %q", here, there)
+			t.Fatalf("it is told to be complete, and the source's QEMU is %q, the destination's %q",
+				here, there)
 		}
 		o = moved
 		labtest.MustCheck(t, twin)
 	case src.Outcome == "aborted", src.Outcome == "refused":
 		if here != "running" || there != "" {
-			t.Fatalf("it is told to be %s, and the source's QEMU is %q, the destination's %q", src.Outcome, here, there)
+			t.Fatalf("it is told to be %s, and the source's QEMU is %q, the destination's %q",
+				src.Outcome, here, there)
 		}
 		o = stayed
 		labtest.MustCheck(t, r.vm)
 	case here != "" && src.Decidable:
 		if len(src.Remedy) == 0 || there != "" {
-			t.Fatalf("it is frozen with the remedies %q, and the destination's QEMU is %q", src.Remedy, there)
+			t.Fatalf("it is frozen with the remedies %q, and the destination's QEMU is %q",
+				src.Remedy, there)
 		}
 		r.decide(src)
 		o = frozen
 		labtest.MustCheck(t, r.vm)
-	case here == "" && there == "" && len(twins) == 0, here == "" && there == "" && dst != nil && dst.Mark == string(evict.MarkNeverRan):
+	case here == "" && there == "" && len(twins) == 0,
+		here == "" && there == "" && dst != nil && dst.Mark == string(evict.MarkNeverRan):
 		o = dead
 	case here == "" && there == "" && dst != nil && dst.Outcome == "shut down":
 		o = off // and the source's QEMU was killed before that was heard
@@ -470,11 +496,13 @@ func (r *run) settle(c cell) outcome {
 		o = dead
 	case here == "":
 		if dst == nil || dst.Outcome != "lost contact" {
-			t.Fatalf("the source's QEMU is gone with pages that the destination lacks, which says %v", dst)
+			t.Fatalf("the source's QEMU is gone with pages that the destination lacks, which "+
+				"says %v", dst)
 		}
 		o = halved
 	}
-	if o != moved && o != stayed && !(o == off && asked) && !c.allows(o) && !(o == frozen && strings.HasSuffix(c.at, "/lost contact")) {
+	if o != moved && o != stayed && !(o == off && asked) && !c.allows(o) &&
+		!(o == frozen && strings.HasSuffix(c.at, "/lost contact")) {
 		t.Fatalf("the VM %s; source %v; destination %v", o, src, dst)
 	}
 	r.once(o)
@@ -484,7 +512,9 @@ func (r *run) settle(c cell) outcome {
 
 // decide has the VM that stands frozen go on at the source.
 func (r *run) decide(e *hostv1.Eviction) {
-	_, err := r.a.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
+	_, err := r.a.api.Decide(labtest.Within(r.t, time.Minute),
+		connect.NewRequest(&hostv1.DecideRequest{Id: e.Id,
+			Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -509,7 +539,8 @@ func (r *run) once(o outcome) {
 // clean checks that the daemons leave nothing behind but what tells of the eviction.
 func (r *run) clean() {
 	for _, s := range []*site{r.a, r.b} {
-		list, err := s.api.ListEvictions(r.t.Context(), connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: true}))
+		list, err := s.api.ListEvictions(r.t.Context(),
+			connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: true}))
 		if err != nil {
 			r.t.Error(err)
 		} else if len(list.Msg.Evictions) > 0 {
@@ -520,14 +551,16 @@ func (r *run) clean() {
 			r.t.Error(err)
 		}
 		for _, f := range files {
-			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace && name != evict.KeptHeard {
+			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace &&
+				name != evict.KeptHeard {
 				r.t.Errorf("%s is left behind", f)
 			}
 		}
 	}
 }
 
-// status is the run state of a VM's QEMU: empty if it has ended, "stopped" if its process is, "stuck" if it does not answer.
+// status is the run state of a VM's QEMU: empty if it has ended, "stopped" if its process is,
+// "stuck" if it does not answer.
 func status(vm *lab.VM) string {
 	if vm == nil || !vm.Alive() {
 		return ""

@@ -95,7 +95,8 @@ func (h *Host) facts(ctx context.Context) doctor.HostFacts {
 	o := doctor.HostOptions{Name: h.name(), Journal: h.config.Journal, Promised: h.promised.Others}
 	vms, _ := hypervisor.Load(h.config.VMs)
 	for _, vm := range vms {
-		if p := vm.Command[0]; !slices.Contains(o.QEMUs, p) && filepath.IsAbs(p) && len(o.QEMUs) < 8 {
+		if p := vm.Command[0]; !slices.Contains(o.QEMUs, p) && filepath.IsAbs(p) &&
+			len(o.QEMUs) < 8 {
 			o.QEMUs = append(o.QEMUs, p)
 		}
 	}
@@ -161,13 +162,17 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 	there, twin, link, err := h.ask(ctx, to, name)
 	if err != nil {
 		return append(doctor.Inspect(here, vm), doctor.Finding{
-			Host: to, Check: "link", Level: doctor.Fatal, Text: fmt.Sprintf("it cannot be asked: %v", err),
-			Remedy: fmt.Sprintf("see that vacated runs there (`systemctl status vacated`), that %s is its address, and that each host has the other under [peers]", h.config.Peers[to].Address),
+			Host: to, Check: "link", Level: doctor.Fatal,
+			Text: fmt.Sprintf("it cannot be asked: %v", err),
+			Remedy: fmt.Sprintf("see that vacated runs there (`systemctl status vacated`), that "+
+				"%s is its address, and that each host has the other under [peers]",
+				h.config.Peers[to].Address),
 		}), nil
 	}
 	if vm == nil {
 		found := append(doctor.Inspect(here, nil), doctor.Inspect(there, nil)...)
-		return append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK, Text: fmt.Sprintf("it answers in %v", link.RoundTrip.Round(10*time.Microsecond))}), nil
+		return append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK,
+			Text: fmt.Sprintf("it answers in %v", link.RoundTrip.Round(10*time.Microsecond))}), nil
 	}
 	return doctor.Compare(here, *vm, there, twin, link), nil
 }
@@ -187,8 +192,10 @@ func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 	return &facts, nil
 }
 
-// putTo puts a question to another host, behind so many bytes, and returns how long the answer took.
-func putTo(ctx context.Context, d link.Dialer, fill int, q question, answer any) (time.Duration, error) {
+// putTo puts a question to another host, behind so many bytes, and returns how long the answer
+// took.
+func putTo(ctx context.Context, d link.Dialer, fill int, q question,
+	answer any) (time.Duration, error) {
 	s, err := d.Session(ctx)
 	if err != nil {
 		return 0, err
@@ -224,7 +231,9 @@ func measureLink(ctx context.Context, d link.Dialer) (facts doctor.LinkFacts, er
 }
 
 // ask gathers the facts of another host and of the link to it.
-func (h *Host) ask(ctx context.Context, to, vm string) (there doctor.HostFacts, twin doctor.TwinFacts, link doctor.LinkFacts, err error) {
+func (h *Host) ask(ctx context.Context,
+	to, vm string) (there doctor.HostFacts, twin doctor.TwinFacts, link doctor.LinkFacts,
+	err error) {
 	d, err := h.dialer(to)
 	if err != nil {
 		return
@@ -269,18 +278,22 @@ func (h *Host) checks(ctx context.Context, vm, to string) error {
 }
 
 var levels = map[doctor.Level]hostv1.Level{
-	doctor.OK: hostv1.Level_LEVEL_OK, doctor.Note: hostv1.Level_LEVEL_NOTE, doctor.Warning: hostv1.Level_LEVEL_WARNING, doctor.Fatal: hostv1.Level_LEVEL_FATAL,
+	doctor.OK: hostv1.Level_LEVEL_OK, doctor.Note: hostv1.Level_LEVEL_NOTE,
+	doctor.Warning: hostv1.Level_LEVEL_WARNING, doctor.Fatal: hostv1.Level_LEVEL_FATAL,
 }
 
 // Doctor implements hostv1.HostHandler.
-func (h api) Doctor(ctx context.Context, req *connect.Request[hostv1.DoctorRequest]) (*connect.Response[hostv1.DoctorResponse], error) {
+func (h api) Doctor(ctx context.Context,
+	req *connect.Request[hostv1.DoctorRequest]) (*connect.Response[hostv1.DoctorResponse], error) {
 	found, err := h.examine(ctx, req.Msg.Vm, req.Msg.To)
 	if err != nil {
 		return nil, coded(err)
 	}
 	r := &hostv1.DoctorResponse{}
 	for _, f := range found {
-		r.Findings = append(r.Findings, &hostv1.Finding{Check: f.Check, Level: levels[f.Level], Text: f.Text, Remedy: f.Remedy, Host: f.Host})
+		r.Findings = append(r.Findings,
+			&hostv1.Finding{Check: f.Check, Level: levels[f.Level], Text: f.Text, Remedy: f.Remedy,
+				Host: f.Host})
 	}
 	return connect.NewResponse(r), nil
 }

@@ -12,7 +12,8 @@ import (
 	"connectrpc.com/connect"
 )
 
-// The pre-flight finds nothing fatal between two hosts of the lab, and refuses an eviction that cannot succeed before the VM is touched.
+// The pre-flight finds nothing fatal between two hosts of the lab, and refuses an eviction that
+// cannot succeed before the VM is touched.
 func TestDoctor(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	a, b := sites(t, l)
@@ -22,7 +23,8 @@ func TestDoctor(t *testing.T) {
 	b.start()
 	examine := func() map[string]*hostv1.Finding {
 		t.Helper()
-		r, err := a.api.Doctor(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.DoctorRequest{Vm: "web1", To: "hostb"}))
+		r, err := a.api.Doctor(labtest.Within(t, time.Minute),
+			connect.NewRequest(&hostv1.DoctorRequest{Vm: "web1", To: "hostb"}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -46,8 +48,10 @@ func TestDoctor(t *testing.T) {
 	if list := fatal(); len(list) != 1 {
 		t.Errorf("without a description on the other host: %v; want one finding", list)
 	}
-	_, err := a.api.Evict(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: "web1", To: "hostb"}))
-	if connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "web1") {
+	_, err := a.api.Evict(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.EvictRequest{Vm: "web1", To: "hostb"}))
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition ||
+		!strings.Contains(err.Error(), "web1") {
 		t.Errorf("evicted to where it is not described: %v", err)
 	}
 	b.expect("web1", vm)

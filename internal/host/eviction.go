@@ -26,17 +26,20 @@ type eviction struct {
 	outcome    string // how it ended
 	reason     string // why it did not complete, or why it does not go on
 	reconnects uint32
-	alone      time.Time               // since when the other host is out of reach; zero while it is not
-	ousted     error                   // why the twin here was ended although it ran; nil if it was not
-	cancel     context.CancelCauseFunc // ends the engine
-	idle       chan struct{}           // closed when no engine is at work
-	changed    chan struct{}           // closed at the next change
+	// since when the other host is out of reach; zero while it is not
+	alone time.Time
+	// why the twin here was ended although it ran; nil if it was not
+	ousted  error
+	cancel  context.CancelCauseFunc // ends the engine
+	idle    chan struct{}           // closed when no engine is at work
+	changed chan struct{}           // closed at the next change
 }
 
 func (h *Host) newEviction(entry *journal.Entry) *eviction {
 	idle := make(chan struct{})
 	close(idle)
-	v := &eviction{host: h, entry: entry, requests: make(chan *evict.Request, 1), idle: idle, changed: make(chan struct{})}
+	v := &eviction{host: h, entry: entry, requests: make(chan *evict.Request, 1), idle: idle,
+		changed: make(chan struct{})}
 	r := entry.Record()
 	if !r.Ended.IsZero() {
 		v.outcome, v.reason = outcomes[evict.Mark(r.Mark)], r.Reason
@@ -46,9 +49,11 @@ func (h *Host) newEviction(entry *journal.Entry) *eviction {
 
 // outcomes is what a mark that an eviction ended with says to people.
 var outcomes = map[evict.Mark]string{
-	evict.MarkCompleted: string(evict.Completed), evict.MarkRolledBack: string(evict.Aborted), evict.MarkNeverRan: string(evict.Aborted),
+	evict.MarkCompleted: string(evict.Completed), evict.MarkRolledBack: string(evict.Aborted),
+	evict.MarkNeverRan: string(evict.Aborted),
 	evict.MarkShutDown: string(evict.ShutDown),
-	evict.MarkLost:     string(evict.Lost), evict.MarkResumedHere: "resumed here", evict.MarkDiscarded: "discarded",
+	evict.MarkLost:     string(evict.Lost), evict.MarkResumedHere: "resumed here",
+	evict.MarkDiscarded: "discarded",
 }
 
 // record is the journal of an engine.
@@ -119,9 +124,10 @@ func (v *eviction) show(p evict.Progress) {
 	}
 }
 
-// start has an engine work on the eviction. work is called until it does not leave the eviction, first with resumed
-// unset unless resume is. ended is told how it ended.
-func (v *eviction) start(resume bool, work func(ctx context.Context, resumed bool) (any, error), ended func(report json.RawMessage, err error)) {
+// start has an engine work on the eviction. work is called until it does not leave the eviction,
+// first with resumed unset unless resume is. ended is told how it ended.
+func (v *eviction) start(resume bool, work func(ctx context.Context, resumed bool) (any, error),
+	ended func(report json.RawMessage, err error)) {
 	ctx, cancel := context.WithCancelCause(v.host.life)
 	idle := make(chan struct{})
 	v.change(func() { v.cancel, v.idle = cancel, idle })
@@ -186,14 +192,16 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 	r := v.entry.Record()
 	v.change(func() { v.outcome, v.reason = string(outcome), reason })
 	v.host.metrics.ended.WithLabelValues(string(r.Role), string(outcome)).Inc()
-	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer", r.Peer, "outcome", outcome, "reason", reason)
+	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer",
+		r.Peer, "outcome", outcome, "reason", reason)
 	for told := false; ; told = true {
 		jerr := v.entry.Finish(string(m), reason, change)
 		if jerr == nil {
 			break
 		}
 		if !told {
-			v.host.log.Error("the journal does not take the end of an eviction: trying again until it does", "eviction", v.entry.ID(), "error", jerr)
+			v.host.log.Error("the journal does not take the end of an eviction: trying again "+
+				"until it does", "eviction", v.entry.ID(), "error", jerr)
 		}
 		select {
 		case <-time.After(retryPause):
@@ -208,7 +216,8 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 // maxReport bounds a report in the journal, in bytes.
 const maxReport = 128 << 10
 
-// process is the QEMU of an eviction, as the journal has it; one that never lives if the host has booted since.
+// process is the QEMU of an eviction, as the journal has it; one that never lives if the host has
+// booted since.
 func (v *eviction) process() process.Process {
 	r := v.entry.Record()
 	return process.Of(r.PID, r.StartTime, r.Boot)
@@ -219,7 +228,8 @@ func (v *eviction) abortable() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch v.state {
-	case evict.Preparing, evict.Switching, evict.Waiting, evict.Arming, evict.Loading, evict.Prepared:
+	case evict.Preparing, evict.Switching, evict.Waiting, evict.Arming, evict.Loading,
+		evict.Prepared:
 		return v.cancel != nil
 	}
 	return false
@@ -230,7 +240,8 @@ func (v *eviction) unsettled() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch v.state {
-	case evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.RollingBack, evict.Waiting, evict.Arming, evict.Prepared:
+	case evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.RollingBack,
+		evict.Waiting, evict.Arming, evict.Prepared:
 		return v.cancel != nil
 	case "": // its engine has said nothing yet; one that was taken up may stay so
 		return v.cancel != nil && v.entry.Record().Begun.After(v.host.started)
@@ -273,7 +284,8 @@ func (h *Host) take(vm string) (release func(), err error) {
 	}, nil
 }
 
-// takeTime is how long one that wants a VM waits for another that is about to have, or only looks at it.
+// takeTime is how long one that wants a VM waits for another that is about to have, or only looks
+// at it.
 const takeTime = 5 * time.Second
 
 // takeSoon is take, which waits for a moment if the VM is reserved.
@@ -302,9 +314,11 @@ type takenError struct {
 
 func (e *takenError) Error() string {
 	if e.id == (journal.ID{}) {
-		return fmt.Sprintf("VM %s is being started or stopped, or an eviction of it is being set up, on host %s", e.vm, e.host)
+		return fmt.Sprintf("VM %s is being started or stopped, or an eviction of it is being "+
+			"set up, on host %s", e.vm, e.host)
 	}
-	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s on host %s", e.vm, e.id, e.host)
+	return fmt.Sprintf("VM %s is being evicted already: see vacate status %s on host %s", e.vm,
+		e.id, e.host)
 }
 
 // add makes an eviction known.

@@ -31,20 +31,23 @@ const fencedHost = "{host}"
 // checkFence says what is wrong with a peer's fencing command.
 func (p Peer) checkFence() error {
 	if p.FenceTime < 0 || p.FenceTime > mostFence {
-		return fmt.Errorf("fence_time = %v: want more than 0, and %v at most", p.FenceTime, mostFence)
+		return fmt.Errorf("fence_time = %v: want more than 0, and %v at most", p.FenceTime,
+			mostFence)
 	}
 	if len(p.Fence) == 0 {
 		return nil
 	}
 	if !strings.HasPrefix(p.Fence[0], "/") {
-		return fmt.Errorf("fence: %q is no absolute path of a program: it is run without a shell", p.Fence[0])
+		return fmt.Errorf("fence: %q is no absolute path of a program: it is run without a shell",
+			p.Fence[0])
 	}
 	if len(p.Fence) > maxFenceArgs {
 		return fmt.Errorf("fence: %d words are more than %d", len(p.Fence), maxFenceArgs)
 	}
 	for _, a := range p.Fence {
 		if len(a) > maxFenceArg || strings.ContainsRune(a, 0) {
-			return fmt.Errorf("fence: %.40q… has more than %d bytes, or a zero byte", a, maxFenceArg)
+			return fmt.Errorf("fence: %.40q… has more than %d bytes, or a zero byte", a,
+				maxFenceArg)
 		}
 	}
 	return nil
@@ -63,8 +66,10 @@ func (h *head) Write(b []byte) (int, error) {
 func (h *Host) fence(peer string) error {
 	p := h.config.Peers[peer]
 	if len(p.Fence) == 0 {
-		return fmt.Errorf("there is no command to fence host %s: [peers.%[1]s] wants fence = [\"/PROGRAM\", \"{host}\"] "+
-			"in the configuration of vacated on host %s", peer, h.name())
+		return fmt.Errorf(
+			"there is no command to fence host %s: [peers.%[1]s] wants fence = [\"/PROGRAM\", "+
+				"\"{host}\"] "+
+				"in the configuration of vacated on host %s", peer, h.name())
 	}
 	args := make([]string, len(p.Fence))
 	for i, a := range p.Fence {

@@ -24,9 +24,11 @@ func TestFence(t *testing.T) {
 	}{
 		{"succeeds", "test \"$1\" = hostb-bmc", time.Minute, nil},
 		{"leaves something behind", "sleep 60 & echo $! > " + left, time.Minute, nil},
-		{"fails", "echo no power >&2; exit 7", time.Minute, []string{"host hostb could not be fenced", "exit status 7", `it said "no power"`}},
+		{"fails", "echo no power >&2; exit 7", time.Minute,
+			[]string{"host hostb could not be fenced", "exit status 7", `it said "no power"`}},
 		{"is killed", "kill -9 $$", time.Minute, []string{"signal: killed"}},
-		{"stays", "sleep 60 & echo $! > " + left + "; wait", 300 * time.Millisecond, []string{"it did not end within 300ms, and was killed"}},
+		{"stays", "sleep 60 & echo $! > " + left + "; wait", 300 * time.Millisecond,
+			[]string{"it did not end within 300ms, and was killed"}},
 		{"says too much", "yes | head -c 1000000; exit 1", time.Minute, []string{"exit status 1"}},
 		{"is not there", "", time.Minute, []string{"no such file"}},
 	} {
@@ -34,11 +36,14 @@ func TestFence(t *testing.T) {
 			os.Remove(left)
 			file := filepath.Join(dir, strings.ReplaceAll(test.name, " ", "-"))
 			if test.script != "" {
-				if err := os.WriteFile(file, []byte("#!/bin/sh\n"+test.script+"\n"), 0o755); err != nil {
+				if err := os.WriteFile(file, []byte("#!/bin/sh\n"+test.script+"\n"),
+					0o755); err != nil {
 					t.Fatal(err)
 				}
 			}
-			h := &Host{log: slog.New(slog.DiscardHandler), config: Config{Peers: map[string]Peer{"hostb": {Fence: []string{file, "{host}-bmc"}, FenceTime: test.limit}}}}
+			h := &Host{log: slog.New(slog.DiscardHandler),
+				config: Config{Peers: map[string]Peer{"hostb": {Fence: []string{file, "{host}-bmc"},
+					FenceTime: test.limit}}}}
 			err := h.fence("hostb")
 			if (err == nil) != (test.says == nil) {
 				t.Fatalf("fenced: %v", err)
@@ -81,17 +86,19 @@ func TestFenceConfig(t *testing.T) {
 		p    Peer
 		says string
 	}{
-		"none":       {Peer{}, ""},
-		"a program":  {Peer{Fence: []string{"/bin/off", "{host}"}, FenceTime: time.Minute}, ""},
-		"a shell's":  {Peer{Fence: []string{"ipmitool power off"}}, "no absolute path"},
-		"zero byte":  {Peer{Fence: []string{"/bin/off", "a\x00b"}}, "zero byte"},
-		"too long":   {Peer{Fence: []string{"/bin/off", strings.Repeat("x", 5000)}}, "4096"},
-		"many words": {Peer{Fence: append([]string{"/bin/off"}, make([]string, 64)...)}, "65 words"},
-		"no time":    {Peer{Fence: []string{"/bin/off"}, FenceTime: -time.Second}, "fence_time"},
-		"too late":   {Peer{Fence: []string{"/bin/off"}, FenceTime: 2 * time.Hour}, "fence_time"},
+		"none":      {Peer{}, ""},
+		"a program": {Peer{Fence: []string{"/bin/off", "{host}"}, FenceTime: time.Minute}, ""},
+		"a shell's": {Peer{Fence: []string{"ipmitool power off"}}, "no absolute path"},
+		"zero byte": {Peer{Fence: []string{"/bin/off", "a\x00b"}}, "zero byte"},
+		"too long":  {Peer{Fence: []string{"/bin/off", strings.Repeat("x", 5000)}}, "4096"},
+		"many words": {Peer{Fence: append([]string{"/bin/off"}, make([]string, 64)...)},
+			"65 words"},
+		"no time":  {Peer{Fence: []string{"/bin/off"}, FenceTime: -time.Second}, "fence_time"},
+		"too late": {Peer{Fence: []string{"/bin/off"}, FenceTime: 2 * time.Hour}, "fence_time"},
 	} {
 		err := test.p.checkFence()
-		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+		if (err == nil) != (test.says == "") ||
+			err != nil && !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%s: %v, not %q", name, err, test.says)
 		}
 	}

@@ -63,7 +63,8 @@ func giving(t *testing.T, spec lab.Spec) *run {
 		t.Fatal(err)
 	}
 	r.eviction = e.Id
-	for limit := time.Now().Add(30 * time.Second); shared(t, r.vm.PID()) > before-20<<10; time.Sleep(20 * time.Millisecond) {
+	for limit := time.Now().Add(30 * time.Second); shared(t,
+		r.vm.PID()) > before-20<<10; time.Sleep(20 * time.Millisecond) {
 		if e := r.look(r.a); e.Outcome != "" || time.Now().After(limit) {
 			t.Fatalf("QEMU had %d KiB, and has %d: %v", before, shared(t, r.vm.PID()), e)
 		}
@@ -116,18 +117,24 @@ func TestGiveBackAndLose(t *testing.T) {
 			t.Fatalf("%v", e)
 		}
 	}
-	if len(e.Remedy) != 1 || !strings.Contains(e.Remedy[0], "discard") || !strings.Contains(e.Reason, "given back") {
+	if len(e.Remedy) != 1 || !strings.Contains(e.Remedy[0], "discard") ||
+		!strings.Contains(e.Reason, "given back") {
 		t.Errorf("the operator is told %q, %q", e.Reason, e.Remedy)
 	}
-	if words := "it left no message in " + filepath.Join(r.b.dir, "web1.log"); !strings.Contains(e.Reason, words) {
+	if words := "it left no message in " +
+		filepath.Join(r.b.dir, "web1.log"); !strings.Contains(e.Reason, words) {
 		t.Errorf("the reason is %q, and does not say %q", e.Reason, words)
 	}
 	for range 2 {
-		_, err = r.a.api.Decide(t.Context(), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
+		_, err = r.a.api.Decide(t.Context(),
+			connect.NewRequest(&hostv1.DecideRequest{Id: e.Id,
+				Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
 		if err == nil || !strings.Contains(err.Error(), "given back") {
 			t.Errorf("resume here: %v", err)
 		}
-		_, err = r.a.api.Export(t.Context(), connect.NewRequest(&hostv1.ExportRequest{Id: e.Id, Path: filepath.Join(r.a.dir, "saved")}))
+		_, err = r.a.api.Export(t.Context(),
+			connect.NewRequest(&hostv1.ExportRequest{Id: e.Id,
+				Path: filepath.Join(r.a.dir, "saved")}))
 		if err == nil || !strings.Contains(err.Error(), "given back") {
 			t.Errorf("export: %v", err)
 		}
@@ -137,13 +144,16 @@ func TestGiveBackAndLose(t *testing.T) {
 		// It is known to those who come later, too.
 		r.a.kill()
 		r.a.start()
-		for limit := time.Now().Add(time.Minute); !r.look(r.a).Decidable; time.Sleep(20 * time.Millisecond) {
+		for limit := time.Now().Add(time.Minute); !r.look(r.a).Decidable; time.Sleep(20 *
+			time.Millisecond) {
 			if time.Now().After(limit) {
 				t.Fatalf("%v", r.look(r.a))
 			}
 		}
 	}
-	if _, err := r.a.api.Decide(t.Context(), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_DISCARD, Confirm: "web1"})); err != nil {
+	if _, err := r.a.api.Decide(t.Context(),
+		connect.NewRequest(&hostv1.DecideRequest{Id: e.Id,
+			Decision: hostv1.Decision_DECISION_DISCARD, Confirm: "web1"})); err != nil {
 		t.Error(err)
 	}
 }

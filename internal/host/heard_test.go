@@ -20,13 +20,15 @@ func TestAcknowledged(t *testing.T) {
 		dir := t.TempDir()
 		var entries []*journal.Entry
 		id := journal.NewID()
-		for role, first := range map[journal.Role]evict.Mark{journal.Source: evict.MarkMayRun, journal.Destination: mark} {
+		for role, first := range map[journal.Role]evict.Mark{journal.Source: evict.MarkMayRun,
+			journal.Destination: mark} {
 			j, err := journal.Open(filepath.Join(dir, string(role)))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer j.Close()
-			e, err := j.Create(journal.Record{ID: id, Role: role, VM: "web1", Peer: "host", Mark: string(first)})
+			e, err := j.Create(journal.Record{ID: id, Role: role, VM: "web1", Peer: "host",
+				Mark: string(first)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -39,7 +41,8 @@ func TestAcknowledged(t *testing.T) {
 		if err := entries[1].Finish(string(mark), "", nil); err != nil {
 			t.Fatal(err)
 		}
-		h := &Host{started: time.Now(), config: Config{Name: "hostb"}, log: slog.New(slog.DiscardHandler)}
+		h := &Host{started: time.Now(), config: Config{Name: "hostb"},
+			log: slog.New(slog.DiscardHandler)}
 		v := h.newEviction(entries[1])
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -58,13 +61,15 @@ func TestAcknowledged(t *testing.T) {
 			}
 			answered <- err
 		}()
-		s := evict.Source{Eviction: id, VM: "web1", QMP: filepath.Join(dir, "none"), Journal: record{entries[0]}, Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
+		s := evict.Source{Eviction: id, VM: "web1", QMP: filepath.Join(dir, "none"),
+			Journal: record{entries[0]}, Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
 		report, err := s.Resume(labtest.Within(t, 10*time.Second), evict.MarkMayRun)
 		if serr := <-answered; serr != nil {
 			t.Fatal(serr)
 		}
 		if v.acknowledged() != want {
-			t.Errorf("at the mark %q the source ended as %q, %v; that it has heard is kept: %v", mark, report.Outcome, err, v.acknowledged())
+			t.Errorf("at the mark %q the source ended as %q, %v; that it has heard is kept: %v",
+				mark, report.Outcome, err, v.acknowledged())
 		}
 	}
 }

@@ -1,13 +1,14 @@
-// Package host is the daemon of one host: it evicts VMs to other hosts and takes theirs, several at once, and goes on after its
-// own death with what was under way.
+// Package host is the daemon of one host: it evicts VMs to other hosts and takes theirs, several at
+// once, and goes on after its own death with what was under way.
 //
 //	operators ── API (Connect, unix socket or TLS) ──► Host ──► evict.Source       ── link ──► other hosts
 //	                                                   │  ▲
 //	                                               journal  └── evict.Destination  ◄── link ── other hosts
 //
-// Each eviction has an entry in the journal on both hosts, under one ID. An engine of package evict works on it; when the daemon
-// starts, each entry that has not ended gets an engine again. Which marks an entry goes through, and what follows from each
-// after a failure, is told in docs/protocol.md.
+// Each eviction has an entry in the journal on both hosts, under one ID. An engine of package evict
+// works on it; when the daemon starts, each entry that has not ended gets an engine again. Which
+// marks an entry goes through, and what follows from each after a failure, is told in
+// docs/protocol.md.
 package host
 
 import (
@@ -71,12 +72,13 @@ type Host struct {
 	promised room.Ledger // memory of this host, to VMs that are coming
 }
 
-// Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet. version is told to those who
-// ask.
+// Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet.
+// version is told to those who ask.
 func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	h := &Host{
 		config: c, version: version, log: log, started: time.Now(),
-		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{}, paths: map[string]*evict.Path{},
+		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{},
+		paths: map[string]*evict.Path{},
 		known: map[string]knownQEMU{}, ahead: map[string]lookedAhead{},
 	}
 	for name, p := range c.Peers {
@@ -91,10 +93,13 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	}()
 	if !c.Plain {
 		problem := func(err error) {
-			log.Error("the certificate files were replaced by some that cannot be used; those of before stay", "error", err)
+			log.Error("the certificate files were replaced by some that cannot be used; those "+
+				"of before stay", "error", err)
 		}
 		if h.identity, err = certs.Load(c.Certs, problem); err != nil {
-			return nil, fmt.Errorf("%w: certificates are made by vacate certs; plain = true is for a link that nobody else reaches", err)
+			return nil,
+				fmt.Errorf("%w: certificates are made by vacate certs; plain = true is for a "+
+					"link that nobody else reaches", err)
 		}
 		if _, ok := c.Peers[h.identity.Name()]; ok {
 			return nil, selfPeer(h.identity.Name())
@@ -125,11 +130,12 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	return h, nil
 }
 
-// maxConnections bounds those to each of the API's TCP port and the one for metrics. Further ones wait: one that does not
-// get through TLS, or asks nothing, ends after requestTime.
+// maxConnections bounds those to each of the API's TCP port and the one for metrics. Further ones
+// wait: one that does not get through TLS, or asks nothing, ends after requestTime.
 const maxConnections = 256
 
-// requestTime is how long a client of the API may take for the handshake of TLS, and for the head of a request.
+// requestTime is how long a client of the API may take for the handshake of TLS, and for the head
+// of a request.
 const requestTime = 10 * time.Second
 
 // idleTime is how long a connection to the API may stay that asks nothing.
@@ -137,7 +143,8 @@ const idleTime = time.Minute
 
 const bytesPerMbit = 1_000_000 / 8
 
-// listenUnix listens on a socket for this user, and a group unless that is empty. A socket that nobody listens on is replaced.
+// listenUnix listens on a socket for this user, and a group unless that is empty. A socket that
+// nobody listens on is replaced.
 func listenUnix(path, group string) (net.Listener, error) {
 	gid, err := groupID(group)
 	if err != nil {
@@ -154,7 +161,9 @@ func listenUnix(path, group string) (net.Listener, error) {
 		// The journal's lock was taken before: a socket that answers is of another configuration.
 		if c, err := net.Dial("unix", path); err == nil {
 			c.Close()
-			return nil, fmt.Errorf("socket = %q: another daemon answers there: end it, or name another path", path)
+			return nil,
+				fmt.Errorf("socket = %q: another daemon answers there: end it, or name another "+
+					"path", path)
 		} else if !errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, err
 		}
@@ -182,7 +191,8 @@ func groupID(name string) (int, error) {
 	}
 	g, err := user.LookupGroup(name)
 	if err != nil {
-		return -1, fmt.Errorf("socket_group = %q: there is no such group: addgroup --system %[1]s", name)
+		return -1, fmt.Errorf("socket_group = %q: there is no such group: addgroup --system %[1]s",
+			name)
 	}
 	return strconv.Atoi(g.Gid)
 }
@@ -198,9 +208,13 @@ func ownSocket(path string) (bool, error) {
 	}
 	// A daemon makes its socket for its own user, and one group at most.
 	st, ok := info.Sys().(*syscall.Stat_t)
-	if info.Mode().Type() != fs.ModeSocket || info.Mode().Perm()&0o017 != 0 || !ok || int(st.Uid) != os.Geteuid() {
-		return false, fmt.Errorf("socket = %q: something else than a socket of vacated is there (%v): it was not touched. "+
-			"Name a path that nothing else uses", path, info.Mode())
+	if info.Mode().Type() != fs.ModeSocket || info.Mode().Perm()&0o017 != 0 || !ok ||
+		int(st.Uid) != os.Geteuid() {
+		return false,
+			fmt.Errorf(
+				"socket = %q: something else than a socket of vacated is there (%v): it was not "+
+					"touched. "+
+					"Name a path that nothing else uses", path, info.Mode())
 	}
 	return true, nil
 }
@@ -216,8 +230,9 @@ func (h *Host) name() string {
 // stopTime is how long evictions that can still be aborted may take to be, when the daemon stops.
 const stopTime = 60 * time.Second
 
-// Run takes up what an earlier daemon has left, and serves until ctx is done. Then it stops: evictions that were not committed
-// are aborted, all others are left for the next daemon, with their VMs running or frozen as they are.
+// Run takes up what an earlier daemon has left, and serves until ctx is done. Then it stops:
+// evictions that were not committed are aborted, all others are left for the next daemon, with
+// their VMs running or frozen as they are.
 func (h *Host) Run(ctx context.Context) error {
 	defer h.close()
 	h.recover()
@@ -229,9 +244,12 @@ func (h *Host) Run(ctx context.Context) error {
 		if ln == nil {
 			return
 		}
-		s := &http.Server{Handler: handler, ReadHeaderTimeout: requestTime, IdleTimeout: idleTime, MaxHeaderBytes: 64 << 10,
-			ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), Protocols: protocols(),
-			BaseContext: func(net.Listener) context.Context { return ctx }, ConnContext: withAsker}
+		s := &http.Server{Handler: handler, ReadHeaderTimeout: requestTime, IdleTimeout: idleTime,
+			MaxHeaderBytes: 64 << 10,
+			ErrorLog:       slog.NewLogLogger(h.log.Handler(), slog.LevelDebug),
+			Protocols:      protocols(),
+			BaseContext:    func(net.Listener) context.Context { return ctx },
+			ConnContext:    withAsker}
 		if secure {
 			// Who is refused is a matter for this host's operators.
 			s.ErrorLog = slog.NewLogLogger(h.log.With("port", "api").Handler(), slog.LevelWarn)
@@ -260,9 +278,11 @@ func (h *Host) Run(ctx context.Context) error {
 		guard.Go(func() { h.guard(ctx) })
 	}
 	if !hypervisor.Scoped() {
-		h.log.Info("no systemd runs here: VMs that this daemon starts share its control group, its weight and its limits")
+		h.log.Info("no systemd runs here: VMs that this daemon starts share its control group, " +
+			"its weight and its limits")
 	}
-	h.log.Info("serving", "host", h.name(), "listen", addrOf(h.link), "socket", h.config.Socket, "api", addrOf(h.tcp), "metrics", addrOf(h.scrape))
+	h.log.Info("serving", "host", h.name(), "listen", addrOf(h.link), "socket", h.config.Socket,
+		"api", addrOf(h.tcp), "metrics", addrOf(h.scrape))
 	<-ctx.Done()
 	guard.Wait()
 
@@ -297,8 +317,8 @@ func (h *Host) Run(ctx context.Context) error {
 	return nil
 }
 
-// Settle has no eviction begin any more, and returns when those under way are past what a stop would abort. Whoever then ends
-// Run costs nobody an eviction: the next daemon goes on with them.
+// Settle has no eviction begin any more, and returns when those under way are past what a stop
+// would abort. Whoever then ends Run costs nobody an eviction: the next daemon goes on with them.
 func (h *Host) Settle(ctx context.Context) error {
 	h.mu.Lock()
 	h.stopping = true
@@ -383,7 +403,8 @@ func (h *Host) serveLink(ctx context.Context, fail func(error)) (stop func()) {
 	}
 }
 
-// allow decides who may speak at all: hosts that are configured. What each may ask is decided by request.
+// allow decides who may speak at all: hosts that are configured. What each may ask is decided by
+// request.
 func (h *Host) allow(peer string) error {
 	if h.identity == nil {
 		return nil // known by its address, which only the session has
@@ -400,7 +421,8 @@ func (h *Host) turnedAway(from string, err error) {
 		err    error
 		reason string
 	}{
-		{link.ErrUnauthenticated, "unauthenticated"}, {link.ErrUnauthorised, "unauthorised"}, {link.ErrTooSlow, "too slow"},
+		{link.ErrUnauthenticated, "unauthenticated"}, {link.ErrUnauthorised, "unauthorised"},
+		{link.ErrTooSlow, "too slow"},
 		{link.ErrTooMany, "too many"}, {link.ErrVersion, "version"}, {link.ErrTaken, "replayed"},
 	} {
 		if errors.Is(err, r.err) {
@@ -415,7 +437,8 @@ func (h *Host) turnedAway(from string, err error) {
 func (h *Host) dialer(peer string) (link.Dialer, error) {
 	p, ok := h.config.Peers[peer]
 	if !ok {
-		return link.Dialer{}, fmt.Errorf("host %q is no peer of this one: %s", peer, h.config.peerNames())
+		return link.Dialer{}, fmt.Errorf("host %q is no peer of this one: %s", peer,
+			h.config.peerNames())
 	}
 	if p.Address == "" {
 		return link.Dialer{}, fmt.Errorf("host %q has no address: nothing can be sent there", peer)

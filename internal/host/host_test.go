@@ -35,14 +35,17 @@ func TestThereAndBack(t *testing.T) {
 	if err != nil || end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
-	if end, err = b.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" || end.Role != "destination" || end.Peer != "hosta" {
+	if end, err = b.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" ||
+		end.Role != "destination" || end.Peer != "hosta" {
 		t.Fatalf("%v, %v", end, err)
 	}
 	trace, err := a.api.GetTrace(t.Context(), connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id}))
 	if err != nil || len(trace.Msg.Trace) < 1000 {
 		t.Errorf("trace: %v, %v", trace, err)
 	}
-	if _, err := b.api.GetTrace(t.Context(), connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id})); connect.CodeOf(err) != connect.CodeNotFound {
+	if _, err := b.api.GetTrace(t.Context(),
+		connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id})); connect.CodeOf(err) !=
+		connect.CodeNotFound {
 		t.Errorf("trace at the destination: %v", err)
 	}
 	twin, err := there.Started(labtest.Within(t, time.Minute))
@@ -58,7 +61,8 @@ func TestThereAndBack(t *testing.T) {
 	b.start()
 	a.start()
 	vms, err := b.api.ListVMs(t.Context(), connect.NewRequest(&hostv1.ListVMsRequest{}))
-	if err != nil || len(vms.Msg.Vms) != 1 || vms.Msg.Vms[0].State != "running" || vms.Msg.Vms[0].EvictionId != "" {
+	if err != nil || len(vms.Msg.Vms) != 1 || vms.Msg.Vms[0].State != "running" ||
+		vms.Msg.Vms[0].EvictionId != "" {
 		t.Fatalf("%v, %v", vms, err)
 	}
 	if e, err = b.evict("web1", "hosta"); err != nil {
@@ -74,7 +78,8 @@ func TestThereAndBack(t *testing.T) {
 	labtest.MustCheck(t, vm)
 }
 
-// A twin may take long to start: for how long, its description says, and the source says what is awaited. An abort ends it.
+// A twin may take long to start: for how long, its description says, and the source says what is
+// awaited. An abort ends it.
 func slowTwin(t *testing.T, a, b *site, there *lab.Expected) {
 	t.Helper()
 	file := filepath.Join(b.vms, "web1.toml")
@@ -105,14 +110,17 @@ func slowTwin(t *testing.T, a, b *site, there *lab.Expected) {
 	}
 	slow(60, `start_timeout = "2s"`)
 	end, err := a.watch(begin().Id, time.Minute)
-	if err != nil || end.Outcome != "refused" || !strings.Contains(end.Reason, "QEMU did not answer at "+there.QMP+" within 2s and was ended") ||
+	if err != nil || end.Outcome != "refused" ||
+		!strings.Contains(end.Reason,
+			"QEMU did not answer at "+there.QMP+" within 2s and was ended") ||
 		!strings.Contains(end.Reason, "set start_timeout in "+file) {
 		t.Errorf("%v, %v", end, err)
 	}
 
 	slow(60, `start_timeout = "2m"`)
 	e := begin()
-	stream, err := a.api.WatchEviction(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.WatchEvictionRequest{Id: e.Id}))
+	stream, err := a.api.WatchEviction(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.WatchEvictionRequest{Id: e.Id}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +129,8 @@ func slowTwin(t *testing.T, a, b *site, there *lab.Expected) {
 		p := stream.Msg().GetProgress()
 		if !told && p.GetAwaits() == "host hostb starts a QEMU for VM web1" && p.AwaitedS >= 1 {
 			told = true
-			if _, err := a.api.Abort(t.Context(), connect.NewRequest(&hostv1.AbortRequest{Id: e.Id})); err != nil {
+			if _, err := a.api.Abort(t.Context(),
+				connect.NewRequest(&hostv1.AbortRequest{Id: e.Id})); err != nil {
 				t.Error(err)
 			}
 		}
@@ -146,14 +155,16 @@ func must(t *testing.T, read func(string) ([]byte, error), name string) []byte {
 	return b
 }
 
-// That the destination has no memory is the reason for which an eviction does not go on, for as long as that is so.
+// That the destination has no memory is the reason for which an eviction does not go on, for as
+// long as that is so.
 func TestShortReason(t *testing.T) {
 	v := &eviction{host: &Host{}, changed: make(chan struct{})}
 	for i, step := range []struct {
 		state evict.State
 		short string
 	}{
-		{evict.Running, ""}, {evict.Running, "no memory"}, {evict.CutOff, "no memory"}, {evict.Running, "no memory"}, {evict.Running, "still none"}, {evict.Running, ""},
+		{evict.Running, ""}, {evict.Running, "no memory"}, {evict.CutOff, "no memory"},
+		{evict.Running, "no memory"}, {evict.Running, "still none"}, {evict.Running, ""},
 	} {
 		v.show(evict.Progress{State: step.state, Short: step.short})
 		if v.reason != step.short {

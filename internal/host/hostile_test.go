@@ -23,7 +23,8 @@ import (
 	"connectrpc.com/connect"
 )
 
-// Peers that have no business on the link are turned away and counted while a VM is moved past them, which takes no harm.
+// Peers that have no business on the link are turned away and counted while a VM is moved past
+// them, which takes no harm.
 func TestHostilePeers(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e8})
 	a, b := sites(t, l)
@@ -44,7 +45,8 @@ func TestHostilePeers(t *testing.T) {
 		if err := certs.Issue(ca, name, dir, certs.DefaultDays, false); err != nil {
 			t.Fatal(err)
 		}
-		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "host.pem"), filepath.Join(dir, "host.key"))
+		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "host.pem"),
+			filepath.Join(dir, "host.key"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -81,7 +83,8 @@ func TestHostilePeers(t *testing.T) {
 			io.Copy(io.Discard, c)
 		}
 	}
-	hello := []byte("vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0xff}) + "\x00\x00sixteen bytes id" + strings.Repeat("\x00", 8))
+	hello := []byte("vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0xff}) +
+		"\x00\x00sixteen bytes id" + strings.Repeat("\x00", 8))
 	peers := map[string]func(context.Context){
 		"unauthenticated": secure(&tls.Config{InsecureSkipVerify: true}, hello),
 		"wrong CA":        secure(wrongCA, hello),
@@ -153,7 +156,8 @@ func TestOperators(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"hosta", "admin", "hostb"} {
-		if err := certs.Issue(ca, name, filepath.Join(dir, name), certs.DefaultDays, false); err != nil {
+		if err := certs.Issue(ca, name, filepath.Join(dir, name), certs.DefaultDays,
+			false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -162,12 +166,14 @@ func TestOperators(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(socket)
-	config := Config{Certs: filepath.Join(dir, "hosta"), Socket: filepath.Join(socket, "sock"), Journal: filepath.Join(dir, "journal"), VMs: filepath.Join(dir, "vms"),
+	config := Config{Certs: filepath.Join(dir, "hosta"), Socket: filepath.Join(socket, "sock"),
+		Journal: filepath.Join(dir, "journal"), VMs: filepath.Join(dir, "vms"),
 		API: API{Listen: "127.0.0.1:0", Operators: []string{"admin"}}, Metrics: "127.0.0.1:0"}
 	var log words
 	h := serve(t, config, &log)
 	ask := func(name string, trust bool) error {
-		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, name, "host.pem"), filepath.Join(dir, name, "host.key"))
+		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, name, "host.pem"),
+			filepath.Join(dir, name, "host.key"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -188,7 +194,8 @@ func TestOperators(t *testing.T) {
 			t.Errorf("the host is %q", r.Msg.Host)
 		}
 		if err == nil {
-			_, abort := client.Abort(t.Context(), connect.NewRequest(&hostv1.AbortRequest{Id: strings.Repeat("ab", 16)}))
+			_, abort := client.Abort(t.Context(),
+				connect.NewRequest(&hostv1.AbortRequest{Id: strings.Repeat("ab", 16)}))
 			if connect.CodeOf(abort) != connect.CodeNotFound {
 				t.Errorf("abort of what there is not: %v", abort)
 			}
@@ -204,13 +211,15 @@ func TestOperators(t *testing.T) {
 	if err := ask("admin", false); err == nil {
 		t.Error("someone without a certificate may ask")
 	}
-	for _, want := range []string{"operator=\"admin from 127.0.0.1:", "\\\"hostb\\\" is no operator", "client didn't provide a certificate"} {
+	for _, want := range []string{"operator=\"admin from 127.0.0.1:",
+		"\\\"hostb\\\" is no operator", "client didn't provide a certificate"} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not say %s", want)
 		}
 	}
 
-	// Those who say nothing are not let in without end, and an operator is heard when they have left.
+	// Those who say nothing are not let in without end, and an operator is heard when they have
+	// left.
 	var silent []net.Conn
 	for range maxConnections + 10 {
 		c, err := net.Dial("tcp", h.tcp.Addr().String())

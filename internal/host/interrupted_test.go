@@ -24,12 +24,14 @@ import (
 // scrape is what Prometheus is told by a daemon, by name and labels.
 func (s *site) scrape() map[string]float64 {
 	s.t.Helper()
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	transport := &http.Transport{DialContext: func(ctx context.Context,
+		_, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", filepath.Join(s.dir, "sock"))
 	}}
 	defer transport.CloseIdleConnections()
-	r, err := (&http.Client{Transport: transport, Timeout: 10 * time.Second}).Get("http://host/metrics")
+	r, err := (&http.Client{Transport: transport,
+		Timeout: 10 * time.Second}).Get("http://host/metrics")
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -40,7 +42,8 @@ func (s *site) scrape() map[string]float64 {
 		if i := strings.LastIndexByte(name, ' '); i >= 0 { // labels may have blanks
 			name, value = name[:i], name[i+1:]
 		}
-		if v, err := strconv.ParseFloat(value, 64); err == nil && strings.HasPrefix(name, "vacate_") {
+		if v, err := strconv.ParseFloat(value, 64); err == nil &&
+			strings.HasPrefix(name, "vacate_") {
 			all[name] = v
 		}
 	}
@@ -63,7 +66,8 @@ func (r *run) metrics(s *site, when string, want map[string]float64) map[string]
 // and after it.
 func TestInterrupted(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
+	r := &run{t: t, lab: l, vm: boot(t, l.A,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
 	r.a, r.b = sites(t, l)
 	r.a.describe("web1", r.vm.QMP, r.vm.Args)
 	r.expected = r.b.expect("web1", r.vm)
@@ -80,16 +84,23 @@ func TestInterrupted(t *testing.T) {
 		return fmt.Sprintf(`vacate_eviction_%s{role="source",vm="web1"}`, name)
 	}
 	const undecided = "vacate_evictions_undecided"
-	before := r.metrics(r.a, "pushing", map[string]float64{state("source", "pushing"): 1, undecided: 0, ended("source"): -1})
+	before := r.metrics(r.a, "pushing",
+		map[string]float64{state("source", "pushing"): 1, undecided: 0, ended("source"): -1})
 	if err := l.SetLinkUp(false); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(r.a, "reconnecting", func(e *hostv1.Eviction) bool { return e.State == string(evict.Reconnecting) })
+	r.wait(r.a, "reconnecting",
+		func(e *hostv1.Eviction) bool { return e.State == string(evict.Reconnecting) })
 	r.wait(r.b, "cut off", func(e *hostv1.Eviction) bool { return e.State == string(evict.CutOff) })
-	cut := r.metrics(r.a, "without a link", map[string]float64{state("source", "reconnecting"): 1, state("source", "pushing"): -1, undecided: 1, ended("source"): -1})
-	r.metrics(r.b, "without a link", map[string]float64{state("destination", "cut off"): 1, undecided: 1})
-	if n := cut[of("pages")]; n < before[of("pages")] || n <= 0 || n >= cut[of("vm_pages")] || cut[of("vm_pages")] != before[of("vm_pages")] {
-		t.Errorf("%v of %v pages, and before %v of %v", n, cut[of("vm_pages")], before[of("pages")], before[of("vm_pages")])
+	cut := r.metrics(r.a, "without a link",
+		map[string]float64{state("source", "reconnecting"): 1, state("source", "pushing"): -1,
+			undecided: 1, ended("source"): -1})
+	r.metrics(r.b, "without a link",
+		map[string]float64{state("destination", "cut off"): 1, undecided: 1})
+	if n := cut[of("pages")]; n < before[of("pages")] || n <= 0 || n >= cut[of("vm_pages")] ||
+		cut[of("vm_pages")] != before[of("vm_pages")] {
+		t.Errorf("%v of %v pages, and before %v of %v", n, cut[of("vm_pages")], before[of("pages")],
+			before[of("vm_pages")])
 	}
 	const lost = 2 * time.Second
 	time.Sleep(lost)
@@ -132,7 +143,8 @@ func interruptedPage(t *testing.T, p htmlreport.Eviction, lost, total float64) {
 			at[ph.State] = ph.At
 		}
 	}
-	want := []evict.State{evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.Pushing, evict.Reconnecting, evict.Pushing, evict.Retiring, evict.Completed}
+	want := []evict.State{evict.Preparing, evict.Switching, evict.Loading, evict.Committing,
+		evict.Pushing, evict.Reconnecting, evict.Pushing, evict.Retiring, evict.Completed}
 	if !slices.Equal(phases, want) {
 		t.Fatalf("phases %q, want %q", phases, want)
 	}
@@ -141,8 +153,9 @@ func interruptedPage(t *testing.T, p htmlreport.Eviction, lost, total float64) {
 		got  *float64
 		want float64
 	}{
-		"preparation": {rep.Prepare, at[evict.Switching]}, "execution transfer": {rep.Transfer, at[evict.Pushing] - at[evict.Switching]},
-		"total": {rep.Total, at[evict.Completed] - at[evict.Switching]},
+		"preparation":        {rep.Prepare, at[evict.Switching]},
+		"execution transfer": {rep.Transfer, at[evict.Pushing] - at[evict.Switching]},
+		"total":              {rep.Total, at[evict.Completed] - at[evict.Switching]},
 	} {
 		if c.got == nil || math.Abs(*c.got-c.want) > near {
 			t.Errorf("%s is %v, by the phases %.3f", what, c.got, c.want)
@@ -151,11 +164,13 @@ func interruptedPage(t *testing.T, p htmlreport.Eviction, lost, total float64) {
 	if rep.Down == nil || *rep.Down <= 0 || *rep.Down > *rep.Transfer {
 		t.Errorf("down time %v, execution transfer %v", rep.Down, rep.Transfer)
 	}
-	if gone := rep.Phases[5]; len(rep.Gaps) != 1 || math.Abs(rep.Gaps[0].For-gone.For) > near || rep.Gaps[0].For < lost {
+	if gone := rep.Phases[5]; len(rep.Gaps) != 1 || math.Abs(rep.Gaps[0].For-gone.For) > near ||
+		rep.Gaps[0].For < lost {
 		t.Errorf("gaps %+v, without a link %+v, for %.0f s at least", rep.Gaps, gone, lost)
 	}
 	n := rep.Pages
-	if sum := n.Early + n.Pushed + n.Near + n.Fetched + n.Skipped + n.Unused; sum != n.Total || float64(sum) != total || n.Before != 0 {
+	if sum := n.Early + n.Pushed + n.Near + n.Fetched + n.Skipped + n.Unused; sum != n.Total ||
+		float64(sum) != total || n.Before != 0 {
 		t.Errorf("%d pages in sum: %+v, and %v by the metrics", sum, n, total)
 	}
 	// What was on its way when the link was lost was sent twice, and the graph has it twice.
@@ -166,9 +181,11 @@ func interruptedPage(t *testing.T, p htmlreport.Eviction, lost, total float64) {
 		}
 	}
 	again := rep.Gaps[0].Again
-	for why, count := range map[string]int{"early": n.Early, "planned": n.Pushed, "near": n.Near, "fetched": n.Fetched, "skipped": n.Skipped, "unused": n.Unused} {
+	for why, count := range map[string]int{"early": n.Early, "planned": n.Pushed, "near": n.Near,
+		"fetched": n.Fetched, "skipped": n.Skipped, "unused": n.Unused} {
 		if by[why] < count || by[why] > count+again {
-			t.Errorf("the page draws %d pages as %s, and %d were, and at most %d twice", by[why], why, count, again)
+			t.Errorf("the page draws %d pages as %s, and %d were, and at most %d twice", by[why],
+				why, count, again)
 		}
 	}
 	for _, ms := range p.Trace.When {

@@ -41,15 +41,16 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// runDaemon is a daemon that tells its parent, on standard output, of each state of its engines, and waits in those that the
-// parent names (ROLE/STATE, on standard input) until it says "go".
+// runDaemon is a daemon that tells its parent, on standard output, of each state of its engines,
+// and waits in those that the parent names (ROLE/STATE, on standard input) until it says "go".
 func runDaemon(file string) error {
 	sched.Process()
 	config, err := ReadConfig(file)
 	if err != nil {
 		return err
 	}
-	h, err := Open(config, "test", slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	h, err := Open(config, "test",
+		slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	if err != nil {
 		return err
 	}
@@ -130,20 +131,26 @@ func sites(t testing.TB, l *lab.Lab) (a, b *site) {
 		if err := os.MkdirAll(s.vms, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := certs.Issue(ca, s.name, filepath.Join(s.dir, "certs"), certs.DefaultDays, false); err != nil {
+		if err := certs.Issue(ca, s.name, filepath.Join(s.dir, "certs"), certs.DefaultDays,
+			false); err != nil {
 			t.Fatal(err)
 		}
 		other := list[1-i]
-		config := fmt.Sprintf("certs = \"certs\"\nlisten = %q\nsocket = \"sock\"\njournal = \"journal\"\nvms = \"vms\"\n[peers.%s]\naddress = %q\nmay_send = true\n",
-			net.JoinHostPort(s.host.Addr, "7601"), other.name, net.JoinHostPort(other.host.Addr, "7601"))
-		if err := os.WriteFile(filepath.Join(s.dir, "vacated.toml"), []byte(config), 0o600); err != nil {
+		config :=
+			fmt.Sprintf("certs = \"certs\"\nlisten = %q\nsocket = \"sock\"\njournal = "+
+				"\"journal\"\nvms = \"vms\"\n[peers.%s]\naddress = %q\nmay_send = true\n",
+				net.JoinHostPort(s.host.Addr, "7601"), other.name,
+				net.JoinHostPort(other.host.Addr, "7601"))
+		if err := os.WriteFile(filepath.Join(s.dir, "vacated.toml"), []byte(config),
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 		if s.log, err = os.Create(filepath.Join(s.dir, "log")); err != nil {
 			t.Fatal(err)
 		}
 		socket := filepath.Join(s.dir, "sock")
-		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		transport := &http.Transport{DialContext: func(ctx context.Context,
+			_, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
 		}}
@@ -297,7 +304,8 @@ func (s *site) describe(name, qmp string, args []string) {
 		fmt.Fprintf(&b, "  %q,\n", a)
 	}
 	b.WriteString("]\n")
-	if err := os.WriteFile(filepath.Join(s.vms, name+".toml"), []byte(b.String()), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(s.vms, name+".toml"), []byte(b.String()),
+		0o644); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -323,7 +331,8 @@ func (s *site) evictAt(vm, to string, rate uint64) (*hostv1.Eviction, error) {
 
 // evictWith begins an eviction with options.
 func (s *site) evictWith(vm, to string, options *hostv1.EvictOptions) (*hostv1.Eviction, error) {
-	r, err := s.api.Evict(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: options}))
+	r, err := s.api.Evict(labtest.Within(s.t, time.Minute),
+		connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: to, Options: options}))
 	if err != nil {
 		return nil, err
 	}
@@ -334,7 +343,8 @@ func (s *site) evictWith(vm, to string, options *hostv1.EvictOptions) (*hostv1.E
 func (s *site) watch(id string, limit time.Duration) (*hostv1.Eviction, error) {
 	ctx, cancel := context.WithTimeout(s.t.Context(), limit)
 	defer cancel()
-	stream, err := s.api.WatchEviction(ctx, connect.NewRequest(&hostv1.WatchEvictionRequest{Id: id}))
+	stream, err := s.api.WatchEviction(ctx,
+		connect.NewRequest(&hostv1.WatchEvictionRequest{Id: id}))
 	if err != nil {
 		return nil, err
 	}

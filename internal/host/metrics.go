@@ -32,41 +32,55 @@ func newMetrics(h *Host) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(), vms: prometheus.NewRegistry(),
 		ended: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "vacate_evictions_ended_total", Help: "Evictions that ended since the daemon started, by this host's role and the outcome.",
+			Name: "vacate_evictions_ended_total",
+			Help: "Evictions that ended since the daemon started, by this host's role and the " +
+				"outcome.",
 		}, []string{"role", "outcome"}),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "vacate_link_turned_away_total", Help: "Connections to the link that did not become part of a session, by reason.",
+			Name: "vacate_link_turned_away_total",
+			Help: "Connections to the link that did not become part of a session, by reason.",
 		}, []string{"reason"}),
 		offersRefused: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "vacate_offers_refused_total", Help: "VMs that were offered by peers and not taken.",
+			Name: "vacate_offers_refused_total",
+			Help: "VMs that were offered by peers and not taken.",
 		}),
 		guarded: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "vacate_guard_evictions_total", Help: "Evictions that the daemon began by itself, as its host was overloaded.",
+			Name: "vacate_guard_evictions_total",
+			Help: "Evictions that the daemon began by itself, as its host was overloaded.",
 		}),
 		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "vacate_link_bytes_total", Help: "Bytes over the link, both ways, of evictions since the daemon started, by this host's role.",
+			Name: "vacate_link_bytes_total",
+			Help: "Bytes over the link, both ways, of evictions since the daemon started, by " +
+				"this host's role.",
 		}, []string{"role"}),
 		down: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "vacate_eviction_down_time_seconds", Help: "How long VMs that left stood still.", Buckets: prometheus.ExponentialBuckets(0.01, 2, 11),
+			Name: "vacate_eviction_down_time_seconds", Help: "How long VMs that left stood still.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 2, 11),
 		}),
 		transfer: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "vacate_eviction_transfer_seconds", Help: "How long it took until VMs that left ran on the other host, since they were first touched.",
+			Name: "vacate_eviction_transfer_seconds",
+			Help: "How long it took until VMs that left ran on the other host, since they " +
+				"were first touched.",
 			Buckets: prometheus.ExponentialBuckets(0.01, 2, 11),
 		}),
 		whole: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "vacate_eviction_duration_seconds", Help: "How long it took until this host held nothing more of VMs that left, since they were first touched.",
+			Name: "vacate_eviction_duration_seconds",
+			Help: "How long it took until this host held nothing more of VMs that left, " +
+				"since they were first touched.",
 			Buckets: prometheus.ExponentialBuckets(0.5, 2, 13),
 		}),
 	}
 	m.registry.MustRegister(m.own(h)...)
 	m.vms.MustRegister(vmTimes{h})
-	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
 // own are those that this daemon has and others have not.
 func (m *metrics) own(h *Host) []prometheus.Collector {
-	return []prometheus.Collector{m.ended, m.refused, m.offersRefused, m.guarded, m.bytes, m.down, m.transfer, m.whole, open{h}}
+	return []prometheus.Collector{m.ended, m.refused, m.offersRefused, m.guarded, m.bytes, m.down,
+		m.transfer, m.whole, open{h}}
 }
 
 // left takes the report of a VM that left into account.
@@ -88,19 +102,31 @@ const scrapeTime = time.Second
 type open struct{ h *Host }
 
 var (
-	openState    = prometheus.NewDesc("vacate_evictions_open", "Evictions that have not ended, by role and state; state is empty where an operator has to decide.", []string{"role", "state"}, nil)
-	openPages    = prometheus.NewDesc("vacate_eviction_pages", "Pages of an eviction under way that were dealt with.", []string{"vm", "role"}, nil)
-	openTotal    = prometheus.NewDesc("vacate_eviction_vm_pages", "Pages of the VM of an eviction under way.", []string{"vm", "role"}, nil)
-	openFetches  = prometheus.NewDesc("vacate_eviction_fetches", "Pages that the VM of an eviction under way waited for.", []string{"vm", "role"}, nil)
-	openDecision = prometheus.NewDesc("vacate_evictions_undecided", "Evictions whose VM stands frozen here and needs an operator, or the other host, to go on.", nil, nil)
-	certExpires  = prometheus.NewDesc("vacate_certificate_expires_seconds", "When this host's certificate expires, in seconds since 1970.", nil, nil)
-	vmRan        = prometheus.NewDesc("vacate_vm_cpu_seconds_total", "CPU time that the vCPUs of a VM here had.", []string{"vm"}, nil)
-	vmWaited     = prometheus.NewDesc("vacate_vm_cpu_waiting_seconds_total", "CPU time that the vCPUs of a VM here wanted and did not have: what the guest calls steal.", []string{"vm"}, nil)
+	openState = prometheus.NewDesc("vacate_evictions_open",
+		"Evictions that have not ended, by role and state; state is empty where an operator has "+
+			"to decide.", []string{"role", "state"}, nil)
+	openPages = prometheus.NewDesc("vacate_eviction_pages",
+		"Pages of an eviction under way that were dealt with.", []string{"vm", "role"}, nil)
+	openTotal = prometheus.NewDesc("vacate_eviction_vm_pages",
+		"Pages of the VM of an eviction under way.", []string{"vm", "role"}, nil)
+	openFetches = prometheus.NewDesc("vacate_eviction_fetches",
+		"Pages that the VM of an eviction under way waited for.", []string{"vm", "role"}, nil)
+	openDecision = prometheus.NewDesc("vacate_evictions_undecided",
+		"Evictions whose VM stands frozen here and needs an operator, or the other host, to go on.",
+		nil, nil)
+	certExpires = prometheus.NewDesc("vacate_certificate_expires_seconds",
+		"When this host's certificate expires, in seconds since 1970.", nil, nil)
+	vmRan = prometheus.NewDesc("vacate_vm_cpu_seconds_total",
+		"CPU time that the vCPUs of a VM here had.", []string{"vm"}, nil)
+	vmWaited = prometheus.NewDesc("vacate_vm_cpu_waiting_seconds_total",
+		"CPU time that the vCPUs of a VM here wanted and did not have: what the guest calls steal.",
+		[]string{"vm"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (o open) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{openState, openPages, openTotal, openFetches, openDecision, certExpires} {
+	for _, d := range []*prometheus.Desc{openState, openPages, openTotal, openFetches, openDecision,
+		certExpires} {
 		ch <- d
 	}
 }
@@ -167,8 +193,10 @@ func (t vmTimes) Collect(ch chan<- prometheus.Metric) {
 			if err != nil {
 				return // it ended just now
 			}
-			ch <- prometheus.MustNewConstMetric(vmRan, prometheus.CounterValue, counted.Ran.Seconds(), vm.Name)
-			ch <- prometheus.MustNewConstMetric(vmWaited, prometheus.CounterValue, counted.Waited.Seconds(), vm.Name)
+			ch <- prometheus.MustNewConstMetric(vmRan, prometheus.CounterValue,
+				counted.Ran.Seconds(), vm.Name)
+			ch <- prometheus.MustNewConstMetric(vmWaited, prometheus.CounterValue,
+				counted.Waited.Seconds(), vm.Name)
 		})
 	}
 	looks.Wait()
@@ -177,7 +205,8 @@ func (t vmTimes) Collect(ch chan<- prometheus.Metric) {
 // handler serves /metrics.
 func (m *metrics) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{m.registry, m.vms}, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics",
+		promhttp.HandlerFor(prometheus.Gatherers{m.registry, m.vms}, promhttp.HandlerOpts{}))
 	return mux
 }
 

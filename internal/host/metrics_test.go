@@ -25,7 +25,8 @@ func measured(t *testing.T) (*Host, *eviction) {
 	t.Cleanup(func() { j.Close() })
 	h := &Host{journal: j, evictions: map[journal.ID]*eviction{}, life: t.Context()}
 	h.metrics = newMetrics(h)
-	entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: journal.Source, VM: "web1", Mark: string(evict.MarkBegun)})
+	entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: journal.Source, VM: "web1",
+		Mark: string(evict.MarkBegun)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +35,8 @@ func measured(t *testing.T) (*Host, *eviction) {
 	return h, v
 }
 
-// Names and labels are as Prometheus wants them, and nothing that is new with each eviction is a label.
+// Names and labels are as Prometheus wants them, and nothing that is new with each eviction is a
+// label.
 func TestMetricNames(t *testing.T) {
 	h, v := measured(t)
 	h.metrics.refused.WithLabelValues("peer").Inc()
@@ -44,7 +46,8 @@ func TestMetricNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	families = slices.DeleteFunc(families, func(f *dto.MetricFamily) bool { return !strings.HasPrefix(f.GetName(), "vacate_") })
+	families = slices.DeleteFunc(families,
+		func(f *dto.MetricFamily) bool { return !strings.HasPrefix(f.GetName(), "vacate_") })
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	if err != nil || len(problems) > 0 {
 		t.Errorf("%v, %v", problems, err)
@@ -88,7 +91,8 @@ func TestPackagedMetrics(t *testing.T) {
 	}
 	used := map[string]bool{}
 	for _, file := range []string{"../../packaging/alerts.yml", "../../packaging/dashboard.json"} {
-		for _, word := range regexp.MustCompile(`\bvacate_\w+`).FindAllString(string(must(t, os.ReadFile, file)), -1) {
+		for _, word := range regexp.MustCompile(`\bvacate_\w+`).FindAllString(string(must(t,
+			os.ReadFile, file)), -1) {
 			word = strings.TrimSuffix(word, "_bucket")
 			used[word] = true
 			if !there[word] {

@@ -20,7 +20,8 @@ import (
 // so that who has its monitor meanwhile is no hindrance.
 func TestPortray(t *testing.T) {
 	sock := filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.Command("qemu-system-x86_64", "-nodefaults", "-display", "none", "-smp", "2", "-m", "16M", "-S", "-qmp", "unix:"+sock+",server=on,wait=off")
+	cmd := exec.Command("qemu-system-x86_64", "-nodefaults", "-display", "none", "-smp", "2", "-m",
+		"16M", "-S", "-qmp", "unix:"+sock+",server=on,wait=off")
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		labtest.Need(t, err)
@@ -33,7 +34,8 @@ func TestPortray(t *testing.T) {
 	for ; p.process.PID == 0 && ctx.Err() == nil; p = h.portray(ctx, vm) {
 		time.Sleep(20 * time.Millisecond) // until it listens
 	}
-	if p.process.PID != cmd.Process.Pid || len(p.vcpus) != 2 || slices.Contains(p.vcpus, p.process.PID) {
+	if p.process.PID != cmd.Process.Pid || len(p.vcpus) != 2 ||
+		slices.Contains(p.vcpus, p.process.PID) {
 		t.Fatalf("%+v", p)
 	}
 	used, err := pressure.ReadVM(p.process, p.vcpus)

@@ -20,7 +20,8 @@ import (
 func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, bench.Loader) {
 	b.Helper()
 	vm, err := l.A.Boot(labtest.Within(b, 5*time.Minute), lab.Spec{
-		MemoryMiB: 768, Devices: lab.Full, Tap: true, Server: kind, ServerMiB: mib, Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1},
+		MemoryMiB: 768, Devices: lab.Full, Tap: true, Server: kind, ServerMiB: mib,
+		Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1},
 	})
 	if err != nil {
 		b.Fatal(err)
@@ -37,9 +38,10 @@ func serving(b *testing.B, l *lab.Lab, kind lab.Server, mib int) (*lab.VM, bench
 	return vm, c
 }
 
-// BenchmarkPrediction compares what package relief predicts with what is measured, for VMs of several sizes over links of several rates. It
-// writes a line for each eviction into the file VACATE_PREDICTIONS, or into prediction.csv of the lab's cache, and a plot of all beside it. What the
-// file has is not measured again: a run that was broken off can be gone on with.
+// BenchmarkPrediction compares what package relief predicts with what is measured, for VMs of
+// several sizes over links of several rates. It writes a line for each eviction into the file
+// VACATE_PREDICTIONS, or into prediction.csv of the lab's cache, and a plot of all beside it. What
+// the file has is not measured again: a run that was broken off can be gone on with.
 func BenchmarkPrediction(b *testing.B) {
 	file := os.Getenv("VACATE_PREDICTIONS")
 	if file == "" {
@@ -57,13 +59,16 @@ func BenchmarkPrediction(b *testing.B) {
 	}
 	out := csv.NewWriter(f)
 	if len(lines) == 0 {
-		out.Write([]string{"server", "server_mib", "link_bits_per_s", "wanted_cores", "predicted_transfer_s", "transfer_s", "predicted_back_s", "back_s", "predicted_total_s", "total_s"})
+		out.Write([]string{"server", "server_mib", "link_bits_per_s", "wanted_cores",
+			"predicted_transfer_s", "transfer_s", "predicted_back_s", "back_s", "predicted_total_s",
+			"total_s"})
 	} else {
 		for _, line := range lines[1:] {
 			points = append(points, parsePredicted(b, line))
 		}
 	}
-	for _, c := range []predicted{{server: lab.Memcached, mib: 60}, {server: lab.Redis, mib: 160}, {server: lab.PostgreSQL, mib: 160}} {
+	for _, c := range []predicted{{server: lab.Memcached, mib: 60}, {server: lab.Redis, mib: 160},
+		{server: lab.PostgreSQL, mib: 160}} {
 		for _, c.rate = range []uint64{1e9, 5e8, 25e7} {
 			// As much of a core as leaves the engines some, and as much as does not.
 			for _, c.wanted = range []float64{0.55, 0.6, 0.65, 0.75} {
@@ -88,20 +93,23 @@ func BenchmarkPrediction(b *testing.B) {
 	if len(points) == 0 {
 		b.Fatal("nothing was measured")
 	}
-	if err := os.WriteFile(strings.TrimSuffix(file, ".csv")+".svg", plotPredictions(points), 0o644); err != nil {
+	if err := os.WriteFile(strings.TrimSuffix(file, ".csv")+".svg", plotPredictions(points),
+		0o644); err != nil {
 		b.Fatal(err)
 	}
 	for _, server := range append([]lab.Server{""}, lab.Servers()...) {
 		var back, total []float64 // relative errors
 		for _, p := range points {
 			if server == "" || p.server == server {
-				back, total = append(back, math.Abs(p.predictedBack-p.back)/p.back), append(total, math.Abs(p.predictedTotal-p.total)/p.total)
+				back, total = append(back, math.Abs(p.predictedBack-p.back)/p.back), append(total,
+					math.Abs(p.predictedTotal-p.total)/p.total)
 			}
 		}
 		slices.Sort(back)
 		slices.Sort(total)
 		if n := len(back); n > 0 {
-			b.Logf("%s: %d evictions; median errors: back %.0f %%, total %.0f %%", cmp.Or(string(server), "all"), n, 100*back[n/2], 100*total[n/2])
+			b.Logf("%s: %d evictions; median errors: back %.0f %%, total %.0f %%",
+				cmp.Or(string(server), "all"), n, 100*back[n/2], 100*total[n/2])
 		}
 	}
 }
@@ -118,7 +126,8 @@ type predicted struct {
 
 // measured are what a line has after the rate.
 func (p *predicted) measured() []*float64 {
-	return []*float64{&p.wanted, &p.predictedTransfer, &p.transfer, &p.predictedBack, &p.back, &p.predictedTotal, &p.total}
+	return []*float64{&p.wanted, &p.predictedTransfer, &p.transfer, &p.predictedBack, &p.back,
+		&p.predictedTotal, &p.total}
 }
 
 func (p *predicted) line() []string {
@@ -142,7 +151,8 @@ func parsePredicted(b *testing.B, line []string) (p predicted) {
 	return p
 }
 
-// measure evicts one of two VMs, fresh ones: false if both were not back in the end, or were at once.
+// measure evicts one of two VMs, fresh ones: false if both were not back in the end, or were at
+// once.
 func (p *predicted) measure(b *testing.B) bool {
 	l := labtest.New(b, lab.Options{})
 	a, z := sites(b, l)
@@ -190,7 +200,8 @@ func (p *predicted) measure(b *testing.B) bool {
 	for _, c := range plan.Candidates {
 		if c.Vm == "moves" {
 			p.predictedTransfer, p.predictedBack, p.predictedTotal = c.TransferS, c.BackS, c.TotalS
-			p.transfer, p.back, p.total = *report.Prepare+*report.Transfer, *back, *report.Prepare+*report.Total
+			p.transfer, p.back, p.total = *report.Prepare+*report.Transfer, *back, *report.Prepare+
+				*report.Total
 			return true
 		}
 	}
@@ -198,41 +209,63 @@ func (p *predicted) measure(b *testing.B) bool {
 	return false
 }
 
-// plotPredictions draws what was measured over what was predicted, on logarithmic axes, between lines of 20 % more and less.
+// plotPredictions draws what was measured over what was predicted, on logarithmic axes, between
+// lines of 20 % more and less.
 func plotPredictions(points []predicted) []byte {
 	const size, margin, least, most = 420.0, 60.0, 0.1, 30.0
 	at := func(v float64) float64 {
-		return (math.Log(min(max(v, least), most)) - math.Log(least)) / (math.Log(most) - math.Log(least)) * size
+		return (math.Log(min(max(v, least), most)) - math.Log(least)) /
+			(math.Log(most) - math.Log(least)) * size
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", 2*(size+2*margin), size+2*margin)
-	colours := map[lab.Server]string{lab.Memcached: "#0072b2", lab.Redis: "#d55e00", lab.PostgreSQL: "#009e73"}
+	fmt.Fprintf(&b,
+		"<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" "+
+			"font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" "+
+			"fill=\"#222\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
+		2*(size+2*margin), size+2*margin)
+	colours := map[lab.Server]string{lab.Memcached: "#0072b2", lab.Redis: "#d55e00",
+		lab.PostgreSQL: "#009e73"}
 	for panel, title := range []string{"Both VMs back at 90 %", "Until the source holds nothing"} {
 		left := float64(panel)*(size+2*margin) + margin
 		x := func(v float64) float64 { return left + at(v) }
 		y := func(v float64) float64 { return margin + size - at(v) }
-		fmt.Fprintf(&b, "<text x=\"%.1f\" y=\"28\" font-size=\"16\" font-weight=\"bold\">%s</text>\n<text x=\"%.1f\" y=\"46\" fill=\"#555\">measured over predicted, in seconds; between the dotted lines: 20 %% off at most</text>\n", left, title, left)
+		fmt.Fprintf(&b,
+			"<text x=\"%.1f\" y=\"28\" font-size=\"16\" font-weight=\"bold\">%s</text>\n<text "+
+				"x=\"%.1f\" y=\"46\" fill=\"#555\">measured over predicted, in seconds; between "+
+				"the dotted lines: 20 %% off at most</text>\n", left, title, left)
 		for _, v := range []float64{0.1, 0.3, 1, 3, 10, 30} {
-			fmt.Fprintf(&b, "<path d=\"M%.1f %.1fV%.1fM%.1f %.1fH%.1f\" stroke=\"#e4e4e4\"/><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%g</text><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
-				x(v), y(least), y(most), x(least), y(v), x(most), x(v), y(least)+18, v, x(least)-6, y(v)+4, v)
+			fmt.Fprintf(&b,
+				"<path d=\"M%.1f %.1fV%.1fM%.1f %.1fH%.1f\" stroke=\"#e4e4e4\"/><text "+
+					"x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%g</text><text x=\"%.1f\" "+
+					"y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
+				x(v), y(least), y(most), x(least), y(v), x(most), x(v), y(least)+18, v, x(least)-6,
+				y(v)+4, v)
 		}
 		for _, f := range []float64{0.8, 1, 1.2} {
 			dash := "2 4"
 			if f == 1 {
 				dash = ""
 			}
-			fmt.Fprintf(&b, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"#999\" stroke-dasharray=\"%s\"/>\n", x(least/f*max(f, 1)), y(least*max(f, 1)), x(most/max(f, 1)), y(most*f/max(f, 1)), dash)
+			fmt.Fprintf(&b,
+				"<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"#999\" stroke-dasharray=\"%s\"/>\n",
+				x(least/f*max(f, 1)), y(least*max(f, 1)), x(most/max(f, 1)), y(most*f/max(f, 1)),
+				dash)
 		}
 		for _, p := range points {
 			px, py := p.predictedBack, p.back
 			if panel == 1 {
 				px, py = p.predictedTotal, p.total
 			}
-			fmt.Fprintf(&b, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\" fill-opacity=\"0.6\"/>\n", x(px), y(py), colours[p.server])
+			fmt.Fprintf(&b,
+				"<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\" fill-opacity=\"0.6\"/>\n",
+				x(px), y(py), colours[p.server])
 		}
 	}
 	for i, name := range lab.Servers() {
-		fmt.Fprintf(&b, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/><text x=\"%.1f\" y=\"%.1f\">%s</text>\n", margin+110*float64(i), size+2*margin-14, colours[name], margin+110*float64(i)+9, size+2*margin-10, name)
+		fmt.Fprintf(&b,
+			"<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/><text x=\"%.1f\" "+
+				"y=\"%.1f\">%s</text>\n", margin+110*float64(i), size+2*margin-14, colours[name],
+			margin+110*float64(i)+9, size+2*margin-10, name)
 	}
 	b.WriteString("</svg>\n")
 	return []byte(b.String())

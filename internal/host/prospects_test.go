@@ -40,35 +40,51 @@ func TestProspects(t *testing.T) {
 	}{
 		{"just silent", journal.Source, evict.MarkMayRun, "", true, 5 * time.Second, false, nil,
 			[]string{"may run on host hostb, which has not answered for 5 s", "goes on by itself"}},
-		{"long silent", journal.Source, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{export, resume, discard}, []string{"not answered for 120 s"}},
+		{"long silent", journal.Source, evict.MarkMayRun, "", false, 2 * time.Minute, false,
+			[]string{export, resume, discard}, []string{"not answered for 120 s"}},
 		{"can be fenced", journal.Source, evict.MarkMayRun, "", true, 2 * time.Minute, false,
 			[]string{export, resume, resume + " --confirm web1 --fence", discard}, nil},
-		{"lost, and dead", journal.Source, evict.MarkLost, "dead-there", true, 0, false, []string{export, resume + " --confirm web1", discard},
+		{"lost, and dead", journal.Source, evict.MarkLost, "dead-there", true, 0, false,
+			[]string{export, resume + " --confirm web1", discard},
 			[]string{"runs no more on host hostb"}},
-		{"lost, and perhaps alive", journal.Source, evict.MarkLost, "", false, 0, false, []string{export, resume, discard}, []string{"may run on host hostb"}},
-		{"not whole, and dead", journal.Source, evict.MarkLost, "given-back dead-there", true, 0, false, []string{discard + " --confirm web1"}, []string{"not whole"}},
-		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false, []string{discard}, []string{"not whole"}},
-		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil, []string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
-		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false, []string{discard},
-			[]string{"runs on host hosta, until it needs memory that only host hostb has, which has not answered for 120 s"}},
-		{"cut off, and it stands", journal.Destination, evict.MarkMayRun, "stands", false, 5 * time.Second, false, nil,
-			[]string{"stands on host hosta, and lacks memory that only host hostb has, which has not answered for 5 s", "vacate status web1"}},
+		{"lost, and perhaps alive", journal.Source, evict.MarkLost, "", false, 0, false,
+			[]string{export, resume, discard}, []string{"may run on host hostb"}},
+		{"not whole, and dead", journal.Source, evict.MarkLost, "given-back dead-there", true, 0,
+			false, []string{discard + " --confirm web1"}, []string{"not whole"}},
+		{"not whole", journal.Source, evict.MarkLost, "given-back", true, 0, false,
+			[]string{discard}, []string{"not whole"}},
+		{"cut off", journal.Destination, evict.MarkMayRun, "", false, 5 * time.Second, false, nil,
+			[]string{"VM web1 runs on host hosta", "two copies run", "vacate status web1"}},
+		{"long cut off", journal.Destination, evict.MarkMayRun, "", false, 2 * time.Minute, false,
+			[]string{discard},
+			[]string{
+				"runs on host hosta, until it needs memory that only host hostb has, which has " +
+					"not answered for 120 s"}},
+		{"cut off, and it stands", journal.Destination, evict.MarkMayRun, "stands", false,
+			5 * time.Second, false, nil,
+			[]string{
+				"stands on host hosta, and lacks memory that only host hostb has, which has not " +
+					"answered for 5 s", "vacate status web1"}},
 		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
-		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil, []string{"hostb has not heard that yet"}},
+		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil,
+			[]string{"hostb has not heard that yet"}},
 		{"over", journal.Source, evict.MarkCompleted, "", true, 0, true, nil, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			h := &Host{started: time.Now(), config: Config{Name: "hosta", Peers: map[string]Peer{"hostb": {}}}}
+			h := &Host{started: time.Now(),
+				config: Config{Name: "hosta", Peers: map[string]Peer{"hostb": {}}}}
 			if test.fence {
 				h.config.Peers["hostb"] = Peer{Fence: []string{"/bin/off", "{host}"}}
 			}
-			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1", Peer: "hostb", Mark: string(evict.MarkBegun),
+			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1",
+				Peer: "hostb", Mark: string(evict.MarkBegun),
 				PID: own.PID, StartTime: own.StartTime})
 			if err != nil {
 				t.Fatal(err)
 			}
 			for name := range strings.FieldsSeq(test.kept) {
-				if err := entry.Keep(name, []byte("paused")); err != nil { // only stands has a content
+				if err := entry.Keep(name, []byte("paused")); err != nil {
+					// only stands has a content
 					t.Fatal(err)
 				}
 			}

@@ -18,7 +18,8 @@ func (h *Host) recover() {
 		v := h.newEviction(entry)
 		h.add(v)
 		if err := entry.Err(); err != nil {
-			h.log.Error("an eviction in the journal is damaged: nothing is done about it, as nobody can tell what it promised", "eviction", entry.ID(), "error", err)
+			h.log.Error("an eviction in the journal is damaged: nothing is done about it, as "+
+				"nobody can tell what it promised", "eviction", entry.ID(), "error", err)
 			continue
 		}
 		if v.ended() {
@@ -26,7 +27,8 @@ func (h *Host) recover() {
 			continue
 		}
 		r := entry.Record()
-		h.log.Info("eviction taken up", "eviction", r.ID, "vm", r.VM, "role", r.Role, "peer", r.Peer, "mark", r.Mark)
+		h.log.Info("eviction taken up", "eviction", r.ID, "vm", r.VM, "role", r.Role, "peer",
+			r.Peer, "mark", r.Mark)
 		var err error
 		if r.Role == journal.Source {
 			err = v.recoverSource()
@@ -35,7 +37,8 @@ func (h *Host) recover() {
 		}
 		if err != nil {
 			v.change(func() { v.reason = err.Error() })
-			h.log.Error("an eviction cannot be taken up", "eviction", r.ID, "vm", r.VM, "error", err)
+			h.log.Error("an eviction cannot be taken up", "eviction", r.ID, "vm", r.VM, "error",
+				err)
 		}
 	}
 }
@@ -44,7 +47,8 @@ func (v *eviction) recoverSource() error {
 	switch v.mark() {
 	case evict.MarkLost:
 		if !v.process().Alive() {
-			v.finish(evict.MarkLost, evict.Lost, errors.New("the VM that stood frozen here is gone"), nil)
+			v.finish(evict.MarkLost, evict.Lost,
+				errors.New("the VM that stood frozen here is gone"), nil)
 			return nil
 		}
 		v.undecided(v.entry.Record().Reason)
@@ -52,7 +56,8 @@ func (v *eviction) recoverSource() error {
 	case evict.MarkBegun:
 		if v.entry.Torn() {
 			// What is torn may have been may-run: to ask costs nothing but time.
-			if err := v.entry.Note(string(evict.MarkMayRun), "the journal is torn behind the mark begun", nil); err != nil {
+			if err := v.entry.Note(string(evict.MarkMayRun),
+				"the journal is torn behind the mark begun", nil); err != nil {
 				return err
 			}
 		}
@@ -69,7 +74,8 @@ func (v *eviction) recoverDestination() error {
 	case evict.MarkCompleted:
 		v.host.tasks.Go(func() {
 			if err := v.destination().LetGo(v.host.life); err != nil {
-				v.host.log.Warn("whether the QEMU has its own settings back is not known", "eviction", v.entry.ID(), "error", err)
+				v.host.log.Warn("whether the QEMU has its own settings back is not known",
+					"eviction", v.entry.ID(), "error", err)
 			}
 			v.finish(evict.MarkCompleted, evict.Completed, nil, nil)
 		})
@@ -90,7 +96,8 @@ func (v *eviction) recoverDestination() error {
 			return err
 		}
 		if ran {
-			if err := v.entry.Note(string(evict.MarkMayRun), "the journal is torn behind the mark accepted", nil); err != nil {
+			if err := v.entry.Note(string(evict.MarkMayRun),
+				"the journal is torn behind the mark accepted", nil); err != nil {
 				return err
 			}
 			break
@@ -100,15 +107,16 @@ func (v *eviction) recoverDestination() error {
 		if err := v.killTwin(); err != nil {
 			return err
 		}
-		v.finish(evict.MarkNeverRan, evict.Aborted, errors.New("the daemon ended before the VM was told to run here"), nil)
+		v.finish(evict.MarkNeverRan, evict.Aborted,
+			errors.New("the daemon ended before the VM was told to run here"), nil)
 		return nil
 	}
 	v.receive(true)
 	return nil
 }
 
-// mayHaveRun tells whether a twin whose last mark says that it never ran may have run all the same: the record behind is torn,
-// and the twin does not stand still.
+// mayHaveRun tells whether a twin whose last mark says that it never ran may have run all the same:
+// the record behind is torn, and the twin does not stand still.
 func (v *eviction) mayHaveRun() (bool, error) {
 	if !v.entry.Torn() {
 		return false, nil
@@ -127,7 +135,8 @@ func (v *eviction) mayHaveRun() (bool, error) {
 	return seen.State != hypervisor.Incoming && seen.State != hypervisor.Paused, nil
 }
 
-// killTwin ends the QEMU that was to take the VM: the one in the journal, or one that was started and did not get there.
+// killTwin ends the QEMU that was to take the VM: the one in the journal, or one that was started
+// and did not get there.
 func (v *eviction) killTwin() error {
 	ctx, cancel := context.WithTimeout(v.host.life, killTime)
 	defer cancel()

@@ -39,7 +39,8 @@ type loadAnswer struct {
 func (a loadAnswer) check() error {
 	const mostCores, mostBytes = 1 << 16, 1 << 60
 	cores := func(n float64) bool { return n >= 0 && n <= mostCores }
-	if !cores(a.CPUs) || a.CPUs == 0 || !cores(a.Used) || !cores(a.Waiting) || max(a.Total, a.Available, a.Incoming) > mostBytes {
+	if !cores(a.CPUs) || a.CPUs == 0 || !cores(a.Used) || !cores(a.Waiting) ||
+		max(a.Total, a.Available, a.Incoming) > mostBytes {
 		return fmt.Errorf("its load makes no sense: %+v", a)
 	}
 	return nil
@@ -165,9 +166,11 @@ func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	return p
 }
 
-// answer is the picture as other hosts are told. What yields to VMs is not used as far as they are concerned.
+// answer is the picture as other hosts are told. What yields to VMs is not used as far as they are
+// concerned.
 func (p picture) answer(incoming uint64) loadAnswer {
-	a := loadAnswer{CPUs: float64(p.load.CPUs), Used: p.load.CPU - p.load.Yielding, Total: p.load.Memory.Total, Available: p.load.Memory.Available, Incoming: incoming}
+	a := loadAnswer{CPUs: float64(p.load.CPUs), Used: p.load.CPU - p.load.Yielding,
+		Total: p.load.Memory.Total, Available: p.load.Memory.Available, Incoming: incoming}
 	for _, v := range p.vms {
 		a.Waiting += v.load.Waiting
 	}
@@ -176,7 +179,8 @@ func (p picture) answer(incoming uint64) loadAnswer {
 
 // relief is the answer as package relief has it.
 func (a loadAnswer) relief(name string) relief.Host {
-	return relief.Host{Name: name, CPUs: a.CPUs, Used: a.Used, Waiting: a.Waiting, Total: a.Total, Available: a.Available, Incoming: a.Incoming}
+	return relief.Host{Name: name, CPUs: a.CPUs, Used: a.Used, Waiting: a.Waiting, Total: a.Total,
+		Available: a.Available, Incoming: a.Incoming}
 }
 
 // arriving is how much memory VMs that are on their way here will still come to use.
@@ -210,7 +214,8 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 	var s scene
 	var asked sync.WaitGroup
 	names := slices.Sorted(maps.Keys(h.config.Peers))
-	names = slices.DeleteFunc(names, func(n string) bool { return h.config.Peers[n].Address == "" || to != "" && n != to })
+	names = slices.DeleteFunc(names,
+		func(n string) bool { return h.config.Peers[n].Address == "" || to != "" && n != to })
 	s.others = make([]relief.Host, len(names))
 	for i, name := range names {
 		asked.Go(func() { s.others[i] = h.other(ctx, name, over) })
@@ -226,7 +231,9 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 		s.limits.Transfer = t
 	}
 	for _, v := range p.vms {
-		vm := relief.VM{Name: v.vm.Name, CPU: v.load.CPU, Waiting: v.load.Waiting, Overhead: v.load.Overhead, Resident: v.load.Resident, Pinned: v.vm.Pinned, Priority: v.vm.Priority, Moved: h.movedAt(v.vm.Name)}
+		vm := relief.VM{Name: v.vm.Name, CPU: v.load.CPU, Waiting: v.load.Waiting,
+			Overhead: v.load.Overhead, Resident: v.load.Resident, Pinned: v.vm.Pinned,
+			Priority: v.vm.Priority, Moved: h.movedAt(v.vm.Name)}
 		// Until more is known: all that its QEMU has.
 		vm.Memory, vm.InUse, vm.Hot = vm.Resident, vm.Resident, vm.Resident
 		switch {
@@ -271,7 +278,8 @@ func (h *Host) other(ctx context.Context, name string, over time.Duration) relie
 	return to
 }
 
-// rate is how fast memory goes to another host, in bytes per second: as is measured now, and at most as is configured.
+// rate is how fast memory goes to another host, in bytes per second: as is measured now, and at
+// most as is configured.
 func (h *Host) rate(ctx context.Context, to string) (float64, error) {
 	d, err := h.dialer(to)
 	if err != nil {
@@ -287,7 +295,8 @@ func (h *Host) rate(ctx context.Context, to string) (float64, error) {
 	return link.Rate, nil
 }
 
-// transferTime is how long it took of late from the decision until a VM ran elsewhere: the median of what is known.
+// transferTime is how long it took of late from the decision until a VM ran elsewhere: the median
+// of what is known.
 func (h *Host) transferTime() (time.Duration, bool) {
 	var took []time.Duration
 	for _, v := range slices.Backward(h.list()) {
@@ -296,11 +305,13 @@ func (h *Host) transferTime() (time.Duration, bool) {
 		if len(took) == 9 {
 			break
 		}
-		if v.entry.Err() != nil || r.Role != journal.Source || evict.Mark(r.Mark) != evict.MarkCompleted || json.Unmarshal(r.Report, &report) != nil {
+		if v.entry.Err() != nil || r.Role != journal.Source ||
+			evict.Mark(r.Mark) != evict.MarkCompleted || json.Unmarshal(r.Report, &report) != nil {
 			continue
 		}
 		if report.Transfer != nil && report.Prepare != nil {
-			took = append(took, time.Duration((*report.Prepare+*report.Transfer)*float64(time.Second)))
+			took = append(took,
+				time.Duration((*report.Prepare+*report.Transfer)*float64(time.Second)))
 		}
 	}
 	if len(took) == 0 {
@@ -310,7 +321,8 @@ func (h *Host) transferTime() (time.Duration, bool) {
 	return took[len(took)/2], true
 }
 
-// movedAt is when an eviction of a VM ended here last, out or in and however; zero if that is not known.
+// movedAt is when an eviction of a VM ended here last, out or in and however; zero if that is not
+// known.
 func (h *Host) movedAt(vm string) time.Time {
 	var at time.Time
 	for _, v := range h.list() {
@@ -332,7 +344,8 @@ type lookedAhead struct {
 const estimateAge = time.Minute
 
 // lookAhead estimates what an eviction of a VM here would find.
-func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM, p process.Process) (evict.Estimate, error) {
+func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM,
+	p process.Process) (evict.Estimate, error) {
 	h.mu.Lock()
 	last, ok := h.ahead[vm.Name]
 	h.mu.Unlock()
@@ -363,7 +376,8 @@ func (h *Host) guard(ctx context.Context) {
 	policy, _ := h.config.Guard.policy() // which was checked when it was read
 	g := relief.Guard{Policy: policy}
 	over := h.config.Guard.interval()
-	h.log.Info("guarding this host", "goal", policy.Goal, "sustain", policy.Sustain, "cool_down", policy.CoolDown)
+	h.log.Info("guarding this host", "goal", policy.Goal, "sustain", policy.Sustain, "cool_down",
+		policy.CoolDown)
 	for ctx.Err() == nil {
 		if err := h.observe(ctx, &g, over); err != nil && ctx.Err() == nil {
 			h.saw("it cannot be told how loaded the host is: " + err.Error())
@@ -415,10 +429,13 @@ func (h *Host) observe(ctx context.Context, g *relief.Guard, over time.Duration)
 	}
 	best := list[0]
 	h.saw(fmt.Sprintf("%s goes to %s", best.VM, best.To))
-	h.log.Info("this host is overloaded: a VM is evicted", "vm", best.VM, "to", best.To, "gain_cores", best.Gain, "load_here", best.LoadHere, "load_there", best.LoadThere, "back", best.Back, "total", best.Total)
+	h.log.Info("this host is overloaded: a VM is evicted", "vm", best.VM, "to", best.To,
+		"gain_cores", best.Gain, "load_here", best.LoadHere, "load_there", best.LoadThere, "back",
+		best.Back, "total", best.Total)
 	h.metrics.guarded.Inc()
 	if _, err := h.evict(ctx, best.VM, best.To, options{}, false); err != nil {
-		h.log.Error("the guard's eviction does not begin", "vm", best.VM, "to", best.To, "error", err)
+		h.log.Error("the guard's eviction does not begin", "vm", best.VM, "to", best.To, "error",
+			err)
 	}
 	return nil
 }

@@ -16,14 +16,16 @@ import (
 )
 
 // contend boots two VMs on host a that want all of its core, and gets host b ready for either.
-func contend(t *testing.T, l *lab.Lab, a, b *site) (small, big *lab.VM, there map[string]*lab.Expected) {
+func contend(t *testing.T, l *lab.Lab,
+	a, b *site) (small, big *lab.VM, there map[string]*lab.Expected) {
 	t.Helper()
 	there = map[string]*lab.Expected{}
 	for _, v := range []struct {
 		name string
 		vm   **lab.VM
 		load lab.Load
-	}{{"small", &small, lab.Load{HotMiB: 32, IdleMiB: 16, Seed: 1}}, {"big", &big, lab.Load{HotMiB: 80, IdleMiB: 40, Seed: 2}}} {
+	}{{"small", &small, lab.Load{HotMiB: 32, IdleMiB: 16, Seed: 1}},
+		{"big", &big, lab.Load{HotMiB: 80, IdleMiB: 40, Seed: 2}}} {
 		*v.vm = boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: v.load})
 		a.describe(v.name, (*v.vm).QMP, (*v.vm).Args)
 		there[v.name] = b.expect(v.name, *v.vm)
@@ -33,7 +35,8 @@ func contend(t *testing.T, l *lab.Lab, a, b *site) (small, big *lab.VM, there ma
 
 func (s *site) pressure() *hostv1.PressureResponse {
 	s.t.Helper()
-	r, err := s.api.Pressure(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.PressureRequest{OverMs: 1500}))
+	r, err := s.api.Pressure(labtest.Within(s.t, time.Minute),
+		connect.NewRequest(&hostv1.PressureRequest{OverMs: 1500}))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -42,7 +45,8 @@ func (s *site) pressure() *hostv1.PressureResponse {
 
 func (s *site) plan(goal string, all bool) *hostv1.PlanResponse {
 	s.t.Helper()
-	r, err := s.api.Plan(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{Goal: goal, All: all, OverMs: 1500}))
+	r, err := s.api.Plan(labtest.Within(s.t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{Goal: goal, All: all, OverMs: 1500}))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -59,7 +63,8 @@ func TestRelieve(t *testing.T) {
 
 	p := a.pressure()
 	t.Logf("%v", p)
-	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 || p.MemoryBytes == 0 {
+	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 ||
+		p.MemoryBytes == 0 {
 		t.Errorf("host a: %v", p)
 	}
 	for _, v := range p.Vms {
@@ -73,20 +78,28 @@ func TestRelieve(t *testing.T) {
 		t.Fatalf("%v", plan)
 	}
 	best := plan.Candidates[0]
-	if best.Vm != "small" || best.To != "hostb" || best.Refused != "" || !best.Meets || best.GainCores < 0.5 || !(best.TransferS > 0 && best.TransferS <= best.BackS && best.BackS <= best.TotalS) {
+	if best.Vm != "small" || best.To != "hostb" || best.Refused != "" || !best.Meets ||
+		best.GainCores < 0.5 ||
+		!(best.TransferS > 0 && best.TransferS <= best.BackS && best.BackS <= best.TotalS) {
 		t.Errorf("%v", best)
 	}
 	// Both cannot go: the other host has one core, too.
 	all := a.plan("", true)
-	if len(all.Candidates) != 2 || all.Candidates[0].Refused != "" || !strings.Contains(all.Candidates[1].Refused, "starve") {
+	if len(all.Candidates) != 2 || all.Candidates[0].Refused != "" ||
+		!strings.Contains(all.Candidates[1].Refused, "starve") {
 		t.Errorf("%v", all)
 	}
-	r, err := a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, To: "hostb", Except: []string{"small"}, Force: true}))
-	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[0].Vm != "big" || r.Msg.Candidates[1].Refused != "it is excepted" {
+	r, err := a.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, To: "hostb",
+			Except: []string{"small"}, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[0].Vm != "big" ||
+		r.Msg.Candidates[1].Refused != "it is excepted" {
 		t.Errorf("%v, %v", r, err)
 	}
-	r, err = a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
-	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[1].Refused != "" || !strings.Contains(r.Msg.Candidates[1].Beyond, "starve") {
+	r, err = a.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 2 || r.Msg.Candidates[1].Refused != "" ||
+		!strings.Contains(r.Msg.Candidates[1].Beyond, "starve") {
 		t.Errorf("%v, %v", r, err)
 	}
 	if p := a.plan("free 1MiB", false); !p.Met {
@@ -122,8 +135,11 @@ func TestRelieve(t *testing.T) {
 	}
 	labtest.MustCheck(t, vm)
 
-	for _, r := range []*hostv1.PlanRequest{{Goal: "fast"}, {To: "hostb"}, {Force: true}, {Except: []string{"small"}}, {All: true, Except: []string{"../x"}}, {Goal: "cpu<80%", All: true}, {OverMs: 1}, {OverMs: 100_000}} {
-		if _, err := a.api.Plan(t.Context(), connect.NewRequest(r)); connect.CodeOf(err) != connect.CodeInvalidArgument {
+	for _, r := range []*hostv1.PlanRequest{{Goal: "fast"}, {To: "hostb"}, {Force: true},
+		{Except: []string{"small"}}, {All: true, Except: []string{"../x"}},
+		{Goal: "cpu<80%", All: true}, {OverMs: 1}, {OverMs: 100_000}} {
+		if _, err := a.api.Plan(t.Context(),
+			connect.NewRequest(r)); connect.CodeOf(err) != connect.CodeInvalidArgument {
 			t.Errorf("%v: %v", r, err)
 		}
 	}
@@ -148,11 +164,13 @@ func TestGuard(t *testing.T) {
 	a, b := sites(t, l)
 	contend(t, l, a, b)
 	for _, s := range []*site{a, b} {
-		s.configure("[guard]\nmax_load = 1.5\nsustain = \"1s\"\nsettle = \"500ms\"\ninterval = \"500ms\"\n")
+		s.configure("[guard]\nmax_load = 1.5\nsustain = \"1s\"\nsettle = \"500ms\"\ninterval = " +
+			"\"500ms\"\n")
 		s.start()
 	}
 	evictions := func() []*hostv1.Eviction {
-		r, err := a.api.ListEvictions(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+		r, err := a.api.ListEvictions(labtest.Within(t, time.Minute),
+			connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -165,7 +183,8 @@ func TestGuard(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	// Which of the two depends on how loaded this machine is just then.
-	if end, err := a.watch(evictions()[0].Id, time.Minute); err != nil || end.Outcome != "completed" {
+	if end, err := a.watch(evictions()[0].Id, time.Minute); err != nil ||
+		end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
 	time.Sleep(5 * time.Second) // in which nothing is to happen
@@ -189,14 +208,19 @@ func TestGuardConfig(t *testing.T) {
 	if c, err := read(""); err != nil || c.Guard != nil {
 		t.Errorf("off unless it is there: %+v, %v", c.Guard, err)
 	}
-	c, err := read("[guard]\ngoal = \"cpu<90%\"\nsustain = \"10s\"\ncool_down = \"2h\"\nreserve = 0.0\n")
+	c, err :=
+		read("[guard]\ngoal = \"cpu<90%\"\nsustain = \"10s\"\ncool_down = \"2h\"\nreserve = 0.0\n")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p, err := c.Guard.policy(); err != nil || p.Goal.CPU != 0.9 || p.Sustain != 10*time.Second || p.CoolDown != 2*time.Hour || p.Limits.Reserve != 0 || p.Settle != time.Minute || p.Concurrent != 1 || p.Limits.MaxLoad != 0.8 {
+	if p, err := c.Guard.policy(); err != nil || p.Goal.CPU != 0.9 || p.Sustain != 10*time.Second ||
+		p.CoolDown != 2*time.Hour || p.Limits.Reserve != 0 || p.Settle != time.Minute ||
+		p.Concurrent != 1 || p.Limits.MaxLoad != 0.8 {
 		t.Errorf("%+v, %v", p, err)
 	}
-	for _, wrong := range []string{"goal = \"fast\"", "max_load = -1.0", "max_load = nan", "reserve = 1.0", "sustain = \"-1s\"", "sustain = \"soon\"", "interval = \"1ms\"", "interval = \"2h\"", "concurrent = -1", "speed = 1"} {
+	for _, wrong := range []string{"goal = \"fast\"", "max_load = -1.0", "max_load = nan",
+		"reserve = 1.0", "sustain = \"-1s\"", "sustain = \"soon\"", "interval = \"1ms\"",
+		"interval = \"2h\"", "concurrent = -1", "speed = 1"} {
 		if c, err := read(fmt.Sprintf("[guard]\n%s\n", wrong)); err == nil {
 			t.Errorf("%s: %+v", wrong, c.Guard)
 		}
@@ -210,7 +234,8 @@ func TestLoadOfPeers(t *testing.T) {
 		t.Error(err)
 	}
 	for _, change := range []func(*loadAnswer){
-		func(a *loadAnswer) { a.CPUs = 0 }, func(a *loadAnswer) { a.CPUs = 1e9 }, func(a *loadAnswer) { a.Used = -1 },
+		func(a *loadAnswer) { a.CPUs = 0 }, func(a *loadAnswer) { a.CPUs = 1e9 },
+		func(a *loadAnswer) { a.Used = -1 },
 		func(a *loadAnswer) { a.Waiting = 1e300 }, func(a *loadAnswer) { a.Available = 1 << 62 },
 	} {
 		a := good

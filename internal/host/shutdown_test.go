@@ -20,7 +20,8 @@ import (
 // is offered, or may have, the old copy resumed.
 func TestShutDown(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 8, IdleMiB: 56}})}
+	r := &run{t: t, lab: l, vm: boot(t, l.A,
+		lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 8, IdleMiB: 56}})}
 	r.a, r.b = sites(t, l)
 	r.a.describe("web1", r.vm.QMP, r.vm.Args)
 	r.expected = r.b.expect("web1", r.vm)
@@ -54,7 +55,8 @@ func TestShutDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.b.kill()
-	for limit := time.Now().Add(3 * time.Second); status(twin) != "shutdown" && time.Now().Before(limit); {
+	for limit := time.Now().Add(3 * time.Second); status(twin) != "shutdown" &&
+		time.Now().Before(limit); {
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Logf("before the daemon is back the VM is %q there", status(twin))
@@ -70,7 +72,8 @@ func TestShutDown(t *testing.T) {
 		}
 	}
 	for _, e := range []*hostv1.Eviction{src, dst} {
-		if e.Outcome != "shut down" || e.Mark != string(evict.MarkShutDown) || e.State != "" || e.Decidable || len(e.Remedy) > 0 {
+		if e.Outcome != "shut down" || e.Mark != string(evict.MarkShutDown) || e.State != "" ||
+			e.Decidable || len(e.Remedy) > 0 {
 			t.Errorf("the %s says %v", e.Role, e)
 		}
 		if !strings.Contains(e.Reason, "the guest ended itself") {
@@ -78,7 +81,8 @@ func TestShutDown(t *testing.T) {
 		}
 	}
 	var report evict.Report
-	if err := json.Unmarshal([]byte(src.ReportJson), &report); err != nil || report.Outcome != "shut down" || report.Reason != src.Reason {
+	if err := json.Unmarshal([]byte(src.ReportJson), &report); err != nil ||
+		report.Outcome != "shut down" || report.Reason != src.Reason {
 		t.Errorf("the report says %+v, %v", report, err)
 	}
 	for _, vm := range []*lab.VM{r.vm, twin} {
@@ -86,7 +90,9 @@ func TestShutDown(t *testing.T) {
 			t.Errorf("the QEMU on host %s: %v", vm.Host.Name, err)
 		}
 	}
-	_, err = r.a.api.Decide(t.Context(), connect.NewRequest(&hostv1.DecideRequest{Id: e.Id, Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
+	_, err = r.a.api.Decide(t.Context(),
+		connect.NewRequest(&hostv1.DecideRequest{Id: e.Id,
+			Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
 	if err == nil || !strings.Contains(err.Error(), "has ended: shut down") {
 		t.Errorf("resume here: %v", err)
 	}
@@ -100,7 +106,8 @@ func TestShutDown(t *testing.T) {
 			t.Fatal(err)
 		}
 		role := map[*site]journal.Role{r.a: journal.Source, r.b: journal.Destination}[s]
-		if n := status.Msg.Counters["vacate_evictions_ended_total outcome=shut down role="+string(role)]; n != 1 {
+		if n := status.Msg.Counters["vacate_evictions_ended_total outcome=shut down role="+
+			string(role)]; n != 1 {
 			t.Errorf("%s counts %v", s.name, status.Msg.Counters)
 		}
 	}

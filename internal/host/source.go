@@ -51,9 +51,11 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 	}
 	s.Enlightenment = evict.Enlightenment(o.Enlightenment)
 	if o.Enlightenment != "" && !slices.Contains(evict.Enlightenments(), s.Enlightenment) {
-		return s, fmt.Errorf("enlightenment %q: there are %v", o.Enlightenment, evict.Enlightenments())
+		return s, fmt.Errorf("enlightenment %q: there are %v", o.Enlightenment,
+			evict.Enlightenments())
 	}
-	if s.LoadTimeout = time.Duration(o.LoadTimeout) * time.Millisecond; s.LoadTimeout > maxLoadTimeout {
+	if s.LoadTimeout = time.Duration(o.LoadTimeout) * time.Millisecond; s.LoadTimeout >
+		maxLoadTimeout {
 		return s, fmt.Errorf("load timeout of %v: it is %v at most", s.LoadTimeout, maxLoadTimeout)
 	}
 	d, err := h.dialer(r.Peer)
@@ -78,7 +80,8 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 }
 
 // evict begins an eviction of a VM here to another host.
-func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks bool) (*eviction, error) {
+func (h *Host) evict(ctx context.Context, name, to string, o options,
+	skipChecks bool) (*eviction, error) {
 	if err := hypervisor.CheckName(name); err != nil {
 		return nil, &argumentError{err}
 	}
@@ -86,7 +89,8 @@ func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks
 	if err != nil {
 		return nil, err
 	}
-	r := journal.Record{ID: journal.NewID(), Role: journal.Source, VM: name, Peer: to, PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Mark: string(evict.MarkBegun)}
+	r := journal.Record{ID: journal.NewID(), Role: journal.Source, VM: name, Peer: to,
+		PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Mark: string(evict.MarkBegun)}
 	if _, err := h.dialer(to); err != nil {
 		return nil, &unknownError{err}
 	}
@@ -108,7 +112,9 @@ func (h *Host) evict(ctx context.Context, name, to string, o options, skipChecks
 		return nil, err
 	}
 	if seen.State != hypervisor.Running && seen.State != hypervisor.Paused {
-		return nil, &stateError{fmt.Errorf("VM %s is not here, or cannot leave: its state on host %s is %s", name, h.name(), seen.State)}
+		return nil,
+			&stateError{fmt.Errorf("VM %s is not here, or cannot leave: its state on host %s is %s",
+				name, h.name(), seen.State)}
 	}
 	r.PID, r.StartTime = seen.Process.PID, seen.Process.StartTime
 	o.TrustDisks = vm.TrustDisks
@@ -132,9 +138,11 @@ func (v *eviction) send(resume bool) {
 		s, err := v.source()
 		switch {
 		case err != nil && resumed:
-			return nil, &evict.Error{Outcome: evict.ErrLeft, State: evict.InDoubt, Err: err, Remedy: "Nothing was touched"}
+			return nil, &evict.Error{Outcome: evict.ErrLeft, State: evict.InDoubt, Err: err,
+				Remedy: "Nothing was touched"}
 		case err != nil:
-			return nil, &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err, Remedy: "Nothing was touched"}
+			return nil, &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err,
+				Remedy: "Nothing was touched"}
 		case resumed:
 			return s.Resume(ctx, v.mark())
 		}
@@ -172,7 +180,8 @@ func (v *eviction) sent(report json.RawMessage, err error) {
 	case v.process().Alive():
 		// The VM stands frozen here: an operator has to decide.
 		v.undecided(err.Error())
-		v.host.log.Error("eviction needs an operator", "eviction", v.entry.ID(), "vm", v.entry.Record().VM, "error", err)
+		v.host.log.Error("eviction needs an operator", "eviction", v.entry.ID(), "vm",
+			v.entry.Record().VM, "error", err)
 	default:
 		v.finish(evict.MarkLost, evict.Lost, err, report)
 	}
@@ -184,7 +193,8 @@ func (v *eviction) undecided(reason string) {
 	v.host.tasks.Go(func() {
 		// What an operator decides ends the QEMU, too, or has the VM run on.
 		if v.process().Wait(v.host.life) == nil && v.mark() == evict.MarkLost && !v.ended() {
-			v.finish(evict.MarkLost, evict.Lost, errors.New(reason+". The QEMU that held it here has ended since"), nil)
+			v.finish(evict.MarkLost, evict.Lost,
+				errors.New(reason+". The QEMU that held it here has ended since"), nil)
 		}
 	})
 }

@@ -13,11 +13,12 @@ import (
 	"connectrpc.com/connect"
 )
 
-// A VM that an operator has paused is evicted, and nobody runs it, nor do daemons that are killed in the
-// middle. An operator may have it back at the source, where it is paused as before.
+// A VM that an operator has paused is evicted, and nobody runs it, nor do daemons that are killed
+// in the middle. An operator may have it back at the source, where it is paused as before.
 func TestStanding(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
+	r := &run{t: t, lab: l, vm: boot(t, l.A,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
 	r.a, r.b = sites(t, l)
 	r.a.describe("web1", r.vm.QMP, r.vm.Args)
 	r.expected = r.b.expect("web1", r.vm)
@@ -38,23 +39,30 @@ func TestStanding(t *testing.T) {
 	}
 	begin := func(checks bool) {
 		t.Helper()
-		e, err := r.a.evictWith("web1", "hostb", &hostv1.EvictOptions{SkipChecks: !checks, RateLimit: 10 << 20})
+		e, err := r.a.evictWith("web1", "hostb",
+			&hostv1.EvictOptions{SkipChecks: !checks, RateLimit: 10 << 20})
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.eviction = e.Id
-		at := r.wait(r.b, "arriving", func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) && e.Progress.PagesSent > 1000 })
+		at := r.wait(r.b, "arriving",
+			func(e *hostv1.Eviction) bool {
+				return e.State == string(evict.Running) && e.Progress.PagesSent > 1000
+			})
 		if at.Progress.Stands != "paused" {
 			t.Errorf("at the destination: %v", at)
 		}
 	}
 	do(r.vm, "stop")
 	// An evacuation moves it; it is no relief to a host that is short of CPU.
-	p, err := r.a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{All: true, Force: true}))
-	if err != nil || len(p.Msg.Candidates) != 1 || p.Msg.Candidates[0].Refused != "" || p.Msg.Candidates[0].To != "hostb" {
+	p, err := r.a.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{All: true, Force: true}))
+	if err != nil || len(p.Msg.Candidates) != 1 || p.Msg.Candidates[0].Refused != "" ||
+		p.Msg.Candidates[0].To != "hostb" {
 		t.Errorf("an evacuation of it: %v, %v", p, err)
 	}
-	if p, err = r.a.api.Plan(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.PlanRequest{Goal: "cpu<1%"})); err != nil ||
+	if p, err = r.a.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{Goal: "cpu<1%"})); err != nil ||
 		len(p.Msg.Candidates) > 0 && p.Msg.Candidates[0].Refused == "" {
 		t.Errorf("relief of the host by it: %v, %v", p, err)
 	}
@@ -63,7 +71,10 @@ func TestStanding(t *testing.T) {
 	is(r.b, "paused")
 	// An operator's word takes the frozen copy back, and leaves it paused.
 	r.b.kill()
-	r.wait(r.a, "out of reach", func(e *hostv1.Eviction) bool { return e.Decidable && e.State == string(evict.Reconnecting) })
+	r.wait(r.a, "out of reach",
+		func(e *hostv1.Eviction) bool {
+			return e.Decidable && e.State == string(evict.Reconnecting)
+		})
 	twin, err := r.expected.Started(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +83,8 @@ func TestStanding(t *testing.T) {
 	if err := r.say(r.a, hostv1.Decision_DECISION_RESUME_HERE, "hostb", false); err != nil {
 		t.Fatal(err)
 	}
-	if e := r.over(r.a, "resumed here"); !strings.Contains(e.Reason, "as before the eviction, the VM is paused") {
+	if e := r.over(r.a, "resumed here"); !strings.Contains(e.Reason,
+		"as before the eviction, the VM is paused") {
 		t.Errorf("resumed here: %q", e.Reason)
 	}
 	is(r.a, "paused")
@@ -90,7 +102,8 @@ func TestStanding(t *testing.T) {
 	r.a.kill()
 	r.a.start()
 	r.b.start()
-	e := r.wait(r.b, "arriving again", func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) })
+	e := r.wait(r.b, "arriving again",
+		func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) })
 	if e.Progress.Stands != "paused" {
 		t.Errorf("after a restart: %v", e)
 	}
@@ -101,7 +114,9 @@ func TestStanding(t *testing.T) {
 		t.Errorf("after a restart the twin is %q", s)
 	}
 	end, err := r.a.watch(r.eviction, time.Minute)
-	if err != nil || end.Outcome != "completed" || !strings.Contains(end.ReportJson, `"stood":"paused"`) || !strings.Contains(end.ReportJson, `"down_time_s":null`) {
+	if err != nil || end.Outcome != "completed" ||
+		!strings.Contains(end.ReportJson, `"stood":"paused"`) ||
+		!strings.Contains(end.ReportJson, `"down_time_s":null`) {
 		t.Fatalf("%v, %v", end, err)
 	}
 	is(r.a, "none")
@@ -116,8 +131,8 @@ func TestStanding(t *testing.T) {
 	labtest.MustCheck(t, twin)
 }
 
-// An operator may pause the VM while its memory comes to the destination. It stays paused, also where
-// the daemon there dies and the next one goes on.
+// An operator may pause the VM while its memory comes to the destination. It stays paused, also
+// where the daemon there dies and the next one goes on.
 func TestPausedThere(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	r := &run{t: t, lab: l}

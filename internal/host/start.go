@@ -24,16 +24,20 @@ type vmQuestion struct {
 // vmAnswer is what a host has of a VM.
 type vmAnswer struct {
 	Clear bool   `json:"clear"`
-	Why   string `json:"why,omitempty"`  // it is not, in words
-	Left  string `json:"left,omitempty"` // the host that has it by the last eviction of it here; empty: this one, if any
+	Why   string `json:"why,omitempty"` // it is not, in words
+	// the host that has it by the last eviction of it here; empty: this one, if any
+	Left string `json:"left,omitempty"`
 }
 
-// vmHere answers whether this host is clear of a VM. begun: this host has taken the VM for that itself.
+// vmHere answers whether this host is clear of a VM. begun: this host has taken the VM for that
+// itself.
 func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	a := vmAnswer{Left: h.left(name)}
 	mark, lives := evict.Mark(""), false
 	if v := h.openFor(name); v != nil {
-		mark, a.Why = evict.MarkMayRun, fmt.Sprintf("an eviction of it is under way: see vacate status %.8s there", v.entry.ID())
+		mark, a.Why = evict.MarkMayRun,
+			fmt.Sprintf("an eviction of it is under way: see vacate status %.8s there",
+				v.entry.ID())
 	}
 	h.mu.Lock()
 	starting := h.taken[name] && !begun
@@ -59,7 +63,8 @@ func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	return a
 }
 
-// left is the host that has a VM by the last eviction of it in this host's journal; empty if that is this host.
+// left is the host that has a VM by the last eviction of it in this host's journal; empty if that
+// is this host.
 func (h *Host) left(vm string) string {
 	for _, v := range slices.Backward(h.list()) {
 		r := v.entry.Record()
@@ -67,7 +72,8 @@ func (h *Host) left(vm string) string {
 			continue
 		}
 		switch m := evict.Mark(r.Mark); {
-		case r.Role == journal.Source && (m == evict.MarkCompleted || m == evict.MarkDiscarded || m == evict.MarkLost),
+		case r.Role == journal.Source &&
+			(m == evict.MarkCompleted || m == evict.MarkDiscarded || m == evict.MarkLost),
 			r.Role == journal.Destination && (m == evict.MarkNeverRan || m == evict.MarkLost):
 			return r.Peer
 		}
@@ -76,7 +82,8 @@ func (h *Host) left(vm string) string {
 	return ""
 }
 
-// startVM starts a VM anew. Of hosts that are fenced an operator asserts that the VM does not run there.
+// startVM starts a VM anew. Of hosts that are fenced an operator asserts that the VM does not run
+// there.
 func (h *Host) startVM(ctx context.Context, name string, fenced []string) error {
 	if err := hypervisor.CheckName(name); err != nil {
 		return &argumentError{err}
@@ -118,7 +125,8 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 		return fmt.Errorf("VM %s was not started: on host %s %s", name, h.name(), here.Why)
 	}
 	others := slices.Sorted(maps.Keys(h.config.Peers))
-	others = slices.DeleteFunc(others, func(host string) bool { return slices.Contains(fenced, host) })
+	others = slices.DeleteFunc(others,
+		func(host string) bool { return slices.Contains(fenced, host) })
 	answers, errs := make([]vmAnswer, len(others)), make([]error, len(others))
 	ctx, cancel := context.WithTimeout(ctx, clearTime)
 	defer cancel()
@@ -138,7 +146,8 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 	for i, host := range others {
 		switch a := answers[i]; {
 		case errs[i] != nil:
-			why = append(why, fmt.Sprintf("host %s does not say whether it has it (%v)", host, errs[i]))
+			why = append(why, fmt.Sprintf("host %s does not say whether it has it (%v)", host,
+				errs[i]))
 		case !a.Clear:
 			why = append(why, fmt.Sprintf("on host %s %s", host, a.Why))
 		default:
@@ -146,15 +155,19 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 		}
 	}
 	for _, from := range slices.Sorted(maps.Keys(left)) {
-		if to := left[from]; to != "" && to != h.name() && !slices.Contains(others, to) && !slices.Contains(fenced, to) {
-			why = append(why, fmt.Sprintf("it left host %s for host %s, which host %s cannot ask", from, to, h.name()))
+		if to := left[from]; to != "" && to != h.name() && !slices.Contains(others, to) &&
+			!slices.Contains(fenced, to) {
+			why = append(why, fmt.Sprintf("it left host %s for host %s, which host %s cannot ask",
+				from, to, h.name()))
 		}
 	}
 	if why == nil {
 		return nil
 	}
-	return fmt.Errorf("VM %s was not started, as it may run elsewhere: %s. Where you know that a host has no QEMU of it, or is off: "+
-		"vacate start %[1]s --fenced HOST", name, strings.Join(why, "; "))
+	return fmt.Errorf(
+		"VM %s was not started, as it may run elsewhere: %s. Where you know that a host has no "+
+			"QEMU of it, or is off: "+
+			"vacate start %[1]s --fenced HOST", name, strings.Join(why, "; "))
 }
 
 // Times for a guest to power itself off.
@@ -165,7 +178,8 @@ const (
 	stopLooks = 500 * time.Millisecond
 )
 
-// stopVM has the guest of a VM power itself off. With force its QEMU is ended where that takes longer than limit.
+// stopVM has the guest of a VM power itself off. With force its QEMU is ended where that takes
+// longer than limit.
 func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, force bool) error {
 	if err := hypervisor.CheckName(name); err != nil {
 		return &argumentError{err}
@@ -187,9 +201,12 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 	case seen.State == hypervisor.None:
 		return &stateError{fmt.Errorf("VM %s has no QEMU on host %s", name, h.name())}
 	case seen.Process.PID == 0:
-		return &stateError{fmt.Errorf("VM %s on host %s is %s: it was not touched", name, h.name(), seen.State)}
+		return &stateError{fmt.Errorf("VM %s on host %s is %s: it was not touched", name, h.name(),
+			seen.State)}
 	case seen.State != hypervisor.Running && !force:
-		return &stateError{fmt.Errorf("VM %s on host %s is %s, and heeds nothing: it was not touched. To end its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
+		return &stateError{
+			fmt.Errorf("VM %s on host %s is %s, and heeds nothing: it was not touched. To end "+
+				"its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
 	}
 	if seen.State == hypervisor.Running && limit > 0 {
 		if err := tell(ctx, vm, "system_powerdown"); err != nil {
@@ -207,15 +224,18 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 				return ctx.Err()
 			}
 			// With -no-shutdown, QEMU stays when its guest is off.
-			if now, err := hypervisor.Look(ctx, vm); err == nil && now.Process == seen.Process && now.Status == "shutdown" {
+			if now, err := hypervisor.Look(ctx, vm); err == nil && now.Process == seen.Process &&
+				now.Status == "shutdown" {
 				force = true
 				break
 			}
 		}
 	}
 	if !force {
-		return &stateError{fmt.Errorf("VM %s was told to power itself off, and has not done so within %v: it runs on, and may do so later. "+
-			"To end its QEMU, as by a loss of power: vacate stop %[1]s --force", name, limit)}
+		return &stateError{fmt.Errorf(
+			"VM %s was told to power itself off, and has not done so within %v: it runs on, and "+
+				"may do so later. "+
+				"To end its QEMU, as by a loss of power: vacate stop %[1]s --force", name, limit)}
 	}
 	quit, cancel := context.WithTimeout(ctx, quitTime)
 	defer cancel()

@@ -16,7 +16,8 @@ import (
 )
 
 func (s *site) startVM(name string, fenced ...string) (*hostv1.VM, error) {
-	r, err := s.api.Start(labtest.Within(s.t, time.Minute), connect.NewRequest(&hostv1.StartRequest{Vm: name, Fenced: fenced}))
+	r, err := s.api.Start(labtest.Within(s.t, time.Minute),
+		connect.NewRequest(&hostv1.StartRequest{Vm: name, Fenced: fenced}))
 	if err != nil {
 		return nil, err
 	}
@@ -24,7 +25,9 @@ func (s *site) startVM(name string, fenced ...string) (*hostv1.VM, error) {
 }
 
 func (s *site) stopVM(name string, limit time.Duration, force bool) error {
-	_, err := s.api.Stop(labtest.Within(s.t, 2*time.Minute), connect.NewRequest(&hostv1.StopRequest{Vm: name, TimeoutMs: uint32(limit.Milliseconds()), Force: force}))
+	_, err := s.api.Stop(labtest.Within(s.t, 2*time.Minute),
+		connect.NewRequest(&hostv1.StopRequest{Vm: name, TimeoutMs: uint32(limit.Milliseconds()),
+			Force: force}))
 	return err
 }
 
@@ -56,7 +59,8 @@ func TestStart(t *testing.T) {
 	}
 	_, err = a.startVM("web1")
 	refusedWith(t, err, connect.CodeAlreadyExists, "is being evicted already")
-	refusedWith(t, a.stopVM("web1", time.Second, true), connect.CodeAlreadyExists, "is being evicted already")
+	refusedWith(t, a.stopVM("web1", time.Second, true), connect.CodeAlreadyExists,
+		"is being evicted already")
 	if end, err := a.watch(e.Id, time.Minute); err != nil || end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
@@ -74,14 +78,18 @@ func TestStart(t *testing.T) {
 	labtest.MustCheck(t, twin)
 
 	// Its guest has no driver for the power button.
-	refusedWith(t, b.stopVM("web1", time.Second, false), connect.CodeFailedPrecondition, "it runs on")
+	refusedWith(t, b.stopVM("web1", time.Second, false), connect.CodeFailedPrecondition,
+		"it runs on")
 	if err := b.stopVM("web1", 0, true); err != nil {
 		t.Fatal(err)
 	}
-	refusedWith(t, b.stopVM("web1", 0, true), connect.CodeFailedPrecondition, "has no QEMU on host hostb")
+	refusedWith(t, b.stopVM("web1", 0, true), connect.CodeFailedPrecondition,
+		"has no QEMU on host hostb")
 	// What the lab's VMs have besides is not there any more.
-	a.describe("web1", vm.QMP, []string{vm.Args[0], "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m", "64",
-		"-qmp", "unix:" + vm.QMP + ",server=on,wait=off"})
+	a.describe("web1", vm.QMP,
+		[]string{vm.Args[0], "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m",
+			"64",
+			"-qmp", "unix:" + vm.QMP + ",server=on,wait=off"})
 	_, err = a.startVM("web1", "hosta")
 	refusedWith(t, err, connect.CodeInvalidArgument, "is this host")
 	here, err := a.startVM("web1")
@@ -100,7 +108,8 @@ func TestStart(t *testing.T) {
 		t.Error(err)
 	}
 	log, err := os.ReadFile(a.log.Name())
-	for _, line := range []string{"asks=Start vm=web1 fenced=[hostb]", "asks=Stop vm=web1 force=true"} {
+	for _, line := range []string{"asks=Start vm=web1 fenced=[hostb]",
+		"asks=Stop vm=web1 force=true"} {
 		if err != nil || !strings.Contains(string(log), line) {
 			t.Errorf("the log lacks %q: %v", line, err)
 		}
@@ -114,13 +123,18 @@ func TestLeft(t *testing.T) {
 		mark evict.Mark
 		want string
 	}{
-		{journal.Source, evict.MarkCompleted, "hostb"}, {journal.Source, evict.MarkDiscarded, "hostb"}, {journal.Source, evict.MarkLost, "hostb"},
-		{journal.Source, evict.MarkRolledBack, ""}, {journal.Source, evict.MarkResumedHere, ""}, {journal.Source, evict.MarkShutDown, ""},
-		{journal.Destination, evict.MarkCompleted, ""}, {journal.Destination, evict.MarkShutDown, ""},
-		{journal.Destination, evict.MarkNeverRan, "hostb"}, {journal.Destination, evict.MarkLost, "hostb"},
+		{journal.Source, evict.MarkCompleted, "hostb"},
+		{journal.Source, evict.MarkDiscarded, "hostb"}, {journal.Source, evict.MarkLost, "hostb"},
+		{journal.Source, evict.MarkRolledBack, ""}, {journal.Source, evict.MarkResumedHere, ""},
+		{journal.Source, evict.MarkShutDown, ""},
+		{journal.Destination, evict.MarkCompleted, ""},
+		{journal.Destination, evict.MarkShutDown, ""},
+		{journal.Destination, evict.MarkNeverRan, "hostb"},
+		{journal.Destination, evict.MarkLost, "hostb"},
 	} {
 		h, _ := measured(t)
-		entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: c.role, VM: "db1", Peer: "hostb", Mark: string(c.mark)})
+		entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: c.role, VM: "db1",
+			Peer: "hostb", Mark: string(c.mark)})
 		if err != nil {
 			t.Fatal(err)
 		}

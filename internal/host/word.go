@@ -16,18 +16,21 @@ type word struct {
 	decision evict.Decision
 	// For evict.Discard: the VM's name. The operator accepts that the VM is lost.
 	lose string
-	// For evict.ResumeHere: the other host, of which the operator asserts that the VM can run there no more.
+	// For evict.ResumeHere: the other host, of which the operator asserts that the VM can run there
+	// no more.
 	fenced string
 	// In place of fenced: the other host is to be fenced first, by its command.
 	fence bool
 	by    string // who says so
 }
 
-// offerAfter is how long the other host must have been silent before the remedies are told that it cannot undo.
+// offerAfter is how long the other host must have been silent before the remedies are told that it
+// cannot undo.
 const offerAfter = time.Minute
 
-// decidable reports whether an operator's word would be heeded: the VM stands frozen here, it may have run on the other host, and
-// that cannot be asked, or has lost it; or it runs here as far as its memory came, and the other host cannot be asked.
+// decidable reports whether an operator's word would be heeded: the VM stands frozen here, it may
+// have run on the other host, and that cannot be asked, or has lost it; or it runs here as far as
+// its memory came, and the other host cannot be asked.
 func (v *eviction) decidable() bool {
 	r := v.entry.Record()
 	if v.ended() {
@@ -47,7 +50,8 @@ func (v *eviction) decidable() bool {
 	return false
 }
 
-// dead reports whether the VM is known to run no more on the other host, without an operator's word.
+// dead reports whether the VM is known to run no more on the other host, without an operator's
+// word.
 func (v *eviction) dead() bool { return evict.DeadThere(record{v.entry}) }
 
 // last reports whether the copy of the VM here may be the last one that is whole, or the newest.
@@ -86,18 +90,23 @@ func (v *eviction) does() string {
 	return "runs"
 }
 
-// prospects says what is waited for, or may have happened, and lists the commands that an operator may choose between.
+// prospects says what is waited for, or may have happened, and lists the commands that an operator
+// may choose between.
 func (v *eviction) prospects() (advice string, remedies []string) {
 	r, here := v.entry.Record(), v.host.name()
 	if r.Untold {
-		return fmt.Sprintf("VM %s is on host %s again by an operator's word. Host %s has not heard that yet: it is told as soon as vacated "+
-			"there answers. A copy of the VM that still runs there is ended then", r.VM, here, r.Peer), nil
+		return fmt.Sprintf(
+			"VM %s is on host %s again by an operator's word. Host %s has not heard that yet: "+
+				"it is told as soon as vacated "+
+				"there answers. A copy of the VM that still runs there is ended then", r.VM, here,
+			r.Peer), nil
 	}
 	if !v.decidable() {
 		return "", nil
 	}
 	silent := v.silence()
-	discard := fmt.Sprintf("vacate decide %v discard", r.ID) // without what it accepts: that is asked for
+	// without what it accepts: that is asked for
+	discard := fmt.Sprintf("vacate decide %v discard", r.ID)
 	if !v.last() {
 		discard += " --confirm " + r.VM
 	}
@@ -106,10 +115,13 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		if v.stands() != "" {
 			is = fmt.Sprintf("stands on host %s, and lacks memory", here)
 		}
-		advice = fmt.Sprintf("VM %[1]s %[4]s that only host %[3]s has, which has not answered for %.0[5]f s. "+
-			"Where vacated on %[3]s is back, the eviction goes on by itself. Should an operator have had the VM resumed on %[3]s meanwhile, "+
-			"two copies run: look there (vacate status %[1]s). If it runs there, the copy on %[2]s has to be ended; %[3]s sees to that, too, "+
-			"as soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
+		advice = fmt.Sprintf(
+			"VM %[1]s %[4]s that only host %[3]s has, which has not answered for %.0[5]f s. "+
+				"Where vacated on %[3]s is back, the eviction goes on by itself. Should an "+
+				"operator have had the VM resumed on %[3]s meanwhile, "+
+				"two copies run: look there (vacate status %[1]s). If it runs there, the copy "+
+				"on %[2]s has to be ended; %[3]s sees to that, too, "+
+				"as soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
 		if silent >= offerAfter {
 			remedies = []string{discard}
 		}
@@ -118,7 +130,9 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 	resume := fmt.Sprintf("vacate decide %v resume-here --confirm %s", r.ID, r.VM)
 	if v.dead() {
 		remedies = []string{resume}
-		advice = fmt.Sprintf("VM %s stands frozen on host %s, with all of its memory. It runs no more on host %s", r.VM, here, r.Peer)
+		advice =
+			fmt.Sprintf("VM %s stands frozen on host %s, with all of its memory. It runs no "+
+				"more on host %s", r.VM, here, r.Peer)
 	} else {
 		// Without what it asserts: that is asked for.
 		remedies = []string{fmt.Sprintf("vacate decide %v resume-here", r.ID)}
@@ -126,21 +140,30 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 			remedies = append(remedies, resume+" --fence")
 		}
 		if evict.Mark(r.Mark) == evict.MarkLost {
-			advice = fmt.Sprintf("VM %s stands frozen on host %s, and may run on host %s: look there before you decide", r.VM, here, r.Peer)
+			advice =
+				fmt.Sprintf("VM %s stands frozen on host %s, and may run on host %s: look there "+
+					"before you decide", r.VM, here, r.Peer)
 		} else {
-			advice = fmt.Sprintf("VM %s stands frozen on host %s, and may run on host %s, which has not answered for %.0f s. "+
-				"As soon as it does, the eviction goes on by itself: see that vacated runs there and that the link is up. "+
-				"Only should host %[3]s never come back is there something to decide", r.VM, here, r.Peer, silent.Seconds())
+			advice = fmt.Sprintf(
+				"VM %s stands frozen on host %s, and may run on host %s, which has not answered "+
+					"for %.0f s. "+
+					"As soon as it does, the eviction goes on by itself: see that vacated runs "+
+					"there and that the link is up. "+
+					"Only should host %[3]s never come back is there something to decide", r.VM,
+				here, r.Peer, silent.Seconds())
 			if silent < offerAfter {
 				return advice, nil
 			}
 		}
 	}
 	if evict.Whole(record{v.entry}) != nil {
-		return fmt.Sprintf("The copy of VM %s that stands frozen on host %s is not whole, as memory of it was given back: it cannot run any more. "+
-			"Look on host %s what became of the VM", r.VM, here, r.Peer), []string{discard}
+		return fmt.Sprintf(
+			"The copy of VM %s that stands frozen on host %s is not whole, as memory of it was "+
+				"given back: it cannot run any more. "+
+				"Look on host %s what became of the VM", r.VM, here, r.Peer), []string{discard}
 	}
-	return advice, append(append([]string{fmt.Sprintf("vacate export %v FILE", r.ID)}, remedies...), discard)
+	return advice, append(append([]string{fmt.Sprintf("vacate export %v FILE", r.ID)}, remedies...),
+		discard)
 }
 
 // undecidable says why it is not for an operator to decide.
@@ -151,13 +174,17 @@ func (v *eviction) undecidable() string {
 	case v.ended():
 		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
 	case m == evict.MarkAccepted:
-		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` has it stay on host %s", r.VM, here, r.ID, r.Peer)
+		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` has "+
+			"it stay on host %s", r.VM, here, r.ID, r.Peer)
 	case r.Role == journal.Destination:
-		return fmt.Sprintf("VM %s %s on host %s, and host %s, which has the rest of its memory, answers: the eviction goes on by itself", r.VM, v.does(), here, r.Peer)
+		return fmt.Sprintf("VM %s %s on host %s, and host %s, which has the rest of its memory, "+
+			"answers: the eviction goes on by itself", r.VM, v.does(), here, r.Peer)
 	case m == evict.MarkBegun:
-		return fmt.Sprintf("VM %s was never told to run on host %s: it is being evicted, or comes back by itself", r.VM, r.Peer)
+		return fmt.Sprintf("VM %s was never told to run on host %s: it is being evicted, or "+
+			"comes back by itself", r.VM, r.Peer)
 	}
-	return fmt.Sprintf("VM %s %s on host %s, which answers: the eviction goes on by itself", r.VM, v.does(), r.Peer)
+	return fmt.Sprintf("VM %s %s on host %s, which answers: the eviction goes on by itself", r.VM,
+		v.does(), r.Peer)
 }
 
 // unabortable says why an eviction cannot be aborted any more, and where the VM is.
@@ -166,16 +193,24 @@ func (v *eviction) unabortable() string {
 	v.mu.Lock()
 	state := v.state
 	v.mu.Unlock()
-	where := fmt.Sprintf("VM %s may run on host %s, which does not answer at the moment: see vacate status %[1]s", r.VM, r.Peer)
+	where :=
+		fmt.Sprintf("VM %s may run on host %s, which does not answer at the moment: see vacate "+
+			"status %[1]s", r.VM, r.Peer)
 	switch {
 	case v.ended():
 		return v.undecidable()
 	case state == evict.CutOff:
-		where = fmt.Sprintf("VM %s %s on host %s as far as its memory came, and host %s does not answer at the moment: see vacate status %[1]s", r.VM, v.does(), here, r.Peer)
+		where =
+			fmt.Sprintf("VM %s %s on host %s as far as its memory came, and host %s does not "+
+				"answer at the moment: see vacate status %[1]s", r.VM, v.does(), here, r.Peer)
 	case r.Role == journal.Destination && (state == evict.Running || state == evict.Completing):
-		where = fmt.Sprintf("VM %s %s on host %s, and its memory is coming from host %s. Nothing need be done", r.VM, v.does(), here, r.Peer)
+		where =
+			fmt.Sprintf("VM %s %s on host %s, and its memory is coming from host %s. Nothing "+
+				"need be done", r.VM, v.does(), here, r.Peer)
 	case state == evict.Pushing || state == evict.Committing || state == evict.Retiring:
-		where = fmt.Sprintf("VM %s %s on host %s, and its memory is on its way there. Nothing need be done", r.VM, v.does(), r.Peer)
+		where =
+			fmt.Sprintf("VM %s %s on host %s, and its memory is on its way there. Nothing need "+
+				"be done", r.VM, v.does(), r.Peer)
 	case state == evict.RollingBack:
 		where = fmt.Sprintf("VM %s is coming back to host %s already", r.VM, here)
 	}
@@ -217,7 +252,9 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
 	}
 	// What was decided is done, whoever listens.
-	decide := func(fenced string) error { return s.Decide(context.WithoutCancel(ctx), m, w.decision, fenced) }
+	decide := func(fenced string) error {
+		return s.Decide(context.WithoutCancel(ctx), m, w.decision, fenced)
+	}
 	fenced := ""
 	if w.fenced != "" {
 		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, r.Peer)
@@ -225,13 +262,17 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	// The destination is asked first: one that answers must not be fenced.
 	if err = decide(fenced); w.fence && errors.Is(err, evict.ErrUnfenced) {
 		if err := v.host.fence(r.Peer); err != nil {
-			return v.goOn(fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on host %s as before", err, r.VM, v.host.name()))
+			return v.goOn(
+				fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on host %s as before", err,
+					r.VM, v.host.name()))
 		}
 		err = decide(fmt.Sprintf("host %s was fenced, by its command", r.Peer))
 	}
 	switch {
 	case errors.Is(err, evict.ErrAnswers):
-		return v.goOn(fmt.Errorf("host %s answers for VM %s: %w. Nothing was decided, and the eviction goes on by itself", r.Peer, r.VM, err))
+		return v.goOn(
+			fmt.Errorf("host %s answers for VM %s: %w. Nothing was decided, and the eviction "+
+				"goes on by itself", r.Peer, r.VM, err))
 	case errors.Is(err, evict.ErrUnfenced):
 		return v.goOn(errors.New(v.unfenced()))
 	case errors.Is(err, evict.ErrUndecided):
@@ -262,12 +303,15 @@ func (v *eviction) resumable(w word) error {
 	}
 	switch {
 	case w.fenced != "" && w.fence:
-		return &argumentError{errors.New("fenced and fence are one too many: either you assert that the other host is fenced, or it is to be fenced")}
+		return &argumentError{
+			errors.New("fenced and fence are one too many: either you assert that the other " +
+				"host is fenced, or it is to be fenced")}
 	case w.fenced != "" && w.fenced != r.Peer:
-		return &argumentError{fmt.Errorf("fenced is %q, and the other host of this eviction is %q", w.fenced, r.Peer)}
+		return &argumentError{fmt.Errorf("fenced is %q, and the other host of this eviction is %q",
+			w.fenced, r.Peer)}
 	case w.fenced == "" && !w.fence && !v.dead() && v.mark() != evict.MarkLost:
-		// Of one that is lost, the other host may have said that its QEMU has ended while the journal
-		// was full. The engine asks it once more.
+		// Of one that is lost, the other host may have said that its QEMU has ended while the
+		// journal was full. The engine asks it once more.
 		return &stateError{errors.New(v.unfenced())}
 	}
 	return nil
@@ -280,18 +324,26 @@ func (v *eviction) discardable(w word) error {
 	case w.lose == r.VM || w.lose == "" && !v.last():
 		return nil
 	case w.lose != "":
-		return &argumentError{fmt.Errorf("lose is %q, and the VM of this eviction is %q", w.lose, r.VM)}
+		return &argumentError{fmt.Errorf("lose is %q, and the VM of this eviction is %q", w.lose,
+			r.VM)}
 	case r.Role == journal.Destination:
-		return &stateError{fmt.Errorf("VM %[1]s runs on host %[2]s, and that is its newest copy: what it did since it came would be lost, "+
-			"and all of it where host %[3]s has no copy any more. Look on host %[3]s first (vacate status %[1]s). "+
-			"If host %[3]s comes back, the eviction goes on by itself. --lose %[1]s says that you accept the loss", r.VM, here, r.Peer)}
+		return &stateError{fmt.Errorf(
+			"VM %[1]s runs on host %[2]s, and that is its newest copy: what it did since it "+
+				"came would be lost, "+
+				"and all of it where host %[3]s has no copy any more. Look on host %[3]s first "+
+				"(vacate status %[1]s). "+
+				"If host %[3]s comes back, the eviction goes on by itself. --lose %[1]s says "+
+				"that you accept the loss", r.VM, here, r.Peer)}
 	}
 	where := fmt.Sprintf("host %s has not said that it has all of the VM's memory", r.Peer)
 	if v.dead() {
 		where = fmt.Sprintf("the VM runs no more on host %s", r.Peer)
 	}
-	text := fmt.Sprintf("the copy of VM %s that stands frozen on host %s may be the last one: %s. Without it the VM is lost, with its memory "+
-		"and what it had not written to its disks, unless it runs on host %s and has all of its memory there", r.VM, here, where, r.Peer)
+	text := fmt.Sprintf(
+		"the copy of VM %s that stands frozen on host %s may be the last one: %s. Without it "+
+			"the VM is lost, with its memory "+
+			"and what it had not written to its disks, unless it runs on host %s and has all of "+
+			"its memory there", r.VM, here, where, r.Peer)
 	if evict.Whole(record{v.entry}) == nil {
 		text += fmt.Sprintf(". `vacate export %v FILE` keeps a copy", r.ID)
 	}
@@ -301,9 +353,13 @@ func (v *eviction) discardable(w word) error {
 // unfenced says that an assertion is missing.
 func (v *eviction) unfenced() string {
 	r := v.entry.Record()
-	text := fmt.Sprintf("VM %s may run on host %s, which has not said that it does not: if it does, two copies of it would spoil their disks. "+
-		"If host %[2]s comes back, the eviction goes on by itself. If it never does: --fenced %[2]s asserts that host %[2]s is powered off, or cut off "+
-		"from the VM's disks and network, or that the QEMU of VM %[1]s there has ended", r.VM, r.Peer)
+	text := fmt.Sprintf(
+		"VM %s may run on host %s, which has not said that it does not: if it does, two copies "+
+			"of it would spoil their disks. "+
+			"If host %[2]s comes back, the eviction goes on by itself. If it never does: "+
+			"--fenced %[2]s asserts that host %[2]s is powered off, or cut off "+
+			"from the VM's disks and network, or that the QEMU of VM %[1]s there has ended", r.VM,
+		r.Peer)
 	if len(v.host.config.Peers[r.Peer].Fence) > 0 {
 		text += fmt.Sprintf("; --fence has vacated fence host %s", r.Peer)
 	}
@@ -317,19 +373,23 @@ const endTime = 10 * time.Second
 func (v *eviction) giveUpTwin(w word) error {
 	r := v.entry.Record()
 	if w.decision != evict.Discard {
-		return &stateError{fmt.Errorf("VM %s runs on host %s already: there is discard alone, which ends this copy. "+
-			"A copy that stands frozen is on host %s", r.VM, v.host.name(), r.Peer)}
+		return &stateError{fmt.Errorf(
+			"VM %s runs on host %s already: there is discard alone, which ends this copy. "+
+				"A copy that stands frozen is on host %s", r.VM, v.host.name(), r.Peer)}
 	}
-	return v.endTwin(fmt.Errorf("%s gave up the copy of VM %s on host %s: its QEMU was ended", w.by, r.VM, v.host.name()))
+	return v.endTwin(fmt.Errorf("%s gave up the copy of VM %s on host %s: its QEMU was ended", w.by,
+		r.VM, v.host.name()))
 }
 
-// endTwin ends the twin, and then the eviction, for a reason. It is called by one that holds v.operator.
+// endTwin ends the twin, and then the eviction, for a reason. It is called by one that holds
+// v.operator.
 func (v *eviction) endTwin(why error) error {
 	v.change(func() { v.ousted = why })
 	if err := v.killTwin(); err != nil {
 		return err
 	}
-	// An engine notices, and comes to an end by itself; one that cannot take the eviction up leaves it.
+	// An engine notices, and comes to an end by itself; one that cannot take the eviction up leaves
+	// it.
 	v.mu.Lock()
 	idle := v.idle
 	v.mu.Unlock()
@@ -365,7 +425,8 @@ func (v *eviction) oustedBy(err error) error {
 	return err
 }
 
-// overrule ends the twin here, as its source says that an operator had the VM resumed there, and answers.
+// overrule ends the twin here, as its source says that an operator had the VM resumed there, and
+// answers.
 func (v *eviction) overrule(r *evict.Request) {
 	v.operator.Lock()
 	defer v.operator.Unlock()
@@ -377,18 +438,27 @@ func (v *eviction) overrule(r *evict.Request) {
 	log := v.host.log.With("eviction", rec.ID, "vm", rec.VM, "peer", rec.Peer)
 	switch m := evict.Mark(rec.Mark); {
 	case m == evict.MarkAccepted:
-		r.Refuse(fmt.Errorf("host %s: VM %s was not told to run, and its QEMU is about to be ended", v.host.name(), rec.VM))
+		r.Refuse(fmt.Errorf("host %s: VM %s was not told to run, and its QEMU is about to be ended",
+			v.host.name(), rec.VM))
 		return
 	case m == evict.MarkCompleted && v.acknowledged():
-		log.Error("the source says that the VM was resumed there, and it had heard that it is whole here: nothing is done")
-		r.Answer(evict.AnswerComplete, fmt.Sprintf("host %s has VM %s whole, as host %s had heard", v.host.name(), rec.VM, rec.Peer), false, nil)
+		log.Error("the source says that the VM was resumed there, and it had heard that it is " +
+			"whole here: nothing is done")
+		r.Answer(evict.AnswerComplete,
+			fmt.Sprintf("host %s has VM %s whole, as host %s had heard", v.host.name(), rec.VM,
+				rec.Peer), false, nil)
 		return
 	}
-	log.Warn("an operator had the VM resumed at the source: the copy here is ended", "mark", rec.Mark)
-	err := v.endTwin(fmt.Errorf("an operator had VM %s resumed on host %s: the copy on host %s was ended", rec.VM, rec.Peer, v.host.name()))
+	log.Warn("an operator had the VM resumed at the source: the copy here is ended", "mark",
+		rec.Mark)
+	err := v.endTwin(
+		fmt.Errorf("an operator had VM %s resumed on host %s: the copy on host %s was ended",
+			rec.VM, rec.Peer, v.host.name()))
 	if err != nil {
-		log.Error("the copy of the VM here does not end: end its QEMU by hand", "pid", rec.PID, "error", err)
-		r.Refuse(fmt.Errorf("host %s: the QEMU of VM %s does not end: %w", v.host.name(), rec.VM, err))
+		log.Error("the copy of the VM here does not end: end its QEMU by hand", "pid", rec.PID,
+			"error", err)
+		r.Refuse(fmt.Errorf("host %s: the QEMU of VM %s does not end: %w", v.host.name(), rec.VM,
+			err))
 		return
 	}
 	r.Answer(evict.AnswerOf(v.mark()), v.describe(), true, nil)
@@ -406,7 +476,8 @@ const (
 	lastTell  = 10 * time.Second
 )
 
-// tell has the other host hear that the VM runs here by an operator's word, for as long as that takes.
+// tell has the other host hear that the VM runs here by an operator's word, for as long as that
+// takes.
 func (v *eviction) tell() {
 	if !v.entry.Record().Untold {
 		return
@@ -421,7 +492,8 @@ func (v *eviction) tell() {
 				log.Info("the other host has heard that the VM runs here again")
 			} else if text := fmt.Sprint(err); text != last {
 				last = text
-				log.Warn("the VM runs here again by an operator's word, and what the other host has of it is not known", "heard", heard, "error", err)
+				log.Warn("the VM runs here again by an operator's word, and what the other host "+
+					"has of it is not known", "heard", heard, "error", err)
 			}
 			if heard && v.toldAll(err) == nil {
 				return
@@ -443,7 +515,8 @@ func (v *eviction) tellOnce() (heard bool, err error) {
 	return s.Tell(v.host.life)
 }
 
-// toldAll notes that the other host has heard of the operator's word; but is what is wrong all the same.
+// toldAll notes that the other host has heard of the operator's word; but is what is wrong all the
+// same.
 func (v *eviction) toldAll(but error) error {
 	r := v.entry.Record()
 	reason := r.Reason

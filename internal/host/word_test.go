@@ -50,14 +50,16 @@ func (r *run) begin() {
 
 func (r *run) say(s *site, d hostv1.Decision, fenced string, fence bool) error {
 	_, err := s.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(
-		&hostv1.DecideRequest{Id: r.eviction, Decision: d, Confirm: "web1", Fenced: fenced, Fence: fence}))
+		&hostv1.DecideRequest{Id: r.eviction, Decision: d, Confirm: "web1", Fenced: fenced,
+			Fence: fence}))
 	return err
 }
 
 // discard gives up the copy on a host.
 func (r *run) discard(s *site, lose string) error {
 	_, err := s.api.Decide(labtest.Within(r.t, time.Minute), connect.NewRequest(
-		&hostv1.DecideRequest{Id: r.eviction, Decision: hostv1.Decision_DECISION_DISCARD, Confirm: "web1", Lose: lose}))
+		&hostv1.DecideRequest{Id: r.eviction, Decision: hostv1.Decision_DECISION_DISCARD,
+			Confirm: "web1", Lose: lose}))
 	return err
 }
 
@@ -93,13 +95,17 @@ func (r *run) over(s *site, outcome string) *hostv1.Eviction {
 func TestWord(t *testing.T) {
 	const resume = hostv1.Decision_DECISION_RESUME_HERE
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
+	r := &run{t: t, lab: l, vm: boot(t, l.A,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
 	r.a, r.b = sites(t, l)
 	r.a.describe("web1", r.vm.QMP, r.vm.Args)
 	r.expected = r.b.expect("web1", r.vm)
 	script, code := filepath.Join(r.a.dir, "fence"), filepath.Join(r.a.dir, "code")
 	hold, started := filepath.Join(r.a.dir, "hold"), filepath.Join(r.a.dir, "started")
-	if err := os.WriteFile(script, []byte("#!/bin/sh\ntouch "+started+"\nwhile test -e "+hold+"; do sleep 0.05; done\necho \"$1 is not off yet\"\nexit $(cat "+code+")\n"), 0o755); err != nil {
+	if err := os.WriteFile(script,
+		[]byte("#!/bin/sh\ntouch "+started+"\nwhile test -e "+hold+
+			"; do sleep 0.05; done\necho \"$1 is not off yet\"\nexit $(cat "+code+")\n"),
+		0o755); err != nil {
 		t.Fatal(err)
 	}
 	config, err := os.OpenFile(filepath.Join(r.a.dir, "vacated.toml"), os.O_APPEND|os.O_WRONLY, 0)
@@ -114,30 +120,42 @@ func TestWord(t *testing.T) {
 	// While all goes its way, nothing is to be aborted or decided, and where the VM is is told
 	// alike at both ends.
 	r.begin()
-	r.wait(r.b, "running", func(e *hostv1.Eviction) bool { return e.State == string(evict.Running) })
-	for s, says := range map[*site]string{r.a: "VM web1 runs on host hostb", r.b: "VM web1 runs on host hostb, and"} {
-		_, err := s.api.Abort(labtest.Within(t, time.Minute), connect.NewRequest(&hostv1.AbortRequest{Id: r.eviction}))
-		if said := fmt.Sprint(err); !strings.Contains(said, says) || !strings.Contains(said, "Nothing need be done") {
+	r.wait(r.b, "running", func(e *hostv1.Eviction) bool {
+		return e.State == string(evict.Running)
+	})
+	for s, says := range map[*site]string{r.a: "VM web1 runs on host hostb",
+		r.b: "VM web1 runs on host hostb, and"} {
+		_, err := s.api.Abort(labtest.Within(t, time.Minute),
+			connect.NewRequest(&hostv1.AbortRequest{Id: r.eviction}))
+		if said := fmt.Sprint(err); !strings.Contains(said, says) ||
+			!strings.Contains(said, "Nothing need be done") {
 			t.Errorf("abort on %s: %v", s.name, err)
 		}
-		r.refused(r.say(s, resume, "", false), connect.CodeFailedPrecondition, says, "goes on by itself")
+		r.refused(r.say(s, resume, "", false), connect.CodeFailedPrecondition, says,
+			"goes on by itself")
 	}
 
 	// The destination's daemon dies, and its twin lives.
 	r.b.kill()
 	e := r.wait(r.a, "out of reach", func(e *hostv1.Eviction) bool { return e.Decidable })
 	if len(e.Remedy) > 0 || !e.NeedsFencing || !e.CanFence || !strings.Contains(e.Advice, "hostb") {
-		t.Errorf("what may be done at once: %q, %q, %v, %v", e.Advice, e.Remedy, e.NeedsFencing, e.CanFence)
+		t.Errorf("what may be done at once: %q, %q, %v, %v", e.Advice, e.Remedy, e.NeedsFencing,
+			e.CanFence)
 	}
-	r.refused(r.say(r.a, resume, "", false), connect.CodeFailedPrecondition, "VM web1", "--fenced hostb", "--fence has", "goes on by itself")
+	r.refused(r.say(r.a, resume, "", false), connect.CodeFailedPrecondition, "VM web1",
+		"--fenced hostb", "--fence has", "goes on by itself")
 	r.refused(r.say(r.a, resume, "hosta", false), connect.CodeInvalidArgument, `"hostb"`)
 	r.refused(r.say(r.a, resume, "hostb", true), connect.CodeInvalidArgument, "one too many")
-	r.refused(r.say(r.a, hostv1.Decision_DECISION_DISCARD, "hostb", false), connect.CodeInvalidArgument, "resume")
-	r.refused(r.discard(r.a, ""), connect.CodeFailedPrecondition, "may be the last one", "hostb has not said", "vacate export "+r.eviction, "--lose web1")
+	r.refused(r.say(r.a, hostv1.Decision_DECISION_DISCARD, "hostb", false),
+		connect.CodeInvalidArgument, "resume")
+	r.refused(r.discard(r.a, ""), connect.CodeFailedPrecondition, "may be the last one",
+		"hostb has not said", "vacate export "+r.eviction, "--lose web1")
 	r.refused(r.discard(r.a, "hostb"), connect.CodeInvalidArgument, `"web1"`)
 	os.WriteFile(code, []byte("3\n"), 0o644)
-	r.refused(r.say(r.a, resume, "", true), connect.CodeFailedPrecondition, "hostb could not be fenced", "hostb is not off yet", "exit status 3")
-	r.wait(r.a, "asking again", func(e *hostv1.Eviction) bool { return e.Decidable && e.State != "" })
+	r.refused(r.say(r.a, resume, "", true), connect.CodeFailedPrecondition,
+		"hostb could not be fenced", "hostb is not off yet", "exit status 3")
+	r.wait(r.a, "asking again",
+		func(e *hostv1.Eviction) bool { return e.Decidable && e.State != "" })
 
 	// The command says that the destination is fenced, which answers all the same.
 	os.Remove(started)
@@ -154,8 +172,10 @@ func TestWord(t *testing.T) {
 	}
 	r.b.start()
 	os.Remove(hold)
-	r.refused(<-said, connect.CodeFailedPrecondition, "host hostb answers for VM web1", `"running"`, "Nothing was decided")
-	r.wait(r.a, "pushing again", func(e *hostv1.Eviction) bool { return e.State == string(evict.Pushing) })
+	r.refused(<-said, connect.CodeFailedPrecondition, "host hostb answers for VM web1", `"running"`,
+		"Nothing was decided")
+	r.wait(r.a, "pushing again",
+		func(e *hostv1.Eviction) bool { return e.State == string(evict.Pushing) })
 	r.b.kill()
 	r.wait(r.a, "out of reach again", func(e *hostv1.Eviction) bool { return e.Decidable })
 	vms := r.expected.VMs()
@@ -168,7 +188,9 @@ func TestWord(t *testing.T) {
 	if s := status(r.vm); s != "running" || !twin.Alive() {
 		t.Errorf("the VM is %q, and its twin lives: %v", s, twin.Alive())
 	}
-	if e := r.over(r.a, "resumed here"); !e.Untold || !strings.Contains(e.Advice, "hostb has not heard") || !strings.Contains(e.Reason, "asserted that host hostb is fenced") {
+	if e := r.over(r.a, "resumed here"); !e.Untold ||
+		!strings.Contains(e.Advice, "hostb has not heard") ||
+		!strings.Contains(e.Reason, "asserted that host hostb is fenced") {
 		t.Errorf("what is told of the word: %v", e)
 	}
 	if _, err := r.a.evict("web1", "hostb"); err != nil {
@@ -186,7 +208,8 @@ func TestWord(t *testing.T) {
 	if twin.Alive() {
 		t.Error("the destination has heard, and its copy runs on")
 	}
-	if e := r.over(r.b, "lost contact"); !strings.Contains(e.Reason, "an operator had VM web1 resumed on host hosta") || e.EndedAt == nil {
+	if e := r.over(r.b, "lost contact"); !strings.Contains(e.Reason,
+		"an operator had VM web1 resumed on host hosta") || e.EndedAt == nil {
 		t.Errorf("the destination: %v", e)
 	}
 	labtest.MustCheck(t, r.vm)
@@ -199,8 +222,10 @@ func TestWord(t *testing.T) {
 	if len(e.Remedy) > 0 || e.NeedsFencing || !strings.Contains(e.Advice, "two copies") {
 		t.Errorf("the destination may at once: %q, %q", e.Advice, e.Remedy)
 	}
-	r.refused(r.say(r.b, resume, "hosta", false), connect.CodeFailedPrecondition, "discard", "hosta")
-	if err := r.discard(r.b, ""); err == nil || !strings.Contains(err.Error(), "newest copy") || !strings.Contains(err.Error(), "--lose web1") {
+	r.refused(r.say(r.b, resume, "hosta", false), connect.CodeFailedPrecondition, "discard",
+		"hosta")
+	if err := r.discard(r.b, ""); err == nil || !strings.Contains(err.Error(), "newest copy") ||
+		!strings.Contains(err.Error(), "--lose web1") {
 		t.Errorf("the copy at the destination is given up: %v", err)
 	}
 	if err := r.discard(r.b, "web1"); err != nil {
@@ -208,8 +233,12 @@ func TestWord(t *testing.T) {
 	}
 	r.over(r.b, "lost contact")
 	r.a.start()
-	e = r.wait(r.a, "lost", func(e *hostv1.Eviction) bool { return e.Mark == "lost" && e.Decidable })
-	if e.NeedsFencing || !e.LastCopy || len(e.Remedy) != 3 || !strings.HasSuffix(e.Remedy[1], "resume-here --confirm web1") || !strings.Contains(e.Reason, "gave up the copy of VM web1 on host hostb") {
+	e = r.wait(r.a, "lost", func(e *hostv1.Eviction) bool {
+		return e.Mark == "lost" && e.Decidable
+	})
+	if e.NeedsFencing || !e.LastCopy || len(e.Remedy) != 3 ||
+		!strings.HasSuffix(e.Remedy[1], "resume-here --confirm web1") ||
+		!strings.Contains(e.Reason, "gave up the copy of VM web1 on host hostb") {
 		t.Errorf("the source: %v", e)
 	}
 	if err := r.say(r.a, resume, "", false); err != nil {
@@ -227,7 +256,8 @@ func TestWord(t *testing.T) {
 	if err := r.say(r.a, resume, "", true); err != nil {
 		t.Fatal(err)
 	}
-	if e := r.over(r.a, "resumed here"); !strings.Contains(e.Reason, "hostb was fenced, by its command") {
+	if e := r.over(r.a, "resumed here"); !strings.Contains(e.Reason,
+		"hostb was fenced, by its command") {
 		t.Errorf("what is told of the word: %v", e)
 	}
 	r.b.start()
@@ -258,7 +288,8 @@ func TestWord(t *testing.T) {
 func TestWordCarriedOutLater(t *testing.T) {
 	const resume, held = hostv1.Decision_DECISION_RESUME_HERE, "source/reconnecting"
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A, lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
+	r := &run{t: t, lab: l, vm: boot(t, l.A,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
 	r.a, r.b = sites(t, l)
 	r.a.describe("web1", r.vm.QMP, r.vm.Args)
 	r.expected = r.b.expect("web1", r.vm)
@@ -279,10 +310,14 @@ func TestWordCarriedOutLater(t *testing.T) {
 	// again, or has ended.
 	for _, request := range []func(ctx context.Context){
 		func(ctx context.Context) {
-			r.a.api.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: r.eviction, Path: filepath.Join(r.a.dir, "saved")}))
+			r.a.api.Export(ctx,
+				connect.NewRequest(&hostv1.ExportRequest{Id: r.eviction,
+					Path: filepath.Join(r.a.dir, "saved")}))
 		},
 		func(ctx context.Context) {
-			r.a.api.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: r.eviction, Decision: resume, Confirm: "web1", Fenced: "hostb"}))
+			r.a.api.Decide(ctx,
+				connect.NewRequest(&hostv1.DecideRequest{Id: r.eviction, Decision: resume,
+					Confirm: "web1", Fenced: "hostb"}))
 		},
 	} {
 		r.a.start(held)
@@ -301,7 +336,10 @@ func TestWordCarriedOutLater(t *testing.T) {
 		time.Sleep(time.Second)
 		r.a.release(held)
 		r.b.start()
-		e := r.wait(r.a, "going on", func(e *hostv1.Eviction) bool { return e.State == string(evict.Pushing) || e.Outcome != "" })
+		e := r.wait(r.a, "going on",
+			func(e *hostv1.Eviction) bool {
+				return e.State == string(evict.Pushing) || e.Outcome != ""
+			})
 		if e.Outcome == "" {
 			lose()
 			if err := r.say(r.a, resume, "hostb", false); err != nil {
@@ -363,7 +401,8 @@ func TestWordCarriedOutLater(t *testing.T) {
 // latest is the eviction that a host began last.
 func latest(t *testing.T, s *site) string {
 	t.Helper()
-	list, err := s.api.ListEvictions(t.Context(), connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+	list, err := s.api.ListEvictions(t.Context(),
+		connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 	if err != nil || len(list.Msg.Evictions) == 0 {
 		t.Fatal(err, list)
 	}

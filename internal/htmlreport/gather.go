@@ -17,7 +17,8 @@ import (
 // Gather asks the daemon of an eviction's source for what the page of the eviction shows. e has
 // ended and has a report.
 func Gather(ctx context.Context, d hostv1.HostClient, e *hostv1.Eviction) (Eviction, error) {
-	p := Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome, Reason: e.Reason}
+	p := Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome,
+		Reason: e.Reason}
 	if err := json.Unmarshal([]byte(e.ReportJson), &p.Report); err != nil {
 		return p, fmt.Errorf("the report: %w", err)
 	}

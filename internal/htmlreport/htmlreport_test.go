@@ -15,7 +15,9 @@ import (
 // data returns what a page's script is given.
 func dataOf(t *testing.T, html string) string {
 	t.Helper()
-	m := regexp.MustCompile(`(?s)<script type="application/json" id="data">(.*?)</script>`).FindStringSubmatch(html)
+	m :=
+		regexp.MustCompile(
+			`(?s)<script type="application/json" id="data">(.*?)</script>`).FindStringSubmatch(html)
 	if m == nil {
 		t.Fatal("no data in the page")
 	}
@@ -25,8 +27,11 @@ func dataOf(t *testing.T, html string) string {
 // TestWrite has texts from elsewhere that would like to be more than texts.
 func TestWrite(t *testing.T) {
 	const evil = `</script><script>alert(1)</script><img src=x onerror=alert(2)>` + "\u2028'\"\\"
-	e := Eviction{ID: "1", VM: evil, To: evil, Started: time.Unix(0, 0), Outcome: "completed", Reason: evil, Notes: []string{evil},
-		Report: evict.Report{QEMU: evil}, Trace: &evict.Trace{Blocks: []evict.TraceBlock{{Name: evil, Pages: 1, PageSize: 4096}}, PagesPerCell: 1, When: []int32{1}, Why: []uint8{1}, Class: []uint8{0}},
+	e := Eviction{ID: "1", VM: evil, To: evil, Started: time.Unix(0, 0), Outcome: "completed",
+		Reason: evil, Notes: []string{evil},
+		Report: evict.Report{QEMU: evil},
+		Trace: &evict.Trace{Blocks: []evict.TraceBlock{{Name: evil, Pages: 1, PageSize: 4096}},
+			PagesPerCell: 1, When: []int32{1}, Why: []uint8{1}, Class: []uint8{0}},
 		Charts: []Chart{{Title: evil, Lines: []Line{{Name: evil, Points: [][2]float64{{0, 1}}}}}}}
 	var b bytes.Buffer
 	if err := Write(&b, e); err != nil {
@@ -40,11 +45,13 @@ func TestWrite(t *testing.T) {
 	if err := json.Unmarshal([]byte(dataOf(t, html)), &again); err != nil {
 		t.Fatal(err)
 	}
-	if again.VM != evil || again.Trace.Blocks[0].Name != evil || again.Charts[0].Lines[0].Name != evil {
+	if again.VM != evil || again.Trace.Blocks[0].Name != evil ||
+		again.Charts[0].Lines[0].Name != evil {
 		t.Errorf("%+v", again)
 	}
 	// It needs nothing from elsewhere.
-	if refs := regexp.MustCompile(`(?i)(src|href)\s*=\s*["']?(https?:)?//`).FindAllString(html, -1); refs != nil {
+	if refs := regexp.MustCompile(`(?i)(src|href)\s*=\s*["']?(https?:)?//`).FindAllString(html,
+		-1); refs != nil {
 		t.Errorf("%v", refs)
 	}
 	if !strings.Contains(html, "default-src 'none'") {
@@ -55,13 +62,17 @@ func TestWrite(t *testing.T) {
 // TestContention has the page of a measurement hold what was measured.
 func TestContention(t *testing.T) {
 	total := 2.5
-	c := bench.Contention{Version: bench.Version, Runs: []bench.ContentionRun{{Server: "memcached", Strategy: "vacate", Rate: 1e8, Outcome: bench.Completed, Total: &total, Moves: []bench.Step{{0, 1, 2, 3}}, Stays: []bench.Step{{0, 1, 2, 3}}}}}
+	c := bench.Contention{Version: bench.Version,
+		Runs: []bench.ContentionRun{{Server: "memcached", Strategy: "vacate", Rate: 1e8,
+			Outcome: bench.Completed, Total: &total, Moves: []bench.Step{{0, 1, 2, 3}},
+			Stays: []bench.Step{{0, 1, 2, 3}}}}}
 	var b bytes.Buffer
 	if err := WriteContention(&b, c); err != nil {
 		t.Fatal(err)
 	}
 	var again bench.Contention
-	if err := json.Unmarshal([]byte(dataOf(t, b.String())), &again); err != nil || len(again.Runs) != 1 || *again.Runs[0].Total != total {
+	if err := json.Unmarshal([]byte(dataOf(t, b.String())), &again); err != nil ||
+		len(again.Runs) != 1 || *again.Runs[0].Total != total {
 		t.Errorf("%+v, %v", again, err)
 	}
 }

@@ -64,7 +64,8 @@ func BenchmarkSession(b *testing.B) {
 	for name, o := range map[string]struct {
 		listen ListenOptions
 		dial   Dialer
-	}{"plain": {}, "TLS": {ListenOptions{TLS: hostB.Server()}, Dialer{TLS: hostA.Client("hostb")}}} {
+	}{"plain": {}, "TLS": {ListenOptions{TLS: hostB.Server()},
+		Dialer{TLS: hostA.Client("hostb")}}} {
 		b.Run(name, func(b *testing.B) {
 			l, addr := server(b, o.listen)
 			o.dial.Addr = addr

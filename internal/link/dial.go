@@ -82,7 +82,8 @@ func (d Dialer) lane(ctx context.Context, l Lane, id [16]byte) (*Conn, uint64, e
 	conn, err := dial(dialling, "tcp", d.Addr)
 	cancel()
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, 0, fmt.Errorf("nothing listens at %s: start %s there first: %w", d.Addr, d.meant(), err)
+		return nil, 0, fmt.Errorf("nothing listens at %s: start %s there first: %w", d.Addr,
+			d.meant(), err)
 	} else if err != nil && d.Host != "" {
 		return nil, 0, fmt.Errorf("reach host %s: %w", d.Host, err)
 	} else if err != nil {
@@ -125,19 +126,27 @@ func explainTLS(err error, name string) error {
 	)
 	switch {
 	case errors.As(err, &head):
-		return fmt.Errorf("%w: it does not answer with TLS: does it listen for plain links?", ErrPeer)
+		return fmt.Errorf("%w: it does not answer with TLS: does it listen for plain links?",
+			ErrPeer)
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("%w: it closed the connection in place of a handshake of TLS (%v): does it listen for plain links?", ErrPeer, err)
+		return fmt.Errorf("%w: it closed the connection in place of a handshake of TLS (%v): "+
+			"does it listen for plain links?", ErrPeer, err)
 	case errors.As(err, &hostname):
 		return fmt.Errorf("%w: who answers is not %q: %w", ErrUnauthenticated, name, err)
 	case errors.As(err, &authority):
-		return fmt.Errorf("%w: the destination's certificate is not from the CA in our ca.pem: %w", ErrUnauthenticated, err)
+		return fmt.Errorf("%w: the destination's certificate is not from the CA in our ca.pem: %w",
+			ErrUnauthenticated, err)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		return fmt.Errorf("%w: the destination's certificate has expired or is not valid yet: renew it there with `vacate certs issue`, or set the clocks: %w", ErrUnauthenticated, err)
+		return fmt.Errorf("%w: the destination's certificate has expired or is not valid yet: "+
+			"renew it there with `vacate certs issue`, or set the clocks: %w", ErrUnauthenticated,
+			err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("handshake of TLS: %w: the destination does not answer, or the path loses large packets, such as those with certificates: check the MTU (`ping -M do -s 1472 %s`)", err, name)
+		return fmt.Errorf("handshake of TLS: %w: the destination does not answer, or the path "+
+			"loses large packets, such as those with certificates: check the MTU (`ping -M do "+
+			"-s 1472 %s`)", err, name)
 	case remote(err):
-		return fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
+		return fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated,
+			err)
 	}
 	return fmt.Errorf("handshake of TLS: %w", err)
 }
@@ -155,16 +164,23 @@ func (d Dialer) hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error
 	}
 	head := make([]byte, answerHead)
 	if _, err := io.ReadFull(c, head); remote(err) { // a server of TLS 1.3 judges the client last
-		return 0, fmt.Errorf("%w: the destination turns our certificate down: %w", ErrUnauthenticated, err)
+		return 0, fmt.Errorf("%w: the destination turns our certificate down: %w",
+			ErrUnauthenticated, err)
 	} else if err != nil {
-		return 0, fmt.Errorf("%w (no answer to our hello: %v): is it %s that listens there, and for links such as this (TLS or plain), and does the path carry large packets?", ErrPeer, err, d.meant())
+		return 0,
+			fmt.Errorf("%w (no answer to our hello: %v): is it %s that listens there, and for "+
+				"links such as this (TLS or plain), and does the path carry large packets?",
+				ErrPeer, err, d.meant())
 	}
 	if !bytes.HasPrefix(head, []byte(mark)) {
-		return 0, fmt.Errorf("%w: it answered %q: is it %s that listens there?", ErrPeer, head, d.meant())
+		return 0, fmt.Errorf("%w: it answered %q: is it %s that listens there?", ErrPeer, head,
+			d.meant())
 	}
 	head = head[len(mark):]
 	if v := binary.BigEndian.Uint16(head); v != Version {
-		return 0, fmt.Errorf("%w: it speaks version %d, we speak %d: use the same release of vacate on both hosts", ErrRefused, v, Version)
+		return 0,
+			fmt.Errorf("%w: it speaks version %d, we speak %d: use the same release of vacate "+
+				"on both hosts", ErrRefused, v, Version)
 	}
 	n := binary.BigEndian.Uint16(head[4:])
 	accepted := head[2] == 0
@@ -182,7 +198,8 @@ func (d Dialer) hello(c net.Conn, l Lane, id [16]byte) (common uint64, err error
 	}
 	common = binary.BigEndian.Uint64(rest)
 	if common&^features != 0 {
-		return 0, fmt.Errorf("%w: it claims features %#x, and we have %#x of them", ErrPeer, common, features)
+		return 0, fmt.Errorf("%w: it claims features %#x, and we have %#x of them", ErrPeer, common,
+			features)
 	}
 	return common, nil
 }

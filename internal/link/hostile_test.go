@@ -78,7 +78,8 @@ func exchange(t *testing.T, a, b *Session) {
 			if err := s[0].Lane(l).Write(7, []byte("some")); err != nil {
 				t.Fatal(err)
 			}
-			if kind, p, err := s[1].Lane(l).Read(nil, 10); err != nil || kind != 7 || string(p) != "some" {
+			if kind, p, err := s[1].Lane(l).Read(nil, 10); err != nil || kind != 7 ||
+				string(p) != "some" {
 				t.Fatalf("%v lane: %d %q %v", l, kind, p, err)
 			}
 		}
@@ -95,12 +96,14 @@ func otherHello(version uint16, l Lane, id byte, features uint64) []byte {
 // Over a plain link, too, a stranger is turned away, and keeps nobody from a session.
 func TestPlainStrangers(t *testing.T) {
 	why := make(reasons, 100)
-	l, addr := server(t, ListenOptions{TurnedAway: why.note, Timeout: 2 * time.Second, WaitingPerPeer: 2})
+	l, addr := server(t, ListenOptions{TurnedAway: why.note, Timeout: 2 * time.Second,
+		WaitingPerPeer: 2})
 	refused := func(c net.Conn, who string, is error, says string) {
 		t.Helper()
 		b, err := io.ReadAll(c)
 		c.Close()
-		if err != nil || len(b) < answerHead || b[len(mark)+2] != 1 || !strings.Contains(string(b[answerHead:]), says) {
+		if err != nil || len(b) < answerHead || b[len(mark)+2] != 1 ||
+			!strings.Contains(string(b[answerHead:]), says) {
 			t.Errorf("%s was answered %q, %v; want %q", who, b, err, says)
 		}
 		why.expect(t, who, is, says)
@@ -121,16 +124,20 @@ func TestPlainStrangers(t *testing.T) {
 	silent := connect(t, addr, []byte(mark))
 	ends(t, silent, "who is slow")
 	why.expect(t, "who is slow", ErrTooSlow, "no hello")
-	refused(connect(t, addr, otherHello(Version+1, 0, 1, 0)), "another version", ErrVersion, "use the same release of vacate on both hosts")
-	refused(connect(t, addr, otherHello(2, 0, 1, 0)[:helloStart]), "an older version", ErrVersion, "the source speaks version 2")
+	refused(connect(t, addr, otherHello(Version+1, 0, 1, 0)), "another version", ErrVersion,
+		"use the same release of vacate on both hosts")
+	refused(connect(t, addr, otherHello(2, 0, 1, 0)[:helloStart]), "an older version", ErrVersion,
+		"the source speaks version 2")
 	refused(connect(t, addr, otherHello(Version, 9, 1, 0)), "lane 9", ErrPeer, "there is no lane 9")
 
 	half := connect(t, addr, otherHello(Version, Push, 1, 1<<7)) // of features we do not know
 	taken(half)
-	refused(connect(t, addr, otherHello(Version, Push, 1, 0)), "a lane twice", ErrTaken, "push lane")
+	refused(connect(t, addr, otherHello(Version, Push, 1, 0)), "a lane twice", ErrTaken,
+		"push lane")
 	other := connect(t, addr, otherHello(Version, Control, 2, 0))
 	taken(other)
-	refused(connect(t, addr, otherHello(Version, Control, 3, 0)), "a third session", ErrTooMany, "try again later")
+	refused(connect(t, addr, otherHello(Version, Control, 3, 0)), "a third session", ErrTooMany,
+		"try again later")
 	why.expect(t, "half a session", ErrTooSlow, "did not come")
 	why.expect(t, "half a session", ErrTooSlow, "did not come")
 	ends(t, half, "half a session")
@@ -156,7 +163,8 @@ func forged(t testing.TB, ca string, change func(*x509.Certificate)) *tls.Config
 		t.Fatal(err)
 	}
 	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{"hosta"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(1), DNSNames: []string{"hosta"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	change(c)
@@ -164,7 +172,8 @@ func forged(t testing.TB, ca string, change func(*x509.Certificate)) *tls.Config
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, InsecureSkipVerify: true, ServerName: "hostb"}
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der},
+		PrivateKey: key}}, InsecureSkipVerify: true, ServerName: "hostb"}
 }
 
 // Nobody without a good certificate learns anything, or has any effect on a session there is.
@@ -172,7 +181,8 @@ func TestStrangers(t *testing.T) {
 	ca, otherCA := newAuthority(t), newAuthority(t)
 	why := make(reasons, 100)
 	hostA := ca.identity("hosta")
-	l, addr := server(t, ListenOptions{TLS: ca.identity("hostb").Server(), TurnedAway: why.note, Timeout: 2 * time.Second,
+	l, addr := server(t, ListenOptions{TLS: ca.identity("hostb").Server(), TurnedAway: why.note,
+		Timeout: 2 * time.Second,
 		Allow: func(peer string) error {
 			if peer == "hostx" {
 				return errors.New("hostx may not evict to this host")
@@ -193,23 +203,41 @@ func TestStrangers(t *testing.T) {
 		dialIs   error
 		dialSays string
 	}{
-		"no certificate": {tls: &tls.Config{InsecureSkipVerify: true}, is: ErrUnauthenticated, says: "didn't provide a certificate", dialIs: ErrUnauthenticated, dialSays: "certificate required"},
-		"another CA":     {tls: trusting(otherCA.identity("hosta").Client("hostb")), is: ErrUnauthenticated, says: "unknown authority", dialIs: ErrUnauthenticated, dialSays: "unknown certificate authority"},
-		"itself its CA":  {tls: selfSigned(t), is: ErrUnauthenticated, says: "unknown authority", dialIs: ErrUnauthenticated},
-		"expired": {tls: forged(t, ca.dir, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
-			is: ErrUnauthenticated, says: "expired", dialIs: ErrUnauthenticated, dialSays: "expired certificate"},
-		"not yet valid": {tls: forged(t, ca.dir, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
+		"no certificate": {tls: &tls.Config{InsecureSkipVerify: true}, is: ErrUnauthenticated,
+			says: "didn't provide a certificate", dialIs: ErrUnauthenticated,
+			dialSays: "certificate required"},
+		"another CA": {tls: trusting(otherCA.identity("hosta").Client("hostb")),
+			is: ErrUnauthenticated, says: "unknown authority", dialIs: ErrUnauthenticated,
+			dialSays: "unknown certificate authority"},
+		"itself its CA": {tls: selfSigned(t), is: ErrUnauthenticated, says: "unknown authority",
+			dialIs: ErrUnauthenticated},
+		"expired": {tls: forged(t, ca.dir,
+			func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
+			is: ErrUnauthenticated, says: "expired", dialIs: ErrUnauthenticated,
+			dialSays: "expired certificate"},
+		"not yet valid": {tls: forged(t, ca.dir,
+			func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
 			is: ErrUnauthenticated, says: "not yet valid", dialIs: ErrUnauthenticated},
-		"for servers only": {tls: forged(t, ca.dir, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }),
+		"for servers only": {tls: forged(t, ca.dir,
+			func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }),
 			is: ErrUnauthenticated, says: "incompatible key usage", dialIs: ErrUnauthenticated},
 		"no name": {tls: forged(t, ca.dir, func(c *x509.Certificate) { c.DNSNames = nil }),
 			is: ErrUnauthenticated, says: "no DNS name", dialIs: ErrPeer, dialSays: "no answer"},
-		"wildcard": {tls: forged(t, ca.dir, func(c *x509.Certificate) { c.DNSNames = []string{"*.org"} }),
-			is: ErrUnauthenticated, says: "is no name for a host", dialIs: ErrPeer, dialSays: "no answer"},
-		"not allowed":            {tls: ca.identity("hostx").Client("hostb"), is: ErrUnauthorised, says: "hostx may not evict", dialIs: ErrRefused, dialSays: "hostx may not evict to this host"},
-		"not whom it looks for":  {tls: hostA.Client("hostc"), is: ErrUnauthenticated, says: "bad certificate", dialIs: ErrUnauthenticated, dialSays: `who answers is not "hostc"`},
-		"does not trust this CA": {tls: otherCA.identity("hosta").Client("hostb"), is: ErrUnauthenticated, says: "bad certificate", dialIs: ErrUnauthenticated, dialSays: "not from the CA in our ca.pem"},
-		"plain":                  {is: ErrPeer, says: "no TLS, which this link needs", dialIs: ErrPeer, dialSays: "TLS or plain"},
+		"wildcard": {tls: forged(t, ca.dir,
+			func(c *x509.Certificate) { c.DNSNames = []string{"*.org"} }),
+			is: ErrUnauthenticated, says: "is no name for a host", dialIs: ErrPeer,
+			dialSays: "no answer"},
+		"not allowed": {tls: ca.identity("hostx").Client("hostb"), is: ErrUnauthorised,
+			says: "hostx may not evict", dialIs: ErrRefused,
+			dialSays: "hostx may not evict to this host"},
+		"not whom it looks for": {tls: hostA.Client("hostc"), is: ErrUnauthenticated,
+			says: "bad certificate", dialIs: ErrUnauthenticated,
+			dialSays: `who answers is not "hostc"`},
+		"does not trust this CA": {tls: otherCA.identity("hosta").Client("hostb"),
+			is: ErrUnauthenticated, says: "bad certificate", dialIs: ErrUnauthenticated,
+			dialSays: "not from the CA in our ca.pem"},
+		"plain": {is: ErrPeer, says: "no TLS, which this link needs", dialIs: ErrPeer,
+			dialSays: "TLS or plain"},
 	} {
 		s, err := Dialer{Addr: addr, TLS: c.tls}.Session(t.Context())
 		if !errors.Is(err, c.dialIs) || s != nil || !strings.Contains(err.Error(), c.dialSays) {
@@ -221,13 +249,15 @@ func TestStrangers(t *testing.T) {
 
 	old := trusting(hostA.Client("hostb"))
 	old.MinVersion, old.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
-	if err := tls.Client(connect(t, addr, nil), old).Handshake(); err == nil || !strings.Contains(err.Error(), "protocol version not supported") {
+	if err := tls.Client(connect(t, addr, nil), old).Handshake(); err == nil ||
+		!strings.Contains(err.Error(), "protocol version not supported") {
 		t.Errorf("TLS 1.2: %v", err)
 	}
 	why.expect(t, "TLS 1.2", ErrUnauthenticated, "unsupported versions")
 	ends(t, connect(t, addr, []byte("GET / HTTP/1.1\r\n\r\n")), "a browser")
 	why.expect(t, "a browser", ErrPeer, "no TLS")
-	ends(t, connect(t, addr, append([]byte{22, 3, 1, 0, 200}, make([]byte, 200)...)), "garbage like TLS")
+	ends(t, connect(t, addr, append([]byte{22, 3, 1, 0, 200}, make([]byte, 200)...)),
+		"garbage like TLS")
 	why.expect(t, "garbage like TLS", ErrUnauthenticated, "tls:")
 	ends(t, connect(t, addr, []byte{22, 3, 1}), "who is slow")
 	why.expect(t, "who is slow", ErrTooSlow, "TLS")
@@ -261,7 +291,8 @@ func TestStrangers(t *testing.T) {
 
 	// Garbage under a lane that stands ends that lane, and no other session.
 	c, d := meet(t, l, Dialer{Addr: addr, TLS: hostA.Client("hostb")})
-	if err := unix.Send(c.Lane(Push).sock.fd, []byte("garbage, and no record of TLS"), 0); err != nil {
+	if err := unix.Send(c.Lane(Push).sock.fd, []byte("garbage, and no record of TLS"),
+		0); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := d.Lane(Push).Read(nil, 100); err == nil || errors.Is(err, io.EOF) {
@@ -276,22 +307,28 @@ func selfSigned(t testing.TB) *tls.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"hosta"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"hosta"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(nil, c, c, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cert := &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-	return &tls.Config{InsecureSkipVerify: true, ServerName: "hostb", // and it shows its certificate though nobody asks for such
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }}
+	// and it shows its certificate though nobody asks for such
+	return &tls.Config{InsecureSkipVerify: true, ServerName: "hostb",
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return cert, nil
+		}}
 }
 
 // The other way round: TLS to a plain listener.
 func TestTLSToPlain(t *testing.T) {
 	why := make(reasons, 10)
 	_, addr := server(t, ListenOptions{TurnedAway: why.note})
-	_, err := Dialer{Addr: addr, TLS: newAuthority(t).identity("hosta").Client("hostb")}.Session(t.Context())
-	if !errors.Is(err, ErrPeer) || !strings.Contains(err.Error(), "does it listen for plain links?") {
+	_, err := Dialer{Addr: addr,
+		TLS: newAuthority(t).identity("hosta").Client("hostb")}.Session(t.Context())
+	if !errors.Is(err, ErrPeer) ||
+		!strings.Contains(err.Error(), "does it listen for plain links?") {
 		t.Error(err)
 	}
 	why.expect(t, "TLS", ErrPeer, `it said "\x16\x03`)
@@ -302,15 +339,16 @@ func TestFlood(t *testing.T) {
 	ca := newAuthority(t)
 	var mu sync.Mutex
 	count := map[error]int{}
-	l, addr := server(t, ListenOptions{TLS: ca.identity("hostb").Server(), Pending: 20, PendingPerSource: 10, TurnedAway: func(_ string, err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		for _, is := range []error{ErrTooMany, ErrTooSlow, ErrPeer} {
-			if errors.Is(err, is) {
-				count[is]++
+	l, addr := server(t, ListenOptions{TLS: ca.identity("hostb").Server(), Pending: 20,
+		PendingPerSource: 10, TurnedAway: func(_ string, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			for _, is := range []error{ErrTooMany, ErrTooSlow, ErrPeer} {
+				if errors.Is(err, is) {
+					count[is]++
+				}
 			}
-		}
-	}})
+		}})
 	const all = 300
 	for i := range all {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%5))}}
@@ -430,7 +468,10 @@ func TestDeadAddress(t *testing.T) {
 		t.Skip("short: waits for seconds")
 	}
 	begun := time.Now()
-	stuck := func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+	stuck := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	_, err := Dialer{Addr: "192.0.2.1:1", Dial: stuck}.Session(t.Context())
 	if !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) < dialTimeout {
 		t.Errorf("%v after %v", err, time.Since(begun))
@@ -461,8 +502,11 @@ func TestOptions(t *testing.T) {
 			if listen == "[::1]:0" {
 				level, name = unix.IPPROTO_IPV6, unix.IPV6_TCLASS
 			}
-			for _, o := range []struct{ level, name, want int }{{level, name, 4}, {unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 3000}, {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1}, {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}} {
-				if v, err := unix.GetsockoptInt(c.sock.fd, o.level, o.name); err != nil || v != o.want {
+			for _, o := range []struct{ level, name, want int }{{level, name, 4},
+				{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 3000},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 1}, {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}} {
+				if v, err := unix.GetsockoptInt(c.sock.fd, o.level, o.name); err != nil ||
+					v != o.want {
 					t.Errorf("%s: option %d/%d is %d, %v", listen, o.level, o.name, v, err)
 				}
 			}
@@ -491,7 +535,8 @@ func TestDescriptors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := (Dialer{Addr: addr, TLS: idA.Client("hostc")}).Session(t.Context()); err == nil {
+		if _, err := (Dialer{Addr: addr, TLS: idA.Client("hostc")}).Session(t.Context()); err ==
+			nil {
 			t.Fatal("a session with another host")
 		}
 		l.Close() // with a session that nobody accepted
@@ -517,7 +562,9 @@ func TestRecords(t *testing.T) {
 	a, b := securePair(t)
 	w, r := a.Lane(Push), b.Lane(Push)
 	var tasks sync.WaitGroup
-	sizes := []int{0, 1, 11, 12, recordSize - frameHead - 1, recordSize - frameHead, recordSize - frameHead + 1, recordSize, 3*recordSize + 5, receiveSize, writeSize, writeSize + 1, 1 << 20}
+	sizes := []int{0, 1, 11, 12, recordSize - frameHead - 1, recordSize - frameHead,
+		recordSize - frameHead + 1, recordSize, 3*recordSize + 5, receiveSize, writeSize,
+		writeSize + 1, 1 << 20}
 	tasks.Go(func() {
 		for i, n := range sizes {
 			b := bytes.Repeat([]byte{byte(i + 1)}, n)

@@ -197,7 +197,8 @@ func setUp(c net.Conn) (*net.TCPConn, error) {
 	if !ok {
 		return nil, fmt.Errorf("connection of type %T, not TCP", c)
 	}
-	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 3}); err != nil {
+	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second,
+		Interval: time.Second, Count: 3}); err != nil {
 		return nil, fmt.Errorf("set keep-alive: %w", err)
 	}
 	raw, err := tcp.SyscallConn()
@@ -205,7 +206,8 @@ func setUp(c net.Conn) (*net.TCPConn, error) {
 		return nil, err
 	}
 	ctlErr := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deadAfter/time.Millisecond))
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT,
+			int(deadAfter/time.Millisecond))
 	})
 	if err = errors.Join(ctlErr, err); err != nil {
 		return nil, fmt.Errorf("set the time-out of unacknowledged bytes: %w", err)
@@ -224,7 +226,8 @@ type newcomer struct {
 
 // newNewcomer sets a connection up, and puts TLS over it if there is a configuration. There
 // is no handshake yet.
-func newNewcomer(c net.Conn, config *tls.Config, side func(net.Conn, *tls.Config) *tls.Conn) (*newcomer, error) {
+func newNewcomer(c net.Conn, config *tls.Config, side func(net.Conn,
+	*tls.Config) *tls.Conn) (*newcomer, error) {
 	tcp, err := setUp(c)
 	if err != nil || config == nil {
 		return &newcomer{Conn: tcp, tcp: tcp}, err
@@ -257,7 +260,8 @@ func (c *Conn) Background() error {
 	if err := c.sock.option(unix.IPPROTO_IP, unix.IP_TOS, leastEffort); err != nil {
 		return fmt.Errorf("mark the lane as background: %w", err)
 	}
-	if err := c.sock.option(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, leastEffort); err != nil && err != unix.ENOPROTOOPT {
+	if err := c.sock.option(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, leastEffort); err != nil &&
+		err != unix.ENOPROTOOPT {
 		return fmt.Errorf("mark the lane as background: %w", err)
 	}
 	return nil
@@ -302,7 +306,8 @@ func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err erro
 	kind = c.head[0]
 	n := binary.BigEndian.Uint32(c.head[4:])
 	if uint64(n) > uint64(limit) {
-		return 0, nil, fmt.Errorf("%w: frame of type %d has %d bytes, more than %d", ErrPeer, kind, n, limit)
+		return 0, nil, fmt.Errorf("%w: frame of type %d has %d bytes, more than %d", ErrPeer, kind,
+			n, limit)
 	}
 	if c.head[1]|c.head[2]|c.head[3] != 0 {
 		return 0, nil, fmt.Errorf("%w: frame of type %d has unknown flags", ErrPeer, kind)
@@ -319,7 +324,8 @@ func (c *Conn) Read(buf []byte, limit int) (kind uint8, payload []byte, err erro
 	}
 	crc := crc32.Update(crc32.Update(0, castagnoli, c.head[:8]), castagnoli, payload)
 	if crc != binary.BigEndian.Uint32(c.head[8:]) {
-		return 0, nil, fmt.Errorf("%w: frame of type %d, %d bytes, has a wrong checksum", ErrPeer, kind, n)
+		return 0, nil, fmt.Errorf("%w: frame of type %d, %d bytes, has a wrong checksum", ErrPeer,
+			kind, n)
 	}
 	c.received.Add(uint64(frameHead) + uint64(n))
 	return kind, payload, nil

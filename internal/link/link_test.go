@@ -148,7 +148,8 @@ func TestSession(t *testing.T) {
 							return
 						}
 						if kind != uint8(i) || !bytes.Equal(payload, content(l, 1-side, i)) {
-							t.Errorf("%v: frame %d came as type %d with %d bytes", l, i, kind, len(payload))
+							t.Errorf("%v: frame %d came as type %d with %d bytes", l, i, kind,
+								len(payload))
 							return
 						}
 						buf = payload
@@ -159,7 +160,8 @@ func TestSession(t *testing.T) {
 		tasks.Wait()
 		sent, received := a.Bytes()
 		if s, r := b.Bytes(); sent != r || received != s || sent == 0 {
-			t.Errorf("one side counts %d bytes sent and %d received, the other %d and %d", sent, received, s, r)
+			t.Errorf("one side counts %d bytes sent and %d received, the other %d and %d", sent,
+				received, s, r)
 		}
 	})
 }
@@ -272,7 +274,8 @@ func TestCloseUnblocks(t *testing.T) {
 			})
 			ends.Go(func() {
 				begun <- struct{}{}
-				for big := make([]byte, 1<<20); ; { // until nothing goes out any more, as nobody reads
+				for big := make([]byte, 1<<20); ; {
+					// until nothing goes out any more, as nobody reads
 					if err := a.Lane(l).Write(1, big); err != nil {
 						return
 					}
@@ -345,12 +348,15 @@ func TestDialRefused(t *testing.T) {
 		is     error
 		says   string
 	}{
-		"closes":        {nil, ErrPeer, "is it `vacate receive` that listens there"},
-		"half answer":   {[]byte(mark), ErrPeer, "is it `vacate receive` that listens there"},
-		"HTTP":          {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrPeer, "it answered \"HTTP/1.1 400"},
-		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused, fmt.Sprintf("it speaks version 9, we speak %d: use the same release", Version)},
-		"refusal":       {append([]byte(mark), 0, Version, 1, 0, 0, 4, 'b', 'u', 's', 'y'), ErrRefused, `"busy"`},
-		"cut refusal":   {append([]byte(mark), 0, Version, 1, 0, 0, 9, 'b'), ErrRefused, "cut off"},
+		"closes":      {nil, ErrPeer, "is it `vacate receive` that listens there"},
+		"half answer": {[]byte(mark), ErrPeer, "is it `vacate receive` that listens there"},
+		"HTTP": {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), ErrPeer,
+			"it answered \"HTTP/1.1 400"},
+		"other version": {append([]byte(mark), 0, 9, 0, 0, 0, 0), ErrRefused,
+			fmt.Sprintf("it speaks version 9, we speak %d: use the same release", Version)},
+		"refusal": {append([]byte(mark), 0, Version, 1, 0, 0, 4, 'b', 'u', 's', 'y'),
+			ErrRefused, `"busy"`},
+		"cut refusal": {append([]byte(mark), 0, Version, 1, 0, 0, 9, 'b'), ErrRefused, "cut off"},
 	} {
 		ln := listen(t)
 		serve(t, ln, c.answer, false)
@@ -361,18 +367,22 @@ func TestDialRefused(t *testing.T) {
 	}
 	ln := listen(t)
 	ln.Close()
-	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(fmt.Sprint(err), "start `vacate receive` there first") {
+	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !strings.Contains(
+		fmt.Sprint(err), "start `vacate receive` there first") {
 		t.Error(err)
 	}
 	// Who has daemons is told of them alone.
 	_, err := Dialer{Addr: ln.Addr().String(), Host: "hostb"}.Session(t.Context())
-	if said := fmt.Sprint(err); !strings.Contains(said, "start vacated of host hostb (systemctl start vacated) there first") || strings.Contains(said, "receive") {
+	if said := fmt.Sprint(err); !strings.Contains(said,
+		"start vacated of host hostb (systemctl start vacated) there first") ||
+		strings.Contains(said, "receive") {
 		t.Error(err)
 	}
 	ln = listen(t)
 	serve(t, ln, []byte("HTTP/1.1 400 Bad Request\r\n\r\n"), false)
 	_, err = Dialer{Addr: ln.Addr().String(), Host: "hostb"}.Session(t.Context())
-	if said := fmt.Sprint(err); !strings.Contains(said, "is it vacated of host hostb") || strings.Contains(said, "receive") {
+	if said := fmt.Sprint(err); !strings.Contains(said, "is it vacated of host hostb") ||
+		strings.Contains(said, "receive") {
 		t.Error(err)
 	}
 }
@@ -384,7 +394,8 @@ func TestDialSilent(t *testing.T) {
 	}
 	ln := listen(t)
 	serve(t, ln, nil, true)
-	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !errors.Is(err, ErrPeer) || !strings.Contains(err.Error(), "no answer") {
+	if _, err := (Dialer{Addr: ln.Addr().String()}).Session(t.Context()); !errors.Is(err,
+		ErrPeer) || !strings.Contains(err.Error(), "no answer") {
 		t.Error(err)
 	}
 }
@@ -400,7 +411,8 @@ func TestCancel(t *testing.T) {
 	}
 
 	l, addr := server(t, ListenOptions{})
-	for name, say := range map[string][]byte{"nobody comes": nil, "half a hello": []byte(mark), "half a session": appendHello(nil, Control, [16]byte{1})} {
+	for name, say := range map[string][]byte{"nobody comes": nil, "half a hello": []byte(mark),
+		"half a session": appendHello(nil, Control, [16]byte{1})} {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		if say != nil {
 			c, err := net.Dial("tcp", addr)
@@ -480,7 +492,8 @@ func recorded(t testing.TB) (up, down [][]byte) {
 	a, b := meet(t, l, Dialer{Addr: addr})
 	for l := range lanes {
 		for i, s := range []*Session{a, b} {
-			if err := errors.Join(s.Lane(l).Write(64, []byte("some"), []byte("pages")), s.Lane(l).Write(1)); err != nil {
+			if err := errors.Join(s.Lane(l).Write(64, []byte("some"), []byte("pages")),
+				s.Lane(l).Write(1)); err != nil {
 				t.Fatal(err)
 			}
 			other := []*Session{b, a}[i]
@@ -510,7 +523,8 @@ func FuzzRead(f *testing.F) {
 		for {
 			kind, payload, err := c.Read(buf, limit)
 			if err != nil {
-				if !errors.Is(err, ErrPeer) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+				if !errors.Is(err, ErrPeer) && !errors.Is(err, io.EOF) &&
+					!errors.Is(err, io.ErrUnexpectedEOF) {
 					t.Fatalf("unclassified error %v", err)
 				}
 				if errors.Is(err, io.EOF) != (len(again) == len(b)) {
@@ -527,7 +541,8 @@ func FuzzRead(f *testing.F) {
 		if !bytes.HasPrefix(b, again) {
 			t.Fatalf("frames encode to %x, read from %x", again, b)
 		}
-		if _, received := (&Session{lane: [lanes]*Conn{c, {}, {}}}).Bytes(); received != uint64(len(again)) {
+		if _, received := (&Session{lane: [lanes]*Conn{c, {}, {}}}).Bytes(); received !=
+			uint64(len(again)) {
 			t.Fatalf("%d bytes counted, %d read", received, len(again))
 		}
 	})
@@ -555,30 +570,35 @@ func FuzzJoin(f *testing.F) {
 			return
 		}
 		if h.version == Version {
-			again := binary.BigEndian.AppendUint64(appendHello(nil, h.lane, h.id)[:helloStart], h.features)
+			again := binary.BigEndian.AppendUint64(appendHello(nil, h.lane, h.id)[:helloStart],
+				h.features)
 			again[helloStart-17] = b[helloStart-17] // means nothing
 			if !bytes.HasPrefix(b, again) {
 				t.Fatalf("%+v was read from %x", h, b)
 			}
 		}
-		l := &Listener{o: ListenOptions{Waiting: 2, WaitingPerPeer: 2}, sessions: map[ticket]*place{}}
+		l := &Listener{o: ListenOptions{Waiting: 2, WaitingPerPeer: 2},
+			sessions: map[ticket]*place{}}
 		for lane := range lanes {
 			if there>>lane&1 != 0 {
-				if _, _, err := l.reserve(ticket{"a", h.id}, "a", greeting{Version, lane, h.id, 0}); err != nil {
+				if _, _, err := l.reserve(ticket{"a", h.id}, "a",
+					greeting{Version, lane, h.id, 0}); err != nil {
 					t.Fatal(err)
 				}
 			}
 		}
 		if crowded {
 			for i := range byte(2) {
-				l.reserve(ticket{"a", [16]byte{i, 99}}, "a", greeting{Version, Control, [16]byte{i, 99}, 0})
+				l.reserve(ticket{"a", [16]byte{i, 99}}, "a",
+					greeting{Version, Control, [16]byte{i, 99}, 0})
 			}
 		}
 		if err = h.unfit(); err == nil {
 			var p *place
 			var first bool
 			if p, first, err = l.reserve(ticket{"a", h.id}, "a", h); err == nil {
-				if there>>h.lane&1 != 0 || first != (there&7 == 0) || p.s.ID != h.id || p.s.features&^features != 0 {
+				if there>>h.lane&1 != 0 || first != (there&7 == 0) || p.s.ID != h.id ||
+					p.s.features&^features != 0 {
 					t.Fatalf("%+v took place %+v beside lanes %b", h, p, there)
 				}
 			}
@@ -592,7 +612,8 @@ func FuzzJoin(f *testing.F) {
 		w := &wire{}
 		answer(w, 0, err)
 		_, said := (Dialer{}).hello(&wire{in: &w.out}, Control, h.id)
-		if !errors.Is(said, ErrRefused) || !strings.Contains(said.Error(), fmt.Sprintf("%q", err.Error())) {
+		if !errors.Is(said, ErrRefused) ||
+			!strings.Contains(said.Error(), fmt.Sprintf("%q", err.Error())) {
 			t.Fatalf("turned away for %q, and the source understands %q", err, said)
 		}
 	})
@@ -614,7 +635,8 @@ func FuzzAnswer(f *testing.F) {
 			t.Fatalf("said %x", w.out.Bytes())
 		}
 		if err == nil {
-			if want := append([]byte(mark), 0, Version, 0); !bytes.HasPrefix(b, want) || common&^features != 0 {
+			if want := append([]byte(mark), 0, Version, 0); !bytes.HasPrefix(b, want) ||
+				common&^features != 0 {
 				t.Fatalf("took %x for an answer", b)
 			}
 			return

@@ -43,11 +43,13 @@ type ListenOptions struct {
 	// from where, and why, by the errors above. Several goroutines call it, which it holds up.
 	TurnedAway func(from string, err error)
 
-	Pending          int           // connections that have not said who they are; 128
-	PendingPerSource int           // of them from one address (IPv6: from one /64); 32
-	Waiting          int           // sessions that lack lanes or wait for Accept; 32
-	WaitingPerPeer   int           // of them by one peer: its name, or on a plain link its address; 8
-	Timeout          time.Duration // for a connection to say who it is, and for a session's lanes; 5 s
+	Pending          int // connections that have not said who they are; 128
+	PendingPerSource int // of them from one address (IPv6: from one /64); 32
+	Waiting          int // sessions that lack lanes or wait for Accept; 32
+	// of them by one peer: its name, or on a plain link its address; 8
+	WaitingPerPeer int
+	// for a connection to say who it is, and for a session's lanes; 5 s
+	Timeout time.Duration
 }
 
 // Listener takes sessions, of many peers at the same time. Its methods may be called by several
@@ -110,7 +112,9 @@ func NewListener(ln net.Listener, o ListenOptions) *Listener {
 	if o.TurnedAway == nil {
 		o.TurnedAway = func(string, error) {}
 	}
-	l := &Listener{ln: ln, o: o, ready: make(chan *place, o.Waiting), slots: make(chan struct{}, o.Pending), down: make(chan struct{}), sessions: map[ticket]*place{}}
+	l := &Listener{ln: ln, o: o, ready: make(chan *place, o.Waiting),
+		slots: make(chan struct{}, o.Pending), down: make(chan struct{}),
+		sessions: map[ticket]*place{}}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	l.tasks.Go(l.run)
 	return l
@@ -289,7 +293,8 @@ func judge(err error) error {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("%w: TLS: %w", ErrTooSlow, err)
 	case errors.As(err, &head):
-		return fmt.Errorf("%w: no TLS, which this link needs: it said %q", ErrPeer, head.RecordHeader)
+		return fmt.Errorf("%w: no TLS, which this link needs: it said %q", ErrPeer,
+			head.RecordHeader)
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, net.ErrClosed):
 		return fmt.Errorf("%w: it left during the handshake of TLS: %w", ErrPeer, err)
 	}
@@ -348,7 +353,8 @@ func readHello(c net.Conn) (h greeting, err error) {
 func (h greeting) unfit() error {
 	switch {
 	case h.version != Version:
-		return fmt.Errorf("%w: the source speaks version %d, the destination %d: use the same release of vacate on both hosts", ErrVersion, h.version, Version)
+		return fmt.Errorf("%w: the source speaks version %d, the destination %d: use the same "+
+			"release of vacate on both hosts", ErrVersion, h.version, Version)
 	case h.lane >= lanes:
 		return fmt.Errorf("%w: there is no lane %d", ErrPeer, h.lane)
 	}
@@ -370,7 +376,8 @@ func answer(c net.Conn, common uint64, why error) error {
 
 // join makes a connection the lane that its hello names, and answers. It returns the session if
 // this is its first lane.
-func (l *Listener) join(c *newcomer, a *arrival, name string, h greeting) (first *place, err error) {
+func (l *Listener) join(c *newcomer, a *arrival, name string,
+	h greeting) (first *place, err error) {
 	err = l.allow(name)
 	if err == nil {
 		err = h.unfit()
@@ -436,9 +443,13 @@ func (l *Listener) reserve(t ticket, name string, h greeting) (p *place, first b
 			}
 		}
 		if all >= l.o.Waiting || its >= l.o.WaitingPerPeer {
-			return nil, false, fmt.Errorf("%w: %d sessions wait, %d of them of this peer: try again later", ErrTooMany, all, its)
+			return nil, false,
+				fmt.Errorf("%w: %d sessions wait, %d of them of this peer: try again later",
+					ErrTooMany, all, its)
 		}
-		p = &place{whole: make(chan struct{}), s: &Session{ID: h.id, name: name, features: h.features & features, done: make(chan struct{})}}
+		p = &place{whole: make(chan struct{}),
+			s: &Session{ID: h.id, name: name, features: h.features & features,
+				done: make(chan struct{})}}
 		p.s.ended = func() { l.forget(t) }
 		l.sessions[t] = p
 		first = true

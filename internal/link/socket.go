@@ -139,7 +139,8 @@ func (s *socket) writev(parts [][]byte) (int, error) {
 		if len(parts) == 0 {
 			return sum, nil
 		}
-		n, err := unix.SendmsgBuffers(s.fd, parts[:min(len(parts), maxParts)], nil, nil, unix.MSG_NOSIGNAL)
+		n, err := unix.SendmsgBuffers(s.fd, parts[:min(len(parts), maxParts)], nil, nil,
+			unix.MSG_NOSIGNAL)
 		if err == unix.EINTR {
 			continue
 		}

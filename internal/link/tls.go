@@ -138,7 +138,8 @@ func (t *records) record() error {
 	if err == nil {
 		head := t.in[t.r:]
 		// change_cipher_spec to application_data
-		if n := int(binary.BigEndian.Uint16(head[3:])); head[0] >= 20 && head[0] <= 23 && n <= recordMost {
+		if n := int(binary.BigEndian.Uint16(head[3:])); head[0] >= 20 && head[0] <= 23 &&
+			n <= recordMost {
 			t.left = recordHead + n
 			err = t.fill(t.left)
 		}

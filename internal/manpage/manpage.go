@@ -35,7 +35,8 @@ func title(c *cobra.Command) string { return strings.ReplaceAll(c.CommandPath(),
 func Page(c *cobra.Command, section int) string {
 	c.InitDefaultHelpFlag()
 	var b strings.Builder
-	fmt.Fprintf(&b, ".TH %q %d \"\" vacate\n.SH NAME\n%s \\- %s\n", strings.ToUpper(title(c)), section, escape(title(c)), escape(c.Short))
+	fmt.Fprintf(&b, ".TH %q %d \"\" vacate\n.SH NAME\n%s \\- %s\n", strings.ToUpper(title(c)),
+		section, escape(title(c)), escape(c.Short))
 	fmt.Fprintf(&b, ".SH SYNOPSIS\n%s\n.SH DESCRIPTION\n", escape(c.UseLine()))
 	text(&b, c.Long)
 	if c.HasExample() {

@@ -37,6 +37,7 @@ func TestBuiltFromSource(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, bareguest.ELF) {
-		t.Error("guest.elf is not what its source builds: run lab/bareguest/src/build lab/bareguest/guest.elf")
+		t.Error("guest.elf is not what its source builds: run lab/bareguest/src/build " +
+			"lab/bareguest/guest.elf")
 	}
 }

@@ -113,7 +113,8 @@ func useCubic(l *lab.Lab) (string, error) {
 	for _, h := range []*lab.Host{l.A, l.B} {
 		err := h.Do(func() error {
 			const file = "/proc/sys/net/ipv4/tcp_congestion_control" // of this thread's namespace
-			os.WriteFile(file, []byte("cubic"), 0)                   // what is in force is told below
+			// what is in force is told below
+			os.WriteFile(file, []byte("cubic"), 0)
 			text, err := os.ReadFile(file)
 			now = strings.TrimSpace(string(text))
 			return err
@@ -164,8 +165,11 @@ type guest struct {
 // try moves a guest, or boots one if that is nil; if it is to keep the guest and
 // that came through well, it is returned. The run is nil if it did not come so
 // far that there is something to measure.
-func (b *bench) try(ctx context.Context, s strategy, rep int, g *guest, keep bool, result *Result) (*Run, *guest, error) {
-	t := &trial{bench: b, keep: keep, run: &Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed, Throughput: []Point{}}}
+func (b *bench) try(ctx context.Context, s strategy, rep int, g *guest, keep bool,
+	result *Result) (*Run, *guest, error) {
+	t := &trial{bench: b, keep: keep,
+		run: &Run{Strategy: s.name, Load: b.opts.Load, Rep: rep, Outcome: Completed,
+			Throughput: []Point{}}}
 	defer t.close()
 	if g != nil {
 		t.vm, t.run.EvictedBefore = g.vm, g.evicted
@@ -173,7 +177,8 @@ func (b *bench) try(ctx context.Context, s strategy, rep int, g *guest, keep boo
 	if err := t.setUp(ctx, s, result); err != nil {
 		return nil, nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound, errors.New("the run took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, moveLimit+b.opts.PrecopyBound,
+		errors.New("the run took too long"))
 	defer cancel()
 	err := t.measure(ctx, s)
 	switch {
@@ -283,7 +288,8 @@ func (t *trial) check(ctx context.Context) error {
 		}
 		t.run.Bad = &last.Bad
 		if last.Bad != 0 {
-			return fmt.Errorf("%w: %d pages are bad so far: %v", ErrBadPages, last.Bad, at.Guest.Bad())
+			return fmt.Errorf("%w: %d pages are bad so far: %v", ErrBadPages, last.Bad,
+				at.Guest.Bad())
 		}
 		return t.dst.forget(ctx)
 	}
@@ -293,7 +299,8 @@ func (t *trial) check(ctx context.Context) error {
 	}
 	t.run.Bad = &check.Bad
 	if check.Bad != 0 {
-		return fmt.Errorf("%w: %d of %d pages are bad: %v", ErrBadPages, check.Bad, check.Pages, check.Words)
+		return fmt.Errorf("%w: %d of %d pages are bad: %v", ErrBadPages, check.Bad, check.Pages,
+			check.Words)
 	}
 	if check.Pages == 0 {
 		return errors.New("the guest checked no page")
@@ -313,7 +320,8 @@ func (t *trial) reported(ctx context.Context) (lab.Sample, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return lab.Sample{}, fmt.Errorf("wait for a report from VM %s: %w", t.twin.Name, context.Cause(ctx))
+			return lab.Sample{}, fmt.Errorf("wait for a report from VM %s: %w", t.twin.Name,
+				context.Cause(ctx))
 		case <-time.After(step):
 		}
 	}
@@ -400,7 +408,8 @@ func (t *trial) observe(ctx context.Context) error {
 	if run.Before != nil {
 		run.WorkLost = seconds(workLost(run.Throughput, *run.Before, *run.Total))
 		s := t.vm.Guest.Stalls(t.start, t.end.Add(lateStalls))
-		run.Stall = &Quantiles{s.P50.Seconds(), s.P99.Seconds(), s.Max.Seconds(), s.Sum.Seconds(), s.Count}
+		run.Stall = &Quantiles{s.P50.Seconds(), s.P99.Seconds(), s.Max.Seconds(), s.Sum.Seconds(),
+			s.Count}
 	}
 	return nil
 }
@@ -432,13 +441,15 @@ func describe(r *Result, vm *lab.VM, rate uint64) error {
 	r.Machine = Machine{
 		Congestion: r.Machine.Congestion, Pinned: r.Machine.Pinned,
 		CPU: submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
-		MemoryBytes: info.Totalram * uint64(info.Unit), Kernel: unix.ByteSliceToString(u.Release[:]),
-		QEMU: s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
+		MemoryBytes: info.Totalram * uint64(info.Unit),
+		Kernel:      unix.ByteSliceToString(u.Release[:]),
+		QEMU:        s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
 	}
 	if rate > 0 {
 		r.Machine.Link = &rate
 	}
-	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB, s.Load.IdleMiB, s.Load.OtherMiB, s.Load.CacheMiB}
+	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB,
+		s.Load.IdleMiB, s.Load.OtherMiB, s.Load.CacheMiB}
 	return nil
 }
 

@@ -23,7 +23,8 @@ func needLab(t *testing.T) {
 func buildVacate(t *testing.T) string {
 	t.Helper()
 	bin := filepath.Join(t.TempDir(), "vacate")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "vacate/cmd/vacate").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin,
+		"vacate/cmd/vacate").CombinedOutput(); err != nil {
 		t.Fatalf("build vacate: %v\n%s", err, out)
 	}
 	return bin
@@ -34,11 +35,12 @@ func TestMeasure(t *testing.T) {
 	needLab(t)
 	var done []string
 	result, err := Measure(t.Context(), Options{
-		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second, Vacate: buildVacate(t),
-		Spec: lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
-		Lab:  lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
-		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
-		Done: func(r Run) { done = append(done, r.Strategy) },
+		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second,
+		Vacate: buildVacate(t),
+		Spec:   lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
+		Lab:    lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
+		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Done:   func(r Run) { done = append(done, r.Strategy) },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -50,7 +52,8 @@ func TestMeasure(t *testing.T) {
 		t.Errorf("ran %s, want %s", got, want)
 	}
 	m := &result.Machine
-	if m.CPU == "" || m.Cores < 1 || m.MemoryBytes == 0 || m.Kernel == "" || m.QEMU == "" || m.Accel == "" || m.GuestKernel == "" || m.Link == nil || *m.Link != 500e6 {
+	if m.CPU == "" || m.Cores < 1 || m.MemoryBytes == 0 || m.Kernel == "" || m.QEMU == "" ||
+		m.Accel == "" || m.GuestKernel == "" || m.Link == nil || *m.Link != 500e6 {
 		t.Errorf("the machine is not described: %+v", m)
 	}
 	for i := range result.Runs {
@@ -89,13 +92,16 @@ func checkRun(t *testing.T, r *Run) {
 		// All of the load crossed.
 		missing("memory on the link", r.LinkBytes != nil && *r.LinkBytes < 60<<20)
 	}
-	if r.Transfer != nil && r.Down != nil && r.Total != nil && !(0 < *r.Down && *r.Down <= *r.Transfer && *r.Transfer <= *r.Total) {
-		t.Errorf("%s: down %v s, transfer %v s, total %v s", r.Strategy, *r.Down, *r.Transfer, *r.Total)
+	if r.Transfer != nil && r.Down != nil && r.Total != nil &&
+		!(0 < *r.Down && *r.Down <= *r.Transfer && *r.Transfer <= *r.Total) {
+		t.Errorf("%s: down %v s, transfer %v s, total %v s", r.Strategy, *r.Down, *r.Transfer,
+			*r.Total)
 	}
 }
 
 func TestBadOptions(t *testing.T) {
-	good := Options{Strategies: []string{"vacate"}, Load: "hot", Repeat: 1, PrecopyBound: time.Second}
+	good := Options{Strategies: []string{"vacate"}, Load: "hot", Repeat: 1,
+		PrecopyBound: time.Second}
 	for want, spoil := range map[string]func(*Options){
 		"no strategy given":   func(o *Options) { o.Strategies = nil },
 		`no strategy "magic"`: func(o *Options) { o.Strategies = []string{"vacate", "magic"} },
@@ -121,8 +127,10 @@ func TestChain(t *testing.T) {
 	spec.MemoryMiB, spec.Load.HotMiB = 256, 64
 	strategies := []string{"vacate", "qemu-postcopy", "stop-and-copy"}
 	result, err := Measure(t.Context(), Options{
-		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second, Vacate: buildVacate(t), Chain: true,
-		Spec: spec, Lab: lab.Options{Dir: labtest.Dir(t), Rate: 500e6}, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second,
+		Vacate: buildVacate(t), Chain: true,
+		Spec: spec, Lab: lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -137,7 +145,8 @@ func TestChain(t *testing.T) {
 			want = strategies[len(strategies)-1-at]
 		}
 		if r.Strategy != want || r.EvictedBefore != at {
-			t.Errorf("run %d is %s on a guest evicted %d times, want %s and %d", i, r.Strategy, r.EvictedBefore, want, at)
+			t.Errorf("run %d is %s on a guest evicted %d times, want %s and %d", i, r.Strategy,
+				r.EvictedBefore, want, at)
 		}
 		checkRun(t, &result.Runs[i])
 	}

@@ -28,7 +28,8 @@ type ContentionOptions struct {
 	// ServerMiB is how much the servers hold; MemoryMiB is the memory of each of the VMs.
 	ServerMiB, MemoryMiB int
 	Repeat               int
-	// PrecopyBound is how many times as long as the link needs for all of a VM's memory pre-copy may take until it is given up.
+	// PrecopyBound is how many times as long as the link needs for all of a VM's memory pre-copy
+	// may take until it is given up.
 	PrecopyBound float64
 	Lab          lab.Options
 	Vacate       string // the vacate binary; default the one beside this executable
@@ -47,8 +48,8 @@ type Contention struct {
 	Runs      []ContentionRun `json:"runs"`
 }
 
-// ContentionRun is one of two VMs, with the same server, leaving the core that they share. Times are in seconds from the decision to
-// evict, and nil for what was never reached.
+// ContentionRun is one of two VMs, with the same server, leaving the core that they share. Times
+// are in seconds from the decision to evict, and nil for what was never reached.
 type ContentionRun struct {
 	Server   string `json:"server"`
 	Strategy string `json:"strategy"`
@@ -57,11 +58,12 @@ type ContentionRun struct {
 	Outcome  string `json:"outcome"`
 	Reason   string `json:"reason,omitempty"`
 
-	Prepare   *float64 `json:"prepare_s"`
-	Transfer  *float64 `json:"execution_transfer_s"`
-	Down      *float64 `json:"down_time_s"`
-	Total     *float64 `json:"total_s"`
-	LinkBytes *uint64  `json:"link_bytes"` // both ways, headers and what clients of the VM said to it over the link included
+	Prepare  *float64 `json:"prepare_s"`
+	Transfer *float64 `json:"execution_transfer_s"`
+	Down     *float64 `json:"down_time_s"`
+	Total    *float64 `json:"total_s"`
+	// both ways, headers and what clients of the VM said to it over the link included
+	LinkBytes *uint64 `json:"link_bytes"`
 	// When each VM, and both together, are back at 90 % of their final level for good.
 	Contending *float64 `json:"contending_90_s"`
 	Migrated   *float64 `json:"migrated_90_s"`
@@ -73,7 +75,8 @@ type ContentionRun struct {
 	Wrong  uint64     `json:"wrong_answers"`
 	Broken int        `json:"broken_connections"`
 	Bad    *uint64    `json:"bad_pages"`
-	// Moves and Stays are the VMs in steps of 100 ms: begin, answers per second, and their median and 90th percentile in seconds.
+	// Moves and Stays are the VMs in steps of 100 ms: begin, answers per second, and their median
+	// and 90th percentile in seconds.
 	Moves []Step `json:"moves"`
 	Stays []Step `json:"stays"`
 }
@@ -81,7 +84,8 @@ type ContentionRun struct {
 // Idle is what VMs serve that have neither a server nor clients.
 const Idle lab.Server = "idle"
 
-// Step is a begin, answers per second, and of these the median latency and the 90th percentile. Times are in seconds.
+// Step is a begin, answers per second, and of these the median latency and the 90th percentile.
+// Times are in seconds.
 type Step [4]float64
 
 const (
@@ -110,10 +114,11 @@ type contention struct {
 	seen    latency.Stats // of both, so far
 }
 
-// Contend measures how strategies relieve a host's core on which two VMs with servers contend. It returns what was measured also with an
-// error.
+// Contend measures how strategies relieve a host's core on which two VMs with servers contend. It
+// returns what was measured also with an error.
 func Contend(ctx context.Context, opts ContentionOptions) (Contention, error) {
-	result := Contention{Version: Version, MemoryMiB: opts.MemoryMiB, ServerMiB: opts.ServerMiB, Wanted: opts.Wanted, Clients: opts.Clients, Runs: []ContentionRun{}}
+	result := Contention{Version: Version, MemoryMiB: opts.MemoryMiB, ServerMiB: opts.ServerMiB,
+		Wanted: opts.Wanted, Clients: opts.Clients, Runs: []ContentionRun{}}
 	chosen, err := find(opts.Strategies)
 	if err != nil {
 		return result, err
@@ -134,7 +139,8 @@ func Contend(ctx context.Context, opts ContentionOptions) (Contention, error) {
 	return result, nil
 }
 
-func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, chosen []strategy, result *Contention) (err error) {
+func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, chosen []strategy,
+	result *Contention) (err error) {
 	l, err := lab.New(ctx, opts.Lab)
 	if err != nil {
 		return err
@@ -144,7 +150,8 @@ func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, c
 		return err
 	}
 	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core
-	c := &contention{bench: bench{Options{Vacate: opts.Vacate, Log: opts.Log}, l}, opts: opts, server: server}
+	c := &contention{bench: bench{Options{Vacate: opts.Vacate, Log: opts.Log}, l}, opts: opts,
+		server: server}
 	defer func() {
 		for _, k := range c.loaders {
 			if k != nil {
@@ -186,8 +193,9 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 		return err
 	}
 	spec := lab.Spec{
-		MemoryMiB: c.opts.MemoryMiB, Devices: lab.Full, Tap: true, Server: c.server, ServerMiB: c.opts.ServerMiB,
-		Load: lab.Load{IdleMiB: 16, Sleep: true, Seed: 1}, // which is there to be checked
+		MemoryMiB: c.opts.MemoryMiB, Devices: lab.Full, Tap: true, Server: c.server,
+		ServerMiB: c.opts.ServerMiB,
+		Load:      lab.Load{IdleMiB: 16, Sleep: true, Seed: 1}, // which is there to be checked
 	}
 	if c.server == Idle {
 		spec.Server, spec.ServerMiB = lab.NoServer, 0
@@ -217,8 +225,9 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 	return nil
 }
 
-// SetPace measures for four seconds how many answers the core is worth that VMs share, and has the clients of each want a part of it
-// from then on: with 0.6, those of two VMs together want a fifth more than the core has.
+// SetPace measures for four seconds how many answers the core is worth that VMs share, and has the
+// clients of each want a part of it from then on: with 0.6, those of two VMs together want a fifth
+// more than the core has.
 func SetPace(ctx context.Context, loaders []Loader, wanted float64) (core float64, err error) {
 	for _, k := range loaders {
 		k.Set(0)
@@ -249,15 +258,19 @@ func pause(ctx context.Context, d time.Duration) error {
 
 // Clients says what the clients of a server ask for.
 type Clients struct {
-	Writes      float64 `json:"writes"`      // the share of requests that write, more than 0, up to 1
-	Bytes       int     `json:"bytes"`       // of a value of memcached or Redis
-	Connections int     `json:"connections"` // of each VM's clients, on each of which one request at a time is under way
+	// the share of requests that write, more than 0, up to 1
+	Writes float64 `json:"writes"`
+	Bytes  int     `json:"bytes"` // of a value of memcached or Redis
+	// of each VM's clients, on each of which one request at a time is under way
+	Connections int `json:"connections"`
 }
 
-// UsualClients mostly read. With fewer connections, what queues on the link would limit what they can ask for.
+// UsualClients mostly read. With fewer connections, what queues on the link would limit what they
+// can ask for.
 var UsualClients = Clients{Writes: 0.1, Bytes: 4000, Connections: 16}
 
-// Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as are answered.
+// Load starts the client of a VM's server, in the lab's client, which fills it: as many requests as
+// are answered.
 func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error) {
 	if vm.Spec.Server == lab.NoServer {
 		return nobody{}, nil
@@ -265,10 +278,15 @@ func Load(ctx context.Context, l *lab.Lab, vm *lab.VM, o Clients) (Loader, error
 	var k Loader
 	var err error
 	if vm.Spec.Server == lab.PostgreSQL {
-		k, err = pgclient.Start(ctx, pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes, Conns: o.Connections})
+		k, err = pgclient.Start(ctx,
+			pgclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial,
+				Rows: vm.Spec.ServerMiB << 20 / lab.ItemBytes, Writes: o.Writes,
+				Conns: o.Connections})
 	} else {
 		k, err = memclient.Start(ctx, memclient.Options{
-			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: o.Bytes, Items: vm.Spec.ServerMiB << 20 / 5 * 4 / max(1, o.Bytes), Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes, Conns: o.Connections,
+			Addr: vm.ServerAddr(), Dial: l.Client.Dial, Bytes: o.Bytes,
+			Items: vm.Spec.ServerMiB << 20 / 5 * 4 / max(1, o.Bytes),
+			Redis: vm.Spec.Server == lab.Redis, Writes: o.Writes, Conns: o.Connections,
 		})
 	}
 	if err != nil {
@@ -286,16 +304,19 @@ func (nobody) Stats() latency.Stats                                     { return
 func (nobody) Stop() latency.Stats                                      { return latency.Stats{} }
 
 // run has one VM leave by a strategy, and come back.
-func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run ContentionRun, err error) {
+func (c *contention) run(ctx context.Context, s strategy,
+	rate uint64) (run ContentionRun, err error) {
 	run = ContentionRun{Server: string(c.server), Strategy: s.name, Rate: rate, Outcome: Completed}
-	bound := time.Duration(c.opts.PrecopyBound * float64(c.opts.MemoryMiB<<20*8) / float64(rate) * float64(time.Second))
+	bound := time.Duration(c.opts.PrecopyBound * float64(c.opts.MemoryMiB<<20*8) / float64(rate) *
+		float64(time.Second))
 	c.bench.opts.PrecopyBound = bound
 	t := &trial{bench: &c.bench, run: &Run{Strategy: s.name, Outcome: Completed}, vm: c.vms[0]}
 	defer t.leave(&c.vms[0])
 	if err := c.lab.SetRate(rate); err != nil {
 		return run, err
 	}
-	if t.twin, err = c.lab.B.Incoming(ctx, t.vm, lab.IncomingOptions{Running: !s.paused}); err != nil {
+	if t.twin, err = c.lab.B.Incoming(ctx, t.vm,
+		lab.IncomingOptions{Running: !s.paused}); err != nil {
 		return run, err
 	}
 	if t.src, err = watch(ctx, t.vm, c.opts.Log); err != nil {
@@ -315,7 +336,8 @@ func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run Cont
 	if err != nil {
 		return run, err
 	}
-	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s", c.opts.Wanted*core)
+	c.opts.Log.Info("pace", "server", c.server, "core_per_s", core, "each_per_s",
+		c.opts.Wanted*core)
 	if err := pause(ctx, contendBefore+time.Second); err != nil {
 		return run, err
 	}
@@ -323,7 +345,8 @@ func (c *contention) run(ctx context.Context, s strategy, rate uint64) (run Cont
 	if err != nil {
 		return run, err
 	}
-	bounded, cancel := context.WithTimeoutCause(ctx, moveLimit+bound, errors.New("the run took too long"))
+	bounded, cancel := context.WithTimeoutCause(ctx, moveLimit+bound,
+		errors.New("the run took too long"))
 	defer cancel()
 	decided := time.Now()
 	t.start = decided
@@ -361,7 +384,8 @@ func (c *contention) compute(run *ContentionRun, decided time.Time) {
 		steps := make([]Step, 0, 1000)
 		for _, r := range k.Rates(decided.Add(-contendBefore), to, step) {
 			at := round(r.From.Sub(decided).Seconds())
-			steps = append(steps, Step{at, round(r.PerSecond), round(r.P50.Seconds()), round(r.P90.Seconds())})
+			steps = append(steps,
+				Step{at, round(r.PerSecond), round(r.P50.Seconds()), round(r.P90.Seconds())})
 			series[i] = append(series[i], Point{at, r.PerSecond})
 		}
 		if i == 0 {
@@ -417,7 +441,8 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 	if run.Outcome == Completed {
 		at = t.twin
 	}
-	bounded, cancel := context.WithTimeoutCause(ctx, checkLimit, fmt.Errorf("the guest does not answer within %v", checkLimit))
+	bounded, cancel := context.WithTimeoutCause(ctx, checkLimit,
+		fmt.Errorf("the guest does not answer within %v", checkLimit))
 	check, err := at.Guest.Check(bounded, at)
 	cancel()
 	ours := strings.HasPrefix(run.Strategy, strategies[0].name)
@@ -430,7 +455,8 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 	run.Bad = &check.Bad
 	if check.Bad != 0 || run.Wrong != 0 || run.Broken != 0 {
 		errs := append(c.loaders[0].Stats().Errors, c.loaders[1].Stats().Errors...)
-		err := fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections: %w", ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken, errors.Join(errs...))
+		err := fmt.Errorf("%w: %d of %d pages, %d wrong answers, %d broken connections: %w",
+			ErrBadPages, check.Bad, check.Pages, run.Wrong, run.Broken, errors.Join(errs...))
 		if ours {
 			return err
 		}
@@ -458,9 +484,11 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 	return back.evict(ctx, nil)
 }
 
-// damaged notes that QEMU's own migration has damaged the guest, which is not ours to mend: who went on with it would be blamed.
+// damaged notes that QEMU's own migration has damaged the guest, which is not ours to mend: who
+// went on with it would be blamed.
 func (c *contention) damaged(run *ContentionRun, err error) error {
-	c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error", err)
+	c.opts.Log.Error("a guest was damaged: it is booted anew", "strategy", run.Strategy, "error",
+		err)
 	run.Outcome, run.Reason = Damaged, err.Error()
 	run.Contending, run.Migrated, run.Aggregate = nil, nil, nil
 	return errDamaged
@@ -483,8 +511,11 @@ func (t *trial) leave(guest **lab.VM) {
 // CSV writes the figures of each run, a line each, without the series.
 func (c *Contention) CSV(w io.Writer) error {
 	out := csv.NewWriter(w)
-	out.Write([]string{"server", "strategy", "link_bits_per_s", "rep", "outcome", "prepare_s", "execution_transfer_s", "down_time_s", "total_s", "contending_90_s", "migrated_90_s", "aggregate_90_s",
-		"link_bytes", "before_moves_per_s", "before_stays_per_s", "final_moves_per_s", "final_stays_per_s", "bad_pages"})
+	out.Write([]string{"server", "strategy", "link_bits_per_s", "rep", "outcome", "prepare_s",
+		"execution_transfer_s", "down_time_s", "total_s", "contending_90_s", "migrated_90_s",
+		"aggregate_90_s",
+		"link_bytes", "before_moves_per_s", "before_stays_per_s", "final_moves_per_s",
+		"final_stays_per_s", "bad_pages"})
 	number := func(f *float64) string {
 		if f == nil {
 			return ""
@@ -498,8 +529,12 @@ func (c *Contention) CSV(w io.Writer) error {
 		return strconv.FormatUint(*n, 10)
 	}
 	for _, r := range c.Runs {
-		out.Write([]string{r.Server, r.Strategy, strconv.FormatUint(r.Rate, 10), strconv.Itoa(r.Rep), r.Outcome, number(r.Prepare), number(r.Transfer), number(r.Down), number(r.Total),
-			number(r.Contending), number(r.Migrated), number(r.Aggregate), count(r.LinkBytes), number(&r.Before[0]), number(&r.Before[1]), number(&r.Final[0]), number(&r.Final[1]), count(r.Bad)})
+		out.Write([]string{r.Server, r.Strategy, strconv.FormatUint(r.Rate, 10),
+			strconv.Itoa(r.Rep), r.Outcome, number(r.Prepare), number(r.Transfer), number(r.Down),
+			number(r.Total),
+			number(r.Contending), number(r.Migrated), number(r.Aggregate), count(r.LinkBytes),
+			number(&r.Before[0]), number(&r.Before[1]), number(&r.Final[0]), number(&r.Final[1]),
+			count(r.Bad)})
 	}
 	out.Flush()
 	return out.Error()
@@ -513,8 +548,12 @@ func (r ContentionRun) String() string {
 		}
 		return fmt.Sprintf("%.2f s", *f)
 	}
-	s := fmt.Sprintf("%s, %s, %s: %s; runs there %s, total %s; back: contending %s, migrated %s, both %s; %.0f+%.0f/s before, %.0f+%.0f/s in the end",
-		r.Server, bits(r.Rate), r.Strategy, r.Outcome, at(r.Transfer), at(r.Total), at(r.Contending), at(r.Migrated), at(r.Aggregate), r.Before[0], r.Before[1], r.Final[0], r.Final[1])
+	s :=
+		fmt.Sprintf("%s, %s, %s: %s; runs there %s, total %s; back: contending %s, migrated %s, "+
+			"both %s; %.0f+%.0f/s before, %.0f+%.0f/s in the end",
+			r.Server, bits(r.Rate), r.Strategy, r.Outcome, at(r.Transfer), at(r.Total),
+			at(r.Contending), at(r.Migrated), at(r.Aggregate), r.Before[0], r.Before[1], r.Final[0],
+			r.Final[1])
 	if r.Wrong > 0 {
 		s += fmt.Sprintf("; %d WRONG ANSWERS", r.Wrong)
 	}

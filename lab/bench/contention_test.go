@@ -11,7 +11,8 @@ import (
 
 // contended is a run whose VMs are back at different times.
 func contended() ContentionRun {
-	r := ContentionRun{Server: "memcached", Strategy: "vacate", Rate: 1e8, Rep: 1, Outcome: Completed, Total: seconds(2), Final: [2]float64{100, 100}}
+	r := ContentionRun{Server: "memcached", Strategy: "vacate", Rate: 1e8, Rep: 1,
+		Outcome: Completed, Total: seconds(2), Final: [2]float64{100, 100}}
 	for i := range 60 {
 		at := round(float64(i)/10 - 2)
 		moves, stays := 50.0, 50.0
@@ -21,14 +22,16 @@ func contended() ContentionRun {
 		if at >= 2 {
 			moves = 100
 		}
-		r.Moves, r.Stays = append(r.Moves, Step{at, moves, 0.001, 0.002}), append(r.Stays, Step{at, stays, 0.001, 0.002})
+		r.Moves, r.Stays = append(r.Moves, Step{at, moves, 0.001, 0.002}), append(r.Stays,
+			Step{at, stays, 0.001, 0.002})
 	}
 	return r
 }
 
 func TestContentionFiles(t *testing.T) {
 	failed := contended()
-	failed.Strategy, failed.Outcome, failed.Total, failed.Moves = "vacate:demand-only", Failed, nil, nil
+	failed.Strategy, failed.Outcome, failed.Total, failed.Moves = "vacate:demand-only", Failed, nil,
+		nil
 	c := Contention{Version: Version, Runs: []ContentionRun{contended(), failed}}
 	var svg, csv bytes.Buffer
 	if err := errors.Join(c.SVG(&svg), c.CSV(&csv)); err != nil {
@@ -50,7 +53,8 @@ func TestContentionFiles(t *testing.T) {
 	if lines != 2 {
 		t.Errorf("%d lines", lines)
 	}
-	if got := strings.Split(strings.TrimSpace(csv.String()), "\n"); len(got) != 3 || !strings.HasPrefix(got[1], "memcached,vacate,100000000,1,completed,,,,2,") {
+	if got := strings.Split(strings.TrimSpace(csv.String()), "\n"); len(got) != 3 ||
+		!strings.HasPrefix(got[1], "memcached,vacate,100000000,1,completed,,,,2,") {
 		t.Errorf("%q", got)
 	}
 	if s := failed.String(); !strings.Contains(s, "failed; runs there never") {
@@ -78,7 +82,8 @@ func TestRecoveries(t *testing.T) {
 		least  float64
 		most   float64
 	}{{stays, 100, 0.3, 0.5}, {both, 200, 1.7, 2}} {
-		if back := recovery(c.series, c.level, 0); back == nil || *back < c.least || *back > c.most {
+		if back := recovery(c.series, c.level, 0); back == nil || *back < c.least ||
+			*back > c.most {
 			t.Errorf("back after %v, want %v to %v", back, c.least, c.most)
 		}
 	}

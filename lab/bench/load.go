@@ -16,7 +16,8 @@ var loads = []struct {
 	{"hot", lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200}}},
 	{"idle", lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200, Sleep: true}}},
 	// One process works among many that do not, their memory mixed.
-	{"hot-process", lab.Spec{MemoryMiB: 2048, Devices: lab.Full, Load: lab.Load{HotMiB: 200, OtherMiB: 600, Others: 4, CacheMiB: 200, Mixed: true}}},
+	{"hot-process", lab.Spec{MemoryMiB: 2048, Devices: lab.Full,
+		Load: lab.Load{HotMiB: 200, OtherMiB: 600, Others: 4, CacheMiB: 200, Mixed: true}}},
 	// Some pages are much hotter than others.
 	{"zipf", lab.Spec{MemoryMiB: 1536, Load: lab.Load{HotMiB: 1024, Zipf: true}}},
 	// All memory is alike: no order can win.

@@ -71,7 +71,8 @@ func (m *monitor) take(e qmp.Event, now time.Time) {
 
 // wait returns the first event, at or after the time since, that match takes;
 // match may refuse to wait on.
-func (m *monitor) wait(ctx context.Context, since time.Time, what string, match func(event) (bool, error)) (event, error) {
+func (m *monitor) wait(ctx context.Context, since time.Time, what string,
+	match func(event) (bool, error)) (event, error) {
 	for next := 0; ; {
 		m.mu.Lock()
 		events, changed := m.events[next:], m.changed

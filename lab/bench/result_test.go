@@ -23,7 +23,8 @@ var update = flag.Bool("update", false, "write golden files anew")
 // somewhere.
 func sample() *Result {
 	quantiles := func(ms float64) *Quantiles {
-		return &Quantiles{P50: ms / 1e3, P99: 4 * ms / 1e3, Max: 9 * ms / 1e3, Sum: ms / 2, Count: 400}
+		return &Quantiles{P50: ms / 1e3, P99: 4 * ms / 1e3, Max: 9 * ms / 1e3, Sum: ms / 2,
+			Count: 400}
 	}
 	moved := func(name string, rep int, transfer, total, low float64) Run {
 		n := int(total / stepS)
@@ -31,9 +32,11 @@ func sample() *Result {
 		return Run{
 			Strategy: name, Load: "hot", Rep: rep, Outcome: Completed,
 			Transfer: &transfer, Down: ptr(0.02), Total: &total, LinkBytes: ptr(uint64(500e6)),
-			Stall: quantiles(1.5), Recovery: recovery(s, 300000, transfer), WorkLost: seconds(workLost(s, 300000, total)),
-			Bad: ptr(uint64(0)), Before: ptr(300000.0), Throughput: s,
-			Pages: &Pages{Pushed: ptr(uint64(260000)), Fetched: ptr(uint64(100)), Zero: ptr(uint64(130000)), Duplicate: ptr(uint64(0))},
+			Stall: quantiles(1.5), Recovery: recovery(s, 300000, transfer),
+			WorkLost: seconds(workLost(s, 300000, total)),
+			Bad:      ptr(uint64(0)), Before: ptr(300000.0), Throughput: s,
+			Pages: &Pages{Pushed: ptr(uint64(260000)), Fetched: ptr(uint64(100)),
+				Zero: ptr(uint64(130000)), Duplicate: ptr(uint64(0))},
 		}
 	}
 	engine := moved("vacate", 1, 0.05, 4.4, 120000)
@@ -41,17 +44,20 @@ func sample() *Result {
 	engine.Fetch, engine.Pages.Skipped = quantiles(1), ptr(uint64(7))
 	engine.Engine = json.RawMessage(`{"outcome":"completed"}`)
 	given := moved("qemu-precopy", 1, 0, 15, 250000)
-	given.Transfer, given.Down, given.Recovery, given.Outcome, given.Reason = nil, nil, nil, NotConverged, "given up after 15s"
+	given.Transfer, given.Down, given.Recovery, given.Outcome, given.Reason = nil, nil, nil,
+		NotConverged, "given up after 15s"
 	again := moved("vacate", 2, 0.06, 4.6, 110000)
 	again.EvictedBefore = 2
 	return &Result{
 		Version: Version,
-		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg", "6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true},
-		VM:      VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0},
+		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg",
+			"6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true},
+		VM: VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0},
 		Runs: []Run{
 			engine, moved(baseline, 1, 0.01, 4.1, 60000), given,
 			again, moved(baseline, 2, 0.012, 4.3, 50000),
-			{Strategy: "qemu-postcopy-preempt", Load: "hot", Rep: 1, Outcome: Unsupported, Reason: "no such capability", Throughput: []Point{}},
+			{Strategy: "qemu-postcopy-preempt", Load: "hot", Rep: 1, Outcome: Unsupported,
+				Reason: "no such capability", Throughput: []Point{}},
 		},
 	}
 }
@@ -113,8 +119,10 @@ func TestSVGOfLittle(t *testing.T) {
 	for name, r := range map[string]*Result{
 		"nothing":   {},
 		"no series": {Runs: []Run{{Strategy: "vacate", Outcome: Failed, Throughput: []Point{}}}},
-		"idle":      {Runs: []Run{{Strategy: "vacate", Outcome: Completed, Total: ptr(1.0), Transfer: ptr(0.1), Throughput: series(0, repeat(0, 30)...)}}},
-		"instant":   {Runs: []Run{{Strategy: "x<y>", Outcome: Completed, Total: ptr(0.0), Before: ptr(1.0), Throughput: series(1, 1)}}},
+		"idle": {Runs: []Run{{Strategy: "vacate", Outcome: Completed, Total: ptr(1.0),
+			Transfer: ptr(0.1), Throughput: series(0, repeat(0, 30)...)}}},
+		"instant": {Runs: []Run{{Strategy: "x<y>", Outcome: Completed, Total: ptr(0.0),
+			Before: ptr(1.0), Throughput: series(1, 1)}}},
 	} {
 		var b bytes.Buffer
 		if err := r.SVG(&b); err != nil {
@@ -143,7 +151,8 @@ func wellFormed(t *testing.T, doc []byte) {
 }
 
 func TestNiceStep(t *testing.T) {
-	for span, want := range map[float64]float64{1.2: 0.1, 6: 0.5, 7: 1, 12: 1, 13: 2, 30: 5, 100: 10, 121: 20} {
+	for span, want := range map[float64]float64{1.2: 0.1, 6: 0.5, 7: 1, 12: 1, 13: 2, 30: 5,
+		100: 10, 121: 20} {
 		if got := niceStep(span); math.Abs(got-want) > 1e-12 {
 			t.Errorf("step of %v is %v, want %v", span, got, want)
 		}
@@ -151,7 +160,8 @@ func TestNiceStep(t *testing.T) {
 }
 
 func FuzzReadReport(f *testing.F) {
-	f.Add([]byte("{\"type\":\"progress\",\"progress\":{}}\n{\"type\":\"report\",\"report\":{\"outcome\":\"completed\"}}\n"))
+	f.Add(
+		[]byte("{\"type\":\"progress\",\"progress\":{}}\n{\"type\":\"report\",\"report\":{\"outcome\":\"completed\"}}\n"))
 	f.Add([]byte("panic: no JSON\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		report, err := readReport(bufio.NewScanner(bytes.NewReader(data)))

@@ -46,13 +46,16 @@ func TestRecovery(t *testing.T) {
 		"switch at a step":      {repeat(100, 40), 0.5, 0.5},
 		"never down":            {repeat(100, 40), 0, 0},
 		// One lost step pulls 500 ms below 90 %, wherever it is.
-		"a relapse within a second": {join(repeat(0, 10), repeat(100, 9), []float64{0}, repeat(100, 30)), 0.1, 2.0},
-		"a relapse later":           {join(repeat(0, 10), repeat(100, 14), []float64{0}, repeat(100, 30)), 0.1, 1.0},
-		"too short a series":        {join(repeat(0, 10), repeat(100, 13)), 0.1, math.NaN()},
-		"just long enough":          {join(repeat(0, 10), repeat(100, 14)), 0.1, 1.0},
-		"smoothed":                  {join(repeat(0, 10), []float64{80, 100, 80, 100, 100}, repeat(100, 20)), 0.1, 1.0},
-		"never":                     {repeat(0, 40), 0.1, math.NaN()},
-		"no series":                 {nil, 0, math.NaN()},
+		"a relapse within a second": {join(repeat(0, 10), repeat(100, 9), []float64{0},
+			repeat(100, 30)), 0.1, 2.0},
+		"a relapse later": {join(repeat(0, 10), repeat(100, 14), []float64{0}, repeat(100, 30)),
+			0.1, 1.0},
+		"too short a series": {join(repeat(0, 10), repeat(100, 13)), 0.1, math.NaN()},
+		"just long enough":   {join(repeat(0, 10), repeat(100, 14)), 0.1, 1.0},
+		"smoothed": {join(repeat(0, 10), []float64{80, 100, 80, 100, 100},
+			repeat(100, 20)), 0.1, 1.0},
+		"never":     {repeat(0, 40), 0.1, math.NaN()},
+		"no series": {nil, 0, math.NaN()},
 	} {
 		got := recovery(series(100, c.rates...), 100, c.from)
 		switch {

@@ -33,7 +33,8 @@ var strategies = []strategy{
 	// The first, which variants are made of.
 	{name: "vacate", paused: true, prepare: (*trial).receive, move: evict()},
 	{name: "qemu-postcopy", prepare: qemu("postcopy-ram"), move: (*trial).postcopy},
-	{name: "qemu-postcopy-preempt", prepare: qemu("postcopy-ram", "postcopy-preempt"), move: (*trial).postcopy},
+	{name: "qemu-postcopy-preempt", prepare: qemu("postcopy-ram", "postcopy-preempt"),
+		move: (*trial).postcopy},
 	{name: "qemu-precopy", prepare: qemu(), move: (*trial).precopy},
 	{name: "qemu-precopy-autoconverge", prepare: qemu("auto-converge"), move: (*trial).precopy},
 	{name: "stop-and-copy", prepare: qemu(), move: (*trial).stopAndCopy},
@@ -81,7 +82,8 @@ func Alike(names []string) bool {
 		if parts[0] != strategies[0].name {
 			return false
 		}
-		free = append(free, slices.ContainsFunc(parts, func(p string) bool { return p == "all" || p == "off" || p == "agent" }))
+		free = append(free, slices.ContainsFunc(parts,
+			func(p string) bool { return p == "all" || p == "off" || p == "agent" }))
 	}
 	return len(slices.Compact(free)) <= 1
 }
@@ -117,7 +119,8 @@ var errUnsupported = errors.New("not supported")
 
 // receive starts the engine at the destination and waits until it listens.
 func (t *trial) receive(ctx context.Context) error {
-	cmd := exec.CommandContext(ctx, t.opts.Vacate, "receive", "--qmp", t.twin.QMP, "--listen", t.engineAddr())
+	cmd := exec.CommandContext(ctx, t.opts.Vacate, "receive", "--qmp", t.twin.QMP, "--listen",
+		t.engineAddr())
 	t.received = new(bytes.Buffer)
 	cmd.Stderr = t.received
 	t.profile(cmd, "receive")
@@ -137,7 +140,8 @@ func (t *trial) receive(ctx context.Context) error {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
 			cmd.Process.Kill()
-			return fmt.Errorf("vacate receive does not listen: %w: %w", context.Cause(ctx), t.endReceiver())
+			return fmt.Errorf("vacate receive does not listen: %w: %w", context.Cause(ctx),
+				t.endReceiver())
 		}
 	}
 }
@@ -170,7 +174,8 @@ func evict(flags ...string) func(*trial, context.Context) error {
 }
 
 func (t *trial) evict(ctx context.Context, flags []string) error {
-	cmd := exec.CommandContext(ctx, t.opts.Vacate, append([]string{"evict", "--qmp", t.vm.QMP, "--to", t.engineAddr(), "--json"}, flags...)...)
+	cmd := exec.CommandContext(ctx, t.opts.Vacate,
+		append([]string{"evict", "--qmp", t.vm.QMP, "--to", t.engineAddr(), "--json"}, flags...)...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	t.profile(cmd, "evict")
@@ -208,7 +213,8 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 			t.start = t.start.Add(prepared)
 		}
 		p := &r.Pages
-		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero, ptr(p.Skipped + p.Unused), &p.Duplicate}
+		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero,
+			ptr(p.Skipped + p.Unused), &p.Duplicate}
 		t.run.Fetch = r.Fetch
 	}
 	if err != nil {
@@ -275,7 +281,8 @@ func qemu(capabilities ...string) func(*trial, context.Context) error {
 			}
 			for _, c := range capabilities {
 				if _, ok := has[c]; !ok {
-					return fmt.Errorf("%w: QEMU %v has no migration capability %s", errUnsupported, m.Version(), c)
+					return fmt.Errorf("%w: QEMU %v has no migration capability %s", errUnsupported,
+						m.Version(), c)
 				}
 				on[c] = true
 			}
@@ -283,7 +290,8 @@ func qemu(capabilities ...string) func(*trial, context.Context) error {
 				return err
 			}
 		}
-		if err := t.src.SetMigrationParameters(ctx, map[string]any{"max-bandwidth": uint64(unlimited)}); err != nil {
+		if err := t.src.SetMigrationParameters(ctx,
+			map[string]any{"max-bandwidth": uint64(unlimited)}); err != nil {
 			return err
 		}
 		return t.dst.MigrateIncoming(ctx, t.uri())
@@ -406,7 +414,8 @@ func (t *trial) precopy(ctx context.Context) error {
 	if err := t.src.MigrateCancel(ctx); err != nil {
 		return err
 	}
-	e, err := t.src.wait(ctx, t.start, "the migration to be cancelled", over(t.src, Completed, "cancelled"))
+	e, err := t.src.wait(ctx, t.start, "the migration to be cancelled",
+		over(t.src, Completed, "cancelled"))
 	if err != nil {
 		return err
 	}
@@ -459,7 +468,8 @@ func find(names []string) ([]strategy, error) {
 			continue
 		}
 		if i < 0 {
-			return nil, fmt.Errorf("no strategy %q: there are %s, and vacate:ORDER", n, strings.Join(Strategies(), ", "))
+			return nil, fmt.Errorf("no strategy %q: there are %s, and vacate:ORDER", n,
+				strings.Join(Strategies(), ", "))
 		}
 		found = append(found, strategies[i])
 	}

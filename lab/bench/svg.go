@@ -38,16 +38,21 @@ func (r *Result) SVG(w io.Writer) error {
 	end := r.plotEnd()
 	x := func(t float64) float64 { return left + (t+2)/(end+2)*(right-left) }
 	most := r.plotTop()
-	y := func(share float64) float64 { return float64(bottom) - min(share/most, 1.02)*float64(bottom-top) }
+	y := func(share float64) float64 {
+		return float64(bottom) - min(share/most, 1.02)*float64(bottom-top)
+	}
 
 	var b strings.Builder
 	text := func(x, y float64, attrs, s string) {
-		fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" %s>%s</text>`+"\n", x, y, attrs, html.EscapeString(s))
+		fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" %s>%s</text>`+"\n", x, y, attrs,
+			html.EscapeString(s))
 	}
 	line := func(x1, y1, x2, y2 float64, attrs string) {
-		fmt.Fprintf(&b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" %s/>`+"\n", x1, y1, x2, y2, attrs)
+		fmt.Fprintf(&b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" %s/>`+"\n", x1, y1, x2, y2,
+			attrs)
 	}
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%[1]d" height="%[2]d" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222">`+"\n", plotWidth, plotHeight)
+	fmt.Fprintf(&b,
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%[1]d" height="%[2]d" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222">`+"\n", plotWidth, plotHeight)
 	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", plotWidth, plotHeight)
 	text(left, 28, `font-size="17" font-weight="bold"`, "Guest throughput while its VM moves")
 	text(left, 48, "", r.title())
@@ -68,9 +73,11 @@ func (r *Result) SVG(w io.Writer) error {
 	line(x(0), y(0), x(0), top, `stroke="#222" stroke-dasharray="1 3"`)
 	text(x(0)+5, top+8, `font-size="11" fill="#555"`, "start")
 	text((left+right)/2, y(0)+36, `text-anchor="middle"`, "seconds since the start of the eviction")
-	text(0, 0, fmt.Sprintf(`transform="translate(20 %.1f) rotate(-90)" text-anchor="middle"`, (y(0)+top)/2), "of its own throughput before")
+	text(0, 0, fmt.Sprintf(`transform="translate(20 %.1f) rotate(-90)" text-anchor="middle"`,
+		(y(0)+top)/2), "of its own throughput before")
 
-	fmt.Fprintf(&b, `<clipPath id="axes"><rect x="%d" y="%d" width="%d" height="%d"/></clipPath>`+"\n", left, top-6, right-left+6, bottom-top+12)
+	fmt.Fprintf(&b, `<clipPath id="axes"><rect x="%d" y="%d" width="%d" height="%d"/></clipPath>`+
+		"\n", left, top-6, right-left+6, bottom-top+12)
 	b.WriteString(`<g clip-path="url(#axes)" fill="none" stroke-linejoin="round">` + "\n")
 	for _, faint := range []bool{true, false} {
 		for _, name := range slices.Backward(names) { // the first on top
@@ -83,7 +90,8 @@ func (r *Result) SVG(w io.Writer) error {
 				s := style[name]
 				attrs := fmt.Sprintf(`stroke="%s" stroke-width="1" stroke-opacity="0.2"`, s.colour)
 				if !faint {
-					attrs = fmt.Sprintf(`stroke="%s" stroke-width="2.2" stroke-dasharray="%s"`, s.colour, s.dash)
+					attrs = fmt.Sprintf(`stroke="%s" stroke-width="2.2" stroke-dasharray="%s"`,
+						s.colour, s.dash)
 				}
 				fmt.Fprintf(&b, `<polyline points="%s" %s/>`+"\n", points(run, x, y), attrs)
 				if !faint {
@@ -96,11 +104,13 @@ func (r *Result) SVG(w io.Writer) error {
 	for i, name := range names {
 		at := float64(plotHeight - legendLine*(len(names)-i) + 4)
 		s := style[name]
-		line(left, at-4, left+40, at-4, fmt.Sprintf(`stroke="%s" stroke-width="2.6" stroke-dasharray="%s"`, s.colour, s.dash))
+		line(left, at-4, left+40, at-4,
+			fmt.Sprintf(`stroke="%s" stroke-width="2.6" stroke-dasharray="%s"`, s.colour, s.dash))
 		text(left+50, at, `font-weight="bold"`, name)
 		text(left+220, at, "", r.legend(name))
 	}
-	text(right, y(0)+36, `text-anchor="end" font-size="11" fill="#555"`, "● runs on the destination   ■ source holds nothing")
+	text(right, y(0)+36, `text-anchor="end" font-size="11" fill="#555"`,
+		"● runs on the destination   ■ source holds nothing")
 	b.WriteString("</svg>\n")
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -215,10 +225,12 @@ func mark(b *strings.Builder, run *Run, colour string, x, y func(float64) float6
 		return y(0)
 	}
 	if t := run.Transfer; t != nil {
-		fmt.Fprintf(b, `<circle cx="%.1f" cy="%.1f" r="5" fill="%s" stroke="#fff"/>`+"\n", x(*t), at(*t), colour)
+		fmt.Fprintf(b, `<circle cx="%.1f" cy="%.1f" r="5" fill="%s" stroke="#fff"/>`+"\n", x(*t),
+			at(*t), colour)
 	}
 	if t := run.Total; t != nil {
-		fmt.Fprintf(b, `<rect x="%.1f" y="%.1f" width="9" height="9" fill="%s" stroke="#fff"/>`+"\n", x(*t)-4.5, at(*t)-4.5, colour)
+		fmt.Fprintf(b, `<rect x="%.1f" y="%.1f" width="9" height="9" fill="%s" stroke="#fff"/>`+
+			"\n", x(*t)-4.5, at(*t)-4.5, colour)
 	}
 }
 

@@ -73,11 +73,13 @@ var (
 	}
 	stalls = []figure{
 		{"stalls", "", whole, stallCount, true},
-		{"stall p50", "ms", ms1, ofQuantiles(stall, func(q *Quantiles) float64 { return q.P50 }), true},
+		{"stall p50", "ms", ms1, ofQuantiles(stall, func(q *Quantiles) float64 { return q.P50 }),
+			true},
 		{"p99", "ms", ms1, ofQuantiles(stall, func(q *Quantiles) float64 { return q.P99 }), true},
 		{"max", "ms", ms, ofQuantiles(stall, func(q *Quantiles) float64 { return q.Max }), true},
 		{"sum", "s", secs, ofQuantiles(stall, func(q *Quantiles) float64 { return q.Sum }), true},
-		{"fetch p50", "ms", ms1, ofQuantiles(fetch, func(q *Quantiles) float64 { return q.P50 }), false},
+		{"fetch p50", "ms", ms1, ofQuantiles(fetch, func(q *Quantiles) float64 { return q.P50 }),
+			false},
 		{"p99", "ms", ms1, ofQuantiles(fetch, func(q *Quantiles) float64 { return q.P99 }), false},
 	}
 	pages = []figure{
@@ -115,7 +117,8 @@ func (r *Result) Table(w io.Writer) error {
 	}
 	for _, run := range r.Runs {
 		if run.Reason != "" {
-			fmt.Fprintf(w, "\n%s, repetition %d: %s: %s\n", run.Strategy, run.Rep, run.Outcome, run.Reason)
+			fmt.Fprintf(w, "\n%s, repetition %d: %s: %s\n", run.Strategy, run.Rep, run.Outcome,
+				run.Reason)
 		}
 	}
 	if !slices.Contains(r.strategies(), baseline) || len(r.strategies()) < 2 {
@@ -227,13 +230,16 @@ func (r *Result) title() string {
 	if v.VCPUs != 1 {
 		cpus = fmt.Sprintf("%d CPUs", v.VCPUs)
 	}
-	return fmt.Sprintf("VM of %d MiB, %s, %d MiB hot, %d MiB idle%s; %s", v.MemoryMiB, cpus, v.HotMiB, v.IdleMiB+v.OtherMiB, load, link)
+	return fmt.Sprintf("VM of %d MiB, %s, %d MiB hot, %d MiB idle%s; %s", v.MemoryMiB, cpus,
+		v.HotMiB, v.IdleMiB+v.OtherMiB, load, link)
 }
 
 func (r *Result) subtitle() string {
 	m := &r.Machine
-	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; QEMU %s (%s, %s, %s devices), guest Linux %s",
-		m.CPU, m.Cores, float64(m.MemoryBytes)/(1<<30), m.Kernel, m.QEMU, m.Accel, r.VM.Machine, r.VM.Devices, m.GuestKernel)
+	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; QEMU %s (%s, %s, %s devices), guest "+
+		"Linux %s",
+		m.CPU, m.Cores, float64(m.MemoryBytes)/(1<<30), m.Kernel, m.QEMU, m.Accel, r.VM.Machine,
+		r.VM.Devices, m.GuestKernel)
 }
 
 func bits(n uint64) string {

@@ -18,16 +18,21 @@ import (
 //
 //	go test ./lab/churn -run TestOverwrite -kernel all -stops 1000 -out docs/results -timeout 5h
 var (
-	kernelFlag  = flag.String("kernel", "6.1", "kernels by their names in the lab, with commas between, or \"all\"")
-	stopsFlag   = flag.Int("stops", 25, "TestOverwrite: stops per kernel")
-	perFlag     = flag.Int("per", 250, "TestOverwrite: stops per guest")
-	plainFlag   = flag.Bool("plain", false, "TestOverwrite: all guests alike: one CPU, no slab checks, no single steps, no free page reporting")
+	kernelFlag = flag.String("kernel", "6.1",
+		"kernels by their names in the lab, with commas between, or \"all\"")
+	stopsFlag = flag.Int("stops", 25, "TestOverwrite: stops per kernel")
+	perFlag   = flag.Int("per", 250, "TestOverwrite: stops per guest")
+	plainFlag = flag.Bool("plain", false,
+		"TestOverwrite: all guests alike: one CPU, no slab checks, no single steps, no free "+
+			"page reporting")
 	snapsFlag   = flag.Int("snapshots", 3, "TestCompare: snapshots per kernel")
 	trialsFlag  = flag.Int("trials", 1, "TestSensitivity: trials per target")
 	pagesFlag   = flag.Int("pages", 8, "TestSensitivity: pages overwritten per trial")
-	targetsFlag = flag.String("targets", "(none),anonymous,file,page table", "TestSensitivity: targets, with commas between, or \"all\"")
-	waitFlag    = flag.Duration("wait", 4*time.Second, "TestSensitivity: how long somebody may take to notice")
-	outFlag     = flag.String("out", "", "directory that takes tables of the results")
+	targetsFlag = flag.String("targets", "(none),anonymous,file,page table",
+		"TestSensitivity: targets, with commas between, or \"all\"")
+	waitFlag = flag.Duration("wait", 4*time.Second,
+		"TestSensitivity: how long somebody may take to notice")
+	outFlag = flag.String("out", "", "directory that takes tables of the results")
 )
 
 func newLab(t *testing.T) *lab.Lab { return labtest.New(t, lab.Options{NoPin: true}) }
@@ -92,7 +97,8 @@ func write(t *testing.T, name string, f func(io.Writer)) {
 // allocator must not contradict.
 func TestOverwrite(t *testing.T) {
 	l := newLab(t)
-	variants := []Config{{}, {SlabChecks: true}, {VCPUs: 2}, {SingleStep: true}, {VCPUs: 2, Reporting: true}}
+	variants := []Config{{}, {SlabChecks: true}, {VCPUs: 2}, {SingleStep: true},
+		{VCPUs: 2, Reporting: true}}
 	if *plainFlag {
 		variants = variants[:1]
 	}
@@ -123,7 +129,8 @@ func TestOverwrite(t *testing.T) {
 					t.Errorf("the oracle followed only %d of %d stops", r.OracleStops, r.Stops)
 				}
 				if r.Failed+r.Empty > r.Stops/2 {
-					t.Errorf("%d of %d stops without a survey, %d with nothing skippable: %v", r.Failed, r.Stops, r.Empty, r.Notes)
+					t.Errorf("%d of %d stops without a survey, %d with nothing skippable: %v",
+						r.Failed, r.Stops, r.Empty, r.Notes)
 				}
 				for _, p := range r.Problems {
 					t.Errorf("%s", p)
@@ -135,7 +142,8 @@ func TestOverwrite(t *testing.T) {
 					t.Logf("%v\nconsole:\n%s", c, g.console.last())
 				}
 			})
-			write(t, "overwrite-"+k.Name+".md", func(w io.Writer) { WriteOverwrites(w, names, results) })
+			write(t, "overwrite-"+k.Name+".md",
+				func(w io.Writer) { WriteOverwrites(w, names, results) })
 		}
 	})
 }
@@ -156,7 +164,8 @@ func TestCompare(t *testing.T) {
 			}
 			time.Sleep(200 * time.Millisecond)
 		}
-		write(t, "compare-"+k.Name+".md", func(w io.Writer) { WriteComparison(w, g.Hello.Release, &c) })
+		write(t, "compare-"+k.Name+".md",
+			func(w io.Writer) { WriteComparison(w, g.Hello.Release, &c) })
 		if len(c.Wrong) > 0 {
 			t.Errorf("%d pages in use were called skippable, such as: %s", len(c.Wrong), c.Wrong[0])
 		}
@@ -187,18 +196,22 @@ func TestSensitivity(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		var trials []Trial
 		tables := func() {
-			write(t, fmt.Sprintf("sensitivity-%s-%d.md", k.Name, *pagesFlag), func(w io.Writer) { WriteTrials(w, trials) })
+			write(t, fmt.Sprintf("sensitivity-%s-%d.md", k.Name, *pagesFlag),
+				func(w io.Writer) { WriteTrials(w, trials) })
 		}
-		err := Sensitivity(t.Context(), g, targets, *trialsFlag, *pagesFlag, *waitFlag, func(r Trial) {
-			trials = append(trials, r)
-			t.Logf("%s: %d pages, noticed by %q after %v: %s", r.Target, r.Pages, r.Noticed, r.After.Round(time.Millisecond), oneLine(r.Text))
-			if r.Target == "(none)" && r.Noticed != "" {
-				t.Errorf("noticed, though nothing was overwritten: %s", r.Text)
-			}
-			if r.Target == targets[len(targets)-1].Name { // a campaign that is cut short has shown something, too
-				tables()
-			}
-		})
+		err := Sensitivity(t.Context(), g, targets, *trialsFlag, *pagesFlag, *waitFlag,
+			func(r Trial) {
+				trials = append(trials, r)
+				t.Logf("%s: %d pages, noticed by %q after %v: %s", r.Target, r.Pages, r.Noticed,
+					r.After.Round(time.Millisecond), oneLine(r.Text))
+				if r.Target == "(none)" && r.Noticed != "" {
+					t.Errorf("noticed, though nothing was overwritten: %s", r.Text)
+				}
+				if r.Target == targets[len(targets)-1].Name {
+					// a campaign that is cut short has shown something, too
+					tables()
+				}
+			})
 		if err != nil {
 			t.Fatal(err)
 		}

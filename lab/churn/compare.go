@@ -31,7 +31,8 @@ const (
 	Saids
 )
 
-var saidNames = [Saids]string{"no page", "free", "offline", "poisoned", "slab", "page table", "hugetlb", "zero page", "anonymous", "shared memory", "file", "reserved", "mapped", "(nothing)"}
+var saidNames = [Saids]string{"no page", "free", "offline", "poisoned", "slab", "page table",
+	"hugetlb", "zero page", "anonymous", "shared memory", "file", "reserved", "mapped", "(nothing)"}
 
 func (s Said) String() string { return saidNames[s] }
 
@@ -76,14 +77,17 @@ var agree = [Saids][]pageclass.Kind{
 	SaidSlab:      {pageclass.Slab},
 	SaidPageTable: {pageclass.UserPageTable},
 	SaidHugetlb:   {pageclass.Hugetlb},
-	SaidZero:      {pageclass.ZeroPage, pageclass.Reserved}, // where it is, a kernel without kallsyms does not tell
-	SaidAnon:      {pageclass.Anon},
-	SaidShmem:     {pageclass.Shmem},
-	SaidFile:      {pageclass.File},
-	SaidReserved:  {pageclass.Reserved, pageclass.KernelText, pageclass.KernelImage, pageclass.PageDescriptors, pageclass.PerCPU, pageclass.ZeroPage},
-	SaidMapped:    {pageclass.KernelOther, pageclass.File},
+	// where it is, a kernel without kallsyms does not tell
+	SaidZero:  {pageclass.ZeroPage, pageclass.Reserved},
+	SaidAnon:  {pageclass.Anon},
+	SaidShmem: {pageclass.Shmem},
+	SaidFile:  {pageclass.File},
+	SaidReserved: {pageclass.Reserved, pageclass.KernelText, pageclass.KernelImage,
+		pageclass.PageDescriptors, pageclass.PerCPU, pageclass.ZeroPage},
+	SaidMapped: {pageclass.KernelOther, pageclass.File},
 	// Of page tables only the lower two levels are marked as such before 6.15 or so.
-	SaidNothing: {pageclass.FreePerCPU, pageclass.UserPageTable, pageclass.KernelOther, pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced,
+	SaidNothing: {pageclass.FreePerCPU, pageclass.UserPageTable, pageclass.KernelOther,
+		pageclass.KernelStack, pageclass.PerCPU, pageclass.Unreferenced,
 		pageclass.PageDescriptors, pageclass.KernelText, pageclass.KernelImage, pageclass.Reserved},
 }
 
@@ -94,11 +98,12 @@ type Comparison struct {
 	Moving    uint64 // left out, as they changed between before and after
 	Matrix    [Saids][pageclass.Kinds]uint64
 
-	Free, Found   uint64 // pages that kpageflags call free; of them skippable
-	InUse         uint64 // pages that kpageflags say are in use
-	Wrong         []string
-	MovingInUse   uint64 // called skippable, and seen in use either before or after
-	CounterOff    int64  // greatest difference between the allocator's count and the survey's, in pages
+	Free, Found uint64 // pages that kpageflags call free; of them skippable
+	InUse       uint64 // pages that kpageflags say are in use
+	Wrong       []string
+	MovingInUse uint64 // called skippable, and seen in use either before or after
+	// greatest difference between the allocator's count and the survey's, in pages
+	CounterOff    int64
 	MappedPages   uint64 // that pagemaps tell, once per process
 	MappedAgree   uint64 // of them those that the survey calls mapped
 	ActiveSaid    uint64 // file pages on the active list
@@ -179,7 +184,9 @@ func (c *Comparison) add(snap *Snapshot, s *pageclass.Survey) {
 		if inUse(before) || b == SaidReserved {
 			c.InUse++
 			if skippable {
-				c.Wrong = append(c.Wrong, fmt.Sprintf("snapshot %d: page %#x is %v (flags %#x), but was called skippable (%v)", c.Snapshots, pfn, b, before, p.Kind))
+				c.Wrong = append(c.Wrong,
+					fmt.Sprintf("snapshot %d: page %#x is %v (flags %#x), but was called "+
+						"skippable (%v)", c.Snapshots, pfn, b, before, p.Kind))
 			}
 		}
 		if b == SaidFile && p.Kind == pageclass.File {

@@ -16,15 +16,17 @@ type console struct {
 }
 
 // alarming is what a kernel says whose memory is not whole, and hardly ever else.
-var alarming = regexp.MustCompile(`(?i)\bBUG\b|WARNING:|\boops\b|bad page|bad swap|bad rss|bad pte|corrupt|list_(add|del)|panic|` +
-	`general protection|unable to handle|invalid opcode|double fault|stack guard|segfault|trap(s:|ped)|` +
-	`EXT4-fs (error|warning)|I/O error|checksum|slab|red ?zone|freelist|refcount_t|usercopy|cut here|tainted|` +
-	`VFS:.*(err|bad)|virtio.*(id|err)|unexpected|use-after-free|protection fault`)
+var alarming = regexp.MustCompile(
+	`(?i)\bBUG\b|WARNING:|\boops\b|bad page|bad swap|bad rss|bad pte|corrupt|list_(add|del)|panic|` +
+		`general protection|unable to handle|invalid opcode|double fault|stack guard|segfault|trap(s:|ped)|` +
+		`EXT4-fs (error|warning)|I/O error|checksum|slab|red ?zone|freelist|refcount_t|usercopy|cut here|tainted|` +
+		`VFS:.*(err|bad)|virtio.*(id|err)|unexpected|use-after-free|protection fault`)
 
 // harmless are lines of a healthy guest that look alarming.
-var harmless = regexp.MustCompile(`Kernel command line|Command line:|SLUB: HWalign|oom|OOM|slab_unreclaimable|slab_reclaimable|Unreclaimable slab|` +
-	`slub_debug|Spectre|Speculative|printk|\] +(rcu|random|clocksource|tsc)|Tainted: G +(T|I|S)? *[0-9]|mem auto-init|virtio_blk|kernel memory protection|` +
-	`integrity|x86/fpu|\bDMI\b|Freeing`)
+var harmless = regexp.MustCompile(
+	`Kernel command line|Command line:|SLUB: HWalign|oom|OOM|slab_unreclaimable|slab_reclaimable|Unreclaimable slab|` +
+		`slub_debug|Spectre|Speculative|printk|\] +(rcu|random|clocksource|tsc)|Tainted: G +(T|I|S)? *[0-9]|mem auto-init|virtio_blk|kernel memory protection|` +
+		`integrity|x86/fpu|\bDMI\b|Freeing`)
 
 // read returns the alarming lines since the last read.
 func (c *console) read() []string {

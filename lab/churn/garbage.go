@@ -35,7 +35,8 @@ const stamp = 0xa5a5 << 48
 
 // Overwritten is the inverse of garbage, where it has one.
 func Overwritten(word uint64) (pfn uint64, stop int, ok bool) {
-	return word & 0xffffffff, int(word >> 32 & 0xffff), word&stamp == stamp && word != ^uint64(0) && word != 0xa5a5a5a5a5a5a5a5
+	return word & 0xffffffff, int(word >> 32 & 0xffff), word&stamp == stamp && word != ^uint64(0) &&
+		word != 0xa5a5a5a5a5a5a5a5
 }
 
 // A writer writes to a guest's memory, in runs.

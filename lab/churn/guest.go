@@ -42,15 +42,17 @@ import (
 
 // Config describes a guest. The zero value is good.
 type Config struct {
-	Kernel     lab.Kernel
-	MemoryMiB  int // default 384
-	VCPUs      int // default 1
-	Seed       uint64
-	SingleStep bool   // under emulation: Overwrite stops after any instruction, not only where a block of them ends
-	SlabChecks bool   // have the kernel check its slabs as it goes (slub_debug=FZ)
-	Reporting  bool   // have the kernel report free pages, which QEMU then takes away
-	Movable    bool   // fit for Move: with disks that two hosts share, and no network card; snapshots cannot be taken
-	Cmdline    string // more of the kernel's
+	Kernel    lab.Kernel
+	MemoryMiB int // default 384
+	VCPUs     int // default 1
+	Seed      uint64
+	// under emulation: Overwrite stops after any instruction, not only where a block of them ends
+	SingleStep bool
+	SlabChecks bool // have the kernel check its slabs as it goes (slub_debug=FZ)
+	Reporting  bool // have the kernel report free pages, which QEMU then takes away
+	// fit for Move: with disks that two hosts share, and no network card; snapshots cannot be taken
+	Movable bool
+	Cmdline string // more of the kernel's
 }
 
 func (c *Config) String() string {
@@ -163,11 +165,13 @@ func boot(ctx context.Context, l *lab.Lab, c Config) (_ *Guest, err error) {
 	g.moves = make(chan net.Conn, 1)
 	in := &ports{now: g.conn, next: g.moves}
 	g.reading.Go(func() { g.follow(in) })
-	if err := g.wait(ctx, 2*time.Minute, "the guest's load to begin", func() bool { return g.hello }); err != nil {
+	if err := g.wait(ctx, 2*time.Minute, "the guest's load to begin",
+		func() bool { return g.hello }); err != nil {
 		return nil, err
 	}
 	if c.Movable {
-		g.Hello.Lacks = slices.DeleteFunc(g.Hello.Lacks, func(what string) bool { return strings.HasPrefix(what, "network: ") })
+		g.Hello.Lacks = slices.DeleteFunc(g.Hello.Lacks,
+			func(what string) bool { return strings.HasPrefix(what, "network: ") })
 	}
 	g.console.read() // what it says while it boots is nobody's doing
 	if g.mem, err = guestmem.Attach(ctx, g.qmp); err != nil {
@@ -185,15 +189,20 @@ func (g *Guest) devices(port string) []string {
 		snapshot = ""
 	}
 	extra := []string{
-		"-drive", "if=none,id=disk,format=raw,file=" + g.files + "disk" + snapshot, "-device", "virtio-blk-pci,drive=disk",
-		"-drive", "if=none,id=swap,format=raw,file=" + g.files + "swap" + snapshot, "-device", "virtio-blk-pci,drive=swap",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=churn,server=on,wait=off,path=" + port,
+		"-drive", "if=none,id=disk,format=raw,file=" + g.files + "disk" + snapshot, "-device",
+		"virtio-blk-pci,drive=disk",
+		"-drive", "if=none,id=swap,format=raw,file=" + g.files + "swap" + snapshot, "-device",
+		"virtio-blk-pci,drive=swap",
+		"-device", "virtio-serial-pci", "-chardev",
+		"socket,id=churn,server=on,wait=off,path=" + port,
 		"-device", "virtserialport,chardev=churn,name=" + churnproto.Port,
 		// A guest that breaks stands still, rather than that it starts anew or ends.
 		"-device", "pvpanic", "-action", "panic=pause,reboot=shutdown,shutdown=pause",
 	}
 	if !c.Movable { // the network's program, which echoes, cannot move
-		extra = append(extra, "-netdev", "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device", "virtio-net-pci,netdev=net")
+		extra = append(extra, "-netdev",
+			"user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat", "-device",
+			"virtio-net-pci,netdev=net")
 	}
 	if c.Reporting {
 		extra = append(extra, "-device", "virtio-balloon-pci,free-page-reporting=on")
@@ -202,7 +211,8 @@ func (g *Guest) devices(port string) []string {
 }
 
 // connect connects to a VM's monitor and to the guest's port.
-func connect(ctx context.Context, vm *lab.VM, port string) (client *qmp.Client, conn net.Conn, err error) {
+func connect(ctx context.Context, vm *lab.VM,
+	port string) (client *qmp.Client, conn net.Conn, err error) {
 	for client == nil { // QEMU makes its sockets one after the other
 		// The other monitor, which serves one client at a time, is for who evicts the VM.
 		if client, err = qmp.Dial(ctx, vm.LabQMP); err == nil {
@@ -255,7 +265,8 @@ func writeDisks(ctx context.Context, disk, swap string) error {
 			return err
 		}
 	}
-	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", disk).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-E",
+		"lazy_itable_init=0,lazy_journal_init=0", disk).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("mkfs.ext4: %w: %s", err, out)
 	}
@@ -326,7 +337,8 @@ func (g *Guest) take(t churnproto.Type, payload []byte) (err error) {
 		g.beatAt = now
 		if lost := g.beat.Told - min(g.beat.Told, g.told); lost > 0 {
 			g.told = g.beat.Told
-			g.problem(Problem{now, "bad", fmt.Sprintf("the guest has told of %d problems more than were heard of", lost)})
+			g.problem(Problem{now, "bad",
+				fmt.Sprintf("the guest has told of %d problems more than were heard of", lost)})
 		}
 		for i := range min(len(g.moved), len(g.beat.Ops)) {
 			if i >= len(before) || before[i] != g.beat.Ops[i] {
@@ -354,7 +366,8 @@ func (g *Guest) take(t churnproto.Type, payload []byte) (err error) {
 		if err != nil {
 			return err
 		}
-		if id == g.waiting && offset == uint64(len(g.tables[name])) && len(g.tables[name]) < 64<<20 {
+		if id == g.waiting && offset == uint64(len(g.tables[name])) &&
+			len(g.tables[name]) < 64<<20 {
 			g.tables[name] = append(g.tables[name], data...)
 		}
 	}
@@ -390,7 +403,8 @@ func (g *Guest) wait(ctx context.Context, most time.Duration, what string, ok fu
 		case <-g.vm.Done():
 			return fmt.Errorf("wait for %s: the VM has exited", what)
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w; the guest's console says last: %s", what, ctx.Err(), g.console.last())
+			return fmt.Errorf("wait for %s: %w; the guest's console says last: %s", what, ctx.Err(),
+				g.console.last())
 		}
 	}
 }
@@ -408,8 +422,10 @@ func (g *Guest) send(verb string) error {
 	return err
 }
 
-func (g *Guest) finish(ctx context.Context, verb string) (*churnproto.Reply, map[string][]byte, error) {
-	if err := g.wait(ctx, commandTime, "the guest to "+verb, func() bool { return g.reply != nil }); err != nil {
+func (g *Guest) finish(ctx context.Context,
+	verb string) (*churnproto.Reply, map[string][]byte, error) {
+	if err := g.wait(ctx, commandTime, "the guest to "+verb,
+		func() bool { return g.reply != nil }); err != nil {
 		return nil, nil, err
 	}
 	g.mu.Lock()
@@ -489,12 +505,15 @@ func (g *Guest) Silent(most time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if d := time.Since(g.beatAt); d > most {
-		g.problem(Problem{time.Now(), "silent", fmt.Sprintf("no message for %v", d.Round(time.Millisecond))})
+		g.problem(Problem{time.Now(), "silent",
+			fmt.Sprintf("no message for %v", d.Round(time.Millisecond))})
 		g.beatAt = time.Now()
 	}
 	for i, at := range g.moved {
 		if d := time.Since(at); d > max(2*time.Minute, 10*most) {
-			g.problem(Problem{time.Now(), "stuck", fmt.Sprintf("worker %s has done nothing for %v", g.Hello.Workers[i], d.Round(time.Second))})
+			g.problem(Problem{time.Now(), "stuck",
+				fmt.Sprintf("worker %s has done nothing for %v", g.Hello.Workers[i],
+					d.Round(time.Second))})
 			g.moved[i] = time.Now()
 		}
 	}

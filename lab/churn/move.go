@@ -38,7 +38,8 @@ func (p *ports) Read(b []byte) (int, error) {
 // it from vm to its twin and end the one it has left. The guest runs on, and has said so,
 // when Move returns. If evict fails the twin is killed. To be surveyed the guest must be
 // attached again.
-func (g *Guest) Move(ctx context.Context, to *lab.Host, evict func(ctx context.Context, vm, twin *lab.VM) error) (err error) {
+func (g *Guest) Move(ctx context.Context, to *lab.Host, evict func(ctx context.Context,
+	vm, twin *lab.VM) error) (err error) {
 	if !g.Config.Movable {
 		return errors.New("move churn guest: it is not movable")
 	}
@@ -107,7 +108,8 @@ func (g *Guest) Hear(ctx context.Context, beats int) error {
 	g.mu.Lock()
 	goal := g.beats + beats
 	g.mu.Unlock()
-	return g.wait(ctx, time.Minute, "the guest to tell of its work", func() bool { return g.beats >= goal })
+	return g.wait(ctx, time.Minute, "the guest to tell of its work",
+		func() bool { return g.beats >= goal })
 }
 
 // Host is the host that the guest is on.

@@ -79,13 +79,16 @@ func newOracle(w *writer, t *churnproto.Trace) (*oracle, error) {
 			var slot *uint64
 			if p, ok := sums[churnproto.Sum(&words)]; ok {
 				slot = &o.rings[p.cpu][1+p.index]
-			} else if cpu, ok := marks[words[churnproto.MarkOffset/8]]; ok && words[churnproto.HeadOffset/8] != 0 {
+			} else if cpu, ok := marks[words[churnproto.MarkOffset/8]]; ok &&
+				words[churnproto.HeadOffset/8] != 0 {
 				slot = &o.rings[cpu][0]
 			} else {
 				continue
 			}
 			if *slot != 0 {
-				return nil, fmt.Errorf("guest's trace: a page of a ring is in memory twice, at %#x and %#x", *slot*pageSize, gpa)
+				return nil,
+					fmt.Errorf("guest's trace: a page of a ring is in memory twice, at %#x and %#x",
+						*slot*pageSize, gpa)
 			}
 			*slot = pfn
 			missing--
@@ -152,7 +155,8 @@ func (o *oracle) records(ring []uint64) (b []byte, head uint64, err error) {
 	o.buf = slices.Grow(o.buf[:0], int(head-tail))[:head-tail]
 	for at := tail; at < head; {
 		n := min(head-at, pageSize-at%pageSize)
-		if err := o.w.read(o.buf[at-tail:at-tail+n], data[at%size/pageSize]*pageSize+at%pageSize); err != nil {
+		if err := o.w.read(o.buf[at-tail:at-tail+n],
+			data[at%size/pageSize]*pageSize+at%pageSize); err != nil {
 			return nil, 0, err
 		}
 		at += n
@@ -163,7 +167,8 @@ func (o *oracle) records(ring []uint64) (b []byte, head uint64, err error) {
 // parseRecords appends the events of perf records: u32 type, u16 flags, u16 size in bytes with this
 // header. Of samples follow u64 time, u32 size and what the tracepoint's format says; of lost
 // records u64 id, u64 how many.
-func parseRecords(events []event, b []byte, t *churnproto.Trace) (_ []event, lost uint64, err error) {
+func parseRecords(events []event, b []byte,
+	t *churnproto.Trace) (_ []event, lost uint64, err error) {
 	le := binary.LittleEndian
 	for len(b) > 0 {
 		if len(b) < 8 {
@@ -192,10 +197,12 @@ func parseRecords(events []event, b []byte, t *churnproto.Trace) (_ []event, los
 			} else if id != t.Alloc.ID {
 				return nil, 0, fmt.Errorf("a sample of event %d", id)
 			}
-			if min(layout.PFN, layout.Order) < 0 || max(layout.PFN, layout.Order) > 1<<16 || layout.PFN+8 > len(raw) || layout.Order+4 > len(raw) {
+			if min(layout.PFN, layout.Order) < 0 || max(layout.PFN, layout.Order) > 1<<16 ||
+				layout.PFN+8 > len(raw) || layout.Order+4 > len(raw) {
 				return nil, 0, fmt.Errorf("a sample of %d bytes", len(raw))
 			}
-			e := event{time: le.Uint64(r[8:]), pfn: le.Uint64(raw[layout.PFN:]), order: le.Uint32(raw[layout.Order:]), alloc: layout == &t.Alloc}
+			e := event{time: le.Uint64(r[8:]), pfn: le.Uint64(raw[layout.PFN:]),
+				order: le.Uint32(raw[layout.Order:]), alloc: layout == &t.Alloc}
 			if e.pfn == 0 || e.pfn == ^uint64(0) { // no page: it failed
 				continue
 			}

@@ -147,7 +147,9 @@ func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, erro
 				if o.belated(pfn) {
 					r.Belated++
 				} else {
-					r.Contradictions = append(r.Contradictions, fmt.Sprintf("stop %d: page %#x is allocated, but was called skippable", r.Stops, pfn))
+					r.Contradictions = append(r.Contradictions,
+						fmt.Sprintf("stop %d: page %#x is allocated, but was called skippable",
+							r.Stops, pfn))
 				}
 			}
 			doubted = doubted[:0]

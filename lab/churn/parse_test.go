@@ -67,7 +67,8 @@ func TestRecord(t *testing.T) {
 		}
 		if name == "pagemaps" { // the first process's first frames
 			n := min(len(b)/4-2, 100)
-			r.Tables[name] = append(append([]byte{}, b[:4]...), append([]byte{byte(n), 0, 0, 0}, b[8:8+n*4]...)...)
+			r.Tables[name] = append(append([]byte{}, b[:4]...),
+				append([]byte{byte(n), 0, 0, 0}, b[8:8+n*4]...)...)
 		}
 	}
 	out, err := json.MarshalIndent(r, "", "\t")
@@ -125,13 +126,15 @@ func FuzzRecords(f *testing.F) {
 
 func FuzzSnapshot(f *testing.F) {
 	r := readRecorded(f)
-	f.Add(r.Tables["kpageflags"], r.Tables["kpageflags after"], r.Tables["zoneinfo"], r.Tables["pagemaps"])
+	f.Add(r.Tables["kpageflags"], r.Tables["kpageflags after"], r.Tables["zoneinfo"],
+		r.Tables["pagemaps"])
 	s, err := parseSnapshot(r.Tables)
 	if err != nil || s.Free == 0 || len(s.Mapped) == 0 || len(s.Mapped[0].Frames) == 0 {
 		f.Fatalf("the corpus is not good: %+v, %v", s, err)
 	}
 	f.Fuzz(func(t *testing.T, before, after, zones, maps []byte) {
-		s, err := parseSnapshot(map[string][]byte{"kpageflags": before, "kpageflags after": after, "zoneinfo": zones, "pagemaps": maps})
+		s, err := parseSnapshot(map[string][]byte{"kpageflags": before, "kpageflags after": after,
+			"zoneinfo": zones, "pagemaps": maps})
 		if err != nil {
 			return
 		}

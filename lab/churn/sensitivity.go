@@ -60,7 +60,8 @@ type Trial struct {
 // Sensitivity sets the guest back to the same moment again and again, lets it run for a
 // while, overwrites so many pages of a target, and waits for somebody to notice for at most
 // the given time. It calls report after each trial. The guest must be attached.
-func Sensitivity(ctx context.Context, g *Guest, targets []Target, trials, pages int, wait time.Duration, report func(Trial)) error {
+func Sensitivity(ctx context.Context, g *Guest, targets []Target, trials, pages int,
+	wait time.Duration, report func(Trial)) error {
 	w := &writer{mem: g.mem}
 	chance := rand.New(rand.NewPCG(g.Config.Seed, 2))
 	if err := g.saveIdle(ctx); err != nil {
@@ -81,7 +82,8 @@ func Sensitivity(ctx context.Context, g *Guest, targets []Target, trials, pages 
 }
 
 // try makes one trial. It returns nil if the guest has no such page.
-func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, wait time.Duration, chance *rand.Rand) (*Trial, error) {
+func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, wait time.Duration,
+	chance *rand.Rand) (*Trial, error) {
 	if err := g.rewind(ctx); err != nil {
 		return nil, err
 	}
@@ -147,7 +149,8 @@ func (g *Guest) try(ctx context.Context, w *writer, t Target, trial, pages int, 
 			}
 		}
 		if time.Since(began) > wait+commandTime {
-			r.Noticed, r.Text, r.After = "silent", "the guest does not come to an end of checking", time.Since(began)
+			r.Noticed, r.Text, r.After = "silent", "the guest does not come to an end of checking",
+				time.Since(began)
 			return r, nil
 		}
 		select {
@@ -255,14 +258,16 @@ func (g *Guest) pick(w *writer, t Target, s *pageclass.Survey) (pfns []uint64, e
 	for pfn, p := range s.Pages {
 		if pfn%512 == 0 && t.huge {
 			end := min(pfn+512, len(s.Pages))
-			huge = !slices.ContainsFunc(s.Pages[pfn:end], func(q pageclass.Page) bool { return q.Kind != p.Kind || q.Owner != p.Owner })
+			huge = !slices.ContainsFunc(s.Pages[pfn:end],
+				func(q pageclass.Page) bool { return q.Kind != p.Kind || q.Owner != p.Owner })
 		}
 		if p.Kind != t.kind || t.huge && !huge {
 			continue
 		}
 		if t.load != "" {
 			var words churnproto.Words
-			if err := w.read(unsafe.Slice((*byte)(unsafe.Pointer(&words)), pageSize), uint64(pfn)*pageSize); err != nil {
+			if err := w.read(unsafe.Slice((*byte)(unsafe.Pointer(&words)), pageSize),
+				uint64(pfn)*pageSize); err != nil {
 				return nil, err
 			}
 			if !holds(&words, worker) {

@@ -22,7 +22,9 @@ func table(w io.Writer, rows ...[]string) {
 
 // WriteOverwrites writes a table of results by name.
 func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
-	rows := [][]string{{"guest", "stops", "pages overwritten", "share of memory", "pages verified", "corruptions and alarms", "oracle's stops", "events", "pages in use it knew", "contradictions", "stop+cont", "survey", "fill"}}
+	rows := [][]string{{"guest", "stops", "pages overwritten", "share of memory", "pages verified",
+		"corruptions and alarms", "oracle's stops", "events", "pages in use it knew",
+		"contradictions", "stop+cont", "survey", "fill"}}
 	for i, r := range results {
 		n := time.Duration(max(1, r.Stops))
 		var all, known uint64 // in use
@@ -32,8 +34,10 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 			}
 		}
 		rows = append(rows, []string{
-			names[i], fmt.Sprint(r.Stops), fmt.Sprint(r.Overwritten), percent(r.Overwritten, r.Memory), fmt.Sprint(r.Verified), fmt.Sprint(len(r.Problems)),
-			fmt.Sprint(r.OracleStops), fmt.Sprint(r.Events), percent(known, all), fmt.Sprint(len(r.Contradictions)),
+			names[i], fmt.Sprint(r.Stops), fmt.Sprint(r.Overwritten),
+			percent(r.Overwritten, r.Memory), fmt.Sprint(r.Verified), fmt.Sprint(len(r.Problems)),
+			fmt.Sprint(r.OracleStops), fmt.Sprint(r.Events), percent(known, all),
+			fmt.Sprint(len(r.Contradictions)),
 			ms(r.Stop / n), ms(r.Look / n), ms(r.Fill / n),
 		})
 	}
@@ -49,7 +53,9 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 			stops += r.OracleStops
 		}
 		if c.Pages > 0 && k != pageclass.None {
-			rows = append(rows, []string{k.String(), fmt.Sprint(c.Pages / uint64(max(1, stops))), percent(c.Known, c.Pages)})
+			rows = append(rows,
+				[]string{k.String(), fmt.Sprint(c.Pages / uint64(max(1, stops))),
+					percent(c.Known, c.Pages)})
 		}
 	}
 	table(w, rows...)
@@ -62,7 +68,8 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 			}
 			did = append(did, fmt.Sprintf("%s %d", c.what, n))
 		}
-		fmt.Fprintf(w, "\n- %s, by its own counters: %s; out of memory on purpose %d", names[i], strings.Join(did, ", "), r.OOM)
+		fmt.Fprintf(w, "\n- %s, by its own counters: %s; out of memory on purpose %d", names[i],
+			strings.Join(did, ", "), r.OOM)
 		for _, p := range r.Problems {
 			fmt.Fprintf(w, "\n- %s: %s", names[i], oneLine(p.String()))
 		}
@@ -70,7 +77,9 @@ func WriteOverwrites(w io.Writer, names []string, results []*OverwriteResult) {
 			fmt.Fprintf(w, "\n- %s: %s", names[i], c)
 		}
 		if r.Failed+r.Empty+r.Belated > 0 {
-			fmt.Fprintf(w, "\n- %s: %d stops without a survey, %d at which nothing was skippable; %d pages whose freeing was published late", names[i], r.Failed, r.Empty, r.Belated)
+			fmt.Fprintf(w,
+				"\n- %s: %d stops without a survey, %d at which nothing was skippable; %d pages "+
+					"whose freeing was published late", names[i], r.Failed, r.Empty, r.Belated)
 		}
 		for _, note := range keys(r.Notes) {
 			fmt.Fprintf(w, "\n- %s: %d × %s", names[i], r.Notes[note], oneLine(note))
@@ -84,7 +93,8 @@ var counters = []struct {
 	what  string
 	names []string
 }{
-	{"pages allocated", []string{"pgalloc_dma", "pgalloc_dma32", "pgalloc_normal", "pgalloc_movable"}},
+	{"pages allocated", []string{"pgalloc_dma", "pgalloc_dma32", "pgalloc_normal",
+		"pgalloc_movable"}},
 	{"swapped out", []string{"pswpout"}},
 	{"swapped in", []string{"pswpin"}},
 	{"reclaimed", []string{"pgsteal_kswapd", "pgsteal_direct"}},
@@ -120,7 +130,9 @@ func percent(n, of uint64) string {
 
 // WriteTrials writes a table: how often overwritten pages of each target were noticed, and by what.
 func WriteTrials(w io.Writer, trials []Trial) {
-	rows := [][]string{{"pages falsely called free", "pages a trial", "trials", "noticed", "median time", "by content", "by a process's death", "by the kernel", "by silence or a halt"}}
+	rows := [][]string{{"pages falsely called free", "pages a trial", "trials", "noticed",
+		"median time", "by content", "by a process's death", "by the kernel",
+		"by silence or a halt"}}
 	for _, t := range Targets {
 		sizes := map[int][]Trial{}
 		for _, r := range trials {
@@ -146,8 +158,11 @@ func WriteTrials(w io.Writer, trials []Trial) {
 			if slices.Sort(times); len(times) > 0 {
 				median = fmt.Sprintf("%.1f s", times[len(times)/2].Seconds())
 			}
-			rows = append(rows, []string{t.Name, fmt.Sprint(n), fmt.Sprint(len(sizes[n])), fmt.Sprint(len(times)), median,
-				fmt.Sprint(by["bad"]), fmt.Sprint(by["death"]), fmt.Sprint(by["kernel"]), fmt.Sprint(by["silent"] + by["stuck"] + by["gone"] + by["halt"])})
+			rows = append(rows,
+				[]string{t.Name, fmt.Sprint(n), fmt.Sprint(len(sizes[n])), fmt.Sprint(len(times)),
+					median,
+					fmt.Sprint(by["bad"]), fmt.Sprint(by["death"]), fmt.Sprint(by["kernel"]),
+					fmt.Sprint(by["silent"] + by["stuck"] + by["gone"] + by["halt"])})
 		}
 	}
 	table(w, rows...)
@@ -160,7 +175,9 @@ func WriteComparison(w io.Writer, name string, c *Comparison) {
 		{"", ""},
 		{"snapshots", fmt.Sprint(c.Snapshots)},
 		{"pages compared", fmt.Sprint(c.Pages)},
-		{"left out, as they changed meanwhile", fmt.Sprintf("%d; %d of them skippable and in use before or after", c.Moving, c.MovingInUse)},
+		{"left out, as they changed meanwhile",
+			fmt.Sprintf("%d; %d of them skippable and in use before or after", c.Moving,
+				c.MovingInUse)},
 		{"in use, and called skippable", fmt.Sprint(len(c.Wrong))},
 		{"free pages found skippable", percent(c.Found, c.Free)},
 		{"greatest difference to the kernel's count of free pages", fmt.Sprint(c.CounterOff)},

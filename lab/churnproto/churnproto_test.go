@@ -79,7 +79,8 @@ func FuzzReader(f *testing.F) {
 			}
 			read += headerSize + uint64(len(payload))
 			if typ == TypeTable {
-				if id, name, offset, data, err := ParseTable(payload); err == nil && !bytes.Equal(AppendTable(nil, id, name, offset, data), payload) {
+				if id, name, offset, data, err := ParseTable(payload); err == nil &&
+					!bytes.Equal(AppendTable(nil, id, name, offset, data), payload) {
 					t.Fatal("a table does not come out as it went in")
 				}
 			}

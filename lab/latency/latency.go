@@ -122,12 +122,13 @@ func (l *Log) Stats() Stats {
 // between are the answers after one time, up to another.
 func (l *Log) between(from, to time.Time) []answer {
 	before := func(t time.Time) int {
-		n, _ := slices.BinarySearchFunc(l.recent, t.Sub(l.begun), func(a answer, d time.Duration) int {
-			if a.at <= d {
-				return -1
-			}
-			return 1
-		})
+		n, _ := slices.BinarySearchFunc(l.recent, t.Sub(l.begun),
+			func(a answer, d time.Duration) int {
+				if a.at <= d {
+					return -1
+				}
+				return 1
+			})
 		return n
 	}
 	return l.recent[before(from):max(before(from), before(to))]

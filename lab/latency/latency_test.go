@@ -31,7 +31,9 @@ func TestLog(t *testing.T) {
 		case 5: // up to 600 ms, which is its last moment
 			want = 10
 		}
-		if r.PerSecond != want || !r.From.Equal(l.begun.Add(time.Duration(i)*100*time.Millisecond)) || (r.P50 == 0) != (want == 0) || r.P90 < r.P50 {
+		if r.PerSecond != want ||
+			!r.From.Equal(l.begun.Add(time.Duration(i)*100*time.Millisecond)) ||
+			(r.P50 == 0) != (want == 0) || r.P90 < r.P50 {
 			t.Errorf("step %d: %+v, want %v", i, r, want)
 		}
 	}
@@ -43,7 +45,8 @@ func TestLog(t *testing.T) {
 	l.Note(asked, nil)
 	l.Note(asked, errors.New("wrong"))
 	l.Broke(errors.New("broke"))
-	if s := l.Stats(); s.Requests != 2 || s.Wrong != 1 || s.Broken != 1 || len(s.Errors) != 2 || s.Silence < 900*time.Millisecond || !s.SilenceBegan.Equal(l.begun) {
+	if s := l.Stats(); s.Requests != 2 || s.Wrong != 1 || s.Broken != 1 || len(s.Errors) != 2 ||
+		s.Silence < 900*time.Millisecond || !s.SilenceBegan.Equal(l.begun) {
 		t.Errorf("%+v", s)
 	}
 	l.End()

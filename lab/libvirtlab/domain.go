@@ -103,22 +103,34 @@ func domainXML(name string, spec Spec, full lab.Spec, e *lab.Expected, console s
 	if cpu == "" {
 		cpu = cpuElement(full.CPU)
 	}
-	fmt.Fprintf(&b, "<domain type='%s'>\n<name>%s</name>\n%s\n<memory unit='MiB'>%d</memory>\n", kind, text(name), spec.Domain, full.MemoryMiB)
+	fmt.Fprintf(&b, "<domain type='%s'>\n<name>%s</name>\n%s\n<memory unit='MiB'>%d</memory>\n",
+		kind, text(name), spec.Domain, full.MemoryMiB)
 	switch {
 	case spec.Memory != "":
 		fmt.Fprintf(&b, "<memoryBacking>%s</memoryBacking>\n", spec.Memory)
 	case full.Memfd:
-		fmt.Fprintf(&b, "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n")
+		fmt.Fprintf(&b,
+			"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n")
 	}
-	fmt.Fprintf(&b, "<vcpu>%d</vcpu>\n<os><type arch='x86_64' machine='%s'>hvm</type><kernel>%s</kernel><initrd>%s</initrd><cmdline>%s</cmdline></os>\n",
+	fmt.Fprintf(&b,
+		"<vcpu>%d</vcpu>\n<os><type arch='x86_64' "+
+			"machine='%s'>hvm</type><kernel>%s</kernel><initrd>%s</initrd><cmdline>%s</cmdline></os>\n",
 		full.VCPUs, text(full.Machine), text(e.Kernel), text(e.Initrd), text(e.Cmdline))
-	fmt.Fprintf(&b, "<features><acpi/></features>\n%s\n<devices>\n<emulator>%s</emulator>\n", cpu, text(full.QEMU.Path))
+	fmt.Fprintf(&b, "<features><acpi/></features>\n%s\n<devices>\n<emulator>%s</emulator>\n", cpu,
+		text(full.QEMU.Path))
 	fmt.Fprintf(&b, "<controller type='usb' model='none'/>\n")
 	fmt.Fprintf(&b, "<serial type='file'><source path='%s' append='on'/></serial>\n", text(console))
-	fmt.Fprintf(&b, "<serial type='unix'><source mode='connect' path='/run/libvirt/lab/%s'/></serial>\n", text(name))
+	fmt.Fprintf(&b,
+		"<serial type='unix'><source mode='connect' path='/run/libvirt/lab/%s'/></serial>\n",
+		text(name))
 	if full.Devices == lab.Full {
-		fmt.Fprintf(&b, "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>\n", text(full.Disk))
-		fmt.Fprintf(&b, "<interface type='user'><mac address='52:54:00:77:00:01'/><model type='virtio'/></interface>\n<memballoon model='virtio'/>\n")
+		fmt.Fprintf(&b,
+			"<disk type='file' device='disk'><driver name='qemu' type='raw' "+
+				"cache='none'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>\n",
+			text(full.Disk))
+		fmt.Fprintf(&b,
+			"<interface type='user'><mac address='52:54:00:77:00:01'/><model "+
+				"type='virtio'/></interface>\n<memballoon model='virtio'/>\n")
 	} else {
 		fmt.Fprintf(&b, "<memballoon model='none'/>\n")
 	}

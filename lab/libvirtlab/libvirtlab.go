@@ -1,5 +1,5 @@
-// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd, unmodified,
-// in mount and UTS namespaces of its own.
+// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd,
+// unmodified, in mount and UTS namespaces of its own.
 //
 //	/etc               as the machine's, read-only, with the users that Debian's package makes
 //	/etc/libvirt       of the host alone
@@ -121,14 +121,16 @@ stdio_handler = "file"
 
 func newHost(l *lab.Lab, of *lab.Host, n int) (*Host, error) {
 	dir := filepath.Join(l.RunDir(), "lv-"+of.Name)
-	h := &Host{Host: of, Dir: dir, lab: l, Socket: filepath.Join(dir, "run/libvirt-sock"), output: filepath.Join(dir, "daemon.log")}
+	h := &Host{Host: of, Dir: dir, lab: l, Socket: filepath.Join(dir, "run/libvirt-sock"),
+		output: filepath.Join(dir, "daemon.log")}
 	h.URI = "qemu+unix:///system?socket=" + h.Socket
 	for _, d := range []string{"run/lab", "lib", "log/lab", "etc"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(cache(l))); errors.Is(err, os.ErrNotExist) {
+	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(cache(l))); errors.Is(err,
+		os.ErrNotExist) {
 		err = os.MkdirAll(filepath.Join(dir, "cache"), 0o755)
 		if err != nil {
 			return nil, err
@@ -138,14 +140,18 @@ func newHost(l *lab.Lab, of *lab.Host, n int) (*Host, error) {
 	}
 	for name, text := range conf {
 		if name == "libvirtd.conf" {
-			text += fmt.Sprintf("host_uuid = \"%[1]d%[1]d%[1]d%[1]d1111-1111-4111-8111-111111111111\"\n", n+1)
+			text +=
+				fmt.Sprintf("host_uuid = "+
+					"\"%[1]d%[1]d%[1]d%[1]d1111-1111-4111-8111-111111111111\"\n", n+1)
 		}
 		if err := os.WriteFile(filepath.Join(dir, "etc", name), []byte(text), 0o644); err != nil {
 			return nil, err
 		}
 	}
 	// The daemon wants the user that the package libvirt-daemon-system would make.
-	for name, line := range map[string]string{"passwd": "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin\n", "group": "libvirt-qemu:x:64055:\n"} {
+	for name, line := range map[string]string{
+		"passwd": "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin\n",
+		"group":  "libvirt-qemu:x:64055:\n"} {
 		b, err := os.ReadFile(filepath.Join("/etc", name))
 		if err != nil {
 			return nil, err
@@ -170,7 +176,8 @@ func (h *Host) Start() error {
 		return err
 	}
 	defer out.Close()
-	cmd := exec.Command("unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", script, "sh", h.Dir, "host-"+h.Name)
+	cmd := exec.Command("unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c",
+		script, "sh", h.Dir, "host-"+h.Name)
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := h.Host.Start(cmd); err != nil {
 		return err
@@ -203,7 +210,8 @@ func (h *Host) ready(ctx context.Context) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	if err := os.CopyFS(filepath.Join(tmp, "qemu"), os.DirFS(filepath.Join(h.Dir, "cache/qemu"))); err != nil {
+	if err := os.CopyFS(filepath.Join(tmp, "qemu"),
+		os.DirFS(filepath.Join(h.Dir, "cache/qemu"))); err != nil {
 		return err
 	}
 	if err := os.Rename(tmp, cache(h.lab)); err != nil && !errors.Is(err, os.ErrExist) {
@@ -234,7 +242,8 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	cmd.Stdout, cmd.Stderr = &out, &said
 	err := cmd.Run()
 	if err != nil {
-		err = fmt.Errorf("virsh %s on host %s: %w: %s", strings.Join(args, " "), h.Name, err, strings.TrimSpace(said.String()))
+		err = fmt.Errorf("virsh %s on host %s: %w: %s", strings.Join(args, " "), h.Name, err,
+			strings.TrimSpace(said.String()))
 	}
 	return strings.TrimSpace(out.String()), err
 }
@@ -266,7 +275,8 @@ func (h *Host) killDomains() {
 			continue
 		}
 		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if bytes.Contains(line, []byte("guest="+name+",")) { // else another process has its number by now
+		if bytes.Contains(line, []byte("guest="+name+",")) {
+			// else another process has its number by now
 			p.Kill()
 		}
 		p.Release()

@@ -19,12 +19,15 @@ func TestMigrate(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(h.Close)
-	d, err := h.Start(ctx, "web1", Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full, Load: lab.Load{HotMiB: 16, Slow: true}}})
+	d, err := h.Start(ctx, "web1",
+		Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
+			Load: lab.Load{HotMiB: 16, Slow: true}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	dest := "unix://" + l.RunDir() + "/move.sock"
-	if out, err := h.A.Virsh(ctx, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "--postcopy", "--migrateuri", dest, "web1", h.B.URI); err != nil {
+	if out, err := h.A.Virsh(ctx, "migrate", "--live", "--unsafe", "--persistent",
+		"--undefinesource", "--postcopy", "--migrateuri", dest, "web1", h.B.URI); err != nil {
 		t.Fatal(out, err)
 	}
 	vm, err := d.Came(ctx)
@@ -32,7 +35,8 @@ func TestMigrate(t *testing.T) {
 		t.Fatal(err)
 	}
 	labtest.MustCheck(t, vm)
-	if out, err := h.B.Virsh(ctx, "domstate", "--reason", "web1"); err != nil || !strings.HasPrefix(out, "running") {
+	if out, err := h.B.Virsh(ctx, "domstate", "--reason", "web1"); err != nil ||
+		!strings.HasPrefix(out, "running") {
 		t.Fatal(out, err)
 	}
 	if out, err := h.A.Virsh(ctx, "list", "--all", "--name"); err != nil || out != "" {

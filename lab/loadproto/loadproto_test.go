@@ -48,7 +48,8 @@ func TestTornLines(t *testing.T) {
 	a := bytes.TrimSuffix(Append(nil, samples()[2]), []byte("\n"))
 	b := bytes.TrimSuffix(Append(nil, Report{Seq: 77, Clock: 12345678999, Ops: 199}), []byte("\n"))
 	for i := 1; i < len(a); i++ {
-		for _, torn := range [][]byte{a[:i], a[i:], append(a[:i:i], b...), append(a[:i:i], b[min(i, len(b)):]...)} {
+		for _, torn := range [][]byte{a[:i], a[i:], append(a[:i:i], b...),
+			append(a[:i:i], b[min(i, len(b)):]...)} {
 			if m, err := Parse(torn); err == nil && !bytes.Equal(torn, b) {
 				t.Fatalf("%q was read as %+v", torn, m)
 			}
@@ -67,7 +68,8 @@ func TestLongestLineFits(t *testing.T) {
 	for i := range full.Bins {
 		full.Bins[i] = math.MaxUint32
 	}
-	line := Append(nil, Report{math.MaxUint64, math.MaxUint64, math.MaxUint64, math.MaxUint64, full, full})
+	line := Append(nil, Report{math.MaxUint64, math.MaxUint64, math.MaxUint64, math.MaxUint64, full,
+		full})
 	if len(line)-1 > MaxLine {
 		t.Errorf("a line may have %d bytes, MaxLine is %d", len(line)-1, MaxLine)
 	}
@@ -105,7 +107,8 @@ func TestTouchesQuantiles(t *testing.T) {
 			}
 		}
 		if float64(within) < q*float64(len(ns))-1e-6 || !nearby {
-			t.Fatalf("quantile %v is %d ns: %d of %d within, near one: %v", q, got, within, len(ns), nearby)
+			t.Fatalf("quantile %v is %d ns: %d of %d within, near one: %v", q, got, within, len(ns),
+				nearby)
 		}
 	})
 	var h Touches
@@ -117,22 +120,26 @@ func TestTouchesQuantiles(t *testing.T) {
 
 func TestPages(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		seed, n, gen := rapid.Uint64().Draw(t, "seed"), rapid.Uint64Range(0, 1<<30).Draw(t, "page"), rapid.Uint64Range(0, 1<<30).Draw(t, "gen")
+		seed, n, gen := rapid.Uint64().Draw(t, "seed"), rapid.Uint64Range(0, 1<<30).Draw(t,
+			"page"), rapid.Uint64Range(0, 1<<30).Draw(t, "gen")
 		var p Page
 		p.Fill(Base(seed, n, gen))
 		if !p.Good(Base(seed, n, gen)) {
 			t.Fatal("a filled page is bad")
 		}
-		for _, other := range []uint64{Base(seed, n+1, gen), Base(seed, n, gen+1), Base(seed+1, n, gen)} {
+		for _, other := range []uint64{Base(seed, n+1, gen), Base(seed, n, gen+1),
+			Base(seed+1, n, gen)} {
 			if p.Good(other) {
 				t.Fatal("another page, generation or seed passes for this one")
 			}
 		}
-		word, bit := rapid.IntRange(0, len(p)-1).Draw(t, "word"), rapid.IntRange(0, 63).Draw(t, "bit")
+		word, bit := rapid.IntRange(0, len(p)-1).Draw(t, "word"), rapid.IntRange(0, 63).Draw(t,
+			"bit")
 		p[word] ^= 1 << bit
 		i, want, got := p.FirstBad(Base(seed, n, gen))
 		if p.Good(Base(seed, n, gen)) || i != word || want != got^1<<bit {
-			t.Fatalf("flipped bit %d of word %d: found word %d, want %x, got %x", bit, word, i, want, got)
+			t.Fatalf("flipped bit %d of word %d: found word %d, want %x, got %x", bit, word, i,
+				want, got)
 		}
 	})
 }

@@ -71,7 +71,9 @@ func (o *Options) fill() error {
 		o.Writes = 0.1
 	}
 	if o.Conns < 1 || o.Items < o.Conns || o.Bytes < 16 || o.Bytes > MaxBytes || o.Rate < 0 {
-		return fmt.Errorf("client of memcached: want at least one connection, an item for each, values of 16 to %d bytes, and a rate: %d connections, %d items, %d bytes, %v per second",
+		return fmt.Errorf("client of memcached: want at least one connection, an item for each, "+
+			"values of 16 to %d bytes, and a rate: %d connections, %d items, %d bytes, %v per "+
+			"second",
 			MaxBytes, o.Conns, o.Items, o.Bytes, o.Rate)
 	}
 	return nil
@@ -160,7 +162,8 @@ func (c *Client) connect(ctx context.Context, number int) (*conn, error) {
 		}
 	}
 	k := &conn{
-		Conn: raw, in: bufio.NewReader(raw), number: number, step: c.opts.Conns, redis: c.opts.Redis, seed: c.opts.Seed,
+		Conn: raw, in: bufio.NewReader(raw), number: number, step: c.opts.Conns,
+		redis: c.opts.Redis, seed: c.opts.Seed,
 		versions: make([]uint64, (c.opts.Items-number+c.opts.Conns-1)/c.opts.Conns),
 		want:     make([]byte, c.opts.Bytes), got: make([]byte, MaxBytes),
 	}
@@ -213,7 +216,8 @@ func (k *conn) set(i int) error {
 	k.out = fmt.Appendf(k.out[:0], "set %s 0 0 %d\r\n", key(item), len(k.want))
 	if k.redis {
 		ok = "+OK"
-		k.out = fmt.Appendf(k.out[:0], "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n", len(key(item)), key(item), len(k.want))
+		k.out = fmt.Appendf(k.out[:0], "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n", len(key(item)),
+			key(item), len(k.want))
 	}
 	k.out = append(append(k.out, k.want...), "\r\n"...)
 	if _, err := k.Write(k.out); err != nil {
@@ -249,13 +253,15 @@ func (k *conn) get(i int) (wrong, err error) {
 		return nil, nil
 	}
 	if len(got) != len(k.want) {
-		return fmt.Errorf("item %d, version %d: %d bytes, not %d", item, k.versions[i], len(got), len(k.want)), nil
+		return fmt.Errorf("item %d, version %d: %d bytes, not %d", item, k.versions[i], len(got),
+			len(k.want)), nil
 	}
 	at := 0
 	for got[at] == k.want[at] {
 		at++
 	}
-	return fmt.Errorf("item %d, version %d: wrong from byte %d of %d on; it says item %d, version %d", item, k.versions[i], at, len(got),
+	return fmt.Errorf("item %d, version %d: wrong from byte %d of %d on; it says item %d, "+
+		"version %d", item, k.versions[i], at, len(got),
 		binary.LittleEndian.Uint64(got), binary.LittleEndian.Uint64(got[8:])), nil
 }
 

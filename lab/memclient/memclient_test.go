@@ -127,7 +127,8 @@ func TestAllRight(t *testing.T) {
 	if got.Wrong != 0 || got.Broken != 0 || got.Errors != nil {
 		t.Errorf("all is right: %+v", got)
 	}
-	if got.Silence <= 0 || got.SilenceBegan.Before(before) || got.SilenceBegan.Add(got.Silence).After(time.Now()) {
+	if got.Silence <= 0 || got.SilenceBegan.Before(before) ||
+		got.SilenceBegan.Add(got.Silence).After(time.Now()) {
 		t.Errorf("from %v on it was silent: %+v", before, got)
 	}
 	if n := len(c.Latencies(before, time.Now())); n != int(got.Requests) {
@@ -151,14 +152,18 @@ func TestWrongValues(t *testing.T) {
 		name, says string
 		change     func(old []byte) []byte
 	}{
-		{"a bit", "wrong from byte 50 of 100 on", func(v []byte) []byte { w := bytes.Clone(v); w[50] ^= 1; return w }},
+		{"a bit", "wrong from byte 50 of 100 on",
+			func(v []byte) []byte { w := bytes.Clone(v); w[50] ^= 1; return w }},
 		{"gone", "gone", func([]byte) []byte { return nil }},
-		{"older", "wrong from byte 8", func(v []byte) []byte { w := make([]byte, 100); value(w, 9, 5, 0); return w }},
-		{"longer", "101 bytes, not 100", func(v []byte) []byte { return append(bytes.Clone(v[:100]), 0) }},
+		{"older", "wrong from byte 8",
+			func(v []byte) []byte { w := make([]byte, 100); value(w, 9, 5, 0); return w }},
+		{"longer", "101 bytes, not 100",
+			func(v []byte) []byte { return append(bytes.Clone(v[:100]), 0) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newServer(t)
-			k := start(t, Options{Addr: s.ln.Addr().String(), Conns: 2, Items: 10, Bytes: 100, Writes: 0.5, Seed: 9})
+			k := start(t, Options{Addr: s.ln.Addr().String(), Conns: 2, Items: 10, Bytes: 100,
+				Writes: 0.5, Seed: 9})
 			until(t, k, func(s latency.Stats) bool { return s.Requests > 200 })
 			got := until(t, k, func(n latency.Stats) bool {
 				s.mu.Lock()
@@ -168,7 +173,8 @@ func TestWrongValues(t *testing.T) {
 				}
 				return n.Wrong > 0
 			})
-			if got.Broken != 0 || !strings.Contains(got.Errors[0].Error(), "item 5, version ") || !strings.Contains(got.Errors[0].Error(), c.says) {
+			if got.Broken != 0 || !strings.Contains(got.Errors[0].Error(), "item 5, version ") ||
+				!strings.Contains(got.Errors[0].Error(), c.says) {
 				t.Errorf("want item 5 to be wrong, %q: %+v", c.says, got)
 			}
 		})
@@ -207,7 +213,8 @@ func TestSilence(t *testing.T) {
 	released := time.Now()
 	after := until(t, c, func(n latency.Stats) bool { return n.Requests > during.Requests })
 	for _, got := range []latency.Stats{during, after} {
-		if got.Silence < quiet-100*time.Millisecond || got.SilenceBegan.After(released) || got.Wrong != 0 || got.Broken != 0 {
+		if got.Silence < quiet-100*time.Millisecond || got.SilenceBegan.After(released) ||
+			got.Wrong != 0 || got.Broken != 0 {
 			t.Errorf("silent from %v on for %v: %+v", began, quiet, got)
 		}
 	}
@@ -225,7 +232,8 @@ func TestStartFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close() // takes connections, and says nothing
-	if _, err := Start(within(t, 200*time.Millisecond), Options{Addr: ln.Addr().String()}); err == nil {
+	if _, err := Start(within(t, 200*time.Millisecond),
+		Options{Addr: ln.Addr().String()}); err == nil {
 		t.Error("started with a server that says nothing")
 	}
 	for _, o := range []Options{{Conns: -1}, {Items: 1}, {Bytes: 8}, {Bytes: 2 << 20}, {Rate: -1}} {
@@ -252,7 +260,8 @@ func FuzzReadValue(f *testing.F) {
 		if v != nil {
 			want = fmt.Sprintf("VALUE item-1 0 %d\r\n%s\r\nEND\r\n", len(v), v)
 		}
-		if took := answer[:len(answer)-len(rest)]; v == nil && string(took) != want || v != nil && !strings.HasSuffix(string(took), string(v)+"\r\nEND\r\n") {
+		if took := answer[:len(answer)-len(rest)]; v == nil && string(took) != want ||
+			v != nil && !strings.HasSuffix(string(took), string(v)+"\r\nEND\r\n") {
 			t.Errorf("took %q for value %q", took, v)
 		}
 	})

@@ -64,7 +64,9 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 		o.Skew = 1.1
 	}
 	if o.Conns < 1 || o.Rows < o.Conns || !(o.Skew > 1) {
-		return nil, fmt.Errorf("client of PostgreSQL: want at least one connection, a row for each, and a skew of more than 1: %d connections, %d rows, skew %v", o.Conns, o.Rows, o.Skew)
+		return nil,
+			fmt.Errorf("client of PostgreSQL: want at least one connection, a row for each, and "+
+				"a skew of more than 1: %d connections, %d rows, skew %v", o.Conns, o.Rows, o.Skew)
 	}
 	c := &Client{opts: o}
 	conns := make([]*pgx.Conn, 0, o.Conns)
@@ -82,7 +84,8 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 		conns = append(conns, k)
 	}
 	var rows, bytes int
-	if err := conns[0].QueryRow(ctx, "select count(*), sum(length(value)) from items").Scan(&rows, &bytes); err != nil {
+	if err := conns[0].QueryRow(ctx, "select count(*), sum(length(value)) from items").Scan(&rows,
+		&bytes); err != nil {
 		return fail(err)
 	}
 	if rows != o.Rows {
@@ -98,7 +101,8 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 
 // connect makes a connection. A guest may have its address before its server.
 func (c *Client) connect(ctx context.Context) (*pgx.Conn, error) {
-	config, err := pgx.ParseConfig(fmt.Sprintf("postgres://postgres@%s/vacate?sslmode=disable", c.opts.Addr))
+	config, err := pgx.ParseConfig(fmt.Sprintf("postgres://postgres@%s/vacate?sslmode=disable",
+		c.opts.Addr))
 	if err != nil {
 		return nil, err
 	}
@@ -141,13 +145,16 @@ func (c *Client) work(number int, k *pgx.Conn) {
 		var wrong, err error
 		if random.Float64() < c.opts.Writes {
 			versions[id]++
-			_, err = k.Exec(c.ctx, "update items set version = $2, value = $3 where id = $1", id, versions[id], Value(id, versions[id]))
+			_, err = k.Exec(c.ctx, "update items set version = $2, value = $3 where id = $1", id,
+				versions[id], Value(id, versions[id]))
 		} else {
 			var version int64
 			var value string
-			err = k.QueryRow(c.ctx, "select version, value from items where id = $1", id).Scan(&version, &value)
+			err = k.QueryRow(c.ctx, "select version, value from items where id = $1",
+				id).Scan(&version, &value)
 			if err == nil && (version != versions[id] || value != Value(id, version)) {
-				wrong = fmt.Errorf("row %d is version %d, not %d, with value %.20q", id, version, versions[id], value)
+				wrong = fmt.Errorf("row %d is version %d, not %d, with value %.20q", id, version,
+					versions[id], value)
 			}
 		}
 		if c.ctx.Err() != nil {

@@ -130,7 +130,8 @@ func Check(t *testing.T, program string, root func() *cobra.Command) {
 			if b.Language() != "sh" {
 				for i, line := range strings.Split(b.Text, "\n") {
 					if begins.MatchString(strings.TrimSpace(line)) {
-						t.Errorf("%s:%d: put this command into a fenced block of sh: %s", file, b.Line+i, line)
+						t.Errorf("%s:%d: put this command into a fenced block of sh: %s", file,
+							b.Line+i, line)
 					}
 				}
 				continue
@@ -145,7 +146,8 @@ func Check(t *testing.T, program string, root func() *cobra.Command) {
 				}
 				total++
 				if err := typed(root(), c.words[1:]); err != nil {
-					t.Errorf("%s:%d: %s: %v", b.File, b.Line+c.line, strings.Join(c.words, " "), err)
+					t.Errorf("%s:%d: %s: %v", b.File, b.Line+c.line, strings.Join(c.words, " "),
+						err)
 				}
 			}
 		}

@@ -61,7 +61,8 @@ func TestTyped(t *testing.T) {
 		"set up --to nowhere": "unknown flag",
 	} {
 		err := typed(root(), strings.Fields(words))
-		if wrong == "" && err != nil || wrong != "" && (err == nil || !strings.Contains(err.Error(), wrong)) {
+		if wrong == "" && err != nil ||
+			wrong != "" && (err == nil || !strings.Contains(err.Error(), wrong)) {
 			t.Errorf("%s: %v, want %q", words, err, wrong)
 		}
 	}
@@ -73,7 +74,8 @@ func TestTyped(t *testing.T) {
 		"mvoe VM":      "unknown command",
 	} {
 		err := named(root(), strings.Fields(words))
-		if wrong == "" && err != nil || wrong != "" && (err == nil || !strings.Contains(err.Error(), wrong)) {
+		if wrong == "" && err != nil ||
+			wrong != "" && (err == nil || !strings.Contains(err.Error(), wrong)) {
 			t.Errorf("%s in a sentence: %v, want %q", words, err, wrong)
 		}
 	}

@@ -101,10 +101,11 @@ const (
 
 // A Record is all that is known of an eviction at some moment.
 type Record struct {
-	ID       ID     `json:"id"`
-	Role     Role   `json:"role"`
-	VM       string `json:"vm"`
-	Peer     string `json:"peer"`                // the other host, by its name; empty on a link without names
+	ID   ID     `json:"id"`
+	Role Role   `json:"role"`
+	VM   string `json:"vm"`
+	// the other host, by its name; empty on a link without names
+	Peer     string `json:"peer"`
 	PeerAddr string `json:"peer_addr,omitempty"` // host:port of the other host
 	QMP      string `json:"qmp,omitempty"`       // path of the QMP socket of the QEMU here
 
@@ -116,7 +117,8 @@ type Record struct {
 	// process.
 	Boot string `json:"boot,omitempty"`
 
-	Mark   string    `json:"mark"`             // what was promised last; package evict has the names
+	// what was promised last; package evict has the names
+	Mark   string    `json:"mark"`
 	Reason string    `json:"reason,omitempty"` // in a sentence, for people
 	Begun  time.Time `json:"begun"`            // of the first record
 	At     time.Time `json:"at"`               // of this one
@@ -167,12 +169,14 @@ func (j *Journal) open() error {
 		return err
 	}
 	var err error
-	if j.lock, err = os.OpenFile(lockFile(j.dir), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
+	if j.lock, err = os.OpenFile(lockFile(j.dir), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW,
+		0o600); err != nil {
 		return err
 	}
 	switch err := unix.Flock(int(j.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
 	case err == unix.EWOULDBLOCK:
-		return fmt.Errorf("%w: a vacated runs already: end it first, or give this one another directory", ErrLocked)
+		return fmt.Errorf("%w: a vacated runs already: end it first, or give this one another "+
+			"directory", ErrLocked)
 	case err != nil:
 		return os.NewSyscallError("flock", err)
 	}
@@ -247,7 +251,8 @@ func ours(dir string) error {
 		return nil
 	}
 	for _, f := range files {
-		if f.Name() != filepath.Base(lock) && (!f.IsDir() || !isEntry(strings.TrimPrefix(f.Name(), newPrefix))) {
+		if f.Name() != filepath.Base(lock) &&
+			(!f.IsDir() || !isEntry(strings.TrimPrefix(f.Name(), newPrefix))) {
 			return ErrForeign
 		}
 	}
@@ -291,7 +296,8 @@ func (j *Journal) load(id ID, dir string) *Entry {
 	}()
 	if e.err != nil {
 		e.err = fmt.Errorf("eviction %v in journal %s is damaged: %w. "+
-			"See with vacate status, on both hosts, where the VM is, and remove the directory when that is settled", id, j.dir, e.err)
+			"See with vacate status, on both hosts, where the VM is, and remove the directory "+
+			"when that is settled", id, j.dir, e.err)
 		if info, err := os.Stat(dir); err == nil {
 			e.last.Begun, e.last.At = info.ModTime(), info.ModTime()
 		}
@@ -338,7 +344,8 @@ func (j *Journal) Create(r Record) (*Entry, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if err := j.create(e, r); err != nil {
-		return nil, fmt.Errorf("begin eviction %v in journal %s: %w", r.ID, j.dir, explain(j.dir, err))
+		return nil, fmt.Errorf("begin eviction %v in journal %s: %w", r.ID, j.dir,
+			explain(j.dir, err))
 	}
 	j.entries[r.ID] = e
 	return e, nil
@@ -376,7 +383,8 @@ func (j *Journal) create(e *Entry, r Record) error {
 		return errors.Join(err, os.RemoveAll(tmp))
 	}
 	if err := syncDir(j.dir); err != nil {
-		return errors.Join(err, os.RemoveAll(e.dir)) // it was not begun: nothing may be made of it later
+		// it was not begun: nothing may be made of it later
+		return errors.Join(err, os.RemoveAll(e.dir))
 	}
 	return nil
 }
@@ -389,7 +397,9 @@ func (j *Journal) prune() error {
 			finished = append(finished, e)
 		}
 	}
-	slices.SortFunc(finished, func(a, b *Entry) int { return a.Record().Ended.Compare(b.Record().Ended) })
+	slices.SortFunc(finished, func(a, b *Entry) int {
+		return a.Record().Ended.Compare(b.Record().Ended)
+	})
 	for len(finished) > keepFinished {
 		if err := finished[0].remove(); err != nil {
 			return err
@@ -493,7 +503,8 @@ func (e *Entry) note(mark, reason string, ended bool, change func(*Record)) erro
 	}
 	err := e.append(r)
 	if err != nil {
-		return fmt.Errorf("note %q of eviction %v in journal %s: %w", mark, r.ID, e.journal.dir, explain(e.dir, err))
+		return fmt.Errorf("note %q of eviction %v in journal %s: %w", mark, r.ID, e.journal.dir,
+			explain(e.dir, err))
 	}
 	e.last, e.torn = r, false
 	return nil
@@ -551,7 +562,8 @@ func (e *Entry) Keep(name string, data []byte) error {
 	}
 	if err != nil {
 		os.Remove(tmp)
-		return fmt.Errorf("keep %s of eviction %v in journal %s: %w", name, e.last.ID, e.journal.dir, explain(e.dir, err))
+		return fmt.Errorf("keep %s of eviction %v in journal %s: %w", name, e.last.ID,
+			e.journal.dir, explain(e.dir, err))
 	}
 	return nil
 }
@@ -717,9 +729,11 @@ func explain(dir string, err error) error {
 	case errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("%w: raise the quota on the file system at %s", err, mountPoint(dir))
 	case errors.Is(err, unix.EROFS):
-		return fmt.Errorf("%w: the kernel log says if the file system at %s was made read-only for errors; mend it and remount it", err, mountPoint(dir))
+		return fmt.Errorf("%w: the kernel log says if the file system at %s was made read-only "+
+			"for errors; mend it and remount it", err, mountPoint(dir))
 	case errors.Is(err, unix.EIO):
-		return fmt.Errorf("%w: the kernel log tells what is wrong with the disk that holds %s", err, mountPoint(dir))
+		return fmt.Errorf("%w: the kernel log tells what is wrong with the disk that holds %s", err,
+			mountPoint(dir))
 	}
 	return err
 }

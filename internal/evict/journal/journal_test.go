@@ -39,7 +39,8 @@ func reopen(t testing.TB, j *Journal) *Journal {
 func create(t testing.TB, j *Journal, vm string) *Entry {
 	t.Helper()
 	e, err := j.Create(Record{
-		ID: NewID(), Role: Source, VM: vm, Peer: "hostB", PeerAddr: "10.0.0.2:7601", QMP: "/run/" + vm + ".qmp",
+		ID: NewID(), Role: Source, VM: vm, Peer: "hostB", PeerAddr: "10.0.0.2:7601",
+		QMP: "/run/" + vm + ".qmp",
 		PID: 4711, StartTime: 123456, Mark: "begun", Options: json.RawMessage(`{"order":"tier"}`),
 	})
 	if err != nil {
@@ -68,7 +69,8 @@ func TestJournal(t *testing.T) {
 	must(t, a.Keep("package", []byte("other devices")))
 	must(t, a.Keep("head", nil))
 	want := []Record{a.Record(), b.Record()}
-	if r := want[0]; r.Mark != "may-run" || r.Reason != "the link is down" || r.PID != 4711 || r.VM != "a" || r.Boot != process.BootID() ||
+	if r := want[0]; r.Mark != "may-run" || r.Reason != "the link is down" || r.PID != 4711 ||
+		r.VM != "a" || r.Boot != process.BootID() ||
 		r.Begun.IsZero() || r.At.Before(r.Begun) || want[1].PID != 4712 {
 		t.Errorf("%+v", want)
 	}
@@ -108,14 +110,16 @@ func TestJournal(t *testing.T) {
 	}
 
 	must(t, a.Keep(Lasting+"x", []byte("y")))
-	must(t, a.Finish("completed", "", func(r *Record) { r.Report = json.RawMessage(`{"outcome":"completed"}`) }))
+	must(t, a.Finish("completed", "",
+		func(r *Record) { r.Report = json.RawMessage(`{"outcome":"completed"}`) }))
 	must(t, j.Find(want[1].ID).Remove())
 	j = reopen(t, j)
 	list := j.List()
 	if len(list) != 1 || list[0].ID() != a.ID() {
 		t.Fatalf("%v", list)
 	}
-	if r := list[0].Record(); r.Mark != "completed" || r.Ended.IsZero() || string(r.Report) != `{"outcome":"completed"}` {
+	if r := list[0].Record(); r.Mark != "completed" || r.Ended.IsZero() ||
+		string(r.Report) != `{"outcome":"completed"}` {
 		t.Errorf("%+v", r)
 	}
 	if files, err := os.ReadDir(list[0].dir); len(files) != 2 || err != nil {
@@ -160,7 +164,8 @@ func TestPrune(t *testing.T) {
 		if n := len(j.List()); n != keepFinished+2 {
 			t.Errorf("%d evictions", n)
 		}
-		if j.Find(live.ID()) == nil || j.Find(untold.ID()) == nil || j.Find(first.ID()) != nil || j.Find(last.ID()) == nil {
+		if j.Find(live.ID()) == nil || j.Find(untold.ID()) == nil || j.Find(first.ID()) != nil ||
+			j.Find(last.ID()) == nil {
 			t.Error("the wrong ones were removed")
 		}
 		j = reopen(t, j)
@@ -189,7 +194,8 @@ func TestCrash(t *testing.T) {
 		flipped := bytes.Clone(whole)
 		flipped[at] ^= 0x10
 		for name, log := range map[string][]byte{
-			"cut": whole[:at], "zero": append(whole[:at:at], make([]byte, 1000)...), "garbage": garbage, "flipped": flipped,
+			"cut": whole[:at], "zero": append(whole[:at:at], make([]byte, 1000)...),
+			"garbage": garbage, "flipped": flipped,
 		} {
 			must(t, os.WriteFile(path, log, 0o600))
 			got := j.load(e.ID(), e.dir)
@@ -242,7 +248,8 @@ func TestDamaged(t *testing.T) {
 	if n := len(j.List()); n != 4 {
 		t.Errorf("%d evictions", n)
 	}
-	for e, want := range map[*Entry]string{a: "no such file", b: "its log is that of eviction " + c.ID().String(), c: "more than 4194304 bytes"} {
+	for e, want := range map[*Entry]string{a: "no such file",
+		b: "its log is that of eviction " + c.ID().String(), c: "more than 4194304 bytes"} {
 		e := j.Find(e.ID())
 		if e.Err() == nil || !strings.Contains(e.Err().Error(), want) || e.Record().Begun.IsZero() {
 			t.Errorf("%v: want %q", e.Err(), want)
@@ -277,7 +284,8 @@ func TestDiskFull(t *testing.T) {
 	e := create(t, j, "vm")
 	full := func(err error) {
 		t.Helper()
-		if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "free some space on the file system at "+dir) {
+		if !errors.Is(err, unix.ENOSPC) ||
+			!strings.Contains(err.Error(), "free some space on the file system at "+dir) {
 			t.Errorf("%v", err)
 		}
 	}
@@ -285,7 +293,8 @@ func TestDiskFull(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(e.dir, "*.tmp")); left != nil {
 		t.Errorf("left: %v", left)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+	if err := os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err,
+		unix.ENOSPC) {
 		t.Fatal(err)
 	}
 	_, err := j.Create(Record{ID: NewID(), VM: "other"})
@@ -299,7 +308,8 @@ func TestDiskFull(t *testing.T) {
 	full(e.Note("completed", "", func(r *Record) { r.Report = big }))
 	must(t, e.Note("lost", "", nil))
 	j = reopen(t, j)
-	if list := j.List(); len(list) != 1 || list[0].Err() != nil || list[0].Torn() || list[0].Record().Mark != "lost" {
+	if list := j.List(); len(list) != 1 || list[0].Err() != nil || list[0].Torn() ||
+		list[0].Record().Mark != "lost" {
 		t.Errorf("%+v", list[0])
 	}
 	must(t, j.Find(e.ID()).Finish("resumed", "", nil))
@@ -314,7 +324,11 @@ func TestLimits(t *testing.T) {
 		t.Error("a record that is too long was written")
 	}
 	for {
-		err = e.Note("may-run", "", func(r *Record) { r.Report = big[: maxRecord/2 : maxRecord/2]; r.Report[len(r.Report)-1] = '"' })
+		err = e.Note("may-run", "",
+			func(r *Record) {
+				r.Report = big[: maxRecord/2 : maxRecord/2]
+				r.Report[len(r.Report)-1] = '"'
+			})
 		if err != nil {
 			break
 		}
@@ -368,12 +382,15 @@ func TestKilled(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	r := Record{ID: NewID(), Role: Destination, VM: "vm", Mark: "accepted", Begun: time.Unix(1, 0), At: time.Unix(2, 0)}
+	r := Record{ID: NewID(), Role: Destination, VM: "vm", Mark: "accepted", Begun: time.Unix(1, 0),
+		At: time.Unix(2, 0)}
 	one, err := appendRecord([]byte(header), r)
 	must(f, err)
 	two, err := appendRecord(one, r)
 	must(f, err)
-	for _, log := range [][]byte{nil, []byte(header), one, two, append(two[:len(two):len(two)], 0, 0), two[:len(two)-1], append(one[:len(one):len(one)], 0xff, 0xff, 0xff, 0xff)} {
+	for _, log := range [][]byte{nil, []byte(header), one, two,
+		append(two[:len(two):len(two)], 0, 0), two[:len(two)-1],
+		append(one[:len(one):len(one)], 0xff, 0xff, 0xff, 0xff)} {
 		f.Add(log)
 	}
 	f.Fuzz(func(t *testing.T, log []byte) {
@@ -455,7 +472,9 @@ func TestForeignDirectory(t *testing.T) {
 // What an earlier version left is a journal, and so is an empty directory or file system.
 func TestKnownDirectories(t *testing.T) {
 	for name, files := range map[string][]string{
-		"empty": nil, "a file system": {"lost+found/"}, "of before the lock told": {"lock", NewID().String() + "/", newPrefix + NewID().String() + "/"},
+		"empty": nil, "a file system": {"lost+found/"},
+		"of before the lock told": {"lock", NewID().String() + "/",
+			newPrefix + NewID().String() + "/"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

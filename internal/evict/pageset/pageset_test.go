@@ -92,11 +92,13 @@ func TestNextGap(t *testing.T) {
 		size := rapid.IntRange(1, 300).Draw(t, "size")
 		set, rest := New(size), Full(size)
 		for range rapid.IntRange(0, 8).Draw(t, "runs") {
-			first, n := Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1, 130).Draw(t, "n")
+			first, n := Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1,
+				130).Draw(t, "n")
 			set.AddRun(first, n)
 			rest.RemoveRun(first, n)
 		}
-		from, limit := Page(rapid.IntRange(0, size).Draw(t, "from")), rapid.IntRange(1, size).Draw(t, "limit")
+		from, limit := Page(rapid.IntRange(0, size).Draw(t, "from")), rapid.IntRange(1,
+			size).Draw(t, "limit")
 		first, n := set.NextGap(from, limit)
 		if wantFirst, want := rest.Next(from, limit); n != want || n > 0 && first != wantFirst {
 			t.Fatalf("%d pages from %d on, want %d from %d on", n, first, want, wantFirst)

@@ -62,7 +62,8 @@ type ranking struct {
 const (
 	maxHeat = 63 // processes that are told apart
 	tiers   = 16
-	// hotTiers are those of what busy processes work on, and of what the kernel needs for any of them.
+	// hotTiers are those of what busy processes work on, and of what the kernel needs for any of
+	// them.
 	hotTiers = 3
 	ranks    = tiers * (maxHeat + 1)
 )
@@ -75,7 +76,8 @@ const (
 )
 
 func newRanking(base Base, s *pageclass.Survey) *ranking {
-	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes)), busy: make([]bool, len(s.Processes))}
+	r := &ranking{base: base, fresh: s.Fresh, heat: make([]uint16, len(s.Processes)),
+		busy: make([]bool, len(s.Processes))}
 	order := make([]int, len(s.Processes))
 	for i := range order {
 		order[i] = i
@@ -99,8 +101,9 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 	return r
 }
 
-// Hot returns what tells whether a page of the survey is one that the guest works on, as far as is known: of the busy processes and of the
-// kernel, those that the default order puts ahead of all others.
+// Hot returns what tells whether a page of the survey is one that the guest works on, as far as is
+// known: of the busy processes and of the kernel, those that the default order puts ahead of all
+// others.
 func Hot(s *pageclass.Survey) func(pageclass.Page) bool {
 	r := newRanking(Enlightened, s)
 	return func(p pageclass.Page) bool {
@@ -201,7 +204,8 @@ func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames)
 }
 
 // eachRun calls found for all runs of pages of one rank, in the order of frames.
-func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames, found func(rank uint16, run pageset.Run)) {
+func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames,
+	found func(rank uint16, run pageset.Run)) {
 	// Pages beside one another are mostly alike.
 	var like pageclass.Page
 	rankOfLike := r.rank(like)
@@ -210,7 +214,8 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 		current, first := uint16(ranks), f.Run.First
 		end := func(at pageset.Page) {
 			if at > first {
-				found(current, pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)})
+				found(current,
+					pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)})
 			}
 		}
 		known := pages[min(f.First, uint64(len(pages))):]
@@ -254,7 +259,9 @@ func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.R
 			case free && start < 0:
 				start = i
 			case !free && start >= 0:
-				runs = append(runs, pageset.Run{Block: f.Run.Block, First: f.Run.First + pageset.Page(start), Count: i - start})
+				runs = append(runs,
+					pageset.Run{Block: f.Run.Block, First: f.Run.First + pageset.Page(start),
+						Count: i - start})
 				start = -1
 			}
 		}

@@ -21,7 +21,8 @@ const (
 	bases
 )
 
-var baseNames = [bases]string{"unset", "enlightened", "classes", "address", "reverse", "random", "demand-only"}
+var baseNames = [bases]string{"unset", "enlightened", "classes", "address", "reverse", "random",
+	"demand-only"}
 
 func (b Base) String() string { return baseNames[min(b, bases-1)] }
 
@@ -55,7 +56,8 @@ func ParsePolicy(s string) (Policy, error) {
 	for _, p := range Policies() {
 		names = append(names, p.String())
 	}
-	return Policy{}, fmt.Errorf("no order of pages is called %q: there are %s", s, strings.Join(names, ", "))
+	return Policy{}, fmt.Errorf("no order of pages is called %q: there are %s", s,
+		strings.Join(names, ", "))
 }
 
 // Policies lists all.

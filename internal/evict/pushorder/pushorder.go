@@ -37,7 +37,8 @@ const (
 )
 
 func (r Reason) String() string {
-	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "unused", "before", "none"}[min(r, Reasons)]
+	return [...]string{"left", "early", "fetched", "near", "planned", "skipped", "unused", "before",
+		"none"}[min(r, Reasons)]
 }
 
 // Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it
@@ -107,7 +108,8 @@ func (o *Order) SetPlan(plan []pageset.Run) {
 // they are known. It may be called at any time.
 func (o *Order) SetKinship(k *Kinship) {
 	o.kin = k
-	o.spans = slices.DeleteFunc(o.spans, func(s span) bool { return s.virtual }) // they name places in the one before
+	// they name places in the one before
+	o.spans = slices.DeleteFunc(o.spans, func(s span) bool { return s.virtual })
 }
 
 // Left is the number of pages not yet handed out.
@@ -258,7 +260,8 @@ func (o *Order) Return(run pageset.Run) {
 			o.total++
 		}
 	}
-	if n := len(o.returned) - 1; n >= 0 && o.returned[n].Block == run.Block && o.returned[n].End() == run.First {
+	if n := len(o.returned) - 1; n >= 0 && o.returned[n].Block == run.Block &&
+		o.returned[n].End() == run.First {
 		o.returned[n].Count += run.Count
 		return
 	}

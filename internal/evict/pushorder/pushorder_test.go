@@ -15,9 +15,10 @@ import (
 // survey draws what may be said of a guest's pages, true or not.
 func survey(t *rapid.T, frames int) *pageclass.Survey {
 	s := &pageclass.Survey{
-		Pages:    make([]pageclass.Page, rapid.IntRange(0, frames+100).Draw(t, "known")),
-		Fresh:    rapid.Bool().Draw(t, "fresh"),
-		Sequence: rapid.SliceOfN(rapid.Uint32Range(0, uint32(frames)+100), 0, 200).Draw(t, "sequence"),
+		Pages: make([]pageclass.Page, rapid.IntRange(0, frames+100).Draw(t, "known")),
+		Fresh: rapid.Bool().Draw(t, "fresh"),
+		Sequence: rapid.SliceOfN(rapid.Uint32Range(0, uint32(frames)+100), 0, 200).Draw(t,
+			"sequence"),
 	}
 	for range rapid.IntRange(0, 3).Draw(t, "processes") {
 		s.Processes = append(s.Processes, pageclass.Process{})
@@ -25,7 +26,8 @@ func survey(t *rapid.T, frames int) *pageclass.Survey {
 	r := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 	for i := range s.Pages {
 		s.Pages[i] = pageclass.Page{
-			Kind: pageclass.Kind(r.IntN(int(pageclass.Kinds) + 2)), Class: pageclass.Class(r.IntN(int(pageclass.Classes))),
+			Kind:  pageclass.Kind(r.IntN(int(pageclass.Kinds) + 2)),
+			Class: pageclass.Class(r.IntN(int(pageclass.Classes))),
 			Flags: pageclass.Flags(r.IntN(256)), Owner: uint16(r.IntN(5)),
 		}
 	}
@@ -39,7 +41,8 @@ func TestEachPageOnce(t *testing.T) {
 		var blocks []Block
 		total := 0
 		for range rapid.IntRange(1, 3).Draw(t, "blocks") {
-			b := Block{rapid.IntRange(1, 500).Draw(t, "pages"), 4096 << rapid.SampledFrom([]int{0, 9}).Draw(t, "size")}
+			b := Block{rapid.IntRange(1, 500).Draw(t, "pages"),
+				4096 << rapid.SampledFrom([]int{0, 9}).Draw(t, "size")}
 			blocks = append(blocks, b)
 			total += b.Pages
 		}
@@ -67,7 +70,8 @@ func TestEachPageOnce(t *testing.T) {
 		account := func(runs []pageset.Run) {
 			for _, r := range runs {
 				if n := seen[r.Block].AddRun(r.First, r.Count); n != r.Count {
-					t.Fatalf("run %+v: %d of its pages were handed out before or do not exist", r, r.Count-n)
+					t.Fatalf("run %+v: %d of its pages were handed out before or do not exist", r,
+						r.Count-n)
 				}
 				handed += r.Count
 			}
@@ -154,7 +158,8 @@ func TestPlanIsFollowed(t *testing.T) {
 	}
 	want := []pageset.Run{
 		{Block: 1, First: 3, Count: 2}, {Block: 0, First: 90, Count: 10},
-		{Block: 0, First: 0, Count: 90}, {Block: 1, First: 0, Count: 3}, {Block: 1, First: 5, Count: 5},
+		{Block: 0, First: 0, Count: 90}, {Block: 1, First: 0, Count: 3},
+		{Block: 1, First: 5, Count: 5},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
@@ -173,22 +178,30 @@ func all(o *Order) []pageset.Run {
 // A small guest: the first four frames are in block 1, the others, behind a hole, in block 0.
 var (
 	smallBlocks = []Block{{Pages: 6, PageSize: 4096}, {Pages: 4, PageSize: 4096}}
-	smallFrames = []Frames{{0, pageset.Run{Block: 1, Count: 4}}, {100, pageset.Run{Block: 0, Count: 6}}}
+	smallFrames = []Frames{{0, pageset.Run{Block: 1, Count: 4}},
+		{100, pageset.Run{Block: 0, Count: 6}}}
 )
 
 func smallSurvey() *pageclass.Survey {
 	s := &pageclass.Survey{Pages: make([]pageclass.Page, 106), Processes: []pageclass.Process{
-		{Name: "idle", LastRun: 1, Active: true, Recent: 0}, {Name: "busy", LastRun: 2, Active: true, Recent: 50 * time.Millisecond},
+		{Name: "idle", LastRun: 1, Active: true, Recent: 0},
+		{Name: "busy", LastRun: 2, Active: true, Recent: 50 * time.Millisecond},
 	}}
-	s.Pages[0] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free, Flags: pageclass.Skippable}
+	s.Pages[0] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free,
+		Flags: pageclass.Skippable}
 	s.Pages[1] = pageclass.Page{Kind: pageclass.FreePerCPU, Class: pageclass.Free}
 	s.Pages[2] = pageclass.Page{Kind: pageclass.Slab, Class: pageclass.Kernel}
-	s.Pages[3] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Flags: pageclass.Mapped, Owner: 1}
-	s.Pages[100] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Flags: pageclass.Mapped, Owner: 2}
-	s.Pages[101] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.Other, Flags: pageclass.Mapped}
-	s.Pages[102] = pageclass.Page{Kind: pageclass.UserPageTable, Class: pageclass.PageTable, Owner: 2}
+	s.Pages[3] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData,
+		Flags: pageclass.Mapped, Owner: 1}
+	s.Pages[100] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData,
+		Flags: pageclass.Mapped, Owner: 2}
+	s.Pages[101] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.Other,
+		Flags: pageclass.Mapped}
+	s.Pages[102] = pageclass.Page{Kind: pageclass.UserPageTable, Class: pageclass.PageTable,
+		Owner: 2}
 	s.Pages[103] = pageclass.Page{Kind: pageclass.File, Class: pageclass.FileInactive}
-	s.Pages[104] = pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive, Flags: pageclass.Active}
+	s.Pages[104] = pageclass.Page{Kind: pageclass.File, Class: pageclass.FileActive,
+		Flags: pageclass.Active}
 	s.Pages[105] = pageclass.Page{Kind: pageclass.KernelText, Class: pageclass.KernelCode}
 	return s
 }
@@ -220,7 +233,8 @@ func TestPlans(t *testing.T) {
 			t.Errorf("%v: %s", test.base, diff)
 		}
 	}
-	if diff := cmp.Diff([]pageset.Run{page(1, 0)}, Skippable(smallBlocks, smallSurvey(), smallFrames)); diff != "" {
+	if diff := cmp.Diff([]pageset.Run{page(1, 0)},
+		Skippable(smallBlocks, smallSurvey(), smallFrames)); diff != "" {
 		t.Error("skippable:", diff)
 	}
 }
@@ -231,10 +245,12 @@ func TestHugePages(t *testing.T) {
 	frames := []Frames{{512, pageset.Run{Count: 3}}}
 	s := &pageclass.Survey{Pages: make([]pageclass.Page, 4*512)}
 	for i := range s.Pages {
-		s.Pages[i] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free, Flags: pageclass.Skippable}
+		s.Pages[i] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free,
+			Flags: pageclass.Skippable}
 	}
 	s.Pages[2*512+7] = pageclass.Page{Kind: pageclass.Slab, Class: pageclass.Kernel}
-	if diff := cmp.Diff([]pageset.Run{{First: 0, Count: 1}, {First: 2, Count: 1}}, Skippable(blocks, s, frames)); diff != "" {
+	if diff := cmp.Diff([]pageset.Run{{First: 0, Count: 1}, {First: 2, Count: 1}},
+		Skippable(blocks, s, frames)); diff != "" {
 		t.Error(diff)
 	}
 	o := New(blocks, false)
@@ -250,7 +266,8 @@ func TestHugePages(t *testing.T) {
 
 func TestLocate(t *testing.T) {
 	got := Locate(smallBlocks, []uint64{105, 2, 4, 99, 106, 1 << 60, 100, 0}, smallFrames)
-	want := []pageset.Run{{Block: 0, First: 5, Count: 1}, {Block: 1, First: 2, Count: 1}, {Block: 0, First: 0, Count: 1}, {Block: 1, First: 0, Count: 1}}
+	want := []pageset.Run{{Block: 0, First: 5, Count: 1}, {Block: 1, First: 2, Count: 1},
+		{Block: 0, First: 0, Count: 1}, {Block: 1, First: 0, Count: 1}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
@@ -328,10 +345,12 @@ func BenchmarkPlan(b *testing.B) {
 	const pages = 1 << 18
 	blocks := []Block{{Pages: pages, PageSize: 4096}}
 	frames := []Frames{{0, pageset.Run{Count: pages}}}
-	s := &pageclass.Survey{Pages: make([]pageclass.Page, pages), Processes: make([]pageclass.Process, 50)}
+	s := &pageclass.Survey{Pages: make([]pageclass.Page, pages),
+		Processes: make([]pageclass.Process, 50)}
 	r := rand.New(rand.NewPCG(1, 1))
 	for i := 0; i < pages; {
-		p := pageclass.Page{Kind: pageclass.Kind(1 + r.IntN(int(pageclass.Kinds)-1)), Class: pageclass.UserData, Owner: uint16(r.IntN(50))}
+		p := pageclass.Page{Kind: pageclass.Kind(1 + r.IntN(int(pageclass.Kinds)-1)),
+			Class: pageclass.UserData, Owner: uint16(r.IntN(50))}
 		for n := 1 + r.IntN(16); n > 0 && i < pages; n-- {
 			s.Pages[i] = p
 			if p.Kind >= pageclass.ZeroPage {

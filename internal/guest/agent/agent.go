@@ -159,7 +159,9 @@ func NextRequest(b []byte) (r Request, refusal []byte, n int, ok bool) {
 		}
 		if h.version != version {
 			n += headerSize
-			return r, AppendRefusal(nil, h.id, "the agent in the guest speaks version 1 of the protocol only: install the vacate-guest that belongs to this vacate"), n, false
+			return r, AppendRefusal(nil, h.id,
+				"the agent in the guest speaks version 1 of the protocol only: install the "+
+					"vacate-guest that belongs to this vacate"), n, false
 		}
 		if h.typ != typePrepare && h.typ != typeAsk || h.length != RequestSize-headerSize {
 			n++

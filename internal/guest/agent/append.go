@@ -42,7 +42,8 @@ const (
 	maxPalette   = 1 << 16
 	maxName      = 64
 	// knownFlags are those that an agent may set. Skippable is not among them.
-	knownFlags = pageclass.Accessed | pageclass.Active | pageclass.Dirty | pageclass.Exec | pageclass.Mapped
+	knownFlags = pageclass.Accessed | pageclass.Active | pageclass.Dirty | pageclass.Exec |
+		pageclass.Mapped
 )
 
 // Costs are what an answer cost the guest.
@@ -81,7 +82,8 @@ func AppendRefusal(b []byte, id uint64, why string) []byte {
 // maxBytes, it leaves out the sequence; then flags and owners as well; then it refuses.
 // incomplete says that the time was not enough for everything. The survey's texts are cut
 // at 64 bytes, its flag Skippable is left out, and so are processes behind the 65535th.
-func AppendSurvey(b []byte, id uint64, c *Costs, s *pageclass.Survey, incomplete bool, maxBytes int) []byte {
+func AppendSurvey(b []byte, id uint64, c *Costs, s *pageclass.Survey, incomplete bool,
+	maxBytes int) []byte {
 	start := appendCosts(nil, c)
 	body := appendSurvey(start, s, incomplete, true, true)
 	if len(body) > maxBytes {

@@ -18,7 +18,8 @@ import (
 
 func drawSurvey(t *rapid.T) *pageclass.Survey {
 	s := &pageclass.Survey{Fresh: rapid.Bool().Draw(t, "fresh")}
-	micro := rapid.Map(rapid.Int64Range(0, 1<<40), func(n int64) time.Duration { return time.Duration(n) * time.Microsecond })
+	micro := rapid.Map(rapid.Int64Range(0, 1<<40),
+		func(n int64) time.Duration { return time.Duration(n) * time.Microsecond })
 	for range rapid.IntRange(0, 5).Draw(t, "processes") {
 		p := pageclass.Process{
 			PID:     rapid.IntRange(0, 1<<22).Draw(t, "pid"),
@@ -79,7 +80,8 @@ func TestSurveyRoundTrip(t *testing.T) {
 		}
 		frame := AppendSurvey([]byte("before"), 7, &c, s, false, 1<<30)[len("before"):]
 		h, at, ok := findHeader(frame)
-		if !ok || at != 0 || h.id != 7 || h.typ != typeSurvey || int(h.length) != len(frame)-headerSize {
+		if !ok || at != 0 || h.id != 7 || h.typ != typeSurvey ||
+			int(h.length) != len(frame)-headerSize {
 			t.Fatalf("header %+v at %d, %v", h, at, ok)
 		}
 		got, gotCosts, incomplete, err := decodeSurvey(body(frame), uint64(len(s.Pages)))
@@ -108,9 +110,12 @@ func TestSurveyRoundTrip(t *testing.T) {
 }
 
 func TestSurveyIsCut(t *testing.T) {
-	s := &pageclass.Survey{Processes: []pageclass.Process{{Name: strings.Repeat("x", 1000), Recent: -1}}}
+	s := &pageclass.Survey{Processes: []pageclass.Process{{Name: strings.Repeat("x", 1000),
+		Recent: -1}}}
 	for i := range 4096 {
-		s.Pages = append(s.Pages, pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: 1, Flags: pageclass.Flags(i%7)&knownFlags | pageclass.Skippable})
+		s.Pages = append(s.Pages,
+			pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: 1,
+				Flags: pageclass.Flags(i%7)&knownFlags | pageclass.Skippable})
 		s.Sequence = append(s.Sequence, uint32(4095-i))
 	}
 	c := &Costs{Prepared: -1}
@@ -123,8 +128,11 @@ func TestSurveyIsCut(t *testing.T) {
 		if err != nil {
 			t.Fatal(tt.most, err)
 		}
-		if len(frame)-headerSize > tt.most || incomplete == tt.sequence || (got.Sequence != nil) != tt.sequence || (got.Pages[1].Flags != 0) != tt.detailed || got.Pages[0].Class != pageclass.UserData {
-			t.Errorf("%d: %d bytes, incomplete %v, %d in sequence, page %+v", tt.most, len(frame), incomplete, len(got.Sequence), got.Pages[1])
+		if len(frame)-headerSize > tt.most || incomplete == tt.sequence ||
+			(got.Sequence != nil) != tt.sequence || (got.Pages[1].Flags != 0) != tt.detailed ||
+			got.Pages[0].Class != pageclass.UserData {
+			t.Errorf("%d: %d bytes, incomplete %v, %d in sequence, page %+v", tt.most, len(frame),
+				incomplete, len(got.Sequence), got.Pages[1])
 		}
 		for _, p := range got.Pages {
 			if p.Flags&pageclass.Skippable != 0 {
@@ -202,7 +210,8 @@ func TestDecodeRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, tt.want)
 		}
 	}
-	if _, _, _, err := decodeSurvey(bytesOf(anon, 100, 1, 98, 3, int64(5), 2, int64(-7), 1), 100); err != nil {
+	if _, _, _, err := decodeSurvey(bytesOf(anon, 100, 1, 98, 3, int64(5), 2, int64(-7), 1),
+		100); err != nil {
 		t.Error("what the others are made of:", err)
 	}
 }
@@ -211,14 +220,16 @@ func TestRequests(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		r := Request{
 			ID: rapid.Uint64().Draw(t, "id"), Prepare: rapid.Bool().Draw(t, "prepare"),
-			Deadline:     time.Duration(rapid.IntRange(0, 60000).Draw(t, "deadline")) * time.Millisecond,
+			Deadline: time.Duration(rapid.IntRange(0, 60000).Draw(t, "deadline")) *
+				time.Millisecond,
 			ActiveWithin: 16 * time.Second, MaxBytes: rapid.IntRange(0, maxAnswer).Draw(t, "bytes"),
 			Frames: rapid.Uint64Range(0, maxFrames).Draw(t, "frames"),
 		}
 		// Garbage and cut requests before it, all in pieces.
 		stream := rapid.SliceOfN(rapid.Byte(), 0, 100).Draw(t, "garbage")
 		for range rapid.IntRange(0, 3).Draw(t, "cut requests") {
-			stream = append(stream, r.Append(nil)[:rapid.IntRange(0, RequestSize-1).Draw(t, "cut")]...)
+			stream = append(stream,
+				r.Append(nil)[:rapid.IntRange(0, RequestSize-1).Draw(t, "cut")]...)
 		}
 		stream = r.Append(stream)
 		var buf []byte
@@ -276,7 +287,8 @@ func TestRealAnswer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Logf("%d bytes: %d pages, %d processes, %d in sequence, %v", len(frame), len(s.Pages), len(s.Processes), len(s.Sequence), s.Counts())
+		t.Logf("%d bytes: %d pages, %d processes, %d in sequence, %v", len(frame), len(s.Pages),
+			len(s.Processes), len(s.Sequence), s.Counts())
 		again := AppendSurvey(nil, h.id, &c, s, incomplete, 1<<20)
 		if !bytes.Equal(again, frame) {
 			t.Error("coded again, it differs")
@@ -307,7 +319,8 @@ func FuzzDecodeSurvey(f *testing.F) {
 			seen[n] = true
 		}
 		for _, p := range s.Pages {
-			if p.Flags&^knownFlags != 0 || int(p.Owner) > len(s.Processes) || p.Kind >= pageclass.Kinds || p.Class >= pageclass.Classes {
+			if p.Flags&^knownFlags != 0 || int(p.Owner) > len(s.Processes) ||
+				p.Kind >= pageclass.Kinds || p.Class >= pageclass.Classes {
 				t.Fatalf("bad page %+v", p)
 			}
 		}
@@ -323,7 +336,8 @@ func FuzzDecodeSurvey(f *testing.F) {
 }
 
 func FuzzNextRequest(f *testing.F) {
-	r := Request{ID: 1, Deadline: time.Second, ActiveWithin: DefaultActiveWithin, MaxBytes: 1 << 20, Frames: 1 << 18}
+	r := Request{ID: 1, Deadline: time.Second, ActiveWithin: DefaultActiveWithin, MaxBytes: 1 << 20,
+		Frames: 1 << 18}
 	frame := r.Append(nil)
 	f.Add(frame)
 	f.Add(append(frame[:20:20], frame...))

@@ -152,13 +152,15 @@ func (c *cursor) pages(processes int, frames uint64) []pageclass.Page {
 	}
 	palette := make([]pageclass.Page, n)
 	for i := range palette {
-		p := pageclass.Page{Kind: pageclass.Kind(c.byte()), Class: pageclass.Class(c.byte()), Flags: pageclass.Flags(c.byte())}
+		p := pageclass.Page{Kind: pageclass.Kind(c.byte()), Class: pageclass.Class(c.byte()),
+			Flags: pageclass.Flags(c.byte())}
 		p.Owner = uint16(c.number("an owner", uint64(processes)))
 		switch {
 		case p.Flags&pageclass.Skippable != 0:
 			c.fail("it calls pages skippable, which an agent cannot know")
 		case p.Flags&^knownFlags != 0 || p.Kind >= pageclass.Kinds || p.Class >= pageclass.Classes:
-			c.fail("unknown kind, class or flags of a page: %d, %d, %#x", p.Kind, p.Class, uint8(p.Flags))
+			c.fail("unknown kind, class or flags of a page: %d, %d, %#x", p.Kind, p.Class,
+				uint8(p.Flags))
 		case p.Kind == pageclass.None && p != pageclass.Page{}:
 			c.fail("an unknown page has a class, flags or an owner")
 		}
@@ -204,7 +206,8 @@ func (c *cursor) sequence(frames uint64) []uint32 {
 		delta := c.signed()
 		run := c.number("a run of the sequence", left)
 		first := behind + delta
-		if delta < -int64(frames) || delta > int64(frames) || first < 0 || run == 0 || uint64(first)+run > frames {
+		if delta < -int64(frames) || delta > int64(frames) || first < 0 || run == 0 ||
+			uint64(first)+run > frames {
 			c.fail("the sequence leads outside")
 		}
 		if c.err != nil {

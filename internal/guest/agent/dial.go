@@ -63,9 +63,13 @@ func Dial(ctx context.Context, path string) (*Agent, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("connect to the agent's socket %s: %w: check the path, and that QEMU runs with -chardev socket,path=…,server=on,wait=off", path, fs.ErrNotExist)
+		return nil,
+			fmt.Errorf("connect to the agent's socket %s: %w: check the path, and that QEMU "+
+				"runs with -chardev socket,path=…,server=on,wait=off", path, fs.ErrNotExist)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("connect to the agent's socket %s: %w: QEMU has exited and left it behind", path, syscall.ECONNREFUSED)
+		return nil,
+			fmt.Errorf("connect to the agent's socket %s: %w: QEMU has exited and left it behind",
+				path, syscall.ECONNREFUSED)
 	case err != nil:
 		return nil, fmt.Errorf("connect to the agent's socket %s: %w", path, err)
 	}
@@ -80,10 +84,11 @@ func (a *Agent) Close() error { return a.conn.Close() }
 // ctx's; the eviction can go on in any case.
 func (a *Agent) Prepare(ctx context.Context, o Options) (Stats, error) {
 	var st Stats
-	err := a.call(ctx, o, Request{Prepare: true, MaxBytes: 64}, typeDone, &st, func(body []byte) (err error) {
-		st.Costs, err = decodeDone(body)
-		return err
-	})
+	err := a.call(ctx, o, Request{Prepare: true, MaxBytes: 64}, typeDone, &st,
+		func(body []byte) (err error) {
+			st.Costs, err = decodeDone(body)
+			return err
+		})
 	if err != nil {
 		return st, fmt.Errorf("prepare the guest's agent: %w", err)
 	}
@@ -111,7 +116,8 @@ func (a *Agent) Ask(ctx context.Context, o Options) (*pageclass.Survey, Stats, e
 	return s, st, nil
 }
 
-func (a *Agent) call(ctx context.Context, o Options, r Request, want frameType, st *Stats, decode func([]byte) error) error {
+func (a *Agent) call(ctx context.Context, o Options, r Request, want frameType, st *Stats,
+	decode func([]byte) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -145,7 +151,8 @@ func (a *Agent) call(ctx context.Context, o Options, r Request, want frameType, 
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%w (%v): it may not run in the guest, the guest may be too busy, or another program may hold the socket", ErrSilent, wait)
+		return fmt.Errorf("%w (%v): it may not run in the guest, the guest may be too busy, or "+
+			"another program may hold the socket", ErrSilent, wait)
 	case err != nil:
 		return err
 	}
@@ -182,14 +189,17 @@ func (a *Agent) exchange(r *Request, st *Stats) ([]byte, frameType, error) {
 		}
 		a.buf = a.buf[at:]
 		if st.Skipped += at; st.Skipped > most {
-			return nil, 0, fmt.Errorf("%w: %d bytes that belong to no answer", ErrBroken, st.Skipped)
+			return nil, 0, fmt.Errorf("%w: %d bytes that belong to no answer", ErrBroken,
+				st.Skipped)
 		}
 		if found {
 			if h.version != version {
-				return nil, 0, fmt.Errorf("%w: version %d of the protocol, want %d", ErrBroken, h.version, version)
+				return nil, 0, fmt.Errorf("%w: version %d of the protocol, want %d", ErrBroken,
+					h.version, version)
 			}
 			if uint64(h.length) > uint64(most) {
-				return nil, 0, fmt.Errorf("%w: %d bytes, want at most %d", ErrBroken, h.length, most)
+				return nil, 0, fmt.Errorf("%w: %d bytes, want at most %d", ErrBroken, h.length,
+					most)
 			}
 			if whole := headerSize + int(h.length); len(a.buf) >= whole {
 				body := a.buf[headerSize:whole:whole]

@@ -61,7 +61,8 @@ func fake(t *testing.T, serve func(conn net.Conn, r Request)) *Agent {
 	return a
 }
 
-var small = &pageclass.Survey{Pages: []pageclass.Page{{Kind: pageclass.Slab, Class: pageclass.Kernel}}}
+var small = &pageclass.Survey{
+	Pages: []pageclass.Page{{Kind: pageclass.Slab, Class: pageclass.Kernel}}}
 
 func good(id uint64) []byte {
 	return AppendSurvey(nil, id, &Costs{Prepared: -1}, small, false, 1<<20)
@@ -88,15 +89,27 @@ func TestAnswers(t *testing.T) {
 			c.Write(good(r.ID + 3)[:40])
 			c.Write(good(r.ID))
 		}, nil, ""},
-		"stalls":        {50 * time.Millisecond, func(c net.Conn, r Request) {}, ErrSilent, ""},
-		"stalls amid":   {50 * time.Millisecond, func(c net.Conn, r Request) { c.Write(good(r.ID)[:35]) }, ErrSilent, ""},
-		"goes":          {long, func(c net.Conn, r Request) { c.Close() }, io.EOF, ""},
-		"goes amid":     {long, func(c net.Conn, r Request) { c.Write(good(r.ID)[:35]); c.Close() }, io.EOF, ""},
-		"refuses":       {long, func(c net.Conn, r Request) { c.Write(AppendRefusal(nil, r.ID, "not \x1b[2J today")) }, errAny, `refuses: "not \x1b[2J today"`},
-		"other type":    {long, func(c net.Conn, r Request) { c.Write(AppendDone(nil, r.ID, &Costs{})) }, ErrBroken, "type"},
-		"wrong sum":     {long, func(c net.Conn, r Request) { b := good(r.ID); b[headerSize]++; c.Write(b) }, ErrBroken, "checksum"},
-		"bad body":      {long, func(c net.Conn, r Request) { c.Write(appendFrame(nil, typeSurvey, r.ID, []byte("lies"))) }, ErrBroken, ""},
-		"other version": {long, func(c net.Conn, r Request) { c.Write(withVersion(good(r.ID), 9)) }, ErrBroken, "version 9"},
+		"stalls": {50 * time.Millisecond, func(c net.Conn, r Request) {}, ErrSilent, ""},
+		"stalls amid": {50 * time.Millisecond,
+			func(c net.Conn, r Request) { c.Write(good(r.ID)[:35]) }, ErrSilent, ""},
+		"goes": {long, func(c net.Conn, r Request) { c.Close() }, io.EOF, ""},
+		"goes amid": {long, func(c net.Conn, r Request) { c.Write(good(r.ID)[:35]); c.Close() },
+			io.EOF, ""},
+		"refuses": {long,
+			func(c net.Conn, r Request) { c.Write(AppendRefusal(nil, r.ID, "not \x1b[2J today")) },
+			errAny, `refuses: "not \x1b[2J today"`},
+		"other type": {long,
+			func(c net.Conn, r Request) { c.Write(AppendDone(nil, r.ID, &Costs{})) }, ErrBroken,
+			"type"},
+		"wrong sum": {long,
+			func(c net.Conn, r Request) { b := good(r.ID); b[headerSize]++; c.Write(b) }, ErrBroken,
+			"checksum"},
+		"bad body": {long,
+			func(c net.Conn, r Request) {
+				c.Write(appendFrame(nil, typeSurvey, r.ID, []byte("lies")))
+			}, ErrBroken, ""},
+		"other version": {long, func(c net.Conn, r Request) { c.Write(withVersion(good(r.ID), 9)) },
+			ErrBroken, "version 9"},
 		"too long": {long, func(c net.Conn, r Request) {
 			c.Write(appendFrame(nil, typeSurvey, r.ID, make([]byte, r.MaxBytes+1)))
 		}, ErrBroken, "at most"},
@@ -130,7 +143,8 @@ func TestAnswers(t *testing.T) {
 				}
 				return
 			}
-			if err == nil || s != nil || tt.want != errAny && !errors.Is(err, tt.want) || !strings.Contains(err.Error(), tt.text) {
+			if err == nil || s != nil || tt.want != errAny && !errors.Is(err, tt.want) ||
+				!strings.Contains(err.Error(), tt.text) {
 				t.Fatalf("got %v, want %v, %q", err, tt.want, tt.text)
 			}
 		})
@@ -149,7 +163,8 @@ func TestContext(t *testing.T) {
 	a := fake(t, func(net.Conn, Request) {})
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(20*time.Millisecond, cancel)
-	if _, _, err := a.Ask(ctx, Options{Frames: 1, Deadline: time.Hour}); !errors.Is(err, context.Canceled) {
+	if _, _, err := a.Ask(ctx, Options{Frames: 1, Deadline: time.Hour}); !errors.Is(err,
+		context.Canceled) {
 		t.Error(err)
 	}
 	if _, err := a.Prepare(ctx, Options{}); !errors.Is(err, context.Canceled) {
@@ -171,7 +186,8 @@ func TestLate(t *testing.T) {
 		c.Write(AppendDone(nil, first, &Costs{}))
 		c.Write(good(r.ID))
 	})
-	if _, err := a.Prepare(t.Context(), Options{Deadline: 20 * time.Millisecond}); !errors.Is(err, ErrSilent) {
+	if _, err := a.Prepare(t.Context(), Options{Deadline: 20 * time.Millisecond}); !errors.Is(err,
+		ErrSilent) {
 		t.Fatal(err)
 	}
 	_, st, err := a.Ask(t.Context(), Options{Frames: 1, Deadline: time.Minute})

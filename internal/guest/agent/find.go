@@ -11,9 +11,11 @@ import (
 
 var (
 	// ErrNoPort is wrapped by Find's error for a VM without the port.
-	ErrNoPort = errors.New("the VM has no virtio-serial port " + PortName + " on a unix socket that QEMU listens on")
+	ErrNoPort = errors.New("the VM has no virtio-serial port " + PortName +
+		" on a unix socket that QEMU listens on")
 	// ErrNotRunning is wrapped by Find's error when nothing in the guest has opened the port.
-	ErrNotRunning = errors.New("no agent runs in the guest: nothing has opened its port " + PortName)
+	ErrNotRunning = errors.New("no agent runs in the guest: nothing has opened its port " +
+		PortName)
 )
 
 // Find returns the path, as QEMU sees it, of the unix socket behind the agent's port. It

@@ -150,11 +150,13 @@ func (s *summary) read(parts []io.Reader) error {
 		}
 		switch {
 		case direction != s.Direction:
-			return fmt.Errorf("recording %d is of the %s path and the ones before are of the %s path", i+1, direction, s.Direction)
+			return fmt.Errorf("recording %d is of the %s path and the ones before are of the %s "+
+				"path", i+1, direction, s.Direction)
 		case direction == "return":
 			err = s.returnPath(in)
 		case i > 0 && first[0] == 'Q':
-			return fmt.Errorf("recording %d is a stream of its own, not the continuation of the one before", i+1)
+			return fmt.Errorf("recording %d is a stream of its own, not the continuation of the "+
+				"one before", i+1)
 		default:
 			err = s.forward(in, first[0] <= maxType)
 		}
@@ -201,7 +203,9 @@ func (s *summary) forward(in io.Reader, continues bool) error {
 		}
 		if err != nil {
 			if orphan && errors.Is(err, migstream.ErrMalformed) {
-				err = fmt.Errorf("%w (the recording begins without a header, as after a recovery: name the one it goes on from first)", err)
+				err =
+					fmt.Errorf("%w (the recording begins without a header, as after a recovery: "+
+						"name the one it goes on from first)", err)
 			}
 			return err
 		}
@@ -319,7 +323,8 @@ func (s *summary) request(m migstream.Message) error {
 		}
 	}
 	if len(s.Requests) == migstream.MaxBlocks {
-		return fmt.Errorf("%w: requests for more than %d blocks", migstream.ErrMalformed, migstream.MaxBlocks)
+		return fmt.Errorf("%w: requests for more than %d blocks", migstream.ErrMalformed,
+			migstream.MaxBlocks)
 	}
 	s.Requests = append(s.Requests, Request{m.Block, 1, uint64(m.Length)})
 	return nil
@@ -335,8 +340,9 @@ func counts(m map[string]int) []Count {
 }
 
 var messageNames = map[migstream.MessageType]string{
-	migstream.MsgShut: "shut", migstream.MsgPong: "pong", migstream.MsgReqPagesID: "request-pages-of",
-	migstream.MsgReqPages: "request-pages", migstream.MsgRecvBitmap: "recv-bitmap",
+	migstream.MsgShut: "shut", migstream.MsgPong: "pong",
+	migstream.MsgReqPagesID: "request-pages-of",
+	migstream.MsgReqPages:   "request-pages", migstream.MsgRecvBitmap: "recv-bitmap",
 	migstream.MsgResumeAck: "resume-ack", migstream.MsgSwitchoverAck: "switchover-ack",
 }
 

@@ -71,7 +71,8 @@ func TestGolden(t *testing.T) {
 				return nil
 			}, files...)
 			if name == "pc-recovered.cut.gz" {
-				if !errors.Is(err, io.ErrUnexpectedEOF) || s.Error == "" || s.Machine == "" || len(s.Blocks) == 0 {
+				if !errors.Is(err, io.ErrUnexpectedEOF) || s.Error == "" || s.Machine == "" ||
+					len(s.Blocks) == 0 {
 					t.Errorf("a cut stream: %v, %+v", err, s)
 				}
 				return
@@ -107,7 +108,8 @@ func TestGolden(t *testing.T) {
 				if s.DeviceState == 0 {
 					t.Error("no device state behind a pre-copy")
 				}
-			} else if len(s.Packages) != 1 || len(s.Packages[0].Devices) == 0 || s.Packages[0].Error != "" || !s.Ended {
+			} else if len(s.Packages) != 1 || len(s.Packages[0].Devices) == 0 ||
+				s.Packages[0].Error != "" || !s.Ended {
 				t.Errorf("%+v", s)
 			}
 		})
@@ -123,12 +125,16 @@ func TestErrors(t *testing.T) {
 	}{
 		{"nothing", nil, "no recording"},
 		{"empty", [][]byte{{}}, "empty"},
-		{"text", [][]byte{[]byte("hello, world")}, "at byte 8: malformed migration stream: it starts with"},
+		{"text", [][]byte{[]byte("hello, world")},
+			"at byte 8: malformed migration stream: it starts with"},
 		{"cut", [][]byte{stream[:1000]}, "ends in its middle"},
 		{"two streams", [][]byte{stream, stream}, "a stream of its own"},
-		{"both paths", [][]byte{stream, uncompressed(t, "pc-bare.return.gz")}, "recording 2 is of the return path"},
-		{"continuation alone", [][]byte{uncompressed(t, "pc-recovered.forward.gz")}, "name the one it goes on from first"},
-		{"cut return path", [][]byte{uncompressed(t, "pc-bare.return.gz")[:11]}, "at byte 8: return path"},
+		{"both paths", [][]byte{stream, uncompressed(t, "pc-bare.return.gz")},
+			"recording 2 is of the return path"},
+		{"continuation alone", [][]byte{uncompressed(t, "pc-recovered.forward.gz")},
+			"name the one it goes on from first"},
+		{"cut return path", [][]byte{uncompressed(t, "pc-bare.return.gz")[:11]},
+			"at byte 8: return path"},
 		{"bad gzip", [][]byte{{0x1f, 0x8b, 0, 0}}, "uncompress"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -143,21 +149,24 @@ func TestErrors(t *testing.T) {
 		})
 	}
 	stop := errors.New("stop")
-	if _, err := inspect.Read(func(inspect.Record) error { return stop }, bytes.NewReader(stream)); !errors.Is(err, stop) {
+	if _, err := inspect.Read(func(inspect.Record) error { return stop },
+		bytes.NewReader(stream)); !errors.Is(err, stop) {
 		t.Errorf("the error of record is %v", err)
 	}
 }
 
 // No recording makes it panic, or understand more than there is.
 func FuzzRead(f *testing.F) {
-	for _, name := range []string{"pc-old.forward.gz", "pc-old.return.gz", "pc-recovered.forward.gz", "pc-recovered.return.gz"} {
+	for _, name := range []string{"pc-old.forward.gz", "pc-old.return.gz",
+		"pc-recovered.forward.gz", "pc-recovered.return.gz"} {
 		b := uncompressed(f, name)
 		f.Add(b[:min(len(b), 64<<10)])
 	}
 	f.Add([]byte{0x1f, 0x8b, 8, 0})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		records := 0
-		s, err := inspect.Read(func(inspect.Record) error { records++; return nil }, bytes.NewReader(b))
+		s, err := inspect.Read(func(inspect.Record) error { records++; return nil },
+			bytes.NewReader(b))
 		if err != nil && s.Error == "" || err == nil && records == 0 {
 			t.Errorf("%d records, %v, %+v", records, err, s)
 		}
@@ -166,7 +175,8 @@ func FuzzRead(f *testing.F) {
 			t.Errorf("understood %d bytes of %d", s.Bytes, len(b))
 		}
 		if err != nil && !compressed && len(b) > 0 &&
-			!errors.Is(err, migstream.ErrMalformed) && !errors.Is(err, migstream.ErrUnsupported) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			!errors.Is(err, migstream.ErrMalformed) && !errors.Is(err, migstream.ErrUnsupported) &&
+			!errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("an error of no known kind: %v", err)
 		}
 	})

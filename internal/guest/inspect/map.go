@@ -66,8 +66,10 @@ var palette = [shades]color.RGBA{
 
 // legendOrder is the classes' by priority; what is not known comes behind.
 var legendOrder = []shade{
-	shade(pageclass.KernelCode), shade(pageclass.Kernel), shade(pageclass.MMIO), shade(pageclass.PageTable),
-	shade(pageclass.UserCode), shade(pageclass.UserData), shade(pageclass.FileActive), shade(pageclass.FileInactive),
+	shade(pageclass.KernelCode), shade(pageclass.Kernel), shade(pageclass.MMIO),
+	shade(pageclass.PageTable),
+	shade(pageclass.UserCode), shade(pageclass.UserData), shade(pageclass.FileActive),
+	shade(pageclass.FileInactive),
 	shade(pageclass.Other), shade(pageclass.Unknown), freeMoved, shade(pageclass.Free),
 }
 
@@ -257,8 +259,10 @@ func (l *layout) address(r row) (size, hex string) {
 
 // subtitle says what the picture shows.
 func (m *Map) subtitle(l *layout) string {
-	return fmt.Sprintf("%s of memory by guest-physical address. A row is %s; a cell is %s, and cells go down, then right.", roundSize(m.memory.Pages),
-		units.Exact(uint64(l.rowPages())*units.PageSize), units.Exact(uint64(l.cell)*units.PageSize))
+	return fmt.Sprintf("%s of memory by guest-physical address. A row is %s; a cell is %s, and "+
+		"cells go down, then right.", roundSize(m.memory.Pages),
+		units.Exact(uint64(l.rowPages())*units.PageSize),
+		units.Exact(uint64(l.cell)*units.PageSize))
 }
 
 // An entry is a line of the legend.
@@ -300,7 +304,8 @@ func (m *Map) kindsWithin(l *layout) []kindEntry {
 		if room -= kindSize; room < 0 {
 			break
 		}
-		list = append(list, kindEntry{k.Kind.String(), roundSize(k.Pages), percent(k.Pages, m.memory.Pages)})
+		list = append(list, kindEntry{k.Kind.String(), roundSize(k.Pages),
+			percent(k.Pages, m.memory.Pages)})
 	}
 	return list
 }

@@ -62,7 +62,8 @@ func TestMapGolden(t *testing.T) {
 // pages in a cell.
 func TestMapArea(t *testing.T) {
 	colors := map[pageclass.Class]color.RGBA{
-		pageclass.UserData: {0xcc, 0x66, 0x77, 255}, pageclass.Other: {0xdd, 0xcc, 0x77, 255}, pageclass.Free: {0xec, 0xec, 0xe8, 255},
+		pageclass.UserData: {0xcc, 0x66, 0x77, 255}, pageclass.Other: {0xdd, 0xcc, 0x77, 255},
+		pageclass.Free:   {0xec, 0xec, 0xe8, 255},
 		pageclass.Kernel: {0x88, 0xcc, 0xee, 255},
 	}
 	for _, c := range []struct {
@@ -78,8 +79,10 @@ func TestMapArea(t *testing.T) {
 			s := &pageclass.Survey{Pages: make([]pageclass.Page, c.pages)}
 			want := map[pageclass.Class]int{}
 			for i := range s.Pages {
-				p := pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free, Flags: pageclass.Skippable}
-				switch n := r.IntN(100); { // a minority everywhere: a cell's majority alone would hide it
+				p := pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free,
+					Flags: pageclass.Skippable}
+				switch n := r.IntN(100); {
+				// a minority everywhere: a cell's majority alone would hide it
 				case n < 10:
 					p = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
 				case n < 25:
@@ -176,7 +179,8 @@ func FuzzMap(f *testing.F) {
 	f.Fuzz(func(t *testing.T, title string, runs []byte, stretch uint16) {
 		s := &pageclass.Survey{}
 		for ; len(runs) >= 4 && len(s.Pages) < 1<<18; runs = runs[4:] {
-			p := pageclass.Page{Kind: pageclass.Kind(runs[0]), Class: pageclass.Class(runs[1]), Flags: pageclass.Flags(runs[2])}
+			p := pageclass.Page{Kind: pageclass.Kind(runs[0]), Class: pageclass.Class(runs[1]),
+				Flags: pageclass.Flags(runs[2])}
 			for range int(runs[3]) * (1 + int(stretch)/1024) {
 				s.Pages = append(s.Pages, p)
 			}

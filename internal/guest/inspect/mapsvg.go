@@ -26,18 +26,23 @@ func (m *Map) SVG(w io.Writer) error {
 	height := m.pictureHeight(&l)
 	out := bufio.NewWriter(w)
 	p := func(format string, args ...any) { fmt.Fprintf(out, format+"\n", args...) }
-	p(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">`, width, height, width, height)
+	p(
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img">`, width, height, width, height)
 	p(`<title>%s</title>`, html.EscapeString(m.title))
 	p(`<style>`)
 	p(`:root{color-scheme:light dark}`)
 	p(`text{font-family:system-ui,"DejaVu Sans",sans-serif;font-size:15px;fill:#222}`)
-	p(`.paper{fill:#fff}.quiet{fill:#666}.small{font-size:13px}.end{text-anchor:end}.num{font-variant-numeric:tabular-nums}`)
+	p(
+		`.paper{fill:#fff}.quiet{fill:#666}.small{font-size:13px}.end{text-anchor:end}.num{font-variant-numeric:tabular-nums}`)
 	p(`.hatch{stroke:#bbb}.hole{fill:#fff}`)
-	p(`@media(prefers-color-scheme:dark){text{fill:#e6e6e6}.paper,.hole{fill:#17191c}.quiet{fill:#a0a0a0}.hatch{stroke:#555}}`)
+	p(
+		`@media(prefers-color-scheme:dark){text{fill:#e6e6e6}.paper,.hole{fill:#17191c}.quiet{fill:#a0a0a0}.hatch{stroke:#555}}`)
 	p(`</style>`)
-	p(`<defs><pattern id="hole" width="6" height="6" patternUnits="userSpaceOnUse"><rect width="6" height="6" class="hole"/><path class="hatch" d="M0 6L6 0"/></pattern></defs>`)
+	p(
+		`<defs><pattern id="hole" width="6" height="6" patternUnits="userSpaceOnUse"><rect width="6" height="6" class="hole"/><path class="hatch" d="M0 6L6 0"/></pattern></defs>`)
 	p(`<rect class="paper" width="%d" height="%d"/>`, width, height)
-	p(`<text x="%d" y="%d" style="font-size:24px;font-weight:600">%s</text>`, margin, margin+20, html.EscapeString(m.title))
+	p(`<text x="%d" y="%d" style="font-size:24px;font-weight:600">%s</text>`, margin, margin+20,
+		html.EscapeString(m.title))
 	p(`<text x="%d" y="%d" class="quiet">%s</text>`, margin, margin+45, m.subtitle(&l))
 
 	for _, r := range l.rows {
@@ -49,7 +54,8 @@ func (m *Map) SVG(w io.Writer) error {
 		size, hex := l.address(r)
 		p(`<text x="%d" y="%d" class="end num">%s</text>`, margin+80, y+21, size)
 		p(`<text x="%d" y="%d" class="end num quiet small">%s</text>`, mapLeft-12, y+21, hex)
-		p(`<rect fill="url(#hole)" x="%d" y="%d" width="%d" height="%d"/>`, mapLeft, y, mapWidth, rowHeight)
+		p(`<rect fill="url(#hole)" x="%d" y="%d" width="%d" height="%d"/>`, mapLeft, y, mapWidth,
+			rowHeight)
 	}
 	p(`<g transform="translate(%d %d)" shape-rendering="crispEdges">`, mapLeft, mapTop)
 	for h, d := range paths {
@@ -69,14 +75,16 @@ func (m *Map) SVG(w io.Writer) error {
 		p(`<rect fill="%s" stroke="#888" x="%d.5" y="%d.5" width="17" height="17"/>`, fill, x, y)
 		p(`<text x="%d" y="%d">%s</text>`, x+30, y+14, e.shade)
 		p(`<text x="%d" y="%d" class="end num">%s</text>`, x+278, y+14, e.size)
-		p(`<text x="%d" y="%d" class="end num">%s</text></g>`, x+legend, y+14, html.EscapeString(e.percent))
+		p(`<text x="%d" y="%d" class="end num">%s</text></g>`, x+legend, y+14,
+			html.EscapeString(e.percent))
 		y += lineSize
 	}
 	y += kindSize
 	for _, k := range m.kindsWithin(&l) {
 		p(`<text x="%d" y="%d" class="quiet small">%s</text>`, x+30, y+14, k.kind)
 		p(`<text x="%d" y="%d" class="end num quiet small">%s</text>`, x+278, y+14, k.size)
-		p(`<text x="%d" y="%d" class="end num quiet small">%s</text>`, x+legend, y+14, html.EscapeString(k.percent))
+		p(`<text x="%d" y="%d" class="end num quiet small">%s</text>`, x+legend, y+14,
+			html.EscapeString(k.percent))
 		y += kindSize
 	}
 	p(`</svg>`)

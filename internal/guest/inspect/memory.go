@@ -83,8 +83,9 @@ type Stage struct {
 
 // NewMemory sums up a survey. What it does not tell is left for the caller to fill in.
 func NewMemory(s *pageclass.Survey) Memory {
-	m := Memory{PageSize: units.PageSize, Fresh: s.Fresh, Kinds: []KindPages{}, Processes: make([]Process, len(s.Processes)),
-		Notes: []string{}, Times: Times{Stages: []Stage{}}}
+	m := Memory{PageSize: units.PageSize, Fresh: s.Fresh, Kinds: []KindPages{},
+		Processes: make([]Process, len(s.Processes)),
+		Notes:     []string{}, Times: Times{Stages: []Stage{}}}
 	for i, p := range s.Processes {
 		q := Process{
 			PID: p.PID, Name: p.Name, Active: p.Active, OnCPU: p.OnCPU,
@@ -130,11 +131,14 @@ func NewMemory(s *pageclass.Survey) Memory {
 		m.Pages += sum
 		m.Kinds = append(m.Kinds, KindPages{
 			Kind: pageclass.Kind(kind), Pages: sum, Classes: by,
-			Accessed: flag(pageclass.Accessed), Active: flag(pageclass.Active), Dirty: flag(pageclass.Dirty),
-			Exec: flag(pageclass.Exec), Mapped: flag(pageclass.Mapped), Skippable: flag(pageclass.Skippable),
+			Accessed: flag(pageclass.Accessed), Active: flag(pageclass.Active),
+			Dirty: flag(pageclass.Dirty),
+			Exec:  flag(pageclass.Exec), Mapped: flag(pageclass.Mapped),
+			Skippable: flag(pageclass.Skippable),
 		})
 	}
-	slices.SortStableFunc(m.Kinds, func(a, b KindPages) int { return cmp.Compare(b.Pages, a.Pages) })
+	slices.SortStableFunc(m.Kinds,
+		func(a, b KindPages) int { return cmp.Compare(b.Pages, a.Pages) })
 	for c, n := range classes {
 		m.Classes = append(m.Classes, ClassPages{pageclass.Class(c), n})
 	}
@@ -150,7 +154,8 @@ func NewMemory(s *pageclass.Survey) Memory {
 			}
 			return 1
 		}
-		return cmp.Or(cmp.Compare(b.Pages, a.Pages), cmp.Compare(a.LastRun, b.LastRun), cmp.Compare(a.PID, b.PID))
+		return cmp.Or(cmp.Compare(b.Pages, a.Pages), cmp.Compare(a.LastRun, b.LastRun),
+			cmp.Compare(a.PID, b.PID))
 	})
 	return m
 }

@@ -42,7 +42,9 @@ func readSurvey(t testing.TB) (*pageclass.Survey, string) {
 	s := &pageclass.Survey{Processes: r.Processes, Fresh: r.Fresh}
 	for _, run := range r.Runs {
 		for range run[0] {
-			s.Pages = append(s.Pages, pageclass.Page{Kind: pageclass.Kind(run[1]), Class: pageclass.Class(run[2]), Flags: pageclass.Flags(run[3]), Owner: uint16(run[4])})
+			s.Pages = append(s.Pages,
+				pageclass.Page{Kind: pageclass.Kind(run[1]), Class: pageclass.Class(run[2]),
+					Flags: pageclass.Flags(run[3]), Owner: uint16(run[4])})
 		}
 	}
 	return s, r.Kernel
@@ -107,10 +109,13 @@ func TestMemory(t *testing.T) {
 			want++
 		}
 	}
-	if sum != m.Pages || kinds != m.Pages || owned != want || m.Pages == 0 || (want == 0) != (len(s.Processes) == 0) {
-		t.Errorf("%d pages, %d of classes, %d of kinds; %d owned, want %d", m.Pages, sum, kinds, owned, want)
+	if sum != m.Pages || kinds != m.Pages || owned != want || m.Pages == 0 ||
+		(want == 0) != (len(s.Processes) == 0) {
+		t.Errorf("%d pages, %d of classes, %d of kinds; %d owned, want %d", m.Pages, sum, kinds,
+			owned, want)
 	}
-	if m.Free.Pages == 0 || m.Free.Skippable == 0 || m.Free.Skippable > m.Free.Pages || m.Free.PerCPU > m.Free.Pages {
+	if m.Free.Pages == 0 || m.Free.Skippable == 0 || m.Free.Skippable > m.Free.Pages ||
+		m.Free.PerCPU > m.Free.Pages {
 		t.Errorf("%+v", m.Free)
 	}
 }
@@ -125,28 +130,34 @@ func TestMemoryNonsense(t *testing.T) {
 			{Kind: pageclass.Anon, Class: pageclass.UserData, Flags: 255, Owner: 65535},
 			{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: 2},
 		},
-		Processes: []pageclass.Process{{PID: 7, Recent: -1}, {PID: -3, Name: "\xff\x00", LastRun: -1, Recent: 1e9}},
+		Processes: []pageclass.Process{{PID: 7, Recent: -1},
+			{PID: -3, Name: "\xff\x00", LastRun: -1, Recent: 1e9}},
 	})
 	if m.Pages != 2 || len(m.Kinds) != 1 || m.Kinds[0].Mapped != 1 || m.Free.Pages != 0 {
 		t.Errorf("%+v", m)
 	}
-	if p := m.Processes; p[0].PID != -3 || p[0].Pages != 1 || *p[0].Recent != 1 || p[1].Recent != nil {
+	if p := m.Processes; p[0].PID != -3 || p[0].Pages != 1 || *p[0].Recent != 1 ||
+		p[1].Recent != nil {
 		t.Errorf("%+v", p)
 	}
 	if _, err := json.Marshal(m); err != nil {
 		t.Error(err)
 	}
-	if b, err := json.Marshal(inspect.NewMemory(&pageclass.Survey{})); err != nil || bytes.Contains(b, []byte("null")) {
+	if b, err := json.Marshal(inspect.NewMemory(&pageclass.Survey{})); err != nil ||
+		bytes.Contains(b, []byte("null")) {
 		t.Errorf("%s, %v", b, err)
 	}
 }
 
 // Active processes come first, then those with more pages.
 func TestProcessOrder(t *testing.T) {
-	s := &pageclass.Survey{Processes: []pageclass.Process{{PID: 1}, {PID: 2}, {PID: 3, Active: true}, {PID: 4, Active: true}}}
+	s := &pageclass.Survey{Processes: []pageclass.Process{{PID: 1}, {PID: 2},
+		{PID: 3, Active: true}, {PID: 4, Active: true}}}
 	for owner, n := range []int{0, 5, 9, 1, 2} {
 		for range n {
-			s.Pages = append(s.Pages, pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: uint16(owner)})
+			s.Pages = append(s.Pages,
+				pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData,
+					Owner: uint16(owner)})
 		}
 	}
 	var got []int

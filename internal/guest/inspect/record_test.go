@@ -61,11 +61,13 @@ func TestRecord(t *testing.T) {
 			out.Runs[len(out.Runs)-1][0]++
 			continue
 		}
-		out.Runs = append(out.Runs, [5]uint64{1, uint64(p.Kind), uint64(p.Class), uint64(p.Flags), uint64(p.Owner)})
+		out.Runs = append(out.Runs,
+			[5]uint64{1, uint64(p.Kind), uint64(p.Class), uint64(p.Flags), uint64(p.Owner)})
 	}
 	var b bytes.Buffer
 	z, _ := gzip.NewWriterLevel(&b, gzip.BestCompression)
-	if err := errors.Join(json.NewEncoder(z).Encode(out), z.Close(), os.WriteFile("testdata/survey.gz", b.Bytes(), 0o644)); err != nil {
+	if err := errors.Join(json.NewEncoder(z).Encode(out), z.Close(),
+		os.WriteFile("testdata/survey.gz", b.Bytes(), 0o644)); err != nil {
 		t.Fatal(err)
 	}
 }

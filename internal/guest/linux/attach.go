@@ -69,7 +69,8 @@ func attach(ctx context.Context, mem Memory) (*Guest, error) {
 	err = findNotes(ctx, mem, cpus, func(addr uint64, text []byte) bool {
 		info, err := parseVMCOREINFO(text)
 		if err == nil {
-			candidate := &Guest{mem: mem, info: info, noteAddr: addr, note: text, extra: map[string]uint64{}}
+			candidate := &Guest{mem: mem, info: info, noteAddr: addr, note: text,
+				extra: map[string]uint64{}}
 			if err = candidate.enter(cpus); err == nil {
 				g = candidate
 				return true
@@ -187,7 +188,8 @@ func (g *Guest) refresh() error {
 	if err := readPhys(g.mem, page, g.noteAddr); err != nil {
 		return err
 	}
-	if !bytes.Equal(page[12:12+len(noteName)], noteName) || !bytes.Equal(page[noteHeader:], g.note) {
+	if !bytes.Equal(page[12:12+len(noteName)], noteName) ||
+		!bytes.Equal(page[noteHeader:], g.note) {
 		return fmt.Errorf("%w: its vmcoreinfo is gone", ErrChanged)
 	}
 	return nil
@@ -242,7 +244,8 @@ func (g *Guest) readU32(va uint64) (uint32, error) {
 	return u32(b[:]), err
 }
 
-// symbol returns the address of a variable or function of the kernel. A kernel without kallsyms knows only what VMCOREINFO has, and init_task.
+// symbol returns the address of a variable or function of the kernel. A kernel without kallsyms
+// knows only what VMCOREINFO has, and init_task.
 func (g *Guest) symbol(name string) (uint64, bool) {
 	if va, ok := g.info.symbol(name); ok {
 		return va, true
@@ -296,7 +299,8 @@ func (g *Guest) learn(ctx context.Context) error {
 func (g *Guest) readKallsyms() error {
 	var at struct{ names, count, table, index, offsets uint64 }
 	for name, to := range map[string]*uint64{
-		"kallsyms_names": &at.names, "kallsyms_num_syms": &at.count, "kallsyms_token_table": &at.table,
+		"kallsyms_names": &at.names, "kallsyms_num_syms": &at.count,
+		"kallsyms_token_table": &at.table,
 		"kallsyms_token_index": &at.index, "kallsyms_offsets": &at.offsets,
 	} {
 		var ok bool
@@ -337,7 +341,8 @@ func (g *Guest) readKallsyms() error {
 	// Which coding it is, shows in what is known from elsewhere.
 	for coding := range offsetCodings {
 		g.coding = coding
-		if g.agrees("_stext", "_stext") && g.agrees("swapper_pg_dir", "swapper_pg_dir", "init_top_pgt") {
+		if g.agrees("_stext", "_stext") &&
+			g.agrees("swapper_pg_dir", "swapper_pg_dir", "init_top_pgt") {
 			return nil
 		}
 	}

@@ -28,7 +28,8 @@ func TestAttach(t *testing.T) {
 		}
 		task, _ := g.symbol("init_task")
 		name := make([]byte, comm.size)
-		if err := g.read(name, task+comm.offset); err != nil || string(name[:9]) != "swapper/0" && string(name[:8]) != "swapper\x00" {
+		if err := g.read(name, task+comm.offset); err != nil ||
+			string(name[:9]) != "swapper/0" && string(name[:8]) != "swapper\x00" {
 			t.Errorf("init_task is %q: %v", name, err)
 		}
 		m.stop(t)
@@ -39,7 +40,8 @@ func TestAttach(t *testing.T) {
 		t.Logf("revalidated in %v", time.Since(began))
 
 		core := filepath.Join(t.TempDir(), "core")
-		if err := m.Run(t.Context(), "dump-guest-memory", map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
+		if err := m.Run(t.Context(), "dump-guest-memory",
+			map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
 			t.Fatal(err)
 		}
 		f, err := os.Open(core)
@@ -60,7 +62,8 @@ func TestAttach(t *testing.T) {
 			t.Fatal(err)
 		}
 		if g2.Release() != g.Release() || g2.noteAddr != g.noteAddr {
-			t.Errorf("core file has linux %s, note at %#x; the guest %s, at %#x", g2.Release(), g2.noteAddr, g.Release(), g.noteAddr)
+			t.Errorf("core file has linux %s, note at %#x; the guest %s, at %#x", g2.Release(),
+				g2.noteAddr, g.Release(), g.noteAddr)
 		}
 
 		// The guest stands, so both must see the same.
@@ -70,7 +73,8 @@ func TestAttach(t *testing.T) {
 			t.Fatal(err1, err2)
 		}
 		if live.Free != dead.Free || live.Skippable != dead.Skippable || live.Skippable == 0 {
-			t.Errorf("free %d, skippable %d; from the core file %d, %d", live.Free, live.Skippable, dead.Free, dead.Skippable)
+			t.Errorf("free %d, skippable %d; from the core file %d, %d", live.Free, live.Skippable,
+				dead.Free, dead.Skippable)
 		}
 		for i, p := range live.Pages {
 			if i < len(dead.Pages) && p.Kind != dead.Pages[i].Kind {

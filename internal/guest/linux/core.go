@@ -45,8 +45,11 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 		return nil, err
 	}
 	const classData, etCore, emX8664 = "\x7fELF\x02\x01\x01", 4, 62
-	if !bytes.HasPrefix(h[:], []byte(classData)) || u16(h[16:]) != etCore || u16(h[18:]) != emX8664 {
-		return nil, errors.New("not an elf core file of an x86-64 machine: make one with qemu's dump-guest-memory, without -p, -z, -l, -s, -w")
+	if !bytes.HasPrefix(h[:], []byte(classData)) || u16(h[16:]) != etCore ||
+		u16(h[18:]) != emX8664 {
+		return nil,
+			errors.New("not an elf core file of an x86-64 machine: make one with qemu's " +
+				"dump-guest-memory, without -p, -z, -l, -s, -w")
 	}
 	const phSize, shSize, pnXNum = 56, 64, 0xffff
 	phoff, count := u64(h[32:]), uint64(u16(h[56:]))
@@ -58,7 +61,8 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 		count = uint64(u32(sh[44:]))
 	}
 	if u16(h[54:]) != phSize || count > maxSegments {
-		return nil, fmt.Errorf("%d program headers of %d bytes: want at most %d of %d", count, u16(h[54:]), maxSegments, phSize)
+		return nil, fmt.Errorf("%d program headers of %d bytes: want at most %d of %d", count,
+			u16(h[54:]), maxSegments, phSize)
 	}
 	headers := make([]byte, count*phSize)
 	if err := readAt(file, size, headers, phoff); err != nil {
@@ -72,14 +76,17 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 	var segments []segment
 	for ; len(headers) > 0; headers = headers[phSize:] {
 		const ptLoad, ptNote = 1, 4
-		kind, offset, paddr, filesz := u32(headers), u64(headers[8:]), u64(headers[24:]), u64(headers[32:])
+		kind, offset, paddr, filesz := u32(headers), u64(headers[8:]), u64(headers[24:]),
+			u64(headers[32:])
 		if offset > uint64(size) || filesz > uint64(size)-offset {
 			return nil, errors.New("a segment goes beyond the file's end: the file is cut short")
 		}
 		switch {
 		case kind == ptLoad && filesz > 0:
 			if (paddr|filesz)%units.PageSize != 0 || paddr > 1<<52 || filesz > 1<<52 {
-				return nil, fmt.Errorf("a segment of %#x bytes for address %#x is not of whole pages", filesz, paddr)
+				return nil,
+					fmt.Errorf("a segment of %#x bytes for address %#x is not of whole pages",
+						filesz, paddr)
 			}
 			segments = append(segments, segment{Range{paddr, filesz}, int64(offset)})
 		case kind == ptNote:
@@ -109,7 +116,8 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 		return nil, errors.New("it holds no memory")
 	}
 	if len(c.cpus) == 0 || len(c.cpus) > maxCPUs {
-		return nil, fmt.Errorf("registers of %d virtual cpus in qemu's notes: want 1 to %d", len(c.cpus), maxCPUs)
+		return nil, fmt.Errorf("registers of %d virtual cpus in qemu's notes: want 1 to %d",
+			len(c.cpus), maxCPUs)
 	}
 	return c, nil
 }
@@ -144,9 +152,12 @@ func parseNotes(b []byte) ([]CPU, error) {
 		if string(b[12:12+name]) == "QEMU\x00" {
 			const control = 8 + 18*8 + 10*24
 			if len(desc) < control+5*8 || u32(desc) != 1 {
-				return nil, fmt.Errorf("a note with registers has %d bytes, version unknown", len(desc))
+				return nil, fmt.Errorf("a note with registers has %d bytes, version unknown",
+					len(desc))
 			}
-			cpus = append(cpus, CPU{CR0: u64(desc[control:]), CR3: u64(desc[control+24:]), CR4: u64(desc[control+32:]), Position: corePosition(desc)})
+			cpus = append(cpus,
+				CPU{CR0: u64(desc[control:]), CR3: u64(desc[control+24:]),
+					CR4: u64(desc[control+32:]), Position: corePosition(desc)})
 		}
 		b = b[min(uint64(len(b)), nameEnd+(data+3)&^3):]
 	}
@@ -166,7 +177,8 @@ func (c *Core) ReadRanges(dst []byte, ranges []Range) error {
 		if r.Len > uint64(len(dst)) {
 			return fmt.Errorf("read core file: ranges are longer than the buffer")
 		}
-		if _, err := c.file.ReadAt(dst[:r.Len], c.offsets[i]+int64(r.Addr-c.extents[i].Addr)); err != nil && err != io.EOF {
+		if _, err := c.file.ReadAt(dst[:r.Len],
+			c.offsets[i]+int64(r.Addr-c.extents[i].Addr)); err != nil && err != io.EOF {
 			return fmt.Errorf("read core file: %w", err)
 		}
 		dst = dst[r.Len:]
@@ -179,7 +191,8 @@ func (c *Core) ReadRanges(dst []byte, ranges []Range) error {
 
 // Populated implements Memory: a core file does not tell, so every page may be.
 func (c *Core) Populated(addr, n uint64, dst []uint64) error {
-	if r := (Range{addr, n * units.PageSize}); n > 1<<40 || inRAM(c.extents, r) < 0 || n > uint64(len(dst))*64 {
+	if r := (Range{addr, n * units.PageSize}); n > 1<<40 || inRAM(c.extents, r) < 0 ||
+		n > uint64(len(dst))*64 {
 		return errNotRAM(r)
 	}
 	clear(dst)

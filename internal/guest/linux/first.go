@@ -25,16 +25,17 @@ func (c *Position) parse(line string) {
 		name string
 		skip int
 		to   *uint64
-	}{{"RIP=", 0, &c.RIP}, {"RSP=", 0, &c.RSP}, {"GS =", 4, &c.GS}, {"TR =", 4, &c.TR}, {"GDT=", 0, &c.GDT}, {"IDT=", 0, &c.IDT}} {
+	}{{"RIP=", 0, &c.RIP}, {"RSP=", 0, &c.RSP}, {"GS =", 4, &c.GS}, {"TR =", 4, &c.TR},
+		{"GDT=", 0, &c.GDT}, {"IDT=", 0, &c.IDT}} {
 		if _, after, ok := strings.Cut(line, r.name); ok && len(after) > r.skip {
 			*r.to = base(after[r.skip:])
 		}
 	}
 }
 
-// corePosition takes it from a note of a core file; see parseNotes. The registers are in the
-// order of rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8 to r15, rip, rflags; the segments in that of cs, ds, es, fs,
-// gs, ss, ldt, tr, gdt, idt, each with its base at byte 16.
+// corePosition takes it from a note of a core file; see parseNotes. The registers are in the order
+// of rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8 to r15, rip, rflags; the segments in that of cs,
+// ds, es, fs, gs, ss, ldt, tr, gdt, idt, each with its base at byte 16.
 func corePosition(desc []byte) Position {
 	reg := func(n int) uint64 { return u64(desc[8+8*n:]) }
 	base := func(n int) uint64 { return u64(desc[8+18*8+24*n+16:]) }
@@ -46,11 +47,11 @@ const (
 	tssSize  = 104      // of the part that the CPU reads (Intel SDM volume 3, 8.7)
 )
 
-// First lists pages that the stopped guest touches within its first instructions, as page
-// numbers, each once, the most urgent first: of each virtual CPU the code and the stack it was
-// at, with the page tables on the way there; what an interrupt or a system call needs; the
-// per-CPU variables of scheduler and timers; and the stacks of the tasks that were running. It takes
-// far less time than a survey, and may be called before one. It is a guess: what cannot be found is left out. The
+// First lists pages that the stopped guest touches within its first instructions, as page numbers,
+// each once, the most urgent first: of each virtual CPU the code and the stack it was at, with the
+// page tables on the way there; what an interrupt or a system call needs; the per-CPU variables of
+// scheduler and timers; and the stacks of the tasks that were running. It takes far less time than
+// a survey, and may be called before one. It is a guess: what cannot be found is left out. The
 // error is that of Revalidate.
 func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 	cpus, err := g.mem.CPUs(ctx)
@@ -75,7 +76,8 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 		touch(cpu.RIP)
 		touch(cpu.RSP)
 		f.add(cpu.CR3 &^ units.PageSize & addrMask)
-		for _, va := range []uint64{cpu.IDT, cpu.IDT + units.PageSize - 1, cpu.GDT, cpu.TR, cpu.TR + tssSize - 1} {
+		for _, va := range []uint64{cpu.IDT, cpu.IDT + units.PageSize - 1, cpu.GDT, cpu.TR,
+			cpu.TR + tssSize - 1} {
 			touch(va)
 		}
 		var tss [tssSize]byte
@@ -86,7 +88,8 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 			touch(va)
 		}
 		if n := g.census.layout.stackSize; cpu.RSP>>63 != 0 && n != 0 {
-			for at := cpu.RSP &^ (n - 1); at < cpu.RSP|(n-1); at += units.PageSize { // stacks are aligned
+			for at := cpu.RSP &^ (n - 1); at < cpu.RSP|(n-1); at += units.PageSize {
+				// stacks are aligned
 				touch(at)
 			}
 		}
@@ -96,7 +99,8 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 		}
 		if area>>63 != 0 {
 			touch(area)
-			for _, name := range []string{"pcpu_hot", "current_task", "cpu_tlbstate", "runqueues", "tick_cpu_sched", "hrtimer_bases", "timer_bases"} {
+			for _, name := range []string{"pcpu_hot", "current_task", "cpu_tlbstate", "runqueues",
+				"tick_cpu_sched", "hrtimer_bases", "timer_bases"} {
 				if va, ok := g.symbol(name); ok {
 					touch(area + va)
 					touch(area + va + units.PageSize - 1)
@@ -111,7 +115,8 @@ func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 		}
 		for i := range g.census.threads {
 			t := &g.census.threads[i]
-			for at := uint64(0); t.onCPU && t.stack>>63 != 0 && at < g.census.layout.stackSize; at += units.PageSize {
+			for at := uint64(0); t.onCPU && t.stack>>63 != 0 &&
+				at < g.census.layout.stackSize; at += units.PageSize {
 				f.path(g.space, t.stack+at)
 			}
 		}
@@ -158,7 +163,8 @@ func (f *first) add(addr uint64) {
 // there is one.
 func (f *first) path(s *space, va uint64) bool {
 	addr, _, err := s.translate(va)
-	if err != nil || inRAM(s.mem.Extents(), Range{addr &^ (units.PageSize - 1), units.PageSize}) < 0 {
+	if err != nil || inRAM(s.mem.Extents(),
+		Range{addr &^ (units.PageSize - 1), units.PageSize}) < 0 {
 		return false
 	}
 	at := s.root

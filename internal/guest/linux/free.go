@@ -26,10 +26,10 @@ const maxNotesKept = 32
 // If one of these fails for a zone, nothing of that zone is skippable; if too many blocks
 // look free but are on no list, nothing at all.
 //
-// Why this is enough: a block's content belongs to the allocator from before it is put on a list until
-// after it is taken off, both under the lock; taking it off the list, clearing its type and
-// its order all come before the page changes hands. x86 stores become visible in order, and a compiler
-// cannot move all of them behind the lock's release.
+// Why this is enough: a block's content belongs to the allocator from before it is put on a list
+// until after it is taken off, both under the lock; taking it off the list, clearing its type and
+// its order all come before the page changes hands. x86 stores become visible in order, and a
+// compiler cannot move all of them behind the lock's release.
 func (g *Guest) freeLists(r *Result) error {
 	l, p := &g.layout, &g.pages
 	listed := 0
@@ -56,7 +56,8 @@ func (g *Guest) freeLists(r *Result) error {
 			if start >= p.highest || span == 0 {
 				continue
 			}
-			zone := zone{node: int(node), number: int(i), start: start, end: start + min(span, p.highest-start)}
+			zone := zone{node: int(node), number: int(i), start: start,
+				end: start + min(span, p.highest-start)}
 			n, err := g.walkZone(z, at, &zone)
 			listed += n
 			if err != nil {
@@ -114,16 +115,22 @@ func (g *Guest) walkZone(z []byte, at uint64, zone *zone) (met int, err error) {
 				d := p.desc(pfn, l.sectionPages)
 				// The kind is FreeBuddy only where classify found a block; that it is its head
 				// shows in the type. Being skippable already, it has been here before.
-				if d == nil || p.list[pfn].Kind != pageclass.FreeBuddy || p.list[pfn].Flags&pageclass.Skippable != 0 || !g.isBuddy(d) || d[l.private&7] != order {
-					return met, fmt.Errorf("a list of order %d holds page %#x, which is no such block", order, pfn)
+				if d == nil || p.list[pfn].Kind != pageclass.FreeBuddy ||
+					p.list[pfn].Flags&pageclass.Skippable != 0 || !g.isBuddy(d) ||
+					d[l.private&7] != order {
+					return met,
+						fmt.Errorf("a list of order %d holds page %#x, which is no such block",
+							order, pfn)
 				}
 				if d[(l.lru+1)&7] != prev {
 					return met, fmt.Errorf("a list of order %d is broken at page %#x", order, pfn)
 				}
 				block := p.list[pfn : pfn+size]
 				for i := range block {
-					if block[i].Kind != pageclass.FreeBuddy { // the page descriptors themselves, say
-						return met, fmt.Errorf("page %#x is in a free block and in use", pfn+uint64(i))
+					if block[i].Kind != pageclass.FreeBuddy {
+						// the page descriptors themselves, say
+						return met, fmt.Errorf("page %#x is in a free block and in use",
+							pfn+uint64(i))
 					}
 					block[i].Flags |= pageclass.Skippable
 				}
@@ -136,7 +143,8 @@ func (g *Guest) walkZone(z []byte, at uint64, zone *zone) (met int, err error) {
 		}
 		met += int(count)
 		if n := u64(area[l.nrFree:]); n != count {
-			return met, fmt.Errorf("%d blocks of order %d on lists, but %d counted", count, order, n)
+			return met, fmt.Errorf("%d blocks of order %d on lists, but %d counted", count, order,
+				n)
 		}
 	}
 	return met, nil
@@ -204,7 +212,8 @@ func (g *Guest) perCPULists(r *Result) error {
 			switch {
 			case err != nil: // what they are is not certain
 				mark = page(pageclass.Unreferenced, 0)
-				r.note("node %d zone %d cpu %d: its free pages are not skipped: %v", z.node, z.number, cpu, err)
+				r.note("node %d zone %d cpu %d: its free pages are not skipped: %v", z.node,
+					z.number, cpu, err)
 			case !z.doubted:
 				mark.Flags = pageclass.Skippable
 			}
@@ -250,7 +259,8 @@ func (g *Guest) walkPCP(s []byte, at uint64, z *zone) error {
 		for next != head {
 			off := next - uint64(l.lru)*8 - p.vmemmap
 			pfn := off / descSize
-			if off%descSize != 0 || pfn < z.start || pfn >= z.end || size > z.end-pfn || pfn&(size-1) != 0 {
+			if off%descSize != 0 || pfn < z.start || pfn >= z.end || size > z.end-pfn ||
+				pfn&(size-1) != 0 {
 				return fmt.Errorf("a list leads out of the zone")
 			}
 			d := p.desc(pfn, l.sectionPages)
@@ -284,14 +294,14 @@ func (g *Guest) walkPCP(s []byte, at uint64, z *zone) error {
 // minds says why the guest may mind that its free pages come to read as zero; "" if it does not.
 //
 // Linux fills pages when they are freed and verifies them when they are allocated only with
-// page_poison=1 (mm/page_poison.c; CONFIG_PAGE_POISONING), which a static key shows and,
-// where its name is not known, the free pages: they then all hold 0xaa. What else looks into free pages
-// does not mind zeroes: init_on_free=1 makes them zero itself and relies on nothing else
-// when init_on_alloc=0, and with init_on_alloc=1 they are cleared again; KASAN and
-// KMSAN keep what they know in other pages; debug_pagealloc unmaps them; and page reporting already
-// makes them zero.
+// page_poison=1 (mm/page_poison.c; CONFIG_PAGE_POISONING), which a static key shows and, where its
+// name is not known, the free pages: they then all hold 0xaa. What else looks into free pages does
+// not mind zeroes: init_on_free=1 makes them zero itself and relies on nothing else when
+// init_on_alloc=0, and with init_on_alloc=1 they are cleared again; KASAN and KMSAN keep what they
+// know in other pages; debug_pagealloc unmaps them; and page reporting already makes them zero.
 func (g *Guest) minds() string {
-	for _, name := range []string{"_page_poisoning_enabled", "_page_poisoning_enabled_early", "want_page_poisoning", "want_page_poisoning_early"} {
+	for _, name := range []string{"_page_poisoning_enabled", "_page_poisoning_enabled_early",
+		"want_page_poisoning", "want_page_poisoning_early"} {
 		if va, ok := g.symbol(name); ok {
 			// A static key begins with the count of those who enabled it; the others are a bool.
 			n, err := g.readU32(va)
@@ -308,8 +318,9 @@ func (g *Guest) minds() string {
 
 const poisonSamples = 64
 
-// poisoned reports whether free pages hold the pattern of page_poison. What is not populated holds zeroes, and is not read: the machine
-// would have to make it first, 2 MiB for each where it uses huge pages.
+// poisoned reports whether free pages hold the pattern of page_poison. What is not populated holds
+// zeroes, and is not read: the machine would have to make it first, 2 MiB for each where it uses
+// huge pages.
 func (g *Guest) poisoned() (bool, error) {
 	list := g.virtual[:0]
 	// From all over memory, as it is likely that some of them were in use before.

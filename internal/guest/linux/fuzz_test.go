@@ -40,7 +40,8 @@ func TestRecord(t *testing.T) {
 			index, _ := g.info.symbol("kallsyms_token_index")
 			table, _ := g.info.symbol("kallsyms_token_table")
 			s.Names = make([]byte, 4096)
-			if g.read(s.Index[:], index) != nil || g.read(s.Tokens[:], table) != nil || g.read(s.Names, va) != nil {
+			if g.read(s.Index[:], index) != nil || g.read(s.Tokens[:], table) != nil ||
+				g.read(s.Names, va) != nil {
 				t.Fatal("cannot read kallsyms")
 			}
 			write("kallsyms-"+g.Release(), s.append(nil))
@@ -58,7 +59,8 @@ func TestRecord(t *testing.T) {
 		}
 		write("registers-"+m.Version().String(), []byte(text))
 		core := filepath.Join(t.TempDir(), "core")
-		if err := m.Run(t.Context(), "dump-guest-memory", map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
+		if err := m.Run(t.Context(), "dump-guest-memory",
+			map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
 			t.Fatal(err)
 		}
 		f, err := os.Open(core)
@@ -100,9 +102,10 @@ func parseSample(b []byte) (s kallsymsSample, ok bool) {
 }
 
 func (s *kallsymsSample) decode() (*kallsyms, error) {
-	return decodeNames([]string{"fixed_percpu_data", "_stext", "no_such_symbol"}, s.Count, &s.Index, s.Tokens[:], func(at int) ([]byte, error) {
-		return s.Names[min(at, len(s.Names)):], nil
-	})
+	return decodeNames([]string{"fixed_percpu_data", "_stext", "no_such_symbol"}, s.Count, &s.Index,
+		s.Tokens[:], func(at int) ([]byte, error) {
+			return s.Names[min(at, len(s.Names)):], nil
+		})
 }
 
 // cutTypes returns the first types of a BTF, with the texts that they need.
@@ -119,7 +122,8 @@ func cutTypes(t *testing.T, raw []byte) []byte {
 		old := u32(at)
 		if _, ok := places[old]; !ok {
 			places[old] = uint32(len(texts))
-			texts = append(texts, all.texts[old:old+uint32(bytes.IndexByte(all.texts[old:], 0))+1]...)
+			texts = append(texts,
+				all.texts[old:old+uint32(bytes.IndexByte(all.texts[old:], 0))+1]...)
 		}
 		binary.LittleEndian.PutUint32(at, places[old])
 	}
@@ -231,7 +235,8 @@ func TestRecorded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.cpus) != 2 || c.cpus[0].CR0>>31&1 != 1 || len(c.extents) == 0 || c.extents[0].Addr != 0 {
+	if len(c.cpus) != 2 || c.cpus[0].CR0>>31&1 != 1 || len(c.extents) == 0 ||
+		c.extents[0].Addr != 0 {
 		t.Errorf("cpus %#x, extents %#x", c.cpus, c.extents)
 	}
 }
@@ -282,7 +287,8 @@ func FuzzVMCOREINFO(f *testing.F) {
 			v.symbol(key)
 		}
 		// A kernel with nothing but this note must be refused, not followed.
-		g := &Guest{mem: &ram{data: make([]byte, 16<<12)}, info: v, note: b, extra: map[string]uint64{}}
+		g := &Guest{mem: &ram{data: make([]byte, 16<<12)}, info: v, note: b,
+			extra: map[string]uint64{}}
 		if g.enter([]CPU{{CR0: 1 << 31, CR3: 0}}) == nil {
 			t.Error("a kernel without page tables was entered")
 		}
@@ -335,7 +341,8 @@ func FuzzTypes(f *testing.F) {
 			for i := range min(d.elements(), 20, each*20) {
 				member := text(u32(d.element(i, each)))
 				all.enum(name, member)
-				if f, err := all.field(name, member+"."+member); err == nil && (f.offset > 1<<24 || f.size > 1<<24) {
+				if f, err := all.field(name, member+"."+member); err == nil &&
+					(f.offset > 1<<24 || f.size > 1<<24) {
 					t.Errorf("%s.%s: %+v", name, member, f)
 				}
 			}
@@ -362,7 +369,8 @@ func FuzzCore(f *testing.F) {
 			if err := readPhys(c, p[:], end-8); err != nil {
 				t.Error(err)
 			}
-			if err := readPhys(c, p[:], end-4); err == nil && inRAM(c.extents, Range{end - 4, 8}) < 0 {
+			if err := readPhys(c, p[:], end-4); err == nil &&
+				inRAM(c.extents, Range{end - 4, 8}) < 0 {
 				t.Error("read beyond an extent")
 			}
 		}

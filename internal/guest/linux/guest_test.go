@@ -22,7 +22,8 @@ import (
 	"vacate/lab"
 )
 
-var guestKernels = flag.String("kernel", "6.1,backports", "kernels to test with, by their names in the lab, with commas between, or \"all\"")
+var guestKernels = flag.String("kernel", "6.1,backports",
+	"kernels to test with, by their names in the lab, with commas between, or \"all\"")
 
 // need skips a test that lacks something, or fails it where nothing may be lacking.
 func need(t testing.TB, ok bool, what string) {
@@ -98,14 +99,18 @@ func boot(t testing.TB, s spec) *machine {
 		t.Fatal(err)
 	}
 	cpu := lab.DefaultCPU("tcg", string(release))
-	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-accel", "tcg,thread=multi", "-cpu", cpu,
-		"-smp", fmt.Sprint(s.cpus), "-m", fmt.Sprintf("%dM", s.mib), "-kernel", filepath.Join(s.kernel, "vmlinuz"), "-initrd", initrd,
+	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-accel",
+		"tcg,thread=multi", "-cpu", cpu,
+		"-smp", fmt.Sprint(s.cpus), "-m", fmt.Sprintf("%dM", s.mib), "-kernel",
+		filepath.Join(s.kernel, "vmlinuz"), "-initrd", initrd,
 		"-append", "console=ttyS0 oops=panic panic=-1 " + s.cmdline,
 		"-chardev", "file,id=console,path=" + console, "-serial", "chardev:console",
-		"-chardev", "socket,id=port,path=" + filepath.Join(dir, "port") + ",server=on,wait=off", "-serial", "chardev:port",
+		"-chardev", "socket,id=port,path=" + filepath.Join(dir, "port") + ",server=on,wait=off",
+		"-serial", "chardev:port",
 		"-qmp", "unix:" + sock + ",server=on,wait=off"}
 	if s.memfd {
-		args = append(args, "-machine", "pc,memory-backend=ram", "-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.mib))
+		args = append(args, "-machine", "pc,memory-backend=ram", "-object",
+			fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.mib))
 	}
 	cmd := exec.Command("qemu-system-x86_64", append(args, s.extra...)...)
 	var stderr bytes.Buffer
@@ -184,7 +189,8 @@ func (m *machine) cont(t testing.TB) {
 func initramfs(t testing.TB) []byte {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "init")
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out, "./testdata/guest")
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out,
+		"./testdata/guest")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if b, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build the guest load: %v\n%s", err, b)

@@ -23,12 +23,14 @@ func sane(t *testing.T, g *Guest, r *Result) {
 		seen[f] = true
 	}
 	for i, p := range r.Pages {
-		if int(p.Owner) > len(r.Processes) || p.Class >= pageclass.Classes || p.Kind >= pageclass.Kinds || p.Class == pageclass.Unknown && p.Kind != pageclass.None {
+		if int(p.Owner) > len(r.Processes) || p.Class >= pageclass.Classes ||
+			p.Kind >= pageclass.Kinds || p.Class == pageclass.Unknown && p.Kind != pageclass.None {
 			t.Fatalf("page %#x is %+v; there are %d processes", i, p, len(r.Processes))
 		}
 	}
 	for _, p := range r.Processes {
-		if p.LastRun < 0 || p.CPUTime < 0 || p.Recent < 0 || p.Recent > time.Duration(len(g.census.threads))*window || len(p.Name) > 16 {
+		if p.LastRun < 0 || p.CPUTime < 0 || p.Recent < 0 ||
+			p.Recent > time.Duration(len(g.census.threads))*window || len(p.Name) > 16 {
 			t.Fatalf("process %+v", p)
 		}
 	}
@@ -80,43 +82,72 @@ func TestHostileProcesses(t *testing.T) {
 		break_ func()
 		doubt  bool
 	}{
-		"task leads to itself":          {func() { p.set64(p.phys(kthread+l.tasks.offset), kthread+l.tasks.offset) }, true},
-		"tasks run in a circle":         {func() { p.set64(p.phys(kthread+l.tasks.offset), user+l.tasks.offset) }, true},
-		"task leads nowhere":            {func() { p.set64(p.phys(user+l.tasks.offset), 0) }, true},
-		"no tasks":                      {func() { p.set64(p.phys(l.initTask+l.tasks.offset), l.initTask+l.tasks.offset) }, false},
-		"thread leads to itself":        {func() { p.set64(p.phys(head), node); p.set64(p.phys(node), node) }, true},
-		"thread leads nowhere":          {func() { p.set64(p.phys(node), 1) }, true},
-		"thread of another":             {func() { p.set64(p.phys(node), kthread+l.thread.offset) }, true},
-		"signal is nowhere":             {func() { p.set64(p.phys(user+l.signal.offset), 8) }, true},
-		"mm is nowhere":                 {func() { p.set64(p.phys(user+l.mm.offset), 8) }, true},
-		"pgd is nowhere":                {func() { p.set64(p.phys(mm+l.pgd.offset), 1<<63) }, true},
-		"pgd is not aligned":            {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA+8) }, true},
-		"pgd is free":                   {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA-pgd+free*units.PageSize) }, true},
-		"table leads to itself":         {func() { p.set64(p.at(path[0]), pgd|entry) }, false},
-		"table in a process":            {func() { p.set64(p.at(path[1]), file*units.PageSize|entry) }, true},
-		"table is not ram":              {func() { p.set64(p.at(path[1]), 1<<50|entry) }, true},
-		"page is free":                  {func() { p.set64(p.at(leaf), free*units.PageSize|entry) }, true},
-		"page is free, without access":  {func() { p.set64(p.at(leaf), ^(free*units.PageSize)&addrMask|protNone) }, true},
-		"page is not ram":               {func() { p.set64(p.at(leaf), 1<<50|entry) }, false},
-		"swapped":                       {func() { p.set64(p.at(leaf), 1<<59|^(free<<14)&(1<<59-1)&^0x3ff) }, false},
-		"all entries lead to one table": {func() { p.fill(path[len(path)-1]&^(units.PageSize-1), leaf|entry) }, false},
-		"all entries lead to one page":  {func() { p.fill(leaf, file*units.PageSize|entry) }, false},
+		"task leads to itself": {func() {
+			p.set64(p.phys(kthread+l.tasks.offset), kthread+l.tasks.offset)
+		}, true},
+		"tasks run in a circle": {func() {
+			p.set64(p.phys(kthread+l.tasks.offset), user+l.tasks.offset)
+		}, true},
+		"task leads nowhere": {func() { p.set64(p.phys(user+l.tasks.offset), 0) }, true},
+		"no tasks": {func() {
+			p.set64(p.phys(l.initTask+l.tasks.offset), l.initTask+l.tasks.offset)
+		}, false},
+		"thread leads to itself": {func() {
+			p.set64(p.phys(head), node)
+			p.set64(p.phys(node), node)
+		}, true},
+		"thread leads nowhere": {func() { p.set64(p.phys(node), 1) }, true},
+		"thread of another": {func() { p.set64(p.phys(node), kthread+l.thread.offset) },
+			true},
+		"signal is nowhere": {func() { p.set64(p.phys(user+l.signal.offset), 8) },
+			true},
+		"mm is nowhere":  {func() { p.set64(p.phys(user+l.mm.offset), 8) }, true},
+		"pgd is nowhere": {func() { p.set64(p.phys(mm+l.pgd.offset), 1<<63) }, true},
+		"pgd is not aligned": {func() { p.set64(p.phys(mm+l.pgd.offset), pgdVA+8) },
+			true},
+		"pgd is free": {func() {
+			p.set64(p.phys(mm+l.pgd.offset), pgdVA-pgd+free*units.PageSize)
+		}, true},
+		"table leads to itself": {func() { p.set64(p.at(path[0]), pgd|entry) }, false},
+		"table in a process": {func() {
+			p.set64(p.at(path[1]), file*units.PageSize|entry)
+		}, true},
+		"table is not ram": {func() { p.set64(p.at(path[1]), 1<<50|entry) }, true},
+		"page is free": {func() { p.set64(p.at(leaf), free*units.PageSize|entry) },
+			true},
+		"page is free, without access": {func() {
+			p.set64(p.at(leaf), ^(free*units.PageSize)&addrMask|protNone)
+		}, true},
+		"page is not ram": {func() { p.set64(p.at(leaf), 1<<50|entry) }, false},
+		"swapped": {func() {
+			p.set64(p.at(leaf), 1<<59|^(free<<14)&(1<<59-1)&^0x3ff)
+		}, false},
+		"all entries lead to one table": {func() {
+			p.fill(path[len(path)-1]&^(units.PageSize-1), leaf|entry)
+		}, false},
+		"all entries lead to one page": {func() { p.fill(leaf, file*units.PageSize|entry) }, false},
 		"all entries are large": {func() {
 			for i := range uint64(512) {
 				p.set64(p.at(path[len(path)-1]&^(units.PageSize-1)+i*8), i<<21|entry|largePage)
 			}
 		}, true},
-		"one of 1 GiB":     {func() { p.set64(p.at(path[len(path)-2]), entry|largePage) }, true},
-		"clock far away":   {func() { p.set64(p.phys(rq+l.clock.offset), ^uint64(0)>>1) }, false},
-		"clock nonsense":   {func() { p.set64(p.phys(rq+l.clock.offset), ^uint64(0)) }, false},
-		"run in future":    {func() { p.set64(p.phys(user+l.execStart.offset), ^uint64(0)) }, false},
+		"one of 1 GiB":   {func() { p.set64(p.at(path[len(path)-2]), entry|largePage) }, true},
+		"clock far away": {func() { p.set64(p.phys(rq+l.clock.offset), ^uint64(0)>>1) }, false},
+		"clock nonsense": {func() { p.set64(p.phys(rq+l.clock.offset), ^uint64(0)) }, false},
+		"run in future": {func() { p.set64(p.phys(user+l.execStart.offset), ^uint64(0)) },
+			false},
 		"endless run time": {func() { p.set64(p.phys(user+l.runtime.offset), ^uint64(0)) }, false},
-		"endless past":     {func() { p.set64(p.phys(signal+l.pastRuntime.offset), ^uint64(0)) }, false},
-		"endless share":    {func() { p.set64(p.phys(user+l.util.offset), ^uint64(0)) }, false},
-		"no run queue":     {func() { p.set64(p.phys(user+l.queue.offset), 1<<63) }, false},
-		"run queue is mad": {func() { p.set64(p.phys(queue+l.queueRQ.offset), ^uint64(0)-8) }, false},
-		"stack is free":    {func() { p.set64(p.phys(user+l.stack.offset), pgdVA-pgd+free*units.PageSize) }, false},
-		"stack is nowhere": {func() { p.set64(p.phys(user+l.stack.offset), ^uint64(0)&^0xfff) }, false},
+		"endless past": {func() { p.set64(p.phys(signal+l.pastRuntime.offset), ^uint64(0)) },
+			false},
+		"endless share": {func() { p.set64(p.phys(user+l.util.offset), ^uint64(0)) }, false},
+		"no run queue":  {func() { p.set64(p.phys(user+l.queue.offset), 1<<63) }, false},
+		"run queue is mad": {func() { p.set64(p.phys(queue+l.queueRQ.offset), ^uint64(0)-8) },
+			false},
+		"stack is free": {func() {
+			p.set64(p.phys(user+l.stack.offset), pgdVA-pgd+free*units.PageSize)
+		}, false},
+		"stack is nowhere": {func() { p.set64(p.phys(user+l.stack.offset), ^uint64(0)&^0xfff) },
+			false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer p.heal()
@@ -149,7 +180,8 @@ func TestHostileProcesses(t *testing.T) {
 			tables = append(tables, uint64(i)*units.PageSize)
 		}
 	}
-	fields := []field{l.tasks, l.thread, l.stack, l.mm, l.signal, l.execStart, l.runtime, l.util, l.arrival, l.queue}
+	fields := []field{l.tasks, l.thread, l.stack, l.mm, l.signal, l.execStart, l.runtime, l.util,
+		l.arrival, l.queue}
 	for range 300 {
 		for range 1 + rng.IntN(64) {
 			value := rng.Uint64()
@@ -163,7 +195,8 @@ func TestHostileProcesses(t *testing.T) {
 			}
 			switch rng.IntN(2) {
 			case 0:
-				p.set64(p.phys(tasks[rng.IntN(len(tasks))]+fields[rng.IntN(len(fields))].offset), value)
+				p.set64(p.phys(tasks[rng.IntN(len(tasks))]+fields[rng.IntN(len(fields))].offset),
+					value)
 			case 1:
 				p.set64(p.at(tables[rng.IntN(len(tables))]+rng.Uint64N(512)*8), value)
 			}
@@ -173,7 +206,8 @@ func TestHostileProcesses(t *testing.T) {
 		}
 		list, _ := g.First(t.Context())
 		for _, pfn := range list {
-			if pfn >= uint64(len(p.clean)) && inRAM(p.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
+			if pfn >= uint64(len(p.clean)) &&
+				inRAM(p.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
 				t.Fatalf("page %#x is not RAM", pfn)
 			}
 		}

@@ -134,8 +134,12 @@ func (p *patient) set(b []byte, with ...byte) {
 	copy(b, with)
 }
 
-func (p *patient) set64(b []byte, v uint64) { p.set(b, binary.LittleEndian.AppendUint64(nil, v)...) }
-func (p *patient) set32(b []byte, v uint32) { p.set(b, binary.LittleEndian.AppendUint32(nil, v)...) }
+func (p *patient) set64(b []byte, v uint64) {
+	p.set(b, binary.LittleEndian.AppendUint64(nil, v)...)
+}
+func (p *patient) set32(b []byte, v uint32) {
+	p.set(b, binary.LittleEndian.AppendUint32(nil, v)...)
+}
 
 // word is word w of the descriptor of a page.
 func (p *patient) word(pfn uint64, w uint8) []byte {
@@ -165,7 +169,8 @@ func (p *patient) survey(g *Guest) *Result {
 		return nil
 	}
 	for i, page := range r.Pages {
-		if page.Flags&pageclass.Skippable != 0 && (i >= len(p.clean) || p.clean[i].Flags&pageclass.Skippable == 0) {
+		if page.Flags&pageclass.Skippable != 0 &&
+			(i >= len(p.clean) || p.clean[i].Flags&pageclass.Skippable == 0) {
 			p.t.Fatalf("page %#x became skippable: it was %v", i, p.clean[i])
 		}
 	}
@@ -190,8 +195,8 @@ func (p *patient) zonesWith(t testing.TB) (zones []uint64) {
 	return zones
 }
 
-// firstBlock returns a list of free blocks with at least two: the address of its head, its order, and the
-// first two blocks' pages.
+// firstBlock returns a list of free blocks with at least two: the address of its head, its order,
+// and the first two blocks' pages.
 func (p *patient) firstBlocks(t testing.TB) (zone, head, order, a, b uint64) {
 	for _, z := range p.zonesWith(t) {
 		for order := range p.layout.orders {
@@ -207,7 +212,9 @@ func (p *patient) firstBlocks(t testing.TB) (zone, head, order, a, b uint64) {
 					page[i], at = next, next
 				}
 				if page[0] != head && page[1] != head && page[2] != head {
-					pfn := func(at uint64) uint64 { return (at - uint64(p.layout.lru)*8 - p.pages.vmemmap) / descSize }
+					pfn := func(at uint64) uint64 {
+						return (at - uint64(p.layout.lru)*8 - p.pages.vmemmap) / descSize
+					}
 					return z, head, order, pfn(page[0]), pfn(page[1])
 				}
 			}
@@ -251,19 +258,25 @@ func TestHostileStructures(t *testing.T) {
 		"list leads to the last page":    {func() { p.set64(p.phys(head), lruOf(1<<40)) }, false},
 		"broken backwards":               {func() { p.set64(p.word(b, l.lru+1), lruOf(b)) }, false},
 		"other end":                      {func() { p.set64(p.phys(head)[8:], lruOf(a)) }, false},
-		"one more counted":               {func() { n := p.phys(area + l.nrFree); p.set64(n, u64(n)+1) }, false},
-		"endless count":                  {func() { p.set64(p.phys(area+l.nrFree), ^uint64(0)) }, false},
-		"lock held":                      {func() { p.set32(p.phys(zone+l.zoneLock), 1) }, false},
-		"other order":                    {func() { p.set64(p.word(a, l.private), order+1) }, false},
-		"endless order":                  {func() { p.set64(p.word(a, l.private), ^uint64(0)) }, false},
-		"order 64":                       {func() { p.set64(p.word(a, l.private), 64) }, false},
-		"has a reference":                {func() { p.set64(p.word(a, l.counts), uint64(l.buddy)<<l.mapShift|1<<l.refShift) }, false},
-		"has a flag":                     {func() { p.set64(p.word(a, l.flags), l.lruBit) }, false},
-		"not free":                       {func() { p.set64(p.word(a, l.counts), 0xffffffff<<l.mapShift) }, false},
-		"zone without end":               {func() { p.set64(p.phys(zone+l.zoneSpan), ^uint64(0)) }, true},
-		"zone elsewhere":                 {func() { p.set64(p.phys(zone+l.zoneStart), 1<<50) }, false},
-		"zone of one page":               {func() { p.set64(p.phys(zone+l.zoneSpan), 1) }, false},
-		"used page looks free":           {func() { looksFree(used, 0) }, true},
+		"one more counted": {func() {
+			n := p.phys(area + l.nrFree)
+			p.set64(n, u64(n)+1)
+		}, false},
+		"endless count": {func() { p.set64(p.phys(area+l.nrFree), ^uint64(0)) }, false},
+		"lock held":     {func() { p.set32(p.phys(zone+l.zoneLock), 1) }, false},
+		"other order":   {func() { p.set64(p.word(a, l.private), order+1) }, false},
+		"endless order": {func() { p.set64(p.word(a, l.private), ^uint64(0)) }, false},
+		"order 64":      {func() { p.set64(p.word(a, l.private), 64) }, false},
+		"has a reference": {func() {
+			p.set64(p.word(a, l.counts), uint64(l.buddy)<<l.mapShift|1<<l.refShift)
+		}, false},
+		"has a flag": {func() { p.set64(p.word(a, l.flags), l.lruBit) }, false},
+		"not free": {func() { p.set64(p.word(a, l.counts), 0xffffffff<<l.mapShift) },
+			false},
+		"zone without end":     {func() { p.set64(p.phys(zone+l.zoneSpan), ^uint64(0)) }, true},
+		"zone elsewhere":       {func() { p.set64(p.phys(zone+l.zoneStart), 1<<50) }, false},
+		"zone of one page":     {func() { p.set64(p.phys(zone+l.zoneSpan), 1) }, false},
+		"used page looks free": {func() { looksFree(used, 0) }, true},
 		"used page looks free, on list": {func() {
 			looksFree(used, order)
 			p.set64(p.word(used, l.lru), lruOf(a))
@@ -271,15 +284,18 @@ func TestHostileStructures(t *testing.T) {
 			p.set64(p.word(a, l.lru+1), lruOf(used))
 			p.set64(p.phys(head), lruOf(used))
 		}, false},
-		"tail of itself":       {func() { p.set64(p.word(used, l.head), p.descAddr(used)+1) }, true},
-		"tail of a later page": {func() { p.set64(p.word(used, l.head), p.descAddr(used+1)+1) }, true},
-		"tail of a free page":  {func() { p.set64(p.word(used, l.head), p.descAddr(a)+1) }, true},
-		"tail of nothing":      {func() { p.set64(p.word(used, l.head), 1) }, true},
-		"tail, all ones":       {func() { p.set64(p.word(used, l.head), ^uint64(0)) }, true},
+		"tail of itself": {func() { p.set64(p.word(used, l.head), p.descAddr(used)+1) },
+			true},
+		"tail of a later page": {func() { p.set64(p.word(used, l.head), p.descAddr(used+1)+1) },
+			true},
+		"tail of a free page": {func() { p.set64(p.word(used, l.head), p.descAddr(a)+1) }, true},
+		"tail of nothing":     {func() { p.set64(p.word(used, l.head), 1) }, true},
+		"tail, all ones":      {func() { p.set64(p.word(used, l.head), ^uint64(0)) }, true},
 		"free pages are poisoned": {func() {
 			for i, page := range p.clean {
 				if page.Flags&pageclass.Skippable != 0 {
-					p.set(p.at(uint64(i)*units.PageSize), bytes.Repeat([]byte{0xaa}, units.PageSize)...)
+					p.set(p.at(uint64(i)*units.PageSize),
+						bytes.Repeat([]byte{0xaa}, units.PageSize)...)
 				}
 			}
 		}, false},
@@ -298,7 +314,8 @@ func TestHostileStructures(t *testing.T) {
 					skipped++
 				}
 			}
-			if test.trust != (skipped > 0) || !test.trust && len(r.Notes) == 0 && name != "zone elsewhere" {
+			if test.trust != (skipped > 0) ||
+				!test.trust && len(r.Notes) == 0 && name != "zone elsewhere" {
 				t.Errorf("%d pages skippable, notes %q", skipped, r.Notes)
 			}
 			if r.Pages[used].Flags&pageclass.Skippable != 0 {
@@ -385,14 +402,18 @@ func TestHostilePerCPULists(t *testing.T) {
 	}
 	first := u64(p.phys(list))
 	for name, break_ := range map[string]func(){
-		"lock held":     func() { p.set32(p.phys(set+l.pcp.lock), 1) },
-		"one more":      func() { n := p.phys(set + l.pcp.count); p.set32(n, u32(n)+1) },
-		"minus one":     func() { p.set32(p.phys(set+l.pcp.count), ^uint32(0)) },
-		"circle":        func() { p.set64(p.phys(first), first) },
-		"broken":        func() { p.set64(p.phys(first+8), first) },
-		"nowhere":       func() { p.set64(p.phys(list), 0) },
-		"page in use":   func() { p.set64(p.phys(first-uint64(l.lru)*8+uint64(l.counts)*8), 1<<l.refShift) },
-		"page has flag": func() { p.set64(p.phys(first-uint64(l.lru)*8+uint64(l.flags)*8), l.lruBit) },
+		"lock held": func() { p.set32(p.phys(set+l.pcp.lock), 1) },
+		"one more":  func() { n := p.phys(set + l.pcp.count); p.set32(n, u32(n)+1) },
+		"minus one": func() { p.set32(p.phys(set+l.pcp.count), ^uint32(0)) },
+		"circle":    func() { p.set64(p.phys(first), first) },
+		"broken":    func() { p.set64(p.phys(first+8), first) },
+		"nowhere":   func() { p.set64(p.phys(list), 0) },
+		"page in use": func() {
+			p.set64(p.phys(first-uint64(l.lru)*8+uint64(l.counts)*8), 1<<l.refShift)
+		},
+		"page has flag": func() {
+			p.set64(p.phys(first-uint64(l.lru)*8+uint64(l.flags)*8), l.lruBit)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer p.heal()

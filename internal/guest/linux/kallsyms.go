@@ -15,7 +15,8 @@ import (
 //
 // Only those that are looked for are kept, as there are 200,000 of them.
 type kallsyms struct {
-	number map[uint64]uint32 // of the symbol, by the hash of its name; absent or ambiguous if none or several have it
+	// of the symbol, by the hash of its name; absent or ambiguous if none or several have it
+	number map[uint64]uint32
 }
 
 const (
@@ -25,14 +26,19 @@ const (
 
 // wanted are the symbols that are looked for.
 var wanted = []string{
-	"__brk_limit", "__cpu_possible_mask", "__per_cpu_offset", "__start_BTF", "__stop_BTF", "_etext", "_stext", "_text", "cpu_tlbstate",
-	"current_task", "empty_zero_page", "entry_SYSCALL_64", "hrtimer_bases", "huge_zero_pfn", "init_task", "init_top_pgt", "lru_gen_caps",
-	"mem_section", "node_data", "nr_cpu_ids", "pcpu_base_addr", "pcpu_hot", "pcpu_unit_size", "runqueues", "swapper_pg_dir",
-	"tick_cpu_sched", "timer_bases", "_page_poisoning_enabled", "_page_poisoning_enabled_early", "want_page_poisoning",
+	"__brk_limit", "__cpu_possible_mask", "__per_cpu_offset", "__start_BTF", "__stop_BTF", "_etext",
+	"_stext", "_text", "cpu_tlbstate",
+	"current_task", "empty_zero_page", "entry_SYSCALL_64", "hrtimer_bases", "huge_zero_pfn",
+	"init_task", "init_top_pgt", "lru_gen_caps",
+	"mem_section", "node_data", "nr_cpu_ids", "pcpu_base_addr", "pcpu_hot", "pcpu_unit_size",
+	"runqueues", "swapper_pg_dir",
+	"tick_cpu_sched", "timer_bases", "_page_poisoning_enabled", "_page_poisoning_enabled_early",
+	"want_page_poisoning",
 	"want_page_poisoning_early",
 }
 
-// symbolNumber returns the place of the one symbol with this name, which must be among those that are looked for.
+// symbolNumber returns the place of the one symbol with this name, which must be among those that
+// are looked for.
 func (k *kallsyms) symbolNumber(name string) (uint32, bool) {
 	i, ok := k.number[hashName(name)]
 	if !ok {
@@ -85,9 +91,11 @@ const (
 	tokenTable    = 256 * 32 // bytes of which tokens are taken; real tables are below 2 KiB
 )
 
-// decodeNames looks for names among the count that are coded; read returns what is coded from offset at on, at least one byte, as many
-// as it likes, which it may change when it is called again.
-func decodeNames(names []string, count uint32, index *[512]byte, tokens []byte, read func(at int) ([]byte, error)) (*kallsyms, error) {
+// decodeNames looks for names among the count that are coded; read returns what is coded from
+// offset at on, at least one byte, as many as it likes, which it may change when it is called
+// again.
+func decodeNames(names []string, count uint32, index *[512]byte, tokens []byte,
+	read func(at int) ([]byte, error)) (*kallsyms, error) {
 	if count == 0 || count > maxSymbols {
 		return nil, fmt.Errorf("%d symbols: want 1 to %d", count, maxSymbols)
 	}
@@ -155,7 +163,8 @@ func decodeNames(names []string, count uint32, index *[512]byte, tokens []byte, 
 				expanded, n = expanded[1:], 1 // the type
 			}
 			if n += len(expanded); n > maxSymbolName {
-				return nil, fmt.Errorf("symbol %d has a name of more than %d bytes", i, maxSymbolName)
+				return nil, fmt.Errorf("symbol %d has a name of more than %d bytes", i,
+					maxSymbolName)
 			}
 			for _, c := range expanded {
 				h = (h ^ uint64(c)) * hashPrime

@@ -20,11 +20,12 @@ type layout struct {
 
 	// Types of pages that are in _mapcount. From 6.12 its top byte is the type, before that
 	// all of it is. typeWords holds the latter, typeBytes the former.
-	byteTypes   bool
-	buddy       uint32
-	typeBytes   [256]pageclass.Kind
-	typeWords   [3]uint32 // offline, table, guard
-	hugetlbDtor int16     // before 6.7: the byte of the second descriptor says which compound page it is; -1 if not
+	byteTypes bool
+	buddy     uint32
+	typeBytes [256]pageclass.Kind
+	typeWords [3]uint32 // offline, table, guard
+	// before 6.7: the byte of the second descriptor says which compound page it is; -1 if not
+	hugetlbDtor int16
 	dtorWord    uint8
 	dtorShift   uint8
 
@@ -129,7 +130,8 @@ func (g *Guest) learnLayout() error {
 	if n := a.number("SIZE(page)", 1, 1<<20); n != descSize {
 		return fmt.Errorf("page descriptors of %d bytes: only %d is supported", n, descSize)
 	}
-	l.flags, l.mapping, l.private, l.lru = a.word("flags"), a.word("mapping"), a.word("private"), a.word("lru")
+	l.flags, l.mapping, l.private, l.lru = a.word("flags"), a.word("mapping"), a.word("private"),
+		a.word("lru")
 	if _, ok := g.info.number("OFFSET(page.compound_info)"); ok { // 7.x
 		l.head = a.word("compound_info")
 	} else {
@@ -142,10 +144,12 @@ func (g *Guest) learnLayout() error {
 		return errors.New("_mapcount and _refcount are not side by side")
 	}
 
-	l.lruBit, l.reserved, l.swapbacked = a.mustFlag("PG_lru"), a.mustFlag("PG_reserved"), a.mustFlag("PG_swapbacked")
+	l.lruBit, l.reserved, l.swapbacked = a.mustFlag("PG_lru"), a.mustFlag("PG_reserved"),
+		a.mustFlag("PG_swapbacked")
 	l.headBit = a.number("NUMBER(PG_head_mask)", 1, 1<<62)
 	l.active, l.dirty = a.mustFlag("PG_active"), a.mustFlag("PG_dirty")|a.mustFlag("PG_writeback")
-	l.workingset, l.hwpoison, l.reported = a.flag("PG_workingset"), a.flag("PG_hwpoison"), a.flag("PG_reported")
+	l.workingset, l.hwpoison, l.reported = a.flag("PG_workingset"), a.flag("PG_hwpoison"),
+		a.flag("PG_reported")
 	n, err := g.types.enum("pageflags", "__NR_PAGEFLAGS")
 	if err != nil || n < 1 || n > 63 {
 		a.miss(errors.New("the number of page flags is not known"))
@@ -164,7 +168,9 @@ func (g *Guest) learnLayout() error {
 	l.mapOffset = a.number("OFFSET(mem_section.section_mem_map)", 0, int64(l.sectionSize)-8)
 	var ok bool
 	if l.sectionTable, ok = g.info.symbol("mem_section"); !ok {
-		a.miss(errors.New("vmcoreinfo does not tell of mem_section: build the kernel with CONFIG_SPARSEMEM_EXTREME"))
+		a.miss(
+			errors.New("vmcoreinfo does not tell of mem_section: build the kernel with " +
+				"CONFIG_SPARSEMEM_EXTREME"))
 	}
 
 	l.zoneSize = a.number("SIZE(zone)", 64, 1<<16)
@@ -178,15 +184,19 @@ func (g *Guest) learnLayout() error {
 	l.orders = a.number("LENGTH(zone.free_area)", 1, 20)
 	l.lists = a.number("LENGTH(free_area.free_list)", 1, 64)
 	l.nrFree = a.field("free_area", "nr_free", 8).offset
-	if l.freeArea+l.orders*l.areaSize > l.zoneSize || l.lists*16 > l.areaSize || l.nrFree+8 > l.areaSize {
+	if l.freeArea+l.orders*l.areaSize > l.zoneSize || l.lists*16 > l.areaSize ||
+		l.nrFree+8 > l.areaSize {
 		a.miss(errors.New("free lists do not fit into struct zone"))
 	}
 	lock := a.field("zone", "lock", 4)
 	if lock.size != 4 {
-		a.miss(fmt.Errorf("a spin lock of %d bytes: real-time kernels and those that debug locks are not supported", lock.size))
+		a.miss(
+			fmt.Errorf("a spin lock of %d bytes: real-time kernels and those that debug locks "+
+				"are not supported", lock.size))
 	}
 	l.zoneLock = lock.offset
-	l.zoneStart, l.zoneSpan = a.field("zone", "zone_start_pfn", 8).offset, a.field("zone", "spanned_pages", 8).offset
+	l.zoneStart, l.zoneSpan = a.field("zone", "zone_start_pfn", 8).offset, a.field("zone",
+		"spanned_pages", 8).offset
 	l.zoneManaged = a.field("zone", "managed_pages", 8).offset
 	for _, at := range []uint64{l.zoneLock, l.zoneStart, l.zoneSpan, l.zoneManaged} {
 		if at+8 > l.zoneSize {
@@ -194,7 +204,8 @@ func (g *Guest) learnLayout() error {
 		}
 	}
 	if l.nodeData, ok = g.info.symbol("node_data"); !ok {
-		a.miss(errors.New("vmcoreinfo does not tell of node_data: build the kernel with CONFIG_NUMA"))
+		a.miss(
+			errors.New("vmcoreinfo does not tell of node_data: build the kernel with CONFIG_NUMA"))
 	}
 	l.nodes = a.number("LENGTH(node_data)", 1, 1024)
 	if len(a.errs) > 0 {
@@ -212,8 +223,10 @@ func (g *Guest) learnPageTypes(a *asker) {
 	offline := uint32(a.number("NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)", -1<<31, 1<<32-1))
 	if l.byteTypes = l.buddy&0xffffff == 0; l.byteTypes {
 		for name, kind := range map[string]pageclass.Kind{
-			"PGTY_offline": pageclass.Offline, "PGTY_table": pageclass.UserPageTable, "PGTY_guard": pageclass.KernelOther,
-			"PGTY_hugetlb": pageclass.Hugetlb, "PGTY_slab": pageclass.Slab, "PGTY_zsmalloc": pageclass.KernelOther,
+			"PGTY_offline": pageclass.Offline, "PGTY_table": pageclass.UserPageTable,
+			"PGTY_guard":   pageclass.KernelOther,
+			"PGTY_hugetlb": pageclass.Hugetlb, "PGTY_slab": pageclass.Slab,
+			"PGTY_zsmalloc":   pageclass.KernelOther,
 			"PGTY_unaccepted": pageclass.Offline, "PGTY_large_kmalloc": pageclass.KernelOther,
 		} {
 			if n, err := g.types.enum("pagetype", name); err == nil && n >= 0xf0 && n < 0xff {
@@ -265,7 +278,8 @@ func (g *Guest) learnPerCPU() {
 	if errors.Join(err1, err2, err3, err4, err5) != nil || !ok1 || !ok2 || !ok3 {
 		return
 	}
-	if size > units.PageSize || lock.size != 4 || count.size != 4 || lists.elem() != 16 || types < 1 || types > 8 || lists.count > 64 ||
+	if size > units.PageSize || lock.size != 4 || count.size != 4 || lists.elem() != 16 ||
+		types < 1 || types > 8 || lists.count > 64 ||
 		lock.offset+4 > size || count.offset+4 > size || lists.offset+lists.size > size {
 		return
 	}
@@ -284,5 +298,6 @@ func (g *Guest) learnPerCPU() {
 	}
 	l.offsets = offsets
 	p := &l.pcp
-	p.ok, p.size, p.lock, p.count, p.lists, p.n, p.types = true, size, lock.offset, count.offset, lists.offset, lists.count, uint64(types)
+	p.ok, p.size, p.lock, p.count, p.lists, p.n, p.types = true, size, lock.offset, count.offset,
+		lists.offset, lists.count, uint64(types)
 }

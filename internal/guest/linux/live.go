@@ -38,7 +38,8 @@ type Monitor interface {
 // NewLive serves the memory mem of the QEMU behind c, which must both stay open. It
 // sees the blocks that mem has located, where they were when mem was attached.
 func NewLive(mem *guestmem.Memory, c Monitor) (*Live, error) {
-	l := &Live{mem: mem, monitor: c, ranges: sync.Pool{New: func() any { return new([]guestmem.Range) }}}
+	l := &Live{mem: mem, monitor: c,
+		ranges: sync.Pool{New: func() any { return new([]guestmem.Range) }}}
 	maps := slices.Clone(mem.Mappings())
 	slices.SortFunc(maps, func(a, b guestmem.Mapping) int { return cmp.Compare(a.GPA, b.GPA) })
 	end := uint64(0)
@@ -82,7 +83,8 @@ func (l *Live) ReadRanges(dst []byte, ranges []Range) error {
 		if i < 0 {
 			return errNotRAM(r)
 		}
-		list = append(list, guestmem.Range{Block: l.places[i].block, Offset: l.places[i].offset + r.Addr - l.extents[i].Addr, Length: r.Len})
+		list = append(list, guestmem.Range{Block: l.places[i].block,
+			Offset: l.places[i].offset + r.Addr - l.extents[i].Addr, Length: r.Len})
 	}
 	*buf = list
 	return l.mem.ReadRanges(dst, list)
@@ -108,7 +110,8 @@ func (l *Live) Populated(addr, n uint64, dst []uint64) error {
 	if i < 0 || n > 1<<40 {
 		return errNotRAM(r)
 	}
-	return l.mem.Populated(l.places[i].block, (l.places[i].offset+addr-l.extents[i].Addr)/units.PageSize, n, dst)
+	return l.mem.Populated(l.places[i].block,
+		(l.places[i].offset+addr-l.extents[i].Addr)/units.PageSize, n, dst)
 }
 
 // CPUs implements Memory: it asks QEMU's human monitor, which holds each virtual CPU

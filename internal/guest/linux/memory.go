@@ -49,7 +49,8 @@ func inRAM(extents []Range, r Range) int {
 			hi = mid
 		}
 	}
-	if lo == len(extents) || r.Addr < extents[lo].Addr || r.Len > extents[lo].Len-(r.Addr-extents[lo].Addr) {
+	if lo == len(extents) || r.Addr < extents[lo].Addr ||
+		r.Len > extents[lo].Len-(r.Addr-extents[lo].Addr) {
 		return -1
 	}
 	return lo

@@ -85,9 +85,9 @@ func (c *census) room(n uint64) []byte {
 	return c.bytes[:n]
 }
 
-// prepareCensus gets ready, which it may while the guest runs, so that takeCensus is quick: it learns how
-// tasks look, and makes room, and touches it, as fresh memory is slow. Where
-// tasks cannot be read, takeCensus says so.
+// prepareCensus gets ready, which it may while the guest runs, so that takeCensus is quick: it
+// learns how tasks look, and makes room, and touches it, as fresh memory is slow. Where tasks
+// cannot be read, takeCensus says so.
 func (g *Guest) prepareCensus(pages int) {
 	c := &g.census
 	if c.absent = g.learnTasks(); c.absent != nil {
@@ -98,7 +98,8 @@ func (g *Guest) prepareCensus(pages int) {
 		ram += int(e.Len / units.PageSize)
 	}
 	c.seen, c.queues, c.spaces = map[uint64]struct{}{}, map[uint64]runQueue{}, map[uint64]struct{}{}
-	c.threads, c.processes, c.list = make([]thread, 0, 512), make([]process, 0, 512), make([]pageclass.Process, 0, 512)
+	c.threads, c.processes, c.list = make([]thread, 0, 512), make([]process, 0,
+		512), make([]pageclass.Process, 0, 512)
 	c.arena = make([]uint64, tableBatch*512)
 	c.items, c.next = make([]item, 0, 4096), make([]item, 0, 4096)
 	c.ranges = make([]Range, 0, 1024)
@@ -123,8 +124,9 @@ func (c *census) fit(pages int) {
 	clear(c.blocks)
 }
 
-// takeCensus finds the processes of the stopped guest and what they map, and completes in
-// r what the scan of the page descriptors has begun. An error means that memory cannot be read any more, or ctx is over.
+// takeCensus finds the processes of the stopped guest and what they map, and completes in r what
+// the scan of the page descriptors has begun. An error means that memory cannot be read any more,
+// or ctx is over.
 //
 // A page's class becomes, where processes are concerned:
 //
@@ -139,7 +141,8 @@ func (c *census) fit(pages int) {
 //     of zeroes belongs to nobody.
 //   - Anonymous pages and those of hugetlbfs that nobody maps are Other.
 //
-// When the census is not complete, pages of processes that it has not met keep the class of the scan.
+// When the census is not complete, pages of processes that it has not met keep the class of the
+// scan.
 //
 // A page that a process or a page table of one uses, but that the scan holds to be free, is no
 // longer Skippable: it never happens in a sane guest.
@@ -457,15 +460,20 @@ const (
 )
 
 var treatment = [pageclass.Kinds]uint8{
-	pageclass.FreeBuddy: asFree, pageclass.FreePerCPU: asFree, pageclass.Offline: asShared, pageclass.Poisoned: asShared,
-	pageclass.KernelText: asKernel, pageclass.KernelImage: asKernel, pageclass.KernelStack: asKernel, pageclass.PerCPU: asKernel,
-	pageclass.UserPageTable: asShared, pageclass.Slab: asKernel, pageclass.PageDescriptors: asShared, pageclass.Unreferenced: asKernel,
+	pageclass.FreeBuddy: asFree, pageclass.FreePerCPU: asFree, pageclass.Offline: asShared,
+	pageclass.Poisoned:   asShared,
+	pageclass.KernelText: asKernel, pageclass.KernelImage: asKernel,
+	pageclass.KernelStack: asKernel, pageclass.PerCPU: asKernel,
+	pageclass.UserPageTable: asShared, pageclass.Slab: asKernel,
+	pageclass.PageDescriptors: asShared, pageclass.Unreferenced: asKernel,
 	pageclass.KernelOther: asKernel, pageclass.Reserved: asKernel, pageclass.ZeroPage: asShared,
-	pageclass.Anon: asProcess, pageclass.Shmem: asProcess, pageclass.File: asProcess, pageclass.Hugetlb: asProcess,
+	pageclass.Anon: asProcess, pageclass.Shmem: asProcess, pageclass.File: asProcess,
+	pageclass.Hugetlb: asProcess,
 }
 
 // placePage notes that a process maps a page.
-func (c *census) placePage(owner uint16, active bool, pfn uint64, f pageclass.Flags, p *pageclass.Page) {
+func (c *census) placePage(owner uint16, active bool, pfn uint64, f pageclass.Flags,
+	p *pageclass.Page) {
 	switch treatment[p.Kind] {
 	case asFree:
 		c.unfree(p)

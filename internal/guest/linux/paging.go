@@ -30,7 +30,8 @@ const (
 	tlbBits   = 10
 )
 
-// tlbEntry: pages of 4 KiB with number vpn lie at addr, size bytes from the start of a larger page on.
+// tlbEntry: pages of 4 KiB with number vpn lie at addr, size bytes from the start of a larger page
+// on.
 type tlbEntry struct {
 	vpn   uint64 // of 4 KiB, plus 1: 0 is none
 	addr  uint64 // of that 4 KiB page
@@ -38,7 +39,8 @@ type tlbEntry struct {
 }
 
 func newSpace(mem Memory, root uint64, levels int) *space {
-	return &space{mem: mem, root: root &^ (units.PageSize - 1) & addrMask, levels: levels, tables: map[uint64]*table{}}
+	return &space{mem: mem, root: root &^ (units.PageSize - 1) & addrMask, levels: levels,
+		tables: map[uint64]*table{}}
 }
 
 // Bits of the registers (Intel SDM volume 3, 2.5).
@@ -55,8 +57,8 @@ func (c CPU) levels() int {
 	return 4
 }
 
-// roots are the tables of which one maps the kernel: under page table isolation, a CPU in user mode uses the second of two, bit 12 set,
-// which lacks most of it.
+// roots are the tables of which one maps the kernel: under page table isolation, a CPU in user mode
+// uses the second of two, bit 12 set, which lacks most of it.
 func (c CPU) roots() [2]uint64 { return [2]uint64{c.CR3, c.CR3 &^ units.PageSize} }
 
 // forget drops what was read of the tables, as they may have changed.
@@ -125,12 +127,14 @@ func (s *space) walk(va uint64, e *tlbEntry) error {
 		size := uint64(1) << shift
 		at &^= size - 1 // bit 12 of a large page's entry is no address
 		// The last page ends at 2^64, which is 0: until minus va is right all the same.
-		*e = tlbEntry{va/units.PageSize + 1, at + va&(size-1)&^(units.PageSize-1), va&^(size-1) + size}
+		*e = tlbEntry{va/units.PageSize + 1, at + va&(size-1)&^(units.PageSize-1),
+			va&^(size-1) + size}
 		return nil
 	}
 }
 
-// writable tells whether the kernel may write to va, where that lies, and how far from there on the same is so at least.
+// writable tells whether the kernel may write to va, where that lies, and how far from there on the
+// same is so at least.
 func (s *space) writable(va uint64) (addr, left uint64, ok bool) {
 	at := s.root
 	for shift := 12 + 9*uint(s.levels-1); ; shift -= 9 {

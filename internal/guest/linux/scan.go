@@ -58,7 +58,8 @@ func (g *Guest) findSections() error {
 	loaded := ^uint64(0) // root in p.table
 	last := ^uint64(0)
 	for _, e := range g.mem.Extents() {
-		for s := e.Addr / units.PageSize / l.sectionPages; s*l.sectionPages*units.PageSize < e.Addr+e.Len; s++ {
+		for s := e.Addr / units.PageSize / l.sectionPages; s*l.sectionPages*units.PageSize < e.Addr+
+			e.Len; s++ {
 			if s == last {
 				continue // two extents lie in it
 			}
@@ -90,7 +91,8 @@ func (g *Guest) findSections() error {
 				p.vmemmap = base
 			}
 			if base != p.vmemmap || base>>63 == 0 {
-				return errors.New("its page descriptors are not in one array: build the kernel with CONFIG_SPARSEMEM_VMEMMAP")
+				return errors.New("its page descriptors are not in one array: build the kernel " +
+					"with CONFIG_SPARSEMEM_VMEMMAP")
 			}
 			if (s+1)*l.sectionPages > limit {
 				p.beyond = true
@@ -130,7 +132,8 @@ func (g *Guest) online() iter.Seq2[uint64, []pageclass.Page] {
 	return func(yield func(uint64, []pageclass.Page) bool) {
 		per := g.layout.sectionPages
 		for s := range g.pages.sections {
-			if g.pages.sections[s].words != nil && !yield(uint64(s), g.pages.list[uint64(s)*per:][:per]) {
+			if g.pages.sections[s].words != nil &&
+				!yield(uint64(s), g.pages.list[uint64(s)*per:][:per]) {
 				return
 			}
 		}
@@ -184,7 +187,8 @@ func (g *Guest) scanSection(sec *section, first, end uint64) error {
 		at := first % l.sectionPages
 		if viewer != nil && at == 0 && n == l.sectionPages {
 			if view := viewer.View(addr, n*descSize); view != nil {
-				sec.words = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(view))), n*descSize/8)
+				sec.words = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(view))),
+					n*descSize/8)
 				g.classify(sec.words, first, p.list[first:first+n])
 				first += n
 				continue
@@ -287,7 +291,8 @@ func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 			pfn := first + uint64(i)
 			head := p.headOf(info, pfn)
 			out[i] = kernelOther
-			if head < pfn && p.list[head].Kind != pageclass.FreeBuddy && p.list[head].Kind != pageclass.None {
+			if head < pfn && p.list[head].Kind != pageclass.FreeBuddy &&
+				p.list[head].Kind != pageclass.None {
 				out[i] = p.list[head]
 			}
 			i++
@@ -337,7 +342,8 @@ func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 		switch {
 		case flags&l.reserved != 0:
 			out[i] = page(pageclass.Reserved, 0)
-		case flags&l.lruBit != 0, mapping != 0 && refcount != 0 && (mapping&1 != 0 || mapping&3 == 0 && mapping>>47 == 1<<17-1):
+		case flags&l.lruBit != 0, mapping != 0 && refcount != 0 &&
+			(mapping&1 != 0 || mapping&3 == 0 && mapping>>47 == 1<<17-1):
 			out[i] = g.userPage(d, words[i*8:], flags, mapcount, mapping)
 		case refcount == 0 && flags&l.allFlags == 0 && mapping == 0 && mapcount == noMapcount:
 			out[i] = unreferenced
@@ -351,7 +357,8 @@ func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 }
 
 // freeBlock returns the size of the free block whose head is descriptor i, or 0 if it is not one.
-func (g *Guest) freeBlock(words []uint64, i, n int, first uint64, refcount uint32, free uint64) int {
+func (g *Guest) freeBlock(words []uint64, i, n int, first uint64, refcount uint32,
+	free uint64) int {
 	l := &g.layout
 	d := (*desc)(words[i*8:])
 	order := d[l.private&7]
@@ -374,7 +381,8 @@ func (g *Guest) freeBlock(words []uint64, i, n int, first uint64, refcount uint3
 }
 
 // userPage is a page of a process or of a file, by the descriptor of it or its head.
-func (g *Guest) userPage(d *desc, words []uint64, flags uint64, mapcount uint32, mapping uint64) pageclass.Page {
+func (g *Guest) userPage(d *desc, words []uint64, flags uint64, mapcount uint32,
+	mapping uint64) pageclass.Page {
 	l := &g.layout
 	var f pageclass.Flags
 	if flags&(l.active|g.hot) != 0 {
@@ -384,7 +392,8 @@ func (g *Guest) userPage(d *desc, words []uint64, flags uint64, mapcount uint32,
 		f |= pageclass.Mapped
 	}
 	switch {
-	case flags&l.headBit != 0 && l.hugetlbDtor >= 0 && g.isHugetlb(words): // mapped privately, it is anonymous, too
+	case flags&l.headBit != 0 && l.hugetlbDtor >= 0 && g.isHugetlb(words):
+		// mapped privately, it is anonymous, too
 		return page(pageclass.Hugetlb, f)
 	case mapping&1 != 0: // PAGE_MAPPING_ANON
 		return page(pageclass.Anon, f)

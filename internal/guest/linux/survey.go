@@ -89,14 +89,16 @@ func (g *Guest) probe() error {
 	return nil
 }
 
-// Rehearse has a survey take less time: it touches the memory that a survey needs of this process. That is worth it where a guest
-// waits for the survey, and costs more than it saves where none does. The guest may run; what it shows meanwhile is of no interest.
+// Rehearse has a survey take less time: it touches the memory that a survey needs of this process.
+// That is worth it where a guest waits for the survey, and costs more than it saves where none
+// does. The guest may run; what it shows meanwhile is of no interest.
 func (g *Guest) Rehearse(ctx context.Context) error {
 	if err := g.scan(ctx); err != nil && ctx.Err() != nil {
 		return err
 	}
 	for _, sec := range g.pages.sections {
-		for i := 0; i < len(sec.arena) && len(sec.words) > 0 && &sec.words[0] == &sec.arena[0]; i += units.PageSize / 8 {
+		for i := 0; i < len(sec.arena) && len(sec.words) > 0 &&
+			&sec.words[0] == &sec.arena[0]; i += units.PageSize / 8 {
 			sec.arena[i] = 0
 		}
 	}
@@ -115,7 +117,8 @@ func (g *Guest) findRegions() {
 			}
 			left = min(left, (to-va+units.PageSize-1)&^(units.PageSize-1))
 			r := region{addr / units.PageSize, (addr + left) / units.PageSize, kind}
-			if n := len(g.regions); n > 0 && g.regions[n-1].end == r.first && g.regions[n-1].kind == kind {
+			if n := len(g.regions); n > 0 && g.regions[n-1].end == r.first &&
+				g.regions[n-1].kind == kind {
 				g.regions[n-1].end = r.end
 			} else if n < 1<<16 {
 				g.regions = append(g.regions, r)
@@ -148,8 +151,8 @@ func (g *Guest) findRegions() {
 }
 
 // Survey looks at all pages of the guest, which must be stopped. It fails if the guest is not the
-// one that was attached any more (ErrChanged), or if its memory cannot be read as before;
-// the caller then knows nothing of any page. It allocates next to nothing unless memory was plugged.
+// one that was attached any more (ErrChanged), or if its memory cannot be read as before; the
+// caller then knows nothing of any page. It allocates next to nothing unless memory was plugged.
 func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	r := &Result{Release: g.info.release}
 	defer func() {
@@ -260,7 +263,8 @@ func (g *Guest) markRegions(r *Result) {
 		}
 	}
 	for _, b := range p.backing {
-		first, end := b.Addr/units.PageSize, min((b.Addr+b.Len+units.PageSize-1)/units.PageSize, p.highest)
+		first, end := b.Addr/units.PageSize, min((b.Addr+b.Len+units.PageSize-1)/units.PageSize,
+			p.highest)
 		for i := first; i < end; i++ {
 			if p.list[i].Kind != pageclass.None {
 				p.list[i] = page(pageclass.PageDescriptors, 0)
@@ -275,7 +279,8 @@ func (g *Guest) markRegions(r *Result) {
 	}
 	// The huge page of zeroes comes and goes.
 	if va, ok := g.symbol("huge_zero_pfn"); ok {
-		if pfn, err := g.readU64(va); err == nil && pfn%512 == 0 && pfn < p.highest && p.highest-pfn >= 512 && p.list[pfn].Kind == pageclass.KernelOther {
+		if pfn, err := g.readU64(va); err == nil && pfn%512 == 0 && pfn < p.highest &&
+			p.highest-pfn >= 512 && p.list[pfn].Kind == pageclass.KernelOther {
 			for i := pfn; i < pfn+512; i++ {
 				if p.list[i].Kind == pageclass.KernelOther {
 					p.list[i] = page(pageclass.ZeroPage, 0)

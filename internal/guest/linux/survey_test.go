@@ -55,12 +55,13 @@ func describe(r *Result) string {
 			fmt.Fprintf(&b, "%v %d, ", pageclass.Kind(k), n)
 		}
 	}
-	return fmt.Sprintf("%sfree %d, skippable %d, %+v, notes %q", b.String(), r.Free, r.Skippable, r.Timings, r.Notes)
+	return fmt.Sprintf("%sfree %d, skippable %d, %+v, notes %q", b.String(), r.Free, r.Skippable,
+		r.Timings, r.Notes)
 }
 
-// What the guest itself tells of its pages in /proc/kpageflags, shortly before the stop and
-// shortly after, must agree: wherever it tells the same of a page both times, that is what the page was
-// in between, give or take a few that came and went.
+// What the guest itself tells of its pages in /proc/kpageflags, shortly before the stop and shortly
+// after, must agree: wherever it tells the same of a page both times, that is what the page was in
+// between, give or take a few that came and went.
 func TestSurvey(t *testing.T) {
 	forKernels(t, func(t *testing.T, kernel string) {
 		m := boot(t, spec{kernel: kernel, mib: 384, cpus: 2})
@@ -109,10 +110,12 @@ var told = []struct {
 	{10, "buddy", []pageclass.Kind{pageclass.FreeBuddy}},
 	{23, "offline", []pageclass.Kind{pageclass.Offline}},
 	{26, "page table", []pageclass.Kind{pageclass.UserPageTable}},
-	{24, "zero page", []pageclass.Kind{pageclass.ZeroPage, pageclass.Reserved}}, // 5.10 does not tell where it is
+	// 5.10 does not tell where it is
+	{24, "zero page", []pageclass.Kind{pageclass.ZeroPage, pageclass.Reserved}},
 	{17, "huge", []pageclass.Kind{pageclass.Hugetlb}},
 	{7, "slab", []pageclass.Kind{pageclass.Slab}},
-	{32, "reserved", []pageclass.Kind{pageclass.Reserved, pageclass.KernelText, pageclass.KernelImage, pageclass.PerCPU, pageclass.PageDescriptors}},
+	{32, "reserved", []pageclass.Kind{pageclass.Reserved, pageclass.KernelText,
+		pageclass.KernelImage, pageclass.PerCPU, pageclass.PageDescriptors}},
 	{12, "anon", []pageclass.Kind{pageclass.Anon}},
 	{14, "swapbacked", []pageclass.Kind{pageclass.Shmem}},
 	{5, "lru", []pageclass.Kind{pageclass.File}},
@@ -228,11 +231,15 @@ func TestVariants(t *testing.T) {
 		"pti":          {cmdline: "pti=on", mib: 256, cpus: 2},
 		"init on free": {cmdline: "init_on_free=1 init_on_alloc=0", mib: 256, cpus: 1},
 		"memfd":        {mib: 256, cpus: 1, memfd: true},
-		"numa": {mib: 512, cpus: 2, extra: []string{"-object", "memory-backend-ram,id=a,size=256M", "-object", "memory-backend-ram,id=b,size=256M",
-			"-numa", "node,memdev=a,cpus=0", "-numa", "node,memdev=b,cpus=1", "-machine", "q35"}},
+		"numa": {mib: 512, cpus: 2,
+			extra: []string{"-object", "memory-backend-ram,id=a,size=256M", "-object",
+				"memory-backend-ram,id=b,size=256M",
+				"-numa", "node,memdev=a,cpus=0", "-numa", "node,memdev=b,cpus=1", "-machine",
+				"q35"}},
 		"beyond 4 GiB": {mib: 5120, cpus: 2},
-		"hotplug": {cmdline: "memhp_default_state=online", mib: 256, cpus: 1, extra: []string{"-m", "256M,slots=2,maxmem=1G",
-			"-object", "memory-backend-ram,id=d,size=256M", "-device", "pc-dimm,memdev=d"}},
+		"hotplug": {cmdline: "memhp_default_state=online", mib: 256, cpus: 1,
+			extra: []string{"-m", "256M,slots=2,maxmem=1G",
+				"-object", "memory-backend-ram,id=d,size=256M", "-device", "pc-dimm,memdev=d"}},
 		"debug": {cmdline: "slub_debug=FZPU page_owner=on debug_pagealloc=on", mib: 256, cpus: 1},
 	} {
 		t.Run(name, func(t *testing.T) {

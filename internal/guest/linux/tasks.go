@@ -75,13 +75,15 @@ func (g *Guest) learnTasks() error {
 	need(&l.clock, 8, "rq", "clock")
 	need(&l.clockTask, 8, "rq", "clock_task")
 	need(&l.pgd, 8, "mm_struct", "pgd")
-	if max(l.clock.offset, l.clockTask.offset)-min(l.clock.offset, l.clockTask.offset)+8 > maxClockSpan {
+	if max(l.clock.offset, l.clockTask.offset)-min(l.clock.offset, l.clockTask.offset)+
+		8 > maxClockSpan {
 		errs = append(errs, errors.New("the clocks of rq are far apart"))
 	}
 	// THREAD_SIZE is in no structure, but x86-64 has stacks for interrupts as large as those
 	// of tasks (arch/x86/include/asm/page_64_types.h).
 	var err error
-	if l.stackSize, err = g.types.size("irq_stack"); err == nil && (l.stackSize%units.PageSize != 0 || l.stackSize > 1<<20) {
+	if l.stackSize, err = g.types.size("irq_stack"); err == nil &&
+		(l.stackSize%units.PageSize != 0 || l.stackSize > 1<<20) {
 		err = fmt.Errorf("stacks of %d bytes", l.stackSize)
 	}
 	if err := errors.Join(append(errs, err)...); err != nil {
@@ -93,9 +95,11 @@ func (g *Guest) learnTasks() error {
 
 // thread is a task of the guest.
 type thread struct {
-	stack     uint64
-	queue     uint64 // its cfs_rq
-	execStart uint64 // ns of its CPU's clock_task: when its run time was last added up; 0 after a move to another CPU
+	stack uint64
+	queue uint64 // its cfs_rq
+	// ns of its CPU's clock_task: when its run time was last added up; 0 after a move to another
+	// CPU
+	execStart uint64
 	arrival   uint64 // ns of its CPU's clock: when it was last given a CPU
 	runtime   uint64 // ns
 	util      uint64 // share of a CPU, of 1024, as it was when its run time was last added up
@@ -221,8 +225,10 @@ func (g *Guest) readThreads(ctx context.Context, t []byte, leader, head uint64, 
 func (c *census) addThread(t []byte, owner int) {
 	l := &c.layout
 	c.threads = append(c.threads, thread{
-		stack: u64(t[l.stack.offset:]), queue: u64(t[l.queue.offset:]), execStart: u64(t[l.execStart.offset:]),
-		arrival: u64(t[l.arrival.offset:]), runtime: u64(t[l.runtime.offset:]), util: u64(t[l.util.offset:]),
+		stack: u64(t[l.stack.offset:]), queue: u64(t[l.queue.offset:]),
+		execStart: u64(t[l.execStart.offset:]),
+		arrival:   u64(t[l.arrival.offset:]), runtime: u64(t[l.runtime.offset:]),
+		util:    u64(t[l.util.offset:]),
 		process: owner, onCPU: t[l.onCPU.offset] != 0, // 0 or 1, so the first byte tells
 	})
 	if owner >= 0 {
@@ -236,7 +242,8 @@ func (c *census) addThread(t []byte, owner int) {
 // rankProcesses puts those that used the CPU most of late first, then those that ran last.
 func (c *census) rankProcesses() {
 	slices.SortStableFunc(c.processes, func(a, b process) int {
-		return cmp.Or(cmp.Compare(b.Recent, a.Recent), cmp.Compare(a.LastRun, b.LastRun), cmp.Compare(a.PID, b.PID))
+		return cmp.Or(cmp.Compare(b.Recent, a.Recent), cmp.Compare(a.LastRun, b.LastRun),
+			cmp.Compare(a.PID, b.PID))
 	})
 	c.ranks = slices.Grow(c.ranks[:0], len(c.processes))[:len(c.processes)]
 	for i := range c.processes {

@@ -66,7 +66,8 @@ func TestCensus(t *testing.T) {
 			testCensus(t, boot(t, spec{kernel: kernel, mib: 384, cpus: 2}), false)
 		})
 		t.Run("isolated", func(t *testing.T) {
-			testCensus(t, boot(t, spec{kernel: kernel, cmdline: "no5lvl pti=on nopcid", mib: 384, cpus: 2}), true)
+			testCensus(t, boot(t,
+				spec{kernel: kernel, cmdline: "no5lvl pti=on nopcid", mib: 384, cpus: 2}), true)
 		})
 	})
 }
@@ -83,7 +84,8 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 	// The guest was busy telling; and when the host is, the guest takes that for its own
 	// processes' work. But of several moments, hot is the busiest in one at least. Likewise, a
 	// CPU may be about to change tasks at one, but not always.
-	for try := 0; err == nil && (r.Processes[0].PID != told.pid["hot"] || g.running() != nil) && try < 20; try++ {
+	for try := 0; err == nil && (r.Processes[0].PID != told.pid["hot"] || g.running() != nil) &&
+		try < 20; try++ {
 		m.cont(t)
 		time.Sleep(200 * time.Millisecond)
 		m.stop(t)
@@ -111,16 +113,20 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 	if hot.Name != "hot" || idle.Name != "idle" || init.Name != "init" {
 		t.Errorf("processes are called %q, %q and %q", hot.Name, idle.Name, init.Name)
 	}
-	if owner["hot"] != 1 || hot.Recent < 25*time.Millisecond || hot.LastRun > 500*time.Millisecond || !hot.Active {
+	if owner["hot"] != 1 || hot.Recent < 25*time.Millisecond ||
+		hot.LastRun > 500*time.Millisecond || !hot.Active {
 		t.Error("the process that uses a CPU all the time is not the first")
 	}
-	if idle.LastRun < 900*time.Millisecond || idle.Active || idle.OnCPU || idle.Recent > time.Millisecond {
+	if idle.LastRun < 900*time.Millisecond || idle.Active || idle.OnCPU ||
+		idle.Recent > time.Millisecond {
 		t.Error("the process that was stopped a second ago is not idle")
 	}
 	for name, p := range byName {
 		// What the guest said is a moment old, but idle's does not change.
-		if p.CPUTime < told.runtime[name] || name == "idle" && p.CPUTime > told.runtime[name]+time.Millisecond {
-			t.Errorf("%s used %v of CPU time: the guest says %v", name, p.CPUTime, told.runtime[name])
+		if p.CPUTime < told.runtime[name] ||
+			name == "idle" && p.CPUTime > told.runtime[name]+time.Millisecond {
+			t.Errorf("%s used %v of CPU time: the guest says %v", name, p.CPUTime,
+				told.runtime[name])
 		}
 	}
 	if err := g.running(); err != nil {
@@ -194,7 +200,8 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 		t.Errorf("idle's %d threads have %d pages of stack: want %d", told.threads, stacks, want)
 	}
 	// The guest does not count the top, its twin, and the level below where there are five.
-	if want := told.tables + 1 + b2i(isolated); tables < want || tables > want+2*b2i(g.space.levels == 5) {
+	if want := told.tables + 1 + b2i(isolated); tables < want ||
+		tables > want+2*b2i(g.space.levels == 5) {
 		t.Errorf("idle has %d page tables: want %d", tables, want)
 	}
 
@@ -210,7 +217,8 @@ func testCensus(t *testing.T, m *machine, isolated bool) {
 		}
 	}
 	for _, f := range told.frames {
-		if p := r.Pages[f]; p.Owner == owner["idle"] && p.Kind == pageclass.Anon && p.Class != pageclass.UserData && p.Class != pageclass.UserCode {
+		if p := r.Pages[f]; p.Owner == owner["idle"] && p.Kind == pageclass.Anon &&
+			p.Class != pageclass.UserData && p.Class != pageclass.UserCode {
 			t.Fatalf("a page of an active process is %+v", p)
 		}
 	}
@@ -230,7 +238,8 @@ func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
 	}
 	stacks := 0
 	for i, pfn := range list {
-		if slices.Index(list, pfn) != i || inRAM(m.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
+		if slices.Index(list, pfn) != i ||
+			inRAM(m.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
 			t.Errorf("page %#x is twice in the list, or not RAM", pfn)
 		}
 		stacks += b2i(r.Pages[pfn].Kind == pageclass.KernelStack)
@@ -334,7 +343,8 @@ func BenchmarkCensus(b *testing.B) {
 				all = append(all, r.Timings.Census)
 			}
 			slices.Sort(all)
-			b.Logf("%d tasks, %d mapped pages: best %v, median %v", len(g.census.threads), g.census.mapped, all[0], all[len(all)/2])
+			b.Logf("%d tasks, %d mapped pages: best %v, median %v", len(g.census.threads),
+				g.census.mapped, all[0], all[len(all)/2])
 			b.ReportMetric(float64(all[len(all)/2].Nanoseconds()), "ns/census")
 		})
 	}

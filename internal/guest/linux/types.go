@@ -7,13 +7,15 @@ import (
 	"strings"
 )
 
-// types is the kernel's BTF (Documentation/bpf/btf.rst): what its structures look like. It is safe for concurrent use.
+// types is the kernel's BTF (Documentation/bpf/btf.rst): what its structures look like. It is safe
+// for concurrent use.
 //
-// Behind a header lie the types, one after another, each three u32 and what depends on its kind, and texts, each with a NUL behind it.
-// Types have numbers, in their order, from 1 on; 0 is void. Texts have their places for numbers, and the first is empty.
+// Behind a header lie the types, one after another, each three u32 and what depends on its kind,
+// and texts, each with a NUL behind it. Types have numbers, in their order, from 1 on; 0 is void.
+// Texts have their places for numbers, and the first is empty.
 //
-// It is read where it is, as it is, and only what is asked for: on the host that is to be relieved, decoding all of it would cost more
-// CPU than anything else that there is to do.
+// It is read where it is, as it is, and only what is asked for: on the host that is to be relieved,
+// decoding all of it would cost more CPU than anything else that there is to do.
 type types struct {
 	raw   []byte   // the types
 	texts []byte   // ends in NUL
@@ -50,12 +52,14 @@ const (
 
 // What follows the head of a type: some bytes, and more for each of its elements.
 var btfExtra = [btfKinds]struct{ once, each int }{
-	btfInt: {4, 0}, btfArray: {12, 0}, btfStruct: {0, 12}, btfUnion: {0, 12}, btfEnum: {0, 8}, btfFuncProto: {0, 8}, btfVar: {4, 0},
+	btfInt: {4, 0}, btfArray: {12, 0}, btfStruct: {0, 12}, btfUnion: {0, 12}, btfEnum: {0, 8},
+	btfFuncProto: {0, 8}, btfVar: {4, 0},
 	btfDatasec: {0, 12}, btfDeclTag: {4, 0}, btfEnum64: {0, 12},
 }
 
 const (
-	btfHead   = 12      // bytes at the start of each type: its name, its info, and its size or the type it is made of
+	// bytes at the start of each type: its name, its info, and its size or the type it is made of
+	btfHead   = 12
 	btfHeader = 24      // bytes at least of the header of all
 	btfFlag   = 1 << 31 // of the info: bit fields, or signed numbers
 )
@@ -143,7 +147,8 @@ func (t *types) get(id uint32) btfDescription {
 // nesting bounds types made of types, which a broken BTF may nest for ever.
 const nesting = 16
 
-// underlying is a type without its qualifiers and other names, nil for void or if there are too many.
+// underlying is a type without its qualifiers and other names, nil for void or if there are too
+// many.
 func (t *types) underlying(id uint32) btfDescription {
 	for range nesting {
 		d := t.get(id)
@@ -183,7 +188,8 @@ func (f field) elem() uint64 { return f.size / max(1, f.count) }
 
 var errNoField = errors.New("no such field")
 
-// member is one of a structure: its type, and where it begins, in bits from the start of that structure.
+// member is one of a structure: its type, and where it begins, in bits from the start of that
+// structure.
 type member struct {
 	id   uint32
 	at   uint64
@@ -251,7 +257,8 @@ func (t *types) anyField(name string, paths ...string) (f field, err error) {
 	return f, err
 }
 
-// composite returns a struct or union by its name, or by a typedef's. Several may have it; the kernel proper's comes first.
+// composite returns a struct or union by its name, or by a typedef's. Several may have it; the
+// kernel proper's comes first.
 func (t *types) composite(name string) (btfDescription, error) {
 	var other btfDescription
 	for _, id := range t.named {
@@ -308,7 +315,8 @@ func (t *types) member(d btfDescription, name string, depth int, budget *int) (m
 	return member{}, false
 }
 
-// extent returns the size of a type in bytes and, of an array, how many elements there are in all; else 1.
+// extent returns the size of a type in bytes and, of an array, how many elements there are in all;
+// else 1.
 func (t *types) extent(id uint32) (size, count uint64, err error) {
 	count = 1
 	for range nesting {

@@ -43,7 +43,8 @@ func parseVMCOREINFO(text []byte) (*vmcoreinfo, error) {
 		}
 	}
 	v.release, v.buildID = v.values["OSRELEASE"], v.values["BUILD-ID"]
-	if v.release == "" || len(v.release) > 64 || strings.ContainsFunc(v.release, func(r rune) bool { return r <= ' ' || r > '~' }) {
+	if v.release == "" || len(v.release) > 64 ||
+		strings.ContainsFunc(v.release, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return nil, errors.New("no release of a kernel in it")
 	}
 	if v.values["PAGESIZE"] != "4096" {
@@ -69,9 +70,11 @@ func (v *vmcoreinfo) number(key string) (int64, bool) {
 	return int64(n), err == nil
 }
 
-// findNotes calls try with VMCOREINFOs in memory and their addresses until try wants no more: with what the kernel that runs points to,
-// which takes milliseconds; then with all there are, for which each populated page is looked at.
-func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64, text []byte) (done bool)) error {
+// findNotes calls try with VMCOREINFOs in memory and their addresses until try wants no more: with
+// what the kernel that runs points to, which takes milliseconds; then with all there are, for which
+// each populated page is looked at.
+func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64,
+	text []byte) (done bool)) error {
 	left := 2 // what two do not know, no other will
 	for _, cpu := range cpus {
 		if cpu.CR0&cr0Paging == 0 || left == 0 {
@@ -90,14 +93,17 @@ func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64
 	return allNotes(ctx, mem, try)
 }
 
-// Where the kernel's image is, wherever in there KASLR has put it (Documentation/arch/x86/x86_64/mm.rst). The first is __START_KERNEL_map.
+// Where the kernel's image is, wherever in there KASLR has put it
+// (Documentation/arch/x86/x86_64/mm.rst). The first is __START_KERNEL_map.
 const imageFirst, imageEnd = 0xffffffff80000000, 0xffffffffc0000000
 
 // maxData is how much of the kernel's data is looked at; Debian's have 6 to 12 MB.
 const maxData = 64 << 20
 
-// pointedNotes has the notes tried that the data of a kernel's image points to. It returns false, too, when ctx is done.
-func pointedNotes(ctx context.Context, s *space, try func(addr uint64, text []byte) (done bool)) bool {
+// pointedNotes has the notes tried that the data of a kernel's image points to. It returns false,
+// too, when ctx is done.
+func pointedNotes(ctx context.Context, s *space, try func(addr uint64,
+	text []byte) (done bool)) bool {
 	buf := make([]byte, 256<<10)
 	met := map[uint64]bool{}
 	tries := 0
@@ -110,8 +116,10 @@ func pointedNotes(ctx context.Context, s *space, try func(addr uint64, text []by
 		list, size = list[:0], 0
 		for ; len(data) > 0; data = data[8:] {
 			va := u64(data)
-			// Page-aligned, and in the upper half but below the image, as all of memory is mapped there.
-			if va%units.PageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] || len(met) == 1<<16 {
+			// Page-aligned, and in the upper half but below the image, as all of memory is mapped
+			// there.
+			if va%units.PageSize != 0 || va < 1<<63 || va >= imageFirst || met[va] ||
+				len(met) == 1<<16 {
 				continue
 			}
 			if met[va] = true; ctx.Err() != nil {
@@ -131,9 +139,11 @@ func pointedNotes(ctx context.Context, s *space, try func(addr uint64, text []by
 		}
 		return false
 	}
-	for va, sum := uint64(imageFirst), uint64(0); va < imageEnd && sum < maxData && tries < maxFound && ctx.Err() == nil; {
+	for va, sum := uint64(imageFirst), uint64(0); va < imageEnd && sum < maxData &&
+		tries < maxFound && ctx.Err() == nil; {
 		addr, left, writable := s.writable(va)
-		left = min(left, imageEnd-va) // of a table that has nothing there, it leads to 2^64, which is 0
+		// of a table that has nothing there, it leads to 2^64, which is 0
+		left = min(left, imageEnd-va)
 		if !writable {
 			va += left
 			continue
@@ -167,11 +177,13 @@ func readNote(mem Memory, addr uint64) []byte {
 // isNote tells whether a note begins with head.
 func isNote(head []byte) bool {
 	size := u32(head[4:])
-	return u32(head) == uint32(len(noteName)) && bytes.Equal(head[12:12+len(noteName)], noteName) && size > 0 && size <= maxNote
+	return u32(head) == uint32(len(noteName)) && bytes.Equal(head[12:12+len(noteName)], noteName) &&
+		size > 0 && size <= maxNote
 }
 
 // allNotes has all notes tried that there are in memory.
-func allNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte) (done bool)) error {
+func allNotes(ctx context.Context, mem Memory, try func(addr uint64,
+	text []byte) (done bool)) error {
 	// Only the populated pages are read: it is quicker, and reading others would make
 	// the machine grow.
 	const perBatch = 1 << 10
@@ -193,7 +205,9 @@ func allNotes(ctx context.Context, mem Memory, try func(addr uint64, text []byte
 			list := ranges[:0]
 			for i, word := range bitmap[:(n+63)/64] {
 				for ; word != 0; word &= word - 1 {
-					list = append(list, Range{at + uint64(i*64+bits.TrailingZeros64(word))*units.PageSize, noteHeader})
+					list = append(list,
+						Range{at + uint64(i*64+bits.TrailingZeros64(word))*units.PageSize,
+							noteHeader})
 				}
 			}
 			if err := mem.ReadRanges(heads[:len(list)*noteHeader], list); err != nil {

@@ -28,8 +28,9 @@ const (
 	FileActive                // page cache on the active list
 	FileInactive              // page cache on the inactive list
 	Other                     // inactive processes, everything else
-	Free                      // the allocator holds it free; whether it may be left out is a matter of its own
-	Classes                   // the number of classes
+	// the allocator holds it free; whether it may be left out is a matter of its own
+	Free
+	Classes // the number of classes
 )
 
 var classNames = [Classes]string{
@@ -75,19 +76,21 @@ const (
 	UserPageTable               // page tables
 	Slab                        // small objects of the kernel
 	PageDescriptors             // the memory map itself (vmemmap)
-	Unreferenced                // no reference and no flag, yet not free: mostly tails of blocks of the kernel
-	KernelOther                 // other allocations of the kernel
-	Reserved                    // set aside at boot: firmware, ACPI, holes
-	ZeroPage                    // the page of zeroes that all share, small or huge
-	Anon                        // anonymous memory of processes, huge or not
-	Shmem                       // shared memory and tmpfs
-	File                        // page cache
-	Hugetlb                     // pages of hugetlbfs, used or in its pool
-	Kinds                       // the number of kinds
+	// no reference and no flag, yet not free: mostly tails of blocks of the kernel
+	Unreferenced
+	KernelOther // other allocations of the kernel
+	Reserved    // set aside at boot: firmware, ACPI, holes
+	ZeroPage    // the page of zeroes that all share, small or huge
+	Anon        // anonymous memory of processes, huge or not
+	Shmem       // shared memory and tmpfs
+	File        // page cache
+	Hugetlb     // pages of hugetlbfs, used or in its pool
+	Kinds       // the number of kinds
 )
 
 var kindNames = [Kinds]string{
-	"none", "free", "free per cpu", "offline", "poisoned", "kernel text", "kernel image", "kernel stack",
+	"none", "free", "free per cpu", "offline", "poisoned", "kernel text", "kernel image",
+	"kernel stack",
 	"per cpu", "page table", "slab", "page descriptors", "unreferenced", "kernel other", "reserved",
 	"zero page", "anonymous", "shared memory", "file", "hugetlb",
 }
@@ -118,12 +121,14 @@ type Flags uint8
 
 // The flags.
 const (
-	Accessed  Flags = 1 << iota // a page table of a process says that it was used since that was last cleared
-	Active                      // on an active list, or its like (workingset, referenced often) under multi-generational LRU
-	Dirty                       // file pages that wait to be written back
-	Exec                        // mapped executable
-	Mapped                      // some process maps it
-	Skippable                   // free beyond doubt: need not be moved, as long as it reads as zero
+	// a page table of a process says that it was used since that was last cleared
+	Accessed Flags = 1 << iota
+	// on an active list, or its like (workingset, referenced often) under multi-generational LRU
+	Active
+	Dirty     // file pages that wait to be written back
+	Exec      // mapped executable
+	Mapped    // some process maps it
+	Skippable // free beyond doubt: need not be moved, as long as it reads as zero
 )
 
 // A Page is what is known of one page of 4 KiB.

@@ -17,8 +17,8 @@ import (
 	"vacate/internal/sys/sched"
 )
 
-// bareArgs returns those of QEMU's arguments that make a VM's CPUs, and nothing else: with them no file is
-// opened, no memory taken, and no network touched.
+// bareArgs returns those of QEMU's arguments that make a VM's CPUs, and nothing else: with them no
+// file is opened, no memory taken, and no network touched.
 func bareArgs(args []string) (bare []string) {
 	bare = []string{"-nodefaults", "-no-user-config", "-display", "none", "-S", "-m", "64"}
 	for i, a := range args {
@@ -40,7 +40,8 @@ func bareArgs(args []string) (bare []string) {
 			var kept []string
 			for n, part := range strings.Split(value, ",") {
 				key, _, pair := strings.Cut(part, "=")
-				if n == 0 && !pair || key == "type" || key == "accel" || key == "kernel_irqchip" || key == "kernel-irqchip" {
+				if n == 0 && !pair || key == "type" || key == "accel" || key == "kernel_irqchip" ||
+					key == "kernel-irqchip" {
 					kept = append(kept, part)
 				}
 			}
@@ -52,9 +53,11 @@ func bareArgs(args []string) (bare []string) {
 	return bare
 }
 
-// askCPUs returns the CPUs that a VM of QEMU's arguments would have here. It starts a QEMU for a moment.
+// askCPUs returns the CPUs that a VM of QEMU's arguments would have here. It starts a QEMU for a
+// moment.
 func askCPUs(ctx context.Context, path string, args []string) (c fit.CPUs, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, askTime, fmt.Errorf("%s took longer than %v", path, askTime))
+	ctx, cancel := context.WithTimeoutCause(ctx, askTime,
+		fmt.Errorf("%s took longer than %v", path, askTime))
 	defer cancel()
 	dir, err := os.MkdirTemp("", "vacate-")
 	if err != nil {

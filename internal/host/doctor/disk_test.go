@@ -41,9 +41,12 @@ func TestTwin(t *testing.T) {
 	put(t, filepath.Join(dir, "base.raw"), qcow2("/etc/passwd")) // as its guest wrote it
 	put(t, filepath.Join(dir, "evil.raw"), qcow2("/etc/passwd"))
 	put(t, filepath.Join(dir, "loop.qcow2"), qcow2("loop.qcow2"))
-	tw := Twin(t.Context(), TwinOptions{Name: "web1", Dir: dir, User: "nobody", Args: []string{"/no/qemu", "-m", "1G",
-		"-drive", "if=none,format=qcow2,file=sub/top.qcow2", "-drive", "file=evil.raw,format=raw", "-drive", "file=evil.raw",
-		"-drive", "file=loop.qcow2,format=qcow2", "-cdrom", "missing.iso", "-drive", "file=nbd://filer:1/x,format=raw"}})
+	tw := Twin(t.Context(), TwinOptions{Name: "web1", Dir: dir, User: "nobody",
+		Args: []string{"/no/qemu", "-m", "1G",
+			"-drive", "if=none,format=qcow2,file=sub/top.qcow2", "-drive",
+			"file=evil.raw,format=raw", "-drive", "file=evil.raw",
+			"-drive", "file=loop.qcow2,format=qcow2", "-cdrom", "missing.iso", "-drive",
+			"file=nbd://filer:1/x,format=raw"}})
 	var paths []string
 	for _, d := range tw.Disks {
 		rel, err := filepath.Rel(dir, d.Path)
@@ -55,19 +58,23 @@ func TestTwin(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 	}
-	if want := []string{"sub/top.qcow2", "sub/mid.qcow2", "base.raw", "evil.raw", "loop.qcow2", "missing.iso"}; !slices.Equal(paths, want) {
+	if want := []string{"sub/top.qcow2", "sub/mid.qcow2", "base.raw", "evil.raw", "loop.qcow2",
+		"missing.iso"}; !slices.Equal(paths, want) {
 		t.Errorf("looked at %q", paths)
 	}
-	if !slices.Equal(tw.URLs, []string{"nbd://filer:1/x"}) || tw.QEMU.Error == "" || tw.Error != "" {
+	if !slices.Equal(tw.URLs, []string{"nbd://filer:1/x"}) || tw.QEMU.Error == "" ||
+		tw.Error != "" {
 		t.Errorf("%+v", tw)
 	}
-	if word("/proc/sys/vm/unprivileged_userfaultfd") == "0" && !strings.Contains(tw.Userfaultfd, "unprivileged_userfaultfd is 0") {
+	if word("/proc/sys/vm/unprivileged_userfaultfd") == "0" &&
+		!strings.Contains(tw.Userfaultfd, "unprivileged_userfaultfd is 0") {
 		t.Errorf("nobody may use userfaultfd: %q", tw.Userfaultfd)
 	}
 	if tw := Twin(t.Context(), TwinOptions{Name: "x"}); tw.Error == "" {
 		t.Error("a description without a program")
 	}
-	if tw := Twin(t.Context(), TwinOptions{Name: "x", Error: "none", Args: []string{"/bin/sh"}}); tw.Error != "none" {
+	if tw := Twin(t.Context(),
+		TwinOptions{Name: "x", Error: "none", Args: []string{"/bin/sh"}}); tw.Error != "none" {
 		t.Errorf("%+v", tw)
 	}
 }
@@ -96,9 +103,12 @@ func TestImages(t *testing.T) {
 		{"-hda|a.img|--cdrom|b.iso", []image{{"a.img", ""}, {"b.iso", ""}}},
 		{"-drive|if=none,file=a,,b.raw,format=raw", []image{{"a,b.raw", "raw"}}},
 		{"-drive|file.driver=file,file.filename=/x,driver=qcow2", []image{{"/x", "qcow2"}}},
-		{"-blockdev|driver=file,filename=/x,node-name=f|-blockdev|driver=qcow2,file=f,node-name=q", []image{{"/x", "qcow2"}}},
-		{"-blockdev|driver=qcow2,file=f|-blockdev|driver=host_device,filename=/dev/sdb,node-name=f", []image{{"/dev/sdb", "qcow2"}}},
-		{`-blockdev|{"driver":"qcow2","file":{"driver":"file","filename":"/x,y"}}`, []image{{"/x,y", "qcow2"}}},
+		{"-blockdev|driver=file,filename=/x,node-name=f|-blockdev|driver=qcow2,file=f,node-name=q",
+			[]image{{"/x", "qcow2"}}},
+		{"-blockdev|driver=qcow2,file=f|-blockdev|driver=host_device,filename=/dev/sdb,node-name=f",
+			[]image{{"/dev/sdb", "qcow2"}}},
+		{`-blockdev|{"driver":"qcow2","file":{"driver":"file","filename":"/x,y"}}`,
+			[]image{{"/x,y", "qcow2"}}},
 		{`-blockdev|{"driver"|-drive|if=none|-device|virtio-blk-pci,file=no|-drive`, nil},
 		{"file=x|-m|1", nil},
 	} {
@@ -116,7 +126,8 @@ func TestLocalFile(t *testing.T) {
 		`json:{"driver":"blkdebug","image":{"driver":"file","filename":"d"}}`:                                    "d",
 		`json:{"driver":"raw","file":{"driver":"https","filename":"d"}}`:                                         "",
 		`json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}`:                                               "",
-		"json:" + strings.Repeat(`{"file":`, 100) + "{}" + strings.Repeat("}", 100):                              "",
+		"json:" + strings.Repeat(`{"file":`, 100) + "{}" +
+			strings.Repeat("}", 100): "",
 	} {
 		got, ok := localFile(name)
 		if ok != (want != "") || ok && got != want {

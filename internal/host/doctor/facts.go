@@ -18,37 +18,40 @@ import (
 // HostFacts is what matters of one host, seen by its daemon. Sizes are in bytes. Where a fact is
 // an error's text, "" means that what was tried works.
 type HostFacts struct {
-	Name      string `json:"name"`
-	BootID    string `json:"boot_id"` // of this boot of the kernel: equal on both hosts if they are one machine
-	Kernel    string `json:"kernel"`  // release, such as "6.1.0-18-amd64"
+	Name string `json:"name"`
+	// of this boot of the kernel: equal on both hosts if they are one machine
+	BootID    string `json:"boot_id"`
+	Kernel    string `json:"kernel"` // release, such as "6.1.0-18-amd64"
 	PageSize  uint64 `json:"page_size"`
 	User      uint32 `json:"user"`         // the daemon's
 	Effective uint64 `json:"capabilities"` // the daemon's effective ones, bit by number
 
-	Userfaultfd  UserfaultFacts `json:"userfaultfd"`
-	PidfdGetfd   string         `json:"pidfd_getfd"`  // tried on the daemon itself
-	ProcessRead  string         `json:"process_read"` // process_vm_readv, likewise
-	PtraceScope  int            `json:"ptrace_scope"` // of Yama; 0 where there is no Yama
-	CPU          CPUFacts       `json:"cpu"`
-	KVM          string         `json:"kvm"`
-	Limits       []room.Limit   `json:"limits"` // on the memory of a VM that the daemon starts
-	SwapTotal    uint64         `json:"swap_total"`
-	SwapFree     uint64         `json:"swap_free"`
-	Load         float64        `json:"load"`         // runnable tasks, mean of a minute
-	CPUWait      float64        `json:"cpu_wait"`     // % of ten seconds in which some task waited for a CPU (PSI)
-	MemoryWait   float64        `json:"memory_wait"`  // likewise for memory
-	Synchronised bool           `json:"synchronised"` // the kernel's clock is held by NTP or the like
-	Time         time.Time      `json:"time"`         // CLOCK_REALTIME when all else was known
-	Journal      SpaceFacts     `json:"journal"`      // where the daemon keeps its journal
-	QEMUs        []QEMUFacts    `json:"qemus"`        // that the daemon was told to look at
-	Certificate  CertFacts      `json:"certificate"`  // zero where the link is plain
+	Userfaultfd UserfaultFacts `json:"userfaultfd"`
+	PidfdGetfd  string         `json:"pidfd_getfd"`  // tried on the daemon itself
+	ProcessRead string         `json:"process_read"` // process_vm_readv, likewise
+	PtraceScope int            `json:"ptrace_scope"` // of Yama; 0 where there is no Yama
+	CPU         CPUFacts       `json:"cpu"`
+	KVM         string         `json:"kvm"`
+	Limits      []room.Limit   `json:"limits"` // on the memory of a VM that the daemon starts
+	SwapTotal   uint64         `json:"swap_total"`
+	SwapFree    uint64         `json:"swap_free"`
+	Load        float64        `json:"load"` // runnable tasks, mean of a minute
+	// % of ten seconds in which some task waited for a CPU (PSI)
+	CPUWait      float64     `json:"cpu_wait"`
+	MemoryWait   float64     `json:"memory_wait"`  // likewise for memory
+	Synchronised bool        `json:"synchronised"` // the kernel's clock is held by NTP or the like
+	Time         time.Time   `json:"time"`         // CLOCK_REALTIME when all else was known
+	Journal      SpaceFacts  `json:"journal"`      // where the daemon keeps its journal
+	QEMUs        []QEMUFacts `json:"qemus"`        // that the daemon was told to look at
+	Certificate  CertFacts   `json:"certificate"`  // zero where the link is plain
 }
 
-// UserfaultFacts tells whether the daemon may have userfaultfds that also catch faults in the kernel, as
-// QEMU needs: a virtual CPU under KVM, and a device's DMA, touch memory there.
+// UserfaultFacts tells whether the daemon may have userfaultfds that also catch faults in the
+// kernel, as QEMU needs: a virtual CPU under KVM, and a device's DMA, touch memory there.
 type UserfaultFacts struct {
-	Error        string `json:"error"`        // of userfaultfd(2), UFFDIO_API and UFFDIO_REGISTER
-	Device       string `json:"device"`       // of the same through /dev/userfaultfd (Linux 6.1, QEMU 8.0)
+	Error string `json:"error"` // of userfaultfd(2), UFFDIO_API and UFFDIO_REGISTER
+	// of the same through /dev/userfaultfd (Linux 6.1, QEMU 8.0)
+	Device       string `json:"device"`
 	Features     uint64 `json:"features"`     // UFFD_FEATURE_… of linux/userfaultfd.h
 	Unprivileged int    `json:"unprivileged"` // vm.unprivileged_userfaultfd; -1 if there is none
 }
@@ -83,24 +86,28 @@ type CertFacts struct {
 
 // VMFacts is what its QEMU says of a running VM.
 type VMFacts struct {
-	QEMU      string        `json:"qemu"`      // version
-	Machine   string        `json:"machine"`   // type with version
-	CPUs      fit.CPUs      `json:"cpus"`      // zero where QEMU's architecture is not supported
-	State     string        `json:"state"`     // "running"…
-	Migration string        `json:"migration"` // state of the last or present one; "" if none
-	Held      fit.Reasons   `json:"held"`      // why it cannot be evicted, wherever to
-	Settings  []string      `json:"settings"`  // migration capabilities that are on
-	Postcopy  bool          `json:"postcopy"`  // this build has it
-	Main      uint64        `json:"main"`      // bytes of main memory that it started with (-m); 0 if unknown
+	QEMU      string      `json:"qemu"`      // version
+	Machine   string      `json:"machine"`   // type with version
+	CPUs      fit.CPUs    `json:"cpus"`      // zero where QEMU's architecture is not supported
+	State     string      `json:"state"`     // "running"…
+	Migration string      `json:"migration"` // state of the last or present one; "" if none
+	Held      fit.Reasons `json:"held"`      // why it cannot be evicted, wherever to
+	Settings  []string    `json:"settings"`  // migration capabilities that are on
+	Postcopy  bool        `json:"postcopy"`  // this build has it
+	// bytes of main memory that it started with (-m); 0 if unknown
+	Main      uint64        `json:"main"`
 	Memory    []MemoryFacts `json:"memory"`
 	MemoryErr string        `json:"memory_error"` // why the memory cannot be read from outside
-	Used      uint64        `json:"used"`         // bytes of memory that QEMU holds: no more than that has to move. 0 if unknown
-	Devices   []DeviceFacts `json:"devices"`
-	Networks  []string      `json:"networks"` // kinds of network back ends: "tap", "user", "vhost-user"…
-	Disks     []DiskFacts   `json:"disks"`
-	Trusted   []string      `json:"trusted"` // drives whose images are taken for the same on an operator's word
-	Bitmaps   []string      `json:"bitmaps"` // dirty bitmaps that do not move
-	Work      fit.Reasons   `json:"work"`    // what the VM's QEMU is in the middle of
+	// bytes of memory that QEMU holds: no more than that has to move. 0 if unknown
+	Used    uint64        `json:"used"`
+	Devices []DeviceFacts `json:"devices"`
+	// kinds of network back ends: "tap", "user", "vhost-user"…
+	Networks []string    `json:"networks"`
+	Disks    []DiskFacts `json:"disks"`
+	// drives whose images are taken for the same on an operator's word
+	Trusted []string    `json:"trusted"`
+	Bitmaps []string    `json:"bitmaps"` // dirty bitmaps that do not move
+	Work    fit.Reasons `json:"work"`    // what the VM's QEMU is in the middle of
 }
 
 // MemoryFacts is one RAM block.
@@ -125,30 +132,34 @@ type DeviceFacts struct {
 
 // DiskFacts is one image that a drive uses: its top, or one that it is backed by.
 type DiskFacts struct {
-	Drive    string   `json:"drive"`  // for humans
-	Driver   string   `json:"driver"` // format: "raw", "qcow2"…
-	ReadOnly bool     `json:"read_only"`
-	Direct   bool     `json:"direct"` // past the host's page cache
-	NoFlush  bool     `json:"no_flush"`
-	Carried  bool     `json:"carried"` // its content moves with the VM's memory
-	URL      string   `json:"url"`     // in place of a file: what QEMU reaches by itself, over a network or so
-	File     fit.File `json:"file"`
+	Drive    string `json:"drive"`  // for humans
+	Driver   string `json:"driver"` // format: "raw", "qcow2"…
+	ReadOnly bool   `json:"read_only"`
+	Direct   bool   `json:"direct"` // past the host's page cache
+	NoFlush  bool   `json:"no_flush"`
+	Carried  bool   `json:"carried"` // its content moves with the VM's memory
+	// in place of a file: what QEMU reaches by itself, over a network or so
+	URL  string   `json:"url"`
+	File fit.File `json:"file"`
 }
 
 // TwinFacts is what the destination has for a VM of that name.
 type TwinFacts struct {
-	Name        string         `json:"name"`
-	Error       string         `json:"error"`   // why no twin can be started; "" if one can
-	Running     bool           `json:"running"` // a QEMU of that name runs there already
-	QEMU        QEMUFacts      `json:"qemu"`
-	Main        uint64         `json:"main"`        // bytes of main memory that it will have (-m); 0 if unknown
-	User        string         `json:"user"`        // that the twin will run as; "" is the daemon's
-	Userfaultfd string         `json:"userfaultfd"` // why that user may not have one
-	CPUs        fit.CPUs       `json:"cpus"`        // as its QEMU makes them here; zero if that is not known
-	CPUError    string         `json:"cpu_error"`   // why it is not
-	Backends    []BackendFacts `json:"backends"`    // memory of the description that is files
-	Disks       []fit.File     `json:"disks"`       // files of the description, and what they are backed by
-	URLs        []string       `json:"urls"`        // images that are no files
+	Name    string    `json:"name"`
+	Error   string    `json:"error"`   // why no twin can be started; "" if one can
+	Running bool      `json:"running"` // a QEMU of that name runs there already
+	QEMU    QEMUFacts `json:"qemu"`
+	// bytes of main memory that it will have (-m); 0 if unknown
+	Main        uint64 `json:"main"`
+	User        string `json:"user"`        // that the twin will run as; "" is the daemon's
+	Userfaultfd string `json:"userfaultfd"` // why that user may not have one
+	// as its QEMU makes them here; zero if that is not known
+	CPUs     fit.CPUs       `json:"cpus"`
+	CPUError string         `json:"cpu_error"` // why it is not
+	Backends []BackendFacts `json:"backends"`  // memory of the description that is files
+	// files of the description, and what they are backed by
+	Disks []fit.File `json:"disks"`
+	URLs  []string   `json:"urls"` // images that are no files
 }
 
 // LinkFacts is what the session between the daemons has measured.

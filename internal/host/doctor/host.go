@@ -31,11 +31,12 @@ type HostOptions struct {
 	Journal     string   // directory
 	QEMUs       []string // programs to ask for their version
 	Certificate CertFacts
-	Promised    func(room.Limit) uint64 // what VMs that are coming will still take of a limit; nil: nothing
+	// what VMs that are coming will still take of a limit; nil: nothing
+	Promised func(room.Limit) uint64
 }
 
-// Host gathers the facts of this host; it takes some 10 ms for each QEMU. What cannot be found out is
-// zero, or an error's text. It changes nothing: of what it opens, it opens its own.
+// Host gathers the facts of this host; it takes some 10 ms for each QEMU. What cannot be found out
+// is zero, or an error's text. It changes nothing: of what it opens, it opens its own.
 func Host(ctx context.Context, o HostOptions) HostFacts {
 	h := HostFacts{
 		Name:        o.Name,
@@ -137,7 +138,8 @@ func userfaultfd() UserfaultFacts {
 		return u
 	}
 	defer unix.Close(dev)
-	fd, _, errno = unix.Syscall(unix.SYS_IOCTL, uintptr(dev), uffdNew, unix.O_CLOEXEC|unix.O_NONBLOCK)
+	fd, _, errno = unix.Syscall(unix.SYS_IOCTL, uintptr(dev), uffdNew,
+		unix.O_CLOEXEC|unix.O_NONBLOCK)
 	features, err = tryUserfaultfd(int(fd), errno)
 	u.Device, u.Features = told(err), u.Features|features
 	return u
@@ -150,7 +152,8 @@ func tryUserfaultfd(fd int, errno unix.Errno) (features uint64, _ error) {
 	}
 	defer unix.Close(fd)
 	size := os.Getpagesize()
-	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return 0, os.NewSyscallError("mmap", err)
 	}

@@ -34,7 +34,8 @@ func need(t testing.TB, err error) {
 // The test's program gathers facts instead of testing when it is told to; see asChild.
 func TestMain(m *testing.M) {
 	if os.Getenv("VACATE_DOCTOR_FACTS") == "1" {
-		if err := json.NewEncoder(os.Stdout).Encode(Host(context.Background(), HostOptions{Name: "child", Journal: "/"})); err != nil {
+		if err := json.NewEncoder(os.Stdout).Encode(Host(context.Background(),
+			HostOptions{Name: "child", Journal: "/"})); err != nil {
 			panic(err)
 		}
 		return
@@ -78,15 +79,20 @@ func TestHost(t *testing.T) {
 	dir := t.TempDir()
 	before := time.Now()
 	h := Host(t.Context(), HostOptions{
-		Name: "here", Journal: filepath.Join(dir, "not", "yet"), QEMUs: []string{q.Path, "/no/such", "relative", "/bin/true"},
+		Name: "here", Journal: filepath.Join(dir, "not", "yet"),
+		QEMUs:       []string{q.Path, "/no/such", "relative", "/bin/true"},
 		Certificate: CertFacts{Name: "here"},
 	})
-	if h.Name != "here" || len(h.BootID) != 36 || h.Kernel == "" || h.PageSize != uint64(os.Getpagesize()) || h.CPU.Count < 1 ||
-		len(h.Limits) == 0 || h.Limits[0].Free() == 0 || h.Journal.Free == 0 || h.Journal.Error != "" || h.Certificate.Name != "here" ||
+	if h.Name != "here" || len(h.BootID) != 36 || h.Kernel == "" ||
+		h.PageSize != uint64(os.Getpagesize()) || h.CPU.Count < 1 ||
+		len(h.Limits) == 0 || h.Limits[0].Free() == 0 || h.Journal.Free == 0 ||
+		h.Journal.Error != "" || h.Certificate.Name != "here" ||
 		h.Time.Before(before) || h.Time.After(time.Now()) || int(h.User) != os.Geteuid() {
 		t.Errorf("%+v", h)
 	}
-	if len(h.QEMUs) != 4 || h.QEMUs[0].Version != q.Version || !slices.Contains(h.QEMUs[0].Machines, "pc") || slices.Contains(h.QEMUs[0].Machines, "Supported") {
+	if len(h.QEMUs) != 4 || h.QEMUs[0].Version != q.Version ||
+		!slices.Contains(h.QEMUs[0].Machines, "pc") ||
+		slices.Contains(h.QEMUs[0].Machines, "Supported") {
 		t.Fatalf("%+v", h.QEMUs)
 	}
 	for _, bad := range h.QEMUs[1:] {
@@ -137,17 +143,21 @@ func TestDropped(t *testing.T) {
 	if dropped.mayTrace() || dropped.Effective|1<<capSysPtrace != whole.Effective {
 		t.Errorf("capabilities %x of %x", dropped.Effective, whole.Effective)
 	}
-	if f := find(Inspect(dropped, nil), "process memory"); f.Level != Fatal || !strings.Contains(f.Remedy, "CAP_SYS_PTRACE") {
+	if f := find(Inspect(dropped, nil), "process memory"); f.Level != Fatal ||
+		!strings.Contains(f.Remedy, "CAP_SYS_PTRACE") {
 		t.Errorf("%+v", f)
 	}
-	nobody := asChild(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
+	nobody := asChild(t,
+		&syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
 	for _, h := range []HostFacts{dropped, nobody} {
-		if h.Userfaultfd.Unprivileged == 0 && !strings.Contains(h.Userfaultfd.Error, "not permitted") {
+		if h.Userfaultfd.Unprivileged == 0 &&
+			!strings.Contains(h.Userfaultfd.Error, "not permitted") {
 			t.Errorf("userfaultfd without a right to it: %+v", h.Userfaultfd)
 		}
 	}
 	if nobody.Userfaultfd.Unprivileged == 0 && nobody.Userfaultfd.Device != "" {
-		if f := find(Inspect(nobody, nil), "userfaultfd"); f.Level != Warning || !strings.Contains(f.Remedy, "sysctl") {
+		if f := find(Inspect(nobody, nil), "userfaultfd"); f.Level != Warning ||
+			!strings.Contains(f.Remedy, "sysctl") {
 			t.Errorf("%+v", f)
 		}
 	}
@@ -199,13 +209,17 @@ func put(t *testing.T, path, text string) {
 }
 
 func TestParse(t *testing.T) {
-	if p := parsePressure([]byte("some avg10=12.50 avg60=2.20 avg300=3.30 total=20029589\nfull avg10=99\n")); p != 12.5 {
+	if p := parsePressure(
+		[]byte("some avg10=12.50 avg60=2.20 avg300=3.30 total=20029589\nfull avg10=99\n")); p !=
+		12.5 {
 		t.Errorf("pressure %v", p)
 	}
 	if p := parsePressure([]byte("some avg10=NaN")); !(p >= 0) && p == p {
 		t.Errorf("pressure %v", p)
 	}
-	c := parseCPU([]byte("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon: 1\nflags\t\t: fpu sse2\n\nprocessor\t: 1\nflags\t: other\n"))
+	c := parseCPU(
+		[]byte("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon: 1\nflags\t\t: " +
+			"fpu sse2\n\nprocessor\t: 1\nflags\t: other\n"))
 	if c.Model != "Xeon: 1" {
 		t.Errorf("%+v", c)
 	}

@@ -6,8 +6,9 @@ import (
 	"strings"
 )
 
-// memoryOf returns the bytes of memory that arguments of QEMU (-m) give a VM; 0 if they do not say. The syntax is that
-// of qemu(1): "-m [size=]N[KMGT][,slots=…,maxmem=…]", in MiB unless it says otherwise; the last one counts.
+// memoryOf returns the bytes of memory that arguments of QEMU (-m) give a VM; 0 if they do not say.
+// The syntax is that of qemu(1): "-m [size=]N[KMGT][,slots=…,maxmem=…]", in MiB unless it says
+// otherwise; the last one counts.
 func memoryOf(args []string) uint64 {
 	var size uint64
 	for i := 0; i+1 < len(args); i++ {

@@ -34,7 +34,8 @@ func TestMemoryOf(t *testing.T) {
 
 // A description may give any argument.
 func FuzzMemoryOf(f *testing.F) {
-	for _, s := range []string{"4G", "size=2g,slots=4,maxmem=8G", "{\"size\":\"1G\"}", "1.5G", ",", "=", "B"} {
+	for _, s := range []string{"4G", "size=2g,slots=4,maxmem=8G", "{\"size\":\"1G\"}", "1.5G", ",",
+		"=", "B"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) { memoryOf([]string{"-m", s}) })

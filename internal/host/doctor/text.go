@@ -12,8 +12,8 @@ import (
 // textWidth is the most columns that Text writes, of characters that are one column wide.
 const textWidth = 100
 
-// Text writes findings as a table, the worst first, each with its remedy beneath it, and then a line
-// that sums them up.
+// Text writes findings as a table, the worst first, each with its remedy beneath it, and then a
+// line that sums them up.
 func Text(w io.Writer, findings []Finding) error {
 	sorted := slices.Clone(findings)
 	slices.SortStableFunc(sorted, func(a, b Finding) int { return cmp.Compare(b.Level, a.Level) })
@@ -30,7 +30,8 @@ func Text(w io.Writer, findings []Finding) error {
 			f.Level = Fatal // of whom this is not known, the worst is assumed
 		}
 		count[f.Level]++
-		fmt.Fprintf(&b, "%-7s  %s  %s  ", f.Level, column(f.Host, hostWidth), column(f.Check, checkWidth))
+		fmt.Fprintf(&b, "%-7s  %s  %s  ", f.Level, column(f.Host, hostWidth),
+			column(f.Check, checkWidth))
 		wrap(&b, f.Text, indent, indent)
 		if f.Remedy != "" {
 			b.WriteString(strings.Repeat(" ", indent) + "→ ")
@@ -44,7 +45,8 @@ func Text(w io.Writer, findings []Finding) error {
 	case count[Warning] > 0:
 		verdict = "possible, with care"
 	}
-	fmt.Fprintf(&b, "\n%s: %d fatal, %s, %s, %d ok\n", verdict, count[Fatal], plural(count[Warning], "warning"), plural(count[Note], "note"), count[OK])
+	fmt.Fprintf(&b, "\n%s: %d fatal, %s, %s, %d ok\n", verdict, count[Fatal],
+		plural(count[Warning], "warning"), plural(count[Note], "note"), count[OK])
 	_, err := io.WriteString(w, b.String())
 	return err
 }
@@ -65,8 +67,8 @@ func column(s string, width int) string {
 	return string(r) + strings.Repeat(" ", width-len(r))
 }
 
-// wrap writes a text from a column on, its further lines indented, and ends the last. A word that is
-// longer than a line is broken.
+// wrap writes a text from a column on, its further lines indented, and ends the last. A word that
+// is longer than a line is broken.
 func wrap(b *strings.Builder, text string, at, indent int) {
 	first := true
 	for _, word := range strings.Fields(text) {

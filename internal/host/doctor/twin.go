@@ -72,7 +72,8 @@ func (t *TwinFacts) add(im image, dir string) {
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(dir, path)
 		}
-		if slices.ContainsFunc(t.Disks, func(f fit.File) bool { return f.Path == path }) || len(t.Disks) >= maxList {
+		if slices.ContainsFunc(t.Disks, func(f fit.File) bool { return f.Path == path }) ||
+			len(t.Disks) >= maxList {
 			return
 		}
 		t.Disks = append(t.Disks, fit.LookAt(path, true))
@@ -92,8 +93,8 @@ func (t *TwinFacts) add(im image, dir string) {
 	}
 }
 
-// memoryFiles returns the memory back ends of QEMU's arguments that are files. A userfaultfd catches no page
-// of a file, but for those of tmpfs and hugetlbfs.
+// memoryFiles returns the memory back ends of QEMU's arguments that are files. A userfaultfd
+// catches no page of a file, but for those of tmpfs and hugetlbfs.
 func memoryFiles(args []string, dir string) (all []BackendFacts) {
 	for i := 0; i+1 < len(args) && len(all) < maxList; i++ {
 		b := BackendFacts{ID: "the main memory"}
@@ -141,7 +142,8 @@ func mayUserfault(name, version string) error {
 	var major int
 	fmt.Sscan(version, &major)
 	if major < 8 {
-		return fmt.Errorf("vm.unprivileged_userfaultfd is 0, and QEMU uses %s only from 8.0 on", dev)
+		return fmt.Errorf("vm.unprivileged_userfaultfd is 0, and QEMU uses %s only from 8.0 on",
+			dev)
 	}
 	ok, err := mayUse(name, dev)
 	if err == nil && !ok {
@@ -150,7 +152,8 @@ func mayUserfault(name, version string) error {
 	return err
 }
 
-// mayUse tells, by its mode, whether a user may read and write a file. Access lists are not looked at.
+// mayUse tells, by its mode, whether a user may read and write a file. Access lists are not looked
+// at.
 func mayUse(name, path string) (bool, error) {
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -180,11 +183,12 @@ func mayUse(name, path string) (bool, error) {
 type image struct{ name, driver string }
 
 // Options whose value is a file name, and what that file is.
-var fileOptions = []string{"hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "pflash", "sd", "mtdblock"}
+var fileOptions = []string{"hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "pflash", "sd",
+	"mtdblock"}
 
-// images returns the images that QEMU's arguments name: as -drive file=…, -blockdev with a file name at
-// any depth, or -hda and its kin. See "Block device options" of qemu(1). An image counts as qcow2 only
-// where the arguments say so.
+// images returns the images that QEMU's arguments name: as -drive file=…, -blockdev with a file
+// name at any depth, or -hda and its kin. See "Block device options" of qemu(1). An image counts as
+// qcow2 only where the arguments say so.
 func images(args []string) []image {
 	var all []image
 	nodes := map[string]int{}   // index of the image of each node
@@ -260,7 +264,8 @@ func flatten(o map[string]string, prefix string, v map[string]any) {
 	}
 }
 
-// localFile returns the file that QEMU's name of an image means, and false for what QEMU reaches otherwise.
+// localFile returns the file that QEMU's name of an image means, and false for what QEMU reaches
+// otherwise.
 func localFile(name string) (string, bool) {
 	if s, ok := strings.CutPrefix(name, "json:"); ok {
 		return jsonFile(s)

@@ -63,7 +63,8 @@ func VM(ctx context.Context, q *qmp.Client) (VMFacts, error) {
 	var memory struct {
 		Base uint64 `json:"base-memory"`
 	}
-	if err := q.Run(ctx, "query-memory-size-summary", nil, &memory); err != nil && !errors.Is(err, qmp.ErrCommandNotFound) {
+	if err := q.Run(ctx, "query-memory-size-summary", nil, &memory); err != nil &&
+		!errors.Is(err, qmp.ErrCommandNotFound) {
 		return v, err
 	}
 	v.Main = memory.Base
@@ -141,10 +142,14 @@ func disksOf(d fit.Disks) (all []DiskFacts) {
 			switch {
 			case n.File != nil:
 				all = append(all, DiskFacts{
-					Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly, Direct: n.Direct, NoFlush: n.NoFlush, Carried: drive.Carried, File: *n.File,
+					Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly, Direct: n.Direct,
+					NoFlush: n.NoFlush, Carried: drive.Carried, File: *n.File,
 				})
-			case len(n.Children) == 0 && !strings.HasPrefix(n.Driver, "null-"): // which hold nothing
-				all = append(all, DiskFacts{Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly, URL: n.Address})
+			case len(n.Children) == 0 && !strings.HasPrefix(n.Driver, "null-"):
+				// which hold nothing
+				all = append(all,
+					DiskFacts{Drive: drive.Name, Driver: driver, ReadOnly: n.ReadOnly,
+						URL: n.Address})
 			}
 		}
 		if drive.Root != nil {

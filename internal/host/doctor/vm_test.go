@@ -29,7 +29,8 @@ import (
 
 var (
 	record     = flag.Bool("record", false, "record testdata")
-	qemuBinary = flag.String("qemu", "", "QEMU to test with and to record from; default the one in PATH")
+	qemuBinary = flag.String("qemu", "",
+		"QEMU to test with and to record from; default the one in PATH")
 )
 
 // program returns the QEMU to test with, or to record from.
@@ -47,7 +48,9 @@ func program(t *testing.T) string {
 func start(t *testing.T, dir string, args ...string) *qmp.Client {
 	t.Helper()
 	sock := filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.Command(program(t), append([]string{"-nodefaults", "-display", "none", "-accel", "tcg", "-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
+	cmd := exec.Command(program(t),
+		append([]string{"-nodefaults", "-display", "none", "-accel", "tcg", "-qmp",
+			"unix:" + sock + ",server=on,wait=off"}, args...)...)
 	cmd.Dir, cmd.Stderr = dir, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -60,7 +63,8 @@ func start(t *testing.T, dir string, args ...string) *qmp.Client {
 func dial(t *testing.T, sock string) *qmp.Client {
 	t.Helper()
 	c, err := qmp.Dial(t.Context(), sock)
-	for i := 0; i < 500 && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)); i++ {
+	for i := 0; i < 500 && (errors.Is(err, fs.ErrNotExist) ||
+		errors.Is(err, syscall.ECONNREFUSED)); i++ {
 		time.Sleep(20 * time.Millisecond) // until QEMU listens
 		c, err = qmp.Dial(t.Context(), sock)
 	}
@@ -104,12 +108,14 @@ func files(t *testing.T) string {
 // odd are a QEMU's arguments for everything that cannot move.
 var odd = []string{
 	"-S", "-smp", "2", "-m", "256,maxmem=1G,slots=2", "-cpu", "max", "-mem-path", "mem",
-	"-device", "nvme,serial=a,drive=d", "-drive", "if=none,id=d,file=disk.raw,format=raw,snapshot=on",
+	"-device", "nvme,serial=a,drive=d", "-drive",
+	"if=none,id=d,file=disk.raw,format=raw,snapshot=on",
 	"-device", "ivshmem-plain,memdev=iv", "-object", "memory-backend-ram,id=iv,size=1M,share=on",
 	"-object", "memory-backend-ram,id=vm,size=256M", "-device", "virtio-mem-pci,id=vmem,memdev=vm",
 	"-virtfs", "local,path=share,mount_tag=t,security_model=none",
 	"-netdev", "user,id=n,restrict=on", "-device", "virtio-net-pci,netdev=n",
-	"-device", "virtio-scsi-pci", "-drive", "if=none,id=cd,media=cdrom,file=cd.iso,format=raw,cache=none", "-device", "scsi-cd,drive=cd",
+	"-device", "virtio-scsi-pci", "-drive",
+	"if=none,id=cd,media=cdrom,file=cd.iso,format=raw,cache=none", "-device", "scsi-cd,drive=cd",
 	"-drive", "if=none,id=empty,media=cdrom", "-device", "scsi-cd,drive=empty",
 	"-drive", "if=none,id=nothing,driver=null-co", "-device", "virtio-blk-pci,drive=nothing",
 }
@@ -117,22 +123,28 @@ var odd = []string{
 // A plain VM is found fit, and its disk to be the twin's.
 func TestPlainVM(t *testing.T) {
 	dir := files(t)
-	args := []string{"-m", "128", "-drive", "if=none,id=d,file=disk.raw,format=raw", "-device", "virtio-blk-pci,drive=d"}
+	args := []string{"-m", "128", "-drive", "if=none,id=d,file=disk.raw,format=raw", "-device",
+		"virtio-blk-pci,drive=d"}
 	q := start(t, dir, args...)
 	v := facts(t, q)
-	if v.State != "running" || v.CPUs.Accel != "tcg" || len(v.CPUs.VCPUs) != 1 || v.Main != 128<<20 || v.CPUs.Model != "qemu64" || !v.Postcopy || v.MemoryErr != "" || len(v.Held) != 0 ||
-		!strings.HasPrefix(v.Machine, "pc-i440fx-") || v.QEMU != q.Version().String() || len(v.Settings) != 0 {
+	if v.State != "running" || v.CPUs.Accel != "tcg" || len(v.CPUs.VCPUs) != 1 ||
+		v.Main != 128<<20 || v.CPUs.Model != "qemu64" || !v.Postcopy || v.MemoryErr != "" ||
+		len(v.Held) != 0 ||
+		!strings.HasPrefix(v.Machine, "pc-i440fx-") || v.QEMU != q.Version().String() ||
+		len(v.Settings) != 0 {
 		t.Errorf("%+v", v)
 	}
 	if n := total(v, units.PageSize); n < 128<<20 || n > 256<<20 || v.Used == 0 {
 		t.Errorf("%d bytes of memory, %d used: %+v", n, v.Used, v.Memory)
 	}
 	disk := filepath.Join(dir, "disk.raw")
-	if len(v.Disks) != 1 || v.Disks[0].Drive != "d" || v.Disks[0].Driver != "raw" || v.Disks[0].ReadOnly || v.Disks[0].Direct ||
+	if len(v.Disks) != 1 || v.Disks[0].Drive != "d" || v.Disks[0].Driver != "raw" ||
+		v.Disks[0].ReadOnly || v.Disks[0].Direct ||
 		v.Disks[0].File.Path != disk || v.Disks[0].File.Size != 1<<20 || !v.Disks[0].File.Locked {
 		t.Errorf("%+v", v.Disks)
 	}
-	twin := Twin(t.Context(), TwinOptions{Name: "plain", Dir: dir, Args: append([]string{program(t)}, args...)})
+	twin := Twin(t.Context(), TwinOptions{Name: "plain", Dir: dir,
+		Args: append([]string{program(t)}, args...)})
 	h := Host(t.Context(), HostOptions{Name: "here", Journal: dir})
 	here, there := h, h
 	there.Name = "there"
@@ -149,8 +161,12 @@ func TestPlainVM(t *testing.T) {
 		t.Errorf("%v", f)
 	}
 	// A description there that names another CPU is told of.
-	other := Twin(t.Context(), TwinOptions{Name: "plain", Dir: dir, Args: append([]string{program(t), "-cpu", "qemu64,aes=on", "-M", "pc,memory-backend=none"}, args...)})
-	if f := find(Compare(here, v, there, other, LinkFacts{}), "cpu"); f.Level != Fatal || !strings.Contains(f.Text, "has aes, which the guest's (qemu64) does not have") {
+	other := Twin(t.Context(),
+		TwinOptions{Name: "plain", Dir: dir,
+			Args: append([]string{program(t), "-cpu", "qemu64,aes=on", "-M",
+				"pc,memory-backend=none"}, args...)})
+	if f := find(Compare(here, v, there, other, LinkFacts{}), "cpu"); f.Level != Fatal ||
+		!strings.Contains(f.Text, "has aes, which the guest's (qemu64) does not have") {
 		t.Errorf("%v", f)
 	}
 	// On two machines it would be two files.
@@ -173,10 +189,13 @@ func TestOddVM(t *testing.T) {
 	checkOdd(t, v)
 	var disks []string
 	for _, d := range v.Disks {
-		disks = append(disks, fmt.Sprintf("%s %s %s ro=%v direct=%v gone=%v", d.Drive, d.Driver, filepath.Base(d.File.Path), d.ReadOnly, d.Direct, d.File.Error != ""))
+		disks = append(disks, fmt.Sprintf("%s %s %s ro=%v direct=%v gone=%v", d.Drive, d.Driver,
+			filepath.Base(d.File.Path), d.ReadOnly, d.Direct, d.File.Error != ""))
 	}
-	if len(disks) != 3 || !strings.HasPrefix(disks[0], "d qcow2 vl.") || !strings.HasSuffix(disks[0], "ro=false direct=false gone=true") ||
-		disks[1] != "d raw disk.raw ro=true direct=false gone=false" || disks[2] != "cd raw cd.iso ro=true direct=true gone=false" {
+	if len(disks) != 3 || !strings.HasPrefix(disks[0], "d qcow2 vl.") ||
+		!strings.HasSuffix(disks[0], "ro=false direct=false gone=true") ||
+		disks[1] != "d raw disk.raw ro=true direct=false gone=false" ||
+		disks[2] != "cd raw cd.iso ro=true direct=true gone=false" {
 		t.Errorf("disks %q", disks)
 	}
 	got := Inspect(goodHost("here"), &v)
@@ -187,16 +206,20 @@ func TestOddVM(t *testing.T) {
 		{"here", "devices", Warning, "(user)", "tap"},
 	} {
 		if !slices.ContainsFunc(got, func(f Finding) bool {
-			return f.Host == want.Host && f.Check == want.Check && f.Level == want.Level && strings.Contains(f.Text, want.Text) && strings.Contains(f.Remedy, want.Remedy)
+			return f.Host == want.Host && f.Check == want.Check && f.Level == want.Level &&
+				strings.Contains(f.Text, want.Text) && strings.Contains(f.Remedy, want.Remedy)
 		}) {
 			t.Errorf("no %v", want)
 		}
 	}
-	twin := Twin(t.Context(), TwinOptions{Name: "odd", Dir: dir, Args: append([]string{"/no/such"}, odd...)})
-	if len(twin.Backends) != 1 || twin.Backends[0].Path != filepath.Join(dir, "mem") || twin.Backends[0].FS == "" {
+	twin := Twin(t.Context(), TwinOptions{Name: "odd", Dir: dir,
+		Args: append([]string{"/no/such"}, odd...)})
+	if len(twin.Backends) != 1 || twin.Backends[0].Path != filepath.Join(dir, "mem") ||
+		twin.Backends[0].FS == "" {
 		t.Errorf("back ends %+v", twin.Backends)
 	}
-	if f := find(Compare(goodHost("here"), v, goodHost("there"), twin, LinkFacts{}), "disk"); f.Level != Fatal || !strings.Contains(f.Text, "snapshot=on") {
+	if f := find(Compare(goodHost("here"), v, goodHost("there"), twin, LinkFacts{}),
+		"disk"); f.Level != Fatal || !strings.Contains(f.Text, "snapshot=on") {
 		t.Errorf("%v", f)
 	}
 }
@@ -204,7 +227,9 @@ func TestOddVM(t *testing.T) {
 // checkOdd checks what a recording tells as well as a live QEMU does.
 func checkOdd(t *testing.T, v VMFacts) {
 	t.Helper()
-	if v.State != "prelaunch" || v.Migration != "" || len(v.CPUs.VCPUs) != 2 || v.Main != 256<<20 && v.Main != 0 || v.CPUs.Model != "max" || !v.Postcopy || !slices.Equal(v.Networks, []string{"user"}) {
+	if v.State != "prelaunch" || v.Migration != "" || len(v.CPUs.VCPUs) != 2 ||
+		v.Main != 256<<20 && v.Main != 0 || v.CPUs.Model != "max" || !v.Postcopy ||
+		!slices.Equal(v.Networks, []string{"user"}) {
 		t.Errorf("%+v", v)
 	}
 	reasons := []string{"ivshmem"}
@@ -212,11 +237,13 @@ func checkOdd(t *testing.T, v VMFacts) {
 		reasons = append(reasons, "nvme")
 	}
 	for _, want := range reasons {
-		if !slices.ContainsFunc(v.Held, func(r fit.Reason) bool { return strings.Contains(r.Text, want) }) {
+		if !slices.ContainsFunc(v.Held,
+			func(r fit.Reason) bool { return strings.Contains(r.Text, want) }) {
 			t.Errorf("QEMU's reasons %q do not tell of %s", v.Held, want)
 		}
 	}
-	for _, want := range []DeviceFacts{{"vmem", "virtio-mem-pci"}, {"", "nvme"}, {"", "ivshmem-plain"}, {"", "virtio-9p-pci"}, {"", "virtio-net-pci"}} {
+	for _, want := range []DeviceFacts{{"vmem", "virtio-mem-pci"}, {"", "nvme"},
+		{"", "ivshmem-plain"}, {"", "virtio-9p-pci"}, {"", "virtio-net-pci"}} {
 		if !slices.Contains(v.Devices, want) {
 			t.Errorf("no %v among %v", want, v.Devices)
 		}
@@ -251,7 +278,9 @@ func TestRecord(t *testing.T) {
 		}
 		lines = append(lines, string(b))
 	}
-	add(json.RawMessage(fmt.Sprintf(`{"QMP":{"version":{"qemu":{"major":%d,"minor":%d,"micro":%d},"package":""},"capabilities":["oob"]}}`, version.Major, version.Minor, version.Micro)))
+	add(
+		json.RawMessage(fmt.Sprintf(
+			`{"QMP":{"version":{"qemu":{"major":%d,"minor":%d,"micro":%d},"package":""},"capabilities":["oob"]}}`, version.Major, version.Minor, version.Micro)))
 	_, err := relay(t, func(ctx context.Context, x exchange) exchange {
 		var refused *qmp.Error
 		var args any
@@ -260,14 +289,17 @@ func TestRecord(t *testing.T) {
 		}
 		err := q.Run(ctx, x.Execute, args, &x.Return)
 		if errors.As(err, &refused) {
-			x.Return, x.Error = nil, json.RawMessage(fmt.Sprintf(`{"class":%q,"desc":%q}`, refused.Class, refused.Desc))
+			x.Return, x.Error = nil, json.RawMessage(fmt.Sprintf(`{"class":%q,"desc":%q}`,
+				refused.Class, refused.Desc))
 		} else if err != nil {
 			t.Error(err)
 		}
 		// A replay has no process to look at, and asks no more of memory.
 		said := x
 		said.Return = threadID.ReplaceAll(x.Return, []byte(`"thread-id":2147483647`))
-		if x.Execute != "human-monitor-command" || strings.Contains(string(x.Arguments), "info network") || strings.Contains(string(x.Arguments), "info qtree") {
+		if x.Execute != "human-monitor-command" ||
+			strings.Contains(string(x.Arguments), "info network") ||
+			strings.Contains(string(x.Arguments), "info qtree") {
 			add(said)
 		}
 		return x
@@ -275,13 +307,15 @@ func TestRecord(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join("testdata", version.String()+".jsonl"), []byte(strings.Join(lines, "\n")+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join("testdata", version.String()+".jsonl"),
+		[]byte(strings.Join(lines, "\n")+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // relay has VM talk with a monitor that answers as told.
-func relay(t *testing.T, answer func(context.Context, exchange) exchange, greeting string) (VMFacts, error) {
+func relay(t *testing.T, answer func(context.Context, exchange) exchange,
+	greeting string) (VMFacts, error) {
 	t.Helper()
 	sock := filepath.Join(t.TempDir(), "qmp")
 	ln, err := net.Listen("unix", sock)
@@ -350,12 +384,18 @@ func TestReplies(t *testing.T) {
 				said = append(said, x)
 			}
 			v, err := relay(t, func(_ context.Context, x exchange) exchange {
-				if !slices.Contains([]string{"qom-get", "qom-list", "human-monitor-command", "x-debug-query-block-graph"}, x.Execute) && !strings.HasPrefix(x.Execute, "query-") {
+				if !slices.Contains([]string{"qom-get", "qom-list", "human-monitor-command",
+					"x-debug-query-block-graph"},
+					x.Execute) && !strings.HasPrefix(x.Execute, "query-") {
 					t.Errorf("VM gave the command %s", x.Execute)
 				}
-				i := slices.IndexFunc(said, func(s exchange) bool { return s.Execute == x.Execute && string(s.Arguments) == string(x.Arguments) })
+				i := slices.IndexFunc(said,
+					func(s exchange) bool {
+						return s.Execute == x.Execute && string(s.Arguments) == string(x.Arguments)
+					})
 				if i < 0 {
-					return exchange{Error: json.RawMessage(`{"class":"CommandNotFound","desc":"not recorded"}`)}
+					return exchange{
+						Error: json.RawMessage(`{"class":"CommandNotFound","desc":"not recorded"}`)}
 				}
 				return said[i]
 			}, lines[0])
@@ -363,10 +403,12 @@ func TestReplies(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkOdd(t, v)
-			if v.QEMU+".jsonl" != filepath.Base(file) || v.MemoryErr == "" || v.Used != 0 || len(v.Memory) != 0 {
+			if v.QEMU+".jsonl" != filepath.Base(file) || v.MemoryErr == "" || v.Used != 0 ||
+				len(v.Memory) != 0 {
 				t.Errorf("%+v", v)
 			}
-			if len(v.Disks) != 3 || filepath.Base(v.Disks[1].File.Path) != "disk.raw" || !strings.Contains(v.Disks[1].File.Error, "no file of this name open") {
+			if len(v.Disks) != 3 || filepath.Base(v.Disks[1].File.Path) != "disk.raw" ||
+				!strings.Contains(v.Disks[1].File.Error, "no file of this name open") {
 				t.Errorf("%+v", v.Disks)
 			}
 		})
@@ -375,10 +417,14 @@ func TestReplies(t *testing.T) {
 
 // A monitor that answers nonsense gives an error or facts within bounds.
 func TestNonsense(t *testing.T) {
-	greeting := `{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}`
+	greeting :=
+		`{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}`
 	long := strings.Repeat("x", 10*maxString)
-	for _, reply := range []string{`{}`, `[]`, `"x"`, `7`, `[{}]`, `[{"inserted":{}}]`, `{"status":"` + long + `","running":true}`, `[{"name":"a","type":"child<` + long + `>"}]`} {
-		v, err := relay(t, func(context.Context, exchange) exchange { return exchange{Return: json.RawMessage(reply)} }, greeting)
+	for _, reply := range []string{`{}`, `[]`, `"x"`, `7`, `[{}]`, `[{"inserted":{}}]`,
+		`{"status":"` + long + `","running":true}`, `[{"name":"a","type":"child<` + long + `>"}]`} {
+		v, err := relay(t, func(context.Context, exchange) exchange {
+			return exchange{Return: json.RawMessage(reply)}
+		}, greeting)
 		if err == nil && beyond(reflect.ValueOf(&v).Elem(), false) != "" {
 			t.Errorf("%.40s: %+v", reply, v)
 		}

@@ -1,8 +1,9 @@
-// Package hypervisor knows the VMs of a host: how each one's QEMU is started as a twin, and what there is of it at the
-// moment. Which programs may be started is this host's decision alone: a file says so, never a peer.
+// Package hypervisor knows the VMs of a host: how each one's QEMU is started as a twin, and what
+// there is of it at the moment. Which programs may be started is this host's decision alone: a file
+// says so, never a peer.
 //
-// A VM is described by DIR/NAME.toml. NAME has up to 64 letters, digits, dots, underscores and dashes, and begins
-// with none of the last three.
+// A VM is described by DIR/NAME.toml. NAME has up to 64 letters, digits, dots, underscores and
+// dashes, and begins with none of the last three.
 //
 //	# The command line of its QEMU: not a shell's, one string for each argument.
 //	command = [
@@ -18,13 +19,15 @@
 //	trust_disks = ["data"]                  # drives whose images the other host has, though nothing proves it
 //	priority = 1                            # of the VMs of a host, those with the least are chosen first; default: 0
 //
-// {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own; it becomes
-// "-S", "-incoming", "defer" for a twin, and nothing else otherwise. Where it is missing it comes last.
+// {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own;
+// it becomes "-S", "-incoming", "defer" for a twin, and nothing else otherwise. Where it is missing
+// it comes last.
 //
-// The directory and the file must belong to root, or to the daemon's user, and nobody else may write to them.
+// The directory and the file must belong to root, or to the daemon's user, and nobody else may
+// write to them.
 //
-// A QEMU that was started here lives on when the daemon ends. Where systemd runs it has a scope of its own; elsewhere it is in
-// the daemon's control group.
+// A QEMU that was started here lives on when the daemon ends. Where systemd runs it has a scope of
+// its own; elsewhere it is in the daemon's control group.
 package hypervisor
 
 import (
@@ -71,14 +74,15 @@ type VM struct {
 	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
 	Pinned   bool
 	Priority int
-	// TrustDisks names drives whose images are taken for those of the other host on the operator's word.
+	// TrustDisks names drives whose images are taken for those of the other host on the operator's
+	// word.
 	TrustDisks []string
 
 	file string
 }
 
-// Load reads all descriptions in dir, in order of name. When some are wrong the others are returned with the
-// error, which tells of all that are. A directory that does not exist has no VMs.
+// Load reads all descriptions in dir, in order of name. When some are wrong the others are returned
+// with the error, which tells of all that are. A directory that does not exist has no VMs.
 func Load(dir string) ([]VM, error) {
 	files, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -100,7 +104,8 @@ func Load(dir string) ([]VM, error) {
 		}
 		vm, err := Find(dir, name)
 		if other, twice := seen[vm.QMP]; err == nil && twice {
-			err = fmt.Errorf("%s: qmp = %q is that of %s already: each VM needs its own", vm.file, vm.QMP, other)
+			err = fmt.Errorf("%s: qmp = %q is that of %s already: each VM needs its own", vm.file,
+				vm.QMP, other)
 		}
 		if err != nil {
 			errs = append(errs, err)
@@ -140,7 +145,8 @@ var goodName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 // CheckName says whether a VM may be called so.
 func CheckName(name string) error {
 	if !goodName.MatchString(name) {
-		return fmt.Errorf("%.100q cannot be the name of a VM: it needs 1 to 64 letters, digits, dots, underscores and dashes, and a letter or digit first", name)
+		return fmt.Errorf("%.100q cannot be the name of a VM: it needs 1 to 64 letters, digits, "+
+			"dots, underscores and dashes, and a letter or digit first", name)
 	}
 	return nil
 }
@@ -183,9 +189,11 @@ func trusted(path string, info fs.FileInfo) error {
 	case !ok:
 		return fmt.Errorf("whose %s is cannot be told", path)
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return fmt.Errorf("%s belongs to user %d, who could have any program started: chown root %[1]s", path, st.Uid)
+		return fmt.Errorf("%s belongs to user %d, who could have any program started: chown "+
+			"root %[1]s", path, st.Uid)
 	case info.Mode().Perm()&0o022 != 0:
-		return fmt.Errorf("%s can be written by others, who could have any program started: chmod go-w %[1]s", path)
+		return fmt.Errorf("%s can be written by others, who could have any program started: "+
+			"chmod go-w %[1]s", path)
 	}
 	return nil
 }
@@ -217,7 +225,9 @@ func parse(name, text string) (VM, error) {
 		return VM{}, err
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return VM{}, fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, pinned, priority and trust_disks", unknown[0].String())
+		return VM{},
+			fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, "+
+				"pinned, priority and trust_disks", unknown[0].String())
 	}
 	all := append(slices.Collect(maps.Keys(d.Env)), slices.Collect(maps.Values(d.Env))...)
 	for _, s := range append(append(all, d.QMP, d.User, d.Log), d.Command...) {
@@ -232,19 +242,23 @@ func parse(name, text string) (VM, error) {
 	}
 
 	named := strings.NewReplacer("{name}", name)
-	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log), Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority, TrustDisks: d.TrustDisks}
+	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log),
+		Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority,
+		TrustDisks: d.TrustDisks}
 	if !meta.IsDefined("start_timeout") {
 		vm.StartTimeout = usualStart
 	}
 	switch {
 	case vm.StartTimeout < leastStart || vm.StartTimeout > MaxStart:
-		return VM{}, fmt.Errorf("start_timeout = %q: want %v to %v", d.StartTimeout, leastStart, MaxStart)
+		return VM{}, fmt.Errorf("start_timeout = %q: want %v to %v", d.StartTimeout, leastStart,
+			MaxStart)
 	case len(d.TrustDisks) > maxTrusted:
 		return VM{}, fmt.Errorf("trust_disks has more than %d names", maxTrusted)
 	case d.QMP == "":
 		return VM{}, errors.New(`qmp is missing, such as qmp = "/run/vacate/{name}.qmp"`)
 	case !clean(vm.QMP) || len(vm.QMP) > maxSockPath:
-		return VM{}, fmt.Errorf("qmp = %.200q: an absolute path of at most %d bytes is needed", vm.QMP, maxSockPath)
+		return VM{}, fmt.Errorf("qmp = %.200q: an absolute path of at most %d bytes is needed",
+			vm.QMP, maxSockPath)
 	case strings.ContainsAny(vm.QMP, ","):
 		return VM{}, fmt.Errorf("qmp = %q: QEMU takes a comma for the end of the path", vm.QMP)
 	case d.Log == "":
@@ -262,11 +276,13 @@ const incoming = "{incoming}"
 func (vm *VM) setCommand(command []string) error {
 	switch {
 	case len(command) == 0:
-		return errors.New(`command is missing, such as command = ["/usr/bin/qemu-system-x86_64", …]`)
+		return errors.New(
+			`command is missing, such as command = ["/usr/bin/qemu-system-x86_64", …]`)
 	case len(command) > maxArgs:
 		return fmt.Errorf("command has more than %d arguments", maxArgs)
 	case !clean(command[0]):
-		return fmt.Errorf("command begins with %.200q: the absolute path of a QEMU is needed", command[0])
+		return fmt.Errorf("command begins with %.200q: the absolute path of a QEMU is needed",
+			command[0])
 	}
 	placeholders := strings.NewReplacer("{name}", vm.Name, "{qmp}", vm.QMP)
 	monitor, place := false, false
@@ -288,7 +304,8 @@ func (vm *VM) setCommand(command []string) error {
 		vm.Command = append(vm.Command, arg)
 	}
 	if !monitor {
-		return errors.New(`command does not have the QMP socket: add "-qmp", "unix:{qmp},server=on,wait=off"`)
+		return errors.New(
+			`command does not have the QMP socket: add "-qmp", "unix:{qmp},server=on,wait=off"`)
 	}
 	if !place {
 		vm.Command = append(vm.Command, incoming)

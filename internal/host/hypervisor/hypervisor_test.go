@@ -21,7 +21,8 @@ func TestLoad(t *testing.T) {
 	write := func(name, text string, mode os.FileMode) {
 		t.Helper()
 		path := filepath.Join(dir, name)
-		if err := errors.Join(os.WriteFile(path, []byte(text), mode), os.Chmod(path, mode)); err != nil {
+		if err := errors.Join(os.WriteFile(path, []byte(text), mode),
+			os.Chmod(path, mode)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -36,27 +37,33 @@ func TestLoad(t *testing.T) {
 	want := VM{
 		Name: "web1",
 		Command: []string{
-			"/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm", "-smp", "2", "-m", "4G", "-name", "web1",
+			"/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm", "-smp", "2", "-m",
+			"4G", "-name", "web1",
 			"-blockdev", `{"driver": "file", "filename": "/shared/web1.raw", "node-name": "disk"}`,
 			"-qmp", "unix:/run/vacate/web1.qmp,server=on,wait=off", "{incoming}", "-nodefaults",
 		},
-		QMP: "/run/vacate/web1.qmp", User: "qemu", Log: "/var/log/vacate/web1.log", Env: map[string]string{"LANG": "C.UTF-8"}, StartTimeout: usualStart,
+		QMP: "/run/vacate/web1.qmp", User: "qemu", Log: "/var/log/vacate/web1.log",
+		Env: map[string]string{"LANG": "C.UTF-8"}, StartTimeout: usualStart,
 	}
 	if d := cmp.Diff(want, list[1], cmpopts.IgnoreUnexported(VM{})); d != "" {
 		t.Error(d)
 	}
 	args := list[1].Args(true)
-	if i := slices.Index(args, "-S"); i < 0 || !slices.Equal(args[i:], []string{"-S", "-incoming", "defer", "-nodefaults"}) || slices.Contains(args, incoming) {
+	if i := slices.Index(args, "-S"); i < 0 ||
+		!slices.Equal(args[i:], []string{"-S", "-incoming", "defer", "-nodefaults"}) ||
+		slices.Contains(args, incoming) {
 		t.Errorf("%q", args)
 	}
-	if args := list[1].Args(false); slices.Contains(args, "-S") || slices.Contains(args, incoming) || args[len(args)-1] != "-nodefaults" {
+	if args := list[1].Args(false); slices.Contains(args, "-S") ||
+		slices.Contains(args, incoming) || args[len(args)-1] != "-nodefaults" {
 		t.Errorf("%q", args)
 	}
 
 	// What is wrong takes nothing else with it.
 	write("open.toml", string(web), 0o666)
 	write("bad name.toml", string(web), 0o644)
-	write("web2.toml", strings.Replace(string(web), `qmp = "/run/vacate/{name}.qmp"`, `qmp = "/run/vacate/web1.qmp"`, 1), 0o644)
+	write("web2.toml", strings.Replace(string(web), `qmp = "/run/vacate/{name}.qmp"`,
+		`qmp = "/run/vacate/web1.qmp"`, 1), 0o644)
 	if err := os.Symlink("web1.toml", filepath.Join(dir, "link.toml")); err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +71,8 @@ func TestLoad(t *testing.T) {
 	if len(list) != 2 || err == nil {
 		t.Fatalf("%+v, %v", list, err)
 	}
-	for _, say := range []string{"chmod go-w", "bad name", "is that of web1 already", "symbolic link"} {
+	for _, say := range []string{"chmod go-w", "bad name", "is that of web1 already",
+		"symbolic link"} {
 		if !strings.Contains(err.Error(), say) {
 			t.Errorf("%v\ndoes not say: %s", err, say)
 		}
@@ -81,7 +89,8 @@ func TestLoad(t *testing.T) {
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Find(dir, "web1"); err == nil || !strings.Contains(err.Error(), "can be written by others") {
+	if _, err := Find(dir, "web1"); err == nil ||
+		!strings.Contains(err.Error(), "can be written by others") {
 		t.Error(err)
 	}
 }
@@ -117,22 +126,28 @@ func TestParse(t *testing.T) {
 		{"qmp = \"/q\"\nenv = {\"A=B\" = \"C\"}", "name of a variable"},
 		{"qmp = \"/q\"\ncommand = [\"qemu\", \"{qmp}\"]", "absolute path of a QEMU"},
 		{"qmp = \"/q\"\ncommand = [\"/qemu\"]", "does not have the QMP socket"},
-		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"-incoming\", \"defer\"]", "leave that to"},
+		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"-incoming\", \"defer\"]",
+			"leave that to"},
 		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"-daemonize\"]", "leave it out"},
 		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"{incoming}\", \"{incoming}\"]", "twice"},
-		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"a{incoming}\"]", "an argument of its own"},
+		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"a{incoming}\"]",
+			"an argument of its own"},
 		{"qmp = \"\xff\"", "not UTF-8"},
 	} {
 		if vm, err := parse("vm", c.text); err == nil || !strings.Contains(err.Error(), c.say) {
 			t.Errorf("%s\nis %+v, %v; want %s", c.text, vm, err, c.say)
 		}
 	}
-	trusting, err := parse("vm", "qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]\ntrust_disks = [\"data\", \"cd\"]")
+	trusting, err := parse("vm",
+		"qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]\ntrust_disks = [\"data\", "+
+			"\"cd\"]")
 	if err != nil || !slices.Equal(trusting.TrustDisks, []string{"data", "cd"}) {
 		t.Errorf("%+v, %v", trusting, err)
 	}
 	vm, err := parse("vm", "qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]")
-	if err != nil || vm.Log != "/q.log" || !slices.Equal(vm.Args(true), []string{"/qemu", "-qmp", "unix:/q", "-S", "-incoming", "defer"}) {
+	if err != nil || vm.Log != "/q.log" ||
+		!slices.Equal(vm.Args(true),
+			[]string{"/qemu", "-qmp", "unix:/q", "-S", "-incoming", "defer"}) {
 		t.Errorf("%+v, %v", vm, err)
 	}
 	for _, name := range []string{"", ".", "..", "-x", "a/b", "a b", "é", strings.Repeat("a", 65)} {
@@ -155,10 +170,12 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		args := vm.Args(true)
-		if !filepath.IsAbs(args[0]) || !filepath.IsAbs(vm.QMP) || !filepath.IsAbs(vm.Log) || vm.Name != name {
+		if !filepath.IsAbs(args[0]) || !filepath.IsAbs(vm.QMP) || !filepath.IsAbs(vm.Log) ||
+			vm.Name != name {
 			t.Fatalf("%+v", vm)
 		}
-		if i := slices.Index(args, "-incoming"); i < 0 || args[i+1] != "defer" || slices.Contains(args[i+1:], "-incoming") {
+		if i := slices.Index(args, "-incoming"); i < 0 || args[i+1] != "defer" ||
+			slices.Contains(args[i+1:], "-incoming") {
 			t.Fatalf("%q", args)
 		}
 	})

@@ -25,12 +25,14 @@ const (
 	Running  State = "running"  // it runs
 	Paused   State = "paused"   // it is stopped, and could be told to run
 	Incoming State = "incoming" // its QEMU waits for it to arrive, or loads it
-	Frozen   State = "frozen"   // it has left, or is leaving: its process is stopped, or QEMU would not run it just so
-	Silent   State = "silent"   // its monitor does not answer: a client has it, such as an eviction, or QEMU is stuck
+	// it has left, or is leaving: its process is stopped, or QEMU would not run it just so
+	Frozen State = "frozen"
+	// its monitor does not answer: a client has it, such as an eviction, or QEMU is stuck
+	Silent State = "silent"
 )
 
-// states has QEMU's run states, RunState in qapi/run-state.json of QEMU 7.2 to 10.0. A twin that has loaded and was
-// started with -S is paused.
+// states has QEMU's run states, RunState in qapi/run-state.json of QEMU 7.2 to 10.0. A twin that
+// has loaded and was started with -S is paused.
 var states = map[string]State{
 	"running":        Running,
 	"inmigrate":      Incoming,
@@ -39,14 +41,16 @@ var states = map[string]State{
 	"restore-vm":     Frozen,
 	"save-vm":        Frozen,
 	"colo":           Frozen,
-	// debug, guest-panicked, internal-error, io-error, paused, prelaunch, shutdown, suspended, watchdog: paused
+	// debug, guest-panicked, internal-error, io-error, paused, prelaunch, shutdown, suspended,
+	// watchdog: paused
 }
 
 // Seen is a VM as it was found.
 type Seen struct {
-	State     State
-	Status    string          // QEMU's run state: "running", "postmigrate"…
-	Migration string          // status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
+	State  State
+	Status string // QEMU's run state: "running", "postmigrate"…
+	// status of its last migration, out or in: "postcopy-active", "completed"…; may be empty
+	Migration string
 	Process   process.Process // the QEMU, in this PID namespace
 	Threads   []int           // of the process: those that are virtual CPUs
 	Version   qmp.Version     // of QEMU
@@ -57,8 +61,9 @@ type Seen struct {
 // lookTime is how long a QEMU may take to answer.
 const lookTime = 5 * time.Second
 
-// Look tells what there is of a VM here. For None, Silent, and a Frozen one whose Status is "stopped", no more is filled in. A VM whose monitor an
-// eviction of this process holds is Silent, which takes five seconds to find out: better not ask.
+// Look tells what there is of a VM here. For None, Silent, and a Frozen one whose Status is
+// "stopped", no more is filled in. A VM whose monitor an eviction of this process holds is Silent,
+// which takes five seconds to find out: better not ask.
 func Look(ctx context.Context, vm VM) (Seen, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
@@ -125,7 +130,8 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	return s, nil
 }
 
-// Twins returns the processes whose command line is that of the VM's twin, or that are about to become it, in this PID namespace.
+// Twins returns the processes whose command line is that of the VM's twin, or that are about to
+// become it, in this PID namespace.
 func Twins(vm VM) ([]process.Process, error) {
 	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
 	dirs, err := os.ReadDir("/proc")
@@ -143,7 +149,9 @@ func Twins(vm VM) ([]process.Process, error) {
 		if err != nil {
 			continue
 		}
-		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && (bytes.Equal(line, want) || bytes.HasSuffix(line, append([]byte("\x00--\x00"), want...))) {
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil &&
+			(bytes.Equal(line, want) ||
+				bytes.HasSuffix(line, append([]byte("\x00--\x00"), want...))) {
 			list = append(list, p)
 		}
 	}

@@ -19,7 +19,8 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// describe makes a description in a new directory, of the command given, or of the QEMU that is installed.
+// describe makes a description in a new directory, of the command given, or of the QEMU that is
+// installed.
 func describe(t *testing.T, more string, command ...string) VM {
 	t.Helper()
 	if command == nil {
@@ -29,7 +30,8 @@ func describe(t *testing.T, more string, command ...string) VM {
 	for i, arg := range command {
 		command[i] = fmt.Sprintf("%q", arg)
 	}
-	text := fmt.Sprintf("qmp = %q\ncommand = [%s]\n%s\n", filepath.Join(dir, "qmp"), strings.Join(command, ", "), more)
+	text := fmt.Sprintf("qmp = %q\ncommand = [%s]\n%s\n", filepath.Join(dir, "qmp"),
+		strings.Join(command, ", "), more)
 	if err := os.WriteFile(filepath.Join(dir, "vm.toml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +51,8 @@ func qemu(t *testing.T, more ...string) []string {
 		}
 		t.Skip("needs qemu-system-x86_64: install the package qemu-system-x86")
 	}
-	return append([]string{path, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m", "64", "-smp", "2",
+	return append([]string{path, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg",
+		"-m", "64", "-smp", "2",
 		"-qmp", "unix:{qmp},server=on,wait=off"}, more...)
 }
 
@@ -124,9 +127,11 @@ func TestTwin(t *testing.T) {
 	if !seen.Version.AtLeast(4, 2) {
 		t.Errorf("version %v", seen.Version)
 	}
-	want := Seen{State: Incoming, Status: "inmigrate", Process: p, Version: seen.Version, Memory: 64 << 20, Threads: seen.Threads, VCPUs: 2}
+	want := Seen{State: Incoming, Status: "inmigrate", Process: p, Version: seen.Version,
+		Memory: 64 << 20, Threads: seen.Threads, VCPUs: 2}
 	for _, tid := range seen.Threads {
-		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", p.PID, tid)); err != nil || tid == p.PID {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", p.PID, tid)); err != nil ||
+			tid == p.PID {
 			t.Errorf("thread %d of a virtual CPU: %v", tid, err)
 		}
 	}
@@ -136,10 +141,12 @@ func TestTwin(t *testing.T) {
 	if sid, err := unix.Getsid(p.PID); sid != p.PID || err != nil {
 		t.Errorf("session %d, %v", sid, err)
 	}
-	if prio, err := unix.Getpriority(unix.PRIO_PROCESS, p.PID); err != nil || os.Geteuid() == 0 && prio != 20 {
+	if prio, err := unix.Getpriority(unix.PRIO_PROCESS, p.PID); err != nil ||
+		os.Geteuid() == 0 && prio != 20 {
 		t.Errorf("priority %d, %v", prio, err)
 	}
-	if env := proc(t, p, "environ"); !strings.Contains(env, "VACATE_TEST=a b\x00") || !strings.HasPrefix(env, "PATH=") || strings.Count(env, "\x00") != 2 {
+	if env := proc(t, p, "environ"); !strings.Contains(env, "VACATE_TEST=a b\x00") ||
+		!strings.HasPrefix(env, "PATH=") || strings.Count(env, "\x00") != 2 {
 		t.Errorf("environment %q", env)
 	}
 	if adj := proc(t, p, "oom_score_adj"); adj != "0\n" {
@@ -157,7 +164,9 @@ func TestTwin(t *testing.T) {
 	}
 
 	var present *PresentError
-	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) || !reflect.DeepEqual(present.Seen, want) || !strings.Contains(err.Error(), "a twin of VM vm waits already") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); !errors.As(err, &present) ||
+		!reflect.DeepEqual(present.Seen, want) ||
+		!strings.Contains(err.Error(), "a twin of VM vm waits already") {
 		t.Errorf("started twice: %v", err)
 	}
 	if !p.Alive() {
@@ -225,7 +234,11 @@ func TestStartFails(t *testing.T) {
 		{"no-such-option: invalid option", qemu(t, "-no-such-option")},
 		{"no such file", []string{"/no/such/qemu", "{qmp}"}},
 		{"deadline exceeded", []string{"/bin/sh", "-c", "exec sleep 1000 # {qmp}", "sh"}},
-		{"must become QEMU (exec)", []string{"/bin/sh", "-c", path + " -display none -machine none -qmp unix:{qmp},server=on,wait=off \"$@\"; exit", "sh"}},
+		{"must become QEMU (exec)",
+			[]string{"/bin/sh", "-c",
+				path +
+					" -display none -machine none -qmp unix:{qmp},server=on,wait=off \"$@\"; exit",
+				"sh"}},
 	} {
 		vm := describe(t, "", c.command...)
 		ctx := within(t, 10*time.Second)
@@ -243,7 +256,8 @@ func TestStartFails(t *testing.T) {
 	// One that does not wait: it was given no place for -incoming.
 	vm := describe(t, "")
 	vm.Command = vm.Command[:len(vm.Command)-1]
-	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "does not wait for a VM: it is running") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil ||
+		!strings.Contains(err.Error(), "does not wait for a VM: it is running") {
 		t.Error(err)
 	}
 	if seen := look(t, vm); seen.State != None {
@@ -262,18 +276,22 @@ func TestUser(t *testing.T) {
 		}
 	}
 	own := t.TempDir()
-	vm.Command[len(vm.Command)-2] = strings.Replace(vm.Command[len(vm.Command)-2], filepath.Dir(vm.QMP), own, 1)
+	vm.Command[len(vm.Command)-2] = strings.Replace(vm.Command[len(vm.Command)-2],
+		filepath.Dir(vm.QMP), own, 1)
 	vm.QMP = filepath.Join(own, "qmp")
-	if err := errors.Join(os.Chmod(filepath.Dir(own), 0o755), os.Chown(own, 65534, 65534)); err != nil {
+	if err := errors.Join(os.Chmod(filepath.Dir(own), 0o755),
+		os.Chown(own, 65534, 65534)); err != nil {
 		t.Fatal(err)
 	}
 	p := startTwinOf(t, vm)
-	if status := proc(t, p, "status"); !strings.Contains(status, "Uid:\t65534\t65534\t65534\t65534\n") {
+	if status := proc(t, p, "status"); !strings.Contains(status,
+		"Uid:\t65534\t65534\t65534\t65534\n") {
 		t.Error(status)
 	}
 	vm.User = "no-such-user"
 	kill(t, p)
-	if _, err := StartTwin(t.Context(), vm); err == nil || !strings.Contains(err.Error(), "no-such-user") {
+	if _, err := StartTwin(t.Context(), vm); err == nil ||
+		!strings.Contains(err.Error(), "no-such-user") {
 		t.Error(err)
 	}
 }
@@ -302,7 +320,8 @@ func TestLook(t *testing.T) {
 		t.Helper()
 		q.Close()
 		seen := look(t, vm)
-		if seen.State != want || seen.Status != status || seen.Migration != migration || seen.Process.PID != cmd.Process.Pid || !seen.Process.Alive() {
+		if seen.State != want || seen.Status != status || seen.Migration != migration ||
+			seen.Process.PID != cmd.Process.Pid || !seen.Process.Alive() {
 			t.Errorf("%+v, want %v", seen, want)
 		}
 		var err error
@@ -338,7 +357,8 @@ func TestLook(t *testing.T) {
 	}
 	is(Frozen, "postmigrate", "completed")
 	q.Close()
-	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "frozen by an eviction") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil ||
+		!strings.Contains(err.Error(), "frozen by an eviction") {
 		t.Error(err)
 	}
 	// A stopped process takes no client, and soon has no room for one more that waits.
@@ -350,21 +370,26 @@ func TestLook(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 4 {
-		if seen, err := Look(within(t, 10*time.Second), vm); err != nil || seen.State != Frozen || seen.Status != "stopped" {
+		if seen, err := Look(within(t, 10*time.Second), vm); err != nil || seen.State != Frozen ||
+			seen.Status != "stopped" {
 			t.Errorf("%+v, %v", seen, err)
 		}
 	}
-	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil || !strings.Contains(err.Error(), "frozen by an eviction") {
+	if _, err := StartTwin(within(t, 10*time.Second), vm); err == nil ||
+		!strings.Contains(err.Error(), "frozen by an eviction") {
 		t.Error(err)
 	}
 }
 
-// Where systemd runs, a QEMU starts by way of systemd-run, keeps the process ID, and has its user's groups.
+// Where systemd runs, a QEMU starts by way of systemd-run, keeps the process ID, and has its user's
+// groups.
 func TestScope(t *testing.T) {
 	dir := t.TempDir()
 	told := filepath.Join(dir, "told")
 	script := filepath.Join(dir, "systemd-run")
-	text := fmt.Sprintf("#!/bin/sh\necho \"$@\" >%s\nwhile [ \"$1\" != -- ]; do shift; done\nshift\nexec \"$@\"\n", told)
+	text :=
+		fmt.Sprintf("#!/bin/sh\necho \"$@\" >%s\nwhile [ \"$1\" != -- ]; do shift; "+
+			"done\nshift\nexec \"$@\"\n", told)
 	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -389,15 +414,18 @@ func TestScope(t *testing.T) {
 		}
 		defer kill(t, p)
 		b, err := os.ReadFile(told)
-		if err != nil || !strings.HasPrefix(string(b), "--scope ") || !strings.Contains(string(b), "--unit=vacate-vm-") {
+		if err != nil || !strings.HasPrefix(string(b), "--scope ") ||
+			!strings.Contains(string(b), "--unit=vacate-vm-") {
 			t.Errorf("systemd-run was told %q, %v", b, err)
 		}
 		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))
-		if want := strings.Join(vm.Args(false), "\x00") + "\x00"; err != nil || string(line) != want {
+		if want := strings.Join(vm.Args(false), "\x00") + "\x00"; err != nil ||
+			string(line) != want {
 			t.Errorf("process %d is %q, %v", p.PID, line, err)
 		}
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
-		if err != nil || more != "" && !strings.Contains(string(status), "Uid:\t65534\t65534\t65534\t65534") {
+		if err != nil || more != "" &&
+			!strings.Contains(string(status), "Uid:\t65534\t65534\t65534\t65534") {
 			t.Errorf("status %s, %v", status, err)
 		}
 		if seen, err := Look(within(t, 10*time.Second), vm); err != nil || seen.State != Running {
@@ -409,7 +437,8 @@ func TestScope(t *testing.T) {
 // A twin that is still systemd-run is found as one.
 func TestTwinsInScope(t *testing.T) {
 	vm := VM{Name: "vm", Command: []string{"/usr/bin/sleep", "1000", incoming}}
-	cmd := exec.Command("/bin/sh", append([]string{"-c", "sleep 1000", "systemd-run", "--"}, vm.Args(true)...)...)
+	cmd := exec.Command("/bin/sh",
+		append([]string{"-c", "sleep 1000", "systemd-run", "--"}, vm.Args(true)...)...)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -21,14 +21,16 @@ func Scoped() bool {
 	return err == nil && info.IsDir()
 }
 
-// scope is what precedes the command line of a VM's QEMU to have that in a scope of its own: with the usual weight, and not
-// part of the daemon's unit. systemd-run asks systemd for the scope of its own process, and then becomes the QEMU: so that has
-// the process ID that was started, and takes no memory before it is in the scope. A name that is new each time cannot be that of
-// a scope that has not ended yet.
+// scope is what precedes the command line of a VM's QEMU to have that in a scope of its own: with
+// the usual weight, and not part of the daemon's unit. systemd-run asks systemd for the scope of
+// its own process, and then becomes the QEMU: so that has the process ID that was started, and
+// takes no memory before it is in the scope. A name that is new each time cannot be that of a scope
+// that has not ended yet.
 func (vm VM) scope(cred *syscall.Credential) []string {
 	var unique [4]byte
 	rand.Read(unique[:])
-	args := []string{systemdRun, "--scope", "--quiet", "--collect", "--slice=machine.slice", "--description=VM " + vm.Name,
+	args := []string{systemdRun, "--scope", "--quiet", "--collect", "--slice=machine.slice",
+		"--description=VM " + vm.Name,
 		fmt.Sprintf("--unit=vacate-%s-%s.scope", vm.Name, hex.EncodeToString(unique[:])), "--"}
 	if cred == nil {
 		return args
@@ -36,7 +38,9 @@ func (vm VM) scope(cred *syscall.Credential) []string {
 	// systemd-run may become another user itself, but leaves out the user's other groups.
 	groups := "--clear-groups"
 	if len(cred.Groups) > 0 {
-		groups = "--groups=" + strings.Trim(strings.ReplaceAll(fmt.Sprint(cred.Groups), " ", ","), "[]")
+		groups = "--groups=" +
+			strings.Trim(strings.ReplaceAll(fmt.Sprint(cred.Groups), " ", ","), "[]")
 	}
-	return append(args, "/usr/bin/setpriv", fmt.Sprintf("--reuid=%d", cred.Uid), fmt.Sprintf("--regid=%d", cred.Gid), groups, "--")
+	return append(args, "/usr/bin/setpriv", fmt.Sprintf("--reuid=%d", cred.Uid),
+		fmt.Sprintf("--regid=%d", cred.Gid), groups, "--")
 }

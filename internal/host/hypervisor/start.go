@@ -40,20 +40,26 @@ func (e *PresentError) Error() string {
 	case Running:
 		return fmt.Sprintf("VM %s runs already (%s)", e.VM, pid)
 	case Incoming:
-		return fmt.Sprintf("a twin of VM %s waits already (%s): if no eviction needs it, end it with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
+		return fmt.Sprintf("a twin of VM %s waits already (%s): if no eviction needs it, end it "+
+			"with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
 	case Frozen:
-		return fmt.Sprintf("VM %s is there already, frozen by an eviction (%s, %s): see vacate status", e.VM, pid, e.Seen.Status)
+		return fmt.Sprintf("VM %s is there already, frozen by an eviction (%s, %s): see vacate "+
+			"status", e.VM, pid, e.Seen.Status)
 	case Silent:
-		return fmt.Sprintf("a QEMU of VM %s is there already, and its monitor does not answer: another eviction, or another client, has it", e.VM)
+		return fmt.Sprintf("a QEMU of VM %s is there already, and its monitor does not answer: "+
+			"another eviction, or another client, has it", e.VM)
 	}
 	return fmt.Sprintf("VM %s is there already, %s (%s)", e.VM, e.Seen.Status, pid)
 }
 
-// StartTwin starts the VM's QEMU so that it waits for the VM to arrive, and returns when it does. It fails with a
-// *PresentError when a QEMU answers at the VM's QMP socket: one more would take the socket away from it.
+// StartTwin starts the VM's QEMU so that it waits for the VM to arrive, and returns when it does.
+// It fails with a
+// *PresentError when a QEMU answers at the VM's QMP socket: one more would take the socket away
+// from it.
 //
-// The QEMU lives on when this process ends: it has a session, a log file and an environment of its own, and none of our
-// descriptors. One goroutine stays until the QEMU ends, to take note of that for the kernel.
+// The QEMU lives on when this process ends: it has a session, a log file and an environment of its
+// own, and none of our descriptors. One goroutine stays until the QEMU ends, to take note of that
+// for the kernel.
 func StartTwin(ctx context.Context, vm VM) (process.Process, error) {
 	p, err := start(ctx, vm, true)
 	if err != nil {
@@ -62,7 +68,8 @@ func StartTwin(ctx context.Context, vm VM) (process.Process, error) {
 	return p, nil
 }
 
-// Start is StartTwin for a VM that is to run at once, from its disks. Whether it may, the caller knows.
+// Start is StartTwin for a VM that is to run at once, from its disks. Whether it may, the caller
+// knows.
 func Start(ctx context.Context, vm VM) (process.Process, error) {
 	p, err := start(ctx, vm, false)
 	if err != nil {
@@ -93,7 +100,8 @@ func start(ctx context.Context, vm VM, twin bool) (process.Process, error) {
 
 	ctx, cancel := context.WithTimeoutCause(ctx, vm.StartTimeout, errSlow)
 	defer cancel()
-	log, err := os.OpenFile(vm.Log, os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	log, err := os.OpenFile(vm.Log,
+		os.O_RDWR|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return process.Process{}, fmt.Errorf("open its log: %w", err)
 	}
@@ -146,13 +154,15 @@ func (vm VM) start(log *os.File, twin bool) (*exec.Cmd, error) {
 		cmd.Env = append(cmd.Env, k+"="+v)
 	}
 	// Go opens all files so that they close by themselves. Those that we were started with may not.
-	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS && err != unix.EINVAL {
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil &&
+		err != unix.ENOSYS && err != unix.EINVAL {
 		return nil, os.NewSyscallError("close_range", err)
 	}
 	if err := sched.Usual(cmd.Start); err != nil {
 		return nil, err
 	}
-	// As a daemon may be spared when memory runs out, and a VM should not for that reason. It may always be raised.
+	// As a daemon may be spared when memory runs out, and a VM should not for that reason. It may
+	// always be raised.
 	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte("0"), 0)
 	return cmd, nil
 }
@@ -177,21 +187,24 @@ func credential(name string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
 }
 
-// attemptTime is how long a QEMU that was just started may take to answer once. A command that reaches QEMU 7.2 in the moment
-// when its main loop begins may lie there until another client comes (seen once in some 300 starts).
+// attemptTime is how long a QEMU that was just started may take to answer once. A command that
+// reaches QEMU 7.2 in the moment when its main loop begins may lie there until another client comes
+// (seen once in some 300 starts).
 const attemptTime = 3 * time.Second
 
 // errSlow is why a QEMU that is being started is given up.
 var errSlow = errors.New("it took too long")
 
 // answers waits until the QEMU that was started answers; a twin then waits for the VM.
-func answers(ctx context.Context, vm VM, twin bool, pid int, ended <-chan struct{}) (process.Process, error) {
+func answers(ctx context.Context, vm VM, twin bool, pid int,
+	ended <-chan struct{}) (process.Process, error) {
 	for {
 		seen, err := answer(ctx, vm, twin, pid)
 		if err == nil {
 			return seen.Process, nil
 		}
-		again := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrBusy)
+		again := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) ||
+			errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrBusy)
 		if ctx.Err() == nil && !again {
 			return process.Process{}, err
 		}
@@ -200,9 +213,13 @@ func answers(ctx context.Context, vm VM, twin bool, pid int, ended <-chan struct
 			return process.Process{}, errors.New("QEMU ended at once")
 		case <-ctx.Done():
 			if context.Cause(ctx) == errSlow {
-				return process.Process{}, fmt.Errorf("QEMU did not answer at %s within %v and was ended: if VM %s needs longer to start, set start_timeout in %s", vm.QMP, vm.StartTimeout, vm.Name, vm.file)
+				return process.Process{},
+					fmt.Errorf("QEMU did not answer at %s within %v and was ended: if VM %s "+
+						"needs longer to start, set start_timeout in %s", vm.QMP, vm.StartTimeout,
+						vm.Name, vm.file)
 			}
-			return process.Process{}, fmt.Errorf("QEMU does not answer at %s yet: %w", vm.QMP, context.Cause(ctx))
+			return process.Process{}, fmt.Errorf("QEMU does not answer at %s yet: %w", vm.QMP,
+				context.Cause(ctx))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -223,7 +240,9 @@ func answer(ctx context.Context, vm VM, twin bool, pid int) (Seen, error) {
 				p.Kill(ctx)
 			}
 		}
-		return Seen{}, fmt.Errorf("another process (%d) answers at %s than the one started (%d): the command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
+		return Seen{},
+			fmt.Errorf("another process (%d) answers at %s than the one started (%d): the "+
+				"command must become QEMU (exec), not start it", q.PeerPID(), vm.QMP, pid)
 	}
 	seen, err := ask(ctx, q)
 	if err == nil && twin && seen.State != Incoming {

@@ -27,7 +27,8 @@ func (g Goal) Met(h Host) bool {
 func (g Goal) String() string {
 	var parts []string
 	if g.CPU != 0 {
-		parts = append(parts, "cpu<"+strconv.FormatFloat(math.Round(g.CPU*1e4)/100, 'f', -1, 64)+"%")
+		parts = append(parts, "cpu<"+strconv.FormatFloat(math.Round(g.CPU*1e4)/100, 'f', -1, 64)+
+			"%")
 	}
 	if g.Free != 0 {
 		for _, u := range suffixes {
@@ -45,7 +46,8 @@ var suffixes = []struct {
 	bytes uint64
 }{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
 
-// ParseGoal reads a goal: "cpu<80%" (of what is wanted, for each core: it may be more than 100 %), "free 8GiB", or both with a comma.
+// ParseGoal reads a goal: "cpu<80%" (of what is wanted, for each core: it may be more than 100 %),
+// "free 8GiB", or both with a comma.
 func ParseGoal(s string) (Goal, error) {
 	var g Goal
 	for part := range strings.SplitSeq(s, ",") {
@@ -53,7 +55,9 @@ func ParseGoal(s string) (Goal, error) {
 		if p, ok := strings.CutPrefix(part, "cpu<"); ok && g.CPU == 0 {
 			n, err := strconv.ParseFloat(strings.TrimSuffix(p, "%"), 64)
 			if err != nil || !strings.HasSuffix(p, "%") || !(n >= 1 && n <= 1000) {
-				return Goal{}, fmt.Errorf("goal %.40q: want a share of CPU from 1%% to 1000%%, such as cpu<80%%", part)
+				return Goal{},
+					fmt.Errorf("goal %.40q: want a share of CPU from 1%% to 1000%%, such as "+
+						"cpu<80%%", part)
 			}
 			g.CPU = n / 100
 			continue

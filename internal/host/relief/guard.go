@@ -11,8 +11,8 @@ type Policy struct {
 	Limits Limits
 	// Sustain is how long the goal must have been missed without a break.
 	Sustain time.Duration
-	// Settle is how long the host is left alone after an eviction has ended, as what it brought has to show first, and after none
-	// would have helped.
+	// Settle is how long the host is left alone after an eviction has ended, as what it brought has
+	// to show first, and after none would have helped.
 	Settle time.Duration
 	// CoolDown is how long a VM stays where it came to, or from where it could not be evicted.
 	CoolDown time.Duration
@@ -20,8 +20,8 @@ type Policy struct {
 	Concurrent int
 }
 
-// DefaultPolicy is slow to act, and has VMs go only to hosts that are well below what would make these act: a load that swings around
-// one of the two limits moves nothing to and fro.
+// DefaultPolicy is slow to act, and has VMs go only to hosts that are well below what would make
+// these act: a load that swings around one of the two limits moves nothing to and fro.
 var DefaultPolicy = Policy{
 	Goal: DefaultGoal, Limits: Limits{MaxLoad: 0.8, Reserve: 0.1, Transfer: DefaultLimits.Transfer},
 	Sustain: 30 * time.Second, Settle: time.Minute, CoolDown: 30 * time.Minute, Concurrent: 1,
@@ -37,7 +37,8 @@ type Guard struct {
 	futile time.Time // when it was found last that no eviction helps
 }
 
-// Due tells whether Observe, if it were told this, could return a candidate: otherwise it needs to know nothing of VMs and other hosts.
+// Due tells whether Observe, if it were told this, could return a candidate: otherwise it needs to
+// know nothing of VMs and other hosts.
 func (g *Guard) Due(now time.Time, here Host, under int) bool {
 	return !g.Policy.Goal.Met(here) && !g.missed.IsZero() && g.wait(now, under) == ""
 }
@@ -57,10 +58,11 @@ func (g *Guard) wait(now time.Time, under int) string {
 	return ""
 }
 
-// Observe is told what the host, its VMs and the others are like at a moment, and how many evictions from it are under way. It
-// returns what Choose does with the policy's limits, its first being the eviction to begin now; or no candidate, and why not. Moments
-// must not go back.
-func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under int) ([]Candidate, string) {
+// Observe is told what the host, its VMs and the others are like at a moment, and how many
+// evictions from it are under way. It returns what Choose does with the policy's limits, its first
+// being the eviction to begin now; or no candidate, and why not. Moments must not go back.
+func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host,
+	under int) ([]Candidate, string) {
 	if under > 0 {
 		g.busy = true
 	} else if g.busy {
@@ -78,8 +80,10 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under
 	}
 	rested := make([]VM, len(vms))
 	for i, v := range vms {
-		if left := g.Policy.CoolDown - now.Sub(v.Moved); !v.Moved.IsZero() && left > 0 && v.Barred == "" {
-			v.Barred = fmt.Sprintf("it was evicted lately, or that was tried: it stays for %v more", left.Round(time.Second))
+		if left := g.Policy.CoolDown - now.Sub(v.Moved); !v.Moved.IsZero() && left > 0 &&
+			v.Barred == "" {
+			v.Barred = fmt.Sprintf("it was evicted lately, or that was tried: it stays for %v more",
+				left.Round(time.Second))
 		}
 		rested[i] = v
 	}
@@ -89,7 +93,8 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host, under
 	}
 	if list[0].Refused != "" {
 		g.futile = now // to look again costs more than it tells
-		return nil, fmt.Sprintf("no eviction helps: %s to %s: %s", list[0].VM, list[0].To, list[0].Refused)
+		return nil, fmt.Sprintf("no eviction helps: %s to %s: %s", list[0].VM, list[0].To,
+			list[0].Refused)
 	}
 	// What was missed until now is answered by this one: the next has to have reasons of its own.
 	g.missed = time.Time{}

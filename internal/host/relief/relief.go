@@ -1,13 +1,15 @@
-// Package relief decides which VM leaves a host that is short of CPU or memory, and where to. For every VM and every other host it
-// predicts what an eviction would gain and how long it would take, and tells for each that is not to be why not.
+// Package relief decides which VM leaves a host that is short of CPU or memory, and where to. For
+// every VM and every other host it predicts what an eviction would gain and how long it would take,
+// and tells for each that is not to be why not.
 //
-// It decides by numbers alone: what they are read from is the matter of package pressure and of who asks. All CPU is in cores, all
-// sizes are in bytes.
+// It decides by numbers alone: what they are read from is the matter of package pressure and of who
+// asks. All CPU is in cores, all sizes are in bytes.
 //
 // # What is predicted
 //
-// A host's VMs want some CPU: what they have and what they wait for. As long as that fits into its cores, each gets what it wants;
-// beyond, they get the cores there are. The gain of an eviction is how many more cores the VMs of both hosts get together.
+// A host's VMs want some CPU: what they have and what they wait for. As long as that fits into its
+// cores, each gets what it wants; beyond, they get the cores there are. The gain of an eviction is
+// how many more cores the VMs of both hosts get together.
 //
 // How long it takes follows from the memory to be moved, as post-copy moves each page once:
 //
@@ -15,13 +17,15 @@
 //	total      transfer, then all memory in use over the link
 //	back       until all VMs together do 90 % of what they will in the end
 //
-// back is between the two. Moving memory takes CPU at both ends, engineCost for each byte, which goes ahead of VMs. Should they not do
-// 90 % with what that leaves of the hosts' cores, back is total.
+// back is between the two. Moving memory takes CPU at both ends, engineCost for each byte, which
+// goes ahead of VMs. Should they not do 90 % with what that leaves of the hosts' cores, back is
+// total.
 //
-// Otherwise, those that stay are back when the VM has moved. Should they be 90 % of all, back is transfer. If not, the VM that moved must
-// reach the share x of its own speed that is missing. While it lacks pages it waits for those that it touches, each fetchCost times as
-// long as what it does with one. With the share p of its hot memory there, its speed is 1 ÷ (1 + fetchCost (1-p)), so that it is at x
-// once p = 1 - (1÷x - 1) ÷ fetchCost; and hot memory goes first.
+// Otherwise, those that stay are back when the VM has moved. Should they be 90 % of all, back is
+// transfer. If not, the VM that moved must reach the share x of its own speed that is missing.
+// While it lacks pages it waits for those that it touches, each fetchCost times as long as what it
+// does with one. With the share p of its hot memory there, its speed is 1 ÷ (1 + fetchCost (1-p)),
+// so that it is at x once p = 1 - (1÷x - 1) ÷ fetchCost; and hot memory goes first.
 package relief
 
 import (
@@ -78,16 +82,19 @@ type Limits struct {
 	Transfer time.Duration
 }
 
-// Starving is the share of the CPU it wants below which a VM starves: less than all by as much as counts for "back".
+// Starving is the share of the CPU it wants below which a VM starves: less than all by as much as
+// counts for "back".
 const Starving = 0.9
 
 // DefaultLimits have a VM go only to where nobody starves for it.
 var DefaultLimits = Limits{MaxLoad: 1 / Starving, Reserve: 0.05, Transfer: 150 * time.Millisecond}
 
-// fetchCost is how much longer a guest waits for a page from the other host than it works with one that it has: some 0.5 ms to 50 µs.
+// fetchCost is how much longer a guest waits for a page from the other host than it works with one
+// that it has: some 0.5 ms to 50 µs.
 const fetchCost = 10
 
-// engineCost is the CPU that it takes to send or to receive a byte, in seconds. Measured with TLS: 4.2 ns to send, 4.4 to 9.6 to receive and place.
+// engineCost is the CPU that it takes to send or to receive a byte, in seconds. Measured with TLS:
+// 4.2 ns to send, 4.4 to 9.6 to receive and place.
 const engineCost = 5e-9
 
 // engineMost is how many cores sending or receiving takes at most: it is the work of one thread.
@@ -118,10 +125,11 @@ type Candidate struct {
 	priority int
 }
 
-// Choose returns every VM going to every other host, the best first: of those that may be and reach the goal, those of the
-// least priority, and of these the one that has all back the soonest or, of those that take about as long, leaves the other host the least
-// loaded. Where none reaches the goal, the one that comes the nearest to
-// it. The others follow with their reasons. If the goal is met already, all are refused.
+// Choose returns every VM going to every other host, the best first: of those that may be and reach
+// the goal, those of the least priority, and of these the one that has all back the soonest or, of
+// those that take about as long, leaves the other host the least loaded. Where none reaches the
+// goal, the one that comes the nearest to it. The others follow with their reasons. If the goal is
+// met already, all are refused.
 func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 	met := g.Met(here)
 	list := []Candidate{}
@@ -148,18 +156,22 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 		return c.LoadHere
 	}
 	slices.SortStableFunc(list, func(a, b Candidate) int {
-		if c := cmp.Or(first(a.Refused == "", b.Refused == ""), first(a.Meets, b.Meets), cmp.Compare(a.priority, b.priority)); c != 0 {
+		if c := cmp.Or(first(a.Refused == "", b.Refused == ""), first(a.Meets, b.Meets),
+			cmp.Compare(a.priority, b.priority)); c != 0 {
 			return c
 		}
 		if a.Meets {
-			return cmp.Or(cmp.Compare(octave(a.Back), octave(b.Back)), cmp.Compare(a.LoadThere, b.LoadThere), cmp.Compare(a.Back, b.Back))
+			return cmp.Or(cmp.Compare(octave(a.Back), octave(b.Back)),
+				cmp.Compare(a.LoadThere, b.LoadThere), cmp.Compare(a.Back, b.Back))
 		}
-		return cmp.Or(cmp.Compare(nearest(a), nearest(b)), cmp.Compare(a.Back, b.Back), cmp.Compare(a.LoadThere, b.LoadThere))
+		return cmp.Or(cmp.Compare(nearest(a), nearest(b)), cmp.Compare(a.Back, b.Back),
+			cmp.Compare(a.LoadThere, b.LoadThere))
 	})
 	return list
 }
 
-// octave is the power of two that a time is nearest to: as well as it can be predicted, one of the same is as good.
+// octave is the power of two that a time is nearest to: as well as it can be predicted, one of the
+// same is as good.
 func octave(d time.Duration) float64 {
 	return math.Round(math.Log2(max(d, time.Millisecond).Seconds()))
 }
@@ -177,7 +189,8 @@ func first(a, b bool) int {
 	return 0
 }
 
-// without is the CPU that is used and waited for on a host once a VM has left it: what it had, those take that wait.
+// without is the CPU that is used and waited for on a host once a VM has left it: what it had,
+// those take that wait.
 func (h Host) without(v VM) (used, waiting float64) {
 	waiting = max(0, h.Waiting-v.Waiting)
 	taken := min(waiting, v.CPU+v.Overhead)
@@ -198,7 +211,8 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 		c.Total = c.Transfer + overLink(v.InUse, to.Rate)
 		c.Back = c.Total
 		if share, ok := hotShare(here, v, to, all); ok {
-			c.Back = c.Transfer + time.Duration(share*float64(overLink(min(v.Hot, v.InUse), to.Rate)))
+			c.Back = c.Transfer +
+				time.Duration(share*float64(overLink(min(v.Hot, v.InUse), to.Rate)))
 		}
 	}
 	room := float64(to.Available) - float64(to.Incoming) - l.Reserve*float64(to.Total)
@@ -212,11 +226,14 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	case to.Rate <= 0:
 		c.Refused = "it is not known how fast the link is"
 	case float64(v.Memory) > room+l.Reserve*float64(to.Total):
-		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Size(uint64(max(0, room))), units.Size(v.Memory))
+		c.Refused = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name,
+			units.Size(uint64(max(0, room))), units.Size(v.Memory))
 	case float64(v.Memory) > room:
-		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name, units.Size(uint64(max(0, room))), units.Size(v.Memory))
+		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name,
+			units.Size(uint64(max(0, room))), units.Size(v.Memory))
 	case c.LoadThere > l.MaxLoad:
-		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there, to.CPUs)
+		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there,
+			to.CPUs)
 	}
 	return c
 }
@@ -232,8 +249,8 @@ func overLink(bytes uint64, rate float64) time.Duration {
 	return time.Duration(min(float64(bytes)/rate, most.Seconds()) * 1e9)
 }
 
-// hotShare is the share of the VM's hot memory that must have arrived for all to be back. It is false if all are only when the engines, which
-// take some CPU at both ends, are done.
+// hotShare is the share of the VM's hot memory that must have arrived for all to be back. It is
+// false if all are only when the engines, which take some CPU at both ends, are done.
 func hotShare(here Host, v VM, to Host, all []VM) (share float64, ok bool) {
 	wants, stay := v.likely(), 0.0
 	for _, o := range all {
@@ -241,7 +258,8 @@ func hotShare(here Host, v VM, to Host, all []VM) (share float64, ok bool) {
 			stay += o.likely()
 		}
 	}
-	// The share that each gets of what it wants, of the host that the VM has left and of the one that it has come to.
+	// The share that each gets of what it wants, of the host that the VM has left and of the one
+	// that it has come to.
 	left := here.likely() - wants - v.Overhead
 	come := to.likely() + wants + v.Overhead
 	engine := min(engineMost, to.Rate*engineCost)
@@ -257,8 +275,8 @@ func hotShare(here Host, v VM, to Host, all []VM) (share float64, ok bool) {
 	return max(0, 1-(most/reach-1)/fetchCost), true
 }
 
-// likely is the CPU that the VM will most likely use if it gets it: one that shares a core waits half of the time, whether it wants
-// all of a core or little more than what it has.
+// likely is the CPU that the VM will most likely use if it gets it: one that shares a core waits
+// half of the time, whether it wants all of a core or little more than what it has.
 func (v VM) likely() float64 { return v.CPU + v.Waiting/2 }
 
 func (h Host) likely() float64 { return h.Used + h.Waiting/2 }
@@ -282,9 +300,10 @@ type Evacuation struct {
 // Excepted is why a VM stays that an Evacuation leaves out.
 const Excepted = "it is excepted"
 
-// Evacuate tells where each VM of a host is to go, in the order in which they are best sent to free the host the soonest: those whose
-// memory takes the least time first, as each that has gone gives back its CPU and its memory at once. What a host has room for is
-// counted down as VMs are given to it. Those that cannot go anywhere are last, with a reason.
+// Evacuate tells where each VM of a host is to go, in the order in which they are best sent to free
+// the host the soonest: those whose memory takes the least time first, as each that has gone gives
+// back its CPU and its memory at once. What a host has room for is counted down as VMs are given to
+// it. Those that cannot go anywhere are last, with a reason.
 func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Candidate {
 	others = slices.Clone(others)
 	vms = slices.Clone(vms)
@@ -309,7 +328,8 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 				refused = append(refused, c.Refused)
 				continue
 			}
-			if best < 0 || cmp.Or(first(c.Beyond == "", chosen.Beyond == ""), cmp.Compare(c.LoadThere, chosen.LoadThere)) < 0 {
+			if best < 0 || cmp.Or(first(c.Beyond == "", chosen.Beyond == ""),
+				cmp.Compare(c.LoadThere, chosen.LoadThere)) < 0 {
 				best, chosen = i, c
 			}
 		}
@@ -323,7 +343,8 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 			continue
 		}
 		to := &others[best]
-		to.Used, to.Waiting = min(to.wants()+v.Wants(), to.CPUs), max(0, to.wants()+v.Wants()-to.CPUs)
+		to.Used, to.Waiting = min(to.wants()+v.Wants(), to.CPUs), max(0,
+			to.wants()+v.Wants()-to.CPUs)
 		to.Incoming += v.Memory
 		going = append(going, chosen)
 	}

@@ -18,11 +18,14 @@ const gib = 1 << 30
 // pair is two VMs that share a host's only core, one of them with more memory; beside an idle host.
 func pair() (Host, []VM, []Host) {
 	vms := []VM{
-		{Name: "big", CPU: 0.5, Waiting: 0.5, Memory: 4 * gib, Resident: 3 * gib, InUse: 3 * gib, Hot: 2 * gib},
-		{Name: "small", CPU: 0.5, Waiting: 0.5, Memory: 2 * gib, Resident: gib, InUse: gib, Hot: gib / 2},
+		{Name: "big", CPU: 0.5, Waiting: 0.5, Memory: 4 * gib, Resident: 3 * gib, InUse: 3 * gib,
+			Hot: 2 * gib},
+		{Name: "small", CPU: 0.5, Waiting: 0.5, Memory: 2 * gib, Resident: gib, InUse: gib,
+			Hot: gib / 2},
 	}
 	here := Host{Name: "a", CPUs: 1, Used: 1, Waiting: 1, Total: 16 * gib, Available: 8 * gib}
-	return here, vms, []Host{{Name: "b", CPUs: 1, Used: 0.02, Total: 16 * gib, Available: 15 * gib, Rate: 125e6}}
+	return here, vms, []Host{{Name: "b", CPUs: 1, Used: 0.02, Total: 16 * gib, Available: 15 * gib,
+		Rate: 125e6}}
 }
 
 func TestChoose(t *testing.T) {
@@ -32,18 +35,22 @@ func TestChoose(t *testing.T) {
 		t.Fatalf("%+v", list)
 	}
 	c := list[0]
-	if c.VM != "small" || c.To != "b" || c.Refused != "" || !c.Meets || c.Gain < 0.97 || c.Gain > 1.0 || c.Freed != gib {
+	if c.VM != "small" || c.To != "b" || c.Refused != "" || !c.Meets || c.Gain < 0.97 ||
+		c.Gain > 1.0 || c.Freed != gib {
 		t.Errorf("%+v", c)
 	}
-	// A GiB takes 8.6 s at 1 Gbit/s; both VMs are half of all, so that the one that moves has to reach 80 %.
-	if c.Total < 8700*time.Millisecond || c.Total > 8800*time.Millisecond || c.Transfer != DefaultLimits.Transfer || c.Back != c.Total {
+	// A GiB takes 8.6 s at 1 Gbit/s; both VMs are half of all, so that the one that moves has to
+	// reach 80 %.
+	if c.Total < 8700*time.Millisecond || c.Total > 8800*time.Millisecond ||
+		c.Transfer != DefaultLimits.Transfer || c.Back != c.Total {
 		t.Errorf("%+v: the engines leave too little of the cores until the end", c)
 	}
 	for i := range vms {
 		vms[i].CPU, vms[i].Waiting = 0.3, 0.1
 	}
 	here.Used, here.Waiting = 0.6, 0.2
-	if c := Choose(here, vms, others, Goal{CPU: 0.5}, DefaultLimits)[0]; c.VM != "small" || c.Back < 4*time.Second || c.Back > 4500*time.Millisecond {
+	if c := Choose(here, vms, others, Goal{CPU: 0.5}, DefaultLimits)[0]; c.VM != "small" ||
+		c.Back < 4*time.Second || c.Back > 4500*time.Millisecond {
 		t.Errorf("%+v: half of its memory is hot", c)
 	}
 	here, vms, _ = pair()
@@ -62,18 +69,30 @@ func TestChoose(t *testing.T) {
 // TestRefused has each reason not to evict.
 func TestRefused(t *testing.T) {
 	for want, change := range map[string]func(*Host, *[]VM, *[]Host, *Goal, *Limits){
-		"pinned":          func(_ *Host, vms *[]VM, _ *[]Host, _ *Goal, _ *Limits) { (*vms)[1].Pinned = true },
-		"no monitor":      func(_ *Host, vms *[]VM, _ *[]Host, _ *Goal, _ *Limits) { (*vms)[1].Barred = "no monitor" },
-		"does not answer": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Barred = "it does not answer" },
-		"how fast":        func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Rate = 0 },
-		"has room for 1.5 GiB, the VM has 2 GiB": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, l *Limits) {
+		"pinned": func(_ *Host, vms *[]VM, _ *[]Host, _ *Goal, _ *Limits) {
+			(*vms)[1].Pinned = true
+		},
+		"no monitor": func(_ *Host, vms *[]VM, _ *[]Host, _ *Goal, _ *Limits) {
+			(*vms)[1].Barred = "no monitor"
+		},
+		"does not answer": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) {
+			(*to)[0].Barred = "it does not answer"
+		},
+		"how fast": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Rate = 0 },
+		"has room for 1.5 GiB, the VM has 2 GiB": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal,
+			l *Limits) {
 			(*to)[0].Total, (*to)[0].Available, l.Reserve = 8*gib, 2*gib, 1.0/16
 		},
-		"has room for 0 bytes": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Incoming = 20 * gib },
-		"starve: 1.50 cores":   func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) { (*to)[0].Used = 0.5 },
-		"goal is met":          func(_ *Host, _ *[]VM, _ *[]Host, g *Goal, _ *Limits) { g.CPU = 3 },
+		"has room for 0 bytes": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) {
+			(*to)[0].Incoming = 20 * gib
+		},
+		"starve: 1.50 cores": func(_ *Host, _ *[]VM, to *[]Host, _ *Goal, _ *Limits) {
+			(*to)[0].Used = 0.5
+		},
+		"goal is met": func(_ *Host, _ *[]VM, _ *[]Host, g *Goal, _ *Limits) { g.CPU = 3 },
 		"gain 0.00 cores": func(h *Host, vms *[]VM, _ *[]Host, g *Goal, _ *Limits) {
-			*h, (*vms)[1] = Host{Name: "a", CPUs: 4, Used: 1.5}, VM{Name: "small", CPU: 0.5, Memory: gib}
+			*h, (*vms)[1] = Host{Name: "a", CPUs: 4, Used: 1.5}, VM{Name: "small", CPU: 0.5,
+				Memory: gib}
 			g.CPU = 0.1
 		},
 	} {
@@ -93,12 +112,14 @@ func TestRefused(t *testing.T) {
 func TestPriority(t *testing.T) {
 	here, vms, others := pair()
 	vms[1].Priority = 1
-	if c := Choose(here, vms, others, DefaultGoal, DefaultLimits)[0]; c.VM != "big" || c.Refused != "" {
+	if c := Choose(here, vms, others, DefaultGoal, DefaultLimits)[0]; c.VM != "big" ||
+		c.Refused != "" {
 		t.Errorf("%+v", c)
 	}
 }
 
-// TestMemory frees memory: the VM that suffices and is the quickest, or else the one that gives back the most.
+// TestMemory frees memory: the VM that suffices and is the quickest, or else the one that gives
+// back the most.
 func TestMemory(t *testing.T) {
 	here, vms, others := pair()
 	for free, want := range map[uint64]string{9 * gib: "small", 11 * gib: "big", 12 * gib: "big"} {
@@ -112,12 +133,18 @@ func TestMemory(t *testing.T) {
 // TestChoices checks what must be true of every choice.
 func TestChoices(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
-		cores := func(name string, most float64) float64 { return rapid.Float64Range(0, most).Draw(r, name) }
+		cores := func(name string, most float64) float64 {
+			return rapid.Float64Range(0, most).Draw(r, name)
+		}
 		size := func(name string) uint64 { return rapid.Uint64Range(0, 64).Draw(r, name) * gib }
-		here := Host{Name: "here", CPUs: float64(rapid.IntRange(1, 8).Draw(r, "cpus")), Available: size("available")}
+		here := Host{Name: "here", CPUs: float64(rapid.IntRange(1, 8).Draw(r, "cpus")),
+			Available: size("available")}
 		var vms []VM
 		for i := range rapid.IntRange(0, 6).Draw(r, "vms") {
-			v := VM{Name: fmt.Sprint("vm", i), CPU: cores("cpu", here.CPUs/7), Overhead: cores("overhead", here.CPUs/50), Waiting: cores("waiting", 2), Memory: size("memory"), Pinned: rapid.Bool().Draw(r, "pinned"), Priority: rapid.IntRange(-1, 1).Draw(r, "priority")}
+			v := VM{Name: fmt.Sprint("vm", i), CPU: cores("cpu", here.CPUs/7),
+				Overhead: cores("overhead", here.CPUs/50), Waiting: cores("waiting", 2),
+				Memory: size("memory"), Pinned: rapid.Bool().Draw(r, "pinned"),
+				Priority: rapid.IntRange(-1, 1).Draw(r, "priority")}
 			v.InUse, v.Resident = v.Memory/2, v.Memory/2
 			v.Hot = v.InUse / 2
 			here.Used, here.Waiting = here.Used+v.CPU+v.Overhead, here.Waiting+v.Waiting
@@ -125,7 +152,9 @@ func TestChoices(t *testing.T) {
 		}
 		var others []Host
 		for i := range rapid.IntRange(0, 3).Draw(r, "hosts") {
-			h := Host{Name: fmt.Sprint("host", i), CPUs: float64(rapid.IntRange(1, 8).Draw(r, "cpus there")), Total: 64 * gib, Available: size("available there"), Rate: cores("rate", 1e9)}
+			h := Host{Name: fmt.Sprint("host", i),
+				CPUs: float64(rapid.IntRange(1, 8).Draw(r, "cpus there")), Total: 64 * gib,
+				Available: size("available there"), Rate: cores("rate", 1e9)}
 			h.Used = cores("used there", h.CPUs)
 			others = append(others, h)
 		}
@@ -143,7 +172,8 @@ func TestChoices(t *testing.T) {
 			if c.Refused != "" {
 				continue
 			}
-			if g.Met(here) || c.LoadThere > DefaultLimits.MaxLoad || c.Transfer > c.Back || c.Back > c.Total {
+			if g.Met(here) || c.LoadThere > DefaultLimits.MaxLoad || c.Transfer > c.Back ||
+				c.Back > c.Total {
 				r.Fatalf("%+v", c)
 			}
 			for _, v := range vms {
@@ -172,7 +202,8 @@ func TestChoices(t *testing.T) {
 			r.Fatalf("%d of %d VMs", len(seen), len(vms))
 		}
 		for _, h := range others {
-			if given[h.Name] > h.Available || wanted[h.Name] > 0 && h.wants()+wanted[h.Name] > DefaultLimits.MaxLoad*h.CPUs+1e-9 {
+			if given[h.Name] > h.Available ||
+				wanted[h.Name] > 0 && h.wants()+wanted[h.Name] > DefaultLimits.MaxLoad*h.CPUs+1e-9 {
 				r.Fatalf("%s gets %d and %.2f", h.Name, given[h.Name], wanted[h.Name])
 			}
 		}
@@ -181,7 +212,8 @@ func TestChoices(t *testing.T) {
 
 func TestEvacuate(t *testing.T) {
 	here, vms, others := pair()
-	others = append(others, Host{Name: "c", CPUs: 1, Total: 16 * gib, Available: 15 * gib, Rate: 125e6})
+	others = append(others, Host{Name: "c", CPUs: 1, Total: 16 * gib, Available: 15 * gib,
+		Rate: 125e6})
 	vms = append(vms, VM{Name: "pin", Pinned: true})
 	var said []string
 	for _, c := range Evacuate(here, vms, others, DefaultLimits, Evacuation{}) {
@@ -190,19 +222,21 @@ func TestEvacuate(t *testing.T) {
 	if got := strings.Join(said, ", "); got != "small c , big b , pin  the VM is pinned" {
 		t.Error(got)
 	}
-	if c := Evacuate(here, vms[:1], nil, DefaultLimits, Evacuation{}); len(c) != 1 || c[0].Refused != "there is no other host" {
+	if c := Evacuate(here, vms[:1], nil, DefaultLimits, Evacuation{}); len(c) != 1 ||
+		c[0].Refused != "there is no other host" {
 		t.Errorf("%+v", c)
 	}
 }
 
-// Some stay because they are excepted; and when told to, others go where they break a limit, if there is
-// no better host and memory enough.
+// Some stay because they are excepted; and when told to, others go where they break a limit, if
+// there is no better host and memory enough.
 func TestEvacuateAsAsked(t *testing.T) {
 	here, vms, others := pair()
 	plan := func(e Evacuation) string {
 		var said []string
 		for _, c := range Evacuate(here, vms, others, DefaultLimits, e) {
-			said = append(said, strings.TrimRight(fmt.Sprintf("%s>%s %s%s", c.VM, c.To, c.Refused, c.Beyond), " "))
+			said = append(said,
+				strings.TrimRight(fmt.Sprintf("%s>%s %s%s", c.VM, c.To, c.Refused, c.Beyond), " "))
 		}
 		return strings.Join(said, ", ")
 	}
@@ -212,28 +246,34 @@ func TestEvacuateAsAsked(t *testing.T) {
 	if got := plan(Evacuation{Except: []string{"small"}}); got != "big>b, small> it is excepted" {
 		t.Error(got)
 	}
-	if got := plan(Evacuation{Force: true}); got != "small>b, big>b b would starve: 2.02 cores wanted, of 1" {
+	if got := plan(Evacuation{Force: true}); got !=
+		"small>b, big>b b would starve: 2.02 cores wanted, of 1" {
 		t.Error(got)
 	}
 	// A host within its limits is better than one that is not.
-	others = append(others, Host{Name: "slow", CPUs: 4, Total: 16 * gib, Available: 15 * gib, Rate: 1e6})
+	others = append(others, Host{Name: "slow", CPUs: 4, Total: 16 * gib, Available: 15 * gib,
+		Rate: 1e6})
 	if got := plan(Evacuation{Force: true}); got != "small>slow, big>slow" {
 		t.Error(got)
 	}
 	// Force makes no memory.
 	others = []Host{{Name: "b", CPUs: 4, Total: 80 * gib, Available: 5 * gib, Rate: 125e6}}
-	if got := plan(Evacuation{Force: true}); got != "small>b b has room for 1 GiB, the VM has 2 GiB, big> b has room for 0 bytes, the VM has 4 GiB" {
+	if got := plan(Evacuation{Force: true}); got !=
+		"small>b b has room for 1 GiB, the VM has 2 GiB, big> b has room for 0 bytes, the VM "+
+			"has 4 GiB" {
 		t.Error(got)
 	}
 	vms[0].Pinned, vms[1].Barred = true, "it is being evicted"
-	if got := plan(Evacuation{Force: true}); got != "small> it is being evicted, big> the VM is pinned" {
+	if got := plan(Evacuation{Force: true}); got !=
+		"small> it is being evicted, big> the VM is pinned" {
 		t.Error(got)
 	}
 }
 
 func TestParseGoal(t *testing.T) {
 	for text, want := range map[string]Goal{
-		"cpu<80%": {CPU: 0.8}, "free 8GiB": {Free: 8 * gib}, " cpu<150% , free 512 MiB": {CPU: 1.5, Free: 512 << 20}, "free 3B": {Free: 3},
+		"cpu<80%": {CPU: 0.8}, "free 8GiB": {Free: 8 * gib},
+		" cpu<150% , free 512 MiB": {CPU: 1.5, Free: 512 << 20}, "free 3B": {Free: 3},
 	} {
 		g, err := ParseGoal(text)
 		if err != nil || g != want {
@@ -243,7 +283,9 @@ func TestParseGoal(t *testing.T) {
 			t.Errorf("%q: %v, %v", g, again, err)
 		}
 	}
-	for _, text := range []string{"", "cpu", "cpu<80", "cpu<%", "cpu<NaN%", "cpu<-1%", "cpu<2000%", "free", "free 8", "free GiB", "free 0GiB", "free 99999999999999999999GiB", "free 99999999TiB", "cpu<80%,cpu<70%", "load<3"} {
+	for _, text := range []string{"", "cpu", "cpu<80", "cpu<%", "cpu<NaN%", "cpu<-1%", "cpu<2000%",
+		"free", "free 8", "free GiB", "free 0GiB", "free 99999999999999999999GiB",
+		"free 99999999TiB", "cpu<80%,cpu<70%", "load<3"} {
 		if g, err := ParseGoal(text); err == nil {
 			t.Errorf("%q: %+v", text, g)
 		}
@@ -301,7 +343,8 @@ func (w *world) want(v *simVM, seconds float64) float64 {
 func (w *world) hosts(n int) ([]Host, [][]VM) {
 	hosts, vms := make([]Host, n), make([][]VM, n)
 	for i := range hosts {
-		hosts[i] = Host{Name: fmt.Sprint(i), CPUs: w.cpus, Total: 64 * gib, Available: 64 * gib, Rate: 125e6}
+		hosts[i] = Host{Name: fmt.Sprint(i), CPUs: w.cpus, Total: 64 * gib, Available: 64 * gib,
+			Rate: 125e6}
 	}
 	for _, v := range w.vms {
 		hosts[v.host].Used += v.CPU
@@ -325,8 +368,10 @@ func newWorld(seed uint64, hosts int) *world {
 	for i := range 4 * hosts {
 		size := uint64(1+i%4) * gib
 		w.vms = append(w.vms, &simVM{
-			VM:   VM{Name: fmt.Sprint("vm", i), Memory: size, InUse: size * 3 / 4, Hot: gib / 2, Resident: size},
-			host: i % hosts, base: 0.2 + w.random.Float64()*0.9, phase: w.random.Float64(), noise: 0.3 * w.random.Float64(), to: -1,
+			VM: VM{Name: fmt.Sprint("vm", i), Memory: size, InUse: size * 3 / 4, Hot: gib / 2,
+				Resident: size},
+			host: i % hosts, base: 0.2 + w.random.Float64()*0.9, phase: w.random.Float64(),
+			noise: 0.3 * w.random.Float64(), to: -1,
 		})
 	}
 	for range hosts {
@@ -335,7 +380,8 @@ func newWorld(seed uint64, hosts int) *world {
 	return w
 }
 
-// TestDay has guards of four hosts live through days of loads that swing, burst and are noisy, observed every second.
+// TestDay has guards of four hosts live through days of loads that swing, burst and are noisy,
+// observed every second.
 func TestDay(t *testing.T) {
 	const hosts = 4
 	for seed := range uint64(6) {
@@ -349,9 +395,11 @@ func TestDay(t *testing.T) {
 				}
 			}
 		}
-		t.Logf("seed %d: %d evictions in a day; VMs starved for %v, without any for %v", seed, w.moves, w.starve, alone.starve)
+		t.Logf("seed %d: %d evictions in a day; VMs starved for %v, without any for %v", seed,
+			w.moves, w.starve, alone.starve)
 		if w.moves == 0 || w.starve >= alone.starve {
-			t.Errorf("seed %d: %d evictions do not help: %v, %v", seed, w.moves, w.starve, alone.starve)
+			t.Errorf("seed %d: %d evictions do not help: %v, %v", seed, w.moves, w.starve,
+				alone.starve)
 		}
 	}
 }
@@ -403,7 +451,8 @@ func (w *world) day(t *testing.T, n int, guarded bool) {
 			for _, v := range w.vms {
 				if v.Name == list[0].VM {
 					if v.host != i || v.to >= 0 {
-						t.Fatalf("%s is on host %d, on its way to %d: %+v", v.Name, v.host, v.to, list[0])
+						t.Fatalf("%s is on host %d, on its way to %d: %+v", v.Name, v.host, v.to,
+							list[0])
 					}
 					fmt.Sscan(list[0].To, &v.to)
 					v.left = list[0].Total

@@ -55,7 +55,8 @@ func checkName(name string) error {
 		ok = ok && label.MatchString(l)
 	}
 	if !ok {
-		return fmt.Errorf("%q is no name for a host: use a DNS name in lower case, such as hostb or hostb.example.org, or an IP address", name)
+		return fmt.Errorf("%q is no name for a host: use a DNS name in lower case, such as "+
+			"hostb or hostb.example.org, or an IP address", name)
 	}
 	return nil
 }
@@ -96,7 +97,8 @@ type stamp struct {
 }
 
 func (s stamp) same(t stamp) bool {
-	return s.inode != nil && t.inode != nil && os.SameFile(s.inode, t.inode) && s.size == t.size && s.time.Equal(t.time)
+	return s.inode != nil && t.inode != nil && os.SameFile(s.inode, t.inode) && s.size == t.size &&
+		s.time.Equal(t.time)
 }
 
 // files is the content of a directory.
@@ -166,7 +168,8 @@ func read(dir string) (f files, err error) {
 	f.roots = x509.NewCertPool()
 	for _, c := range f.cas {
 		if !c.IsCA {
-			return f, fmt.Errorf("%s: the certificate of %q is not a CA's", filepath.Join(dir, caFile), c.Subject.String())
+			return f, fmt.Errorf("%s: the certificate of %q is not a CA's",
+				filepath.Join(dir, caFile), c.Subject.String())
 		}
 		f.roots.AddCert(c)
 	}
@@ -205,9 +208,12 @@ func (f files) valid(dir string) error {
 	leaf := f.cert.Leaf
 	file := filepath.Join(dir, certFile)
 	if now := time.Now(); now.After(leaf.NotAfter) {
-		return fmt.Errorf("%s has expired at %s: renew it with `vacate certs issue --renew --name %s --dir CA --out %s`", file, leaf.NotAfter.UTC().Format(time.DateTime+" MST"), f.name, dir)
+		return fmt.Errorf("%s has expired at %s: renew it with `vacate certs issue --renew "+
+			"--name %s --dir CA --out %s`", file, leaf.NotAfter.UTC().Format(time.DateTime+" MST"),
+			f.name, dir)
 	} else if now.Before(leaf.NotBefore) {
-		return fmt.Errorf("%s is not valid before %s: set this host's clock, or issue it anew", file, leaf.NotBefore.UTC().Format(time.DateTime+" MST"))
+		return fmt.Errorf("%s is not valid before %s: set this host's clock, or issue it anew",
+			file, leaf.NotBefore.UTC().Format(time.DateTime+" MST"))
 	}
 	between := x509.NewCertPool()
 	for _, der := range f.cert.Certificate[1:] {
@@ -216,8 +222,10 @@ func (f files) valid(dir string) error {
 		}
 	}
 	for _, use := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		if _, err := leaf.Verify(x509.VerifyOptions{Roots: f.roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
-			return fmt.Errorf("%s is not believed by the CA beside it: %w: issue it with `vacate certs issue`, or copy the CA's ca.pem there", file, err)
+		if _, err := leaf.Verify(x509.VerifyOptions{Roots: f.roots, Intermediates: between,
+			KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
+			return fmt.Errorf("%s is not believed by the CA beside it: %w: issue it with "+
+				"`vacate certs issue`, or copy the CA's ca.pem there", file, err)
 		}
 	}
 	return nil
@@ -251,7 +259,8 @@ func (i *Identity) Client(peer string) *tls.Config {
 			for _, c := range cs.PeerCertificates[1:] {
 				between.AddCert(c)
 			}
-			_, err = cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: f.roots, Intermediates: between, DNSName: peer})
+			_, err = cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: f.roots,
+				Intermediates: between, DNSName: peer})
 			return err
 		},
 	}
@@ -350,14 +359,17 @@ func readFile(file string, private bool) ([]byte, error) {
 		return nil, err
 	}
 	if mode := fi.Mode().Perm(); private && mode&0o077 != 0 {
-		return nil, fmt.Errorf("%s is open to others than its owner (mode %04o): run `chmod 600 %s`; if others were on this host, issue a new one", file, mode, file)
+		return nil,
+			fmt.Errorf("%s is open to others than its owner (mode %04o): run `chmod 600 %s`; if "+
+				"others were on this host, issue a new one", file, mode, file)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", file, err)
 	}
 	if len(b) > maxFile {
-		return nil, fmt.Errorf("%s has more than %d bytes: it holds no certificates or keys", file, maxFile)
+		return nil, fmt.Errorf("%s has more than %d bytes: it holds no certificates or keys", file,
+			maxFile)
 	}
 	return b, nil
 }

@@ -38,7 +38,8 @@ func load(t testing.TB, dir string) *Identity {
 }
 
 // meet has two hosts shake hands; it returns what each side thinks of it.
-func meet(t testing.TB, client, server *tls.Config) (clientName string, clientErr, serverErr error) {
+func meet(t testing.TB, client, server *tls.Config) (clientName string,
+	clientErr, serverErr error) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -95,7 +96,8 @@ func TestIssue(t *testing.T) {
 		if clientErr != nil || serverErr != nil || who != "hosta" {
 			t.Errorf("hosta and %s: %v, %v, %q", name, clientErr, serverErr, who)
 		}
-		if _, clientErr, _ = meet(t, load(t, a).Client("other"), load(t, b).Server()); clientErr == nil {
+		if _, clientErr, _ = meet(t, load(t, a).Client("other"),
+			load(t, b).Server()); clientErr == nil {
 			t.Errorf("%s passes for another host", name)
 		}
 	}
@@ -110,11 +112,13 @@ func TestStrangers(t *testing.T) {
 	}
 	trusting := load(t, a).Client("hostb")
 	trusting.VerifyConnection = nil
-	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
+	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil ||
+		serverErr == nil {
 		t.Errorf("a client of another CA: %v, %v", clientErr, serverErr)
 	}
 	trusting.GetClientCertificate = nil
-	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil || serverErr == nil {
+	if _, clientErr, serverErr = meet(t, trusting, load(t, b).Server()); clientErr == nil ||
+		serverErr == nil {
 		t.Errorf("a client without a certificate: %v, %v", clientErr, serverErr)
 	}
 }
@@ -134,7 +138,8 @@ func TestReload(t *testing.T) {
 	client, serverConfig := load(t, a).Client("hostb"), server.Server()
 	works := func(what string) {
 		t.Helper()
-		if _, clientErr, serverErr := meet(t, client, serverConfig); clientErr != nil || serverErr != nil {
+		if _, clientErr, serverErr := meet(t, client, serverConfig); clientErr != nil ||
+			serverErr != nil {
 			t.Fatalf("%s: %v, %v", what, clientErr, serverErr)
 		}
 	}
@@ -225,7 +230,8 @@ func special(t testing.TB, change func(*x509.Certificate)) string {
 		t.Fatal(err)
 	}
 	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "hosta"}, DNSNames: []string{"hosta"},
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "hosta"},
+		DNSNames:  []string{"hosta"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
@@ -262,22 +268,38 @@ func TestLoadRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct{ dir, says string }{
-		"nothing":       {t.TempDir(), "ca.pem: no such file or directory: `vacate certs --help`"},
-		"open key":      {open, "(mode 0640): run `chmod 600 "},
-		"no PEM":        {with(certFile, "garbage"), "there is no certificate in it"},
-		"key for cert":  {with(caFile, string(must(os.ReadFile(filepath.Join(open, keyFile))))), "where only certificates belong"},
-		"cut cert":      {with(certFile, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"), "host.pem: x509"},
-		"bad key":       {with(keyFile, "garbage"), "host.key: tls: failed to find any PEM data"},
-		"other key":     {with(keyFile, string(must(os.ReadFile(filepath.Join(open, keyFile))))), "private key does not match"},
-		"no CA":         {with(caFile, string(must(os.ReadFile(filepath.Join(open, certFile))))), "is not a CA's"},
-		"huge":          {with(certFile, strings.Repeat("x", maxFile+1)), "more than 1048576 bytes"},
-		"other CA":      {mixed, "not believed by the CA beside it"},
-		"expired":       {special(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "renew it with `vacate certs issue --renew --name hosta --dir CA --out "},
-		"not yet valid": {special(t, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), "is not valid before "},
-		"no name":       {special(t, func(c *x509.Certificate) { c.DNSNames = nil }), "no DNS name or IP address"},
-		"wildcard":      {special(t, func(c *x509.Certificate) { c.DNSNames = []string{"*.example.org"} }), "is no name for a host"},
-		"clients only":  {special(t, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[1:] }), "incompatible key usage"},
-		"servers only":  {special(t, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), "incompatible key usage"},
+		"nothing":  {t.TempDir(), "ca.pem: no such file or directory: `vacate certs --help`"},
+		"open key": {open, "(mode 0640): run `chmod 600 "},
+		"no PEM":   {with(certFile, "garbage"), "there is no certificate in it"},
+		"key for cert": {with(caFile, string(must(os.ReadFile(filepath.Join(open, keyFile))))),
+			"where only certificates belong"},
+		"cut cert": {with(certFile,
+			"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"), "host.pem: x509"},
+		"bad key": {with(keyFile, "garbage"), "host.key: tls: failed to find any PEM data"},
+		"other key": {with(keyFile, string(must(os.ReadFile(filepath.Join(open, keyFile))))),
+			"private key does not match"},
+		"no CA": {with(caFile, string(must(os.ReadFile(filepath.Join(open, certFile))))),
+			"is not a CA's"},
+		"huge": {with(certFile, strings.Repeat("x", maxFile+1)),
+			"more than 1048576 bytes"},
+		"other CA": {mixed, "not believed by the CA beside it"},
+		"expired": {special(t,
+			func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
+			"renew it with `vacate certs issue --renew --name hosta --dir CA --out "},
+		"not yet valid": {special(t,
+			func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
+			"is not valid before "},
+		"no name": {special(t, func(c *x509.Certificate) { c.DNSNames = nil }),
+			"no DNS name or IP address"},
+		"wildcard": {special(t,
+			func(c *x509.Certificate) { c.DNSNames = []string{"*.example.org"} }),
+			"is no name for a host"},
+		"clients only": {special(t,
+			func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[1:] }),
+			"incompatible key usage"},
+		"servers only": {special(t,
+			func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }),
+			"incompatible key usage"},
 	} {
 		if _, err := Load(c.dir, nil); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v; want %q", name, err, c.says)
@@ -296,12 +318,14 @@ func must(b []byte, err error) []byte {
 }
 
 func TestNames(t *testing.T) {
-	for _, name := range []string{"", ".", "a.", ".a", "a..b", "A", "a b", "a\n", "*", "-a", "a-", "ü", "fe80::1%eth0", "::ffff:0:1/3", strings.Repeat("a", 64), strings.Repeat("a.", 127)} {
+	for _, name := range []string{"", ".", "a.", ".a", "a..b", "A", "a b", "a\n", "*", "-a", "a-",
+		"ü", "fe80::1%eth0", "::ffff:0:1/3", strings.Repeat("a", 64), strings.Repeat("a.", 127)} {
 		if checkName(name) == nil {
 			t.Errorf("%q is a name", name)
 		}
 	}
-	for _, name := range []string{"a", "host-1", "a_b.example.org", "10.0.0.1", "::1", strings.Repeat("a", 63)} {
+	for _, name := range []string{"a", "host-1", "a_b.example.org", "10.0.0.1", "::1",
+		strings.Repeat("a", 63)} {
 		if err := checkName(name); err != nil {
 			t.Error(err)
 		}

@@ -33,7 +33,8 @@ func Init(dir string) error {
 	}
 	for _, name := range []string{caFile, caKeyFile} {
 		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-			return fmt.Errorf("%s is there already: hosts of another CA would not believe each other; use it, or another directory", filepath.Join(dir, name))
+			return fmt.Errorf("%s is there already: hosts of another CA would not believe each "+
+				"other; use it, or another directory", filepath.Join(dir, name))
 		}
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
@@ -85,7 +86,8 @@ func Issue(dir, name, out string, days int, renew bool) error {
 	ca := pair.Leaf
 	now := time.Now()
 	if !ca.IsCA || now.After(ca.NotAfter) {
-		return fmt.Errorf("%s is no CA's, or has expired at %s: make another CA with `vacate certs init`", filepath.Join(dir, caFile), ca.NotAfter.UTC().Format(time.DateOnly))
+		return fmt.Errorf("%s is no CA's, or has expired at %s: make another CA with `vacate "+
+			"certs init`", filepath.Join(dir, caFile), ca.NotAfter.UTC().Format(time.DateOnly))
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -115,12 +117,15 @@ func Issue(dir, name, out string, days int, renew bool) error {
 	}
 	for _, f := range []string{keyFile, certFile} {
 		if _, err := os.Lstat(filepath.Join(out, f)); err == nil && !renew {
-			return fmt.Errorf("%s is there already: say --renew to replace it", filepath.Join(out, f))
+			return fmt.Errorf("%s is there already: say --renew to replace it",
+				filepath.Join(out, f))
 		}
 	}
 	switch there, err := readCerts(filepath.Join(out, caFile)); {
 	case err == nil && !slices.ContainsFunc(there, ca.Equal):
-		return fmt.Errorf("%s is of another CA: hosts of both would not believe each other; take it away, or put the certificates of both CAs into it first", filepath.Join(out, caFile))
+		return fmt.Errorf("%s is of another CA: hosts of both would not believe each other; "+
+			"take it away, or put the certificates of both CAs into it first",
+			filepath.Join(out, caFile))
 	case errors.Is(err, fs.ErrNotExist):
 		if err := writeFile(filepath.Join(out, caFile), caPEM, 0o644, false); err != nil {
 			return err
@@ -139,7 +144,8 @@ func writeKey(file string, key ed25519.PrivateKey, replace bool) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(file, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600, replace)
+	return writeFile(file, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600,
+		replace)
 }
 
 // writeFile puts a file in place as a whole. If there is one already, it fails unless it is

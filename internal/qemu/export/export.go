@@ -164,7 +164,8 @@ func (s *stream) takeHead(head []byte) (*migstream.Reader, []migstream.Block, er
 			}
 		case migstream.Footer:
 			if r.Offset() != int64(len(head)) {
-				return nil, nil, fmt.Errorf("%w: %d bytes behind it", errUnexpected, int64(len(head))-r.Offset())
+				return nil, nil, fmt.Errorf("%w: %d bytes behind it", errUnexpected,
+					int64(len(head))-r.Offset())
 			}
 			s.head, s.ram = item.Append(s.head), it.ID
 			return r, blocks, nil
@@ -185,7 +186,8 @@ func takeDevices(r *migstream.Reader, load []byte) ([]byte, error) {
 		switch it := item.(type) {
 		case migstream.Packaged:
 			if r.Offset() != int64(len(load)) {
-				return nil, fmt.Errorf("%w: %d bytes behind the package", errUnexpected, int64(len(load))-r.Offset())
+				return nil, fmt.Errorf("%w: %d bytes behind the package", errUnexpected,
+					int64(len(load))-r.Offset())
 			}
 			return sections(it.Data)
 		case migstream.Command:
@@ -204,13 +206,16 @@ func takeDevices(r *migstream.Reader, load []byte) ([]byte, error) {
 // the last one ends in its footer, which cannot be mistaken for a ping's end.
 func sections(data []byte) ([]byte, error) {
 	const typeFull, typeFooter, footerSize = 0x04, 0x7e, 5
-	data, listens := bytes.CutPrefix(data, migstream.Command{ID: migstream.CmdPostcopyListen}.Append(nil))
+	data, listens := bytes.CutPrefix(data,
+		migstream.Command{ID: migstream.CmdPostcopyListen}.Append(nil))
 	data, runs := bytes.CutSuffix(data, migstream.Command{ID: migstream.CmdPostcopyRun}.Append(nil))
 	if !listens || !runs {
-		return nil, fmt.Errorf("%w: a package without LISTEN in front and RUN at its end", errUnexpected)
+		return nil, fmt.Errorf("%w: a package without LISTEN in front and RUN at its end",
+			errUnexpected)
 	}
 	ping := migstream.PingCommand(0).Append(nil)
-	for n := len(data) - len(ping); n >= 0 && bytes.HasPrefix(data[n:], ping[:len(ping)-4]); n -= len(ping) {
+	for n := len(data) - len(ping); n >= 0 &&
+		bytes.HasPrefix(data[n:], ping[:len(ping)-4]); n -= len(ping) {
 		data = data[:n]
 	}
 	if n := len(data) - footerSize; n <= 0 || data[0] != typeFull || data[n] != typeFooter {
@@ -227,8 +232,10 @@ func (v VM) find(b migstream.Block) (block, error) {
 			continue
 		}
 		if m.Size < b.Length || m.PageSize != b.PageSize {
-			return block{}, fmt.Errorf("memory %q has %d KiB in pages of %d KiB, and %d in pages of %d when it was frozen: is this QEMU the one that was?",
-				b.Name, m.Size>>10, m.PageSize>>10, b.Length>>10, b.PageSize>>10)
+			return block{},
+				fmt.Errorf("memory %q has %d KiB in pages of %d KiB, and %d in pages of %d when "+
+					"it was frozen: is this QEMU the one that was?",
+					b.Name, m.Size>>10, m.PageSize>>10, b.Length>>10, b.PageSize>>10)
 		}
 		found.index = i
 		return found, nil
@@ -306,7 +313,8 @@ func (s *stream) read(b block, first, n uint64, buf []byte) (p populated, data [
 		if last := len(ranges) - 1; i > 0 && p.has(i-1) {
 			ranges[last].Length += pageSize
 		} else {
-			ranges = append(ranges, guestmem.Range{Block: b.index, Offset: (first + i) * pageSize, Length: pageSize})
+			ranges = append(ranges,
+				guestmem.Range{Block: b.index, Offset: (first + i) * pageSize, Length: pageSize})
 		}
 		size += pageSize
 	}

@@ -74,7 +74,8 @@ func newRAM(blocks []migstream.Block) *ram {
 				data[at+rnd.IntN(4096)] = byte(1 + rnd.IntN(255))
 			}
 		}
-		m.blocks = append(m.blocks, guestmem.Block{Name: b.Name, Size: b.Length, PageSize: b.PageSize, Located: true})
+		m.blocks = append(m.blocks,
+			guestmem.Block{Name: b.Name, Size: b.Length, PageSize: b.PageSize, Located: true})
 		m.data = append(m.data, data)
 	}
 	return m
@@ -85,7 +86,8 @@ func (m *ram) Blocks() []guestmem.Block { return m.blocks }
 func (m *ram) Populated(block int, first, n uint64, dst []uint64) error {
 	clear(dst)
 	for i := range n {
-		if used := !guestmem.IsZero(m.data[block][(first+i)*4096:][:4096]); used || (first+i)%2 == 0 {
+		if used := !guestmem.IsZero(m.data[block][(first+i)*4096:][:4096]); used ||
+			(first+i)%2 == 0 {
 			dst[i/64] |= 1 << (i % 64)
 		}
 	}
@@ -200,7 +202,8 @@ func TestWrite(t *testing.T) {
 				size += s.Size
 			}
 			if size != len(devices) {
-				t.Errorf("%d bytes of devices, want %d: there is something between them", len(devices), size)
+				t.Errorf("%d bytes of devices, want %d: there is something between them",
+					len(devices), size)
 			}
 		})
 	}
@@ -209,14 +212,17 @@ func TestWrite(t *testing.T) {
 // Without post-copy, QEMU reads no page size behind a block of huge pages.
 func TestHugePages(t *testing.T) {
 	head, load, _ := captured(t, "pc-bare")
-	blocks := []migstream.Block{{Name: "mem", Length: 4 << 20, PageSize: 2 << 20}, {Name: "rom", Length: 4096, PageSize: 4096}}
+	blocks := []migstream.Block{{Name: "mem", Length: 4 << 20, PageSize: 2 << 20},
+		{Name: "rom", Length: 4096, PageSize: 4096}}
 	head = withBlocks(t, head, blocks)
 	m := newRAM(blocks)
 	var out bytes.Buffer
-	if err := (export.VM{Memory: m, Head: head, Load: load}).Write(t.Context(), &out, nil); err != nil {
+	if err := (export.VM{Memory: m, Head: head, Load: load}).Write(t.Context(), &out,
+		nil); err != nil {
 		t.Fatal(err)
 	}
-	if got := unpack(t, &out); !bytes.Equal(got.blocks["mem"], m.data[0]) || !bytes.Equal(got.blocks["rom"], m.data[1]) {
+	if got := unpack(t, &out); !bytes.Equal(got.blocks["mem"], m.data[0]) ||
+		!bytes.Equal(got.blocks["rom"], m.data[1]) {
 		t.Error("the memory is another")
 	}
 }
@@ -249,33 +255,55 @@ func TestRefuses(t *testing.T) {
 		change func(*export.VM, *ram)
 		says   string
 	}{
-		"no head":               {func(v *export.VM, _ *ram) { v.Head = nil }, "captured head"},
-		"head cut":              {func(v *export.VM, _ *ram) { v.Head = head[:len(head)-1] }, "ends in its middle"},
-		"bytes behind the head": {func(v *export.VM, _ *ram) { v.Head = append(slices.Clone(head), 0) }, "1 bytes behind it"},
-		"huge head":             {func(v *export.VM, _ *ram) { v.Head = append(slices.Clone(head), make([]byte, 1<<20)...) }, "more than"},
+		"no head": {func(v *export.VM, _ *ram) { v.Head = nil }, "captured head"},
+		"head cut": {func(v *export.VM, _ *ram) { v.Head = head[:len(head)-1] },
+			"ends in its middle"},
+		"bytes behind the head": {func(v *export.VM, _ *ram) {
+			v.Head = append(slices.Clone(head), 0)
+		}, "1 bytes behind it"},
+		"huge head": {func(v *export.VM, _ *ram) {
+			v.Head = append(slices.Clone(head), make([]byte, 1<<20)...)
+		}, "more than"},
 		"command in the head": {func(v *export.VM, _ *ram) {
-			v.Head = migstream.Command{ID: migstream.CmdPostcopyListen}.Append(migstream.Header{}.Append(nil))
+			v.Head = migstream.Command{ID: migstream.CmdPostcopyListen}.Append(
+				migstream.Header{}.Append(nil))
 		}, "postcopy-listen"},
-		"no load":                 {func(v *export.VM, _ *ram) { v.Load = nil }, "captured devices"},
-		"load cut":                {func(v *export.VM, _ *ram) { v.Load = load[:len(load)-1] }, "ends in its middle"},
-		"bytes behind the load":   {func(v *export.VM, _ *ram) { v.Load = append(slices.Clone(load), 0) }, "1 bytes behind the package"},
-		"command with the load":   {func(v *export.VM, _ *ram) { v.Load = append(migstream.PingCommand(1).Append(nil), load...) }, "ping"},
-		"package without LISTEN":  {func(v *export.VM, _ *ram) { v.Load = packed(data[5:]) }, "without LISTEN"},
-		"package without RUN":     {func(v *export.VM, _ *ram) { v.Load = packed(data[:len(data)-5]) }, "RUN at its end"},
-		"package without devices": {func(v *export.VM, _ *ram) { v.Load = packed(append(slices.Clone(data[:5]), data[len(data)-5:]...)) }, "without sections"},
+		"no load": {func(v *export.VM, _ *ram) { v.Load = nil },
+			"captured devices"},
+		"load cut": {func(v *export.VM, _ *ram) { v.Load = load[:len(load)-1] },
+			"ends in its middle"},
+		"bytes behind the load": {func(v *export.VM, _ *ram) {
+			v.Load = append(slices.Clone(load), 0)
+		}, "1 bytes behind the package"},
+		"command with the load": {func(v *export.VM, _ *ram) {
+			v.Load = append(migstream.PingCommand(1).Append(nil), load...)
+		}, "ping"},
+		"package without LISTEN": {func(v *export.VM, _ *ram) { v.Load = packed(data[5:]) },
+			"without LISTEN"},
+		"package without RUN": {func(v *export.VM, _ *ram) {
+			v.Load = packed(data[:len(data)-5])
+		}, "RUN at its end"},
+		"package without devices": {func(v *export.VM, _ *ram) {
+			v.Load = packed(append(slices.Clone(data[:5]), data[len(data)-5:]...))
+		}, "without sections"},
 		"device without footer": {func(v *export.VM, _ *ram) {
 			v.Load = packed(slices.Delete(slices.Clone(data), len(data)-15, len(data)-14))
 		}, "without sections"},
-		"block not at hand":      {func(_ *export.VM, m *ram) { m.blocks[0].Located = false }, "not located"},
-		"block shrunk":           {func(_ *export.VM, m *ram) { m.blocks[0].Size -= 4096 }, "is this QEMU the one"},
-		"block with other pages": {func(_ *export.VM, m *ram) { m.blocks[0].PageSize = 2 << 20 }, "is this QEMU the one"},
-		"memory unreadable":      {func(_ *export.VM, m *ram) { m.err = guestmem.ErrGone }, guestmem.ErrGone.Error()},
+		"block not at hand": {func(_ *export.VM, m *ram) { m.blocks[0].Located = false },
+			"not located"},
+		"block shrunk": {func(_ *export.VM, m *ram) { m.blocks[0].Size -= 4096 },
+			"is this QEMU the one"},
+		"block with other pages": {func(_ *export.VM, m *ram) { m.blocks[0].PageSize = 2 << 20 },
+			"is this QEMU the one"},
+		"memory unreadable": {func(_ *export.VM, m *ram) { m.err = guestmem.ErrGone },
+			guestmem.ErrGone.Error()},
 	} {
 		m := newRAM(blocks)
 		vm := export.VM{Memory: m, Head: head, Load: load}
 		c.change(&vm, m)
 		file := filepath.Join(t.TempDir(), "vm")
-		for how, err := range map[string]error{"stream": vm.Write(t.Context(), io.Discard, nil), "file": vm.WriteFile(t.Context(), file, nil)} {
+		for how, err := range map[string]error{"stream": vm.Write(t.Context(), io.Discard, nil),
+			"file": vm.WriteFile(t.Context(), file, nil)} {
 			if err == nil || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%s, to a %s: %v, want %q", what, how, err, c.says)
 			}
@@ -316,7 +344,8 @@ func TestWriteFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, taken := range []string{"vm", "other"} {
-		if err := vm.WriteFile(t.Context(), filepath.Join(dir, taken), nil); !errors.Is(err, os.ErrExist) {
+		if err := vm.WriteFile(t.Context(), filepath.Join(dir, taken), nil); !errors.Is(err,
+			os.ErrExist) {
 			t.Errorf("%s: %v", taken, err)
 		}
 	}
@@ -325,7 +354,8 @@ func TestWriteFile(t *testing.T) {
 	}
 	// One that comes in the meantime neither.
 	late := filepath.Join(dir, "late")
-	err = vm.WriteFile(t.Context(), late, func(done, total int) { os.WriteFile(late, []byte("mine"), 0o600) })
+	err = vm.WriteFile(t.Context(), late,
+		func(done, total int) { os.WriteFile(late, []byte("mine"), 0o600) })
 	if b, _ := os.ReadFile(late); !errors.Is(err, os.ErrExist) || string(b) != "mine" {
 		t.Errorf("%v, %d bytes", err, len(b))
 	}
@@ -340,7 +370,8 @@ func TestCancel(t *testing.T) {
 	dir := t.TempDir()
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("no longer wanted")
-	if err := vm.WriteFile(ctx, filepath.Join(dir, "vm"), func(done, total int) { cancel(why) }); !errors.Is(err, why) {
+	if err := vm.WriteFile(ctx, filepath.Join(dir, "vm"),
+		func(done, total int) { cancel(why) }); !errors.Is(err, why) {
 		t.Error(err)
 	}
 	mustBeEmpty(t, dir)
@@ -358,7 +389,8 @@ func TestFullDisk(t *testing.T) {
 	defer unix.Unmount(dir, 0)
 	head, load, blocks := captured(t, "pc-bare")
 	vm := export.VM{Memory: newRAM(blocks), Head: head, Load: load}
-	err := vm.WriteFile(t.Context(), filepath.Join(dir, "vm"), func(done, total int) { t.Error("something was written") })
+	err := vm.WriteFile(t.Context(), filepath.Join(dir, "vm"),
+		func(done, total int) { t.Error("something was written") })
 	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "MiB are needed") {
 		t.Error(err)
 	}
@@ -374,8 +406,10 @@ func FuzzWrite(f *testing.F) {
 	f.Fuzz(func(t *testing.T, head, load []byte) {
 		m := newRAM(fuzzBlocks)
 		var out bytes.Buffer
-		if err := (export.VM{Memory: m, Head: head, Load: load}).Write(t.Context(), &out, nil); err != nil {
-			if errors.Is(err, migstream.ErrMalformed) || errors.Is(err, migstream.ErrUnsupported) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		if err := (export.VM{Memory: m, Head: head, Load: load}).Write(t.Context(), &out,
+			nil); err != nil {
+			if errors.Is(err, migstream.ErrMalformed) || errors.Is(err, migstream.ErrUnsupported) ||
+				errors.Is(err, io.ErrUnexpectedEOF) ||
 				strings.Contains(err.Error(), "memory ") {
 				return
 			}
@@ -390,4 +424,5 @@ func FuzzWrite(f *testing.F) {
 	})
 }
 
-var fuzzBlocks = []migstream.Block{{Name: "pc.ram", Length: 64 << 10, PageSize: 4096}, {Name: "huge", Length: 2 << 20, PageSize: 2 << 20}}
+var fuzzBlocks = []migstream.Block{{Name: "pc.ram", Length: 64 << 10, PageSize: 4096},
+	{Name: "huge", Length: 2 << 20, PageSize: 2 << 20}}

@@ -16,7 +16,8 @@ import (
 // if it does not come to that. A file that is there already is left alone, and is an error that
 // wraps os.ErrExist. Room for all of it is reserved first, so a disk without that much is told
 // at once, by an error that wraps the system's. See Write for ctx and progress.
-func (v VM) WriteFile(ctx context.Context, name string, progress func(done, total int)) (err error) {
+func (v VM) WriteFile(ctx context.Context, name string,
+	progress func(done, total int)) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("export VM to %s: %w", name, err)
@@ -32,7 +33,8 @@ func (v VM) WriteFile(ctx context.Context, name string, progress func(done, tota
 	part := name + ".part"
 	f, err := os.OpenFile(part, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("%s: %w: an export is writing it, or one was cut off; remove it in that case", part, os.ErrExist)
+		return fmt.Errorf("%s: %w: an export is writing it, or one was cut off; remove it in "+
+			"that case", part, os.ErrExist)
 	}
 	if err != nil {
 		return err
@@ -92,7 +94,8 @@ func reserve(ctx context.Context, f *os.File, size int64) error {
 func full(err error, size int64) error {
 	for _, e := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
 		if errors.Is(err, e) {
-			return fmt.Errorf("up to %d MiB are needed, and there is no room: make some, or choose another file system: %w", size>>20+1, err)
+			return fmt.Errorf("up to %d MiB are needed, and there is no room: make some, or "+
+				"choose another file system: %w", size>>20+1, err)
 		}
 	}
 	return err

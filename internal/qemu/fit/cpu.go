@@ -55,7 +55,8 @@ func (p Place) String() string {
 		name  string
 		n     int
 		shown bool
-	}{{"die", p.Die, p.Die != 0}, {"cluster", p.Cluster, p.Cluster != 0}, {"module", p.Module, p.Module != 0}, {"core", p.Core, true}, {"thread", p.Thread, true}} {
+	}{{"die", p.Die, p.Die != 0}, {"cluster", p.Cluster, p.Cluster != 0},
+		{"module", p.Module, p.Module != 0}, {"core", p.Core, true}, {"thread", p.Thread, true}} {
 		if x.shown {
 			s += fmt.Sprintf(" %s %d", x.name, x.n)
 		}
@@ -64,12 +65,14 @@ func (p Place) String() string {
 }
 
 func (p Place) compare(o Place) int {
-	return cmp.Or(cmp.Compare(p.Socket, o.Socket), cmp.Compare(p.Die, o.Die), cmp.Compare(p.Cluster, o.Cluster),
-		cmp.Compare(p.Module, o.Module), cmp.Compare(p.Core, o.Core), cmp.Compare(p.Thread, o.Thread))
+	return cmp.Or(cmp.Compare(p.Socket, o.Socket), cmp.Compare(p.Die, o.Die),
+		cmp.Compare(p.Cluster, o.Cluster),
+		cmp.Compare(p.Module, o.Module), cmp.Compare(p.Core, o.Core),
+		cmp.Compare(p.Thread, o.Thread))
 }
 
-// Word is a register of a CPUID leaf whose bits are features: "7.0 EBX", or "1 EDX" of a leaf without
-// subleaves.
+// Word is a register of a CPUID leaf whose bits are features: "7.0 EBX", or "1 EDX" of a leaf
+// without subleaves.
 type Word struct {
 	Leaf string `json:"leaf"`
 	Bits uint32 `json:"bits"`
@@ -91,7 +94,8 @@ const (
 
 // Check makes sure that facts of a peer are within bounds.
 func (c CPUs) Check() error {
-	if len(c.VCPUs)+len(c.Free) > maxCPUs || len(c.Features) > maxSets || len(c.Filtered) > maxWords || len(c.Properties) > maxProperties {
+	if len(c.VCPUs)+len(c.Free) > maxCPUs || len(c.Features) > maxSets ||
+		len(c.Filtered) > maxWords || len(c.Properties) > maxProperties {
 		return fmt.Errorf("%w: CPUs", ErrFacts)
 	}
 	err := text(c.Arch, c.Accel, c.Model)
@@ -127,7 +131,8 @@ func Supported(ctx context.Context, q *qmp.Client) (Reasons, error) {
 
 func supported(arch string) (r Reasons) {
 	if arch != "x86_64" && arch != "i386" {
-		r.add("move it by QEMU's own migration", "the VM's architecture is %s, and only x86 VMs can be evicted", arch)
+		r.add("move it by QEMU's own migration",
+			"the VM's architecture is %s, and only x86 VMs can be evicted", arch)
 	}
 	return r
 }
@@ -168,7 +173,8 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 		c.Accel = "kvm"
 	}
 	if len(cpus) == 0 || len(cpus)+len(slots) > maxCPUs {
-		return c, fmt.Errorf("QEMU says that the VM has %d CPUs, and places for %d", len(cpus), len(slots))
+		return c, fmt.Errorf("QEMU says that the VM has %d CPUs, and places for %d", len(cpus),
+			len(slots))
 	}
 	for _, s := range slots {
 		if s.Path == "" {
@@ -183,7 +189,8 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 	first := cpus[0].Path
 	properties := func(names []string) error {
 		values := make([]json.RawMessage, len(names))
-		err := each(len(names), func(i int) error { return optional(get(first, names[i], &values[i])) })
+		err := each(len(names),
+			func(i int) error { return optional(get(first, names[i], &values[i])) })
 		for i, name := range names {
 			if values[i] != nil {
 				c.Properties = append(c.Properties, Property{name, string(values[i])})
@@ -217,10 +224,12 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 	c.Model, _, _ = strings.Cut(strings.TrimSuffix(model, "-cpu"), "-x86_64")
 	c.Model = strings.TrimSuffix(c.Model, "-i386")
 	for i, cpu := range cpus {
-		n := slices.IndexFunc(c.Features, func(set []Word) bool { return slices.Equal(set, words[i]) })
+		n := slices.IndexFunc(c.Features,
+			func(set []Word) bool { return slices.Equal(set, words[i]) })
 		if n < 0 {
 			if n = len(c.Features); n == maxSets {
-				return c, fmt.Errorf("QEMU says that the VM has CPUs of more than %d kinds", maxSets)
+				return c, fmt.Errorf("QEMU says that the VM has CPUs of more than %d kinds",
+					maxSets)
 			}
 			c.Features = append(c.Features, words[i])
 		}
@@ -230,13 +239,15 @@ func CPUsOf(ctx context.Context, q *qmp.Client) (CPUs, error) {
 	if also := c.also(); also != nil {
 		names, err := propertiesOf(ctx, q, first)
 		if err == nil {
-			err = properties(slices.DeleteFunc(names, func(name string) bool { return !also(name) }))
+			err = properties(slices.DeleteFunc(names,
+				func(name string) bool { return !also(name) }))
 		}
 		if err != nil {
 			return c, err
 		}
 	}
-	slices.SortFunc(c.Properties, func(a, b Property) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(c.Properties,
+		func(a, b Property) int { return strings.Compare(a.Name, b.Name) })
 	return c, c.Check()
 }
 
@@ -257,8 +268,8 @@ type rawWord struct {
 	Features uint32  `json:"features"`
 }
 
-// wordsOf sorts feature words. It leaves out those without a feature: an older QEMU does not know all
-// that a newer one has.
+// wordsOf sorts feature words. It leaves out those without a feature: an older QEMU does not know
+// all that a newer one has.
 func wordsOf(list []rawWord) (words []Word) {
 	for _, w := range list[:min(len(list), maxWords)] {
 		if w.EAX == 0x80000001 && w.Register == "EDX" {
@@ -290,7 +301,8 @@ func wordsOf(list []rawWord) (words []Word) {
 // repeated are the features in leaf 80000001 that leaf 1 tells already, on CPUs of AMD only.
 const repeated = 0x0183f3ff
 
-// propertiesOf lists the names of the properties of an object that are neither other objects nor lists.
+// propertiesOf lists the names of the properties of an object that are neither other objects nor
+// lists.
 func propertiesOf(ctx context.Context, q *qmp.Client, path string) (names []string, err error) {
 	var list []struct {
 		Name string `json:"name"`
@@ -301,7 +313,8 @@ func propertiesOf(ctx context.Context, q *qmp.Client, path string) (names []stri
 	}
 	for _, p := range list {
 		switch {
-		case p.Type == "bool", p.Type == "str", p.Type == "string", p.Type == "OnOffAuto", strings.HasPrefix(p.Type, "int"), strings.HasPrefix(p.Type, "uint"):
+		case p.Type == "bool", p.Type == "str", p.Type == "string", p.Type == "OnOffAuto",
+			strings.HasPrefix(p.Type, "int"), strings.HasPrefix(p.Type, "uint"):
 			names = append(names, p.Name)
 		}
 	}
@@ -309,24 +322,27 @@ func propertiesOf(ctx context.Context, q *qmp.Client, path string) (names []stri
 	return names, nil
 }
 
-// seen are properties of a CPU whose effect a guest sees in CPUID or model-specific registers, besides
-// those that feature words tell. Two are missing on purpose: ucode-rev, the microcode's revision, as that
-// of two hosts seldom agrees, and guests look at it when they boot; and tsc-frequency, as the stream
-// carries it, but see also.
+// seen are properties of a CPU whose effect a guest sees in CPUID or model-specific registers,
+// besides those that feature words tell. Two are missing on purpose: ucode-rev, the microcode's
+// revision, as that of two hosts seldom agrees, and guests look at it when they boot; and
+// tsc-frequency, as the stream carries it, but see also.
 var seen = strings.Fields(`avx10-version cpuid-0xb family fill-mtrr-mask guest-phys-bits host-cache-info hypervisor-vendor
 	kvm l3-cache lbr-fmt legacy-cache legacy-multi-node level level-func7 lmce model model-id phys-bits pmu stepping tcg-cpuid
 	vendor vmware-cpuid-freq x-amd-topoext-features-only x-arch-cap-always-on x-consistent-cache x-force-cpuid-0x1f
 	x-l1-cache-per-thread x-vendor-cpuid-only x-vendor-cpuid-only-v2 xen-vapic xlevel xlevel2`)
 
-// capabilities are features that bring registers whose bits are features, too, and have no feature words.
+// capabilities are features that bring registers whose bits are features, too, and have no feature
+// words.
 var capabilities = []string{"vmx", "arch-capabilities", "core-capability"}
 
 // notCapabilities are what else a CPU's properties begin with.
-var notCapabilities = []string{"x-", "hv-", "kvm", "min-", "host-", "hotplug", "realized", "start-", "full-", "check", "enforce", "migratable",
-	"thread-id", "core-id", "module-id", "die-id", "socket-id", "node-id", "apic-id", "ucode-rev", "type"}
+var notCapabilities = []string{"x-", "hv-", "kvm", "min-", "host-", "hotplug", "realized", "start-",
+	"full-", "check", "enforce", "migratable",
+	"thread-id", "core-id", "module-id", "die-id", "socket-id", "node-id", "apic-id", "ucode-rev",
+	"type"}
 
-// also returns a function that reports whether another property of these CPUs is to be compared, or nil if
-// there is none.
+// also returns a function that reports whether another property of these CPUs is to be compared, or
+// nil if there is none.
 func (c CPUs) also() func(name string) bool {
 	invtsc, more, kvm := c.has("invtsc"), c.has(capabilities...), c.Accel == "kvm"
 	if !invtsc && !more && !kvm {
@@ -334,21 +350,25 @@ func (c CPUs) also() func(name string) bool {
 	}
 	return func(name string) bool {
 		switch {
-		case strings.Contains(name, "_"), slices.Contains(seen, name): // another spelling, or known already
+		case strings.Contains(name, "_"), slices.Contains(seen, name):
+			// another spelling, or known already
 			return false
 		case strings.HasPrefix(name, "hv-"):
 			return kvm
 		case name == "tsc-frequency":
 			return invtsc // which promises the guest that it never changes
 		}
-		return more && !isFeature[name] && !slices.ContainsFunc(notCapabilities, func(p string) bool { return strings.HasPrefix(name, p) })
+		return more && !isFeature[name] &&
+			!slices.ContainsFunc(notCapabilities,
+				func(p string) bool { return strings.HasPrefix(name, p) })
 	}
 }
 
 // has reports whether any CPU has any of the features.
 func (c CPUs) has(features ...string) bool {
 	return slices.ContainsFunc(c.Features, func(set []Word) bool {
-		return slices.ContainsFunc(without(set, nil), func(n string) bool { return slices.Contains(features, n) })
+		return slices.ContainsFunc(without(set, nil),
+			func(n string) bool { return slices.Contains(features, n) })
 	})
 }
 
@@ -380,16 +400,19 @@ func without(a, b []Word) (names []string) {
 	return names
 }
 
-// Against tells what of the twin's CPUs is not as it is at the source. A twin with more features is not
-// equal either: its guest would see them appear, and could go back to no host without them.
+// Against tells what of the twin's CPUs is not as it is at the source. A twin with more features is
+// not equal either: its guest would see them appear, and could go back to no host without them.
 func (c CPUs) Against(twin CPUs) (r Reasons) {
 	const smp = "start the destination's QEMU with the source's -smp"
 	switch {
 	case c.Arch != twin.Arch:
-		r.add("start the destination's QEMU from the source's program", "the source's QEMU is for %s, the destination's for %s", c.Arch, twin.Arch)
+		r.add("start the destination's QEMU from the source's program",
+			"the source's QEMU is for %s, the destination's for %s", c.Arch, twin.Arch)
 		return r
 	case c.Accel != twin.Accel: // each makes CPUs of its own
-		r.add(fmt.Sprintf("start the destination's QEMU with -accel %s", c.Accel), "the VM runs %s on the source, and would %s on the destination", accelName(c.Accel), accelName(twin.Accel))
+		r.add(fmt.Sprintf("start the destination's QEMU with -accel %s", c.Accel),
+			"the VM runs %s on the source, and would %s on the destination", accelName(c.Accel),
+			accelName(twin.Accel))
 		return r
 	case len(c.VCPUs) != len(twin.VCPUs):
 		r.add(smp, "the source has %d vCPUs, the destination %d", len(c.VCPUs), len(twin.VCPUs))
@@ -397,12 +420,15 @@ func (c CPUs) Against(twin CPUs) (r Reasons) {
 	}
 	for i, v := range c.VCPUs {
 		if t := twin.VCPUs[i]; v.Index != t.Index || v.Place != t.Place {
-			r.add(smp, "the topology differs: vCPU %d is %v on the source, vCPU %d is %v on the destination", v.Index, v.Place, t.Index, t.Place)
+			r.add(smp,
+				"the topology differs: vCPU %d is %v on the source, vCPU %d is %v on the "+
+					"destination", v.Index, v.Place, t.Index, t.Place)
 			break
 		}
 	}
 	if len(c.Free) != len(twin.Free) {
-		r.add(smp+" and maxcpus", "the source has places for %d vCPUs more, the destination for %d", len(c.Free), len(twin.Free))
+		r.add(smp+" and maxcpus", "the source has places for %d vCPUs more, the destination for %d",
+			len(c.Free), len(twin.Free))
 	} else if !slices.Equal(c.Free, twin.Free) {
 		r.add(smp+" and maxcpus", "the places for vCPUs that can be plugged differ")
 	}
@@ -441,8 +467,10 @@ func (c CPUs) featuresAgainst(twin CPUs) (r Reasons) {
 		return true
 	})
 	if len(never) > 0 {
-		r.add("choose a host and a QEMU that have them; or restart the VM with a CPU model that both hosts have",
-			"the guest's CPU has %s, which the destination's host or QEMU %s cannot offer", list(never), accelName(twin.Accel))
+		r.add("choose a host and a QEMU that have them; or restart the VM with a CPU model that "+
+			"both hosts have",
+			"the guest's CPU has %s, which the destination's host or QEMU %s cannot offer",
+			list(never), accelName(twin.Accel))
 	}
 	var set []string
 	for _, n := range lacks {
@@ -453,10 +481,13 @@ func (c CPUs) featuresAgainst(twin CPUs) (r Reasons) {
 	}
 	options := c.sameCPU(twin, set...)
 	if len(lacks) > 0 {
-		r.add(options, "the destination's CPU (%s) lacks %s, which the guest uses or may use (%s)", twin.Model, list(lacks), c.Model)
+		r.add(options, "the destination's CPU (%s) lacks %s, which the guest uses or may use (%s)",
+			twin.Model, list(lacks), c.Model)
 	}
 	if len(more) > 0 {
-		r.add(options, "the destination's CPU (%s) has %s, which the guest's (%s) does not have: the guest would see its CPU change", twin.Model, list(more), c.Model)
+		r.add(options,
+			"the destination's CPU (%s) has %s, which the guest's (%s) does not have: the guest "+
+				"would see its CPU change", twin.Model, list(more), c.Model)
 	}
 	if texts, set := differences(c.Properties, twin.Properties); len(texts) > 0 {
 		r.add(c.sameCPU(twin, set...), "the CPUs differ: %s", list(texts))
@@ -467,8 +498,11 @@ func (c CPUs) featuresAgainst(twin CPUs) (r Reasons) {
 // differences tells which properties that both have are not equal, and how those of a are set.
 func differences(a, b []Property) (texts, set []string) {
 	for _, p := range a {
-		if i := slices.IndexFunc(b, func(t Property) bool { return t.Name == p.Name }); i >= 0 && b[i].Value != p.Value {
-			texts = append(texts, fmt.Sprintf("%s is %s on the source, %s on the destination", p.Name, p.Value, b[i].Value))
+		if i := slices.IndexFunc(b, func(t Property) bool { return t.Name == p.Name }); i >= 0 &&
+			b[i].Value != p.Value {
+			texts = append(texts,
+				fmt.Sprintf("%s is %s on the source, %s on the destination", p.Name, p.Value,
+					b[i].Value))
 			set = append(set, p.Name+"="+strings.Trim(p.Value, `"`))
 		}
 	}
@@ -487,9 +521,11 @@ func (c CPUs) sameCPU(twin CPUs, set ...string) string {
 	options := strings.Join(set, ",")
 	switch {
 	case c.Model != twin.Model:
-		return fmt.Sprintf("start the destination's QEMU with the source's -cpu (model %s)", c.Model)
+		return fmt.Sprintf("start the destination's QEMU with the source's -cpu (model %s)",
+			c.Model)
 	case strings.Contains(options, "CPUID ") || len(set) > 3*mostNamed:
-		return "start the destination's QEMU with the source's -cpu, of a version and on a host that make the same of it"
+		return "start the destination's QEMU with the source's -cpu, of a version and on a host " +
+			"that make the same of it"
 	}
 	return fmt.Sprintf("start the destination's QEMU with `-cpu %s,…,%s`", c.Model, options)
 }

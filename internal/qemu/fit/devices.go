@@ -14,8 +14,8 @@ import (
 )
 
 // Devices are the devices of a VM, in the tree of its buses, and what of the machine itself a guest
-// sees. QEMU loads the state of a device into the one at the same place; where there is none, or one
-// that was made otherwise, it gives the VM up, when the guest stands still already.
+// sees. QEMU loads the state of a device into the one at the same place; where there is none, or
+// one that was made otherwise, it gives the VM up, when the guest stands still already.
 type Devices struct {
 	List []Device `json:"list"` // parents ahead of their children
 	// Kinds are the different devices among them.
@@ -25,8 +25,8 @@ type Devices struct {
 
 // Device is one device.
 type Device struct {
-	// Place is where it is: its parents and addresses from the root on. Buses count by number, as their
-	// names may be QEMU's. Devices of a bus without addresses have the same place.
+	// Place is where it is: its parents and addresses from the root on. Buses count by number, as
+	// their names may be QEMU's. Devices of a bus without addresses have the same place.
 	Place string `json:"place"`
 	ID    string `json:"id,omitempty"` // the operator's name for it, for messages
 	Kind  int    `json:"kind"`
@@ -93,7 +93,8 @@ func DevicesOf(ctx context.Context, q *qmp.Client) (Devices, error) {
 	}
 	values := make([]json.RawMessage, len(ofMachine))
 	get := func(property string, v any) error {
-		return optional(q.Run(ctx, "qom-get", map[string]any{"path": "/machine", "property": property}, v))
+		return optional(q.Run(ctx, "qom-get",
+			map[string]any{"path": "/machine", "property": property}, v))
 	}
 	ask := []func() error{
 		func() (err error) {
@@ -104,7 +105,8 @@ func DevicesOf(ctx context.Context, q *qmp.Client) (Devices, error) {
 			return q.Run(ctx, "qom-list", map[string]any{"path": "/machine/peripheral"}, &named[0])
 		},
 		func() error {
-			return q.Run(ctx, "qom-list", map[string]any{"path": "/machine/peripheral-anon"}, &named[1])
+			return q.Run(ctx, "qom-list", map[string]any{"path": "/machine/peripheral-anon"},
+				&named[1])
 		},
 		func() error { return optional(q.Run(ctx, "query-memory-devices", nil, &dimms)) },
 		func() error { return get("memory", &memory) }, // from QEMU 7.1 on
@@ -127,7 +129,8 @@ func DevicesOf(ctx context.Context, q *qmp.Client) (Devices, error) {
 		}
 	}
 	if memory != nil {
-		d.Machine = append(d.Machine, Property{"-m maxmem", fmt.Sprint(memory.Most)}, Property{"-m slots", fmt.Sprint(memory.Slots)})
+		d.Machine = append(d.Machine, Property{"-m maxmem", fmt.Sprint(memory.Most)},
+			Property{"-m slots", fmt.Sprint(memory.Slots)})
 	}
 	for _, m := range dimms {
 		var id string
@@ -148,7 +151,8 @@ func DevicesOf(ctx context.Context, q *qmp.Client) (Devices, error) {
 	for i, some := range named {
 		for _, n := range some {
 			kind := child.FindStringSubmatch(n.Type)
-			if kind == nil || onBus[kind[1]] || strings.HasSuffix(kind[1], "-cpu") || len(dimms) > 0 && kind[1] == "pc-dimm" {
+			if kind == nil || onBus[kind[1]] || strings.HasSuffix(kind[1], "-cpu") ||
+				len(dimms) > 0 && kind[1] == "pc-dimm" {
 				continue
 			}
 			if i == 1 {
@@ -177,12 +181,14 @@ func (d *Devices) add(place, id string, k Kind) {
 }
 
 // addresses are the properties that say where on its bus a device is.
-var addresses = []string{"addr", "port", "channel", "scsi-id", "lun", "unit", "nr", "address", "iobase", "index"}
+var addresses = []string{"addr", "port", "channel", "scsi-id", "lun", "unit", "nr", "address",
+	"iobase", "index"}
 
-// ofHost are properties that have no effect for a guest, or one that it does not keep: they choose means of
-// the host, or what a boot does. busnr, MCFG and smb_io_base are the guest's to change; the default of rombar
-// has another number from QEMU 10.0 on, and the memory that it makes is compared anyway. cyls is made of a
-// disk's size when QEMU starts, and keeps when that grows; the size is compared with the disks.
+// ofHost are properties that have no effect for a guest, or one that it does not keep: they choose
+// means of the host, or what a boot does. busnr, MCFG and smb_io_base are the guest's to change;
+// the default of rombar has another number from QEMU 10.0 on, and the memory that it makes is
+// compared anyway. cyls is made of a disk's size when QEMU starts, and keeps when that grows; the
+// size is compared with the disks.
 var ofHost = strings.Fields(`bootindex busnr cyls dump-guest-core hotplugged ioeventfd max-bytes MCFG period rombar share-rw smb_io_base
 	x-ioeventfd x-txburst x-txtimer`)
 
@@ -207,8 +213,8 @@ type node struct {
 	address map[string]string
 }
 
-// parseTree reads what "info qtree" says: buses and devices, each in deeper lines than what they hang on,
-// and properties of the device above them.
+// parseTree reads what "info qtree" says: buses and devices, each in deeper lines than what they
+// hang on, and properties of the device above them.
 //
 //	dev: virtio-net-pci, id "net0"
 //	  vectors = 3 (0x3)
@@ -254,7 +260,8 @@ func parseTree(tree string) (Devices, error) {
 			path = path[:len(path)-1]
 		}
 		if len(path) == maxDepth || len(d.List) > maxDevices {
-			return d, fmt.Errorf("the list of QEMU's devices is deeper than %d or longer than %d", maxDepth, maxDevices)
+			return d, fmt.Errorf("the list of QEMU's devices is deeper than %d or longer than %d",
+				maxDepth, maxDevices)
 		}
 		n := &node{indent: indent}
 		if bus != nil {
@@ -298,8 +305,10 @@ func (n *node) settle(path []*node) {
 	if len(n.place) > maxPlace {
 		n.place = n.place[:maxPlace]
 	}
-	slices.SortFunc(n.kind.Properties, func(a, b Property) int { return strings.Compare(a.Name, b.Name) })
-	n.kind.Properties = slices.CompactFunc(n.kind.Properties, func(a, b Property) bool { return a.Name == b.Name })
+	slices.SortFunc(n.kind.Properties,
+		func(a, b Property) int { return strings.Compare(a.Name, b.Name) })
+	n.kind.Properties = slices.CompactFunc(n.kind.Properties,
+		func(a, b Property) bool { return a.Name == b.Name })
 }
 
 func (n *node) property(line string) {
@@ -359,12 +368,14 @@ func (d Devices) Against(twin Devices) (r Reasons) {
 	here, there := d.byKey(), twin.byKey()
 	onlyHere, onlyThere := d.missingIn(there, here), twin.missingIn(here, there)
 	if len(onlyHere)+len(onlyThere) > 0 {
-		r.add(remedy, "the devices differ: only the source has [%s], only the destination [%s]", list(onlyHere), list(onlyThere))
+		r.add(remedy, "the devices differ: only the source has [%s], only the destination [%s]",
+			list(onlyHere), list(onlyThere))
 	}
 	var differ []string
 	for _, k := range slices.Sorted(maps.Keys(here)) {
 		for i, x := range here[k][:min(len(here[k]), len(there[k]))] {
-			if texts, _ := differences(d.Kinds[x.Kind].Properties, twin.Kinds[there[k][i].Kind].Properties); len(texts) > 0 {
+			if texts, _ := differences(d.Kinds[x.Kind].Properties,
+				twin.Kinds[there[k][i].Kind].Properties); len(texts) > 0 {
 				differ = append(differ, d.name(x)+": "+list(texts))
 			}
 		}
@@ -373,12 +384,14 @@ func (d Devices) Against(twin Devices) (r Reasons) {
 		r.add(remedy, "devices are not alike: %s", list(differ))
 	}
 	if texts, _ := differences(d.Machine, twin.Machine); len(texts) > 0 {
-		r.add("start the destination's QEMU with the source's -machine and -m options", "the machines differ: %s", list(texts))
+		r.add("start the destination's QEMU with the source's -machine and -m options",
+			"the machines differ: %s", list(texts))
 	}
 	return r
 }
 
-// missingIn names the devices of mine for which there is none in others, but for what hangs on such ones.
+// missingIn names the devices of mine for which there is none in others, but for what hangs on such
+// ones.
 func (d Devices) missingIn(others, mine map[string][]Device) (names []string) {
 	seen := map[string]int{}
 	gone := map[string]bool{} // places below a device that is missing
@@ -405,9 +418,11 @@ func (d Devices) byKey() map[string][]Device {
 	}
 	for _, some := range all {
 		slices.SortStableFunc(some, func(a, b Device) int {
-			return slices.CompareFunc(d.Kinds[a.Kind].Properties, d.Kinds[b.Kind].Properties, func(p, q Property) int {
-				return cmp.Or(strings.Compare(p.Name, q.Name), strings.Compare(p.Value, q.Value))
-			})
+			return slices.CompareFunc(d.Kinds[a.Kind].Properties, d.Kinds[b.Kind].Properties,
+				func(p, q Property) int {
+					return cmp.Or(strings.Compare(p.Name, q.Name),
+						strings.Compare(p.Value, q.Value))
+				})
 		})
 	}
 	return all
@@ -423,7 +438,8 @@ func below(some map[string]bool, place string) bool {
 	return false
 }
 
-// engineLacks are kinds of devices, by how their type begins, that QEMU might migrate and an eviction cannot.
+// engineLacks are kinds of devices, by how their type begins, that QEMU might migrate and an
+// eviction cannot.
 var engineLacks = []struct{ prefix, why string }{
 	{"vfio-", "is hardware of this host, passed through"},
 	{"vhost-vdpa", "is hardware of this host"},
@@ -443,8 +459,10 @@ func (d Devices) Held() (r Reasons) {
 				r.add(remedy, "%s %s", d.name(x), lack.why)
 			}
 		}
-		if strings.HasPrefix(k.Type, "virtio-mem") && slices.Contains(k.Properties, Property{"x-early-migration", "true"}) {
-			r.add("start it with a machine type of QEMU 7.2 or before; or "+remedy, "%s sends state ahead of the memory, which the engine cannot follow", d.name(x))
+		if strings.HasPrefix(k.Type, "virtio-mem") &&
+			slices.Contains(k.Properties, Property{"x-early-migration", "true"}) {
+			r.add("start it with a machine type of QEMU 7.2 or before; or "+remedy,
+				"%s sends state ahead of the memory, which the engine cannot follow", d.name(x))
 		}
 	}
 	return r
@@ -464,10 +482,12 @@ func Held(ctx context.Context, q *qmp.Client) (r Reasons, err error) {
 		return err
 	})
 	for _, reason := range m.Blocked {
-		r.add("take that device out of the VM, or unmount it in the guest: `device_del ID` in QEMU's monitor, with its ID of `info qtree`", "QEMU refuses to migrate: %s", reason)
+		r.add("take that device out of the VM, or unmount it in the guest: `device_del ID` in "+
+			"QEMU's monitor, with its ID of `info qtree`", "QEMU refuses to migrate: %s", reason)
 	}
 	if slices.Contains(Networks(networks), "vhost-vdpa") {
-		r.add("unplug it: `device_del ID` in QEMU's monitor, with its ID of `info network`", "a network card is hardware of this host (vhost-vdpa)")
+		r.add("unplug it: `device_del ID` in QEMU's monitor, with its ID of `info network`",
+			"a network card is hardware of this host (vhost-vdpa)")
 	}
 	return r, err
 }

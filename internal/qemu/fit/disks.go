@@ -18,7 +18,8 @@ type Disks struct {
 	Boot    string  `json:"boot"`    // ID of the kernel's boot: equal for two QEMUs on one machine
 	Network uint64  `json:"network"` // number of the QEMU's network namespace
 	Drives  []Drive `json:"drives"`
-	// Trusted names drives of the source whose images an operator knows to be those of the destination.
+	// Trusted names drives of the source whose images an operator knows to be those of the
+	// destination.
 	Trusted []string `json:"trusted,omitempty"`
 	// Volatile names dirty bitmaps that QEMU keeps in memory only. The source alone needs them.
 	Volatile []string `json:"-"`
@@ -28,15 +29,15 @@ type Disks struct {
 type Drive struct {
 	Name   string `json:"name"`   // for humans: of the drive, else of its device
 	Device string `json:"device"` // QEMU's path of the device
-	// Carried drives are parallel flashes. QEMU moves their content with the VM's memory, and writes it to the
-	// image at the destination.
+	// Carried drives are parallel flashes. QEMU moves their content with the VM's memory, and
+	// writes it to the image at the destination.
 	Carried  bool  `json:"carried,omitempty"`
 	ReadOnly bool  `json:"read_only,omitempty"`
 	Root     *Node `json:"root,omitempty"` // nil: the drive is empty
 }
 
-// A Node is one of QEMU's block nodes: a format, or what reaches a file or a server. Filters that change
-// no data are left out.
+// A Node is one of QEMU's block nodes: a format, or what reaches a file or a server. Filters that
+// change no data are left out.
 type Node struct {
 	Role     string `json:"role,omitempty"` // for its parent: "file", "backing"…
 	Driver   string `json:"driver"`         // "qcow2", "raw", "file", "nbd"…
@@ -110,28 +111,33 @@ func (d *Disks) Trust(names []string) error {
 			for _, drive := range d.Drives {
 				have = append(have, strconv.Quote(drive.Name))
 			}
-			return fmt.Errorf("the VM has no disk %q to trust: it has %s", name, either(list(have), "none"))
+			return fmt.Errorf("the VM has no disk %q to trust: it has %s", name,
+				either(list(have), "none"))
 		}
 	}
 	d.Trusted = names
 	return nil
 }
 
-// Against says why the drives of a source's QEMU are not those of its twin. There are no reasons where they
-// can be shown to be the same, but for those that the source trusts.
+// Against says why the drives of a source's QEMU are not those of its twin. There are no reasons
+// where they can be shown to be the same, but for those that the source trusts.
 func (d Disks) Against(twin Disks) (r Reasons) {
 	oneKernel := d.Boot != "" && d.Boot == twin.Boot
 	pairs, gone, extra := pair(d.Drives, twin.Drives)
-	const options = "start the destination's QEMU with the source's -drive, -blockdev and -device options"
+	const options = "start the destination's QEMU with the source's -drive, -blockdev and " +
+		"-device options"
 	for _, x := range gone {
-		r.add(options, "the source has disk %q (%s) and the destination has none there", x.Name, x.Device)
+		r.add(options, "the source has disk %q (%s) and the destination has none there", x.Name,
+			x.Device)
 	}
 	for _, x := range extra {
-		r.add(options, "the destination has disk %q (%s) and the source has none there", x.Name, x.Device)
+		r.add(options, "the destination has disk %q (%s) and the source has none there", x.Name,
+			x.Device)
 	}
 	for _, p := range pairs {
 		c := comparison{
-			name: p.source.Name, trusted: slices.Contains(d.Trusted, p.source.Name), oneKernel: oneKernel,
+			name: p.source.Name, trusted: slices.Contains(d.Trusted, p.source.Name),
+			oneKernel:  oneKernel,
 			oneNetwork: oneKernel && d.Network != 0 && d.Network == twin.Network,
 		}
 		c.drives(p.source, p.destination)
@@ -142,8 +148,9 @@ func (d Disks) Against(twin Disks) (r Reasons) {
 
 type drivePair struct{ source, destination Drive }
 
-// pair finds for each drive of a source that of the destination: by the device, which is the same on both
-// unless QEMU numbered it; by the drive's name; at last, of a single one left at each side, by that.
+// pair finds for each drive of a source that of the destination: by the device, which is the same
+// on both unless QEMU numbered it; by the drive's name; at last, of a single one left at each side,
+// by that.
 func pair(source, destination []Drive) (pairs []drivePair, gone, extra []Drive) {
 	gone, extra = slices.Clone(source), slices.Clone(destination)
 	for _, key := range []func(Drive) string{
@@ -199,7 +206,9 @@ func (c *comparison) add(remedy, format string, args ...any) {
 
 // trust ends the remedies that an operator's word can take the place of.
 func (c *comparison) trust(remedy string) string {
-	return fmt.Sprintf("%s; or, if you know that both hosts have the same image, say so with `--trust-disk %s`, or `trust_disks = [%q]` in the VM's description at the source", remedy, c.name, c.name)
+	return fmt.Sprintf("%s; or, if you know that both hosts have the same image, say so with "+
+		"`--trust-disk %s`, or `trust_disks = [%q]` in the VM's description at the source", remedy,
+		c.name, c.name)
 }
 
 func (c *comparison) drives(a, b Drive) {
@@ -207,18 +216,25 @@ func (c *comparison) drives(a, b Drive) {
 	case a.Root == nil && b.Root == nil:
 		return
 	case a.Root == nil:
-		c.add(fmt.Sprintf("take it out there: `eject` with %s in QEMU's monitor, or start that QEMU without it", named(b)), "is empty on the source, and the destination has %s in it", b.Root)
+		c.add(
+			fmt.Sprintf("take it out there: `eject` with %s in QEMU's monitor, or start that "+
+				"QEMU without it", named(b)),
+			"is empty on the source, and the destination has %s in it", b.Root)
 		return
 	case b.Root == nil:
-		c.add("put it in there, with `blockdev-change-medium` in QEMU's monitor, or take it out here", "is empty on the destination, and the source has %s in it", a.Root)
+		c.add("put it in there, with `blockdev-change-medium` in QEMU's monitor, or take it out "+
+			"here", "is empty on the destination, and the source has %s in it", a.Root)
 		return
 	}
 	if a.ReadOnly != b.ReadOnly {
 		c.add("start the destination's QEMU with the source's -drive or -blockdev option",
-			"is %s on the source and %s on the destination", readOnly(a.ReadOnly), readOnly(b.ReadOnly))
+			"is %s on the source and %s on the destination", readOnly(a.ReadOnly),
+			readOnly(b.ReadOnly))
 	}
 	if a.Root.Size != b.Root.Size {
-		c.add("start the destination's QEMU anew, with the image that the source has now", "has %s on the source, %s on the destination", units.Exact(a.Root.Size), units.Exact(b.Root.Size))
+		c.add("start the destination's QEMU anew, with the image that the source has now",
+			"has %s on the source, %s on the destination", units.Exact(a.Root.Size),
+			units.Exact(b.Root.Size))
 		return
 	}
 	if a.Carried && b.Carried || c.trusted {
@@ -244,7 +260,9 @@ func readOnly(is bool) string {
 // nodes compares what two drives read and write, layer by layer.
 func (c *comparison) nodes(a, b Node, guestReads bool) {
 	if !a.shape(b) {
-		c.add(c.trust("start the destination's QEMU with the image that the source has now, which a snapshot or a job may have changed"),
+		c.add(
+			c.trust("start the destination's QEMU with the image that the source has now, which "+
+				"a snapshot or a job may have changed"),
 			"is %s on the source, %s on the destination", &a, &b)
 		return
 	}
@@ -254,39 +272,50 @@ func (c *comparison) nodes(a, b Node, guestReads bool) {
 			return // one of the layers is enough
 		}
 	}
-	const share = "put it on storage that both hosts share (NFS, Ceph, iSCSI…), and name that on both"
+	const share = "put it on storage that both hosts share (NFS, Ceph, iSCSI…), and name that " +
+		"on both"
 	switch {
 	case a.File != nil && b.File != nil:
 		switch how, why := SameFile(*a.File, *b.File, c.oneKernel); {
 		case how == Same, how == Copies && a.ReadOnly && b.ReadOnly:
 		case how == Unproven:
-			c.add(c.trust(share), "is %s on the source, and it cannot be shown that %s on the destination is the same: %s", a.File.Path, b.File.Path, why)
+			c.add(c.trust(share),
+				"is %s on the source, and it cannot be shown that %s on the destination is the "+
+					"same: %s", a.File.Path, b.File.Path, why)
 			return
 		default:
-			c.add(c.trust(share), "is %s on the source, and %s on the destination is another: %s", a.File.Path, b.File.Path, why)
+			c.add(c.trust(share), "is %s on the source, and %s on the destination is another: %s",
+				a.File.Path, b.File.Path, why)
 			return
 		}
-		if why := UnsafeCache(*a.File, a.ReadOnly, a.Direct, a.NoFlush || b.NoFlush, c.oneKernel); why != "" {
-			c.add(c.trust("start the VM, or reopen the drive (`blockdev-reopen`), with `cache=none`: `cache.direct=on` with -blockdev"), "(%s): %s", a.File.Path, why)
+		if why := UnsafeCache(*a.File, a.ReadOnly, a.Direct, a.NoFlush || b.NoFlush,
+			c.oneKernel); why != "" {
+			c.add(
+				c.trust("start the VM, or reopen the drive (`blockdev-reopen`), with "+
+					"`cache=none`: `cache.direct=on` with -blockdev"), "(%s): %s", a.File.Path, why)
 		} else if why := UnsafeCache(*b.File, b.ReadOnly, b.Direct, false, c.oneKernel); why != "" {
-			c.add(c.trust("start the destination's QEMU with `cache=none`: `cache.direct=on` with -blockdev"), "(%s) on the destination: %s", b.File.Path, why)
+			c.add(
+				c.trust("start the destination's QEMU with `cache=none`: `cache.direct=on` with "+
+					"-blockdev"), "(%s) on the destination: %s", b.File.Path, why)
 		}
 	case a.Address != b.Address:
-		c.add(c.trust("name it alike on both hosts"), "is %s on the source, %s on the destination", a.Address, b.Address)
+		c.add(c.trust("name it alike on both hosts"), "is %s on the source, %s on the destination",
+			a.Address, b.Address)
 	case a.Address != "" && a.Own && !c.oneNetwork:
 		c.add(c.trust(share), "is %s, which means another thing on each host", a.Address)
 	}
 }
 
-// UnsafeCache says why a file must not be written by two hosts, one after the other, with QEMU's cache mode;
-// "" if it may. QEMU writes out what it has when it leaves an image. It cannot have the other host forget
-// what that read before.
+// UnsafeCache says why a file must not be written by two hosts, one after the other, with QEMU's
+// cache mode; "" if it may. QEMU writes out what it has when it leaves an image. It cannot have the
+// other host forget what that read before.
 func UnsafeCache(f File, readOnly, direct, noFlush, oneKernel bool) string {
 	switch {
 	case readOnly || oneKernel:
 		return ""
 	case noFlush:
-		return "QEMU does not flush it (cache=unsafe), so what the guest wrote may not be there for the destination"
+		return "QEMU does not flush it (cache=unsafe), so what the guest wrote may not be there " +
+			"for the destination"
 	case !direct && !slices.Contains(coherent, f.FS):
 		return "the host caches it, so the destination may read old data"
 	}
@@ -295,7 +324,8 @@ func UnsafeCache(f File, readOnly, direct, noFlush, oneKernel bool) string {
 
 // shape reports whether two trees have the same formats and layers.
 func (n Node) shape(m Node) bool {
-	if n.Driver != m.Driver || n.Options != m.Options || n.Role != m.Role || len(n.Children) != len(m.Children) ||
+	if n.Driver != m.Driver || n.Options != m.Options || n.Role != m.Role ||
+		len(n.Children) != len(m.Children) ||
 		(n.File != nil) != (m.File != nil) {
 		return false
 	}
@@ -341,8 +371,8 @@ func (n *Node) text() string {
 	return s
 }
 
-// Address tells what a node reaches, by QEMU's name of it, without secrets; and whether that means something
-// else on each host.
+// Address tells what a node reaches, by QEMU's name of it, without secrets; and whether that means
+// something else on each host.
 func Address(driver, name string) (text string, own bool) {
 	if s, ok := strings.CutPrefix(name, "json:"); ok {
 		var v map[string]any
@@ -355,7 +385,8 @@ func Address(driver, name string) (text string, own bool) {
 			if secret(last) {
 				return
 			}
-			own = own || last == "host" && ownHost(value) || last == "type" && value == "unix" || last == "socket"
+			own = own || last == "host" && ownHost(value) || last == "type" && value == "unix" ||
+				last == "socket"
 			parts = append(parts, key+"="+value)
 		})
 		slices.Sort(parts)
@@ -378,11 +409,13 @@ func Address(driver, name string) (text string, own bool) {
 }
 
 // ownDrivers reach something of the host's own.
-var ownDrivers = []string{"vvfat", "nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
+var ownDrivers = []string{"vvfat", "nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci",
+	"virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
 
 // secret reports whether an option is who reads an image, and not which.
 func secret(key string) bool {
-	return strings.Contains(key, "secret") || strings.Contains(key, "password") || strings.HasPrefix(key, "tls") || key == "user" ||
+	return strings.Contains(key, "secret") || strings.Contains(key, "password") ||
+		strings.HasPrefix(key, "tls") || key == "user" ||
 		key == "cookie" || key == "auth-client-required"
 }
 
@@ -409,8 +442,8 @@ func flatten(prefix string, v any, depth int, f func(key, value string)) {
 	}
 }
 
-// options returns those of a format by QEMU's name of its node: such as the offset of a raw image within its
-// file. Plain names have none.
+// options returns those of a format by QEMU's name of its node: such as the offset of a raw image
+// within its file. Plain names have none.
 func options(name string) string {
 	s, ok := strings.CutPrefix(name, "json:")
 	var v map[string]any

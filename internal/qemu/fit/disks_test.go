@@ -16,11 +16,15 @@ func web1() Disks {
 	overlay.Path, base.Path = "/vms/web1.qcow2", "/vms/base.raw"
 	vars := on("ext4", "/dev/vda1/", 5)
 	return Disks{Boot: "a", Network: 3, Drives: []Drive{
-		{Name: "vd0", Device: "/machine/peripheral/vd0/virtio-backend", Root: &Node{Driver: "qcow2", Size: 8 << 30, Direct: true, Children: []Node{
-			{Role: "file", Driver: "file", Direct: true, File: &overlay},
-			{Role: "backing", Driver: "raw", Size: 8 << 30, ReadOnly: true, Children: []Node{{Role: "file", Driver: "file", ReadOnly: true, File: &base}}},
-		}}},
-		{Name: "pflash1", Device: "/machine/system.flash1", Carried: true, Root: &Node{Driver: "raw", Size: 64 << 10, Children: []Node{{Role: "file", Driver: "file", File: &vars}}}},
+		{Name: "vd0", Device: "/machine/peripheral/vd0/virtio-backend",
+			Root: &Node{Driver: "qcow2", Size: 8 << 30, Direct: true, Children: []Node{
+				{Role: "file", Driver: "file", Direct: true, File: &overlay},
+				{Role: "backing", Driver: "raw", Size: 8 << 30, ReadOnly: true,
+					Children: []Node{{Role: "file", Driver: "file", ReadOnly: true, File: &base}}},
+			}}},
+		{Name: "pflash1", Device: "/machine/system.flash1", Carried: true,
+			Root: &Node{Driver: "raw", Size: 64 << 10,
+				Children: []Node{{Role: "file", Driver: "file", File: &vars}}}},
 		{Name: "cd", Device: "/machine/unattached/device[20]"},
 	}}
 }
@@ -39,8 +43,8 @@ func copied(t *testing.T, d Disks) Disks {
 	return c
 }
 
-// On two machines a disk passes that is shown to be the same; each other way to differ is named, and an operator's
-// word lets those pass of which nobody else can know.
+// On two machines a disk passes that is shown to be the same; each other way to differ is named,
+// and an operator's word lets those pass of which nobody else can know.
 func TestDisksAgainst(t *testing.T) {
 	file := func(d *Disks) *File { return d.Drives[0].Root.Children[0].File }
 	address := func(d *Disks, driver, name string) {
@@ -54,24 +58,42 @@ func TestDisksAgainst(t *testing.T) {
 		trust  bool   // a word helps
 	}{
 		{"the same", func(a, b *Disks) {}, "", false},
-		{"numbered otherwise by another QEMU", func(a, b *Disks) { b.Drives[2].Device = "/machine/unattached/device[23]" }, "", false},
+		{"numbered otherwise by another QEMU",
+			func(a, b *Disks) { b.Drives[2].Device = "/machine/unattached/device[23]" }, "", false},
 		{"of another name", func(a, b *Disks) {
 			b.Drives[0].Name, b.Drives[0].Device = "hd0", "/machine/peripheral/hd0/virtio-backend"
 		}, "", false},
-		{"flashes of unlike size", func(a, b *Disks) { b.Drives[1].Root.Size = 4 << 20 }, `disk "pflash1" has 64 KiB on the source, 4 MiB on the destination`, false},
-		{"missing", func(a, b *Disks) { b.Drives = b.Drives[1:] }, `the source has disk "vd0" (/machine/peripheral/vd0/virtio-backend) and the destination has none there`, false},
-		{"one too many", func(a, b *Disks) { a.Drives = a.Drives[1:] }, `the destination has disk "vd0" (/machine/peripheral/vd0/virtio-backend) and the source has none there`, false},
-		{"a medium there", func(a, b *Disks) { b.Drives[2].Root = b.Drives[0].Root }, `disk "cd" is empty on the source, and the destination has qcow2 /vms/web1.qcow2, backed by raw /vms/base.raw in it`, false},
-		{"a medium here", func(a, b *Disks) { a.Drives[2].Root = a.Drives[0].Root }, `disk "cd" is empty on the destination, and the source has qcow2 /vms/web1.qcow2`, false},
-		{"resized", func(a, b *Disks) { a.Drives[0].Root.Size = 9 << 30 }, `disk "vd0" has 9 GiB on the source, 8 GiB on the destination`, false},
-		{"read-only there", func(a, b *Disks) { b.Drives[0].ReadOnly = true }, `disk "vd0" is writable on the source and read-only on the destination`, false},
-		{"a snapshot more", func(a, b *Disks) { b.Drives[0].Root = &a.Drives[0].Root.Children[1] }, `disk "vd0" is qcow2 /vms/web1.qcow2, backed by raw /vms/base.raw on the source, raw /vms/base.raw on the destination`, true},
-		{"another format", func(a, b *Disks) { b.Drives[0].Root.Driver = "raw" }, `raw /vms/web1.qcow2, backed by raw /vms/base.raw on the destination`, true},
-		{"another layer", func(a, b *Disks) { b.Drives[0].Root.Children[1].Children[0].File.Inode = 99 }, `disk "vd0" is /vms/base.raw on the source, and /vms/base.raw on the destination is another: two files of filer:/vms/`, true},
-		{"another file", func(a, b *Disks) { file(b).Inode = 99 }, "two files of filer:/vms/ (nfs4)", true},
-		{"a local file", func(a, b *Disks) { file(a).FS, file(b).FS = "ext4", "ext4" }, "is another: each host has its own file, on ext4", true},
-		{"another server", func(a, b *Disks) { file(b).Export = "filer2:/vms/" }, "it cannot be shown that /vms/web1.qcow2 on the destination is the same", true},
-		{"not to be looked at", func(a, b *Disks) { *file(b) = File{Path: "/x", Error: "EACCES"} }, "EACCES", true},
+		{"flashes of unlike size", func(a, b *Disks) { b.Drives[1].Root.Size = 4 << 20 },
+			`disk "pflash1" has 64 KiB on the source, 4 MiB on the destination`, false},
+		{"missing", func(a, b *Disks) { b.Drives = b.Drives[1:] },
+			`the source has disk "vd0" (/machine/peripheral/vd0/virtio-backend) and the destination has none there`, false},
+		{"one too many", func(a, b *Disks) { a.Drives = a.Drives[1:] },
+			`the destination has disk "vd0" (/machine/peripheral/vd0/virtio-backend) and the source has none there`, false},
+		{"a medium there", func(a, b *Disks) { b.Drives[2].Root = b.Drives[0].Root },
+			`disk "cd" is empty on the source, and the destination has qcow2 /vms/web1.qcow2, backed by raw /vms/base.raw in it`, false},
+		{"a medium here", func(a, b *Disks) { a.Drives[2].Root = a.Drives[0].Root },
+			`disk "cd" is empty on the destination, and the source has qcow2 /vms/web1.qcow2`,
+			false},
+		{"resized", func(a, b *Disks) { a.Drives[0].Root.Size = 9 << 30 },
+			`disk "vd0" has 9 GiB on the source, 8 GiB on the destination`, false},
+		{"read-only there", func(a, b *Disks) { b.Drives[0].ReadOnly = true },
+			`disk "vd0" is writable on the source and read-only on the destination`, false},
+		{"a snapshot more", func(a, b *Disks) { b.Drives[0].Root = &a.Drives[0].Root.Children[1] },
+			`disk "vd0" is qcow2 /vms/web1.qcow2, backed by raw /vms/base.raw on the source, raw /vms/base.raw on the destination`, true},
+		{"another format", func(a, b *Disks) { b.Drives[0].Root.Driver = "raw" },
+			`raw /vms/web1.qcow2, backed by raw /vms/base.raw on the destination`, true},
+		{"another layer", func(a, b *Disks) {
+			b.Drives[0].Root.Children[1].Children[0].File.Inode = 99
+		},
+			`disk "vd0" is /vms/base.raw on the source, and /vms/base.raw on the destination is another: two files of filer:/vms/`, true},
+		{"another file", func(a, b *Disks) { file(b).Inode = 99 },
+			"two files of filer:/vms/ (nfs4)", true},
+		{"a local file", func(a, b *Disks) { file(a).FS, file(b).FS = "ext4", "ext4" },
+			"is another: each host has its own file, on ext4", true},
+		{"another server", func(a, b *Disks) { file(b).Export = "filer2:/vms/" },
+			"it cannot be shown that /vms/web1.qcow2 on the destination is the same", true},
+		{"not to be looked at", func(a, b *Disks) { *file(b) = File{Path: "/x", Error: "EACCES"} },
+			"EACCES", true},
 		{"a local file, kept equal", func(a, b *Disks) {
 			for _, d := range []*Disks{a, b} {
 				f := d.Drives[0].Root.Children[1].Children[0].File
@@ -83,14 +105,18 @@ func TestDisksAgainst(t *testing.T) {
 				file(d).FS, file(d).Digest = "ext4", "equal"
 			}
 		}, "is another", true},
-		{"cached here", func(a, b *Disks) { a.Drives[0].Root.Children[0].Direct = false }, "(/vms/web1.qcow2): the host caches it, so the destination may read old data: start the VM, or reopen the drive", true},
-		{"cached there", func(a, b *Disks) { b.Drives[0].Root.Children[0].Direct = false }, "on the destination: the host caches it", true},
+		{"cached here", func(a, b *Disks) { a.Drives[0].Root.Children[0].Direct = false },
+			"(/vms/web1.qcow2): the host caches it, so the destination may read old data: start " +
+				"the VM, or reopen the drive", true},
+		{"cached there", func(a, b *Disks) { b.Drives[0].Root.Children[0].Direct = false },
+			"on the destination: the host caches it", true},
 		{"cached on a cluster", func(a, b *Disks) {
 			for _, d := range []*Disks{a, b} {
 				d.Drives[0].Root.Children[0].Direct, file(d).FS, file(d).FSID = false, "ceph", "7"
 			}
 		}, "", false},
-		{"not flushed", func(a, b *Disks) { a.Drives[0].Root.Children[0].NoFlush = true }, "cache=unsafe", true},
+		{"not flushed", func(a, b *Disks) { a.Drives[0].Root.Children[0].NoFlush = true },
+			"cache=unsafe", true},
 		{"one server of disks", func(a, b *Disks) {
 			address(a, "nbd", "nbd://filer:10809/web1")
 			address(b, "nbd", "nbd://filer:10809/web1")
@@ -98,7 +124,8 @@ func TestDisksAgainst(t *testing.T) {
 		{"two disks of a server", func(a, b *Disks) {
 			address(a, "nbd", "nbd://filer:10809/web1")
 			address(b, "nbd", "nbd://filer:10809/web2")
-		}, "is nbd://filer:10809/web1 on the source, nbd://filer:10809/web2 on the destination", true},
+		}, "is nbd://filer:10809/web1 on the source, nbd://filer:10809/web2 on the destination",
+			true},
 		{"each host its own server of disks", func(a, b *Disks) {
 			address(a, "nbd", "nbd://localhost:10809/web1")
 			address(b, "nbd", "nbd://localhost:10809/web1")
@@ -118,7 +145,8 @@ func TestDisksAgainst(t *testing.T) {
 				}
 				return
 			}
-			if len(found) != 1 || !strings.Contains(found.Err().Error(), c.says) || found[0].Remedy == "" {
+			if len(found) != 1 || !strings.Contains(found.Err().Error(), c.says) ||
+				found[0].Remedy == "" {
 				t.Fatalf("%v; want %q", found, c.says)
 			}
 			_, rest, _ := strings.Cut(found[0].Text, `disk "`)
@@ -141,7 +169,8 @@ func TestOneMachine(t *testing.T) {
 	for _, d := range []*Disks{&a, &b} {
 		d.Drives[0].Root.Children[0].Direct, d.Drives[0].Root.Children[0].File.FS = false, "ext4"
 		text, own := Address("nbd", "nbd+unix:///x?socket=/run/x")
-		d.Drives = append(d.Drives, Drive{Name: "n", Device: "n", Root: &Node{Driver: "nbd", Address: text, Own: own}})
+		d.Drives = append(d.Drives,
+			Drive{Name: "n", Device: "n", Root: &Node{Driver: "nbd", Address: text, Own: own}})
 	}
 	if found := a.Against(b); len(found) > 0 {
 		t.Errorf("%v", found)
@@ -154,7 +183,8 @@ func TestOneMachine(t *testing.T) {
 
 func TestTrust(t *testing.T) {
 	d := web1()
-	if err := d.Trust([]string{"vd0", "hda"}); err == nil || !strings.Contains(err.Error(), `no disk "hda" to trust: it has "vd0", "pflash1", "cd"`) {
+	if err := d.Trust([]string{"vd0", "hda"}); err == nil ||
+		!strings.Contains(err.Error(), `no disk "hda" to trust: it has "vd0", "pflash1", "cd"`) {
 		t.Error(err)
 	}
 	if err := d.Trust([]string{"vd0"}); err != nil || len(d.Trusted) != 1 {
@@ -175,12 +205,17 @@ func TestAddress(t *testing.T) {
 		"https://bob:secret@filer/x.iso":     {"https", "https://filer/x.iso", false},
 		"rbd:pool/image:conf=/etc/ceph.conf": {"rbd", "rbd:pool/image:conf=/etc/ceph.conf", false},
 		"fat:rw:/srv":                        {"vvfat", "fat:rw:/srv", true},
-		`json:{"driver":"rbd","pool":"p","image":"i","user":"bob","key-secret":"s"}`:        {"rbd", "driver=rbd,image=i,pool=p", false},
-		`json:{"driver":"nbd","server":{"type":"unix","path":"/x"}}`:                        {"nbd", "driver=nbd,server.path=/x,server.type=unix", true},
-		`json:{"driver":"nbd","server":{"type":"inet","host":"::1","port":"1"}}`:            {"nbd", "driver=nbd,server.host=::1,server.port=1,server.type=inet", true},
-		`json:{"driver":"gluster","server":[{"host":"a"},{"host":"b"}],"debug":4,"x":true}`: {"gluster", "debug=4,driver=gluster,server.0.host=a,server.1.host=b,x=true", false},
+		`json:{"driver":"rbd","pool":"p","image":"i","user":"bob","key-secret":"s"}`: {"rbd",
+			"driver=rbd,image=i,pool=p", false},
+		`json:{"driver":"nbd","server":{"type":"unix","path":"/x"}}`: {"nbd",
+			"driver=nbd,server.path=/x,server.type=unix", true},
+		`json:{"driver":"nbd","server":{"type":"inet","host":"::1","port":"1"}}`: {"nbd",
+			"driver=nbd,server.host=::1,server.port=1,server.type=inet", true},
+		`json:{"driver":"gluster","server":[{"host":"a"},{"host":"b"}],"debug":4,"x":true}`: {
+			"gluster", "debug=4,driver=gluster,server.0.host=a,server.1.host=b,x=true", false},
 		`json:{`: {"nbd", "nbd", true},
-		`json:{"driver":"nvme","device":"0000:01:00.0"}`: {"nvme", "device=0000:01:00.0,driver=nvme", true},
+		`json:{"driver":"nvme","device":"0000:01:00.0"}`: {"nvme",
+			"device=0000:01:00.0,driver=nvme", true},
 	} {
 		if text, own := Address(c.driver, name); text != c.text || own != c.own {
 			t.Errorf("%s: %q, %v", name, text, own)
@@ -216,18 +251,21 @@ func TestDisksCheck(t *testing.T) {
 	}
 }
 
-// Whatever a peer says of its disks is turned away, or compared without harm; and what is equal to itself
-// passes on one machine where it can be looked at.
+// Whatever a peer says of its disks is turned away, or compared without harm; and what is equal to
+// itself passes on one machine where it can be looked at.
 func FuzzDisks(f *testing.F) {
 	b, err := json.Marshal(web1())
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b, b)
-	f.Add([]byte(`{"boot":"a","drives":[{"name":"x","root":{"address":"nbd://h/x","children":[{"file":{}}]}}]}`), b)
+	f.Add(
+		[]byte(
+			`{"boot":"a","drives":[{"name":"x","root":{"address":"nbd://h/x","children":[{"file":{}}]}}]}`), b)
 	f.Fuzz(func(t *testing.T, one, other []byte) {
 		var a, b Disks
-		if json.Unmarshal(one, &a) != nil || json.Unmarshal(other, &b) != nil || a.Check() != nil || b.Check() != nil {
+		if json.Unmarshal(one, &a) != nil || json.Unmarshal(other, &b) != nil || a.Check() != nil ||
+			b.Check() != nil {
 			return
 		}
 		for _, m := range append(a.Against(b), b.Against(a)...) {
@@ -259,8 +297,10 @@ func FuzzGraph(f *testing.F) {
 				replies[x.Execute] = string(x.Return)
 			}
 		}
-		f.Add(fmt.Sprintf(`{"Blocks":%s,"Nodes":%s,"Edges":%s,"Kinds":{"/machine/x":"cfi.pflash01"}}`,
-			replies["query-block"], replies["query-named-block-nodes"], replies["x-debug-query-block-graph"]))
+		f.Add(
+			fmt.Sprintf(`{"Blocks":%s,"Nodes":%s,"Edges":%s,"Kinds":{"/machine/x":"cfi.pflash01"}}`,
+				replies["query-block"], replies["query-named-block-nodes"],
+				replies["x-debug-query-block-graph"]))
 	}
 	f.Add(`{"Blocks":[{"qdev":"x","inserted":{"node-name":"a"}}],"Nodes":[{"node-name":"a","drv":"raw"},{"node-name":"b","drv":"throttle"}],
 		"Edges":{"nodes":[{"id":1,"type":"block-driver","name":"a"},{"id":2,"type":"block-driver","name":"b"}],
@@ -286,15 +326,23 @@ func FuzzGraph(f *testing.F) {
 func TestWork(t *testing.T) {
 	for _, c := range []struct{ said, want string }{
 		{`{}`, ""},
-		{`{"Jobs":[{"id":"j","type":"create","status":"concluded"},{"id":"k","type":"create","status":"null"}],"Dump":{"status":"none"}}`, ""},
+		{
+			`{"Jobs":[{"id":"j","type":"create","status":"concluded"},{"id":"k","type":"create","status":"null"}],"Dump":{"status":"none"}}`, ""},
 		{`{"Jobs":[{"id":"backup0","type":"backup","status":"running","current-progress":37,"total-progress":100}],
 			"BlockJobs":[{"device":"backup0","type":"backup","status":"running"}]}`,
-			"an unfinished job \"backup0\" (backup, running, 37 %): wait for its end, or end it: `job-cancel` with id \"backup0\" in QEMU's monitor"},
+			"an unfinished job \"backup0\" (backup, running, 37 %): wait for its end, or end " +
+				"it: `job-cancel` with id \"backup0\" in QEMU's monitor"},
 		{`{"BlockJobs":[{"device":"d","type":"mirror","status":"ready","len":4,"offset":4}]}`,
-			"an unfinished job \"d\" (mirror, ready, 100 %): end it: `job-complete` or `job-cancel` with id \"d\" in QEMU's monitor"},
-		{`{"Exports":[{"id":"e","type":"nbd","node-name":"n"}]}`, "an export \"e\" of its disk \"n\" (nbd): end it: `block-export-del` with id \"e\" in QEMU's monitor"},
-		{`{"Dump":{"status":"active","completed":1,"total":0}}`, "an unfinished dump of its memory (0 %): wait for its end"},
-		{`{"Snapshot":true}`, "an unfinished snapshot of its memory (background-snapshot): wait for its end, or `migrate_cancel` in QEMU's monitor"},
+			"an unfinished job \"d\" (mirror, ready, 100 %): end it: `job-complete` or " +
+				"`job-cancel` with id \"d\" in QEMU's monitor"},
+		{`{"Exports":[{"id":"e","type":"nbd","node-name":"n"}]}`,
+			"an export \"e\" of its disk \"n\" (nbd): end it: `block-export-del` with id \"e\" " +
+				"in QEMU's monitor"},
+		{`{"Dump":{"status":"active","completed":1,"total":0}}`,
+			"an unfinished dump of its memory (0 %): wait for its end"},
+		{`{"Snapshot":true}`,
+			"an unfinished snapshot of its memory (background-snapshot): wait for its end, or " +
+				"`migrate_cancel` in QEMU's monitor"},
 	} {
 		var r replies
 		if err := json.Unmarshal([]byte(c.said), &r); err != nil {
@@ -311,7 +359,8 @@ func TestWork(t *testing.T) {
 }
 
 func FuzzWork(f *testing.F) {
-	f.Add(`{"Jobs":[{"id":"j","type":"mirror","status":"ready","current-progress":-1,"total-progress":9223372036854775807}],"Dump":{"status":"active"}}`)
+	f.Add(
+		`{"Jobs":[{"id":"j","type":"mirror","status":"ready","current-progress":-1,"total-progress":9223372036854775807}],"Dump":{"status":"active"}}`)
 	f.Fuzz(func(t *testing.T, said string) {
 		var r replies
 		if json.Unmarshal([]byte(said), &r) != nil {

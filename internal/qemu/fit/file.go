@@ -27,8 +27,9 @@ type File struct {
 	FS     string `json:"fs"`     // type of the file system it lies on, as in /proc/self/mountinfo
 	Export string `json:"export"` // what is mounted, and the mount's root in it: "filer:/vms/"
 	// FSID is what statfs(2) calls the file system; "" where it calls it nothing.
-	FSID   string `json:"fsid,omitempty"`
-	Device uint64 `json:"device"` // number: of the device itself, or of the one that the file lies on
+	FSID string `json:"fsid,omitempty"`
+	// number: of the device itself, or of the one that the file lies on
+	Device uint64 `json:"device"`
 	Inode  uint64 `json:"inode"`
 	WWN    string `json:"wwn,omitempty"`  // of a block device, the same on all hosts
 	Head   string `json:"head,omitempty"` // hash of the first 64 KiB; "" if unreadable
@@ -112,8 +113,8 @@ func (f *File) look(way, mounts string, whole bool) error {
 	return nil
 }
 
-// hash sums up the first bytes of a file, and returns how many they were. The sum of a file that cannot
-// be read is "".
+// hash sums up the first bytes of a file, and returns how many they were. The sum of a file that
+// cannot be read is "".
 func hash(r io.ReaderAt, most int64) (string, int64) {
 	sum := sha256.New()
 	n, err := io.Copy(sum, io.NewSectionReader(r, 0, most))
@@ -169,8 +170,8 @@ func deviceName(dir string) string {
 	return ""
 }
 
-// parseMount finds a mount in a mountinfo by its number: the type of its file system, and its source
-// with its root in that. See proc_pid_mountinfo(5).
+// parseMount finds a mount in a mountinfo by its number: the type of its file system, and its
+// source with its root in that. See proc_pid_mountinfo(5).
 func parseMount(b []byte, id uint64) (fs, export string) {
 	for line := range strings.Lines(string(b)) {
 		before, after, ok := strings.Cut(line, " - ")
@@ -197,18 +198,20 @@ func beginning(path string, most int64) []byte {
 // word reads a short file without the spaces around.
 func word(path string) string { return strings.TrimSpace(string(beginning(path, 4096))) }
 
-// numbered are file systems that several hosts mount at once, whose servers number the files: a number
-// means the same file on every host.
-var numbered = []string{"nfs", "nfs4", "ceph", "fuse.ceph", "fuse.ceph-fuse", "glusterfs", "fuse.glusterfs", "gfs2", "ocfs2", "lustre",
+// numbered are file systems that several hosts mount at once, whose servers number the files: a
+// number means the same file on every host.
+var numbered = []string{"nfs", "nfs4", "ceph", "fuse.ceph", "fuse.ceph-fuse", "glusterfs",
+	"fuse.glusterfs", "gfs2", "ocfs2", "lustre",
 	"gpfs", "afs", "orangefs", "beegfs", "fuse.juicefs", "fuse.moosefs"}
 
 // coherent are those on which no host ever sees what another host has overwritten.
 var coherent = []string{"ceph", "fuse.ceph", "fuse.ceph-fuse", "gfs2", "ocfs2", "lustre", "gpfs"}
 
-// unsure are file systems whose files several hosts may share, and whose numbers prove nothing: hosts make
-// them up, or have equal ones for files of other servers.
+// unsure are file systems whose files several hosts may share, and whose numbers prove nothing:
+// hosts make them up, or have equal ones for files of other servers.
 func unsure(fs string) bool {
-	return slices.Contains([]string{"cifs", "smb3", "9p", "virtiofs"}, fs) || strings.HasPrefix(fs, "fuse")
+	return slices.Contains([]string{"cifs", "smb3", "9p", "virtiofs"}, fs) ||
+		strings.HasPrefix(fs, "fuse")
 }
 
 // Sameness is what two hosts' looks at a file amount to.
@@ -222,10 +225,10 @@ const (
 	Same   // proven
 )
 
-// SameFile says whether two hosts see one file, and why. OneKernel means that both are one machine. That
-// two files are one is proven by: an equal world-wide name of block devices; equal export, or file system's
-// ID, and number on a file system of the network; or equal device and number on one machine. Equal
-// content proves nothing, as copies have that too.
+// SameFile says whether two hosts see one file, and why. OneKernel means that both are one machine.
+// That two files are one is proven by: an equal world-wide name of block devices; equal export, or
+// file system's ID, and number on a file system of the network; or equal device and number on one
+// machine. Equal content proves nothing, as copies have that too.
 func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 	separate := func(why string) (Sameness, string) {
 		if a.Digest != "" && a.Digest == b.Digest && a.Size == b.Size {
@@ -248,13 +251,15 @@ func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 		}
 		return Same, "one device: " + a.WWN
 	case a.Block && a.Size != b.Size:
-		return Different, fmt.Sprintf("devices of %s and %s", units.Exact(a.Size), units.Exact(b.Size))
+		return Different, fmt.Sprintf("devices of %s and %s", units.Exact(a.Size),
+			units.Exact(b.Size))
 	case a.Block:
 		return Unproven, "the devices have no names that are the same everywhere"
 	}
 	for _, f := range []File{a, b} {
 		if !slices.Contains(numbered, f.FS) && !unsure(f.FS) {
-			return separate(fmt.Sprintf("each host has its own file, on %s", either(f.FS, "an unknown file system")))
+			return separate(fmt.Sprintf("each host has its own file, on %s",
+				either(f.FS, "an unknown file system")))
 		}
 	}
 	alike := a.Size == b.Size && a.Head == b.Head && a.Head != ""
@@ -268,11 +273,12 @@ func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 	case a.Inode == b.Inode && alike && a.Locked && b.Locked:
 		return Same, "equal content and number, and both hosts see it locked by a QEMU"
 	}
-	return Unproven, fmt.Sprintf("it lies on %s (%s) at the source, on %s (%s) there", a.Export, a.FS, b.Export, b.FS)
+	return Unproven, fmt.Sprintf("it lies on %s (%s) at the source, on %s (%s) there", a.Export,
+		a.FS, b.Export, b.FS)
 }
 
-// elsewhere reports whether an export names a server that is not the host itself: "filer:/vms" does, while
-// "/dev/sdb" and "localhost:/vms" are something else on each host.
+// elsewhere reports whether an export names a server that is not the host itself: "filer:/vms"
+// does, while "/dev/sdb" and "localhost:/vms" are something else on each host.
 func elsewhere(export string) bool {
 	host, _, ok := strings.Cut(export, ":/")
 	if !ok {
@@ -284,7 +290,8 @@ func elsewhere(export string) bool {
 // ownHost reports whether a host's name, or address, means the host itself.
 func ownHost(host string) bool {
 	host = strings.ToLower(strings.Trim(host, "[]"))
-	return host == "" || host == "localhost" || strings.HasPrefix(host, "localhost.") || host == "::1" || host == "ip6-localhost" ||
+	return host == "" || host == "localhost" || strings.HasPrefix(host, "localhost.") ||
+		host == "::1" || host == "ip6-localhost" ||
 		strings.HasPrefix(host, "127.") || host == "0.0.0.0" || host == "::"
 }
 

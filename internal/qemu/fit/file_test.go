@@ -29,7 +29,8 @@ func TestLookAt(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := LookAt(path, false)
-	if f.Error != "" || f.Block || f.Size != 100<<10 || f.Inode == 0 || len(f.Head) != 32 || f.FS == "" || f.Export == "" || f.Locked {
+	if f.Error != "" || f.Block || f.Size != 100<<10 || f.Inode == 0 || len(f.Head) != 32 ||
+		f.FS == "" || f.Export == "" || f.Locked {
 		t.Errorf("%+v", f)
 	}
 	var st unix.Stat_t
@@ -94,7 +95,8 @@ func TestWorldWideName(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"nvme": "eui.1", "sda": "naa.2", "8:3": "naa.2 part 3", "dm-0": "LVM-3", "rbd0": "rbd c4 p/im@-", "loop0": "", "loop0/loop0p1": "", "none": "",
+		"nvme": "eui.1", "sda": "naa.2", "8:3": "naa.2 part 3", "dm-0": "LVM-3",
+		"rbd0": "rbd c4 p/im@-", "loop0": "", "loop0/loop0p1": "", "none": "",
 	} {
 		if got := worldWideName(filepath.Join(dir, name)); got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
@@ -104,14 +106,18 @@ func TestWorldWideName(t *testing.T) {
 
 // on is a file of a file system of the network.
 func on(fs, export string, inode uint64) File {
-	return File{Path: "/vms/web1.raw", Size: 8 << 30, FS: fs, Export: export, Device: 40, Inode: inode, Head: "0123"}
+	return File{Path: "/vms/web1.raw", Size: 8 << 30, FS: fs, Export: export, Device: 40,
+		Inode: inode, Head: "0123"}
 }
 
 // What proves that two files are one on two machines does, and nothing else.
 func TestSameFile(t *testing.T) {
-	device := func(wwn string, size uint64) File { return File{Path: "/dev/sdb", Block: true, Size: size, WWN: wwn} }
+	device := func(wwn string, size uint64) File {
+		return File{Path: "/dev/sdb", Block: true, Size: size, WWN: wwn}
+	}
 	local := func(digest string) File {
-		return File{Path: "/x", Size: 5, FS: "ext4", Export: "/dev/vda1/", Inode: 7, Head: digest, Digest: digest}
+		return File{Path: "/x", Size: 5, FS: "ext4", Export: "/dev/vda1/", Inode: 7, Head: digest,
+			Digest: digest}
 	}
 	with := func(f File, change func(*File)) File {
 		change(&f)
@@ -123,25 +129,39 @@ func TestSameFile(t *testing.T) {
 		want Sameness
 		says string
 	}{
-		"one file of a server":     {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer:/vms/", 77), Same, "one file of filer:/vms/"},
-		"grown meanwhile":          {on("nfs4", "filer:/vms/", 77), with(on("nfs4", "filer:/vms/", 77), func(f *File) { f.Size++ }), Same, "one file"},
-		"two files of a server":    {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer:/vms/", 78), Different, "two files of filer:/vms/"},
-		"two exports":              {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer2:/vms/", 77), Unproven, "filer2:/vms/ (nfs4) there"},
-		"one server, two names":    {lockedFile, with(lockedFile, func(f *File) { f.Export = "10.0.0.9:/vms/" }), Same, "locked"},
-		"each host its own server": {on("nfs4", "localhost:/vms/", 77), on("nfs4", "localhost:/vms/", 77), Unproven, "localhost"},
-		"a cluster's file":         {with(on("gfs2", "/dev/sdb/", 9), func(f *File) { f.FSID = "12" }), with(on("gfs2", "/dev/sdc/", 9), func(f *File) { f.FSID = "12" }), Same, "gfs2"},
-		"two clusters' devices":    {with(on("gfs2", "/dev/sdb/", 9), func(f *File) { f.FSID = "12" }), with(on("gfs2", "/dev/sdb/", 9), func(f *File) { f.FSID = "13" }), Unproven, "gfs2"},
-		"numbers of a client":      {on("fuse.sshfs", "filer:/vms/", 2), on("fuse.sshfs", "filer:/vms/", 2), Unproven, "fuse.sshfs"},
-		"tags of two machines":     {on("virtiofs", "shared/", 2), on("virtiofs", "shared/", 2), Unproven, "virtiofs"},
-		"each host its own file":   {local("a"), local("b"), Different, "its own file, on ext4"},
-		"a copy":                   {local("a"), local("a"), Copies, "its own file, on ext4"},
-		"not looked at":            {local("a"), File{Error: "ENOENT"}, Unproven, "ENOENT"},
-		"one device":               {device("naa.1", 8<<30), device("naa.1", 8<<30), Same, "naa.1"},
-		"two devices":              {device("naa.1", 8<<30), device("naa.2", 8<<30), Different, "naa.2"},
-		"devices without a name":   {device("", 8<<30), device("", 8<<30), Unproven, "no names"},
-		"devices of unlike size":   {device("", 8<<30), device("", 4<<30), Different, "8 GiB and 4 GiB"},
-		"a file and a device":      {local("a"), device("", 5), Different, "block device"},
-		"nothing known":            {File{}, File{}, Different, "an unknown file system"},
+		"one file of a server": {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer:/vms/", 77),
+			Same, "one file of filer:/vms/"},
+		"grown meanwhile": {on("nfs4", "filer:/vms/", 77),
+			with(on("nfs4", "filer:/vms/", 77), func(f *File) { f.Size++ }), Same, "one file"},
+		"two files of a server": {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer:/vms/", 78),
+			Different, "two files of filer:/vms/"},
+		"two exports": {on("nfs4", "filer:/vms/", 77), on("nfs4", "filer2:/vms/", 77),
+			Unproven, "filer2:/vms/ (nfs4) there"},
+		"one server, two names": {lockedFile,
+			with(lockedFile, func(f *File) { f.Export = "10.0.0.9:/vms/" }), Same, "locked"},
+		"each host its own server": {on("nfs4", "localhost:/vms/", 77),
+			on("nfs4", "localhost:/vms/", 77), Unproven, "localhost"},
+		"a cluster's file": {with(on("gfs2", "/dev/sdb/", 9),
+			func(f *File) { f.FSID = "12" }),
+			with(on("gfs2", "/dev/sdc/", 9), func(f *File) { f.FSID = "12" }), Same, "gfs2"},
+		"two clusters' devices": {with(on("gfs2", "/dev/sdb/", 9),
+			func(f *File) { f.FSID = "12" }),
+			with(on("gfs2", "/dev/sdb/", 9), func(f *File) { f.FSID = "13" }), Unproven, "gfs2"},
+		"numbers of a client": {on("fuse.sshfs", "filer:/vms/", 2),
+			on("fuse.sshfs", "filer:/vms/", 2), Unproven, "fuse.sshfs"},
+		"tags of two machines": {on("virtiofs", "shared/", 2), on("virtiofs", "shared/", 2),
+			Unproven, "virtiofs"},
+		"each host its own file": {local("a"), local("b"), Different, "its own file, on ext4"},
+		"a copy":                 {local("a"), local("a"), Copies, "its own file, on ext4"},
+		"not looked at":          {local("a"), File{Error: "ENOENT"}, Unproven, "ENOENT"},
+		"one device":             {device("naa.1", 8<<30), device("naa.1", 8<<30), Same, "naa.1"},
+		"two devices": {device("naa.1", 8<<30), device("naa.2", 8<<30), Different,
+			"naa.2"},
+		"devices without a name": {device("", 8<<30), device("", 8<<30), Unproven, "no names"},
+		"devices of unlike size": {device("", 8<<30), device("", 4<<30), Different,
+			"8 GiB and 4 GiB"},
+		"a file and a device": {local("a"), device("", 5), Different, "block device"},
+		"nothing known":       {File{}, File{}, Different, "an unknown file system"},
 	} {
 		how, why := SameFile(c.a, c.b, false)
 		if how != c.want || !strings.Contains(why, c.says) {
@@ -158,7 +178,8 @@ func TestSameFile(t *testing.T) {
 	if how, _ := SameFile(a, with(a, func(f *File) { f.Inode++ }), true); how != Copies {
 		t.Errorf("a copy on one machine: %v", how)
 	}
-	if how, _ := SameFile(a, with(a, func(f *File) { f.Inode, f.Digest = 9, "c" }), true); how != Different {
+	if how, _ := SameFile(a, with(a, func(f *File) { f.Inode, f.Digest = 9, "c" }),
+		true); how != Different {
 		t.Errorf("two files of one machine: %v", how)
 	}
 }

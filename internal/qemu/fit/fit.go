@@ -1,14 +1,14 @@
-// Package fit tells whether a VM can become the one that another QEMU was started as, and whether it
-// can move at all. QEMU's migration stream does not carry everything that a guest sees: not the CPU's
-// features, for one. What both ends must share is gathered at each, goes to the destination with the
-// offer, and is compared there while the VM is untouched.
+// Package fit tells whether a VM can become the one that another QEMU was started as, and whether
+// it can move at all. QEMU's migration stream does not carry everything that a guest sees: not the
+// CPU's features, for one. What both ends must share is gathered at each, goes to the destination
+// with the offer, and is compared there while the VM is untouched.
 //
 //	a QEMU ──CPUsOf, DevicesOf, DisksOf──► facts ──JSON──► facts.Against(facts of the other) ──► Reasons
 //	a QEMU ──Held, WorkOf────────────────────────────────────────────────────────────────► Reasons
 //
-// To gather facts asks QEMU only, and looks at the files that it has open. To compare them is pure. Facts
-// of a peer may lie or be hostile: they are bounded by Check, and whatever they say can only have a VM
-// refused.
+// To gather facts asks QEMU only, and looks at the files that it has open. To compare them is pure.
+// Facts of a peer may lie or be hostile: they are bounded by Check, and whatever they say can only
+// have a VM refused.
 package fit
 
 import (
@@ -60,8 +60,8 @@ func list(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-// atOnce is how many commands wait in a QEMU's monitor at the same time. On a busy host QEMU answers
-// many as late as one.
+// atOnce is how many commands wait in a QEMU's monitor at the same time. On a busy host QEMU
+// answers many as late as one.
 const atOnce = 64
 
 // each calls f for 0 to n-1, several at the same time, and returns the first error by number.

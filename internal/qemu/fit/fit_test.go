@@ -26,7 +26,8 @@ func tree(t testing.TB, name string) Devices {
 	return d
 }
 
-// A machine type has the same devices in all versions of QEMU that know it, in whatever order they are told.
+// A machine type has the same devices in all versions of QEMU that know it, in whatever order they
+// are told.
 func TestVersions(t *testing.T) {
 	for _, machine := range []string{"pc-i440fx-7.2", "pc-q35-7.2"} {
 		var all []Devices
@@ -47,17 +48,24 @@ func TestVersions(t *testing.T) {
 func TestWhatHangsOnIt(t *testing.T) {
 	whole := tree(t, "pc-q35-7.2-7.2")
 	less := whole
-	less.List = slices.DeleteFunc(slices.Clone(whole.List), func(d Device) bool { return strings.Contains(whole.name(d), "addr 07.0") })
-	says(t, whole.Against(less), []string{`only the source has [pcie-root-port "rp1" (1b36:000c) at q35-pcihost/addr 07.0/port 0], only the destination []`})
+	less.List = slices.DeleteFunc(slices.Clone(whole.List),
+		func(d Device) bool { return strings.Contains(whole.name(d), "addr 07.0") })
+	says(t, whole.Against(less),
+		[]string{
+			`only the source has [pcie-root-port "rp1" (1b36:000c) at q35-pcihost/addr 07.0/port 0], only the destination []`})
 }
 
 func TestHeldDevices(t *testing.T) {
-	d := Devices{List: []Device{{ID: "gpu"}, {Kind: 1}, {Kind: 2}, {ID: "m", Kind: 3}, {ID: "n", Kind: 4}},
-		Kinds: []Kind{{Type: "vfio-pci"}, {Type: "vfio-pci"}, {Type: "virtio-net-pci"}, {Type: "virtio-mem-pci", Properties: []Property{{"x-early-migration", "true"}}},
+	d := Devices{List: []Device{{ID: "gpu"}, {Kind: 1}, {Kind: 2}, {ID: "m", Kind: 3},
+		{ID: "n", Kind: 4}},
+		Kinds: []Kind{{Type: "vfio-pci"}, {Type: "vfio-pci"}, {Type: "virtio-net-pci"},
+			{Type: "virtio-mem-pci", Properties: []Property{{"x-early-migration", "true"}}},
 			{Type: "virtio-mem-pci", Properties: []Property{{"x-early-migration", "false"}}}}}
 	r := d.Held()
-	if len(r) != 3 || r[0].Text != `vfio-pci "gpu" is hardware of this host, passed through` || r[0].Remedy != "unplug it: `device_del gpu` in QEMU's monitor" ||
-		r[1].Remedy != "shut the VM down and start it without this device" || !strings.Contains(r[2].Text, `virtio-mem-pci "m" sends state`) {
+	if len(r) != 3 || r[0].Text != `vfio-pci "gpu" is hardware of this host, passed through` ||
+		r[0].Remedy != "unplug it: `device_del gpu` in QEMU's monitor" ||
+		r[1].Remedy != "shut the VM down and start it without this device" ||
+		!strings.Contains(r[2].Text, `virtio-mem-pci "m" sends state`) {
 		t.Errorf("%q", r)
 	}
 }
@@ -76,9 +84,10 @@ func TestCheck(t *testing.T) {
 		"property":         CPUs{Properties: []Property{{"a", long}}}.Check(),
 		"no such kind":     Devices{List: []Device{{}}}.Check(),
 		"kinds":            Devices{Kinds: []Kind{{}}}.Check(),
-		"place":            Devices{List: []Device{{Place: strings.Repeat("x", maxPlace+1)}}, Kinds: []Kind{{}}}.Check(),
-		"type":             Devices{List: []Device{{}}, Kinds: []Kind{{Type: long}}}.Check(),
-		"machine":          Devices{Machine: make([]Property, maxProperties+1)}.Check(),
+		"place": Devices{List: []Device{{Place: strings.Repeat("x", maxPlace+1)}},
+			Kinds: []Kind{{}}}.Check(),
+		"type":    Devices{List: []Device{{}}, Kinds: []Kind{{Type: long}}}.Check(),
+		"machine": Devices{Machine: make([]Property, maxProperties+1)}.Check(),
 	} {
 		if !errors.Is(err, ErrFacts) {
 			t.Errorf("%s: %v", name, err)
@@ -93,23 +102,31 @@ func TestSupported(t *testing.T) {
 	for _, arch := range []string{"x86_64", "i386"} {
 		says(t, supported(arch), nil)
 	}
-	says(t, supported("aarch64"), []string{"architecture is aarch64, and only x86 VMs can be evicted: move it by QEMU's own migration"})
+	says(t, supported("aarch64"),
+		[]string{
+			"architecture is aarch64, and only x86 VMs can be evicted: move it by QEMU's own " +
+				"migration"})
 }
 
 // What a twin could not be given is told apart from what it was not asked for; the registers that
 // nested virtualisation brings count, as does the rate of a clock that was promised to be constant.
 func TestFeatures(t *testing.T) {
 	set := func(bits uint32) CPUs {
-		return CPUs{Model: "host", Accel: "kvm", VCPUs: []VCPU{{}}, Features: [][]Word{{{"7.0 EBX", bits}}}}
+		return CPUs{Model: "host", Accel: "kvm", VCPUs: []VCPU{{}},
+			Features: [][]Word{{{"7.0 EBX", bits}}}}
 	}
 	twin := set(1 << 8)
 	twin.Filtered = []Word{{"7.0 EBX", 1 << 5}}
-	says(t, set(1<<8|1<<5|1<<3).Against(twin), []string{"has avx2, which the destination's host or QEMU under KVM cannot offer", "lacks bmi1,", "`-cpu host,…,bmi1=on`"})
+	says(t, set(1<<8|1<<5|1<<3).Against(twin),
+		[]string{"has avx2, which the destination's host or QEMU under KVM cannot offer",
+			"lacks bmi1,", "`-cpu host,…,bmi1=on`"})
 	says(t, set(1<<8|1<<12).Against(set(1<<8)), []string{"lacks CPUID 7.0 EBX bit 12"})
 
 	plain, nested := set(0).also(), CPUs{Features: [][]Word{{{"1 ECX", 1 << 5}}}}.also()
-	for name, want := range map[string][2]bool{"family": {false, false}, "vmx-ept": {false, true}, "avx2": {false, false}, "hv-time": {true, false}, "ucode-rev": {false, false},
-		"thread-id": {false, false}, "tsc-frequency": {false, false}, "hv_time": {false, false}, "realized": {false, false}} {
+	for name, want := range map[string][2]bool{"family": {false, false}, "vmx-ept": {false, true},
+		"avx2": {false, false}, "hv-time": {true, false}, "ucode-rev": {false, false},
+		"thread-id": {false, false}, "tsc-frequency": {false, false}, "hv_time": {false, false},
+		"realized": {false, false}} {
 		if is := [2]bool{plain(name), nested(name)}; is != want {
 			t.Errorf("%s is looked at: %v, want %v", name, is, want)
 		}
@@ -130,7 +147,8 @@ func TestReasons(t *testing.T) {
 	for range 20 {
 		r.add("mend it", "it is broken")
 	}
-	if n := strings.Count(r.Err().Error(), "broken"); n != mostNamed || !strings.HasSuffix(r.Err().Error(), "and 12 differences more") {
+	if n := strings.Count(r.Err().Error(), "broken"); n != mostNamed ||
+		!strings.HasSuffix(r.Err().Error(), "and 12 differences more") {
 		t.Error(r.Err())
 	}
 	if err := r[:2].Err(); err.Error() != "it is broken; it is broken: mend it" {
@@ -138,7 +156,8 @@ func TestReasons(t *testing.T) {
 	}
 }
 
-// A tree of devices may be anything; what is made of it stays within bounds, and is alike to itself.
+// A tree of devices may be anything; what is made of it stays within bounds, and is alike to
+// itself.
 func FuzzTree(f *testing.F) {
 	files, err := filepath.Glob("testdata/*.qtree")
 	if err != nil || len(files) == 0 {
@@ -158,7 +177,8 @@ func FuzzTree(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if err := d.Check(); err != nil && len(d.List) <= maxDevices && !strings.Contains(err.Error(), "text") {
+		if err := d.Check(); err != nil && len(d.List) <= maxDevices &&
+			!strings.Contains(err.Error(), "text") {
 			t.Fatal(err)
 		}
 		if r := d.Against(d); r != nil {

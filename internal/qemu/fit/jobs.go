@@ -9,9 +9,9 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// WorkOf asks a QEMU what it is in the middle of, which an eviction would break or lose: jobs, exports of disks,
-// a dump or a snapshot of its memory. The texts go on from "it has".
-// The replies are those of qapi/*.json of QEMU 7.2 and 11.1.
+// WorkOf asks a QEMU what it is in the middle of, which an eviction would break or lose: jobs,
+// exports of disks, a dump or a snapshot of its memory. The texts go on from "it has". The replies
+// are those of qapi/*.json of QEMU 7.2 and 11.1.
 func WorkOf(ctx context.Context, q *qmp.Client) (Reasons, error) {
 	var r replies
 	var m struct {
@@ -21,11 +21,13 @@ func WorkOf(ctx context.Context, q *qmp.Client) (Reasons, error) {
 		command string
 		into    any
 	}{
-		{"query-jobs", &r.Jobs}, {"query-block-jobs", &r.BlockJobs}, {"query-block-exports", &r.Exports},
+		{"query-jobs", &r.Jobs}, {"query-block-jobs", &r.BlockJobs},
+		{"query-block-exports", &r.Exports},
 		{"query-dump", &r.Dump}, {"query-migrate", &m},
 	} {
 		// query-block-exports came with QEMU 5.2.
-		if err := q.Run(ctx, c.command, nil, c.into); err != nil && !errors.Is(err, qmp.ErrCommandNotFound) {
+		if err := q.Run(ctx, c.command, nil, c.into); err != nil &&
+			!errors.Is(err, qmp.ErrCommandNotFound) {
 			return nil, err
 		}
 	}
@@ -83,11 +85,16 @@ func (r replies) work() (all Reasons) {
 			return
 		}
 		seen[id] = true
-		remedy := fmt.Sprintf("wait for its end, or end it: `job-cancel` with id %s in QEMU's monitor", quoted(id))
+		remedy :=
+			fmt.Sprintf("wait for its end, or end it: `job-cancel` with id %s in QEMU's monitor",
+				quoted(id))
 		if status == "ready" {
-			remedy = fmt.Sprintf("end it: `job-complete` or `job-cancel` with id %s in QEMU's monitor", quoted(id))
+			remedy =
+				fmt.Sprintf("end it: `job-complete` or `job-cancel` with id %s in QEMU's monitor",
+					quoted(id))
 		}
-		all.add(remedy, "an unfinished job %s (%s, %s, %s)", quoted(id), cut(kind), cut(status), percent(current, total))
+		all.add(remedy, "an unfinished job %s (%s, %s, %s)", quoted(id), cut(kind), cut(status),
+			percent(current, total))
 	}
 	for _, j := range r.Jobs {
 		job(j.ID, j.Type, j.Status, j.Current, j.Total)
@@ -96,14 +103,17 @@ func (r replies) work() (all Reasons) {
 		job(j.ID, j.Type, j.Status, j.Current, j.Total)
 	}
 	for _, e := range r.Exports {
-		all.add(fmt.Sprintf("end it: `block-export-del` with id %s in QEMU's monitor", quoted(e.ID)),
+		all.add(fmt.Sprintf("end it: `block-export-del` with id %s in QEMU's monitor",
+			quoted(e.ID)),
 			"an export %s of its disk %s (%s)", quoted(e.ID), quoted(e.Node), cut(e.Type))
 	}
 	if r.Dump.Status == "active" {
-		all.add("wait for its end", "an unfinished dump of its memory (%s)", percent(r.Dump.Current, r.Dump.Total))
+		all.add("wait for its end", "an unfinished dump of its memory (%s)",
+			percent(r.Dump.Current, r.Dump.Total))
 	}
 	if r.Snapshot {
-		all.add("wait for its end, or `migrate_cancel` in QEMU's monitor", "an unfinished snapshot of its memory (background-snapshot)")
+		all.add("wait for its end, or `migrate_cancel` in QEMU's monitor",
+			"an unfinished snapshot of its memory (background-snapshot)")
 	}
 	return all[:min(len(all), maxWork)]
 }

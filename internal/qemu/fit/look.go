@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DisksOf asks a QEMU for its drives, and looks at the very files that it has open. It changes nothing.
-// The replies are those of qapi/block-core.json of QEMU 7.2 and 11.1.
+// DisksOf asks a QEMU for its drives, and looks at the very files that it has open. It changes
+// nothing. The replies are those of qapi/block-core.json of QEMU 7.2 and 11.1.
 func DisksOf(ctx context.Context, q *qmp.Client) (Disks, error) {
 	d := Disks{Boot: word("/proc/sys/kernel/random/boot_id")}
 	var g graph
@@ -112,7 +112,8 @@ func (g *graph) ask(ctx context.Context, q *qmp.Client) error {
 		if !strings.HasPrefix(g.Blocks[i].QDev, "/") {
 			return nil
 		}
-		err := q.Run(ctx, "qom-get", map[string]any{"path": g.Blocks[i].QDev, "property": "type"}, &kinds[i])
+		err := q.Run(ctx, "qom-get", map[string]any{"path": g.Blocks[i].QDev, "property": "type"},
+			&kinds[i])
 		if errors.As(err, &refusal) {
 			err = nil // the device is just being unplugged
 		}
@@ -147,7 +148,8 @@ func (g *graph) drives(look func(name string, whole bool) File) (all []Drive, _ 
 		if b.QDev == "" {
 			continue // no device of the guest has it
 		}
-		d := Drive{Name: b.name(), Device: b.QDev, Carried: strings.HasPrefix(g.Kinds[b.QDev], "cfi.pflash")}
+		d := Drive{Name: b.name(), Device: b.QDev,
+			Carried: strings.HasPrefix(g.Kinds[b.QDev], "cfi.pflash")}
 		if in := b.Inserted; in != nil {
 			d.ReadOnly = in.ReadOnly
 			root, err := t.node("", in.Node, 1)
@@ -191,7 +193,8 @@ var errChanging = errors.New("its block nodes are being changed right now: try a
 
 func (t *layers) node(role, name string, depth int) (Node, error) {
 	if t.made++; t.made > maxNodes || depth > maxLayers {
-		return Node{}, fmt.Errorf("%w: more than %d nodes, or %d deep", ErrFacts, maxNodes, maxLayers)
+		return Node{}, fmt.Errorf("%w: more than %d nodes, or %d deep", ErrFacts, maxNodes,
+			maxLayers)
 	}
 	info, ok := t.nodes[name]
 	if !ok {
@@ -202,8 +205,9 @@ func (t *layers) node(role, name string, depth int) (Node, error) {
 		return t.node(role, children[0].name, depth+1)
 	}
 	n := Node{
-		Role: role, Driver: info.Driver, Size: uint64(max(info.Image.Size, 0)), ReadOnly: info.ReadOnly,
-		Direct: info.Cache.Direct, NoFlush: info.Cache.NoFlush,
+		Role: role, Driver: info.Driver, Size: uint64(max(info.Image.Size, 0)),
+		ReadOnly: info.ReadOnly,
+		Direct:   info.Cache.Direct, NoFlush: info.Cache.NoFlush,
 	}
 	switch info.Driver {
 	case "file", "host_device", "host_cdrom":
@@ -227,7 +231,8 @@ func (t *layers) node(role, name string, depth int) (Node, error) {
 		}
 		n.Children = append(n.Children, child)
 	}
-	slices.SortStableFunc(n.Children, func(a, b Node) int { return strings.Compare(a.Role, b.Role) })
+	slices.SortStableFunc(n.Children,
+		func(a, b Node) int { return strings.Compare(a.Role, b.Role) })
 	// The file first, then what is behind it.
 	slices.SortStableFunc(n.Children, func(a, b Node) int {
 		return rank(a.Role) - rank(b.Role)
@@ -245,7 +250,8 @@ func rank(role string) int {
 	return 1
 }
 
-// volatile names the dirty bitmaps that are in QEMU's memory only. Those without a name are its own.
+// volatile names the dirty bitmaps that are in QEMU's memory only. Those without a name are its
+// own.
 func (g *graph) volatile() (all []string) {
 	for _, n := range g.Nodes {
 		for _, b := range n.Bitmaps {
@@ -343,7 +349,8 @@ func (o *opened) look(name string, whole bool) File {
 	if err != nil {
 		return File{Path: path, Error: err.Error()}
 	}
-	return lookAt(path, fmt.Sprintf("/proc/%d/fd/%d", o.pid, fd), fmt.Sprintf("/proc/%d/mountinfo", o.pid), whole)
+	return lookAt(path, fmt.Sprintf("/proc/%d/fd/%d", o.pid, fd),
+		fmt.Sprintf("/proc/%d/mountinfo", o.pid), whole)
 }
 
 // find returns the descriptor of a file.

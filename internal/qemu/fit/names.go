@@ -2,10 +2,11 @@ package fit
 
 import "strings"
 
-// featureNames are the names of CPU features, as -cpu has them, from bit 0 on; "-" for those without a
-// name. They were found by experiment: QEMU 11.1.3 was started with each of its CPU's properties, and
-// feature-words and filtered-features showed which bits it stands for. Those of KVM's leaf are of
-// Linux's Documentation/virt/kvm/x86/cpuid.rst. TestNames looks whether a QEMU agrees.
+// featureNames are the names of CPU features, as -cpu has them, from bit 0 on; "-" for those
+// without a name. They were found by experiment: QEMU 11.1.3 was started with each of its CPU's
+// properties, and feature-words and filtered-features showed which bits it stands for. Those of
+// KVM's leaf are of Linux's Documentation/virt/kvm/x86/cpuid.rst. TestNames looks whether a QEMU
+// agrees.
 var featureNames = map[string]string{
 	"1 ECX": `pni pclmulqdq dtes64 monitor ds-cpl vmx smx est tm2 ssse3 cid - fma cx16 xtpr
 		pdcm - pcid dca sse4.1 sse4.2 x2apic movbe popcnt tsc-deadline aes xsave - avx

@@ -10,8 +10,8 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// standing has the run states in which a VM stands and can be moved, RunState in qapi/run-state.json of QEMU 7.2 to 11.1, and
-// what is said of a VM in them.
+// standing has the run states in which a VM stands and can be moved, RunState in
+// qapi/run-state.json of QEMU 7.2 to 11.1, and what is said of a VM in them.
 var standing = map[string]string{
 	"paused":         "is paused",
 	"prelaunch":      "has not been started yet",
@@ -21,7 +21,8 @@ var standing = map[string]string{
 	"suspended":      "is suspended",
 }
 
-// Stands says of a VM that stands in a run state what is so, with QEMU's word for it: "is suspended", "stands, as a disk failed (io-error)".
+// Stands says of a VM that stands in a run state what is so, with QEMU's word for it: "is
+// suspended", "stands, as a disk failed (io-error)".
 func Stands(status string) string {
 	words, ok := standing[status]
 	switch {
@@ -38,18 +39,28 @@ func Standing(status string) bool { return standing[status] != "" }
 
 // stuck has the run states in which a VM cannot be moved, and what to do.
 var stuck = map[string]Reason{
-	"inmigrate":      {"waits to arrive, or arrives", "wait until it is here: `vacate status` says whose eviction that is; or end its QEMU (`quit`)"},
-	"finish-migrate": {"is being moved by QEMU itself", "wait for its end, or `migrate_cancel` in QEMU's monitor"},
-	"postmigrate":    {"was moved away by QEMU itself, and this is what is left of it", "look for it where it went; if it is not there, `cont` in QEMU's monitor has it run here"},
-	"restore-vm":     {"is being restored from a snapshot", "wait for its end"},
-	"save-vm":        {"is being saved to a snapshot", "wait for its end"},
-	"colo":           {"is replicated by QEMU (COLO)", "end that: `x-colo-lost-heartbeat` in QEMU's monitor"},
-	"debug":          {"is held by a debugger", "have it let the VM go on"},
-	"shutdown":       {"has shut down, and only its QEMU is left", "end that (`quit` in its monitor), and start the VM on the other host; or `system_reset` and `cont` have it start here"},
-	"internal-error": {"was given up by QEMU, and has to be reset", "`system_reset` in QEMU's monitor; or end that (`quit`), and start the VM on the other host"},
+	"inmigrate": {"waits to arrive, or arrives",
+		"wait until it is here: `vacate status` says whose eviction that is; or end its QEMU " +
+			"(`quit`)"},
+	"finish-migrate": {"is being moved by QEMU itself",
+		"wait for its end, or `migrate_cancel` in QEMU's monitor"},
+	"postmigrate": {"was moved away by QEMU itself, and this is what is left of it",
+		"look for it where it went; if it is not there, `cont` in QEMU's monitor has it run here"},
+	"restore-vm": {"is being restored from a snapshot", "wait for its end"},
+	"save-vm":    {"is being saved to a snapshot", "wait for its end"},
+	"colo": {"is replicated by QEMU (COLO)",
+		"end that: `x-colo-lost-heartbeat` in QEMU's monitor"},
+	"debug": {"is held by a debugger", "have it let the VM go on"},
+	"shutdown": {"has shut down, and only its QEMU is left",
+		"end that (`quit` in its monitor), and start the VM on the other host; or " +
+			"`system_reset` and `cont` have it start here"},
+	"internal-error": {"was given up by QEMU, and has to be reset",
+		"`system_reset` in QEMU's monitor; or end that (`quit`), and start the VM on the other " +
+			"host"},
 }
 
-// StateOf says what stands against moving a VM in a run state from a QEMU of some version to another. The texts go on from the VM's name.
+// StateOf says what stands against moving a VM in a run state from a QEMU of some version to
+// another. The texts go on from the VM's name.
 func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 	switch old := destination; {
 	case status == "running":
@@ -58,13 +69,16 @@ func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 			old = source
 		}
 		if !old.AtLeast(8, 2) {
-			r.add("wake it up (`system_wakeup` in QEMU's monitor), or move it once both ends have QEMU 8.2 or later",
-				"is suspended, and QEMU %d.%d forgets that of a VM which moves, so that nothing could wake it up", old.Major, old.Minor)
+			r.add("wake it up (`system_wakeup` in QEMU's monitor), or move it once both ends "+
+				"have QEMU 8.2 or later",
+				"is suspended, and QEMU %d.%d forgets that of a VM which moves, so that nothing "+
+					"could wake it up", old.Major, old.Minor)
 		}
 	case !Standing(status):
 		why, ok := stuck[status]
 		if !ok {
-			why = Reason{"is in a state that vacate does not know", "have it run: `cont` in QEMU's monitor"}
+			why = Reason{"is in a state that vacate does not know",
+				"have it run: `cont` in QEMU's monitor"}
 		}
 		r.add(why.Remedy, "%s (%s)", why.Text, status)
 	}
@@ -74,14 +88,16 @@ func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 // ErrInactive is wrapped by the error of disks that QEMU does not take hold of again.
 var ErrInactive = errors.New("QEMU does not take hold of the VM's disks again")
 
-// Activate has a QEMU whose VM stands take hold of its disks again, if it gave them up, as it does when its devices are saved. `cont` does that,
-// too, and has the guest run. Where another QEMU has their locks, the error wraps ErrInactive.
+// Activate has a QEMU whose VM stands take hold of its disks again, if it gave them up, as it does
+// when its devices are saved. `cont` does that, too, and has the guest run. Where another QEMU has
+// their locks, the error wraps ErrInactive.
 func Activate(ctx context.Context, q *qmp.Client) error {
 	var blocks []blockInfo
 	if err := q.Run(ctx, "query-block", nil, &blocks); err != nil {
 		return err
 	}
-	blocks = slices.DeleteFunc(blocks, func(b blockInfo) bool { return b.QDev == "" || b.Inserted == nil })
+	blocks = slices.DeleteFunc(blocks,
+		func(b blockInfo) bool { return b.QDev == "" || b.Inserted == nil })
 	if len(blocks) == 0 {
 		return nil
 	}
@@ -99,8 +115,9 @@ func Activate(ctx context.Context, q *qmp.Client) error {
 	return err
 }
 
-// activate is Activate with QEMU before 10.0, which does not tell, and has no command for it. It activates a node that is to be exported ahead
-// of all else (blk_exp_add in its block/export/export.c): without an NBD server nothing more comes of that.
+// activate is Activate with QEMU before 10.0, which does not tell, and has no command for it. It
+// activates a node that is to be exported ahead of all else (blk_exp_add in its
+// block/export/export.c): without an NBD server nothing more comes of that.
 func activate(ctx context.Context, q *qmp.Client, blocks []blockInfo) error {
 	var g edges
 	if err := q.Run(ctx, "x-debug-query-block-graph", nil, &g); err != nil {
@@ -118,7 +135,8 @@ func activate(ctx context.Context, q *qmp.Client, blocks []blockInfo) error {
 		if active[b.Inserted.Node] {
 			continue
 		}
-		err := q.Run(ctx, "block-export-add", map[string]any{"type": "nbd", "id": id, "node-name": b.Inserted.Node}, nil)
+		err := q.Run(ctx, "block-export-add",
+			map[string]any{"type": "nbd", "id": id, "node-name": b.Inserted.Node}, nil)
 		if err == nil {
 			err = q.Run(ctx, "block-export-del", map[string]any{"id": id, "mode": "hard"}, nil)
 		}

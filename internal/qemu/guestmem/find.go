@@ -109,12 +109,14 @@ type finding struct {
 
 // find does what Find says. It does not search blocks whose place is known already.
 func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Block, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, findLimit, fmt.Errorf("it took longer than %v", findLimit))
+	ctx, cancel := context.WithTimeoutCause(ctx, findLimit,
+		fmt.Errorf("it took longer than %v", findLimit))
 	defer cancel()
 	wanted := make(map[string]Extent, len(blocks))
 	for _, b := range blocks {
 		_, twice := wanted[b.Name]
-		if twice || b.Name == "" || len(b.Name) >= nameSize || strings.ContainsRune(b.Name, 0) || b.Size > 1<<52 ||
+		if twice || b.Name == "" || len(b.Name) >= nameSize || strings.ContainsRune(b.Name, 0) ||
+			b.Size > 1<<52 ||
 			b.Total > 1<<52 || b.PageSize < units.PageSize || bits.OnesCount64(b.PageSize) != 1 {
 			return nil, fmt.Errorf("no such block can be found: %+v", b)
 		}
@@ -145,7 +147,8 @@ func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Bloc
 		err = fmt.Errorf("none of its heap's %d MiB tells where memory %q lies", searched>>20, none)
 	}
 	if several != nil {
-		err = errors.Join(err, fmt.Errorf("its heap tells several places where memory %q lies", several))
+		err = errors.Join(err,
+			fmt.Errorf("its heap tells several places where memory %q lies", several))
 	}
 	if err != nil {
 		return nil, err
@@ -158,7 +161,8 @@ func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Bloc
 
 // block is b at the place that r tells.
 func (p image) block(b Extent, r finding) Block {
-	out := Block{Name: b.Name, Size: b.Size, Total: r.max, PageSize: b.PageSize, HVA: r.host, Located: true}
+	out := Block{Name: b.Name, Size: b.Size, Total: r.max, PageSize: b.PageSize, HVA: r.host,
+		Located: true}
 	out.Kind = covering(p.vmas, r.host, r.host+out.space())
 	return out
 }
@@ -170,14 +174,17 @@ func apart(blocks []Block, records map[string][]finding) error {
 	})
 	for i, b := range byPlace {
 		if i > 0 && byPlace[i-1].HVA+byPlace[i-1].space() > b.HVA {
-			return fmt.Errorf("its heap tells one place where memory %q and %q lie", byPlace[i-1].Name, b.Name)
+			return fmt.Errorf("its heap tells one place where memory %q and %q lie",
+				byPlace[i-1].Name, b.Name)
 		}
 	}
 	for _, b := range blocks {
 		at := records[b.Name][0].at
-		n, _ := slices.BinarySearchFunc(byPlace, at, func(b Block, at uint64) int { return cmp.Compare(b.HVA, at+1) })
+		n, _ := slices.BinarySearchFunc(byPlace, at,
+			func(b Block, at uint64) int { return cmp.Compare(b.HVA, at+1) })
 		if n > 0 && at < byPlace[n-1].HVA+byPlace[n-1].space() {
-			return fmt.Errorf("what tells where memory %q lies is in the guest's own memory %q", b.Name, byPlace[n-1].Name)
+			return fmt.Errorf("what tells where memory %q lies is in the guest's own memory %q",
+				b.Name, byPlace[n-1].Name)
 		}
 	}
 	return nil
@@ -185,7 +192,8 @@ func apart(blocks []Block, records map[string][]finding) error {
 
 // search calls each for every struct in QEMU's heap that fits a wanted block. It returns how many
 // bytes it read.
-func (p image) search(ctx context.Context, wanted map[string]Extent, known []Block, each func(finding)) (uint64, error) {
+func (p image) search(ctx context.Context, wanted map[string]Extent, known []Block,
+	each func(finding)) (uint64, error) {
 	const window = 1 << 20
 	// A struct that begins in a window is read with it to its end.
 	const more = (recordSize + units.PageSize - 1) / units.PageSize * units.PageSize
@@ -204,10 +212,13 @@ func (p image) search(ctx context.Context, wanted map[string]Extent, known []Blo
 				return searched, err
 			}
 			if searched += n; searched > maxHeap {
-				return searched, fmt.Errorf("its heap has more than %d GiB: no search for where its memory lies", maxHeap>>30)
+				return searched,
+					fmt.Errorf("its heap has more than %d GiB: no search for where its memory lies",
+						maxHeap>>30)
 			}
 			if ctx.Err() != nil {
-				return searched, fmt.Errorf("search its heap for where its memory lies: %w", context.Cause(ctx))
+				return searched, fmt.Errorf("search its heap for where its memory lies: %w",
+					context.Cause(ctx))
 			}
 			for i := 0; n > 0 && i < window && i+recordSize <= len(part); i += recordStep {
 				if !begins[part[i+recordName]] {
@@ -224,7 +235,8 @@ func (p image) search(ctx context.Context, wanted map[string]Extent, known []Blo
 }
 
 // fill reads the pages that are there; the others are zero, and reading them could make the process
-// grow. there is for its own use. It returns how many bytes it read; dst is undefined if there are none.
+// grow. there is for its own use. It returns how many bytes it read; dst is undefined if there are
+// none.
 func (p image) fill(dst []byte, at uint64, there []uint64) (uint64, error) {
 	pages := uint64(len(dst) / units.PageSize)
 	clear(there)
@@ -264,7 +276,10 @@ func heap(vmas []vma, known []Block) []span {
 	var spans []span
 	for _, v := range vmas {
 		if !v.read || !v.write || v.exec || v.shared || v.inode != 0 ||
-			slices.ContainsFunc(known, func(b Block) bool { return b.Located && v.start < b.HVA+b.space() && b.HVA < v.end }) {
+			slices.ContainsFunc(known,
+				func(b Block) bool {
+					return b.Located && v.start < b.HVA+b.space() && b.HVA < v.end
+				}) {
 			continue
 		}
 		if n := len(spans); n > 0 && spans[n-1].end == v.start {
@@ -309,7 +324,10 @@ func (p image) bearsOut(r finding, pageSize uint64) bool {
 	if covering(p.vmas, r.host, r.host+size) == Unknown {
 		return false
 	}
-	private := func(v vma) bool { return v.read && v.write && !v.shared && v.start <= r.link && r.link+8 <= v.end }
+	private := func(v vma) bool {
+		return v.read && v.write && !v.shared && v.start <= r.link && r.link+8 <= v.end
+	}
 	var back [8]byte
-	return slices.ContainsFunc(p.vmas, private) && p.read(back[:], r.link) == nil && binary.LittleEndian.Uint64(back[:]) == r.at
+	return slices.ContainsFunc(p.vmas, private) && p.read(back[:], r.link) == nil &&
+		binary.LittleEndian.Uint64(back[:]) == r.at
 }

@@ -30,8 +30,9 @@ func qemus(t *testing.T) map[string]string {
 	return all
 }
 
-// TestFind finds all blocks of real QEMUs in their heaps. Where QEMU tells the addresses, the heap's
-// are the same; where it does not, Attach has all of them from there. A ROM's bytes are its file's.
+// TestFind finds all blocks of real QEMUs in their heaps. Where QEMU tells the addresses, the
+// heap's are the same; where it does not, Attach has all of them from there. A ROM's bytes are its
+// file's.
 func TestFind(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: starts several QEMUs")
@@ -48,10 +49,13 @@ func TestFind(t *testing.T) {
 	net := []string{"-device", "virtio-net-pci,romfile=" + file, "-device", "virtio-net-pci"}
 	for version, binary := range qemus(t) {
 		for name, args := range map[string][]string{
-			"pc":       append([]string{"-M", "pc", "-m", "128M", "-vga", "std", "-device", "VGA", "-device", "virtio-balloon-pci"}, net...),
-			"q35 -S":   append([]string{"-M", "q35", "-m", "3G", "-vga", "std", "-S"}, net...),
-			"memfd":    append(append(backend("memfd", "128M", ",share=on"), "-vga", "std"), net...),
-			"incoming": append([]string{"-M", "pc", "-m", "128M", "-S", "-incoming", "defer"}, net...),
+			"pc": append([]string{"-M", "pc", "-m", "128M", "-vga", "std", "-device", "VGA",
+				"-device", "virtio-balloon-pci"}, net...),
+			"q35 -S": append([]string{"-M", "q35", "-m", "3G", "-vga", "std", "-S"}, net...),
+			"memfd": append(append(backend("memfd", "128M", ",share=on"), "-vga", "std"),
+				net...),
+			"incoming": append([]string{"-M", "pc", "-m", "128M", "-S", "-incoming", "defer"},
+				net...),
 		} {
 			t.Run(version+" "+name, func(t *testing.T) {
 				v := startAs(t, binary, args...)
@@ -82,7 +86,8 @@ func TestFind(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				t.Logf("found %d blocks in %v; QEMU has %d MiB", len(found), time.Since(start), before>>20)
+				t.Logf("found %d blocks in %v; QEMU has %d MiB", len(found), time.Since(start),
+					before>>20)
 				if strings.HasSuffix(name, "-S") && v.rss(t) > before {
 					t.Errorf("the search made QEMU grow from %d to %d bytes", before, v.rss(t))
 				}
@@ -99,23 +104,28 @@ func TestFind(t *testing.T) {
 						told++
 					}
 					// One that waits for a VM may leave its ROMs empty.
-					if strings.HasSuffix(b.Name, "/virtio-net-pci.rom") && b.Size == uint64(len(rom)) {
+					if strings.HasSuffix(b.Name, "/virtio-net-pci.rom") &&
+						b.Size == uint64(len(rom)) {
 						seen = true
 						got := make([]byte, len(rom))
-						if err := m.Read(got, i, 0); err != nil || name != "incoming" && !bytes.Equal(got, rom) {
+						if err := m.Read(got, i, 0); err != nil ||
+							name != "incoming" && !bytes.Equal(got, rom) {
 							t.Errorf("%s is not what its file holds: %v", b.Name, err)
 						}
 					}
 				}
 				if v.Version().Major >= 10 && told != len(found) || !seen {
-					t.Errorf("QEMU told of %d of %d blocks: this compares too little", told, len(found))
+					t.Errorf("QEMU told of %d of %d blocks: this compares too little", told,
+						len(found))
 				}
 				// What is not so is refused, and by name.
 				for _, wrong := range []Extent{
-					{"pc.rom", 64 << 10, 0, units.PageSize}, {"pc.rom", 128 << 10, 1 << 30, units.PageSize},
+					{"pc.rom", 64 << 10, 0, units.PageSize},
+					{"pc.rom", 128 << 10, 1 << 30, units.PageSize},
 					{"pc.rom", 128 << 10, 0, 2 << 20}, {"no.rom", 128 << 10, 0, units.PageSize},
 				} {
-					if _, err := Find(t.Context(), m.PID(), []Extent{wrong}); err == nil || !strings.Contains(err.Error(), wrong.Name) {
+					if _, err := Find(t.Context(), m.PID(), []Extent{wrong}); err == nil ||
+						!strings.Contains(err.Error(), wrong.Name) {
 						t.Errorf("%+v: %v", wrong, err)
 					}
 				}

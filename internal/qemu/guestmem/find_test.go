@@ -86,21 +86,26 @@ const (
 func qemu() (*memory, ramblock, ramblock, []Extent) {
 	p := &memory{
 		vmas: []vma{
-			{start: testData, end: testData + 0x1000, read: true, write: true, inode: 7, path: "/qemu"},
+			{start: testData, end: testData + 0x1000, read: true, write: true, inode: 7,
+				path: "/qemu"},
 			{start: testHeap, end: testHeap + 3<<20, read: true, write: true, path: "[heap]"},
 			{start: testRAM, end: testRAM + 16<<20, read: true, write: true},
 			{start: testRAM + 16<<20, end: testRAM + 16<<20 + 0x1000},
 			{start: testROM, end: testROM + 0x10000, read: true, write: true},
 			{start: testROM + 0x10000, end: testROM + 0x11000},
 		},
-		data: map[uint64][]byte{testData: make([]byte, 0x1000), testHeap: make([]byte, 3<<20), testRAM: make([]byte, 16<<20)},
+		data: map[uint64][]byte{testData: make([]byte, 0x1000), testHeap: make([]byte, 3<<20),
+			testRAM: make([]byte, 16<<20)},
 	}
 	// The second lies across the border of two windows, and of two pages.
-	ram := ramblock{at: testHeap + 0x1230, host: testRAM, used: 16 << 20, max: 16 << 20, page: units.PageSize, link: testData + 0x100, name: "pc.ram"}
-	rom := ramblock{at: testHeap + 1<<20 - 64, host: testROM, used: 0x2000, max: 0x10000, page: units.PageSize, link: ram.at + recordLink - 8, name: "/rom@etc/acpi/tables"}
+	ram := ramblock{at: testHeap + 0x1230, host: testRAM, used: 16 << 20, max: 16 << 20,
+		page: units.PageSize, link: testData + 0x100, name: "pc.ram"}
+	rom := ramblock{at: testHeap + 1<<20 - 64, host: testROM, used: 0x2000, max: 0x10000,
+		page: units.PageSize, link: ram.at + recordLink - 8, name: "/rom@etc/acpi/tables"}
 	p.add(ram)
 	p.add(rom)
-	return p, ram, rom, []Extent{{"pc.ram", 16 << 20, 16 << 20, units.PageSize}, {"/rom@etc/acpi/tables", 0x2000, 0, units.PageSize}}
+	return p, ram, rom, []Extent{{"pc.ram", 16 << 20, 16 << 20, units.PageSize},
+		{"/rom@etc/acpi/tables", 0x2000, 0, units.PageSize}}
 }
 
 // What a heap holds may be old, somebody else's or made by a guest: nothing but the truth is taken.
@@ -110,7 +115,9 @@ func TestFindDoubts(t *testing.T) {
 		err   string // "": both are found
 	}{
 		"nothing": {func(*memory, *ramblock, *ramblock, []Extent) {}, ""},
-		"freed: another is where the list went on": {func(p *memory, _, rom *ramblock, _ []Extent) { p.put(rom.link, rom.at+8) }, "none"},
+		"freed: another is where the list went on": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			p.put(rom.link, rom.at+8)
+		}, "none"},
 		"freed, and its memory's copy elsewhere": {func(p *memory, ram, rom *ramblock, _ []Extent) {
 			old := *rom
 			old.at, old.link = testHeap+0x20000, ram.at+recordLink-8
@@ -122,20 +129,56 @@ func TestFindDoubts(t *testing.T) {
 			twin.at, twin.link = testHeap+0x20000, testHeap+0x30000
 			p.add(twin)
 		}, "several places"},
-		"another name":           {func(p *memory, _, _ *ramblock, w []Extent) { w[1].Name = "/rom@etc/acpi/table" }, "none"},
-		"name goes on":           {func(p *memory, _, rom *ramblock, _ []Extent) { rom.name += "\x00x"; p.add(*rom) }, "none"},
-		"name without end":       {func(p *memory, _, rom *ramblock, _ []Extent) { rom.name = strings.Repeat("x", 256); p.add(*rom) }, "none"},
-		"another length":         {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Size = 0x3000 }, "none"},
-		"another total":          {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Total = 0x20000 }, "none"},
-		"shorter than in use":    {func(p *memory, _, rom *ramblock, _ []Extent) { rom.max = 0x1000; p.add(*rom) }, "none"},
-		"larger than its place":  {func(p *memory, _, rom *ramblock, _ []Extent) { rom.max = 0x20000; p.add(*rom) }, "none"},
-		"boundless":              {func(p *memory, _, rom *ramblock, _ []Extent) { rom.max = ^uint64(0); p.add(*rom) }, "none"},
-		"another page size":      {func(_ *memory, _, _ *ramblock, w []Extent) { w[0].PageSize = 2 << 20 }, "none"},
-		"in the midst of memory": {func(p *memory, _, rom *ramblock, _ []Extent) { rom.host = testRAM + 0x10000; p.add(*rom) }, "none"},
-		"not whole pages":        {func(p *memory, _, rom *ramblock, _ []Extent) { rom.host += 8; p.add(*rom) }, "none"},
-		"nowhere":                {func(p *memory, _, rom *ramblock, _ []Extent) { rom.host = 0; p.add(*rom) }, "none"},
-		"unreadable":             {func(p *memory, _, _ *ramblock, _ []Extent) { p.vmas[4].read = false }, "none"},
-		"listed from nowhere":    {func(p *memory, _, rom *ramblock, _ []Extent) { p.put(rom.at+recordLink, 0x1000) }, "none"},
+		"another name": {func(p *memory, _, _ *ramblock, w []Extent) {
+			w[1].Name = "/rom@etc/acpi/table"
+		}, "none"},
+		"name goes on": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.name += "\x00x"
+			p.add(*rom)
+		}, "none"},
+		"name without end": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.name = strings.Repeat("x", 256)
+			p.add(*rom)
+		}, "none"},
+		"another length": {func(_ *memory, _, _ *ramblock, w []Extent) {
+			w[1].Size = 0x3000
+		}, "none"},
+		"another total": {func(_ *memory, _, _ *ramblock, w []Extent) {
+			w[1].Total = 0x20000
+		}, "none"},
+		"shorter than in use": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.max = 0x1000
+			p.add(*rom)
+		}, "none"},
+		"larger than its place": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.max = 0x20000
+			p.add(*rom)
+		}, "none"},
+		"boundless": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.max = ^uint64(0)
+			p.add(*rom)
+		}, "none"},
+		"another page size": {func(_ *memory, _, _ *ramblock, w []Extent) {
+			w[0].PageSize = 2 << 20
+		}, "none"},
+		"in the midst of memory": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.host = testRAM + 0x10000
+			p.add(*rom)
+		}, "none"},
+		"not whole pages": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.host += 8
+			p.add(*rom)
+		}, "none"},
+		"nowhere": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			rom.host = 0
+			p.add(*rom)
+		}, "none"},
+		"unreadable": {func(p *memory, _, _ *ramblock, _ []Extent) {
+			p.vmas[4].read = false
+		}, "none"},
+		"listed from nowhere": {func(p *memory, _, rom *ramblock, _ []Extent) {
+			p.put(rom.at+recordLink, 0x1000)
+		}, "none"},
 		"listed from the guest's shared memory": {func(p *memory, _, rom *ramblock, _ []Extent) {
 			p.vmas[2].shared = true
 			rom.link = testRAM + 0x100
@@ -151,12 +194,19 @@ func TestFindDoubts(t *testing.T) {
 			rom.at, rom.link = testRAM+0x5000, testRAM+0x100
 			p.add(*rom)
 		}, "guest's own memory"},
-		"no such block":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Name = "" }, "no such block"},
-		"asked twice":    {func(_ *memory, _, _ *ramblock, w []Extent) { w[1] = w[0] }, "no such block"},
-		"odd page size":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 3 * units.PageSize }, "no such block"},
-		"no page size":   {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 0 }, "no such block"},
-		"beyond reason":  {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Size = 1 << 60 }, "no such block"},
-		"a heap in code": {func(p *memory, _, _ *ramblock, _ []Extent) { p.vmas[1].exec = true }, "none"},
+		"no such block": {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Name = "" },
+			"no such block"},
+		"asked twice": {func(_ *memory, _, _ *ramblock, w []Extent) { w[1] = w[0] },
+			"no such block"},
+		"odd page size": {func(_ *memory, _, _ *ramblock, w []Extent) {
+			w[1].PageSize = 3 * units.PageSize
+		}, "no such block"},
+		"no page size": {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].PageSize = 0 },
+			"no such block"},
+		"beyond reason": {func(_ *memory, _, _ *ramblock, w []Extent) { w[1].Size = 1 << 60 },
+			"no such block"},
+		"a heap in code": {func(p *memory, _, _ *ramblock, _ []Extent) { p.vmas[1].exec = true },
+			"none"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, ram, rom, want := qemu()
@@ -166,14 +216,17 @@ func TestFindDoubts(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Fatalf("%+v, %v", got, err)
 				}
-				if c.err != "no such block" && !strings.Contains(err.Error(), want[0].Name) && !strings.Contains(err.Error(), want[1].Name) {
+				if c.err != "no such block" && !strings.Contains(err.Error(), want[0].Name) &&
+					!strings.Contains(err.Error(), want[1].Name) {
 					t.Errorf("it names no block: %v", err)
 				}
 				return
 			}
 			wanted := []Block{
-				{Name: "pc.ram", Size: 16 << 20, Total: 16 << 20, PageSize: units.PageSize, HVA: testRAM, Located: true, Kind: Anonymous},
-				{Name: "/rom@etc/acpi/tables", Size: 0x2000, Total: 0x10000, PageSize: units.PageSize, HVA: testROM, Located: true, Kind: Anonymous},
+				{Name: "pc.ram", Size: 16 << 20, Total: 16 << 20, PageSize: units.PageSize,
+					HVA: testRAM, Located: true, Kind: Anonymous},
+				{Name: "/rom@etc/acpi/tables", Size: 0x2000, Total: 0x10000,
+					PageSize: units.PageSize, HVA: testROM, Located: true, Kind: Anonymous},
 			}
 			if err != nil || !slices.Equal(got, wanted) {
 				t.Errorf("%+v, %v", got, err)
@@ -185,7 +238,8 @@ func TestFindDoubts(t *testing.T) {
 // A search reads neither what is known to be the guest's nor what is not there, and ends in time.
 func TestFindReads(t *testing.T) {
 	p, _, _, want := qemu()
-	known := []Block{{Name: "pc.ram", HVA: testRAM, Total: 16 << 20, PageSize: units.PageSize, Located: true}}
+	known := []Block{{Name: "pc.ram", HVA: testRAM, Total: 16 << 20, PageSize: units.PageSize,
+		Located: true}}
 	if _, err := p.image().find(t.Context(), want, known); err != nil {
 		t.Fatal(err)
 	}
@@ -218,7 +272,8 @@ func FuzzMatch(f *testing.F) {
 		}
 		w := Extent{name, size, total, units.PageSize << (huge % 32)}
 		r, ok := match(b[:recordSize], map[string]Extent{name: w})
-		if ok && (r.name != name || r.host == 0 || r.host%w.PageSize != 0 || r.max < size || r.max > 1<<52 || total != 0 && r.max != total) {
+		if ok && (r.name != name || r.host == 0 || r.host%w.PageSize != 0 || r.max < size ||
+			r.max > 1<<52 || total != 0 && r.max != total) {
 			t.Errorf("%+v for %+v", r, w)
 		}
 	})

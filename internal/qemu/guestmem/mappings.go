@@ -5,7 +5,8 @@ import (
 	"slices"
 )
 
-// ParseBlocks reads the answer to HMP "info ramblock": the blocks that QEMU migrates, in its order. Where they lie is not told.
+// ParseBlocks reads the answer to HMP "info ramblock": the blocks that QEMU migrates, in its order.
+// Where they lie is not told.
 func ParseBlocks(text string) ([]Block, error) {
 	listed, err := parseRAMBlocks(text)
 	if err != nil {
@@ -28,7 +29,8 @@ func (m *Memory) Map(mappings []Mapping) error {
 	rows := make([]mapped, len(mappings))
 	end := uint64(0)
 	for i, p := range mappings {
-		if p.Block < 0 || p.Block >= len(m.blocks) || p.GPA < end || p.GPA >= 1<<52 || p.Size == 0 || p.Size >= 1<<52 || p.Offset >= 1<<52 {
+		if p.Block < 0 || p.Block >= len(m.blocks) || p.GPA < end || p.GPA >= 1<<52 ||
+			p.Size == 0 || p.Size >= 1<<52 || p.Offset >= 1<<52 {
 			return fmt.Errorf("map guest memory: bad row at %#x", p.GPA)
 		}
 		end = p.GPA + p.Size

@@ -107,7 +107,9 @@ type backing struct {
 // notice. Blocks that QEMU does not migrate are left out.
 func Attach(ctx context.Context, c *qmp.Client) (*Memory, error) {
 	if os.Getpagesize() != units.PageSize {
-		return nil, fmt.Errorf("attach to guest memory: host pages of %d bytes: only %d is supported", os.Getpagesize(), units.PageSize)
+		return nil,
+			fmt.Errorf("attach to guest memory: host pages of %d bytes: only %d is supported",
+				os.Getpagesize(), units.PageSize)
 	}
 	m, err := attach(ctx, c)
 	if err != nil {
@@ -174,9 +176,10 @@ func attach(ctx context.Context, c *qmp.Client) (_ *Memory, err error) {
 	return m, nil
 }
 
-// findOthers looks in QEMU's heap for the blocks that QEMU does not tell the place of. The heap tells
-// of the others as well, so that both must agree. What is not found then stays so.
-func (m *Memory) findOthers(ctx context.Context, listed []ramBlock, rows []row, hvas []uint64, vmas []vma) error {
+// findOthers looks in QEMU's heap for the blocks that QEMU does not tell the place of. The heap
+// tells of the others as well, so that both must agree. What is not found then stays so.
+func (m *Memory) findOthers(ctx context.Context, listed []ramBlock, rows []row, hvas []uint64,
+	vmas []vma) error {
 	extents := make([]Extent, len(listed))
 	for i, b := range listed {
 		extents[i] = Extent{b.name, b.used, b.total, b.pageSize}
@@ -190,7 +193,8 @@ func (m *Memory) findOthers(ctx context.Context, listed []ramBlock, rows []row, 
 	told := slices.Clone(listed)
 	for i, b := range found {
 		if was := m.blocks[i]; was.Located && was.HVA != b.HVA {
-			err = fmt.Errorf("QEMU says that memory %q lies at %#x, and its heap says %#x", b.Name, was.HVA, b.HVA)
+			err = fmt.Errorf("QEMU says that memory %q lies at %#x, and its heap says %#x", b.Name,
+				was.HVA, b.HVA)
 		}
 		told[i].hva = b.HVA
 	}
@@ -245,7 +249,8 @@ func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
 		if !b.Located {
 			continue
 		}
-		if b.PageSize == 0 || b.Size > b.Total || b.Total > 1<<62 || covering(vmas, b.HVA, b.HVA+b.space()) != b.Kind {
+		if b.PageSize == 0 || b.Size > b.Total || b.Total > 1<<62 ||
+			covering(vmas, b.HVA, b.HVA+b.space()) != b.Kind {
 			return nil, fmt.Errorf("block %s is not where it was", b.Name)
 		}
 		if err := m.open(i, vmas); err != nil {
@@ -298,7 +303,8 @@ func (m *Memory) mayRead(vmas []vma) error {
 // hostAddresses asks QEMU where the rows lie in its address space; 0 for one that is gone
 // since. Each question costs a turn of a main loop that a busy guest makes wait: where only
 // one block bears the region's name, its first row tells of the others.
-func hostAddresses(ctx context.Context, c *qmp.Client, listed []ramBlock, rows []row) ([]uint64, error) {
+func hostAddresses(ctx context.Context, c *qmp.Client, listed []ramBlock,
+	rows []row) ([]uint64, error) {
 	bearers := map[string]int{}
 	for _, b := range listed {
 		bearers[b.name[strings.LastIndexByte(b.name, '/')+1:]]++
@@ -318,7 +324,8 @@ func hostAddresses(ctx context.Context, c *qmp.Client, listed []ramBlock, rows [
 		asking.Go(func() {
 			text, err := c.HMP(ctx, fmt.Sprintf("gpa2hva %#x", rows[i].gpa))
 			errs[n] = err
-			hvas[i], _ = parseGPA2HVA(text, rows[i].gpa, rows[i].region) // gone since: 0 fits no block
+			// gone since: 0 fits no block
+			hvas[i], _ = parseGPA2HVA(text, rows[i].gpa, rows[i].region)
 		})
 	}
 	asking.Wait()
@@ -337,7 +344,8 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 	wrong := make([]bool, len(listed)) // what is said of it does not fit
 	var seen []mapped
 	for i, b := range listed {
-		blocks[i] = Block{Name: b.name, Size: b.used, Total: b.total, PageSize: b.pageSize, HVA: b.hva}
+		blocks[i] = Block{Name: b.name, Size: b.used, Total: b.total, PageSize: b.pageSize,
+			HVA: b.hva}
 	}
 	for i, r := range rows {
 		block := -1
@@ -418,7 +426,8 @@ func covering(vmas []vma, start, end uint64) Kind {
 			return Unknown
 		}
 		v := vmas[i]
-		if !v.read || v.shared != first.shared || v.inode != first.inode || v.major != first.major || v.minor != first.minor ||
+		if !v.read || v.shared != first.shared || v.inode != first.inode ||
+			v.major != first.major || v.minor != first.minor ||
 			v.inode != 0 && v.offset != first.offset+(at-start) {
 			return Unknown
 		}
@@ -451,7 +460,8 @@ func (m *Memory) open(i int, vmas []vma) error {
 		f = nil // every page then counts as populated
 	}
 	hugetlb, tmpfs := fsinfo.Type == unix.HUGETLBFS_MAGIC, fsinfo.Type == unix.TMPFS_MAGIC
-	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: hugetlb, tmpfs: tmpfs, unnamed: f != nil && info.Nlink == 0 && (hugetlb || tmpfs)}
+	m.backing[i] = backing{file: f, offset: int64(v.offset), hugetlb: hugetlb, tmpfs: tmpfs,
+		unnamed: f != nil && info.Nlink == 0 && (hugetlb || tmpfs)}
 	return nil
 }
 
@@ -467,7 +477,8 @@ func (m *Memory) mappedFile(v vma) (*os.File, error) {
 	for _, n := range names {
 		path := dir + "/" + n.Name()
 		var st unix.Stat_t
-		if unix.Stat(path, &st) == nil && st.Ino == v.inode && unix.Major(st.Dev) == v.major && unix.Minor(st.Dev) == v.minor {
+		if unix.Stat(path, &st) == nil && st.Ino == v.inode && unix.Major(st.Dev) == v.major &&
+			unix.Minor(st.Dev) == v.minor {
 			return os.Open(path)
 		}
 	}
@@ -482,7 +493,8 @@ func (m *Memory) explain(err error) error {
 	case !m.alive() || errors.Is(err, unix.ESRCH):
 		return fmt.Errorf("%w (pid %d): %w", ErrGone, m.pid, err)
 	case errors.Is(err, fs.ErrPermission): // EPERM and EACCES
-		return fmt.Errorf("%w: may not read the memory of qemu (pid %d): run as root or with CAP_SYS_PTRACE, or as qemu's user with kernel.yama.ptrace_scope=0", err, m.pid)
+		return fmt.Errorf("%w: may not read the memory of qemu (pid %d): run as root or with "+
+			"CAP_SYS_PTRACE, or as qemu's user with kernel.yama.ptrace_scope=0", err, m.pid)
 	}
 	return err
 }

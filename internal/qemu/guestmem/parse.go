@@ -29,7 +29,8 @@ type ramBlock struct {
 	hva         uint64 // of QEMU 10.0 and later, else 0
 }
 
-var ramBlockRow = regexp.MustCompile(`^ *(.*?) +(\d+) ([KMG]?i?)B +0x[0-9a-f]{16} +0x([0-9a-f]{16}) +0x([0-9a-f]{16})(?: +0x([0-9a-f]{16}) +\S+)?$`)
+var ramBlockRow = regexp.MustCompile(
+	`^ *(.*?) +(\d+) ([KMG]?i?)B +0x[0-9a-f]{16} +0x([0-9a-f]{16}) +0x([0-9a-f]{16})(?: +0x([0-9a-f]{16}) +\S+)?$`)
 
 func parseRAMBlocks(text string) ([]ramBlock, error) {
 	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
@@ -84,7 +85,8 @@ type row struct {
 
 // flatRow is a row of HMP "info mtree -f" (mtree_print_flatview in QEMU's
 // memory.c). Under KVM, QEMU adds the accelerator's name to rows it knows.
-var flatRow = regexp.MustCompile(`^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:nv-)?(.*?)\): (.*?)(?: @([0-9a-f]{16}))?(?: KVM)?$`)
+var flatRow = regexp.MustCompile(
+	`^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:nv-)?(.*?)\): (.*?)(?: @([0-9a-f]{16}))?(?: KVM)?$`)
 
 // parseMTree returns the rows of the address space "memory" that RAM backs:
 // "ram", "rom" and "romd", but not "ramd", which is a device's memory.
@@ -118,7 +120,8 @@ func parseMTree(text string) ([]row, error) {
 			if len(rows) == maxRows {
 				return nil, fmt.Errorf("read memory map: more than %d rows", maxRows)
 			}
-			rows = append(rows, row{gpa: start, size: last - start + 1, offset: offset, region: f[4]})
+			rows = append(rows,
+				row{gpa: start, size: last - start + 1, offset: offset, region: f[4]})
 		}
 	}
 	if !found {
@@ -127,7 +130,8 @@ func parseMTree(text string) ([]row, error) {
 	return rows, nil
 }
 
-var gpa2hvaLine = regexp.MustCompile(`^Host virtual address for 0x([0-9a-f]{1,16}) \((.*)\) is 0x([0-9a-f]{1,16})\n?$`)
+var gpa2hvaLine = regexp.MustCompile(
+	`^Host virtual address for 0x([0-9a-f]{1,16}) \((.*)\) is 0x([0-9a-f]{1,16})\n?$`)
 
 // parseGPA2HVA reads the answer to HMP "gpa2hva"; false if the guest has no RAM there.
 func parseGPA2HVA(text string, gpa uint64, region string) (hva uint64, ok bool) {
@@ -162,7 +166,8 @@ func parseMaps(r io.Reader) ([]vma, error) {
 		if len(f) < 5 || len(f[1]) != 4 {
 			return nil, fmt.Errorf("read process maps: unknown row %.120q", line)
 		}
-		v := vma{read: f[1][0] == 'r', write: f[1][1] == 'w', exec: f[1][2] == 'x', shared: f[1][3] == 's'}
+		v := vma{read: f[1][0] == 'r', write: f[1][1] == 'w', exec: f[1][2] == 'x',
+			shared: f[1][3] == 's'}
 		var bad error
 		num := func(s string, base, bits int) uint64 {
 			n, err := strconv.ParseUint(s, base, bits)
@@ -191,7 +196,8 @@ func parseMaps(r io.Reader) ([]vma, error) {
 	return vmas, nil
 }
 
-// parseUnreserved reads /proc/PID/smaps: for each mapping, by its start, whether it was made without setting memory aside.
+// parseUnreserved reads /proc/PID/smaps: for each mapping, by its start, whether it was made
+// without setting memory aside.
 func parseUnreserved(r io.Reader) (map[uint64]bool, error) {
 	lax := map[uint64]bool{}
 	var start uint64

@@ -72,7 +72,8 @@ func summary(tb testing.TB, dir string) []string {
 func TestLocateRecorded(t *testing.T) {
 	for _, dir := range fixtures(t) {
 		if *record {
-			if err := os.WriteFile(filepath.Join(dir, "want"), []byte(strings.Join(summary(t, dir), "\n")+"\n"), 0o644); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, "want"),
+				[]byte(strings.Join(summary(t, dir), "\n")+"\n"), 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -85,31 +86,53 @@ func TestLocateRecorded(t *testing.T) {
 
 // On 7.2 nothing but a name joins a region to a block, so what contradicts it must undo that.
 func TestLocateDoubts(t *testing.T) {
-	listed := []ramBlock{{name: "pc.ram", pageSize: units.PageSize, used: 0x8000, total: 0x8000}, {name: "0000:00:02.0/vga.vram", pageSize: units.PageSize, used: 0x1800, total: 0x2000}}
-	good := []row{{0, 0x4000, 0, "pc.ram"}, {0x10000, 0x4000, 0x4000, "pc.ram"}, {0x20000, 0x2000, 0, "vga.vram"}}
+	listed := []ramBlock{{name: "pc.ram", pageSize: units.PageSize, used: 0x8000, total: 0x8000},
+		{name: "0000:00:02.0/vga.vram", pageSize: units.PageSize, used: 0x1800, total: 0x2000}}
+	good := []row{{0, 0x4000, 0, "pc.ram"}, {0x10000, 0x4000, 0x4000, "pc.ram"},
+		{0x20000, 0x2000, 0, "vga.vram"}}
 	hvas := []uint64{0x700000, 0x704000, 0x800000}
-	vmas := []vma{{start: 0x700000, end: 0x706000, read: true}, {start: 0x706000, end: 0x708000, read: true}, {start: 0x708000, end: 0x709000}, {start: 0x800000, end: 0x802000, read: true}}
+	vmas := []vma{{start: 0x700000, end: 0x706000, read: true},
+		{start: 0x706000, end: 0x708000, read: true}, {start: 0x708000, end: 0x709000},
+		{start: 0x800000, end: 0x802000, read: true}}
 	for name, tt := range map[string]struct {
 		spoil     func(listed []ramBlock, rows []row, hvas []uint64, vmas []vma)
 		ram, vram bool
 	}{
-		"nothing":               {func([]ramBlock, []row, []uint64, []vma) {}, true, true},
-		"parts apart":           {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[1] += units.PageSize }, false, true},
-		"no answer":             {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[0] = 0 }, false, true},
-		"beyond block":          {func(_ []ramBlock, r []row, _ []uint64, _ []vma) { r[2].size = 0x3000 }, true, false},
-		"not readable":          {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[1].read = false }, false, true},
-		"shared in part":        {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[1].shared = true }, false, true},
-		"mapping too long":      {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].end += units.PageSize }, true, false},
-		"mapping starts before": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) { v[3].start -= units.PageSize }, true, false},
-		"same place":            {func(_ []ramBlock, r []row, h []uint64, _ []vma) { h[2] = 0x706000; r[2].size = 0x2000 }, false, false},
-		"other name":            {func(_ []ramBlock, r []row, _ []uint64, _ []vma) { r[2].region = "a.vram" }, true, false},
+		"nothing": {func([]ramBlock, []row, []uint64, []vma) {}, true, true},
+		"parts apart": {func(_ []ramBlock, _ []row, h []uint64, _ []vma) {
+			h[1] += units.PageSize
+		}, false, true},
+		"no answer": {func(_ []ramBlock, _ []row, h []uint64, _ []vma) { h[0] = 0 },
+			false, true},
+		"beyond block": {func(_ []ramBlock, r []row, _ []uint64, _ []vma) {
+			r[2].size = 0x3000
+		}, true, false},
+		"not readable": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) {
+			v[1].read = false
+		}, false, true},
+		"shared in part": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) {
+			v[1].shared = true
+		}, false, true},
+		"mapping too long": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) {
+			v[3].end += units.PageSize
+		}, true, false},
+		"mapping starts before": {func(_ []ramBlock, _ []row, _ []uint64, v []vma) {
+			v[3].start -= units.PageSize
+		}, true, false},
+		"same place": {func(_ []ramBlock, r []row, h []uint64, _ []vma) {
+			h[2] = 0x706000
+			r[2].size = 0x2000
+		}, false, false},
+		"other name": {func(_ []ramBlock, r []row, _ []uint64, _ []vma) { r[2].region = "a.vram" },
+			true, false},
 		"ambiguous name": {func(l []ramBlock, r []row, _ []uint64, _ []vma) {
 			l[0].name = "x/vga.vram"
 			r[0].region = "y"
 			r[1].region = "y"
 		}, false, false},
 	} {
-		l, r, h, v := append([]ramBlock(nil), listed...), append([]row(nil), good...), append([]uint64(nil), hvas...), append([]vma(nil), vmas...)
+		l, r, h, v := append([]ramBlock(nil), listed...), append([]row(nil),
+			good...), append([]uint64(nil), hvas...), append([]vma(nil), vmas...)
 		tt.spoil(l, r, h, v)
 		blocks, _ := locate(l, r, h, v)
 		if blocks[0].Located != tt.ram || blocks[1].Located != tt.vram {
@@ -123,13 +146,17 @@ func TestParseRefuses(t *testing.T) {
 	row := func(name, psize string, used, total uint64) string {
 		return fmt.Sprintf("%24s %8s  0x%016x 0x%016x 0x%016x\n", name, psize, 0, used, total)
 	}
-	if b, err := parseRAMBlocks(head + row("", "4 KiB", 1, 1) + row("a b", "2 MiB", 1, 2)); err != nil || len(b) != 2 || b[0].name != "" || b[1].name != "a b" || b[1].pageSize != 2<<20 {
+	if b, err := parseRAMBlocks(head + row("", "4 KiB", 1, 1) + row("a b", "2 MiB", 1, 2)); err !=
+		nil || len(b) != 2 || b[0].name != "" || b[1].name != "a b" || b[1].pageSize != 2<<20 {
 		t.Errorf("%+v, %v", b, err)
 	}
 	for _, text := range []string{
-		"", "unknown command: 'info ramblock'\n", head + "x\n", head + row("a", "4 KiB", 2, 1), head + row("a", "3 KiB", 1, 1),
-		head + row("a", "1 KiB", 1, 1), head + row("a", "4 KiB", 1, 1<<60), head + row("a", "4 KiB", 1, 1) + row("a", "4 KiB", 1, 1),
-		head + row("a", "9999999999999999999 GiB", 1, 1), head + row(strings.Repeat("a", 256), "4 KiB", 1, 1),
+		"", "unknown command: 'info ramblock'\n", head + "x\n", head + row("a", "4 KiB", 2, 1),
+		head + row("a", "3 KiB", 1, 1),
+		head + row("a", "1 KiB", 1, 1), head + row("a", "4 KiB", 1, 1<<60),
+		head + row("a", "4 KiB", 1, 1) + row("a", "4 KiB", 1, 1),
+		head + row("a", "9999999999999999999 GiB", 1, 1),
+		head + row(strings.Repeat("a", 256), "4 KiB", 1, 1),
 	} {
 		if b, err := parseRAMBlocks(text); err == nil {
 			t.Errorf("ram blocks %.80q: %+v", text, b)
@@ -140,7 +167,9 @@ func TestParseRefuses(t *testing.T) {
 		"", "FlatView #0\n AS \"I/O\", root: io\n", as + "  nonsense\n", as + as,
 		as + "  0000000000002000-0000000000001fff (prio 0, ram): a\n",
 		as + "  0000000000000000-ffffffffffffffff (prio 0, ram): a\n",
-		as + "  0000000000000000-0000000000001fff (prio 0, ram): a\n  0000000000001000-0000000000001fff (prio 0, ram): a\n",
+		as +
+			"  0000000000000000-0000000000001fff (prio 0, ram): a\n  " +
+			"0000000000001000-0000000000001fff (prio 0, ram): a\n",
 	} {
 		if r, err := parseMTree(text); err == nil {
 			t.Errorf("memory map %q: %+v", text, r)
@@ -172,7 +201,8 @@ func FuzzRAMBlocks(f *testing.F) {
 
 func FuzzLocate(f *testing.F) {
 	for _, dir := range fixtures(f) {
-		f.Add(fixture(f, dir, "ramblock"), fixture(f, dir, "mtree"), fixture(f, dir, "gpa2hva"), fixture(f, dir, "maps"))
+		f.Add(fixture(f, dir, "ramblock"), fixture(f, dir, "mtree"), fixture(f, dir, "gpa2hva"),
+			fixture(f, dir, "maps"))
 	}
 	f.Fuzz(func(t *testing.T, ramblock, mtree, gpa2hva, maps string) {
 		listed, err1 := parseRAMBlocks(ramblock)

@@ -26,7 +26,8 @@ import (
 
 var (
 	record     = flag.Bool("record", false, "record testdata from -qemu instead of testing")
-	qemuBinary = flag.String("qemu", "qemu-system-x86_64", "QEMU to test with, and its first arguments")
+	qemuBinary = flag.String("qemu", "qemu-system-x86_64",
+		"QEMU to test with, and its first arguments")
 )
 
 type vm struct {
@@ -46,7 +47,8 @@ func startAs(tb testing.TB, binary string, args ...string) *vm {
 		tb.Skip("needs qemu-system-x86_64: install the package qemu-system-x86")
 	}
 	sock := filepath.Join(tb.TempDir(), "qmp")
-	args = append(append(first[1:], "-nodefaults", "-display", "none", "-qmp", "unix:"+sock+",server=on,wait=off"), args...)
+	args = append(append(first[1:], "-nodefaults", "-display", "none", "-qmp",
+		"unix:"+sock+",server=on,wait=off"), args...)
 	cmd := exec.Command(first[0], args...)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -55,7 +57,8 @@ func startAs(tb testing.TB, binary string, args ...string) *vm {
 	}
 	tb.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	c, err := qmp.Dial(tb.Context(), sock)
-	for i := 0; i < 500 && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)); i++ {
+	for i := 0; i < 500 && (errors.Is(err, fs.ErrNotExist) ||
+		errors.Is(err, unix.ECONNREFUSED)); i++ {
 		time.Sleep(20 * time.Millisecond) // until QEMU listens
 		c, err = qmp.Dial(tb.Context(), sock)
 	}
@@ -80,7 +83,8 @@ func (v *vm) attach(tb testing.TB) *Memory {
 }
 
 func backend(kind, size, more string) []string {
-	return []string{"-m", size, "-object", "memory-backend-" + kind + ",id=pc.ram,size=" + size + more, "-machine", "memory-backend=pc.ram"}
+	return []string{"-m", size, "-object", "memory-backend-" + kind + ",id=pc.ram,size=" + size +
+		more, "-machine", "memory-backend=pc.ram"}
 }
 
 // rss returns how much memory QEMU has.
@@ -124,7 +128,8 @@ func TestRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	huge := 0
-	if b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"); err == nil {
+	if b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"); err ==
+		nil {
 		huge, _ = strconv.Atoi(strings.TrimSpace(string(b)))
 	}
 	for _, tt := range []struct {
@@ -137,7 +142,8 @@ func TestRead(t *testing.T) {
 		{"memfd", backend("memfd", "5G", ",share=on"), SharedFile},
 		{"private memfd", backend("memfd", "5G", ",share=off"), PrivateFile},
 		{"shared anonymous", backend("ram", "5G", ",share=on"), SharedFile},
-		{"hugetlb", backend("memfd", "5G", ",share=on,hugetlb=on,hugetlbsize=2M,reserve=off"), SharedFile},
+		{"hugetlb", backend("memfd", "5G", ",share=on,hugetlb=on,hugetlbsize=2M,reserve=off"),
+			SharedFile},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.name == "hugetlb" && huge < 16 {
@@ -147,10 +153,12 @@ func TestRead(t *testing.T) {
 			if tt.name == "q35" {
 				low = 2 << 30
 			}
-			addrs := []uint64{1 << 20, 0x1234_5678, low - 4*units.PageSize + 100, 4 << 30, 0x1_2345_6000}
+			addrs := []uint64{1 << 20, 0x1234_5678, low - 4*units.PageSize + 100, 4 << 30,
+				0x1_2345_6000}
 			args := append([]string{"-S"}, tt.args...)
 			for _, a := range addrs {
-				args = append(args, "-device", fmt.Sprintf("loader,file=%s,addr=%#x,force-raw=on", file, a))
+				args = append(args, "-device",
+					fmt.Sprintf("loader,file=%s,addr=%#x,force-raw=on", file, a))
 			}
 			v := start(t, args...)
 			m := v.attach(t)
@@ -159,7 +167,8 @@ func TestRead(t *testing.T) {
 				t.Fatal("no memory at address 0")
 			}
 			b := m.Blocks()[ram]
-			if b.Name != "pc.ram" || b.Size != 5<<30 || !b.Located || b.Kind != tt.kind || (b.PageSize == 2<<20) != (tt.name == "hugetlb") {
+			if b.Name != "pc.ram" || b.Size != 5<<30 || !b.Located || b.Kind != tt.kind ||
+				(b.PageSize == 2<<20) != (tt.name == "hugetlb") {
 				t.Fatalf("block %+v", b)
 			}
 			before := v.shmem(t)
@@ -176,12 +185,14 @@ func TestRead(t *testing.T) {
 				}
 				ranges = append(ranges, Range{block, offset, uint64(len(pattern))})
 				bits := make([]uint64, 1)
-				if err := m.Populated(block, offset/units.PageSize, 4, bits); err != nil || bits[0] != 15 {
+				if err := m.Populated(block, offset/units.PageSize, 4, bits); err != nil ||
+					bits[0] != 15 {
 					t.Errorf("%#x: populated %b, %v", a, bits, err)
 				}
 			}
 			all := make([]byte, len(ranges)*len(pattern))
-			if err := m.ReadRanges(all, ranges); err != nil || !bytes.Equal(all, bytes.Repeat(pattern, len(ranges))) {
+			if err := m.ReadRanges(all, ranges); err != nil ||
+				!bytes.Equal(all, bytes.Repeat(pattern, len(ranges))) {
 				t.Errorf("all ranges at once: wrong content, %v", err)
 			}
 			// Nothing was ever at 2.5 GiB.
@@ -203,7 +214,8 @@ func TestRead(t *testing.T) {
 				if after := v.shmem(t); after != before {
 					t.Errorf("reading made QEMU grow: %s, then %s", before, after)
 				}
-				if err := m.Populated(ram, hole/units.PageSize, 4096, bits); err != nil || bits[0] != 0 && tt.name != "hugetlb" {
+				if err := m.Populated(ram, hole/units.PageSize, 4096, bits); err != nil ||
+					bits[0] != 0 && tt.name != "hugetlb" {
 					t.Error("reading filled a hole")
 				}
 			}
@@ -224,7 +236,8 @@ func TestEqualsDump(t *testing.T) {
 		}
 		m := v.attach(t)
 		dump := filepath.Join(t.TempDir(), "dump")
-		if err := v.Run(t.Context(), "pmemsave", map[string]any{"val": 0, "size": 128 << 20, "filename": dump}, nil); err != nil {
+		if err := v.Run(t.Context(), "pmemsave",
+			map[string]any{"val": 0, "size": 128 << 20, "filename": dump}, nil); err != nil {
 			t.Fatal(err)
 		}
 		want, err := os.ReadFile(dump)
@@ -248,7 +261,8 @@ func TestEqualsDump(t *testing.T) {
 			compared += len(got)
 			// What is called unpopulated must be zero.
 			bits := make([]uint64, r.Size/units.PageSize/64+1)
-			if err := m.Populated(r.Block, r.Offset/units.PageSize, r.Size/units.PageSize, bits); err != nil {
+			if err := m.Populated(r.Block, r.Offset/units.PageSize, r.Size/units.PageSize,
+				bits); err != nil {
 				t.Fatal(err)
 			}
 			for i := range r.Size / units.PageSize {
@@ -261,7 +275,8 @@ func TestEqualsDump(t *testing.T) {
 			}
 		}
 		if compared < 127<<20 || nonzero < 50 {
-			t.Errorf("compared %d bytes, %d pages with content: the test proves little", compared, nonzero)
+			t.Errorf("compared %d bytes, %d pages with content: the test proves little", compared,
+				nonzero)
 		}
 	}
 }
@@ -272,8 +287,10 @@ func TestLimits(t *testing.T) {
 	ram, _, _ := m.Resolve(0)
 	page := make([]byte, units.PageSize)
 	for _, r := range []Range{
-		{-1, 0, units.PageSize}, {len(m.Blocks()), 0, units.PageSize}, {ram, 64 << 20, units.PageSize}, {ram, ^uint64(0), units.PageSize},
-		{ram, 64<<20 - 1, units.PageSize}, {ram, 0, units.PageSize + 1}, {ram, 0, units.PageSize - 1}, {ram, 0, ^uint64(0)},
+		{-1, 0, units.PageSize}, {len(m.Blocks()), 0, units.PageSize},
+		{ram, 64 << 20, units.PageSize}, {ram, ^uint64(0), units.PageSize},
+		{ram, 64<<20 - 1, units.PageSize}, {ram, 0, units.PageSize + 1},
+		{ram, 0, units.PageSize - 1}, {ram, 0, ^uint64(0)},
 	} {
 		if err := m.ReadRanges(page, []Range{r}); err == nil {
 			t.Errorf("read %+v", r)
@@ -285,7 +302,8 @@ func TestLimits(t *testing.T) {
 		}
 	}
 	bits := make([]uint64, 1)
-	for _, r := range [][2]uint64{{0, 65}, {1 << 60, 1}, {64 << 20 / units.PageSize, 1}, {^uint64(0), 2}} {
+	for _, r := range [][2]uint64{{0, 65}, {1 << 60, 1}, {64 << 20 / units.PageSize, 1},
+		{^uint64(0), 2}} {
 		if err := m.Populated(ram, r[0], r[1], bits); err == nil {
 			t.Errorf("populated %v", r)
 		}
@@ -309,7 +327,8 @@ func TestLimits(t *testing.T) {
 }
 
 func TestDeadQEMU(t *testing.T) {
-	for name, args := range map[string][]string{"anonymous": {"-m", "64M"}, "memfd": backend("memfd", "64M", ",share=on")} {
+	for name, args := range map[string][]string{"anonymous": {"-m", "64M"},
+		"memfd": backend("memfd", "64M", ",share=on")} {
 		t.Run(name, func(t *testing.T) {
 			v := start(t, append(args, "-S")...)
 			m := v.attach(t)
@@ -356,7 +375,8 @@ func TestNoPermission(t *testing.T) {
 		_, err := Attach(context.Background(), v.Client)
 		done <- err
 	}()
-	if err := <-done; !errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
+	if err := <-done; !errors.Is(err, os.ErrPermission) ||
+		!strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
 		t.Errorf("without permission: %v", err)
 	}
 }
@@ -374,7 +394,8 @@ func BenchmarkRead(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
 					for i := range ranges {
-						ranges[i] = Range{ram, rand.Uint64N(512<<20/units.PageSize) * units.PageSize, units.PageSize}
+						ranges[i] = Range{ram,
+							rand.Uint64N(512<<20/units.PageSize) * units.PageSize, units.PageSize}
 					}
 					if err := m.ReadRanges(dst, ranges); err != nil {
 						b.Fatal(err)
@@ -401,7 +422,8 @@ func BenchmarkRead(b *testing.B) {
 			}
 		})
 		if f := m.backing[ram].file; f != nil { // for comparison: what mapping the file would give
-			mem, err := unix.Mmap(int(f.Fd()), 0, 512<<20, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+			mem, err := unix.Mmap(int(f.Fd()), 0, 512<<20, unix.PROT_READ,
+				unix.MAP_SHARED|unix.MAP_POPULATE)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -410,7 +432,8 @@ func BenchmarkRead(b *testing.B) {
 				b.SetBytes(64 * units.PageSize)
 				for b.Loop() {
 					for i := range 64 {
-						copy(dst[i*units.PageSize:], mem[rand.IntN(512<<20/units.PageSize)*units.PageSize:][:units.PageSize])
+						copy(dst[i*units.PageSize:],
+							mem[rand.IntN(512<<20/units.PageSize)*units.PageSize:][:units.PageSize])
 					}
 				}
 			})
@@ -420,13 +443,16 @@ func BenchmarkRead(b *testing.B) {
 
 // variants are the VMs whose tables testdata holds.
 var variants = map[string][]string{
-	"pc":              {"-M", "pc", "-m", "256M", "-S"},
-	"pc-5g":           {"-M", "pc", "-m", "5G", "-vga", "std", "-S"},
-	"pc-booted":       {"-M", "pc", "-m", "256M", "-vga", "std", "-device", "virtio-net-pci", "-device", "virtio-balloon-pci"},
-	"pc-two-displays": {"-M", "pc", "-m", "256M", "-vga", "std", "-device", "VGA", "-device", "virtio-net-pci", "-device", "virtio-net-pci"},
-	"q35-booted":      {"-M", "q35", "-m", "5G", "-vga", "std", "-device", "virtio-net-pci", "-device", "virtio-balloon-pci"},
-	"memfd":           append([]string{"-M", "pc", "-S"}, backend("memfd", "5G", ",share=on")...),
-	"kvm":             {"-M", "pc", "-accel", "kvm", "-m", "256M", "-vga", "std", "-S"},
+	"pc":    {"-M", "pc", "-m", "256M", "-S"},
+	"pc-5g": {"-M", "pc", "-m", "5G", "-vga", "std", "-S"},
+	"pc-booted": {"-M", "pc", "-m", "256M", "-vga", "std", "-device", "virtio-net-pci",
+		"-device", "virtio-balloon-pci"},
+	"pc-two-displays": {"-M", "pc", "-m", "256M", "-vga", "std", "-device", "VGA", "-device",
+		"virtio-net-pci", "-device", "virtio-net-pci"},
+	"q35-booted": {"-M", "q35", "-m", "5G", "-vga", "std", "-device", "virtio-net-pci", "-device",
+		"virtio-balloon-pci"},
+	"memfd": append([]string{"-M", "pc", "-S"}, backend("memfd", "5G", ",share=on")...),
+	"kvm":   {"-M", "pc", "-accel", "kvm", "-m", "256M", "-vga", "std", "-S"},
 }
 
 // TestRecord rewrites the tables of one QEMU version:
@@ -438,7 +464,8 @@ func TestRecord(t *testing.T) {
 	for name, args := range variants {
 		v := start(t, args...)
 		time.Sleep(2 * time.Second)
-		dir := filepath.Join("testdata", fmt.Sprintf("%d.%d-%s", v.Version().Major, v.Version().Minor, name))
+		dir := filepath.Join("testdata",
+			fmt.Sprintf("%d.%d-%s", v.Version().Major, v.Version().Minor, name))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -488,7 +515,8 @@ func TestView(t *testing.T) {
 			if err := os.WriteFile(file, pattern, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			v := start(t, append(backend(kind, "64M", ""), "-S", "-device", "loader,file="+file+",addr=0x1234000,force-raw=on")...)
+			v := start(t, append(backend(kind, "64M", ""), "-S", "-device",
+				"loader,file="+file+",addr=0x1234000,force-raw=on")...)
 			m := v.attach(t)
 			block, offset, ok := m.Resolve(0x1234000)
 			if !ok {
@@ -504,7 +532,8 @@ func TestView(t *testing.T) {
 				}
 				return
 			}
-			if uint64(len(view)) != m.Blocks()[block].Size || !bytes.Equal(view[offset:][:len(pattern)], pattern) {
+			if uint64(len(view)) != m.Blocks()[block].Size ||
+				!bytes.Equal(view[offset:][:len(pattern)], pattern) {
 				t.Fatalf("view of %d bytes differs from what was loaded", len(view))
 			}
 			again, err := m.View(block)
@@ -518,7 +547,8 @@ func TestView(t *testing.T) {
 	}
 }
 
-// The memory of a QEMU in a PID namespace of its own is found, although it numbers its threads otherwise.
+// The memory of a QEMU in a PID namespace of its own is found, although it numbers its threads
+// otherwise.
 func TestContained(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, for a PID namespace")
@@ -528,7 +558,8 @@ func TestContained(t *testing.T) {
 	if err := os.WriteFile(file, pattern, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	v := startAs(t, "unshare --pid --fork --kill-child "+*qemuBinary, "-S", "-m", "64M", "-device", "loader,file="+file+",addr=0x1234000,force-raw=on")
+	v := startAs(t, "unshare --pid --fork --kill-child "+*qemuBinary, "-S", "-m", "64M", "-device",
+		"loader,file="+file+",addr=0x1234000,force-raw=on")
 	m, err := Attach(t.Context(), v.Client)
 	if err != nil {
 		t.Fatal(err)
@@ -536,7 +567,8 @@ func TestContained(t *testing.T) {
 	defer m.Close()
 	block, offset, ok := m.Resolve(0x1234000)
 	got := make([]byte, len(pattern))
-	if err := m.Read(got, block, offset); !ok || err != nil || !bytes.Equal(got, pattern) || m.PID() == v.cmd.Process.Pid {
+	if err := m.Read(got, block, offset); !ok || err != nil || !bytes.Equal(got, pattern) ||
+		m.PID() == v.cmd.Process.Pid {
 		t.Errorf("process %d, block %d: wrong content, %v", m.PID(), block, err)
 	}
 	if err := m.Missing(); err != nil {

@@ -46,7 +46,8 @@ func (m *Memory) ReadRanges(dst []byte, ranges []Range) error {
 			return fmt.Errorf("read guest memory: %w", err)
 		}
 		if r.Length > uint64(len(dst))-sum {
-			return fmt.Errorf("read guest memory: ranges longer than the buffer of %d bytes", len(dst))
+			return fmt.Errorf("read guest memory: ranges longer than the buffer of %d bytes",
+				len(dst))
 		}
 		sum += r.Length
 	}
@@ -63,7 +64,8 @@ func (m *Memory) ReadRanges(dst []byte, ranges []Range) error {
 				return fmt.Errorf("read guest memory: %w", err)
 			}
 			dst, size = dst[got:], size-got
-			for ; at < n && got >= int(iov[at].Len); at++ { // what a short read leaves is tried again
+			for ; at < n && got >= int(iov[at].Len); at++ {
+				// what a short read leaves is tried again
 				got -= int(iov[at].Len)
 			}
 			if got > 0 {
@@ -88,7 +90,8 @@ func (m *Memory) ReadRanges(dst []byte, ranges []Range) error {
 				if err == io.EOF {
 					err = io.ErrUnexpectedEOF
 				}
-				return fmt.Errorf("read guest memory: block %s at %#x: %w", b.Name, r.Offset, m.explain(err))
+				return fmt.Errorf("read guest memory: block %s at %#x: %w", b.Name, r.Offset,
+					m.explain(err))
 			}
 			dst = dst[r.Length:]
 			continue
@@ -128,9 +131,11 @@ func (m *Memory) View(block int) ([]byte, error) {
 	defer m.viewing.Unlock()
 	if f.view == nil {
 		size := (b.Size + b.PageSize - 1) / b.PageSize * b.PageSize
-		view, err := unix.Mmap(int(f.file.Fd()), f.offset, int(size), unix.PROT_READ, unix.MAP_SHARED)
+		view, err := unix.Mmap(int(f.file.Fd()), f.offset, int(size), unix.PROT_READ,
+			unix.MAP_SHARED)
 		if err != nil {
-			return nil, fmt.Errorf("map guest memory: block %s: %w", b.Name, os.NewSyscallError("mmap", err))
+			return nil, fmt.Errorf("map guest memory: block %s: %w", b.Name,
+				os.NewSyscallError("mmap", err))
 		}
 		f.view = view
 	}
@@ -144,7 +149,8 @@ func (m *Memory) within(block int, offset, length uint64) error {
 	case !m.blocks[block].Located:
 		return fmt.Errorf("%w: %s", ErrNotLocated, m.blocks[block].Name)
 	case offset > m.blocks[block].Size || length > m.blocks[block].Size-offset:
-		return fmt.Errorf("%#x bytes at %#x are beyond block %s", length, offset, m.blocks[block].Name)
+		return fmt.Errorf("%#x bytes at %#x are beyond block %s", length, offset,
+			m.blocks[block].Name)
 	}
 	return nil
 }
@@ -202,11 +208,13 @@ func (m *Memory) Placed(block int, first, n uint64, dst []uint64) error {
 	})
 }
 
-// Held returns how many bytes of a block are there, as Placed has it: preallocated, or left in its file.
+// Held returns how many bytes of a block are there, as Placed has it: preallocated, or left in its
+// file.
 func (m *Memory) Held(block int) (bytes uint64, err error) {
 	var words [1 << 12]uint64
 	const most = uint64(len(words)) * 64
-	for first, pages := uint64(0), m.blocks[block].Size/units.PageSize; first < pages; first += most {
+	for first, pages := uint64(0), m.blocks[block].Size/units.PageSize; first <
+		pages; first += most {
 		n := min(most, pages-first)
 		if err := m.Placed(block, first, n, words[:]); err != nil {
 			return 0, err
@@ -218,7 +226,8 @@ func (m *Memory) Held(block int) (bytes uint64, err error) {
 	return bytes, nil
 }
 
-// File returns the file that a block of a SharedFile is in, which stays open until Close; nil for another.
+// File returns the file that a block of a SharedFile is in, which stays open until Close; nil for
+// another.
 func (m *Memory) File(block int) *os.File {
 	if m.blocks[block].Kind != SharedFile {
 		return nil
@@ -226,10 +235,12 @@ func (m *Memory) File(block int) *os.File {
 	return m.backing[block].file
 }
 
-// Reserved tells for each block whether its huge pages were set aside for it when it was mapped, so that all of them can be had.
+// Reserved tells for each block whether its huge pages were set aside for it when it was mapped, so
+// that all of them can be had.
 func (m *Memory) Reserved() ([]bool, error) {
 	reserved := make([]bool, len(m.blocks))
-	if !slices.ContainsFunc(m.blocks, func(b Block) bool { return b.Located && b.PageSize != units.PageSize }) {
+	if !slices.ContainsFunc(m.blocks,
+		func(b Block) bool { return b.Located && b.PageSize != units.PageSize }) {
 		return reserved, nil
 	}
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", m.pid))
@@ -250,9 +261,11 @@ func (m *Memory) Reserved() ([]bool, error) {
 
 // scan has bits set of n pages from page first on, by find, which gets the words for them
 // cleared. kind says for messages which pages are looked for.
-func (m *Memory) scan(kind string, block int, first, n uint64, dst []uint64, find func(dst []uint64) error) error {
+func (m *Memory) scan(kind string, block int, first, n uint64, dst []uint64,
+	find func(dst []uint64) error) error {
 	if first > 1<<52 || n > 1<<52 || n > uint64(len(dst))*64 {
-		return fmt.Errorf("find %s pages: bad range of %d pages at %d for %d words", kind, n, first, len(dst))
+		return fmt.Errorf("find %s pages: bad range of %d pages at %d for %d words", kind, n, first,
+			len(dst))
 	}
 	if err := m.within(block, first*units.PageSize, n*units.PageSize); err != nil {
 		return fmt.Errorf("find %s pages: %w", kind, err)
@@ -264,7 +277,8 @@ func (m *Memory) scan(kind string, block int, first, n uint64, dst []uint64, fin
 		err = unix.ESRCH
 	}
 	if err != nil {
-		return fmt.Errorf("find %s pages of block %s: %w", kind, m.blocks[block].Name, m.explain(err))
+		return fmt.Errorf("find %s pages of block %s: %w", kind, m.blocks[block].Name,
+			m.explain(err))
 	}
 	return nil
 }
@@ -313,7 +327,8 @@ func (b *backing) data(first, n uint64, dst []uint64) error {
 			return fmt.Errorf("file changed while it was searched for holes")
 		}
 		to = min(to, end)
-		setBits(dst, uint64(from-start)/units.PageSize, (uint64(to-start)+units.PageSize-1)/units.PageSize)
+		setBits(dst, uint64(from-start)/units.PageSize,
+			(uint64(to-start)+units.PageSize-1)/units.PageSize)
 		at = to
 	}
 	return nil

@@ -7,22 +7,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Releasable tells whether Release may be called for a block: its memory is a file that has no name, in memory (memfd, or what QEMU makes in
-// a directory of huge pages). A file with a name may be somebody's, like that of an ivshmem device; and private memory is only a
-// process's own to give back.
+// Releasable tells whether Release may be called for a block: its memory is a file that has no
+// name, in memory (memfd, or what QEMU makes in a directory of huge pages). A file with a name may
+// be somebody's, like that of an ivshmem device; and private memory is only a process's own to give
+// back.
 func (m *Memory) Releasable(block int) bool {
 	return m.blocks[block].Kind == SharedFile && m.backing[block].unnamed
 }
 
-// Release gives the memory of whole pages of a block back to the host: they read as zero from then on, for QEMU and for whoever else has
-// the file. What they held is gone, so that the guest must never run again. It is an error unless the block is Releasable.
+// Release gives the memory of whole pages of a block back to the host: they read as zero from then
+// on, for QEMU and for whoever else has the file. What they held is gone, so that the guest must
+// never run again. It is an error unless the block is Releasable.
 func (m *Memory) Release(block int, offset, length uint64) error {
 	if err := m.within(block, offset, length); err != nil {
 		return fmt.Errorf("give memory back: %w", err)
 	}
 	b, page := &m.backing[block], m.blocks[block].PageSize
 	if offset%page != 0 || length%page != 0 || length == 0 {
-		return fmt.Errorf("give memory back: %d bytes at %d are no whole pages of block %s", length, offset, m.blocks[block].Name)
+		return fmt.Errorf("give memory back: %d bytes at %d are no whole pages of block %s", length,
+			offset, m.blocks[block].Name)
 	}
 	f, err := m.writable(block)
 	if err == nil {

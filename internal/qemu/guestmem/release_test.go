@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestRelease gives memory back that a QEMU has in a file of its own, and refuses to where it may be somebody else's.
+// TestRelease gives memory back that a QEMU has in a file of its own, and refuses to where it may
+// be somebody else's.
 func TestRelease(t *testing.T) {
 	shm, err := os.MkdirTemp("/dev/shm", "vacate")
 	if err != nil {
@@ -48,7 +49,8 @@ func TestRelease(t *testing.T) {
 			if err := m.Populated(ram, 32<<20/units.PageSize, 64, bits); err != nil {
 				t.Fatal(err)
 			}
-			if want := m.backing[ram].file != nil && !m.backing[ram].tmpfs; (bits[0] == ^uint64(0)) != want {
+			if want := m.backing[ram].file != nil &&
+				!m.backing[ram].tmpfs; (bits[0] == ^uint64(0)) != want {
 				t.Errorf("pages that were never used: %x", bits)
 			}
 			const at, size = 8 << 20, 1 << 20
@@ -88,7 +90,9 @@ func TestRelease(t *testing.T) {
 			if !bytes.Equal(got, want) {
 				t.Error("other pages than those were given back")
 			}
-			for _, bad := range [][2]uint64{{at + 1, units.PageSize}, {at, units.PageSize + 1}, {at, 0}, {64 << 20, units.PageSize}, {0, 65 << 20}, {^uint64(0) - units.PageSize + 1, 2 * units.PageSize}} {
+			for _, bad := range [][2]uint64{{at + 1, units.PageSize}, {at, units.PageSize + 1},
+				{at, 0}, {64 << 20, units.PageSize}, {0, 65 << 20},
+				{^uint64(0) - units.PageSize + 1, 2 * units.PageSize}} {
 				if err := m.Release(ram, bad[0], bad[1]); err == nil {
 					t.Errorf("%d bytes at %d were given back", bad[1], bad[0])
 				}

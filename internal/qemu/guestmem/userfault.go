@@ -18,14 +18,15 @@ const (
 	uffdRegisterMissing = 1
 )
 
-// Userfault takes a new userfaultfd through what QEMU does with one for some memory, which it does not
-// touch. It returns the features that the kernel has.
+// Userfault takes a new userfaultfd through what QEMU does with one for some memory, which it does
+// not touch. It returns the features that the kernel has.
 func Userfault(fd int, memory []byte) (features uint64, err error) {
 	api := struct{ api, features, ioctls uint64 }{api: uffdAPI}
 	if err := ioctl(fd, uffdioAPI, unsafe.Pointer(&api)); err != nil {
 		return 0, os.NewSyscallError("UFFDIO_API", err)
 	}
-	reg := struct{ start, len, mode, ioctls uint64 }{uint64(uintptr(unsafe.Pointer(&memory[0]))), uint64(len(memory)), uffdRegisterMissing, 0}
+	reg := struct{ start, len, mode, ioctls uint64 }{uint64(uintptr(unsafe.Pointer(&memory[0]))),
+		uint64(len(memory)), uffdRegisterMissing, 0}
 	if err := ioctl(fd, uffdioRegister, unsafe.Pointer(&reg)); err != nil {
 		return api.features, os.NewSyscallError("UFFDIO_REGISTER", err)
 	}
@@ -43,12 +44,14 @@ func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {
 }
 
 // fileSystems are the names of those that memory may lie on by mistake.
-var fileSystems = map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.NFS_SUPER_MAGIC: "NFS",
-	unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.RAMFS_MAGIC: "ramfs", unix.CEPH_SUPER_MAGIC: "Ceph"}
+var fileSystems = map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs",
+	unix.BTRFS_SUPER_MAGIC: "btrfs", unix.NFS_SUPER_MAGIC: "NFS",
+	unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.RAMFS_MAGIC: "ramfs",
+	unix.CEPH_SUPER_MAGIC: "Ceph"}
 
-// CanFault makes sure that the kernel can have somebody else bring pages of a block when they are touched,
-// as post-copy needs. It tries this on one page of the very file, mapped as QEMU maps it, but in this
-// process. What it has no right to try, it passes.
+// CanFault makes sure that the kernel can have somebody else bring pages of a block when they are
+// touched, as post-copy needs. It tries this on one page of the very file, mapped as QEMU maps it,
+// but in this process. What it has no right to try, it passes.
 func (m *Memory) CanFault(block int) error {
 	b, back := m.blocks[block], &m.backing[block]
 	if back.file == nil {
@@ -85,5 +88,6 @@ func (m *Memory) CanFault(block int) error {
 		}
 	}
 	name, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", back.file.Fd()))
-	return fmt.Errorf("memory %q is the file %s on %s, and the kernel cannot have its pages brought from elsewhere there (%w)", b.Name, name, kind, err)
+	return fmt.Errorf("memory %q is the file %s on %s, and the kernel cannot have its pages "+
+		"brought from elsewhere there (%w)", b.Name, name, kind, err)
 }

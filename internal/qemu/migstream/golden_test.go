@@ -29,7 +29,8 @@ import (
 //	go test ./internal/qemu/migstream -run TestGolden -record
 //
 // The guests never run (-S) and have a blank BIOS, which keeps the files small.
-var record = flag.Bool("record", false, "record the golden streams again from the qemu-system-x86_64 in PATH")
+var record = flag.Bool("record", false,
+	"record the golden streams again from the qemu-system-x86_64 in PATH")
 
 var recordings = []struct {
 	name string
@@ -38,8 +39,12 @@ var recordings = []struct {
 }{
 	{"pc-bare", "postcopy", "-M pc-i440fx-7.2 -m 4 -nodefaults"},
 	{"pc-old", "postcopy", "-M pc-i440fx-5.2 -m 2 -nodefaults -smp 2"},
-	{"q35-virtio", "postcopy", "-M pc-q35-7.2 -m 8 -nodefaults -smp 2 -device virtio-net-pci,romfile= -device virtio-serial-pci -device virtio-balloon-pci -device VGA,vgamem_mb=1,romfile="},
-	{"microvm-memfd", "postcopy", "-M microvm,memory-backend=m -m 8 -nodefaults -object memory-backend-memfd,id=m,size=8M,share=on"},
+	{"q35-virtio", "postcopy",
+		"-M pc-q35-7.2 -m 8 -nodefaults -smp 2 -device virtio-net-pci,romfile= -device " +
+			"virtio-serial-pci -device virtio-balloon-pci -device VGA,vgamem_mb=1,romfile="},
+	{"microvm-memfd", "postcopy",
+		"-M microvm,memory-backend=m -m 8 -nodefaults -object " +
+			"memory-backend-memfd,id=m,size=8M,share=on"},
 	{"pc-recovered", "recovered", "-M pc-i440fx-7.2 -m 8 -nodefaults"},
 	{"pc-precopy", "precopy", "-M pc-i440fx-7.2 -m 4 -nodefaults"},
 }
@@ -81,10 +86,12 @@ func TestGolden(t *testing.T) {
 				if err := checkStream(t, r, cut, seen); !errors.Is(err, io.ErrUnexpectedEOF) {
 					t.Errorf("a stream cut in its middle ends with %v", err)
 				}
-				if err := checkStream(t, r.Resume(bytes.NewReader(stream)), stream, seen); err != io.EOF {
+				if err := checkStream(t, r.Resume(bytes.NewReader(stream)), stream,
+					seen); err != io.EOF {
 					t.Error(err)
 				}
-			} else if err := checkStream(t, migstream.NewReader(bytes.NewReader(stream)), stream, seen); err != io.EOF {
+			} else if err := checkStream(t, migstream.NewReader(bytes.NewReader(stream)), stream,
+				seen); err != io.EOF {
 				t.Error(err)
 			}
 			want := []string{"Header", "Configuration", "SectionStart", "MemSize", "EOS", "Footer"}
@@ -111,7 +118,8 @@ func checkStream(t *testing.T, r *migstream.Reader, stream []byte, seen map[stri
 		item, err := r.Next()
 		if err != nil {
 			if err == io.EOF && len(again) != len(stream) || !bytes.HasPrefix(stream, again) {
-				t.Errorf("encoding what was decoded gives %d bytes that are not the %d recorded", len(again), len(stream))
+				t.Errorf("encoding what was decoded gives %d bytes that are not the %d recorded",
+					len(again), len(stream))
 			}
 			return err
 		}
@@ -136,7 +144,8 @@ func checkPackage(t *testing.T, p migstream.Packaged) {
 		names[s.Name] = true
 	}
 	if len(sections) < 3 || !names["cpu"] {
-		t.Errorf("the package holds %d sections, want several, with a cpu: %v", len(sections), names)
+		t.Errorf("the package holds %d sections, want several, with a cpu: %v", len(sections),
+			names)
 	}
 }
 
@@ -157,11 +166,13 @@ func checkReturnPath(t *testing.T, name, kind string) {
 		seen[m.Type]++
 	}
 	if !bytes.Equal(again, stream) {
-		t.Errorf("encoding what was decoded gives %d bytes, not the %d recorded", len(again), len(stream))
+		t.Errorf("encoding what was decoded gives %d bytes, not the %d recorded", len(again),
+			len(stream))
 	}
 	want := []migstream.MessageType{migstream.MsgPong, migstream.MsgShut}
 	if kind == "recovered" {
-		want = []migstream.MessageType{migstream.MsgShut, migstream.MsgRecvBitmap, migstream.MsgResumeAck}
+		want = []migstream.MessageType{migstream.MsgShut, migstream.MsgRecvBitmap,
+			migstream.MsgResumeAck}
 	}
 	for _, w := range want {
 		if seen[w] == 0 {
@@ -190,7 +201,8 @@ func recordGolden(t *testing.T, name, kind, args string) {
 		must(t, src.SetMigrationParameters(ctx, map[string]any{"max-bandwidth": 10}))
 	}
 	if kind == "recovered" {
-		must(t, src.SetMigrationParameters(ctx, map[string]any{"max-postcopy-bandwidth": 100 << 10}))
+		must(t, src.SetMigrationParameters(ctx,
+			map[string]any{"max-postcopy-bandwidth": 100 << 10}))
 	}
 	var forward, back bytes.Buffer
 	relay := newRelay(ctx, t, src, dst, "first", &forward, &back)
@@ -222,7 +234,8 @@ func recordGolden(t *testing.T, name, kind, args string) {
 
 func startQEMU(ctx context.Context, t *testing.T, socket string, argv []string) *qmp.Client {
 	t.Helper()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append(argv, "-qmp", "unix:"+socket+",server=on,wait=off")...)
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
+		append(argv, "-qmp", "unix:"+socket+",server=on,wait=off")...)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -262,7 +275,8 @@ type relay struct {
 	wg   sync.WaitGroup
 }
 
-func newRelay(ctx context.Context, t *testing.T, src, dst *qmp.Client, name string, forward, back io.Writer) *relay {
+func newRelay(ctx context.Context, t *testing.T, src, dst *qmp.Client, name string,
+	forward, back io.Writer) *relay {
 	r := &relay{}
 	for _, q := range []*qmp.Client{src, dst} {
 		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -323,8 +337,11 @@ func TestPackage(t *testing.T) {
 		}
 		want, _ = item.(migstream.Packaged)
 	}
-	body, listens := bytes.CutPrefix(want.Data, migstream.Command{ID: migstream.CmdPostcopyListen}.Append(nil))
-	body, runs := bytes.CutSuffix(body, migstream.Command{ID: migstream.CmdPostcopyRun}.Append(migstream.PingCommand(3).Append(nil)))
+	body, listens := bytes.CutPrefix(want.Data,
+		migstream.Command{ID: migstream.CmdPostcopyListen}.Append(nil))
+	body, runs := bytes.CutSuffix(body,
+		migstream.Command{ID: migstream.CmdPostcopyRun}.Append(
+			migstream.PingCommand(3).Append(nil)))
 	if !listens || !runs {
 		t.Fatal("the recorded package is not what it was")
 	}
@@ -334,10 +351,13 @@ func TestPackage(t *testing.T) {
 		t.Errorf("a package of %d bytes, QEMU's has %d: %v", len(p.Data), len(want.Data), err)
 	}
 	for name, bad := range map[string][]byte{
-		"nothing": nil, "cut": saved[:len(saved)-1], "no header": saved[8:], "no sections": append(saved[:8:8], 0), "a command": append(append(saved[:8:8], 8), body...),
-		"too long": migstream.EOF{}.Append(append(append(saved[:8:8], 4), make([]byte, migstream.MaxPackage)...)),
+		"nothing": nil, "cut": saved[:len(saved)-1], "no header": saved[8:],
+		"no sections": append(saved[:8:8], 0), "a command": append(append(saved[:8:8], 8), body...),
+		"too long": migstream.EOF{}.Append(append(append(saved[:8:8], 4),
+			make([]byte, migstream.MaxPackage)...)),
 	} {
-		if _, err := migstream.Package(bad, 3); !errors.Is(err, migstream.ErrMalformed) && !errors.Is(err, migstream.ErrUnsupported) {
+		if _, err := migstream.Package(bad, 3); !errors.Is(err, migstream.ErrMalformed) &&
+			!errors.Is(err, migstream.ErrUnsupported) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -81,8 +81,9 @@ const (
 
 var commandNames = map[CommandID]string{
 	CmdOpenReturnPath: "open-return-path", CmdPing: "ping", CmdPostcopyAdvise: "postcopy-advise",
-	CmdPostcopyListen: "postcopy-listen", CmdPostcopyRun: "postcopy-run", CmdRAMDiscard: "ram-discard",
-	CmdPackaged: "packaged", CmdPostcopyResume: "postcopy-resume", CmdRecvBitmap: "recv-bitmap",
+	CmdPostcopyListen: "postcopy-listen", CmdPostcopyRun: "postcopy-run",
+	CmdRAMDiscard: "ram-discard",
+	CmdPackaged:   "packaged", CmdPostcopyResume: "postcopy-resume", CmdRecvBitmap: "recv-bitmap",
 	CmdSwitchoverStart: "switchover-start",
 }
 
@@ -115,7 +116,8 @@ func PingCommand(value uint32) Command {
 // AdviseCommand tells the destination that the migration may go to post-copy. pageSizes is the OR
 // of the page sizes of all blocks.
 func AdviseCommand(pageSizes uint64) Command {
-	return Command{CmdPostcopyAdvise, be.AppendUint64(be.AppendUint64(nil, pageSizes), TargetPageSize)}
+	return Command{CmdPostcopyAdvise,
+		be.AppendUint64(be.AppendUint64(nil, pageSizes), TargetPageSize)}
 }
 
 // RecvBitmapCommand asks the destination which pages of a block it has.
@@ -187,14 +189,17 @@ func (c Command) check() error {
 	case CmdPostcopyAdvise:
 		want = 16
 		if len(c.Payload) == 16 && be.Uint64(c.Payload[8:]) != TargetPageSize {
-			return fmt.Errorf("%w: the guest's pages are %d bytes, not 4096", ErrUnsupported, be.Uint64(c.Payload[8:]))
+			return fmt.Errorf("%w: the guest's pages are %d bytes, not 4096", ErrUnsupported,
+				be.Uint64(c.Payload[8:]))
 		}
-	case CmdOpenReturnPath, CmdPostcopyListen, CmdPostcopyRun, CmdPostcopyResume, CmdSwitchoverStart:
+	case CmdOpenReturnPath, CmdPostcopyListen, CmdPostcopyRun, CmdPostcopyResume,
+		CmdSwitchoverStart:
 	default:
 		return fmt.Errorf("%w: %v", ErrUnsupported, c.ID)
 	}
 	if len(c.Payload) != want {
-		return fmt.Errorf("%w: %v has a payload of %d bytes, not %d", ErrMalformed, c.ID, len(c.Payload), want)
+		return fmt.Errorf("%w: %v has a payload of %d bytes, not %d", ErrMalformed, c.ID,
+			len(c.Payload), want)
 	}
 	return nil
 }

@@ -13,12 +13,14 @@ func Package(saved []byte, ping uint32) (Packaged, error) {
 	body, begins := bytes.CutPrefix(saved, Header{}.Append(nil))
 	body, ends := bytes.CutSuffix(body, EOF{}.Append(nil))
 	if !begins || !ends || len(body) == 0 || body[0] != typeSectionFull {
-		return Packaged{}, fmt.Errorf("%w: %d bytes that are no header, sections and end", ErrMalformed, len(saved))
+		return Packaged{}, fmt.Errorf("%w: %d bytes that are no header, sections and end",
+			ErrMalformed, len(saved))
 	}
 	data := append(Command{ID: CmdPostcopyListen}.Append(nil), body...)
 	data = Command{ID: CmdPostcopyRun}.Append(PingCommand(ping).Append(data))
 	if len(data) > MaxPackage {
-		return Packaged{}, fmt.Errorf("%w: the devices have %d bytes, and QEMU takes %d", ErrUnsupported, len(data), MaxPackage)
+		return Packaged{}, fmt.Errorf("%w: the devices have %d bytes, and QEMU takes %d",
+			ErrUnsupported, len(data), MaxPackage)
 	}
 	return Packaged{data}, nil
 }
@@ -52,7 +54,8 @@ func (p Packaged) Sections() ([]DeviceSection, error) {
 		kind, id := cur.u8(), cur.u32()
 		s := DeviceSection{Name: cur.name(), Instance: cur.u32(), Version: cur.u32()}
 		if cur.failed || kind != typeSectionFull {
-			return list, fmt.Errorf("%w: the package has byte %#02x where a device should start", ErrMalformed, b[0])
+			return list, fmt.Errorf("%w: the package has byte %#02x where a device should start",
+				ErrMalformed, b[0])
 		}
 		end := sectionEnd(b, id)
 		if end < 0 {

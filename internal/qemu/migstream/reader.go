@@ -118,7 +118,8 @@ func (r *Reader) next() (Item, error) {
 			return nil, err
 		}
 		if !r.started || id != r.section {
-			return nil, fmt.Errorf("%w: part of section %d, which was not started", ErrMalformed, id)
+			return nil, fmt.Errorf("%w: part of section %d, which was not started", ErrMalformed,
+				id)
 		}
 		r.place = atRecords
 		if kind == typeSectionPart {
@@ -127,7 +128,9 @@ func (r *Reader) next() (Item, error) {
 		return SectionEnd{id}, nil
 	case typeSectionFull:
 		if !r.started {
-			return nil, fmt.Errorf("%w: a device saves state ahead of RAM (virtio-mem does): such a VM cannot be evicted", ErrUnsupported)
+			return nil,
+				fmt.Errorf("%w: a device saves state ahead of RAM (virtio-mem does): such a VM "+
+					"cannot be evicted", ErrUnsupported)
 		}
 		r.place = atOpaque
 		r.off--
@@ -148,7 +151,8 @@ func (r *Reader) header() (Item, error) {
 		return nil, err
 	}
 	if string(b[:4]) != "QEVM" || be.Uint32(b[4:]) != Version {
-		return nil, fmt.Errorf("%w: it starts with % x, not with QEMU's mark and version 3", ErrMalformed, b)
+		return nil, fmt.Errorf("%w: it starts with % x, not with QEMU's mark and version 3",
+			ErrMalformed, b)
 	}
 	r.place = atConfiguration
 	return Header{}, nil
@@ -169,7 +173,9 @@ func (r *Reader) configuration() (Item, error) {
 	machine := string(name)
 	next, err := r.r.Peek(1)
 	if err == nil && next[0] == typeSubsection {
-		return nil, fmt.Errorf("%w: the configuration has subsections; turn the capabilities x-ignore-shared, mapped-ram and validate-uuid off", ErrUnsupported)
+		return nil,
+			fmt.Errorf("%w: the configuration has subsections; turn the capabilities "+
+				"x-ignore-shared, mapped-ram and validate-uuid off", ErrUnsupported)
 	}
 	r.place = atTop
 	return Configuration{machine}, nil
@@ -190,7 +196,8 @@ func (r *Reader) command() (Item, error) {
 			return nil, err
 		}
 		if size == 0 || size > MaxPackage {
-			return nil, fmt.Errorf("%w: package of %d bytes; QEMU's limit is %d", ErrMalformed, size, MaxPackage)
+			return nil, fmt.Errorf("%w: package of %d bytes; QEMU's limit is %d", ErrMalformed,
+				size, MaxPackage)
 		}
 		// Grown as it arrives: a lying length costs no more memory than the bytes sent.
 		data, err := io.ReadAll(io.LimitReader(r.r, int64(size)))
@@ -227,11 +234,14 @@ func (r *Reader) sectionStart() (Item, error) {
 	s := SectionStart{id, name, be.Uint32(b), be.Uint32(b[4:])}
 	switch {
 	case name != "ram":
-		return nil, fmt.Errorf("%w: section %q is sent in parts; only RAM may be (turn dirty-bitmaps and block migration off)", ErrUnsupported, name)
+		return nil,
+			fmt.Errorf("%w: section %q is sent in parts; only RAM may be (turn dirty-bitmaps "+
+				"and block migration off)", ErrUnsupported, name)
 	case r.started:
 		return nil, fmt.Errorf("%w: a second RAM section", ErrMalformed)
 	case s.Instance != 0 || s.Version != RAMVersion:
-		return nil, fmt.Errorf("%w: RAM section of instance %d, version %d", ErrUnsupported, s.Instance, s.Version)
+		return nil, fmt.Errorf("%w: RAM section of instance %d, version %d", ErrUnsupported,
+			s.Instance, s.Version)
 	}
 	r.section, r.started, r.place = id, true, atMemSize
 	return s, nil
@@ -246,7 +256,9 @@ func (r *Reader) memSize() (Item, error) {
 		return nil, err
 	}
 	if word&flagMask != flagMemSize {
-		return nil, fmt.Errorf("%w: the RAM section starts with record flags %#x, not with the blocks", ErrMalformed, word&flagMask)
+		return nil,
+			fmt.Errorf("%w: the RAM section starts with record flags %#x, not with the blocks",
+				ErrMalformed, word&flagMask)
 	}
 	total := word &^ flagMask
 	var m MemSize
@@ -267,7 +279,8 @@ func (r *Reader) memSize() (Item, error) {
 		case name == "" || twice:
 			return nil, fmt.Errorf("%w: block name %q is empty or used twice", ErrMalformed, name)
 		case length == 0 || length%TargetPageSize != 0 || length > total || length > maxBlockLength:
-			return nil, fmt.Errorf("%w: block %q of %d bytes, with %d bytes of RAM left", ErrMalformed, name, length, total)
+			return nil, fmt.Errorf("%w: block %q of %d bytes, with %d bytes of RAM left",
+				ErrMalformed, name, length, total)
 		}
 		blk := Block{name, length, TargetPageSize}
 		// A page size's high bytes are 0; an EOS, which also starts with 0, ends in 0x10.
@@ -277,7 +290,8 @@ func (r *Reader) memSize() (Item, error) {
 		}
 		if size := be.Uint64(next); next[0] == 0 && size != flagEOS {
 			if size <= TargetPageSize || size&(size-1) != 0 || size > 1<<30 || length%size != 0 {
-				return nil, fmt.Errorf("%w: block %q has pages of %d bytes", ErrMalformed, name, size)
+				return nil, fmt.Errorf("%w: block %q has pages of %d bytes", ErrMalformed, name,
+					size)
 			}
 			blk.PageSize = size
 			if _, err := r.u64(); err != nil {
@@ -321,7 +335,8 @@ func (r *Reader) record() (Item, error) {
 	}
 	blk, ok := r.blocks[p.Block]
 	if !ok || offset >= blk.Length {
-		return nil, fmt.Errorf("%w: page at %#x of block %q, which has %#x bytes", ErrMalformed, offset, p.Block, blk.Length)
+		return nil, fmt.Errorf("%w: page at %#x of block %q, which has %#x bytes", ErrMalformed,
+			offset, p.Block, blk.Length)
 	}
 	r.last = p.Block
 	if flags&flagPage != 0 {
@@ -345,7 +360,8 @@ func (r *Reader) footer() (Item, error) {
 		return nil, err
 	}
 	if b[0] != typeFooter || be.Uint32(b[1:]) != r.section {
-		return nil, fmt.Errorf("%w: % x in place of the footer of section %d", ErrMalformed, b, r.section)
+		return nil, fmt.Errorf("%w: % x in place of the footer of section %d", ErrMalformed, b,
+			r.section)
 	}
 	r.place = atTop
 	return Footer{r.section}, nil

@@ -75,7 +75,8 @@ type ReturnReader struct {
 // NewReturnReader returns a reader of the return path in r that accepts bitmaps for
 // blocks of up to maxPages pages.
 func NewReturnReader(r io.Reader, maxPages int) *ReturnReader {
-	return &ReturnReader{r: bufio.NewReaderSize(r, 4096), maxBitmap: (uint64(maxPages) + 63) / 64 * 8}
+	return &ReturnReader{r: bufio.NewReaderSize(r, 4096),
+		maxBitmap: (uint64(maxPages) + 63) / 64 * 8}
 }
 
 // Next returns the next message, io.EOF at the end of the input between two messages.
@@ -115,7 +116,8 @@ func (r *ReturnReader) next() (Message, error) {
 			r.block = cur.name()
 		}
 		m.Block = r.block
-		ok = m.Block != "" && m.Length != 0 && m.Length%TargetPageSize == 0 && m.Start%TargetPageSize == 0
+		ok = m.Block != "" && m.Length != 0 && m.Length%TargetPageSize == 0 &&
+			m.Start%TargetPageSize == 0
 	case MsgRecvBitmap:
 		m.Block = cur.name()
 		ok = m.Block != ""
@@ -124,7 +126,8 @@ func (r *ReturnReader) next() (Message, error) {
 		ok = false
 	}
 	if !ok || cur.failed || len(cur.b) != 0 {
-		return Message{}, fmt.Errorf("%w: message %d with payload % x", ErrMalformed, m.Type, payload)
+		return Message{}, fmt.Errorf("%w: message %d with payload % x", ErrMalformed, m.Type,
+			payload)
 	}
 	if m.Type == MsgRecvBitmap {
 		return m, r.bitmap(&m)

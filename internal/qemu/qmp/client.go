@@ -64,7 +64,8 @@ var (
 	// connection but stays silent.
 	ErrBusy = errors.New("monitor is silent")
 
-	// ErrStopped is wrapped by Dial's error when QEMU's process is stopped, so that it answers nobody.
+	// ErrStopped is wrapped by Dial's error when QEMU's process is stopped, so that it answers
+	// nobody.
 	ErrStopped = errors.New("QEMU's process is stopped")
 
 	// ErrNotQMP is wrapped by Dial's error when something else than a QMP
@@ -77,7 +78,8 @@ var (
 
 	// ErrNoOOB is returned for out-of-band commands where the monitor does not
 	// offer them (a monitor on anything but a socket, or one in mux mode).
-	ErrNoOOB = errors.New("this monitor has no out-of-band commands: give QEMU one with -qmp unix:PATH,server=on,wait=off")
+	ErrNoOOB = errors.New("this monitor has no out-of-band commands: give QEMU one with -qmp " +
+		"unix:PATH,server=on,wait=off")
 )
 
 // An Error is QEMU's refusal of a command.
@@ -139,13 +141,15 @@ type Client struct {
 	pid     int
 	oob     bool
 
-	writing        chan struct{} // holds one token while a line is written and, if a descriptor is with it, until its reply
+	// holds one token while a line is written and, if a descriptor is with it, until its reply
+	writing        chan struct{}
 	inBand, outBnd chan struct{} // one token per command under way, abandoned ones included
 	done           chan struct{} // closed when the reader has ended
 
-	mu      sync.Mutex // guards what follows
-	lastID  uint64
-	stale   int              // how many replies to an earlier client's commands may come; 0 once one of its own came
+	mu     sync.Mutex // guards what follows
+	lastID uint64
+	// how many replies to an earlier client's commands may come; 0 once one of its own came
+	stale   int
 	pending map[uint64]*call // commands without a reply yet, abandoned ones included
 	subs    []*Subscription
 	err     error // why the connection ended
@@ -177,11 +181,16 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	nc, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: no such socket: check the path, and that QEMU runs with -qmp unix:PATH,server=on,wait=off", fs.ErrNotExist)
+		return nil,
+			fmt.Errorf("%w: no such socket: check the path, and that QEMU runs with -qmp "+
+				"unix:PATH,server=on,wait=off", fs.ErrNotExist)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("%w: nothing listens there: QEMU has exited and left its socket behind, or the file is no socket", syscall.ECONNREFUSED)
+		return nil,
+			fmt.Errorf("%w: nothing listens there: QEMU has exited and left its socket behind, "+
+				"or the file is no socket", syscall.ECONNREFUSED)
 	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%w: run as root or as the user that owns the socket", fs.ErrPermission)
+		return nil, fmt.Errorf("%w: run as root or as the user that owns the socket",
+			fs.ErrPermission)
 	case errors.Is(err, syscall.EAGAIN): // a full queue of waiting clients
 		if pid := stoppedBehind(path); pid > 0 {
 			return nil, stoppedError(pid)
@@ -193,8 +202,9 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	return handshake(ctx, nc.(*net.UnixConn), uint64(time.Now().UnixMicro()))
 }
 
-// handshake makes a client of a fresh connection, or closes it. The ids of its commands count up from first, which differs from
-// client to client, so that what QEMU still answers to the one before is not taken for an answer to this one.
+// handshake makes a client of a fresh connection, or closes it. The ids of its commands count up
+// from first, which differs from client to client, so that what QEMU still answers to the one
+// before is not taken for an answer to this one.
 func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, error) {
 	pid, err := peerPID(conn)
 	if err != nil {
@@ -249,12 +259,14 @@ func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, 
 }
 
 func busy() error {
-	return fmt.Errorf("%w: another client probably holds it (libvirt, a management tool, another eviction), as it serves one at a time: end that client, or give QEMU one more monitor with -qmp unix:PATH,server=on,wait=off; or else QEMU is stopped or stuck", ErrBusy)
+	return fmt.Errorf("%w: another client probably holds it (libvirt, a management tool, "+
+		"another eviction), as it serves one at a time: end that client, or give QEMU one more "+
+		"monitor with -qmp unix:PATH,server=on,wait=off; or else QEMU is stopped or stuck", ErrBusy)
 }
 
-// maxEarly is how many messages may come ahead of the greeting, and how many replies to an earlier client's commands behind it.
-// QEMU 11.1 sends an event that happens just as a client connects; and a QEMU that was too busy to answer until its client gave up
-// answers to the next one.
+// maxEarly is how many messages may come ahead of the greeting, and how many replies to an earlier
+// client's commands behind it. QEMU 11.1 sends an event that happens just as a client connects; and
+// a QEMU that was too busy to answer until its client gave up answers to the next one.
 const maxEarly = 16
 
 func readGreeting(r *bufio.Reader) (*greeting, error) {
@@ -268,7 +280,9 @@ func readGreeting(r *bufio.Reader) (*greeting, error) {
 		case err != nil:
 			return nil, fmt.Errorf("%w: no greeting: %w", ErrNotQMP, err)
 		case bytes.HasPrefix(line, []byte("QEMU ")):
-			return nil, fmt.Errorf("%w: this is a human monitor: give QEMU a machine monitor with -qmp unix:PATH,server=on,wait=off", ErrNotQMP)
+			return nil,
+				fmt.Errorf("%w: this is a human monitor: give QEMU a machine monitor with -qmp "+
+					"unix:PATH,server=on,wait=off", ErrNotQMP)
 		}
 		m, err := parseMessage(line)
 		if err != nil {
@@ -302,12 +316,15 @@ func peerPID(conn *net.UnixConn) (int, error) {
 }
 
 func stoppedError(pid int) error {
-	return fmt.Errorf("%w (process %d): an eviction has frozen its VM, which `vacate status` tells, or somebody sent it SIGSTOP: "+
-		"do not let it go on before you know where the VM runs", ErrStopped, pid)
+	return fmt.Errorf(
+		"%w (process %d): an eviction has frozen its VM, which `vacate status` tells, or "+
+			"somebody sent it SIGSTOP: "+
+			"do not let it go on before you know where the VM runs", ErrStopped, pid)
 }
 
-// stoppedBehind returns the process that is stopped and was told on its command line to make a monitor's socket; 0 if there is none.
-// Whose socket it is, the socket does not tell before it has room for a client.
+// stoppedBehind returns the process that is stopped and was told on its command line to make a
+// monitor's socket; 0 if there is none. Whose socket it is, the socket does not tell before it has
+// room for a client.
 func stoppedBehind(path string) int {
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {
@@ -319,7 +336,8 @@ func stoppedBehind(path string) int {
 			continue
 		}
 		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if err == nil && (bytes.Contains(line, []byte("unix:"+path+",")) || bytes.Contains(line, []byte("path="+path+","))) {
+		if err == nil && (bytes.Contains(line, []byte("unix:"+path+",")) ||
+			bytes.Contains(line, []byte("path="+path+","))) {
 			return pid
 		}
 	}
@@ -361,8 +379,8 @@ type Pending struct {
 	err    error // it could not be sent
 }
 
-// Begin is the first half of Run: it returns when the command was sent. QEMU carries out a client's commands in the order in which
-// they were sent, with nothing of that client's in between.
+// Begin is the first half of Run: it returns when the command was sent. QEMU carries out a client's
+// commands in the order in which they were sent, with nothing of that client's in between.
 func (c *Client) Begin(ctx context.Context, cmd string, args any) *Pending {
 	call, err := c.send(ctx, request{Execute: cmd, Arguments: args}, c.inBand, -1)
 	return &Pending{c, cmd, call, err}
@@ -380,9 +398,10 @@ func (p *Pending) Reply(ctx context.Context, reply any) error {
 // RunFD is Run that also passes a descriptor (SCM_RIGHTS), as getfd and
 // add-fd need. The caller keeps, and should close, its own copy.
 //
-// Other commands are sent before or when QEMU has replied, never meanwhile: where the monitor has a thread of its own, as with
-// out-of-band commands, QEMU looks through the descriptors with whatever it reads, without a lock against the main loop that takes
-// them, and may crash (seen with 7.2.22: chardev/char-socket.c, tcp_chr_recv against tcp_get_msgfds).
+// Other commands are sent before or when QEMU has replied, never meanwhile: where the monitor has a
+// thread of its own, as with out-of-band commands, QEMU looks through the descriptors with whatever
+// it reads, without a lock against the main loop that takes them, and may crash (seen with 7.2.22:
+// chardev/char-socket.c, tcp_chr_recv against tcp_get_msgfds).
 func (c *Client) RunFD(ctx context.Context, cmd string, args, reply any, fd int) error {
 	if fd < 0 {
 		return fmt.Errorf("run %s: bad descriptor %d", cmd, fd)
@@ -422,7 +441,8 @@ func result(name string, m *message, err error, reply any) error {
 	return nil
 }
 
-func (c *Client) exchange(ctx context.Context, req request, slot chan struct{}, fd int) (*message, error) {
+func (c *Client) exchange(ctx context.Context, req request, slot chan struct{},
+	fd int) (*message, error) {
 	p, err := c.send(ctx, req, slot, fd)
 	if err != nil {
 		return nil, err
@@ -442,7 +462,8 @@ func (c *Client) send(ctx context.Context, req request, slot chan struct{}, fd i
 	case <-c.done:
 		return nil, c.closed()
 	}
-	p := &call{reply: make(chan *message, 1), slot: slot, alone: fd >= 0, sent: sync.OnceFunc(func() { <-c.writing })}
+	p := &call{reply: make(chan *message, 1), slot: slot, alone: fd >= 0,
+		sent: sync.OnceFunc(func() { <-c.writing })}
 	c.mu.Lock()
 	c.lastID++
 	req.ID = c.lastID
@@ -497,9 +518,9 @@ func (c *Client) await(ctx context.Context, p *call) (*message, error) {
 	}
 }
 
-// write sends one line whole, with a descriptor unless fd is negative, and is called with the token of writing.
-// An error means that nothing was sent, or that the connection was closed
-// because a part of the line was.
+// write sends one line whole, with a descriptor unless fd is negative, and is called with the token
+// of writing. An error means that nothing was sent, or that the connection was closed because a
+// part of the line was.
 func (c *Client) write(ctx context.Context, line []byte, fd int) error {
 	fired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -539,14 +560,16 @@ func (c *Client) write(ctx context.Context, line []byte, fd int) error {
 
 // isGone tells a dead connection from a bad argument such as a closed descriptor.
 func isGone(err error) bool {
-	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
+	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.Is(err, net.ErrClosed)
 }
 
 // input reads a connection, and tells when for the moment there is nothing more to be read.
 type input struct {
 	conn *net.UnixConn
 	mu   sync.Mutex
-	dry  chan struct{} // guarded by mu; closed when there is nothing more; nil if nobody wants to know
+	// guarded by mu; closed when there is nothing more; nil if nobody wants to know
+	dry chan struct{}
 }
 
 func (in *input) Read(b []byte) (int, error) {
@@ -585,8 +608,8 @@ func (in *input) Read(b []byte) (int, error) {
 	}
 }
 
-// Drain returns when everything was handed on that QEMU has sent so far: what a subscription then has not, QEMU has not said. To know
-// that it says nothing more, stop its process first.
+// Drain returns when everything was handed on that QEMU has sent so far: what a subscription then
+// has not, QEMU has not said. To know that it says nothing more, stop its process first.
 func (c *Client) Drain(ctx context.Context) error {
 	c.in.mu.Lock()
 	if c.in.dry == nil {

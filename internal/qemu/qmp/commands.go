@@ -95,7 +95,8 @@ func (c *Client) QueryMigrationCapabilities(ctx context.Context) (map[string]boo
 	caps := make(map[string]bool, len(list))
 	for _, x := range list {
 		if _, twice := caps[x.Capability]; twice || x.Capability == "" {
-			return nil, fmt.Errorf("decode reply to query-migrate-capabilities: bad capability %q", x.Capability)
+			return nil, fmt.Errorf("decode reply to query-migrate-capabilities: bad capability %q",
+				x.Capability)
 		}
 		caps[x.Capability] = x.State
 	}
@@ -192,7 +193,8 @@ func (c *Client) Quit(ctx context.Context) error {
 // "pc-i440fx-7.2": both ends of a migration must agree on it.
 func (c *Client) QueryMachine(ctx context.Context) (string, error) {
 	var t string
-	if err := c.Run(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"}, &t); err != nil {
+	if err := c.Run(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"},
+		&t); err != nil {
 		return "", err
 	}
 	name, ok := strings.CutSuffix(t, "-machine")
@@ -266,9 +268,11 @@ type VirtioQueue struct {
 const maxVirtioQueues = 1024
 
 // QueryVirtioQueue returns the ring of one queue of a device.
-func (c *Client) QueryVirtioQueue(ctx context.Context, path string, queue int) (VirtioQueue, error) {
+func (c *Client) QueryVirtioQueue(ctx context.Context, path string,
+	queue int) (VirtioQueue, error) {
 	var q VirtioQueue
-	err := c.Run(ctx, "x-query-virtio-queue-status", map[string]any{"path": path, "queue": queue}, &q)
+	err := c.Run(ctx, "x-query-virtio-queue-status", map[string]any{"path": path, "queue": queue},
+		&q)
 	return q, err
 }
 

@@ -52,7 +52,8 @@ func parseMessage(line []byte) (*message, error) {
 		return nil, fmt.Errorf("not a QMP message: %w: %s", err, excerpt(line))
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return nil, fmt.Errorf("not a QMP message: more than one value on a line: %s", excerpt(line))
+		return nil, fmt.Errorf("not a QMP message: more than one value on a line: %s",
+			excerpt(line))
 	}
 	shapes := 0
 	for _, is := range []bool{m.QMP != nil, m.Event != "", m.Return != nil, m.Error != nil} {

@@ -49,9 +49,12 @@ func TestParseRecordedSession(t *testing.T) {
 
 func TestParseRefuses(t *testing.T) {
 	for _, line := range []string{
-		``, `[]`, `null`, `{}`, `{"return":{}}`, `{"return":{},"id":"1"}`, `{"return":{},"id":-1}`, `{"return":{},"id":1.5}`,
-		`{"return":{},"error":{"class":"a","desc":"b"},"id":1}`, `{"return":{},"id":1}{}`, `{"error":{},"id":1}`,
-		`{"error":{"class":"GenericError","desc":"x"}}`, `{"event":"STOP"}`, `{"event":5,"timestamp":{}}`,
+		``, `[]`, `null`, `{}`, `{"return":{}}`, `{"return":{},"id":"1"}`, `{"return":{},"id":-1}`,
+		`{"return":{},"id":1.5}`,
+		`{"return":{},"error":{"class":"a","desc":"b"},"id":1}`, `{"return":{},"id":1}{}`,
+		`{"error":{},"id":1}`,
+		`{"error":{"class":"GenericError","desc":"x"}}`, `{"event":"STOP"}`,
+		`{"event":5,"timestamp":{}}`,
 		`{"return":{},"id":1,"more":2}`, `{"QMP":{}}`, `{"return":`, "\x00\xff",
 	} {
 		if m, err := parseMessage([]byte(line)); err == nil {
@@ -133,7 +136,8 @@ func TestBadGreeting(t *testing.T) {
 		"no line":    "",
 		"no version": `{"QMP": {"version": {}, "capabilities": []}}` + "\n",
 	} {
-		if c, err := handshake(t.Context(), serve(t, []byte(script), true), 1); !errors.Is(err, ErrNotQMP) {
+		if c, err := handshake(t.Context(), serve(t, []byte(script), true), 1); !errors.Is(err,
+			ErrNotQMP) {
 			t.Errorf("%s: %v, %v", name, c, err)
 		}
 	}
@@ -164,7 +168,8 @@ func TestLyingServer(t *testing.T) {
 
 func TestEventFlood(t *testing.T) {
 	const flood = 100_000
-	event := `{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RTC_CHANGE", "data": {"offset": 0}}` + "\n"
+	event :=
+		`{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RTC_CHANGE", "data": {"offset": 0}}` + "\n"
 	script := ready + strings.Repeat(event, flood)
 	conn := serve(t, []byte(script), true)
 	c, err := handshake(t.Context(), conn, 1)
@@ -195,7 +200,8 @@ func TestServerStopsReading(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	big := strings.Repeat("x", 2<<20)
-	if _, err := c.HMP(ctx, big); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrClosed) {
+	if _, err := c.HMP(ctx, big); !errors.Is(err, context.DeadlineExceeded) ||
+		!errors.Is(err, ErrClosed) {
 		t.Errorf("half-sent command: %v", err)
 	}
 	if _, err := c.HMP(t.Context(), "p 1"); !errors.Is(err, ErrClosed) {
@@ -232,7 +238,8 @@ func TestReadLine(t *testing.T) {
 			t.Errorf("%q, %v", line, err)
 		}
 	}
-	if _, err := readLine(bufio.NewReaderSize(strings.NewReader(fmt.Sprint(1e9, 1e9)), 16), 5); !errors.Is(err, errLongLine) {
+	if _, err := readLine(bufio.NewReaderSize(strings.NewReader(fmt.Sprint(1e9, 1e9)), 16),
+		5); !errors.Is(err, errLongLine) {
 		t.Error(err)
 	}
 }
@@ -250,9 +257,12 @@ func TestEarlyEvents(t *testing.T) {
 
 // TestStaleReplies has a server answer to an earlier client, ahead of the greeting and behind it.
 func TestStaleReplies(t *testing.T) {
-	const stale = `{"return": {}, "id": 1}` + "\n" + `{"error": {"class": "GenericError", "desc": "too late"}, "id": 2}` + "\n"
+	const stale = `{"return": {}, "id": 1}` + "\n" +
+		`{"error": {"class": "GenericError", "desc": "too late"}, "id": 2}` + "\n"
 	for n, ok := range map[int]bool{0: true, 1: true, maxEarly / 2: true, maxEarly/2 + 1: false} {
-		c, err := handshake(t.Context(), serve(t, []byte(hello+strings.Repeat(stale, n)+`{"return": {}, "id": 100}`+"\n"), false), 100)
+		c, err := handshake(t.Context(),
+			serve(t, []byte(hello+strings.Repeat(stale, n)+`{"return": {}, "id": 100}`+"\n"),
+				false), 100)
 		if ok != (err == nil) || !ok && !errors.Is(err, ErrClosed) {
 			t.Errorf("handshake behind %d stale replies: %v", 2*n, err)
 		}

@@ -28,14 +28,22 @@ func (c *Client) Process(ctx context.Context) (pid int, vcpus []int, err error) 
 		}
 	}
 	if c.pid == 0 {
-		return 0, nil, errors.New("find qemu's process: the one at its monitor's socket is not in this PID namespace: " +
-			"run this program where qemu's process can be seen, such as on the host itself")
+		return 0, nil,
+			errors.New(
+				"find qemu's process: the one at its monitor's socket is not in this PID " +
+					"namespace: " +
+					"run this program where qemu's process can be seen, such as on the host itself")
 	}
 	comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.pid))
-	return 0, nil, fmt.Errorf("find qemu's process: process %d (%q) at its monitor's socket does not run its virtual CPUs, "+
-		"and in this PID namespace no process does: if the socket is relayed, give that of qemu itself; "+
-		"if qemu's PID namespace cannot be seen from here, run this program on the host itself",
-		c.pid, strings.TrimSpace(string(comm)))
+	return 0, nil,
+		fmt.Errorf(
+			"find qemu's process: process %d (%q) at its monitor's socket does not run its "+
+				"virtual CPUs, "+
+				"and in this PID namespace no process does: if the socket is relayed, give that "+
+				"of qemu itself; "+
+				"if qemu's PID namespace cannot be seen from here, run this program on the host "+
+				"itself",
+			c.pid, strings.TrimSpace(string(comm)))
 }
 
 // theirThreads returns the threads that are virtual CPUs of a process, if it has them all. None is
@@ -56,7 +64,8 @@ func theirThreads(proc string, pid int, cpus []CPU) ([]int, bool) {
 			continue
 		}
 		own := tid // of a kernel without PID namespaces
-		if ns := strings.Fields(statusLine(filepath.Join(dir, e.Name(), "status"), "NSpid:")); len(ns) > 0 {
+		if ns := strings.Fields(statusLine(filepath.Join(dir, e.Name(), "status"),
+			"NSpid:")); len(ns) > 0 {
 			if own, err = strconv.Atoi(ns[len(ns)-1]); err != nil {
 				continue
 			}
@@ -76,7 +85,8 @@ func theirThreads(proc string, pid int, cpus []CPU) ([]int, bool) {
 
 // threadGroup is the process that has a thread, by numbers of this PID namespace; 0 if none has.
 func threadGroup(thread int) int {
-	pid, _ := strconv.Atoi(strings.TrimSpace(statusLine(fmt.Sprintf("/proc/%d/status", thread), "Tgid:")))
+	pid, _ := strconv.Atoi(strings.TrimSpace(statusLine(fmt.Sprintf("/proc/%d/status", thread),
+		"Tgid:")))
 	return pid
 }
 

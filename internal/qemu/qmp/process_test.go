@@ -22,8 +22,10 @@ func startContained(t *testing.T, args ...string) string {
 		t.Skip("needs root, for a PID namespace")
 	}
 	sock := filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.Command("unshare", append([]string{"--pid", "--fork", "--kill-child", "qemu-system-x86_64", "-nodefaults", "-display", "none",
-		"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
+	cmd := exec.Command("unshare",
+		append([]string{"--pid", "--fork", "--kill-child", "qemu-system-x86_64", "-nodefaults",
+			"-display", "none",
+			"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -60,7 +62,9 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	t.Run("direct", func(t *testing.T) { check(t, dial(t, direct), own.Pid) })
-	t.Run("relayed", func(t *testing.T) { check(t, dial(t, labtest.RelayMonitor(t, direct)), own.Pid) })
+	t.Run("relayed", func(t *testing.T) {
+		check(t, dial(t, labtest.RelayMonitor(t, direct)), own.Pid)
+	})
 	t.Run("contained", func(t *testing.T) {
 		c := dial(t, contained)
 		cpus, err := c.QueryCPUs(t.Context())
@@ -74,7 +78,8 @@ func TestProcess(t *testing.T) {
 	})
 	t.Run("contained and relayed", func(t *testing.T) {
 		pid, _, err := dial(t, labtest.RelayMonitor(t, contained)).Process(t.Context())
-		if err == nil || !strings.Contains(err.Error(), "process "+strconv.Itoa(os.Getpid())) || !strings.Contains(err.Error(), "relayed") {
+		if err == nil || !strings.Contains(err.Error(), "process "+strconv.Itoa(os.Getpid())) ||
+			!strings.Contains(err.Error(), "relayed") {
 			t.Errorf("process %d, %v", pid, err)
 		}
 	})

@@ -54,7 +54,8 @@ func startQEMU(t *testing.T, args ...string) (string, *os.Process) {
 func dial(t *testing.T, path string) *qmp.Client {
 	t.Helper()
 	c, err := qmp.Dial(t.Context(), path)
-	for i := 0; i < 500 && errors.Is(err, syscall.ECONNREFUSED); i++ { // bound, but not listening yet
+	for i := 0; i < 500 && errors.Is(err, syscall.ECONNREFUSED); i++ {
+		// bound, but not listening yet
 		time.Sleep(20 * time.Millisecond)
 		c, err = qmp.Dial(t.Context(), path)
 	}
@@ -104,10 +105,12 @@ func TestSession(t *testing.T) {
 	}
 	var refused *qmp.Error
 	err := c.Run(ctx, "no-such-command", nil, nil)
-	if !errors.As(err, &refused) || refused.Command != "no-such-command" || !errors.Is(err, qmp.ErrCommandNotFound) {
+	if !errors.As(err, &refused) || refused.Command != "no-such-command" ||
+		!errors.Is(err, qmp.ErrCommandNotFound) {
 		t.Errorf("unknown command: %v", err)
 	}
-	if err := c.Run(ctx, "stop", map[string]int{"x": 1}, nil); !errors.As(err, &refused) || errors.Is(err, qmp.ErrCommandNotFound) {
+	if err := c.Run(ctx, "stop", map[string]int{"x": 1}, nil); !errors.As(err, &refused) ||
+		errors.Is(err, qmp.ErrCommandNotFound) {
 		t.Errorf("bad argument: %v", err)
 	}
 	var wrong struct{ Running string }
@@ -124,8 +127,10 @@ func TestSession(t *testing.T) {
 func TestTypedCommands(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	check(t, os.WriteFile(disk, make([]byte, 1<<20), 0o600))
-	sock, _ := startQEMU(t, "-M", "pc-i440fx-7.2", "-m", "64", "-smp", "2", "-incoming", "defer", "-S",
-		"-drive", "file="+disk+",format=raw,if=none,id=d,readonly=on", "-device", "virtio-blk-pci,drive=d",
+	sock, _ := startQEMU(t, "-M", "pc-i440fx-7.2", "-m", "64", "-smp", "2", "-incoming", "defer",
+		"-S",
+		"-drive", "file="+disk+",format=raw,if=none,id=d,readonly=on", "-device",
+		"virtio-blk-pci,drive=d",
 		"-device", "virtio-balloon-pci")
 	c := dial(t, sock)
 	ctx := t.Context()
@@ -141,14 +146,17 @@ func TestTypedCommands(t *testing.T) {
 		t.Errorf("capabilities %v", caps)
 	}
 	check(t, c.SetMigrationParameters(ctx, map[string]any{"max-postcopy-bandwidth": 1 << 40}))
-	if p := must(c.QueryMigrateParameters(ctx))(t); p.MaxPostcopyBandwidth == nil || *p.MaxPostcopyBandwidth != 1<<40 {
+	if p := must(c.QueryMigrateParameters(ctx))(t); p.MaxPostcopyBandwidth == nil ||
+		*p.MaxPostcopyBandwidth != 1<<40 {
 		t.Errorf("parameters %+v", p)
 	}
 	blocks := must(c.QueryBlock(ctx))(t)
-	if len(blocks) != 1 || blocks[0].Device != "d" || blocks[0].Inserted.File != disk || !blocks[0].Inserted.ReadOnly {
+	if len(blocks) != 1 || blocks[0].Device != "d" || blocks[0].Inserted.File != disk ||
+		!blocks[0].Inserted.ReadOnly {
 		t.Errorf("block devices %+v", blocks)
 	}
-	if cpus := must(c.QueryCPUs(ctx))(t); len(cpus) != 2 || cpus[1].Index != 1 || cpus[1].ThreadID == 0 {
+	if cpus := must(c.QueryCPUs(ctx))(t); len(cpus) != 2 || cpus[1].Index != 1 ||
+		cpus[1].ThreadID == 0 {
 		t.Errorf("cpus %+v", cpus)
 	}
 	check(t, c.MigrateIncoming(ctx, "unix:"+filepath.Join(t.TempDir(), "in")))
@@ -160,7 +168,8 @@ func TestTypedCommands(t *testing.T) {
 // SeaBIOS sets up the ring of a disk it might boot from, so no guest is needed.
 func TestVirtioRings(t *testing.T) {
 	sock, _ := startQEMU(t, "-M", "pc", "-m", "64", "-device", "virtio-balloon-pci",
-		"-blockdev", "null-co,node-name=d,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=d,bootindex=1,num-queues=2")
+		"-blockdev", "null-co,node-name=d,size=1048576,read-zeroes=on", "-device",
+		"virtio-blk-pci,drive=d,bootindex=1,num-queues=2")
 	c := dial(t, sock)
 	ctx := t.Context()
 	devices, err := c.QueryVirtio(ctx)
@@ -188,7 +197,8 @@ func TestVirtioRings(t *testing.T) {
 		if len(rings) != 1 {
 			t.Fatalf("rings %+v, want the one that the firmware uses", rings)
 		}
-		if r := rings[0]; r.Index != 0 || r.Num == 0 || r.Desc == 0 || r.Avail <= r.Desc || r.Used <= r.Avail || r.Used >= 64<<20 {
+		if r := rings[0]; r.Index != 0 || r.Num == 0 || r.Desc == 0 || r.Avail <= r.Desc ||
+			r.Used <= r.Avail || r.Used >= 64<<20 {
 			t.Errorf("ring %+v", r)
 		}
 	}
@@ -223,13 +233,15 @@ func TestStalledMainLoop(t *testing.T) {
 	// waiting for their turn. None may leave a reply for the wrong command.
 	for i := range 6 {
 		short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
-		if _, err := c.HMP(short, fmt.Sprint("p/d ", i)); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := c.HMP(short, fmt.Sprint("p/d ", i)); !errors.Is(err,
+			context.DeadlineExceeded) {
 			t.Errorf("command %d on a stalled QEMU: %v", i, err)
 		}
 		cancel()
 	}
 	var refused *qmp.Error
-	if err := c.MigratePause(ctx); !errors.As(err, &refused) { // no migration to pause: but answered
+	if err := c.MigratePause(ctx); !errors.As(err, &refused) {
+		// no migration to pause: but answered
 		t.Errorf("out of band on a stalled QEMU: %v", err)
 	}
 	f := must(os.Open(fifo))(t)
@@ -333,7 +345,8 @@ func TestPassDescriptor(t *testing.T) {
 	if err := c.GetFD(ctx, "stream", -1); err == nil {
 		t.Error("passed no descriptor")
 	}
-	pair := must(unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0))(t)
+	pair := must(unix.Socketpair(unix.AF_UNIX,
+		unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0))(t)
 	ours := os.NewFile(uintptr(pair[0]), "stream")
 	defer ours.Close()
 	check(t, ours.SetReadDeadline(time.Now().Add(time.Minute)))
@@ -375,7 +388,8 @@ func TestOneClientAtATime(t *testing.T) {
 
 func TestDialErrors(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := qmp.Dial(t.Context(), filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := qmp.Dial(t.Context(), filepath.Join(dir, "none")); !errors.Is(err,
+		fs.ErrNotExist) {
 		t.Errorf("no socket: %v", err)
 	}
 	stale := filepath.Join(dir, "stale")
@@ -388,7 +402,8 @@ func TestDialErrors(t *testing.T) {
 	hmp := filepath.Join(dir, "hmp")
 	sock, _ := startQEMU(t, "-M", "none", "-S", "-monitor", "unix:"+hmp+",server=on,wait=off")
 	dial(t, sock)
-	if _, err := qmp.Dial(t.Context(), hmp); !errors.Is(err, qmp.ErrNotQMP) || !strings.Contains(err.Error(), "human monitor") {
+	if _, err := qmp.Dial(t.Context(), hmp); !errors.Is(err, qmp.ErrNotQMP) ||
+		!strings.Contains(err.Error(), "human monitor") {
 		t.Errorf("human monitor: %v", err)
 	}
 }
@@ -413,12 +428,16 @@ func TestRecord(t *testing.T) {
 	}
 	keep()
 	for id, cmd := range []string{
-		`"qmp_capabilities","arguments":{"enable":["oob"]}`, `"query-version"`, `"query-status"`, `"query-migrate"`,
-		`"query-migrate-capabilities"`, `"query-migrate-parameters"`, `"query-block"`, `"query-cpus-fast"`,
-		`"x-query-virtio"`, `"x-query-virtio-queue-status","arguments":{"path":"/machine/peripheral-anon/device[0]/virtio-backend","queue":0}`,
+		`"qmp_capabilities","arguments":{"enable":["oob"]}`, `"query-version"`, `"query-status"`,
+		`"query-migrate"`,
+		`"query-migrate-capabilities"`, `"query-migrate-parameters"`, `"query-block"`,
+		`"query-cpus-fast"`,
+		`"x-query-virtio"`,
+		`"x-query-virtio-queue-status","arguments":{"path":"/machine/peripheral-anon/device[0]/virtio-backend","queue":0}`,
 		`"x-query-virtio-queue-status","arguments":{"path":"/machine/peripheral-anon/device[0]/virtio-backend","queue":99}`,
 		`"qom-get","arguments":{"path":"/machine","property":"type"}`, `"no-such-command"`,
-		`"human-monitor-command","arguments":{"command-line":"info ramblock"}`, `"cont"`, `"stop"`, `"migrate-start-postcopy"`, `"quit"`,
+		`"human-monitor-command","arguments":{"command-line":"info ramblock"}`, `"cont"`, `"stop"`,
+		`"migrate-start-postcopy"`, `"quit"`,
 	} {
 		fmt.Fprintf(conn, "{\"execute\":%s,\"id\":%d}\n", cmd, id+1)
 		for !strings.Contains(keep(), fmt.Sprintf(`"id": %d`, id+1)) {
@@ -426,8 +445,8 @@ func TestRecord(t *testing.T) {
 	}
 }
 
-// Commands that were begun are carried out in order. What QEMU said before its process was stopped is all there after a Drain, and a
-// stopped QEMU is told from a busy one.
+// Commands that were begun are carried out in order. What QEMU said before its process was stopped
+// is all there after a Drain, and a stopped QEMU is told from a busy one.
 func TestStoppedQEMU(t *testing.T) {
 	sock, proc := startQEMU(t, "-M", "none", "-S")
 	c := dial(t, sock)
@@ -435,9 +454,11 @@ func TestStoppedQEMU(t *testing.T) {
 	qemu := must(process.Find(proc.Pid))(t)
 	for range 20 {
 		events := c.Subscribe(16)
-		cont, status, stop := c.Begin(ctx, "cont", nil), c.Begin(ctx, "query-status", nil), c.Begin(ctx, "stop", nil)
+		cont, status, stop := c.Begin(ctx, "cont", nil), c.Begin(ctx, "query-status",
+			nil), c.Begin(ctx, "stop", nil)
 		var between qmp.Status
-		check(t, errors.Join(cont.Reply(ctx, nil), status.Reply(ctx, &between), stop.Reply(ctx, nil)))
+		check(t, errors.Join(cont.Reply(ctx, nil), status.Reply(ctx, &between),
+			stop.Reply(ctx, nil)))
 		if !between.Running {
 			t.Fatalf("between cont and stop: %+v", between)
 		}
@@ -471,7 +492,8 @@ func TestStoppedQEMU(t *testing.T) {
 	check(t, qemu.Stop(ctx))
 	check(t, qemu.Kill(ctx))
 	<-c.Done()
-	if err := errors.Join(c.Drain(ctx), c.Begin(ctx, "stop", nil).Reply(ctx, nil)); !errors.Is(err, qmp.ErrClosed) {
+	if err := errors.Join(c.Drain(ctx), c.Begin(ctx, "stop", nil).Reply(ctx, nil)); !errors.Is(err,
+		qmp.ErrClosed) {
 		t.Errorf("after the end: %v", err)
 	}
 }

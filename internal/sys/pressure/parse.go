@@ -68,6 +68,7 @@ func parseStall(b []byte) (Stall, error) {
 // word reports whether a string may be the name of a key.
 func word(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(c rune) bool {
-		return c != '_' && c != '.' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9')
+		return c != '_' && c != '.' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') &&
+			(c < '0' || c > '9')
 	}) < 0
 }

@@ -127,7 +127,8 @@ func (f files) host(cpus map[int64]bool) (Host, error) {
 	for i, c := range stat.CPU {
 		if cpus[i] || len(cpus) == 0 {
 			h.CPUs++
-			h.Busy += seconds(c.User + c.Nice + c.System + c.IRQ + c.SoftIRQ) // User has Guest in it
+			// User has Guest in it
+			h.Busy += seconds(c.User + c.Nice + c.System + c.IRQ + c.SoftIRQ)
 		}
 	}
 	if h.CPUs == 0 {
@@ -143,7 +144,8 @@ func (f files) host(cpus map[int64]bool) (Host, error) {
 		}
 		return *n << 10
 	}
-	h.Memory = Memory{kib(mem.MemTotal), kib(mem.MemAvailable), kib(mem.SwapTotal), kib(mem.SwapFree)}
+	h.Memory = Memory{kib(mem.MemTotal), kib(mem.MemAvailable), kib(mem.SwapTotal),
+		kib(mem.SwapFree)}
 	vm, err := readKeys(path.Join(f.proc, "vmstat"))
 	if err != nil {
 		return h, err
@@ -171,15 +173,17 @@ func (f files) host(cpus map[int64]bool) (Host, error) {
 // resources that Linux has pressure stall information of.
 var resources = []string{"cpu", "memory", "io"}
 
-// absent reports whether an error says that a kernel keeps no such account. One that was told to keep
-// none has the files, and no operation on them.
+// absent reports whether an error says that a kernel keeps no such account. One that was told to
+// keep none has the files, and no operation on them.
 func absent(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOTDIR)
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EOPNOTSUPP) ||
+		errors.Is(err, unix.ENOTDIR)
 }
 
 // refaults of a vmstat or memory.stat. Before Linux 5.9 there was one count of all.
 func refaults(keys map[string]uint64) uint64 {
-	return keys["workingset_refault_anon"] + keys["workingset_refault_file"] + keys["workingset_refault"]
+	return keys["workingset_refault_anon"] + keys["workingset_refault_file"] +
+		keys["workingset_refault"]
 }
 
 // ReadVM counts the QEMU of a VM. vcpus are its threads that are vCPUs, as QEMU tells them by QMP;
@@ -306,7 +310,8 @@ func (f files) group(groups []procfs.Cgroup) (*Cgroup, error) {
 						g.Throttled = time.Duration(n) * time.Microsecond
 					}
 				}),
-				keys(path.Join(dir, "memory.stat"), func(k map[string]uint64) { g.Refaults = refaults(k) }),
+				keys(path.Join(dir, "memory.stat"),
+					func(k map[string]uint64) { g.Refaults = refaults(k) }),
 				number(path.Join(dir, "memory.current"), &g.Memory))
 			continue
 		}
@@ -314,10 +319,15 @@ func (f files) group(groups []procfs.Cgroup) (*Cgroup, error) {
 			dir := own(controller, c.Path)
 			switch controller {
 			case "cpu":
-				errs = append(errs, keys(path.Join(dir, "cpu.stat"), func(k map[string]uint64) { g.Throttled = time.Duration(k["throttled_time"]) }))
+				errs = append(errs,
+					keys(path.Join(dir, "cpu.stat"),
+						func(k map[string]uint64) {
+							g.Throttled = time.Duration(k["throttled_time"])
+						}))
 			case "memory":
 				errs = append(errs,
-					keys(path.Join(dir, "memory.stat"), func(k map[string]uint64) { g.Refaults = refaults(k) }),
+					keys(path.Join(dir, "memory.stat"),
+						func(k map[string]uint64) { g.Refaults = refaults(k) }),
 					number(path.Join(dir, "memory.usage_in_bytes"), &g.Memory))
 			}
 		}
@@ -384,11 +394,13 @@ type HostLoad struct {
 // Since tells how loaded the host, which has these VMs, was since an earlier moment.
 func (h Host) Since(before Host, vms ...process.Process) HostLoad {
 	over := h.At.Sub(before.At)
-	l := HostLoad{Over: over, CPUs: h.CPUs, Memory: h.Memory, Some: map[string]float64{}, Full: map[string]float64{}, Links: map[string]float64{}}
+	l := HostLoad{Over: over, CPUs: h.CPUs, Memory: h.Memory, Some: map[string]float64{},
+		Full: map[string]float64{}, Links: map[string]float64{}}
 	l.CPU = min(share(h.Busy-before.Busy, over), float64(h.CPUs))
 	l.Yielding = min(system.yielding(h, before, vms), l.CPU)
 	l.Some, l.Full = shares(h.Stalls, before.Stalls, over)
-	l.Refaults, l.SwappedIn = rate(h.Refaults, before.Refaults, over), rate(h.SwappedIn, before.SwappedIn, over)
+	l.Refaults, l.SwappedIn = rate(h.Refaults, before.Refaults, over), rate(h.SwappedIn,
+		before.SwappedIn, over)
 	for name, t := range h.Links {
 		if b, ok := before.Links[name]; ok {
 			l.Links[name] = max(rate(t.Received, b.Received, over), rate(t.Sent, b.Sent, over))
@@ -399,10 +411,12 @@ func (h Host) Since(before Host, vms ...process.Process) HostLoad {
 
 // VMLoad is how a VM fared between two moments.
 type VMLoad struct {
-	Over     time.Duration
-	VCPUs    int
-	CPU      float64 // cores that its vCPUs had
-	Waiting  float64 // cores that they waited for, and might have had on an idle host: a quota's throttling is not part of it
+	Over  time.Duration
+	VCPUs int
+	CPU   float64 // cores that its vCPUs had
+	// cores that they waited for, and might have had on an idle host: a quota's throttling is not
+	// part of it
+	Waiting  float64
 	Overhead float64 // cores that the rest of QEMU used
 	Resident uint64  // bytes, at the end
 	Swapped  uint64  // bytes, at the end
@@ -462,7 +476,8 @@ func shares(now, before map[string]Stall, over time.Duration) (some, full map[st
 	some, full = map[string]float64{}, map[string]float64{}
 	for _, what := range slices.Sorted(maps.Keys(now)) {
 		if b, ok := before[what]; ok {
-			some[what], full[what] = min(1, share(now[what].Some-b.Some, over)), min(1, share(now[what].Full-b.Full, over))
+			some[what], full[what] = min(1, share(now[what].Some-b.Some, over)), min(1,
+				share(now[what].Full-b.Full, over))
 		}
 	}
 	return some, full

@@ -131,11 +131,13 @@ func put(t *testing.T, dir string, texts map[string]string) {
 	}
 }
 
-const stall = "some avg10=1.00 avg60=0.00 avg300=0.00 total=3000000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1000000\n"
+const stall = "some avg10=1.00 avg60=0.00 avg300=0.00 total=3000000\nfull avg10=0.00 avg60=0.00 " +
+	"avg300=0.00 total=1000000\n"
 
 // TestVCPUs reads a QEMU that names its threads, in control groups of either version, and in both.
 func TestVCPUs(t *testing.T) {
-	const stat = "7 (qemu) S 1 7 7 0 -1 4194304 100 0 42 0 500 250 0 0 20 0 4 0 1000 1000 1000 18446744073709551615 1 1 1 1 1 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
+	const stat = "7 (qemu) S 1 7 7 0 -1 4194304 100 0 42 0 500 250 0 0 20 0 4 0 1000 1000 1000 " +
+		"18446744073709551615 1 1 1 1 1 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
 	proc := map[string]string{
 		"proc/7/stat": stat, "proc/7/status": "Name:\tqemu\nVmRSS:\t 1024 kB\nVmSwap:\t 8 kB\n",
 		"proc/7/task/7/comm": "qemu-system-x86\n", "proc/7/task/7/schedstat": "1000 2000 3\n",
@@ -144,12 +146,15 @@ func TestVCPUs(t *testing.T) {
 		"proc/7/task/10/comm": "worker\n", "proc/7/task/10/schedstat": "7 7 7\n",
 	}
 	v1 := map[string]string{
-		"sys/memory/m/vm/memory.stat": "cache 1\nworkingset_refault_anon 2\nworkingset_refault_file 3\n", "sys/memory/m/vm/memory.usage_in_bytes": "4096\n",
+		"sys/memory/m/vm/memory.stat": "cache 1\nworkingset_refault_anon " +
+			"2\nworkingset_refault_file 3\n", "sys/memory/m/vm/memory.usage_in_bytes": "4096\n",
 		"sys/cpu/c/vm/cpu.stat": "nr_periods 5\nnr_throttled 2\nthrottled_time 1500000000\n",
 	}
 	v2 := map[string]string{
-		"cpu.pressure": stall, "memory.pressure": stall, "io.pressure": stall, "cpu.stat": "usage_usec 1\nthrottled_usec 1500000\n",
-		"memory.stat": "anon 1\nworkingset_refault_anon 2\nworkingset_refault_file 3\n", "memory.current": "4096\n", "memory.max": "max\n",
+		"cpu.pressure": stall, "memory.pressure": stall, "io.pressure": stall,
+		"cpu.stat":       "usage_usec 1\nthrottled_usec 1500000\n",
+		"memory.stat":    "anon 1\nworkingset_refault_anon 2\nworkingset_refault_file 3\n",
+		"memory.current": "4096\n", "memory.max": "max\n",
 	}
 	under := func(dir string) map[string]string {
 		moved := map[string]string{}
@@ -168,11 +173,14 @@ func TestVCPUs(t *testing.T) {
 		trees  []map[string]string
 		want   *Cgroup
 	}{
-		"none":        {"0::/\n", nil, nil},
-		"no files":    {"0::/gone\n3:cpu:/gone\n", nil, nil},
-		"version 1":   {"4:memory:/m/vm\n3:cpu,cpuacct:/c/vm\n0::/\n", []map[string]string{v1}, &Cgroup{Stalls: map[string]Stall{}, Throttled: all.Throttled, Memory: 4096, Refaults: 5}},
-		"version 2":   {"0::/machine/vm\n", []map[string]string{under("machine/vm")}, all},
-		"both":        {"4:memory:/m/vm\n0::/vm\n", []map[string]string{v1, under("unified/vm")}, all},
+		"none":     {"0::/\n", nil, nil},
+		"no files": {"0::/gone\n3:cpu:/gone\n", nil, nil},
+		"version 1": {"4:memory:/m/vm\n3:cpu,cpuacct:/c/vm\n0::/\n", []map[string]string{v1},
+			&Cgroup{Stalls: map[string]Stall{}, Throttled: all.Throttled, Memory: 4096,
+				Refaults: 5}},
+		"version 2": {"0::/machine/vm\n", []map[string]string{under("machine/vm")}, all},
+		"both": {"4:memory:/m/vm\n0::/vm\n", []map[string]string{v1, under("unified/vm")},
+			all},
 		"no /proc it": {"", nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -187,7 +195,8 @@ func TestVCPUs(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := VM{At: vm.At, VCPUs: 2, Ran: 4 * time.Second, Waited: 1500 * time.Millisecond, Used: 7500 * time.Millisecond,
+			want := VM{At: vm.At, VCPUs: 2, Ran: 4 * time.Second, Waited: 1500 * time.Millisecond,
+				Used:     7500 * time.Millisecond,
 				Resident: 1 << 20, Swapped: 8 << 10, MajorFaults: 42, Cgroup: c.want}
 			if d := cmp.Diff(want, vm); d != "" {
 				t.Error(d)
@@ -201,11 +210,16 @@ func TestVCPUs(t *testing.T) {
 func TestUnnamed(t *testing.T) {
 	dir := t.TempDir()
 	put(t, dir, map[string]string{
-		"proc/7/stat":   "7 (qemu) S 1 7 7 0 -1 4194304 100 0 42 0 500 250 0 0 20 0 4 0 1000 1000 1000 18446744073709551615 1 1 1 1 1 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n",
+		"proc/7/stat": "7 (qemu) S 1 7 7 0 -1 4194304 100 0 42 0 500 250 0 0 20 0 4 0 1000 " +
+			"1000 1000 18446744073709551615 1 1 1 1 1 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 " +
+			"0 0\n",
 		"proc/7/status": "Name:\tqemu\nVmRSS:\t 1024 kB\n", "proc/7/cgroup": "0::/\n",
-		"proc/7/task/7/comm": "qemu-system-x86\n", "proc/7/task/7/schedstat": "2000000000 900000000 3\n",
-		"proc/7/task/8/comm": "qemu-system-x86\n", "proc/7/task/8/schedstat": "3000000000 1000000000 5\n",
-		"proc/7/task/9/comm": "qemu-system-x86\n", "proc/7/task/9/schedstat": "1000000000 500000000 5\n",
+		"proc/7/task/7/comm":      "qemu-system-x86\n",
+		"proc/7/task/7/schedstat": "2000000000 900000000 3\n",
+		"proc/7/task/8/comm":      "qemu-system-x86\n",
+		"proc/7/task/8/schedstat": "3000000000 1000000000 5\n",
+		"proc/7/task/9/comm":      "qemu-system-x86\n",
+		"proc/7/task/9/schedstat": "1000000000 500000000 5\n",
 	})
 	f := files{filepath.Join(dir, "proc"), filepath.Join(dir, "sys")}
 	for _, c := range []struct {
@@ -228,10 +242,12 @@ func TestUnnamed(t *testing.T) {
 // TestRealGroups has a program run in control groups of this machine, as far as it has any.
 func TestRealGroups(t *testing.T) {
 	p := busy(t, 0)
-	for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory", "/sys/fs/cgroup"} {
+	for _, root := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup/cpu",
+		"/sys/fs/cgroup/memory", "/sys/fs/cgroup"} {
 		dir := filepath.Join(root, fmt.Sprintf("vacate-test-%d", os.Getpid()))
 		var fs unix.Statfs_t
-		if err := unix.Statfs(root, &fs); err != nil || fs.Type != unix.CGROUP_SUPER_MAGIC && fs.Type != unix.CGROUP2_SUPER_MAGIC {
+		if err := unix.Statfs(root, &fs); err != nil ||
+			fs.Type != unix.CGROUP_SUPER_MAGIC && fs.Type != unix.CGROUP2_SUPER_MAGIC {
 			continue
 		}
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -244,7 +260,8 @@ func TestRealGroups(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, p.PID), 0); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, p.PID),
+			0); err != nil {
 			t.Logf("%s: %v", dir, err)
 			continue
 		}
@@ -271,19 +288,22 @@ func TestRealGroups(t *testing.T) {
 
 // TestBroken has files that are cut, empty, or hold something else.
 func TestBroken(t *testing.T) {
-	for _, text := range []string{"", "x", "some\n", "some total=\n", "some total=-1\n", "full avg10=0 total=5\n", "some total=9223372036854775807\n"} {
+	for _, text := range []string{"", "x", "some\n", "some total=\n", "some total=-1\n",
+		"full avg10=0 total=5\n", "some total=9223372036854775807\n"} {
 		if s, err := parseStall([]byte(text)); err == nil {
 			t.Errorf("%q: %+v", text, s)
 		}
 	}
-	for _, text := range []string{"a b c\n", "A-b 1\n", "a 99999999999999999999\n", "\x00 1\n", "\n"} {
+	for _, text := range []string{"a b c\n", "A-b 1\n", "a 99999999999999999999\n", "\x00 1\n",
+		"\n"} {
 		if k, err := parseKeys([]byte(text)); err == nil {
 			t.Errorf("%q: %v", text, k)
 		}
 	}
 	dir := t.TempDir()
 	put(t, dir, map[string]string{"cpu/vm/cpu.stat": "throttled_time many cores\n"})
-	if g, err := (files{cgroup: dir}).group([]procfs.Cgroup{{HierarchyID: 1, Controllers: []string{"cpu"}, Path: "/vm"}}); err == nil {
+	if g, err := (files{cgroup: dir}).group([]procfs.Cgroup{{HierarchyID: 1,
+		Controllers: []string{"cpu"}, Path: "/vm"}}); err == nil {
 		t.Errorf("%+v", g)
 	}
 }

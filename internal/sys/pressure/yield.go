@@ -68,7 +68,8 @@ func (f files) yielders() map[process.Process]yielder {
 		if err != nil {
 			continue
 		}
-		list[process.Process{PID: pid, StartTime: stat.Starttime}] = yielder{seconds(stat.CPUTime()), step, f.cpuGroup(pid)}
+		list[process.Process{PID: pid,
+			StartTime: stat.Starttime}] = yielder{seconds(stat.CPUTime()), step, f.cpuGroup(pid)}
 	}
 	return list
 }
@@ -104,7 +105,8 @@ func (f files) cpuGroup(pid int) string {
 	for _, g := range groups {
 		if g.HierarchyID == 0 {
 			for dir := g.Path; dir != "/" && dir != "." && root; dir = path.Dir(dir) {
-				for _, at := range []string{path.Join(f.cgroup, dir), path.Join(f.cgroup, "unified", dir)} {
+				for _, at := range []string{path.Join(f.cgroup, dir),
+					path.Join(f.cgroup, "unified", dir)} {
 					if _, err := os.Stat(path.Join(at, "cpu.weight")); err == nil {
 						name, root = "v2:"+dir, false
 						break
@@ -121,7 +123,8 @@ func (f files) cpuGroup(pid int) string {
 	if !root {
 		return name
 	}
-	if on, err := os.ReadFile(path.Join(f.proc, "sys/kernel/sched_autogroup_enabled")); err != nil || strings.TrimSpace(string(on)) != "1" {
+	if on, err := os.ReadFile(path.Join(f.proc, "sys/kernel/sched_autogroup_enabled")); err !=
+		nil || strings.TrimSpace(string(on)) != "1" {
 		return "root"
 	}
 	b, err := os.ReadFile(path.Join(f.proc, strconv.Itoa(pid), "autogroup"))
@@ -129,7 +132,8 @@ func (f files) cpuGroup(pid int) string {
 		return ""
 	}
 	session, _, _ := strings.Cut(strings.TrimSpace(string(b)), " ") // "/autogroup-5 nice 0"
-	if session == "" {                                              // of the session that the host's first process began with
+	if session == "" {
+		// of the session that the host's first process began with
 		return "/"
 	}
 	return session
@@ -161,7 +165,8 @@ func (f files) yielding(now, before Host, vms []process.Process) float64 {
 	sum := 0.0
 	for p, y := range now.yielders {
 		// One that began since has used all of it since. One that ended counts in full.
-		if used := share(y.used-before.yielders[p].used, over); !own[p] && y.group == group && y.step > least {
+		if used := share(y.used-before.yielders[p].used, over); !own[p] && y.group == group &&
+			y.step > least {
 			sum += used * (1 - math.Pow(1.25, least-y.step))
 		}
 	}

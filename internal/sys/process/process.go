@@ -150,7 +150,8 @@ func (p Process) wait(ctx context.Context, fd int) error {
 // start of the process with that number is read.
 func (p Process) Open() (int, error) {
 	fd, err := unix.PidfdOpen(p.PID, 0)
-	if err == unix.ESRCH || err == unix.EINVAL { // EINVAL: a thread has the number, or none can have it
+	if err == unix.ESRCH || err == unix.EINVAL {
+		// EINVAL: a thread has the number, or none can have it
 		return -1, ErrGone
 	} else if err != nil {
 		return -1, os.NewSyscallError("pidfd_open", err)
@@ -173,7 +174,8 @@ func (p Process) Open() (int, error) {
 // poll reports whether a process has ended, and waits for that for a time.
 func poll(fd int, d time.Duration) (bool, error) {
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(d.Milliseconds()))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}},
+			int(d.Milliseconds()))
 		if err == unix.EINTR {
 			continue
 		}
@@ -201,7 +203,8 @@ func (p Process) Stop(ctx context.Context) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return fmt.Errorf("stop process %d: some of its threads still run: %w", p.PID, context.Cause(ctx))
+			return fmt.Errorf("stop process %d: some of its threads still run: %w", p.PID,
+				context.Cause(ctx))
 		}
 	}
 }
@@ -214,7 +217,8 @@ func (p Process) MayStop() error {
 	}
 	defer unix.Close(fd)
 	if err := unix.PidfdSendSignal(fd, 0, nil, 0); err != nil {
-		return fmt.Errorf("may not stop process %d: %w: run as root, or as its user, or with CAP_KILL", p.PID, err)
+		return fmt.Errorf("may not stop process %d: %w: run as root, or as its user, or with "+
+			"CAP_KILL", p.PID, err)
 	}
 	return nil
 }

@@ -93,7 +93,8 @@ func TestWritten(t *testing.T) {
 		fmt.Sprintf(`{"PID":%d,"StartTime":%d,"Boot":"another"}`, own.PID, own.StartTime): Gone,
 	} {
 		var p Process
-		if err := json.Unmarshal([]byte(text), &p); err != nil || p != want || p.Alive() != (want == own) {
+		if err := json.Unmarshal([]byte(text), &p); err != nil || p != want ||
+			p.Alive() != (want == own) {
 			t.Errorf("%s was read as %+v, %v; alive: %v", text, p, err, p.Alive())
 		}
 	}
@@ -174,7 +175,8 @@ func TestStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := Process{own.PID, own.StartTime - 1}
-	if err := errors.Join(other.Stop(t.Context()), other.Continue(), other.MayStop()); !errors.Is(err, ErrGone) {
+	if err := errors.Join(other.Stop(t.Context()), other.Continue(),
+		other.MayStop()); !errors.Is(err, ErrGone) {
 		t.Errorf("another process: %v", err)
 	}
 }

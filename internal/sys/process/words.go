@@ -151,7 +151,8 @@ func ended(pidfd int) string {
 	const getInfo, exit = 0xc040ff0b, 1 << 3
 	for limit := time.Now().Add(reapTime); ; time.Sleep(time.Millisecond) {
 		i := info{mask: exit}
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo, uintptr(unsafe.Pointer(&i)))
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo,
+			uintptr(unsafe.Pointer(&i)))
 		switch {
 		case errno == 0 && i.mask&exit != 0:
 			return describe(unix.WaitStatus(i.status))

@@ -45,7 +45,8 @@ func TestMessages(t *testing.T) {
 	if err := os.WriteFile(file, []byte("of another process\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p, in, reap := start(t, file, `read line; printf 'first\n\033[31mred\033[0m \377\n' >&2; exit 3`)
+	p, in, reap := start(t, file,
+		`read line; printf 'first\n\033[31mred\033[0m \377\n' >&2; exit 3`)
 	m := MessagesOf(p.PID)
 	defer m.Close()
 	if got := m.Last(); got != "it left no message in "+file {
@@ -157,7 +158,8 @@ func TestMessagesElsewhere(t *testing.T) {
 		out.Close()
 		cmd.Wait()
 	}()
-	if got := MessagesOf(cmd.Process.Pid).Last(); !strings.HasPrefix(got, "its messages went to pipe:[") {
+	if got := MessagesOf(cmd.Process.Pid).Last(); !strings.HasPrefix(got,
+		"its messages went to pipe:[") {
 		t.Errorf("%q", got)
 	}
 	if got := MessagesOf(1 << 30).Last(); got != "where its messages went is not known" {

@@ -35,7 +35,8 @@ func (f files) read(name string) ([]byte, error) {
 	}
 	defer file.Close()
 	b, err := io.ReadAll(io.LimitReader(file, maxFile))
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ESRCH) { // such a file, and no such account
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ESRCH) {
+		// such a file, and no such account
 		return nil, nil
 	}
 	return b, err
@@ -51,7 +52,10 @@ func (f files) limits(pid int) (limits []Limit, err error) {
 	b, err := f.read("/proc/meminfo")
 	mem := Meminfo(b)
 	if mem["MemAvailable"] > 0 {
-		limits = append(limits, Limit{Page: units.PageSize, Name: "this host", Max: mem["MemTotal"], Used: mem["MemTotal"] - min(mem["MemTotal"], mem["MemAvailable"]), Swap: mem["SwapFree"]})
+		limits = append(limits,
+			Limit{Page: units.PageSize, Name: "this host", Max: mem["MemTotal"],
+				Used: mem["MemTotal"] - min(mem["MemTotal"], mem["MemAvailable"]),
+				Swap: mem["SwapFree"]})
 	}
 	errs = append(errs, err)
 	limits = append(limits, f.pools()...)
@@ -74,7 +78,8 @@ func (f files) pools() (limits []Limit) {
 	for _, name := range names {
 		name = dir + "/" + filepath.Base(name)
 		var kib uint64
-		if n, _ := fmt.Sscanf(path.Base(name), "hugepages-%dkB", &kib); n != 1 || kib == 0 || kib > 1<<40 {
+		if n, _ := fmt.Sscanf(path.Base(name), "hugepages-%dkB", &kib); n != 1 || kib == 0 ||
+			kib > 1<<40 {
 			continue
 		}
 		page := kib << 10
@@ -87,8 +92,9 @@ func (f files) pools() (limits []Limit) {
 		more := count("nr_overcommit_hugepages")
 		more -= min(more, count("surplus_hugepages"))
 		limits = append(limits, Limit{
-			Page: page, Name: "this host's pool of huge pages", File: name + "/nr_hugepages", Spare: true,
-			Max: (all + more) * page, Used: (all - min(all, free) + set) * page,
+			Page: page, Name: "this host's pool of huge pages", File: name + "/nr_hugepages",
+			Spare: true,
+			Max:   (all + more) * page, Used: (all - min(all, free) + set) * page,
 		})
 	}
 	slices.SortFunc(limits, func(a, b Limit) int { return strings.Compare(a.File, b.File) })
@@ -183,15 +189,18 @@ func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 			return
 		}
 		used, _ := f.number(g, usage)
-		l.Name, l.File, l.Max, l.Used = "the control group "+g.dir, g.dir+"/"+limit, most, used-min(used, back)
+		l.Name, l.File, l.Max, l.Used = "the control group "+g.dir, g.dir+"/"+
+			limit, most, used-min(used, back)
 		limits = append(limits, l)
 	}
 	b, _ := f.read(g.dir + "/memory.stat")
 	back := reclaimable(parseKeys(b))
 	switch g.controller {
 	case "memory":
-		add("memory.limit_in_bytes", "memory.usage_in_bytes", Limit{Page: units.PageSize, Swap: swap}, back)
-		add("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", Limit{Page: units.PageSize}, back)
+		add("memory.limit_in_bytes", "memory.usage_in_bytes",
+			Limit{Page: units.PageSize, Swap: swap}, back)
+		add("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes",
+			Limit{Page: units.PageSize}, back)
 	case "":
 		add("memory.max", "memory.current", Limit{Page: units.PageSize, Swap: swap}, back)
 		add("memory.high", "memory.current", Limit{Page: units.PageSize}, back)
@@ -202,10 +211,12 @@ func (f files) group(g controlGroup, swap uint64) (limits []Limit) {
 	}
 	names, _ := filepath.Glob(f.root + g.dir + "/hugetlb.*." + limit)
 	for _, name := range names {
-		size, ok := strings.CutSuffix(strings.TrimPrefix(filepath.Base(name), "hugetlb."), "."+limit)
+		size, ok := strings.CutSuffix(strings.TrimPrefix(filepath.Base(name), "hugetlb."),
+			"."+limit)
 		if page := parsePage(size); ok && page > 0 { // not those of "rsvd"
 			add("hugetlb."+size+"."+limit, "hugetlb."+size+"."+usage, Limit{Page: page}, 0)
-			add("hugetlb."+size+".rsvd."+limit, "hugetlb."+size+".rsvd."+usage, Limit{Page: page, Spare: true}, 0)
+			add("hugetlb."+size+".rsvd."+limit, "hugetlb."+size+".rsvd."+usage,
+				Limit{Page: page, Spare: true}, 0)
 		}
 	}
 	return limits
@@ -235,7 +246,8 @@ func (f files) mayMap(pid int) (Limit, bool, error) {
 		return Limit{}, false, nil
 	}
 	b, err = f.read(fmt.Sprintf("/proc/%d/status", pid))
-	return Limit{Page: addresses, Name: fmt.Sprintf("the address space of process %d", pid), File: "RLIMIT_AS", Max: most, Used: Meminfo(b)["VmSize"]}, err == nil, err
+	return Limit{Page: addresses, Name: fmt.Sprintf("the address space of process %d", pid),
+		File: "RLIMIT_AS", Max: most, Used: Meminfo(b)["VmSize"]}, err == nil, err
 }
 
 // ToMap is what a QEMU maps while it takes a VM: stacks and heaps of threads.
@@ -257,7 +269,9 @@ func FileSystem(f *os.File, page uint64) (Limit, bool, error) {
 		return Limit{}, false, nil
 	}
 	// That of huge pages takes what is set aside off what it has.
-	l := Limit{Page: page, Name: "the file system of its memory", Device: st.Dev, Spare: page != units.PageSize, Max: info.Blocks * uint64(info.Bsize), Used: (info.Blocks - min(info.Blocks, info.Bavail)) * uint64(info.Bsize)}
+	l := Limit{Page: page, Name: "the file system of its memory", Device: st.Dev,
+		Spare: page != units.PageSize, Max: info.Blocks * uint64(info.Bsize),
+		Used: (info.Blocks - min(info.Blocks, info.Bavail)) * uint64(info.Bsize)}
 	b, err := system.read("/proc/self/mountinfo")
 	for _, m := range parseMounts(b) {
 		if m.device == st.Dev {

@@ -86,7 +86,9 @@ func parseMounts(b []byte) (mounts []mount) {
 		if errA != nil || errI != nil {
 			continue
 		}
-		mounts = append(mounts, mount{device: unix.Mkdev(uint32(a), uint32(i)), root: unescape(f[3]), point: unescape(f[4]), kind: g[0], options: strings.Split(g[2], ",")})
+		mounts = append(mounts,
+			mount{device: unix.Mkdev(uint32(a), uint32(i)), root: unescape(f[3]),
+				point: unescape(f[4]), kind: g[0], options: strings.Split(g[2], ",")})
 	}
 	return mounts
 }

@@ -34,8 +34,10 @@ const (
 // Limit is what bounds memory of one kind on a host. Sizes are in bytes.
 type Limit struct {
 	Page uint64 `json:"page"` // size of the pages that it counts
-	Name string `json:"name"` // of what it is, which may begin a sentence: "the control group /sys/fs/cgroup/a.slice"
-	File string `json:"file"` // in which it is written down; "" if there is none that could be changed
+	// of what it is, which may begin a sentence: "the control group /sys/fs/cgroup/a.slice"
+	Name string `json:"name"`
+	// in which it is written down; "" if there is none that could be changed
+	File string `json:"file"`
 	Max  uint64 `json:"max"`
 	Used uint64 `json:"used"` // by anybody, and the kernel cannot take it back
 	// Swap is what may go to swap in place of memory that is used.
@@ -136,7 +138,8 @@ func (e *ShortError) Problem() string {
 	if e.Others > 0 {
 		promised = fmt.Sprintf("; VMs that are coming will take %s of that", units.Fine(e.Others))
 	}
-	return fmt.Sprintf("the VM needs %s more, and %s has room for %s only%s: %s", units.Fine(e.Need), l.Name, units.Fine(l.Free()), promised, l.account())
+	return fmt.Sprintf("the VM needs %s more, and %s has room for %s only%s: %s",
+		units.Fine(e.Need), l.Name, units.Fine(l.Free()), promised, l.account())
 }
 
 // Remedy says what to type.
@@ -146,11 +149,14 @@ func (e *ShortError) Remedy() string { return e.Limit.remedy(plus(e.Need, e.Othe
 func (l Limit) account() string {
 	switch {
 	case l.File == "" || l.Device != 0:
-		return fmt.Sprintf("it has %s, and %s of it are in use", units.Fine(l.Max), units.Fine(l.Used))
+		return fmt.Sprintf("it has %s, and %s of it are in use", units.Fine(l.Max),
+			units.Fine(l.Used))
 	case l.Page > units.PageSize:
-		return fmt.Sprintf("its %s is worth %d pages of %s, and %d of them are in use or set aside", path.Base(l.File), l.Max/l.Page, units.Size(l.Page), l.Used/l.Page)
+		return fmt.Sprintf("its %s is worth %d pages of %s, and %d of them are in use or set aside",
+			path.Base(l.File), l.Max/l.Page, units.Size(l.Page), l.Used/l.Page)
 	}
-	return fmt.Sprintf("its %s is %s, and %s of it are in use", path.Base(l.File), units.Fine(l.Max), units.Fine(l.Used))
+	return fmt.Sprintf("its %s is %s, and %s of it are in use", path.Base(l.File),
+		units.Fine(l.Max), units.Fine(l.Used))
 }
 
 // remedy says what to type where so many bytes are needed.
@@ -158,19 +164,24 @@ func (l Limit) remedy(need uint64) string {
 	const other = ", or choose another host"
 	want := plus(l.Used, need)
 	group := path.Base(path.Dir(l.File))
-	unit := slices.ContainsFunc([]string{".service", ".scope", ".slice"}, func(s string) bool { return strings.HasSuffix(group, s) })
-	property := map[string]string{"memory.max": "MemoryMax", "memory.high": "MemoryHigh", "memory.limit_in_bytes": "MemoryMax"}[path.Base(l.File)]
+	unit := slices.ContainsFunc([]string{".service", ".scope", ".slice"},
+		func(s string) bool { return strings.HasSuffix(group, s) })
+	property := map[string]string{"memory.max": "MemoryMax", "memory.high": "MemoryHigh",
+		"memory.limit_in_bytes": "MemoryMax"}[path.Base(l.File)]
 	switch {
 	case l.File == "":
-		return "Make room there first: move a VM away, for instance with `vacate evict NAME --to HOST`" + other
+		return "Make room there first: move a VM away, for instance with `vacate evict NAME " +
+			"--to HOST`" + other
 	case unit && property != "":
-		return fmt.Sprintf("Raise it with `systemctl set-property --runtime %s %s=%d`%s", group, property, want, other)
+		return fmt.Sprintf("Raise it with `systemctl set-property --runtime %s %s=%d`%s", group,
+			property, want, other)
 	case path.Base(l.File) == "nr_hugepages":
 		return fmt.Sprintf("Have more with `echo %d >%s`%s", (want+l.Page-1)/l.Page, l.File, other)
 	case strings.HasPrefix(l.File, "RLIMIT_"):
 		return "Start that QEMU without that limit (`ulimit -v unlimited`)"
 	case l.Device != 0:
-		return fmt.Sprintf("Make room there first, for instance with `mount -o remount,size=%dM %s`%s", want>>20+1, l.File, other)
+		return fmt.Sprintf("Make room there first, for instance with `mount -o remount,size=%dM "+
+			"%s`%s", want>>20+1, l.File, other)
 	}
 	return fmt.Sprintf("Raise it with `echo %d >%s`%s", want, l.File, other)
 }

@@ -44,7 +44,8 @@ func Process() {
 }
 
 func attributes(nice int32, slice time.Duration) *unix.SchedAttr {
-	return &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Nice: nice, Runtime: uint64(slice)}
+	return &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Nice: nice,
+		Runtime: uint64(slice)}
 }
 
 // Usual calls f on a thread that is scheduled as usual, which the processes that f starts

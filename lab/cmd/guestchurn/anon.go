@@ -46,7 +46,8 @@ func bytesAt(p uintptr, size int) []byte {
 }
 
 func munmap(mem []byte) error {
-	if _, _, e := unix.Syscall(unix.SYS_MUNMAP, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), 0); e != 0 {
+	if _, _, e := unix.Syscall(unix.SYS_MUNMAP, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)),
+		0); e != 0 {
 		return fmt.Errorf("munmap: %w", e)
 	}
 	return nil
@@ -132,7 +133,8 @@ func (w *worker) anon(advice int) error {
 			for i := from; i < to; i++ {
 				w.checkPage(what, a, i)
 			}
-			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize], unix.MADV_DONTNEED); err != nil {
+			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
+				unix.MADV_DONTNEED); err != nil {
 				return fmt.Errorf("madvise dontneed: %w", err)
 			}
 			clear(a.seeds[from:to])
@@ -142,7 +144,8 @@ func (w *worker) anon(advice int) error {
 				}
 			}
 		case 5: // to swap, or what else the kernel makes of it
-			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize], unix.MADV_PAGEOUT); err != nil && err != unix.EINVAL {
+			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
+				unix.MADV_PAGEOUT); err != nil && err != unix.EINVAL {
 				return fmt.Errorf("madvise pageout: %w", err)
 			}
 		case 6: // grow, move, shrink
@@ -150,13 +153,15 @@ func (w *worker) anon(advice int) error {
 			for i := n; i < len(a.seeds); i++ {
 				w.checkPage(what, a, i)
 			}
-			p, _, e := unix.Syscall6(unix.SYS_MREMAP, uintptr(unsafe.Pointer(&a.mem[0])), uintptr(len(a.mem)), uintptr(n*pageSize), unix.MREMAP_MAYMOVE, 0, 0)
+			p, _, e := unix.Syscall6(unix.SYS_MREMAP, uintptr(unsafe.Pointer(&a.mem[0])),
+				uintptr(len(a.mem)), uintptr(n*pageSize), unix.MREMAP_MAYMOVE, 0, 0)
 			if e != 0 {
 				return fmt.Errorf("mremap: %w", e)
 			}
 			a.mem = bytesAt(p, n*pageSize)
 			total += n - len(a.seeds)
-			a.seeds = append(a.seeds[:min(n, len(a.seeds))], make([]uint64, max(0, n-len(a.seeds)))...)
+			a.seeds = append(a.seeds[:min(n, len(a.seeds))],
+				make([]uint64, max(0, n-len(a.seeds)))...)
 			from, to = 0, 0
 		case 7: // verify only
 			for i := from; i < to; i++ {
@@ -177,7 +182,8 @@ func (w *worker) anon(advice int) error {
 
 // fork has children share the pages and then take copies of them.
 func (w *worker) fork() error {
-	report, err := unix.Mmap(-1, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
+	report, err := unix.Mmap(-1, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_SHARED|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return err
 	}
@@ -199,7 +205,8 @@ func (w *worker) fork() error {
 		if children < 5 {
 			from, to := w.span(a)
 			to = min(to, from+w.budget/4)
-			pid := forkChild(&a.mem[from*pageSize], a.seeds[from:to], w.seed(), w.step(), int64(w.IntN(300)), (*[3]uint64)(unsafe.Pointer(&report[0])))
+			pid := forkChild(&a.mem[from*pageSize], a.seeds[from:to], w.seed(), w.step(),
+				int64(w.IntN(300)), (*[3]uint64)(unsafe.Pointer(&report[0])))
 			if pid < 0 {
 				return fmt.Errorf("fork: %w", unix.Errno(-pid))
 			}
@@ -254,7 +261,8 @@ func forkChild(mem *byte, seeds []uint64, seed, step uint64, ms int64, report *[
 				expect = seed + uint64(i)
 			}
 			if at, want := p.Check(expect, step); at >= 0 {
-				report[0], report[1], report[2] = uint64(uintptr(unsafe.Pointer(p)))+uint64(at)*8, want, p[at]
+				report[0], report[1], report[2] = uint64(uintptr(unsafe.Pointer(p)))+
+					uint64(at)*8, want, p[at]
 				unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 			}
 			p.Fill(seed+uint64(i), step)
@@ -282,7 +290,8 @@ func (w *worker) hugetlb() error {
 		if err := w.checkNow(func() error { return nil }); err != nil { // just done
 			return err
 		}
-		if err := os.WriteFile("/proc/sys/vm/nr_hugepages", fmt.Appendf(nil, "%d", w.IntN(most+1)), 0); err != nil {
+		if err := os.WriteFile("/proc/sys/vm/nr_hugepages", fmt.Appendf(nil, "%d", w.IntN(most+1)),
+			0); err != nil {
 			return err
 		}
 		a, err := w.mapArea((1+w.IntN(most))*huge, unix.MAP_HUGETLB, -1)

@@ -88,7 +88,8 @@ func (w *worker) files(dir string) error {
 			}
 			if _, err := f.WriteAt(part, int64(from)*pageSize); err != nil {
 				if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.ENOMEM) {
-					return fmt.Errorf("%s of %d pages, %d in all: %w", what, len(f.seeds), total, err)
+					return fmt.Errorf("%s of %d pages, %d in all: %w", what, len(f.seeds), total,
+						err)
 				}
 				return err
 			}
@@ -100,7 +101,8 @@ func (w *worker) files(dir string) error {
 			if err := f.Sync(); err != nil {
 				return err
 			}
-			if err := unix.Fadvise(int(f.Fd()), int64(from)*pageSize, int64(len(part)), unix.FADV_DONTNEED); err != nil {
+			if err := unix.Fadvise(int(f.Fd()), int64(from)*pageSize, int64(len(part)),
+				unix.FADV_DONTNEED); err != nil {
 				return err
 			}
 			if w.IntN(3) == 0 {
@@ -120,7 +122,8 @@ func (w *worker) files(dir string) error {
 			if w.IntN(3) == 0 {
 				shared = unix.MAP_PRIVATE
 			}
-			mem, err := unix.Mmap(int(f.Fd()), int64(from)*pageSize, len(part), unix.PROT_READ|unix.PROT_WRITE, shared)
+			mem, err := unix.Mmap(int(f.Fd()), int64(from)*pageSize, len(part),
+				unix.PROT_READ|unix.PROT_WRITE, shared)
 			if err != nil {
 				return fmt.Errorf("map %s: %w", what, err)
 			}
@@ -145,7 +148,9 @@ func (w *worker) files(dir string) error {
 			if err := w.read(what, f, from, part); err != nil {
 				return err
 			}
-			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(from)*pageSize, int64(len(part))); err != nil {
+			if err := unix.Fallocate(int(f.Fd()),
+				unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(from)*pageSize,
+				int64(len(part))); err != nil {
 				return fmt.Errorf("punch hole: %w", err)
 			}
 			clear(f.seeds[from:to])
@@ -239,13 +244,16 @@ func (w *worker) names() error {
 		case 0: // make
 			for range 40 {
 				serial++
-				name := filepath.Join(dirs[w.IntN(len(dirs))], fmt.Sprintf("%0*d", 1+w.IntN(60), serial))
+				name := filepath.Join(dirs[w.IntN(len(dirs))],
+					fmt.Sprintf("%0*d", 1+w.IntN(60), serial))
 				seed := w.seed()
 				if err := os.Symlink(text(seed, 20+int(seed%900)), name); err != nil {
 					return err
 				}
 				// Not of "user.": a symbolic link has none.
-				if err := unix.Lsetxattr(name, "trusted.churn", []byte(text(seed+1, 100+int(seed%1500))), 0); err != nil && err != unix.EOPNOTSUPP && err != unix.ENOSPC {
+				if err := unix.Lsetxattr(name, "trusted.churn",
+					[]byte(text(seed+1, 100+int(seed%1500))),
+					0); err != nil && err != unix.EOPNOTSUPP && err != unix.ENOSPC {
 					return fmt.Errorf("setxattr: %w", err)
 				}
 				alive[name] = seed
@@ -320,7 +328,8 @@ func (w *worker) same(what string, found, want []byte) bool {
 		at++
 	}
 	at &^= 7
-	w.bad(fmt.Sprintf("%s of %d bytes, now %d", what, len(want), len(found)), uint64(at), word(want, at), word(found, at))
+	w.bad(fmt.Sprintf("%s of %d bytes, now %d", what, len(want), len(found)), uint64(at),
+		word(want, at), word(found, at))
 	return false
 }
 
@@ -361,7 +370,8 @@ func (q *queue) turn(w *worker) error {
 		n := 1 + seed%6000
 		msg.kind = 1
 		copy(msg.text[:], text(seed, int(n)))
-		if _, _, e := unix.Syscall6(unix.SYS_MSGSND, q.id, uintptr(unsafe.Pointer(&msg)), uintptr(n), 0o4000, 0, 0); e == unix.EAGAIN {
+		if _, _, e := unix.Syscall6(unix.SYS_MSGSND, q.id, uintptr(unsafe.Pointer(&msg)),
+			uintptr(n), 0o4000, 0, 0); e == unix.EAGAIN {
 			break
 		} else if e != 0 {
 			return fmt.Errorf("msgsnd: %w", e)
@@ -376,7 +386,8 @@ func (q *queue) turn(w *worker) error {
 func (q *queue) drain(w *worker, n int) error {
 	var msg message
 	for range n {
-		n, _, e := unix.Syscall6(unix.SYS_MSGRCV, q.id, uintptr(unsafe.Pointer(&msg)), 8192, 0, 0o4000, 0)
+		n, _, e := unix.Syscall6(unix.SYS_MSGRCV, q.id, uintptr(unsafe.Pointer(&msg)), 8192, 0,
+			0o4000, 0)
 		if e != 0 {
 			return fmt.Errorf("msgrcv: %w", e)
 		}

@@ -106,7 +106,8 @@ func run() error {
 		return err
 	}
 	c.send(churnproto.TypeHello, churnproto.Hello{
-		Release: unix.ByteSliceToString(u.Release[:]), CPUs: runtime.NumCPU(), MemKiB: s.memKiB, Workers: c.workers, Lacks: s.lacks,
+		Release: unix.ByteSliceToString(u.Release[:]), CPUs: runtime.NumCPU(), MemKiB: s.memKiB,
+		Workers: c.workers, Lacks: s.lacks,
 	})
 	return c.serve()
 }
@@ -128,10 +129,11 @@ func (c *control) start(i int) error {
 		return err
 	}
 	defer errs.Close()
-	p, err := syscall.ForkExec("/proc/self/exe", []string{"guestchurn", c.workers[i], fmt.Sprint(i)}, &syscall.ProcAttr{
-		Dir: "/", Env: []string{"GOTRACEBACK=single"},
-		Files: []uintptr{errs.Fd(), errs.Fd(), errs.Fd(), report.Fd(), uintptr(c.fd)},
-	})
+	p, err := syscall.ForkExec("/proc/self/exe",
+		[]string{"guestchurn", c.workers[i], fmt.Sprint(i)}, &syscall.ProcAttr{
+			Dir: "/", Env: []string{"GOTRACEBACK=single"},
+			Files: []uintptr{errs.Fd(), errs.Fd(), errs.Fd(), report.Fd(), uintptr(c.fd)},
+		})
 	if err != nil {
 		return fmt.Errorf("start worker %s: %w", c.workers[i], err)
 	}
@@ -264,7 +266,8 @@ func (c *control) checkAll() error {
 		var waiting []string
 		c.procs.Range(func(pid, i any) bool {
 			if i := i.(int); c.shared.done[i].Load() != n {
-				waiting = append(waiting, fmt.Sprintf("%s (%s)", c.workers[i], whereabouts(pid.(int))))
+				waiting = append(waiting,
+					fmt.Sprintf("%s (%s)", c.workers[i], whereabouts(pid.(int))))
 			}
 			return true
 		})
@@ -272,7 +275,8 @@ func (c *control) checkAll() error {
 			return nil
 		}
 		if time.Since(began) > time.Minute {
-			return fmt.Errorf("these workers do not come to an end of verifying: %s", strings.Join(waiting, "; "))
+			return fmt.Errorf("these workers do not come to an end of verifying: %s",
+				strings.Join(waiting, "; "))
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -324,7 +328,8 @@ func (c *control) obey(id, verb string, r *churnproto.Reply) (err error) {
 			err = e
 		}
 		if err == nil && sum != c.sum {
-			c.send(churnproto.TypeBad, churnproto.Bad{Worker: -1, What: "ftrace's records", Want: c.sum, Found: sum})
+			c.send(churnproto.TypeBad,
+				churnproto.Bad{Worker: -1, What: "ftrace's records", Want: c.sum, Found: sum})
 		}
 		return err
 	case "snapshot":
@@ -335,7 +340,9 @@ func (c *control) obey(id, verb string, r *churnproto.Reply) (err error) {
 		for _, t := range tables {
 			const part = churnproto.MaxPayload - 1024
 			for at := 0; at < len(t.data) || at == 0; at += part {
-				c.sendRaw(churnproto.TypeTable, churnproto.AppendTable(nil, id, t.name, uint64(at), t.data[at:min(len(t.data), at+part)]))
+				c.sendRaw(churnproto.TypeTable,
+					churnproto.AppendTable(nil, id, t.name, uint64(at),
+						t.data[at:min(len(t.data), at+part)]))
 			}
 		}
 		return nil

@@ -20,7 +20,8 @@ import (
 func (w *worker) kernel() error {
 	const mapArray, mapPerCPUArray = 2, 6 // enum bpf_map_type
 	// Before 5.11 this bounds the memory of such arrays.
-	if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}); err != nil {
+	if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK,
+		&unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}); err != nil {
 		return err
 	}
 	cpus := runtime.NumCPU()
@@ -29,7 +30,8 @@ func (w *worker) kernel() error {
 	buf := make([]byte, 64<<10)
 	for {
 		if len(arrays) == 0 || total < w.budget/2 || total < w.budget && w.IntN(8) == 0 {
-			a := &array{size: 128 << w.IntN(9), cpus: 1} // no smaller: each entry takes a system call
+			// no smaller: each entry takes a system call
+			a := &array{size: 128 << w.IntN(9), cpus: 1}
 			a.entries = 1 + w.IntN(max(1, 256<<10/a.size))
 			kind := mapArray
 			if w.IntN(2) == 0 {
@@ -130,8 +132,10 @@ const (
 )
 
 func bpfCreate(kind, size, entries int) (int, error) {
-	attr := struct{ kind, keySize, valueSize, entries, flags uint32 }{uint32(kind), 4, uint32(size), uint32(entries), 0}
-	fd, _, e := unix.Syscall(unix.SYS_BPF, bpfMapCreate, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	attr := struct{ kind, keySize, valueSize, entries, flags uint32 }{uint32(kind), 4, uint32(size),
+		uint32(entries), 0}
+	fd, _, e := unix.Syscall(unix.SYS_BPF, bpfMapCreate, uintptr(unsafe.Pointer(&attr)),
+		unsafe.Sizeof(attr))
 	if e != 0 {
 		return 0, e
 	}
@@ -146,7 +150,8 @@ func bpfElement(command uintptr, fd, index int, value []byte) error {
 		value *byte
 		flags uint64
 	}{uint64(fd), &key, &value[0], 0}
-	if _, _, e := unix.Syscall(unix.SYS_BPF, command, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr)); e != 0 {
+	if _, _, e := unix.Syscall(unix.SYS_BPF, command, uintptr(unsafe.Pointer(&attr)),
+		unsafe.Sizeof(attr)); e != 0 {
 		return e
 	}
 	return nil
@@ -202,7 +207,8 @@ func (w *worker) take(what string, s *stream, buf []byte) (none bool, err error)
 }
 
 // streams keeps some streams in flow, and replaces them now and then.
-func (w *worker) streams(what string, count int, open func() (*stream, error), tune func(*stream) error) error {
+func (w *worker) streams(what string, count int, open func() (*stream, error),
+	tune func(*stream) error) error {
 	buf := make([]byte, pageSize)
 	var all []*stream
 	for {
@@ -277,7 +283,8 @@ const network = "network"
 // broken says whether a connection's end is nothing to worry about: QEMU's network forgets
 // connections when the VM is set back.
 func broken(what string, err error) bool {
-	return what == network && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.ErrUnexpectedEOF))
+	return what == network && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) ||
+		errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 func (w *worker) pipes() error {
@@ -297,7 +304,8 @@ func (w *worker) pipes() error {
 func (w *worker) sockets() error {
 	return w.streams("socket", max(2, w.budget/32), func() (*stream, error) {
 		if w.IntN(2) == 0 {
-			p, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+			p, err := unix.Socketpair(unix.AF_UNIX,
+				unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 			return &stream{in: p[0], out: p[1]}, err
 		}
 		return loopback()

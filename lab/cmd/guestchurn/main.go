@@ -35,7 +35,8 @@ func main() {
 		os.Exit(1)
 	}
 	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "guestchurn: runs as process 1 of a lab guest only; start guests with the lab")
+		fmt.Fprintln(os.Stderr,
+			"guestchurn: runs as process 1 of a lab guest only; start guests with the lab")
 		os.Exit(2)
 	}
 	fmt.Fprintln(os.Stderr, "guestchurn: process 1, cannot return:", run())

@@ -48,7 +48,8 @@ func quiet() error {
 			b, _ := os.ReadFile(s)
 			_, rest, ok := bytes.Cut(b, []byte(") "))
 			f := strings.Fields(string(rest))
-			if !ok || len(f) < 7 || strings.HasPrefix(s, "/proc/1/") || flag(f[6], 0x00200000) { // PF_KTHREAD
+			if !ok || len(f) < 7 || strings.HasPrefix(s, "/proc/1/") || flag(f[6], 0x00200000) {
+				// PF_KTHREAD
 				continue
 			}
 			if !strings.ContainsAny(f[0], "TtZX") {
@@ -98,7 +99,8 @@ func newSnapshots() (*snapshots, error) {
 	end := uint64(0) // page frame number
 	for line := range strings.Lines(string(b)) {
 		var from, to uint64
-		if n, _ := fmt.Sscanf(line, "%x-%x : System RAM", &from, &to); n == 2 && strings.Contains(line, "System RAM") {
+		if n, _ := fmt.Sscanf(line, "%x-%x : System RAM", &from, &to); n == 2 &&
+			strings.Contains(line, "System RAM") {
 			end = max(end, (to+1)/pageSize)
 		}
 	}
@@ -152,7 +154,8 @@ func (s *snapshots) take() (_ []table, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return []table{{"kpageflags", before}, {"kpageflags after", after}, {"kpagecount", count}, {"zoneinfo", zones}, {"pagemaps", maps}}, nil
+	return []table{{"kpageflags", before}, {"kpageflags after", after}, {"kpagecount", count},
+		{"zoneinfo", zones}, {"pagemaps", maps}}, nil
 }
 
 func readInto(buf []byte, name string) ([]byte, error) {
@@ -203,7 +206,8 @@ func (s *snapshots) pagemaps() ([]byte, error) {
 		for line := range strings.Lines(string(areas)) {
 			var from, to uint64
 			var perms string
-			if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perms); err != nil || strings.HasPrefix(perms, "---") || to > 1<<47 {
+			if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perms); err != nil ||
+				strings.HasPrefix(perms, "---") || to > 1<<47 {
 				continue
 			}
 			for from < to {

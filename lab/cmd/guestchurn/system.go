@@ -38,7 +38,8 @@ const (
 func setUp() (*system, error) {
 	s := &system{seed: 1}
 	for _, m := range []struct{ kind, at, options string }{
-		{"devtmpfs", "/dev", ""}, {"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"tmpfs", shmemDir, "huge=within_size"},
+		{"devtmpfs", "/dev", ""}, {"proc", "/proc", ""}, {"sysfs", "/sys", ""},
+		{"tmpfs", shmemDir, "huge=within_size"},
 	} {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
 			return nil, err
@@ -48,7 +49,8 @@ func setUp() (*system, error) {
 		}
 	}
 	// With less than 512 MiB, Linux would use no transparent huge pages.
-	if err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("always"), 0); err != nil {
+	if err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("always"),
+		0); err != nil {
 		return nil, err
 	}
 	cmdline, err := os.ReadFile("/proc/cmdline")

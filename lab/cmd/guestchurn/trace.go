@@ -27,7 +27,8 @@ func traceAllocator(dir string) (*churnproto.Trace, error) {
 		return nil, fmt.Errorf("there is no tracefs")
 	}
 	t := &churnproto.Trace{}
-	for name, e := range map[string]*churnproto.Event{"mm_page_alloc": &t.Alloc, "mm_page_free": &t.Free} {
+	for name, e := range map[string]*churnproto.Event{"mm_page_alloc": &t.Alloc,
+		"mm_page_free": &t.Free} {
 		if err := readEvent(filepath.Join(dir, "events/kmem", name), e); err != nil {
 			return nil, err
 		}
@@ -44,7 +45,8 @@ func traceAllocator(dir string) (*churnproto.Trace, error) {
 		r := churnproto.Ring{Mark: rand.Uint64()}
 		words[churnproto.MarkOffset/8] = r.Mark
 		for i := range ringPages {
-			r.Sums = append(r.Sums, churnproto.Sum((*churnproto.Words)(unsafe.Pointer(&ring[(1+i)*pageSize]))))
+			r.Sums = append(r.Sums,
+				churnproto.Sum((*churnproto.Words)(unsafe.Pointer(&ring[(1+i)*pageSize]))))
 		}
 		t.Rings = append(t.Rings, r)
 	}
@@ -75,7 +77,8 @@ func openRing(cpu int, events ...int) (ring []byte, err error) {
 			continue
 		}
 		leader = fd
-		if ring, err = unix.Mmap(fd, 0, (1+ringPages)*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		if ring, err = unix.Mmap(fd, 0, (1+ringPages)*pageSize, unix.PROT_READ|unix.PROT_WRITE,
+			unix.MAP_SHARED); err != nil {
 			return nil, fmt.Errorf("map the ring: %w", err)
 		}
 	}
@@ -96,7 +99,8 @@ func fillRing(cpu int, ring []uint64) error {
 		return err
 	}
 	for range 2000 {
-		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-churnproto.FullBut {
+		if atomic.LoadUint64(&ring[churnproto.HeadOffset/8]) > ringPages*pageSize-
+			churnproto.FullBut {
 			return nil
 		}
 		mem, err := mmap(64*pageSize, unix.MAP_POPULATE)
@@ -129,7 +133,8 @@ func readEvent(dir string, e *churnproto.Event) error {
 		decl, rest, _ := strings.Cut(line, ";")
 		name := decl[strings.LastIndexByte(decl, ' ')+1:]
 		var offset, size int
-		if n, _ := fmt.Sscanf(strings.TrimSpace(rest), "offset:%d; size:%d;", &offset, &size); n != 2 {
+		if n, _ := fmt.Sscanf(strings.TrimSpace(rest), "offset:%d; size:%d;", &offset,
+			&size); n != 2 {
 			continue
 		}
 		switch {

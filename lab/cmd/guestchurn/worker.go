@@ -25,7 +25,8 @@ var loads = []struct {
 	{"anon", 16, always, func(w *worker) error { return w.anon(unix.MADV_NOHUGEPAGE) }},
 	{"huge", 18, always, func(w *worker) error { return w.anon(unix.MADV_HUGEPAGE) }},
 	{"fork", 3, always, (*worker).fork},
-	{"disk", 13, func(s *system) bool { return s.disk }, func(w *worker) error { return w.files(diskDir) }},
+	{"disk", 13, func(s *system) bool { return s.disk },
+		func(w *worker) error { return w.files(diskDir) }},
 	{"shmem", 9, always, func(w *worker) error { return w.files(shmemDir) }},
 	{"names", 2, always, (*worker).names},
 	{"kernel", 4, always, (*worker).kernel},
@@ -89,7 +90,8 @@ func work(name string, index int) error {
 			}
 			shared.done[index].Store(shared.checks.Load())
 			return l.run(&worker{
-				Rand: rand.New(rand.NewPCG(seed[0], seed[1])), index: index, budget: kib / 4 * l.share / 100,
+				Rand: rand.New(rand.NewPCG(seed[0], seed[1])), index: index,
+				budget: kib / 4 * l.share / 100,
 				shared: shared, report: os.NewFile(fdReport, "report"),
 			})
 		}
@@ -136,7 +138,8 @@ func (w *worker) bad(what string, address, want, found uint64) {
 	if w.said++; w.said > maxBad {
 		return
 	}
-	b, err := json.Marshal(churnproto.Bad{Worker: w.index, What: what, Address: address, Want: want, Found: found})
+	b, err := json.Marshal(churnproto.Bad{Worker: w.index, What: what, Address: address, Want: want,
+		Found: found})
 	if err == nil {
 		w.report.Write(append(b, '\n'))
 	}

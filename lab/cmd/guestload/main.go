@@ -47,7 +47,8 @@ func main() {
 		os.Exit(1)
 	}
 	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "guestload: runs as process 1 of a lab guest only; start guests with the lab")
+		fmt.Fprintln(os.Stderr,
+			"guestload: runs as process 1 of a lab guest only; start guests with the lab")
 		os.Exit(2)
 	}
 	fmt.Fprintln(os.Stderr, "guestload: process 1, cannot return:", run())

@@ -34,7 +34,8 @@ type otherProcess struct {
 }
 
 func startOther(seed uint64, first, n int) (*otherProcess, error) {
-	cmd := exec.Command("/init", otherArg, strconv.Itoa(n), strconv.Itoa(first), strconv.FormatUint(seed, 10))
+	cmd := exec.Command("/init", otherArg, strconv.Itoa(n), strconv.Itoa(first),
+		strconv.FormatUint(seed, 10))
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -19,7 +19,8 @@ type picker struct {
 }
 
 func newPicker(seed uint64, n int, zipf bool) picker {
-	return picker{x: seed*2 + 1, n: uint64(n), zipf: zipf, bits: bits.Len(uint(n)), mask: 1<<bits.Len(uint(max(n, 2)-1)) - 1, mix: seed}
+	return picker{x: seed*2 + 1, n: uint64(n), zipf: zipf, bits: bits.Len(uint(n)),
+		mask: 1<<bits.Len(uint(max(n, 2)-1)) - 1, mix: seed}
 }
 
 // random returns 32 random bits.

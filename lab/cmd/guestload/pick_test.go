@@ -40,10 +40,12 @@ func TestPickerShares(t *testing.T) {
 			wantEighth, wantHalf = picks*9/12, picks*11/12
 		}
 		if d := eighth - wantEighth; d > picks/50 || d < -picks/50 {
-			t.Errorf("zipf %v: %d of %d picks on the first eighth of ranks, want about %d", zipf, eighth, picks, wantEighth)
+			t.Errorf("zipf %v: %d of %d picks on the first eighth of ranks, want about %d", zipf,
+				eighth, picks, wantEighth)
 		}
 		if d := half - wantHalf; d > picks/50 || d < -picks/50 {
-			t.Errorf("zipf %v: %d of %d picks on the first half of ranks, want about %d", zipf, half, picks, wantHalf)
+			t.Errorf("zipf %v: %d of %d picks on the first half of ranks, want about %d", zipf,
+				half, picks, wantHalf)
 		}
 		// The hot pages are scattered: any half of the addresses has near half of the picks.
 		if zipf {

@@ -107,7 +107,8 @@ func use(n int) (fd int, err error) {
 		for i := range chunk {
 			chunk[i].Fill(lp.Base(usedSeed, uint64(first+i), 0))
 		}
-		bytes := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(chunk))), len(chunk)*lp.PageSize)
+		bytes := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(chunk))),
+			len(chunk)*lp.PageSize)
 		if _, err := unix.Write(fd, bytes); err != nil {
 			return -1, fmt.Errorf("use %d free pages: %w", n, err)
 		}
@@ -126,7 +127,8 @@ func fragment(r *rand.Rand, need int) (held int, err error) {
 		return -1, err
 	}
 	if need > free {
-		return -1, fmt.Errorf("the load needs %d pages, %d are free; give the guest more memory", need, free)
+		return -1, fmt.Errorf("the load needs %d pages, %d are free; give the guest more memory",
+			need, free)
 	}
 	n := free * 7 / 8
 	hold := min(n/8, (free-need)/2)
@@ -144,7 +146,8 @@ func fragment(r *rand.Rand, need int) (held int, err error) {
 	}
 	r.Shuffle(len(pieces), func(i, j int) { pieces[i], pieces[j] = pieces[j], pieces[i] })
 	for _, p := range pieces {
-		err := unix.Fallocate(held, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(p.first)*lp.PageSize, int64(p.size)*lp.PageSize)
+		err := unix.Fallocate(held, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE,
+			int64(p.first)*lp.PageSize, int64(p.size)*lp.PageSize)
 		if err != nil {
 			return -1, fmt.Errorf("give %d pages back: %w", p.size, err)
 		}

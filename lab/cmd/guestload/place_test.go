@@ -47,7 +47,8 @@ func TestSetsGrowTogether(t *testing.T) {
 			}
 		}
 		if sizes[i] > 0 && (n.last < clock*8/10 || len(n.turns) < 20) {
-			t.Errorf("set %d was whole after %d of %d pages, in %d turns", i, n.last, clock, len(n.turns))
+			t.Errorf("set %d was whole after %d of %d pages, in %d turns", i, n.last, clock,
+				len(n.turns))
 		}
 	}
 }

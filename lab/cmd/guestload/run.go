@@ -181,7 +181,8 @@ func report(port *os.File, hot *hotSet, sets []set, bad *badSink) error {
 			buf = lp.Append(buf, w)
 		case <-tick.C:
 			ops, touches := hot.report()
-			r = lp.Report{Seq: r.Seq + 1, Clock: monotonic(), Ops: ops, Bad: bad.pages.Load(), Touches: touches, Before: r.Touches}
+			r = lp.Report{Seq: r.Seq + 1, Clock: monotonic(), Ops: ops, Bad: bad.pages.Load(),
+				Touches: touches, Before: r.Touches}
 			buf = lp.Append(buf, r)
 		case c := <-commands:
 			switch c {

@@ -38,7 +38,8 @@ func mapPages(n int) ([]lp.Page, error) {
 	if n == 0 {
 		return nil, nil
 	}
-	mem, err := unix.Mmap(-1, 0, n*lp.PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	mem, err := unix.Mmap(-1, 0, n*lp.PageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return nil, fmt.Errorf("map %d pages: %w; give the guest more memory", n, err)
 	}

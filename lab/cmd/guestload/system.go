@@ -47,7 +47,8 @@ func parseServer(s string) (*server, error) {
 }
 
 func parseParams(cmdline string) (params, error) {
-	p := params{workers: runtime.NumCPU(), others: 1, work: true, file: 8 << 20 / loadproto.PageSize, seed: 1}
+	p := params{workers: runtime.NumCPU(), others: 1, work: true,
+		file: 8 << 20 / loadproto.PageSize, seed: 1}
 	for _, field := range strings.Fields(cmdline) {
 		field, ours := strings.CutPrefix(field, "vacate.")
 		if !ours {
@@ -157,7 +158,8 @@ func parsePages(s string) (int, error) {
 }
 
 func mountAll() error {
-	for _, m := range []struct{ kind, at string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
+	for _, m := range []struct{ kind, at string }{{"devtmpfs", "/dev"}, {"proc", "/proc"},
+		{"sysfs", "/sys"}} {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
 			return err
 		}
@@ -226,7 +228,8 @@ func linkPorts(names []string) error {
 				return err
 			}
 			if device != "" {
-				if err := os.Symlink("../"+device, filepath.Join(dir, filepath.Base(want))); err != nil {
+				if err := os.Symlink("../"+device,
+					filepath.Join(dir, filepath.Base(want))); err != nil {
 					return err
 				}
 				break
@@ -295,7 +298,8 @@ func (s *server) begin() error {
 	cmd := exec.Command(s.args[0], s.args[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/bin", "LC_ALL=C", "TZ=UTC"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Credential: &syscall.Credential{Uid: s.user, Gid: s.user}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root,
+		Credential: &syscall.Credential{Uid: s.user, Gid: s.user}}
 	return begin(cmd)
 }
 

@@ -41,7 +41,8 @@ must be in the same directory as this program.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
-	c.Flags().StringVar(&file, "html", "", "`FILE` for the page (default demo.html in the lab's directory)")
+	c.Flags().StringVar(&file, "html", "",
+		"`FILE` for the page (default demo.html in the lab's directory)")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		plain := &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "error" {
@@ -52,7 +53,8 @@ must be in the same directory as this program.`,
 		d := demo{
 			out:  os.Stdout,
 			page: cmp.Or(file, filepath.Join(dir, "demo.html")),
-			opts: lab.Options{Dir: dir, Rate: 1e9, Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
+			opts: lab.Options{Dir: dir, Rate: 1e9,
+				Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
 		}
 		if err := d.show(c.Context()); err != nil {
 			return err
@@ -90,7 +92,8 @@ func demoVMs() []*demoVM {
 // say begins a step.
 func (d *demo) say(format string, args ...any) {
 	d.step++
-	fmt.Fprintf(d.out, "\n%d. %s\n", d.step, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "\n   "))
+	fmt.Fprintf(d.out, "\n%d. %s\n", d.step,
+		strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "\n   "))
 }
 
 // show relieves a host as an operator would.
@@ -164,7 +167,8 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 		err := l.A.Run(relieve)
 		var exit *exec.ExitError
 		if errors.As(err, &exit) && exit.ExitCode() == 2 && tries > 1 { // refused
-			d.say("Something else kept host b busy just then: the clients, say, which have no core of their\nown here. The operator tries again:")
+			d.say("Something else kept host b busy just then: the clients, say, which have no " +
+				"core of their\nown here. The operator tries again:")
 			fmt.Fprintln(d.out)
 			continue
 		}
@@ -186,14 +190,19 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 	d.say(`%s runs on host b now, and %s has the core of host a for itself. %s answers
 %.0f requests a second now, %.0f before; %s %.0f, %.0f before. The longest silence that a
 client of %[1]s saw was %[9]d ms.`, moved.name, stayed.name, moved.name, perSecond(moved.client, end.Add(-2*time.Second), end), perSecond(moved.client, began.Add(-2*time.Second), began),
-		stayed.name, perSecond(stayed.client, end.Add(-2*time.Second), end), perSecond(stayed.client, began.Add(-2*time.Second), began), moved.client.Stats().Silence.Milliseconds())
+		stayed.name, perSecond(stayed.client, end.Add(-2*time.Second), end),
+		perSecond(stayed.client, began.Add(-2*time.Second), began),
+		moved.client.Stats().Silence.Milliseconds())
 	if err := d.write(ctx, site, l, e, moved, stayed); err != nil {
 		return err
 	}
 	for _, v := range vms {
 		s := v.client.Stop()
 		if s.Wrong != 0 || s.Broken != 0 {
-			return errors.Join(append([]error{fmt.Errorf("a client of %s noticed: %d wrong answers, %d broken connections", v.name, s.Wrong, s.Broken)}, s.Errors...)...)
+			return errors.Join(
+				append([]error{
+					fmt.Errorf("a client of %s noticed: %d wrong answers, %d broken connections",
+						v.name, s.Wrong, s.Broken)}, s.Errors...)...)
 		}
 	}
 	if err := moved.vm.Ended(ctx); err != nil {
@@ -224,7 +233,8 @@ func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) 
 	if v.twin, err = l.B.Expect(ctx, v.vm); err != nil {
 		return err
 	}
-	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args), site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
+	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args),
+		site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
 		return err
 	}
 	v.client, err = bench.Load(ctx, l, v.vm, bench.UsualClients)
@@ -237,7 +247,8 @@ func perSecond(c bench.Loader, from, to time.Time) float64 {
 }
 
 // write writes the page.
-func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction, moved, stayed *demoVM) error {
+func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction,
+	moved, stayed *demoVM) error {
 	p, err := htmlreport.Gather(ctx, hostv1.Dial(site.socket(l.A)), e)
 	if err != nil {
 		return err
@@ -247,9 +258,14 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 		return errors.New("the report does not tell when the VM was first touched")
 	}
 	p.Notes = []string{
-		fmt.Sprintf("Two VMs, %s and %s, with a memcached each and clients that ask for as much as six tenths of a core can answer, starved each other on the one core of host a. "+
-			"The operator ran vacate relieve, which chose %[1]s to leave for host b. Both then have a core of their own.", moved.name, stayed.name),
-		"The first chart shows it: the answers of both per second. The VM that stays has the core as soon as the other has left. The one that moves has to fetch what it touches first, and is back as its hot memory has come.",
+		fmt.Sprintf(
+			"Two VMs, %s and %s, with a memcached each and clients that ask for as much as six "+
+				"tenths of a core can answer, starved each other on the one core of host a. "+
+				"The operator ran vacate relieve, which chose %[1]s to leave for host b. Both "+
+				"then have a core of their own.", moved.name, stayed.name),
+		"The first chart shows it: the answers of both per second. The VM that stays has the " +
+			"core as soon as the other has left. The one that moves has to fetch what it " +
+			"touches first, and is back as its hot memory has come.",
 	}
 	rates := htmlreport.Chart{Title: "Answers of the two memcached", Unit: "answers per second"}
 	latencies := htmlreport.Chart{Title: "What the clients waited", Unit: "ms, 90th percentile"}
@@ -258,11 +274,13 @@ func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.
 		if v == moved {
 			rate.Name, latency.Name = v.name+", which moves", v.name+", which moves"
 		}
-		for _, r := range v.client.Rates(begun.Add(-4*time.Second), time.Now(), 100*time.Millisecond) {
+		for _, r := range v.client.Rates(begun.Add(-4*time.Second), time.Now(),
+			100*time.Millisecond) {
 			at := math.Round(r.From.Sub(*begun).Seconds()*100) / 100
 			rate.Points = append(rate.Points, [2]float64{at, r.PerSecond})
 			if r.P90 > 0 {
-				latency.Points = append(latency.Points, [2]float64{at, float64(r.P90.Microseconds()) / 1000})
+				latency.Points = append(latency.Points,
+					[2]float64{at, float64(r.P90.Microseconds()) / 1000})
 			}
 		}
 		rates.Lines, latencies.Lines = append(rates.Lines, rate), append(latencies.Lines, latency)
@@ -332,7 +350,8 @@ func (s *demoSite) start(ctx context.Context, h *lab.Host) error {
 		peer = s.lab.B
 	}
 	home := s.home(h)
-	if err := certs.Issue(filepath.Join(s.dir, "ca"), "host"+h.Name, filepath.Join(home, "certs"), certs.DefaultDays, false); err != nil {
+	if err := certs.Issue(filepath.Join(s.dir, "ca"), "host"+h.Name, filepath.Join(home, "certs"),
+		certs.DefaultDays, false); err != nil {
 		return err
 	}
 	config := fmt.Sprintf(`certs   = "certs"
@@ -400,7 +419,8 @@ func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string
 
 // last is the latest eviction from a host.
 func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, error) {
-	r, err := hostv1.Dial(s.socket(h)).ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+	r, err := hostv1.Dial(s.socket(h)).ListEvictions(ctx,
+		connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 	if err != nil {
 		return nil, err
 	}
@@ -423,8 +443,10 @@ func (s *demoSite) close() error {
 func (d *demo) compare(ctx context.Context) error {
 	d.say(`The same with a new VM, measured; then QEMU's own post-copy with another one:`)
 	result, err := bench.Measure(ctx, bench.Options{
-		Strategies: []string{"vacate", "qemu-postcopy"}, Load: "hot", Repeat: 1, PrecopyBound: time.Second,
-		Spec: lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200, Seed: 1}}, Lab: d.opts, Log: slog.New(slog.DiscardHandler),
+		Strategies: []string{"vacate", "qemu-postcopy"}, Load: "hot", Repeat: 1,
+		PrecopyBound: time.Second,
+		Spec:         lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 200, IdleMiB: 200, Seed: 1}},
+		Lab:          d.opts, Log: slog.New(slog.DiscardHandler),
 		Done: func(r bench.Run) { fmt.Fprintf(d.out, "   %s: %s\n", r.Strategy, r.Outcome) },
 	})
 	if err != nil {
@@ -444,6 +466,7 @@ the figures mean.`)
 			return bench.ErrBadPages
 		}
 	}
-	_, err = fmt.Fprintln(d.out, "\nEach VM has checked all of its memory after its move: 0 bad pages.")
+	_, err = fmt.Fprintln(d.out,
+		"\nEach VM has checked all of its memory after its move: 0 bad pages.")
 	return err
 }

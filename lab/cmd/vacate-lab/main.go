@@ -48,8 +48,10 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()), untilSignal(statusCommand()),
-		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()), untilSignal(demoCommand()), untilSignal(paperCommand()))
+	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()),
+		untilSignal(statusCommand()),
+		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()),
+		untilSignal(demoCommand()), untilSignal(paperCommand()))
 	return c
 }
 
@@ -57,7 +59,8 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 func untilSignal(c *cobra.Command) *cobra.Command {
 	run := c.RunE
 	c.RunE = func(c *cobra.Command, args []string) error {
-		ctx, stop := cli.OnSignal(c.Context(), func(s syscall.Signal) error { return cli.Interrupted{Signal: s} })
+		ctx, stop := cli.OnSignal(c.Context(),
+			func(s syscall.Signal) error { return cli.Interrupted{Signal: s} })
 		defer stop()
 		c.SetContext(ctx)
 		return run(c, args)
@@ -82,7 +85,8 @@ func (f *vmFlags) add(c *cobra.Command, linkFlag string) {
 	fl := c.Flags()
 	f.set = fl
 	fl.StringVar(&f.dir, "dir", ".lab", "directory of the lab's cache and state")
-	fl.StringVar(&f.load, "load", "hot", "what the guest does, and the VM for it: "+strings.Join(bench.Loads(), ", "))
+	fl.StringVar(&f.load, "load", "hot",
+		"what the guest does, and the VM for it: "+strings.Join(bench.Loads(), ", "))
 	fl.Var(&f.memory, "memory", "the VM's memory (default: the load's)")
 	fl.IntVar(&f.vcpus, "vcpus", 1, "the VM's CPUs")
 	fl.Var(&f.hot, "hot", "memory that the guest works on all the time (default: the load's)")
@@ -94,10 +98,14 @@ func (f *vmFlags) add(c *cobra.Command, linkFlag string) {
 	for _, k := range lab.Kernels {
 		kernels = append(kernels, k.Name)
 	}
-	fl.StringVar(&f.kernel, "kernel", "", "the guest's kernel, of Debian: "+strings.Join(kernels, ", ")+" (default: that of this machine's release)")
-	fl.StringVar(&f.qemu, "qemu", "stock", "stock (in PATH), backports (newest of Debian 13) or backports12 (of Debian 12)")
+	fl.StringVar(&f.kernel, "kernel", "",
+		"the guest's kernel, of Debian: "+strings.Join(kernels, ", ")+
+			" (default: that of this machine's release)")
+	fl.StringVar(&f.qemu, "qemu", "stock",
+		"stock (in PATH), backports (newest of Debian 13) or backports12 (of Debian 12)")
 	fl.StringVar(&f.machine, "machine", "pc", "QEMU's machine type, pc or q35")
-	fl.StringVar(&f.devices, "devices", "", "bare, or full: disk, network, console port, balloon, VGA (default: the load's, else bare)")
+	fl.StringVar(&f.devices, "devices", "",
+		"bare, or full: disk, network, console port, balloon, VGA (default: the load's, else bare)")
 	fl.BoolVar(&f.memfd, "memfd", false, "keep the VM's memory in a shared memfd")
 	fl.BoolVar(&f.agent, "agent", false, "run vacate-guest in the guest")
 	fl.Var(&f.link, linkFlag, "the link's rate each way, or none")
@@ -184,12 +192,17 @@ else should run on the machine meanwhile.`,
 	}
 	f.add(c, "link")
 	fl := c.Flags()
-	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"}, "of "+strings.Join(bench.Strategies(), ", "))
+	fl.StringSliceVar(&opts.Strategies, "strategies",
+		[]string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"},
+		"of "+strings.Join(bench.Strategies(), ", "))
 	fl.IntVar(&opts.Repeat, "repeat", 1, "repetitions")
-	fl.BoolVar(&opts.Chain, "chain", false, "one guest for all strategies of a repetition, evicted to and fro (default: if all are vacate's)")
+	fl.BoolVar(&opts.Chain, "chain", false,
+		"one guest for all strategies of a repetition, evicted to and fro (default: if all are "+
+			"vacate's)")
 	fl.DurationVar(&opts.PrecopyBound, "precopy-bound", 30*time.Second, "when to give pre-copy up")
 	fl.BoolVar(&pin, "pin", true, "give each host a core of its own; else both share all")
-	fl.StringVar(&opts.Profile, "profile", "", "directory for CPU profiles of vacate's two processes")
+	fl.StringVar(&opts.Profile, "profile", "",
+		"directory for CPU profiles of vacate's two processes")
 	fl.StringVar(&json_, "json", "", "file for the result as JSON (docs/bench.md)")
 	fl.StringVar(&svg, "svg", "", "file for a plot of the guest's throughput")
 	fl.BoolVarP(&verbose, "verbose", "v", false, "log every event of the QEMUs")
@@ -218,7 +231,9 @@ else should run on the machine meanwhile.`,
 		}
 		opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 		opts.Lab = lab.Options{Dir: f.dir, Rate: uint64(f.link), NoPin: !pin, Log: opts.Log}
-		opts.Done = func(r bench.Run) { opts.Log.Info("done", "strategy", r.Strategy, "rep", r.Rep, "outcome", r.Outcome) }
+		opts.Done = func(r bench.Run) {
+			opts.Log.Info("done", "strategy", r.Strategy, "rep", r.Rep, "outcome", r.Outcome)
+		}
 		result, err := bench.Measure(c.Context(), opts)
 		if len(result.Runs) == 0 {
 			return err

@@ -31,7 +31,8 @@ func TestLabRefuses(t *testing.T) {
 		c.SilenceErrors, c.SilenceUsage = true, true
 		c.SetOut(io.Discard)
 		c.SetArgs(strings.Fields(strings.ReplaceAll(args, "TMP", t.TempDir())))
-		if err := c.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), want) {
+		if err := c.ExecuteContext(t.Context()); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("vacate-lab %s: error %v, want one with %q", args, err, want)
 		}
 	}

@@ -19,9 +19,11 @@ import (
 )
 
 func paperCommand() *cobra.Command {
-	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6, Clients: bench.UsualClients}
+	opts := bench.ContentionOptions{Repeat: 1, PrecopyBound: 3, Wanted: 0.6,
+		Clients: bench.UsualClients}
 	memory, serve := cli.MiB(640), cli.MiB(192)
-	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit", "200Mbit", "100Mbit"}
+	servers, rates := []string{"memcached", "redis", "postgresql", "idle"}, []string{"400Mbit",
+		"200Mbit", "100Mbit"}
 	var out string
 	c := &cobra.Command{
 		Use:   "paper",
@@ -36,17 +38,24 @@ directory.`,
 		Args: cobra.NoArgs,
 	}
 	fl := c.Flags()
-	fl.StringSliceVar(&opts.Strategies, "strategies", []string{"vacate", "qemu-postcopy", "qemu-precopy", "qemu-precopy-autoconverge", "stop-and-copy", "vacate:demand-only"}, "of "+strings.Join(bench.Strategies(), ", ")+", vacate:ORDER")
+	fl.StringSliceVar(&opts.Strategies, "strategies",
+		[]string{"vacate", "qemu-postcopy", "qemu-precopy", "qemu-precopy-autoconverge",
+			"stop-and-copy", "vacate:demand-only"},
+		"of "+strings.Join(bench.Strategies(), ", ")+", vacate:ORDER")
 	fl.StringSliceVar(&servers, "servers", servers, "what the VMs serve; idle for nothing")
 	fl.StringSliceVar(&rates, "rates", rates, "of the link")
 	fl.Var(&memory, "memory", "of each VM")
 	fl.Var(&serve, "serve", "how much of it the servers hold")
 	fl.Float64Var(&opts.Wanted, "wanted", opts.Wanted, "how much of a core each VM wants")
-	fl.Float64Var(&opts.Clients.Writes, "writes", opts.Clients.Writes, "the share of requests that write")
-	fl.IntVar(&opts.Clients.Connections, "connections", opts.Clients.Connections, "of the clients of each VM, with a request at a time each")
-	fl.IntVar(&opts.Clients.Bytes, "value", opts.Clients.Bytes, "bytes of a value of memcached or Redis")
+	fl.Float64Var(&opts.Clients.Writes, "writes", opts.Clients.Writes,
+		"the share of requests that write")
+	fl.IntVar(&opts.Clients.Connections, "connections", opts.Clients.Connections,
+		"of the clients of each VM, with a request at a time each")
+	fl.IntVar(&opts.Clients.Bytes, "value", opts.Clients.Bytes,
+		"bytes of a value of memcached or Redis")
 	fl.IntVar(&opts.Repeat, "repeat", opts.Repeat, "how often all is measured")
-	fl.Float64Var(&opts.PrecopyBound, "precopy-bound", opts.PrecopyBound, "pre-copy is given up after so many times as long as all memory takes")
+	fl.Float64Var(&opts.PrecopyBound, "precopy-bound", opts.PrecopyBound,
+		"pre-copy is given up after so many times as long as all memory takes")
 	fl.StringVar(&out, "out", ".lab/paper", "`DIR`ectory for the results")
 	dirFlag(c, &opts.Lab.Dir)
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -63,7 +72,8 @@ directory.`,
 			}
 			opts.Rates = append(opts.Rates, uint64(r))
 		}
-		if !(opts.Wanted > 0 && opts.Wanted <= 1) || !(opts.Clients.Writes > 0 && opts.Clients.Writes <= 1) {
+		if !(opts.Wanted > 0 && opts.Wanted <= 1) ||
+			!(opts.Clients.Writes > 0 && opts.Clients.Writes <= 1) {
 			return errors.New("--wanted and --writes: more than 0, and 1 at most")
 		}
 		if opts.Clients.Connections < 1 {
@@ -92,8 +102,11 @@ func writePaper(dir string, result bench.Contention) error {
 		return errors.Join(f(file), file.Close())
 	}
 	return errors.Join(
-		write("contention.json", func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
+		write("contention.json",
+			func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
 		write("contention.csv", result.CSV),
 		write("contention.svg", result.SVG),
-		write("paper.html", func(w io.Writer) error { return htmlreport.WriteContention(w, result) }))
+		write("paper.html", func(w io.Writer) error {
+			return htmlreport.WriteContention(w, result)
+		}))
 }

@@ -59,7 +59,8 @@ background until "vacate-lab down"; its log is lab.log in the lab's directory.`,
 // session of its own, and waits until its lab is ready.
 func startSupervisor(c *cobra.Command, dir string) error {
 	if _, err := lab.Status(c.Context(), dir); err == nil {
-		return fmt.Errorf("a lab is up already in %s: take it down first, with vacate-lab down", dir)
+		return fmt.Errorf("a lab is up already in %s: take it down first, with vacate-lab down",
+			dir)
 	} else if !errors.Is(err, lab.ErrNoLab) {
 		return err
 	}
@@ -68,7 +69,9 @@ func startSupervisor(c *cobra.Command, dir string) error {
 		return err
 	}
 	args := []string{"supervise", "--ready-fd=3"}
-	c.Flags().Visit(func(fl *pflag.Flag) { args = append(args, "--"+fl.Name+"="+fl.Value.String()) })
+	c.Flags().Visit(func(fl *pflag.Flag) {
+		args = append(args, "--"+fl.Name+"="+fl.Value.String())
+	})
 	log, err := os.Create(filepath.Join(dir, "lab.log"))
 	if err != nil {
 		return fmt.Errorf("lab's log: %w", err)
@@ -100,7 +103,8 @@ func startSupervisor(c *cobra.Command, dir string) error {
 		return context.Cause(c.Context())
 	}
 	text, _ := os.ReadFile(log.Name())
-	return fmt.Errorf("the lab did not come up: %w: %s", err, strings.TrimSpace(string(text[max(0, len(text)-8192):])))
+	return fmt.Errorf("the lab did not come up: %w: %s", err,
+		strings.TrimSpace(string(text[max(0, len(text)-8192):])))
 }
 
 const readyWord = "ready\n"
@@ -109,7 +113,8 @@ const readyWord = "ready\n"
 func superviseCommand() *cobra.Command {
 	var f vmFlags
 	var fd int
-	c := &cobra.Command{Use: "supervise", Short: "keep a lab up, in the foreground", Args: cobra.NoArgs, Hidden: true}
+	c := &cobra.Command{Use: "supervise", Short: "keep a lab up, in the foreground",
+		Args: cobra.NoArgs, Hidden: true}
 	f.add(c, "rate")
 	c.Flags().IntVar(&fd, "ready-fd", -1, "descriptor to say on that the lab is ready")
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -201,7 +206,8 @@ func showStatus(out io.Writer, s lab.State) error {
 		for _, vm := range s.VMs {
 			if vm.Host == h.Name {
 				any = true
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", h.Name, h.Addr, core, vm.Name, vm.Status, vm.PID, vm.QMP)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", h.Name, h.Addr, core, vm.Name,
+					vm.Status, vm.PID, vm.QMP)
 			}
 		}
 		if !any {
@@ -212,7 +218,9 @@ func showStatus(out io.Writer, s lab.State) error {
 		return err
 	}
 	g := &s.Guest
-	if _, err := fmt.Fprintf(out, "\nThe guest works on %.0f pages per second, %d so far; %d bad.\n", g.PagesPerSecond, g.Pages, g.Bad); err != nil {
+	if _, err := fmt.Fprintf(out,
+		"\nThe guest works on %.0f pages per second, %d so far; %d bad.\n", g.PagesPerSecond,
+		g.Pages, g.Bad); err != nil {
 		return err
 	}
 	if g.Error != "" {
@@ -223,7 +231,8 @@ func showStatus(out io.Writer, s lab.State) error {
 
 func downCommand() *cobra.Command {
 	var dir string
-	c := &cobra.Command{Use: "down", Short: "end the lab that is up, with all of its VMs", Args: cobra.NoArgs}
+	c := &cobra.Command{Use: "down", Short: "end the lab that is up, with all of its VMs",
+		Args: cobra.NoArgs}
 	dirFlag(c, &dir)
 	c.RunE = func(c *cobra.Command, _ []string) error { return lab.Down(c.Context(), dir) }
 	return c

@@ -38,8 +38,10 @@ func helper(name string) {
 		fill(idleHuge, syscall.MADV_HUGEPAGE)
 		none, _ := fill(idleNone, syscall.MADV_NOHUGEPAGE)
 		syscall.Mprotect(none, syscall.PROT_NONE)
-		shared, _ := syscall.Mmap(-1, 0, 64<<10, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_SHARED)
-		zero, _ := syscall.Mmap(-1, 0, 64<<10, syscall.PROT_READ, syscall.MAP_ANON|syscall.MAP_PRIVATE)
+		shared, _ := syscall.Mmap(-1, 0, 64<<10, syscall.PROT_READ|syscall.PROT_WRITE,
+			syscall.MAP_ANON|syscall.MAP_SHARED)
+		zero, _ := syscall.Mmap(-1, 0, 64<<10, syscall.PROT_READ,
+			syscall.MAP_ANON|syscall.MAP_PRIVATE)
 		for i := 0; i < len(shared); i += 4096 {
 			shared[i] = 1 + zero[i]
 		}
@@ -136,7 +138,8 @@ func census(port *os.File) error {
 			continue
 		}
 		for from < to {
-			n, err := pagemap.ReadAt(buf[:min(uint64(len(buf)), (to-from)/4096*8)], int64(from/4096*8))
+			n, err := pagemap.ReadAt(buf[:min(uint64(len(buf)), (to-from)/4096*8)],
+				int64(from/4096*8))
 			if n == 0 {
 				return err
 			}
