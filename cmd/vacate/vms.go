@@ -29,7 +29,8 @@ any other host has it, or does not say that it has not.
 
   --fenced HOST  You assert that HOST is powered off, or cut off from the VM's
                  disks and from the network, or that it has no QEMU of the VM.
-                 It is not asked then. If you are wrong, two copies run.`,
+                 That counts only if it does not answer. If you are wrong, two
+                 copies run.`,
 		Example: `  vacate start web1
   vacate start web1 --fenced hostb`,
 		Args: cobra.ExactArgs(1),

@@ -121,6 +121,19 @@ func Clear(m Mark, lives, starting bool) bool {
 	return (m == "" || m.Final()) && !lives && !starting
 }
 
+// Presence is what a host says of a VM that is to be started anew on another.
+type Presence struct {
+	Clear bool   `json:"clear"`
+	Last  string `json:"last,omitempty"` // the last eviction of it that is in the host's journal
+}
+
+// Absent reports whether a host that was asked twice had nothing of a VM all the time between. Each
+// host is asked again once all have answered. So they were clear of the VM at one moment, however
+// it moved while they were asked.
+func Absent(first, second Presence) bool {
+	return first.Clear && second.Clear && first.Last == second.Last
+}
+
 // mayCommit tells whether a source may send the commit: its mark is durable, the process of its
 // QEMU is stopped, so that nothing that QEMU is told can run the guest, and the guest did not run
 // between the freeze and that.

@@ -23,8 +23,8 @@ type vmQuestion struct {
 
 // vmAnswer is what a host has of a VM.
 type vmAnswer struct {
-	Clear bool   `json:"clear"`
-	Why   string `json:"why,omitempty"` // it is not, in words
+	evict.Presence
+	Why string `json:"why,omitempty"` // it is not clear of it, in words
 	// the host that has it by the last eviction of it here; empty: this one, if any
 	Left string `json:"left,omitempty"`
 }
@@ -32,7 +32,7 @@ type vmAnswer struct {
 // vmHere answers whether this host is clear of a VM. begun: this host has taken the VM for that
 // itself.
 func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
-	a := vmAnswer{Left: h.left(name)}
+	a := h.left(name) // ahead of all else: a later eviction is one that the next answer tells of
 	mark, lives := evict.Mark(""), false
 	if v := h.openFor(name); v != nil {
 		mark, a.Why = evict.MarkMayRun,
@@ -51,7 +51,7 @@ func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	case err != nil:
 		lives, a.Why = true, "its description cannot be read: "+err.Error()
 	case mark == "" && !starting:
-		seen, err := hypervisor.Look(ctx, vm)
+		seen, err := hypervisor.Search(ctx, vm)
 		switch lives = err != nil || seen.State != hypervisor.None; {
 		case err != nil:
 			a.Why = err.Error()
@@ -63,23 +63,24 @@ func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	return a
 }
 
-// left is the host that has a VM by the last eviction of it in this host's journal; empty if that
-// is this host.
-func (h *Host) left(vm string) string {
+// left says which the last eviction of a VM is in this host's journal, and what host has the VM by
+// it.
+func (h *Host) left(vm string) (a vmAnswer) {
 	for _, v := range slices.Backward(h.list()) {
 		r := v.entry.Record()
 		if r.VM != vm {
 			continue
 		}
+		a.Last = r.ID.String()
 		switch m := evict.Mark(r.Mark); {
 		case r.Role == journal.Source &&
 			(m == evict.MarkCompleted || m == evict.MarkDiscarded || m == evict.MarkLost),
 			r.Role == journal.Destination && (m == evict.MarkNeverRan || m == evict.MarkLost):
-			return r.Peer
+			a.Left = r.Peer
 		}
-		return ""
+		break
 	}
-	return ""
+	return a
 }
 
 // startVM starts a VM anew. Of hosts that are fenced an operator asserts that the VM does not run
@@ -125,13 +126,100 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 		return fmt.Errorf("VM %s was not started: on host %s %s", name, h.name(), here.Why)
 	}
 	others := slices.Sorted(maps.Keys(h.config.Peers))
-	others = slices.DeleteFunc(others,
-		func(host string) bool { return slices.Contains(fenced, host) })
-	answers, errs := make([]vmAnswer, len(others)), make([]error, len(others))
 	ctx, cancel := context.WithTimeout(ctx, clearTime)
 	defer cancel()
-	var asks sync.WaitGroup
+	answers, errs := h.vmThere(ctx, name, others)
+	var asked, why []string
+	left := map[string]string{h.name(): here.Left}
+	silent := false
 	for i, host := range others {
+		switch a := answers[i]; {
+		case errs[i] == nil && a.Clear:
+			asked = append(asked, host)
+			left[host] = a.Left
+		case errs[i] == nil: // which counts more than what anybody asserts
+			why = append(why, fmt.Sprintf("on host %s %s", host, a.Why))
+		case !slices.Contains(fenced, host):
+			silent = true
+			why = append(
+				why,
+				fmt.Sprintf("host %s does not say whether it has it (%v)", host, errs[i]),
+			)
+		}
+	}
+	for _, from := range slices.Sorted(maps.Keys(left)) {
+		to := left[from]
+		if to != "" && to != h.name() && !slices.Contains(others, to) &&
+			!slices.Contains(fenced, to) {
+			silent = true
+			why = append(
+				why,
+				fmt.Sprintf(
+					"it left host %s for host %s, which host %s cannot ask",
+					from,
+					to,
+					h.name(),
+				),
+			)
+		}
+	}
+	if why == nil {
+		why = h.stillAbsent(ctx, name, asked, others, answers)
+	}
+	if why == nil {
+		return nil
+	}
+	err := fmt.Errorf(
+		"VM %s was not started, as it may run elsewhere: %s",
+		name,
+		strings.Join(why, "; "),
+	)
+	if silent {
+		err = fmt.Errorf(
+			"%w. Where you know that a host has no QEMU of it, or is off: "+
+				"vacate start %s --fenced HOST",
+			err,
+			name,
+		)
+	}
+	return err
+}
+
+// stillAbsent asks hosts once more, and says why one of them may have had the VM since it answered
+// first.
+func (h *Host) stillAbsent(
+	ctx context.Context,
+	name string,
+	asked, others []string,
+	first []vmAnswer,
+) (why []string) {
+	second, errs := h.vmThere(ctx, name, asked)
+	for i, host := range asked {
+		switch before := first[slices.Index(others, host)]; {
+		case errs[i] != nil:
+			why = append(
+				why,
+				fmt.Sprintf(
+					"host %s said that it has not got it, and answers no more (%v): try again",
+					host,
+					errs[i],
+				),
+			)
+		case !evict.Absent(before.Presence, second[i].Presence):
+			why = append(
+				why,
+				fmt.Sprintf("it was moved from or to host %s just now: try again", host),
+			)
+		}
+	}
+	return why
+}
+
+// vmThere asks hosts whether they are clear of a VM.
+func (h *Host) vmThere(ctx context.Context, name string, hosts []string) ([]vmAnswer, []error) {
+	answers, errs := make([]vmAnswer, len(hosts)), make([]error, len(hosts))
+	var asks sync.WaitGroup
+	for i, host := range hosts {
 		asks.Go(func() {
 			d, err := h.dialer(host)
 			if err == nil {
@@ -141,33 +229,7 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 		})
 	}
 	asks.Wait()
-	var why []string
-	left := map[string]string{h.name(): here.Left}
-	for i, host := range others {
-		switch a := answers[i]; {
-		case errs[i] != nil:
-			why = append(why, fmt.Sprintf("host %s does not say whether it has it (%v)", host,
-				errs[i]))
-		case !a.Clear:
-			why = append(why, fmt.Sprintf("on host %s %s", host, a.Why))
-		default:
-			left[host] = a.Left
-		}
-	}
-	for _, from := range slices.Sorted(maps.Keys(left)) {
-		if to := left[from]; to != "" && to != h.name() && !slices.Contains(others, to) &&
-			!slices.Contains(fenced, to) {
-			why = append(why, fmt.Sprintf("it left host %s for host %s, which host %s cannot ask",
-				from, to, h.name()))
-		}
-	}
-	if why == nil {
-		return nil
-	}
-	return fmt.Errorf(
-		"VM %s was not started, as it may run elsewhere: %s. Where you know that a host has no "+
-			"QEMU of it, or is off: "+
-			"vacate start %[1]s --fenced HOST", name, strings.Join(why, "; "))
+	return answers, errs
 }
 
 // Times for a guest to power itself off.

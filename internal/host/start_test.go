@@ -1,7 +1,11 @@
 package host
 
 import (
+	"errors"
+	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -9,6 +13,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/link"
 	"vacate/lab"
 	"vacate/lab/labtest"
 
@@ -99,7 +104,31 @@ func TestStart(t *testing.T) {
 	if err := a.stopVM("web1", 0, true); err != nil {
 		t.Error(err)
 	}
-	// With hostb off, on an operator's word.
+	// On an operator's word, which does not count while hostb can be asked.
+	b.describe(
+		"web1",
+		there.QMP,
+		[]string{
+			vm.Args[0],
+			"-nodefaults",
+			"-display",
+			"none",
+			"-machine",
+			"pc,accel=tcg",
+			"-m",
+			"64",
+			"-qmp",
+			"unix:" + there.QMP + ",server=on,wait=off",
+		},
+	)
+	if there, err := b.startVM("web1"); err != nil || there.State != "running" {
+		t.Fatalf("%v, %v", there, err)
+	}
+	_, err = a.startVM("web1", "hostb")
+	refusedWith(t, err, connect.CodeFailedPrecondition, "on host hostb it is there, running")
+	if err := b.stopVM("web1", 0, true); err != nil {
+		t.Fatal(err)
+	}
 	b.kill()
 	if here, err = a.startVM("web1", "hostb"); err != nil || here.State != "running" {
 		t.Fatalf("%v, %v", here, err)
@@ -113,6 +142,143 @@ func TestStart(t *testing.T) {
 		if err != nil || !strings.Contains(string(log), line) {
 			t.Errorf("the log lacks %q: %v", line, err)
 		}
+	}
+}
+
+// A QEMU that a daemon was starting when it died is there, though it does not answer yet.
+func TestStartInterrupted(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	a, b := sites(t, l)
+	hold, begun := filepath.Join(a.dir, "hold"), filepath.Join(a.dir, "begun")
+	script := filepath.Join(a.dir, "qemu")
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := "#!/bin/sh\necho $$ >" + begun + "\nwhile test -e " + hold + "; do sleep 0.1; done\n" +
+		"exec " + qemu + " \"$@\"\n"
+	if err := errors.Join(
+		os.WriteFile(hold, nil, 0o600),
+		os.WriteFile(script, []byte(text), 0o755),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*site{a, b} {
+		qmp := filepath.Join(s.dir, "web1.qmp")
+		s.describe(
+			"web1",
+			qmp,
+			[]string{
+				script,
+				"-nodefaults",
+				"-display",
+				"none",
+				"-machine",
+				"pc,accel=tcg",
+				"-m",
+				"64",
+				"-qmp",
+				"unix:" + qmp + ",server=on,wait=off",
+			},
+		)
+		s.start()
+	}
+	go a.api.Start(t.Context(), connect.NewRequest(&hostv1.StartRequest{Vm: "web1"}))
+	for limit := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if pid, err := os.ReadFile(begun); err == nil && len(pid) > 0 {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatal("nothing was started")
+		}
+	}
+	a.kill()
+	a.start()
+	_, err = b.startVM("web1")
+	refusedWith(t, err, connect.CodeFailedPrecondition, "on host hosta it is there, starting")
+	_, err = a.startVM("web1")
+	refusedWith(t, err, connect.CodeFailedPrecondition, "on host hosta it is there, starting")
+	if err := os.Remove(hold); err != nil {
+		t.Fatal(err)
+	}
+	for limit := time.Now().Add(time.Minute); a.stopVM("web1", 0, true) != nil; {
+		if time.Now().After(limit) {
+			t.Fatal("the QEMU never answered")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// While the other hosts are asked, the VM may move from one that is asked late to one that was
+// asked early. Then it is not started.
+func TestStartWhileMoved(t *testing.T) {
+	// peer is a host that answers so, one time after the other, and tells of each.
+	peer := func(answers ...func() vmAnswer) Peer {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sessions := link.NewListener(ln, link.ListenOptions{})
+		t.Cleanup(func() { sessions.Close() })
+		go func() {
+			defer sessions.Close()
+			for _, answer := range answers {
+				s, err := sessions.Accept(t.Context())
+				if err != nil {
+					return
+				}
+				if r, err := evict.ReadRequest(t.Context(), s); err == nil {
+					r.Tell(answer())
+				}
+			}
+		}()
+		return Peer{Address: ln.Addr().String()}
+	}
+	clear := func(last string) func() vmAnswer {
+		a := vmAnswer{Presence: evict.Presence{Clear: true, Last: last}}
+		return func() vmAnswer { return a }
+	}
+	start := func(b, c Peer) error {
+		h := &Host{
+			config: Config{
+				Name:  "hosta",
+				VMs:   t.TempDir(),
+				Peers: map[string]Peer{"hostb": b, "hostc": c},
+			},
+			evictions: map[journal.ID]*eviction{},
+			taken:     map[string]bool{"web1": true},
+		}
+		return h.clearOf(labtest.Within(t, time.Minute), "web1", nil)
+	}
+	if err := start(peer(clear("1"), clear("1")), peer(clear(""), clear(""))); err != nil {
+		t.Errorf("a VM that no host has: %v", err)
+	}
+	asked := make(chan bool)
+	err := start(peer(func() vmAnswer {
+		defer close(asked)
+		return clear("1")()
+	}, func() vmAnswer {
+		return vmAnswer{Presence: evict.Presence{Last: "2"}, Why: "it is there, running"}
+	}), peer(func() vmAnswer {
+		<-asked // it goes to hostb now
+		a := clear("2")()
+		a.Left = "hostb"
+		return a
+	}, clear("2")))
+	if err == nil || !strings.Contains(err.Error(), "it was moved from or to host hostb just now") {
+		t.Errorf("a VM that moved meanwhile: %v", err)
+	}
+	// There and back.
+	err = start(peer(clear("1"), clear("3")), peer(clear("1"), clear("3")))
+	if err == nil || !strings.Contains(err.Error(), "just now: try again") {
+		t.Errorf("a VM that moved there and back meanwhile: %v", err)
+	}
+	if err := start(
+		peer(clear("1")),
+		peer(clear(""), clear("")),
+	); err == nil ||
+		!strings.Contains(err.Error(), "answers no more") {
+		t.Errorf("a host that answers once: %v", err)
 	}
 }
 
@@ -139,11 +305,18 @@ func TestLeft(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.add(h.newEviction(entry))
-		if got := h.left("db1"); got != c.want {
-			t.Errorf("%s, %s: host %q has it, want %q", c.role, c.mark, got, c.want)
+		if got := h.left("db1"); got.Left != c.want || got.Last != entry.ID().String() {
+			t.Errorf(
+				"%s, %s: host %q has it by %s, want %q",
+				c.role,
+				c.mark,
+				got.Left,
+				got.Last,
+				c.want,
+			)
 		}
-		if got := h.left("web2"); got != "" {
-			t.Errorf("host %q has a VM that was never evicted", got)
+		if got := h.left("web2"); got != (vmAnswer{}) {
+			t.Errorf("%v of a VM that was never evicted", got)
 		}
 	}
 }

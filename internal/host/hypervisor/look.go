@@ -29,6 +29,8 @@ const (
 	Frozen State = "frozen"
 	// its monitor does not answer: a client has it, such as an eviction, or QEMU is stuck
 	Silent State = "silent"
+	// its process is there, and has no monitor: only Search finds that
+	Starting State = "starting"
 )
 
 // states has QEMU's run states, RunState in qapi/run-state.json of QEMU 7.2 to 10.0. A twin that
@@ -130,10 +132,33 @@ func ask(ctx context.Context, q *qmp.Client) (Seen, error) {
 	return s, nil
 }
 
+// Search is Look, which also finds a QEMU that answers at no socket yet, or no more: one that a
+// daemon before this one was starting when it died, say. It takes longer.
+func Search(ctx context.Context, vm VM) (Seen, error) {
+	seen, err := Look(ctx, vm)
+	if err != nil || seen.State != None {
+		return seen, err
+	}
+	for _, twin := range []bool{false, true} {
+		list, err := processes(vm, twin)
+		if err != nil {
+			return seen, fmt.Errorf("look for the process of VM %s: %w", vm.Name, err)
+		}
+		if len(list) > 0 {
+			return Seen{State: Starting, Process: list[0]}, nil
+		}
+	}
+	return seen, nil
+}
+
 // Twins returns the processes whose command line is that of the VM's twin, or that are about to
 // become it, in this PID namespace.
-func Twins(vm VM) ([]process.Process, error) {
-	want := []byte(strings.Join(vm.Args(true), "\x00") + "\x00")
+func Twins(vm VM) ([]process.Process, error) { return processes(vm, true) }
+
+// processes is Twins, also of VMs that were started to run at once. Of a process that is about to
+// become the QEMU, such as a script, the command line ends with the QEMU's.
+func processes(vm VM, twin bool) ([]process.Process, error) {
+	want := []byte("\x00" + strings.Join(vm.Args(twin), "\x00") + "\x00")
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
@@ -150,8 +175,7 @@ func Twins(vm VM) ([]process.Process, error) {
 			continue
 		}
 		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil &&
-			(bytes.Equal(line, want) ||
-				bytes.HasSuffix(line, append([]byte("\x00--\x00"), want...))) {
+			bytes.HasSuffix(append([]byte{0}, line...), want) {
 			list = append(list, p)
 		}
 	}

@@ -434,9 +434,10 @@ func TestScope(t *testing.T) {
 	}
 }
 
-// A twin that is still systemd-run is found as one.
+// A twin that is still systemd-run is found as one, and counts as there.
 func TestTwinsInScope(t *testing.T) {
-	vm := VM{Name: "vm", Command: []string{"/usr/bin/sleep", "1000", incoming}}
+	vm := VM{Name: "vm", Command: []string{"/usr/bin/sleep", "1000", incoming},
+		QMP: filepath.Join(t.TempDir(), "none")}
 	cmd := exec.Command("/bin/sh",
 		append([]string{"-c", "sleep 1000", "systemd-run", "--"}, vm.Args(true)...)...)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
@@ -453,11 +454,16 @@ func TestTwinsInScope(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(twins) == 1 && twins[0].PID == cmd.Process.Pid {
+		seen, err := Search(t.Context(), vm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(twins) == 1 && twins[0].PID == cmd.Process.Pid &&
+			seen.State == Starting && seen.Process == twins[0] {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("twins: %v, want process %d", twins, cmd.Process.Pid)
+			t.Fatalf("twins: %v, seen: %v, want process %d", twins, seen, cmd.Process.Pid)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

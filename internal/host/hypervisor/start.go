@@ -45,6 +45,9 @@ func (e *PresentError) Error() string {
 	case Frozen:
 		return fmt.Sprintf("VM %s is there already, frozen by an eviction (%s, %s): see vacate "+
 			"status", e.VM, pid, e.Seen.Status)
+	case Starting:
+		return fmt.Sprintf("a QEMU of VM %s is there already (%s), and does not answer: "+
+			"wait if it is starting, else end it with kill -9 %d", e.VM, pid, e.Seen.Process.PID)
 	case Silent:
 		return fmt.Sprintf("a QEMU of VM %s is there already, and its monitor does not answer: "+
 			"another eviction, or another client, has it", e.VM)
@@ -90,7 +93,7 @@ func start(ctx context.Context, vm VM, twin bool) (process.Process, error) {
 	} else if err != nil {
 		return process.Process{}, os.NewSyscallError("flock", err)
 	}
-	seen, err := Look(ctx, vm)
+	seen, err := Search(ctx, vm)
 	if err != nil {
 		return process.Process{}, err
 	}

@@ -114,7 +114,7 @@ type HostClient interface {
 	// failed_precondition (the VM is not frozen here), resource_exhausted (no space).
 	Export(context.Context, *connect.Request[ExportRequest]) (*connect.Response[ExportResponse], error)
 	// Start starts a VM anew on this host, from its disks, and returns when its QEMU answers. It asks all other hosts before
-	// whether they have it. Codes: not_found (no such VM, or fenced names no other host), already_exists (an eviction has
+	// whether they have it. Codes: not_found (no such VM), already_exists (an eviction has
 	// the VM), failed_precondition (it is here or elsewhere, or a host that may have it does not say, or QEMU does not start).
 	Start(context.Context, *connect.Request[StartRequest]) (*connect.Response[VM], error)
 	// Stop has the guest of a VM power itself off, and returns when its QEMU has ended. Codes: not_found, already_exists (an
@@ -387,7 +387,7 @@ type HostHandler interface {
 	// failed_precondition (the VM is not frozen here), resource_exhausted (no space).
 	Export(context.Context, *connect.Request[ExportRequest]) (*connect.Response[ExportResponse], error)
 	// Start starts a VM anew on this host, from its disks, and returns when its QEMU answers. It asks all other hosts before
-	// whether they have it. Codes: not_found (no such VM, or fenced names no other host), already_exists (an eviction has
+	// whether they have it. Codes: not_found (no such VM), already_exists (an eviction has
 	// the VM), failed_precondition (it is here or elsewhere, or a host that may have it does not say, or QEMU does not start).
 	Start(context.Context, *connect.Request[StartRequest]) (*connect.Response[VM], error)
 	// Stop has the guest of a VM power itself off, and returns when its QEMU has ended. Codes: not_found, already_exists (an

@@ -577,7 +577,7 @@ type StartRequest struct {
 	// Name of the VM.
 	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// Names of other hosts of which the operator asserts that they are powered off, or cut off from the VM's disks and
-	// network, or that they have no QEMU of the VM. They are not asked.
+	// network, or that they have no QEMU of the VM. It counts of those that do not answer.
 	Fenced        []string `protobuf:"bytes,2,rep,name=fenced,proto3" json:"fenced,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
