@@ -177,6 +177,18 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	return c, nil
 }
 
+// NewClient is Dial for a connection that is there: one that somebody made who speaks for QEMU,
+// such as package libvirt. It closes conn after an error.
+func NewClient(ctx context.Context, conn *net.UnixConn) (*Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, greetingLimit)
+	defer cancel()
+	c, err := handshake(ctx, conn, uint64(time.Now().UnixMicro()))
+	if err != nil {
+		return nil, fmt.Errorf("begin with a QMP monitor: %w", err)
+	}
+	return c, nil
+}
+
 func dial(ctx context.Context, path string) (*Client, error) {
 	nc, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	switch {
