@@ -2,6 +2,7 @@ package evict
 
 import (
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"strings"
 	"testing"
@@ -269,13 +270,32 @@ type edge struct {
 // model finds out what may happen next.
 type model struct {
 	rules
-	from  world
-	edges []edge
+	from, to world
+	edges    []edge
+	texts    map[writing]string // of what was written before
+}
+
+// writing is the writing of a mark, and what comes of it.
+type writing struct {
+	who  string
+	mark Mark
+	end  string
+}
+
+// says names a writing. Millions of edges have one of a few.
+func (m *model) says(w writing) string {
+	s, ok := m.texts[w]
+	if !ok {
+		s = fmt.Sprintf("%s writes %q%s", w.who, w.mark, w.end)
+		m.texts[w] = s
+	}
+	return s
 }
 
 func (m *model) add(what string, fault bool, do func(w *world)) {
-	w := m.from
-	do(&w)
+	m.to = m.from
+	w := &m.to
+	do(w)
 	switch there := w.d.twin == copyRunning || w.d.twin == copyComplete; {
 	case w.bad != "":
 	case there && w.s.guest == runsHere && !w.lied:
@@ -305,12 +325,12 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	if (w.s.start != notStarted || w.d.start != notStarted) && w.d.twin != copyComplete {
 		w.d.held, w.d.placed, w.d.claimed, w.d.short, w.moving, w.s.sent = 0, 0, 0, false, 0, 0
 	}
-	m.edges = append(m.edges, edge{what, fault, w})
+	m.edges = append(m.edges, edge{what, fault, *w})
 }
 
 // write adds what may come of writing a mark: it is written, or it is not; or it is and the
 // writer is told that it is not.
-func (m *model) write(what string, source bool, mark Mark, done, failed func(w *world)) {
+func (m *model) write(who string, source bool, mark Mark, done, failed func(w *world)) {
 	set := func(w *world) {
 		if source {
 			w.s.journal = recordOf(mark)
@@ -322,10 +342,10 @@ func (m *model) write(what string, source bool, mark Mark, done, failed func(w *
 			w.unheard = w.unheard && (mark != MarkShutDown || w.resumed)
 		}
 	}
-	what = fmt.Sprintf("%s writes %q", what, mark)
-	m.add(what, false, func(w *world) { set(w); done(w) })
-	m.add(what+", which fails", true, failed)
-	m.add(what+", which seems to fail", true, func(w *world) { set(w); failed(w) })
+	m.add(m.says(writing{who, mark, ""}), false, func(w *world) { set(w); done(w) })
+	m.add(m.says(writing{who, mark, ", which fails"}), true, failed)
+	m.add(m.says(writing{who, mark, ", which seems to fail"}), true,
+		func(w *world) { set(w); failed(w) })
 }
 
 func (w *world) sayToD(what word) {
@@ -1192,9 +1212,20 @@ func explore(r rules, limit int) verdict {
 	}
 	var first world
 	first.s.phase, first.d.phase, first.s.guest = idle, idle, runsHere
-	m := &model{rules: r}
+	m := &model{rules: r, texts: map[writing]string{}}
 	worlds, origins := []world{first}, []origin{{-1, ""}}
-	number := map[world]int32{first: 0}
+	// A world is found by its hash: a map of worlds would be several times as large, and slow.
+	seed := maphash.MakeSeed()
+	numbers := map[uint64]int32{maphash.Comparable(seed, first): 0}
+	// find returns a world's number, or the hash under which it is to be noted.
+	find := func(w *world) (n int32, hash uint64, known bool) {
+		for hash = maphash.Comparable(seed, *w); ; hash++ {
+			n, known = numbers[hash]
+			if !known || worlds[n] == *w {
+				return n, hash, known
+			}
+		}
+	}
 	var v verdict
 	trace := func(i int32) (t []string) {
 		for ; i > 0; i = origins[i].from {
@@ -1206,12 +1237,14 @@ func explore(r rules, limit int) verdict {
 	type arc struct{ from, to int32 }
 	var arcs []arc // those that need no fault
 	for i := int32(0); int(i) < len(worlds); i++ {
-		for _, e := range m.next(worlds[i]) {
+		edges := m.next(worlds[i])
+		for j := range edges {
+			e := &edges[j]
 			v.steps++
-			n, known := number[e.to]
+			n, hash, known := find(&e.to)
 			if !known {
 				n = int32(len(worlds))
-				number[e.to] = n
+				numbers[hash] = n
 				worlds, origins = append(worlds, e.to), append(origins, origin{i, e.what})
 				if e.to.bad != "" {
 					v.states, v.bad, v.trace = len(worlds), e.to.bad, trace(n)
