@@ -79,6 +79,16 @@ func (r *rig) prepare(flags Flags) *mover {
 	m.cookie, m.xml, err = r.a.Begin(r.ctx, r.domain, flags|ChangeProtection)
 	r.check(err)
 	m.say("begin", at)
+	p := Policy{
+		Emulators: []string{r.lab.VM.Spec.QEMU.Path},
+		Paths:     []string{r.l.Dir(), "/run/libvirt/lab", "/var/log/libvirt/lab"},
+		Networks:  []string{"user"},
+	}
+	checked, err := p.Check(m.xml)
+	r.check(err)
+	if checked.Name != "web1" || checked.UUID != r.domain.UUID {
+		r.Errorf("the description is of %q, %v", checked.Name, checked.UUID)
+	}
 	plain, err := PlainCookie(m.cookie)
 	r.check(err)
 
@@ -92,7 +102,7 @@ func (r *rig) prepare(flags Flags) *mover {
 
 	at = time.Now()
 	socket := filepath.Join(r.l.RunDir(), "in.sock")
-	_, err = r.b.Prepare(r.ctx, "web1", m.xml, "unix://"+socket, plain, flags)
+	_, err = r.b.Prepare(r.ctx, "web1", checked.XML, "unix://"+socket, plain, flags)
 	r.check(err)
 	m.say("prepare", at)
 	m.conn, err = net.Dial("unix", socket)
@@ -127,7 +137,7 @@ func (r *rig) prepare(flags Flags) *mover {
 	}
 	twin, err := r.b.Find(r.ctx, "web1")
 	r.check(err)
-	p, err := r.b.Process(twin)
+	process, err := r.b.Process(twin)
 	r.check(err)
 	at = time.Now()
 	extents := make([]guestmem.Extent, len(list))
@@ -139,7 +149,7 @@ func (r *rig) prepare(flags Flags) *mover {
 			PageSize: b.PageSize,
 		}
 	}
-	found, err := guestmem.Find(r.ctx, p.PID, extents)
+	found, err := guestmem.Find(r.ctx, process.PID, extents)
 	r.check(err)
 	m.say(fmt.Sprintf("find %d blocks of the twin", len(found)), at)
 	r.Logf("b before the freeze: %v", r.virsh(r.h.B, "domstate", "--reason", "web1"))
