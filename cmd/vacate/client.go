@@ -166,13 +166,9 @@ func progressOf(e *hostv1.Eviction) (evict.Progress, bool) {
 	if p == nil || e.State == "" {
 		return evict.Progress{}, false
 	}
-	seconds := func(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
-	return evict.Progress{
-		State: evict.State(e.State), Elapsed: seconds(p.ElapsedS), Pages: int(p.PagesSent),
-		Total: int(p.PagesTotal), Bytes: p.LinkBytes,
-		Rate: p.Rate, Fetches: int(p.Fetches), ETA: seconds(p.GetEtaS()), Awaits: p.Awaits,
-		AwaitedFor: seconds(p.AwaitedS), Stands: p.Stands,
-	}, true
+	m := p.Moment()
+	m.State = evict.State(e.State)
+	return m, true
 }
 
 // failure is how an eviction ended, as an error; nil if it ended well: the VM runs on the other
@@ -184,29 +180,34 @@ func failure(e *hostv1.Eviction) error {
 	case e.Outcome == string(evict.Completed), e.Outcome == string(evict.ShutDown):
 		return nil
 	case e.Outcome == "resumed here":
-		return &ended{evict.ErrAborted,
-			fmt.Sprintf("VM %s is on the source again, by an operator's word: %s", e.Vm, e.Reason)}
+		return &ended{outcome: evict.ErrAborted, text: fmt.Sprintf(
+			"VM %s is on the source again, by an operator's word: %s", e.Vm, e.Reason)}
 	case outcome == nil:
-		return &ended{evict.ErrLost,
-			fmt.Sprintf("an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
+		return &ended{outcome: evict.ErrLost, text: fmt.Sprintf(
+			"an operator ended the eviction of VM %s: %s", e.Vm, e.Outcome)}
 	}
-	err := &ended{outcome: outcome, text: e.Reason}
-	if e.Advice != "" {
-		err.text += "\n" + e.Advice + "."
-	}
-	if len(e.Remedy) > 0 {
-		err.text += "\nChoose one of:\n  " + strings.Join(e.Remedy, "\n  ")
-	}
-	return err
+	return &ended{outcome: outcome, text: e.Reason, advice: e.Advice, remedy: e.Remedy}
 }
 
 // ended is how an eviction of a daemon failed.
 type ended struct {
 	outcome error
 	text    string
+	advice  string   // where the VM is, what to look at; may be empty
+	remedy  []string // commands to choose one of; may be empty
 }
 
-func (e *ended) Error() string { return e.text }
+func (e *ended) Error() string {
+	text := e.text
+	if e.advice != "" {
+		text += "\n" + e.advice + "."
+	}
+	if len(e.remedy) > 0 {
+		text += "\nChoose one of:\n  " + strings.Join(e.remedy, "\n  ")
+	}
+	return text
+}
+
 func (e *ended) Unwrap() error { return e.outcome }
 
 // cleanLines is clean for a text of several lines.

@@ -33,7 +33,7 @@ var arguments = map[string][]completer{
 	"abort":  {evictions((*hostv1.Eviction).GetAbortable)},
 	"decide": {evictions((*hostv1.Eviction).GetDecidable), words("resume-here", "discard")},
 	"export": {evictions((*hostv1.Eviction).GetDecidable), nil},
-	"report": {evictions(func(e *hostv1.Eviction) bool { return e.ReportJson != "" })},
+	"report": {evictions(func(e *hostv1.Eviction) bool { return e.Report != nil })},
 }
 
 // values complete the values of flags, by the flags' names.

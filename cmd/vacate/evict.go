@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -66,25 +65,13 @@ name. Where you know better, use --trust-disk; with a daemon, trust_disks in the
 VM's description on this host.
 
 Progress goes to standard error: one line that is written over on a terminal,
-otherwise one per state and at most one a second. The report goes to standard
-output.
+otherwise one per state and at most one a second. A report of three lines goes
+to standard output; with -v, all of it.
 
-With --json, standard output has JSON lines:
-  {"type":"progress","progress":{...}}   with the keys
-      state             preparing, switching, loading, committing, in doubt,
-                        pushing, reconnecting, retiring, rolling back,
-                        completed, shut down, refused, aborted or lost
-                        contact
-      elapsed_s         since the start
-      pages_sent        or free in the guest and left out
-      pages_total
-      link_bytes        sent over the link
-      rate_bytes_per_s
-      eta_s             until all pages are sent; null if not known
-      short             why the VM waits at the destination, which has no memory
-                        for its pages; only while that is so
-      fetches           pages that the VM waited for
-  {"type":"report","report":{...}}       the last line
+With --json, standard output has JSON lines, as docs/json.md describes:
+  {"type":"progress","progress":{...}}   state, pages_sent, eta_s, ...
+  {"type":"report","report":{...}}       once, at the end
+  {"type":"error","error":{...}}         after all, if the exit code is not 0
 --report FILE writes that report, too. Its space on the disk is reserved before
 the VM is touched, and the file appears whole at the end. If that fails, a
 warning says so; the exit code is the eviction's.
@@ -112,6 +99,8 @@ warning says so; the exit code is the eviction's.
 		"`DIR` with certificates of this host (see vacate certs): the link uses TLS; vacate "+
 			"receive needs --certs, too")
 	c.Flags().BoolVar(&o.json, "json", false, "JSON lines on standard output")
+	c.Flags().BoolVarP(&o.verbose, "verbose", "v", false,
+		"show pages, rates and fetches, and the whole report")
 	c.Flags().StringVar(&o.report, "report", "", "`FILE` for the report in JSON")
 	c.Flags().StringVar(&o.order, "order", pushorder.Default.String(),
 		"`ORDER` of the push: "+orderNames())
@@ -157,6 +146,7 @@ type evictOptions struct {
 	order     string
 	enlighten string
 	json      bool
+	verbose   bool
 	report    string
 
 	daemon     daemon
@@ -203,14 +193,25 @@ func (o evictOptions) reserve() (*reportFile, error) {
 	return file, nil
 }
 
-// screen is where progress is shown, and what encodes JSON lines.
-func (o evictOptions) screen() (*screen, *json.Encoder) {
-	out := json.NewEncoder(os.Stdout)
-	to := display(newLines(os.Stderr))
+// screen is where progress is shown.
+func (o evictOptions) screen(s scene) *screen {
+	to := display(newLines(s, os.Stderr))
 	if o.json {
-		to = jsonLines{out, newLines(os.Stderr)}
+		to = jsonLines{os.Stdout, newLines(s, os.Stderr)}
 	}
-	return newScreen(to), out
+	return newScreen(to)
+}
+
+// close tells what an eviction did.
+func (o evictOptions) close(s scene, report evict.Report) {
+	switch {
+	case o.json:
+		writeReport(os.Stdout, report)
+	case o.verbose:
+		io.WriteString(os.Stdout, s.summary(report)+"\n"+reportText(report))
+	default:
+		io.WriteString(os.Stdout, s.summary(report))
+	}
 }
 
 func (o evictOptions) run(ctx context.Context) error {
@@ -242,7 +243,9 @@ func (o evictOptions) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s, out := o.screen()
+	host, _, _ := net.SplitHostPort(o.to)
+	of := scene{vm: "the VM", other: clean(host), verbose: o.verbose}
+	s := o.screen(of)
 	// asked is closed when an abort was asked for.
 	asked, late := make(chan struct{}), false
 	told := false // what a second signal does
@@ -300,11 +303,7 @@ func (o evictOptions) run(ctx context.Context) error {
 	}
 	stop() // an output that blocks is from here on no reason to stay
 	s.close()
-	if o.json {
-		out.Encode(map[string]any{"type": "report", "report": report})
-	} else {
-		io.WriteString(os.Stdout, reportText(report))
-	}
+	o.close(of, report)
 	return err
 }
 

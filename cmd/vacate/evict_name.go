@@ -3,10 +3,8 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"sync"
@@ -14,7 +12,6 @@ import (
 	"time"
 
 	"vacate/internal/cli"
-	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
 
@@ -32,7 +29,7 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 	if err != nil {
 		return err
 	}
-	s, out := o.screen()
+	s := o.screen(scene{vm: clean(vm), other: clean(o.to), verbose: o.verbose})
 	defer s.close()
 	if !o.skipChecks {
 		if err := o.preflight(ctx, vm, s); err != nil {
@@ -50,7 +47,9 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 		return refused(o.daemon.explain(err))
 	}
 	id := started.Msg.Id
-	if o.detach {
+	if o.detach && o.json {
+		return writeLine(os.Stdout, "eviction", started.Msg)
+	} else if o.detach {
 		fmt.Fprintln(os.Stdout, id)
 		return nil
 	}
@@ -58,20 +57,16 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 	if err != nil {
 		return err
 	}
-	var report evict.Report
-	told := last.ReportJson != "" && json.Unmarshal([]byte(last.ReportJson), &report) == nil
+	report, err := last.Report.Engine()
+	told := err == nil
 	if file != nil && told {
 		if err := file.write(report); err != nil {
 			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
 		}
 	}
 	s.close()
-	switch {
-	case !told:
-	case o.json:
-		out.Encode(map[string]any{"type": "report", "report": report})
-	default:
-		io.WriteString(os.Stdout, reportText(report))
+	if told {
+		o.close(sceneOf(last, o.verbose), report)
 	}
 	return failure(last)
 }

@@ -21,7 +21,6 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -41,7 +40,7 @@ func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args 
 	var asJSON bool
 	socketFlag(c, &d)
 	c.Flags().BoolVar(&asJSON, "json", false,
-		"JSON on standard output, as internal/host/api/v1/host.proto has it")
+		"JSON on standard output (docs/json.md)")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if err := d.open(); err != nil {
 			return err
@@ -61,12 +60,8 @@ func askCommand(c *cobra.Command, ask func(ctx context.Context, d *daemon, args 
 
 // writeJSON writes an answer as the API's JSON.
 func writeJSON(w io.Writer, m proto.Message) error {
-	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+	b, err := json.MarshalIndent(json.RawMessage(hostv1.JSON(m)), "", "  ")
 	if err != nil {
-		return err
-	}
-	// protojson varies its spaces on purpose.
-	if b, err = json.MarshalIndent(json.RawMessage(b), "", "  "); err != nil {
 		return err
 	}
 	_, err = fmt.Fprintf(w, "%s\n", b)
@@ -258,17 +253,22 @@ func describe(w io.Writer, e *hostv1.Eviction) {
 
 func watchCommand() *cobra.Command {
 	var d daemon
+	var asJSON, verbose bool
 	c := &cobra.Command{
 		Use:   "watch VM|ID",
 		Short: "Follow an eviction to its end",
 		Long: `Shows the progress of an eviction, out of this host or into it, until it has
 ended. Ctrl-C ends the command alone: the eviction goes on. The exit code is
-the eviction's.
+the eviction's. With --json, each line on standard output is
+{"type":"eviction","eviction":{...}}: at once, then whenever the eviction
+has changed, but at most ten times a second, and when it has ended.
 
 ` + exitHelp,
 		Args: cobra.ExactArgs(1),
 	}
 	socketFlag(c, &d)
+	c.Flags().BoolVar(&asJSON, "json", false, "JSON lines on standard output (docs/json.md)")
+	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "show pages, rates and fetches, too")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if err := d.open(); err != nil {
 			return err
@@ -277,9 +277,15 @@ the eviction's.
 		if err != nil {
 			return err
 		}
-		s := newScreen(newLines(os.Stderr))
+		to := display(newLines(sceneOf(e, verbose), os.Stderr))
+		var seen func(*hostv1.Eviction)
+		if asJSON {
+			to = notesOnly{to}
+			seen = func(e *hostv1.Eviction) { writeLine(c.OutOrStdout(), "eviction", e) }
+		}
+		s := newScreen(to)
 		defer s.close()
-		last, err := d.follow(c.Context(), e.Id, s, nil)
+		last, err := d.follow(c.Context(), e.Id, s, seen)
 		if err != nil {
 			return err
 		}
@@ -291,6 +297,11 @@ the eviction's.
 	}
 	return c
 }
+
+// notesOnly is a display without progress.
+type notesOnly struct{ display }
+
+func (notesOnly) progress(evict.Progress) {}
 
 func abortCommand() *cobra.Command {
 	return askCommand(&cobra.Command{

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -67,12 +66,11 @@ func inspectStream(files []string, asJSON, records bool) error {
 		parts = append(parts, f)
 	}
 	out := bufio.NewWriter(os.Stdout)
-	enc := json.NewEncoder(out)
 	var record func(inspect.Record) error
 	switch {
 	case records && asJSON:
 		record = func(r inspect.Record) error {
-			return enc.Encode(map[string]any{"type": "record", "record": r})
+			return writeValue(out, "record", &r)
 		}
 	case records:
 		record = func(r inspect.Record) error {
@@ -82,7 +80,7 @@ func inspectStream(files []string, asJSON, records bool) error {
 	}
 	s, err := inspect.Read(record, parts...)
 	if asJSON {
-		err = errors.Join(err, enc.Encode(map[string]any{"type": "stream", "stream": s}))
+		err = errors.Join(err, writeValue(out, "stream", &s))
 	} else {
 		if records {
 			out.WriteByte('\n')

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -132,7 +131,7 @@ func (o memoryOptions) run(ctx context.Context) (err error) {
 	}
 	out := bufio.NewWriter(os.Stdout)
 	if o.json {
-		err = json.NewEncoder(out).Encode(map[string]any{"type": "memory", "memory": m})
+		err = writeValue(out, "memory", &m)
 	} else {
 		out.WriteString(memoryText(m, found.paused, o.all))
 	}

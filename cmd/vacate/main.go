@@ -23,6 +23,9 @@ func run() (code int) {
 	if err == nil {
 		c, failed := rootCommand().ExecuteContextC(context.Background())
 		err = errors.Join(plainly(c, failed), stop())
+		if asJSON, _ := c.Flags().GetBool("json"); asJSON && err != nil {
+			writeError(os.Stdout, err)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, explain(err))

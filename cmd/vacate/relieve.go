@@ -153,7 +153,7 @@ func (o *relieveOptions) flags(c *cobra.Command) {
 	socketFlag(c, &o.daemon)
 	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	c.Flags().BoolVar(&o.json, "json", false,
-		"with --dry-run: JSON, as internal/host/api/v1/host.proto has it")
+		"with --dry-run: JSON on standard output (docs/json.md)")
 }
 
 // plan asks for the choice, and shows it.

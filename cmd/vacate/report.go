@@ -1,7 +1,7 @@
 package main
 
 import (
-	"encoding/json"
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -9,54 +9,9 @@ import (
 	"strings"
 
 	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/qemu/fit"
 )
-
-// progressJSON is progress as --json shows it. Times are in seconds.
-type progressJSON struct {
-	State      evict.State `json:"state"`
-	Elapsed    float64     `json:"elapsed_s"`
-	Pages      int         `json:"pages_sent"`
-	PagesTotal int         `json:"pages_total"` // 0 as long as it is not known
-	LinkBytes  uint64      `json:"link_bytes"`  // sent over the link
-	Rate       float64     `json:"rate_bytes_per_s"`
-	ETA        *float64    `json:"eta_s"` // null if not known
-	Fetches    int         `json:"fetches"`
-	// what the other host does before it takes the VM
-	Awaits     string  `json:"awaits,omitempty"`
-	AwaitedFor float64 `json:"awaited_s,omitempty"`
-	Stands     string  `json:"stands,omitempty"` // QEMU's word for the state that the VM stands in
-	// why the VM waits at the destination, which has no memory for its pages
-	Short string `json:"short,omitempty"`
-}
-
-func newProgressJSON(p evict.Progress) progressJSON {
-	j := progressJSON{
-		State: p.State, Elapsed: p.Elapsed.Seconds(), Pages: p.Pages, PagesTotal: p.Total,
-		LinkBytes: p.Bytes, Rate: p.Rate, Fetches: p.Fetches,
-		Awaits: p.Awaits, AwaitedFor: p.AwaitedFor.Seconds(), Short: p.Short, Stands: p.Stands,
-	}
-	if p.ETA > 0 {
-		s := p.ETA.Seconds()
-		j.ETA = &s
-	}
-	return j
-}
-
-// jsonLines shows an eviction to programs: progress as JSON lines on one output, notes as
-// text on another.
-type jsonLines struct {
-	out   *json.Encoder
-	notes *lines
-}
-
-func (j jsonLines) progress(p evict.Progress) {
-	j.out.Encode(map[string]any{"type": "progress", "progress": newProgressJSON(p)})
-}
-
-func (j jsonLines) note(line string) { j.notes.note(line) }
-
-func (j jsonLines) end() {}
 
 // reportText sums an eviction up for people, as far as it came, in at most 80 columns.
 func reportText(r evict.Report) string {
@@ -226,11 +181,15 @@ func reserveReport(name string) (_ *reportFile, err error) {
 
 // write puts the report in place, whole or not at all.
 func (r *reportFile) write(report evict.Report) error {
-	b, err := json.MarshalIndent(report, "", "  ")
+	m, err := hostv1.NewReport(report)
 	if err != nil {
 		return fmt.Errorf("--report: %w", err)
 	}
-	b = append(b, '\n')
+	var out bytes.Buffer
+	if err := writeJSON(&out, m); err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	b := out.Bytes()
 	if _, err = r.temp.WriteAt(b, 0); err == nil {
 		err = r.temp.Truncate(int64(len(b)))
 	}

@@ -3,12 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 
-	"vacate/internal/evict"
 	"vacate/internal/htmlreport"
 
 	"github.com/spf13/cobra"
@@ -32,14 +30,14 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 		if err != nil {
 			return nil, err
 		}
-		var report evict.Report
-		if e.ReportJson == "" {
+		if e.Report == nil {
 			return nil,
 				fmt.Errorf("this host has no report of eviction %s: it has not ended, or it "+
 					"came into this host, and the other one has the report", e.Id)
 		}
-		if err := json.Unmarshal([]byte(e.ReportJson), &report); err != nil {
-			return nil, fmt.Errorf("the report: %w", err)
+		report, err := e.Report.Engine()
+		if err != nil {
+			return nil, err
 		}
 		if file == "" {
 			io.WriteString(w, reportText(report))

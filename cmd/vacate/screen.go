@@ -4,12 +4,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
 	"vacate/internal/evict"
-	"vacate/internal/qemu/fit"
 
 	"golang.org/x/term"
 )
@@ -50,12 +48,14 @@ func newScreen(to display) *screen {
 	return s
 }
 
-// rank orders the source's states. The final ones come last.
+// rank orders the states of either side. The final ones come last.
 var rank = map[evict.State]int{
-	evict.Preparing: 1, evict.Arming: 2, evict.Switching: 3, evict.Loading: 4, evict.Committing: 5,
+	evict.Preparing: 1, evict.Switching: 3, evict.Loading: 4, evict.Committing: 5,
 	evict.InDoubt: 5,
 	evict.Pushing: 6, evict.Reconnecting: 6, evict.Retiring: 7, evict.RollingBack: 8,
-	evict.Refused: 9, evict.Aborted: 9, evict.Completed: 9, evict.ShutDown: 9, evict.Lost: 9,
+	evict.Waiting: 1, evict.Arming: 2, evict.Prepared: 5, evict.Running: 6, evict.CutOff: 6,
+	evict.Completing: 7,
+	evict.Refused:    9, evict.Aborted: 9, evict.Completed: 9, evict.ShutDown: 9, evict.Lost: 9,
 }
 
 // show takes progress and returns at once.
@@ -137,6 +137,7 @@ func (s *screen) run() {
 // lines shows an eviction to people: on a terminal as one line that is written over, else
 // as a line for each change of state and at most one a second in between.
 type lines struct {
+	scene scene
 	w     io.Writer
 	width func() int // of the terminal; nil if it is none
 
@@ -145,9 +146,9 @@ type lines struct {
 	shown time.Duration // when the last line was written
 }
 
-// newLines returns lines to f, which may be a terminal.
-func newLines(f *os.File) *lines {
-	l := &lines{w: f}
+// newLines returns lines about a scene to f, which may be a terminal.
+func newLines(s scene, f *os.File) *lines {
+	l := &lines{scene: s, w: f}
 	if term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb" {
 		l.width = func() int {
 			if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 0 {
@@ -165,7 +166,7 @@ const eraseLine = "\r\x1b[K"
 func (l *lines) progress(p evict.Progress) {
 	if l.width != nil {
 		// One column is left free, as some terminals wrap when the last one is written.
-		io.WriteString(l.w, eraseLine+progressLine(p, l.width()-1))
+		io.WriteString(l.w, eraseLine+l.scene.progressLine(p, l.width()-1))
 		l.open = true
 		return
 	}
@@ -173,7 +174,7 @@ func (l *lines) progress(p evict.Progress) {
 		return
 	}
 	l.state, l.shown = p.State, p.Elapsed
-	io.WriteString(l.w, progressLine(p, 1000)+"\n")
+	io.WriteString(l.w, l.scene.progressLine(p, 1000)+"\n")
 }
 
 func (l *lines) note(line string) {
@@ -189,38 +190,6 @@ func (l *lines) end() {
 		io.WriteString(l.w, "\n")
 		l.open = false
 	}
-}
-
-// progressLine puts progress in at most width columns; what does not fit is left out,
-// the least telling first.
-func progressLine(p evict.Progress, width int) string {
-	line := fmt.Sprintf("%6.1f s  %-12s", p.Elapsed.Seconds(), p.State)
-	if p.Total > 0 && p.Pages > 0 {
-		var rate, eta string
-		if p.Rate > 0 && p.State == evict.Pushing {
-			rate = bytesText(p.Rate) + "/s"
-		}
-		if p.ETA > 0 && p.State == evict.Pushing {
-			eta = "ETA " + etaText(p.ETA)
-		}
-		for _, field := range []string{
-			fmt.Sprintf("%5.1f%%", percent(p.Pages, p.Total)),
-			fmt.Sprintf("%d/%d pages", p.Pages, p.Total), rate, eta,
-			fmt.Sprintf("%d fetches", p.Fetches),
-		} {
-			if field != "" && len(line)+1+len(field) <= width {
-				line += " " + field
-			}
-		}
-	}
-	if p.Stands != "" {
-		line += " (it " + clean(fit.Stands(p.Stands)) + ")"
-	}
-	if p.Awaits != "" {
-		line += fmt.Sprintf(" %s: %d s", clean(p.Awaits), int(p.AwaitedFor.Seconds()))
-	}
-	line = strings.TrimRight(line, " ")
-	return line[:min(len(line), max(width, 0))]
 }
 
 // percent is rounded down: 100 is all.

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -17,8 +16,11 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
+
+	"google.golang.org/protobuf/encoding/protojson"
 )
 
 // process is the test binary as vacate, on a lab's host.
@@ -175,20 +177,24 @@ func mustWork(t testing.TB, vm *lab.VM) {
 }
 
 // decode reads a line of JSON strictly.
-func decode(t testing.TB, line string) (p *progressJSON, r *evict.Report) {
+func decode(t testing.TB, line string) (p *hostv1.Progress, r *evict.Report) {
 	t.Helper()
+	mustFit(t, "line", []byte(line))
 	var v struct {
-		Type     string        `json:"type"`
-		Progress *progressJSON `json:"progress"`
-		Report   *evict.Report `json:"report"`
+		Type     string
+		Progress json.RawMessage
+		Report   *evict.Report
 	}
-	d := json.NewDecoder(strings.NewReader(line))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil || (v.Type == "progress") != (v.Progress != nil) ||
-		(v.Type == "report") != (v.Report != nil) {
+	if err := json.Unmarshal([]byte(line), &v); err != nil {
 		t.Fatalf("%q: %v", line, err)
 	}
-	return v.Progress, v.Report
+	if v.Type == "progress" {
+		p = new(hostv1.Progress)
+		if err := protojson.Unmarshal(v.Progress, p); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+	}
+	return p, v.Report
 }
 
 func readReport(t testing.TB, name string) evict.Report {
@@ -198,13 +204,9 @@ func readReport(t testing.TB, name string) evict.Report {
 		t.Fatal(err)
 	}
 	var r evict.Report
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&r); err != nil {
+	mustFit(t, "Report", b)
+	if err := json.Unmarshal(b, &r); err != nil {
 		t.Fatalf("%s: %v", b, err)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		t.Errorf("bytes behind the report: %s", b)
 	}
 	return r
 }
@@ -247,21 +249,21 @@ func TestVM(t *testing.T) {
 		t.Errorf("vacate receive said %q", received)
 	}
 	list := src.rest()
-	pages := 0
+	pages := uint64(0)
 	for i, line := range list {
 		p, r := decode(t, line)
 		if (r != nil) != (i == len(list)-1) {
 			t.Fatalf("line %d of %d is %q", i, len(list), line)
 		}
 		if p != nil {
-			if p.Pages < pages || p.PagesTotal < p.Pages {
+			if p.PagesSent < pages || p.PagesTotal < p.PagesSent {
 				t.Errorf("behind %d pages comes %q", pages, line)
 			}
-			pages = p.Pages
+			pages = p.PagesSent
 			continue
 		}
 		if r.Outcome != "completed" || r.Transfer == nil || r.Total == nil || r.Pages.Total == 0 ||
-			pages != r.Pages.Total {
+			pages != uint64(r.Pages.Total) {
 			t.Errorf("%d pages, %+v", pages, r)
 		}
 	}
@@ -290,7 +292,7 @@ func TestVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	src = start(t, l.A, "evict", "--qmp", back.QMP, "--to", addr, "--report", report)
-	src.awaitError(" s  preparing\n")
+	src.awaitError(" s  the VM runs here; vacate prepares the move")
 	src.cmd.Process.Signal(os.Interrupt)
 	src.awaitError("SIGINT: aborting; the VM stays on this host.")
 	src.exit(exitAborted)
@@ -310,8 +312,7 @@ func TestVM(t *testing.T) {
 		t.Error("the destination's QEMU is gone, although it was not touched")
 	}
 	twin.Kill()
-	if text := strings.Join(src.rest(), "\n"); !strings.HasPrefix(text,
-		"outcome             aborted\n") {
+	if text := strings.Join(src.rest(), "\n"); text != "the VM stays here." {
 		t.Errorf("the report is %s", text)
 	}
 	mustWork(t, back)
@@ -319,8 +320,8 @@ func TestVM(t *testing.T) {
 
 	// The destination's QEMU dies once it runs the VM.
 	twin, dest, addr = startReceive(t, l.B, back)
-	src = start(t, l.A, "evict", "--qmp", back.QMP, "--to", addr, "--report", report)
-	src.awaitError(" s  pushing")
+	src = start(t, l.A, "evict", "-v", "--qmp", back.QMP, "--to", addr, "--report", report)
+	src.awaitError(" s  the VM runs on ")
 	twin.Kill()
 	src.exit(exitLost)
 	dest.exit(exitLost)
@@ -329,7 +330,8 @@ func TestVM(t *testing.T) {
 		t.Errorf("it said %s", s)
 	}
 	text := strings.Join(src.rest(), "\n")
-	if !strings.HasPrefix(text, "outcome             lost contact\n") ||
+	if !strings.HasPrefix(text, "contact with the VM is lost.\n") ||
+		!strings.Contains(text, "\noutcome             lost contact\n") ||
 		!strings.Contains(text, "\ndown time ") {
 		t.Errorf("the report is %s", text)
 	}

@@ -16,6 +16,9 @@ type Progress struct {
 	// bytes per second since the push began in the present session; 0 while nothing is pushed
 	Rate    float64
 	Fetches int // pages that the VM waited for
+	// Down is how long the VM stood still until it ran on the destination; 0 before, of a VM that
+	// stood, and where it is not known.
+	Down time.Duration
 	// Awaits is what the destination does before it can take the offer, in its own words; empty for
 	// nothing.
 	Awaits string

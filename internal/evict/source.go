@@ -1060,6 +1060,10 @@ func (e *source) show(st State) {
 	if short := e.short.Load(); short != nil {
 		p.Short = *short
 	}
+	frozen, ran := e.frozenAt.Load(), e.machine.at(Pushing)
+	if frozen != nil && !ran.IsZero() && !e.machine.at(Switching).IsZero() && p.Stands == "" {
+		p.Down = ran.Sub(*frozen)
+	}
 	if st == Pushing {
 		p.Rate, p.ETA = e.sessions.pace(e.sentPages(), p.Total-e.settled())
 	}

@@ -116,7 +116,7 @@ const maxRequest = 1 << 20
 func (h *Host) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", h.metrics.handler())
-	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest),
+	mux.Handle(hostv1.NewHostHandler(api{h}, connect.WithReadMaxBytes(maxRequest), hostv1.Strict(),
 		connect.WithInterceptors(h.audit())))
 	return mux
 }
@@ -520,7 +520,7 @@ func (v *eviction) message() *hostv1.Eviction {
 		m.EndedAt = timestamppb.New(r.Ended)
 	}
 	if r.Role == journal.Source {
-		m.ReportJson = string(r.Report)
+		m.Report = v.report(r.Report)
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -529,21 +529,31 @@ func (v *eviction) message() *hostv1.Eviction {
 		m.State = string(v.state)
 	}
 	if p := v.progress; m.State != "" {
-		m.Progress = &hostv1.Progress{
-			ElapsedS: p.Elapsed.Seconds(), PagesSent: uint64(p.Pages), PagesTotal: uint64(p.Total),
-			LinkBytes: p.Bytes, Rate: p.Rate,
-			Fetches: uint64(p.Fetches), Reconnects: v.reconnects, Awaits: p.Awaits,
-			AwaitedS: p.AwaitedFor.Seconds(), Stands: p.Stands,
-		}
-		if p.ETA > 0 {
-			eta := p.ETA.Seconds()
-			m.Progress.EtaS = &eta
-		}
+		m.Progress = hostv1.NewProgress(p)
+		m.Progress.State, m.Progress.Reconnects = m.State, v.reconnects
 		if !v.alone.IsZero() {
 			m.Progress.SilentS = time.Since(v.alone).Seconds()
 		}
 	}
 	return m
+}
+
+// report is the report that the journal keeps of an eviction; nil if there is none that can be
+// read.
+func (v *eviction) report(b json.RawMessage) *hostv1.Report {
+	var r evict.Report
+	if len(b) == 0 || string(b) == "null" {
+		return nil
+	}
+	err := json.Unmarshal(b, &r)
+	if err == nil {
+		var m *hostv1.Report
+		if m, err = hostv1.NewReport(r); err == nil {
+			return m
+		}
+	}
+	v.host.log.Warn("cannot read the report in the journal", "eviction", v.entry.ID(), "error", err)
+	return nil
 }
 
 func optionsMessage(b json.RawMessage) *hostv1.EvictOptions {

@@ -164,7 +164,7 @@ func TestAPI(t *testing.T) {
 		return string(b)
 	}
 	// As curl would.
-	if s := get("/vacate.host.v1.Host/ListVMs", "{}"); s != "{}" {
+	if s := get("/vacate.host.v1.Host/ListVMs", "{}"); s != `{"vms":[],"problems":[]}` {
 		t.Errorf("there are VMs: %s", s)
 	}
 	if s := get("/vacate.host.v1.Host/Evict", `{"vm":"web1","to":"hostb"}`); !strings.Contains(s,

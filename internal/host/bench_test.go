@@ -1,7 +1,6 @@
 package host
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,7 +24,8 @@ func reportOf(t testing.TB, e *hostv1.Eviction) (r evict.Report) {
 	if e.GetOutcome() != "completed" {
 		t.Fatalf("the eviction: %v", e)
 	}
-	if err := json.Unmarshal([]byte(e.ReportJson), &r); err != nil {
+	r, err := e.Report.Engine()
+	if err != nil {
 		t.Fatal(err)
 	}
 	return r

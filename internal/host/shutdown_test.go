@@ -1,7 +1,6 @@
 package host
 
 import (
-	"encoding/json"
 	"strings"
 	"testing"
 	"time"
@@ -80,8 +79,7 @@ func TestShutDown(t *testing.T) {
 			t.Errorf("the %s gives the reason %q", e.Role, e.Reason)
 		}
 	}
-	var report evict.Report
-	if err := json.Unmarshal([]byte(src.ReportJson), &report); err != nil ||
+	if report, err := src.Report.Engine(); err != nil ||
 		report.Outcome != "shut down" || report.Reason != src.Reason {
 		t.Errorf("the report says %+v, %v", report, err)
 	}

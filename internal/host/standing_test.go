@@ -115,8 +115,7 @@ func TestStanding(t *testing.T) {
 	}
 	end, err := r.a.watch(r.eviction, time.Minute)
 	if err != nil || end.Outcome != "completed" ||
-		!strings.Contains(end.ReportJson, `"stood":"paused"`) ||
-		!strings.Contains(end.ReportJson, `"down_time_s":null`) {
+		end.Report.GetStood() != "paused" || end.Report.DownTimeS != nil {
 		t.Fatalf("%v, %v", end, err)
 	}
 	is(r.a, "none")

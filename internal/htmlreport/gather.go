@@ -19,8 +19,9 @@ import (
 func Gather(ctx context.Context, d hostv1.HostClient, e *hostv1.Eviction) (Eviction, error) {
 	p := Eviction{ID: e.Id, VM: e.Vm, To: e.Peer, Started: e.StartedAt.AsTime(), Outcome: e.Outcome,
 		Reason: e.Reason}
-	if err := json.Unmarshal([]byte(e.ReportJson), &p.Report); err != nil {
-		return p, fmt.Errorf("the report: %w", err)
+	var err error
+	if p.Report, err = e.Report.Engine(); err != nil {
+		return p, err
 	}
 	status, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{}))
 	if err != nil {

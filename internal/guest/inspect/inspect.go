@@ -29,21 +29,21 @@ type Stream struct {
 	Direction string `json:"direction"` // "forward" or "return"
 	// Bytes understood, uncompressed. Where Error is set, it is about what follows them.
 	Bytes    int64    `json:"bytes"`
-	Machine  string   `json:"machine,omitempty"`
-	Commands []Count  `json:"commands,omitempty"`
-	Blocks   []Block  `json:"blocks,omitempty"`
+	Machine  string   `json:"machine"`
+	Commands []Count  `json:"commands"`
+	Blocks   []Block  `json:"blocks"`
 	Sections Sections `json:"sections"`
-	Packages []Pack   `json:"packages,omitempty"`
+	Packages []Pack   `json:"packages"`
 	// DeviceState is the size of what follows the RAM of a pre-copy migration.
-	DeviceState int64     `json:"device_state_bytes,omitempty"`
-	Messages    []Count   `json:"messages,omitempty"` // of the return path
-	Requests    []Request `json:"requests,omitempty"` // of the return path
+	DeviceState int64     `json:"device_state_bytes"`
+	Messages    []Count   `json:"messages"` // of the return path
+	Requests    []Request `json:"requests"` // of the return path
 	// Cuts is how often the stream broke off and went on in the next recording.
-	Cuts  int  `json:"cuts,omitempty"`
+	Cuts  int  `json:"cuts"`
 	Ended bool `json:"ended"` // with its end mark; on the return path, a "shut"
 	// Status is the one that a return path ended with, 0 for success.
-	Status uint32 `json:"status,omitempty"`
-	Error  string `json:"error,omitempty"`
+	Status uint32 `json:"status"`
+	Error  string `json:"error"`
 }
 
 // Count is how many there were of a kind.
@@ -74,7 +74,7 @@ type Pack struct {
 	Offset  int64    `json:"offset"`
 	Size    int      `json:"size"`
 	Devices []Device `json:"devices"`
-	Error   string   `json:"error,omitempty"` // why Devices is not the whole
+	Error   string   `json:"error"` // why Devices is not the whole
 }
 
 // Device is the state of one device, with its framing.

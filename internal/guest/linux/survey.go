@@ -25,7 +25,11 @@ type Result struct {
 
 // Timings are how long the stages of a survey took.
 type Timings struct {
-	Validate, Scan, FreeLists, Census, Total time.Duration
+	Validate  time.Duration `json:"validate"`
+	Scan      time.Duration `json:"scan"`
+	FreeLists time.Duration `json:"free_lists"`
+	Census    time.Duration `json:"census"`
+	Total     time.Duration `json:"total"`
 }
 
 func (r *Result) note(format string, args ...any) {
