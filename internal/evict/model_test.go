@@ -1305,6 +1305,9 @@ const (
 )
 
 func TestModel(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes minutes")
+	}
 	for _, killFirst := range []bool{false, true} {
 		r := realRules()
 		r.killFirst = killFirst
@@ -1318,6 +1321,9 @@ func TestModel(t *testing.T) {
 
 // Every rule is needed: break one, and the model finds what comes of it.
 func TestModelMutants(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes minutes")
+	}
 	sourceAnswers := func(when Answer, then step) func(*rules) {
 		return func(r *rules) {
 			r.sourceOnAnswer = func(here copyState, heard bool, a Answer) step {
