@@ -97,6 +97,10 @@ func (e *source) lookInside(ctx context.Context) {
 	l.report.Attach = time.Since(start).Seconds()
 }
 
+// agentTime is how long the guest's agent may take to answer. It is a variable for tests, which have
+// it longer where an answer has to come from a machine of any load.
+var agentTime = agent.DefaultDeadline
+
 // ask has the guest's agent, behind a socket, tell what its pages are used for.
 func (e *source) ask(ctx context.Context, path string) error {
 	client, err := agent.Dial(ctx, path)
@@ -108,7 +112,7 @@ func (e *source) ask(ctx context.Context, path string) error {
 	for _, m := range e.mem.Mappings() {
 		end = max(end, (m.GPA+m.Size)/migstream.TargetPageSize)
 	}
-	survey, stats, err := client.Ask(ctx, agent.Options{Frames: end})
+	survey, stats, err := client.Ask(ctx, agent.Options{Frames: end, Deadline: agentTime})
 	if err != nil {
 		return err
 	}
