@@ -117,6 +117,8 @@ type destination struct {
 	pending   bool // the QEMU was not told to run the VM yet
 	mark      Mark // the last that is durable
 	committed bool // the source has said in the present session that it committed
+	// the same of the session in which the VM came
+	heardCommit atomic.Bool
 	// QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
 	stands string
 	// ranSince is when it was told so by this engine; zero if another one did.
@@ -532,6 +534,7 @@ func (e *destination) hearCommit(ctx context.Context) error {
 		e.mu.Unlock()
 	}
 	e.committed = true
+	e.heardCommit.Store(true)
 	return nil
 }
 
@@ -748,6 +751,9 @@ func (e *destination) explain(err error) error {
 		}
 		if !errors.Is(err, errTwinGone) {
 			err = fmt.Errorf("%w: %w", context.Cause(e.life), err)
+		}
+		if errors.Is(err, errStrayCont) {
+			return err
 		}
 		return fmt.Errorf("the destination's QEMU ended (devices or disks that differ from the "+
 			"source's are the usual reason): %w", err)

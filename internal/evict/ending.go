@@ -96,11 +96,32 @@ func (e *destination) listen(q *qmp.Client) {
 				if e.ending.hear(ev) {
 					e.tasks.Go(func() { e.confirm(q) })
 				}
+				if ev.Name == "RESUME" && e.untold() {
+					e.die(errStrayCont)
+					if err := e.kill(); err != nil {
+						e.Log.Error("the QEMU here runs the VM, and was not told to: end it by hand",
+							"pid", e.process.PID, "error", err)
+					}
+				}
 			case <-e.ended:
 				return
 			}
 		}
 	})
+}
+
+// errStrayCont is why a QEMU was ended that began to run the VM before the source committed.
+var errStrayCont = errors.New("somebody had the destination's QEMU run the VM before it was told " +
+	"to, and it was ended: leave its monitor alone")
+
+// untold reports whether the QEMU must not run the VM yet: the source may have it run there, without
+// asking.
+func (e *destination) untold() bool {
+	switch e.machine.current() {
+	case Waiting, Arming, Loading, Prepared:
+		return !e.heardCommit.Load()
+	}
+	return false
 }
 
 // hear takes note of an event, and reports whether it says that the guest may have ended itself.

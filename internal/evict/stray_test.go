@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -79,6 +80,29 @@ func TestStrayCont(t *testing.T) {
 	}
 }
 
+// Somebody tells the twin to run the VM before the source committed: it is ended at once, as the
+// source may have the VM run on, without asking.
+func TestStrayContThere(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	vm := boot(t, l, lab.Spec{Devices: lab.Full, Load: lab.Load{HotMiB: 30, IdleMiB: 30}})
+	twin := incoming(t, l, vm)
+	err := strayed(t, l, vm, twin,
+		&relay{upstream: true, kind: loaded, do: func(_ *relay, frame []byte, to net.Conn) {
+			if err := twin.Execute(labtest.Within(t, 20*time.Second), "cont", nil, nil); err != nil {
+				t.Logf("cont: %v", err) // it may have ended already
+			}
+			if err := twin.Ended(labtest.Within(t, 20*time.Second)); err != nil {
+				t.Errorf("the twin runs the VM, and the source did not commit: %v", err)
+			}
+			to.Write(frame)
+		}})
+	if !errors.Is(err, evict.ErrAborted) ||
+		!strings.Contains(err.Error(), "run the VM before it was told to") {
+		t.Fatalf("%v; want it aborted for the reason", err)
+	}
+	labtest.MustCheck(t, vm)
+}
+
 // strayed evicts a VM through a relay.
 func strayed(t *testing.T, l *lab.Lab, vm, twin *lab.VM, r *relay) error {
 	t.Helper()
@@ -96,7 +120,7 @@ func strayed(t *testing.T, l *lab.Lab, vm, twin *lab.VM, r *relay) error {
 			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	_, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()),
-		Log: log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
+		LoadTimeout: 50 * time.Second, Log: log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
 	select {
 	case <-hit:
 	default:
