@@ -99,7 +99,8 @@ func (e *destination) listen(q *qmp.Client) {
 				if ev.Name == "RESUME" && e.untold() {
 					e.die(errStrayCont)
 					if err := e.kill(); err != nil {
-						e.Log.Error("the QEMU here runs the VM, and was not told to: end it by hand",
+						e.Log.Error("the QEMU here runs the VM, and was not told to: end it by "+
+							"hand",
 							"pid", e.process.PID, "error", err)
 					}
 				}
@@ -114,8 +115,8 @@ func (e *destination) listen(q *qmp.Client) {
 var errStrayCont = errors.New("somebody had the destination's QEMU run the VM before it was told " +
 	"to, and it was ended: leave its monitor alone")
 
-// untold reports whether the QEMU must not run the VM yet: the source may have it run there, without
-// asking.
+// untold reports whether the QEMU must not run the VM yet: the source may have it run there,
+// without asking.
 func (e *destination) untold() bool {
 	switch e.machine.current() {
 	case Waiting, Arming, Loading, Prepared:

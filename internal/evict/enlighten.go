@@ -97,8 +97,8 @@ func (e *source) lookInside(ctx context.Context) {
 	l.report.Attach = time.Since(start).Seconds()
 }
 
-// agentTime is how long the guest's agent may take to answer. It is a variable for tests, which have
-// it longer where an answer has to come from a machine of any load.
+// agentTime is how long the guest's agent may take to answer. It is a variable for tests, which
+// have it longer where an answer has to come from a machine of any load.
 var agentTime = agent.DefaultDeadline
 
 // ask has the guest's agent, behind a socket, tell what its pages are used for.

@@ -88,7 +88,8 @@ func TestStrayContThere(t *testing.T) {
 	twin := incoming(t, l, vm)
 	err := strayed(t, l, vm, twin,
 		&relay{upstream: true, kind: loaded, do: func(_ *relay, frame []byte, to net.Conn) {
-			if err := twin.Execute(labtest.Within(t, 20*time.Second), "cont", nil, nil); err != nil {
+			if err := twin.Execute(labtest.Within(t, 20*time.Second), "cont", nil,
+				nil); err != nil {
 				t.Logf("cont: %v", err) // it may have ended already
 			}
 			if err := twin.Ended(labtest.Within(t, 20*time.Second)); err != nil {
@@ -120,7 +121,8 @@ func strayed(t *testing.T, l *lab.Lab, vm, twin *lab.VM, r *relay) error {
 			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
 	_, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()),
-		LoadTimeout: 50 * time.Second, Log: log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
+		LoadTimeout: 50 * time.Second,
+		Log:         log.With("side", "source")}.Evict(labtest.Within(t, time.Minute))
 	select {
 	case <-hit:
 	default:

@@ -1,9 +1,13 @@
 package host
 
 import (
+	"fmt"
+	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -11,9 +15,8 @@ import (
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/pressure"
+	"vacate/internal/sys/process"
 	"vacate/lab/labtest"
-
-	"golang.org/x/sys/unix"
 )
 
 // TestPortray has a QEMU that does not name its threads tell which are CPUs; it is not asked again,
@@ -22,7 +25,7 @@ func TestPortray(t *testing.T) {
 	sock := filepath.Join(t.TempDir(), "qmp")
 	cmd := exec.Command("qemu-system-x86_64", "-nodefaults", "-display", "none", "-smp", "2", "-m",
 		"16M", "-S", "-qmp", "unix:"+sock+",server=on,wait=off")
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		labtest.Need(t, err)
 	}
@@ -50,5 +53,81 @@ func TestPortray(t *testing.T) {
 	again := h.portray(ctx, vm)
 	if again.process != p.process || !slices.Equal(again.vcpus, p.vcpus) || again.problem != "" {
 		t.Errorf("while its monitor is taken: %+v", again)
+	}
+}
+
+// What cannot be chosen to leave is in the list all the same, and why.
+func TestBarred(t *testing.T) {
+	dir := t.TempDir()
+	h, v := measured(t)
+	h.config, h.known = Config{Name: "hosta", VMs: dir}, map[string]knownQEMU{}
+	h.log = slog.New(slog.DiscardHandler)
+	h.ahead, h.taken = map[string]lookedAhead{}, map[string]bool{}
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		labtest.Need(t, err)
+	}
+	describe := func(name, command string) {
+		t.Helper()
+		text := fmt.Sprintf("qmp = %q\ncommand = [%q, \"-qmp\", \"unix:{qmp}\"]\n%s",
+			filepath.Join(dir, name+".qmp"), qemu, command)
+		if err := os.WriteFile(filepath.Join(dir, name+".toml"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	describe("web1", "") // which v is about
+	describe("absent", "")
+	describe("unread", "comand = []\n")
+	start := func(name string, args ...string) *exec.Cmd {
+		t.Helper()
+		describe(name, "")
+		sock := filepath.Join(dir, name+".qmp")
+		cmd := exec.Command(qemu,
+			append([]string{"-nodefaults", "-display", "none", "-m", "16M", "-S",
+				"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		vm := hypervisor.VM{Name: name, QMP: sock}
+		ctx := labtest.Within(t, time.Minute)
+		for {
+			seen, err := hypervisor.Look(ctx, vm)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if seen.Process.PID == cmd.Process.Pid {
+				return cmd
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	start("waits", "-incoming", "defer")
+	frozen, err := process.Find(start("frozen").Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := frozen.Stop(labtest.Within(t, time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := h.survey(labtest.Within(t, time.Minute), leastOver, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{
+		"web1":   "its eviction is not over: see vacate status " + v.entry.ID().String()[:8],
+		"frozen": "it stands frozen here",
+		"waits":  "a QEMU waits here for it to arrive",
+		"unread": "whether it is here is not known",
+	}
+	for _, vm := range s.vms {
+		if text := want[vm.Name]; text == "" || !strings.HasPrefix(vm.Barred, text) {
+			t.Errorf("%s: %q, want %q", vm.Name, vm.Barred, text)
+		}
+		delete(want, vm.Name)
+	}
+	if len(want) > 0 {
+		t.Errorf("the list lacks %v", want)
 	}
 }

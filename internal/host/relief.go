@@ -63,8 +63,8 @@ type picture struct {
 type portrait struct {
 	vm       hypervisor.VM
 	process  process.Process
-	vcpus    []int // its threads that are virtual CPUs, if that is known
-	evicting bool
+	vcpus    []int  // its threads that are virtual CPUs, if that is known
+	evicting string // which eviction it is in, in words; empty: none
 	load     pressure.VMLoad
 	problem  string // why it has no load
 }
@@ -81,6 +81,10 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 		looks.Go(func() { found[i] = h.portray(ctx, vm) })
 	}
 	looks.Wait()
+	for _, e := range hypervisor.Unread(err) {
+		found = append(found, portrait{vm: hypervisor.VM{Name: e.VM},
+			problem: fmt.Sprintf("whether it is here is not known: %v", e)})
+	}
 	before, err := pressure.ReadHost()
 	if err != nil {
 		return picture{}, err
@@ -110,10 +114,10 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 	}
 	p := picture{load: after.Since(before, qemus...)}
 	for i, v := range found {
-		if v.process.PID <= 0 && v.problem == "" {
+		if v.process.PID <= 0 && v.problem == "" && v.evicting == "" {
 			continue
 		}
-		if v.problem == "" {
+		if v.problem == "" && v.process.PID > 0 {
 			later, err := pressure.ReadVM(v.process, v.vcpus)
 			if errors.Is(err, process.ErrGone) {
 				continue
@@ -134,6 +138,21 @@ type knownQEMU struct {
 	vcpus []int
 }
 
+// underWay says what an eviction that has not ended does with its VM.
+func (v *eviction) underWay() string {
+	r := v.entry.Record()
+	v.mu.Lock()
+	working := v.cancel != nil
+	v.mu.Unlock()
+	switch {
+	case !working:
+		return fmt.Sprintf("its eviction is not over: see vacate status %.8s", v.entry.ID())
+	case r.Role == journal.Destination:
+		return fmt.Sprintf("it is arriving from %s", r.Peer)
+	}
+	return fmt.Sprintf("it is being evicted to %s", r.Peer)
+}
+
 // portray finds the QEMU of a VM here. Its monitor is asked only if need be.
 func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	p := portrait{vm: vm}
@@ -142,7 +161,8 @@ func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	h.mu.Unlock()
 	if v := h.openFor(vm.Name); v != nil {
 		// Its monitor is the engine's. What it told before is still true of a VM that leaves.
-		if p.evicting, p.process = true, v.process(); p.process == known.Process {
+		p.evicting = v.underWay()
+		if p.process = v.process(); p.process == known.Process {
 			p.vcpus = known.vcpus
 		}
 		return p
@@ -157,6 +177,12 @@ func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 		p.problem = err.Error()
 	case seen.State == hypervisor.Silent:
 		p.problem = "its monitor does not answer"
+	case seen.State == hypervisor.Frozen:
+		p.problem = "it stands frozen here, and no eviction that vacated knows of has it: " +
+			"look whether it runs on another host"
+	case seen.State == hypervisor.Incoming:
+		p.problem = fmt.Sprintf("a QEMU waits here for it to arrive (process %d), and no eviction "+
+			"that vacated knows of has it", seen.Process.PID)
 	case seen.State == hypervisor.Running, seen.State == hypervisor.Paused:
 		p.process, p.vcpus = seen.Process, seen.Threads
 		h.mu.Lock()
@@ -237,8 +263,8 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 		// Until more is known: all that its QEMU has.
 		vm.Memory, vm.InUse, vm.Hot = vm.Resident, vm.Resident, vm.Resident
 		switch {
-		case v.evicting:
-			vm.Barred = "it is being evicted"
+		case v.evicting != "":
+			vm.Barred = v.evicting
 		case v.problem != "":
 			vm.Barred = v.problem
 		default:
@@ -409,7 +435,7 @@ func (h *Host) observe(ctx context.Context, g *relief.Guard, over time.Duration)
 	here := p.answer(0).relief(h.name())
 	under := 0
 	for _, v := range p.vms {
-		if v.evicting {
+		if v.evicting != "" {
 			under++
 		}
 	}

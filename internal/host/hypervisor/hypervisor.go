@@ -108,13 +108,40 @@ func Load(dir string) ([]VM, error) {
 				vm.QMP, other)
 		}
 		if err != nil {
-			errs = append(errs, err)
+			errs = append(errs, &LoadError{name, err})
 			continue
 		}
 		seen[vm.QMP] = name
 		list = append(list, vm)
 	}
 	return list, errors.Join(errs...)
+}
+
+// A LoadError is why a description was not read.
+type LoadError struct {
+	VM  string
+	Err error
+}
+
+func (e *LoadError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e *LoadError) Unwrap() error { return e.Err }
+
+// Unread takes an error of Load apart: it returns which VMs have descriptions that were not read,
+// and why.
+func Unread(err error) (list []*LoadError) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return nil
+	}
+	for _, err := range all.Unwrap() {
+		var e *LoadError
+		if errors.As(err, &e) && CheckName(e.VM) == nil {
+			list = append(list, e)
+		}
+	}
+	return list
 }
 
 // File is the path of the description of a VM.
