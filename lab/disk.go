@@ -37,8 +37,8 @@ func (l *Lab) SmallDisk(bytes uint64) (*SmallDisk, error) {
 	return d, os.Mkdir(d.Dir, 0o700)
 }
 
-// Fill takes all space that is left, at once, so that whoever needs more gets ENOSPC. Memory that
-// is mapped from a file there gets ENOMEM, or SIGBUS.
+// Fill takes all space that is left, at once, so that a program that needs more gets ENOSPC. Memory
+// that is mapped from a file there gets ENOMEM, or SIGBUS.
 func (d *SmallDisk) Fill() error {
 	for {
 		var fs unix.Statfs_t

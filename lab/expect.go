@@ -23,7 +23,7 @@ import (
 type Expected struct {
 	Name string
 	Host *Host
-	QMP  string // monitor socket, for whoever starts it
+	QMP  string // monitor socket, for the starter
 	// Args are QEMU and its arguments. To wait for a guest it needs "-S -incoming defer"
 	// besides. It has to run on Host, that is, be started by a process that Host.Start did.
 	Args []string
@@ -127,7 +127,7 @@ func (vm *VM) Booted(ctx context.Context) error {
 	return nil
 }
 
-// Spec returns what a QEMU is to be like, with all defaults filled in.
+// Spec returns the specification of a QEMU, with all defaults filled in.
 func (e *Expected) Spec() Spec { return e.what.spec }
 
 // Guest returns the guest that such a QEMU boots, or takes.

@@ -65,9 +65,9 @@ func bareImage(dir string) (*image, error) {
 	return img, writeFile(img.kernel, bareguest.ELF)
 }
 
-// buildImage returns the image in the cache with a kernel and programs of this module (see
-// build), the first of which is init; it makes what is missing
-// there. The name of the initramfs is a hash of what is in it.
+// buildImage returns the image in the cache with a kernel and programs of this module (see build).
+// The first program is init. It makes what is missing. The name of the initramfs is a hash of its
+// content.
 func buildImage(ctx context.Context, dir string, k Kernel, programs []string,
 	log *slog.Logger) (*image, error) {
 	kernel, err := FetchKernel(ctx, dir, k, log)

@@ -50,7 +50,7 @@ type recipe struct {
 	program func(tree string) (string, error)
 	// patterns of what else it needs, in such a tree
 	files []string
-	// what is to be done in the root of its disk; may be nil
+	// prepares the root of its disk; may be nil
 	set  func(ctx context.Context, root string, mib int) error
 	args func(s *Spec) []string
 }

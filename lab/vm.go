@@ -101,7 +101,7 @@ type Load struct {
 	Workers  int  // threads working on the hot set; default one per VCPU
 	Zipf     bool // hot pages are picked by Zipf's law (exponent 1); else uniformly
 	Stale    bool // free memory was used before, and holds what was there; else zeroes mostly
-	Mixed    bool // free memory was used before and is in pieces, of which all sets take in turns
+	Mixed    bool // free memory was used before and is in pieces, which all sets take in turns
 	Sleep    bool
 	Slow     bool   // workers rest most of the time, and leave the core to others
 	Seed     uint64 // of page contents, and of all that is random

@@ -22,41 +22,45 @@ import (
 
 // Config is how a host's daemon is set up. It is read from a file of TOML:
 //
-//	certs   = "/etc/vacate/certs"           # who this host is: see vacate certs
-//	listen  = ":7601"                       # where other hosts bring VMs; without it, none may come
-//	socket  = "/run/vacate/vacated.sock"    # where this host's operators ask, and the path of /metrics
-//	socket_group = "vacate"                  # whose members may ask there, too: they can do all that root can with vacate; default: nobody
-//	journal = "/var/lib/vacate"             # what must not be forgotten: on a disk that keeps it
-//	vms     = "/etc/vacate/vms"             # descriptions of VMs: see package hypervisor
-//	metrics = "127.0.0.1:9601"              # /metrics for Prometheus, over plain HTTP; default: only on the socket
-//	give_back = "30s"                       # memory of a VM that has run elsewhere for so long is given back as that host gets it, and
-//	                                        # can then not be resumed here any more; default: only when that host has it all
+//	certs   = "/etc/vacate/certs"         # who this host is: see vacate certs
+//	listen  = ":7601"                     # other hosts send VMs there; without it, none may come
+//	socket  = "/run/vacate/vacated.sock"  # operators of this host ask there; /metrics, too
+//	socket_group = "vacate"               # its members may ask there; they are as good as root;
+//	                                      # default: nobody
+//	journal = "/var/lib/vacate"           # evictions, on a disk that keeps them
+//	vms     = "/etc/vacate/vms"           # descriptions of VMs: see package hypervisor
+//	metrics = "127.0.0.1:9601"            # /metrics over plain HTTP; default: only on the socket
+//	give_back = "30s"                     # a VM has run elsewhere for so long: its memory here is
+//	                                      # freed as it arrives there. The VM can then not be
+//	                                      # resumed here; default: only when all has arrived
 //
-//	[api]                                   # the same as on the socket, over TLS
+//	[api]                                 # the same as on the socket, over TLS
 //	listen    = ":7600"
-//	operators = ["admin"]                   # names in the certificates of those who may
+//	operators = ["admin"]                 # by the names in their certificates
 //
-//	[peers.hostb]                           # another host, by the name in its certificate
-//	address  = "hostb.example:7601"         # where it listens; without it, no VM goes there
-//	may_send = true                         # it may bring VMs here
-//	rate     = 500                          # most that is sent there, in Mbit/s; default: no limit
-//	fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # cuts it off for good, for vacate decide --fence; exit code 0: it did; default: none
-//	fence_time = "2m"                       # how long that may take
+//	[peers.hostb]                         # another host, by the name in its certificate
+//	address  = "hostb.example:7601"       # where it listens; without it, no VM goes there
+//	may_send = true                       # it may send VMs here
+//	rate     = 500                        # Mbit/s at most to it; default: any
+//	fence    = ["/usr/local/sbin/ipmi-off", "{host}"]
+//	                                      # cuts it off for good, for vacate decide --fence; ends
+//	                                      # with code 0 if it did; default: none
+//	fence_time = "2m"                     # how long that may take
 //
-//	[guard]                                 # evict by itself when this host is overloaded; without it, only when told
-//	goal       = "cpu<111%"                 # what this host is to be like: see relief.ParseGoal
-//	max_load   = 0.8                        # CPU wanted for each core that a host may come to, to which a VM goes
-//	reserve    = 0.1                        # share of its memory that stays free there
-//	sustain    = "30s"                      # how long the goal is missed before anything is done
-//	settle     = "1m"                       # how long nothing is done after an eviction
-//	cool_down  = "30m"                      # how long a VM stays where it came to
-//	concurrent = 1                          # how many evictions there may be at once
-//	interval   = "5s"                       # over which each look at the host is
+//	[guard]                               # evict by itself when overloaded; default: never
+//	goal       = "cpu<111%"               # what this host shall reach: see relief.ParseGoal
+//	max_load   = 0.8                      # most CPU wanted for each core there
+//	reserve    = 0.1                      # share of its memory that stays free there
+//	sustain    = "30s"                    # how long the goal is missed before
+//	settle     = "1m"                     # how long it rests after an eviction
+//	cool_down  = "30m"                    # how long a VM then stays
+//	concurrent = 1                        # how many evictions there may be at once
+//	interval   = "5s"                     # how long each measurement takes
 //
 // All but peers has the default shown, except for listen, metrics, api and guard, which are off.
 // With
 //
-//	plain = true                            # no TLS: whoever reaches the link can read and forge memory
+//	plain = true                          # no TLS: others can read and forge memory
 //
 // the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
 type Config struct {

@@ -134,7 +134,7 @@ func (h *Host) twinFacts(ctx context.Context, name string) doctor.TwinFacts {
 	return doctor.Twin(ctx, o)
 }
 
-// examine finds what stands against evicting a VM to another host; either may be empty.
+// examine finds what would block the eviction of a VM to another host; either may be empty.
 func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*askTime)
 	defer cancel()

@@ -74,7 +74,7 @@ func (r record) Kept(name string) ([]byte, error) { return r.Blob(name) }
 
 func (v *eviction) mark() evict.Mark { return evict.Mark(v.entry.Record().Mark) }
 
-// ended tells whether nothing remains to be done.
+// ended reports whether nothing remains to be done.
 func (v *eviction) ended() bool {
 	return v.entry.Err() == nil && !v.entry.Record().Ended.IsZero()
 }
@@ -223,7 +223,7 @@ func (v *eviction) process() process.Process {
 	return process.Of(r.PID, r.StartTime, r.Boot)
 }
 
-// abortable tells whether an abort would be heeded.
+// abortable reports whether an abort would be heeded.
 func (v *eviction) abortable() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()

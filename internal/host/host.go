@@ -1,14 +1,14 @@
 // Package host is the daemon of one host: it evicts VMs to other hosts and takes theirs, several at
 // once, and goes on after its own death with what was under way.
 //
-//	operators ── API (Connect, unix socket or TLS) ──► Host ──► evict.Source       ── link ──► other hosts
-//	                                                   │  ▲
-//	                                               journal  └── evict.Destination  ◄── link ── other hosts
+//	operators ── API ──► Host ──► evict.Source      ── link ──► other hosts
+//	                     │  ▲
+//	                 journal └─── evict.Destination ◄── link ── other hosts
 //
 // Each eviction has an entry in the journal on both hosts, under one ID. An engine of package evict
-// works on it; when the daemon starts, each entry that has not ended gets an engine again. Which
-// marks an entry goes through, and what follows from each after a failure, is told in
-// docs/protocol.md.
+// works on it. When the daemon starts, each entry that has not ended gets an engine again.
+// docs/protocol.md says which marks an entry goes through, and what follows from each after a
+// failure.
 package host
 
 import (
@@ -317,8 +317,8 @@ func (h *Host) Run(ctx context.Context) error {
 	return nil
 }
 
-// Settle has no eviction begin any more, and returns when those under way are past what a stop
-// would abort. Whoever then ends Run costs nobody an eviction: the next daemon goes on with them.
+// Settle lets no eviction begin any more, and returns when a stop would abort none of those under
+// way. The caller can then end Run without an abort: the next daemon goes on with the evictions.
 func (h *Host) Settle(ctx context.Context) error {
 	h.mu.Lock()
 	h.stopping = true

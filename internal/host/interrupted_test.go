@@ -21,7 +21,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// scrape is what Prometheus is told by a daemon, by name and labels.
+// scrape returns what a daemon tells Prometheus, by name and labels.
 func (s *site) scrape() map[string]float64 {
 	s.t.Helper()
 	transport := &http.Transport{DialContext: func(ctx context.Context,

@@ -263,7 +263,7 @@ func (s *site) stop() {
 // release lets the daemon go on in a state that it is held in.
 func (s *site) release(at string) { fmt.Fprintln(s.input, "go", at) }
 
-// reach waits until an engine comes to a state, and tells whether it did before the time was up.
+// reach waits until an engine comes to a state, and reports whether it did before the time was up.
 func (s *site) reach(at string, limit time.Duration) bool {
 	timer := time.NewTimer(limit)
 	defer timer.Stop()

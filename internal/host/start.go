@@ -107,7 +107,7 @@ func (h *Host) startVM(ctx context.Context, name string, fenced []string) error 
 	if err := h.clearOf(ctx, name, fenced); err != nil {
 		return &stateError{err}
 	}
-	// Whoever asked may leave: what ends now is a VM that runs.
+	// The client may leave: what ends now is a VM that runs.
 	p, err := hypervisor.Start(context.WithoutCancel(ctx), vm)
 	if err != nil {
 		return &stateError{err}

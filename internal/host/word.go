@@ -16,10 +16,9 @@ type word struct {
 	decision evict.Decision
 	// For evict.Discard: the VM's name. The operator accepts that the VM is lost.
 	lose string
-	// For evict.ResumeHere: the other host, of which the operator asserts that the VM can run there
-	// no more.
+	// For evict.ResumeHere: the other host. The operator asserts that the VM can run there no more.
 	fenced string
-	// In place of fenced: the other host is to be fenced first, by its command.
+	// In place of fenced: the daemon fences the other host first, by its command.
 	fence bool
 	by    string // who says so
 }
@@ -243,7 +242,7 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		return err
 	}
 	s.Show = nil // no engine is at work
-	// Whoever asked may have left: an eviction without an engine would go on with nobody.
+	// The client may have left, and without an engine nothing would go on with the eviction.
 	if err := v.stop(context.WithoutCancel(ctx)); err != nil {
 		return err
 	}
@@ -251,7 +250,7 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	if m != evict.MarkMayRun && m != evict.MarkLost {
 		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
 	}
-	// What was decided is done, whoever listens.
+	// What was decided is done, whether or not the client still listens.
 	decide := func(fenced string) error {
 		return s.Decide(context.WithoutCancel(ctx), m, w.decision, fenced)
 	}
@@ -304,8 +303,8 @@ func (v *eviction) resumable(w word) error {
 	switch {
 	case w.fenced != "" && w.fence:
 		return &argumentError{
-			errors.New("fenced and fence are one too many: either you assert that the other " +
-				"host is fenced, or it is to be fenced")}
+			errors.New("fenced and fence exclude each other: either you assert that the other " +
+				"host is fenced, or this daemon fences it")}
 	case w.fenced != "" && w.fenced != r.Peer:
 		return &argumentError{fmt.Errorf("fenced is %q, and the other host of this eviction is %q",
 			w.fenced, r.Peer)}
@@ -369,7 +368,7 @@ func (v *eviction) unfenced() string {
 // endTime is how long an engine may take to find that its twin was ended.
 const endTime = 10 * time.Second
 
-// giveUpTwin ends the copy of a VM here, of which an operator knows that another one is the VM.
+// giveUpTwin ends the copy of a VM here. An operator knows that another copy is the VM.
 func (v *eviction) giveUpTwin(w word) error {
 	r := v.entry.Record()
 	if w.decision != evict.Discard {

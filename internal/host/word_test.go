@@ -117,8 +117,8 @@ func TestWord(t *testing.T) {
 	r.a.start()
 	r.b.start()
 
-	// While all goes its way, nothing is to be aborted or decided, and where the VM is is told
-	// alike at both ends.
+	// While all goes well, nothing can be aborted or decided, and both ends say the same of where
+	// the VM is.
 	r.begin()
 	r.wait(r.b, "running", func(e *hostv1.Eviction) bool {
 		return e.State == string(evict.Running)
@@ -145,7 +145,7 @@ func TestWord(t *testing.T) {
 	r.refused(r.say(r.a, resume, "", false), connect.CodeFailedPrecondition, "VM web1",
 		"--fenced hostb", "--fence has", "goes on by itself")
 	r.refused(r.say(r.a, resume, "hosta", false), connect.CodeInvalidArgument, `"hostb"`)
-	r.refused(r.say(r.a, resume, "hostb", true), connect.CodeInvalidArgument, "one too many")
+	r.refused(r.say(r.a, resume, "hostb", true), connect.CodeInvalidArgument, "exclude each other")
 	r.refused(r.say(r.a, hostv1.Decision_DECISION_DISCARD, "hostb", false),
 		connect.CodeInvalidArgument, "resume")
 	r.refused(r.discard(r.a, ""), connect.CodeFailedPrecondition, "may be the last one",

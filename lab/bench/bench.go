@@ -275,8 +275,8 @@ func (t *trial) measure(ctx context.Context, s strategy) error {
 	return t.check(ctx)
 }
 
-// check has the guest check its memory, unless it is to be kept: a guest works
-// no more afterwards. A kept guest has checked what it has met.
+// check lets the guest check its memory, unless it is kept: a guest does not work on afterwards. A
+// kept guest has checked what it has met.
 func (t *trial) check(ctx context.Context) error {
 	at := t.twin
 	if t.run.Outcome == NotConverged {

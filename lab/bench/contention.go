@@ -261,7 +261,7 @@ type Clients struct {
 	// the share of requests that write, more than 0, up to 1
 	Writes float64 `json:"writes"`
 	Bytes  int     `json:"bytes"` // of a value of memcached or Redis
-	// of each VM's clients, on each of which one request at a time is under way
+	// of each VM's clients; each has one request at a time under way
 	Connections int `json:"connections"`
 }
 

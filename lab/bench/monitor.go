@@ -50,9 +50,8 @@ func (m *monitor) close() {
 	m.all.Wait()
 }
 
-// take notes an event with the time that QEMU gives it. That is on the wall
-// clock, of which now tells the offset; its arrival here is late by as much as
-// this process has to wait for a core.
+// take notes an event with the time that QEMU gives it, on the wall clock; now has that clock's
+// offset. The event arrives here late, by as long as this process waits for a core.
 func (m *monitor) take(e qmp.Event, now time.Time) {
 	var data struct{ Status string }
 	if e.Data != nil && json.Unmarshal(e.Data, &data) != nil {

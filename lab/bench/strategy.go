@@ -94,7 +94,7 @@ type trial struct {
 	run      *Run
 	vm, twin *lab.VM
 	release  func() // the memory that is kept at hand for the twin; nil if there is none
-	keep     bool   // the guest is to be evicted once more
+	keep     bool   // the guest will be evicted once more
 	src, dst *monitor
 	start    time.Time
 	end      time.Time
@@ -108,8 +108,7 @@ const (
 	qemuPort   = 4444
 	// How long "vacate receive" may take until it listens.
 	listenLimit = 20 * time.Second
-	// More than any link here has: migrations are to be limited by the link
-	// alone. In bytes per second.
+	// In bytes per second. More than any link here has: only the link shall limit migrations.
 	unlimited = 1 << 40
 )
 

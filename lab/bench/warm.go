@@ -13,11 +13,11 @@ const (
 	kept = 1 << 20
 )
 
-// warm has so many bytes of the machine's memory at hand for whoever takes some next, until
-// the returned function is called. A machine that is a VM itself may have given its free
-// memory back to its own host (free page reporting), which then makes every page anew when
-// it is touched: 5 to 9 µs that have nothing to do with what is measured, or with real hosts, and
-// that hit some runs and not others.
+// warm keeps so many bytes of the machine's memory ready for the next program that takes some,
+// until the returned function is called. A machine that is a VM itself may have given its free
+// memory back to its own host (free page reporting). That host then makes every page anew when it
+// is touched. That takes 5 to 9 µs, which have nothing to do with the measurement or with real
+// hosts, and hit some runs and not others.
 func warm(size int) (release func(), err error) {
 	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {

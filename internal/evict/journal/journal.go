@@ -1,8 +1,8 @@
 // Package journal keeps evictions on disk, so that a daemon that was killed at any moment knows
 // afterwards what it had promised. A directory of its own holds all of one daemon:
 //
-//	DIR/lock                 locked (flock) by the daemon that has it open; it says "vacate-journal1\n",
-//	                         by which Open knows the directory for a journal
+//	DIR/lock                 locked (flock) by the daemon that has it open; Open knows it by
+//	                         its content, "vacate-journal1\n"
 //	DIR/ID/log               an eviction, by its ID in hex: the records
 //	DIR/ID/NAME              what is kept with it ([Entry.Keep])
 //	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
@@ -12,9 +12,9 @@
 //
 //	u32 length of the JSON | u32 its CRC-32C | JSON, a Record
 //
-// (integers are big-endian) and then zeroes: the log is written with zeroes up to 64 KiB when it is
-// made, so that a record that comes later needs no space on a disk that is full by then, and its
-// fdatasync no change of the file's metadata. A record is durable when [Entry.Note] returns without
+// Integers are big-endian. Zeroes follow: a new log is filled with zeroes up to 64 KiB. So a later
+// record needs no space on a disk that is full by then, and its fdatasync changes no metadata. A
+// record is durable when [Entry.Note] returns without
 // an error; one that is not whole does not count ([Entry.Torn]).
 //
 // Whatever is kept is its CRC-32C, u32, and then the data; it is written beside and renamed.

@@ -11,9 +11,9 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// Frames says which pages of a block some of the guest's page frames are: those from
-// First on (counted in 4 KiB of guest-physical address) fill the pages of Run, in order,
-// each of which has as many frames as its block's page size holds.
+// Frames says which pages of a block some of the guest's page frames are. The frames from First on
+// (counted in 4 KiB of guest-physical address) fill the pages of Run, in order. Each page has as
+// many frames as its block's page size holds.
 type Frames struct {
 	First uint64
 	Run   pageset.Run
@@ -101,9 +101,9 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 	return r
 }
 
-// Hot returns what tells whether a page of the survey is one that the guest works on, as far as is
-// known: of the busy processes and of the kernel, those that the default order puts ahead of all
-// others.
+// Hot returns a function that reports whether the guest works on a page of the survey, as far as is
+// known. Those are the pages of busy processes and of the kernel that the default order puts ahead
+// of all others.
 func Hot(s *pageclass.Survey) func(pageclass.Page) bool {
 	r := newRanking(Enlightened, s)
 	return func(p pageclass.Page) bool {
@@ -269,8 +269,8 @@ func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.R
 	return runs
 }
 
-// Locate returns the pages that are filled by page frames, in that order. Those of which
-// it is not told where they are, it leaves out.
+// Locate returns the pages that page frames fill, in that order. It leaves out frames whose place
+// is not known.
 func Locate(blocks []Block, list []uint64, frames []Frames) []pageset.Run {
 	var runs []pageset.Run
 	find := newFinder(blocks, frames)

@@ -69,5 +69,5 @@ func Policies() []Policy {
 	return list
 }
 
-// Knows tells whether the policy's plan draws upon what is known of the pages.
+// Knows reports whether the policy's plan draws upon what is known of the pages.
 func (p Policy) Knows() bool { return p.Base == Enlightened || p.Base == Classes }

@@ -147,8 +147,8 @@ func (o *Order) addNeighbours(run pageset.Run) {
 	if at, ok := o.kin.place(run.Block, run.First); ok {
 		run, virtual = pageset.Run{First: at}, true
 	} else if o.kin != nil {
-		// It belongs to no process, so it is the kernel's, of which little is used soon: the
-		// neighbours of 150 such pages, 23 MiB, held up what a busy process waited for.
+		// It belongs to no process, so it is the kernel's, and the guest needs little of that soon.
+		// The neighbours of 150 such pages, 23 MiB, once held up what a busy process waited for.
 		radius = max(1, radius/4)
 	}
 	first := run.First - min(run.First, radius)

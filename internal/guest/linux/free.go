@@ -17,9 +17,10 @@ const maxNotesKept = 32
 // freeLists marks as Skippable the pages that the allocator holds free beyond doubt. A
 // block must look free by itself (classify) and, besides:
 //
-//   - the zone's lock is not held: whoever holds it is changing the lists;
-//   - the block's head is on free_area[order].free_list of the zone, for the very order that it tells
-//     of itself, and lies in the zone; the links of every list fit forwards and backwards, from head to head;
+//   - the zone's lock is not held: its holder is changing the lists;
+//   - the block's head is on the zone's list free_area[order].free_list, for the order that the
+//     head itself has, and lies in the zone;
+//   - the links of every list fit forwards and backwards, from head to head;
 //   - the lists of an order hold as many blocks, of all migrate types, as nr_free says;
 //   - no block is met twice.
 //

@@ -348,7 +348,7 @@ func TestCalledOff(t *testing.T) {
 	}
 }
 
-// What was to be read makes no sense where another kernel runs: that is what is to be said then.
+// Where another kernel runs, what vacate reads makes no sense. The error then says that.
 func TestOverwrittenByAnother(t *testing.T) {
 	p := newPatient(t)
 	sections, ok := p.symbol("mem_section")

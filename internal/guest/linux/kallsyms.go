@@ -88,7 +88,7 @@ const (
 	maxSymbols    = 1 << 20
 	maxSymbolName = 1024
 	maxNames      = 32 << 20 // bytes of all coded names
-	tokenTable    = 256 * 32 // bytes of which tokens are taken; real tables are below 2 KiB
+	tokenTable    = 256 * 32 // bytes that tokens are read from; real tables are below 2 KiB
 )
 
 // decodeNames looks for names among the count that are coded; read returns what is coded from

@@ -131,7 +131,7 @@ func (c *census) fit(pages int) {
 // A page's class becomes, where processes are concerned:
 //
 //   - of an active process, that is one that ran within the time active: UserCode if some
-//     process may execute the page, else UserData. As a page in several classes takes the first, so do
+//     process may execute the page, else UserData. A page in several classes takes the first. So do
 //     pages of files that it maps: they are its code and data, whatever list they are on.
 //   - of inactive processes alone: FileActive or FileInactive for pages of files and shared
 //     memory, as the scan has it, since the page cache comes before Other; Other for the rest.
@@ -330,8 +330,8 @@ func (g *Guest) findRoots(pages []pageclass.Page) error {
 	return nil
 }
 
-// enter reports whether the page table it is to be read: it is in memory of the kernel, and
-// was not met before. So each table is read once, wherever entries lead.
+// enter reports whether the page table must be read: it lies in memory of the kernel, and was not
+// met before. So each table is read once, wherever entries lead.
 func (c *census) enter(it *item, pages []pageclass.Page) bool {
 	pfn := it.addr / units.PageSize
 	if pfn >= uint64(len(pages)) {

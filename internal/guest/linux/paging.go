@@ -57,8 +57,8 @@ func (c CPU) levels() int {
 	return 4
 }
 
-// roots are the tables of which one maps the kernel: under page table isolation, a CPU in user mode
-// uses the second of two, bit 12 set, which lacks most of it.
+// roots are the candidates for the table that maps the kernel. Under page table isolation, a CPU in
+// user mode uses the second of two, with bit 12 set, which lacks most of the kernel.
 func (c CPU) roots() [2]uint64 { return [2]uint64{c.CR3, c.CR3 &^ units.PageSize} }
 
 // forget drops what was read of the tables, as they may have changed.
@@ -133,8 +133,8 @@ func (s *space) walk(va uint64, e *tlbEntry) error {
 	}
 }
 
-// writable tells whether the kernel may write to va, where that lies, and how far from there on the
-// same is so at least.
+// writable reports whether the kernel may write to va, where that lies, and how far from there on
+// the same is so at least.
 func (s *space) writable(va uint64) (addr, left uint64, ok bool) {
 	at := s.root
 	for shift := 12 + 9*uint(s.levels-1); ; shift -= 9 {

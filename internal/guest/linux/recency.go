@@ -10,9 +10,9 @@ import (
 //   - se.exec_start is set whenever the task's run time is added up: when it is given a
 //     CPU, at each tick while it runs, and when it gives it up. So it is when the task last ran, to
 //     within a tick, for tasks of all scheduling classes but those that are stopped. It
-//     counts by clock_task of the CPU's run queue, which leaves out interrupts and, in virtual machines,
-//     time that the host has stolen: it must not be compared with anything else. It is 0
-//     from when the task moves to another CPU until it runs there.
+//     counts by clock_task of the CPU's run queue, which leaves out interrupts and, in virtual
+//     machines, time that the host has stolen. It must not be compared with anything else. It is
+//     0 from when the task moves to another CPU until it runs there.
 //   - sched_info.last_arrival is when the task was last given a CPU, by the run queue's
 //     clock, which all CPUs share but for small differences.
 //   - The run queue's own clocks stand still while its CPU is idle. The latest of all CPUs is

@@ -269,8 +269,8 @@ func page(k pageclass.Kind, f pageclass.Flags) pageclass.Page {
 //   - A page with a reference and a mapping that is not on an LRU list is on its way to it, or
 //     isolated from it for migration or reclaim: it is Anon, Shmem or File all the same.
 //   - A page without reference, flags, mapping and type is Unreferenced. It may be on a
-//     CPU's list of free pages, which is looked at later; or be in the middle of being
-//     allocated or freed; or be part of a block of the kernel that is not a compound page. It is in use.
+//     CPU's list of free pages, which is looked at later. Or the kernel is just allocating or
+//     freeing it, or it is part of a block that is not a compound page. It counts as in use.
 //   - hwpoison is Poisoned whatever else it is.
 func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 	l, p := &g.layout, &g.pages

@@ -14,8 +14,8 @@ import (
 // and texts, each with a NUL behind it. Types have numbers, in their order, from 1 on; 0 is void.
 // Texts have their places for numbers, and the first is empty.
 //
-// It is read where it is, as it is, and only what is asked for: on the host that is to be relieved,
-// decoding all of it would cost more CPU than anything else that there is to do.
+// Its reader decodes only what is asked for, in place. On an overloaded host, decoding all of it
+// would cost more CPU than anything else in an eviction.
 type types struct {
 	raw   []byte   // the types
 	texts []byte   // ends in NUL
@@ -165,7 +165,7 @@ func (t *types) underlying(id uint32) btfDescription {
 	return nil
 }
 
-// called tells whether the text at a place is name.
+// called reports whether the text at a place is name.
 func (t *types) called(at uint32, name string) bool {
 	if uint64(at) >= uint64(len(t.texts)) {
 		return false

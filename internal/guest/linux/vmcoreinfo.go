@@ -174,7 +174,7 @@ func readNote(mem Memory, addr uint64) []byte {
 	return text
 }
 
-// isNote tells whether a note begins with head.
+// isNote reports whether a note begins with head.
 func isNote(head []byte) bool {
 	size := u32(head[4:])
 	return u32(head) == uint32(len(noteName)) && bytes.Equal(head[12:12+len(noteName)], noteName) &&

@@ -46,7 +46,7 @@ func (r *report) add(l Level, host, check, text, remedy string) {
 	r.findings = append(r.findings, Finding{host, check, l, text, remedy})
 }
 
-// Compare says what stands against moving the VM from source to destination, and for how long it
+// Compare says what would block the move of the VM from source to destination, and how long it
 // would take. Each check has at least one finding, OK if all is well.
 func Compare(source HostFacts, vm VMFacts, destination HostFacts, twin TwinFacts,
 	link LinkFacts) []Finding {
@@ -210,7 +210,7 @@ func (r *report) backing(h HostFacts, vm VMFacts) {
 	}
 	if len(r.findings) == before {
 		r.add(OK, h.Name, check,
-			fmt.Sprintf("%s in %d blocks, of which %s at most have to move",
+			fmt.Sprintf("%s in %d blocks; at most %s must move",
 				units.Size(total(vm, 0)), len(vm.Memory), units.Size(used(vm))), "")
 	}
 }
@@ -514,8 +514,8 @@ func (r *report) way(source HostFacts, vm VMFacts, h HostFacts, link LinkFacts) 
 	switch a, b := source.Certificate, h.Certificate; {
 	case link.Plain:
 		r.add(Warning, "", "link",
-			"is neither encrypted nor authenticated: whoever can listen sees the guest's "+
-				"memory, and whoever can connect may hand over a VM",
+			"is neither encrypted nor authenticated: anyone who can listen sees the guest's "+
+				"memory, and anyone who can connect may hand over a VM",
 			"`vacate certs init --dir CA`, then `vacate certs issue --dir CA --name HOST --out "+
 				"DIR` for each host")
 	case a.CA != b.CA:
@@ -590,7 +590,7 @@ func used(vm VMFacts) uint64 {
 	return min(vm.Used, all)
 }
 
-// atLeast tells whether a version is major.minor or later; none is not.
+// atLeast reports whether a version is major.minor or later; none is not.
 func atLeast(version string, major, minor int) bool {
 	return compareVersions(version, fmt.Sprintf("%d.%d", major, minor)) >= 0
 }

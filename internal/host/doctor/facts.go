@@ -46,7 +46,7 @@ type HostFacts struct {
 	Certificate  CertFacts   `json:"certificate"`  // zero where the link is plain
 }
 
-// UserfaultFacts tells whether the daemon may have userfaultfds that also catch faults in the
+// UserfaultFacts reports whether the daemon may have userfaultfds that also catch faults in the
 // kernel, as QEMU needs: a virtual CPU under KVM, and a device's DMA, touch memory there.
 type UserfaultFacts struct {
 	Error string `json:"error"` // of userfaultfd(2), UFFDIO_API and UFFDIO_REGISTER

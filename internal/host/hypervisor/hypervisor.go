@@ -7,17 +7,18 @@
 //
 //	# The command line of its QEMU: not a shell's, one string for each argument.
 //	command = [
-//	  "/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm", "-cpu", "host", "-smp", "2", "-m", "4G",
+//	  "/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm", "-cpu", "host",
+//	  "-smp", "2", "-m", "4G",
 //	  "-name", "{name}", "-drive", "file=/shared/{name}.raw,format=raw,if=virtio,cache=none",
 //	  "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}",
 //	]
-//	qmp = "/run/vacate/{name}.qmp"          # its QMP socket, which vacate has for itself
-//	user = "qemu"                           # whom it runs as; default: as the daemon
-//	log = "/var/log/vacate/{name}.log"      # where its output is appended; default: the socket's path and .log
-//	env = { LANG = "C.UTF-8" }              # its environment, to which PATH is added; the daemon's is not inherited
-//	pinned = true                           # it is never chosen to leave; by name it can be evicted all the same
-//	trust_disks = ["data"]                  # drives whose images the other host has, though nothing proves it
-//	priority = 1                            # of the VMs of a host, those with the least are chosen first; default: 0
+//	qmp = "/run/vacate/{name}.qmp"      # its QMP socket, which vacate has for itself
+//	user = "qemu"                       # the user that it runs as; default: the daemon's
+//	log = "/var/log/vacate/{name}.log"  # takes its output; default: the socket's path, and .log
+//	env = { LANG = "C.UTF-8" }          # its environment, and PATH; nothing else is inherited
+//	pinned = true                       # relief never chooses it; it can be evicted by name
+//	trust_disks = ["data"]              # drives whose images the other host has, on your word
+//	priority = 1                        # relief chooses the least first; default: 0
 //
 // {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own;
 // it becomes "-S", "-incoming", "defer" for a twin, and nothing else otherwise. Where it is missing

@@ -7,18 +7,18 @@ import (
 	"strings"
 )
 
-// Goal is how a host is to be. The zero value is no goal, and always met.
+// Goal is the state that a host shall reach. The zero value is no goal, and always met.
 type Goal struct {
 	// CPU is how much may be wanted for each core, such as 0.8; 0: whatever.
 	CPU float64
-	// Free is how much memory is to be available, in bytes; 0: whatever.
+	// Free is how much memory shall be available, in bytes; 0: any.
 	Free uint64
 }
 
 // DefaultGoal is that no VM starves.
 var DefaultGoal = Goal{CPU: 1 / Starving}
 
-// Met tells whether a host is as it should be.
+// Met reports whether a host is as it should be.
 func (g Goal) Met(h Host) bool {
 	return (g.CPU == 0 || h.wants() <= g.CPU*h.CPUs) && (g.Free == 0 || h.Available >= g.Free)
 }

@@ -37,13 +37,13 @@ type Guard struct {
 	futile time.Time // when it was found last that no eviction helps
 }
 
-// Due tells whether Observe, if it were told this, could return a candidate: otherwise it needs to
-// know nothing of VMs and other hosts.
+// Due reports whether Observe could return a candidate for this observation. If not, Observe needs
+// to know nothing of VMs and other hosts.
 func (g *Guard) Due(now time.Time, here Host, under int) bool {
 	return !g.Policy.Goal.Met(here) && !g.missed.IsZero() && g.wait(now, under) == ""
 }
 
-// wait is why nothing is to be done at a moment although the goal is missed.
+// wait is why the guard does nothing at a moment although the goal is missed.
 func (g *Guard) wait(now time.Time, under int) string {
 	switch {
 	case under >= g.Policy.Concurrent:

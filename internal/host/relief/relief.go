@@ -1,9 +1,9 @@
 // Package relief decides which VM leaves a host that is short of CPU or memory, and where to. For
-// every VM and every other host it predicts what an eviction would gain and how long it would take,
-// and tells for each that is not to be why not.
+// every VM and every other host it predicts what an eviction would gain and how long it would take.
+// Where it advises against one, it says why.
 //
-// It decides by numbers alone: what they are read from is the matter of package pressure and of who
-// asks. All CPU is in cores, all sizes are in bytes.
+// It decides by numbers alone: package pressure and the caller read them. All CPU is in cores, all
+// sizes are in bytes.
 //
 // # What is predicted
 //
@@ -13,7 +13,7 @@
 //
 // How long it takes follows from the memory to be moved, as post-copy moves each page once:
 //
-//	transfer   until the VM runs on the other host, and those that stay have the host for themselves: hardly depends on anything
+//	transfer   until the VM runs on the other host, and the others have this one for themselves
 //	total      transfer, then all memory in use over the link
 //	back       until all VMs together do 90 % of what they will in the end
 //
@@ -39,7 +39,7 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// VM is a VM on the host that is to be relieved.
+// VM is a VM on the overloaded host.
 type VM struct {
 	Name         string
 	CPU, Waiting float64   // cores its vCPUs have, and cores they wait for

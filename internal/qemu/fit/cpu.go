@@ -118,7 +118,7 @@ func (c CPUs) Check() error {
 	return err
 }
 
-// Supported tells whether the engine knows how to move VMs of the architecture of q's.
+// Supported reports whether the engine can move VMs of q's architecture.
 func Supported(ctx context.Context, q *qmp.Client) (Reasons, error) {
 	var target struct {
 		Arch string `json:"arch"`
@@ -341,7 +341,7 @@ var notCapabilities = []string{"x-", "hv-", "kvm", "min-", "host-", "hotplug", "
 	"thread-id", "core-id", "module-id", "die-id", "socket-id", "node-id", "apic-id", "ucode-rev",
 	"type"}
 
-// also returns a function that reports whether another property of these CPUs is to be compared, or
+// also returns a function that reports whether another property of these CPUs must be compared, or
 // nil if there is none.
 func (c CPUs) also() func(name string) bool {
 	invtsc, more, kvm := c.has("invtsc"), c.has(capabilities...), c.Accel == "kvm"

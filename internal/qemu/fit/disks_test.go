@@ -43,8 +43,8 @@ func copied(t *testing.T, d Disks) Disks {
 	return c
 }
 
-// On two machines a disk passes that is shown to be the same; each other way to differ is named,
-// and an operator's word lets those pass of which nobody else can know.
+// On two machines a disk passes if it is proven to be the same. Each difference is named. An
+// operator's word lets those pass that nobody else can know.
 func TestDisksAgainst(t *testing.T) {
 	file := func(d *Disks) *File { return d.Drives[0].Root.Children[0].File }
 	address := func(d *Disks, driver, name string) {

@@ -1,14 +1,14 @@
-// Package fit tells whether a VM can become the one that another QEMU was started as, and whether
+// Package fit reports whether a VM can become the one that another QEMU was started as, and whether
 // it can move at all. QEMU's migration stream does not carry everything that a guest sees: not the
 // CPU's features, for one. What both ends must share is gathered at each, goes to the destination
 // with the offer, and is compared there while the VM is untouched.
 //
-//	a QEMU ──CPUsOf, DevicesOf, DisksOf──► facts ──JSON──► facts.Against(facts of the other) ──► Reasons
-//	a QEMU ──Held, WorkOf────────────────────────────────────────────────────────────────► Reasons
+//	a QEMU ─ CPUsOf, DevicesOf, DisksOf ─► facts ─ JSON ─► facts.Against(the other's) ─► Reasons
+//	a QEMU ─ Held, WorkOf ────────────────────────────────────────────────────────────► Reasons
 //
-// To gather facts asks QEMU only, and looks at the files that it has open. To compare them is pure.
-// Facts of a peer may lie or be hostile: they are bounded by Check, and whatever they say can only
-// have a VM refused.
+// Gathering facts asks QEMU only, and looks at the files that it has open. Comparing them has no
+// side effects. Facts of a peer may lie or be hostile. Check bounds them, and they can do no more
+// than get a VM refused.
 package fit
 
 import (

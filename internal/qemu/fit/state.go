@@ -59,7 +59,7 @@ var stuck = map[string]Reason{
 			"host"},
 }
 
-// StateOf says what stands against moving a VM in a run state from a QEMU of some version to
+// StateOf says what blocks the move of a VM in a run state from a QEMU of some version to
 // another. The texts go on from the VM's name.
 func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 	switch old := destination; {
@@ -115,9 +115,9 @@ func Activate(ctx context.Context, q *qmp.Client) error {
 	return err
 }
 
-// activate is Activate with QEMU before 10.0, which does not tell, and has no command for it. It
-// activates a node that is to be exported ahead of all else (blk_exp_add in its
-// block/export/export.c): without an NBD server nothing more comes of that.
+// activate is Activate with QEMU before 10.0, which has neither the answer nor a command. Before
+// such a QEMU exports a node, it activates the node (blk_exp_add in its block/export/export.c).
+// Without an NBD server nothing more comes of that.
 func activate(ctx context.Context, q *qmp.Client, blocks []blockInfo) error {
 	var g edges
 	if err := q.Run(ctx, "x-debug-query-block-graph", nil, &g); err != nil {

@@ -50,7 +50,7 @@ type Extent struct {
 
 // Find returns where blocks of a QEMU lie, without asking it: in the order of the extents. It
 // searches QEMU's heap for what QEMU itself knows of them, and believes what the process's mappings
-// bear out. A block of which there is not exactly one is an error that names it.
+// bear out. A block that it finds not exactly once is an error that names it.
 func Find(ctx context.Context, pid int, blocks []Extent) ([]Block, error) {
 	found, err := findIn(ctx, pid, blocks)
 	if err != nil {

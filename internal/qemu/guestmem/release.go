@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Releasable tells whether Release may be called for a block: its memory is a file that has no
+// Releasable reports whether Release may be called for a block: its memory is a file that has no
 // name, in memory (memfd, or what QEMU makes in a directory of huge pages). A file with a name may
 // be somebody's, like that of an ivshmem device; and private memory is only a process's own to give
 // back.
@@ -16,8 +16,8 @@ func (m *Memory) Releasable(block int) bool {
 }
 
 // Release gives the memory of whole pages of a block back to the host: they read as zero from then
-// on, for QEMU and for whoever else has the file. What they held is gone, so that the guest must
-// never run again. It is an error unless the block is Releasable.
+// on, for QEMU and for every other process that has the file. What they held is gone, so that the
+// guest must never run again. It is an error unless the block is Releasable.
 func (m *Memory) Release(block int, offset, length uint64) error {
 	if err := m.within(block, offset, length); err != nil {
 		return fmt.Errorf("give memory back: %w", err)

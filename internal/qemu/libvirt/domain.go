@@ -214,7 +214,7 @@ func (c *Conn) Info(ctx context.Context, d Domain) (Info, error) {
 	persistent, err := call(
 		ctx,
 		c,
-		"tell whether the domain "+d.Name+" is persistent",
+		"learn whether the domain "+d.Name+" is persistent",
 		func() (int32, error) { return c.l.DomainIsPersistent(d.raw()) },
 	)
 	if err != nil {
@@ -224,7 +224,7 @@ func (c *Conn) Info(ctx context.Context, d Domain) (Info, error) {
 		autostart, err := call(
 			ctx,
 			c,
-			"tell whether the domain "+d.Name+" starts by itself",
+			"learn whether the domain "+d.Name+" starts by itself",
 			func() (int32, error) { return c.l.DomainGetAutostart(d.raw()) },
 		)
 		if err != nil {

@@ -398,7 +398,7 @@ func (c *Client) Begin(ctx context.Context, cmd string, args any) *Pending {
 	return &Pending{c, cmd, call, err}
 }
 
-// Reply is the second half of Run. It is to be called once.
+// Reply is the second half of Run. Call it once.
 func (p *Pending) Reply(ctx context.Context, reply any) error {
 	if p.err != nil {
 		return fmt.Errorf("run %s: %w", p.name, p.err)

@@ -302,7 +302,7 @@ func TestConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	// Events: STOP and RESUME in turn, of which one fits.
+	// Events: STOP and RESUME in turn; one of them fits.
 	for range 5 {
 		check(t, c.Cont(t.Context()))
 		check(t, c.Stop(t.Context()))

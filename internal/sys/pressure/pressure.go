@@ -1,10 +1,10 @@
-// Package pressure tells from Linux's own accounting how short of CPU, memory and link a host and
-// the VMs on it are. It only reads files of /proc and /sys/fs/cgroup (proc(5), and
+// Package pressure measures from Linux's own accounting how short of CPU, memory and link a host
+// and the VMs on it are. It only reads files of /proc and /sys/fs/cgroup (proc(5), and
 // Documentation/accounting/psi.rst and admin-guide/cgroup-v2.rst of Linux); it asks neither QEMU
 // nor the guest.
 //
 //	ReadHost, ReadVM ─► counters at a moment ─┐
-//	                                          ├─ Since ─► HostLoad, VMLoad: shares and rates of the time between
+//	                                          ├─ Since ─► HostLoad, VMLoad: shares and rates
 //	ReadHost, ReadVM ─► counters, later ──────┘
 //
 // A VM feels contention for CPU as steal: one of its vCPUs wants to run and waits for a core. For

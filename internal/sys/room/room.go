@@ -3,14 +3,14 @@
 //
 //	/proc/meminfo, sysfs ──────────┐
 //	/proc/PID/cgroup ─► its control ├─► Limits ──┐
-//	groups and all above them       │            ├─► Check ─► *ShortError: which limit, how much, what to type
+//	groups and all above them       │            ├─► Check ─► *ShortError: limit, amount, remedy
 //	file systems of memory files ──┘  Memory ────┘
 //
 // A limit is on one kind of memory: pages of the usual size, or huge pages of one size. What is
 // used of it counts without what the kernel takes back when it has to (page cache, slab). Swap is
-// no room: a VM whose pages go there while they arrive is not usable. What a VM needs is what it
-// lacks of its memory, all of which a guest may come to use; what is there already, preallocated or
-// left in a file, is not counted once more.
+// no room: a VM whose pages go there while they arrive is not usable. A VM needs room for all of
+// its memory that it does not have yet, as a guest may come to use all of it. Memory that is
+// preallocated or left in a file is not counted again.
 //
 // Files and their meaning: proc(5), and cgroup-v1/memory.rst, cgroup-v1/hugetlb.rst, cgroup-v2.rst
 // and mm/hugetlbpage.rst of Linux's admin guide.

@@ -12,7 +12,7 @@
 //	vacate.cache=50M    read from /dev/vda through the page cache, if there is one
 //	vacate.file=8M      a file in the root file system
 //	vacate.access=zipf  hot pages are picked by Zipf's law; default uniform
-//	vacate.place=mixed  free memory was used and is in pieces, of which all take in turns; default ordered
+//	vacate.place=mixed  free memory was used and is in pieces, which all take in turns
 //	vacate.free=stale   free memory was used; default fresh
 //	vacate.workers=2    threads working on the hot set; default one per CPU
 //	vacate.mode=idle    no work at all on the hot set; default "work"
@@ -21,7 +21,8 @@
 //	vacate.port=NAME    waits for this virtio-serial port and links it in /dev/virtio-ports
 //	vacate.addr=10.77.1.1/16  the network card's IPv4 address
 //	vacate.run=/FILE,ARGUMENT,...  starts this program
-//	vacate.serve=USER,/FILE,ARGUMENT,...  mounts the disk /dev/vdb (ext4), and starts this program of it there, as a user by number
+//	vacate.serve=USER,/FILE,ARGUMENT,...  mounts the disk /dev/vdb (ext4), and starts this program
+//	                    of it there, as a user by number
 //
 // It takes no note of parameters without "vacate.": others' are not to have it.
 //

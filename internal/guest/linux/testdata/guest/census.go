@@ -151,7 +151,7 @@ func census(port *os.File) error {
 			}
 		}
 	}
-	// Writing all of that has taken CPU time, which is to be hot's alone.
+	// Writing all of that has taken CPU time, which only hot may have.
 	if err := w.Flush(); err != nil {
 		return err
 	}

@@ -4,7 +4,8 @@
 // Then it takes commands on the second serial port, a line each:
 //
 //	rest, go   stops and resumes its work, and answers "end\n"
-//	flags      writes the words of /proc/kpageflags to the port, as runs: "HEX COUNT\n", and "end\n"
+//	flags      writes the words of /proc/kpageflags to the port, as runs: "HEX COUNT\n",
+//	           and "end\n"
 //	census     starts two processes and tells of them
 //	crowd      starts many
 package main
