@@ -56,8 +56,11 @@ func (e *Error) Is(target error) bool {
 type Conn struct {
 	Socket string // path
 
-	l    *golibvirt.Libvirt
-	done chan struct{} // closed when the connection has ended
+	l       *golibvirt.Libvirt
+	conn    net.Conn
+	peer    int           // the process that made the socket listen: the daemon, or systemd
+	session bool          // it serves one user
+	done    chan struct{} // closed when the connection has ended
 
 	register sync.Mutex // held while events are asked for
 	mu       sync.Mutex // guards what follows
@@ -135,12 +138,20 @@ func Dial(ctx context.Context, uri string) (*Conn, error) {
 }
 
 func open(ctx context.Context, nc net.Conn, path, driver string) (*Conn, error) {
-	c := &Conn{Socket: path, done: make(chan struct{}), subs: map[*Subscription]bool{}}
+	peer, err := peerOf(nc)
+	if err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("connect to libvirt at %s: %w", path, err)
+	}
+	c := &Conn{
+		Socket: path, conn: nc, peer: peer, session: driver == string(golibvirt.QEMUSession),
+		done: make(chan struct{}), subs: map[*Subscription]bool{},
+	}
 	c.l = golibvirt.NewWithDialer(
 		dialer{&packets{Conn: nc, event: c.event, ended: sync.OnceFunc(func() { close(c.done) })}},
 	)
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
-	err := c.l.ConnectToURI(golibvirt.ConnectURI(driver))
+	err = c.l.ConnectToURI(golibvirt.ConnectURI(driver))
 	if !stop() || err != nil {
 		nc.Close()
 		if ctx.Err() != nil {
@@ -154,12 +165,13 @@ func open(ctx context.Context, nc net.Conn, path, driver string) (*Conn, error) 
 // Done is closed when the connection has ended.
 func (c *Conn) Done() <-chan struct{} { return c.done }
 
-// Close ends the connection.
+// Close ends the connection, without a word to the daemon, which may not listen.
 func (c *Conn) Close() error {
-	err := c.l.Disconnect()
-	if errors.Is(err, syscall.EINVAL) { // it had ended
+	err := c.conn.Close()
+	if errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
+	<-c.done
 	return err
 }
 

@@ -101,8 +101,8 @@ func (r *rig) prepare(flags Flags) *mover {
 	r.check(err)
 
 	at = time.Now()
-	socket := filepath.Join(r.l.RunDir(), "in.sock")
-	_, err = r.b.Prepare(r.ctx, "web1", checked.XML, "unix://"+socket, plain, flags)
+	uri, socket := r.b.ListenPath("test")
+	_, err = r.b.Prepare(r.ctx, "web1", checked.XML, uri, plain, flags)
 	r.check(err)
 	m.say("prepare", at)
 	m.conn, err = net.Dial("unix", socket)

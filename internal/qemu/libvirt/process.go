@@ -58,8 +58,11 @@ func (c *Conn) Process(d Domain) (process.Process, error) {
 	)
 }
 
+// procFile is a file of proc(5) of a process.
+func procFile(pid int, name string) string { return fmt.Sprintf("/proc/%d/%s", pid, name) }
+
 func arguments(pid int) ([]string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	b, err := os.ReadFile(procFile(pid, "cmdline"))
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +86,7 @@ func Directory(pid int) (theirs, ours string, err error) {
 	for _, a := range args {
 		if m := masterKey.FindStringSubmatch(a); m != nil {
 			theirs = m[1]
-			ours = filepath.Join(fmt.Sprintf("/proc/%d/root", pid), theirs)
+			ours = filepath.Join(procFile(pid, "root"), theirs)
 			if info, err := os.Stat(ours); err != nil || !info.IsDir() {
 				return "", "", fmt.Errorf(
 					"the directory of process %d: %w",
