@@ -23,7 +23,7 @@ type bareCase struct {
 }
 
 func (c bareCase) String() string {
-	s := fmt.Sprintf("%s, %d CPUs", c.machine, c.vcpus)
+	s := fmt.Sprintf("%s, vCPUs: %d", c.machine, c.vcpus)
 	if c.memfd {
 		s += ", memfd"
 	}

@@ -210,30 +210,32 @@ static void put_touches(struct touches *t)
 
 // --- Clocks ---
 
-// kvmclock reads the CPU's clock; 0 if it has none.
-static u64 kvmclock(struct cpu *c)
+// read_clocks reads the CPU's TSC, and KVM's clock at the same moment; 0 if it has none.
+static void read_clocks(struct cpu *c, u64 *ticks, u64 *ns)
 {
 	u32 version;
-	u64 ns;
+	*ticks = tsc();
+	*ns = 0;
 	if (!c->has_clock)
-		return 0;
+		return;
 	do {
 		version = c->clock.version;
 		asm volatile("lfence" ::: "memory");
-		u64 delta = tsc() - c->clock.tsc;
+		*ticks = tsc();
+		u64 delta = *ticks - c->clock.tsc;
 		int shift = c->clock.shift;
 		delta = shift < 0 ? delta >> -shift : delta << shift;
-		ns = c->clock.nanoseconds + (u64)((unsigned __int128)delta * c->clock.multiplier >> 32);
+		*ns = c->clock.nanoseconds + (u64)((unsigned __int128)delta * c->clock.multiplier >> 32);
 		asm volatile("lfence" ::: "memory");
 	} while (version & 1 || version != c->clock.version);
-	return ns;
 }
 
 // check_clocks counts jumps back. Each CPU looks at its own clocks.
 static void check_clocks(u64 cpu)
 {
 	struct worker *w = &workers[cpu];
-	u64 t = tsc(), k = kvmclock(&cpus[cpu]);
+	u64 t, k;
+	read_clocks(&cpus[cpu], &t, &k);
 	if (t < w->tsc || k < w->clock)
 		w->backwards++;
 	w->tsc = t;
