@@ -204,6 +204,24 @@ func pagesOf(e *hostv1.Eviction) string {
 	return ""
 }
 
+// hugePagesOf says how far a VM that came has its huge pages back.
+func hugePagesOf(h *hostv1.HugePages) string {
+	if h == nil {
+		return ""
+	}
+	text := fmt.Sprintf("%d of %d are there again", h.Restored, h.Huge)
+	if h.Sparse > 0 {
+		text += fmt.Sprintf(", %d are left out as the guest hardly uses them", h.Sparse)
+	}
+	switch {
+	case h.UnderWay:
+		text += "; going on"
+	case h.Reason != "":
+		text += "; the others are not: " + h.Reason
+	}
+	return text
+}
+
 // describe tells all about an eviction.
 func describe(w io.Writer, e *hostv1.Eviction) {
 	line := func(name, format string, args ...any) {
@@ -235,6 +253,7 @@ func describe(w io.Writer, e *hostv1.Eviction) {
 		line("VM's state", "it %s, and moves so", fit.Stands(p.Stands))
 	}
 	line("reason", "%s", e.Reason)
+	line("huge pages", "%s", hugePagesOf(e.HugePages))
 	line("damage", "%s", e.Damage)
 	if e.Abortable {
 		line("may be", "aborted: vacate abort %.8s", e.Id)

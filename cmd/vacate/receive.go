@@ -25,6 +25,7 @@ import (
 func receiveCommand() *cobra.Command {
 	d := evict.Destination{Patient: true}
 	var listen, identity string
+	huge := true
 	c := &cobra.Command{
 		Use:   "receive --qmp SOCKET --listen HOST:PORT",
 		Short: "Take a VM into a QEMU that waits on this host",
@@ -72,7 +73,7 @@ nothing.
 			if err := checkAddress("--listen", listen); err != nil {
 				return err
 			}
-			return receive(c.Context(), d, listen, identity)
+			return receive(c.Context(), d, listen, identity, huge)
 		},
 	}
 	c.Flags().StringVar(&d.QMP, "qmp", "", "`SOCKET` (QMP) of the QEMU that waits for the VM")
@@ -82,11 +83,13 @@ nothing.
 			"hosts with certificates may send a VM")
 	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false,
 		"have QEMU itself load all pages: slower, for comparison")
+	c.Flags().BoolVar(&huge, "huge-pages", true, "at the end, make the memory that was in "+
+		"transparent huge pages at the source so again; without, the VM is slower")
 	c.MarkFlagRequired("qmp")
 	return c
 }
 
-func receive(ctx context.Context, d evict.Destination, listen, identity string) error {
+func receive(ctx context.Context, d evict.Destination, listen, identity string, huge bool) error {
 	sched.Process()
 	out := newScreen(&lines{w: os.Stdout})
 	defer out.close()
@@ -100,6 +103,10 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 			problems.note("%s: this cannot be aborted any more. The VM runs here and only here; "+
 				"its memory is still arriving. Going on.", name)
 			return nil
+		case evict.Completed:
+			problems.note("%s: the VM runs here, whole. The rest of its memory stays in small "+
+				"pages.",
+				name)
 		case evict.Waiting:
 			problems.note("%s: waiting no longer.", name)
 		default:
@@ -139,6 +146,10 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 			out.note("listening on %s", ln.Addr())
 		}
 	}
+	var task *evict.HugePages
+	if huge {
+		d.HugePages = func(h *evict.HugePages) { task = h }
+	}
 	received, err := d.Receive(ctx, requests)
 	switch {
 	case err != nil:
@@ -150,8 +161,27 @@ func receive(ctx context.Context, d evict.Destination, listen, identity string) 
 			does = fmt.Sprintf("came standing, and was not run (it %s)", fit.Stands(stands))
 		}
 		out.note("%s  the VM %s, with all of its memory", follow.elapsed(), does)
+		if task != nil {
+			restoreHuge(ctx, task, out, follow)
+		}
 	}
 	return err
+}
+
+// restoreHuge gives the VM its huge pages back. The eviction is over, however that ends.
+func restoreHuge(ctx context.Context, task *evict.HugePages, out *screen, follow *follower) {
+	r, err := task.Restore(ctx, slog.New(slog.DiscardHandler), func(evict.Restored) {})
+	text := fmt.Sprintf("%d of its %d huge pages are there again", r.Restored, r.Huge)
+	if r.Sparse > 0 {
+		text += fmt.Sprintf(", %d are left out as the guest hardly uses them", r.Sparse)
+	}
+	if err != nil {
+		r.Reason = err.Error()
+	}
+	if r.Reason != "" {
+		text += "; the others are not: " + clean(r.Reason)
+	}
+	out.note("%s  %s", follow.elapsed(), text)
 }
 
 // follower tells what the destination's engine logs: its states and the offer it took.

@@ -41,8 +41,11 @@ type Destination struct {
 	// Journal survives the engine; without one its death costs the VM. It must have the mark
 	// MarkAccepted before the QEMU is started.
 	Journal Journal
-	Log     *slog.Logger
-	Show    func(Progress) // called from one goroutine at a time; may be nil
+	// HugePages is given what is to be done for the VM's speed once it is whole here, before
+	// Receive returns; nil: nothing is.
+	HugePages func(*HugePages)
+	Log       *slog.Logger
+	Show      func(Progress) // called from one goroutine at a time; may be nil
 }
 
 // Receive takes the VM of a source. Its first requests are offers: one whose VM does not fit
@@ -109,6 +112,7 @@ type destination struct {
 	reader  *migstream.Reader // of the head
 	layout  layout
 	pages   arrivals
+	units   hugeUnits
 	placer  *placer
 	stream  *stream                // of QEMU's migration; nil when it is broken
 	current atomic.Pointer[stream] // the same, for tasks of a session

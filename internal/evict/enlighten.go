@@ -164,7 +164,12 @@ func (l *light) doubt(what string, err error) {
 // guest may run at the destination by then, and the push may be under way. It gives way to the VMs
 // of this host, which starved until now.
 func (e *source) enlighten() {
-	e.tasks.Go(func() { sched.Patiently(e.leaveOutUnused) })
+	e.tasks.Go(func() {
+		sched.Patiently(func() {
+			e.tellHuge()
+			e.leaveOutUnused()
+		})
+	})
 	sched.Patiently(e.learn)
 }
 

@@ -30,6 +30,8 @@ const (
 	keptDead = "dead-there"
 	// KeptHeard is kept by a destination, and empty: the source knows that the VM is whole there.
 	KeptHeard = journal.Lasting + "heard"
+	// KeptHuge is a HugePages, of an eviction that a destination takes or took: JSON.
+	KeptHuge = journal.Lasting + "huge"
 	// KeptTrace is a Trace, of an eviction that a source ended: JSON, compressed with gzip.
 	KeptTrace  = journal.Lasting + "trace"
 	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is

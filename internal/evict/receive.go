@@ -30,6 +30,7 @@ func (e *destination) takeHead(head []byte) error {
 func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
 	e.head, e.layout, e.reader = head, l, r
 	e.pages.begin(l)
+	e.units.begin(l)
 	if e.stream != nil {
 		e.placer = newPlacer(e.stream.conn, r.SectionID(), l)
 	}
@@ -147,6 +148,12 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 			}
 			continue
 		}
+		if kind == frameHuge && l == link.Push {
+			if err := e.takeHuge(payload); err != nil {
+				return err
+			}
+			continue
+		}
 		if kind != framePages {
 			return fmt.Errorf("%w: type %d on the %v lane", errFrame, kind, l)
 		}
@@ -168,6 +175,7 @@ func (e *destination) receive(as parcel, payload []byte) (held bool, err error) 
 	if err != nil {
 		return false, err
 	}
+	e.units.arrived(runs)
 	as.bytes = len(payload)
 	as.runs, as.data, as.all = e.pages.claim(runs, data)
 	return e.settle(as)

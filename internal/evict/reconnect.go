@@ -268,7 +268,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 	e.at.Store(a)
 	a.begin(func() error { return e.serveFetches(a) })
 	a.begin(func() error {
-		if err := sendSkipped(a, join(skipped)); err != nil {
+		if err := errors.Join(sendSkipped(a, join(skipped)), e.sendHuge(a)); err != nil {
 			return err
 		}
 		e.beginPush(a)

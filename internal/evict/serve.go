@@ -290,6 +290,7 @@ func (e *destination) finish() error {
 	e.letGo()
 	received := e.summary()
 	e.say(msgComplete, received)
+	e.passOnHuge()
 	// Whatever happens to the VM now, it is no longer ours.
 	e.awaitHeard(e.life.Done(),
 		func(r *Request) bool { return r.Answer(AnswerComplete, "", false, &received) })

@@ -155,8 +155,10 @@ type source struct {
 	// registers are those of the frozen guest, once its QEMU cannot be asked any more.
 	registers atomic.Pointer[registers]
 	frozen    *frozen
-	pushed    *frame // of the push lane, and before the push of the control lane
-	fetched   *frame // of the fetch lane
+	// by block, which units are huge pages; nil until that is known
+	huge    atomic.Pointer[[][]bool]
+	pushed  *frame // of the push lane, and before the push of the control lane
+	fetched *frame // of the fetch lane
 
 	awaits   atomic.Pointer[awaited] // nil for nothing
 	stands   atomic.Pointer[string]  // facts.Stood, to be shown; nil before that is known

@@ -65,6 +65,8 @@ const (
 	frameProof  uint8 = 68 // filler, both ways, with msgProve: see prove
 	// push lane: pages that are never sent and read as zero, see appendPages; all runs are zero
 	frameSkipped uint8 = 67
+	// push lane: which units of 2 MiB of a block are huge pages at the source, see appendHuge
+	frameHuge uint8 = 69
 )
 
 const (

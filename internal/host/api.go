@@ -525,6 +525,7 @@ func (v *eviction) message() *hostv1.Eviction {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	m.Outcome, m.Reason = v.outcome, v.reason
+	m.HugePages = v.huge.message()
 	if v.cancel != nil { // else nothing goes on with it, whatever an engine said last
 		m.State = string(v.state)
 	}

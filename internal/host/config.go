@@ -33,6 +33,8 @@ import (
 //	give_back = "30s"                     # a VM has run elsewhere for so long: its memory here is
 //	                                      # freed as it arrives there. The VM can then not be
 //	                                      # resumed here; default: only when all has arrived
+//	huge_pages = false                    # VMs that came stay in small pages; default: their huge
+//	                                      # pages come back once the eviction is complete
 //
 //	[api]                                 # the same as on the socket, over TLS
 //	listen    = ":7600"
@@ -65,19 +67,21 @@ import (
 // the link is neither encrypted nor authenticated, and a peer is known by its IP address alone.
 type Config struct {
 	// of this host on a plain link; else its certificate has it
-	Name     string          `toml:"name"`
-	Certs    string          `toml:"certs"`
-	Plain    bool            `toml:"plain"`
-	Listen   string          `toml:"listen"`
-	Socket   string          `toml:"socket"`
-	Group    string          `toml:"socket_group"` // empty: the daemon's user alone
-	Journal  string          `toml:"journal"`
-	VMs      string          `toml:"vms"`
-	Metrics  string          `toml:"metrics"`
-	GiveBack time.Duration   `toml:"give_back"` // 0: at the end
-	API      API             `toml:"api"`
-	Peers    map[string]Peer `toml:"peers"`
-	Guard    *Guard          `toml:"guard"` // nil: off
+	Name     string        `toml:"name"`
+	Certs    string        `toml:"certs"`
+	Plain    bool          `toml:"plain"`
+	Listen   string        `toml:"listen"`
+	Socket   string        `toml:"socket"`
+	Group    string        `toml:"socket_group"` // empty: the daemon's user alone
+	Journal  string        `toml:"journal"`
+	VMs      string        `toml:"vms"`
+	Metrics  string        `toml:"metrics"`
+	GiveBack time.Duration `toml:"give_back"` // 0: at the end
+	// HugePages has VMs that came get the transparent huge pages back that they had at the source.
+	HugePages bool            `toml:"huge_pages"`
+	API       API             `toml:"api"`
+	Peers     map[string]Peer `toml:"peers"`
+	Guard     *Guard          `toml:"guard"` // nil: off
 }
 
 // Guard is when, and how, the daemon evicts by itself. What is not set has its default.
@@ -159,7 +163,7 @@ const maxConfig = 1 << 20
 func ReadConfig(file string) (Config, error) {
 	c := Config{
 		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate",
-		VMs: "/etc/vacate/vms",
+		VMs: "/etc/vacate/vms", HugePages: true,
 	}
 	info, err := os.Stat(file)
 	if errors.Is(err, fs.ErrNotExist) {

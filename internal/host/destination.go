@@ -131,8 +131,12 @@ func (v *eviction) destination() evict.Destination {
 	r := v.entry.Record()
 	log := v.host.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
 	host, file := v.host.name(), hypervisor.File(v.host.config.VMs, r.VM)
-	return evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised,
+	d := evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised,
 		Journal: record{v.entry}, Log: log, Show: v.show}
+	if v.host.config.HugePages {
+		d.HugePages = v.noteHuge
+	}
+	return d
 }
 
 // taken notes the end of an eviction to here.
@@ -142,6 +146,7 @@ func (v *eviction) taken(report json.RawMessage, err error) {
 		v.finish(evict.MarkShutDown, evict.ShutDown, errors.New(v.entry.Record().Reason), report)
 	case err == nil:
 		v.finish(evict.MarkCompleted, evict.Completed, nil, report)
+		v.restoreHuge()
 	case errors.Is(err, evict.ErrRefused), errors.Is(err, evict.ErrAborted):
 		outcome := evict.Aborted
 		if errors.Is(err, evict.ErrRefused) {

@@ -552,7 +552,7 @@ func (r *run) clean() {
 		}
 		for _, f := range files {
 			if name := filepath.Base(f); name != "log" && name != evict.KeptTrace &&
-				name != evict.KeptHeard {
+				name != evict.KeptHeard && name != evict.KeptHuge {
 				r.t.Errorf("%s is left behind", f)
 			}
 		}

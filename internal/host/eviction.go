@@ -33,6 +33,7 @@ type eviction struct {
 	cancel  context.CancelCauseFunc // ends the engine
 	idle    chan struct{}           // closed when no engine is at work
 	changed chan struct{}           // closed at the next change
+	huge    restoring
 }
 
 func (h *Host) newEviction(entry *journal.Entry) *eviction {

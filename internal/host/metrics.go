@@ -23,6 +23,7 @@ type metrics struct {
 	refused       *prometheus.CounterVec
 	offersRefused prometheus.Counter
 	guarded       prometheus.Counter
+	hugeRestored  prometheus.Counter
 	bytes         *prometheus.CounterVec
 	// Of evictions from here that completed.
 	down, transfer, whole prometheus.Histogram
@@ -47,6 +48,10 @@ func newMetrics(h *Host) *metrics {
 		guarded: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "vacate_guard_evictions_total",
 			Help: "Evictions that the daemon began by itself, as its host was overloaded.",
+		}),
+		hugeRestored: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "vacate_huge_pages_restored_total",
+			Help: "Units of 2 MiB that were made huge pages again, of VMs that came here.",
 		}),
 		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "vacate_link_bytes_total",
@@ -80,7 +85,7 @@ func newMetrics(h *Host) *metrics {
 // own are those that this daemon has and others have not.
 func (m *metrics) own(h *Host) []prometheus.Collector {
 	return []prometheus.Collector{m.ended, m.refused, m.offersRefused, m.guarded, m.bytes, m.down,
-		m.transfer, m.whole, open{h}}
+		m.transfer, m.whole, m.hugeRestored, open{h}, hugeLeft{h}}
 }
 
 // left takes the report of a VM that left into account.

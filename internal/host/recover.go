@@ -24,6 +24,7 @@ func (h *Host) recover() {
 		}
 		if v.ended() {
 			v.tell()
+			v.restoreHuge()
 			continue
 		}
 		r := entry.Record()
@@ -78,6 +79,7 @@ func (v *eviction) recoverDestination() error {
 					"eviction", v.entry.ID(), "error", err)
 			}
 			v.finish(evict.MarkCompleted, evict.Completed, nil, nil)
+			v.restoreHuge()
 		})
 		return nil
 	case evict.MarkShutDown:

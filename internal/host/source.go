@@ -102,6 +102,7 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 		return nil, err
 	}
 	defer release()
+	h.leaveHuge(name)
 	if !skipChecks {
 		if err := h.checks(ctx, name, to); err != nil {
 			return nil, err

@@ -49,7 +49,7 @@ import (
 )
 
 // Version of the protocol. Both sides must speak the same.
-const Version = 5
+const Version = 6
 
 // features are the bits of what this side can do beyond what its version must.
 const features uint64 = 0

@@ -1593,7 +1593,10 @@ type Eviction struct {
 	LastCopy bool `protobuf:"varint,23,opt,name=last_copy,json=lastCopy,proto3" json:"last_copy,omitempty"`
 	// What the source's engine did, as `vacate evict --report` writes it. Not set: the eviction has not ended, or came to this
 	// host.
-	Report        *Report `protobuf:"bytes,24,opt,name=report,proto3" json:"report,omitempty"`
+	Report *Report `protobuf:"bytes,24,opt,name=report,proto3" json:"report,omitempty"`
+	// The transparent huge pages that the VM had at the source, of a complete eviction to this host. Not set: it had none, or that
+	// is off.
+	HugePages     *HugePages `protobuf:"bytes,25,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1789,6 +1792,112 @@ func (x *Eviction) GetReport() *Report {
 	return nil
 }
 
+func (x *Eviction) GetHugePages() *HugePages {
+	if x != nil {
+		return x.HugePages
+	}
+	return nil
+}
+
+// How far a VM that came has its transparent huge pages back. Each is 2 MiB.
+type HugePages struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those that it had at the source.
+	Huge uint64 `protobuf:"varint,1,opt,name=huge,proto3" json:"huge,omitempty"`
+	// Those of them that it has again.
+	Restored uint64 `protobuf:"varint,2,opt,name=restored,proto3" json:"restored,omitempty"`
+	// Those that are left in small pages, as the guest does not use most of them.
+	Sparse uint64 `protobuf:"varint,3,opt,name=sparse,proto3" json:"sparse,omitempty"`
+	// It goes on.
+	UnderWay bool `protobuf:"varint,4,opt,name=under_way,json=underWay,proto3" json:"under_way,omitempty"`
+	// Why others are not huge. Empty: all are, or it goes on.
+	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Seconds that the longest call of the kernel took, for up to 8 of them, and since it began.
+	LongestS      float64 `protobuf:"fixed64,6,opt,name=longest_s,json=longestS,proto3" json:"longest_s,omitempty"`
+	ElapsedS      float64 `protobuf:"fixed64,7,opt,name=elapsed_s,json=elapsedS,proto3" json:"elapsed_s,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HugePages) Reset() {
+	*x = HugePages{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HugePages) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HugePages) ProtoMessage() {}
+
+func (x *HugePages) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HugePages.ProtoReflect.Descriptor instead.
+func (*HugePages) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *HugePages) GetHuge() uint64 {
+	if x != nil {
+		return x.Huge
+	}
+	return 0
+}
+
+func (x *HugePages) GetRestored() uint64 {
+	if x != nil {
+		return x.Restored
+	}
+	return 0
+}
+
+func (x *HugePages) GetSparse() uint64 {
+	if x != nil {
+		return x.Sparse
+	}
+	return 0
+}
+
+func (x *HugePages) GetUnderWay() bool {
+	if x != nil {
+		return x.UnderWay
+	}
+	return false
+}
+
+func (x *HugePages) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *HugePages) GetLongestS() float64 {
+	if x != nil {
+		return x.LongestS
+	}
+	return 0
+}
+
+func (x *HugePages) GetElapsedS() float64 {
+	if x != nil {
+		return x.ElapsedS
+	}
+	return 0
+}
+
 // A moment of an eviction. Nothing in it ever shrinks, but rate_bytes_per_s, eta_s and
 // silent_s.
 type Progress struct {
@@ -1831,7 +1940,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1843,7 +1952,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1856,7 +1965,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Progress) GetElapsedS() float64 {
@@ -2011,7 +2120,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2132,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2145,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Report) GetOutcome() string {
@@ -2193,7 +2302,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2205,7 +2314,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2218,7 +2327,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Phase) GetState() string {
@@ -2274,7 +2383,7 @@ type PageCounts struct {
 
 func (x *PageCounts) Reset() {
 	*x = PageCounts{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2395,7 @@ func (x *PageCounts) String() string {
 func (*PageCounts) ProtoMessage() {}
 
 func (x *PageCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2408,7 @@ func (x *PageCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageCounts.ProtoReflect.Descriptor instead.
 func (*PageCounts) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PageCounts) GetTotal() uint64 {
@@ -2400,7 +2509,7 @@ type Quantiles struct {
 
 func (x *Quantiles) Reset() {
 	*x = Quantiles{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2412,7 +2521,7 @@ func (x *Quantiles) String() string {
 func (*Quantiles) ProtoMessage() {}
 
 func (x *Quantiles) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2425,7 +2534,7 @@ func (x *Quantiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quantiles.ProtoReflect.Descriptor instead.
 func (*Quantiles) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Quantiles) GetP50() float64 {
@@ -2480,7 +2589,7 @@ type Gap struct {
 
 func (x *Gap) Reset() {
 	*x = Gap{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2492,7 +2601,7 @@ func (x *Gap) String() string {
 func (*Gap) ProtoMessage() {}
 
 func (x *Gap) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2505,7 +2614,7 @@ func (x *Gap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gap.ProtoReflect.Descriptor instead.
 func (*Gap) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Gap) GetAtS() float64 {
@@ -2567,7 +2676,7 @@ type Enlightening struct {
 
 func (x *Enlightening) Reset() {
 	*x = Enlightening{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2688,7 @@ func (x *Enlightening) String() string {
 func (*Enlightening) ProtoMessage() {}
 
 func (x *Enlightening) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2701,7 @@ func (x *Enlightening) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Enlightening.ProtoReflect.Descriptor instead.
 func (*Enlightening) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Enlightening) GetSource() string {
@@ -2693,7 +2802,7 @@ type Stages struct {
 
 func (x *Stages) Reset() {
 	*x = Stages{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2705,7 +2814,7 @@ func (x *Stages) String() string {
 func (*Stages) ProtoMessage() {}
 
 func (x *Stages) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2718,7 +2827,7 @@ func (x *Stages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stages.ProtoReflect.Descriptor instead.
 func (*Stages) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Stages) GetValidate() int64 {
@@ -2779,7 +2888,7 @@ type ClassCount struct {
 
 func (x *ClassCount) Reset() {
 	*x = ClassCount{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2791,7 +2900,7 @@ func (x *ClassCount) String() string {
 func (*ClassCount) ProtoMessage() {}
 
 func (x *ClassCount) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2804,7 +2913,7 @@ func (x *ClassCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassCount.ProtoReflect.Descriptor instead.
 func (*ClassCount) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{31}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ClassCount) GetClass() string {
@@ -2896,7 +3005,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +3017,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3030,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{32}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DoctorRequest) GetVm() string {
@@ -2948,7 +3057,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2960,7 +3069,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2973,7 +3082,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{33}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3002,7 +3111,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3014,7 +3123,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3027,7 +3136,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{34}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3075,7 +3184,7 @@ type PressureRequest struct {
 
 func (x *PressureRequest) Reset() {
 	*x = PressureRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3087,7 +3196,7 @@ func (x *PressureRequest) String() string {
 func (*PressureRequest) ProtoMessage() {}
 
 func (x *PressureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3100,7 +3209,7 @@ func (x *PressureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureRequest.ProtoReflect.Descriptor instead.
 func (*PressureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{35}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PressureRequest) GetOverMs() uint32 {
@@ -3139,7 +3248,7 @@ type PressureResponse struct {
 
 func (x *PressureResponse) Reset() {
 	*x = PressureResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3260,7 @@ func (x *PressureResponse) String() string {
 func (*PressureResponse) ProtoMessage() {}
 
 func (x *PressureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3273,7 @@ func (x *PressureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureResponse.ProtoReflect.Descriptor instead.
 func (*PressureResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{36}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PressureResponse) GetOverS() float64 {
@@ -3264,7 +3373,7 @@ type Stall struct {
 
 func (x *Stall) Reset() {
 	*x = Stall{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3276,7 +3385,7 @@ func (x *Stall) String() string {
 func (*Stall) ProtoMessage() {}
 
 func (x *Stall) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3289,7 +3398,7 @@ func (x *Stall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stall.ProtoReflect.Descriptor instead.
 func (*Stall) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{37}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Stall) GetSome() float64 {
@@ -3334,7 +3443,7 @@ type VMPressure struct {
 
 func (x *VMPressure) Reset() {
 	*x = VMPressure{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3346,7 +3455,7 @@ func (x *VMPressure) String() string {
 func (*VMPressure) ProtoMessage() {}
 
 func (x *VMPressure) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3359,7 +3468,7 @@ func (x *VMPressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMPressure.ProtoReflect.Descriptor instead.
 func (*VMPressure) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{38}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VMPressure) GetName() string {
@@ -3466,7 +3575,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3478,7 +3587,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3491,7 +3600,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{39}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PlanRequest) GetGoal() string {
@@ -3552,7 +3661,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3673,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3577,7 +3686,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{40}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PlanResponse) GetGoal() string {
@@ -3627,7 +3736,7 @@ type HostLoad struct {
 
 func (x *HostLoad) Reset() {
 	*x = HostLoad{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3639,7 +3748,7 @@ func (x *HostLoad) String() string {
 func (*HostLoad) ProtoMessage() {}
 
 func (x *HostLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3652,7 +3761,7 @@ func (x *HostLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
 func (*HostLoad) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{41}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *HostLoad) GetName() string {
@@ -3739,7 +3848,7 @@ type Candidate struct {
 
 func (x *Candidate) Reset() {
 	*x = Candidate{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3751,7 +3860,7 @@ func (x *Candidate) String() string {
 func (*Candidate) ProtoMessage() {}
 
 func (x *Candidate) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3764,7 +3873,7 @@ func (x *Candidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
 func (*Candidate) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{42}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Candidate) GetVm() string {
@@ -3955,7 +4064,7 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x0eExportResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x14\n" +
-	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xef\x05\n" +
+	"\x05usage\x18\x03 \x03(\tR\x05usage\"\xa9\x06\n" +
 	"\bEviction\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
 	"\x02vm\x18\x02 \x01(\tR\x02vm\x12\x12\n" +
@@ -3981,7 +4090,17 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\tcan_fence\x18\x15 \x01(\bR\bcanFence\x12\x16\n" +
 	"\x06untold\x18\x16 \x01(\bR\x06untold\x12\x1b\n" +
 	"\tlast_copy\x18\x17 \x01(\bR\blastCopy\x12.\n" +
-	"\x06report\x18\x18 \x01(\v2\x16.vacate.host.v1.ReportR\x06reportJ\x04\b\x10\x10\x11R\vreport_json\"\xd6\x03\n" +
+	"\x06report\x18\x18 \x01(\v2\x16.vacate.host.v1.ReportR\x06report\x128\n" +
+	"\n" +
+	"huge_pages\x18\x19 \x01(\v2\x19.vacate.host.v1.HugePagesR\thugePagesJ\x04\b\x10\x10\x11R\vreport_json\"\xc2\x01\n" +
+	"\tHugePages\x12\x12\n" +
+	"\x04huge\x18\x01 \x01(\x04R\x04huge\x12\x1a\n" +
+	"\brestored\x18\x02 \x01(\x04R\brestored\x12\x16\n" +
+	"\x06sparse\x18\x03 \x01(\x04R\x06sparse\x12\x1b\n" +
+	"\tunder_way\x18\x04 \x01(\bR\bunderWay\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1b\n" +
+	"\tlongest_s\x18\x06 \x01(\x01R\blongestS\x12\x1b\n" +
+	"\telapsed_s\x18\a \x01(\x01R\belapsedS\"\xd6\x03\n" +
 	"\bProgress\x12\x1b\n" +
 	"\telapsed_s\x18\x01 \x01(\x01R\belapsedS\x12\x1d\n" +
 	"\n" +
@@ -4241,7 +4360,7 @@ func file_internal_host_api_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_host_api_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(Decision)(0),                 // 0: vacate.host.v1.Decision
 	(Level)(0),                    // 1: vacate.host.v1.Level
@@ -4268,103 +4387,105 @@ var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(*ExportRequest)(nil),         // 22: vacate.host.v1.ExportRequest
 	(*ExportResponse)(nil),        // 23: vacate.host.v1.ExportResponse
 	(*Eviction)(nil),              // 24: vacate.host.v1.Eviction
-	(*Progress)(nil),              // 25: vacate.host.v1.Progress
-	(*Report)(nil),                // 26: vacate.host.v1.Report
-	(*Phase)(nil),                 // 27: vacate.host.v1.Phase
-	(*PageCounts)(nil),            // 28: vacate.host.v1.PageCounts
-	(*Quantiles)(nil),             // 29: vacate.host.v1.Quantiles
-	(*Gap)(nil),                   // 30: vacate.host.v1.Gap
-	(*Enlightening)(nil),          // 31: vacate.host.v1.Enlightening
-	(*Stages)(nil),                // 32: vacate.host.v1.Stages
-	(*ClassCount)(nil),            // 33: vacate.host.v1.ClassCount
-	(*DoctorRequest)(nil),         // 34: vacate.host.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 35: vacate.host.v1.DoctorResponse
-	(*Finding)(nil),               // 36: vacate.host.v1.Finding
-	(*PressureRequest)(nil),       // 37: vacate.host.v1.PressureRequest
-	(*PressureResponse)(nil),      // 38: vacate.host.v1.PressureResponse
-	(*Stall)(nil),                 // 39: vacate.host.v1.Stall
-	(*VMPressure)(nil),            // 40: vacate.host.v1.VMPressure
-	(*PlanRequest)(nil),           // 41: vacate.host.v1.PlanRequest
-	(*PlanResponse)(nil),          // 42: vacate.host.v1.PlanResponse
-	(*HostLoad)(nil),              // 43: vacate.host.v1.HostLoad
-	(*Candidate)(nil),             // 44: vacate.host.v1.Candidate
-	nil,                           // 45: vacate.host.v1.StatusResponse.CountersEntry
-	nil,                           // 46: vacate.host.v1.ShowVMResponse.EnvEntry
-	nil,                           // 47: vacate.host.v1.PressureResponse.StallsEntry
-	nil,                           // 48: vacate.host.v1.PressureResponse.LinksEntry
-	nil,                           // 49: vacate.host.v1.VMPressure.StallsEntry
-	(*timestamppb.Timestamp)(nil), // 50: google.protobuf.Timestamp
+	(*HugePages)(nil),             // 25: vacate.host.v1.HugePages
+	(*Progress)(nil),              // 26: vacate.host.v1.Progress
+	(*Report)(nil),                // 27: vacate.host.v1.Report
+	(*Phase)(nil),                 // 28: vacate.host.v1.Phase
+	(*PageCounts)(nil),            // 29: vacate.host.v1.PageCounts
+	(*Quantiles)(nil),             // 30: vacate.host.v1.Quantiles
+	(*Gap)(nil),                   // 31: vacate.host.v1.Gap
+	(*Enlightening)(nil),          // 32: vacate.host.v1.Enlightening
+	(*Stages)(nil),                // 33: vacate.host.v1.Stages
+	(*ClassCount)(nil),            // 34: vacate.host.v1.ClassCount
+	(*DoctorRequest)(nil),         // 35: vacate.host.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 36: vacate.host.v1.DoctorResponse
+	(*Finding)(nil),               // 37: vacate.host.v1.Finding
+	(*PressureRequest)(nil),       // 38: vacate.host.v1.PressureRequest
+	(*PressureResponse)(nil),      // 39: vacate.host.v1.PressureResponse
+	(*Stall)(nil),                 // 40: vacate.host.v1.Stall
+	(*VMPressure)(nil),            // 41: vacate.host.v1.VMPressure
+	(*PlanRequest)(nil),           // 42: vacate.host.v1.PlanRequest
+	(*PlanResponse)(nil),          // 43: vacate.host.v1.PlanResponse
+	(*HostLoad)(nil),              // 44: vacate.host.v1.HostLoad
+	(*Candidate)(nil),             // 45: vacate.host.v1.Candidate
+	nil,                           // 46: vacate.host.v1.StatusResponse.CountersEntry
+	nil,                           // 47: vacate.host.v1.ShowVMResponse.EnvEntry
+	nil,                           // 48: vacate.host.v1.PressureResponse.StallsEntry
+	nil,                           // 49: vacate.host.v1.PressureResponse.LinksEntry
+	nil,                           // 50: vacate.host.v1.VMPressure.StallsEntry
+	(*timestamppb.Timestamp)(nil), // 51: google.protobuf.Timestamp
 }
 var file_internal_host_api_v1_host_proto_depIdxs = []int32{
 	4,  // 0: vacate.host.v1.StatusResponse.peers:type_name -> vacate.host.v1.Peer
-	45, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
-	50, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	50, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
+	46, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
+	51, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	51, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
 	7,  // 4: vacate.host.v1.ListVMsResponse.vms:type_name -> vacate.host.v1.VM
-	46, // 5: vacate.host.v1.ShowVMResponse.env:type_name -> vacate.host.v1.ShowVMResponse.EnvEntry
+	47, // 5: vacate.host.v1.ShowVMResponse.env:type_name -> vacate.host.v1.ShowVMResponse.EnvEntry
 	24, // 6: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
 	19, // 7: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
 	0,  // 8: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
-	25, // 9: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
-	50, // 10: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
-	50, // 11: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
+	26, // 9: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
+	51, // 10: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
+	51, // 11: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
 	19, // 12: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
-	26, // 13: vacate.host.v1.Eviction.report:type_name -> vacate.host.v1.Report
-	27, // 14: vacate.host.v1.Report.phases:type_name -> vacate.host.v1.Phase
-	50, // 15: vacate.host.v1.Report.begun:type_name -> google.protobuf.Timestamp
-	31, // 16: vacate.host.v1.Report.enlightenment:type_name -> vacate.host.v1.Enlightening
-	28, // 17: vacate.host.v1.Report.pages:type_name -> vacate.host.v1.PageCounts
-	29, // 18: vacate.host.v1.Report.fetch_latency_s:type_name -> vacate.host.v1.Quantiles
-	30, // 19: vacate.host.v1.Report.gaps:type_name -> vacate.host.v1.Gap
-	32, // 20: vacate.host.v1.Enlightening.stages_ns:type_name -> vacate.host.v1.Stages
-	33, // 21: vacate.host.v1.Enlightening.classes:type_name -> vacate.host.v1.ClassCount
-	36, // 22: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
-	1,  // 23: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
-	47, // 24: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
-	48, // 25: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
-	40, // 26: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
-	49, // 27: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
-	43, // 28: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
-	44, // 29: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
-	39, // 30: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	39, // 31: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	2,  // 32: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
-	5,  // 33: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
-	12, // 34: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
-	14, // 35: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
-	15, // 36: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
-	17, // 37: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
-	18, // 38: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
-	20, // 39: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
-	21, // 40: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
-	22, // 41: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
-	8,  // 42: vacate.host.v1.Host.Start:input_type -> vacate.host.v1.StartRequest
-	9,  // 43: vacate.host.v1.Host.Stop:input_type -> vacate.host.v1.StopRequest
-	10, // 44: vacate.host.v1.Host.ShowVM:input_type -> vacate.host.v1.ShowVMRequest
-	34, // 45: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
-	37, // 46: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
-	41, // 47: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
-	3,  // 48: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
-	6,  // 49: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
-	13, // 50: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
-	24, // 51: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
-	16, // 52: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
-	24, // 53: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
-	24, // 54: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
-	24, // 55: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
-	24, // 56: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
-	23, // 57: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
-	7,  // 58: vacate.host.v1.Host.Start:output_type -> vacate.host.v1.VM
-	7,  // 59: vacate.host.v1.Host.Stop:output_type -> vacate.host.v1.VM
-	11, // 60: vacate.host.v1.Host.ShowVM:output_type -> vacate.host.v1.ShowVMResponse
-	35, // 61: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
-	38, // 62: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
-	42, // 63: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
-	48, // [48:64] is the sub-list for method output_type
-	32, // [32:48] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	27, // 13: vacate.host.v1.Eviction.report:type_name -> vacate.host.v1.Report
+	25, // 14: vacate.host.v1.Eviction.huge_pages:type_name -> vacate.host.v1.HugePages
+	28, // 15: vacate.host.v1.Report.phases:type_name -> vacate.host.v1.Phase
+	51, // 16: vacate.host.v1.Report.begun:type_name -> google.protobuf.Timestamp
+	32, // 17: vacate.host.v1.Report.enlightenment:type_name -> vacate.host.v1.Enlightening
+	29, // 18: vacate.host.v1.Report.pages:type_name -> vacate.host.v1.PageCounts
+	30, // 19: vacate.host.v1.Report.fetch_latency_s:type_name -> vacate.host.v1.Quantiles
+	31, // 20: vacate.host.v1.Report.gaps:type_name -> vacate.host.v1.Gap
+	33, // 21: vacate.host.v1.Enlightening.stages_ns:type_name -> vacate.host.v1.Stages
+	34, // 22: vacate.host.v1.Enlightening.classes:type_name -> vacate.host.v1.ClassCount
+	37, // 23: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
+	1,  // 24: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
+	48, // 25: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
+	49, // 26: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
+	41, // 27: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
+	50, // 28: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
+	44, // 29: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
+	45, // 30: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
+	40, // 31: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	40, // 32: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	2,  // 33: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
+	5,  // 34: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
+	12, // 35: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
+	14, // 36: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
+	15, // 37: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
+	17, // 38: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
+	18, // 39: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
+	20, // 40: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
+	21, // 41: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
+	22, // 42: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
+	8,  // 43: vacate.host.v1.Host.Start:input_type -> vacate.host.v1.StartRequest
+	9,  // 44: vacate.host.v1.Host.Stop:input_type -> vacate.host.v1.StopRequest
+	10, // 45: vacate.host.v1.Host.ShowVM:input_type -> vacate.host.v1.ShowVMRequest
+	35, // 46: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
+	38, // 47: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
+	42, // 48: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
+	3,  // 49: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
+	6,  // 50: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
+	13, // 51: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
+	24, // 52: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
+	16, // 53: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
+	24, // 54: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
+	24, // 55: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
+	24, // 56: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
+	24, // 57: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
+	23, // 58: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
+	7,  // 59: vacate.host.v1.Host.Start:output_type -> vacate.host.v1.VM
+	7,  // 60: vacate.host.v1.Host.Stop:output_type -> vacate.host.v1.VM
+	11, // 61: vacate.host.v1.Host.ShowVM:output_type -> vacate.host.v1.ShowVMResponse
+	36, // 62: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
+	39, // 63: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
+	43, // 64: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
+	49, // [49:65] is the sub-list for method output_type
+	33, // [33:49] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_internal_host_api_v1_host_proto_init() }
@@ -4372,15 +4493,15 @@ func file_internal_host_api_v1_host_proto_init() {
 	if File_internal_host_api_v1_host_proto != nil {
 		return
 	}
-	file_internal_host_api_v1_host_proto_msgTypes[23].OneofWrappers = []any{}
 	file_internal_host_api_v1_host_proto_msgTypes[24].OneofWrappers = []any{}
+	file_internal_host_api_v1_host_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_host_api_v1_host_proto_rawDesc), len(file_internal_host_api_v1_host_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   48,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
