@@ -37,6 +37,7 @@ var standingCases = []standingCase{
 		stop: func(v *standingVM) { v.counts("source"); v.does(v.source, "stop") }},
 	{state: "prelaunch", code: counterROM, args: "-S"},
 	{state: "guest-panicked", code: panicROM, args: "-device pvpanic -action panic=pause"},
+	{state: "watchdog", code: watchdogROM, args: "-device ib700 -action watchdog=pause"},
 	{state: "io-error", code: func() []byte { return make([]byte, 512) },
 		args: "-device virtio-blk-pci,drive=d -drive " +
 			"if=none,id=d,format=raw,file={full}/disk.raw,cache.direct=off"},
@@ -52,6 +53,15 @@ func panicROM() []byte {
 	return before(
 		0xba, 0x05, 0x05, // mov dx, 0x505: pvpanic
 		0xb0, 0x01, // mov al, 1
+		0xee, // out dx, al
+	)
+}
+
+// watchdogROM is counterROM, whose watchdog runs out first.
+func watchdogROM() []byte {
+	return before(
+		0xba, 0x43, 0x04, // mov dx, 0x443: ib700
+		0xb0, 0x0f, // mov al, 15: after 0 s
 		0xee, // out dx, al
 	)
 }
