@@ -170,6 +170,20 @@ func deviceName(dir string) string {
 	return ""
 }
 
+// worldWide reports whether no other device has a name. Names by vendor, model and serial number are
+// not of that kind: two virtual machines, say, each have a disk of their own that is called
+// "t10.QEMU QEMU HARDDISK drive-scsi0", and "t10.IET 00010001" is the first disk of many a server.
+func worldWide(wwn string) bool {
+	if part, rest, ok := strings.Cut(wwn, "-"); ok && strings.HasPrefix(part, "part") {
+		wwn = rest // a partition of device mapper's
+	}
+	if by, ok := strings.CutPrefix(wwn, "mpath-"); ok {
+		// EUI-64, NAA, or a name of SCSI's own kind: see scsi_id(8)
+		return by != "" && strings.Contains("238", by[:1])
+	}
+	return !strings.HasPrefix(wwn, "t10.") && !strings.HasPrefix(wwn, "nvme.")
+}
+
 // parseMount finds a mount in a mountinfo by its number: the type of its file system, and its
 // source with its root in that. See proc_pid_mountinfo(5).
 func parseMount(b []byte, id uint64) (fs, export string) {
@@ -248,6 +262,9 @@ func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 	case a.Block && a.WWN != "" && b.WWN != "":
 		if a.WWN != b.WWN {
 			return Different, fmt.Sprintf("two devices: %s and %s", a.WWN, b.WWN)
+		}
+		if !worldWide(a.WWN) {
+			return Unproven, fmt.Sprintf("both are called %s, and other devices may be, too", a.WWN)
 		}
 		return Same, "one device: " + a.WWN
 	case a.Block && a.Size != b.Size:
