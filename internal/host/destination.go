@@ -68,6 +68,11 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	if n := h.incoming(); n >= maxIncoming {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)
 	}
+	// Ahead of the record: a daemon that finds it after our death ends all that looks like the
+	// twin, and so does a VM that came here once.
+	if err := hypervisor.Absent(h.life, vm); err != nil {
+		return err
+	}
 	entry, err := h.journal.Create(journal.Record{
 		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(),
 		QMP: vm.QMP, Mark: string(evict.MarkAccepted),

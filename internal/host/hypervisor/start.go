@@ -55,6 +55,15 @@ func (e *PresentError) Error() string {
 	return fmt.Sprintf("VM %s is there already, %s (%s)", e.VM, e.Seen.Status, pid)
 }
 
+// Absent returns an error unless there is no QEMU of a VM here; a *PresentError if there is one.
+func Absent(ctx context.Context, vm VM) error {
+	seen, err := Search(ctx, vm)
+	if err == nil && seen.State != None {
+		err = &PresentError{vm.Name, seen}
+	}
+	return err
+}
+
 // StartTwin starts the VM's QEMU so that it waits for the VM to arrive, and returns when it does.
 // It fails with a
 // *PresentError when a QEMU answers at the VM's QMP socket: one more would take the socket away
@@ -93,12 +102,8 @@ func start(ctx context.Context, vm VM, twin bool) (process.Process, error) {
 	} else if err != nil {
 		return process.Process{}, os.NewSyscallError("flock", err)
 	}
-	seen, err := Search(ctx, vm)
-	if err != nil {
+	if err := Absent(ctx, vm); err != nil {
 		return process.Process{}, err
-	}
-	if seen.State != None {
-		return process.Process{}, &PresentError{vm.Name, seen}
 	}
 
 	ctx, cancel := context.WithTimeoutCause(ctx, vm.StartTimeout, errSlow)

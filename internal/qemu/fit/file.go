@@ -170,8 +170,8 @@ func deviceName(dir string) string {
 	return ""
 }
 
-// worldWide reports whether no other device has a name. Names by vendor, model and serial number are
-// not of that kind: two virtual machines, say, each have a disk of their own that is called
+// worldWide reports whether no other device has a name. Names by vendor, model and serial number
+// are not of that kind: two virtual machines, say, each have a disk of their own that is called
 // "t10.QEMU QEMU HARDDISK drive-scsi0", and "t10.IET 00010001" is the first disk of many a server.
 func worldWide(wwn string) bool {
 	if part, rest, ok := strings.Cut(wwn, "-"); ok && strings.HasPrefix(part, "part") {
