@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Expected is a VM on a host that another process is to start, such as a daemon under test,
-// once or several times in a row. Each QEMU connects to the lab for its guest's reports, by
-// which the lab knows it; from then on it does not outlive the lab, whatever becomes of the
-// process that started it. Methods may be called from any goroutine.
+// Expected is a VM on a host that another process is to start, such as a daemon under test, once or
+// several times in a row. Each QEMU connects to the lab for its guest's reports, and the lab knows
+// it by that. From then on it does not outlive the lab, whatever becomes of the process that
+// started it. Methods may be called from any goroutine.
 type Expected struct {
 	Name string
 	Host *Host
@@ -46,8 +46,8 @@ func (h *Host) Expect(ctx context.Context, twin *VM) (*Expected, error) {
 	return h.expect(ctx, twin.Spec, twin.Guest)
 }
 
-// ExpectBoot has the lab ready for QEMUs that boot a guest of their own, and which another process
-// starts with a command line of its own; [Expected.Came] waits for each.
+// ExpectBoot prepares the lab for QEMUs that boot a guest of their own, and that another process
+// starts with its own command line. [Expected.Came] waits for each.
 func (h *Host) ExpectBoot(ctx context.Context, spec Spec) (*Expected, error) {
 	if err := spec.fill(ctx); err != nil {
 		return nil, fmt.Errorf("expect VM on host %s: %w", h.Name, err)
@@ -224,8 +224,8 @@ func peer(conn *net.UnixConn) (int, error) {
 	return int(cred.Pid), nil
 }
 
-// killWithLab has a process killed when this one ends, however it does, until forget is
-// called: a shell waits for the end of a pipe whose other end only this process has.
+// killWithLab makes sure that a process is killed when this one ends, in whatever way, until forget
+// is called. A shell waits for the end of a pipe whose other end only this process has.
 func killWithLab(pid int) (forget func(), err error) {
 	r, w, err := os.Pipe()
 	if err != nil {

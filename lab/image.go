@@ -134,7 +134,7 @@ func Program(name string) (string, error) {
 }
 
 // build returns the binaries of this module's programs, by their directories' names in cmd or
-// lab/cmd: the files of their names beside this program if there are, else they are built from the
+// lab/cmd. It takes the files of these names beside this program, or else builds them from the
 // source tree.
 func build(ctx context.Context, programs []string) ([][]byte, error) {
 	binaries := make([][]byte, len(programs))

@@ -1,7 +1,6 @@
-// Package lab makes real VMs on one machine, for the demo, tests and
-// benchmarks: two hosts (network namespaces, each pinned to a core) joined by
-// a shaped link, and VMs that run Debian's stock cloud kernel and a load which
-// knows what every byte of its memory should be.
+// Package lab makes real VMs on one machine, for the demo, tests and benchmarks. Two hosts are
+// network namespaces, each pinned to a core, joined by a shaped link. VMs run Debian's stock cloud
+// kernel and a load that knows what every byte of its memory should be.
 //
 //	┌─ client ─────────┐
 //	│ 10.77.0.3    br0 ├──┐ veth pair
@@ -18,9 +17,9 @@
 // It needs Linux on x86-64, root, and on Debian the packages named in
 // Packages. It speaks to QEMU 7.2 and later (machines pc and q35).
 //
-// Nothing outlives the process: QEMUs and other children get SIGKILL when it dies (QEMUs that a
-// daemon under test has started, too: see Expected), namespaces have no names and vanish with their
-// last process, and run directories left behind are removed by the next lab in the same folder.
+// Nothing outlives the process. QEMUs and other children get SIGKILL when it dies, also those that
+// a daemon under test has started (see Expected). Namespaces have no names and vanish with their
+// last process. The next lab in the same folder removes run directories that were left behind.
 package lab
 
 import (

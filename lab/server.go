@@ -17,9 +17,9 @@ import (
 	"syscall"
 )
 
-// Server is a program that a guest with a Tap serves clients with: Debian's, of this machine's
-// release, which runs on a disk of its own that has what it needs and nothing else. The disk is one
-// file that both hosts have, as shared disks are.
+// Server is a program with which a guest with a Tap serves clients. It is Debian's, of this
+// machine's release, on a disk of its own that has what the program needs and nothing else. The
+// disk is one file that both hosts have, as shared disks are.
 type Server string
 
 // The servers.

@@ -534,10 +534,9 @@ func (l *Lab) newGuestAddr() (string, error) {
 }
 
 // DefaultCPU is the CPU model for an accelerator ("kvm" or "tcg") and a guest kernel of some
-// release: all that there is, less what hurts under emulation:
-// clearing memory with "rep stosb" takes a turn per byte (erms; Linux 6.1
-// hangs if it then still has fsrm), and QEMU 7.2's cmpxchg16b fails in Linux
-// 6.12 and later (cx16).
+// release: all features but those that hurt under emulation. Clearing memory with "rep stosb" takes
+// a turn per byte (erms; Linux 6.1 hangs if it then still has fsrm). QEMU 7.2's cmpxchg16b fails in
+// Linux 6.12 and later (cx16).
 func DefaultCPU(accel, release string) string {
 	if accel == "kvm" {
 		return "host"

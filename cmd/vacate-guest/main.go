@@ -1,7 +1,7 @@
-// Command vacate-guest is the agent in a Linux guest for x86-64. When the host evicts the
-// VM and asks over the virtio-serial port org.vacate.agent, it answers what each page of
-// the guest is used for, which processes are active, and which pages were used lately.
-// Between evictions it sleeps, unless told to clear accessed bits now and then.
+// Command vacate-guest is the agent in a Linux guest for x86-64. When the host evicts the VM, it
+// asks over the virtio-serial port org.vacate.agent. The agent answers what each page of the guest
+// is used for, which processes are active, and which pages were used lately. Between evictions it
+// sleeps, unless told to clear accessed bits now and then.
 //
 // Package agent has the protocol, docs/agent.md how to install it.
 package main

@@ -107,8 +107,8 @@ func (g *guest) survey(r *agent.Request,
 const minClear = 256
 
 // prepare notes CPU times and clears the accessed bits of processes, until the time is over.
-// Writing 1 to clear_refs does not flush TLBs: a page that a CPU has used just before may
-// look as if it were not used, until its entry falls out of that CPU's TLB.
+// Writing 1 to clear_refs does not flush TLBs. So a page that a CPU has just used may look unused
+// until its entry falls out of that CPU's TLB.
 func (g *guest) prepare(until time.Time) error {
 	list, err := g.userPIDs()
 	if err != nil {

@@ -12,10 +12,10 @@ import (
 	"vacate/internal/guest/pageclass"
 )
 
-// No file of Linux tells a page's accessed bit unless the kernel tracks idle pages, which
-// Debian's does not: "Referenced" in smaps is a sum, and kpageflags' bit is the LRU's. But
-// kpageflags tells which pages are page tables, and /proc/kcore shows what they hold. Which
-// process a table belongs to follows from who owns the pages that it maps.
+// No file of Linux has a page's accessed bit unless the kernel tracks idle pages, and Debian's does
+// not. "Referenced" in smaps is a sum, and kpageflags' bit is the LRU's. But kpageflags tells which
+// pages are page tables, and /proc/kcore shows what they hold. Which process a table belongs to
+// follows from who owns the pages that it maps.
 
 // Bits of an entry of a page table (Intel SDM vol. 3A, table 4-20).
 const (

@@ -134,8 +134,8 @@ func (s *screen) run() {
 	s.to.end()
 }
 
-// lines shows an eviction to people: on a terminal as one line that is written over, else
-// as a line for each change of state and at most one a second in between.
+// lines shows an eviction to people. On a terminal it writes over one line. Elsewhere it writes a
+// line for each change of state, and at most one a second in between.
 type lines struct {
 	scene scene
 	w     io.Writer

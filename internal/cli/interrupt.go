@@ -19,10 +19,10 @@ func (i Interrupted) Error() string { return "interrupted by " + unix.SignalName
 // Is lets errors.Is find a cancellation in it.
 func (i Interrupted) Is(target error) bool { return target == context.Canceled }
 
-// OnSignal gives SIGINT, SIGTERM and SIGHUP to ask, one at a time, which tells why the context is
-// to end, or nil if it is not to, until stop is called. A broken pipe is from then on an error of
-// the write alone: an eviction does not die because its output went away. Signals that the process
-// was started with as ignored, as by nohup, stay ignored.
+// OnSignal calls ask for each SIGINT, SIGTERM and SIGHUP, one at a time, until stop is called. The
+// context ends with the error that ask returns, or goes on if that is nil. A broken pipe is from
+// then on an error of the write alone: an eviction does not die because its output went away.
+// Signals that the process was started with as ignored, as by nohup, stay ignored.
 func OnSignal(ctx context.Context,
 	ask func(syscall.Signal) error) (_ context.Context, stop func()) {
 	signal.Ignore(syscall.SIGPIPE)

@@ -125,8 +125,9 @@ func (v *eviction) show(p evict.Progress) {
 	}
 }
 
-// start has an engine work on the eviction. work is called until it does not leave the eviction,
-// first with resumed unset unless resume is. ended is told how it ended.
+// start starts an engine that works on the eviction. It calls work until work does not leave the
+// eviction; resumed is set from the second call on, and in the first if resume is. Then it calls
+// ended with the outcome.
 func (v *eviction) start(resume bool, work func(ctx context.Context, resumed bool) (any, error),
 	ended func(report json.RawMessage, err error)) {
 	ctx, cancel := context.WithCancelCause(v.host.life)

@@ -1,5 +1,5 @@
-// Package host is the daemon of one host: it evicts VMs to other hosts and takes theirs, several at
-// once, and goes on after its own death with what was under way.
+// Package host is the daemon of one host. It evicts VMs to other hosts and takes theirs, several at
+// once. After its own death it goes on with the evictions that were under way.
 //
 //	operators ── API ──► Host ──► evict.Source      ── link ──► other hosts
 //	                     │  ▲

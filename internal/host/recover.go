@@ -117,8 +117,8 @@ func (v *eviction) recoverDestination() error {
 	return nil
 }
 
-// mayHaveRun reports whether a twin whose last mark says that it never ran may have run all the
-// same: the record behind is torn, and the twin does not stand still.
+// mayHaveRun reports whether a twin may have run although its last mark says that it never did: the
+// record behind the mark is torn, and the twin does not stand still.
 func (v *eviction) mayHaveRun() (bool, error) {
 	if !v.entry.Torn() {
 		return false, nil

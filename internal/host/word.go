@@ -27,9 +27,9 @@ type word struct {
 // cannot undo.
 const offerAfter = time.Minute
 
-// decidable reports whether an operator's word would be heeded: the VM stands frozen here, it may
-// have run on the other host, and that cannot be asked, or has lost it; or it runs here as far as
-// its memory came, and the other host cannot be asked.
+// decidable reports whether an operator may decide. At the source, the VM stands frozen here and
+// may have run on the other host, and that host does not answer or has lost it. At the destination,
+// the VM runs here as far as its memory came, and the source does not answer.
 func (v *eviction) decidable() bool {
 	r := v.entry.Record()
 	if v.ended() {

@@ -9,9 +9,9 @@
 // behind pushed ones. On the wire they still share the path: who pushes bounds what is
 // in flight (see package evict).
 //
-// Each lane may be under TLS 1.3 with certificates on both sides, which is what makes the
-// link safe in a network where others listen and talk; all of a session are, or none is.
-// In that case nobody says a word of what follows to a peer without a good certificate.
+// All lanes of a session are under TLS 1.3 with certificates on both sides, or none is. Only TLS
+// makes the link safe in a network where others listen and talk. In that case nobody says a word of
+// what follows to a peer without a good certificate.
 //
 // Each connection opens with a hello from the dialling side, all integers big-endian:
 //
@@ -122,9 +122,8 @@ func (s *Session) Fail(cause error) {
 	})
 }
 
-// FailSoon is Fail after a moment, for the failure of one lane: a peer that gives up says
-// why on the control lane and closes all, and its words should not be lost to the order
-// in which the lanes end.
+// FailSoon is Fail after a moment, for the failure of one lane. A peer that gives up says why on
+// the control lane and closes all lanes. The order in which they end should not lose what it said.
 func (s *Session) FailSoon(cause error) {
 	time.AfterFunc(farewellTime, func() { s.Fail(cause) })
 }

@@ -55,9 +55,9 @@ type ListenOptions struct {
 // Listener takes sessions, of many peers at the same time. Its methods may be called by several
 // goroutines.
 //
-// A connection passes TLS, if any, then Allow, then it says hello and joins a session; each in
-// a goroutine of its own, so that those who are slow hold up nobody. When there are too many,
-// the one that has been at it for longest makes room: an honest peer takes milliseconds.
+// A connection passes TLS, if any, then Allow, then it says hello and joins a session. Each has a
+// goroutine of its own, so that a slow peer holds up no other. When there are too many, the one
+// that has been at it for longest makes room: an honest peer takes milliseconds.
 type Listener struct {
 	ln    net.Listener
 	o     ListenOptions

@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socket is a TCP connection that is read and written with system calls that block. Go's
-// poller is left out on purpose: it wakes a goroutine for every piece that arrives, by way
-// of other threads, which at 1 Gbit/s makes 14,000 switches a second on a core that a VM is
-// short of; and a fetched page waits for each of them.
+// socket is a TCP connection that is read and written with system calls that block. It does not use
+// Go's poller, which wakes a goroutine for every piece that arrives, by way of other threads. At 1
+// Gbit/s that makes 14,000 switches a second on a core that a VM is short of, and a fetched page
+// waits for each of them.
 //
 // One goroutine may read and one write at the same time; close ends both.
 type socket struct {

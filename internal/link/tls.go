@@ -21,9 +21,8 @@ const (
 	writeSize   = 6 * recordSize      // plaintext handed to crypto/tls at once
 )
 
-// secured is the configuration with which a lane is secured, whatever else is in c: TLS 1.3,
-// no resumption (a session of TLS that goes on would not look at certificates again), and, at the
-// listening side, certificates of both.
+// secured returns c with what every lane needs: TLS 1.3, and at the listening side certificates of
+// both. It forbids resumption, as a resumed TLS session would not look at certificates again.
 func secured(c *tls.Config) *tls.Config {
 	c = c.Clone()
 	c.MinVersion, c.MaxVersion = tls.VersionTLS13, 0
@@ -99,10 +98,10 @@ func (s *secret) writev(parts [][]byte) (sum int, err error) {
 // one, with its deadlines; then the socket, for which it makes few system calls of many
 // records.
 //
-// It hands the tls.Conn no byte beyond the record that it works on. So when the next one is begun,
-// all bytes after it are here or yet to come, and it is known how many must come at the least: as
-// many as the plaintext that the reader still waits for, and what TLS adds. These it waits for in
-// the kernel, in one go, as the plain lane does.
+// It hands the tls.Conn no byte beyond the record that it works on. So when the next one begins,
+// all bytes after it are here or yet to come. At least so many must come: the plaintext that the
+// reader still waits for, and what TLS adds. These it waits for in the kernel, in one go, as the
+// plain lane does.
 type records struct {
 	net.Conn
 	sock *socket // nil during the handshake

@@ -1,11 +1,10 @@
-// Package bench compares ways to move a running VM, on real VMs in a lab: the
-// engine of this project ("vacate"), QEMU's own post-copy with and without
-// preemption, its pre-copy, and stop-and-copy.
+// Package bench compares ways to move a running VM, on real VMs in a lab. They are the engine of
+// this project ("vacate"), QEMU's own post-copy with and without preemption, its pre-copy, and
+// stop-and-copy.
 //
-// All strategies of one benchmark move identically prepared guests over the
-// same shaped link and are timed alike, by the STOP and RESUME events of the
-// two QEMUs; the guest itself says what it felt and checks all of its memory
-// in the end. QEMU's strategies are those of QEMU 7.2 to 11.1 with default
+// All strategies of one benchmark move identically prepared guests over the same shaped link. The
+// STOP and RESUME events of the two QEMUs time them alike. The guest itself says what it felt, and
+// checks all of its memory in the end. QEMU's strategies are those of QEMU 7.2 to 11.1 with default
 // settings, but for a bandwidth limit that is out of the way.
 //
 //	      t = 0             STOP    RESUME                   end

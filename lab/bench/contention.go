@@ -225,9 +225,9 @@ func (c *contention) setUp(ctx context.Context, result *Contention) error {
 	return nil
 }
 
-// SetPace measures for four seconds how many answers the core is worth that VMs share, and has the
-// clients of each want a part of it from then on: with 0.6, those of two VMs together want a fifth
-// more than the core has.
+// SetPace measures for four seconds how many answers the shared core is worth. From then on the
+// clients of each VM want a part of that: with 0.6, those of two VMs together want a fifth more
+// than the core has.
 func SetPace(ctx context.Context, loaders []Loader, wanted float64) (core float64, err error) {
 	for _, k := range loaders {
 		k.Set(0)

@@ -1,6 +1,6 @@
-// Package churn tries whether what a survey calls free is free: with real guests that
-// allocate and free memory of every kind all the time and verify every byte of it
-// (lab/cmd/guestchurn). There are four ways, all at random moments of the guest's life:
+// Package churn tests whether the pages that a survey calls free are free. Its real guests allocate
+// and free memory of every kind all the time, and verify every byte of it (lab/cmd/guestchurn).
+// There are four ways, all at random moments of the guest's life:
 //
 //   - Overwrite fills each page that a survey calls skippable with garbage, and lets the
 //     guest run on. Nothing may notice.
@@ -499,8 +499,8 @@ func (g *Guest) Problems() []Problem {
 	return append([]Problem(nil), g.problems...)
 }
 
-// Silent adds a problem if a guest that runs has not told anything for so long, or if one of
-// its workers has done nothing for ten times as long, and two minutes.
+// Silent adds a problem if a running guest has said nothing for so long. So it does if one of its
+// workers has done nothing for ten times as long and two minutes.
 func (g *Guest) Silent(most time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

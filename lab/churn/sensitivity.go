@@ -188,10 +188,10 @@ func (g *Guest) reset(ctx context.Context) error {
 	return action("shutdown")
 }
 
-// saveIdle makes the snapshot that rewind goes back to, of a guest whose load stands and whose
-// CPU is idle. Under emulation the counter of time stamps is not set back with the rest
-// (QEMU 7.2 lets it never decrease): to the scheduler it looks as if the task that was running
-// had run ever since, and it would let that one wait for as long.
+// saveIdle makes the snapshot that rewind goes back to, of a guest whose load stands and whose CPU
+// is idle. Under emulation the time stamp counter is not set back with the rest (QEMU 7.2 never
+// lets it decrease). To the scheduler the running task then seems to have run ever since, and would
+// have to wait for as long.
 func (g *Guest) saveIdle(ctx context.Context) error {
 	if _, err := g.Command(ctx, "quiet"); err != nil {
 		return err

@@ -449,7 +449,7 @@ func (e *Entry) Record() Record {
 }
 
 // Torn reports whether something that is no whole record followed the last record when the journal
-// was opened: the daemon died, or the host lost power, before a Note returned; or else the disk
+// was opened. Then the daemon died or the host lost power before a Note returned, or the disk
 // damaged a record that was whole. Where the two would lead to different ends, the safer must be
 // chosen.
 func (e *Entry) Torn() bool {

@@ -1,9 +1,9 @@
 // Package pageset holds sets and runs of pages of a guest's RAM blocks.
 //
-// A page is named by its block and its index in that block, counted in units of
-// the block's own page size (4 KiB, or the huge page size of its back end): the
-// unit in which QEMU's post-copy places memory. Sets are plain bit words: a 1 TiB
-// guest costs 32 MiB, and finding the next run of pages is a few instructions.
+// Its block and its index in that block name a page. The index counts in units of the block's own
+// page size (4 KiB, or the huge page size of its back end), in which QEMU's post-copy places
+// memory. Sets are plain bit words: a 1 TiB guest costs 32 MiB, and finding the next run of pages
+// is a few instructions.
 package pageset
 
 import "math/bits"

@@ -120,9 +120,9 @@ func (o *Order) Take(run pageset.Run, why Reason) []pageset.Run {
 	return o.take(nil, run, run.Count, why)
 }
 
-// Fetch hands out those of the run's pages that are left, because the guest waits for
-// one of them, and puts the neighbours of the run's first page at the head of the queue.
-// Those that are on their way already are noted as late.
+// Fetch hands out the run's pages that are left, as the guest waits for one of them. It puts the
+// neighbours of the run's first page at the head of the queue. Those that are on their way already
+// are noted as late.
 func (o *Order) Fetch(run pageset.Run) []pageset.Run {
 	if run.Block < 0 || run.Block >= len(o.left) {
 		return nil

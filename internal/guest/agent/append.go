@@ -78,10 +78,10 @@ func AppendRefusal(b []byte, id uint64, why string) []byte {
 	return appendFrame(b, typeRefusal, id, []byte(why[:min(len(why), maxText)]))
 }
 
-// AppendSurvey appends the frame that answers an "ask". If the body would be longer than
-// maxBytes, it leaves out the sequence; then flags and owners as well; then it refuses.
-// incomplete says that the time was not enough for everything. The survey's texts are cut
-// at 64 bytes, its flag Skippable is left out, and so are processes behind the 65535th.
+// AppendSurvey appends the frame that answers an "ask". If the body would be longer than maxBytes,
+// it leaves out the sequence, then flags and owners as well. If that is not enough, it refuses.
+// incomplete says that there was not time for everything. The survey's texts are cut at 64 bytes,
+// its flag Skippable is left out, and so are processes behind the 65535th.
 func AppendSurvey(b []byte, id uint64, c *Costs, s *pageclass.Survey, incomplete bool,
 	maxBytes int) []byte {
 	start := appendCosts(nil, c)

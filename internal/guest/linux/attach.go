@@ -118,8 +118,8 @@ func (g *Guest) enter(cpus []CPU) error {
 	return g.inForce(cpus)
 }
 
-// inForce verifies that the kernel that the note tells of is there, and that every
-// virtual CPU uses it: a note may stay in memory when its kernel is long gone.
+// inForce verifies that the kernel that the note describes is there, and that every virtual CPU
+// uses it. A note may stay in memory when its kernel is long gone.
 func (g *Guest) inForce(cpus []CPU) error {
 	uts, ok := g.info.symbol("init_uts_ns")
 	if !ok {

@@ -12,10 +12,10 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// Core is the memory of a guest in an ELF core file, as QEMU's dump-guest-memory writes
-// it without paging (QEMU's dump/dump.c and target/i386/arch_dump.c, 7.2): ET_CORE for
-// x86-64, a PT_LOAD segment per piece of RAM with its guest-physical address in p_paddr,
-// and in PT_NOTE a note "QEMU" per virtual CPU with its registers.
+// Core is the memory of a guest in an ELF core file, as QEMU's dump-guest-memory writes it without
+// paging (QEMU's dump/dump.c and target/i386/arch_dump.c, 7.2). It is an ET_CORE for x86-64. A
+// PT_LOAD segment for each piece of RAM has its guest-physical address in p_paddr. PT_NOTE has a
+// note "QEMU" for each virtual CPU with its registers.
 type Core struct {
 	file    io.ReaderAt
 	extents []Range

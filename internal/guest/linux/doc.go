@@ -1,6 +1,5 @@
-// Package linux reads what a Linux guest uses its memory for, from outside, with
-// nothing installed in the guest: what each page is, which pages are free, and which
-// processes there are.
+// Package linux reads from outside what a Linux guest uses its memory for, with nothing installed
+// in the guest. It learns what each page is, which pages are free, and which processes there are.
 //
 //	page-aligned note VMCOREINFO  →  release, KASLR, page tables, kallsyms, mem_section
 //	kallsyms                      →  addresses of the kernel's variables

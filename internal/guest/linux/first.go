@@ -48,11 +48,11 @@ const (
 )
 
 // First lists pages that the stopped guest touches within its first instructions, as page numbers,
-// each once, the most urgent first: of each virtual CPU the code and the stack it was at, with the
-// page tables on the way there; what an interrupt or a system call needs; the per-CPU variables of
-// scheduler and timers; and the stacks of the tasks that were running. It takes far less time than
-// a survey, and may be called before one. It is a guess: what cannot be found is left out. The
-// error is that of Revalidate.
+// each once, the most urgent first. They are the code and the stack that each virtual CPU was at,
+// with the page tables on the way there. Then come what an interrupt or a system call needs, the
+// per-CPU variables of scheduler and timers, and the stacks of the tasks that were running. It
+// takes far less time than a survey, and may be called before one. It is a guess: what cannot be
+// found is left out. The error is that of Revalidate.
 func (g *Guest) First(ctx context.Context) ([]uint64, error) {
 	cpus, err := g.mem.CPUs(ctx)
 	if err == nil {

@@ -28,9 +28,9 @@ const maxNotesKept = 32
 // look free but are on no list, nothing at all.
 //
 // Why this is enough: a block's content belongs to the allocator from before it is put on a list
-// until after it is taken off, both under the lock; taking it off the list, clearing its type and
-// its order all come before the page changes hands. x86 stores become visible in order, and a
-// compiler cannot move all of them behind the lock's release.
+// until after it is taken off, both under the lock. Before the page changes hands, the allocator
+// takes it off the list and clears its type and its order. x86 stores become visible in order, and
+// a compiler cannot move all of them behind the lock's release.
 func (g *Guest) freeLists(r *Result) error {
 	l, p := &g.layout, &g.pages
 	listed := 0
@@ -167,10 +167,11 @@ func (p *pages) distrust(start, end uint64) {
 	}
 }
 
-// perCPULists marks pages on the CPUs' own lists of free pages (struct per_cpu_pages), if
-// these have a lock (from Linux 6.0) that is not held, links fit forwards and backwards,
-// every page on them is Unreferenced and in the zone, and count is their number. The
-// lists go by order, MIGRATE_PCPTYPES of them an order up to 3, then those of huge pages.
+// perCPULists marks pages on the CPUs' own lists of free pages (struct per_cpu_pages). It marks
+// those of a list only if the list has a lock (from Linux 6.0) that is not held, its links fit
+// forwards and backwards, every page on it is Unreferenced and in the zone, and count is their
+// number. The lists go by order, MIGRATE_PCPTYPES of them an order up to 3, then those of huge
+// pages.
 func (g *Guest) perCPULists(r *Result) error {
 	l, p := &g.layout, &g.pages
 	if !l.pcp.ok {
@@ -294,12 +295,12 @@ func (g *Guest) walkPCP(s []byte, at uint64, z *zone) error {
 
 // minds says why the guest may mind that its free pages come to read as zero; "" if it does not.
 //
-// Linux fills pages when they are freed and verifies them when they are allocated only with
-// page_poison=1 (mm/page_poison.c; CONFIG_PAGE_POISONING), which a static key shows and, where its
-// name is not known, the free pages: they then all hold 0xaa. What else looks into free pages does
-// not mind zeroes: init_on_free=1 makes them zero itself and relies on nothing else when
-// init_on_alloc=0, and with init_on_alloc=1 they are cleared again; KASAN and KMSAN keep what they
-// know in other pages; debug_pagealloc unmaps them; and page reporting already makes them zero.
+// Only with page_poison=1 does Linux fill pages when they are freed and verify them when they are
+// allocated (mm/page_poison.c; CONFIG_PAGE_POISONING). A static key shows that. Where the key's
+// name is not known, the free pages do: they then all hold 0xaa. Everything else that looks into
+// free pages accepts zeroes. init_on_free=1 makes them zero itself and relies on nothing else when
+// init_on_alloc=0; with init_on_alloc=1 they are cleared again. KASAN and KMSAN keep what they know
+// in other pages. debug_pagealloc unmaps them, and page reporting already makes them zero.
 func (g *Guest) minds() string {
 	for _, name := range []string{"_page_poisoning_enabled", "_page_poisoning_enabled_early",
 		"want_page_poisoning", "want_page_poisoning_early"} {

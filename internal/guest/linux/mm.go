@@ -85,9 +85,9 @@ func (c *census) room(n uint64) []byte {
 	return c.bytes[:n]
 }
 
-// prepareCensus gets ready, which it may while the guest runs, so that takeCensus is quick: it
-// learns how tasks look, and makes room, and touches it, as fresh memory is slow. Where tasks
-// cannot be read, takeCensus says so.
+// prepareCensus does what can be done while the guest runs, so that takeCensus is quick. It learns
+// how tasks look, makes room, and touches that room, as fresh memory is slow. Where tasks cannot be
+// read, takeCensus says so.
 func (g *Guest) prepareCensus(pages int) {
 	c := &g.census
 	if c.absent = g.learnTasks(); c.absent != nil {

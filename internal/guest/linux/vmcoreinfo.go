@@ -70,9 +70,9 @@ func (v *vmcoreinfo) number(key string) (int64, bool) {
 	return int64(n), err == nil
 }
 
-// findNotes calls try with VMCOREINFOs in memory and their addresses until try wants no more: with
-// what the kernel that runs points to, which takes milliseconds; then with all there are, for which
-// each populated page is looked at.
+// findNotes calls try with VMCOREINFOs in memory and their addresses until try wants no more. First
+// come those that the running kernel points to, which takes milliseconds. Then come all others, for
+// which it looks at each populated page.
 func findNotes(ctx context.Context, mem Memory, cpus []CPU, try func(addr uint64,
 	text []byte) (done bool)) error {
 	left := 2 // what two do not know, no other will

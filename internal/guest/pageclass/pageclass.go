@@ -1,7 +1,6 @@
-// Package pageclass names what a page of a Linux guest is used for: its kind, as finely as
-// the guest's own page descriptors tell, and its class, as coarsely as the paper on
-// enlightened post-copy orders them (Abe et al., "Urgent Virtual Machine Eviction with
-// Enlightened Post-Copy", VEE 2016, section 4).
+// Package pageclass names what a page of a Linux guest is used for. Its kind is as fine as the
+// guest's own page descriptors. Its class is as coarse as in the paper on enlightened post-copy
+// (Abe et al., "Urgent Virtual Machine Eviction with Enlightened Post-Copy", VEE 2016, section 4).
 //
 // Readers of a guest's pages, from outside or as an agent inside, describe them in these terms;
 // code that orders, counts or draws pages needs no others.

@@ -12,9 +12,8 @@
 // nothing: files are opened for reading only, of a QEMU only its state is asked, and no setting is
 // tried out. The destination starts a QEMU for a moment that has the twin's CPUs and nothing else,
 // to ask what they are. So some things cannot be known before an eviction, and no finding claims
-// them: whether the twin starts as described, whether a post-copy page fault works in it, and
-// whether two files that look alike on two hosts are one. For the last there is evidence; see
-// [FileFacts].
+// them. Does the twin start as described? Does a post-copy page fault work in it? Are two files
+// that look alike on two hosts one? For the last there is evidence; see [FileFacts].
 //
 // Which files the destination looks at is its own description's word, never the peer's: a peer can
 // learn nothing of other files. Facts from a peer are bounded when they are decoded, and may lie:

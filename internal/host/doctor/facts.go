@@ -180,8 +180,8 @@ const (
 // ErrFacts is wrapped by the errors of Decode.
 var ErrFacts = errors.New("bad facts")
 
-// Decode reads the facts that a peer sent as JSON: no more than MaxFacts bytes, no members that the
-// type does not name, no long strings or lists, no negative counts.
+// Decode reads the facts that a peer sent as JSON. It refuses more than MaxFacts bytes, members
+// that the type does not name, long strings or lists, and negative counts.
 func Decode[T HostFacts | VMFacts | TwinFacts | LinkFacts](b []byte) (T, error) {
 	var v, none T
 	if len(b) > MaxFacts {

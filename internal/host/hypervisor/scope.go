@@ -21,11 +21,11 @@ func Scoped() bool {
 	return err == nil && info.IsDir()
 }
 
-// scope is what precedes the command line of a VM's QEMU to have that in a scope of its own: with
-// the usual weight, and not part of the daemon's unit. systemd-run asks systemd for the scope of
-// its own process, and then becomes the QEMU: so that has the process ID that was started, and
-// takes no memory before it is in the scope. A name that is new each time cannot be that of a scope
-// that has not ended yet.
+// scope returns what precedes the command line of a VM's QEMU to give it a scope of its own, with
+// the usual weight and outside the daemon's unit. systemd-run asks systemd for a scope of its own
+// process, and then becomes the QEMU. So the QEMU keeps the process ID that was started, and takes
+// no memory before it is in the scope. A name that is new each time cannot be that of a scope that
+// has not ended yet.
 func (vm VM) scope(cred *syscall.Credential) []string {
 	var unique [4]byte
 	rand.Read(unique[:])

@@ -20,8 +20,9 @@ type Policy struct {
 	Concurrent int
 }
 
-// DefaultPolicy is slow to act, and has VMs go only to hosts that are well below what would make
-// these act: a load that swings around one of the two limits moves nothing to and fro.
+// DefaultPolicy is slow to act. It sends VMs only to hosts that are well below the load that would
+// make their own guard act. So a load that swings around one of the two limits moves nothing to and
+// fro.
 var DefaultPolicy = Policy{
 	Goal: DefaultGoal, Limits: Limits{MaxLoad: 0.8, Reserve: 0.1, Transfer: DefaultLimits.Transfer},
 	Sustain: 30 * time.Second, Settle: time.Minute, CoolDown: 30 * time.Minute, Concurrent: 1,

@@ -125,11 +125,11 @@ type Candidate struct {
 	priority int
 }
 
-// Choose returns every VM going to every other host, the best first: of those that may be and reach
-// the goal, those of the least priority, and of these the one that has all back the soonest or, of
-// those that take about as long, leaves the other host the least loaded. Where none reaches the
-// goal, the one that comes the nearest to it. The others follow with their reasons. If the goal is
-// met already, all are refused.
+// Choose returns every pair of a VM and another host, the best first. Pairs that are allowed and
+// reach the goal come first, of these the VMs of the least priority, and of these the pair that has
+// all VMs back the soonest. Of pairs that take about as long, the one that leaves the other host
+// the least loaded comes first. Where none reaches the goal, the one that comes the nearest to it.
+// The others follow with their reasons. If the goal is met already, all are refused.
 func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 	met := g.Met(here)
 	list := []Candidate{}
@@ -275,8 +275,8 @@ func hotShare(here Host, v VM, to Host, all []VM) (share float64, ok bool) {
 	return max(0, 1-(most/reach-1)/fetchCost), true
 }
 
-// likely is the CPU that the VM will most likely use if it gets it: one that shares a core waits
-// half of the time, whether it wants all of a core or little more than what it has.
+// likely is the CPU that the VM will most likely use if it gets it. A vCPU that shares a core waits
+// half of the time, whether it wants all of a core or little more than it has.
 func (v VM) likely() float64 { return v.CPU + v.Waiting/2 }
 
 func (h Host) likely() float64 { return h.Used + h.Waiting/2 }
@@ -300,10 +300,10 @@ type Evacuation struct {
 // Excepted is why a VM stays that an Evacuation leaves out.
 const Excepted = "it is excepted"
 
-// Evacuate tells where each VM of a host is to go, in the order in which they are best sent to free
-// the host the soonest: those whose memory takes the least time first, as each that has gone gives
-// back its CPU and its memory at once. What a host has room for is counted down as VMs are given to
-// it. Those that cannot go anywhere are last, with a reason.
+// Evacuate says where each VM of a host goes, in the order that frees the host the soonest. VMs
+// whose memory takes the least time come first: each VM that has gone gives back its CPU and its
+// memory at once. What a host has room for is counted down as VMs are given to it. Those that
+// cannot go anywhere are last, with a reason.
 func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Candidate {
 	others = slices.Clone(others)
 	vms = slices.Clone(vms)

@@ -1,5 +1,5 @@
-// Package certs is who a host is on the link: a certificate with its name, its key, and the CA
-// whose certificates it believes; and a small CA for those who have none.
+// Package certs is a host's identity on the link: a certificate with its name, its key, and the CA
+// that it trusts. It has a small CA for sites without one.
 //
 // A host's directory has three files of PEM:
 //
@@ -109,9 +109,9 @@ type files struct {
 	cas   []*x509.Certificate
 }
 
-// Load reads a host's directory, which must be in order. When its files are replaced later by such
-// that are not, the old ones remain in use, and problem, which may be nil, is told once a
-// change; handshakes wait for it.
+// Load reads a host's directory, which must be in order. When invalid files replace them later, the
+// old ones stay in use. Load then calls problem, which may be nil, once for each change; handshakes
+// wait for it.
 func Load(dir string, problem func(error)) (*Identity, error) {
 	if problem == nil {
 		problem = func(error) {}

@@ -61,9 +61,10 @@ func Init(dir string) error {
 	return writeFile(filepath.Join(dir, caFile), encode(der), 0o644, false)
 }
 
-// Issue makes a certificate and a key for the host of that name, signed by the CA in dir, in the
-// directory out, which it creates if need be, with a copy of the CA's certificate. It overwrites
-// files of before only if renew is set; then a running daemon takes the new ones by itself.
+// Issue makes a certificate and a key for the host of that name, signed by the CA in dir. It writes
+// them into the directory out, with a copy of the CA's certificate, and creates out if necessary.
+// It overwrites files of before only if renew is set; then a running daemon takes the new ones by
+// itself.
 func Issue(dir, name, out string, days int, renew bool) error {
 	if err := checkName(name); err != nil {
 		return err

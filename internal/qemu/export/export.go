@@ -1,9 +1,9 @@
-// Package export writes a VM that an eviction has frozen at the source to a file, memory and
-// devices, from which QEMU starts it as it was when it was frozen.
+// Package export writes the memory and devices of a VM that an eviction has frozen at the source to
+// a file. QEMU can start the VM from it, as it was at the freeze.
 //
-// That is for the case that the destination is dead, may have run the VM, and the operator
-// wants a copy of what the source holds before deciding what becomes of it. What is written
-// is the stream of a plain pre-copy migration:
+// An operator needs that when the destination is dead and may have run the VM: a copy of what the
+// source holds, before the decision what becomes of it. What is written is the stream of a plain
+// pre-copy migration:
 //
 //	QEVM, configuration                     of the captured head, without its commands
 //	SectionStart "ram", MemSize, EOS        the same, less the page sizes, see below
@@ -31,10 +31,10 @@
 // Once its monitor says "paused" to `info status` (before, it says "inmigrate"), the VM is
 // loaded, and `cont` runs it. The file stays as it is and serves any number of times.
 //
-// The disks are not in it. If the VM ran on after it was frozen, at the destination, the
-// disks are ahead of the memory in the file: to run it may then ruin its file systems,
-// unless the disks are brought back to the time of the freeze, too. And at no time may two
-// copies of it run: not this one beside the source's, nor beside the destination's.
+// The disks are not in it. If the VM ran on at the destination after the freeze, the disks are
+// ahead of the memory in the file. To run it may then ruin its file systems, unless the disks go
+// back to the time of the freeze, too. And at no time may two copies of it run: not this one beside
+// the source's, nor beside the destination's.
 //
 // Tried with QEMU 7.2, 10.0 and 11.1.
 package export
@@ -81,9 +81,9 @@ type VM struct {
 	Load []byte
 }
 
-// Write writes the VM as a migration stream. It takes some MiB of memory, whatever the size of
-// the VM. progress, if not nil, is called from within Write after every MiB, with pages of
-// 4 KiB. ctx is heeded as often. On an error, what was written is of no use.
+// Write writes the VM as a migration stream. It takes some MiB of memory, whatever the size of the
+// VM. After every MiB it calls progress, if that is not nil, with pages of 4 KiB, and looks at ctx.
+// On an error, what was written is of no use.
 func (v VM) Write(ctx context.Context, w io.Writer, progress func(done, total int)) error {
 	s, err := v.stream()
 	if err != nil {

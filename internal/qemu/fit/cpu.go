@@ -323,9 +323,9 @@ func propertiesOf(ctx context.Context, q *qmp.Client, path string) (names []stri
 }
 
 // seen are properties of a CPU whose effect a guest sees in CPUID or model-specific registers,
-// besides those that feature words tell. Two are missing on purpose: ucode-rev, the microcode's
-// revision, as that of two hosts seldom agrees, and guests look at it when they boot; and
-// tsc-frequency, as the stream carries it, but see also.
+// besides those that feature words tell. Two are missing on purpose. ucode-rev, the microcode's
+// revision, seldom agrees on two hosts, and guests look at it when they boot. The stream carries
+// tsc-frequency, but see also.
 var seen = strings.Fields(`avx10-version cpuid-0xb family fill-mtrr-mask guest-phys-bits host-cache-info hypervisor-vendor
 	kvm l3-cache lbr-fmt legacy-cache legacy-multi-node level level-func7 lmce model model-id phys-bits pmu stepping tcg-cpuid
 	vendor vmware-cpuid-freq x-amd-topoext-features-only x-arch-cap-always-on x-consistent-cache x-force-cpuid-0x1f

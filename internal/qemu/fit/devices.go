@@ -14,8 +14,8 @@ import (
 )
 
 // Devices are the devices of a VM, in the tree of its buses, and what of the machine itself a guest
-// sees. QEMU loads the state of a device into the one at the same place; where there is none, or
-// one that was made otherwise, it gives the VM up, when the guest stands still already.
+// sees. QEMU loads the state of a device into the one at the same place. If there is none, or a
+// different one, QEMU gives the VM up, at a moment when the guest stands still already.
 type Devices struct {
 	List []Device `json:"list"` // parents ahead of their children
 	// Kinds are the different devices among them.
@@ -184,11 +184,11 @@ func (d *Devices) add(place, id string, k Kind) {
 var addresses = []string{"addr", "port", "channel", "scsi-id", "lun", "unit", "nr", "address",
 	"iobase", "index"}
 
-// ofHost are properties that have no effect for a guest, or one that it does not keep: they choose
-// means of the host, or what a boot does. busnr, MCFG and smb_io_base are the guest's to change;
-// the default of rombar has another number from QEMU 10.0 on, and the memory that it makes is
-// compared anyway. cyls is made of a disk's size when QEMU starts, and keeps when that grows; the
-// size is compared with the disks.
+// ofHost are properties that have no effect for a guest, or none that lasts: they choose means of
+// the host, or what a boot does. The guest may change busnr, MCFG and smb_io_base. The default of
+// rombar has another number from QEMU 10.0 on, and the memory that it makes is compared anyway.
+// QEMU computes cyls from a disk's size when it starts, and keeps it when the disk grows; the size
+// is compared with the disks.
 var ofHost = strings.Fields(`bootindex busnr cyls dump-guest-core hotplugged ioeventfd max-bytes MCFG period rombar share-rw smb_io_base
 	x-ioeventfd x-txburst x-txtimer`)
 

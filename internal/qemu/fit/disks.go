@@ -148,9 +148,9 @@ func (d Disks) Against(twin Disks) (r Reasons) {
 
 type drivePair struct{ source, destination Drive }
 
-// pair finds for each drive of a source that of the destination: by the device, which is the same
-// on both unless QEMU numbered it; by the drive's name; at last, of a single one left at each side,
-// by that.
+// pair finds for each drive of a source the one of the destination. It goes by the device, which is
+// the same on both unless QEMU numbered it, then by the drive's name. At last, if a single one is
+// left at each side, these two are a pair.
 func pair(source, destination []Drive) (pairs []drivePair, gone, extra []Drive) {
 	gone, extra = slices.Clone(source), slices.Clone(destination)
 	for _, key := range []func(Drive) string{

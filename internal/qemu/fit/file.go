@@ -141,8 +141,8 @@ func locked(f *os.File) bool {
 	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
 }
 
-// worldWideName names a block device by what is the same on every host: what SCSI and NVMe
-// report, a device mapper's UUID, or the image of a Ceph cluster; a partition with its number.
+// worldWideName names a block device by what is the same on every host: what SCSI and NVMe report,
+// a device mapper's UUID, or the image of a Ceph cluster. A partition has its number, too.
 func worldWideName(sys string) string {
 	dir, err := filepath.EvalSymlinks(sys)
 	if err != nil {

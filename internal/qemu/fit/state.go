@@ -10,8 +10,8 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// standing has the run states in which a VM stands and can be moved, RunState in
-// qapi/run-state.json of QEMU 7.2 to 11.1, and what is said of a VM in them.
+// standing has the run states in which a VM stands and can be moved, with words for each. They are
+// of RunState in qapi/run-state.json of QEMU 7.2 to 11.1.
 var standing = map[string]string{
 	"paused":         "is paused",
 	"prelaunch":      "has not been started yet",
@@ -88,9 +88,9 @@ func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 // ErrInactive is wrapped by the error of disks that QEMU does not take hold of again.
 var ErrInactive = errors.New("QEMU does not take hold of the VM's disks again")
 
-// Activate has a QEMU whose VM stands take hold of its disks again, if it gave them up, as it does
-// when its devices are saved. `cont` does that, too, and has the guest run. Where another QEMU has
-// their locks, the error wraps ErrInactive.
+// Activate makes a QEMU whose VM stands take its disks back, if it gave them up, as it does when it
+// saves its devices. `cont` does that, too, but also runs the guest. Where another QEMU has their
+// locks, the error wraps ErrInactive.
 func Activate(ctx context.Context, q *qmp.Client) error {
 	var blocks []blockInfo
 	if err := q.Run(ctx, "query-block", nil, &blocks); err != nil {

@@ -8,11 +8,10 @@
 //	QEMU's heap            block → HVA, where the others do not tell (before QEMU 10.0)
 //	/proc/PID/maps         HVA  →  what backs it: anonymous memory or a file
 //
-// Nothing is believed that the others do not bear out: a block counts as
-// located only if every place where the guest sees it yields the same HVA for
-// its first byte, and mappings of QEMU cover it exactly. Before 10.0 QEMU tells
-// only of blocks that the guest can see at the moment of Attach. The others, such
-// as option ROMs and ACPI tables, are found in QEMU's heap (Find).
+// It believes nothing that the others do not confirm. A block counts as located only if every place
+// where the guest sees it yields the same HVA for its first byte, and mappings of QEMU cover it
+// exactly. Before 10.0 QEMU tells only of blocks that the guest can see at the moment of Attach.
+// The others, such as option ROMs and ACPI tables, are found in QEMU's heap (Find).
 //
 // Reading must not make QEMU grow. Holes of a shared memory file are therefore
 // read through the file, never through the process.
@@ -225,8 +224,8 @@ func (m *Memory) Missing() error {
 	return fmt.Errorf("%w: %q", ErrNotLocated, names)
 }
 
-// Reopen returns the memory of a QEMU that was attached to before and has not ended since,
-// without asking it: it may not be able to answer. blocks are those of the earlier Memory.
+// Reopen returns the memory of a QEMU that was attached to before and has not ended since. It does
+// not ask the QEMU, which may be unable to answer. blocks are those of the earlier Memory.
 // Guest-physical addresses are not known.
 func Reopen(pid int, blocks []Block) (_ *Memory, err error) {
 	m, err := hold(pid)
@@ -403,11 +402,10 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 	return blocks, seen
 }
 
-// covering returns the kind of memory that fills [start, end), or Unknown if
-// it is not readable throughout, is of several kinds, or if start and end are
-// not borders of mappings. QEMU maps each block apart, with a guard page
-// behind it (util/mmap-alloc.c), so the borders tell a block from a neighbour
-// that happens to bear a similar name.
+// covering returns the kind of memory that fills [start, end). It returns Unknown if a part is not
+// readable, if there are several kinds, or if start and end are not borders of mappings. QEMU maps
+// each block apart, with a guard page behind it (util/mmap-alloc.c), so the borders tell a block
+// from a neighbour that happens to bear a similar name.
 func covering(vmas []vma, start, end uint64) Kind {
 	i := sort.Search(len(vmas), func(i int) bool { return vmas[i].start >= start })
 	if i == len(vmas) || vmas[i].start != start {

@@ -173,12 +173,11 @@ const pagemapUsed = 3 << 62
 
 var pagemapBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-// Populated sets, for each of n pages of units.PageSize bytes from page first on, bit
-// i%64 of dst[i/64] to whether page first+i may hold anything but zero. Other
-// bits of the words it touches are cleared. Pages that swapping has moved out
-// count; so does every page of a file in hugetlb memory, whose holes the kernel does
-// not show, or on a disk, whose file system may not know of what is yet to be written.
-// The answer is exact while the guest is stopped.
+// Populated sets, for each of n pages of units.PageSize bytes from page first on, bit i%64 of
+// dst[i/64] to whether page first+i may hold anything but zero. Other bits of the words it touches
+// are cleared. Pages that were swapped out count. So does every page of a file in hugetlb memory,
+// whose holes the kernel does not show, and of a file on a disk, whose file system may not know yet
+// what will be written. The answer is exact while the guest is stopped.
 func (m *Memory) Populated(block int, first, n uint64, dst []uint64) error {
 	return m.scan("populated", block, first, n, dst, func(dst []uint64) error {
 		kind, b := m.blocks[block].Kind, &m.backing[block]

@@ -7,16 +7,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Releasable reports whether Release may be called for a block: its memory is a file that has no
-// name, in memory (memfd, or what QEMU makes in a directory of huge pages). A file with a name may
+// Releasable reports whether Release may be called for a block. Its memory must be a file in memory
+// without a name (memfd, or what QEMU makes in a directory of huge pages). A file with a name may
 // be somebody's, like that of an ivshmem device; and private memory is only a process's own to give
 // back.
 func (m *Memory) Releasable(block int) bool {
 	return m.blocks[block].Kind == SharedFile && m.backing[block].unnamed
 }
 
-// Release gives the memory of whole pages of a block back to the host: they read as zero from then
-// on, for QEMU and for every other process that has the file. What they held is gone, so that the
+// Release gives the memory of whole pages of a block back to the host. From then on they read as
+// zero, for QEMU and for every other process that has the file. What they held is gone, so that the
 // guest must never run again. It is an error unless the block is Releasable.
 func (m *Memory) Release(block int, offset, length uint64) error {
 	if err := m.within(block, offset, length); err != nil {

@@ -33,9 +33,9 @@ type DeviceSection struct {
 	Size     int // in bytes, with its framing
 }
 
-// Sections lists the devices whose state is in the package. Their lengths are not in the
-// stream, so each section's end is taken to be where its footer is followed by another
-// section or command: good for showing, not for deciding.
+// Sections lists the devices whose state is in the package. The stream does not have their lengths.
+// So a section is taken to end where its footer and then another section or command follow. That is
+// good for showing, not for deciding.
 func (p Packaged) Sections() ([]DeviceSection, error) {
 	var list []DeviceSection
 	b := p.Data

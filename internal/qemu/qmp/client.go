@@ -54,9 +54,8 @@ const (
 )
 
 var (
-	// ErrClosed is wrapped by every error of a command that could not be sent,
-	// or whose reply cannot come any more, because the connection has ended:
-	// by Close, by QEMU's exit or by a message that breaks the protocol.
+	// ErrClosed means that a command could not be sent, or that its reply cannot come any more, as
+	// the connection has ended: by Close, by QEMU's exit, or by a message that breaks the protocol.
 	// Whether QEMU carried the command out is then unknown.
 	ErrClosed = errors.New("QMP connection closed")
 
@@ -215,8 +214,8 @@ func dial(ctx context.Context, path string) (*Client, error) {
 }
 
 // handshake makes a client of a fresh connection, or closes it. The ids of its commands count up
-// from first, which differs from client to client, so that what QEMU still answers to the one
-// before is not taken for an answer to this one.
+// from first, which differs from client to client. So a late answer to the client before is not
+// taken for an answer to this one.
 func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, error) {
 	pid, err := peerPID(conn)
 	if err != nil {
@@ -277,7 +276,7 @@ func busy() error {
 }
 
 // maxEarly is how many messages may come ahead of the greeting, and how many replies to an earlier
-// client's commands behind it. QEMU 11.1 sends an event that happens just as a client connects; and
+// client's commands behind it. QEMU 11.1 sends an event that happens just as a client connects. And
 // a QEMU that was too busy to answer until its client gave up answers to the next one.
 const maxEarly = 16
 
@@ -374,11 +373,10 @@ func (c *Client) Version() Version { return c.version }
 // socket and handed it over. It is 0 for a process outside our namespace.
 func (c *Client) PeerPID() int { return c.pid }
 
-// Run executes a command in band and decodes its result into reply, a pointer,
-// or drops it where reply is nil. It returns an *Error when QEMU refuses,
-// an error wrapping ErrClosed when the connection is gone, and ctx's error
-// when that ends first: QEMU may then still carry the command out, and its
-// late reply is dropped.
+// Run executes a command in band and decodes its result into reply, a pointer, or drops it where
+// reply is nil. It returns an *Error when QEMU refuses, an error wrapping ErrClosed when the
+// connection is gone, and ctx's error when that ends first. QEMU may then still carry the command
+// out, and its late reply is dropped.
 func (c *Client) Run(ctx context.Context, cmd string, args, reply any) error {
 	return c.run(ctx, request{Execute: cmd, Arguments: args}, reply, -1)
 }
@@ -410,10 +408,10 @@ func (p *Pending) Reply(ctx context.Context, reply any) error {
 // RunFD is Run that also passes a descriptor (SCM_RIGHTS), as getfd and
 // add-fd need. The caller keeps, and should close, its own copy.
 //
-// Other commands are sent before or when QEMU has replied, never meanwhile: where the monitor has a
-// thread of its own, as with out-of-band commands, QEMU looks through the descriptors with whatever
-// it reads, without a lock against the main loop that takes them, and may crash (seen with 7.2.22:
-// chardev/char-socket.c, tcp_chr_recv against tcp_get_msgfds).
+// It sends other commands before that or when QEMU has replied, never meanwhile. A monitor with
+// out-of-band commands has a thread of its own. With all that it reads, that thread looks through
+// the descriptors, without a lock against the main loop that takes them. QEMU may crash over that
+// (seen with 7.2.22: chardev/char-socket.c, tcp_chr_recv against tcp_get_msgfds).
 func (c *Client) RunFD(ctx context.Context, cmd string, args, reply any, fd int) error {
 	if fd < 0 {
 		return fmt.Errorf("run %s: bad descriptor %d", cmd, fd)

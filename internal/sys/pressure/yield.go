@@ -15,15 +15,15 @@ import (
 )
 
 // Not all that uses a host's CPUs keeps them from a VM. A process of lower priority (nice 10, say)
-// leaves a core to a vCPU that wants it, but for a share that goes by the weights that Linux gives
+// leaves most of a core to a vCPU that wants it. It keeps a share by the weights that Linux gives
 // both: each step of nice is a factor of 1.25. So it counts as so much of a core as it weighs
 // compared with the vCPU, 0.11 for nice 10, and the rest yields.
 //
-// A priority only matters among tasks of one control group of the CPU controller, and where there
-// is none, of one session (Linux groups these by itself, sched(7)): tasks of two groups share by
-// the weights of the groups, however low the priority of one is. So a process counts in full unless
-// it is in the group of all VMs. Groups of less weight than a VM's count in full, too, which is
-// more than they are: a host then takes less than it could.
+// A priority only matters among tasks of one control group of the CPU controller, or where there is
+// none, of one session (Linux groups these by itself, sched(7)). Tasks of two groups share by the
+// weights of the groups, however low the priority of one is. So a process counts in full unless it
+// is in the group of all VMs. Groups of less weight than a VM's count in full, too, which is more
+// than they are: a host then takes less than it could.
 
 // A yielder is a process of lower priority than usual.
 type yielder struct {
@@ -139,8 +139,8 @@ func (f files) cpuGroup(pid int) string {
 	return session
 }
 
-// yielding is how much CPU, in cores, processes used since before that would leave it to VMs. vms
-// are those on the host; where there are none, a VM that came would be this process's child, with
+// yielding is how much CPU, in cores, was used since before by processes that would leave it to
+// VMs. vms are those on the host. Where there are none, it assumes a child of this process, with
 // the usual priority and a session of its own.
 func (f files) yielding(now, before Host, vms []process.Process) float64 {
 	if len(now.yielders) == 0 {

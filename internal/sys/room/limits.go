@@ -159,8 +159,9 @@ func below(at, root string) (string, bool) {
 	return path.Clean("/" + rest), true
 }
 
-// swap is how much the first of some control groups may still swap out, on a host with so much
-// free: those above it, which follow it, bound it, too. Version 1 has no limit on swap alone.
+// swap is how much the first of some control groups may still swap out, on a host with so much free
+// swap. The groups above it, which follow in the list, bound it, too. Version 1 has no limit on
+// swap alone.
 func (f files) swap(groups []controlGroup, free uint64) uint64 {
 	for _, g := range groups {
 		if g.controller != "" || groups[0].controller != "" {

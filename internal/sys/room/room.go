@@ -68,8 +68,8 @@ func (l Limit) counts(m Memory) bool {
 	return l.Page == m.Page && (l.Device == 0 || l.Device == m.Device) && (!l.Spare || !m.Spare)
 }
 
-// What QEMU needs beside the guest's memory to take a VM: page tables, an entry of 8 bytes for each
-// page; and what loading devices, and postponed parts of QEMU itself, allocate.
+// What QEMU needs beside the guest's memory to take a VM: page tables, with 8 bytes for each page,
+// and what QEMU allocates while it loads devices and runs code for the first time.
 const (
 	perEntry = units.PageSize / 8
 	own      = 64 << 20
@@ -106,8 +106,8 @@ type ShortError struct {
 	Others uint64 // of VMs that are coming, too
 }
 
-// Check returns a *ShortError if memory does not fit into a limit; the tightest one. others is what
-// VMs that are coming will still take of each limit; nil for nothing.
+// Check returns a *ShortError for the tightest limit that memory does not fit into. others is what
+// VMs that are coming will still take of each limit; nil means nothing.
 func Check(limits []Limit, memory []Memory, others func(Limit) uint64) error {
 	var worst *ShortError
 	missing := uint64(0)

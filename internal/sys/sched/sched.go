@@ -19,8 +19,8 @@ const (
 	slice    = 100 * time.Microsecond
 )
 
-// Process has the host schedule this process ahead of others, if it may, and keeps one blocked
-// system call from holding up the rest on a host with few cores. Processes that it starts
+// Process asks the host to schedule this process ahead of others, if it may. It also keeps one
+// blocked system call from holding up the rest on a host with few cores. Processes that it starts
 // inherit that, unless by Usual.
 func Process() {
 	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0)))
@@ -35,9 +35,9 @@ func Process() {
 			_ = unix.SchedSetAttr(tid, attributes(niceness, slice), 0)
 		}
 	}
-	// Niceness counts among the threads of a control group or, where there is none and the kernel
-	// makes groups by itself, of a session (sched(7), autogroup), which has one of its own.
-	// Somebody else's session is none of ours.
+	// Niceness counts among the threads of a control group. Where there is none and the kernel
+	// makes groups by itself, it counts among those of a session (sched(7), autogroup), whose group
+	// has a niceness of its own. Somebody else's session is none of ours.
 	if sid, err := unix.Getsid(0); err == nil && sid == os.Getpid() {
 		_ = os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(niceness)), 0)
 	}

@@ -1,6 +1,6 @@
-// Command guestchurn is the whole user space of a lab guest: init, and loads that allocate
-// and free memory of every kind all the time, know what every byte of it should be, and
-// say so loudly when one is not. It runs on Linux 5.10 and later, x86-64.
+// Command guestchurn is the whole user space of a lab guest: init, and loads that allocate and free
+// memory of every kind all the time. They know what every byte of it should be, and report every
+// wrong one. It runs on Linux 5.10 and later, x86-64.
 //
 // As process 1 it mounts what it needs, loads the modules in /modules, and starts one
 // process per load ("worker"). Package churnproto has what it reports and which commands

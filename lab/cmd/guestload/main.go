@@ -1,6 +1,6 @@
-// Command guestload is the whole user space of a lab guest: init, and a load
-// that knows what every byte of its memory should be and how long each first
-// touch of a page took. It runs on Linux for x86-64 only.
+// Command guestload is the whole user space of a lab guest: init, and a load. The load knows what
+// every byte of its memory should be, and how long each first touch of a page took. It runs on
+// Linux for x86-64 only.
 //
 // As process 1 it mounts what it needs, loads the modules in /modules, and starts
 // the load in a process of its own. Parameters are on the kernel command line:

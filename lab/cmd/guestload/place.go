@@ -29,9 +29,9 @@ const (
 	longestPiece = 2 << 20 / lp.PageSize
 )
 
-// scatter grows the sets to their sizes as on a machine that has run for long,
-// where addresses tell nothing: free memory is in pieces, which hold what was
-// there before, and all sets take of it in turns.
+// scatter grows the sets to their sizes as on a machine that has run for long, where addresses tell
+// nothing. Free memory is in pieces, which hold what was there before, and the sets take them in
+// turns.
 func scatter(sets []set, seed uint64) error {
 	r := rand.New(rand.NewPCG(seed, 1))
 	need := 0

@@ -16,9 +16,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// JSON returns a message as docs/json.md says: with the names of the proto file, in its order, all
-// fields, and numbers as numbers. protojson reads it. (What protojson writes itself has numbers of
-// 64 bits as strings, and varies its spaces on purpose.)
+// JSON returns a message as docs/json.md says: all fields, with the names and in the order of the
+// proto file, and numbers as numbers. protojson reads that, and writes something else: it has
+// numbers of 64 bits as strings, and varies its spaces on purpose.
 func JSON(m proto.Message) []byte { return appendMessage(nil, m.ProtoReflect()) }
 
 func appendMessage(b []byte, m protoreflect.Message) []byte {
@@ -94,8 +94,8 @@ func appendJSON(b []byte, v any) []byte {
 	return append(b, text...)
 }
 
-// Strict has a handler write JSON as the function JSON does, and refuse a request with a field that
-// it does not know, in JSON or not: what such a field asks for would not be done.
+// Strict makes a handler write JSON as the function JSON does, and refuse requests with fields that
+// it does not know, in JSON or not. It could not do what such a field asks for.
 func Strict() connect.HandlerOption {
 	return connect.WithHandlerOptions(connect.WithCodec(codec{"json"}),
 		connect.WithCodec(codec{"json; charset=utf-8"}), connect.WithCodec(codec{"proto"}))
