@@ -163,6 +163,9 @@ var banned = []struct {
 	{regexp.MustCompile(`(?i)\b(has|have) to be told\b`), "must be told"},
 	{regexp.MustCompile(`(?i)\bstands? against\b`), "blocks"},
 	{regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
+	{regexp.MustCompile(`(?i)\b(do|does) not take it that\b`), "cannot record that"},
+	{regexp.MustCompile(`(?i)\bhas who\b`), "name the actor first"},
+	{regexp.MustCompile(`(?i)\bto be had\b`), "missing, or there is none"},
 }
 
 // checkPhrases reports what is wrong with the words of a text.

@@ -100,9 +100,9 @@ func (h *Host) audit() connect.UnaryInterceptorFunc {
 			}
 			resp, err := next(ctx, req)
 			if err != nil {
-				log.Warn("an operator was refused", "error", err)
+				log.Warn("refused what an operator asked", "error", err)
 			} else {
-				log.Info("an operator was heeded")
+				log.Info("did what an operator asked")
 			}
 			return resp, err
 		}

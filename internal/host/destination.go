@@ -228,7 +228,7 @@ func (v *eviction) answer(r *evict.Request) {
 	if r.Answer(evict.AnswerOf(m), v.describe(), !v.process().Alive(), received) &&
 		m == evict.MarkCompleted {
 		if err := v.entry.Keep(evict.KeptHeard, nil); err != nil {
-			v.host.log.Warn("the journal does not take it that the source knows that the VM is "+
+			v.host.log.Warn("cannot record in the journal that the source knows that the VM is "+
 				"whole here", "eviction", rec.ID, "error", err)
 		}
 	}

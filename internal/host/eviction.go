@@ -202,7 +202,7 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 			break
 		}
 		if !told {
-			v.host.log.Error("the journal does not take the end of an eviction: trying again "+
+			v.host.log.Error("cannot record the end of an eviction in the journal: trying again "+
 				"until it does", "eviction", v.entry.ID(), "error", jerr)
 		}
 		select {
