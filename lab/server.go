@@ -196,18 +196,7 @@ func serverPackages(ctx context.Context, work string, r recipe) (tree string, er
 // libraries that it is linked to where the loader looks for them. It returns the program's path
 // there.
 func plant(tree, root string, r recipe) (program string, err error) {
-	for _, d := range []string{"dev", "proc", "tmp", "etc", "bin", "data", "run"} {
-		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
-			return "", err
-		}
-	}
-	for _, d := range []string{"tmp", "data", "run"} {
-		if err := os.Chown(filepath.Join(root, d), serverUser, serverUser); err != nil {
-			return "", err
-		}
-	}
-	users := fmt.Sprintf("root:x:0:0::/:/bin/sh\npostgres:x:%d:%[1]d::/data:/bin/sh\n", serverUser)
-	if err := os.WriteFile(filepath.Join(root, "etc/passwd"), []byte(users), 0o644); err != nil {
+	if err := prepareRoot(root); err != nil {
 		return "", err
 	}
 	found, err := r.program(tree)
@@ -226,54 +215,73 @@ func plant(tree, root string, r recipe) (program string, err error) {
 		files = append(files, more...)
 	}
 	for i := 0; i < len(files); i++ {
-		file := files[i]
-		name, err := filepath.Rel(tree, file)
+		more, err := plantFile(tree, root, files[i])
 		if err != nil {
 			return "", err
 		}
-		info, err := os.Stat(file)
-		if err != nil {
-			return "", err
-		}
-		if info.IsDir() {
-			entries, err := os.ReadDir(file)
-			if err != nil {
-				return "", err
-			}
-			for _, e := range entries {
-				files = append(files, filepath.Join(file, e.Name()))
-			}
-			continue
-		}
-		libs, err := linked(file)
-		if err != nil {
-			return "", err
-		}
-		if slices.ContainsFunc(libs,
-			func(l string) bool { return strings.HasPrefix(l, "libLLVM") }) {
-			continue // what it is for goes without
-		}
-		for _, lib := range libs {
-			files = appendNew(files, inTree(tree, lib))
-		}
-		switch base := filepath.Base(file); {
-		case strings.HasPrefix(base, "ld-linux"):
-			name = filepath.Join("lib64", base)
-		case base == "dash":
-			name = "bin/sh"
-		case strings.Contains(name, "lib/x86_64-linux-gnu/"):
-			name = filepath.Join("lib/x86_64-linux-gnu", base)
-		}
-		to := filepath.Join(root, name)
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			return "", err
-		}
-		if err := copyFile(to, file, info.Mode().Perm()|0o444); err != nil {
-			return "", err
-		}
+		files = appendNew(files, more...)
 	}
 	name, err := filepath.Rel(tree, found)
 	return "/" + name, err
+}
+
+// prepareRoot makes what every server's root has.
+func prepareRoot(root string) error {
+	for _, d := range []string{"dev", "proc", "tmp", "etc", "bin", "data", "run"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, d := range []string{"tmp", "data", "run"} {
+		if err := os.Chown(filepath.Join(root, d), serverUser, serverUser); err != nil {
+			return err
+		}
+	}
+	users := fmt.Sprintf("root:x:0:0::/:/bin/sh\npostgres:x:%d:%[1]d::/data:/bin/sh\n", serverUser)
+	return os.WriteFile(filepath.Join(root, "etc/passwd"), []byte(users), 0o644)
+}
+
+// plantFile copies a file of a tree to where it belongs in the root. It returns the files that go
+// with it: those of a directory, and the libraries of a program.
+func plantFile(tree, root, file string) (more []string, err error) {
+	name, err := filepath.Rel(tree, file)
+	if err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	if info.IsDir() {
+		entries, err := os.ReadDir(file)
+		for _, e := range entries {
+			more = append(more, filepath.Join(file, e.Name()))
+		}
+		return more, err
+	}
+	libs, err := linked(file)
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(libs, func(l string) bool { return strings.HasPrefix(l, "libLLVM") }) {
+		return nil, nil // the servers do without what needs it
+	}
+	for _, lib := range libs {
+		more = append(more, inTree(tree, lib))
+	}
+	switch base := filepath.Base(file); {
+	case strings.HasPrefix(base, "ld-linux"):
+		name = filepath.Join("lib64", base)
+	case base == "dash":
+		name = "bin/sh"
+	case strings.Contains(name, "lib/x86_64-linux-gnu/"):
+		name = filepath.Join("lib/x86_64-linux-gnu", base)
+	}
+	to := filepath.Join(root, name)
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return nil, err
+	}
+	return more, copyFile(to, file, info.Mode().Perm()|0o444)
 }
 
 // inTree is where a tree of packages has a library.

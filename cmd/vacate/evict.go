@@ -216,12 +216,46 @@ func (o evictOptions) close(s scene, report evict.Report) {
 
 func (o evictOptions) run(ctx context.Context) error {
 	sched.Process()
+	if err := o.configure(); err != nil {
+		return err
+	}
+	file, err := o.reserve()
+	if err != nil {
+		return err
+	}
+	host, _, _ := net.SplitHostPort(o.to)
+	of := scene{vm: "the VM", other: clean(host), verbose: o.verbose}
+	s := o.screen(of)
+	a := aborter{s: s, asked: make(chan struct{})}
+	ctx, stop := cli.OnSignal(ctx, a.signal)
+	defer stop()
+	o.source.Log = slog.New(slog.NewTextHandler(notes{s},
+		&slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))
+	o.source.Show = a.show
+	report, err := o.source.Evict(ctx)
+	// First what lasts: the outputs may block.
+	if file != nil {
+		if err := file.write(report); err != nil {
+			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
+		}
+	}
+	stop() // an output that blocks is from here on no reason to stay
+	s.close()
+	o.close(of, report)
+	return err
+}
+
+// configure sets up the engine as the command line says.
+func (o *evictOptions) configure() (err error) {
 	if err := checkAddress("--to", o.to); err != nil {
 		return err
 	}
-	var err error
 	if o.source.Order, err = pushorder.ParsePolicy(o.order); err != nil {
 		return fmt.Errorf("--order: %w", err)
+	}
+	o.source.Enlightenment = evict.Enlightenment(o.enlighten)
+	if !slices.Contains(evict.Enlightenments(), o.source.Enlightenment) {
+		return fmt.Errorf("--enlighten %q: there are %s", o.enlighten, enlightenNames())
 	}
 	o.source.Yield, o.source.Limit = o.yield, new(evict.Limit)
 	o.source.Limit.Set(int64(o.rate) / 8)
@@ -235,76 +269,61 @@ func (o evictOptions) run(ctx context.Context) error {
 		dialer.TLS = identity.Client(host)
 	}
 	o.source.Connect = dialer.Session
-	o.source.Enlightenment = evict.Enlightenment(o.enlighten)
-	if !slices.Contains(evict.Enlightenments(), o.source.Enlightenment) {
-		return fmt.Errorf("--enlighten %q: there are %s", o.enlighten, enlightenNames())
+	return nil
+}
+
+// An aborter aborts an eviction on a signal as long as that is possible, and says what it does.
+type aborter struct {
+	s     *screen
+	asked chan struct{} // closed when an abort was asked for
+	told  bool          // that a second signal ends the command; of signal alone
+	late  bool          // the abort came too late, and show has said so; of show alone
+}
+
+// signal is for cli.OnSignal.
+func (a *aborter) signal(sig syscall.Signal) error {
+	name := unix.SignalName(sig)
+	switch at := a.s.state(); {
+	case at == evict.InDoubt || at == evict.Reconnecting:
+		if a.told {
+			return evict.ErrLeave
+		}
+		a.told = true
+		a.s.note("%s: the destination is out of reach. The VM may run there, and waits for "+
+			"pages that only\nthis host has. Going on; once more leaves it frozen here, "+
+			"with its memory.", name)
+		return nil
+	case rank[at] > rank[evict.Loading]:
+		if rank[at] < rank[evict.RollingBack] {
+			a.s.note("%s: the eviction cannot be aborted any more. The VM was told to run on "+
+				"the destination,\nand only there it does; its memory is still arriving. "+
+				"Going on.", name)
+		}
+		return nil
 	}
-	file, err := o.reserve()
-	if err != nil {
-		return err
+	select {
+	case <-a.asked:
+		a.s.note("%s: aborting already; the VM stays on this host.", name)
+	default:
+		a.s.note("%s: aborting; the VM stays on this host.", name)
+		close(a.asked)
 	}
-	host, _, _ := net.SplitHostPort(o.to)
-	of := scene{vm: "the VM", other: clean(host), verbose: o.verbose}
-	s := o.screen(of)
-	// asked is closed when an abort was asked for.
-	asked, late := make(chan struct{}), false
-	told := false // what a second signal does
-	ctx, stop := cli.OnSignal(ctx, func(sig syscall.Signal) error {
-		name := unix.SignalName(sig)
-		switch at := s.state(); {
-		case at == evict.InDoubt || at == evict.Reconnecting:
-			if told {
-				return evict.ErrLeave
-			}
-			told = true
-			s.note("%s: the destination is out of reach. The VM may run there, and waits for "+
-				"pages that only\nthis host has. Going on; once more leaves it frozen here, "+
-				"with its memory.", name)
-			return nil
-		case rank[at] > rank[evict.Loading]:
-			if rank[at] < rank[evict.RollingBack] {
-				s.note("%s: the eviction cannot be aborted any more. The VM was told to run on "+
-					"the destination,\nand only there it does; its memory is still arriving. "+
-					"Going on.", name)
-			}
-			return nil
-		}
-		select {
-		case <-asked:
-			s.note("%s: aborting already; the VM stays on this host.", name)
-		default:
-			s.note("%s: aborting; the VM stays on this host.", name)
-			close(asked)
-		}
-		return cli.Interrupted{Signal: sig}
-	})
-	defer stop()
-	o.source.Log = slog.New(slog.NewTextHandler(notes{s},
-		&slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime}))
-	o.source.Show = func(p evict.Progress) {
-		s.show(p)
-		if p.State != evict.Committing && p.State != evict.Pushing || late {
-			return
-		}
-		select {
-		case <-asked:
-			late = true
-			s.note("The abort came too late: the VM was already told to run on the destination. " +
-				"Going on.")
-		default:
-		}
+	return cli.Interrupted{Signal: sig}
+}
+
+// show shows progress, and says if an abort came too late.
+func (a *aborter) show(p evict.Progress) {
+	a.s.show(p)
+	if p.State != evict.Committing && p.State != evict.Pushing || a.late {
+		return
 	}
-	report, err := o.source.Evict(ctx)
-	// First what lasts: the outputs may block.
-	if file != nil {
-		if err := file.write(report); err != nil {
-			s.note("vacate: warning: the report could not be written: %s", clean(err.Error()))
-		}
+	select {
+	case <-a.asked:
+		a.late = true
+		a.s.note("The abort came too late: the VM was already told to run on the destination. " +
+			"Going on.")
+	default:
 	}
-	stop() // an output that blocks is from here on no reason to stay
-	s.close()
-	o.close(of, report)
-	return err
 }
 
 // checkAddress tells a mistyped address from one that cannot be reached.

@@ -20,9 +20,22 @@ const shownProcesses = 20
 // names of no more than 15 characters, as those of Linux do.
 func memoryText(m inspect.Memory, paused, all bool) string {
 	var b strings.Builder
+	surveyText(&b, m, paused)
+	classesText(&b, m)
+	kindsText(&b, m)
+	processesText(&b, m, all)
+	return b.String()
+}
+
+// lineText writes a line without spaces at its end.
+func lineText(b *strings.Builder, format string, args ...any) {
+	b.WriteString(strings.TrimRight(fmt.Sprintf(format, args...), " ") + "\n")
+}
+
+// surveyText says of what guest a survey is, and what it took.
+func surveyText(b *strings.Builder, m inspect.Memory, paused bool) {
 	row := func(name, format string, args ...any) {
-		fmt.Fprintln(&b,
-			strings.TrimRight(fmt.Sprintf("%-13s %s", name, fmt.Sprintf(format, args...)), " "))
+		lineText(b, "%-13s %s", name, fmt.Sprintf(format, args...))
 	}
 	row("kernel", "Linux %s", clean(m.Kernel))
 	row("memory", "%s in %d pages of 4 KiB", units.Size(uint64(m.Pages)*units.PageSize), m.Pages)
@@ -54,8 +67,11 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 			}
 		}
 	}
+}
 
-	fmt.Fprintf(&b, "\n%-14s %9s %10s %7s\n", "CLASS", "PAGES", "MiB", "")
+// classesText has a row for each class of pages.
+func classesText(b *strings.Builder, m inspect.Memory) {
+	fmt.Fprintf(b, "\n%-14s %9s %10s %7s\n", "CLASS", "PAGES", "MiB", "")
 	var order []inspect.ClassPages // what is not known comes behind the paper's order
 	for _, c := range m.Classes {
 		if c.Class != pageclass.Unknown && c.Class != pageclass.Free {
@@ -74,13 +90,15 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		largest = max(largest, c.Pages)
 	}
 	for _, c := range order {
-		fmt.Fprintln(&b,
-			strings.TrimRight(fmt.Sprintf("%-14s %9d %10s %7s  %s", c.Class, c.Pages, mib(c.Pages),
-				share(c.Pages, m.Pages), bar(c.Pages, largest, 34)), " "))
+		lineText(b, "%-14s %9d %10s %7s  %s", c.Class, c.Pages, mib(c.Pages),
+			share(c.Pages, m.Pages), bar(c.Pages, largest, 34))
 	}
-	fmt.Fprintf(&b, "%-14s %9d %10s\n", "all", m.Pages, mib(m.Pages))
+	fmt.Fprintf(b, "%-14s %9d %10s\n", "all", m.Pages, mib(m.Pages))
+}
 
-	fmt.Fprintf(&b, "\n%-17s %9s %9s %7s %6s %6s %5s %6s %5s\n", "KIND", "PAGES", "MiB", "", "used",
+// kindsText has a row for each kind of pages.
+func kindsText(b *strings.Builder, m inspect.Memory) {
+	fmt.Fprintf(b, "\n%-17s %9s %9s %7s %6s %6s %5s %6s %5s\n", "KIND", "PAGES", "MiB", "", "used",
 		"active", "dirty", "mapped", "exec")
 	for _, k := range m.Kinds {
 		part := func(n int) string {
@@ -92,20 +110,21 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 			}
 			return fmt.Sprintf("%.0f%%", 100*float64(n)/float64(k.Pages))
 		}
-		fmt.Fprintln(&b,
-			strings.TrimRight(fmt.Sprintf("%-17s %9d %9s %7s %6s %6s %5s %6s %5s", k.Kind, k.Pages,
-				mib(k.Pages), share(k.Pages, m.Pages),
-				part(k.Accessed), part(k.Active), part(k.Dirty), part(k.Mapped), part(k.Exec)),
-				" "))
+		lineText(b, "%-17s %9d %9s %7s %6s %6s %5s %6s %5s", k.Kind, k.Pages, mib(k.Pages),
+			share(k.Pages, m.Pages),
+			part(k.Accessed), part(k.Active), part(k.Dirty), part(k.Mapped), part(k.Exec))
 	}
 	if !m.Fresh {
 		b.WriteString("(used tells nothing here: nobody clears the marks in the page tables)\n")
 	}
+}
 
+// processesText has a row for each process.
+func processesText(b *strings.Builder, m inspect.Memory, all bool) {
 	if len(m.Processes) == 0 {
-		return b.String()
+		return
 	}
-	fmt.Fprintf(&b, "\n%7s %7s %7s %7s %6s %6s %7s %7s %-6s %s\n", "PID", "MiB", "code", "data",
+	fmt.Fprintf(b, "\n%7s %7s %7s %7s %6s %6s %7s %7s %-6s %s\n", "PID", "MiB", "code", "data",
 		"tables", "rest", "ran ago", "CPU", "", "NAME")
 	list := m.Processes
 	if !all {
@@ -121,19 +140,17 @@ func memoryText(m inspect.Memory, paused, all bool) string {
 		case p.Active:
 			state = "active"
 		}
-		fmt.Fprintln(&b,
-			strings.TrimRight(fmt.Sprintf("%7d %7s %7s %7s %6s %6s %7s %7s %-6s %s", p.PID,
-				mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
-				timeText(p.LastRun), timeText(p.CPU), state, escape(p.Name)), " "))
+		lineText(b, "%7d %7s %7s %7s %6s %6s %7s %7s %-6s %s", p.PID,
+			mib(p.Pages), mib(code), mib(data), mib(tables), mib(p.Pages-code-data-tables),
+			timeText(p.LastRun), timeText(p.CPU), state, escape(p.Name))
 	}
 	if rest := m.Processes[len(list):]; len(rest) > 0 {
 		pages := 0
 		for _, p := range rest {
 			pages += p.Pages
 		}
-		fmt.Fprintf(&b, "%7s %7s in %d more; --all lists them\n", "", mib(pages), len(rest))
+		fmt.Fprintf(b, "%7s %7s in %d more; --all lists them\n", "", mib(pages), len(rest))
 	}
-	return b.String()
 }
 
 // mib writes the size of pages in MiB.

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"time"
 
+	"vacate/internal/guest/linux"
 	"vacate/internal/guest/pageclass"
 )
 
@@ -88,115 +89,158 @@ const silence = 30 * time.Second
 // skippable with garbage, asks the oracle, and lets the guest run on for 1 to 100 ms. It
 // ends early when the guest shows a problem. The guest must be attached.
 func Overwrite(ctx context.Context, g *Guest, stops int) (*OverwriteResult, error) {
-	r := &OverwriteResult{}
-	w := &writer{mem: g.mem}
-	o, err := g.oracle(ctx, w)
-	if err != nil {
+	o := &overwriter{g: g, r: &OverwriteResult{}, w: &writer{mem: g.mem}, lap: time.Now(),
+		chance: rand.New(rand.NewPCG(g.Config.Seed, 1))}
+	var err error
+	if o.oracle, err = g.oracle(ctx, o.w); err != nil {
 		return nil, err
 	}
-	chance := rand.New(rand.NewPCG(g.Config.Seed, 1))
 	began := g.Beat().Pages
-	var pfns, doubted []uint64
-	lap := time.Now()
-	lapped := func(sum *time.Duration) {
-		now := time.Now()
-		*sum += now.Sub(lap)
-		lap = now
-	}
-	for r.Stops < stops {
-		select {
-		case <-time.After(time.Duration(1+chance.IntN(100)) * time.Millisecond):
-		case <-ctx.Done():
-			return r, ctx.Err()
-		}
-		lapped(&r.Run)
-		if g.Config.SingleStep {
-			err = g.stopAnywhere(ctx, time.Duration(1+chance.IntN(20))*time.Millisecond)
-		} else {
-			err = g.Stop(ctx)
-		}
-		if err != nil {
-			return r, fmt.Errorf("stop the guest: %w; its problems: %v", err, g.Problems())
-		}
-		lapped(&r.Stop)
-		s, err := g.Survey(ctx)
-		lapped(&r.Look)
-		pfns = pfns[:0]
-		if err != nil {
-			r.Failed++
-			r.noted(err.Error(), 1)
-		} else {
-			for pfn, p := range s.Pages {
-				if p.Flags&pageclass.Skippable != 0 {
-					pfns = append(pfns, uint64(pfn))
-				}
-			}
-			for _, n := range s.Notes {
-				r.noted(n, 1)
-			}
-			if len(pfns) == 0 {
-				r.Empty++
-			}
-		}
-		if o != nil {
-			lost := o.Lost
-			if err := o.read(); err != nil {
-				return r, err
-			}
-			for _, pfn := range doubted {
-				if o.belated(pfn) {
-					r.Belated++
-				} else {
-					r.Contradictions = append(r.Contradictions,
-						fmt.Sprintf("stop %d: page %#x is allocated, but was called skippable",
-							r.Stops, pfn))
-				}
-			}
-			doubted = doubted[:0]
-			if lost == o.Lost && err == nil {
-				r.OracleStops++
-				o.cover(&r.Kinds, &s.Survey)
-				doubted = append(doubted, o.contradictions(&s.Survey)...)
-			}
-			lapped(&r.Read)
-		}
-		if err := w.fill(pfns, r.Stops); err != nil {
-			return r, err
-		}
-		lapped(&r.Fill)
-		r.Stops++
-		r.Overwritten += uint64(len(pfns))
-		r.Memory += uint64(g.Config.MemoryMiB) << 20 / pageSize
-		if err := g.Cont(ctx); err != nil {
-			return r, fmt.Errorf("let the guest run: %w", err)
-		}
-		lapped(&r.Stop)
-		g.Silent(silence)
-		if r.Problems = g.Problems(); len(r.Problems) > 0 {
-			break
+	for o.r.Stops < stops && len(o.r.Problems) == 0 {
+		if err := o.stop(ctx); err != nil {
+			return o.r, err
 		}
 	}
-	// What was overwritten last must be given a chance to hurt.
+	if err := o.finish(ctx); err != nil {
+		return o.r, err
+	}
+	beat := g.Beat()
+	o.r.Verified, o.r.OOM = beat.Pages-began, beat.OOM
+	if o.oracle != nil {
+		o.r.Events = o.oracle.Events
+	}
+	return o.r, nil
+}
+
+// An overwriter is Overwrite at work.
+type overwriter struct {
+	g       *Guest
+	r       *OverwriteResult
+	w       *writer
+	oracle  *oracle // nil: the guest's kernel does not trace
+	chance  *rand.Rand
+	lap     time.Time
+	doubted []uint64 // pages that the oracle contradicted at the last stop
+}
+
+// lapped adds the time since it was called last.
+func (o *overwriter) lapped(sum *time.Duration) {
+	now := time.Now()
+	*sum += now.Sub(o.lap)
+	o.lap = now
+}
+
+// pause returns a random time of so many milliseconds at most.
+func (o *overwriter) pause(most int) time.Duration {
+	return time.Duration(1+o.chance.IntN(most)) * time.Millisecond
+}
+
+// stop lets the guest run, stops it, overwrites what may be, and lets it run on.
+func (o *overwriter) stop(ctx context.Context) (err error) {
+	select {
+	case <-time.After(o.pause(100)):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	o.lapped(&o.r.Run)
+	if o.g.Config.SingleStep {
+		err = o.g.stopAnywhere(ctx, o.pause(20))
+	} else {
+		err = o.g.Stop(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("stop the guest: %w; its problems: %v", err, o.g.Problems())
+	}
+	o.lapped(&o.r.Stop)
+	s, pfns := o.survey(ctx)
+	if err := o.consult(s); err != nil {
+		return err
+	}
+	if err := o.w.fill(pfns, o.r.Stops); err != nil {
+		return err
+	}
+	o.lapped(&o.r.Fill)
+	o.r.Stops++
+	o.r.Overwritten += uint64(len(pfns))
+	o.r.Memory += uint64(o.g.Config.MemoryMiB) << 20 / pageSize
+	if err := o.g.Cont(ctx); err != nil {
+		return fmt.Errorf("let the guest run: %w", err)
+	}
+	o.lapped(&o.r.Stop)
+	o.g.Silent(silence)
+	o.r.Problems = o.g.Problems()
+	return nil
+}
+
+// survey looks at the stopped guest, and returns the pages that may be skipped; nil if it fails.
+func (o *overwriter) survey(ctx context.Context) (s *linux.Result, pfns []uint64) {
+	s, err := o.g.Survey(ctx)
+	o.lapped(&o.r.Look)
+	if err != nil {
+		o.r.Failed++
+		o.r.noted(err.Error(), 1)
+		return nil, nil
+	}
+	for pfn, p := range s.Pages {
+		if p.Flags&pageclass.Skippable != 0 {
+			pfns = append(pfns, uint64(pfn))
+		}
+	}
+	for _, n := range s.Notes {
+		o.r.noted(n, 1)
+	}
+	if len(pfns) == 0 {
+		o.r.Empty++
+	}
+	return s, pfns
+}
+
+// consult compares a survey, if there is one, with what the oracle knows, if there is one.
+func (o *overwriter) consult(s *linux.Result) error {
+	if o.oracle == nil {
+		return nil
+	}
+	lost := o.oracle.Lost
+	if err := o.oracle.read(); err != nil {
+		return err
+	}
+	for _, pfn := range o.doubted {
+		if o.oracle.belated(pfn) {
+			o.r.Belated++
+		} else {
+			o.r.Contradictions = append(o.r.Contradictions,
+				fmt.Sprintf("stop %d: page %#x is allocated, but was called skippable",
+					o.r.Stops, pfn))
+		}
+	}
+	o.doubted = o.doubted[:0]
+	if lost == o.oracle.Lost && s != nil {
+		o.r.OracleStops++
+		o.oracle.cover(&o.r.Kinds, &s.Survey)
+		o.doubted = append(o.doubted, o.oracle.contradictions(&s.Survey)...)
+	}
+	o.lapped(&o.r.Read)
+	return nil
+}
+
+// finish gives what was overwritten last a chance to hurt, and has the guest check all.
+func (o *overwriter) finish(ctx context.Context) error {
 	select {
 	case <-time.After(2 * time.Second):
 	case <-ctx.Done():
-		return r, ctx.Err()
+		return ctx.Err()
 	}
-	if len(r.Problems) == 0 {
-		reply, err := g.Command(ctx, "check")
-		if err != nil {
-			r.Problems = append(r.Problems, Problem{time.Now(), "silent", err.Error()})
-		} else {
-			r.Vmstat = reply.Vmstat
-		}
-		r.Problems = append(r.Problems, g.Problems()...)
+	if len(o.r.Problems) > 0 {
+		return nil
 	}
-	beat := g.Beat()
-	r.Verified, r.OOM = beat.Pages-began, beat.OOM
-	if o != nil {
-		r.Events = o.Events
+	reply, err := o.g.Command(ctx, "check")
+	if err != nil {
+		o.r.Problems = append(o.r.Problems, Problem{time.Now(), "silent", err.Error()})
+	} else {
+		o.r.Vmstat = reply.Vmstat
 	}
-	return r, nil
+	o.r.Problems = append(o.r.Problems, o.g.Problems()...)
+	return nil
 }
 
 // oracle has the guest's allocator followed from now on. It is nil if its kernel does not

@@ -40,39 +40,11 @@ func OpenCore(file io.ReaderAt, size int64) (*Core, error) {
 }
 
 func openCore(file io.ReaderAt, size int64) (*Core, error) {
-	var h [64]byte
-	if err := readAt(file, size, h[:], 0); err != nil {
-		return nil, err
-	}
-	const classData, etCore, emX8664 = "\x7fELF\x02\x01\x01", 4, 62
-	if !bytes.HasPrefix(h[:], []byte(classData)) || u16(h[16:]) != etCore ||
-		u16(h[18:]) != emX8664 {
-		return nil,
-			errors.New("not an elf core file of an x86-64 machine: make one with qemu's " +
-				"dump-guest-memory, without -p, -z, -l, -s, -w")
-	}
-	const phSize, shSize, pnXNum = 56, 64, 0xffff
-	phoff, count := u64(h[32:]), uint64(u16(h[56:]))
-	if count == pnXNum { // more than fit: section 0 has the number, in sh_info
-		var sh [shSize]byte
-		if err := readAt(file, size, sh[:], u64(h[40:])); err != nil {
-			return nil, err
-		}
-		count = uint64(u32(sh[44:]))
-	}
-	if u16(h[54:]) != phSize || count > maxSegments {
-		return nil, fmt.Errorf("%d program headers of %d bytes: want at most %d of %d", count,
-			u16(h[54:]), maxSegments, phSize)
-	}
-	headers := make([]byte, count*phSize)
-	if err := readAt(file, size, headers, phoff); err != nil {
+	headers, err := programHeaders(file, size)
+	if err != nil {
 		return nil, err
 	}
 	c := &Core{file: file}
-	type segment struct {
-		Range
-		offset int64
-	}
 	var segments []segment
 	for ; len(headers) > 0; headers = headers[phSize:] {
 		const ptLoad, ptNote = 1, 4
@@ -90,36 +62,88 @@ func openCore(file io.ReaderAt, size int64) (*Core, error) {
 			}
 			segments = append(segments, segment{Range{paddr, filesz}, int64(offset)})
 		case kind == ptNote:
-			if filesz > maxNotes {
-				return nil, fmt.Errorf("notes of %d bytes: want at most %d", filesz, maxNotes)
-			}
-			notes := make([]byte, filesz)
-			if err := readAt(file, size, notes, offset); err != nil {
-				return nil, err
-			}
-			cpus, err := parseNotes(notes)
+			cpus, err := readNotes(file, size, offset, filesz)
 			if err != nil {
 				return nil, err
 			}
 			c.cpus = append(c.cpus, cpus...)
 		}
 	}
-	slices.SortFunc(segments, func(a, b segment) int { return cmp.Compare(a.Addr, b.Addr) })
-	for i, s := range segments {
-		if i > 0 && s.Addr < segments[i-1].Addr+segments[i-1].Len {
-			return nil, fmt.Errorf("two segments hold address %#x", s.Addr)
-		}
-		c.extents = append(c.extents, s.Range)
-		c.offsets = append(c.offsets, s.offset)
-	}
-	if len(c.extents) == 0 {
-		return nil, errors.New("it holds no memory")
+	if err := c.place(segments); err != nil {
+		return nil, err
 	}
 	if len(c.cpus) == 0 || len(c.cpus) > maxCPUs {
 		return nil, fmt.Errorf("registers of %d virtual cpus in qemu's notes: want 1 to %d",
 			len(c.cpus), maxCPUs)
 	}
 	return c, nil
+}
+
+// phSize is the size of a program header.
+const phSize = 56
+
+// programHeaders reads an ELF header and returns the program headers behind it.
+func programHeaders(file io.ReaderAt, size int64) ([]byte, error) {
+	var h [64]byte
+	if err := readAt(file, size, h[:], 0); err != nil {
+		return nil, err
+	}
+	const classData, etCore, emX8664 = "\x7fELF\x02\x01\x01", 4, 62
+	if !bytes.HasPrefix(h[:], []byte(classData)) || u16(h[16:]) != etCore ||
+		u16(h[18:]) != emX8664 {
+		return nil,
+			errors.New("not an elf core file of an x86-64 machine: make one with qemu's " +
+				"dump-guest-memory, without -p, -z, -l, -s, -w")
+	}
+	const shSize, pnXNum = 64, 0xffff
+	phoff, count := u64(h[32:]), uint64(u16(h[56:]))
+	if count == pnXNum { // more than fit: section 0 has the number, in sh_info
+		var sh [shSize]byte
+		if err := readAt(file, size, sh[:], u64(h[40:])); err != nil {
+			return nil, err
+		}
+		count = uint64(u32(sh[44:]))
+	}
+	if u16(h[54:]) != phSize || count > maxSegments {
+		return nil, fmt.Errorf("%d program headers of %d bytes: want at most %d of %d", count,
+			u16(h[54:]), maxSegments, phSize)
+	}
+	headers := make([]byte, count*phSize)
+	return headers, readAt(file, size, headers, phoff)
+}
+
+// readNotes returns the registers in notes of QEMU.
+func readNotes(file io.ReaderAt, size int64, offset, n uint64) ([]CPU, error) {
+	if n > maxNotes {
+		return nil, fmt.Errorf("notes of %d bytes: want at most %d", n, maxNotes)
+	}
+	notes := make([]byte, n)
+	if err := readAt(file, size, notes, offset); err != nil {
+		return nil, err
+	}
+	return parseNotes(notes)
+}
+
+// A segment is a piece of the guest's memory, and where it is in the file.
+type segment struct {
+	Range
+	offset int64
+}
+
+// place takes segments in order of their addresses.
+func (c *Core) place(segments []segment) error {
+	slices.SortFunc(segments, func(a, b segment) int { return cmp.Compare(a.Addr, b.Addr) })
+	for i, s := range segments {
+		if i > 0 && s.Addr < segments[i-1].Addr+segments[i-1].Len {
+			return fmt.Errorf("two segments hold address %#x", s.Addr)
+		}
+		c.extents = append(c.extents, s.Range)
+		c.offsets = append(c.offsets, s.offset)
+	}
+	if len(c.extents) == 0 {
+		return errors.New("it holds no memory")
+	}
+	return nil
 }
 
 func readAt(file io.ReaderAt, size int64, dst []byte, at uint64) error {

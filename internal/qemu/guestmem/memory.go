@@ -347,22 +347,7 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 			HVA: b.hva}
 	}
 	for i, r := range rows {
-		block := -1
-		for j, b := range listed {
-			switch {
-			case b.hva != 0:
-				if hvas[i] < b.hva || hvas[i]-b.hva >= b.total || hvas[i]-b.hva != r.offset {
-					continue
-				}
-			case b.name != r.region && !strings.HasSuffix(b.name, "/"+r.region):
-				continue
-			}
-			if block >= 0 { // two devices of a kind: which of them is not told
-				block = -1
-				break
-			}
-			block = j
-		}
+		block := blockOf(listed, r, hvas[i])
 		if block < 0 {
 			continue
 		}
@@ -383,6 +368,34 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 		blocks[i].Kind = covering(vmas, b.HVA, b.HVA+b.space())
 		blocks[i].Located = blocks[i].Kind != Unknown
 	}
+	dropWrong(blocks, wrong)
+	seen = slices.DeleteFunc(seen, func(s mapped) bool { return wrong[s.block] })
+	return blocks, seen
+}
+
+// blockOf returns the index of the block that a row of the guest's memory at an address of QEMU
+// belongs to; -1 if that is not known.
+func blockOf(listed []ramBlock, r row, hva uint64) int {
+	block := -1
+	for j, b := range listed {
+		switch {
+		case b.hva != 0:
+			if hva < b.hva || hva-b.hva >= b.total || hva-b.hva != r.offset {
+				continue
+			}
+		case b.name != r.region && !strings.HasSuffix(b.name, "/"+r.region):
+			continue
+		}
+		if block >= 0 { // two devices of a kind: nothing says which of them
+			return -1
+		}
+		block = j
+	}
+	return block
+}
+
+// dropWrong makes blocks unknown that are wrong, or that overlap, which it adds to wrong.
+func dropWrong(blocks []Block, wrong []bool) {
 	for i, a := range blocks {
 		for j, b := range blocks[:i] {
 			if a.Located && b.Located && a.HVA < b.HVA+b.Total && b.HVA < a.HVA+a.Total {
@@ -398,8 +411,6 @@ func locate(listed []ramBlock, rows []row, hvas []uint64, vmas []vma) ([]Block, 
 			blocks[i].HVA = 0
 		}
 	}
-	seen = slices.DeleteFunc(seen, func(s mapped) bool { return wrong[s.block] })
-	return blocks, seen
 }
 
 // covering returns the kind of memory that fills [start, end). It returns Unknown if a part is not

@@ -81,103 +81,135 @@ func (w *worker) span(a *area) (from, to int) {
 
 // anon maps, fills, shrinks, moves, drops, swaps out and unmaps anonymous memory.
 func (w *worker) anon(advice int) error {
-	what, largest := "anonymous", w.budget/4
-	if advice == unix.MADV_HUGEPAGE {
-		what = "anonymous huge"
+	s := &areaSet{worker: w, advice: advice, what: "anonymous", largest: w.budget / 4}
+	if s.huge() {
+		s.what = "anonymous huge"
 	}
-	var areas []*area
-	total := 0
 	for {
 		if err := w.checkNow(func() error {
-			for _, a := range areas {
-				w.checkAll(what, a)
+			for _, a := range s.areas {
+				w.checkAll(s.what, a)
 			}
 			return nil
 		}); err != nil {
 			return err
 		}
 		op := w.IntN(10)
-		if total > w.budget {
+		if s.total > w.budget {
 			op = 9
 		}
-		if len(areas) == 0 || op == 0 || total < w.budget*7/8 {
-			n := 1 << w.IntN(12)
-			n = 1 + w.IntN(min(n, largest))
-			whole := advice == unix.MADV_HUGEPAGE && w.IntN(4) > 0
-			if whole {
-				n = 1023 + w.IntN(512) // whatever its address, at least one huge page fits
-			}
-			a, err := w.mapArea(n, 0, advice)
-			if err != nil {
-				return err
-			}
-			if whole || w.IntN(2) == 0 {
-				for i := range a.seeds {
-					a.rewrite(w, i)
-				}
-			}
-			areas, total = append(areas, a), total+len(a.seeds)
-			w.did(0)
-			continue
+		var err error
+		if len(s.areas) == 0 || op == 0 || s.total < w.budget*7/8 {
+			err = s.grow()
+		} else {
+			err = s.change(op)
 		}
-		k := w.IntN(len(areas))
-		a := areas[k]
-		from, to := w.span(a)
-		switch op {
-		case 1, 2, 3: // verify and rewrite
-			for i := from; i < to; i++ {
-				w.checkPage(what, a, i)
-				a.rewrite(w, i)
-			}
-		case 4: // drop
-			for i := from; i < to; i++ {
-				w.checkPage(what, a, i)
-			}
-			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
-				unix.MADV_DONTNEED); err != nil {
-				return fmt.Errorf("madvise dontneed: %w", err)
-			}
-			clear(a.seeds[from:to])
-			if w.IntN(2) == 0 { // reading maps the page of zeroes
-				for i := from; i < to; i++ {
-					w.checkPage(what+", dropped", a, i)
-				}
-			}
-		case 5: // to swap, or what else the kernel makes of it
-			if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
-				unix.MADV_PAGEOUT); err != nil && err != unix.EINVAL {
-				return fmt.Errorf("madvise pageout: %w", err)
-			}
-		case 6: // grow, move, shrink
-			n := 1 + w.IntN(largest)
-			for i := n; i < len(a.seeds); i++ {
-				w.checkPage(what, a, i)
-			}
-			p, _, e := unix.Syscall6(unix.SYS_MREMAP, uintptr(unsafe.Pointer(&a.mem[0])),
-				uintptr(len(a.mem)), uintptr(n*pageSize), unix.MREMAP_MAYMOVE, 0, 0)
-			if e != 0 {
-				return fmt.Errorf("mremap: %w", e)
-			}
-			a.mem = bytesAt(p, n*pageSize)
-			total += n - len(a.seeds)
-			a.seeds = append(a.seeds[:min(n, len(a.seeds))],
-				make([]uint64, max(0, n-len(a.seeds)))...)
-			from, to = 0, 0
-		case 7: // verify only
-			for i := from; i < to; i++ {
-				w.checkPage(what, a, i)
-			}
-		default: // unmap
-			w.checkAll(what, a)
-			if err := munmap(a.mem); err != nil {
-				return err
-			}
-			total -= len(a.seeds)
-			areas[k] = areas[len(areas)-1]
-			areas = areas[:len(areas)-1]
+		if err != nil {
+			return err
 		}
-		w.did(to - from)
 	}
+}
+
+// An areaSet is the memory that a worker has mapped.
+type areaSet struct {
+	*worker
+	advice  int    // of madvise
+	what    string // for messages
+	largest int    // pages of an area
+	areas   []*area
+	total   int // pages of all
+}
+
+func (s *areaSet) huge() bool { return s.advice == unix.MADV_HUGEPAGE }
+
+// grow maps an area.
+func (s *areaSet) grow() error {
+	n := 1 << s.IntN(12)
+	n = 1 + s.IntN(min(n, s.largest))
+	whole := s.huge() && s.IntN(4) > 0
+	if whole {
+		n = 1023 + s.IntN(512) // whatever its address, at least one huge page fits
+	}
+	a, err := s.mapArea(n, 0, s.advice)
+	if err != nil {
+		return err
+	}
+	if whole || s.IntN(2) == 0 {
+		for i := range a.seeds {
+			a.rewrite(s.worker, i)
+		}
+	}
+	s.areas, s.total = append(s.areas, a), s.total+len(a.seeds)
+	s.did(0)
+	return nil
+}
+
+// change does something with some pages of one area.
+func (s *areaSet) change(op int) (err error) {
+	k := s.IntN(len(s.areas))
+	a := s.areas[k]
+	from, to := s.span(a)
+	verify := func(what string) {
+		for i := from; i < to; i++ {
+			s.checkPage(what, a, i)
+		}
+	}
+	switch op {
+	case 1, 2, 3: // verify and rewrite
+		for i := from; i < to; i++ {
+			s.checkPage(s.what, a, i)
+			a.rewrite(s.worker, i)
+		}
+	case 4: // drop
+		verify(s.what)
+		if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
+			unix.MADV_DONTNEED); err != nil {
+			return fmt.Errorf("madvise dontneed: %w", err)
+		}
+		clear(a.seeds[from:to])
+		if s.IntN(2) == 0 { // reading maps the page of zeroes
+			verify(s.what + ", dropped")
+		}
+	case 5: // to swap, or what else the kernel makes of it
+		if err := unix.Madvise(a.mem[from*pageSize:to*pageSize],
+			unix.MADV_PAGEOUT); err != nil && err != unix.EINVAL {
+			return fmt.Errorf("madvise pageout: %w", err)
+		}
+	case 6:
+		err = s.resize(a)
+		from, to = 0, 0
+	case 7: // verify only
+		verify(s.what)
+	default: // unmap
+		s.checkAll(s.what, a)
+		if err := munmap(a.mem); err != nil {
+			return err
+		}
+		s.total -= len(a.seeds)
+		s.areas[k] = s.areas[len(s.areas)-1]
+		s.areas = s.areas[:len(s.areas)-1]
+	}
+	if err == nil {
+		s.did(to - from)
+	}
+	return err
+}
+
+// resize grows or shrinks an area, and lets the kernel move it.
+func (s *areaSet) resize(a *area) error {
+	n := 1 + s.IntN(s.largest)
+	for i := n; i < len(a.seeds); i++ {
+		s.checkPage(s.what, a, i)
+	}
+	p, _, e := unix.Syscall6(unix.SYS_MREMAP, uintptr(unsafe.Pointer(&a.mem[0])),
+		uintptr(len(a.mem)), uintptr(n*pageSize), unix.MREMAP_MAYMOVE, 0, 0)
+	if e != 0 {
+		return fmt.Errorf("mremap: %w", e)
+	}
+	a.mem = bytesAt(p, n*pageSize)
+	s.total += n - len(a.seeds)
+	a.seeds = append(a.seeds[:min(n, len(a.seeds))], make([]uint64, max(0, n-len(a.seeds)))...)
+	return nil
 }
 
 // fork has children share the pages and then take copies of them.

@@ -20,170 +20,210 @@ type file struct {
 
 // files writes, reads, maps, moves, punches, truncates and removes files in dir.
 func (w *worker) files(dir string) error {
-	what := filepath.Base(dir) + " file"
 	buf, err := mmap(64*pageSize, 0) // aligned, for direct transfers
 	if err != nil {
 		return err
 	}
-	dir, err = os.MkdirTemp(dir, "")
-	if err != nil {
+	s := &fileSet{worker: w, what: filepath.Base(dir) + " file", buf: buf}
+	if s.dir, err = os.MkdirTemp(dir, ""); err != nil {
 		return err
 	}
-	var open []*file
-	total, serial := 0, 0
-	readAll := func(f *file) error {
-		for at := 0; at < len(f.seeds); at += 64 {
-			n := min(64, len(f.seeds)-at)
-			if err := w.read(what, f, at, buf[:n*pageSize]); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
 	for {
-		if err := w.checkNow(func() error {
-			for _, f := range open {
-				if err := readAll(f); err != nil {
-					return err
-				}
-			}
-			return nil
-		}); err != nil {
+		if err := w.checkNow(s.readAll); err != nil {
 			return err
 		}
-		op := w.IntN(12)
-		if total > w.budget {
-			op = 11
+		if err := s.change(); err != nil {
+			return err
 		}
-		if len(open) == 0 || op == 0 || total < w.budget*7/8 {
-			serial++
-			f, err := os.Create(filepath.Join(dir, fmt.Sprint("file-", serial)))
-			if err != nil {
-				return err
-			}
-			open = append(open, &file{File: f})
-			op = 1
-		}
-		k := w.IntN(len(open))
-		if op == 1 {
-			k = len(open) - 1
-		}
-		f := open[k]
-		if len(f.seeds) == 0 {
-			op = 1
-		}
-		from, to := 0, 1+w.IntN(64)
-		if len(f.seeds) > 0 {
-			from = w.IntN(len(f.seeds))
-		}
-		if op > 1 {
-			to = min(len(f.seeds)-from, to)
-		}
-		to += from
-		part := buf[:(to-from)*pageSize]
-		switch op {
-		case 1, 2: // write, beyond the end too
-			for i := range to - from {
-				w.put(f, from+i, part[i*pageSize:], &total)
-			}
-			if _, err := f.WriteAt(part, int64(from)*pageSize); err != nil {
-				if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.ENOMEM) {
-					return fmt.Errorf("%s of %d pages, %d in all: %w", what, len(f.seeds), total,
-						err)
-				}
-				return err
-			}
-		case 3, 4, 5: // read
-			if err := w.read(what, f, from, part); err != nil {
-				return err
-			}
-		case 6: // from the disk
-			if err := f.Sync(); err != nil {
-				return err
-			}
-			if err := unix.Fadvise(int(f.Fd()), int64(from)*pageSize, int64(len(part)),
-				unix.FADV_DONTNEED); err != nil {
-				return err
-			}
-			if w.IntN(3) == 0 {
-				direct, err := os.OpenFile(f.Name(), os.O_RDONLY|unix.O_DIRECT, 0)
-				if err == nil { // tmpfs has none before 6.6
-					err = w.read(what+", direct", &file{direct, f.seeds}, from, part)
-					direct.Close()
-					if err != nil {
-						return err
-					}
-				}
-			} else if err := w.read(what+", read anew", f, from, part); err != nil {
-				return err
-			}
-		case 7, 8: // through a mapping
-			shared := unix.MAP_SHARED
-			if w.IntN(3) == 0 {
-				shared = unix.MAP_PRIVATE
-			}
-			mem, err := unix.Mmap(int(f.Fd()), int64(from)*pageSize, len(part),
-				unix.PROT_READ|unix.PROT_WRITE, shared)
-			if err != nil {
-				return fmt.Errorf("map %s: %w", what, err)
-			}
-			for i := range to - from {
-				p := mem[i*pageSize : (i+1)*pageSize]
-				if !w.check(what+", mapped", p, f.seeds[from+i], addressOf(p)) {
-					f.seeds[from+i] = w.seed()
-					w.fill(p, f.seeds[from+i])
-				}
-				if w.IntN(3) == 0 {
-					s := w.seed()
-					w.fill(p, s)
-					if shared == unix.MAP_SHARED {
-						f.seeds[from+i] = s
-					}
-				}
-			}
-			if err := unix.Munmap(mem); err != nil {
-				return err
-			}
-		case 9: // a hole
-			if err := w.read(what, f, from, part); err != nil {
-				return err
-			}
-			if err := unix.Fallocate(int(f.Fd()),
-				unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(from)*pageSize,
-				int64(len(part))); err != nil {
-				return fmt.Errorf("punch hole: %w", err)
-			}
-			clear(f.seeds[from:to])
-		case 10: // shorter
-			if err := f.Truncate(int64(from) * pageSize); err != nil {
-				return err
-			}
-			total -= len(f.seeds) - from
-			f.seeds = f.seeds[:from]
-		default: // remove
-			if err := readAll(f); err != nil {
-				return err
-			}
-			if err := os.Remove(f.Name()); err != nil {
-				return err
-			}
-			f.Close()
-			total -= len(f.seeds)
-			open[k] = open[len(open)-1]
-			open = open[:len(open)-1]
-		}
-		w.did(to - from)
 	}
 }
 
+// A fileSet is the files that a worker has open.
+type fileSet struct {
+	*worker
+	what   string // for messages
+	dir    string
+	buf    []byte
+	open   []*file
+	serial int // of the last one
+	total  int // pages of all
+}
+
+func (s *fileSet) readAll() error {
+	for _, f := range s.open {
+		if err := s.readWhole(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *fileSet) readWhole(f *file) error {
+	for at := 0; at < len(f.seeds); at += 64 {
+		n := min(64, len(f.seeds)-at)
+		if err := s.read(s.what, f, at, s.buf[:n*pageSize]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// change does something with some pages of one file.
+func (s *fileSet) change() error {
+	op := s.IntN(12)
+	if s.total > s.budget {
+		op = 11
+	}
+	if len(s.open) == 0 || op == 0 || s.total < s.budget*7/8 {
+		s.serial++
+		f, err := os.Create(filepath.Join(s.dir, fmt.Sprint("file-", s.serial)))
+		if err != nil {
+			return err
+		}
+		s.open = append(s.open, &file{File: f})
+		op = 1
+	}
+	k := s.IntN(len(s.open))
+	if op == 1 {
+		k = len(s.open) - 1
+	}
+	f := s.open[k]
+	if len(f.seeds) == 0 {
+		op = 1
+	}
+	from, to := 0, 1+s.IntN(64)
+	if len(f.seeds) > 0 {
+		from = s.IntN(len(f.seeds))
+	}
+	if op > 1 {
+		to = min(len(f.seeds)-from, to)
+	}
+	to += from
+	part := s.buf[:(to-from)*pageSize]
+	var err error
+	switch op {
+	case 1, 2:
+		err = s.write(f, from, part)
+	case 3, 4, 5:
+		err = s.read(s.what, f, from, part)
+	case 6:
+		err = s.readAnew(f, from, part)
+	case 7, 8:
+		err = s.throughMapping(f, from, len(part))
+	case 9:
+		err = s.punch(f, from, part)
+	case 10: // shorter
+		if err = f.Truncate(int64(from) * pageSize); err == nil {
+			s.total -= len(f.seeds) - from
+			f.seeds = f.seeds[:from]
+		}
+	default:
+		err = s.remove(k)
+	}
+	if err == nil {
+		s.did(to - from)
+	}
+	return err
+}
+
+// write writes pages, beyond the end too.
+func (s *fileSet) write(f *file, from int, part []byte) error {
+	for i := range len(part) / pageSize {
+		s.put(f, from+i, part[i*pageSize:(i+1)*pageSize])
+	}
+	_, err := f.WriteAt(part, int64(from)*pageSize)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.ENOMEM) {
+		return fmt.Errorf("%s of %d pages, %d in all: %w", s.what, len(f.seeds), s.total, err)
+	}
+	return err
+}
+
 // put chooses the content of page i of a file that will be written.
-func (w *worker) put(f *file, i int, p []byte, total *int) {
+func (s *fileSet) put(f *file, i int, p []byte) {
 	for len(f.seeds) <= i {
 		f.seeds = append(f.seeds, 0)
-		*total++
+		s.total++
 	}
-	f.seeds[i] = w.seed()
-	w.fill(p, f.seeds[i])
+	f.seeds[i] = s.seed()
+	s.fill(p, f.seeds[i])
+}
+
+// readAnew reads pages from the disk.
+func (s *fileSet) readAnew(f *file, from int, part []byte) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := unix.Fadvise(int(f.Fd()), int64(from)*pageSize, int64(len(part)),
+		unix.FADV_DONTNEED); err != nil {
+		return err
+	}
+	if s.IntN(3) != 0 {
+		return s.read(s.what+", read anew", f, from, part)
+	}
+	direct, err := os.OpenFile(f.Name(), os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil { // tmpfs has none before 6.6
+		return nil
+	}
+	defer direct.Close()
+	return s.read(s.what+", direct", &file{direct, f.seeds}, from, part)
+}
+
+// throughMapping verifies pages through a mapping, and rewrites some.
+func (s *fileSet) throughMapping(f *file, from, size int) error {
+	shared := unix.MAP_SHARED
+	if s.IntN(3) == 0 {
+		shared = unix.MAP_PRIVATE
+	}
+	mem, err := unix.Mmap(int(f.Fd()), int64(from)*pageSize, size,
+		unix.PROT_READ|unix.PROT_WRITE, shared)
+	if err != nil {
+		return fmt.Errorf("map %s: %w", s.what, err)
+	}
+	for i := range size / pageSize {
+		p := mem[i*pageSize : (i+1)*pageSize]
+		if !s.check(s.what+", mapped", p, f.seeds[from+i], addressOf(p)) {
+			f.seeds[from+i] = s.seed()
+			s.fill(p, f.seeds[from+i])
+		}
+		if s.IntN(3) == 0 {
+			seed := s.seed()
+			s.fill(p, seed)
+			if shared == unix.MAP_SHARED {
+				f.seeds[from+i] = seed
+			}
+		}
+	}
+	return unix.Munmap(mem)
+}
+
+// punch makes a hole of pages.
+func (s *fileSet) punch(f *file, from int, part []byte) error {
+	if err := s.read(s.what, f, from, part); err != nil {
+		return err
+	}
+	if err := unix.Fallocate(int(f.Fd()),
+		unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(from)*pageSize,
+		int64(len(part))); err != nil {
+		return fmt.Errorf("punch hole: %w", err)
+	}
+	clear(f.seeds[from : from+len(part)/pageSize])
+	return nil
+}
+
+// remove removes the file at a place.
+func (s *fileSet) remove(k int) error {
+	f := s.open[k]
+	if err := s.readWhole(f); err != nil {
+		return err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return err
+	}
+	f.Close()
+	s.total -= len(f.seeds)
+	s.open[k] = s.open[len(s.open)-1]
+	s.open = s.open[:len(s.open)-1]
+	return nil
 }
 
 // read reads and verifies pages of a file from page "from" on.

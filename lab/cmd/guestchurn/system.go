@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"vacate/lab/churnproto"
+	"vacate/lab/guestmodules"
 )
 
 // system is what the guest offers to the load.
@@ -67,7 +67,7 @@ func setUp() (*system, error) {
 			s.workers = strings.Split(v, ",")
 		}
 	}
-	if err := loadModules(); err != nil {
+	if err := guestmodules.Load("/modules"); err != nil {
 		return nil, err
 	}
 	if s.memKiB, err = meminfo("MemTotal"); err != nil {
@@ -155,41 +155,6 @@ func swapOn(dev string) error {
 	}
 	if _, _, e := unix.Syscall(unix.SYS_SWAPON, uintptr(unsafe.Pointer(name)), 0, 0); e != 0 {
 		return fmt.Errorf("swapon: %w", e)
-	}
-	return nil
-}
-
-func loadModules() error {
-	files, err := filepath.Glob("/modules/*")
-	for len(files) > 0 {
-		var waiting []string
-		for _, name := range files {
-			if err = loadModule(name); errors.Is(err, unix.ENOENT) {
-				waiting = append(waiting, name) // it needs another one first
-			} else if err != nil {
-				return fmt.Errorf("load module %s: %w", name, err)
-			}
-		}
-		if len(waiting) == len(files) {
-			return fmt.Errorf("load module %s: it needs one that is not in the image", waiting[0])
-		}
-		files, err = waiting, nil
-	}
-	return err
-}
-
-func loadModule(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var flags int
-	if filepath.Ext(name) != ".ko" {
-		flags = unix.MODULE_INIT_COMPRESSED_FILE
-	}
-	if err := unix.FinitModule(int(f.Fd()), "", flags); err != unix.EEXIST {
-		return err
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vacate/lab/guestmodules"
 	lp "vacate/lab/loadproto"
 )
 
@@ -39,7 +40,7 @@ func run() error {
 
 // prepare has the guest ready for the load.
 func prepare() error {
-	if err := loadModules("/modules"); err != nil {
+	if err := guestmodules.Load("/modules"); err != nil {
 		return err
 	}
 	p, err := readParams()

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vacate/lab/guestmodules"
 	"vacate/lab/loadproto"
 )
 
@@ -170,44 +171,6 @@ func mountAll() error {
 	return nil
 }
 
-// loadModules loads what the lab put into the image. Which module needs which
-// differs between kernels: one that lacks another's symbols is tried again as
-// long as others get in.
-func loadModules(dir string) error {
-	files, err := filepath.Glob(dir + "/*")
-	for len(files) > 0 {
-		var waiting []string
-		for _, name := range files {
-			if err = loadModule(name); err == unix.ENOENT {
-				waiting = append(waiting, name)
-			} else if err != nil {
-				return fmt.Errorf("load module %s: %w", name, err)
-			}
-		}
-		if len(waiting) == len(files) {
-			return fmt.Errorf("load module %s: it needs one that is not in the image", waiting[0])
-		}
-		files, err = waiting, nil
-	}
-	return err
-}
-
-func loadModule(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var flags int
-	if !strings.HasSuffix(name, ".ko") { // but .ko.xz, for the kernel to unpack
-		flags = unix.MODULE_INIT_COMPRESSED_FILE
-	}
-	if err := unix.FinitModule(int(f.Fd()), "", flags); err != unix.EEXIST {
-		return err
-	}
-	return nil
-}
-
 // portWait is how long a driver may take to find a port.
 const portWait = 10 * time.Second
 
@@ -279,7 +242,7 @@ func begin(cmd *exec.Cmd) error {
 // begin mounts the server's disk, and starts it there.
 func (s *server) begin() error {
 	const disk, root = "/dev/vdb", "/server"
-	if err := loadModules("/disk-modules"); err != nil {
+	if err := guestmodules.Load("/disk-modules"); err != nil {
 		return err
 	}
 	for begun := time.Now(); ; time.Sleep(20 * time.Millisecond) {

@@ -119,6 +119,34 @@ on each makes one Ethernet of both, in which clients are, too.`)
 			}
 		}
 	}()
+	if err := d.contend(ctx, l, site, vms); err != nil {
+		return err
+	}
+	if err := d.starve(ctx, l, site); err != nil {
+		return err
+	}
+	began, err := d.relieve(ctx, l, site)
+	if err != nil {
+		return err
+	}
+	time.Sleep(3 * time.Second)
+	moved, stayed := vms[0], vms[1]
+	e, err := site.last(ctx, l.A)
+	if err != nil {
+		return err
+	}
+	if e.Vm == stayed.name {
+		moved, stayed = stayed, moved
+	}
+	d.compareRates(moved, stayed, began)
+	if err := d.write(ctx, site, l, e, moved, stayed); err != nil {
+		return err
+	}
+	return d.verify(ctx, moved, stayed)
+}
+
+// contend boots VMs on host a, and lets their clients want more than its core.
+func (d *demo) contend(ctx context.Context, l *lab.Lab, site *demoSite, vms []*demoVM) error {
 	for _, v := range vms {
 		if err := d.boot(ctx, l, site, v); err != nil {
 			return err
@@ -135,6 +163,11 @@ on each makes one Ethernet of both, in which clients are, too.`)
 own kernel, Debian's memcached. A client of each reads and writes values, as many as six
 tenths of a core can answer, checks each that it reads, and keeps its %d connections. There
 is one core for both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].vm.Spec.QEMU.Version, vms[0].vm.Spec.Accel, bench.UsualClients.Connections, perSecond(vms[0].client, now.Add(-time.Second), now), perSecond(vms[1].client, now.Add(-time.Second), now))
+	return nil
+}
+
+// starve starts the daemons, and shows how the VMs starve.
+func (d *demo) starve(ctx context.Context, l *lab.Lab, site *demoSite) error {
 	d.say(`Each host has a certificate (vacate certs init, vacate certs issue), descriptions
 of the VMs, and a daemon, vacated, which has the other as its peer:`)
 	for _, h := range []*lab.Host{l.A, l.B} {
@@ -153,13 +186,18 @@ of the VMs, and a daemon, vacated, which has the other as its peer:`)
 		return err
 	}
 	d.quote(said)
+	return nil
+}
+
+// relieve relieves host a, and returns when the eviction began.
+func (d *demo) relieve(ctx context.Context, l *lab.Lab, site *demoSite) (began time.Time,
+	err error) {
 	d.say(`The operator runs
 
      vacate relieve
 
 which predicts what comes of evicting each VM, and evicts the best:`)
 	fmt.Fprintln(d.out)
-	var began time.Time
 	for tries := 3; ; tries-- {
 		began = time.Now()
 		relieve := site.command(ctx, l.A, "relieve")
@@ -172,20 +210,12 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 			fmt.Fprintln(d.out)
 			continue
 		}
-		if err != nil {
-			return err
-		}
-		break
+		return began, err
 	}
-	time.Sleep(3 * time.Second)
-	moved, stayed := vms[0], vms[1]
-	e, err := site.last(ctx, l.A)
-	if err != nil {
-		return err
-	}
-	if e.Vm == stayed.name {
-		moved, stayed = stayed, moved
-	}
+}
+
+// compareRates says how many requests the VMs answer now, and did before.
+func (d *demo) compareRates(moved, stayed *demoVM, began time.Time) {
 	end := time.Now()
 	d.say(`%s runs on host b now, and %s has the core of host a for itself. %s answers
 %.0f requests a second now, %.0f before; %s %.0f, %.0f before. The longest silence that a
@@ -193,10 +223,11 @@ client of %[1]s saw was %[9]d ms.`, moved.name, stayed.name, moved.name, perSeco
 		stayed.name, perSecond(stayed.client, end.Add(-2*time.Second), end),
 		perSecond(stayed.client, began.Add(-2*time.Second), began),
 		moved.client.Stats().Silence.Milliseconds())
-	if err := d.write(ctx, site, l, e, moved, stayed); err != nil {
-		return err
-	}
-	for _, v := range vms {
+}
+
+// verify says whether a client or the guest noticed anything.
+func (d *demo) verify(ctx context.Context, moved, stayed *demoVM) error {
+	for _, v := range []*demoVM{moved, stayed} {
 		s := v.client.Stop()
 		if s.Wrong != 0 || s.Broken != 0 {
 			return errors.Join(
