@@ -108,7 +108,7 @@ func TestOverwrite(t *testing.T) {
 		byName := map[string]*OverwriteResult{}
 		for done, n := 0, 0; done < *stopsFlag && !t.Failed(); n++ {
 			c := variants[n%len(variants)]
-			c.Kernel, c.Seed = k, uint64(time.Now().UnixNano())
+			c.Kernel, c.Seed = k, labtest.Seed(t)+uint64(n)
 			stops := min(*perFlag, *stopsFlag-done)
 			t.Run(fmt.Sprint(n), func(t *testing.T) {
 				g := start(t, l, c)
@@ -153,7 +153,7 @@ func TestOverwrite(t *testing.T) {
 func TestCompare(t *testing.T) {
 	l := newLab(t)
 	eachKernel(t, func(t *testing.T, k lab.Kernel) {
-		g := start(t, l, Config{Kernel: k, Seed: uint64(time.Now().UnixNano())})
+		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
 		var c Comparison
 		for range *snapsFlag {
 			if err := Compare(t.Context(), g, &c); err != nil {
@@ -192,7 +192,7 @@ func TestSensitivity(t *testing.T) {
 		t.Fatalf("no target %q", *targetsFlag)
 	}
 	eachKernel(t, func(t *testing.T, k lab.Kernel) {
-		g := start(t, l, Config{Kernel: k, Seed: uint64(time.Now().UnixNano())})
+		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
 		time.Sleep(5 * time.Second)
 		var trials []Trial
 		tables := func() {

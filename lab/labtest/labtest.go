@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -45,6 +46,22 @@ func Dir(t testing.TB) string {
 		}
 		dir = up
 	}
+}
+
+// Seed returns what a test's chance begins with: VACATE_SEED if that is set, else another number
+// each time. When the test fails, it says which.
+func Seed(t testing.TB) uint64 {
+	t.Helper()
+	seed, err := strconv.ParseUint(os.Getenv("VACATE_SEED"), 10, 64)
+	if err != nil {
+		seed = uint64(time.Now().UnixNano())
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("VACATE_SEED=%d lets chance take the same turns again", seed)
+		}
+	})
+	return seed
 }
 
 // New makes a lab, or skips the test where none can be made, as Need has it.

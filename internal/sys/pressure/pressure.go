@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"vacate/internal/sys/process"
+	"vacate/internal/sys/room"
 
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
@@ -134,18 +135,12 @@ func (f files) host(cpus map[int64]bool) (Host, error) {
 	if h.CPUs == 0 {
 		return h, fmt.Errorf("%s/stat has none of the CPUs that may be used", f.proc)
 	}
-	mem, err := proc.Meminfo()
+	b, err := os.ReadFile(path.Join(f.proc, "meminfo"))
 	if err != nil {
 		return h, err
 	}
-	kib := func(n *uint64) uint64 {
-		if n == nil {
-			return 0
-		}
-		return *n << 10
-	}
-	h.Memory = Memory{kib(mem.MemTotal), kib(mem.MemAvailable), kib(mem.SwapTotal),
-		kib(mem.SwapFree)}
+	mem := room.Meminfo(b)
+	h.Memory = Memory{mem["MemTotal"], mem["MemAvailable"], mem["SwapTotal"], mem["SwapFree"]}
 	vm, err := readKeys(path.Join(f.proc, "vmstat"))
 	if err != nil {
 		return h, err
