@@ -2,7 +2,7 @@
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time),
-# REFUSALS and KVM (rounds), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
+# REFUSALS and KVM (rounds), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -36,7 +36,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint generate chaos refusals kvm configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint generate chaos refusals kvm nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,19 +76,22 @@ fuzz: ## every fuzz target for FUZZTIME (10s)
 #   G104 errors not looked at: closing, farewells to a peer that may be gone, clean-up after an error that is reported
 #   G115 conversions of integers: lengths and page numbers are bounded when they are read, which fuzz tests try
 #   G204, G304 commands and files by variables: an operator's own, or of the host's own descriptions, never a peer's
-GOSEC = github.com/securego/gosec/v2/cmd/gosec@v2.30.0 -quiet -exclude-generated -exclude=G103,G104,G115,G204,G304
+GOSEC = gosec -quiet -exclude-generated -exclude=G103,G104,G115,G204,G304
 
-MISSPELL = github.com/golangci/misspell/cmd/misspell@v0.7.0 -error
+MISSPELL = misspell -error
 
-lint: ## gofmt, go vet, staticcheck, gosec, and of prose: links, lines, phrases, spelling
+# Linters that would bring many modules with them have a go.mod of their own.
+TOOL = $(GO) tool -modfile=tools/go.mod
+
+lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links, phrases, spelling
 	@files=$$(find . -name '*.go' -not -path './.lab/*' | xargs gofmt -l) && \
 	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
-	$(GO) run $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
-	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Picture)|CommentStyle)$$' .
-	find . -name '*.md' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) {} +
-	find . -name '*.go' -not -path './.lab/*' -exec $(GO) run $(MISSPELL) -source go {} +
+	$(TOOL) $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
+	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Picture)|CommentStyle|CodeColumns)$$' .
+	find . -name '*.md' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) {} +
+	find . -name '*.go' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) -source go {} +
 
 generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
 	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }
@@ -111,6 +114,20 @@ kvm: deps ## evict the bare guest, under KVM where that works, KVM (4) times wit
 	@mkdir -p .lab
 	set -o pipefail; VACATE_REQUIRE=1 VACATE_KVM=$(KVM) VACATE_KVM_RESULT=$(CURDIR)/.lab/kvm.md $(GO) test -count=1 -timeout 2h -run '^TestKVM$$' -v ./internal/evict >.lab/kvm.log 2>&1 || { grep -E '^ *--- FAIL' .lab/kvm.log; false; }
 	@cat .lab/kvm.md
+
+NIGHT = 6h
+
+nightly: deps ## what takes a night, with new turns of chance: fuzzing, faults, long campaigns; results in .lab/nightly (root)
+	mkdir -p .lab/nightly
+	$(MAKE) -k fuzz refusals chaos kvm campaigns FUZZTIME=1m
+	cp .lab/faults.md .lab/kvm.md .lab/nightly/
+	@echo "docs/results has the results of the last night that was kept: compare, and copy from .lab/nightly"
+
+campaigns: deps ## with all guest kernels: overwrite what counts as free, and evict guests that verify every byte (root; hours)
+	mkdir -p .lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./lab/churn -run '^TestOverwrite$$' -kernel all -stops 1000 -out $(CURDIR)/.lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestChurn$$' -kernel all -evictions 100 -out $(CURDIR)/.lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestBackports$$'
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)

@@ -278,6 +278,51 @@ func TestCommentStyle(t *testing.T) {
 	}
 }
 
+// TestCodeColumns holds code to the same length of lines. Lines with a long string, rows of tables
+// and lines with a reason for gosec may be longer.
+func TestCodeColumns(t *testing.T) {
+	for _, files := range packages(t) {
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set := token.NewFileSet()
+			f, err := parser.ParseFile(set, file, text, parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ast.IsGenerated(f) {
+				continue
+			}
+			excused := map[int]bool{}
+			excuse := func(n ast.Node) {
+				for i := set.Position(n.Pos()).Line; i <= set.Position(n.End()).Line; i++ {
+					excused[i] = true
+				}
+			}
+			ast.Inspect(f, func(n ast.Node) bool {
+				if s, ok := n.(*ast.BasicLit); ok && s.Kind == token.STRING && len(s.Value) > 30 {
+					excuse(s)
+				}
+				return true
+			})
+			for _, group := range f.Comments { // TestCommentStyle looks at them
+				for _, c := range group.List {
+					excuse(c)
+				}
+			}
+			for i, line := range strings.Split(string(text), "\n") {
+				row := strings.HasPrefix(strings.TrimSpace(line), "{")
+				width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
+				if width > wide && !excused[i+1] && !row {
+					t.Errorf("%s:%d: %d columns: break the line at %d", file, i+1, width, wide)
+				}
+			}
+		}
+	}
+}
+
 // TestDocsStates holds the documents to the states and metrics that there are.
 func TestDocsStates(t *testing.T) {
 	read := func(file string) string {

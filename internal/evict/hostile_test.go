@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode"
@@ -112,6 +113,7 @@ var complaint = regexp.MustCompile(
 
 // TestHostileAgents: an agent can spoil the order at worst.
 func TestHostileAgents(t *testing.T) {
+	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Agent: true,
 		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
@@ -277,9 +279,34 @@ func flood(c net.Conn, size int, fill func([]byte)) {
 	}
 }
 
+// chance is what is random in the tests of this file.
+var chance = rand.New(&dice)
+
+var dice seeded
+
+// seeded is a source that several goroutines may use.
+type seeded struct {
+	mu  sync.Mutex
+	pcg rand.PCG // guarded by mu
+}
+
+// Uint64 implements rand.Source.
+func (s *seeded) Uint64() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pcg.Uint64()
+}
+
+func (s *seeded) seed(t *testing.T) {
+	n := labtest.Seed(t)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.pcg.Seed(n, 0)
+}
+
 func random(b []byte) {
 	for i := range b {
-		b[i] = byte(rand.Uint32())
+		b[i] = byte(chance.Uint32())
 	}
 }
 
@@ -543,6 +570,7 @@ func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSi
 // eviction goes on, at worst in plain order and with nothing left out. What is broken is put
 // right before the guest runs on, so that it can tell whether its memory is whole.
 func TestHostileKernels(t *testing.T) {
+	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256,
 		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
@@ -561,7 +589,7 @@ func TestHostileKernels(t *testing.T) {
 			last := uint64(0)
 			v.change(func(page []uint64) {
 				for i, w := range page {
-					if isPointer(w) && rand.Uint64N(one) == 0 {
+					if isPointer(w) && chance.Uint64N(one) == 0 {
 						if last != 0 {
 							page[i] = last
 						}
@@ -633,9 +661,9 @@ func TestHostileKernels(t *testing.T) {
 			}
 		}},
 		{name: "descriptors at random", frozen: descriptors(func(d []uint64) {
-			if rand.IntN(8) == 0 {
-				d[rand.IntN(8)] = []uint64{0, ^uint64(0), rand.Uint64(),
-					1 << rand.IntN(64)}[rand.IntN(4)]
+			if chance.IntN(8) == 0 {
+				d[chance.IntN(8)] = []uint64{0, ^uint64(0), chance.Uint64(),
+					1 << chance.IntN(64)}[chance.IntN(4)]
 			}
 		})},
 		{name: "lists in circles", frozen: func(v *victim) {
@@ -654,7 +682,7 @@ func TestHostileKernels(t *testing.T) {
 		{name: "lists mixed up", frozen: shuffle(1, pageclass.PageDescriptors)},
 		{name: "huge orders", frozen: descriptors(func(d []uint64) {
 			if isPointer(d[1]) && d[5] <= 10 {
-				d[5] = []uint64{10, 11, 63, 64, 1 << 40, ^uint64(0)}[rand.IntN(6)]
+				d[5] = []uint64{10, 11, 63, 64, 1 << 40, ^uint64(0)}[chance.IntN(6)]
 			}
 		})},
 		{name: "all alike", frozen: func(v *victim) { // a block of free pages, every one of them
@@ -675,8 +703,8 @@ func TestHostileKernels(t *testing.T) {
 		{name: "page tables of garbage", frozen: func(v *victim) {
 			v.change(func(page []uint64) {
 				for i := range page {
-					if rand.IntN(4) == 0 {
-						page[i] = rand.Uint64()&^0xfff&(1<<28-1) | 0x67
+					if chance.IntN(4) == 0 {
+						page[i] = chance.Uint64()&^0xfff&(1<<28-1) | 0x67
 					}
 				}
 			}, pageclass.UserPageTable)

@@ -120,7 +120,8 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	again := 0
 	defer func() {
 		if !errors.Is(err, ErrLeft) {
-			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again, why.Error()})
+			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again,
+				why.Error()})
 		}
 	}()
 	pause := time.Duration(0)
@@ -322,5 +323,6 @@ func (e *source) noteRan(ran time.Duration) {
 
 // notThere tells whether an error of reaching a QEMU says that it has ended.
 func notThere(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, qmp.ErrClosed) || errors.Is(err, errAnother)
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) ||
+		errors.Is(err, qmp.ErrClosed) || errors.Is(err, errAnother)
 }

@@ -90,7 +90,10 @@ func TestFigures(t *testing.T) {
 	for why := range pushorder.Reasons {
 		trace.Reasons = append(trace.Reasons, why.String())
 	}
-	steps[pushorder.Planned], steps[pushorder.Skipped], steps[pushorder.Unused], steps[pushorder.Before] = 512, 1<<20, 1<<20, 1<<20
+	steps[pushorder.Planned] = 512
+	for _, why := range []pushorder.Reason{pushorder.Skipped, pushorder.Unused, pushorder.Before} {
+		steps[why] = 1 << 20
+	}
 	trace.Pages = [][]uint32{steps}
 	said := figures(t, Eviction{VM: "web1", Outcome: "completed", Trace: trace,
 		Report: evict.Report{

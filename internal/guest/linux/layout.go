@@ -16,7 +16,8 @@ type layout struct {
 	mapShift, refShift                         uint8 // _mapcount and _refcount in the word counts
 
 	// Masks for the word flags. Those that a kernel does not have are 0.
-	lruBit, headBit, slab, hwpoison, reserved, swapbacked, active, workingset, dirty, reported, allFlags uint64
+	lruBit, headBit, slab, hwpoison, reserved, swapbacked uint64
+	active, workingset, dirty, reported, allFlags         uint64
 
 	// Types of pages that are in _mapcount. From 6.12 its top byte is the type, before that
 	// all of it is. typeWords holds the latter, typeBytes the former.
