@@ -36,7 +36,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint generate chaos refusals kvm nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links
 	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Picture)|CommentStyle|CodeColumns)$$' .
 	find . -name '*.md' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) {} +
 	find . -name '*.go' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) -source go {} +
+
+alerts: ## promtool on the alert rules and on what the dashboard asks (takes Debian's promtool, 19 MB, if there is none)
+	@scripts/check-alerts
 
 generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
 	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }

@@ -79,7 +79,7 @@ func (v *eviction) restoreHuge() {
 			err = v.entry.Keep(evict.KeptHuge, b)
 		}
 		if err != nil {
-			log.Warn("the journal does not take it that the VM has its huge pages", "error", err)
+			log.Warn("cannot record in the journal that the VM has its huge pages", "error", err)
 		}
 	})
 }
