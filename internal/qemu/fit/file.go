@@ -228,6 +228,11 @@ func unsure(fs string) bool {
 		strings.HasPrefix(fs, "fuse")
 }
 
+// OfOneHost reports whether a file lies on a file system that only one host mounts at a time.
+func (f File) OfOneHost() bool {
+	return !f.Block && !slices.Contains(numbered, f.FS) && !unsure(f.FS)
+}
+
 // Sameness is what two hosts' looks at a file amount to.
 type Sameness int
 
@@ -274,7 +279,7 @@ func SameFile(a, b File, oneKernel bool) (Sameness, string) {
 		return Unproven, "the devices have no names that are the same everywhere"
 	}
 	for _, f := range []File{a, b} {
-		if !slices.Contains(numbered, f.FS) && !unsure(f.FS) {
+		if f.OfOneHost() {
 			return separate(fmt.Sprintf("each host has its own file, on %s",
 				either(f.FS, "an unknown file system")))
 		}

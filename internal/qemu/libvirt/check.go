@@ -20,6 +20,17 @@ type Policy struct {
 	Networks  []string // libvirt's networks, and bridges of the host
 }
 
+// Valid says what is wrong with a policy.
+func (p Policy) Valid() error {
+	for _, path := range append(slices.Clone(p.Emulators), p.Paths...) {
+		named := strings.Contains(path, ":") && !strings.HasPrefix(path, "/")
+		if !named && (!filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/") {
+			return fmt.Errorf("%.200q: want an absolute path, and not all of them", path)
+		}
+	}
+	return nil
+}
+
 // A Checked description is safe for this host's libvirt.
 type Checked struct {
 	Name string

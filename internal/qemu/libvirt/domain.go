@@ -152,6 +152,8 @@ type Info struct {
 	State      State
 	Persistent bool
 	Autostart  bool
+	Memory     uint64 // bytes that it has at most
+	VCPUs      int
 	Metadata   Metadata
 }
 
@@ -232,6 +234,18 @@ func (c *Conn) Info(ctx context.Context, d Domain) (Info, error) {
 		}
 		info.Autostart = autostart != 0
 	}
+	type size struct {
+		memory uint64
+		vcpus  int
+	}
+	n, err := call(ctx, c, "tell the size of the domain "+d.Name, func() (size, error) {
+		_, kib, _, vcpus, _, err := c.l.DomainGetInfo(d.raw())
+		return size{kib << 10, int(vcpus)}, err
+	})
+	if err != nil {
+		return info, err
+	}
+	info.Memory, info.VCPUs = n.memory, n.vcpus
 	info.Metadata, err = c.metadata(ctx, d)
 	return info, err
 }
@@ -375,4 +389,12 @@ func (c *Conn) SetAutostart(ctx context.Context, d Domain, on bool) error {
 		"set the autostart of the domain "+d.Name,
 		func() error { return c.l.DomainSetAutostart(d.raw(), v) },
 	)
+}
+
+// Snapshots returns how many snapshots libvirt has of a domain.
+func (c *Conn) Snapshots(ctx context.Context, d Domain) (int, error) {
+	return call(ctx, c, "count the snapshots of the domain "+d.Name, func() (int, error) {
+		n, err := c.l.DomainSnapshotNum(d.raw(), 0)
+		return int(n), err
+	})
 }

@@ -177,13 +177,18 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 }
 
 // NewClient is Dial for a connection that is there: one that somebody made who speaks for QEMU,
-// such as package libvirt. It closes conn after an error.
+// such as package libvirt. So PeerPID is the process that runs the virtual CPUs. It closes conn
+// after an error.
 func NewClient(ctx context.Context, conn *net.UnixConn) (*Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, greetingLimit)
 	defer cancel()
 	c, err := handshake(ctx, conn, uint64(time.Now().UnixMicro()))
 	if err != nil {
 		return nil, fmt.Errorf("begin with a QMP monitor: %w", err)
+	}
+	if c.pid, _, err = c.Process(ctx); err != nil {
+		c.Close()
+		return nil, err
 	}
 	return c, nil
 }
