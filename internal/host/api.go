@@ -155,6 +155,7 @@ func (h api) ListVMs(ctx context.Context,
 	for _, vm := range vms {
 		r.Vms = append(r.Vms, h.look(ctx, vm))
 	}
+	h.listDomains(ctx, vms, r)
 	return connect.NewResponse(r), nil
 }
 

@@ -49,6 +49,16 @@ import (
 //	                                      # with code 0 if it did; default: none
 //	fence_time = "2m"                     # how long that may take
 //
+//	[libvirt]                             # know this host's libvirt, too; default: no
+//	uri       = "qemu:///system"          # or "qemu:///session", or the path of its socket
+//	paths     = ["/srv/vms"]              # domains of other hosts may name files below these;
+//	                                      # "rbd:vms" is the images of a pool; default: none
+//	networks  = ["default", "br0"]        # they may be on these networks and bridges; "user" is
+//	                                      # QEMU's own; default: none
+//	emulators = ["/usr/bin/qemu-system-x86_64"]
+//	                                      # they may be run by these; default: those of Debian
+//	                                      # and Red Hat
+//
 //	[guard]                               # evict by itself when overloaded; default: never
 //	goal       = "cpu<111%"               # what this host shall reach: see relief.ParseGoal
 //	max_load   = 0.8                      # most CPU wanted for each core there
@@ -59,7 +69,8 @@ import (
 //	concurrent = 1                        # how many evictions there may be at once
 //	interval   = "5s"                     # how long each measurement takes
 //
-// All but peers has the default shown, except for listen, metrics, api and guard, which are off.
+// All but peers has the default shown, except for listen, metrics, api, libvirt and guard, which
+// are off.
 // With
 //
 //	plain = true                          # no TLS: others can read and forge memory
@@ -81,7 +92,8 @@ type Config struct {
 	HugePages bool            `toml:"huge_pages"`
 	API       API             `toml:"api"`
 	Peers     map[string]Peer `toml:"peers"`
-	Guard     *Guard          `toml:"guard"` // nil: off
+	Guard     *Guard          `toml:"guard"`   // nil: off
+	Libvirt   *Libvirt        `toml:"libvirt"` // nil: it is not asked
 }
 
 // Guard is when, and how, the daemon evicts by itself. What is not set has its default.
@@ -234,6 +246,11 @@ func (c Config) check() error {
 	}
 	if c.GiveBack < 0 || c.GiveBack > maxGiveBack {
 		return fmt.Errorf("give_back = %v: want 0, which is off, to %v", c.GiveBack, maxGiveBack)
+	}
+	if c.Libvirt != nil {
+		if err := c.Libvirt.check(); err != nil {
+			return fmt.Errorf("libvirt: %w", err)
+		}
 	}
 	if c.Guard != nil {
 		if _, err := c.Guard.policy(); err != nil {

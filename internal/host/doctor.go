@@ -26,7 +26,10 @@ type question struct {
 	Facts *factsQuestion `json:"facts,omitempty"`
 	Load  *loadQuestion  `json:"load,omitempty"`
 	VM    *vmQuestion    `json:"vm,omitempty"`
-	Ping  bool           `json:"ping,omitempty"` // answered at once, to measure the link
+	// Domain asks whether a domain of libvirt's may come.
+	Domain *domainQuestion `json:"domain,omitempty"`
+
+	Ping bool `json:"ping,omitempty"` // answered at once, to measure the link
 }
 
 type factsQuestion struct {
@@ -74,6 +77,11 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 			return nil, err
 		}
 		return p.answer(h.arriving(p.vms)), nil
+	case q.Domain != nil:
+		if err := h.config.mayCome(peer, h.name()); err != nil {
+			return nil, err
+		}
+		return h.mayTake(h.life, *q.Domain), nil
 	case q.Facts != nil:
 		if err := h.config.mayCome(peer, h.name()); err != nil {
 			return nil, err
@@ -141,7 +149,9 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 	var vm *doctor.VMFacts
 	if name != "" {
 		described, err := hypervisor.Find(h.config.VMs, name)
-		if err != nil {
+		if errors.Is(err, hypervisor.ErrUnknown) {
+			return h.examineDomain(ctx, name, to, err)
+		} else if err != nil {
 			return nil, err
 		}
 		if v := h.openFor(name); v != nil {
@@ -161,13 +171,7 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 	}
 	there, twin, link, err := h.ask(ctx, to, name)
 	if err != nil {
-		return append(doctor.Inspect(here, vm), doctor.Finding{
-			Host: to, Check: "link", Level: doctor.Fatal,
-			Text: fmt.Sprintf("it cannot be asked: %v", err),
-			Remedy: fmt.Sprintf("see that vacated runs there (`systemctl status vacated`), that "+
-				"%s is its address, and that each host has the other under [peers]",
-				h.config.Peers[to].Address),
-		}), nil
+		return append(doctor.Inspect(here, vm), h.silent(to, err)), nil
 	}
 	if vm == nil {
 		found := append(doctor.Inspect(here, nil), doctor.Inspect(there, nil)...)
@@ -175,6 +179,17 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 			Text: fmt.Sprintf("it answers in %v", link.RoundTrip.Round(10*time.Microsecond))}), nil
 	}
 	return doctor.Compare(here, *vm, there, twin, link), nil
+}
+
+// silent is the finding of a host that cannot be asked.
+func (h *Host) silent(to string, err error) doctor.Finding {
+	return doctor.Finding{
+		Host: to, Check: "link", Level: doctor.Fatal,
+		Text: fmt.Sprintf("it cannot be asked: %v", err),
+		Remedy: fmt.Sprintf("see that vacated runs there (`systemctl status vacated`), that "+
+			"%s is its address, and that each host has the other under [peers]",
+			h.config.Peers[to].Address),
+	}
 }
 
 // lookAt asks a VM's QEMU what matters of it.

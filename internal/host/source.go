@@ -86,7 +86,10 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 		return nil, &argumentError{err}
 	}
 	vm, err := hypervisor.Find(h.config.VMs, name)
-	if err != nil {
+	if errors.Is(err, hypervisor.ErrUnknown) && h.hasDomain(ctx, name) {
+		return nil, &stateError{fmt.Errorf("%s is a domain of libvirt's: %s: %s", name, notYet,
+			notYetRemedy)}
+	} else if err != nil {
 		return nil, err
 	}
 	r := journal.Record{ID: journal.NewID(), Role: journal.Source, VM: name, Peer: to,

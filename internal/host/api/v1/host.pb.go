@@ -463,7 +463,7 @@ type VM struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// none, running, paused, incoming, frozen, or silent where its monitor does not answer.
 	State string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
-	// QEMU's own word for it, such as "postmigrate". Empty: there is no QEMU, or it was not asked, as an eviction has its monitor.
+	// QEMU's own word for it, such as "postmigrate", or libvirt's, such as "paused (user)". Empty: there is no QEMU, or it was not asked, as an eviction has its monitor.
 	QemuStatus string `protobuf:"bytes,3,opt,name=qemu_status,json=qemuStatus,proto3" json:"qemu_status,omitempty"`
 	// QEMU's version, such as "7.2.22". May be empty.
 	QemuVersion string `protobuf:"bytes,4,opt,name=qemu_version,json=qemuVersion,proto3" json:"qemu_version,omitempty"`
@@ -476,7 +476,9 @@ type VM struct {
 	// ID of the eviction that has not ended yet, if there is one, out or in.
 	EvictionId string `protobuf:"bytes,8,opt,name=eviction_id,json=evictionId,proto3" json:"eviction_id,omitempty"`
 	// Why it could not be looked at. Empty: it could.
-	Problem       string `protobuf:"bytes,9,opt,name=problem,proto3" json:"problem,omitempty"`
+	Problem string `protobuf:"bytes,9,opt,name=problem,proto3" json:"problem,omitempty"`
+	// It is a domain of the host's libvirt, not described to vacate.
+	Libvirt       bool `protobuf:"varint,10,opt,name=libvirt,proto3" json:"libvirt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -572,6 +574,13 @@ func (x *VM) GetProblem() string {
 		return x.Problem
 	}
 	return ""
+}
+
+func (x *VM) GetLibvirt() bool {
+	if x != nil {
+		return x.Libvirt
+	}
+	return false
 }
 
 type StartRequest struct {
@@ -3987,7 +3996,7 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x0eListVMsRequest\"S\n" +
 	"\x0fListVMsResponse\x12$\n" +
 	"\x03vms\x18\x01 \x03(\v2\x12.vacate.host.v1.VMR\x03vms\x12\x1a\n" +
-	"\bproblems\x18\x02 \x03(\tR\bproblems\"\xf8\x01\n" +
+	"\bproblems\x18\x02 \x03(\tR\bproblems\"\x92\x02\n" +
 	"\x02VM\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
@@ -3999,7 +4008,9 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x05vcpus\x18\a \x01(\rR\x05vcpus\x12\x1f\n" +
 	"\veviction_id\x18\b \x01(\tR\n" +
 	"evictionId\x12\x18\n" +
-	"\aproblem\x18\t \x01(\tR\aproblem\"6\n" +
+	"\aproblem\x18\t \x01(\tR\aproblem\x12\x18\n" +
+	"\alibvirt\x18\n" +
+	" \x01(\bR\alibvirt\"6\n" +
 	"\fStartRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x16\n" +
 	"\x06fenced\x18\x02 \x03(\tR\x06fenced\"R\n" +

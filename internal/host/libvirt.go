@@ -1,0 +1,232 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/doctor"
+	"vacate/internal/host/hypervisor"
+	"vacate/internal/qemu/libvirt"
+	"vacate/internal/qemu/qmp"
+)
+
+// Libvirt is which domains of libvirt's the daemon knows, and what those may name that come from
+// other hosts.
+type Libvirt struct {
+	URI       string   `toml:"uri"`
+	Paths     []string `toml:"paths"`
+	Networks  []string `toml:"networks"`
+	Emulators []string `toml:"emulators"`
+}
+
+// usualEmulators are those of distributions.
+var usualEmulators = []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"}
+
+func (l Libvirt) check() error {
+	if _, err := libvirt.ParseURI(l.URI); err != nil {
+		return err
+	}
+	return l.policy().Valid()
+}
+
+func (l Libvirt) policy() libvirt.Policy {
+	p := libvirt.Policy{Emulators: l.Emulators, Paths: l.Paths, Networks: l.Networks}
+	if p.Emulators == nil {
+		p.Emulators = usualEmulators
+	}
+	return p
+}
+
+// domains lists the VMs of libvirt's.
+func (h *Host) domains(ctx context.Context) ([]hypervisor.Domain, error) {
+	if h.config.Libvirt == nil {
+		return nil, nil
+	}
+	return hypervisor.Domains(ctx, h.config.Libvirt.URI)
+}
+
+// hasDomain reports whether a VM is known to be libvirt's.
+func (h *Host) hasDomain(ctx context.Context, name string) bool {
+	domains, _ := h.domains(ctx)
+	return slices.ContainsFunc(domains, func(d hypervisor.Domain) bool { return d.Name == name })
+}
+
+// listDomains adds the VMs of libvirt's to a list of those that are described.
+func (h *Host) listDomains(ctx context.Context, described []hypervisor.VM,
+	r *hostv1.ListVMsResponse) {
+	domains, err := h.domains(ctx)
+	if err != nil {
+		r.Problems = append(r.Problems, err.Error())
+	}
+	names := map[string]bool{}
+	for _, vm := range described {
+		names[vm.Name] = true
+	}
+	for _, d := range domains {
+		vm := &hostv1.VM{
+			Name: d.Name, Libvirt: true, State: string(d.State), QemuStatus: d.Status,
+			Pid: int32(d.Process.PID), MemoryBytes: d.Memory, Vcpus: uint32(d.VCPUs),
+		}
+		if names[d.Name] {
+			vm.Problem = fmt.Sprintf("libvirt has a domain of the name of a VM that %s describes: "+
+				"rename one", hypervisor.File(h.config.VMs, d.Name))
+		}
+		r.Vms = append(r.Vms, vm)
+	}
+}
+
+// notYet is what there is to say of evicting a domain of libvirt's.
+const (
+	notYet       = "vacate lists and examines the domains of libvirt, and does not evict them yet"
+	notYetRemedy = "`virsh migrate --live --postcopy` moves it"
+)
+
+// domainQuestion asks a peer whether a domain may come there.
+type domainQuestion struct {
+	XML string `json:"xml"` // its migratable description
+}
+
+// domainAnswer is the peer's. Empty: it may.
+type domainAnswer struct {
+	Problem string `json:"problem,omitempty"`
+	Remedy  string `json:"remedy,omitempty"`
+}
+
+// mayTake answers whether this host's libvirt would take a domain.
+func (h *Host) mayTake(ctx context.Context, q domainQuestion) domainAnswer {
+	if h.config.Libvirt == nil {
+		return domainAnswer{"its daemon knows no libvirt", "add [libvirt] to vacated.toml there"}
+	}
+	checked, err := h.config.Libvirt.policy().Check(q.XML)
+	if err != nil {
+		return domainAnswer{err.Error(), "see [libvirt] in vacated.toml there"}
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	conn, err := libvirt.Dial(ctx, h.config.Libvirt.URI)
+	if err != nil {
+		return domainAnswer{err.Error(), "`systemctl start libvirtd` there"}
+	}
+	defer conn.Close()
+	d, err := conn.Find(ctx, checked.Name)
+	switch {
+	case errors.Is(err, libvirt.ErrNoDomain):
+		return domainAnswer{}
+	case err != nil:
+		return domainAnswer{err.Error(), "see what libvirt says there: `journalctl -u libvirtd`"}
+	case d.ID >= 0:
+		return domainAnswer{
+			"a domain of that name runs there",
+			fmt.Sprintf(
+				"`virsh list` there: rename it, or end it with `virsh shutdown %s`",
+				d.Name,
+			),
+		}
+	case d.UUID != checked.UUID:
+		return domainAnswer{"another domain of that name is defined there",
+			fmt.Sprintf("rename it there: `virsh domrename %s`", d.Name)}
+	}
+	return domainAnswer{}
+}
+
+// examineDomain is examine for a domain of libvirt's. unknown is returned if there is none.
+func (h *Host) examineDomain(ctx context.Context, name, to string,
+	unknown error) ([]doctor.Finding, error) {
+	if h.config.Libvirt == nil {
+		return nil, unknown
+	}
+	conn, err := libvirt.Dial(ctx, h.config.Libvirt.URI)
+	if errors.Is(err, libvirt.ErrNone) {
+		return nil, unknown
+	} else if err != nil {
+		return nil, &stateError{err}
+	}
+	defer conn.Close()
+	d, err := conn.Find(ctx, name)
+	if errors.Is(err, libvirt.ErrNoDomain) {
+		return nil, unknown
+	} else if err != nil {
+		return nil, &stateError{err}
+	}
+	if d.ID < 0 {
+		return nil, &stateError{fmt.Errorf("the domain %s does not run here: `virsh start %[1]s`",
+			name)}
+	}
+	found, xml, err := h.lookAtDomain(ctx, conn, d)
+	if err != nil {
+		return nil, &stateError{fmt.Errorf("domain %s: %w", name, err)}
+	}
+	found = append(found, doctor.Finding{
+		Host: h.name(), Check: "libvirt", Level: doctor.Fatal, Text: notYet, Remedy: notYetRemedy})
+	if to == "" {
+		return found, nil
+	}
+	if _, ok := h.config.Peers[to]; !ok {
+		_, err := h.dialer(to)
+		return nil, &unknownError{err}
+	}
+	there, _, way, err := h.ask(ctx, to, "")
+	if err != nil {
+		return append(found, h.silent(to, err)), nil
+	}
+	found = append(found, doctor.Inspect(there, nil)...)
+	found = append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK,
+		Text: fmt.Sprintf("it answers in %v", way.RoundTrip.Round(10*time.Microsecond))})
+	dialer, err := h.dialer(to)
+	if err != nil {
+		return nil, err
+	}
+	var answer domainAnswer
+	if _, err := putTo(
+		ctx,
+		dialer,
+		0,
+		question{Domain: &domainQuestion{xml}},
+		&answer,
+	); err != nil {
+		answer = domainAnswer{err.Error(), "have the same version of vacated on both hosts"}
+	}
+	f := doctor.Finding{Host: to, Check: "libvirt", Text: "its libvirt may take the domain"}
+	if answer.Problem != "" {
+		f.Level, f.Text, f.Remedy = doctor.Fatal, answer.Problem, answer.Remedy
+	}
+	return append(found, f), nil
+}
+
+// lookAtDomain examines a domain that runs here, and returns what another host is told of it.
+func (h *Host) lookAtDomain(ctx context.Context, conn *libvirt.Conn,
+	d libvirt.Domain) (found []doctor.Finding, migratable string, err error) {
+	live, err := conn.XML(ctx, d, libvirt.Live)
+	if err != nil {
+		return nil, "", err
+	}
+	if migratable, err = conn.XML(ctx, d, libvirt.Migratable); err != nil {
+		return nil, "", err
+	}
+	snapshots, err := conn.Snapshots(ctx, d)
+	if err != nil {
+		return nil, "", err
+	}
+	monitor, err := conn.Monitor(ctx, d)
+	if err != nil {
+		return nil, "", err
+	}
+	q, err := qmp.NewClient(ctx, monitor)
+	if err != nil {
+		return nil, "", err
+	}
+	defer q.Close()
+	vm, err := doctor.VM(ctx, q)
+	if err != nil {
+		return nil, "", err
+	}
+	own, err := doctor.Domain(h.name(), live, snapshots, vm.Disks)
+	if err != nil {
+		return nil, "", err
+	}
+	return append(doctor.Inspect(h.facts(ctx), &vm), own...), migratable, nil
+}

@@ -1,0 +1,119 @@
+package host
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/lab"
+	"vacate/lab/labtest"
+	"vacate/lab/libvirtlab"
+
+	"connectrpc.com/connect"
+)
+
+// A domain of libvirt's is listed beside described VMs, and examined; what the other host does not
+// let it name is found there. It cannot be evicted, which is said, and it is left alone.
+func TestLibvirt(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	labtest.Need(t, libvirtlab.Probe())
+	ctx := labtest.Within(t, 4*time.Minute)
+	h, err := libvirtlab.New(ctx, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	a, b := sites(t, l)
+	spec := libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
+		Load: lab.Load{HotMiB: 16, Slow: true}}}
+	d, err := h.Start(ctx, "web1", spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.A.Virsh(ctx, "define", define(t, d, "web2")); err != nil {
+		t.Fatal(err)
+	}
+	section := func(x *libvirtlab.Host, more string) string {
+		return fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\"]\n%s\n", x.Socket, more)
+	}
+	a.configure(section(h.A, ""))
+	b.configure(section(h.B, fmt.Sprintf("paths = [%q, %q]", "/run/libvirt/lab",
+		"/var/log/libvirt/lab")))
+	a.start()
+	b.start()
+
+	r, err := a.api.ListVMs(ctx, connect.NewRequest(&hostv1.ListVMsRequest{}))
+	if err != nil || len(r.Msg.Vms) != 2 {
+		t.Fatalf("%v, %v", r, err)
+	}
+	for _, vm := range r.Msg.Vms {
+		switch {
+		case !vm.Libvirt || vm.Problem != "" || vm.MemoryBytes != 256<<20 || vm.Vcpus != 1:
+		case vm.Name == "web1" && vm.State == "running" && vm.QemuStatus == "running (booted)" &&
+			int(vm.Pid) == d.VM.PID():
+			continue
+		case vm.Name == "web2" && vm.State == "none" && vm.QemuStatus == "shut off (unknown)":
+			continue
+		}
+		t.Errorf("%+v", vm)
+	}
+
+	storage := 0
+	fatal := func(to string) (texts []string) {
+		t.Helper()
+		r, err := a.api.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{Vm: "web1", To: to}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range r.Msg.Findings {
+			t.Logf("%v %s %s: %s; %s", f.Level, f.Host, f.Check, f.Text, f.Remedy)
+			if f.Check == "storage" && f.Level == hostv1.Level_LEVEL_WARNING {
+				storage++
+			}
+			if f.Level == hostv1.Level_LEVEL_FATAL {
+				texts = append(texts, f.Text)
+			}
+		}
+		return texts
+	}
+	if list := fatal(""); len(list) != 1 || list[0] != notYet || storage != 1 {
+		t.Errorf("%q, %d warnings of local disks", list, storage)
+	}
+	if list := fatal("hostb"); len(list) != 2 || !strings.Contains(list[1], "outside of") {
+		t.Errorf("host b allows no files, and the findings are %q", list)
+	}
+	if _, err := h.A.Virsh(ctx, "snapshot-create-as", "web1", "before", "--disk-only"); err != nil {
+		t.Fatal(err)
+	}
+	if list := fatal(""); len(list) != 2 || !strings.Contains(list[0], "snapshots") {
+		t.Errorf("it has a snapshot, and the findings are %q", list)
+	}
+	_, err = a.api.Evict(ctx, connect.NewRequest(&hostv1.EvictRequest{Vm: "web1", To: "hostb"}))
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition ||
+		!strings.Contains(err.Error(), notYet) {
+		t.Error(err)
+	}
+	labtest.MustCheck(t, d.VM)
+
+	// Without libvirt there are no domains, and nothing is wrong.
+	h.A.Kill()
+	r, err = a.api.ListVMs(ctx, connect.NewRequest(&hostv1.ListVMsRequest{}))
+	if err != nil || len(r.Msg.Vms) != 0 || len(r.Msg.Problems) != 0 {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
+// define writes the description of a domain like another one to a file.
+func define(t *testing.T, like *libvirtlab.Domain, name string) string {
+	t.Helper()
+	xml := strings.Replace(like.XML, "<name>"+like.Name, "<name>"+name, 1)
+	file := filepath.Join(t.TempDir(), name+".xml")
+	if err := os.WriteFile(file, []byte(xml), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
