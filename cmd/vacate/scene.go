@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -28,74 +29,62 @@ func sceneOf(e *hostv1.Eviction, verbose bool) scene {
 	return s
 }
 
+// sentences say where the VM is in each state. In braces are the VM, the other host, what the VM
+// does ("runs"), where it is at first and later ("here"), and how much of its memory has gone.
+var sentences = map[evict.State]string{
+	evict.Preparing:  "{vm} {runs} {first}; {waits}",
+	evict.Switching:  "{vm} stands still; vacate saves its devices",
+	evict.Loading:    "{vm} stands still; its twin loads its devices",
+	evict.Committing: "{vm} stands still; {other} is told to take it",
+	evict.InDoubt:    "{other} does not answer; {vm} may run there",
+	evict.Pushing:    "{vm} {runs} {later}{down}; {share} of its memory has followed",
+	evict.Reconnecting: "the link to {other} is lost; {vm} {runs} {later} with {share} of its " +
+		"memory",
+	evict.Retiring:    "{vm} {runs} {later} with all of its memory; its QEMU here ends",
+	evict.RollingBack: "the move failed; {vm} goes on {first}",
+
+	evict.Waiting:    "a QEMU waits here for {vm}",
+	evict.Arming:     "{vm} {runs} {first}; its twin learns what memory it has",
+	evict.Prepared:   "{vm} stands still; its twin is ready",
+	evict.Running:    "{vm} {runs} {later}; {share} of its memory has come",
+	evict.CutOff:     "the link to {other} is lost; {vm} {runs} {later} with {share} of its memory",
+	evict.Completing: "{vm} {runs} {later} with all of its memory",
+
+	evict.Completed: "{vm} {runs} {later} with all of its memory",
+	evict.ShutDown:  "{vm} has shut itself down {later}",
+	evict.Refused:   "{vm} stays {first}",
+	evict.Aborted:   "{vm} stays {first}",
+	evict.Lost:      "contact with {vm} is lost",
+}
+
 // tell says in a sentence where the VM is, then what may be left out for want of room.
 func (s scene) tell(p evict.Progress) (sentence string, more []string) {
-	verb := "runs"
+	runs, first, later := "runs", "here", "on "+s.other
 	if p.Stands != "" {
-		verb = "stands"
+		runs = "stands"
 	}
-	here, there := "here", "on "+s.other
 	if s.arrives {
-		here, there = there, here
+		first, later = later, first
 	}
-	is := func(where string) string { return s.vm + " " + verb + " " + where }
-	share, end := "none", "followed"
+	waits := "vacate prepares the move to " + s.other
+	if p.Awaits != "" {
+		waits = fmt.Sprintf("%s: %d s", clean(p.Awaits), int(p.AwaitedFor.Seconds()))
+	}
+	share, down := "none", ""
 	if p.Total > 0 {
 		share = fmt.Sprintf("%.0f %%", wholePercent(p.Pages, p.Total))
 	}
-	if s.arrives {
-		end = "come"
+	if p.Down > 0 {
+		down = " (down " + timeText(p.Down.Seconds()) + ")"
 	}
-	switch p.State {
-	case evict.Preparing:
-		sentence = is(here) + "; vacate prepares the move to " + s.other
-		if p.Awaits != "" {
-			sentence = fmt.Sprintf("%s; %s: %d s", is(here), clean(p.Awaits),
-				int(p.AwaitedFor.Seconds()))
-		}
-	case evict.Waiting:
-		sentence = "a QEMU waits here for " + s.vm
-	case evict.Arming:
-		sentence = is(here) + "; its twin learns what memory it has"
-	case evict.Switching:
-		sentence = s.vm + " stands still; vacate saves its devices"
-	case evict.Loading:
-		sentence = s.vm + " stands still; its twin loads its devices"
-	case evict.Prepared:
-		sentence = s.vm + " stands still; its twin is ready"
-	case evict.Committing:
-		sentence = s.vm + " stands still; " + s.other + " is told to take it"
-	case evict.InDoubt:
-		sentence = s.other + " does not answer; " + s.vm + " may run there"
-	case evict.Pushing, evict.Running:
-		sentence = is(there)
-		if p.Down > 0 {
-			sentence += " (down " + timeText(p.Down.Seconds()) + ")"
-		}
-		sentence += "; " + share + " of its memory has " + end
-		switch {
-		case p.Short != "":
-			more = append(more, ", and it waits for memory there")
-		case p.ETA > 0:
-			more = append(more, ", "+etaText(p.ETA)+" left")
-		}
-	case evict.Reconnecting, evict.CutOff:
-		sentence = fmt.Sprintf("the link to %s is lost; %s with %s of its memory", s.other,
-			is(there), share)
-	case evict.Retiring:
-		sentence = is(there) + " with all of its memory; its QEMU here ends"
-	case evict.Completing, evict.Completed:
-		sentence = is(there) + " with all of its memory"
-	case evict.ShutDown:
-		sentence = s.vm + " has shut itself down " + there
-	case evict.RollingBack:
-		sentence = "the move failed; " + s.vm + " goes on " + here
-	case evict.Refused, evict.Aborted:
-		sentence = s.vm + " stays " + here
-	case evict.Lost:
-		sentence = "contact with " + s.vm + " is lost"
-	default:
-		sentence = string(p.State)
+	sentence = strings.NewReplacer("{vm}", s.vm, "{other}", s.other, "{runs}", runs, "{first}",
+		first, "{later}", later, "{waits}", waits, "{share}", share, "{down}",
+		down).Replace(cmp.Or(sentences[p.State], string(p.State)))
+	switch on := p.State == evict.Pushing || p.State == evict.Running; {
+	case on && p.Short != "":
+		more = append(more, ", and it waits for memory there")
+	case on && p.ETA > 0:
+		more = append(more, ", "+etaText(p.ETA)+" left")
 	}
 	if p.Stands != "" {
 		more = append(more, " (it "+clean(fit.Stands(p.Stands))+")")

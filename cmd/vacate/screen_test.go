@@ -78,8 +78,8 @@ var lineForm = regexp.MustCompile(`^ *(\d+\.\d) s  (.+?)$`)
 
 var shareForm = regexp.MustCompile(`(\d+) % of its memory`)
 
-// sentences are how lines begin, in order.
-var sentences = []string{"web1 runs here", "web1 stands still; vacate saves",
+// steps are how lines begin, in order.
+var steps = []string{"web1 runs here", "web1 stands still; vacate saves",
 	"web1 stands still; its twin loads", "web1 stands still; hostb is told",
 	"web1 runs on hostb (down", "web1 runs on hostb with all of its memory; its QEMU here ends",
 	"web1 runs on hostb with all of its memory"}
@@ -98,11 +98,11 @@ func mustGrow(t *testing.T, got []string) {
 			f, _ := strconv.ParseFloat(s, 64)
 			return f
 		}
-		for at < len(sentences) && (!strings.HasPrefix(m[2], sentences[at]) ||
-			at == len(sentences)-2 && !strings.HasSuffix(m[2], "here ends")) {
+		for at < len(steps) && (!strings.HasPrefix(m[2], steps[at]) ||
+			at == len(steps)-2 && !strings.HasSuffix(m[2], "here ends")) {
 			at++
 		}
-		if at == len(sentences) {
+		if at == len(steps) {
 			t.Fatalf("%q runs backwards, or has an unknown sentence", line)
 		}
 		if number(m[1]) < elapsed {
@@ -116,7 +116,7 @@ func mustGrow(t *testing.T, got []string) {
 			share = number(m[1])
 		}
 	}
-	if last := got[len(got)-1]; !strings.HasSuffix(last, sentences[len(sentences)-1]) {
+	if last := got[len(got)-1]; !strings.HasSuffix(last, steps[len(steps)-1]) {
 		t.Errorf("the last line is %q", last)
 	}
 }
