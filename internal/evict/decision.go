@@ -69,7 +69,7 @@ func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 		if err := note(e.Journal, MarkDiscarded, "the operator decided so"); err != nil {
 			return fmt.Errorf("%w: %w", ErrUndecided, err)
 		}
-		return e.qemu.Kill(ctx)
+		return e.owner.discard(ctx, e.qemu)
 	}
 	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
 }
@@ -100,7 +100,7 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	}
 	now, err := e.resume(ctx)
 	if err == nil && now.Running {
-		announce(ctx, e.q, e.Log)
+		announce(ctx, e.owner.monitor(), e.Log)
 	}
 	return err
 }

@@ -52,7 +52,7 @@ type light struct {
 // findAgent finds out whether an agent in the guest can be asked.
 func (e *source) findAgent(ctx context.Context) {
 	if e.mayLook() && e.Enlightenment != Host {
-		e.light.agent, e.light.noAgent = agent.Find(ctx, e.q)
+		e.light.agent, e.light.noAgent = agent.Find(ctx, e.owner.monitor())
 	}
 }
 
@@ -137,7 +137,7 @@ func (m monitor) HMP(ctx context.Context, line string) (string, error) {
 	if r := m.registers.Load(); r != nil {
 		return r.HMP(ctx, line)
 	}
-	return m.q.HMP(ctx, line)
+	return m.owner.monitor().HMP(ctx, line)
 }
 
 // attachGuest gets ready to look at the pages of a guest, which may run.

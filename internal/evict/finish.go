@@ -36,16 +36,15 @@ func (e *source) finish(m Mark, why string, as State) error {
 // quitTime is how long a QEMU that was killed may take to end.
 const quitTime = 10 * time.Second
 
-// kill ends the QEMU here, as it is of no more use to anyone. Its process is stopped: it could not
-// be told to quit without being let run first, and then it could carry out a `cont` that somebody
-// gave it meanwhile. What it returns is closed when it has ended.
+// kill ends the QEMU here, as it is of no more use to anyone. What it returns is closed when it has
+// ended.
 func (e *source) kill() <-chan struct{} {
 	ended := make(chan struct{})
 	e.tasks.Go(func() {
 		defer close(ended)
 		ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 		defer cancel()
-		if err := e.qemu.Kill(ctx); err != nil {
+		if err := e.owner.discard(ctx, e.qemu); err != nil {
 			e.Log.Warn("the source's QEMU does not end; end it by hand", "pid", e.qemu.PID, "error",
 				err)
 		}
@@ -65,9 +64,8 @@ func (e *source) frozenRemedy() string {
 		"the destination what became of it"
 	if e.Journal == nil {
 		return fmt.Sprintf(keep+
-			". Its process is stopped: only if the VM is gone on the destination for good, "+
-			"`kill -CONT %d`, "+
-			"then `cont` on its QMP socket, have it go on here from then", e.qemu.PID)
+			". Its process is stopped: only if the VM is gone on the destination for good, %s, "+
+			"have it go on here from then", e.owner.byHand(e.qemu))
 	}
 	return keep + ". " + e.remedies()
 }

@@ -24,7 +24,7 @@ import (
 // How a VM is frozen at the source. docs/decisions/0001-freezing-the-source.md tells why it is done
 // so.
 //
-//	while the guest runs   newFreezer   the head is made, and QEMU is given a file to save to
+//	while the guest runs   newFreezer   QEMU is given a file to save to
 //	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is not tied to Xen: QEMU
 //	                                    saves all devices, inactivates the disks and gives their locks up. `cont` undoes it
 //	while the twin loads   hold         the process of QEMU is stopped: nothing that it is told can run the guest
@@ -34,8 +34,6 @@ import (
 type freezer struct {
 	q      *qmp.Client
 	mem    *guestmem.Memory
-	head   []byte
-	layout layout
 	file   *os.File // what QEMU saves to
 	fdset  int      // QEMU's number of it
 	events *qmp.Subscription
@@ -88,13 +86,9 @@ func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 	return head, l, nil
 }
 
-// newFreezer gets ready to freeze a VM of a machine type, which does not notice.
-func newFreezer(ctx context.Context, q *qmp.Client, machine string,
-	mem *guestmem.Memory) (_ *freezer, err error) {
+// newFreezer gets ready to freeze a VM, which does not notice.
+func newFreezer(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (_ *freezer, err error) {
 	f := &freezer{q: q, mem: mem}
-	if f.head, f.layout, err = makeHead(machine, mem.Blocks()); err != nil {
-		return nil, err
-	}
 	fd, err := unix.MemfdCreate("vacate", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("make a file for QEMU to save to: %w", err)

@@ -25,7 +25,11 @@ func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFa
 	if err != nil {
 		return nil, nil, facts, err
 	}
-	f, err := newFreezer(ctx, q, o.Machine, mem)
+	head, _, err = makeHead(o.Machine, mem.Blocks())
+	if err != nil {
+		return nil, nil, facts, err
+	}
+	f, err := newFreezer(ctx, q, mem)
 	if err != nil {
 		return nil, nil, facts, err
 	}
@@ -38,5 +42,5 @@ func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFa
 	if facts.Process, err = process.Find(mem.PID()); err != nil {
 		return nil, nil, facts, err
 	}
-	return f.head, s.load, facts, f.hold(ctx, facts.Process)
+	return head, s.load, facts, f.hold(ctx, facts.Process)
 }

@@ -126,8 +126,8 @@ func (v *firmware) goOn() {
 
 func (v *firmware) rollBack(want string) {
 	v.Helper()
-	e := &source{q: v.q, qemu: v.qemu, facts: hostFacts{Ran: v.stands == "", Stood: v.stands},
-		freezer: v.last}
+	e := &source{owner: &qemuSource{q: v.q, freezer: v.last}, qemu: v.qemu,
+		facts: hostFacts{Ran: v.stands == "", Stood: v.stands}}
 	now, err := e.resume(v.ctx)
 	if err != nil || now.Status != want {
 		v.Fatalf("rolled back, and the VM is %+v, %v; want %q", now, err, want)
@@ -147,7 +147,7 @@ func (v *firmware) run(name string, before, between, held func(), want error, sa
 		v := *v
 		v.T = t
 		v.is("running")
-		f, err := newFreezer(v.ctx, v.q, v.machine, v.mem)
+		f, err := newFreezer(v.ctx, v.q, v.mem)
 		v.check(err)
 		all.last = f
 		if before != nil {

@@ -111,7 +111,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 		return copyGone, err
 	}
 	if e.qemu == (process.Process{}) {
-		pid, _, err := e.q.Process(ctx)
+		pid, _, err := e.owner.monitor().Process(ctx)
 		if err != nil {
 			return copyGone, err
 		}
@@ -119,35 +119,11 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 			return copyGone, err
 		}
 	}
-	events := e.q.Subscribe(256)
-	defer events.Close()
-	status, err := e.q.QueryStatus(ctx)
-	switch {
-	case err != nil:
-		return copyGone, err
-	case status.Running:
-		return copyRunning, nil
-	case e.mark != MarkMayRun && e.mark != MarkLost:
-		return copyPaused, nil
-	}
-	// Somebody had the stopped process go on.
-	if err := e.qemu.Stop(ctx); err != nil {
-		return copyGone, err
-	}
-	e.held = true
-	if err := e.q.Drain(ctx); err != nil {
-		return copyGone, err
-	}
-	for {
-		select {
-		case ev, ok := <-events.C:
-			if !ok || ev.Name == "RESUME" || events.Dropped() > 0 {
-				return copyGone, errors.Join(errMoved, e.qemu.Continue())
-			}
-		default:
-			return copyPaused, nil
-		}
-	}
+	// Else somebody may have had the stopped process go on.
+	stop := e.mark == MarkMayRun || e.mark == MarkLost
+	here, err := e.owner.catch(ctx, e.qemu, stop)
+	e.held = stop && here == copyPaused
+	return here, err
 }
 
 // reopen gets ready to send the frozen VM's pages once more.

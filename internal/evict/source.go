@@ -1,7 +1,6 @@
 package evict
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -91,6 +90,7 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now()}
 	e.sessions.now = &e.at
+	e.owner = &qemuSource{path: e.QMP, vm: e.VM, expect: e.Process}
 	if e.Eviction == (ID{}) {
 		e.Eviction = journal.NewID()
 	}
@@ -140,18 +140,19 @@ type source struct {
 	life context.Context
 	die  context.CancelCauseFunc
 
-	q       *qmp.Client     // nil if it was not needed yet
-	qemu    process.Process // the QEMU; zero until it is known
-	facts   hostFacts       // empty before the VM is about to be frozen
-	first   qmp.Status      // what the VM did when it was looked at first
-	mem     *guestmem.Memory
-	offer   offer
-	flash   []string // blocks that QEMU reads when it is told to run the VM
-	warned  []string // what the operator ought to know of a VM that is moved all the same
-	mark    Mark     // the last that is durable
-	freezer *freezer // nil before the VM is about to be frozen
-	saved   saved
-	held    bool // the QEMU's process is stopped
+	owner  sourceOwner     // of the VM's QEMU
+	qemu   process.Process // the QEMU; zero until it is known
+	facts  hostFacts       // empty before the VM is about to be frozen
+	first  qmp.Status      // what the VM did when it was looked at first
+	mem    *guestmem.Memory
+	offer  offer
+	head   []byte   // of the stream; nil before it is made, as is layout
+	layout layout
+	flash  []string // blocks that QEMU reads when it is told to run the VM
+	warned []string // what the operator ought to know of a VM that is moved all the same
+	mark   Mark     // the last that is durable
+	saved  saved
+	held   bool // the QEMU's process is stopped
 	// registers are those of the frozen guest, once its QEMU cannot be asked any more.
 	registers atomic.Pointer[registers]
 	frozen    *frozen
@@ -227,33 +228,16 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err := e.open(ctx); err != nil {
 		return err
 	}
-	var disks fit.Disks
+	var d described
 	err = together(
-		func() error { return canSave(ctx, e.q) },
-		func() error { return atRest(ctx, e.q, cmp.Or(e.VM, "the VM")) },
-		func() error { return e.fit(ctx) },
 		func() (err error) {
-			e.offer, err = describe(ctx, e.q)
-			return err
-		},
-		func() error { return held(ctx, e.q) },
-		func() (err error) {
-			e.flash, err = writableFlash(ctx, e.q)
-			return err
-		},
-		func() (err error) {
-			disks, err = fit.DisksOf(ctx, e.q)
-			return err
-		},
-		func() (err error) {
-			e.mem, err = guestmem.Attach(ctx, e.q)
+			d, err = e.owner.describe(ctx)
 			return err
 		},
 		func() error {
 			e.findAgent(ctx)
 			return nil
 		},
-		func() error { return handsOver(ctx, e.q, e.QMP) },
 		func() error {
 			s, err := e.Connect(ctx)
 			if err != nil {
@@ -263,6 +247,10 @@ func (e *source) prepare(all context.Context) (err error) {
 			e.at.Store(a)
 			return a.prove(ctx)
 		})
+	e.offer, e.mem, e.flash, e.first = d.offer, d.mem, d.flash, d.status
+	if e.first.Status != "" && !e.first.Running {
+		e.stands.Store(&e.first.Status)
+	}
 	if err != nil {
 		return err
 	}
@@ -280,23 +268,23 @@ func (e *source) prepare(all context.Context) (err error) {
 	}
 	e.watch()
 	e.look(ctx)
-	if err := disks.Trust(e.TrustDisks); err != nil {
+	if err := d.disks.Trust(e.TrustDisks); err != nil {
 		return err
 	}
-	e.warnOfBitmaps(disks)
-	e.offer.Disks = disks
+	e.warnOfBitmaps(d.disks)
+	e.offer.Disks = d.disks
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
 		e.LoadTimeout.Milliseconds()
 	if !e.first.Running {
 		e.offer.Stands = e.first.Status
 	}
+	if e.head, e.layout, err = makeHead(e.offer.Machine, e.mem.Blocks()); err != nil {
+		return err
+	}
 	control := e.at.Load().control
 	err = together(
-		func() (err error) {
-			e.freezer, err = newFreezer(ctx, e.q, e.offer.Machine, e.mem)
-			return err
-		},
+		func() error { return e.owner.arm(ctx, e.mem) },
 		func() error {
 			if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
 				return err
@@ -322,7 +310,7 @@ func (e *source) prepare(all context.Context) (err error) {
 			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
 				return err
 			}
-			if err := control.Write(msgHead, e.freezer.head); err != nil {
+			if err := control.Write(msgHead, e.head); err != nil {
 				return err
 			}
 			_, err := control.await(ctx, msgArmed)
@@ -408,23 +396,17 @@ func located(mem *guestmem.Memory) error {
 
 // open takes hold of the VM's QEMU.
 func (e *source) open(ctx context.Context) error {
-	q, err := qmp.Dial(ctx, e.QMP)
-	if err != nil {
+	if err := e.owner.open(ctx); err != nil {
 		return err
 	}
-	if err := e.own(ctx, q); err != nil {
-		q.Close()
-		return err
-	}
-	e.q = q
 	e.tasks.Go(func() {
 		select {
-		case <-e.q.Done():
-			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.q.Err()))
+		case <-e.owner.gone():
+			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.owner.monitor().Err()))
 		case <-e.life.Done():
 		}
 	})
-	return recent(e.q.Version())
+	return nil
 }
 
 // pid is the QEMU's process, as far as that is known: who made its monitor's socket may be another.
@@ -432,7 +414,7 @@ func (e *source) pid() int {
 	if e.mem != nil {
 		return e.mem.PID()
 	}
-	return e.q.PeerPID()
+	return e.owner.monitor().PeerPID()
 }
 
 // watch notices the end of the QEMU's process, also while that is stopped.
@@ -446,57 +428,6 @@ func (e *source) watch() {
 
 var errQEMUGone = errors.New("the source's QEMU has ended")
 
-// own makes sure that the QEMU of a process is the eviction's.
-func (e *source) own(ctx context.Context, q *qmp.Client) error {
-	if e.Process == (process.Process{}) {
-		return nil
-	}
-	pid, _, err := q.Process(ctx)
-	if err != nil {
-		return err
-	}
-	answers, err := process.Find(pid)
-	switch {
-	case err != nil && !errors.Is(err, process.ErrGone):
-		return err
-	case err != nil || answers != e.Process:
-		return fmt.Errorf("%w: process %d had the VM, and process %d answers now", errAnother,
-			e.Process.PID, pid)
-	}
-	return nil
-}
-
-// errAnother is wrapped by the error of a QEMU that is not the one that had the VM.
-var errAnother = errors.New("the VM's QEMU ended")
-
-// fit makes sure that the VM is in a state from which it can be evicted.
-func (e *source) fit(ctx context.Context) error {
-	status, err := e.q.QueryStatus(ctx)
-	if err != nil {
-		return err
-	}
-	m, err := e.q.QueryMigrate(ctx)
-	if err != nil {
-		return err
-	}
-	m.Blocked = nil // the reasons for that are told elsewhere, with remedies
-	if err := mayLeave(m); err != nil {
-		return err
-	}
-	// Of what QEMU the destination has, that speaks for itself.
-	if err := e.about(fit.StateOf(status.Status, e.q.Version(), e.q.Version())); err != nil {
-		return err
-	}
-	e.first = status
-	if status.Running {
-		return nil
-	}
-	e.stands.Store(&status.Status)
-	// It may have come here standing, or have been rolled back: QEMU before 10.0 does not survive
-	// giving up its disks twice.
-	return fit.Activate(ctx, e.q)
-}
-
 // name is what the VM is called in messages.
 func (e *source) name() string { return vmName(e.VM) }
 
@@ -505,14 +436,6 @@ func vmName(vm string) string {
 		return "the VM"
 	}
 	return "VM " + vm
-}
-
-// about is reasons whose texts go on from the VM's name, as an error; nil if there are none.
-func (e *source) about(r fit.Reasons) error {
-	if err := r.Err(); err != nil {
-		return fmt.Errorf("%s %w", e.name(), err)
-	}
-	return nil
 }
 
 // mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing
@@ -591,11 +514,11 @@ func (e *source) freeze() error {
 		errors.New("saving the devices took too long"))
 	defer cancel()
 	var err error
-	e.saved, err = e.freezer.freeze(ctx, e.facts.Ran)
+	e.saved, err = e.owner.freeze(ctx, e.facts.Ran)
 	if errors.Is(err, errRuns) {
 		e.facts.Ran, e.facts.Stood = true, ""
 		if err = e.keepFacts(); err == nil {
-			e.saved, err = e.freezer.freeze(ctx, true)
+			e.saved, err = e.owner.freeze(ctx, true)
 		}
 	}
 	at := e.saved.at
@@ -617,25 +540,25 @@ func (e *source) freeze() error {
 	if e.facts.Stood == "suspended" && e.offer.Stands != "suspended" {
 		return errors.New("the VM was suspended since it was offered: try again")
 	}
-	return e.layOut(e.freezer.layout)
+	return e.layOut(e.layout)
 }
 
 // hold stops the process of the QEMU whose guest is frozen, once that need not answer any more.
 func (e *source) hold(ctx context.Context) error {
 	err := together(
-		func() error { return e.freezer.forget(ctx) },
+		func() error { return e.owner.disarm(ctx) },
 		func() error {
 			if !e.mayLook() {
 				return nil
 			}
-			text, err := e.q.HMP(ctx, registersCommand)
+			text, err := e.owner.monitor().HMP(ctx, registersCommand)
 			e.facts.Registers = registers(text)
 			return err
 		})
 	if err != nil {
 		return err
 	}
-	if err := e.freezer.hold(ctx, e.qemu); err != nil {
+	if err := e.owner.hold(ctx, e.qemu); err != nil {
 		return err
 	}
 	e.held = true
@@ -669,7 +592,7 @@ func (e *source) layOut(l layout) (err error) {
 // keep stores what another engine needs to go on, and last the mark without which the
 // commit must not be sent.
 func (e *source) keep() error {
-	if err := errors.Join(keep(e.Journal, keptHead, e.freezer.head),
+	if err := errors.Join(keep(e.Journal, keptHead, e.head),
 		keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
 		return err
 	}
@@ -734,9 +657,7 @@ func (e *source) refuse(err error) error {
 	if a := e.at.Load(); a != nil {
 		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, err).Error()})
 	}
-	if e.freezer != nil {
-		e.freezer.forget(ctx) // or QEMU does when the monitor's last client has gone
-	}
+	e.owner.disarm(ctx)
 	outcome := ErrRefused
 	if errors.Is(err, context.Canceled) || errors.Is(err, ErrAbort) || errors.Is(err, ErrLeave) {
 		outcome = ErrAborted
@@ -745,15 +666,15 @@ func (e *source) refuse(err error) error {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
 	}
 	remedy := "The VM runs on, untouched"
-	if e.q == nil {
+	if q := e.owner.monitor(); q == nil {
 		remedy = "The VM was not touched"
-	} else if e.q.Err() != nil {
+	} else if q.Err() != nil {
 		remedy = "Its monitor does not answer any more"
 		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
 			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: " +
 				"see QEMU's log for why. Start it anew"
 		}
-	} else if now, err := e.q.QueryStatus(ctx); err == nil && !now.Running {
+	} else if now, err := q.QueryStatus(ctx); err == nil && !now.Running {
 		remedy = fmt.Sprintf("The VM was not touched: it %s", fit.Stands(now.Status))
 	}
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
@@ -819,7 +740,7 @@ func (e *source) rollBack(cause error) error {
 			e.Log.Warn("the journal does not take it that the VM never ran on the destination",
 				"error", err)
 		}
-		remedy := fmt.Sprintf("Try `kill -CONT %d`, then `cont` on its QMP socket", e.qemu.PID)
+		remedy := fmt.Sprintf("Try %s", e.owner.byHand(e.qemu))
 		if e.Journal != nil {
 			remedy = e.remedies()
 		}
@@ -829,7 +750,7 @@ func (e *source) rollBack(cause error) error {
 	}
 	remedy := "The VM runs on here, unharmed"
 	if now.Running {
-		announce(ctx, e.q, e.Log)
+		announce(ctx, e.owner.monitor(), e.Log)
 	} else {
 		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before it was to be frozen",
 			fit.Stands(now.Status))
@@ -842,7 +763,8 @@ func (e *source) gone() bool {
 	if e.qemu != (process.Process{}) {
 		return !e.qemu.Alive()
 	}
-	return e.q == nil || e.q.Err() != nil
+	q := e.owner.monitor()
+	return q == nil || q.Err() != nil
 }
 
 // resume has the VM do what it did before it was frozen, and returns what that is: one that stood
@@ -859,59 +781,29 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 		}
 	}
 	e.held = false
-	for e.q == nil {
+	for e.owner.monitor() == nil {
 		// Clients that came while the process was stopped are served first, even those that have
 		// left.
 		err := e.open(ctx)
-		if err != nil && (ctx.Err() != nil ||
-			!errors.Is(err, qmp.ErrBusy) && !errors.Is(err, qmp.ErrStopped)) {
+		if err != nil && (ctx.Err() != nil || !notYet(err)) {
 			return qmp.Status{}, err
 		}
 		if err != nil {
 			time.Sleep(pollInterval)
 		}
 	}
-	if e.freezer != nil {
-		e.freezer.forget(ctx)
-	}
-	var refused error
-	for told := false; ; {
-		status, err := e.q.QueryStatus(ctx)
-		if err != nil {
-			return status, err
+	now, err := e.owner.resume(ctx, e.facts.Ran, e.facts.Stood)
+	// What it does from now on is its own, and its operators', doing: also for an engine that finds
+	// it.
+	if err == nil && (e.facts.Ran || e.facts.Stood == "suspended") {
+		if e.facts.Ran, e.facts.Stood = false, now.Status; now.Running {
+			e.facts.Stood = ""
 		}
-		if status.Running || told || e.freezer != nil && e.freezer.resumed() {
-			// What it does from now on is its own, and its operators', doing: also for an engine
-			// that finds it.
-			if e.facts.Ran || e.facts.Stood == "suspended" {
-				if e.facts.Ran, e.facts.Stood = false, status.Status; status.Running {
-					e.facts.Stood = ""
-				}
-				if err := e.keepFacts(); err != nil {
-					e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
-				}
-			}
-			return status, nil
-		}
-		// While the destination's QEMU lives, it may hold the locks of the disks.
-		if e.facts.Ran || e.facts.Stood == "suspended" && status.Status == "paused" {
-			refused = e.q.Cont(ctx) // a guest that was suspended is again, and does not run
-		} else {
-			refused = fit.Activate(ctx, e.q)
-		}
-		if refused != nil && !isRefusal(refused) && !errors.Is(refused, fit.ErrInactive) {
-			return status, refused
-		}
-		if told = refused == nil; told {
-			continue
-		}
-		select {
-		case <-ctx.Done():
-			return status, errors.Join(refused,
-				fmt.Errorf("%w; the VM's state is %q", context.Cause(ctx), status.Status))
-		case <-time.After(pollInterval):
+		if err := e.keepFacts(); err != nil {
+			e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
 		}
 	}
+	return now, err
 }
 
 // close ends everything that was started.
@@ -921,14 +813,9 @@ func (e *source) close() {
 	}
 	e.die(net.ErrClosed)
 	e.tasks.Wait()
-	if e.freezer != nil {
-		e.freezer.close()
-	}
+	e.owner.close()
 	if e.mem != nil {
 		e.mem.Close()
-	}
-	if e.q != nil {
-		e.q.Close()
 	}
 }
 
