@@ -63,14 +63,14 @@ func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Rec
 		if ctx.Err() == nil {
 			e.lastWord(requests, err)
 		}
-		e.letGo()
+		e.letGo(true)
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)),
 			""}
 	}
 	e.report(Waiting)
 	loadTimeout, err := e.awaitOffer(ctx, requests)
 	if err != nil {
-		e.letGo()
+		e.letGo(true)
 		return Received{}, &Error{ErrRefused, Waiting, errors.Join(err, e.machine.enter(Refused)),
 			"The QEMU that waits here was not touched"}
 	}
@@ -93,34 +93,24 @@ type destination struct {
 	ended chan struct{} // closed when the engine ends
 
 	eviction ID
-	q        *qmp.Client // nil when it does not answer
-	own      actions     // the QEMU's
-	held     bool        // the QEMU was told to stay when its guest ends itself
-	changed  settings    // of the QEMU, as they were
+	owner    twinOwner // of the QEMU
 	messages process.Messages
-	ending   ending
-	over     chan string     // capacity 1: the guest ended itself, and stands; why
 	process  process.Process // the QEMU
 	mem      *guestmem.Memory
-	promised *room.Claim // memory for the VM
-	kills    room.Kills  // when the QEMU was found
-	here     offer
+	promised *room.Claim                // memory for the VM
+	kills    room.Kills                 // when the QEMU was found
 	at       atomic.Pointer[attachment] // nil while the source is not there
 	rejoin   chan *Request              // capacity 1: the source came back
 
-	head    []byte
-	reader  *migstream.Reader // of the head
-	layout  layout
-	pages   arrivals
-	units   hugeUnits
-	placer  *placer
-	stream  *stream                // of QEMU's migration; nil when it is broken
-	current atomic.Pointer[stream] // the same, for tasks of a session
-	// QEMU's own loader found no memory; of who mends the stream, and of serve while nobody does
-	starved   bool
-	pending   bool // the QEMU was not told to run the VM yet
-	mark      Mark // the last that is durable
-	committed bool // the source has said in the present session that it committed
+	head      []byte
+	reader    *migstream.Reader // of the head
+	layout    layout
+	pages     arrivals
+	units     hugeUnits
+	placer    *placer
+	recovery  recovery // of QEMU's stream
+	mark      Mark     // the last that is durable
+	committed bool     // the source has said in the present session that it committed
 	// the same of the session in which the VM came
 	heardCommit atomic.Bool
 	// QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
@@ -145,38 +135,6 @@ type destination struct {
 	shutDownWhy string // why the guest ended itself here; "" if it did not; guarded by mu
 }
 
-// stream is QEMU's end of a migration that we play the source of.
-type stream struct {
-	conn   net.Conn
-	pongs  chan uint32
-	ended  chan struct{} // closed when QEMU has ended its migration
-	status uint32        // with which it did; set before ended is closed
-	broken chan struct{} // closed when the stream is of no more use
-	once   sync.Once
-	why    error // set before broken is closed
-	reader sync.WaitGroup
-}
-
-func newStream(conn net.Conn) *stream {
-	return &stream{conn: conn, pongs: make(chan uint32, 16), ended: make(chan struct{}),
-		broken: make(chan struct{})}
-}
-
-// use makes a stream the present one; nil for none.
-func (e *destination) use(s *stream) {
-	e.stream = s
-	e.current.Store(s)
-}
-
-// fail notes that the stream broke. Only the first reason counts.
-func (s *stream) fail(err error) {
-	s.once.Do(func() {
-		s.why = err
-		close(s.broken)
-		s.conn.Close()
-	})
-}
-
 // maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
 const maxLoadTimeout = 10 * time.Minute
 
@@ -193,8 +151,7 @@ const (
 func (d Destination) engine(first State) *destination {
 	e := &destination{
 		Destination: d, started: time.Now(),
-		rejoin: make(chan *Request, 1), kept: make(chan error, 1), over: make(chan string, 1),
-		ended: make(chan struct{}),
+		rejoin: make(chan *Request, 1), kept: make(chan error, 1), ended: make(chan struct{}),
 	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
@@ -202,6 +159,8 @@ func (d Destination) engine(first State) *destination {
 	if e.Room == nil {
 		e.Room = new(room.Ledger)
 	}
+	e.owner = newQEMUTwin(e.Destination, e.runs)
+	e.recovery.owner = e.owner
 	e.life, e.die = context.WithCancelCause(context.Background())
 	e.machine = newMachine(first, e.report)
 	return e
@@ -234,59 +193,30 @@ func (e *destination) show(st State) {
 	e.Show(p)
 }
 
-// prepare looks at the QEMU that waits here.
-func (e *destination) prepare(ctx context.Context) (err error) {
+// prepare looks at what waits here.
+func (e *destination) prepare(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout,
 		errors.New("preparing took too long"))
 	defer cancel()
-	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+	if err := e.owner.look(ctx); err != nil {
 		return err
 	}
-	if err := recent(e.q.Version()); err != nil {
+	if e.owner.twin().mem == nil {
+		return nil // its QEMU is started for an offer
+	}
+	if err := e.meet(); err != nil {
 		return err
 	}
-	status, err := e.q.QueryStatus(ctx)
-	if err != nil {
-		return err
-	}
-	var m struct {
-		Status    string `json:"status"`
-		Listening []any  `json:"socket-address"`
-	}
-	if err := e.q.Run(ctx, "query-migrate", nil, &m); err != nil {
-		return err
-	}
-	if m.Listening != nil && m.Status == "" {
-		m.Status = "listening for another source"
-	}
-	if status.Status != "inmigrate" || m.Status != "" && m.Status != "none" {
-		return fmt.Errorf("the destination's QEMU at %s does not wait for a VM (its state is %q "+
-			"%s): %s", e.QMP, status.Status, m.Status, e.startRemedy())
-	}
-	if err := handsOver(ctx, e.q, e.QMP); err != nil {
-		return err
-	}
-	if e.mem, err = guestmem.Attach(ctx, e.q); err != nil {
-		return err
-	}
-	if e.process, err = process.Find(e.mem.PID()); err != nil {
-		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
-	}
-	e.messages = process.MessagesOf(e.mem.PID())
-	e.listen(e.q)
+	return e.owner.ready(ctx)
+}
+
+// meet takes note of the QEMU that is to take the VM, and makes sure that pages can be placed in
+// its memory, for which there is room.
+func (e *destination) meet() error {
+	found := e.owner.twin()
+	e.process, e.mem = found.process, found.mem
+	e.messages = process.MessagesOf(e.process.PID)
 	e.lookAfter()
-	args, err := commandLine(e.mem.PID())
-	if err != nil {
-		return err
-	}
-	if err := startsPaused(args); err != nil {
-		return fmt.Errorf("%w: %s", err, e.startRemedy())
-	}
-	e.own = actionsOf(args)
-	if e.here, err = describe(ctx, e.q); err != nil {
-		return err
-	}
-	e.here = e.here.withMemory(e.mem)
 	for i := range e.mem.Blocks() {
 		if err := e.mem.CanFault(i); err != nil {
 			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as "+
@@ -294,19 +224,7 @@ func (e *destination) prepare(ctx context.Context) (err error) {
 				"hugetlbfs", err)
 		}
 	}
-	if err := e.hasRoom(); err != nil {
-		return err
-	}
-	before, err := settingsOf(ctx, e.q)
-	if err != nil {
-		return err
-	}
-	want, was := before.plan(nil)
-	e.changed = was
-	if err := want.apply(ctx, e.q); err != nil {
-		return explainPostcopy(err)
-	}
-	return e.hold(ctx)
+	return e.hasRoom()
 }
 
 // errTwinGone is wrapped by the reason for which life ends when the QEMU does.
@@ -328,10 +246,7 @@ func (e *destination) watch() {
 	if err != nil && e.life.Err() != nil {
 		return
 	}
-	e.ending.wait()
-	e.ending.mu.Lock()
-	host := e.ending.host
-	e.ending.mu.Unlock()
+	_, host := e.owner.lastWords()
 	var said []string
 	if how != "" {
 		said = append(said, how)
@@ -406,32 +321,24 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
 		return fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
 	}
-	if err := atRest(ctx, e.q, "the QEMU that waits at the destination"); err != nil {
+	e.owner.decline(ctx) // an offer before, whose source went away
+	waited := e.mem != nil
+	if err := e.owner.accept(ctx, o); err != nil {
 		return err
 	}
-	// Not when the wait began: it may be mended meanwhile, in QEMU's monitor.
-	here := e.here
-	if here.Disks, err = fit.DisksOf(ctx, e.q); err != nil {
-		return err
+	if waited {
+		err = e.hasRoom() // anew: it may be long since the last look
+	} else {
+		err = e.meet()
 	}
-	if err := o.mismatch(here); err != nil {
-		if e.Description != "" {
-			err = fmt.Errorf("%w. How it is started is in %s", err, e.Description)
-		}
-		return err
-	}
-	if err := e.hasRoom(); err != nil { // anew: it may be long since the last look
-		return err
-	}
-	if e.stream != nil {
-		e.stream.conn.Close() // of an offer before, whose source went away
-	}
-	// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
-	conn, err := socketTo(ctx, e.q, destinationFD, qemuBuffer)
 	if err != nil {
 		return err
 	}
-	e.use(newStream(conn))
+	conn, err := e.owner.connect(ctx)
+	if err != nil {
+		return err
+	}
+	e.recovery.present.Store(newStream(conn))
 	return r.control.Write(msgAccepted)
 }
 
@@ -556,16 +463,16 @@ func (e *destination) run(left context.Context) error {
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
-	e.pending, e.ranSince = false, time.Now()
+	e.recovery.pending, e.ranSince = false, time.Now()
 	if e.stands != "" { // whether it runs is its operator's to say from now on
 		e.running.Store(true)
 		return nil
 	}
-	q, answer := e.q, make(chan error, 1)
+	answer := make(chan error, 1)
 	e.tasks.Go(func() {
 		ctx, cancel := e.bound(context.Background())
 		defer cancel(nil)
-		err := q.Cont(ctx)
+		err := e.owner.run(ctx)
 		e.running.Store(err == nil)
 		if err == nil {
 			e.hasRun.Store(true)
@@ -578,7 +485,7 @@ func (e *destination) run(left context.Context) error {
 			e.Log.Warn("the journal does not take it that the VM ran here: should an operator "+
 				"pause it, the next engine would have it run", "error", err)
 		}
-		announce(ctx, q, e.Log)
+		e.owner.announce(ctx)
 	})
 	select {
 	case err := <-answer:
@@ -594,8 +501,8 @@ func (e *destination) continued(left context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case isRefusal(err):
-		return e.abort(fmt.Errorf("the destination's QEMU refuses to run the VM: %w", err))
+	case errors.Is(err, errNotRun):
+		return e.abort(err)
 	case e.life.Err() != nil:
 		return e.twinGone(left)
 	}
@@ -607,7 +514,7 @@ func (e *destination) arm(ctx context.Context) error {
 	if err := e.machine.enter(Arming); err != nil {
 		return err
 	}
-	if err := e.q.MigrateIncoming(ctx, "fd:"+destinationFD); err != nil {
+	if err := e.owner.begin(ctx); err != nil {
 		return err
 	}
 	f, err := e.at.Load().control.await(ctx, msgHead)
@@ -618,7 +525,8 @@ func (e *destination) arm(ctx context.Context) error {
 		return err
 	}
 	e.tasks.Go(func() { e.kept <- e.keep() })
-	e.follow(e.stream, migstream.NewReturnReader(e.stream.conn, 0))
+	s := e.recovery.stream()
+	e.follow(s, migstream.NewReturnReader(s.conn, 0))
 	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(slices.Clone(e.head))); err !=
 		nil {
 		return err
@@ -662,16 +570,12 @@ func (e *destination) load(ctx context.Context) error {
 		return err
 	}
 	for {
-		status, err := e.q.QueryStatus(ctx)
+		loaded, err := e.owner.loaded(ctx)
 		if err != nil {
 			return err
 		}
-		if status.Status == "paused" {
+		if loaded {
 			break
-		}
-		if status.Status != "inmigrate" {
-			return fmt.Errorf("the destination's QEMU went to state %q in place of paused",
-				status.Status)
 		}
 		if err := e.pause(ctx); err != nil {
 			return err
@@ -703,17 +607,17 @@ func (e *destination) placeDirectly() {
 
 // awaitPong waits until QEMU has loaded all before a ping.
 func (e *destination) awaitPong(ctx context.Context, value uint32) error {
-	a := e.at.Load()
+	a, s := e.at.Load(), e.recovery.stream()
 	for {
 		select {
-		case v := <-e.stream.pongs:
+		case v := <-s.pongs:
 			if v == value {
 				return nil
 			}
 		case f := <-a.control.frames:
 			return f.check()
-		case <-e.stream.broken:
-			return e.stream.why
+		case <-s.broken:
+			return s.why
 		case <-a.Done():
 			return a.Err()
 		case <-ctx.Done():
@@ -729,9 +633,10 @@ func (e *destination) pause(ctx context.Context) error {
 	if _, err := e.at.Load().control.await(ctx); !errors.Is(err, errMoment) {
 		return err
 	}
+	s := e.recovery.stream()
 	select {
-	case <-e.stream.broken:
-		return e.stream.why
+	case <-s.broken:
+		return s.why
 	default:
 		return nil
 	}
@@ -743,10 +648,10 @@ var errMoment = errors.New("a moment has passed")
 func (e *destination) explain(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
 	defer cancel()
-	m, qerr := e.q.QueryMigrate(ctx)
+	why, qerr := e.owner.reason(ctx)
 	switch {
-	case qerr == nil && m.ErrorDesc != "":
-		return fmt.Errorf("%w; it says: %s", err, m.ErrorDesc)
+	case qerr == nil && why != "":
+		return fmt.Errorf("%w; it says: %s", err, why)
 	case errors.Is(qerr, qmp.ErrClosed):
 		select {
 		case <-e.life.Done():
@@ -769,7 +674,7 @@ func (e *destination) explain(err error) error {
 func (e *destination) kill() error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	if err := e.process.Kill(ctx); err != nil {
+	if err := e.owner.kill(ctx); err != nil {
 		return fmt.Errorf("end the destination's QEMU: %w", err)
 	}
 	return nil
@@ -782,9 +687,7 @@ const killTime = 5 * time.Second
 // and then says so.
 func (e *destination) abort(err error) error {
 	from := e.machine.current()
-	if e.q != nil {
-		err = e.explain(err)
-	}
+	err = e.explain(err)
 	if killErr := e.kill(); killErr != nil {
 		return e.lost(errors.Join(err, killErr), "The VM never ran here. End this QEMU by hand")
 	}
@@ -834,9 +737,9 @@ func (e *destination) answerRejoin(a Answer, reason string, dead bool) {
 }
 
 func (e *destination) close() {
-	if e.stream != nil {
-		e.stream.fail(net.ErrClosed)
-		e.stream.reader.Wait()
+	if s := e.recovery.stream(); s != nil {
+		s.fail(net.ErrClosed)
+		s.reader.Wait()
 	}
 	if a := e.at.Load(); a != nil {
 		a.end()
@@ -858,29 +761,8 @@ func (e *destination) close() {
 	if e.mem != nil {
 		e.mem.Close()
 	}
-	if e.q != nil {
-		e.q.Close()
-	}
+	e.owner.close()
 	e.messages.Close()
-}
-
-// startRemedy says how the QEMU is to be started.
-func (e *destination) startRemedy() string {
-	if e.Description != "" {
-		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments",
-			e.Description)
-	}
-	return "start it as the source's, with -S -incoming defer in addition"
-}
-
-// startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
-// as soon as the devices are loaded, before anyone agreed to that.
-func startsPaused(args []string) error {
-	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
-		return errors.New("the destination's QEMU was started without -S and would run the VM " +
-			"without being told to")
-	}
-	return nil
 }
 
 // explainPostcopy adds what to do to QEMU's refusal of post-copy.

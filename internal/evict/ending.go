@@ -77,38 +77,16 @@ type ending struct {
 	listeners []chan struct{} // each closed when it has heard all that a monitor says
 }
 
-// listen takes note of what QEMU says of its guest's end, and of its own, at a monitor, until that
-// or this engine ends.
-func (e *destination) listen(q *qmp.Client) {
-	events, heard := q.Subscribe(256), make(chan struct{})
-	e.ending.mu.Lock()
-	e.ending.listeners = append(e.ending.listeners, heard)
-	e.ending.mu.Unlock()
-	e.tasks.Go(func() {
-		defer close(heard)
-		defer events.Close()
-		for {
-			select {
-			case ev, ok := <-events.C:
-				if !ok {
-					return
-				}
-				if e.ending.hear(ev) {
-					e.tasks.Go(func() { e.confirm(q) })
-				}
-				if ev.Name == "RESUME" && e.untold() {
-					e.die(errStrayCont)
-					if err := e.kill(); err != nil {
-						e.Log.Error("the QEMU here runs the VM, and was not told to: end it by "+
-							"hand",
-							"pid", e.process.PID, "error", err)
-					}
-				}
-			case <-e.ended:
-				return
-			}
-		}
-	})
+// runs is called when the twin says that its guest runs.
+func (e *destination) runs() {
+	if !e.untold() {
+		return
+	}
+	e.die(errStrayCont)
+	if err := e.kill(); err != nil {
+		e.Log.Error("the QEMU here runs the VM, and was not told to: end it by hand",
+			"pid", e.process.PID, "error", err)
+	}
 }
 
 // errStrayCont is why a QEMU was ended that began to run the VM before the source committed.
@@ -180,86 +158,11 @@ func (d *ending) wait() {
 	}
 }
 
-// confirm asks a QEMU whose guest may have ended itself for its run state. It answers when the
-// guest stands still, and its disks are written.
-func (e *destination) confirm(q *qmp.Client) {
-	st, err := q.QueryStatus(e.life)
-	if err != nil || !e.own.ends(st.Status) {
-		return
-	}
-	why := e.ending.said()
-	if why == "" {
-		why = "guest-panic" // QEMU's own word for it, where it does not pause
-	}
-	select {
-	case e.over <- why:
-	default:
-	}
-}
-
-// hold tells the QEMU to keep a guest that ends itself, if by its own setting it would end then.
-// Without that it says so and ends at once, which is second best: nobody may listen.
-func (e *destination) hold(ctx context.Context) error {
-	if e.own.shutdown == "pause" {
-		return nil
-	}
-	err := e.q.Run(ctx, "set-action", map[string]string{"shutdown": "pause"}, nil)
-	if errors.Is(err, qmp.ErrCommandNotFound) { // QEMU before 6.0
-		e.Log.Info("the QEMU here cannot be told to stay when its guest ends itself", "version",
-			e.q.Version())
-		return nil
-	}
-	e.held = err == nil
-	return err
-}
-
-// giveBackTime is how long a QEMU may take to get its own settings back.
-const giveBackTime = 2 * time.Second
-
 // letGo gives the QEMU its own settings back. It is called when the eviction is over and the QEMU
-// lives on.
-func (e *destination) letGo() {
-	if e.life.Err() != nil || e.q == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(e.life, giveBackTime)
-	defer cancel()
-	err := e.changed.apply(ctx, e.q)
-	for isRefusal(err) && ctx.Err() == nil { // until its migration is over, which was told to end
-		select {
-		case <-time.After(pollInterval):
-			err = e.changed.apply(ctx, e.q)
-		case <-ctx.Done():
-		}
-	}
-	if err != nil && e.life.Err() == nil {
-		e.Log.Warn("the QEMU here does not take its own migration settings back", "error", err)
-	}
-	e.release()
-}
-
-// release undoes hold, and has QEMU quit if its guest ended itself before.
-func (e *destination) release() {
-	if !e.held || e.life.Err() != nil || e.q == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(e.life, giveBackTime)
-	defer cancel()
-	err := e.q.Run(ctx, "set-action", map[string]string{"shutdown": e.own.shutdown}, nil)
-	if errors.Is(err, qmp.ErrCommandNotFound) {
-		return
-	}
-	var st qmp.Status
-	if err == nil {
-		st, err = e.q.QueryStatus(ctx)
-	}
-	if err == nil && e.own.ends(st.Status) {
-		e.Log.Info("the guest has ended itself: its QEMU is told to quit", "state", st.Status)
-		err = e.q.Quit(ctx)
-	}
-	if err != nil && e.life.Err() == nil {
-		e.Log.Warn("the QEMU here stays when its guest ends itself: if it is not to, tell its "+
-			"monitor set-action shutdown=poweroff", "error", err)
+// lives on. over says that its migration is, too.
+func (e *destination) letGo(over bool) {
+	if e.life.Err() == nil {
+		e.owner.letGo(e.life, over)
 	}
 }
 
@@ -277,17 +180,16 @@ func (d Destination) LetGo(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
-	if e.q, err = qmp.Dial(ctx, e.QMP); err != nil {
+	if err := e.owner.open(ctx); err != nil {
 		return err
 	}
-	e.letGo()
+	e.letGo(true)
 	return nil
 }
 
 // twinGone ends an eviction whose QEMU here ended after the VM ran: what that said tells why.
 func (e *destination) twinGone(left context.Context) error {
-	e.ending.wait()
-	if why := e.ending.said(); why != "" {
+	if why, _ := e.owner.lastWords(); why != "" {
 		return e.shutDown(left, why)
 	}
 	return e.lost(context.Cause(e.life), goneHere)
@@ -327,8 +229,8 @@ func (e *destination) shutDown(left context.Context, why string) error {
 func (e *destination) quit() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	defer cancel()
-	if e.life.Err() == nil && e.q != nil {
-		if err := e.q.Quit(ctx); err == nil && e.process.Wait(ctx) == nil {
+	if e.life.Err() == nil {
+		if err := e.owner.quit(ctx); err == nil && e.process.Wait(ctx) == nil {
 			return nil
 		}
 	}

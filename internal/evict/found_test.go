@@ -38,7 +38,8 @@ func TestFoundShutDown(t *testing.T) {
 	}
 	e := Destination{QMP: socket}.engine(Waiting)
 	defer e.close()
-	e.q = q
+	twin := e.owner.(*qemuTwin)
+	twin.q = q
 	if e.process, err = process.Find(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
@@ -46,8 +47,8 @@ func TestFoundShutDown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.own = actionsOf(args)
-	if err := e.hold(ctx); err != nil || !e.held {
+	twin.own = actionsOf(args)
+	if err := twin.hold(ctx); err != nil || !twin.held {
 		t.Fatalf("hold: %v", err)
 	}
 	if err := q.Run(ctx, "system_reset", nil, nil); err != nil {
@@ -63,17 +64,17 @@ func TestFoundShutDown(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	if m := e.recover(); m.err != nil || m.over == "" {
+	if m := e.recovery.recover(e.life, nil); m.err != nil || m.over == "" {
 		t.Errorf("it was found as %+v", m)
 	}
-	own := e.own
-	e.own.shutdown = "pause"
-	if m := e.recover(); m.over != "" {
+	own := twin.own
+	twin.own.shutdown = "pause"
+	if m := e.recovery.recover(e.life, nil); m.over != "" {
 		t.Errorf("one that is to stay was found as %+v", m)
 	}
-	e.own = own
+	twin.own = own
 	// Its own setting back, QEMU quits.
-	e.release()
+	e.letGo(false)
 	if err := e.process.Wait(ctx); err != nil {
 		t.Errorf("QEMU did not quit: %v", err)
 	}

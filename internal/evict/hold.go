@@ -206,8 +206,8 @@ func (e *destination) awaitRoom() {
 	}
 	until := time.Now().Add(tightTime)
 	for why := e.tight(); why != "" && time.Now().Before(until); why = e.tight() {
-		if !e.starved {
-			e.starved = true
+		if !e.recovery.starved {
+			e.recovery.starved = true
 			e.tellShort(why)
 		}
 		select {
@@ -243,7 +243,7 @@ func (e *destination) placeHeld(held []parcel) (left []parcel) {
 
 // failed ends what pages cannot be placed in: QEMU's stream, or the session.
 func (e *destination) failed(a *attachment, err error) {
-	if s := e.current.Load(); s != nil && errors.Is(err, errQEMU) {
+	if s := e.recovery.stream(); s != nil && errors.Is(err, errQEMU) {
 		s.fail(err)
 	}
 	if a != nil {

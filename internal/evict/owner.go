@@ -3,6 +3,7 @@ package evict
 import (
 	"context"
 	"errors"
+	"net"
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
@@ -68,3 +69,69 @@ var errNotOpen = errors.New("nobody has asked the VM's QEMU anything yet")
 
 // notYet reports whether an error of reaching a QEMU says that it may answer in a moment.
 func notYet(err error) bool { return errors.Is(err, qmp.ErrBusy) || errors.Is(err, qmp.ErrStopped) }
+
+// twinOwner is who owns the QEMU that takes the VM at the destination, the twin. Its methods are
+// called one at a time, but for run, over and lastWords.
+type twinOwner interface {
+	// look makes sure that this host waits for a VM, and touches nothing.
+	look(ctx context.Context) error
+	// ready gets the QEMU that was found ready to take a VM. letGo undoes it.
+	ready(ctx context.Context) error
+	// twin is the QEMU, and its memory: from look on where it waits for an offer, else from accept
+	// on. Its memory is nil before.
+	twin() twinQEMU
+	// accept makes sure that the offered VM fits. decline undoes what it did, and closes what
+	// connect returned.
+	accept(ctx context.Context, o offer) error
+	decline(ctx context.Context)
+	// connect gives the twin its stream and returns the other end. begin has it read.
+	connect(ctx context.Context) (net.Conn, error)
+	begin(ctx context.Context) error
+	// loaded reports whether the twin has all devices, and stands still.
+	loaded(ctx context.Context) (bool, error)
+	// run has the twin run the VM. It may take long, as the owner may wait for a page. An error that
+	// wraps errNotRun says that the twin never ran, nor will when it is killed.
+	run(ctx context.Context) error
+	// announce has the network learn where the VM is.
+	announce(ctx context.Context)
+	// over tells why the guest ended itself, if it did and the twin stands still with it.
+	over() <-chan string
+	// lastWords is what was said of the twin's end, when all was heard: why the guest ended itself,
+	// empty if it did not; and why else the twin ended.
+	lastWords() (guest, host string)
+	// reason is why the twin's migration failed, as far as it says so. The error wraps
+	// qmp.ErrClosed if it does not answer any more.
+	reason(ctx context.Context) (string, error)
+	// open takes hold anew of a twin whose engine died, or that lost its monitor.
+	open(ctx context.Context) error
+	// renew gives a twin whose stream broke a new one, with what it is to read first.
+	renew(ctx context.Context, hello []byte) (renewed, error)
+	// letGo gives the twin its own settings back, and has it end if its guest ended itself. over
+	// says that its migration is.
+	letGo(life context.Context, over bool)
+	// quit has the twin end whose guest ended itself.
+	quit(ctx context.Context) error
+	// kill ends the twin, and returns when it is gone.
+	kill(ctx context.Context) error
+	// record adds to what another engine needs to know, and recall is told it.
+	record(t *twin)
+	recall(t twin) error
+	close()
+}
+
+// twinQEMU is the QEMU that is to take a VM.
+type twinQEMU struct {
+	process process.Process
+	mem     *guestmem.Memory
+	here    offer // what it was started as
+}
+
+// renewed is a twin whose stream broke, found anew.
+type renewed struct {
+	conn    net.Conn
+	pending bool   // it was not told to run the VM yet
+	over    string // why the guest ended itself, if it did; there is no stream then
+}
+
+// errNotRun is wrapped by the error of a twin that was to run, and did not.
+var errNotRun = errors.New("the VM was not run")

@@ -19,7 +19,7 @@ func (e *destination) takeHead(head []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := e.here.holds(l); err != nil {
+	if err := e.owner.twin().here.holds(l); err != nil {
 		return err
 	}
 	e.adopt(head, l, r)
@@ -31,8 +31,8 @@ func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
 	e.head, e.layout, e.reader = head, l, r
 	e.pages.begin(l)
 	e.units.begin(l)
-	if e.stream != nil {
-		e.placer = newPlacer(e.stream.conn, r.SectionID(), l)
+	if s := e.recovery.stream(); s != nil {
+		e.placer = newPlacer(s.conn, r.SectionID(), l)
 	}
 }
 

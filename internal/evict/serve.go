@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
-	"net"
 	"slices"
 	"time"
 
@@ -15,7 +14,6 @@ import (
 	"vacate/internal/link"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
-	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/process"
 
 	"golang.org/x/sys/unix"
@@ -47,15 +45,18 @@ func (e *destination) serve(ctx, left context.Context) error {
 		var whole, broken, gone <-chan struct{}
 		var frames chan controlFrame
 		rejoin := e.rejoin
-		if e.stream != nil {
+		if s := e.recovery.stream(); s != nil {
 			whole = e.pages.done()
-			broken = e.stream.broken
+			broken = s.broken
 		} else {
 			if !mending {
 				mending = true
-				e.tasks.Go(func() { mended <- e.mend() })
+				e.tasks.Go(func() {
+					e.awaitRoom()
+					mended <- e.recovery.mend(e.life, e.layout)
+				})
 			}
-			if e.placer.direct.Load() == nil || e.pending {
+			if e.placer.direct.Load() == nil || e.recovery.pending {
 				rejoin = nil // pages would have nowhere to go
 			}
 		}
@@ -69,7 +70,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 				return nil
 			}
 			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
-				e.release()
+				e.letGo(false)
 				return e.lost(err,
 					"The VM is whole here, but its QEMU does not end the migration: ask it with "+
 						"`query-migrate`. The source still holds its memory")
@@ -82,7 +83,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 				continue
 			case <-time.After(lastWords):
 			}
-			e.dropStream(e.stream.why)
+			e.dropStream(e.recovery.stream().why)
 		case m := <-mended:
 			mending = false
 			if m.err == nil && m.over == "" {
@@ -109,7 +110,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 					"The source runs the VM again. The one here was ended")
 			case errors.Is(err, errFailed):
 				still()
-				e.release()
+				e.letGo(false)
 				return e.lost(err, e.leftovers())
 			}
 			e.at.Load().Fail(err)
@@ -124,7 +125,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 			if err := e.continued(left, err); err != nil {
 				return err
 			}
-		case why := <-e.over:
+		case why := <-e.owner.over():
 			still()
 			return e.shutDown(left, why)
 		case <-e.life.Done():
@@ -134,8 +135,8 @@ func (e *destination) serve(ctx, left context.Context) error {
 				"The VM runs here as far as its pages go, and another engine can go on with the " +
 					"eviction"}
 		case <-tick.C:
-			if e.starved && e.stream != nil && e.tight() == "" {
-				e.starved = false
+			if e.recovery.starved && e.recovery.stream() != nil && e.tight() == "" {
+				e.recovery.starved = false
 				e.tellShort("")
 			}
 			e.show("")
@@ -175,16 +176,17 @@ func (e *destination) detach(why error) {
 // has to come again and learn what is here.
 func (e *destination) dropStream(why error) {
 	e.detach(fmt.Errorf("the stream to QEMU broke: %w", why))
-	e.stream.fail(why)
-	e.stream.reader.Wait()
-	e.use(nil)
+	s := e.recovery.stream()
+	s.fail(why)
+	s.reader.Wait()
+	e.recovery.present.Store(nil)
 }
 
 // attach goes on with a source that came back: it tells it what is here, and asks for what
 // the guest waits for. A failure of the session is no error.
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
-	if e.pending {
+	if e.recovery.pending {
 		if e.committed = r.resume.Committed; !e.committed {
 			// a source that goes on has this; one that does not may be told all the same
 			e.tasks.Go(func() {
@@ -198,7 +200,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 		}
 	}
 	a := r.attachment
-	if e.stream == nil {
+	if e.recovery.stream() == nil {
 		// Some pages may have come and not been placed. One of them may be what keeps QEMU from
 		// answering, without which it gets no new stream.
 		e.forget(nil)
@@ -264,15 +266,16 @@ func (e *destination) complete() error {
 	if err := e.placer.end(); err != nil {
 		return err
 	}
+	s := e.recovery.stream()
 	select {
-	case <-e.stream.ended:
-	case <-e.stream.broken:
-		return e.stream.why
+	case <-s.ended:
+	case <-s.broken:
+		return s.why
 	case <-e.life.Done():
 		return context.Cause(e.life)
 	}
-	if e.stream.status != 0 {
-		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", e.stream.status))
+	if s.status != 0 {
+		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", s.status))
 	}
 	return e.finish()
 }
@@ -287,7 +290,7 @@ func (e *destination) finish() error {
 	if err := note(e.Journal, MarkCompleted, ""); err != nil {
 		e.Log.Warn("the journal does not take it that the VM is whole here", "error", err)
 	}
-	e.letGo()
+	e.letGo(true)
 	received := e.summary()
 	e.say(msgComplete, received)
 	e.passOnHuge()
@@ -373,9 +376,13 @@ type twin struct {
 	Messages process.Messages `json:"messages"`
 }
 
+func (t twin) process() process.Process { return process.Of(t.PID, t.Start, t.Boot) }
+
 func (e *destination) twin() twin {
-	return twin{e.process.PID, e.process.StartTime, process.BootID(), e.mem.Blocks(), e.changed,
-		e.messages}
+	t := twin{PID: e.process.PID, Start: e.process.StartTime, Boot: process.BootID(),
+		Blocks: e.mem.Blocks(), Messages: e.messages}
+	e.owner.record(&t)
+	return t
 }
 
 // Resume goes on with an eviction that another engine left or died over, whose last mark in
@@ -441,8 +448,8 @@ func (e *destination) find() error {
 	if err := json.Unmarshal(b, &t); err != nil {
 		return fmt.Errorf("which QEMU took the VM: the journal: %w", err)
 	}
-	e.changed, e.messages = t.Changed, t.Messages.Reopen()
-	e.process = process.Of(t.PID, t.Start, t.Boot)
+	e.messages = t.Messages.Reopen()
+	e.process = t.process()
 	pidfd, err := e.process.Open()
 	if errors.Is(err, process.ErrGone) {
 		return fmt.Errorf("%w: process %d", errTwinGone, t.PID)
@@ -450,8 +457,7 @@ func (e *destination) find() error {
 		return err
 	}
 	unix.Close(pidfd)
-	args, err := commandLine(t.PID)
-	if err != nil {
+	if err := e.owner.recall(t); err != nil {
 		return err
 	}
 	stands, err := e.Journal.Kept(keptStands)
@@ -465,8 +471,6 @@ func (e *destination) find() error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("whether the VM ran here: %w", err)
 	}
-	e.own = actionsOf(args)
-	e.held = e.own.shutdown != "pause"
 	e.lookAfter()
 	head, err := e.Journal.Kept(keptHead)
 	if err != nil {
@@ -534,128 +538,14 @@ func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set,
 	return placed, nil
 }
 
-// errCompleted says that QEMU has ended its migration, which it is told to when it has all pages.
-var errCompleted = errors.New("the migration is complete")
-
-const (
-	recoverFD   = "vacate-recover"
-	recoverTime = 5 * time.Second
-	mendPause   = time.Second // after an attempt that failed
-)
-
-// mended is a new stream to QEMU.
-type mended struct {
-	conn net.Conn
-	r    *migstream.ReturnReader // of its return path
-	// by block, a bit for each of 4 KiB that QEMU has taken from streams
-	bitmaps map[string][]byte
-	pending bool   // the QEMU was not told to run the VM yet
-	over    string // why the guest ended itself, if it did; there is no stream then
-	silent  bool   // QEMU did not answer in time
-	err     error
-}
-
-// mend takes QEMU's migration up again by its post-copy recovery: QEMU gets a new stream, tells
-// which pages it has, and once more for which it waits. It is called while e.stream is nil.
-func (e *destination) mend() mended {
-	e.awaitRoom()
-	m := e.recover()
-	if m.err != nil && !errors.Is(m.err, errCompleted) {
-		select {
-		case <-time.After(mendPause):
-		case <-e.life.Done():
-		}
-	}
-	return m
-}
-
-var errSilent = errors.New("QEMU does not answer: it may wait for a page itself")
-
-func (e *destination) recover() (m mended) {
-	ctx, cancel := e.bound(context.Background())
-	defer cancel(nil)
-	timer := time.AfterFunc(recoverTime, func() { cancel(errSilent) })
-	defer timer.Stop()
-	defer func() { m.silent = m.err != nil && errors.Is(context.Cause(ctx), errSilent) }()
-	if e.q == nil || e.q.Err() != nil {
-		q, err := qmp.Dial(ctx, e.QMP)
-		if err != nil {
-			return mended{err: err}
-		}
-		if e.q != nil {
-			e.q.Close()
-		}
-		e.q = q
-		e.listen(q)
-	}
-	// What the guest did while no engine listened.
-	if st, err := e.q.QueryStatus(ctx); err != nil {
-		return mended{err: err}
-	} else if e.own.ends(st.Status) {
-		return mended{over: "QEMU found in the state " + st.Status}
-	}
-	if m.err = e.awaitPaused(ctx); m.err != nil {
-		return m
-	}
-	st, err := e.q.QueryStatus(ctx)
-	if err != nil {
-		return mended{err: err}
-	}
-	// Of a QEMU that took the VM, has all devices and never ran it, "paused" means that it was not
-	// told to.
-	m.pending = st.Status == "paused"
-	if m.conn, m.err = socketTo(ctx, e.q, recoverFD, 0); m.err != nil {
-		return m
-	}
-	if m.err = e.handshake(ctx, &m); m.err != nil {
-		m.conn.Close()
-	}
-	return m
-}
-
-// handshake is that of QEMU's post-copy recovery.
-func (e *destination) handshake(ctx context.Context, m *mended) error {
-	// All in one piece, and before QEMU reads any of it: some versions do not survive a
-	// connection that ends before it said enough.
-	var hello []byte
-	most := 0
-	for _, b := range e.layout {
-		hello = migstream.RecvBitmapCommand(b.Name).Append(hello)
-		most = max(most, int(b.Length/migstream.TargetPageSize))
-	}
-	hello = migstream.Command{ID: migstream.CmdPostcopyResume}.Append(hello)
-	if _, err := m.conn.Write(hello); err != nil {
-		return fmt.Errorf("write to QEMU: %w", err)
-	}
-	if err := e.q.MigrateRecover(ctx, "fd:"+recoverFD); err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { m.conn.SetDeadline(time.Unix(1, 0)) })
-	m.r, m.bitmaps = migstream.NewReturnReader(m.conn, most), map[string][]byte{}
-	for {
-		msg, err := m.r.Next()
-		if err != nil {
-			return fmt.Errorf("QEMU's recovery: %w", errors.Join(err, context.Cause(ctx)))
-		}
-		switch msg.Type {
-		case migstream.MsgRecvBitmap:
-			m.bitmaps[msg.Block] = msg.Bitmap
-		case migstream.MsgResumeAck:
-			if !stop() {
-				return context.Cause(ctx)
-			}
-			return nil
-		}
-	}
-}
-
 // useStream goes on with a new stream to QEMU. If the source is there, it has to come again,
 // as other pages may be here than it knows.
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)
-	e.pending = m.pending && e.stands == "" && !e.hasRun.Load()
-	e.use(newStream(m.conn))
+	e.recovery.pending = m.pending && e.stands == "" && !e.hasRun.Load()
+	s := newStream(m.conn)
+	e.recovery.present.Store(s)
 	e.holding.Lock()
 	old := e.placer
 	d := old.direct.Load()
@@ -668,39 +558,11 @@ func (e *destination) useStream(m mended) error {
 	}
 	e.holding.Unlock()
 	if err := e.takeStock(m.bitmaps); err != nil {
-		e.stream.fail(err)
-		e.use(nil)
+		s.fail(err)
+		e.recovery.present.Store(nil)
 		return err
 	}
 	e.pages.recount()
-	e.follow(e.stream, m.r)
+	e.follow(s, m.r)
 	return nil
-}
-
-// awaitPaused waits until QEMU has noticed that its stream broke.
-func (e *destination) awaitPaused(ctx context.Context) error {
-	for asked := false; ; {
-		m, err := e.q.QueryMigrate(ctx)
-		switch {
-		case err != nil:
-			return err
-		case m.Status == "postcopy-paused":
-			return nil
-		case m.Status == "completed":
-			return errCompleted
-		case m.Status == "failed":
-			return fmt.Errorf("QEMU's migration failed: %s", m.ErrorDesc)
-		case m.Status == "postcopy-active" && !asked:
-			asked = true
-			// Refused where it has just noticed by itself.
-			if err := e.q.MigratePause(ctx); err != nil && !isRefusal(err) {
-				return err
-			}
-		}
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-ctx.Done():
-			return fmt.Errorf("%w; its migration is %q", context.Cause(ctx), m.Status)
-		}
-	}
 }

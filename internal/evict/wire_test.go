@@ -280,9 +280,10 @@ func split(t testing.TB, stream []byte) (head, load []byte, blocks []migstream.B
 // offered is a destination that has accepted an offer of the blocks.
 func offered(blocks []migstream.Block) *destination {
 	e := Destination{}.engine(Waiting)
-	e.stream = newStream(nil)
+	e.recovery.present.Store(newStream(nil))
+	here := &e.owner.(*qemuTwin).found.here
 	for _, b := range blocks {
-		e.here.Blocks = append(e.here.Blocks, blockOffer{b.Name, b.Length, b.PageSize})
+		here.Blocks = append(here.Blocks, blockOffer{b.Name, b.Length, b.PageSize})
 	}
 	return e
 }
@@ -331,7 +332,7 @@ func TestHeadAndLoad(t *testing.T) {
 				t.Errorf("%s: a head with a block that was not offered: %v", name, err)
 			}
 			grown := offered(blocks)
-			grown.here.Blocks[i].Size *= 2
+			grown.owner.(*qemuTwin).found.here.Blocks[i].Size *= 2
 			if err := grown.takeHead(head); err == nil != resizable(blocks[i].Name) {
 				t.Errorf("%s: %s has half the size that was offered: %v", name, blocks[i].Name, err)
 			}
