@@ -39,12 +39,12 @@ const (
 	surveyLimit = 15 * time.Second // for all that is done beside the push
 )
 
-// light is what is known of the guest's pages.
-type light struct {
+// survey is what is known of the guest's pages.
+type survey struct {
 	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
 	noAgent error
 	guest   *linux.Guest      // nil if it cannot be looked into
-	survey  *pageclass.Survey // nil until it is made
+	pages   *pageclass.Survey // nil until it is made
 	joined  bool              // the push follows it
 	report  Enlightening
 }
@@ -52,7 +52,7 @@ type light struct {
 // findAgent finds out whether an agent in the guest can be asked.
 func (e *source) findAgent(ctx context.Context) {
 	if e.mayLook() && e.Enlightenment != Host {
-		e.light.agent, e.light.noAgent = agent.Find(ctx, e.owner.monitor())
+		e.survey.agent, e.survey.noAgent = agent.Find(ctx, e.owner.monitor())
 	}
 }
 
@@ -60,7 +60,7 @@ func (e *source) findAgent(ctx context.Context) {
 // can only be asked now. All else waits for the freeze, as each moment until then is one in which
 // the VMs of this host starve.
 func (e *source) look(ctx context.Context) {
-	if e.light.agent != "" {
+	if e.survey.agent != "" {
 		e.lookInside(ctx)
 	}
 }
@@ -73,28 +73,28 @@ func (e *source) mayLook() bool {
 // lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be
 // had is no reason not to evict: the pages then go in plain order.
 func (e *source) lookInside(ctx context.Context) {
-	l := &e.light
+	s := &e.survey
 	start := time.Now()
 	if e.Enlightenment != Agent {
 		var err error
-		if l.guest, err = e.attach(ctx); err == nil {
-			l.report.Source, l.report.Kernel = Host, l.guest.Release()
+		if s.guest, err = e.attach(ctx); err == nil {
+			s.report.Source, s.report.Kernel = Host, s.guest.Release()
 		} else {
-			l.doubt("the guest cannot be looked into from outside", err)
+			s.doubt("the guest cannot be looked into from outside", err)
 		}
 	}
-	if e.Enlightenment == Agent || e.Enlightenment == Auto && l.guest == nil {
-		err := l.noAgent
+	if e.Enlightenment == Agent || e.Enlightenment == Auto && s.guest == nil {
+		err := s.noAgent
 		if err == nil {
-			err = e.ask(ctx, l.agent)
+			err = e.ask(ctx, s.agent)
 		}
 		if err == nil {
-			l.report.Source = Agent
+			s.report.Source = Agent
 		} else {
-			l.doubt("the guest's agent", err)
+			s.doubt("the guest's agent", err)
 		}
 	}
-	l.report.Attach = time.Since(start).Seconds()
+	s.report.Attach = time.Since(start).Seconds()
 }
 
 // agentTime is how long the guest's agent may take to answer. It is a variable for tests, which
@@ -116,7 +116,7 @@ func (e *source) ask(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	e.light.survey, e.light.report.AnswerBytes, e.light.report.AnswerCPU = survey, stats.Bytes,
+	e.survey.pages, e.survey.report.AnswerBytes, e.survey.report.AnswerCPU = survey, stats.Bytes,
 		stats.CPU.Seconds()
 	return nil
 }
@@ -153,11 +153,11 @@ func attachGuest(ctx context.Context, m *guestmem.Memory, q linux.Monitor) (*lin
 	return guest, err
 }
 
-func (l *light) doubt(what string, err error) {
-	if l.report.Doubts != "" {
-		l.report.Doubts += "; "
+func (s *survey) doubt(what string, err error) {
+	if s.report.Doubts != "" {
+		s.report.Doubts += "; "
 	}
-	l.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
+	s.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
 // enlighten learns what the frozen guest's pages are used for, and has the push follow it. The
@@ -197,13 +197,8 @@ func (e *source) leaveOutUnused() {
 
 // leaveOut leaves out those of the pages that are left, and tells the destination.
 func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
-	var out []pageset.Run
-	e.mu.Lock()
-	for _, r := range runs {
-		out = append(out, e.order.Take(r, why)...)
-	}
-	e.mu.Unlock()
-	e.count(why, out)
+	out := e.departures.take(runs, why)
+	e.departures.count(why, out)
 	if a := e.at.Load(); a != nil { // else the destination hears of them when it is back
 		if err := sendSkipped(a, out); err != nil {
 			a.FailSoon(err)
@@ -216,32 +211,30 @@ func (e *source) learn() {
 	ctx, cancel := e.bound(context.Background(), surveyLimit,
 		fmt.Errorf("it took longer than %v", surveyLimit))
 	defer cancel()
-	if e.mayLook() && e.light.agent == "" { // else look has done it
+	if e.mayLook() && e.survey.agent == "" { // else look has done it
 		e.lookInside(ctx)
 	}
 	start := time.Now()
-	survey := e.light.survey
+	survey := e.survey.pages
 	blocks, frames := e.frozen.layout.blocks(), e.frozen.frames()
 	var first []pageset.Run
-	if e.light.guest != nil && e.Order.Base == pushorder.Enlightened {
-		list, err := e.light.guest.First(ctx)
+	if e.survey.guest != nil && e.Order.Base == pushorder.Enlightened {
+		list, err := e.survey.guest.First(ctx)
 		if err == nil { // else the survey says the same
 			first = pushorder.Locate(blocks, list, frames)
-			e.mu.Lock()
-			e.order.SetPlan(first)
-			e.mu.Unlock()
-			e.light.report.First = e.sinceFreeze()
+			e.departures.plan(first)
+			e.survey.report.First = e.sinceFreeze()
 		}
 	}
-	if e.light.guest != nil {
-		r, err := e.light.guest.Survey(ctx)
+	if e.survey.guest != nil {
+		r, err := e.survey.guest.Survey(ctx)
 		if err != nil {
-			e.light.doubt("the frozen guest is not what it was", err)
+			e.survey.doubt("the frozen guest is not what it was", err)
 			return
 		}
 		survey = &r.Survey
-		e.light.report.Notes = r.Notes
-		e.light.report.Stages = &r.Timings
+		e.survey.report.Notes = r.Notes
+		e.survey.report.Stages = &r.Timings
 	}
 	if survey == nil {
 		return
@@ -249,21 +242,16 @@ func (e *source) learn() {
 	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
 	plan = append(first, plan...)
 	var free []pageset.Run
-	if e.light.guest != nil && !e.SendFree {
+	if e.survey.guest != nil && !e.SendFree {
 		free = pushorder.Skippable(blocks, survey, frames)
 	}
-	e.mu.Lock()
-	e.order.SetPlan(plan)
-	e.mu.Unlock()
-	e.light.survey, e.light.joined = survey, true
-	e.light.report.Survey = time.Since(start).Seconds()
-	e.light.report.Known = e.sinceFreeze()
+	e.departures.plan(plan)
+	e.survey.pages, e.survey.joined = survey, true
+	e.survey.report.Survey = time.Since(start).Seconds()
+	e.survey.report.Known = e.sinceFreeze()
 	e.leaveOut(free, pushorder.Skipped)
 	// Until it is known, neighbours are those in physical memory.
-	kin := pushorder.NewKinship(e.Order, blocks, survey, frames)
-	e.mu.Lock()
-	e.order.SetKinship(kin)
-	e.mu.Unlock()
+	e.departures.relate(pushorder.NewKinship(e.Order, blocks, survey, frames))
 }
 
 // sinceFreeze is the time for which the guest has been frozen here, in seconds.
@@ -356,10 +344,8 @@ type ClassCount struct {
 
 // account sums up by class. Nothing may be sent any more.
 func (e *source) account() Enlightening {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	r := e.light.report
-	if !e.light.joined {
+	r := e.survey.report
+	if !e.survey.joined {
 		r.Source = Off
 		return r
 	}
@@ -371,11 +357,11 @@ func (e *source) account() Enlightening {
 	for _, f := range e.frozen.frames() {
 		each := e.frozen.layout[f.Run.Block].PageSize / migstream.TargetPageSize
 		for i := range f.Run.Count {
-			from := min(f.First+uint64(i)*each, uint64(len(e.light.survey.Pages)))
+			from := min(f.First+uint64(i)*each, uint64(len(e.survey.pages.Pages)))
 			class := pageclass.Unknown
 			// A huge page is of the first class of the paper's order that is in it.
-			for _, p := range e.light.survey.Pages[from:min(from+each,
-				uint64(len(e.light.survey.Pages)))] {
+			for _, p := range e.survey.pages.Pages[from:min(from+each,
+				uint64(len(e.survey.pages.Pages)))] {
 				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
 					class = p.Class
 				}
@@ -383,36 +369,34 @@ func (e *source) account() Enlightening {
 			classes[f.Run.Block][f.Run.First+pageset.Page(i)] = class
 		}
 	}
-	for i, b := range e.frozen.layout {
-		for p := range pageset.Page(b.Pages) {
-			c := &counts[classes[i][p]]
-			c.Pages++
-			why, late := e.order.Why(i, p)
-			switch why {
-			case pushorder.Early:
-				c.Early++
-			case pushorder.Planned:
-				c.Pushed++
-			case pushorder.Near:
-				c.Near++
-			case pushorder.Fetched:
-				c.Fetched++
-			case pushorder.Skipped:
-				c.Skipped++
-			case pushorder.Unused:
-				c.Unused++
-			}
-			if late {
-				c.Late++
-			}
-			switch {
-			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
-				c.Zero++
-			case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
-				c.Bytes += b.PageSize
-			}
+	count := func(i int, p pageset.Page, why pushorder.Reason, late bool) {
+		c := &counts[classes[i][p]]
+		c.Pages++
+		switch why {
+		case pushorder.Early:
+			c.Early++
+		case pushorder.Planned:
+			c.Pushed++
+		case pushorder.Near:
+			c.Near++
+		case pushorder.Fetched:
+			c.Fetched++
+		case pushorder.Skipped:
+			c.Skipped++
+		case pushorder.Unused:
+			c.Unused++
+		}
+		if late {
+			c.Late++
+		}
+		switch {
+		case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
+			c.Zero++
+		case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
+			c.Bytes += e.frozen.layout[i].PageSize
 		}
 	}
+	e.departures.each(e.frozen.layout, count)
 	for c, count := range counts {
 		if count.Class = pageclass.Class(c); count.Pages > 0 {
 			r.Classes = append(r.Classes, count)

@@ -95,7 +95,8 @@ func (e *source) lostThere(err error) error {
 	}
 	return e.lost(err,
 		fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, "+
-			"and what it did there is lost. %s", e.settled(), e.total.Load(), e.frozenRemedy()))
+			"and what it did there is lost. %s", e.departures.settled(),
+			e.departures.total.Load(), e.frozenRemedy()))
 }
 
 // lostHere ends an eviction whose frozen VM ended before all of its pages were sent. The

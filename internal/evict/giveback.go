@@ -140,7 +140,7 @@ func (e *source) release(runs []pageset.Run) error {
 		if err := e.frozen.release(r); err != nil {
 			return err
 		}
-		e.given.Add(int64(r.Count))
+		e.departures.given.Add(int64(r.Count))
 	}
 	return nil
 }

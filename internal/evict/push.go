@@ -18,18 +18,13 @@ const demandTime = 20 * time.Second
 // sendEarly sends the pages that loading the devices touches, ahead of the package: the
 // destination's QEMU would fetch them one by one while the VM stands still.
 func (e *source) sendEarly(a *attachment) error {
-	var runs []pageset.Run
 	wanted := e.frozen.runs(touchedByLoading(e.saved.load, e.frozen.readGuest))
 	for _, name := range e.flash {
 		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.layout[i].Length <= maxFlash {
 			wanted = append(wanted, pageset.Run{Block: i, Count: e.frozen.layout[i].Pages})
 		}
 	}
-	e.mu.Lock()
-	for _, w := range wanted {
-		runs = append(runs, e.order.Take(w, pushorder.Early)...)
-	}
-	e.mu.Unlock()
+	runs := e.departures.take(wanted, pushorder.Early)
 	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
 }
 
@@ -37,7 +32,7 @@ func (e *source) sendEarly(a *attachment) error {
 // written.
 func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run,
 	note func()) error {
-	e.count(why, runs)
+	e.departures.count(why, runs)
 	for len(runs) > 0 {
 		var err error
 		if runs, err = f.fill(runs); err != nil {
@@ -54,7 +49,7 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 // beginPush pushes in a session, in which fetches are served already.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
-	e.sessions.beginPush(a, e.sentPages())
+	e.sessions.beginPush(a, e.departures.sentPages())
 	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "",
 		again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
@@ -111,7 +106,7 @@ func (p *pusher) push() (over bool, err error) {
 			p.again.Reset(again)
 			return false, nil
 		}
-		runs, reason, left := p.next(p.held, max(1, room/migstream.TargetPageSize))
+		runs, reason, left := p.departures.next(p.held, max(1, room/migstream.TargetPageSize))
 		if len(runs) == 0 {
 			window.pass()
 			p.over = left == 0 // else the rest is held until something is fetched
@@ -126,19 +121,6 @@ func (p *pusher) push() (over bool, err error) {
 		}
 	}
 	return true, nil
-}
-
-// next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
-func (e *source) next(held bool,
-	limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if held {
-		runs, reason = e.order.NextNear(nil, limit), pushorder.Near
-	} else {
-		runs, reason = e.order.Next(nil, limit)
-	}
-	return runs, reason, e.order.Left()
 }
 
 // serveFetches answers the requests of the destination, until the lane ends.
@@ -158,10 +140,7 @@ func (e *source) serveFetches(a *attachment) error {
 		if err != nil {
 			return err
 		}
-		e.mu.Lock()
-		e.noteAsked(run)
-		runs := e.order.Fetch(run)
-		e.mu.Unlock()
+		runs := e.departures.fetch(run)
 		select {
 		case e.touched <- struct{}{}:
 		default:
@@ -172,17 +151,6 @@ func (e *source) serveFetches(a *attachment) error {
 			return err
 		}
 	}
-}
-
-// noteAsked counts pages that the guest waits for. After a lost link they are asked for once more.
-// The caller holds mu.
-func (e *source) noteAsked(r pageset.Run) {
-	if e.askedFor == nil {
-		for _, b := range e.frozen.layout {
-			e.askedFor = append(e.askedFor, pageset.New(b.Pages))
-		}
-	}
-	e.asked.Add(int64(e.askedFor[r.Block].AddRun(r.First, r.Count)))
 }
 
 // readPlaced follows the destination's reports of what it has placed.

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"vacate/internal/evict/pageset"
-	"vacate/internal/evict/pushorder"
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
 )
@@ -83,7 +82,7 @@ func (e *source) await(left context.Context) (done bool, err error) {
 		case <-a.Done():
 			return false, a.Err()
 		case <-e.life.Done():
-			if e.settled() < int(e.total.Load()) {
+			if e.departures.settled() < int(e.departures.total.Load()) {
 				return e.lostHere(context.Cause(e.life))
 			}
 			return false, context.Cause(e.life) // the destination may have it all: it is asked
@@ -243,26 +242,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 			return 0, err
 		}
 	}
-	var skipped []pageset.Run
-	e.mu.Lock()
-	for i, b := range l {
-		for p := range pageset.Page(b.Pages) {
-			run := pageset.Run{Block: i, First: p, Count: 1}
-			switch why, _ := e.order.Why(i, p); {
-			case has[i].Has(p) && why == pushorder.Left:
-				e.order.Take(run, pushorder.Before)
-				e.count(pushorder.Before, []pageset.Run{run})
-			case has[i].Has(p) || why == pushorder.Left:
-			case why == pushorder.Skipped || why == pushorder.Unused:
-				skipped = append(skipped, run)
-			default:
-				e.order.Return(run)
-				e.sent[why].Add(-1)
-				again++
-			}
-		}
-	}
-	e.mu.Unlock()
+	skipped, again := e.departures.rejoin(has)
 	e.ranThere = true
 	e.noteRan(ran)
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)

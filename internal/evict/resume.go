@@ -135,7 +135,7 @@ func (e *source) reopen() error {
 	if e.gaveBack.Load() {
 		return nil // what is left of the guest does not tell what its pages are used for
 	}
-	e.light.noAgent = errors.New("the guest stands still")
+	e.survey.noAgent = errors.New("the guest stands still")
 	e.tasks.Go(e.enlighten)
 	return nil
 }

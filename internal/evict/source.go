@@ -146,7 +146,7 @@ type source struct {
 	first  qmp.Status      // what the VM did when it was looked at first
 	mem    *guestmem.Memory
 	offer  offer
-	head   []byte   // of the stream; nil before it is made, as is layout
+	head   []byte // of the stream; nil before it is made, as is layout
 	layout layout
 	flash  []string // blocks that QEMU reads when it is told to run the VM
 	warned []string // what the operator ought to know of a VM that is moved all the same
@@ -164,11 +164,10 @@ type source struct {
 	awaits   atomic.Pointer[awaited] // nil for nothing
 	stands   atomic.Pointer[string]  // facts.Stood, to be shown; nil before that is known
 	frozenAt atomic.Pointer[time.Time]
-	ranThere bool         // the destination said that the VM runs there
-	ranSince time.Time    // when it said so first
-	ledger   *ledger      // nil if no memory is given back early
-	gaveBack atomic.Bool  // some was, by this engine or one before: the copy here is not whole
-	given    atomic.Int64 // pages, by this engine
+	ranThere bool        // the destination said that the VM runs there
+	ranSince time.Time   // when it said so first
+	ledger   *ledger     // nil if no memory is given back early
+	gaveBack atomic.Bool // some was, by this engine or one before: the copy here is not whole
 	summary  Received
 	shutDown string // why the VM ended on the destination; empty if it did not
 	// why pages find no memory at the destination; nil or empty if they do
@@ -177,22 +176,15 @@ type source struct {
 	at       atomic.Pointer[attachment] // nil while there is no session
 	sessions sessions
 
-	mu sync.Mutex
-	// pages that the guest waited for; nil before there were any; guarded by mu
-	askedFor []*pageset.Set
-	order    *pushorder.Order // guarded by mu; nil before the package was read
+	departures departures
 	// of prepare, then of the task that enlightens, then of report: one after the other
-	light   light
-	highest int // pages shown; guarded by shown
+	survey survey
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 
-	sent   [pushorder.Reasons]atomic.Int64 // pages by reason
-	tracer tracer
-	total  atomic.Int64
-	asked  atomic.Int64
-	shown  sync.Mutex // serialises Show
-	tasks  sync.WaitGroup
+	shown   sync.Mutex // held while Show is called
+	highest int        // pages shown, which only grow; guarded by shown
+	tasks   sync.WaitGroup
 }
 
 func (e *source) run(ctx context.Context) error {
@@ -575,17 +567,11 @@ func (e *source) layOut(l layout) (err error) {
 	if e.GiveBack > 0 && e.Journal != nil && e.frozen.anyReleasable() {
 		e.ledger = &ledger{}
 	}
-	e.total.Store(int64(l.pages()))
 	begun := e.machine.at(Switching)
 	if begun.IsZero() { // it was another engine that began
 		begun = time.Now()
 	}
-	e.tracer.open(begun, l)
-	blocks := l.blocks()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.order = pushorder.New(blocks, e.Order.Near)
-	e.order.SetPlan(pushorder.NewPlan(e.Order, blocks, nil, nil))
+	e.departures.begin(l, e.Order, begun)
 	return nil
 }
 
@@ -851,14 +837,15 @@ func (e *source) report(err error) Report {
 		r.Down = since(*at, e.ranSince)
 	}
 	r.Stood = e.facts.Stood
+	d := &e.departures
 	r.Pages = PageCounts{
-		Total: int(e.total.Load()), Early: e.pages(pushorder.Early), Zero: e.zeroPages(),
+		Total: int(d.total.Load()), Early: d.pages(pushorder.Early), Zero: e.zeroPages(),
 		Duplicate: e.summary.Duplicate,
-		Pushed:    e.pages(pushorder.Planned), Near: e.pages(pushorder.Near),
-		Fetched: e.pages(pushorder.Fetched),
-		Skipped: e.pages(pushorder.Skipped), Unused: e.pages(pushorder.Unused),
-		SkippedTouched: e.summary.FreeTouched, Before: e.pages(pushorder.Before),
-		GivenBack: int(e.given.Load()),
+		Pushed:    d.pages(pushorder.Planned), Near: d.pages(pushorder.Near),
+		Fetched: d.pages(pushorder.Fetched),
+		Skipped: d.pages(pushorder.Skipped), Unused: d.pages(pushorder.Unused),
+		SkippedTouched: e.summary.FreeTouched, Before: d.pages(pushorder.Before),
+		GivenBack: int(d.given.Load()),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
 	r.Fetch = quantiles(e.summary.FetchDelays)
@@ -872,41 +859,20 @@ func (e *source) report(err error) Report {
 // zeroPages is how many of the pages that were sent went as a mark only; each counts once, however
 // often it was sent. Nothing may be sent any more.
 func (e *source) zeroPages() (n int) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.order == nil {
+	if e.frozen == nil {
 		return 0
 	}
-	for i, b := range e.frozen.layout {
-		for p := range pageset.Page(b.Pages) {
-			if !e.pushed.wasZero(i, p) && !e.fetched.wasZero(i, p) {
-				continue
-			}
-			switch why, _ := e.order.Why(i, p); why {
+	e.departures.each(e.frozen.layout,
+		func(block int, p pageset.Page, why pushorder.Reason, _ bool) {
+			switch why {
 			case pushorder.Left, pushorder.Skipped, pushorder.Unused, pushorder.Before:
 			default:
-				n++
+				if e.pushed.wasZero(block, p) || e.fetched.wasZero(block, p) {
+					n++
+				}
 			}
-		}
-	}
+		})
 	return n
-}
-
-func (e *source) pages(why pushorder.Reason) int { return int(e.sent[why].Load()) }
-
-// sentPages is the number of pages that were sent.
-func (e *source) sentPages() int {
-	return e.settled() - e.pages(pushorder.Skipped) - e.pages(pushorder.Unused) -
-		e.pages(pushorder.Before)
-}
-
-// settled is the number of pages that are sent, or need not be.
-func (e *source) settled() int {
-	n := int64(0)
-	for i := range e.sent {
-		n += e.sent[i].Load()
-	}
-	return int(n)
 }
 
 // tick shows the progress every 100 ms.
@@ -934,9 +900,10 @@ func (e *source) show(st State) {
 		st = e.machine.current()
 	}
 	// After the link was lost, some that were on their way are sent once more.
-	e.highest = max(e.highest, e.settled())
+	d := &e.departures
+	e.highest = max(e.highest, d.settled())
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest,
-		Total: int(e.total.Load()), Fetches: int(e.asked.Load())}
+		Total: int(d.total.Load()), Fetches: int(d.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.sessions.bytes()
 	}
@@ -954,7 +921,7 @@ func (e *source) show(st State) {
 		p.Down = ran.Sub(*frozen)
 	}
 	if st == Pushing {
-		p.Rate, p.ETA = e.sessions.pace(e.sentPages(), p.Total-e.settled())
+		p.Rate, p.ETA = e.sessions.pace(d.sentPages(), p.Total-d.settled())
 	}
 	e.Show(p)
 }

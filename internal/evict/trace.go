@@ -203,12 +203,6 @@ func (t *Trace) encode() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// count takes note of pages that are sent, or left out.
-func (e *source) count(why pushorder.Reason, runs []pageset.Run) {
-	e.sent[why].Add(int64(pageset.Pages(runs)))
-	e.tracer.note(why, runs)
-}
-
 // keepTrace stores what the eviction did, if there is a journal. That it cannot is no reason to
 // fail.
 func (e *source) keepTrace() {
@@ -219,7 +213,7 @@ func (e *source) keepTrace() {
 	if e.frozen != nil {
 		frames = e.frozen.frames()
 	}
-	t, ok := e.tracer.result(e.light.survey, frames)
+	t, ok := e.departures.trace.result(e.survey.pages, frames)
 	if !ok {
 		return
 	}
