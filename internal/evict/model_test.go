@@ -59,6 +59,8 @@ type rules struct {
 	// run it
 	ignorant bool
 	unasked  bool // a VM is started without asking the other host
+	// a source takes the job that a manager holds on its VM for as good as a stopped process
+	trusting bool
 
 	// restless keeps the guest from standing when it is frozen. It breaks no rule: it leaves out
 	// half of the states, for the mutants of rules that are not about such a guest.
@@ -160,10 +162,12 @@ const (
 	runsHere       // before the eviction, after it was rolled back, and when somebody says cont
 	standing       // its state is saved; QEMU runs it when somebody says so
 	stopped        // its process is stopped: QEMU heeds nobody
+	// its manager lets nobody run it, for as long as its job lasts. Only where that rule is broken
+	kept
 )
 
 func (g guest) state() copyState {
-	return [...]copyState{copyGone, copyRunning, copyPaused, copyPaused}[g]
+	return [...]copyState{copyGone, copyRunning, copyPaused, copyPaused, copyPaused}[g]
 }
 
 var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan,
@@ -473,6 +477,7 @@ func (m *model) source(w world) {
 		m.leaveS(w)
 		w.s.phase, w.s.loaded, w.s.heard, w.s.sent = down, false, false, 0
 		w.s.start = w.s.start.afterDeath()
+		w.dropJob() // a manager drops it with the connection
 	})
 	state := w.s.guest.state()
 	early := w.s.phase == offering || w.s.phase == loading
@@ -547,15 +552,18 @@ func (m *model) source(w world) {
 					m.sourceTakes(w, m.sourceStep(MarkBegun, state))
 					return
 				}
-				w.s.guest = stopped
+				if w.s.guest = stopped; m.trusting {
+					w.s.guest = kept
+				}
 			})
 		}
-		if w.s.journal.mark() == MarkBegun && (w.s.guest == stopped || m.noteFirst) {
+		held := w.s.guest == stopped || w.s.guest == kept
+		if w.s.journal.mark() == MarkBegun && (held || m.noteFirst) {
 			m.write("source", true, MarkMayRun, func(w *world) {},
 				func(w *world) { m.sourceTakes(w, m.sourceStep(MarkBegun, state)) })
 		}
 		if w.s.loaded && w.s.session && w.s.guest != gone &&
-			m.mayCommit(w.s.journal.mark(), w.s.guest == stopped) {
+			m.mayCommit(w.s.journal.mark(), held) {
 			m.add("source commits", false, func(w *world) {
 				w.s.phase = committed
 				w.sayToD(commits)
@@ -608,7 +616,7 @@ func (m *model) source(w world) {
 					w.s.guest = runsHere
 				} else if m.imposing {
 					w.bad = "the source runs a guest that stood"
-				} else if w.s.guest == stopped {
+				} else if w.s.guest == stopped || w.s.guest == kept {
 					w.s.guest = standing
 				}
 			})
@@ -657,7 +665,7 @@ func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
 	idle := w.s.phase == asking || w.s.phase == holding || w.s.phase == ended || told
-	if w.here() || w.s.guest != standing && w.s.guest != stopped ||
+	if w.here() || w.s.guest == gone || w.s.guest == runsHere ||
 		mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
@@ -1072,6 +1080,9 @@ func (m *model) qemu(w world) {
 		m.add("somebody has the guest run here, and pauses it again", true,
 			func(w *world) { w.s.stale = true })
 	}
+	if w.s.guest == kept {
+		m.add("the daemon of the source's manager dies", true, (*world).dropJob)
+	}
 	if (w.stands || w.ran) && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun &&
 		(w.d.phase == running || w.d.phase == completing || w.d.phase == down) {
 		m.add("an operator has the guest run there", true, m.runs)
@@ -1103,6 +1114,13 @@ func (m *model) qemu(w world) {
 	if w.d.phase == down && w.d.journal != 0 {
 		m.add("the destination's journal is lost", true,
 			func(w *world) { w.d.journal, w.d.ran, w.forgot = 0, false, true })
+	}
+}
+
+// dropJob has the manager of the source drop its job: what an operator tells it reaches QEMU.
+func (w *world) dropJob() {
+	if w.s.guest == kept {
+		w.s.guest = standing
 	}
 }
 
@@ -1377,6 +1395,8 @@ func TestModelMutants(t *testing.T) {
 			r.mayCommit = func(m Mark, held bool) bool { return m == MarkMayRun }
 		}},
 		{"R3", "commit although the guest ran since the freeze", func(r *rules) { r.blind = true }},
+		{"R3", "commit while only a manager's job keeps others from running the guest",
+			func(r *rules) { r.trusting = true }},
 		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
 		{"R5", "a source that may have sent a commit rolls back",
 			sourceSteps(MarkMayRun, copyPaused, stepRollBack)},

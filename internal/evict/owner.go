@@ -89,8 +89,8 @@ type twinOwner interface {
 	begin(ctx context.Context) error
 	// loaded reports whether the twin has all devices, and stands still.
 	loaded(ctx context.Context) (bool, error)
-	// run has the twin run the VM. It may take long, as the owner may wait for a page. An error that
-	// wraps errNotRun says that the twin never ran, nor will when it is killed.
+	// run has the twin run the VM. It may take long, as the owner may wait for a page. An error
+	// that wraps errNotRun says that the twin never ran, nor will when it is killed.
 	run(ctx context.Context) error
 	// announce has the network learn where the VM is.
 	announce(ctx context.Context)
