@@ -420,9 +420,7 @@ func (e *source) watch() {
 
 var errQEMUGone = errors.New("the source's QEMU has ended")
 
-// name is what the VM is called in messages.
-func (e *source) name() string { return vmName(e.VM) }
-
+// vmName is what a VM is called in messages.
 func vmName(vm string) string {
 	if vm == "" {
 		return "the VM"
