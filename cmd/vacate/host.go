@@ -347,7 +347,8 @@ aborted.`,
 // assertion is what an operator asserts with --fenced.
 func assertion(vm, host string) string {
 	return fmt.Sprintf("host %[2]s is powered off, or cut off from the disks of VM %[1]s and "+
-		"from the network, or the QEMU process of VM %[1]s there has ended", vm, host)
+		"from the network, or the QEMU process of VM %[1]s there has ended; and VM %[1]s was not "+
+		"moved on from there", vm, host)
 }
 
 // A decider is what `vacate decide` was told.
@@ -431,12 +432,14 @@ VM's QEMU there has ended, resume-here needs one of
 
   --fenced HOST  You assert that HOST, the other one, is powered off, or cut off
                  from the VM's disks and from the network, or that the QEMU
-                 process of the VM there has ended.
+                 process of the VM there has ended; and that the VM was not moved
+                 on from there.
   --fence        vacated runs the command that its configuration has for HOST
                  (fence under [peers.HOST]), which must succeed.
 
-If HOST answers all the same, nothing is decided. If it comes back later, this
-host tells it the decision, and it ends its copy of the VM.
+If HOST answers all the same, or a third host has the VM, nothing is decided.
+If HOST comes back later, this host tells it the decision, and it ends its copy
+of the VM.
 
 The copy here may be the last one. So unless it is of no use, discard needs
 

@@ -209,31 +209,33 @@ func TestStartInterrupted(t *testing.T) {
 	}
 }
 
+// answering is a host that answers whether it is clear of a VM, one time after the other.
+func answering(t *testing.T, answers ...func() vmAnswer) Peer {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sessions := link.NewListener(ln, link.ListenOptions{})
+	t.Cleanup(func() { sessions.Close() })
+	go func() {
+		defer sessions.Close()
+		for _, answer := range answers {
+			s, err := sessions.Accept(t.Context())
+			if err != nil {
+				return
+			}
+			if r, err := evict.ReadRequest(t.Context(), s); err == nil {
+				r.Tell(answer())
+			}
+		}
+	}()
+	return Peer{Address: ln.Addr().String()}
+}
+
 // While the other hosts are asked, the VM may move from one that is asked late to one that was
 // asked early. Then it is not started.
 func TestStartWhileMoved(t *testing.T) {
-	// peer is a host that answers so, one time after the other, and tells of each.
-	peer := func(answers ...func() vmAnswer) Peer {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		sessions := link.NewListener(ln, link.ListenOptions{})
-		t.Cleanup(func() { sessions.Close() })
-		go func() {
-			defer sessions.Close()
-			for _, answer := range answers {
-				s, err := sessions.Accept(t.Context())
-				if err != nil {
-					return
-				}
-				if r, err := evict.ReadRequest(t.Context(), s); err == nil {
-					r.Tell(answer())
-				}
-			}
-		}()
-		return Peer{Address: ln.Addr().String()}
-	}
 	clear := func(last string) func() vmAnswer {
 		a := vmAnswer{Presence: evict.Presence{Clear: true, Last: last}}
 		return func() vmAnswer { return a }
@@ -250,16 +252,17 @@ func TestStartWhileMoved(t *testing.T) {
 		}
 		return h.clearOf(labtest.Within(t, time.Minute), "web1", nil)
 	}
-	if err := start(peer(clear("1"), clear("1")), peer(clear(""), clear(""))); err != nil {
+	if err := start(answering(t, clear("1"), clear("1")),
+		answering(t, clear(""), clear(""))); err != nil {
 		t.Errorf("a VM that no host has: %v", err)
 	}
 	asked := make(chan bool)
-	err := start(peer(func() vmAnswer {
+	err := start(answering(t, func() vmAnswer {
 		defer close(asked)
 		return clear("1")()
 	}, func() vmAnswer {
 		return vmAnswer{Presence: evict.Presence{Last: "2"}, Why: "it is there, running"}
-	}), peer(func() vmAnswer {
+	}), answering(t, func() vmAnswer {
 		<-asked // it goes to hostb now
 		a := clear("2")()
 		a.Left = "hostb"
@@ -269,13 +272,13 @@ func TestStartWhileMoved(t *testing.T) {
 		t.Errorf("a VM that moved meanwhile: %v", err)
 	}
 	// There and back.
-	err = start(peer(clear("1"), clear("3")), peer(clear("1"), clear("3")))
+	err = start(answering(t, clear("1"), clear("3")), answering(t, clear("1"), clear("3")))
 	if err == nil || !strings.Contains(err.Error(), "just now: try again") {
 		t.Errorf("a VM that moved there and back meanwhile: %v", err)
 	}
 	if err := start(
-		peer(clear("1")),
-		peer(clear(""), clear("")),
+		answering(t, clear("1")),
+		answering(t, clear(""), clear("")),
 	); err == nil ||
 		!strings.Contains(err.Error(), "answers no more") {
 		t.Errorf("a host that answers once: %v", err)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"vacate/internal/evict"
@@ -252,6 +254,11 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	}
 	// What was decided is done, whether or not the client still listens.
 	decide := func(fenced string) error {
+		if fenced != "" {
+			if err := v.movedOn(ctx); err != nil {
+				return err
+			}
+		}
 		return s.Decide(context.WithoutCancel(ctx), m, w.decision, fenced)
 	}
 	fenced := ""
@@ -274,6 +281,8 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 				"goes on by itself", r.Peer, r.VM, err))
 	case errors.Is(err, evict.ErrUnfenced):
 		return v.goOn(errors.New(v.unfenced()))
+	case errors.Is(err, errMovedOn):
+		return v.goOn(err)
 	case errors.Is(err, evict.ErrUndecided):
 		return err
 	case err != nil:
@@ -285,6 +294,27 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		m = evict.MarkDiscarded
 	}
 	v.finish(m, evict.State(outcomes[m]), errors.New(v.entry.Record().Reason), nil)
+	return nil
+}
+
+// errMovedOn is wrapped by the error of a VM that is on a third host.
+var errMovedOn = errors.New("nothing was decided")
+
+// movedOn returns an error if a host that is neither this one nor the destination has the VM: that
+// may have moved on from there before it was fenced. Hosts that do not answer are left out.
+func (v *eviction) movedOn(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	r := v.entry.Record()
+	others := slices.Sorted(maps.Keys(v.host.config.Peers))
+	others = slices.DeleteFunc(others, func(host string) bool { return host == r.Peer })
+	answers, errs := v.host.vmThere(ctx, r.VM, others)
+	for i, host := range others {
+		if errs[i] == nil && !answers[i].Clear {
+			return fmt.Errorf("VM %s may have moved on from host %s: on host %s %s: %w",
+				r.VM, r.Peer, host, answers[i].Why, errMovedOn)
+		}
+	}
 	return nil
 }
 
@@ -357,8 +387,9 @@ func (v *eviction) unfenced() string {
 			"of it would spoil their disks. "+
 			"If host %[2]s comes back, the eviction goes on by itself. If it never does: "+
 			"--fenced %[2]s asserts that host %[2]s is powered off, or cut off "+
-			"from the VM's disks and network, or that the QEMU of VM %[1]s there has ended", r.VM,
-		r.Peer)
+			"from the VM's disks and network, or that the QEMU of VM %[1]s there has ended; and "+
+			"that "+
+			"VM %[1]s was not moved on from there", r.VM, r.Peer)
 	if len(v.host.config.Peers[r.Peer].Fence) > 0 {
 		text += fmt.Sprintf("; --fence has vacated fence host %s", r.Peer)
 	}

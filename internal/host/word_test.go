@@ -2,7 +2,9 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,7 +13,9 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
 
@@ -88,6 +92,38 @@ func (r *run) over(s *site, outcome string) *hostv1.Eviction {
 		r.t.Errorf("%s: it ended as %v, %v; want %q", s.name, e, err, outcome)
 	}
 	return e
+}
+
+// The destination is fenced, as an operator truly asserts, and the VM has moved on from there to a
+// third host: it is not resumed here.
+func TestMovedOn(t *testing.T) {
+	h, _ := measured(t)
+	entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: journal.Source,
+		VM: "db1", Peer: "hostb", QMP: filepath.Join(t.TempDir(), "none"), PID: os.Getpid(),
+		Boot: process.BootID(), Mark: string(evict.MarkMayRun)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := h.newEviction(entry)
+	h.add(v)
+	h.log = slog.New(slog.DiscardHandler)
+	life, leave := context.WithCancelCause(context.Background())
+	h.life = life
+	t.Cleanup(h.tasks.Wait)
+	t.Cleanup(func() { leave(evict.ErrLeave) })
+	h.config = Config{Name: "hosta", Peers: map[string]Peer{"hostb": {Address: "127.0.0.1:1"},
+		"hostc": answering(t, func() vmAnswer { return vmAnswer{Why: "it is there, running"} }),
+		"hostd": {Address: "127.0.0.1:1"}}}
+	err = v.decide(labtest.Within(t, time.Minute),
+		word{decision: evict.ResumeHere, fenced: "hostb", by: "an operator"})
+	var refusal *stateError
+	if !errors.As(err, &refusal) || !strings.Contains(err.Error(),
+		"may have moved on from host hostb: on host hostc it is there, running") {
+		t.Errorf("it runs on hostc: %v", err)
+	}
+	if v.mark() != evict.MarkMayRun {
+		t.Errorf("the mark is %q", v.mark())
+	}
 }
 
 // An operator's word about a VM that may run on two hosts is hard to give wrongly; and where it was
