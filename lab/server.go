@@ -192,9 +192,8 @@ func serverPackages(ctx context.Context, work string, r recipe) (tree string, er
 	return apt.unpacked(ctx, packages)
 }
 
-// plant copies a server from a tree of unpacked packages into the root of its disk, with the
-// libraries that it is linked to where the loader looks for them. It returns the program's path
-// there.
+// plant copies a server from a tree of unpacked packages into the root of its disk. The libraries
+// that it is linked to go where the loader looks for them. It returns the program's path there.
 func plant(tree, root string, r recipe) (program string, err error) {
 	if err := prepareRoot(root); err != nil {
 		return "", err

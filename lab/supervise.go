@@ -62,9 +62,8 @@ const (
 // ErrNoLab says that no lab is up in a directory.
 var ErrNoLab = errors.New("no lab is up")
 
-// Supervise makes a lab with one guest on host a and a VM that waits for it on
-// host b, calls ready, and keeps the lab until ctx is done. There is at most
-// one supervisor per lab directory.
+// Supervise makes a lab with one guest on host a, and a VM that waits for it on host b. It calls
+// ready, and keeps the lab until ctx is done. There is at most one supervisor per lab directory.
 func Supervise(ctx context.Context, opts Options, spec Spec, ready func(State)) error {
 	dir, err := absDir(opts.Dir)
 	if err != nil {

@@ -36,10 +36,10 @@ type Options struct {
 	Load       string   // what the result is to call the load; see Loads
 	// Spec is the VM with its load, such as function Spec returns.
 	Spec lab.Spec
-	// Chain has one guest serve all strategies of a repetition, from host to
-	// host and back, as long as it comes through well; repetitions take
-	// strategies from the first and from the last in turn. It saves the boots.
-	// Where one strategy skips free pages another sends them as zeroes next.
+	// Chain lets one guest serve all strategies of a repetition, from host to host and back, as
+	// long as it comes through well. Repetitions take strategies from the first and from the last
+	// in turn. It saves the boots. Where one strategy skips free pages another sends them as zeroes
+	// next.
 	Chain        bool
 	Lab          lab.Options // among them the link's rate
 	Repeat       int

@@ -72,9 +72,8 @@ func Strategies() []string {
 	return names
 }
 
-// Alike reports whether all strategies leave a guest alike, so that one can be
-// moved by all in turn: they are this project's engine, which moves free pages
-// with each or with none.
+// Alike reports whether all strategies leave a guest alike, so that all can move it in turn. Then
+// all are this project's engine, and move free pages, or none does.
 func Alike(names []string) bool {
 	var free []bool
 	for _, name := range names {

@@ -51,8 +51,8 @@ type writer struct {
 
 const runPages = 256
 
-// fill fills pages with garbage. A page that begins with what was written there before is left as
-// it is: Debian's kernels clear each page that they allocate (init_on_alloc), so it was not used
+// fill fills pages with garbage. It leaves a page as it is that begins with what was written there
+// before. Debian's kernels clear each page that they allocate (init_on_alloc), so it was not used
 // since.
 func (w *writer) fill(pfns []uint64, stop int) error {
 	if len(pfns) == 0 {

@@ -34,10 +34,10 @@ func (p *ports) Read(b []byte) (int, error) {
 	}
 }
 
-// Move moves a guest that is Movable to a new VM on a host, by way of evict, which must move
-// it from vm to its twin and end the one it has left. The guest runs on, and has said so,
-// when Move returns. If evict fails the twin is killed. To be surveyed the guest must be
-// attached again.
+// Move moves a guest that is Movable to a new VM on a host. It calls evict, which must move the
+// guest from vm to its twin and end the VM that it has left. The guest runs on, and has said so,
+// when Move returns. If evict fails the twin is killed. To be surveyed the guest must be attached
+// again.
 func (g *Guest) Move(ctx context.Context, to *lab.Host, evict func(ctx context.Context,
 	vm, twin *lab.VM) error) (err error) {
 	if !g.Config.Movable {

@@ -235,8 +235,8 @@ func (o *oracle) contradictions(s *pageclass.Survey) (pfns []uint64) {
 	return pfns
 }
 
-// belated says whether a page's being freed is among the first events after the last stop:
-// a record that an interrupt wrote while another was being written is published only with that.
+// belated reports whether the first events after the last stop free a page. A record that an
+// interrupt wrote into the middle of another one is published only with that one.
 func (o *oracle) belated(pfn uint64) bool {
 	for _, events := range o.first {
 		for _, e := range events {

@@ -1,6 +1,5 @@
-// Package loadproto is what the lab's guest load and the lab on the host have
-// in common: the contents of checked pages, and the lines the load writes on
-// its serial port.
+// Package loadproto is what the lab's guest load and the lab on the host share. That is the content
+// of checked pages, and the lines that the load writes on its serial port.
 //
 // # Lines
 //

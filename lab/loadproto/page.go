@@ -3,9 +3,8 @@ package loadproto
 // PageSize is the size of a checked page in bytes.
 const PageSize = 4096
 
-// Page is a checked page: word i of page n in generation g of a set is
-// Base(seed, n, g) + i*step, so that a page out of place, out of date, or part
-// new and part old is told from a good one.
+// Page is a checked page. Word i of page n in generation g of a set is Base(seed, n, g) + i*step.
+// So a page that is out of place, out of date, or part new and part old differs from a good one.
 type Page [PageSize / 8]uint64
 
 const step = 0x9e3779b97f4a7c15

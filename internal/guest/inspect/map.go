@@ -23,9 +23,9 @@ import (
 //	                      no memory: 3 GiB
 //	4 GiB  0x100000000  ▓▓▓▓▓▓▓░░░░░░░▓▓▓▓▓▓░░░░▓▓▓▓▓▓▓▓
 //
-// A cell is one page, or 2, 4, 8... of them where the guest is large. It has the colour of
-// most of its pages; what the others lose by that is made up for in the following cells
-// of the row that have such pages, so that each colour covers the area that it should.
+// A cell is one page, or 2, 4, 8... of them where the guest is large. It has the colour of most of
+// its pages. Following cells of the row that have pages of the other colours make up for what these
+// lose. So each colour covers the area that it should.
 type Map struct {
 	pages  []pageclass.Page // up to the last known one
 	title  string

@@ -140,8 +140,8 @@ func (g *Guest) online() iter.Seq2[uint64, []pageclass.Page] {
 	}
 }
 
-// batch is how many descriptors are read before they are looked at: few enough to be in
-// the CPU's cache then, and more than the largest block of free pages, which are aligned.
+// batch is how many descriptors are read before they are looked at. They are few enough to be in
+// the CPU's cache then, and more than the largest block of free pages, which is aligned.
 const batch = 4096
 
 // scan reads all descriptors and classifies the pages.
@@ -412,9 +412,9 @@ func (g *Guest) isHugetlb(words []uint64) bool {
 	return len(words) >= 16 && words[8+l.dtorWord&7]>>(l.dtorShift&63)&0xff == uint64(l.hugetlbDtor)
 }
 
-// headOf returns the number of the head of a compound page by a tail's word: a pointer
-// plus 1, or, from 7.3, a mask plus 1 that makes the head's address of the tail's own. It
-// returns a number at least pfn if there is none in front of pfn.
+// headOf returns the number of the head of a compound page by a tail's word. That is a pointer plus
+// 1. From 7.3 on it is a mask plus 1 that turns the tail's address into the head's. It returns a
+// number at least pfn if there is none in front of pfn.
 func (p *pages) headOf(info, pfn uint64) uint64 {
 	head := info - 1
 	if size := -head; bits.OnesCount64(size) == 1 {

@@ -154,9 +154,9 @@ func (g *Guest) findRegions() {
 	}
 }
 
-// Survey looks at all pages of the guest, which must be stopped. It fails if the guest is not the
-// one that was attached any more (ErrChanged), or if its memory cannot be read as before; the
-// caller then knows nothing of any page. It allocates next to nothing unless memory was plugged.
+// Survey looks at all pages of the guest, which must be stopped. It fails if the guest is no longer
+// the one that was attached (ErrChanged), or if its memory cannot be read as before. The caller
+// then knows nothing of any page. It allocates next to nothing unless memory was plugged.
 func (g *Guest) Survey(ctx context.Context) (_ *Result, err error) {
 	r := &Result{Release: g.info.release}
 	defer func() {

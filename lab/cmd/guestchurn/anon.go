@@ -269,10 +269,10 @@ func (w *worker) fork() error {
 	}
 }
 
-// forkChild forks a child that verifies pages, writes each, sleeps for some milliseconds,
-// verifies what it wrote and ends with status 0, or with 1 and where it is wrong in report.
-// The child must not enter Go's runtime, which did not survive the fork: hence no growth of
-// the stack, and only raw system calls. It returns the child's process or a negative errno.
+// forkChild forks a child that verifies pages, writes each, sleeps for some milliseconds, and
+// verifies what it wrote. The child ends with status 0, or with 1 and the wrong place in report.
+// The child must not enter Go's runtime, which did not survive the fork: hence no growth of the
+// stack, and only raw system calls. It returns the child's process or a negative errno.
 //
 //go:nosplit
 //go:norace

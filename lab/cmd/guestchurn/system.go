@@ -123,9 +123,9 @@ func waitFor(name string) error {
 	return fmt.Errorf("there is no %s", name)
 }
 
-// swapOn writes the header that Linux wants of a swap device (union swap_header in
-// include/linux/swap.h: version, last page and number of bad pages at 1024, a magic at the
-// end of the first page) and has the kernel swap to it.
+// swapOn writes the header of a swap device, and lets the kernel swap to it. The header (union
+// swap_header in include/linux/swap.h) has version, last page and number of bad pages at 1024, and
+// a magic at the end of the first page.
 func swapOn(dev string) error {
 	if err := waitFor(dev); err != nil {
 		return err

@@ -6,9 +6,9 @@ import "math/bits"
 // It is all integers, and needs no memory: software emulation is slow at
 // floating point, and a table would be one more hot set.
 //
-// By Zipf's law the page of rank r, from 1, is picked about 1/r times as often as
-// the first: each of the ranks 1, 2-3, 4-7, 8-15... has the same share, and
-// within it all are alike. Ranks are scattered over the pages.
+// By Zipf's law the page of rank r, from 1, is picked about 1/r times as often as the first. The
+// ranks 1, 2-3, 4-7, 8-15... have the same share each, and within one all ranks are alike. Ranks
+// are scattered over the pages.
 type picker struct {
 	x    uint64 // state of the generator; not 0
 	n    uint64 // pages
