@@ -432,8 +432,8 @@ VM's QEMU there has ended, resume-here needs one of
 
   --fenced HOST  You assert that HOST, the other one, is powered off, or cut off
                  from the VM's disks and from the network, or that the QEMU
-                 process of the VM there has ended; and that the VM was not moved
-                 on from there.
+                 process of the VM there has ended; and that the VM was not
+                 moved on from there.
   --fence        vacated runs the command that its configuration has for HOST
                  (fence under [peers.HOST]), which must succeed.
 
