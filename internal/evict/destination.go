@@ -27,6 +27,8 @@ type Destination struct {
 	// QMP is the path of the QMP socket of a QEMU that was started as the source's was,
 	// with `-S -incoming defer` in addition.
 	QMP string
+	// Libvirt is set on a host that takes domains of libvirt, instead of QMP.
+	Libvirt *Libvirt
 	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
 	// memory directly where this process has the right to, which is several times faster.
 	ThroughQEMU bool
@@ -159,7 +161,11 @@ func (d Destination) engine(first State) *destination {
 	if e.Room == nil {
 		e.Room = new(room.Ledger)
 	}
-	e.owner = newQEMUTwin(e.Destination, e.runs)
+	if e.Libvirt != nil {
+		e.owner = newLibvirtTwin(e.Destination, e.runs)
+	} else {
+		e.owner = newQEMUTwin(e.Destination, e.runs)
+	}
 	e.recovery.owner = e.owner
 	e.life, e.die = context.WithCancelCause(context.Background())
 	e.machine = newMachine(first, e.report)

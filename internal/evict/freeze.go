@@ -34,11 +34,19 @@ import (
 type freezer struct {
 	q      *qmp.Client
 	mem    *guestmem.Memory
-	file   *os.File // what QEMU saves to
+	file   *os.File // what QEMU saves to; nil where it makes the file itself
 	fdset  int      // QEMU's number of it
-	events *qmp.Subscription
-	said   []string // events since the freeze began that tell of the guest
-	frozen int      // how many of them came of the freeze
+	name   string   // by which QEMU knows it
+	late   bool     // an event may come after the reply to a later command
+	events events   // since the freeze began
+
+	// What a manager's monitor does in another way; nil for QEMU's own.
+	subscribe func(context.Context) (events, error)
+	drain     func(context.Context, process.Process) error
+	open      func() (r io.ReaderAt, size int64, err error) // of what QEMU saved
+	// events since the freeze began that tell of the guest
+	said   []string
+	frozen int // how many of them came of the freeze
 }
 
 // saved is a VM that was frozen.
@@ -112,7 +120,7 @@ func newFreezer(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (_ *fr
 		int(writable.Fd())); err != nil {
 		return nil, fmt.Errorf("hand QEMU a file: %w", err)
 	}
-	f.fdset = added.Set
+	f.fdset, f.name = added.Set, fmt.Sprintf("/dev/fdset/%d", added.Set)
 	return f, nil
 }
 
@@ -141,7 +149,10 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if f.events != nil {
 		f.events.Close()
 	}
-	f.events, f.said = f.q.Subscribe(256), nil
+	f.said = nil
+	if f.events, err = subscribe(ctx, f.q, f.subscribe); err != nil {
+		return s, err
+	}
 	// QEMU carries these out one after the other. Who has it pause the VM between the first and the
 	// last, which takes it less than a millisecond, is taken for us.
 	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
@@ -178,7 +189,7 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 		return s, err
 	}
 	save := f.q.Begin(ctx, "xen-save-devices-state",
-		map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", f.fdset), "live": true})
+		map[string]any{"filename": f.name, "live": true})
 	after := f.q.Begin(ctx, "query-status", nil)
 	jobs := f.q.Begin(ctx, "query-jobs", nil)
 	blocks := f.q.Begin(ctx, "human-monitor-command",
@@ -208,6 +219,10 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 		return s, err
 	}
 	s.at = f.listen()
+	for until := time.Now().Add(eventTime); f.late && s.was.Running && s.at.IsZero() &&
+		time.Now().Before(until); s.at = f.listen() {
+		time.Sleep(pollInterval)
+	}
 	// One that stood has said so before, or just when this began.
 	f.frozen = len(f.said)
 	if f.frozen > 1 || f.frozen == 1 && f.said[0] != "STOP" || f.frozen == 0 && s.was.Running {
@@ -265,24 +280,59 @@ func (f *freezer) unchanged(text string) error {
 // listen notes the events that have come, and returns when the guest stopped for the first time.
 func (f *freezer) listen() (stopped time.Time) {
 	for {
-		select {
-		case ev, ok := <-f.events.C:
-			if !ok {
-				return stopped
-			}
-			switch ev.Name {
-			case "STOP":
-				if stopped.IsZero() {
-					stopped = ev.Time
-				}
-				fallthrough
-			case "RESUME", "WAKEUP", "RESET", "SHUTDOWN":
-				f.said = append(f.said, ev.Name)
-			}
-		default:
+		name, at, ok := f.events.next()
+		if !ok {
 			return stopped
 		}
+		switch name {
+		case "STOP":
+			if stopped.IsZero() {
+				stopped = at
+			}
+			fallthrough
+		case "RESUME", "WAKEUP", "RESET", "SHUTDOWN":
+			f.said = append(f.said, name)
+		}
 	}
+}
+
+// eventTime is how long an event may take that comes late.
+const eventTime = 2 * time.Second
+
+// events are what QEMU says of its guest, in order.
+type events interface {
+	next() (name string, at time.Time, ok bool) // ok is not set where none has come
+	Dropped() uint64
+	Close()
+}
+
+type qmpEvents struct{ *qmp.Subscription }
+
+func (s qmpEvents) next() (name string, at time.Time, ok bool) {
+	select {
+	case ev, ok := <-s.C:
+		return ev.Name, ev.Time, ok
+	default:
+		return "", at, false
+	}
+}
+
+// subscribe begins to follow QEMU's events, in QEMU's own way unless there is another.
+func subscribe(ctx context.Context, q *qmp.Client,
+	other func(context.Context) (events, error)) (events, error) {
+	if other != nil {
+		return other(ctx)
+	}
+	return qmpEvents{q.Subscribe(256)}, nil
+}
+
+// drain returns when the events of all that a stopped QEMU has said have come.
+func drain(ctx context.Context, q *qmp.Client, other func(context.Context, process.Process) error,
+	qemu process.Process) error {
+	if other != nil {
+		return other(ctx, qemu)
+	}
+	return q.Drain(ctx)
 }
 
 // resumed reports whether anybody has had the guest run since the freeze began: what it does now is
@@ -297,16 +347,26 @@ func (f *freezer) resumed() bool {
 
 // read takes what QEMU saved and makes the package of it.
 func (f *freezer) read() ([]byte, error) {
-	info, err := f.file.Stat()
+	open := f.open
+	if open == nil {
+		open = func() (io.ReaderAt, int64, error) {
+			info, err := f.file.Stat()
+			if err != nil {
+				return nil, 0, err
+			}
+			return f.file, info.Size(), nil
+		}
+	}
+	r, size, err := open()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read what QEMU saved: %w", err)
 	}
-	if info.Size() > migstream.MaxPackage {
+	if size > migstream.MaxPackage {
 		return nil, fmt.Errorf("QEMU's state of the devices has %d bytes; %d are supported",
-			info.Size(), migstream.MaxPackage)
+			size, migstream.MaxPackage)
 	}
-	b := make([]byte, info.Size())
-	if _, err := io.ReadFull(io.NewSectionReader(f.file, 0, info.Size()), b); err != nil {
+	b := make([]byte, size)
+	if _, err := io.ReadFull(io.NewSectionReader(r, 0, size), b); err != nil {
 		return nil, fmt.Errorf("read what QEMU saved: %w", err)
 	}
 	p, err := migstream.Package(b, pingLoaded)
@@ -323,7 +383,7 @@ func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	if err := qemu.Stop(ctx); err != nil {
 		return err
 	}
-	if err := f.q.Drain(ctx); err != nil {
+	if err := drain(ctx, f.q, f.drain, qemu); err != nil {
 		return err
 	}
 	f.listen()
@@ -338,11 +398,16 @@ func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 
 // forget has QEMU close the file.
 func (f *freezer) forget(ctx context.Context) error {
+	if f.file == nil {
+		return nil
+	}
 	return f.q.Run(ctx, "remove-fd", map[string]any{"fdset-id": f.fdset}, nil)
 }
 
 func (f *freezer) close() {
-	f.file.Close()
+	if f.file != nil {
+		f.file.Close()
+	}
 	if f.events != nil {
 		f.events.Close()
 	}

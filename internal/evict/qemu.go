@@ -232,6 +232,9 @@ func (o offer) check() error {
 	if err := errors.Join(o.CPUs.Check(), o.Devices.Check(), o.Disks.Check()); err != nil {
 		return fmt.Errorf("%w: %w", errFrame, err)
 	}
+	if err := o.Domain.check(); err != nil {
+		return err
+	}
 	if o.Stands != "" && !fit.Standing(o.Stands) {
 		return fmt.Errorf("%w: a VM that stands in the state %.40q", errFrame, o.Stands)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
+	"vacate/internal/qemu/libvirt"
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/process"
 )
@@ -20,6 +21,11 @@ type qemuSource struct {
 	expect  process.Process // the QEMU; zero for any
 	q       *qmp.Client     // nil before open
 	freezer *freezer        // nil before arm
+
+	// What a manager's monitor does in another way; nil for QEMU's own. See freezer.
+	subscribe func(context.Context) (events, error)
+	drain     func(context.Context, process.Process) error
+	cont      func(context.Context) error
 }
 
 func (o *qemuSource) monitor() *qmp.Client { return o.q }
@@ -148,7 +154,10 @@ func (o *qemuSource) disarm(ctx context.Context) error {
 
 func (o *qemuSource) catch(ctx context.Context, qemu process.Process,
 	stop bool) (copyState, error) {
-	events := o.q.Subscribe(256)
+	events, err := subscribe(ctx, o.q, o.subscribe)
+	if err != nil {
+		return copyGone, err
+	}
 	defer events.Close()
 	status, err := o.q.QueryStatus(ctx)
 	switch {
@@ -162,16 +171,15 @@ func (o *qemuSource) catch(ctx context.Context, qemu process.Process,
 	if err := qemu.Stop(ctx); err != nil {
 		return copyGone, err
 	}
-	if err := o.q.Drain(ctx); err != nil {
+	if err := drain(ctx, o.q, o.drain, qemu); err != nil {
 		return copyGone, err
 	}
 	for {
-		select {
-		case ev, ok := <-events.C:
-			if !ok || ev.Name == "RESUME" || events.Dropped() > 0 {
-				return copyGone, errors.Join(errMoved, qemu.Continue())
-			}
-		default:
+		name, _, ok := events.next()
+		switch {
+		case name == "RESUME" || events.Dropped() > 0 || o.q.Err() != nil:
+			return copyGone, errors.Join(errMoved, qemu.Continue())
+		case !ok:
 			return copyPaused, nil
 		}
 	}
@@ -190,11 +198,13 @@ func (o *qemuSource) resume(ctx context.Context, ran bool, stood string) (qmp.St
 		}
 		// While the destination's QEMU lives, it may hold the locks of the disks.
 		if ran || stood == "suspended" && status.Status == "paused" {
-			refused = o.q.Cont(ctx) // a guest that was suspended is again, and does not run
+			refused = o.run(ctx) // a guest that was suspended is again, and does not run
 		} else {
 			refused = fit.Activate(ctx, o.q)
 		}
-		if refused != nil && !isRefusal(refused) && !errors.Is(refused, fit.ErrInactive) {
+		var manager *libvirt.Error
+		if refused != nil && !isRefusal(refused) && !errors.Is(refused, fit.ErrInactive) &&
+			!errors.As(refused, &manager) {
 			return status, refused
 		}
 		if told = refused == nil; told {
@@ -207,6 +217,13 @@ func (o *qemuSource) resume(ctx context.Context, ran bool, stood string) (qmp.St
 		case <-time.After(pollInterval):
 		}
 	}
+}
+
+func (o *qemuSource) run(ctx context.Context) error {
+	if o.cont != nil {
+		return o.cont(ctx)
+	}
+	return o.q.Cont(ctx)
 }
 
 // discard kills the QEMU. Its process is stopped: it could not be told to quit without being let

@@ -31,6 +31,8 @@ type Source struct {
 	// in use
 	Host string
 	QMP  string // path of the QMP socket of the VM's QEMU
+	// Libvirt is set for a VM that is a domain of this host's libvirt, instead of QMP.
+	Libvirt *Libvirt
 	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
 	// that this one ended. Zero: any.
 	Process process.Process
@@ -90,12 +92,15 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now()}
 	e.sessions.now = &e.at
-	e.owner = &qemuSource{path: e.QMP, vm: e.VM, expect: e.Process}
 	if e.Eviction == (ID{}) {
 		e.Eviction = journal.NewID()
 	}
 	if e.Log == nil {
 		e.Log = slog.New(slog.DiscardHandler)
+	}
+	e.owner = &qemuSource{path: e.QMP, vm: e.VM, expect: e.Process}
+	if e.Libvirt != nil {
+		e.owner = newLibvirtSource(e.Source)
 	}
 	if e.LoadTimeout == 0 {
 		e.LoadTimeout = 5 * time.Second

@@ -124,6 +124,8 @@ type offer struct {
 	Blocks  []blockOffer `json:"blocks"`
 	Devices fit.Devices  `json:"devices"`
 	Disks   fit.Disks    `json:"disks"`
+	// Domain is set for a VM that is a domain of libvirt.
+	Domain *domainOffer `json:"domain,omitempty"`
 	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
 	// long has passed since the package came and no commit: its QEMU may hold the locks of
 	// the disks, without which the source cannot resume the VM.
