@@ -118,7 +118,25 @@ kvm: deps ## evict the bare guest, under KVM where that works, KVM (4) times wit
 	set -o pipefail; VACATE_REQUIRE=1 VACATE_KVM=$(KVM) VACATE_KVM_RESULT=$(CURDIR)/.lab/kvm.md $(GO) test -count=1 -timeout 2h -run '^TestKVM$$' -v ./internal/evict >.lab/kvm.log 2>&1 || { grep -E '^ *--- FAIL' .lab/kvm.log; false; }
 	@cat .lab/kvm.md
 
-@@
+kvmspeed: deps ## compare the bare guest's speed before and after it moved, KVM (4) times (root; 8 minutes)
+	@mkdir -p .lab
+	VACATE_REQUIRE=1 VACATE_KVM_SPEED=$(KVM) VACATE_KVM_SPEED_RESULT=$(CURDIR)/.lab/kvmspeed.md $(GO) test -count=1 -timeout 1h -run '^TestKVMSpeed$$' ./internal/evict
+	@cat .lab/kvmspeed.md
+
+NIGHT = 6h
+
+nightly: deps ## what takes a night, with new turns of chance: fuzzing, faults, long campaigns; results in .lab/nightly (root)
+	mkdir -p .lab/nightly
+	$(MAKE) -k fuzz refusals chaos kvm campaigns FUZZTIME=1m
+	cp .lab/faults.md .lab/kvm.md .lab/nightly/
+	@echo "docs/results has the results of the last night that was kept: compare, and copy from .lab/nightly"
+
+campaigns: deps ## with all guest kernels: overwrite what counts as free, and evict guests that verify every byte (root; hours)
+	mkdir -p .lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./lab/churn -run '^TestOverwrite$$' -kernel all -stops 1000 -out $(CURDIR)/.lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestChurn$$' -kernel all -evictions 100 -out $(CURDIR)/.lab/nightly
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestBackports$$'
+
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)
 

@@ -18,7 +18,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// These are over what the guest's speed is measured, and how long after the eviction.
+// The guest's speed is measured over speedSpan, from speedAfter after the eviction on.
 const (
 	speedSpan  = 4 * time.Second
 	speedAfter = 5 * time.Second
