@@ -24,6 +24,7 @@ func TestSkip(t *testing.T) {
 		out := &sink{}
 		e := &destination{layout: l, placer: newPlacer(out, testSection, l)}
 		e.pages.begin(l)
+		e.units.begin(l)
 		free := map[pageKey]bool{}  // left out
 		asked := map[pageKey]bool{} // by the guest
 		for e.pages.left() > 0 {
@@ -109,6 +110,7 @@ func TestSkippedInFlight(t *testing.T) {
 		PageSize: migstream.TargetPageSize, Pages: 4}}
 	e := &destination{layout: l}
 	e.pages.begin(l)
+	e.units.begin(l)
 	whole := func() bool {
 		select {
 		case <-e.pages.done():
