@@ -10,21 +10,21 @@ import (
 )
 
 // arrivals are the pages of a VM at its destination: which came, which were left out, and which the
-// guest waits for. They come on two lanes and QEMU asks for them by its stream, all at once.
+// guest waits for. They come on two lanes, and QEMU asks for them by its stream, all at once.
 //
-// Two things must hold at every moment. A page is handed to QEMU once: it takes a second time for
-// an error. And "whole" is not said while the guest waits for a page, lest QEMU is told that it has
-// all, and waits for ever. So one lock guards all of it.
+// Two things must hold at every moment. QEMU gets each page once: it treats a second copy as an
+// error. And "whole" is not said while the guest waits for a page: QEMU would be told that it has
+// all, and the guest would wait for ever. So one lock guards all of it.
 type arrivals struct {
 	mu     sync.Mutex // guards all below
 	layout layout
-	// of each block: pages that somebody places or placed, and those left out
+	// by block: pages that a task places or placed, and those left out
 	received []*pageset.Set
 	skipped  []*pageset.Set        // left out, and not yet placed as zero
 	missing  int                   // pages neither placed nor left out
 	whole    chan struct{}         // closed when missing falls to 0
 	waiting  map[pageKey]time.Time // pages that the guest waits for, and since when
-	delays   []float64             // of those that it has waited for, in seconds
+	delays   []float64             // how long it waited for each, in seconds
 	stats    Received
 }
 
@@ -33,7 +33,7 @@ type pageKey struct {
 	page  pageset.Page
 }
 
-// begin takes the layout of the VM's memory, of which no page came yet.
+// begin sets the layout of the VM's memory. No page has come yet.
 func (p *arrivals) begin(l layout) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -45,7 +45,8 @@ func (p *arrivals) begin(l layout) {
 	}
 }
 
-// progress returns how many pages are placed or left out, of how many, and how many were fetched.
+// progress returns how many pages are placed or left out, how many there are, and how many were
+// fetched.
 func (p *arrivals) progress() (placed, total, fetches int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -53,14 +54,14 @@ func (p *arrivals) progress() (placed, total, fetches int) {
 	return total - p.missing, total, p.stats.Fetches
 }
 
-// left is how many pages are neither placed nor left out.
+// left returns how many pages are neither placed nor left out.
 func (p *arrivals) left() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.missing
 }
 
-// lack is how much memory the pages that are left may take, in bytes.
+// lack returns how many bytes of memory the remaining pages may take.
 func (p *arrivals) lack() uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -71,7 +72,7 @@ func (p *arrivals) lack() uint64 {
 	return uint64(p.missing) * size
 }
 
-// done is closed when no page is left; another one after restock.
+// done returns a channel that is closed when no page is left. After restock it is another one.
 func (p *arrivals) done() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -115,8 +116,8 @@ func (p *arrivals) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []b
 	return fresh, kept, false
 }
 
-// disclaim takes it back that pages were received: they are dropped, and come again. What the
-// guest waits for it asks for but once: with asked, all of them count as waited for.
+// disclaim undoes claim: the pages were dropped, and will come again. The guest asks for a page
+// only once, so asked counts all of them as waited for.
 func (p *arrivals) disclaim(runs []pageRun, asked bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -128,8 +129,8 @@ func (p *arrivals) disclaim(runs []pageRun, asked bool) {
 	}
 }
 
-// skip notes pages that never come. It returns those that the guest waits for: they are to be
-// placed as zeroes.
+// skip notes pages that never come. It returns those that the guest waits for: the caller must
+// place them as zeroes.
 func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -151,7 +152,7 @@ func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
 	return wanted
 }
 
-// placed notes that QEMU was handed pages.
+// placed notes that QEMU was given pages.
 func (p *arrivals) placed(runs []pageRun) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -171,7 +172,7 @@ func (p *arrivals) placed(runs []pageRun) {
 	p.checkWhole()
 }
 
-// recount says so if no page is missing, after restock.
+// recount closes done after restock if no page is missing.
 func (p *arrivals) recount() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -190,8 +191,8 @@ func (p *arrivals) checkWhole() {
 	}
 }
 
-// want notes that the guest waits for pages and reports whether they must be asked for. It
-// returns those that were left out, with what was left out around them: they are to be placed as
+// want notes that the guest waits for pages and reports whether they must be requested. It returns
+// those that were left out, and the pages left out around them. The caller must place these as
 // zeroes.
 func (p *arrivals) want(r pageset.Run) (missing bool, free []pageRun) {
 	p.mu.Lock()
@@ -204,8 +205,8 @@ func (p *arrivals) want(r pageset.Run) (missing bool, free []pageRun) {
 			p.waiting[pageKey{r.Block, page}] = now
 		case p.skipped[r.Block].Has(page):
 			p.stats.FreeTouched++
-			// Until they are placed they are missing, lest QEMU stops waiting for pages meanwhile.
-			// When none is, it is about to: then they read as zero by themselves.
+			// They count as missing until they are placed, so that QEMU goes on waiting for pages.
+			// If none is missing, QEMU is about to stop: then they read as zero by themselves.
 			if p.missing > 0 {
 				n := pageset.Page(max(1, freeAround/p.layout[r.Block].PageSize))
 				free = p.takeSkipped(free, r.Block, page/n*n, page/n*n+n)
@@ -215,12 +216,12 @@ func (p *arrivals) want(r pageset.Run) (missing bool, free []pageRun) {
 	return missing, free
 }
 
-// freeAround is how much memory that was left out is placed at once when the guest touches it:
-// whoever allocated one free page is likely to use the next.
+// freeAround is how much left-out memory is placed at once when the guest touches it. A guest that
+// allocated one free page will probably use the next.
 const freeAround = 128 << 10
 
-// takeSkipped appends the pages of [at, end) that were left out, which are missing from now on. The
-// caller holds mu.
+// takeSkipped appends the pages of [at, end) that were left out. They count as missing from now on.
+// The caller holds mu.
 func (p *arrivals) takeSkipped(runs []pageRun, block int, at, end pageset.Page) []pageRun {
 	set := p.skipped[block]
 	for {
@@ -236,8 +237,8 @@ func (p *arrivals) takeSkipped(runs []pageRun, block int, at, end pageset.Page) 
 	}
 }
 
-// takeAllSkipped returns all pages that were left out, in runs of at most maxZeroPages. They are
-// missing from now on.
+// takeAllSkipped returns all pages that were left out, in runs of at most maxZeroPages. They count
+// as missing from now on.
 func (p *arrivals) takeAllSkipped() (runs []pageRun) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -250,9 +251,9 @@ func (p *arrivals) takeAllSkipped() (runs []pageRun) {
 	return runs
 }
 
-// restock replaces what is known of the pages by what count finds to be there: of each block its
-// pages that are placed. Those left out are as they were. Nothing is noted meanwhile. It says
-// nothing of whole: recount does.
+// restock counts the pages anew: count returns the placed pages of each block. Pages that were left
+// out stay so. No other method may note anything meanwhile. restock does not close done: recount
+// does.
 func (p *arrivals) restock(count func() ([]*pageset.Set, error)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -292,15 +293,15 @@ func (p *arrivals) awaited() []pageset.Run {
 	return runs
 }
 
-// appendHas appends what the source is told of n pages of a block from first on: which are
-// received.
+// appendPresent appends the frame that tells the source which of n pages of a block were received,
+// from first on.
 func (p *arrivals) appendHas(b []byte, block, first, n int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return appendHas(b, block, first, n, p.received[block])
 }
 
-// discards encodes commands for QEMU to drop all pages but those received.
+// discards encodes commands that make QEMU drop all pages but those received.
 func (p *arrivals) discards() []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()

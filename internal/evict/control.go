@@ -12,8 +12,8 @@ import (
 	"vacate/internal/link"
 )
 
-// attachment is one session with the other side, and what runs in it. An eviction has one
-// at a time, and more than one in a row if the link or an engine fails.
+// attachment is one session with the other side, and the tasks that run in it. An eviction has one
+// at a time. It has several, one after the other, if the link or an engine fails.
 type attachment struct {
 	*link.Session
 	control *controlLane
@@ -21,15 +21,15 @@ type attachment struct {
 	tasks   sync.WaitGroup
 }
 
-// attach takes a session over, whose frames of the control lane have at most limit bytes.
+// attach takes a session over. Frames of its control lane have at most limit bytes.
 func attach(s *link.Session, limit int) *attachment {
 	a := &attachment{Session: s, control: newControlLane(s)}
 	a.tasks.Go(func() { a.control.run(limit) })
 	return a
 }
 
-// begin has a task of a lane done, whose failure ends the session, but not before the
-// other side could say why it ended it.
+// begin starts a task of a lane. If the task fails, the session ends, but the other side first gets
+// the chance to say why it ended it.
 func (a *attachment) begin(task func() error) {
 	a.tasks.Go(func() {
 		if err := task(); err != nil {
@@ -38,7 +38,7 @@ func (a *attachment) begin(task func() error) {
 	})
 }
 
-// end closes the session and waits for all that runs in it.
+// end closes the session and waits for all its tasks.
 func (a *attachment) end() {
 	a.Close()
 	a.tasks.Wait()
@@ -47,7 +47,7 @@ func (a *attachment) end() {
 	}
 }
 
-// controlLane hands the frames of a session's control lane on, one at a time.
+// controlLane passes on the frames of a session's control lane, one at a time.
 type controlLane struct {
 	*link.Conn
 	session *link.Session
@@ -86,8 +86,8 @@ func (c *controlLane) run(limit int) {
 	}
 }
 
-// errFarewell is wrapped by the error for a peer that gave the eviction up. From a
-// destination it is the promise that its QEMU never ran the VM and never will.
+// errFarewell is wrapped by the error for a peer that gave the eviction up. From a destination, it
+// promises that its QEMU never ran the VM and never will.
 var errFarewell = errors.New("the other side gave up")
 
 // errFailed is wrapped by the error for a destination that ran the VM and lost it.
@@ -99,8 +99,8 @@ var errShutDown = errors.New("the VM was shut down")
 // errDead is wrapped by the error for a destination that says that the twin has ended.
 var errDead = errors.New("and its QEMU has ended")
 
-// await waits for a frame of one of the kinds. It fails with the peer's farewell, and when
-// the session or ctx ends.
+// await waits for a frame of one of the kinds. It fails with the peer's farewell, or when the
+// session or ctx ends.
 func (c *controlLane) await(ctx context.Context, kinds ...uint8) (controlFrame, error) {
 	select {
 	case f := <-c.frames:
@@ -112,7 +112,7 @@ func (c *controlLane) await(ctx context.Context, kinds ...uint8) (controlFrame, 
 	}
 }
 
-// check tells whether the frame is of one of the kinds.
+// check returns an error if the frame is of none of the kinds.
 func (f controlFrame) check(kinds ...uint8) error {
 	switch {
 	case f.err != nil:
@@ -134,7 +134,7 @@ func (f controlFrame) check(kinds ...uint8) error {
 	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
 }
 
-// saidBy names the host that says something which is shown elsewhere, if it has a name.
+// saidBy adds the host's name, if it has one, to an error that is shown on another host.
 func saidBy(host string, err error) error {
 	if host == "" {
 		return err
@@ -152,13 +152,13 @@ const (
 	ToAsk                       // something that touches no VM
 )
 
-// Request is a session whose peer has said what it wants. It is to be handed to a
-// Destination, or ended with Refuse, Answer or Tell.
+// Request is a session whose peer has said what it wants. The caller must hand it to a Destination,
+// or end it with Refuse, Answer or Tell.
 type Request struct {
 	*attachment
 	Purpose  Purpose
 	Eviction ID // to offer or to resume
-	// to offer: its name at the source, which the peer is free to choose; may be empty
+	// to offer: the VM's name at the source, which the peer chooses freely; may be empty
 	VM       string
 	Question json.RawMessage // to ask
 
@@ -169,8 +169,7 @@ type Request struct {
 // requestTime is how long a peer may take to say what it wants.
 const requestTime = 10 * time.Second
 
-// ReadRequest learns what the peer of a new session wants. If that fails the session is
-// closed.
+// ReadRequest reads what the peer of a new session wants. If that fails, it closes the session.
 func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTime,
 		errors.New("the peer did not say what it wants"))
@@ -224,11 +223,12 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	return r, nil
 }
 
-// tellWaiting is how often a source hears what its offer waits for.
+// tellWaiting is how often a destination tells the source what its offer waits for.
 const tellWaiting = time.Second
 
-// While does what has to be done before an offer can be taken or turned down, and may take long.
-// The source is told what it is, all the while. ctx ends when the source gives up.
+// While runs do, which must end before an offer can be accepted or refused and may take long.
+// Meanwhile it keeps telling the source what the host is doing. The ctx of do ends when the source
+// gives up.
 func (r *Request) While(ctx context.Context, what string, do func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -245,7 +245,7 @@ func (r *Request) While(ctx context.Context, what string, do func(context.Contex
 			case <-tick.C:
 			case <-done:
 				return
-			case f := <-r.control.frames: // it may only give up
+			case f := <-r.control.frames: // the source may only give up
 				r.Fail(f.check())
 			case <-r.Done():
 				cancel(r.Err())
@@ -262,12 +262,12 @@ func (r *Request) While(ctx context.Context, what string, do func(context.Contex
 	return err
 }
 
-// ResumedThere reports whether the peer says that the VM runs there again by an operator's word, so
-// that the twin here has to end.
+// ResumedThere reports whether the peer says that the VM runs there again by an operator's
+// decision. The twin here must then end.
 func (r *Request) ResumedThere() bool { return r.Purpose == ToResume && r.resume.Resumed }
 
-// Refuse turns the peer away, saying why, and ends the session. To an offer it is the
-// promise that the VM will not run here.
+// Refuse turns the peer away with a reason, and ends the session. To an offer, it promises that the
+// VM will not run here.
 func (r *Request) Refuse(reason error) {
 	if r.Purpose == ToResume {
 		r.Answer(AnswerNone, reason.Error(), false, nil)
@@ -277,11 +277,10 @@ func (r *Request) Refuse(reason error) {
 	r.end()
 }
 
-// Answer tells the source what became of the eviction that it wants to resume, and that is not
-// under way here, and ends the session. dead says that the twin has ended. What was received is
-// what Destination returned, and is told of one that is complete. Answer reports whether the source
-// said that it has heard how the eviction ended: of one that is complete, KeptHeard is to be kept
-// then.
+// Answer answers a source that wants to resume an eviction on which no engine works here, and ends
+// the session. dead says that the twin has ended. received is what Destination returned; only a
+// complete eviction needs it. Answer reports whether the source confirmed that it heard how the
+// eviction ended. If it was complete, the caller must then keep KeptHeard.
 func (r *Request) Answer(a Answer, reason string, dead bool, received *Received) (heard bool) {
 	st := status{Answer: a, Reason: reason, Dead: dead, Summary: received}
 	writeJSON(r.control.Conn, msgStatus, st)
@@ -295,7 +294,7 @@ func (r *Request) Tell(answer any) error {
 	return err
 }
 
-// linger ends the session when the peer has, or after a while: its end must not overtake
+// linger ends the session when the peer has ended it, or after a while: closing sooner could lose
 // what was said. It reports whether the peer has heard that.
 func (r *Request) linger() (heard bool) {
 	select {
@@ -308,9 +307,9 @@ func (r *Request) linger() (heard bool) {
 	return heard
 }
 
-// Ask puts a question, which is JSON of the caller's, to the host behind a new session, and returns
-// its answer. So many bytes of zeroes, at most maxFill, go ahead of it, and are read by the other
-// side first: to measure the link. It closes the session.
+// Ask sends a question, which is the caller's JSON, to the host behind a new session, and returns
+// the answer. It first sends fill bytes of zeroes, at most maxFill, which the other side reads
+// first: that measures the link. It closes the session.
 func Ask(ctx context.Context, s *link.Session, fill int, question any, answer any) error {
 	a := attach(s, maxJSON)
 	defer a.end()
@@ -330,11 +329,12 @@ func Ask(ctx context.Context, s *link.Session, fill int, question any, answer an
 	return decode(f.payload, answer)
 }
 
-// Requests has what the peers of sessions want handed on, in the channel that it returns,
-// until ctx is done and the function that it returns has returned: that waits for all that
-// was started, and ends the sessions of requests that nobody took. Sessions come from
-// accept; when that fails, stopped is told why, and no more come. turnedAway hears of peers
-// that say nothing of use.
+// Requests accepts sessions, reads what their peers want, and passes that on by the channel that it
+// returns. It stops when ctx is done. The function that it returns waits for all that was started,
+// and ends the sessions of requests that nobody took.
+//
+// When accept fails, stopped gets the error and no more sessions come. turnedAway gets the errors
+// of peers that did not say anything useful.
 func Requests(ctx context.Context, accept func(context.Context) (*link.Session, error),
 	turnedAway func(peer string, err error), stopped func(error)) (<-chan *Request, func()) {
 	ctx, cancel := context.WithCancel(ctx)

@@ -1,11 +1,11 @@
 package evict
 
-// What each side of an eviction does when something failed, decided by nothing but what its
-// journal says and what it finds: so the functions below are pure, and model_test.go tries
-// them with every sequence of failures. The rules they embody are in docs/protocol.md.
+// The functions below decide what each side of an eviction does when something failed. They use
+// only what the side's journal says and what it finds. So they are pure, and model_test.go tries
+// them with every sequence of failures. Their rules are in docs/protocol.md.
 
-// Mark is the last thing that the journal of one side says of an eviction; "" if it has no
-// record of it. Its text is what is stored on disk.
+// Mark is the last thing that one side's journal says of an eviction; "" if it has no record. Its
+// text is stored on disk.
 //
 //	source       begun ──► may-run ──► completed
 //	               │          ├──────► shut down
@@ -19,11 +19,11 @@ package evict
 //	                 └───────────┴──────► never ran
 //
 // A write that failed may still have reached the disk, so what follows a failure must be right
-// either way. Without begun, accepted and may-run nothing goes on: the source refuses or rolls
-// back, the destination abandons. The operator's word is not acted upon, and the journal is
-// read again. Where a destination cannot write shut down, it keeps its twin and tries again. All
-// other marks only save asking again; where one cannot be written, what it says is done all the
-// same.
+// either way. Without begun, accepted and may-run the eviction stops: the source refuses or rolls
+// back, and the destination abandons. If the operator's decision cannot be written, the engine does
+// not act on it and reads the journal again. If a destination cannot write shut down, it keeps its
+// twin and tries again. All other marks only save asking again. If one cannot be written, the
+// engine acts all the same.
 type Mark string
 
 // The marks.
@@ -31,22 +31,22 @@ const (
 	MarkBegun      Mark = "begun"       // source: the guest may be frozen, and no commit was sent
 	MarkAccepted   Mark = "accepted"    // destination: a twin may live, and it never ran
 	MarkMayRun     Mark = "may-run"     // the twin may run, or may have run, from here on
-	MarkRolledBack Mark = "rolled back" // source: the twin never runs; the guest is to run here
-	// destination: the twin never ran and never will; it is to be killed
+	MarkRolledBack Mark = "rolled back" // source: the twin never runs; the guest must run here
+	// destination: the twin never ran and never will; it must be killed
 	MarkNeverRan Mark = "never ran"
-	// the twin has every page; the source's QEMU is to be ended
+	// the twin has every page; the source's QEMU must end
 	MarkCompleted Mark = "completed"
-	// the guest ended itself at the destination; both QEMUs are to be ended
+	// the guest ended itself at the destination; both QEMUs must end
 	MarkShutDown Mark = "shut down"
 	// one QEMU ended too early, and the other cannot go on alone
 	MarkLost Mark = "lost"
-	// source: the operator says that the guest is to run here, and that the twin is dead for good
+	// source: the operator decided that the guest runs here, and that the twin is dead for good
 	MarkResumedHere Mark = "resumed here"
 	MarkDiscarded   Mark = "discarded" // source: the operator gives up the copy here
 )
 
-// Final tells whether the two sides have nothing left to settle. What follows a final mark
-// is the operator's word, or the end of what was begun after the mark was written.
+// Final reports whether the two sides have nothing left to settle. After a final mark come only the
+// operator's decision, or the end of what began once the mark was written.
 func (m Mark) Final() bool {
 	switch m {
 	case "", MarkBegun, MarkAccepted, MarkMayRun:
@@ -55,12 +55,12 @@ func (m Mark) Final() bool {
 	return true
 }
 
-// Answer is what a destination says of an eviction when its source asks. It is sent as it is.
+// Answer is what a destination tells a source that asks about an eviction. The text itself is sent.
 type Answer string
 
 // The answers.
 const (
-	AnswerNone Answer = "" // none yet: something is to be done first
+	AnswerNone Answer = "" // none yet: the destination must do something first
 	// no record: it was never accepted here, or the journal is gone
 	AnswerUnknown  Answer = "unknown"
 	AnswerNeverRan Answer = "never ran" // and never will
@@ -72,7 +72,7 @@ const (
 	AnswerLost     Answer = "lost"      // the twin is dead, and it may have run
 )
 
-// copyState is what the QEMU of one side, as the journal identifies it, is found doing.
+// copyState is what the QEMU of one side, as the journal identifies it, does.
 type copyState int
 
 const (
@@ -86,18 +86,18 @@ const (
 	copyComplete // a twin whose migration is over, whether its guest runs or was paused since
 )
 
-// step is what is to be done.
+// step is what an engine must do next.
 type step string
 
 const (
 	stepNone step = "none"
 	// Of a source.
-	// mark rolled back (resumed here stays), have the guest run here, and tell the destination
+	// mark rolled back (resumed here stays), resume the guest here, and tell the destination
 	stepRollBack step = "roll back"
 	// look again and ask (again), with back-off; say what the operator may choose
 	stepAsk  step = "ask"
 	stepPush step = "push" // send what is missing
-	// mark completed, then end the QEMU; where the operator discards, so is its mark
+	// mark completed, or discarded if the operator says so; then end the QEMU
 	stepRetire step = "retire"
 	// Of a destination.
 	stepAbandon step = "abandon" // mark never ran, kill the twin, only then say so
@@ -112,41 +112,42 @@ const (
 	stepHold step = "hold" // two facts contradict one another: touch nothing, say so
 )
 
-// Clear reports whether a host has nothing of a VM (R12): its journal has no eviction of it that
-// goes on, and no QEMU of it lives there. A VM is started anew only on a host that is clear of it,
-// and that has heard the same of each other host since it began to start the VM. A host that begins
-// to is not clear for the others. The mark is for the moments in which an eviction is about to
-// start a QEMU.
+// Clear reports whether a host has nothing of a VM (R12). Its journal has no unfinished eviction of
+// the VM, no QEMU of the VM lives there, and the host is not starting it.
+//
+// A host may start a VM anew only if it is clear, and each other host said the same since the start
+// began. A host that begins to start the VM is not clear for the others. The mark covers the
+// moments in which an eviction is about to start a QEMU.
 func Clear(m Mark, lives, starting bool) bool {
 	return (m == "" || m.Final()) && !lives && !starting
 }
 
-// Presence is what a host says of a VM that is to be started anew on another.
+// Presence is a host's answer about a VM that another host wants to start anew.
 type Presence struct {
 	Clear bool   `json:"clear"`
-	Last  string `json:"last,omitempty"` // the last eviction of it that is in the host's journal
+	Last  string `json:"last,omitempty"` // the VM's last eviction in the host's journal
 }
 
 // Absent reports whether a host that was asked twice had nothing of a VM all the time between. Each
-// host is asked again once all have answered. So they were clear of the VM at one moment, however
-// it moved while they were asked.
+// host is asked again once all have answered. So all were clear of the VM at one moment, however it
+// moved meanwhile.
 func Absent(first, second Presence) bool {
 	return first.Clear && second.Clear && first.Last == second.Last
 }
 
-// mayCommit tells whether a source may send the commit: its mark is durable, the process of its
-// QEMU is stopped, so that nothing that QEMU is told can run the guest, and the guest did not run
-// between the freeze and that.
+// mayCommit reports whether a source may send the commit. Its mark must be durable, and the process
+// of its QEMU stopped, so that no command can run the guest. The guest must not have run between
+// the freeze and that (R3).
 func mayCommit(m Mark, held bool) bool { return m == MarkMayRun && held }
 
-// mayCont tells whether a destination may have its twin run: its mark is durable, and in the
-// present session the source said that it committed.
+// mayCont reports whether a destination may tell its twin to run the VM. Its mark must be durable,
+// and the source must have said in the present session that it committed (R1).
 func mayCont(m Mark, committed bool) bool { return m == MarkMayRun && committed }
 
-// sourceStep is what a source does when it starts again, and each time before it asks. A
-// source that knows that it sent no commit, since it has not been restarted, counts as begun.
-// It asks with a resume that says that it committed: true wherever the destination's mark is
-// may-run, and elsewhere not believed.
+// sourceStep is what a source does when it starts again, and each time before it asks. A source
+// that was not restarted, and knows that it sent no commit, counts as begun. It asks with a resume
+// which says that it committed. That is true wherever the destination's mark is may-run, and
+// elsewhere the destination does not believe it.
 func sourceStep(m Mark, here copyState) step {
 	switch m {
 	case MarkBegun:
@@ -175,8 +176,8 @@ func sourceStep(m Mark, here copyState) step {
 	return stepNone
 }
 
-// sourceOnAnswer is what a source whose mark is may-run does with an answer. heardRunning is
-// whether it heard before that the twin runs.
+// sourceOnAnswer is what a source whose mark is may-run does with an answer. heardRunning says that
+// it heard before that the twin runs.
 func sourceOnAnswer(here copyState, heardRunning bool, a Answer) step {
 	switch {
 	case a == AnswerNone || a == AnswerUnknown:
@@ -205,8 +206,8 @@ func sourceOnAnswer(here copyState, heardRunning bool, a Answer) step {
 	return stepAsk
 }
 
-// destinationStep is what a destination does with an eviction when it starts again, loses
-// its session, is asked in a new one, or has anything else fail.
+// destinationStep is what a destination does with an eviction after any failure: when it starts
+// again, loses its session, or is asked in a new one.
 func destinationStep(m Mark, twin copyState) step {
 	switch m {
 	case MarkAccepted:
@@ -239,10 +240,10 @@ func destinationStep(m Mark, twin copyState) step {
 	return stepNone
 }
 
-// destinationOnAbort is what a destination does when it hears that its source has rolled
-// back, or that the operator had it resume the guest there. A source that says so after the
-// twin became whole never heard that, and was given a false word: the twin ends, since the
-// operator's word counts.
+// destinationOnAbort is what a destination does when it hears that its source rolled back, or that
+// an operator resumed the guest there. A source that says so after the twin became whole never
+// heard that it did, and its operator was wrong. The twin ends all the same, since the operator's
+// decision counts.
 func destinationOnAbort(m Mark) step {
 	switch m {
 	case MarkAccepted, MarkNeverRan:
@@ -253,8 +254,8 @@ func destinationOnAbort(m Mark) step {
 	return stepNone
 }
 
-// ResumedThere is the mark that a destination comes to, once its twin is dead, when it hears that
-// an operator had the guest resumed at the source.
+// ResumedThere is a destination's mark after an operator resumed the guest at the source. The
+// destination comes to it once its twin is dead.
 func ResumedThere(m Mark) Mark {
 	switch destinationOnAbort(m) {
 	case stepAbandon:
@@ -265,7 +266,7 @@ func ResumedThere(m Mark) Mark {
 	return m
 }
 
-// AnswerOf is what a destination says of an eviction that nobody works on there.
+// AnswerOf is the destination's answer for an eviction on which no engine works there.
 func AnswerOf(m Mark) Answer {
 	if !m.Final() {
 		return AnswerUnknown
@@ -273,7 +274,7 @@ func AnswerOf(m Mark) Answer {
 	return answerOf(m, copyGone)
 }
 
-// answerOf is what a destination says once destinationStep was done.
+// answerOf is the destination's answer after it did what destinationStep says.
 func answerOf(m Mark, twin copyState) Answer {
 	switch m {
 	case "":

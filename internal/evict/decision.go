@@ -8,33 +8,34 @@ import (
 	"vacate/internal/qemu/fit"
 )
 
-// A Decision is an operator's, of a VM that stands frozen.
+// A Decision is what an operator decides about a frozen VM.
 type Decision string
 
 // The decisions.
 const (
-	// ResumeHere has the VM go on at the source, from when it was frozen. Whoever decides
-	// so knows that the VM is gone at the destination, and that nobody starts it there.
+	// ResumeHere resumes the VM at the source, in its state at the freeze. An operator who decides
+	// this knows that the VM is gone at the destination, and that nobody starts it there.
 	ResumeHere Decision = "resume-here"
-	// Discard gives the copy at the source up. Whoever decides so knows that the VM is whole at the
-	// destination, or accepts that it is lost.
+	// Discard gives up the copy at the source. An operator who decides this knows that the VM is
+	// whole at the destination, or accepts its loss.
 	Discard Decision = "discard"
 )
 
-// ErrUndecided is wrapped by the error of Decide when the journal does not take the decision.
-// It may be there all the same after a crash, so nobody may go on as if it had not been made.
+// ErrUndecided is wrapped by the error of Decide when it cannot write the decision to the journal.
+// After a crash the decision may turn out to be there, so nobody may go on as if it had not been
+// made.
 var ErrUndecided = errors.New("the journal does not take the decision: make room and decide again")
 
 // ErrAnswers is wrapped by the error of Decide when the destination still answers for the VM.
 var ErrAnswers = errors.New("the destination answers for the VM")
 
-// ErrUnfenced is wrapped by the error of Decide when nobody says that the twin is dead.
+// ErrUnfenced is wrapped by the error of Decide when nobody asserts that the twin is dead.
 var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination")
 
-// Decide does what an operator decided of an eviction whose last mark is m. No engine may be at
-// work on it. For ResumeHere, fenced is why the twin is dead for good, in words: who asserts it. It
-// may be empty where the destination has said so itself. The destination is asked once more, and
-// what it says counts more; whether it has heard of the decision is left to Tell.
+// Decide carries out an operator's decision about an eviction whose last mark is m. No engine may
+// be at work on it. For ResumeHere, fenced says in words who asserts that the twin is dead for
+// good. It may be empty if the destination has said so itself. Decide asks the destination once
+// more, whose answer counts more. It leaves it to Tell to tell the destination of the decision.
 func (s Source) Decide(ctx context.Context, m Mark, d Decision, fenced string) error {
 	e := s.engine(RollingBack)
 	e.mark = m
@@ -60,7 +61,7 @@ func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 	case ResumeHere:
 		return e.resumeHere(ctx, fenced)
 	case Discard:
-		// One that answers needs the copy, or ends the eviction by itself.
+		// A destination that answers needs the copy, or ends the eviction by itself.
 		if e.mark == MarkMayRun && !DeadThere(e.Journal) {
 			if err := e.askOnce(ctx, ""); errors.Is(err, ErrAnswers) {
 				return err
@@ -74,7 +75,7 @@ func (e *source) decide(ctx context.Context, d Decision, fenced string) error {
 	return fmt.Errorf("decision %q: there are %s and %s", d, ResumeHere, Discard)
 }
 
-// resumeHere has the guest go on here by the operator's word.
+// resumeHere resumes the guest here by the operator's decision.
 func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	if err := e.whole(); err != nil {
 		return err
@@ -94,7 +95,7 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	if err := note(e.Journal, MarkResumedHere, reason); err != nil {
 		return fmt.Errorf("%w: %w", ErrUndecided, err)
 	}
-	// A twin that lives after all may hold the locks of the disks.
+	// A twin that is still alive may hold the locks of the disks.
 	if heard, err := e.Tell(ctx); !heard {
 		e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
 	}
@@ -105,8 +106,8 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	return err
 }
 
-// askOnce makes sure that the operator's word, which is fenced, is not contradicted by the
-// destination. It does not go on with the eviction, whatever the answer.
+// askOnce makes sure that the destination does not contradict the operator's assertion in fenced.
+// It does not go on with the eviction, whatever the answer.
 func (e *source) askOnce(ctx context.Context, fenced string) error {
 	a, st, err := e.inquire(ctx, resume{Eviction: e.Eviction})
 	if err == nil {
@@ -129,9 +130,9 @@ func (e *source) askOnce(ctx context.Context, fenced string) error {
 	return nil
 }
 
-// Tell tells the destination that an operator had the VM resumed at the source, so that it ends its
-// twin, and returns whether it has heard that. No engine need be at work on the eviction, and the
-// VM's QEMU is left alone.
+// Tell tells the destination that an operator resumed the VM at the source, so that it ends its
+// twin. It reports whether the destination has heard that. It needs no engine at work on the
+// eviction, and does not touch the VM's QEMU.
 func (s Source) Tell(ctx context.Context) (heard bool, err error) {
 	e := &source{Source: s}
 	a, st, err := e.inquire(ctx, resume{Eviction: s.Eviction, Resumed: true})

@@ -12,8 +12,8 @@ import (
 // departures are the pages of a VM at its source: which goes next, which went, and why. The push,
 // the fetches and the survey take pages at once, from tasks of their own.
 //
-// One lock sees to it that each page is handed out once, and guards nothing else: how many went is
-// counted beside it, so that progress is shown without waiting for who plans.
+// One lock makes sure that each page is handed out once, and guards nothing else. The counts are
+// beside it, so that progress never waits for the planner.
 type departures struct {
 	sent  [pushorder.Reasons]atomic.Int64 // pages by reason
 	total atomic.Int64                    // of the VM; 0 before begin
@@ -26,8 +26,8 @@ type departures struct {
 	askedFor []*pageset.Set   // as asked; guarded by mu
 }
 
-// begin takes the layout of the VM's memory, of which no page went yet, and the policy of the push.
-// The eviction began at a time.
+// begin sets the layout of the VM's memory, and the policy of the push. No page went yet. begun is
+// when the eviction began.
 func (d *departures) begin(l layout, policy pushorder.Policy, begun time.Time) {
 	d.total.Store(int64(l.pages()))
 	d.trace.open(begun, l)
@@ -42,7 +42,7 @@ func (d *departures) begin(l layout, policy pushorder.Policy, begun time.Time) {
 	}
 }
 
-// plan has the push follow a plan.
+// plan makes the push follow a plan.
 func (d *departures) plan(runs []pageset.Run) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -56,7 +56,7 @@ func (d *departures) relate(kin *pushorder.Kinship) {
 	d.order.SetKinship(kin)
 }
 
-// take takes those of the pages that are left.
+// take takes the pages that are left, and returns them.
 func (d *departures) take(runs []pageset.Run, why pushorder.Reason) (taken []pageset.Run) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -66,7 +66,8 @@ func (d *departures) take(runs []pageset.Run, why pushorder.Reason) (taken []pag
 	return taken
 }
 
-// next hands out the pages to be pushed next; only neighbours of fetches while the plan is held.
+// next hands out the pages to push next. While the plan is held, these are only neighbours of
+// fetches.
 func (d *departures) next(held bool,
 	limit int) (runs []pageset.Run, reason pushorder.Reason, left int) {
 	d.mu.Lock()
@@ -79,8 +80,8 @@ func (d *departures) next(held bool,
 	return runs, reason, d.order.Left()
 }
 
-// fetch takes those of the pages that the guest waits for that are left. After a lost link they
-// are asked for once more, and count once.
+// fetch takes the pages that the guest waits for and that are left. After a lost link the
+// destination asks for them once more; they count once.
 func (d *departures) fetch(r pageset.Run) []pageset.Run {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -88,8 +89,8 @@ func (d *departures) fetch(r pageset.Run) []pageset.Run {
 	return d.order.Fetch(r)
 }
 
-// rejoin puts back what the destination does not have, which it said of each block's pages. It
-// returns those that are left out, and how many were sent before and must be again.
+// rejoin puts back what the destination lacks: has are the pages of each block that it has. It
+// returns the pages that are left out, and how many must be sent again.
 func (d *departures) rejoin(has []*pageset.Set) (skipped []pageset.Run, again int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -137,13 +138,13 @@ func (d *departures) count(why pushorder.Reason, runs []pageset.Run) {
 
 func (d *departures) pages(why pushorder.Reason) int { return int(d.sent[why].Load()) }
 
-// sentPages is the number of pages that were sent.
+// sentPages returns the number of pages that were sent.
 func (d *departures) sentPages() int {
 	return d.settled() - d.pages(pushorder.Skipped) - d.pages(pushorder.Unused) -
 		d.pages(pushorder.Before)
 }
 
-// settled is the number of pages that are sent, or need not be.
+// settled returns the number of pages that are sent, or need not be.
 func (d *departures) settled() int {
 	n := int64(0)
 	for i := range d.sent {

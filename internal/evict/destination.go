@@ -24,40 +24,42 @@ import (
 
 // Destination receives a VM on this host.
 type Destination struct {
-	// QMP is the path of the QMP socket of a QEMU that was started as the source's was,
-	// with `-S -incoming defer` in addition.
+	// QMP is the path of the QMP socket of a QEMU. That was started like the source's, with `-S
+	// -incoming defer` added.
 	QMP string
 	// Libvirt is set on a host that takes domains of libvirt, instead of QMP.
 	Libvirt *Libvirt
-	// ThroughQEMU has all pages loaded by QEMU itself. By default they are placed in its
-	// memory directly where this process has the right to, which is several times faster.
+	// ThroughQEMU makes QEMU load all pages itself. By default the engine places them in QEMU's
+	// memory directly if this process may, which is several times faster.
 	ThroughQEMU bool
-	// Host is the name of this host, and Description the file that says how its QEMU is started:
-	// for messages, which the source may show. Both are empty where no daemon is in use.
+	// Host is the name of this host, and Description the file that says how it starts the VM's
+	// QEMU. Both are for messages, which the source may show. Both are empty without a daemon.
 	Host, Description string
 	// Patient goes on waiting after an offer that does not fit.
 	Patient bool
-	// Room knows what other VMs that are coming to this host will still take of its memory; nil if
-	// there are none.
+	// Room knows how much memory other VMs on their way to this host will still take; nil if there
+	// are none.
 	Room *room.Ledger
-	// Journal survives the engine; without one its death costs the VM. It must have the mark
-	// MarkAccepted before the QEMU is started.
+	// Journal survives the engine; without one the engine's death costs the VM. It must have the
+	// mark MarkAccepted before the QEMU is started.
 	Journal Journal
-	// HugePages is given what is to be done for the VM's speed once it is whole here, before
-	// Receive returns; nil: nothing is.
+	// HugePages gets the task that restores the VM's speed once it is whole here, before Receive
+	// returns; nil drops it.
 	HugePages func(*HugePages)
 	Log       *slog.Logger
-	Show      func(Progress) // called from one goroutine at a time; may be nil
+	Show      func(Progress) // Show is called from one goroutine at a time; it may be nil.
 }
 
-// Receive takes the VM of a source. Its first requests are offers: one whose VM does not fit
-// is turned away without touching the QEMU. From the first byte given to the QEMU on, it is
-// used up: it runs the VM in the end, or it was killed and never ran it. While the VM runs
-// here, requests that resume the eviction bring the source back after the link was lost; it
-// is waited for without end. All requests are answered. Errors are *Error.
+// Receive takes the VM of a source. The first requests are offers: it refuses a VM that does not
+// fit, without touching the QEMU. Once QEMU has read a byte of the stream, it cannot be reused. It
+// then either runs the VM, or Receive kills it before it ran.
 //
-// When ctx is done, the eviction is aborted, unless the source committed it; with the cause
-// ErrLeave it is then left.
+// While the VM runs here, a source that lost the link comes back with a request to resume the
+// eviction. Receive waits for it without limit. Receive answers all requests. Its errors are
+// *Error.
+//
+// When ctx is done, Receive aborts the eviction, unless the source committed it. If the cause is
+// ErrLeave, it leaves a committed eviction.
 func (d Destination) Receive(ctx context.Context, requests <-chan *Request) (Received, error) {
 	e := d.engine(Waiting)
 	defer e.close()
@@ -88,7 +90,7 @@ type destination struct {
 	Destination
 	started time.Time
 	machine *machine
-	// life ends when the QEMU does, or this engine; its cause tells.
+	// life ends when the QEMU does, or this engine. Its cause says why.
 	life context.Context
 	die  context.CancelCauseFunc
 
@@ -111,21 +113,21 @@ type destination struct {
 	units     hugeUnits
 	placer    *placer
 	recovery  recovery // of QEMU's stream
-	mark      Mark     // the last that is durable
+	mark      Mark     // the last durable one
 	committed bool     // the source has said in the present session that it committed
-	// the same of the session in which the VM came
+	// the same for the session in which the VM came
 	heardCommit atomic.Bool
 	// QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
 	stands string
-	// ranSince is when it was told so by this engine; zero if another one did.
+	// ranSince is when this engine told the QEMU to run the VM; zero if another engine did.
 	ranSince time.Time
-	running  atomic.Bool  // it has answered that it does
-	hasRun   atomic.Bool  // it did at some time, by this engine's word or another's
-	cont     <-chan error // its answer when it is told, if that takes long
-	kept     chan error   // what was to be kept is, or an error
+	running  atomic.Bool  // the QEMU has answered that it runs the VM
+	hasRun   atomic.Bool  // the VM ran at some time, as this engine or another one found
+	cont     <-chan error // how the QEMU answers when that takes long
+	kept     chan error   // gets nil once everything needed is stored, or an error
 	tasks    sync.WaitGroup
 	ran      atomic.Bool // the source knows that the VM runs here
-	telling  sync.Mutex  // held while the source is told whether pages find memory
+	telling  sync.Mutex  // held while the engine tells the source whether pages find memory
 
 	holding  sync.Mutex // also guards placer against being replaced while pages are held
 	parcels  []parcel   // pages that found no memory yet; guarded by holding
@@ -137,19 +139,19 @@ type destination struct {
 	shutDownWhy string // why the guest ended itself here; "" if it did not; guarded by mu
 }
 
-// maxLoadTimeout is the longest that a source may have us wait with the devices loaded.
+// maxLoadTimeout is the longest time for which a source may make us wait with the devices loaded.
 const maxLoadTimeout = 10 * time.Minute
 
 const (
 	destinationFD = "vacate-destination" // QEMU's name for its end of our socket
 	pingHead      = 2                    // ours, behind the head: QEMU took it
-	pingLoaded    = 3                    // ours, at the end of the package
-	// qemuBuffer is the socket buffer of what is written to QEMU: a fetched page waits
-	// behind what is in it.
+	pingLoaded    = 3                    // ours, at the end of the device state
+	// qemuBuffer is the socket buffer for writes to QEMU. A fetched page waits behind what is in
+	// it.
 	qemuBuffer = 128 << 10
 )
 
-// engine makes one that is in a state.
+// engine makes an engine in a state.
 func (d Destination) engine(first State) *destination {
 	e := &destination{
 		Destination: d, started: time.Now(),
@@ -172,7 +174,7 @@ func (d Destination) engine(first State) *destination {
 	return e
 }
 
-// report tells of a state that was entered.
+// report logs a state that was entered, and shows the progress.
 func (e *destination) report(st State) {
 	e.mu.Lock()
 	stands := e.stands
@@ -187,7 +189,7 @@ func (e *destination) show(st State) {
 	}
 	e.shown.Lock()
 	defer e.shown.Unlock()
-	if st == "" { // not looked up sooner, lest the state seems to go backwards
+	if st == "" { // the lock comes first, so that the state never seems to go backwards
 		st = e.machine.current()
 	}
 	p := Progress{State: st, Elapsed: time.Since(e.started)}
@@ -199,7 +201,7 @@ func (e *destination) show(st State) {
 	e.Show(p)
 }
 
-// prepare looks at what waits here.
+// prepare checks the QEMU that waits here.
 func (e *destination) prepare(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout,
 		errors.New("preparing took too long"))
@@ -216,8 +218,8 @@ func (e *destination) prepare(ctx context.Context) error {
 	return e.owner.ready(ctx)
 }
 
-// meet takes note of the QEMU that is to take the VM, and makes sure that pages can be placed in
-// its memory, for which there is room.
+// meet notes which QEMU takes the VM. It makes sure that pages can be placed in its memory, and
+// that the host has room for them.
 func (e *destination) meet() error {
 	found := e.owner.twin()
 	e.process, e.mem = found.process, found.mem
@@ -246,7 +248,7 @@ func (e *destination) lookAfter() {
 	e.tasks.Go(e.watch)
 }
 
-// watch notices the end of the QEMU.
+// watch notices when the QEMU ends.
 func (e *destination) watch() {
 	how, err := e.process.End(e.life)
 	if err != nil && e.life.Err() != nil {
@@ -267,11 +269,11 @@ func (e *destination) watch() {
 	e.die(fmt.Errorf("%w (process %d): %s", errTwinGone, e.process.PID, strings.Join(said, "; ")))
 }
 
-// lastWords is how long a destination that gives up waits for who has just come.
+// lastWords is how long a destination that gives up waits for a source that has just connected.
 const lastWords = 100 * time.Millisecond
 
-// awaitOffer waits for an offer that fits, and returns how long the source is willing to
-// wait for the devices to be loaded.
+// awaitOffer waits for an offer that fits. It returns how long the source waits for the devices to
+// be loaded.
 func (e *destination) awaitOffer(ctx context.Context,
 	requests <-chan *Request) (time.Duration, error) {
 	for {
@@ -306,10 +308,10 @@ func (e *destination) awaitOffer(ctx context.Context,
 	}
 }
 
-// named names who says it, to a source that may show it to an operator elsewhere.
+// named adds this host's name to an error that the source may show to an operator elsewhere.
 func (e *destination) named(err error) error { return saidBy(e.Host, err) }
 
-// lastWord has who comes just now hear why no VM is taken any more.
+// lastWord tells a newly connected source why this host takes no VM any more.
 func (e *destination) lastWord(requests <-chan *Request, why error) {
 	select {
 	case r := <-requests:
@@ -318,7 +320,7 @@ func (e *destination) lastWord(requests <-chan *Request, why error) {
 	}
 }
 
-// consider looks at an offer, and accepts it if it fits.
+// consider checks an offer, and accepts it if it fits.
 func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout,
 		errors.New("preparing took too long"))
@@ -327,13 +329,13 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	if o.LoadTimeout <= 0 || o.LoadTimeout > maxLoadTimeout.Milliseconds() {
 		return fmt.Errorf("%w: %d ms for loading the devices", errFrame, o.LoadTimeout)
 	}
-	e.owner.decline(ctx) // an offer before, whose source went away
+	e.owner.decline(ctx) // there was an offer before, whose source went away
 	waited := e.mem != nil
 	if err := e.owner.accept(ctx, o); err != nil {
 		return err
 	}
 	if waited {
-		err = e.hasRoom() // anew: it may be long since the last look
+		err = e.hasRoom() // check again: the last look may be long ago
 	} else {
 		err = e.meet()
 	}
@@ -348,8 +350,8 @@ func (e *destination) consider(ctx context.Context, r *Request) (err error) {
 	return r.control.Write(msgAccepted)
 }
 
-// sort takes all further requests: those that resume this eviction are kept for whoever
-// serves it, the newest only, and its old session ends.
+// sort takes all further requests. It keeps the newest one that resumes this eviction for serve,
+// and ends the old session.
 func (e *destination) sort(requests <-chan *Request) {
 	for {
 		select {
@@ -455,12 +457,13 @@ func (e *destination) hearCommit(ctx context.Context) error {
 	return nil
 }
 
-// contTime is how long QEMU may take to answer `cont` until it is taken to be waiting for a page.
+// contTime is how long QEMU may take to answer `cont`. After that the engine assumes that it waits
+// for a page.
 const contTime = time.Second
 
-// run has the QEMU run the VM, unless that stood. The source has committed the eviction, and that
-// is on record. QEMU may be unable to answer until a page has come, which the VM touched at once:
-// then serve, without which no page comes after the loss of the session, hears the answer.
+// run tells the QEMU to run the VM, unless the VM stood. The source has committed the eviction, and
+// that is durable. The VM may touch a missing page at once. QEMU then cannot answer until the page
+// has come. If the session is lost then, only serve can get that page, so serve awaits the answer.
 func (e *destination) run(left context.Context) error {
 	if !mayCont(e.mark, e.committed) {
 		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v",
@@ -470,7 +473,7 @@ func (e *destination) run(left context.Context) error {
 		return e.abort(err)
 	}
 	e.recovery.pending, e.ranSince = false, time.Now()
-	if e.stands != "" { // whether it runs is its operator's to say from now on
+	if e.stands != "" { // from now on the VM's operator decides whether it runs
 		e.running.Store(true)
 		return nil
 	}
@@ -502,7 +505,7 @@ func (e *destination) run(left context.Context) error {
 	}
 }
 
-// continued is told how QEMU answered `cont`.
+// continued handles QEMU's answer to `cont`.
 func (e *destination) continued(left context.Context, err error) error {
 	switch {
 	case err == nil:
@@ -515,7 +518,7 @@ func (e *destination) continued(left context.Context, err error) error {
 	return e.lost(err, "QEMU was told to run the VM and did not answer: ask it with `query-status`")
 }
 
-// arm has QEMU wait for the stream, and gives it its head.
+// arm makes QEMU wait for the stream, and gives it the head.
 func (e *destination) arm(ctx context.Context) error {
 	if err := e.machine.enter(Arming); err != nil {
 		return err
@@ -555,7 +558,7 @@ func (e *destination) keep() error {
 	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
 }
 
-// follow reads what QEMU says of a stream, and gives the stream up when that ends.
+// follow reads QEMU's return path of a stream, and drops the stream when that path ends.
 func (e *destination) follow(s *stream, r *migstream.ReturnReader) {
 	s.reader.Go(func() {
 		if err := e.readReturnPath(s, r); err != nil {
@@ -570,8 +573,8 @@ func (e *destination) load(ctx context.Context) error {
 		return err
 	}
 	e.receiveLanes(e.at.Load())
-	// The package's own ping, which QEMU sends ahead of RUN, comes back when the devices are
-	// loaded.
+	// The device state ends with a ping of its own. QEMU answers it when the devices are loaded,
+	// before it handles RUN.
 	if err := e.awaitPong(ctx, pingLoaded); err != nil {
 		return err
 	}
@@ -597,7 +600,7 @@ func (e *destination) load(ctx context.Context) error {
 	return nil
 }
 
-// placeDirectly has pages placed in QEMU's memory, if that may be.
+// placeDirectly makes the engine place pages in QEMU's memory itself, if it may.
 func (e *destination) placeDirectly() {
 	if e.ThroughQEMU {
 		return
@@ -650,7 +653,7 @@ func (e *destination) pause(ctx context.Context) error {
 
 var errMoment = errors.New("a moment has passed")
 
-// explain finds QEMU's own reason behind an error, if it gives one.
+// explain looks for QEMU's own reason behind an error.
 func (e *destination) explain(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second/2)
 	defer cancel()
@@ -686,11 +689,11 @@ func (e *destination) kill() error {
 	return nil
 }
 
-// killTime is how long a QEMU may take to end when it was killed.
+// killTime is how long a killed QEMU may take to end.
 const killTime = 5 * time.Second
 
-// abort ends an attempt that never ran the VM: it ends the QEMU, so that it never will,
-// and then says so.
+// abort ends an attempt that never ran the VM. It kills the QEMU, so that it never will, and only
+// then says so.
 func (e *destination) abort(err error) error {
 	from := e.machine.current()
 	err = e.explain(err)
@@ -709,7 +712,7 @@ func (e *destination) abort(err error) error {
 			"source"}
 }
 
-// lost ends an eviction that cannot be completed although the VM ran here.
+// lost ends an eviction that cannot complete although the VM ran here.
 func (e *destination) lost(err error, remedy string) error {
 	from := e.machine.current()
 	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
@@ -723,8 +726,8 @@ func (e *destination) lost(err error, remedy string) error {
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
 }
 
-// answerRejoin answers a source that came back when all was over. Where no journal remembers,
-// one that committed, and does not know what became of that, is waited for.
+// answerRejoin answers a source that comes back after the end. Without a journal nobody remembers
+// the end later. So it waits for a source that committed and does not know what became of that.
 func (e *destination) answerRejoin(a Answer, reason string, dead bool) {
 	select {
 	case r := <-e.rejoin:
@@ -771,7 +774,7 @@ func (e *destination) close() {
 	e.messages.Close()
 }
 
-// explainPostcopy adds what to do to QEMU's refusal of post-copy.
+// explainPostcopy adds a remedy to QEMU's refusal of post-copy.
 func explainPostcopy(err error) error {
 	b, readErr := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
 	if readErr != nil {

@@ -15,16 +15,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// direct places pages in a QEMU's memory itself, through the userfaultfd by which that
-// QEMU waits for them. It takes a page where QEMU's own loader takes a copy through a
-// socket and a system call each: one call places a whole run, and a fetched page does not
-// wait for QEMU's loader thread to be scheduled. The kernel refuses to place a page twice.
+// direct places pages in a QEMU's memory itself, through the userfaultfd on which that QEMU waits
+// for them. QEMU's own loader copies each page through a socket and makes a system call for it.
+// Here one call places a whole run, and a fetched page does not wait until QEMU's loader thread is
+// scheduled. The kernel refuses to place a page twice.
 //
-// The descriptor is QEMU's own, duplicated with pidfd_getfd(2), which needs the right to
-// trace QEMU, as reading the source's memory does. QEMU's list of pages received then lacks
-// those placed here; nothing in a completing migration looks at it (QEMU 7.2 to 11.1).
+// The descriptor is QEMU's own, duplicated with pidfd_getfd(2). That needs the right to trace QEMU,
+// as reading the source's memory does. QEMU's list of received pages then lacks those placed here.
+// Nothing in a completing migration reads that list (QEMU 7.2 to 11.1).
 //
-// The format of the calls is that of linux/userfaultfd.h. It may be used concurrently.
+// The calls have the format of linux/userfaultfd.h. A direct may be used concurrently.
 type direct struct {
 	uffd int
 	hva  []uint64 // of each block of the layout; 0 if it cannot be placed directly
@@ -89,7 +89,7 @@ func openDirect(qemu process.Process, mem *guestmem.Memory, l layout) (*direct, 
 
 func (d *direct) close() error { return unix.Close(d.uffd) }
 
-// places tells whether pages of a block can be placed.
+// places reports whether pages of a block can be placed.
 func (d *direct) places(block int) bool { return d.hva[block] != 0 }
 
 // place places the pages of a run, whose data it takes off the front of data. It returns how many
@@ -152,8 +152,8 @@ func (d *direct) fill(at, length uint64) (done uint64, err error) {
 	return done, nil
 }
 
-// progress tells how many bytes a call placed. The kernel stops part-way where it must,
-// and returns EAGAIN then, with what it did.
+// progress returns how many bytes a call placed. The kernel may stop part-way; it then returns
+// EAGAIN with what it did.
 func progress(errno unix.Errno, done int64, asked int) (int, error) {
 	switch {
 	case done > 0 && done <= int64(asked):

@@ -9,8 +9,8 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// atRest makes sure that a QEMU is in the middle of nothing that an eviction would break or lose.
-// Who names what the QEMU has.
+// atRest makes sure that a QEMU does nothing that an eviction would break or lose. who begins each
+// sentence of its error: "the VM", say.
 func atRest(ctx context.Context, q *qmp.Client, who string) error {
 	work, err := fit.WorkOf(ctx, q)
 	if err != nil {
@@ -22,7 +22,7 @@ func atRest(ctx context.Context, q *qmp.Client, who string) error {
 	return work.Err()
 }
 
-// warnOfBitmaps tells of dirty bitmaps that the VM leaves behind. Without one the next backup is a
+// warnOfBitmaps warns of dirty bitmaps that the VM leaves behind. Without one the next backup is a
 // full one.
 func (e *source) warnOfBitmaps(d fit.Disks) {
 	const most = 20

@@ -11,13 +11,13 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// maxFlash bounds the flash that is sent ahead of the package, in bytes.
+// maxFlash bounds the flash that is sent ahead of the device state, in bytes.
 const maxFlash = 16 << 20
 
-// writableFlash names the blocks of memory that are flash which the guest may write. When QEMU is
-// told to run the VM, and before any vCPU does, it writes all of each to its drive, and reads it
-// for that (pflash_cfi01, postload_update_cb in QEMU's hw/block/pflash_cfi01.c). The firmware
-// itself is read-only, and not read.
+// writableFlash names the RAM blocks of flash that the guest may write. When QEMU is told to run
+// the VM, it writes each of them to its drive before any vCPU runs, and reads all of it for that.
+// (See pflash_cfi01 and postload_update_cb in QEMU's hw/block/pflash_cfi01.c.) QEMU does not read
+// the firmware itself, which is read-only.
 func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	var drives []struct {
 		Device   string `json:"qdev"` // path in QEMU's tree of objects
@@ -30,7 +30,7 @@ func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	}
 	var names []string
 	for _, d := range drives {
-		// Only of flash has a block the name of the device, which is a part of the machine.
+		// Only a flash block is named after the device, which is a part of the machine.
 		if name, ok := strings.CutPrefix(d.Device, "/machine/"); ok && d.Inserted != nil &&
 			!d.Inserted.ReadOnly {
 			names = append(names, name)
@@ -39,16 +39,18 @@ func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	return names, nil
 }
 
-// maxEarly bounds the addresses taken from a package.
+// maxEarly bounds the number of addresses taken from a device state.
 const maxEarly = 8192
 
-// touchedByLoading returns guest-physical addresses that a QEMU reads or writes while it loads the
-// devices of a package, or when it is told to run the VM and before it does: each page that has to
-// be fetched then makes the VM stand still for a round trip longer. They are a hint, taken from the
-// device state itself, which names them; whatever else the bytes may mean, the worst that comes of
-// it is a page sent early. read reads the frozen guest's memory, and reports whether it could.
+// touchedByLoading returns guest-physical addresses that QEMU touches before the VM runs: while it
+// loads the devices, or when it is told to run the VM. For each such page that must be fetched, the
+// VM stands still one more round trip.
 //
-// Which devices there are was found by watching QEMU 7.2 to 11.1 (TestRecordLoading;
+// The addresses are hints. They come from the device state itself, which names them. If those bytes
+// mean something else, the worst result is a page sent early. read reads the frozen guest's memory,
+// and reports whether it could.
+//
+// The list of devices was found by watching QEMU 7.2 to 11.1 (TestRecordLoading;
 // docs/results/loading.md).
 func touchedByLoading(load []byte, read func(gpa uint64, b []byte) bool) []uint64 {
 	a := ringsOf(load)
@@ -59,7 +61,7 @@ func touchedByLoading(load []byte, read func(gpa uint64, b []byte) bool) []uint6
 		a = append(a, rom, rom+4096, rom+8192)
 	}
 	if rest, ok := section(load, "vmgenid"); ok && len(rest) >= 8 {
-		// It writes its ID to where the guest looks for it (hw/acpi/vmgenid.c).
+		// vmgenid writes its ID where the guest looks for it (hw/acpi/vmgenid.c).
 		if id := binary.LittleEndian.Uint64(rest); id != 0 {
 			a = append(a, id)
 		}
@@ -68,10 +70,10 @@ func touchedByLoading(load []byte, read func(gpa uint64, b []byte) bool) []uint6
 	return append(a, xhciContexts(load, read)...)
 }
 
-// vapicROM is where the state of kvmvapic has the address of its option ROM: its last field.
+// vapicROM is where kvmvapic's state holds the address of its option ROM: its last field.
 const vapicROM = 140
 
-// section finds the state of a device by its name, which may have the device's address ahead of it.
+// section finds the state of a device by its name. The device's address may precede the name.
 func section(load []byte, name string) (state []byte, ok bool) {
 	i := bytes.Index(load, append([]byte{byte(len(name))}, name...))
 	if i < 0 || len(load)-i < 1+len(name)+8 { // instance and version follow
@@ -80,8 +82,8 @@ func section(load []byte, name string) (state []byte, ok bool) {
 	return load[i+1+len(name)+8:], true
 }
 
-// ringsOf returns where the rings of virtio queues are: loading looks up the indices in the
-// available and the used one of every queue. The addresses are in the subsection
+// ringsOf returns the addresses of the rings of virtio queues. Loading reads the indices in the
+// available and the used ring of every queue. The addresses are in the subsection
 // "virtio/virtqueues" (hw/virtio/virtio.c): 1024 times u64 avail, u64 used.
 func ringsOf(load []byte) (addresses []uint64) {
 	const (
@@ -107,9 +109,10 @@ func ringsOf(load []byte) (addresses []uint64) {
 	}
 }
 
-// descriptorsOf returns where the descriptors of virtio queues are, which some devices look at
-// before the VM runs (virtio-rng, for one). Each queue is there as u32 number of descriptors and
-// u64 their address; Linux has the available ring, which is among those given, right behind them.
+// descriptorsOf returns the addresses of the descriptors of virtio queues. Some devices, such as
+// virtio-rng, read them before the VM runs. The state has a u32 number of descriptors and their u64
+// address for each queue. Linux puts the available ring, whose address is among rings, right behind
+// them.
 func descriptorsOf(load []byte, rings []uint64) (addresses []uint64) {
 	const size = 16 // of a descriptor
 	known := map[uint64]bool{}
@@ -131,9 +134,9 @@ func descriptorsOf(load []byte, rings []uint64) (addresses []uint64) {
 	return addresses
 }
 
-// balloonBuffers returns where balloons have their buffers. When QEMU is told to run the VM it
-// looks into that with the guest's statistics once more (virtio_balloon_set_status in
-// hw/virtio/virtio-balloon.c). Which one that is does not matter: there are few, and a driver has
+// balloonBuffers returns the addresses of balloons' buffers. When QEMU is told to run the VM, it
+// looks once more into the buffer with the guest's statistics (virtio_balloon_set_status in
+// hw/virtio/virtio-balloon.c). Which buffer that is does not matter: there are few, and drivers put
 // them next to each other.
 func balloonBuffers(load []byte, read func(gpa uint64, b []byte) bool) (addresses []uint64) {
 	const size, looked = 16, 8 // bytes of a descriptor; descriptors of a queue
@@ -153,16 +156,16 @@ func balloonBuffers(load []byte, read func(gpa uint64, b []byte) bool) (addresse
 	return addresses
 }
 
-// xhciContexts returns where the slots of USB controllers are described: loading looks up which
-// ports and endpoints they have (usb_xhci_post_load in hw/usb/hcd-xhci.c).
+// xhciContexts returns the addresses of the slot contexts of USB controllers. Loading reads them to
+// find the ports and endpoints (usb_xhci_post_load in hw/usb/hcd-xhci.c).
 func xhciContexts(load []byte, read func(gpa uint64, b []byte) bool) (addresses []uint64) {
 	const (
 		most     = 8            // controllers
 		slots    = 64           // of each
 		context  = 32           // bytes
 		contexts = 32 * context // of a slot and its endpoints
-		running  = 1            // an endpoint, whose ring is looked at as soon as the VM runs
-		// what a controller's state has behind the address of the array of slots
+		running  = 1            // an endpoint whose ring QEMU reads as soon as the VM runs
+		// what follows the address of the array of slots in a controller's state
 		behind = 4 + 8 + 8 + 8 + 1
 	)
 	for _, state := range sections(load, "/xhci", most) {
@@ -194,12 +197,12 @@ func xhciContexts(load []byte, read func(gpa uint64, b []byte) bool) (addresses 
 	return addresses
 }
 
-// sections finds the states of at most so many devices whose names end in some way, up to their
-// footers: u8 4, u32 section, u8 length, name, u32 instance, u32 version, state, u8 0x7e, u32
-// section.
+// sections finds the states of at most so many devices whose names have a suffix, up to their
+// footers. A state is: u8 4, u32 section, u8 length, name, u32 instance, u32 version, state, u8
+// 0x7e, u32 section.
 func sections(load []byte, suffix string, most int) (states [][]byte) {
 	const full, footer, longest = 4, 0x7e, 100
-	const looks = 100 // at most: a guest may have written the name anywhere, any number of times
+	const looks = 100 // a bound: a guest may have written the name anywhere, any number of times
 	from := 0
 	for look := 0; look < looks && len(states) < most; look++ {
 		i := bytes.Index(load[from:], []byte(suffix))
@@ -221,7 +224,7 @@ func sections(load []byte, suffix string, most int) (states [][]byte) {
 	return states
 }
 
-// flashBytes is how much memory writableFlash has named.
+// flashBytes returns how many bytes the blocks have that writableFlash named.
 func (e *source) flashBytes() (n uint64) {
 	for _, b := range e.mem.Blocks() {
 		if b.Located && b.Size <= maxFlash && slices.Contains(e.flash, b.Name) {

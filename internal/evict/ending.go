@@ -15,12 +15,12 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// What follows is about a twin whose guest ends itself while its memory comes in: it powers itself
-// off, resets itself, or panics, and its QEMU is to end then by its own setting. The rules are
-// under R10 in docs/protocol.md.
+// This file handles a twin whose guest ends itself while its memory comes in: it powers itself off,
+// resets itself, or panics, and its QEMU would then end by its own setting. The rules are under R10
+// in docs/protocol.md.
 
-// actions are what a QEMU was told to do when its guest ends itself, by its command line: QEMU
-// does not tell at its monitor.
+// actions are what a QEMU's command line tells it to do when its guest ends itself. QEMU does not
+// report that at its monitor.
 type actions struct {
 	shutdown string // "poweroff" (QEMU ends) or "pause"
 	// "shutdown", "exit-failure" (QEMU 7.1; both as shutdown says), "pause" or "none"
@@ -49,8 +49,8 @@ func actionsOf(args []string) actions {
 	return a
 }
 
-// ends reports whether a QEMU that was told to pause, and stands in a run state, would have ended
-// by its own setting, because its guest ended itself.
+// ends reports whether a QEMU in a run state would have ended by its own setting because its guest
+// ended itself. The QEMU was told to pause instead.
 func (a actions) ends(status string) bool {
 	if a.shutdown == "pause" {
 		return false
@@ -68,13 +68,13 @@ func commandLine(pid int) ([]string, error) {
 	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"), nil
 }
 
-// ending is what a twin said of its end. It is safe for concurrent use.
+// ending is what a twin said about its end. It is safe for concurrent use.
 type ending struct {
 	mu sync.Mutex
 	// why the guest ended itself, in QEMU's words; empty if it did not. Guarded by mu, as all below
 	guest     string
 	host      string          // why QEMU ends though its guest did not end itself
-	listeners []chan struct{} // each closed when it has heard all that a monitor says
+	listeners []chan struct{} // each closed when its listener has read all that a monitor says
 }
 
 // runs is called when the twin says that its guest runs.
@@ -89,11 +89,12 @@ func (e *destination) runs() {
 	}
 }
 
-// errStrayCont is why a QEMU was ended that began to run the VM before the source committed.
+// errStrayCont is why the engine killed a QEMU that began to run the VM before the source
+// committed.
 var errStrayCont = errors.New("somebody had the destination's QEMU run the VM before it was told " +
 	"to, and it was ended: leave its monitor alone")
 
-// untold reports whether the QEMU must not run the VM yet: the source may have it run there,
+// untold reports whether the QEMU must not run the VM yet: the source may still resume it there
 // without asking.
 func (e *destination) untold() bool {
 	switch e.machine.current() {
@@ -103,7 +104,7 @@ func (e *destination) untold() bool {
 	return false
 }
 
-// hear takes note of an event, and reports whether it says that the guest may have ended itself.
+// hear notes an event, and reports whether it says that the guest may have ended itself.
 func (d *ending) hear(ev qmp.Event) bool {
 	switch ev.Name {
 	case "SHUTDOWN":
@@ -125,11 +126,11 @@ func (d *ending) hear(ev qmp.Event) bool {
 		}
 		d.guest = s.Reason
 		return true
-	case "RESUME": // it was reset since, and lives
+	case "RESUME": // it was reset since, and is alive
 		d.mu.Lock()
 		d.guest = ""
 		d.mu.Unlock()
-	case "GUEST_PANICKED": // with a QEMU that pauses then; whether that counts, its run state tells
+	case "GUEST_PANICKED": // QEMU pauses then; its run state says whether that counts
 		return true
 	}
 	return false
@@ -142,7 +143,7 @@ func (d *ending) said() string {
 	return d.guest
 }
 
-// wait waits for a moment until all was heard that QEMU said before it ended.
+// wait waits for a moment until all is read that QEMU said before it ended.
 func (d *ending) wait() {
 	d.mu.Lock()
 	listeners := d.listeners
@@ -158,16 +159,16 @@ func (d *ending) wait() {
 	}
 }
 
-// letGo gives the QEMU its own settings back. It is called when the eviction is over and the QEMU
-// lives on. over says that its migration is, too.
+// letGo gives the QEMU its own settings back, when the eviction is over and the QEMU lives on. over
+// says that its migration is over, too.
 func (e *destination) letGo(over bool) {
 	if e.life.Err() == nil {
 		e.owner.letGo(e.life, over)
 	}
 }
 
-// LetGo gives a QEMU its own settings back whose eviction completed, if the engine died before it
-// did: what is to be put back is in the journal. A QEMU that has ended since needs nothing.
+// LetGo gives a QEMU its own settings back if its eviction completed and the engine died before it
+// did that. The journal holds those settings. A QEMU that has ended since needs nothing.
 func (d Destination) LetGo(ctx context.Context) error {
 	e := d.engine(Completing)
 	defer e.close()
@@ -187,7 +188,7 @@ func (d Destination) LetGo(ctx context.Context) error {
 	return nil
 }
 
-// twinGone ends an eviction whose QEMU here ended after the VM ran: what that said tells why.
+// twinGone ends an eviction whose QEMU here ended after the VM ran. What the QEMU said tells why.
 func (e *destination) twinGone(left context.Context) error {
 	if why, _ := e.owner.lastWords(); why != "" {
 		return e.shutDown(left, why)
@@ -195,9 +196,9 @@ func (e *destination) twinGone(left context.Context) error {
 	return e.lost(context.Cause(e.life), goneHere)
 }
 
-// shutDown ends an eviction whose guest ended itself here. The QEMU may stand still with it, or
-// have ended. It is not told to quit before it is durable why, as without the journal nothing else
-// tells.
+// shutDown ends an eviction whose guest ended itself here. The QEMU may still be there, paused, or
+// have ended. It is not told to quit before the reason is durable: after that only the journal
+// knows it.
 func (e *destination) shutDown(left context.Context, why string) error {
 	why = fmt.Sprintf("the guest ended itself on the destination (%s)", why)
 	for {
@@ -225,7 +226,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 	return e.machine.enter(ShutDown)
 }
 
-// quit has the QEMU here quit, and ends it by force if it does not.
+// quit tells the QEMU here to quit, and kills it if it does not.
 func (e *destination) quit() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTime)
 	defer cancel()
@@ -237,7 +238,7 @@ func (e *destination) quit() error {
 	return e.kill()
 }
 
-// plain makes a text of another process fit for a sentence: in one line, and not too long.
+// plain makes a text of another process fit for a sentence: one line, and not too long.
 func plain(s string) string {
 	const most = 4096
 	if len(s) > most {

@@ -17,7 +17,7 @@ import (
 	"vacate/internal/sys/sched"
 )
 
-// Enlightenment is where it is learnt what the guest's pages are used for.
+// Enlightenment is the source of what is known about the use of the guest's pages.
 type Enlightenment string
 
 // The places.
@@ -25,7 +25,8 @@ const (
 	Auto Enlightenment = "auto" // the guest's memory; failing that its agent
 	// the guest's own page descriptors, read from outside once it is frozen
 	Host Enlightenment = "host"
-	// an agent in the guest, asked while it still runs. It never makes a page be left out
+	// an agent in the guest, asked while it still runs. Its answer never makes the engine leave a
+	// page out
 	Agent Enlightenment = "agent"
 	Off   Enlightenment = "off"
 )
@@ -33,17 +34,17 @@ const (
 // Enlightenments lists them.
 func Enlightenments() []Enlightenment { return []Enlightenment{Auto, Host, Agent, Off} }
 
-// Limits of what it may take, as the VM's host is overloaded and its guest may be hostile.
+// Limits of what a survey may take: the VM's host is overloaded, and its guest may be hostile.
 const (
 	lookLimit   = 5 * time.Second  // to find its kernel; the agent has a limit of its own
-	surveyLimit = 15 * time.Second // for all that is done beside the push
+	surveyLimit = 15 * time.Second // for all that runs beside the push
 )
 
-// survey is what is known of the guest's pages.
+// survey is what is known about the guest's pages.
 type survey struct {
-	agent   string // where it can be asked; empty: nowhere, for the reason in noAgent
+	agent   string // the agent's socket; empty if it cannot be asked, for the reason in noAgent
 	noAgent error
-	guest   *linux.Guest      // nil if it cannot be looked into
+	guest   *linux.Guest      // nil if the engine cannot look into it
 	pages   *pageclass.Survey // nil until it is made
 	joined  bool              // the push follows it
 	report  Enlightening
@@ -56,22 +57,21 @@ func (e *source) findAgent(ctx context.Context) {
 	}
 }
 
-// look does what has to be done while the guest runs to learn what its pages are used for: an agent
-// can only be asked now. All else waits for the freeze, as each moment until then is one in which
-// the VMs of this host starve.
+// look does the part of the survey that needs a running guest: only a running agent can answer. All
+// else waits for the freeze, as the VMs of this host starve until then.
 func (e *source) look(ctx context.Context) {
 	if e.survey.agent != "" {
 		e.lookInside(ctx)
 	}
 }
 
-// mayLook tells whether anything is to be known of the guest's pages.
+// mayLook reports whether the engine may learn anything about the guest's pages.
 func (e *source) mayLook() bool {
 	return e.Enlightenment != Off && (e.Order.Knows() || !e.SendFree)
 }
 
-// lookInside looks into the guest or has its agent asked, as the case may be. That neither is to be
-// had is no reason not to evict: the pages then go in plain order.
+// lookInside looks into the guest or asks its agent, as the setting says. If both fail, the engine
+// pushes the pages in address order.
 func (e *source) lookInside(ctx context.Context) {
 	s := &e.survey
 	start := time.Now()
@@ -97,11 +97,11 @@ func (e *source) lookInside(ctx context.Context) {
 	s.report.Attach = time.Since(start).Seconds()
 }
 
-// agentTime is how long the guest's agent may take to answer. It is a variable for tests, which
-// have it longer where an answer has to come from a machine of any load.
+// agentTime is how long the guest's agent may take to answer. It is a variable so that tests on a
+// loaded machine can set a longer time.
 var agentTime = agent.DefaultDeadline
 
-// ask has the guest's agent, behind a socket, tell what its pages are used for.
+// ask asks the guest's agent, behind a socket, what its pages are used for.
 func (e *source) ask(ctx context.Context, path string) error {
 	client, err := agent.Dial(ctx, path)
 	if err != nil {
@@ -128,8 +128,8 @@ func (e *source) attach(ctx context.Context) (*linux.Guest, error) {
 	return attachGuest(ctx, e.mem, monitor{e})
 }
 
-// monitor answers what linux asks of the VM's QEMU. Once that is stopped, it is what QEMU said
-// before.
+// monitor answers package linux's questions about the VM's QEMU. Once QEMU is stopped, it repeats
+// what QEMU said before.
 type monitor struct{ *source }
 
 // HMP implements linux.Monitor.
@@ -140,7 +140,7 @@ func (m monitor) HMP(ctx context.Context, line string) (string, error) {
 	return m.owner.monitor().HMP(ctx, line)
 }
 
-// attachGuest gets ready to look at the pages of a guest, which may run.
+// attachGuest gets ready to look at the pages of a guest, which may be running.
 func attachGuest(ctx context.Context, m *guestmem.Memory, q linux.Monitor) (*linux.Guest, error) {
 	live, err := linux.NewLive(m, q)
 	if err != nil {
@@ -160,8 +160,8 @@ func (s *survey) doubt(what string, err error) {
 	s.report.Doubts += what + ": " + strings.ReplaceAll(err.Error(), "\n", "; ")
 }
 
-// enlighten learns what the frozen guest's pages are used for, and has the push follow it. The
-// guest may run at the destination by then, and the push may be under way. It gives way to the VMs
+// enlighten learns what the frozen guest's pages are used for, and makes the push follow that. By
+// then the guest may run at the destination, and the push may be under way. It gives way to the VMs
 // of this host, which starved until now.
 func (e *source) enlighten() {
 	e.tasks.Go(func() {
@@ -173,12 +173,12 @@ func (e *source) enlighten() {
 	sched.Patiently(e.learn)
 }
 
-// unusedStep is how much memory is looked at in one go for pages that are not there.
+// unusedStep is how much memory leaveOutUnused checks in one go.
 const unusedStep = 64 << 20
 
-// leaveOutUnused leaves out the pages that are not there: QEMU never had memory for them, or gave
-// it back (a balloon's, virtio-mem's). They would be sent as zeroes, and a shared memory file at
-// the destination would then have memory for them. Reading them is work for nothing, too.
+// leaveOutUnused leaves out pages for which QEMU has no memory: it never had any, or gave it back
+// (a balloon's, virtio-mem's). Otherwise they would be sent as zeroes, and a shared memory file at
+// the destination would then have memory for them. Reading them would cost time, too.
 func (e *source) leaveOutUnused() {
 	for i := range e.frozen.layout {
 		for first := pageset.Page(0); int(first) < e.frozen.layout[i].Pages; {
@@ -195,7 +195,7 @@ func (e *source) leaveOutUnused() {
 	}
 }
 
-// leaveOut leaves out those of the pages that are left, and tells the destination.
+// leaveOut leaves out the given pages that were not sent yet, and tells the destination.
 func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
 	out := e.departures.take(runs, why)
 	e.departures.count(why, out)
@@ -250,17 +250,17 @@ func (e *source) learn() {
 	e.survey.report.Survey = time.Since(start).Seconds()
 	e.survey.report.Known = e.sinceFreeze()
 	e.leaveOut(free, pushorder.Skipped)
-	// Until it is known, neighbours are those in physical memory.
+	// Until this is known, neighbours are those in physical memory.
 	e.departures.relate(pushorder.NewKinship(e.Order, blocks, survey, frames))
 }
 
-// sinceFreeze is the time for which the guest has been frozen here, in seconds.
+// sinceFreeze returns how long the guest has been frozen here, in seconds.
 func (e *source) sinceFreeze() float64 {
 	return time.Since(*e.frozenAt.Load()).Seconds()
 }
 
-// frames tells which guest page frames fill which pages of the blocks. Blocks that the
-// guest sees at several addresses are left out, as are pages of which it does not see all.
+// frames returns which guest page frames fill which pages of the blocks. It leaves out blocks that
+// the guest sees at several addresses, and pages that it sees only in part.
 func (f *frozen) frames() []pushorder.Frames {
 	var frames []pushorder.Frames
 	seen := make([]*pageset.Set, len(f.layout))
@@ -301,28 +301,30 @@ func (f *frozen) frames() []pushorder.Frames {
 	return once
 }
 
-// Enlightening is what was known of the guest's pages, and what came of it.
+// Enlightening is what was known about the guest's pages, and how it was used.
 type Enlightening struct {
 	Source Enlightenment `json:"source"`           // host or agent; off if nothing was known
 	Doubts string        `json:"doubts,omitempty"` // why less was known than was asked for
 	Kernel string        `json:"kernel,omitempty"` // the guest's own name of its version
-	Attach float64       `json:"attach_s"`         // finding its kernel, or having the agent answer
+	// finding its kernel, or waiting for the agent's answer
+	Attach float64 `json:"attach_s"`
 	// learning the pages' use when it was frozen, up to the plan
 	Survey float64 `json:"survey_s"`
-	// from the freeze until the first pages of the plan were known; 0 if they never were
+	// from the freeze until the first pages of the plan were known; 0 if none ever was
 	First float64 `json:"first_known_s"`
-	// from the freeze until all of the plan was; of an engine that took the eviction up, since it
-	// did
+	// from the freeze until all of the plan was known; in an engine that resumed the eviction, from
+	// its start
 	Known float64 `json:"known_s"`
-	// Notes are what the survey found odd in the guest, above all why free pages are not left out.
+	// Notes are what the survey found odd in the guest, above all why the engine does not leave
+	// free pages out.
 	Notes []string `json:"notes,omitempty"`
-	// Stages are what the survey's time went to; of linux.
+	// Stages break down the time of package linux's survey.
 	Stages *linux.Timings `json:"stages_ns,omitempty"`
 	// AnswerBytes and AnswerCPU are the size of the agent's answer and the CPU time it took in the
 	// guest.
 	AnswerBytes int     `json:"answer_bytes,omitempty"`
 	AnswerCPU   float64 `json:"answer_cpu_s,omitempty"`
-	// Classes counts pages by what they were used for, all of them; none if nothing was known.
+	// Classes counts all pages by what they were used for; it is empty if nothing was known.
 	Classes []ClassCount `json:"classes"`
 }
 
@@ -335,7 +337,7 @@ type ClassCount struct {
 	Pushed  int             `json:"pushed"` // by the plan
 	Near    int             `json:"near"`
 	Fetched int             `json:"fetched"` // the guest's first use came before the push
-	// of those pushed and near: the first use came while they were on their way
+	// of those pushed and near: the guest used them first while they were on their way
 	Late    int `json:"late"`
 	Skipped int `json:"skipped"`
 	Unused  int `json:"unused"`
@@ -359,7 +361,7 @@ func (e *source) account() Enlightening {
 		for i := range f.Run.Count {
 			from := min(f.First+uint64(i)*each, uint64(len(e.survey.pages.Pages)))
 			class := pageclass.Unknown
-			// A huge page is of the first class of the paper's order that is in it.
+			// A huge page counts as the first class, in the paper's order, of any page in it.
 			for _, p := range e.survey.pages.Pages[from:min(from+each,
 				uint64(len(e.survey.pages.Pages)))] {
 				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
@@ -405,7 +407,7 @@ func (e *source) account() Enlightening {
 	return r
 }
 
-// wasZero tells whether a page was sent as one of zeroes.
+// wasZero reports whether a page was sent as a page of zeroes.
 func (fr *frame) wasZero(block int, p pageset.Page) bool {
 	return fr.zeros != nil && fr.zeros[block].Has(p)
 }

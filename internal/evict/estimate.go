@@ -15,17 +15,17 @@ import (
 // Estimate is what an eviction of a VM would find, in pages of 4 KiB.
 type Estimate struct {
 	Total int // pages of guest memory
-	InUse int // to be sent with what they hold; those that hold only zeroes hardly count
-	// of these, what the guest works on; all that are in use, where the guest cannot be looked into
+	InUse int // pages to be sent with their content; pages of zeroes hardly count
+	// those of InUse that the guest works on; all of InUse if the engine cannot look into the guest
 	Hot int
 }
 
 // estimateLimit bounds an estimate, as the VM's host is overloaded and its guest may be hostile.
 const estimateLimit = 5 * time.Second
 
-// LookAhead estimates what an eviction of the VM behind a QMP socket would find. The VM runs on
-// meanwhile, so that it is not exact; it costs the host some 10 ms for each GiB. It may not be
-// called while an eviction has the VM's monitor.
+// LookAhead estimates what an eviction of the VM behind a QMP socket would find. The VM keeps
+// running, so the result is not exact. It costs the host some 10 ms for each GiB. Callers must not
+// use it while an eviction uses the VM's monitor.
 func LookAhead(ctx context.Context, path string) (Estimate, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, estimateLimit,
 		fmt.Errorf("it took longer than %v", estimateLimit))
@@ -75,7 +75,7 @@ func LookAhead(ctx context.Context, path string) (Estimate, error) {
 	return e, err
 }
 
-// surveyRunning looks at the pages of a guest that runs; it returns nil if that cannot be done.
+// surveyRunning surveys the pages of a running guest. It returns nil if that fails.
 func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) *pageclass.Survey {
 	guest, err := attachGuest(ctx, mem, q)
 	if err != nil {
@@ -88,7 +88,7 @@ func surveyRunning(ctx context.Context, mem *guestmem.Memory, q *qmp.Client) *pa
 	return &r.Survey
 }
 
-// samplePopulated takes a sample of all pages that may hold anything.
+// samplePopulated samples all pages that may hold anything.
 func samplePopulated(mem *guestmem.Memory, s *sample) error {
 	for i, b := range mem.Blocks() {
 		if !b.Located {
@@ -114,8 +114,8 @@ type place struct {
 	offset uint64
 }
 
-// sampleMost is how many pages are read of those that are alike, for an error of some 2 % in what
-// share holds only zeroes.
+// sampleMost is how many pages of one kind are read. That gives an error of some 2 % in the share
+// that holds only zeroes.
 const sampleMost = 1024
 
 // sample is some of many pages, at equal distances: every stride-th.
@@ -124,7 +124,7 @@ type sample struct {
 	kept         []place
 }
 
-// next counts another page, and tells whether it is to be kept.
+// next counts another page, and reports whether it belongs to the sample.
 func (s *sample) next() bool {
 	if s.stride == 0 {
 		s.stride = 1
@@ -146,7 +146,7 @@ func (s *sample) used(mem *guestmem.Memory) (int, error) {
 	var there [1]uint64
 	page := make([]byte, migstream.TargetPageSize)
 	for _, p := range s.kept {
-		// To read one that is not there may have the host allocate it.
+		// Reading a page that is not there could make the host allocate it.
 		if err := mem.Populated(p.block, p.offset/migstream.TargetPageSize, 1,
 			there[:]); err != nil {
 			return 0, err

@@ -7,9 +7,8 @@ import (
 	"vacate/internal/qemu/export"
 )
 
-// Export writes the memory and the devices of a VM that stands frozen to a new file, from
-// which QEMU starts it as it was when it was frozen; see export.VM.WriteFile. No engine may
-// be at work on the eviction.
+// Export writes the memory and devices of a frozen VM to a new file. QEMU can start the VM from it
+// in its state at the freeze; see export.VM.WriteFile. No engine may be at work on the eviction.
 func (s Source) Export(ctx context.Context, file string) error {
 	e := s.engine(InDoubt)
 	e.mark = MarkMayRun // or lost, which makes no difference
