@@ -1,5 +1,5 @@
 // Package journal keeps evictions on disk, so that a daemon that was killed at any moment knows
-// afterwards what it had promised. A directory of its own holds all of one daemon:
+// afterwards what it promised. One directory holds all evictions of one daemon:
 //
 //	DIR/lock                 locked (flock) by the daemon that has it open; Open knows it by
 //	                         its content, "vacate-journal1\n"
@@ -7,17 +7,18 @@
 //	DIR/ID/NAME              what is kept with it ([Entry.Keep])
 //	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
 //
-// A log starts with 16 bytes, "vacate-journal1\n". Then come records, each whole in itself, so that
-// the last one is all that counts:
+// A log starts with 16 bytes, "vacate-journal1\n". Records follow. Each is complete in itself, so
+// only the last one counts:
 //
 //	u32 length of the JSON | u32 its CRC-32C | JSON, a Record
 //
 // Integers are big-endian. Zeroes follow: a new log is filled with zeroes up to 64 KiB. So a later
 // record needs no space on a disk that is full by then, and its fdatasync changes no metadata. A
-// record is durable when [Entry.Note] returns without
-// an error; one that is not whole does not count ([Entry.Torn]).
+// record is durable when [Entry.Note] returns without an error. A record that is not whole does not
+// count ([Entry.Torn]).
 //
-// Whatever is kept is its CRC-32C, u32, and then the data; it is written beside and renamed.
+// What is kept with an eviction starts with its CRC-32C, u32; the data follows. It is written under
+// another name, and renamed.
 package journal
 
 import (
@@ -64,7 +65,7 @@ var ErrLocked = errors.New("in use by another process")
 // An ID names an eviction, on both hosts. In text it is 32 digits, in hex.
 type ID [16]byte
 
-// NewID returns an ID that nothing else has.
+// NewID returns a new, unique ID.
 func NewID() (id ID) {
 	rand.Read(id[:]) // never fails
 	return id
@@ -104,36 +105,37 @@ type Record struct {
 	ID   ID     `json:"id"`
 	Role Role   `json:"role"`
 	VM   string `json:"vm"`
-	// the other host, by its name; empty on a link without names
+	// the other host's name; empty on a link without names
 	Peer     string `json:"peer"`
 	PeerAddr string `json:"peer_addr,omitempty"` // host:port of the other host
 	QMP      string `json:"qmp,omitempty"`       // path of the QMP socket of the QEMU here
 
-	// PID and StartTime tell that QEMU: /proc/PID/stat, field 22, in ticks since the host booted.
+	// PID and StartTime identify that QEMU: /proc/PID/stat, field 22, in ticks since the host
+	// booted.
 	PID       int    `json:"pid,omitempty"`
 	StartTime uint64 `json:"start_time,omitempty"`
-	// Boot is the boot of the host in which that process was found: after another one, neither its
-	// number nor its start mean anything. Create fills it in, and so does a Note that changes the
+	// Boot is the boot of the host in which that process was found. After another boot, neither its
+	// number nor its start time means anything. Create sets it, and so does a Note that changes the
 	// process.
 	Boot string `json:"boot,omitempty"`
 
-	// what was promised last; package evict has the names
+	// the last promise; package evict has the names
 	Mark   string    `json:"mark"`
 	Reason string    `json:"reason,omitempty"` // in a sentence, for people
 	Begun  time.Time `json:"begun"`            // of the first record
 	At     time.Time `json:"at"`               // of this one
-	Ended  time.Time `json:"ended,omitzero"`   // of the last one there will be; zero until then
+	Ended  time.Time `json:"ended,omitzero"`   // of the last record; zero until there is one
 
-	// Untold says that the other host has still to hear how it ended: the entry is not removed
-	// before.
+	// Untold says that the other host has not yet heard how the eviction ended. Until then the
+	// entry is not removed.
 	Untold bool `json:"untold,omitempty"`
 
 	Options json.RawMessage `json:"options,omitempty"`
 	Report  json.RawMessage `json:"report,omitempty"`
 }
 
-// A Journal is a directory of evictions, which belongs to this process from Open to Close. Its
-// methods and those of its entries may be called concurrently.
+// A Journal is a directory of evictions that belongs to this process from Open to Close. Several
+// goroutines may call its methods, and those of its entries.
 type Journal struct {
 	dir  string
 	lock *os.File
@@ -144,7 +146,7 @@ type Journal struct {
 }
 
 // Open opens the journal in dir, makes it if there is none, and reads all evictions. It wraps
-// ErrLocked when another process has it open.
+// ErrLocked if another process has it open.
 func Open(dir string) (*Journal, error) {
 	j := &Journal{dir: dir, boot: process.BootID(), entries: map[ID]*Entry{}}
 	if err := j.open(); err != nil {
@@ -164,7 +166,7 @@ func (j *Journal) open() error {
 	if err := syncDir(filepath.Dir(j.dir)); err != nil {
 		return err
 	}
-	// It holds the state of devices: nothing for the eyes of others.
+	// It holds the state of devices, which others must not read.
 	if err := os.Chmod(j.dir, 0o700); err != nil { // #nosec G302 -- a directory
 		return err
 	}
@@ -180,7 +182,8 @@ func (j *Journal) open() error {
 	case err != nil:
 		return os.NewSyscallError("flock", err)
 	}
-	// On a full disk it stays empty until the next time: what is in the directory tells, too.
+	// On a full disk it stays empty until the next time. The directory's content identifies it,
+	// too.
 	_, _ = j.lock.WriteAt([]byte(header), 0)
 	files, err := os.ReadDir(j.dir)
 	if err != nil {
@@ -210,12 +213,12 @@ const newPrefix = ".new-"
 
 func lockFile(dir string) string { return filepath.Join(dir, "lock") }
 
-// ErrForeign: the directory holds something else than a journal, so it was not touched.
+// ErrForeign: the directory holds something other than a journal, so it was not touched.
 var ErrForeign = errors.New("it is not empty, and no journal of vacated: it was not touched. " +
 	"Give the journal a directory of its own")
 
 // Check reports why Open could not use dir as a journal, and touches nothing. It wraps ErrForeign
-// for the directory of somebody else. A directory that is not there is fine.
+// for a directory that is not a journal. A missing directory is fine.
 func Check(dir string) error {
 	err := ours(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -227,9 +230,8 @@ func Check(dir string) error {
 	return nil
 }
 
-// ours reports whether a directory is a journal, or empty and so may become one: an error says
-// what else it is. Of a journal made before the lock told what it is, all that it holds must be
-// an eviction's.
+// ours returns an error if a directory is neither a journal nor empty. An old journal has a lock
+// without content: then everything in it must be an eviction.
 func ours(dir string) error {
 	files, err := os.ReadDir(dir)
 	files = slices.DeleteFunc(files, func(f fs.DirEntry) bool { return f.Name() == "lost+found" })
@@ -259,13 +261,13 @@ func ours(dir string) error {
 	return nil
 }
 
-// isEntry reports whether the directory of an eviction has that name.
+// isEntry reports whether name is that of an eviction's directory.
 func isEntry(name string) bool {
 	id, err := ParseID(name)
 	return err == nil && id.String() == name
 }
 
-// load reads an entry. What is wrong with it, the entry tells.
+// load reads an entry. If it is damaged, its Err says so.
 func (j *Journal) load(id ID, dir string) *Entry {
 	e := &Entry{journal: j, dir: dir, last: Record{ID: id}}
 	e.err = func() error {
@@ -290,7 +292,7 @@ func (j *Journal) load(id ID, dir string) *Entry {
 		e.last, e.end, e.used = r, end, used
 		e.torn = used > end
 		if !r.Ended.IsZero() {
-			return e.drop() // as Finish may not have come to it
+			return e.drop() // Finish may not have come to this
 		}
 		return nil
 	}()
@@ -305,7 +307,7 @@ func (j *Journal) load(id ID, dir string) *Entry {
 	return e
 }
 
-// Close gives the journal up to the next one that opens it. Its entries must not be used any more.
+// Close releases the journal for another process. Its entries must not be used any more.
 func (j *Journal) Close() error {
 	if j.lock == nil {
 		return nil
@@ -313,7 +315,7 @@ func (j *Journal) Close() error {
 	return j.lock.Close()
 }
 
-// List returns all evictions, the earliest first, damaged ones ([Entry.Err]) included.
+// List returns all evictions, the earliest first. It includes damaged ones ([Entry.Err]).
 func (j *Journal) List() []*Entry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -337,8 +339,8 @@ func (j *Journal) Find(id ID) *Entry {
 	return j.entries[id]
 }
 
-// Create begins an eviction, which is durable then. It fails if there is one with this ID: a source
-// that offers it again must not make a second of it.
+// Create begins an eviction and makes that durable. It fails if there is one with this ID: a source
+// that offers it again must not start a second one.
 func (j *Journal) Create(r Record) (*Entry, error) {
 	e := &Entry{journal: j, dir: filepath.Join(j.dir, r.ID.String())}
 	j.mu.Lock()
@@ -383,13 +385,13 @@ func (j *Journal) create(e *Entry, r Record) error {
 		return errors.Join(err, os.RemoveAll(tmp))
 	}
 	if err := syncDir(j.dir); err != nil {
-		// it was not begun: nothing may be made of it later
+		// it did not begin, so nobody may find it later
 		return errors.Join(err, os.RemoveAll(e.dir))
 	}
 	return nil
 }
 
-// prune removes the finished entries that are too many. The caller holds mu, or is alone.
+// prune removes the oldest finished entries beyond the limit. The caller holds mu, or is alone.
 func (j *Journal) prune() error {
 	var finished []*Entry
 	for _, e := range j.entries {
@@ -414,12 +416,12 @@ func (j *Journal) prune() error {
 type Entry struct {
 	journal *Journal
 	dir     string
-	err     error // that it is damaged; fixed
+	err     error // how it is damaged; never changes
 
 	mu   sync.Mutex // guards what follows, and the log
 	last Record
 	end  int // of the last whole record in the log, in bytes
-	used int // behind the last byte in the log that may not be zero
+	used int // what follows in the log is zero
 	torn bool
 }
 
@@ -436,9 +438,8 @@ func (e *Entry) begun() time.Time {
 	return e.last.Begun
 }
 
-// Err is nil, or says how the entry is damaged: its Record then has nothing but the ID and the
-// times of its directory, and nothing can be noted. Nobody can tell what such an eviction has
-// promised.
+// Err is nil, or says how the entry is damaged. Its Record then has only the ID and the times of
+// its directory, and nothing can be noted. Nobody knows what such an eviction has promised.
 func (e *Entry) Err() error { return e.err }
 
 // Record returns the last record.
@@ -448,28 +449,28 @@ func (e *Entry) Record() Record {
 	return e.last
 }
 
-// Torn reports whether something that is no whole record followed the last record when the journal
-// was opened. Then the daemon died or the host lost power before a Note returned, or the disk
-// damaged a record that was whole. Where the two would lead to different ends, the safer must be
-// chosen.
+// Torn reports whether the last record was followed by an incomplete one when the journal was
+// opened. Then the daemon died or the host lost power before a Note returned, or the disk damaged a
+// record that was whole. Where the two would lead to different ends, the caller must choose the
+// safer one.
 func (e *Entry) Torn() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.torn
 }
 
-// Note makes durable that the eviction has come to a mark, and why, and what else change, which may
-// be nil, alters in the record. When it fails the mark was not reached, as far as this process is
-// concerned; after a crash it may turn out to be there all the same.
+// Note makes durable that the eviction has come to a mark, and why. change may alter other fields
+// of the record; it may be nil. If Note fails, this process must act as if the mark was not
+// reached. After a crash it may turn out to be there all the same.
 func (e *Entry) Note(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.note(mark, reason, false, change)
 }
 
-// Finish is Note for the last time: the eviction needs no more attention, and what was kept with it
-// goes, unless its name begins with Lasting. Finished evictions stay until two hundred have
-// finished later, and as long as they are untold.
+// Finish is Note for the last time: the eviction needs no more attention. It removes what was kept,
+// unless its name begins with Lasting. A finished eviction stays until two hundred more have
+// finished, and as long as it is untold.
 func (e *Entry) Finish(mark, reason string, change func(*Record)) error {
 	e.mu.Lock()
 	err := e.note(mark, reason, true, change)
@@ -519,13 +520,13 @@ func (e *Entry) append(r Record) error {
 	if end > maxLog {
 		return fmt.Errorf("its log would have more than %d bytes", maxLog)
 	}
-	// Zeroes over what is left of a record that failed.
+	// Overwrite the rest of a failed record with zeroes.
 	if end < e.used {
 		b = append(b, make([]byte, e.used-end)...)
 	}
 	path := filepath.Join(e.dir, "log")
 	if err := writeAt(path, int64(e.end), b, 0); err != nil {
-		if info, statErr := os.Stat(path); statErr == nil { // some of it may be there
+		if info, statErr := os.Stat(path); statErr == nil { // part of it may be there
 			e.used = max(e.used, min(e.end+len(b), int(info.Size())))
 		}
 		return err
@@ -537,7 +538,7 @@ func (e *Entry) append(r Record) error {
 var blobName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 
 // Keep makes data durable with the eviction, under a name of lower-case letters, digits and dashes.
-// What was kept under that name before is replaced: at no time is there neither.
+// It replaces what was kept under that name. At every moment one of the two is there.
 func (e *Entry) Keep(name string, data []byte) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -568,7 +569,7 @@ func (e *Entry) Keep(name string, data []byte) error {
 	return nil
 }
 
-// Blob returns what was kept under a name. It wraps fs.ErrNotExist when that is nothing.
+// Blob returns what was kept under a name. If there is nothing, it wraps fs.ErrNotExist.
 func (e *Entry) Blob(name string) ([]byte, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -593,10 +594,10 @@ func (e *Entry) path(name string) (string, error) {
 	return filepath.Join(e.dir, name), nil
 }
 
-// Lasting begins the names of what stays when an eviction finishes.
+// Lasting is the prefix of the names of what stays when an eviction finishes.
 const Lasting = "lasting-"
 
-// drop removes what is kept, but for what is to last.
+// drop removes what is kept, except what lasts.
 func (e *Entry) drop() error {
 	files, err := os.ReadDir(e.dir)
 	for _, f := range files {
@@ -618,7 +619,7 @@ func (e *Entry) Remove() error {
 	return nil
 }
 
-// remove takes the directory away from under its name first, so that no half of it is ever read.
+// remove renames the directory first, so that nobody ever reads half of it.
 func (e *Entry) remove() error {
 	tmp := filepath.Join(e.journal.dir, newPrefix+filepath.Base(e.dir))
 	if err := os.RemoveAll(tmp); err != nil {
@@ -647,8 +648,8 @@ func appendRecord(b []byte, r Record) ([]byte, error) {
 	return append(b, text...), nil
 }
 
-// parse returns the last whole record of a log, where it ends, and where that ends which is not
-// zero. It fails if there is no record.
+// parse returns the last whole record of a log, where it ends, and where only zeroes follow. It
+// fails if there is no record.
 func parse(log []byte) (last Record, end, used int, err error) {
 	if !bytes.HasPrefix(log, []byte(header)) {
 		return last, 0, 0, errors.New("its log does not begin as the log of an eviction does")
@@ -721,7 +722,7 @@ func readFile(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// explain adds to an error of writing what an operator can do about it.
+// explain adds a remedy to an error of writing.
 func explain(dir string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOSPC):
@@ -738,8 +739,7 @@ func explain(dir string, err error) error {
 	return err
 }
 
-// mountPoint returns the directory that a file system is mounted on: the last one upwards on the
-// same device.
+// mountPoint returns where dir's file system is mounted: the topmost directory on the same device.
 func mountPoint(dir string) string {
 	dir, err := filepath.Abs(dir)
 	if err != nil {

@@ -1,9 +1,9 @@
 // Package pageset holds sets and runs of pages of a guest's RAM blocks.
 //
-// Its block and its index in that block name a page. The index counts in units of the block's own
-// page size (4 KiB, or the huge page size of its back end), in which QEMU's post-copy places
-// memory. Sets are plain bit words: a 1 TiB guest costs 32 MiB, and finding the next run of pages
-// is a few instructions.
+// A block and an index in it name a page. The index counts in units of the block's own page size: 4
+// KiB, or the huge page size of its back end. QEMU's post-copy places memory in these units. Sets
+// are plain bit words. A 1 TiB guest costs 32 MiB, and finding the next run of pages takes a few
+// instructions.
 package pageset
 
 import "math/bits"
@@ -18,10 +18,10 @@ type Run struct {
 	Count int
 }
 
-// End is the page after the last of the run.
+// End returns the page after the last of the run.
 func (r Run) End() Page { return r.First + Page(r.Count) }
 
-// Pages is the number of pages in runs.
+// Pages returns the number of pages in runs.
 func Pages(runs []Run) int {
 	n := 0
 	for _, r := range runs {
@@ -49,10 +49,10 @@ func Full(size int) *Set {
 	return s
 }
 
-// Size is the number of pages of the block, in the set or not.
+// Size returns the number of pages of the block, in the set or not.
 func (s *Set) Size() int { return s.size }
 
-// Count is the number of pages in the set.
+// Count returns the number of pages in the set.
 func (s *Set) Count() int { return s.count }
 
 // Has reports whether p is in the set. A page outside the block is in no set.
@@ -80,8 +80,8 @@ func (s *Set) Remove(p Page) bool {
 	return true
 }
 
-// AddRun puts n pages from first on into the set and returns how many were absent.
-// What lies outside the block is left out.
+// AddRun puts n pages from first on into the set and returns how many were absent. It ignores pages
+// outside the block.
 func (s *Set) AddRun(first Page, n int) int {
 	return s.change(first, n, func(w *uint64, mask uint64) int {
 		absent := mask &^ *w
@@ -142,8 +142,8 @@ func (s *Set) next(from Page, limit int, invert uint64) (first Page, count int) 
 	return first, limit
 }
 
-// find returns the first page at or after from whose bit, after XOR with invert, is set;
-// the size of the block if there is none.
+// find returns the first page at or after from whose bit, after XOR with invert, is set. If there
+// is none, it returns the size of the block.
 func (s *Set) find(from Page, invert uint64) Page {
 	if from >= Page(s.size) {
 		return Page(s.size)
