@@ -10,7 +10,8 @@ import (
 // retire ends the QEMU here, as the destination has every page.
 func (e *source) retire() error { return e.finish(MarkCompleted, "", Completed) }
 
-// bury ends the QEMU here, as the guest ended itself at the destination: that wrote its disks last.
+// bury ends the QEMU here, as the guest ended itself at the destination. It wrote its disks last
+// there.
 func (e *source) bury(why error) error {
 	e.shutDown = why.Error()
 	return e.finish(MarkShutDown, why.Error(), ShutDown)
@@ -33,11 +34,11 @@ func (e *source) finish(m Mark, why string, as State) error {
 	return err
 }
 
-// quitTime is how long a QEMU that was killed may take to end.
+// quitTime is how long a killed QEMU may take to end.
 const quitTime = 10 * time.Second
 
-// kill ends the QEMU here, as it is of no more use to anyone. What it returns is closed when it has
-// ended.
+// kill ends the QEMU here, which nobody needs any more. It returns a channel that is closed when
+// the QEMU has ended.
 func (e *source) kill() <-chan struct{} {
 	ended := make(chan struct{})
 	e.tasks.Go(func() {
@@ -52,7 +53,7 @@ func (e *source) kill() <-chan struct{} {
 	return ended
 }
 
-// frozenRemedy says what an operator can do with a VM that stands frozen here.
+// frozenRemedy says what an operator can do with a VM that is frozen here.
 func (e *source) frozenRemedy() string {
 	if e.gaveBack.Load() {
 		return fmt.Sprintf(
@@ -70,13 +71,13 @@ func (e *source) frozenRemedy() string {
 	return keep + ". " + e.remedies()
 }
 
-// remedies says where an operator finds what can be done. What that is depends on what the
-// destination said, and may still say.
+// remedies says where an operator finds the choices. They depend on what the destination said, and
+// may still say.
 func (e *source) remedies() string {
 	return fmt.Sprintf("`vacate status %s` says what is waited for, and what can be decided", e.VM)
 }
 
-// lost is what a destination says that has lost the VM, as an error.
+// lost returns, as an error, what a destination says that has lost the VM.
 func (st status) lost() error {
 	if st.Dead {
 		return fmt.Errorf("%w, %w: %s", errFailed, errDead, st.Reason)
@@ -84,8 +85,8 @@ func (st status) lost() error {
 	return fmt.Errorf("%w: %s", errFailed, st.Reason)
 }
 
-// lostThere ends an eviction whose VM is lost at the destination. One that is not told that the
-// twin is dead keeps it in mind that it may run.
+// lostThere ends an eviction whose VM is lost at the destination. Unless the destination said that
+// the twin is dead, the twin may still run: lostThere remembers that.
 func (e *source) lostThere(err error) error {
 	if errors.Is(err, errDead) || errors.Is(err, errFarewell) {
 		if err := keep(e.Journal, keptDead, nil); err != nil {
@@ -100,8 +101,8 @@ func (e *source) lostThere(err error) error {
 }
 
 // lostHere ends an eviction whose frozen VM ended before all of its pages were sent. The
-// destination has to know that no more will come: if it is there, and does not say that it has
-// heard, the eviction is not over, and the error is why.
+// destination must know that no more will come. If it is connected and does not confirm that it has
+// heard, the eviction is not over. The error then says why.
 func (e *source) lostHere(err error) (done bool, _ error) {
 	if a := e.at.Load(); a != nil {
 		heard := writeJSON(a.control.Conn, msgFailed, farewell{Reason: saidBy(e.Host, err).Error()})
@@ -116,7 +117,7 @@ func (e *source) lostHere(err error) (done bool, _ error) {
 		}
 		switch {
 		case heard == nil:
-			return true, e.retire() // it needs none of the pages that are gone
+			return true, e.retire() // it needs none of the missing pages
 		case errors.Is(heard, errShutDown):
 			return true, e.bury(heard)
 		case !errors.Is(heard, errFailed) && !errors.Is(heard, errFarewell):

@@ -21,50 +21,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How a VM is frozen at the source. docs/decisions/0001-freezing-the-source.md tells why it is done
-// so.
+// A freezer freezes a VM at the source. docs/decisions/0001-freezing-the-source.md says why in this
+// way.
 //
-//	while the guest runs   newFreezer   QEMU is given a file to save to
-//	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is not tied to Xen: QEMU
-//	                                    saves all devices, inactivates the disks and gives their locks up. `cont` undoes it
-//	while the twin loads   hold         the process of QEMU is stopped: nothing that it is told can run the guest
+//	while the guest runs   newFreezer   QEMU gets a file to save to
+//	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is
+//	                                    not tied to Xen: QEMU saves all devices, inactivates the
+//	                                    disks and gives up their locks. `cont` undoes it
+//	while the twin loads   hold         SIGSTOP for QEMU's process: no command can run the guest
 //
-// What QEMU saves is framed as the package of a post-copy migration, behind a head like that which
-// QEMU would have made.
+// freeze wraps what QEMU saved as post-copy does, behind a head like the one that QEMU would have
+// made.
 type freezer struct {
 	q      *qmp.Client
 	mem    *guestmem.Memory
-	file   *os.File // what QEMU saves to; nil where it makes the file itself
-	fdset  int      // QEMU's number of it
-	name   string   // by which QEMU knows it
+	file   *os.File // the file that QEMU saves to; nil if QEMU makes it
+	fdset  int      // QEMU's number for it
+	name   string   // QEMU's name for it
 	late   bool     // an event may come after the reply to a later command
-	events events   // since the freeze began
+	events events   // from the start of the freeze on
 
-	// What a manager's monitor does in another way; nil for QEMU's own.
+	// What a manager's monitor does differently; nil for QEMU's own.
 	subscribe func(context.Context) (events, error)
 	drain     func(context.Context, process.Process) error
-	open      func() (r io.ReaderAt, size int64, err error) // of what QEMU saved
-	// events since the freeze began that tell of the guest
+	open      func() (r io.ReaderAt, size int64, err error) // opens what QEMU saved
+	// events about the guest since the freeze began
 	said   []string
-	frozen int // how many of them came of the freeze
+	frozen int // how many of them the freeze caused
 }
 
 // saved is a VM that was frozen.
 type saved struct {
-	// what the VM did before it was frozen: it is to do the same wherever it goes on
+	// what the VM did before it was frozen, and must do again wherever it goes on
 	was  qmp.Status
-	at   time.Time // when the guest stopped; zero if QEMU did not tell
+	at   time.Time // when the guest stopped; zero if QEMU did not say
 	load []byte    // what the destination's QEMU needs to load the devices
 }
 
-// ramSection is the number of the section of RAM in the stream: none that a device has.
+// ramSection is the number of the RAM section in the stream. No device has it.
 const ramSection = 0x7ffffff0
 
 // switchTimeout is how long QEMU may take to freeze the guest and save its devices.
 const switchTimeout = 20 * time.Second
 
-// makeHead makes the stream from its header to the footer of the RAM section's start, as QEMU
-// begins a migration that goes to post-copy.
+// makeHead makes the start of the stream, from its header to the footer of the RAM section's start.
+// It is like that of a QEMU that begins a migration with post-copy.
 func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 	sizes := uint64(0)
 	list := make([]migstream.Block, len(blocks))
@@ -94,7 +95,7 @@ func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 	return head, l, nil
 }
 
-// newFreezer gets ready to freeze a VM, which does not notice.
+// newFreezer gets ready to freeze a VM. The VM does not notice.
 func newFreezer(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (_ *freezer, err error) {
 	f := &freezer{q: q, mem: mem}
 	fd, err := unix.MemfdCreate("vacate", unix.MFD_CLOEXEC)
@@ -107,7 +108,7 @@ func newFreezer(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (_ *fr
 			f.close()
 		}
 	}()
-	// QEMU takes the descriptor of a set that has the access which it wants, and no more.
+	// QEMU picks the descriptor of the set with exactly the access that it wants.
 	writable, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
 	if err != nil {
 		return nil, fmt.Errorf("make a file for QEMU to save to: %w", err)
@@ -124,10 +125,11 @@ func newFreezer(ctx context.Context, q *qmp.Client, mem *guestmem.Memory) (_ *fr
 	return f, nil
 }
 
-// canSave makes sure that QEMU has the command that saves the devices. It leaves those out that
-// send their state bit by bit, as VFIO's do: package fit finds them.
+// canSave makes sure that QEMU has the command that saves the devices. That command leaves out
+// devices that send their state in steps, such as VFIO's: package fit finds them.
 func canSave(ctx context.Context, q *qmp.Client) error {
-	err := q.Run(ctx, "xen-save-devices-state", nil, nil) // refused in any case, as it wants a file
+	// without a file QEMU refuses it in any case
+	err := q.Run(ctx, "xen-save-devices-state", nil, nil)
 	if errors.Is(err, qmp.ErrCommandNotFound) {
 		return fmt.Errorf("QEMU %v cannot save a VM's devices without Xen: use a build with the "+
 			"command xen-save-devices-state, as 7.2 to 11.1 have it", q.Version())
@@ -138,13 +140,14 @@ func canSave(ctx context.Context, q *qmp.Client) error {
 	return nil
 }
 
-// errMoved is wrapped by the errors of a VM that somebody else did something to while it was being
-// frozen.
+// errMoved is wrapped by the errors of a VM whose QEMU got commands from somebody else while it was
+// being frozen.
 var errMoved = errors.New("somebody else gave the VM's QEMU commands while it was being frozen")
 
-// freeze freezes the guest and has QEMU save its devices. Of a VM that may run, ran is set: it is
-// paused. Of one that stood when it was looked at, ran is not, and if it runs by now, it is left
-// alone, and errRuns says so. After any other error the VM is to do again what saved.was says.
+// freeze freezes the guest and makes QEMU save its devices. ran says that the VM may be running:
+// freeze then pauses it. Without ran, the VM stood when it was checked. If such a VM runs by now,
+// freeze leaves it alone and returns errRuns. After any other error the caller must return the VM
+// to the state saved.was.
 func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if f.events != nil {
 		f.events.Close()
@@ -153,8 +156,8 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if f.events, err = subscribe(ctx, f.q, f.subscribe); err != nil {
 		return s, err
 	}
-	// QEMU carries these out one after the other. Who has it pause the VM between the first and the
-	// last, which takes it less than a millisecond, is taken for us.
+	// QEMU handles these commands in a row, in less than a millisecond. If somebody else pauses the
+	// VM between the first and the last, we take that pause for ours.
 	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
 	var stop *qmp.Pending
 	if ran {
@@ -177,8 +180,8 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	case !fit.Standing(s.was.Status):
 		return s, fmt.Errorf("%w, its state is %q", errStood, s.was.Status)
 	case s.was.Status == "suspended":
-		// What saves the devices would leave it in the state save-vm. QEMU remembers that it is
-		// suspended.
+		// The save command would leave it in the state save-vm. After `stop` QEMU remembers that it
+		// is suspended.
 		if err := f.q.Run(ctx, "stop", nil, nil); err != nil {
 			return s, err
 		}
@@ -211,7 +214,7 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	switch {
 	case now.Status == frozen:
 	case s.was.Running && fit.Standing(now.Status) && now.Status != "suspended":
-		s.was = now // it stopped by itself before it could be paused: a disk failed, say
+		s.was = now // it stopped by itself before it could be paused, as when a disk failed
 	default:
 		return s, fmt.Errorf("%w: its state is %q", errMoved, now.Status)
 	}
@@ -223,7 +226,7 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 		time.Now().Before(until); s.at = f.listen() {
 		time.Sleep(pollInterval)
 	}
-	// One that stood has said so before, or just when this began.
+	// A VM that stood said so before, or just as this began.
 	f.frozen = len(f.said)
 	if f.frozen > 1 || f.frozen == 1 && f.said[0] != "STOP" || f.frozen == 0 && s.was.Running {
 		return s, fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
@@ -232,21 +235,21 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	return s, err
 }
 
-// errStood is wrapped by the error of freezing a VM that stood still already, in a state in which
-// it cannot be moved.
+// errStood is wrapped by the error for a VM that stopped by itself, in a state in which it cannot
+// be moved.
 var errStood = errors.New("the VM stopped before it could be frozen")
 
-// errRuns is the error of freezing a VM that stood, and runs since.
+// errRuns is the error for a VM that stood, and that somebody has run since.
 var errRuns = errors.New("somebody had the VM run")
 
-// job is the part of QEMU's JobInfo that names a job.
+// job holds the fields of QEMU's JobInfo that name a job.
 type job struct {
 	ID     string `json:"id"`
 	Type   string `json:"type"`
 	Status string `json:"status"`
 }
 
-// unfinished returns an error that names the jobs of a list that are not over.
+// unfinished returns an error that names the jobs that are not over.
 func unfinished(jobs []job) error {
 	var names []string
 	for _, j := range jobs {
@@ -277,7 +280,7 @@ func (f *freezer) unchanged(text string) error {
 	return nil
 }
 
-// listen notes the events that have come, and returns when the guest stopped for the first time.
+// listen notes the events that have come. It returns when the guest first stopped.
 func (f *freezer) listen() (stopped time.Time) {
 	for {
 		name, at, ok := f.events.next()
@@ -296,12 +299,12 @@ func (f *freezer) listen() (stopped time.Time) {
 	}
 }
 
-// eventTime is how long an event may take that comes late.
+// eventTime is how long to wait for an event that comes late.
 const eventTime = 2 * time.Second
 
-// events are what QEMU says of its guest, in order.
+// events are QEMU's events about its guest, in order.
 type events interface {
-	next() (name string, at time.Time, ok bool) // ok is not set where none has come
+	next() (name string, at time.Time, ok bool) // ok is false if no event has come
 	Dropped() uint64
 	Close()
 }
@@ -317,7 +320,7 @@ func (s qmpEvents) next() (name string, at time.Time, ok bool) {
 	}
 }
 
-// subscribe begins to follow QEMU's events, in QEMU's own way unless there is another.
+// subscribe begins to follow QEMU's events: in the given way, or in QEMU's own if there is none.
 func subscribe(ctx context.Context, q *qmp.Client,
 	other func(context.Context) (events, error)) (events, error) {
 	if other != nil {
@@ -326,7 +329,7 @@ func subscribe(ctx context.Context, q *qmp.Client,
 	return qmpEvents{q.Subscribe(256)}, nil
 }
 
-// drain returns when the events of all that a stopped QEMU has said have come.
+// drain waits until all events that a stopped QEMU sent have come.
 func drain(ctx context.Context, q *qmp.Client, other func(context.Context, process.Process) error,
 	qemu process.Process) error {
 	if other != nil {
@@ -335,8 +338,8 @@ func drain(ctx context.Context, q *qmp.Client, other func(context.Context, proce
 	return q.Drain(ctx)
 }
 
-// resumed reports whether anybody has had the guest run since the freeze began: what it does now is
-// his doing.
+// resumed reports whether somebody else has run the guest since the freeze began. What the guest
+// does now is then up to them.
 func (f *freezer) resumed() bool {
 	if f.events == nil {
 		return false
@@ -345,7 +348,7 @@ func (f *freezer) resumed() bool {
 	return slices.Contains(f.said, "RESUME")
 }
 
-// read takes what QEMU saved and makes the package of it.
+// read reads what QEMU saved, and makes the device state of it, as post-copy wraps it.
 func (f *freezer) read() ([]byte, error) {
 	open := f.open
 	if open == nil {
@@ -377,8 +380,8 @@ func (f *freezer) read() ([]byte, error) {
 }
 
 // hold stops the process of a QEMU whose guest is frozen, and makes sure that the guest did not run
-// in between. QEMU says so ahead of running it, so what it has not said before it was stopped it
-// has not done.
+// before. QEMU announces that it runs the guest before it does. So if it announced nothing before
+// it was stopped, the guest did not run.
 func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	if err := qemu.Stop(ctx); err != nil {
 		return err
@@ -396,7 +399,7 @@ func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	return nil
 }
 
-// forget has QEMU close the file.
+// forget makes QEMU close the file.
 func (f *freezer) forget(ctx context.Context) error {
 	if f.file == nil {
 		return nil
@@ -413,13 +416,13 @@ func (f *freezer) close() {
 	}
 }
 
-// hostFacts are what a source must know of the QEMU that holds a frozen VM, as that cannot answer
-// once its process is stopped.
+// hostFacts are what a source must know of the QEMU that holds a frozen VM: a stopped QEMU cannot
+// answer.
 type hostFacts struct {
 	Process process.Process `json:"process"`
-	// the VM ran when it was about to be frozen, and does again when it is rolled back
+	// the VM ran before the freeze, and runs again after a roll-back
 	Ran bool `json:"ran"`
-	// else QEMU's word for the state that it stood in
+	// if it did not run: QEMU's word for its state
 	Stood     string             `json:"stood,omitempty"`
 	Blocks    []guestmem.Block   `json:"blocks"`
 	Mappings  []guestmem.Mapping `json:"mappings"`
@@ -428,7 +431,7 @@ type hostFacts struct {
 	QEMU      string             `json:"qemu"`
 }
 
-// registers is what QEMU's human monitor said of the registers of a guest that is frozen since.
+// registers is the output of QEMU's human monitor for the registers of a guest that is now frozen.
 type registers string
 
 // HMP answers as that monitor did.

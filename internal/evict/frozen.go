@@ -10,8 +10,8 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// frozen is the memory of the VM on the source, by the numbers of its blocks on the link.
-// It may be read concurrently.
+// frozen is the memory of the VM on the source. Its blocks have the numbers that they have on the
+// link. Several goroutines may read it at once.
 type frozen struct {
 	mem    *guestmem.Memory
 	layout layout
@@ -34,13 +34,13 @@ func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
 	return f, nil
 }
 
-// read reads the pages of a run into dst, which is as long as they are.
+// read reads the pages of a run into dst, whose length must match.
 func (f *frozen) read(dst []byte, r pageset.Run) error {
 	return f.mem.Read(dst, f.index[r.Block], uint64(r.First)*f.layout[r.Block].PageSize)
 }
 
-// unused returns those of a block's pages, from first on, that are not there, so that they read as
-// zero. It looks at so many bytes, and returns the first page that it did not look at.
+// unused returns those of a block's pages, from first on, for which QEMU has no memory, so that
+// they read as zero. It checks so many bytes, and returns the first page that it did not check.
 func (f *frozen) unused(block int, first pageset.Page,
 	size uint64) (runs []pageset.Run, next pageset.Page, err error) {
 	b := f.layout[block]
@@ -63,12 +63,12 @@ func (f *frozen) unused(block int, first pageset.Page,
 	return join(runs), next, nil
 }
 
-// releasable tells whether memory of a block can be given back to the host.
+// releasable reports whether memory of a block can be given back to the host.
 func (f *frozen) releasable(block int) bool {
 	return f.mem.Releasable(f.index[block])
 }
 
-// anyReleasable tells whether that of any block can be.
+// anyReleasable reports whether memory of any block can be given back.
 func (f *frozen) anyReleasable() bool {
 	for i := range f.layout {
 		if f.releasable(i) {
@@ -84,8 +84,8 @@ func (f *frozen) release(r pageset.Run) error {
 	return f.mem.Release(f.index[r.Block], uint64(r.First)*size, uint64(r.Count)*size)
 }
 
-// runs translates guest-physical addresses to the pages that hold them. What is no memory
-// that can be read is left out.
+// runs translates guest-physical addresses to the pages that hold them. It leaves out addresses
+// without memory that can be read.
 func (f *frozen) runs(addresses []uint64) []pageset.Run {
 	var runs []pageset.Run
 	for _, gpa := range addresses {
@@ -103,8 +103,8 @@ func (f *frozen) runs(addresses []uint64) []pageset.Run {
 	return runs
 }
 
-// readGuest reads guest-physical memory into dst, and reports whether it could: where it lies in
-// one piece, in memory that can be read from the process.
+// readGuest reads guest-physical memory into dst. It reports whether it could: the memory must lie
+// in one piece, and be readable from the process.
 func (f *frozen) readGuest(gpa uint64, dst []byte) bool {
 	j, offset, ok := f.mem.Resolve(gpa)
 	if !ok {
@@ -126,7 +126,7 @@ type frame struct {
 	zeros []*pageset.Set // all so far, per block; nil until there is one
 }
 
-// newFrame makes a frame that takes pages of mem. Its f is to be set before its use.
+// newFrame makes a frame that takes pages of mem. The caller must set f before use.
 func newFrame(mem *guestmem.Memory) *frame {
 	size := uint64(maxBatch)
 	for _, b := range mem.Blocks() {
@@ -142,12 +142,12 @@ func newFrame(mem *guestmem.Memory) *frame {
 // fill reads as many of the runs' pages as one frame takes and returns the rest.
 func (fr *frame) fill(runs []pageset.Run) ([]pageset.Run, error) {
 	fr.runs, fr.parts, fr.zero = fr.runs[:0], fr.parts[:0], 0
-	fr.parts = append(fr.parts, nil) // the head, once it is known
+	fr.parts = append(fr.parts, nil) // replaced by the head, once that is known
 	used := 0
 	for len(runs) > 0 && len(fr.runs) < maxRuns/2 && fr.zero < maxZeroPages {
 		r := runs[0]
 		size := int(fr.f.layout[r.Block].PageSize)
-		// A run of n pages becomes at most n runs, zero and not.
+		// At worst every page is a run of its own, as zero pages and others alternate.
 		room := min((max(maxBatch, size)-used)/size, maxRuns-len(fr.runs))
 		if room <= 0 {
 			break
@@ -170,7 +170,7 @@ func (fr *frame) fill(runs []pageset.Run) ([]pageset.Run, error) {
 	return runs, nil
 }
 
-// add splits a run that was read into runs of zero pages and others.
+// add splits a run into runs of zero pages and runs of others.
 func (fr *frame) add(r pageset.Run, data []byte, size int) {
 	for at := 0; at < r.Count; {
 		zero := guestmem.IsZero(data[at*size : (at+1)*size])
@@ -191,7 +191,7 @@ func (fr *frame) add(r pageset.Run, data []byte, size int) {
 	}
 }
 
-// note remembers pages of zeroes.
+// note remembers zero pages.
 func (fr *frame) note(block int, first pageset.Page, n int) {
 	if fr.zeros == nil {
 		for _, b := range fr.f.layout {
@@ -201,7 +201,7 @@ func (fr *frame) note(block int, first pageset.Page, n int) {
 	fr.zeros[block].AddRun(first, n)
 }
 
-// size is the number of bytes of the frame's payload.
+// size returns the number of bytes of the frame's payload.
 func (fr *frame) size() int {
 	n := len(fr.head)
 	for _, p := range fr.parts[1:] {

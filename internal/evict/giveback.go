@@ -11,13 +11,13 @@ import (
 	"vacate/internal/evict/pageset"
 )
 
-// ErrGivenBack is wrapped by the errors of doing something with a copy that is not whole.
+// ErrGivenBack is wrapped by the errors for a copy that is not whole.
 var ErrGivenBack = errors.New("memory of the frozen VM was given back to this host, as the " +
 	"destination had it: the copy here is not whole")
 
-// Whole returns an error, ErrGivenBack, if an eviction has given memory of the frozen VM back, so
-// that its copy at the source can neither be resumed nor exported; or another one if the journal
-// does not tell.
+// Whole returns an error that wraps ErrGivenBack if the eviction has given memory of the frozen VM
+// back. The copy at the source can then be neither resumed nor exported. It returns another error
+// if the journal cannot be read.
 func Whole(j Journal) error {
 	_, err := j.Kept(keptGivenBack)
 	switch {
@@ -29,11 +29,11 @@ func Whole(j Journal) error {
 	return err
 }
 
-// giveEvery is how often memory is given back, so that pages beside one another go at once.
+// giveEvery is how often memory is given back, so that neighbouring pages go at once.
 const giveEvery = 100 * time.Millisecond
 
-// ledger is which pages the destination has in the memory of its QEMU: those of frames that it
-// reported so. A nil ledger keeps no books.
+// ledger tracks which pages the destination has in the memory of its QEMU, by its reports on
+// frames. A nil ledger tracks nothing.
 type ledger struct {
 	mu     sync.Mutex
 	flying []sentFrame   // pushed and not reported, oldest first
@@ -46,7 +46,7 @@ type sentFrame struct {
 	runs []pageset.Run
 }
 
-// begin begins a session: what was under way in the one before may not have arrived.
+// begin begins a session. What was on its way in the last one may not have arrived.
 func (l *ledger) begin() {
 	if l == nil {
 		return
@@ -56,7 +56,7 @@ func (l *ledger) begin() {
 	l.flying, l.sent = nil, 0
 }
 
-// add notes that a frame of so many bytes is about to be pushed.
+// add notes that a frame of size bytes is about to be pushed.
 func (l *ledger) add(size int, runs []pageRun) {
 	if l == nil {
 		return
@@ -71,8 +71,9 @@ func (l *ledger) add(size int, runs []pageRun) {
 	l.flying = append(l.flying, f)
 }
 
-// report notes that the destination has placed all frames up to placed bytes; and whether the pages
-// of the last of these are in its QEMU's memory for good, and not on their way there.
+// report notes that the destination has placed all frames up to placed bytes. held says that the
+// pages of the last frame are in the QEMU's memory for good; else they may still be on their way
+// there.
 func (l *ledger) report(placed uint64, held bool) {
 	if l == nil {
 		return
@@ -100,8 +101,8 @@ func (l *ledger) take() []pageset.Run {
 	return join(runs)
 }
 
-// giveBack gives memory back that the destination has, as long as a session lasts and once the VM
-// has run there for long enough.
+// giveBack gives back memory that the destination has. It does so while a session lasts, and once
+// the VM has run there for long enough.
 func (e *source) giveBack(a *attachment) error {
 	timer := time.NewTimer(time.Until(e.ranSince.Add(e.GiveBack)))
 	defer timer.Stop()
@@ -122,8 +123,8 @@ func (e *source) giveBack(a *attachment) error {
 	}
 }
 
-// release gives pages back, as far as they are in memory that can be. That the copy here is not
-// whole from now on is durable before.
+// release gives pages back whose memory can be given back. Before that it makes durable that the
+// copy here is not whole from now on.
 func (e *source) release(runs []pageset.Run) error {
 	runs = slices.DeleteFunc(runs,
 		func(r pageset.Run) bool { return !e.frozen.releasable(r.Block) })

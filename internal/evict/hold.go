@@ -9,47 +9,47 @@ import (
 	"vacate/internal/link"
 )
 
-// Where this host has no memory for a page once the VM runs here, nothing is lost: the source has
-// the page, and the guest waits. So the page is kept, and placed as soon as there is memory. The
-// lanes are read on meanwhile, as a session whose frames nobody reads would be taken for dead. What
-// was pushed is not reported as placed, so that the source's window lets no more than one round
-// trip's worth come.
+// This file handles a host that has no memory for a page once the VM runs there. Nothing is lost
+// then: the source has the page, and the guest waits. So the engine keeps the page, and places it
+// as soon as there is memory. Meanwhile it goes on reading the lanes: a session whose frames nobody
+// reads would seem dead. It does not report pushed pages as placed, so the source's window lets
+// only one round trip's worth of pages come.
 
-// errNoMemory is wrapped by the reasons for which this host does not take a page now, and may
-// later.
+// errNoMemory is wrapped by the reasons for which this host cannot take a page now, but may later.
 var errNoMemory = errors.New("no memory for a page")
 
 const (
 	// retryMemory is how often pages that found no memory are tried again.
 	retryMemory = 100 * time.Millisecond
-	// maxHeld bounds the pages that are kept, in bytes; beyond it the lanes are not read.
+	// maxHeld bounds the pages that are kept, in bytes. Beyond it the engine stops reading the
+	// lanes.
 	maxHeld = 64 << 20
-	// heldRun and heldParcel are what a run and a parcel take besides, at most: a peer's may have
-	// no data.
+	// heldRun and heldParcel are the most memory that a run and a parcel take beside their data,
+	// which may be empty.
 	heldRun, heldParcel = 64, 512
 )
 
-// parcel is pages that came, and are not placed yet.
+// parcel is pages that came and are not placed yet.
 type parcel struct {
 	runs   []pageRun
 	data   []byte // of those that are not zero
 	urgent bool
-	all    bool // none of the frame's was here before
-	// in whose session they came; nil for zeroes in place of pages that were left out
+	all    bool // none of the frame's pages was here before
+	// the session in which they came; nil for zeroes in place of pages that were left out
 	a     *attachment
-	push  *tally // whom to tell when they are placed; nil for nobody
+	push  *tally // gets a report when they are placed; may be nil
 	bytes int    // of the frame
 }
 
-// tally is what was placed of a push lane. It is used by the lane's reader, and while pages of the
-// lane are held by who places those.
+// tally counts what was placed of a push lane. The lane's reader uses it. While pages of the lane
+// are held, the task that places those does.
 type tally struct {
 	lane   *link.Conn
 	placed uint64 // bytes of frames
 	report []byte
 }
 
-// tell reports that a frame is placed.
+// tell counts and reports a placed frame.
 func (p *tally) tell(bytes int, held bool) error {
 	if p == nil {
 		return nil
@@ -59,8 +59,8 @@ func (p *tally) tell(bytes int, held bool) error {
 	return p.lane.Write(framePlaced, p.report)
 }
 
-// settle places pages, or holds them until there is memory. It tells whether they are held: then
-// their data must stay as it is.
+// settle places pages, or holds them until there is memory. It reports whether they are held: then
+// the caller must not reuse their data.
 func (e *destination) settle(f parcel) (held bool, err error) {
 	if f.push != nil && e.behind(f) {
 		return true, nil
@@ -73,8 +73,8 @@ func (e *destination) settle(f parcel) (held bool, err error) {
 	return true, nil
 }
 
-// put places pages, and reports them. What finds no memory, where that may come, is returned with
-// the reason.
+// put places pages and reports them. It returns those that found no memory, if there may be some
+// later, and the reason.
 func (e *destination) put(f parcel) (rest *parcel, err error) {
 	if len(f.runs) == 0 {
 		return nil, f.push.tell(f.bytes, false)
@@ -91,7 +91,7 @@ func (e *destination) put(f parcel) (rest *parcel, err error) {
 	return nil, f.push.tell(f.bytes, held && f.all)
 }
 
-// without drops pages off the front of runs, and their data.
+// without removes the pages of done from the front of runs, and their data.
 func without(l layout, runs []pageRun, data []byte, done []pageRun) ([]pageRun, []byte) {
 	for _, d := range done {
 		if !d.Zero {
@@ -108,7 +108,8 @@ func without(l layout, runs []pageRun, data []byte, done []pageRun) ([]pageRun, 
 	return runs, data
 }
 
-// mayHold tells whether the VM may run here: before, an eviction that finds no memory is aborted.
+// mayHold reports whether the VM may run here. Before that, an eviction that finds no memory is
+// aborted.
 func (e *destination) mayHold() bool {
 	switch e.machine.current() {
 	case Running, CutOff, Completing:
@@ -117,8 +118,8 @@ func (e *destination) mayHold() bool {
 	return false
 }
 
-// behind holds pushed pages if others of their session are, whose turn is first. It tells whether
-// it did.
+// behind holds pushed pages if other pages of their session are held, which go first. It reports
+// whether it did.
 func (e *destination) behind(f parcel) bool {
 	e.holding.Lock()
 	defer e.holding.Unlock()
@@ -129,8 +130,7 @@ func (e *destination) behind(f parcel) bool {
 	return true
 }
 
-// mayRead waits until so few pages are held that a lane of a session may be read on, or the session
-// ends.
+// mayRead waits until few enough pages are held to read on, or the session ends.
 func (e *destination) mayRead(a *attachment) {
 	for a.Err() == nil {
 		bytes := 0
@@ -149,7 +149,7 @@ func (e *destination) mayRead(a *attachment) {
 	}
 }
 
-// park keeps pages that find no memory, and has them tried again.
+// park keeps pages that found no memory, and starts the task that retries them.
 func (e *destination) park(f parcel, why error) {
 	e.holding.Lock()
 	defer e.holding.Unlock()
@@ -160,8 +160,8 @@ func (e *destination) park(f parcel, why error) {
 	}
 }
 
-// retry places what is held, until nothing is. why is the reason for which the first page was not
-// placed.
+// retry places the held pages, until none are held. why is the reason for which the first page was
+// not placed.
 func (e *destination) retry(why error) {
 	e.tellShort(e.shortage(why))
 	for {
@@ -175,7 +175,7 @@ func (e *destination) retry(why error) {
 		none := len(e.parcels) == 0
 		e.holding.Unlock()
 		if !none || e.at.Load() == nil && e.tight() != "" {
-			// pages of a session that has ended are held no longer
+			// pages of a session that ended are no longer held
 			continue
 		}
 		e.tellShort("")
@@ -190,7 +190,7 @@ func (e *destination) retry(why error) {
 	}
 }
 
-// shortage says what is to be seen of a page that found no memory here.
+// shortage says why a page found no memory here, and what to do.
 func (e *destination) shortage(err error) string {
 	if why := e.tight(); why != "" {
 		return why
@@ -198,8 +198,8 @@ func (e *destination) shortage(err error) string {
 	return err.Error()
 }
 
-// awaitRoom waits for a while where QEMU's own loader of pages will fail once more, as this host
-// has no memory for any.
+// awaitRoom waits for a while if this host has no memory for any page. QEMU's own loader would only
+// fail again.
 func (e *destination) awaitRoom() {
 	if e.placer.direct.Load() != nil {
 		return
@@ -218,10 +218,11 @@ func (e *destination) awaitRoom() {
 	}
 }
 
-// tightTime is after how long QEMU gets a new stream even where there seems to be no memory.
+// tightTime is how long QEMU waits for a new stream while memory seems to be missing.
 const tightTime = 10 * time.Second
 
-// placeHeld places what there is memory for, and returns the rest. The caller has the lock holding.
+// placeHeld places the pages for which there is memory, and returns the rest. The caller holds the
+// lock holding.
 func (e *destination) placeHeld(held []parcel) (left []parcel) {
 	stuck := map[*tally]bool{nil: false}
 	for _, f := range held {
@@ -241,7 +242,7 @@ func (e *destination) placeHeld(held []parcel) (left []parcel) {
 	return left
 }
 
-// failed ends what pages cannot be placed in: QEMU's stream, or the session.
+// failed ends what could not take the pages: QEMU's stream, or the session.
 func (e *destination) failed(a *attachment, err error) {
 	if s := e.recovery.stream(); s != nil && errors.Is(err, errQEMU) {
 		s.fail(err)
@@ -251,8 +252,8 @@ func (e *destination) failed(a *attachment, err error) {
 	}
 }
 
-// forget drops pages that are held: those of a session that has ended, which will be sent again, or
-// all of them where it is about to be found out what is here.
+// forget drops held pages of a session that has ended: the source will send them again. With nil it
+// drops all held pages, before the engine finds out which pages are here.
 func (e *destination) forget(a *attachment) {
 	e.holding.Lock()
 	defer e.holding.Unlock()
@@ -262,12 +263,14 @@ func (e *destination) forget(a *attachment) {
 			left = append(left, f)
 			continue
 		}
-		e.pages.disclaim(f.runs, f.a == nil) // without a session: left out, and asked for
+		// without a session: pages that were left out, for which the guest asked
+		e.pages.disclaim(f.runs, f.a == nil)
 	}
 	e.parcels = left
 }
 
-// tellShort tells whom it concerns that pages find no memory here, and why; "" if they do again.
+// tellShort tells the user and the source that pages find no memory here, and why; "" if they do
+// again.
 func (e *destination) tellShort(why string) {
 	if why != "" {
 		e.Log.Warn("this host has no memory for pages of the VM, which waits for them; it goes "+
@@ -282,13 +285,13 @@ func (e *destination) tellShort(why string) {
 	e.passOn()
 }
 
-// passOn tells the source, if it is there, whether pages find memory here.
+// passOn tells the source, if it is connected, whether pages find memory here.
 func (e *destination) passOn() {
 	e.telling.Lock()
 	defer e.telling.Unlock()
 	a := e.at.Load()
 	if a == nil || !e.ran.Load() {
-		return // it is told when it comes
+		return // it hears it when it connects
 	}
 	e.mu.Lock()
 	why := e.short
@@ -299,17 +302,17 @@ func (e *destination) passOn() {
 	}
 }
 
-// isShort tells whether pages find no memory here.
+// isShort reports whether pages find no memory here.
 func (e *destination) isShort() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.short != ""
 }
 
-// maxReason bounds what the source is told of why pages find no memory, in bytes.
+// maxReason bounds the reason for which pages find no memory, as sent to the source, in bytes.
 const maxReason = 1000
 
-// shortText is what users are told of an eviction whose pages find no memory at the destination.
+// shortText is what users read about an eviction whose pages find no memory at the destination.
 func shortText(where, why string) string {
 	if why == "" {
 		return ""

@@ -24,12 +24,12 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// QEMU forbids the kernel to have huge pages in a VM's memory while post-copy lasts. After it, all
-// of the memory is in small pages, and the VM is slower for minutes or for good. So the source
-// tells which units of 2 MiB were huge pages, and once the eviction is complete the destination has
-// the kernel make them huge again, from outside.
+// QEMU keeps the kernel from using huge pages in a VM's memory while post-copy lasts. Afterwards
+// all memory is in small pages, and the VM is slower for minutes or for good. So the source reports
+// which units of 2 MiB were huge pages. Once the eviction is complete, the destination makes the
+// kernel turn them into huge pages again, from outside.
 
-// unitPages is how many pages of a block may be one transparent huge page.
+// unitPages is how many pages make one unit, which may be a transparent huge page.
 const unitPages = guestmem.HugePage / units.PageSize
 
 // --- The source ---
@@ -49,14 +49,14 @@ func (e *source) tellHuge() {
 		}
 	}
 	e.huge.Store(&huge)
-	if a := e.at.Load(); a != nil { // else it is told when it is back
+	if a := e.at.Load(); a != nil { // else it is told when it comes back
 		if err := e.sendHuge(a); err != nil {
 			a.FailSoon(err)
 		}
 	}
 }
 
-// sendHuge tells the destination which units are huge pages, as far as that is known yet.
+// sendHuge tells the destination which units are huge pages, if that is known yet.
 func (e *source) sendHuge(a *attachment) error {
 	huge := e.huge.Load()
 	if huge == nil {
@@ -74,7 +74,7 @@ func (e *source) sendHuge(a *attachment) error {
 }
 
 // appendHuge encodes which units of a block are huge pages: u16 block, u16 0, u32 count of units,
-// u64 0, then a bit for each, as in appendHas.
+// u64 0, then a bit for each, as in appendPresent.
 func appendHuge(b []byte, block int, huge []bool) []byte {
 	b = appendRequest(b, pageset.Run{Block: block, Count: len(huge)})
 	words := make([]uint64, (len(huge)+63)/64)
@@ -109,7 +109,7 @@ func (l layout) parseHuge(b []byte) (block int, huge []bool, err error) {
 	return r.Block, huge, nil
 }
 
-// units is how many units the block has that may be huge pages.
+// units returns how many units of the block may be huge pages.
 func (b blockLayout) units() int {
 	if b.PageSize != units.PageSize {
 		return 0
@@ -119,15 +119,15 @@ func (b blockLayout) units() int {
 
 // --- The destination's engine ---
 
-// hugeUnits is what a destination knows of the units of the VM's memory.
+// hugeUnits is what a destination knows about the units of the VM's memory.
 type hugeUnits struct {
 	mu   sync.Mutex
 	huge [][]bool // by block: those that were huge pages at the source; guarded by mu
 
-	keeping sync.Mutex // held while they are stored
+	keeping sync.Mutex // held while they are being stored
 
-	// came is the place of each unit in the order in which the first of their pages came; 0 for one
-	// of which none has. As the push begins with what the guest needs most, so does this.
+	// came numbers the units in the order in which their first pages came; 0 if none came. The push
+	// begins with what the guest needs most, so this order does, too.
 	came [][]atomic.Uint32
 	last atomic.Uint32
 }
@@ -152,7 +152,7 @@ func (u *hugeUnits) arrived(runs []pageRun) {
 	}
 }
 
-// takeHuge takes what the source tells of huge pages.
+// takeHuge stores what the source reports about huge pages.
 func (e *destination) takeHuge(payload []byte) error {
 	block, huge, err := e.layout.parseHuge(payload)
 	if err != nil {
@@ -167,9 +167,9 @@ func (e *destination) takeHuge(payload []byte) error {
 	return nil
 }
 
-// keepHuge stores what the source told so far, so that another engine need not be told.
+// keepHuge stores the source's reports in the journal, so that another engine has them.
 func (e *destination) keepHuge() {
-	e.units.keeping.Lock() // the last to write knows all
+	e.units.keeping.Lock() // the last writer knows everything
 	defer e.units.keeping.Unlock()
 	e.units.mu.Lock()
 	b, err := json.Marshal(e.hugePagesIn(e.mem.Blocks()))
@@ -183,8 +183,8 @@ func (e *destination) keepHuge() {
 	}
 }
 
-// hugePagesIn is what is to be done for the VM here once it is whole, whose memory is in these
-// blocks. It is called with units.mu held.
+// hugePagesIn returns the task for the VM here once it is whole. Its memory is in these blocks. The
+// caller holds units.mu.
 func (e *destination) hugePagesIn(blocks []guestmem.Block) *HugePages {
 	h := &HugePages{PID: e.process.PID, Start: e.process.StartTime, Boot: process.BootID(),
 		Blocks: blocks}
@@ -201,7 +201,7 @@ func (e *destination) hugePagesIn(blocks []guestmem.Block) *HugePages {
 		}
 		h.Huge = append(h.Huge, hugeBlock{at, appendHuge(nil, 0, huge)[runSize:]})
 		for u, is := range huge {
-			if is { // of those that did not come the rank is the greatest
+			if is { // units of which no page came rank last
 				order = append(order, ranked{hugeUnit{at, u}, e.units.came[i][u].Load() - 1})
 			}
 		}
@@ -213,7 +213,7 @@ func (e *destination) hugePagesIn(blocks []guestmem.Block) *HugePages {
 	return h
 }
 
-// passOnHuge hands the task over to whoever does it when the engine has ended.
+// passOnHuge hands the task to the caller's HugePages function, which outlives the engine.
 func (e *destination) passOnHuge() {
 	if e.HugePages == nil {
 		return
@@ -227,15 +227,15 @@ func (e *destination) passOnHuge() {
 
 // --- The task ---
 
-// HugePages is what is to be done for a VM that came by post-copy: those units of its memory that
-// were huge pages at the source are to be huge again. It is stored under KeptHuge.
+// HugePages is the task for a VM that came by post-copy: to turn those units of its memory back
+// into huge pages that were huge pages at the source. It is stored under KeptHuge.
 type HugePages struct {
 	PID    int              `json:"pid"`
 	Start  uint64           `json:"start_ticks"`
 	Boot   string           `json:"boot"`
 	Blocks []guestmem.Block `json:"blocks"`
 	Huge   []hugeBlock      `json:"huge"`
-	// Done is what came of it; nil: it is to be done.
+	// Done is the result; nil before the task is done.
 	Done *Restored `json:"done,omitempty"`
 
 	order []hugeUnit // the hottest first; nil: by address
@@ -248,19 +248,19 @@ type hugeBlock struct {
 
 type hugeUnit struct{ block, unit int }
 
-// Restored tells how far the VM has its huge pages back.
+// Restored says how many huge pages the VM has back.
 type Restored struct {
 	Huge     int `json:"huge"`     // units that were huge pages at the source
-	Restored int `json:"restored"` // those of them that are again
-	Sparse   int `json:"sparse"`   // those left as they are, as more than half of them is not there
-	// Reason is why others are not; empty: all are.
+	Restored int `json:"restored"` // those of them that are huge again
+	Sparse   int `json:"sparse"`   // those left as they are, as more than half of each is not there
+	// Reason is why the others are not huge; empty if all are.
 	Reason  string  `json:"reason,omitempty"`
 	Longest float64 `json:"longest_s"` // the longest call of the kernel, for up to 8 units
-	Worked  float64 `json:"worked_s"`  // the time that all calls took
+	Worked  float64 `json:"worked_s"`  // the time of all calls
 	Elapsed float64 `json:"elapsed_s"` // since it began
 }
 
-// LoadHugePages returns what the journal has of the task of an eviction; nil if nothing.
+// LoadHugePages returns the task that the journal has for an eviction; nil if none.
 func LoadHugePages(j Journal) (*HugePages, error) {
 	b, err := j.Kept(KeptHuge)
 	if errors.Is(err, os.ErrNotExist) {
@@ -280,23 +280,22 @@ func LoadHugePages(j Journal) (*HugePages, error) {
 	return h, nil
 }
 
-// How the task goes about it. It takes half of a core that nobody else wants, and a fifth of one
-// that others want, too.
+// The task's limits. It takes half of an idle core, and a fifth of one that others want, too.
 const (
 	restFree      = 1
 	restWanted    = 4
 	hugePasses    = 3
 	hugePause     = time.Second // between passes
 	hugeShowEvery = 100 * time.Millisecond
-	// mostAtOnce is how many units that lie side by side are made huge with one call. For each call
-	// the kernel wakes a thread on every core of the host.
+	// mostAtOnce is how many adjacent units one call turns into huge pages. For each call the
+	// kernel wakes a thread on every core of the host.
 	mostAtOnce = 8
-	// mostHungry is after how many units in a row that found no free huge page a pass ends.
+	// mostHungry is how many units in a row may find no free huge page before a pass ends.
 	mostHungry = 16
 )
 
-// Restore does the task, until it is done or ctx is, and returns what came of it. show is told how
-// far it is.
+// Restore works until the task or ctx is done, and returns the result. It reports its progress to
+// show.
 func (h *HugePages) Restore(ctx context.Context, log *slog.Logger,
 	show func(Restored)) (Restored, error) {
 	var r Restored
@@ -365,7 +364,7 @@ type task struct {
 	pace  pace
 }
 
-// pass tries each unit once, and returns those that may do better in another pass.
+// pass tries each unit once, and returns those that another pass may still turn into huge pages.
 func (t *task) pass(ctx context.Context, left []hugeUnit) (again []hugeUnit, err error) {
 	for hungry := 0; len(left) > 0 && hungry < mostHungry; {
 		n, err := t.together(left)
@@ -408,12 +407,12 @@ func (t *task) pass(ctx context.Context, left []hugeUnit) (again []hugeUnit, err
 	return append(again, left...), nil
 }
 
-// final reports whether no other unit can do better.
+// final reports whether no other unit can succeed.
 func final(err error) bool {
 	return errors.Is(err, guestmem.ErrGone) || errors.Is(err, guestmem.ErrNoCollapse)
 }
 
-// collapse makes units huge.
+// collapse turns n units into huge pages.
 func (t *task) collapse(u hugeUnit, n int) error {
 	began := time.Now()
 	err := t.mem.Collapse(u.block, u.unit, n)
@@ -423,8 +422,8 @@ func (t *task) collapse(u hugeUnit, n int) error {
 	return err
 }
 
-// together returns how many of the first units lie side by side and can be made huge with one call;
-// 0 if the first one is sparse.
+// together returns how many of the first units are adjacent and fit in one call; 0 if the first one
+// is sparse.
 func (t *task) together(left []hugeUnit) (n int, err error) {
 	for n < min(len(left), mostAtOnce) && left[n] == (hugeUnit{left[0].block, left[0].unit + n}) {
 		sparse, err := isSparse(t.mem, left[n])
@@ -436,7 +435,7 @@ func (t *task) together(left []hugeUnit) (n int, err error) {
 	return n, nil
 }
 
-// units returns the units in the order in which they are to be huge.
+// units returns the units in the order in which to turn them into huge pages.
 func (h *HugePages) units() []hugeUnit {
 	if h.order != nil {
 		return slices.Clone(h.order)
@@ -452,8 +451,8 @@ func (h *HugePages) units() []hugeUnit {
 	return list
 }
 
-// isSparse reports whether less than half of a unit is there: it was left out as the guest does not
-// use it, and as a huge page it would take the host's memory.
+// isSparse reports whether less than half of a unit is there. The rest was left out, as the guest
+// does not use it. As a huge page it would take the host's memory.
 func isSparse(mem *guestmem.Memory, u hugeUnit) (bool, error) {
 	var there [unitPages / 64]uint64
 	if err := mem.Placed(u.block, uint64(u.unit)*unitPages, unitPages, there[:]); err != nil {
@@ -468,8 +467,8 @@ func isSparse(mem *guestmem.Memory, u hugeUnit) (bool, error) {
 
 const enabledFile = "/sys/kernel/mm/transparent_hugepage/enabled"
 
-// neverHuge reports whether this host's administrator wants no transparent huge pages. The call
-// that makes them does not ask.
+// neverHuge reports whether this host's administrator disabled transparent huge pages. The call
+// that makes them ignores that.
 func neverHuge() bool {
 	b, err := os.ReadFile(enabledFile)
 	return err != nil || strings.Contains(string(b), "[never]")
@@ -478,7 +477,7 @@ func neverHuge() bool {
 // pace bounds how much of a core the task takes. It must be used on the thread that works.
 type pace struct{ ran, waited time.Duration }
 
-// rest returns how long the task has to rest after what it did since the last rest.
+// rest returns how long the task must pause after its work since the last pause.
 func (p *pace) rest() time.Duration {
 	ran, waited := p.ran, p.waited
 	b, err := os.ReadFile("/proc/thread-self/schedstat")
@@ -489,7 +488,7 @@ func (p *pace) rest() time.Duration {
 		return time.Millisecond
 	}
 	ran, waited = p.ran-ran, p.waited-waited
-	// Others want the core where the thread had to wait for it.
+	// If the thread had to wait for the core, others want it.
 	if waited > ran/8 {
 		return restWanted * ran
 	}

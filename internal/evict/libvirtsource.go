@@ -24,11 +24,11 @@ import (
 type Libvirt struct {
 	URI    string // of the daemon; empty: qemu:///system
 	Domain string // its name at the source
-	// Policy is what the description of a domain that is offered may name of this host.
+	// Policy limits what the description of an offered domain may name on this host.
 	Policy libvirt.Policy
-	// TrustDisks has libvirt not judge whether both hosts reach the domain's disks.
+	// TrustDisks makes libvirt skip its check that both hosts reach the domain's disks.
 	TrustDisks bool
-	Autostart  bool // a domain that is received starts with this host if it did with the other
+	Autostart  bool // a received domain starts with this host if it did with the other
 }
 
 // migrateFlags are those of all phases.
@@ -40,15 +40,16 @@ const (
 	maxCookie    = 64 << 10
 )
 
-// domainOffer is what libvirt at the destination needs of a domain. All of it is hostile there.
+// domainOffer is what libvirt at the destination needs to know about a domain. The destination must
+// not trust any of it.
 type domainOffer struct {
 	Name       string `json:"name"`
-	XML        string `json:"xml"`    // as libvirt at the source wants it there
+	XML        string `json:"xml"`    // as the source's libvirt wants it at the destination
 	Cookie     []byte `json:"cookie"` // of Begin3
 	Persistent bool   `json:"persistent"`
-	Inactive   string `json:"inactive,omitempty"` // of a persistent one: as it is defined
+	Inactive   string `json:"inactive,omitempty"` // the definition of a persistent domain
 	Autostart  bool   `json:"autostart,omitempty"`
-	// Totals is to how much the blocks of memory may grow, in their order.
+	// Totals is the size to which each block of memory may grow, in their order.
 	Totals []uint64 `json:"totals"`
 }
 
@@ -65,7 +66,7 @@ func (d *domainOffer) check() error {
 	return nil
 }
 
-// flags are those of the domain's migration.
+// flags returns the flags of the domain's migration.
 func (d *domainOffer) flags(trust bool) libvirt.Flags {
 	f := migrateFlags
 	if d.Persistent {
@@ -77,9 +78,9 @@ func (d *domainOffer) flags(trust bool) libvirt.Flags {
 	return f
 }
 
-// libvirtSource is a VM that is a domain of libvirt. Its QEMU is asked through libvirt, as any
-// other is, and frozen in the same way. What differs is a job that libvirt holds, from describe to
-// resume or discard, or until the connection ends; and that descriptors do not get through.
+// libvirtSource is a VM that is a domain of libvirt. The engine asks and freezes its QEMU through
+// libvirt, like any other. Two things differ. libvirt holds a job, from describe to resume or
+// discard, or until the connection ends. And it passes no descriptors on to QEMU.
 type libvirtSource struct {
 	qemuSource
 	Libvirt
@@ -90,7 +91,7 @@ type libvirtSource struct {
 	conn   *libvirt.Conn
 	domain libvirt.Domain
 	offer  *domainOffer // nil before Begin3: then there is no job
-	file   string       // what QEMU saves to, as we name it; empty before arm
+	file   string       // our name for the file that QEMU saves to; empty before arm
 }
 
 func newLibvirtSource(s Source) *libvirtSource {
@@ -159,7 +160,7 @@ func (o *libvirtSource) describe(ctx context.Context) (d described, err error) {
 			return d, err
 		}
 	}
-	// From here on nobody else changes the domain, nor runs it by libvirt.
+	// From here on nobody else can change the domain, or run it by libvirt.
 	offer.Cookie, offer.XML, err = o.conn.Begin(ctx, o.domain,
 		offer.flags(o.TrustDisks)|libvirt.ChangeProtection)
 	if err != nil {
@@ -192,7 +193,7 @@ func (o *libvirtSource) arm(_ context.Context, mem *guestmem.Memory) error {
 	return nil
 }
 
-// openSaved opens what QEMU saved, which nobody else needs to find.
+// openSaved opens what QEMU saved, and removes its name.
 func (o *libvirtSource) openSaved() (io.ReaderAt, int64, error) {
 	f, err := os.OpenFile(o.file, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -218,7 +219,7 @@ func (o *libvirtSource) freeze(ctx context.Context, ran bool) (saved, error) {
 	return s, err
 }
 
-// disarm removes what QEMU saved. The job stays: libvirt drops it with the connection.
+// disarm removes what QEMU saved. The job stays until libvirt ends it with the connection.
 func (o *libvirtSource) disarm(context.Context) error {
 	if o.file == "" {
 		return nil
@@ -229,7 +230,7 @@ func (o *libvirtSource) disarm(context.Context) error {
 	return nil
 }
 
-// watch follows the domain's events. libvirt's own subscription has them in order.
+// watch follows the domain's events, in order, by libvirt's own subscription.
 func (o *libvirtSource) watch(ctx context.Context) (events, error) {
 	s, err := o.conn.Subscribe(ctx, &o.domain, 256)
 	if err != nil {
@@ -246,13 +247,12 @@ func (o *libvirtSource) hear(ctx context.Context, qemu process.Process) error {
 func (o *libvirtSource) goOn(ctx context.Context) error { return o.conn.Resume(ctx, o.domain) }
 
 func (o *libvirtSource) resume(ctx context.Context, ran bool, stood string) (qmp.Status, error) {
-	// Where somebody else had the guest run, what it does is his doing: Confirm3 would run it once
-	// more.
+	// If somebody else ran the guest, its state is up to them: Confirm3 would run it once more.
 	theirs := o.freezer != nil && o.freezer.resumed()
 	if o.offer != nil && !theirs {
 		err := o.conn.Confirm(ctx, o.domain, nil,
 			o.offer.flags(o.TrustDisks)|libvirt.ChangeProtection, true)
-		if err == nil { // which libvirt also says where the domain could not be run
+		if err == nil { // libvirt also says so if it could not run the domain
 			o.offer = nil
 		}
 	}
@@ -268,8 +268,8 @@ func (o *libvirtSource) resume(ctx context.Context, ran bool, stood string) (qmp
 	return o.qemuSource.resume(ctx, ran, stood)
 }
 
-// discard has libvirt end the domain, and forget it if it is defined at the destination. A stopped
-// process takes no SIGTERM, which libvirt gives it first, so it is killed then.
+// discard makes libvirt end the domain, and forget it if it is defined at the destination. libvirt
+// sends SIGTERM first, which a stopped process does not handle. So discard kills it then.
 func (o *libvirtSource) discard(ctx context.Context, qemu process.Process) error {
 	if o.offer == nil {
 		o.log.Warn("libvirt still has the domain, which is not to be started here: `virsh "+
@@ -300,7 +300,7 @@ func (o *libvirtSource) discard(ctx context.Context, qemu process.Process) error
 	}
 }
 
-// termPending reports whether a process was sent SIGTERM and has not taken it.
+// termPending reports whether a process has a SIGTERM that it has not handled.
 func termPending(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -331,7 +331,7 @@ func (o *libvirtSource) close() {
 	}
 }
 
-// libvirtEvents are those of a domain's QEMU.
+// libvirtEvents are the events of a domain's QEMU.
 type libvirtEvents struct{ *libvirt.Subscription }
 
 func (s libvirtEvents) next() (name string, at time.Time, ok bool) {

@@ -19,12 +19,12 @@ import (
 )
 
 // libvirtTwin is a twin that libvirt starts when a domain is offered. While it takes the VM,
-// libvirt's job keeps its monitor from us. So its memory is found in its process, libvirt's events
-// tell that it runs, and the stream is the only way to it: it cannot be replaced.
+// libvirt's job blocks its monitor. So the engine finds its memory in its process, and libvirt's
+// events say that it runs. The stream is the only way to it, and cannot be replaced.
 type libvirtTwin struct {
 	Libvirt
 	log    *slog.Logger
-	runs   func() // is called when its QEMU says that the guest runs
+	runs   func() // called when its QEMU says that the guest runs
 	ending ending
 	began  chan struct{}   // closed when its QEMU has said that the guest runs
 	heard  chan struct{}   // closed when no more events come
@@ -41,7 +41,7 @@ type libvirtTwin struct {
 	socket string // path
 
 	mu       sync.Mutex
-	finished chan error // what Finish3 said; nil before run; guarded by mu
+	finished chan error // gets the result of Finish3; nil before run; guarded by mu
 }
 
 func newLibvirtTwin(d Destination, runs func()) *libvirtTwin {
@@ -147,7 +147,7 @@ func (o *libvirtTwin) meet(ctx context.Context, offered offer) (err error) {
 	return nil
 }
 
-// listen takes note of what QEMU says.
+// listen handles QEMU's events.
 func (o *libvirtTwin) listen(events *libvirt.Subscription) {
 	defer close(o.heard)
 	defer events.Close()
@@ -181,7 +181,7 @@ func (o *libvirtTwin) decline(context.Context) {
 	if o.stream != nil {
 		o.stream.Close()
 	}
-	// Not the caller's time: libvirt must not keep what was started.
+	// This does not end with the caller: libvirt must not keep what was started.
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	if _, err := o.finish.Finish(ctx, o.offer.Name, nil, o.flags, true); err != nil &&
@@ -197,7 +197,7 @@ func (o *libvirtTwin) connect(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	os.Remove(o.socket) // nobody else is to come
+	os.Remove(o.socket) // nobody else may connect
 	conn := c.(*net.UnixConn)
 	if err := o.isTwin(conn); err != nil {
 		conn.Close()
@@ -207,7 +207,7 @@ func (o *libvirtTwin) connect(ctx context.Context) (net.Conn, error) {
 	return conn, conn.SetWriteBuffer(qemuBuffer)
 }
 
-// isTwin makes sure that the process that listens is that which libvirt names.
+// isTwin makes sure that the process which listens is the one that libvirt names.
 func (o *libvirtTwin) isTwin(conn *net.UnixConn) error {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -229,11 +229,11 @@ func (o *libvirtTwin) isTwin(conn *net.UnixConn) error {
 
 func (o *libvirtTwin) begin(context.Context) error { return nil }
 
-// loaded holds once the package's ping came back: what follows in it is only to wait. libvirt does
-// not tell, nor need it: a QEMU that is told to run too early does as soon as it can.
+// loaded holds once the ping of the device state came back: only waiting follows. libvirt does not
+// say more, and need not. A QEMU that is told too early to run does so as soon as it can.
 func (o *libvirtTwin) loaded(context.Context) (bool, error) { return true, nil }
 
-// run has libvirt send `cont`. Its answer comes when the stream has ended, so an event tells that
+// run makes libvirt send `cont`. libvirt answers when the stream has ended, so an event says that
 // the guest runs. An error does not prove that it did not.
 func (o *libvirtTwin) run(ctx context.Context) error {
 	finished := make(chan error, 1)
@@ -306,10 +306,10 @@ func (o *libvirtTwin) letGo(life context.Context, over bool) {
 	}
 }
 
-// quit leaves it to libvirt to end the QEMU of a guest that ended itself.
+// quit does nothing: libvirt ends the QEMU of a guest that ended itself.
 func (o *libvirtTwin) quit(context.Context) error { return nil }
 
-// kill ends the QEMU without libvirt, whose job may hang, and then has that forget it.
+// kill ends the QEMU without libvirt, whose job may hang. Then it makes libvirt forget the domain.
 func (o *libvirtTwin) kill(ctx context.Context) error {
 	if err := o.found.process.Kill(ctx); err != nil {
 		return err

@@ -11,25 +11,24 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// Sizes of the sections written to the destination's QEMU: small enough that a fetched
-// page soon gets in between two of them.
+// Sizes of the sections written to the destination's QEMU. They are small, so that a fetched page
+// soon gets in between two of them.
 const (
 	sectionBytes = 64 << 10
 	sectionZeros = 256
 )
 
-// placer gives pages to a QEMU: directly where that is possible, else as parts of the RAM
-// section of its migration stream. It may be used concurrently; urgent writes to the
-// stream go ahead of others.
+// placer gives pages to a QEMU: directly where it can, else as parts of the RAM section of QEMU's
+// migration stream. Several goroutines may use it. Urgent writes to the stream go first.
 type placer struct {
 	conn    net.Conn
 	section uint32
 	layout  layout
 	direct  atomic.Pointer[direct] // nil until QEMU listens for pages
-	gate    *gate                  // of pages placed directly; nil for none
+	gate    *gate                  // checked before pages are placed directly; may be nil
 
 	mu     sync.Mutex
-	free   *sync.Cond // of mu: busy was cleared, or urgent fell to zero
+	free   *sync.Cond // uses mu: busy was cleared, or urgent fell to zero
 	busy   bool
 	urgent int // urgent writes waiting
 	heads  []byte
@@ -76,9 +75,9 @@ func (p *placer) raw(b []byte) error {
 	return nil
 }
 
-// place gives QEMU the pages of the runs; data holds those that are not zero. It tells whether they
-// are in its memory: else they may be on their way there when it returns. With an error that is
-// errNoMemory it returns which it has placed, in order.
+// place gives QEMU the pages of the runs; data holds those that are not zero. It reports whether
+// they are in QEMU's memory; else they may still be on their way there. If the error wraps
+// errNoMemory, it returns which runs it placed, in order.
 func (p *placer) place(runs []pageRun, data []byte,
 	urgent bool) (held bool, done []pageRun, err error) {
 	d := p.direct.Load()
@@ -132,8 +131,8 @@ func (p *placer) stream(runs []pageRun, data []byte, urgent bool) error {
 	return nil
 }
 
-// writeSection writes as many pages as go in one section and returns what is left. A page
-// of a block's back end is written whole: QEMU places it when its last record has come.
+// writeSection writes as many pages as fit in one section and returns the rest. It never splits a
+// page of a block's back end: QEMU places such a page when its last record has come.
 func (p *placer) writeSection(runs []pageRun, next int,
 	data []byte) ([]pageRun, int, []byte, error) {
 	vec := p.vec[:0]
@@ -169,7 +168,7 @@ func (p *placer) writeSection(runs []pageRun, next int,
 	return runs, next, data, err
 }
 
-// end closes the RAM section and the stream: QEMU then takes the migration for complete.
+// end closes the RAM section and the stream. QEMU then considers the migration complete.
 func (p *placer) end() error {
 	b := migstream.SectionEnd{ID: p.section}.Append(nil)
 	b = migstream.Footer{ID: p.section}.Append(migstream.EOS{}.Append(b))

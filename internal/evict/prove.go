@@ -12,23 +12,23 @@ import (
 	"vacate/internal/link"
 )
 
-// A path may carry small packets and lose large ones: where a tunnel takes some bytes of each, and
-// a firewall drops the messages that would tell. All set-up then goes well, and the first page is
+// A path may carry small packets and lose large ones: a tunnel takes some bytes of each, and a
+// firewall drops the messages that would say so. Then the set-up succeeds, and the first page is
 // lost. So the source proves the path before it touches the VM: frames longer than any packet cross
-// each lane, both ways, beside what else is prepared.
+// each lane, both ways, beside the other preparations.
 const (
 	proofBytes = 64 << 10
-	// proofTime is how long the proof may take, and provenTime the part of the destination.
+	// proofTime is how long the proof may take, and provenTime the destination's part of it.
 	proofTime  = 8 * time.Second
 	provenTime = 6 * time.Second
-	// lossTime is how long at least it takes until a connection is given up that loses packets.
+	// lossTime is how long it takes at least to give up a connection that loses packets.
 	lossTime = 2 * time.Second
 )
 
-// prove proves the path to the destination. It ends the session if that fails.
+// prove proves the path to the destination. If that fails, it ends the session.
 func (a *attachment) prove(ctx context.Context) error {
 	filler := make([]byte, proofBytes)
-	rand.Read(filler) // never fails; what could be compressed would prove nothing
+	rand.Read(filler) // never fails; compressible data would prove nothing
 	return a.cross(ctx, proofTime,
 		func(ctx context.Context) error {
 			if err := a.control.Write(msgProve, filler); err != nil {
@@ -72,8 +72,8 @@ func readProof(lane *link.Conn, buf []byte) error {
 	return err
 }
 
-// cross does what is to be done on the control lane and on each other one, at the same time, within
-// a limit. It ends the session if any of it fails.
+// cross runs a function for the control lane and one for each other lane, at the same time, within
+// a limit. If any fails, it ends the session.
 func (a *attachment) cross(ctx context.Context, limit time.Duration,
 	control func(context.Context) error, each func(*link.Conn) error) error {
 	begun := time.Now()
@@ -94,7 +94,7 @@ func (a *attachment) cross(ctx context.Context, limit time.Duration,
 				err = &lossError{a.Peer(), name, err}
 			}
 			if name == link.Control.String() {
-				// the others may fail as the peer gave up, which it says there
+				// the others may fail because the peer gave up, and it says so on the control lane
 				a.Fail(err)
 			} else {
 				a.FailSoon(err)
@@ -114,8 +114,8 @@ func (a *attachment) cross(ctx context.Context, limit time.Duration,
 
 var errProof = errors.New("it took too long")
 
-// lossy reports whether an error of a lane, so long after a large frame was sent there, means that
-// the frame was lost.
+// lossy reports whether an error of a lane means that a large frame was lost. after is the time
+// since that was sent.
 func lossy(err error, after time.Duration) bool {
 	if errors.Is(err, errProof) || errors.Is(err, syscall.ETIMEDOUT) {
 		return true
@@ -151,15 +151,15 @@ func (e *lossError) Error() string {
 func (e *lossError) Unwrap() error { return e.err }
 
 const (
-	// packageBytes is about as much as the state of many devices.
+	// packageBytes is about the size of the state of many devices.
 	packageBytes = 256 << 10
-	// mostOpening bounds what is sent to open TCP's window.
+	// mostOpening bounds how much is sent to open TCP's window.
 	mostOpening = 1 << 20
 )
 
-// openWindow has as many bytes cross the control lane as soon will while the VM stands still: the
-// package, and n bytes of pages ahead of it. TCP begins with 15 KB a round trip and doubles that
-// with each, also after a pause; it is now, while the VM runs, that it finds out that the path
+// openWindow sends as many bytes over the control lane as will soon cross it while the VM stands
+// still: the device state, and n bytes of pages ahead of it. TCP begins with 15 KB a round trip and
+// doubles that with each, also after a pause. So it finds out now, while the VM runs, that the path
 // carries more.
 func (c *controlLane) openWindow(ctx context.Context, n uint64) error {
 	filler := make([]byte, packageBytes+min(n, mostOpening-packageBytes))

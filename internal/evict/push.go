@@ -11,12 +11,12 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// demandTime is how long nothing is pushed where the order is demand-only; as the guest
-// may never touch some pages, the eviction would not end otherwise.
+// demandTime is how long a demand-only order pushes nothing. The guest may never touch some pages,
+// so the eviction would not end otherwise.
 const demandTime = 20 * time.Second
 
-// sendEarly sends the pages that loading the devices touches, ahead of the package: the
-// destination's QEMU would fetch them one by one while the VM stands still.
+// sendEarly sends the pages that loading the devices touches, ahead of the device state. Otherwise
+// the destination's QEMU would fetch them one by one while the VM stands still.
 func (e *source) sendEarly(a *attachment) error {
 	wanted := e.frozen.runs(touchedByLoading(e.saved.load, e.frozen.readGuest))
 	for _, name := range e.flash {
@@ -28,8 +28,8 @@ func (e *source) sendEarly(a *attachment) error {
 	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
 }
 
-// send sends pages on a lane, in as many frames f as they take. note is called before each is
-// written.
+// send sends pages on a lane, in as many frames f as they need. It calls note before it writes
+// each.
 func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pageset.Run,
 	note func()) error {
 	e.departures.count(why, runs)
@@ -46,7 +46,7 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 	return nil
 }
 
-// beginPush pushes in a session, in which fetches are served already.
+// beginPush pushes in a session that already serves fetches.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
 	e.sessions.beginPush(a, e.departures.sentPages())
@@ -59,16 +59,16 @@ func (e *source) beginPush(a *attachment) {
 	}
 }
 
-// pusher is the push of one session. Whoever finds room for a frame sends it: the reader of the
-// destination's reports, as each of them makes room, and run, for when something else does. To wake
-// run for each frame would take a fifth more of a core that VMs want.
+// pusher is the push of one session. Two goroutines send frames when there is room. The reader of
+// the destination's reports does, as each report makes room. When something else does, run sends.
+// Waking run for each frame would take a fifth more of a core that VMs want.
 type pusher struct {
 	*source
 	a     *attachment
-	again *time.Timer // run has to look for room then
+	again *time.Timer // run must look for room then
 
 	mu   sync.Mutex // guards what follows, and the frame
-	held bool       // only neighbours of fetches are pushed
+	held bool       // the pusher pushes only neighbours of fetches
 	over bool       // nothing is left
 }
 
@@ -95,7 +95,7 @@ func (p *pusher) run() error {
 	}
 }
 
-// push sends what there is room for. It tells whether nothing is left.
+// push sends what there is room for. It reports whether nothing is left.
 func (p *pusher) push() (over bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -109,7 +109,7 @@ func (p *pusher) push() (over bool, err error) {
 		runs, reason, left := p.departures.next(p.held, max(1, room/migstream.TargetPageSize))
 		if len(runs) == 0 {
 			window.pass()
-			p.over = left == 0 // else the rest is held until something is fetched
+			p.over = left == 0 // if pages are left, they wait until something is fetched
 			return p.over, nil
 		}
 		err := p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
@@ -123,7 +123,7 @@ func (p *pusher) push() (over bool, err error) {
 	return true, nil
 }
 
-// serveFetches answers the requests of the destination, until the lane ends.
+// serveFetches answers the destination's requests until the lane ends.
 func (e *source) serveFetches(a *attachment) error {
 	lane, f := a.Lane(link.Fetch), e.fetched
 	var buf []byte
@@ -153,7 +153,7 @@ func (e *source) serveFetches(a *attachment) error {
 	}
 }
 
-// readPlaced follows the destination's reports of what it has placed.
+// readPlaced handles the destination's reports of what it has placed.
 func (p *pusher) readPlaced() error {
 	lane := p.a.Lane(link.Push)
 	var buf []byte
