@@ -11,17 +11,16 @@ import (
 	"vacate/internal/sys/units"
 )
 
-// Frames says which pages of a block some of the guest's page frames are. The frames from First on
+// Frames maps some of the guest's page frames to pages of a block. The frames from First on
 // (counted in 4 KiB of guest-physical address) fill the pages of Run, in order. Each page has as
-// many frames as its block's page size holds.
+// many frames as fit in its block's page size.
 type Frames struct {
 	First uint64
 	Run   pageset.Run
 }
 
-// NewPlan returns the pages in the order of a policy. Where the policy needs to know the
-// pages, s tells of them, and frames where they are; what is not told of comes last. s may be
-// nil otherwise.
+// NewPlan returns the pages in the order of a policy. If the policy needs to know the pages, s
+// describes them, and frames says where they are; unknown pages come last. Otherwise s may be nil.
 func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
 	switch {
 	case p.Base == Reverse:
@@ -46,7 +45,7 @@ func reverse(blocks []Block) []pageset.Run {
 
 func shuffled(blocks []Block) []pageset.Run {
 	runs := reverse(blocks)
-	r := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- the same order each time is what is wanted
+	r := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- the order must be the same each time
 	r.Shuffle(len(runs), func(i, j int) { runs[i], runs[j] = runs[j], runs[i] })
 	return runs
 }
@@ -55,21 +54,21 @@ func shuffled(blocks []Block) []pageset.Run {
 type ranking struct {
 	base  Base
 	fresh bool
-	heat  []uint16 // rank of each process among the others, from 0 to maxHeat
-	busy  []bool   // of each process
+	heat  []uint16 // by process: its rank among the others, from 0 to maxHeat
+	busy  []bool   // by process
 }
 
 const (
-	maxHeat = 63 // processes that are told apart
+	maxHeat = 63 // how many processes are told apart
 	tiers   = 16
-	// hotTiers are those of what busy processes work on, and of what the kernel needs for any of
-	// them.
+	// hotTiers are the tiers of what busy processes work on, and of what the kernel needs for any
+	// process.
 	hotTiers = 3
 	ranks    = tiers * (maxHeat + 1)
 )
 
-// A process is busy if it had this much CPU time of late or, where that is not known, if it
-// ran that short a time ago.
+// A process is busy if it had busyTime of the CPU of late. If that is not known, it is busy if it
+// last ran less than busyRun ago.
 const (
 	busyTime = time.Millisecond
 	busyRun  = 100 * time.Millisecond
@@ -85,8 +84,8 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 	slices.SortStableFunc(order, func(i, j int) int {
 		a, b := &s.Processes[i], &s.Processes[j]
 		if base == Enlightened {
-			// Idle run-times of languages wake now and then, so the last run tells little of
-			// how much memory a process is about to use. The CPU time of late does.
+			// Idle language runtimes wake now and then, so the last run says little about how much
+			// memory a process will soon use. Its recent CPU time does.
 			if c := cmp.Compare(b.Recent, a.Recent); c != 0 {
 				return c
 			}
@@ -102,8 +101,8 @@ func newRanking(base Base, s *pageclass.Survey) *ranking {
 }
 
 // Hot returns a function that reports whether the guest works on a page of the survey, as far as is
-// known. Those are the pages of busy processes and of the kernel that the default order puts ahead
-// of all others.
+// known. These pages belong to busy processes, or to the kernel, and come first in the default
+// order.
 func Hot(s *pageclass.Survey) func(pageclass.Page) bool {
 	r := newRanking(Enlightened, s)
 	return func(p pageclass.Page) bool {
@@ -144,7 +143,7 @@ func (r *ranking) tier(p pageclass.Page) uint16 {
 		}
 		return 9
 	case pageclass.KernelText, pageclass.KernelImage:
-		// The guest needs a fraction of it, which lies together, so that a few fetches bring it.
+		// The guest needs a small part of it, which is contiguous, so a few fetches bring it.
 		return 3
 	case pageclass.Anon, pageclass.Shmem, pageclass.Hugetlb, pageclass.ZeroPage:
 		switch {
@@ -186,11 +185,12 @@ func (r *ranking) tier(p pageclass.Page) uint16 {
 	return 15
 }
 
-// byRank sorts the pages by rank; within one, they keep the order of addresses, so that
-// they make long runs. It looks at all pages twice rather than keep what it found, as fresh
-// memory costs more than that.
+// byRank sorts the pages by rank. Within a rank they stay in the order of addresses, so that they
+// make long runs. It looks at all pages twice instead of storing what it found: fresh memory would
+// cost more.
 func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames) []pageset.Run {
-	var at [ranks + 1]int // where the runs of a rank begin; first, how many the rank before has
+	// where the runs of a rank begin; at first, how many runs the rank before has
+	var at [ranks + 1]int
 	eachRun(r, blocks, pages, frames, func(rank uint16, _ pageset.Run) { at[rank+1]++ })
 	for i := range ranks {
 		at[i+1] += at[i]
@@ -206,7 +206,7 @@ func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames)
 // eachRun calls found for all runs of pages of one rank, in the order of frames.
 func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames,
 	found func(rank uint16, run pageset.Run)) {
-	// Pages beside one another are mostly alike.
+	// Neighbouring pages are mostly alike.
 	var like pageclass.Page
 	rankOfLike := r.rank(like)
 	for _, f := range frames {
@@ -241,7 +241,7 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 	}
 }
 
-// Skippable returns the pages all of whose frames the survey holds to be free beyond doubt.
+// Skippable returns the pages whose frames are all free beyond doubt, by the survey.
 func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
 	var runs []pageset.Run
 	for _, f := range frames {
@@ -269,8 +269,8 @@ func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.R
 	return runs
 }
 
-// Locate returns the pages that page frames fill, in that order. It leaves out frames whose place
-// is not known.
+// Locate returns the pages that page frames fill, in that order. It leaves out frames that it
+// cannot place.
 func Locate(blocks []Block, list []uint64, frames []Frames) []pageset.Run {
 	var runs []pageset.Run
 	find := newFinder(blocks, frames)
@@ -282,11 +282,11 @@ func Locate(blocks []Block, list []uint64, frames []Frames) []pageset.Run {
 	return runs
 }
 
-// finder finds the page that a page frame is in.
+// finder finds the page that contains a page frame.
 type finder struct {
 	blocks []Block
 	frames []Frames // by First
-	last   Frames   // the one found last; those asked for mostly lie close together
+	last   Frames   // the last one found: successive frames are mostly close together
 	each   uint64   // frames in a page of it
 }
 
@@ -316,10 +316,11 @@ func (f *finder) page(frame uint64) (block int, p pageset.Page, ok bool) {
 	return f.last.Run.Block, f.last.Run.First + pageset.Page((frame-f.last.First)/f.each), true
 }
 
-// Kinship knows which pages lie beside one another in the address spaces of the guest's
-// processes. Nil knows of none.
+// Kinship knows which pages are neighbours in the address spaces of the guest's processes. A nil
+// Kinship knows none.
 type Kinship struct {
-	base     []uint32   // number of each block's first page; pages are numbered through
+	// number of each block's first page; all pages have numbers, in one sequence
+	base     []uint32
 	blocks   []Block    //
 	sequence []uint32   // page numbers in virtual order
 	places   [][]uint32 // 1 + place in the sequence, of each page of each block
@@ -327,7 +328,7 @@ type Kinship struct {
 
 const noPage = ^uint32(0)
 
-// NewKinship returns what a survey knows of it; nil if a policy does not want to know.
+// NewKinship returns the kinship that a survey knows. It is nil if a policy does not use it.
 func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) *Kinship {
 	if p.Base != Enlightened || !p.Near {
 		return nil
@@ -336,7 +337,7 @@ func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) 
 	n := uint64(0)
 	for _, b := range blocks {
 		if n+uint64(b.Pages) >= uint64(noPage) {
-			return nil // more than 16 TiB: physical neighbours will do
+			return nil // more than 16 TiB: physical neighbours must do
 		}
 		k.base = append(k.base, uint32(n))
 		k.places = append(k.places, make([]uint32, b.Pages))
@@ -358,7 +359,7 @@ func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) 
 	return k
 }
 
-// place returns where in the sequence a page is.
+// place returns a page's place in the sequence.
 func (k *Kinship) place(block int, p pageset.Page) (pageset.Page, bool) {
 	if k == nil || p >= pageset.Page(len(k.places[block])) || k.places[block][p] == 0 {
 		return 0, false

@@ -5,14 +5,13 @@ import (
 	"strings"
 )
 
-// Base is how the plan is made.
+// Base is how the plan orders pages.
 type Base uint8
 
-// The bases. All but Address are for comparison with Enlightened, or explain what it is
-// worth.
+// The bases. All but Enlightened and Address serve comparisons.
 const (
 	Unset       Base = iota
-	Enlightened      // by what is known of each page's use: see tier
+	Enlightened      // by what is known about each page's use: see tier
 	Classes          // by the paper's nine classes, active processes by their last run
 	Address          // by address
 	Reverse          // by address, from the last to the first
@@ -34,7 +33,7 @@ type Policy struct {
 	Near bool
 }
 
-// Default is the policy that did best.
+// Default is the policy that performed best.
 var Default = Policy{Enlightened, true}
 
 func (p Policy) String() string {
@@ -60,7 +59,7 @@ func ParsePolicy(s string) (Policy, error) {
 		strings.Join(names, ", "))
 }
 
-// Policies lists all.
+// Policies returns all policies.
 func Policies() []Policy {
 	var list []Policy
 	for b := Unset + 1; b < bases; b++ {
@@ -69,5 +68,5 @@ func Policies() []Policy {
 	return list
 }
 
-// Knows reports whether the policy's plan draws upon what is known of the pages.
+// Knows reports whether the policy's plan uses what is known about the pages.
 func (p Policy) Knows() bool { return p.Base == Enlightened || p.Base == Classes }

@@ -1,17 +1,17 @@
-// Package pushorder decides which page of a frozen guest is sent next. It is the one
-// place where order is decided: pure, deterministic, knowing neither QEMU nor the link.
+// Package pushorder decides which page of a frozen guest is sent next. No other package decides
+// order. It is pure and deterministic, and knows neither QEMU nor the link.
 //
 // There is one queue per reason, and the first that is not empty is served:
 //
 //  1. fetches: pages the running guest waits for. They never wait here: Fetch hands the
 //     page out at once.
 //  2. neighbours of recent fetches, the most recent first: a guest that touched a page
-//     will soon touch those beside it, in its address space where that is known, else in
-//     its physical memory.
-//  3. the plan: all other pages, in the order of a Policy, which may draw upon what is
-//     known of the guest's pages. It may come, or be replaced, at any time.
+//     will soon touch those beside it. These are neighbours in its address space if that
+//     is known, else in its physical memory.
+//  3. the plan: all other pages, in the order of a Policy, which may use what is known
+//     about the guest's pages. It may come, or be replaced, at any time.
 //
-// A page is handed out exactly once, whichever queue it is in. Why it was is remembered.
+// A page is handed out exactly once, whichever queue it is in. The order remembers why.
 package pushorder
 
 import (
@@ -26,13 +26,13 @@ type Reason uint8
 // The reasons. Those from Fetched to Planned are in the order in which they are served.
 const (
 	Left    Reason = iota // not yet
-	Early                 // before the guest runs at the destination, as that needs it
+	Early                 // before the guest runs at the destination, which needs it first
 	Fetched               // the guest waits for it
-	Near                  // a neighbour of one that was fetched
+	Near                  // a neighbour of a page that was fetched
 	Planned
 	Skipped // it is free in the guest, and not sent at all
-	Unused  // it is not there at the source, and not sent at all
-	Before  // it was there already
+	Unused  // the source has no memory for it, and it is not sent at all
+	Before  // it was at the destination already
 	Reasons // the number of reasons
 )
 
@@ -41,21 +41,21 @@ func (r Reason) String() string {
 		"none"}[min(r, Reasons)]
 }
 
-// Neighbourhood is how much around a fetched page is pushed next, in bytes: half of it
-// before, half behind. Around a page that is known to be the kernel's, it is a quarter of that.
+// Neighbourhood is how many bytes around a fetched page are pushed next: half of them before it,
+// half behind it. Around a page known to be the kernel's, it is a quarter of that.
 const Neighbourhood = 256 << 10
 
-// maxNear bounds the spans of neighbours that are remembered; older ones are left to the plan.
+// maxNear bounds how many spans of neighbours are remembered; the plan has the older ones.
 const maxNear = 512
 
-// late marks a page that the guest came to wait for after it was handed out.
+// late marks a page for which the guest waited after it was handed out.
 const late = 0x80
 
 // Order holds the pages not yet handed out. It is not safe for concurrent use.
 type Order struct {
 	near   bool
 	left   []*pageset.Set
-	radius []pageset.Page // of the neighbourhood, per block
+	radius []pageset.Page // of the neighbourhood, by block
 	why    [][]uint8      // reason and late, per page of each block
 	total  int
 
@@ -67,8 +67,8 @@ type Order struct {
 	returned []pageset.Run // ahead of the plan
 }
 
-// span is a run of neighbours: of a block's pages or, where virtual is set, of places in
-// the sequence of pages as the guest's processes see them.
+// span is a run of neighbours. It holds a block's pages or, if virtual is set, places in the
+// sequence of pages as the guest's processes see them.
 type span struct {
 	pageset.Run
 	virtual bool
@@ -80,8 +80,8 @@ type Block struct {
 	PageSize int
 }
 
-// New returns an order over all pages of the blocks: by address, until there is a plan,
-// after the neighbours of fetches if near is set.
+// New returns an order over all pages of the blocks. Until there is a plan, it goes by address.
+// With near, neighbours of fetches come first.
 func New(blocks []Block, near bool) *Order {
 	o := &Order{near: near}
 	for _, b := range blocks {
@@ -94,9 +94,8 @@ func New(blocks []Block, near bool) *Order {
 	return o
 }
 
-// SetPlan replaces the order of the pages for which there is no better reason. It may be
-// called at any time, and the plan may name any pages; those that it does not name come
-// behind it, by address.
+// SetPlan replaces the order of the pages that no other queue holds. It may be called at any time,
+// and the plan may name any pages. Pages that it does not name come last, by address.
 func (o *Order) SetPlan(plan []pageset.Run) {
 	o.plan, o.at = slices.Clone(plan), 0
 	for i, set := range o.left {
@@ -104,25 +103,25 @@ func (o *Order) SetPlan(plan []pageset.Run) {
 	}
 }
 
-// SetKinship has the neighbours of pages be those in the guest's address spaces, as far as
-// they are known. It may be called at any time.
+// SetKinship makes neighbours those in the guest's address spaces, as far as these are known. It
+// may be called at any time.
 func (o *Order) SetKinship(k *Kinship) {
 	o.kin = k
-	// they name places in the one before
+	// these spans are places in the old kinship
 	o.spans = slices.DeleteFunc(o.spans, func(s span) bool { return s.virtual })
 }
 
-// Left is the number of pages not yet handed out.
+// Left returns the number of pages not yet handed out.
 func (o *Order) Left() int { return o.total }
 
-// Take hands out those of the run's pages that are left, for a reason of the caller's.
+// Take hands out those of the run's pages that are left, for a reason that the caller gives.
 func (o *Order) Take(run pageset.Run, why Reason) []pageset.Run {
 	return o.take(nil, run, run.Count, why)
 }
 
 // Fetch hands out the run's pages that are left, as the guest waits for one of them. It puts the
-// neighbours of the run's first page at the head of the queue. Those that are on their way already
-// are noted as late.
+// neighbours of the run's first page at the head of the queue. Pages that are on their way already
+// it marks as late.
 func (o *Order) Fetch(run pageset.Run) []pageset.Run {
 	if run.Block < 0 || run.Block >= len(o.left) {
 		return nil
@@ -147,19 +146,20 @@ func (o *Order) addNeighbours(run pageset.Run) {
 	if at, ok := o.kin.place(run.Block, run.First); ok {
 		run, virtual = pageset.Run{First: at}, true
 	} else if o.kin != nil {
-		// It belongs to no process, so it is the kernel's, and the guest needs little of that soon.
-		// The neighbours of 150 such pages, 23 MiB, once held up what a busy process waited for.
+		// The page belongs to no process, so it is the kernel's, and the guest needs little around
+		// it soon. The neighbours of 150 such pages, 23 MiB, once delayed what a busy process
+		// waited for.
 		radius = max(1, radius/4)
 	}
 	first := run.First - min(run.First, radius)
-	// What lies behind the page is more likely to be next than what lies before it.
+	// The guest is more likely to need what follows the page than what precedes it.
 	o.spans = append(o.spans,
 		span{pageset.Run{Block: run.Block, First: first, Count: int(run.First - first)}, virtual},
 		span{pageset.Run{Block: run.Block, First: run.First, Count: int(radius)}, virtual})
 }
 
-// Next hands out up to limit pages to be pushed, appended to dst as runs, and the reason.
-// All have the same reason and are of the same block. There are none only when none are left.
+// Next hands out up to limit pages to push. It appends them to dst as runs, and returns the reason.
+// All have one reason and are in one block. It hands out none only when none are left.
 func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
 	if got := o.NextNear(dst, limit); len(got) > len(dst) {
 		return got, Near
@@ -173,7 +173,7 @@ func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
 		run := &o.plan[o.at]
 		got := o.take(dst, *run, limit, Planned)
 		if len(got) > len(dst) {
-			// What lies before the end of the last run taken is gone for good.
+			// Nothing before the end of the last run is left.
 			end := got[len(got)-1].End()
 			run.Count -= int(end - run.First)
 			run.First = end
@@ -201,7 +201,7 @@ func (o *Order) NextNear(dst []pageset.Run, limit int) []pageset.Run {
 	return dst
 }
 
-// takeKin takes pages of a span of the sequence, as long as they are of one block.
+// takeKin takes pages of a span of the sequence, as long as they are in one block.
 func (o *Order) takeKin(dst []pageset.Run, s *span, limit int) []pageset.Run {
 	n := len(dst)
 	for s.Count > 0 && limit > 0 {
@@ -215,7 +215,7 @@ func (o *Order) takeKin(dst []pageset.Run, s *span, limit int) []pageset.Run {
 			continue
 		}
 		before := o.total
-		// Pages that lie beside one another in both orders make one run.
+		// Neighbours in both orders make one run.
 		if last := len(dst) - 1; last >= n && dst[last].End() == page && o.left[block].Has(page) {
 			dst[last].Count++
 			o.take(nil, pageset.Run{Block: block, First: page, Count: 1}, 1, Near)
@@ -251,7 +251,7 @@ func (o *Order) take(dst []pageset.Run, run pageset.Run, limit int, why Reason) 
 	return dst
 }
 
-// Return takes pages back that were handed out and did not arrive. They are the next of the plan.
+// Return takes back pages that were handed out and did not arrive. The plan continues with them.
 func (o *Order) Return(run pageset.Run) {
 	set := o.left[run.Block]
 	for p := run.First; p < run.End(); p++ {
@@ -268,8 +268,8 @@ func (o *Order) Return(run pageset.Run) {
 	o.returned = append(o.returned, run)
 }
 
-// Why tells why a page was handed out, and whether the guest came to wait for it while it
-// was on its way.
+// Why returns why a page was handed out, and whether the guest waited for it while it was on its
+// way.
 func (o *Order) Why(block int, p pageset.Page) (why Reason, wasLate bool) {
 	w := o.why[block][p]
 	return Reason(w &^ late), w&late != 0
