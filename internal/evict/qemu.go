@@ -20,11 +20,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pollInterval is how often a QEMU's state is asked for where it sends no event.
+// pollInterval is how often the engine asks for a QEMU's state if QEMU sends no event.
 const pollInterval = time.Millisecond
 
-// capabilitiesOff are switched off for the time of an eviction where a QEMU has them:
-// they change the stream, or let QEMU throttle, drop or resume on its own.
+// capabilitiesOff are switched off during an eviction if a QEMU has them. They change the stream,
+// or let QEMU throttle, drop or resume on its own.
 var capabilitiesOff = []string{
 	"auto-converge", "background-snapshot", "block", "compress", "dirty-bitmaps", "mapped-ram",
 	"multifd",
@@ -61,8 +61,8 @@ func settingsOf(ctx context.Context, q *qmp.Client) (s settings, err error) {
 	return s, q.Run(ctx, "query-migrate-parameters", nil, &s.Parameters)
 }
 
-// plan returns what is to be set for an eviction in place of s, with some parameters, and
-// the same settings as they are in s.
+// plan returns the settings to apply for an eviction instead of s, with some parameters. was are
+// the same settings with their values in s.
 func (s settings) plan(parameters map[string]any) (want, was settings) {
 	want = settings{map[string]bool{}, map[string]any{}}
 	was = settings{map[string]bool{}, map[string]any{}}
@@ -78,7 +78,7 @@ func (s settings) plan(parameters map[string]any) (want, was settings) {
 	turn("events", true)
 	maps.Copy(want.Parameters, parameters)
 	if tls, ok := s.Parameters["tls-creds"].(string); ok && tls != "" {
-		// The socket that we hand to QEMU is no TLS connection.
+		// The socket that QEMU gets is no TLS connection.
 		want.Parameters["tls-creds"] = ""
 	}
 	for name := range want.Parameters {
@@ -89,7 +89,7 @@ func (s settings) plan(parameters map[string]any) (want, was settings) {
 	return want, was
 }
 
-// apply makes the settings those of a QEMU.
+// apply applies the settings to a QEMU.
 func (s settings) apply(ctx context.Context, q *qmp.Client) error {
 	return together(
 		func() error {
@@ -106,9 +106,9 @@ func (s settings) apply(ctx context.Context, q *qmp.Client) error {
 		})
 }
 
-// announce has the VM's network cards tell where they are, so that bridges and switches send
-// to here what is for them. QEMU does so by itself when it has loaded a VM, which here is
-// before it is settled where that runs.
+// announce makes the VM's network cards announce themselves, so that bridges and switches send
+// their traffic here. QEMU does that by itself once it has loaded a VM. Here that is before it is
+// decided where the VM runs.
 func announce(ctx context.Context, q *qmp.Client, log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
@@ -149,8 +149,8 @@ func socketTo(ctx context.Context, q *qmp.Client, name string, sendBuffer int) (
 // probeFD is QEMU's name for a descriptor that it is handed for a moment.
 const probeFD = "vacate-probe"
 
-// handsOver makes sure that descriptors reach the QEMU behind a monitor, while neither QEMU is used
-// up. A relay in between, which has bytes pass and nothing else, is noticed by nothing before.
+// handsOver makes sure that descriptors reach the QEMU behind a monitor, while both QEMUs can still
+// be used. A relay may pass bytes and no descriptors; nothing earlier would notice that.
 func handsOver(ctx context.Context, q *qmp.Client, monitor string) error {
 	conn, err := socketTo(ctx, q, probeFD, 0)
 	if isRefusal(err) {
@@ -164,11 +164,11 @@ func handsOver(ctx context.Context, q *qmp.Client, monitor string) error {
 	return q.CloseFD(ctx, probeFD)
 }
 
-// describe collects what an offer says of a VM, but its memory: of the source's, and of
-// the destination's to be compared with it.
+// describe collects what an offer says about a VM, except its memory. It describes the source's VM,
+// and at the destination the machine that the offer must match.
 func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {
 	o.QEMU = q.Version().String()
-	// Of a VM of another architecture nothing else can be compared.
+	// If the VM's architecture is not supported, nothing else can be compared.
 	if reasons, err := fit.Supported(ctx, q); err != nil || reasons != nil {
 		return o, cmp.Or(err, reasons.Err())
 	}
@@ -188,7 +188,7 @@ func describe(ctx context.Context, q *qmp.Client) (o offer, err error) {
 	return o, err
 }
 
-// held makes sure that nothing holds the source's VM where it is.
+// held makes sure that nothing keeps the source's VM from moving.
 func held(ctx context.Context, q *qmp.Client) error {
 	reasons, err := fit.Held(ctx, q)
 	if err != nil {
@@ -205,8 +205,8 @@ func (o offer) withMemory(mem *guestmem.Memory) offer {
 	return o
 }
 
-// together does all at the same time and returns the first error in the order given. On a
-// busy host the main loop of a QEMU answers a command late, and several as late as one.
+// together runs all functions at once and returns the first error in the order given. On a busy
+// host a QEMU's main loop is late to answer, and it answers several commands as late as one.
 func together(do ...func() error) error {
 	errs := make([]error, len(do))
 	var all sync.WaitGroup
@@ -227,7 +227,7 @@ func isRefusal(err error) bool {
 	return errors.As(err, &refusal)
 }
 
-// check makes sure that what a peer offers is within bounds.
+// check makes sure that a peer's offer is within bounds.
 func (o offer) check() error {
 	if err := errors.Join(o.CPUs.Check(), o.Devices.Check(), o.Disks.Check()); err != nil {
 		return fmt.Errorf("%w: %w", errFrame, err)
@@ -241,8 +241,8 @@ func (o offer) check() error {
 	return nil
 }
 
-// mismatch compares the offered VM with the one that the destination's QEMU was started
-// as. It returns nil if the one can become the other.
+// mismatch compares the offered VM with the one that the destination's QEMU was started as. It
+// returns nil if that QEMU can take the VM.
 func (o offer) mismatch(here offer) error {
 	if o.Machine != here.Machine {
 		return fmt.Errorf("the source's machine is %s, the destination's %s: start the "+
@@ -290,14 +290,14 @@ func (o offer) mismatch(here offer) error {
 	return nil
 }
 
-// versionOf reads what Version.String wrote; zero for anything else.
+// versionOf parses the result of Version.String; zero for anything else.
 func versionOf(s string) (v qmp.Version) {
 	fmt.Sscanf(s, "%d.%d.%d", &v.Major, &v.Minor, &v.Micro)
 	return v
 }
 
-// holds makes sure that memory which the source's QEMU announces is that of the offer: a
-// hostile peer's could be without end.
+// holds makes sure that the memory which the source's QEMU announces is that of the offer. A
+// hostile peer could announce any amount.
 func (o offer) holds(l layout) error {
 	for _, b := range l {
 		i := slices.IndexFunc(o.Blocks, func(h blockOffer) bool { return h.Name == b.Name })
@@ -313,9 +313,9 @@ func (o offer) holds(l layout) error {
 	return nil
 }
 
-// maxResizable is more than QEMU lets a resizable block grow to.
+// maxResizable is above the size to which QEMU lets a resizable block grow.
 const maxResizable = 64 << 20
 
-// resizable tells whether QEMU adapts the block's size to the source's when it loads: it
-// does so for the tables that it hands to the firmware.
+// resizable reports whether QEMU adapts the block's size to the source's when it loads. It does for
+// the tables that it passes to the firmware.
 func resizable(block string) bool { return len(block) > 5 && block[:5] == "/rom@" }

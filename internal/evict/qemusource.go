@@ -14,7 +14,8 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// qemuSource is a VM whose QEMU was started by its operator: it obeys whoever reaches its monitor.
+// qemuSource is a VM whose QEMU was started by its operator. It obeys anybody who reaches its
+// monitor.
 type qemuSource struct {
 	path    string          // of its QMP socket
 	vm      string          // its name; may be empty
@@ -22,7 +23,7 @@ type qemuSource struct {
 	q       *qmp.Client     // nil before open
 	freezer *freezer        // nil before arm
 
-	// What a manager's monitor does in another way; nil for QEMU's own. See freezer.
+	// What a manager's monitor does differently; nil for QEMU's own. See freezer.
 	subscribe func(context.Context) (events, error)
 	drain     func(context.Context, process.Process) error
 	cont      func(context.Context) error
@@ -98,14 +99,14 @@ func (o *qemuSource) describe(ctx context.Context) (d described, err error) {
 		},
 		func() error {
 			if o.path == "" {
-				return nil // nothing is handed over by a monitor that we did not dial
+				return nil // a monitor that the caller dialled passes no descriptors
 			}
 			return handsOver(ctx, o.q, o.path)
 		})
 	return d, err
 }
 
-// fit makes sure that the VM is in a state from which it can be evicted, and returns that.
+// fit makes sure that the VM's state allows an eviction, and returns that state.
 func (o *qemuSource) fit(ctx context.Context) (qmp.Status, error) {
 	status, err := o.q.QueryStatus(ctx)
 	if err != nil {
@@ -115,11 +116,11 @@ func (o *qemuSource) fit(ctx context.Context) (qmp.Status, error) {
 	if err != nil {
 		return status, err
 	}
-	m.Blocked = nil // the reasons for that are told elsewhere, with remedies
+	m.Blocked = nil // these reasons are reported elsewhere, with remedies
 	if err := mayLeave(m); err != nil {
 		return status, err
 	}
-	// Of what QEMU the destination has, that speaks for itself.
+	// The destination checks its own QEMU's version.
 	reasons := fit.StateOf(status.Status, o.q.Version(), o.q.Version())
 	if err := reasons.Err(); err != nil {
 		return status, fmt.Errorf("%s %w", vmName(o.vm), err)
@@ -127,8 +128,8 @@ func (o *qemuSource) fit(ctx context.Context) (qmp.Status, error) {
 	if status.Running {
 		return status, nil
 	}
-	// It may have come here standing, or have been rolled back: QEMU before 10.0 does not survive
-	// giving up its disks twice.
+	// The VM may have arrived here standing, or have been rolled back: QEMU before 10.0 does not
+	// survive giving up its disks twice.
 	return status, fit.Activate(ctx, o.q)
 }
 
@@ -226,8 +227,8 @@ func (o *qemuSource) run(ctx context.Context) error {
 	return o.q.Cont(ctx)
 }
 
-// discard kills the QEMU. Its process is stopped: it could not be told to quit without being let
-// run first, and then it could carry out a `cont` that somebody gave it meanwhile.
+// discard kills the QEMU, whose process is stopped. To quit, it would have to run again, and could
+// first carry out a `cont` that somebody sent meanwhile.
 func (o *qemuSource) discard(ctx context.Context, qemu process.Process) error {
 	return qemu.Kill(ctx)
 }

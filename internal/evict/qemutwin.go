@@ -16,24 +16,25 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// qemuTwin is a QEMU that its operator started to take a VM, and that waits behind its monitor.
+// qemuTwin is a QEMU that its operator started to take a VM. It waits behind its monitor.
 type qemuTwin struct {
 	path        string // of its QMP socket
 	description string // the file that says how it is started; empty without a daemon
 	log         *slog.Logger
-	runs        func() // is called when the QEMU says that the guest runs
+	runs        func() // called when the QEMU says that the guest runs
 	found       twinQEMU
 	own         actions  // the QEMU's
-	held        bool     // it was told to stay when its guest ends itself
-	changed     settings // of the QEMU, as they were
-	conn        net.Conn // our end of the stream that it was given last; nil before that
+	held        bool     // it was told to pause when its guest ends itself
+	changed     settings // the QEMU's own, as they were
+	conn        net.Conn // our end of its last stream; nil before the first
 	ending      ending
-	ended       chan string        // capacity 1: the guest ended itself, and stands; why
-	life        context.Context    // ends when close is called
-	stop        context.CancelFunc // of life
-	tasks       sync.WaitGroup
+	// capacity 1: why the guest ended itself, once the QEMU is paused with it
+	ended chan string
+	life  context.Context    // ends when close is called
+	stop  context.CancelFunc // of life
+	tasks sync.WaitGroup
 
-	// A twin that ran may be given a new stream while it has not answered yet that it runs.
+	// A twin that ran may get a new stream before it has answered that it runs.
 	mu sync.Mutex
 	q  *qmp.Client // nil when it does not answer; guarded by mu
 }
@@ -45,14 +46,14 @@ func newQEMUTwin(d Destination, runs func()) *qemuTwin {
 	return o
 }
 
-// client is the QEMU's monitor; nil when it does not answer.
+// client returns the QEMU's monitor; nil if it does not answer.
 func (o *qemuTwin) client() *qmp.Client {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.q
 }
 
-// open dials the QEMU's monitor, unless it answers.
+// open dials the QEMU's monitor, unless that answers.
 func (o *qemuTwin) open(ctx context.Context) error {
 	was := o.client()
 	if was != nil && was.Err() == nil {
@@ -144,7 +145,7 @@ func (o *qemuTwin) accept(ctx context.Context, offered offer) (err error) {
 	if err := atRest(ctx, o.client(), "the QEMU that waits at the destination"); err != nil {
 		return err
 	}
-	// Not when the wait began: it may be mended meanwhile, in QEMU's monitor.
+	// It is asked again, as somebody may have changed it since the wait began, by QEMU's monitor.
 	here := o.found.here
 	if here.Disks, err = fit.DisksOf(ctx, o.client()); err != nil {
 		return err
@@ -163,7 +164,7 @@ func (o *qemuTwin) decline(context.Context) {
 }
 
 func (o *qemuTwin) connect(ctx context.Context) (_ net.Conn, err error) {
-	// That QEMU takes it shows that it is not stuck, while nothing is lost yet.
+	// If QEMU takes it, it is not stuck. Nothing is lost yet.
 	o.conn, err = socketTo(ctx, o.client(), destinationFD, qemuBuffer)
 	return o.conn, err
 }
@@ -194,7 +195,7 @@ func (o *qemuTwin) run(ctx context.Context) error {
 	return err
 }
 
-// notRun is an error that wraps errNotRun, and does not say so.
+// notRun is an error that wraps errNotRun, and does not repeat its text.
 type notRun struct{ error }
 
 func (e notRun) Unwrap() []error { return []error{e.error, errNotRun} }
@@ -210,7 +211,7 @@ func (o *qemuTwin) reason(ctx context.Context) (string, error) {
 	return m.ErrorDesc, err
 }
 
-// renew is QEMU's own recovery of a post-copy migration.
+// renew uses QEMU's own recovery of a post-copy migration.
 func (o *qemuTwin) renew(ctx context.Context, hello []byte) (r renewed, err error) {
 	before := o.client()
 	if err := o.open(ctx); err != nil {
@@ -220,7 +221,7 @@ func (o *qemuTwin) renew(ctx context.Context, hello []byte) (r renewed, err erro
 	if q != before {
 		o.listen(q)
 	}
-	// What the guest did while no engine listened.
+	// This catches what the guest did while no engine listened.
 	if st, err := q.QueryStatus(ctx); err != nil {
 		return r, err
 	} else if o.own.ends(st.Status) {
@@ -233,14 +234,14 @@ func (o *qemuTwin) renew(ctx context.Context, hello []byte) (r renewed, err erro
 	if err != nil {
 		return r, err
 	}
-	// Of a QEMU that took the VM, has all devices and never ran it, "paused" means that it was not
-	// told to.
+	// A QEMU that took the VM, has all devices and never ran says "paused" if it was not told to
+	// run.
 	r.pending = st.Status == "paused"
 	if r.conn, err = socketTo(ctx, q, recoverFD, 0); err != nil {
 		return r, err
 	}
-	// All in one piece, and before QEMU reads any of it: some versions do not survive a
-	// connection that ends before it said enough.
+	// It is one write, before QEMU reads any of it: some versions do not survive a connection that
+	// ends too early.
 	if _, err = r.conn.Write(hello); err != nil {
 		err = fmt.Errorf("write to QEMU: %w", err)
 	} else {
@@ -267,7 +268,7 @@ func awaitPaused(ctx context.Context, q *qmp.Client) error {
 			return fmt.Errorf("QEMU's migration failed: %s", m.ErrorDesc)
 		case m.Status == "postcopy-active" && !asked:
 			asked = true
-			// Refused where it has just noticed by itself.
+			// QEMU refuses if it has just noticed by itself.
 			if err := q.MigratePause(ctx); err != nil && !isRefusal(err) {
 				return err
 			}
@@ -280,8 +281,8 @@ func awaitPaused(ctx context.Context, q *qmp.Client) error {
 	}
 }
 
-// hold tells the QEMU to keep a guest that ends itself, if by its own setting it would end then.
-// Without that it says so and ends at once, which is second best: nobody may listen.
+// hold tells the QEMU to keep a guest that ends itself, if by its own setting QEMU would end then.
+// Without that QEMU would announce it and end at once, and perhaps nobody would listen.
 func (o *qemuTwin) hold(ctx context.Context) error {
 	if o.own.shutdown == "pause" {
 		return nil
@@ -297,7 +298,7 @@ func (o *qemuTwin) hold(ctx context.Context) error {
 	return err
 }
 
-// giveBackTime is how long a QEMU may take to get its own settings back.
+// giveBackTime is how long a QEMU may take to restore its own settings.
 const giveBackTime = 2 * time.Second
 
 func (o *qemuTwin) letGo(life context.Context, over bool) {
@@ -316,7 +317,8 @@ func (o *qemuTwin) putBack(life context.Context, q *qmp.Client) {
 	ctx, cancel := context.WithTimeout(life, giveBackTime)
 	defer cancel()
 	err := o.changed.apply(ctx, q)
-	for isRefusal(err) && ctx.Err() == nil { // until its migration is over, which was told to end
+	// QEMU refuses until its migration is over, and that was told to end
+	for isRefusal(err) && ctx.Err() == nil {
 		select {
 		case <-time.After(pollInterval):
 			err = o.changed.apply(ctx, q)
@@ -328,7 +330,7 @@ func (o *qemuTwin) putBack(life context.Context, q *qmp.Client) {
 	}
 }
 
-// release undoes hold, and has QEMU quit if its guest ended itself before.
+// release undoes hold, and makes QEMU quit if its guest ended itself before.
 func (o *qemuTwin) release(life context.Context, q *qmp.Client) {
 	if !o.held || life.Err() != nil {
 		return
@@ -384,8 +386,8 @@ func (o *qemuTwin) close() {
 	}
 }
 
-// listen takes note of what QEMU says of its guest's end, and of its own, at a monitor, until that
-// or this engine ends.
+// listen follows what QEMU says at a monitor about its guest's end, and its own. It returns when
+// the QEMU or this engine ends.
 func (o *qemuTwin) listen(q *qmp.Client) {
 	events, heard := q.Subscribe(256), make(chan struct{})
 	o.ending.mu.Lock()
@@ -413,8 +415,8 @@ func (o *qemuTwin) listen(q *qmp.Client) {
 	})
 }
 
-// confirm asks a QEMU whose guest may have ended itself for its run state. It answers when the
-// guest stands still, and its disks are written.
+// confirm asks a QEMU for its run state if its guest may have ended itself. QEMU answers when the
+// guest stands still and its disks are written.
 func (o *qemuTwin) confirm(q *qmp.Client) {
 	st, err := q.QueryStatus(o.life)
 	if err != nil || !o.own.ends(st.Status) {
@@ -422,7 +424,7 @@ func (o *qemuTwin) confirm(q *qmp.Client) {
 	}
 	why := o.ending.said()
 	if why == "" {
-		why = "guest-panic" // QEMU's own word for it, where it does not pause
+		why = "guest-panic" // QEMU's own word for it, if it does not pause
 	}
 	select {
 	case o.ended <- why:
@@ -437,7 +439,7 @@ func (o *qemuTwin) lastWords() (guest, host string) {
 	return o.ending.guest, o.ending.host
 }
 
-// startRemedy says how the QEMU is to be started.
+// startRemedy says how to start the QEMU.
 func (o *qemuTwin) startRemedy() string {
 	if o.description != "" {
 		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments",
@@ -446,8 +448,8 @@ func (o *qemuTwin) startRemedy() string {
 	return "start it as the source's, with -S -incoming defer in addition"
 }
 
-// startsPaused makes sure that QEMU was started with -S. Without it, it would run the VM
-// as soon as the devices are loaded, before anyone agreed to that.
+// startsPaused makes sure that QEMU was started with -S. Otherwise it would run the VM as soon as
+// the devices are loaded, before the commit.
 func startsPaused(args []string) error {
 	if !slices.Contains(args, "-S") && !slices.Contains(args, "--S") {
 		return errors.New("the destination's QEMU was started without -S and would run the VM " +

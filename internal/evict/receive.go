@@ -13,7 +13,7 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// takeHead makes sure that the head is what a source may send, and learns the layout.
+// takeHead makes sure that a source may send this head, and learns the layout.
 func (e *destination) takeHead(head []byte) error {
 	l, r, err := parseHead(head)
 	if err != nil {
@@ -26,7 +26,7 @@ func (e *destination) takeHead(head []byte) error {
 	return nil
 }
 
-// adopt takes a layout over, with no page received yet.
+// adopt sets a layout. No page has been received yet.
 func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
 	e.head, e.layout, e.reader = head, l, r
 	e.pages.begin(l)
@@ -36,7 +36,7 @@ func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
 	}
 }
 
-// parseHead takes a head apart, which may hold nothing but what a post-copy migration begins with.
+// parseHead parses a head. It accepts nothing but what begins a post-copy migration.
 func parseHead(head []byte) (l layout, r *migstream.Reader, err error) {
 	r = migstream.NewReader(bytes.NewReader(head))
 	for {
@@ -67,9 +67,9 @@ func parseHead(head []byte) (l layout, r *migstream.Reader, err error) {
 	}
 }
 
-// receivePackage receives the pages that come ahead of the package, and the package, and
-// hands them to QEMU. In between it has QEMU drop what it has of all other pages: it wrote
-// ROMs into them when it started.
+// receivePackage receives the pages ahead of the device state, and the device state, and passes
+// them to QEMU. In between it makes QEMU drop all other pages: QEMU wrote ROMs into them when it
+// started.
 func (e *destination) receivePackage(ctx context.Context) error {
 	control := e.at.Load().control
 	for {
@@ -91,7 +91,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 	}
 }
 
-// checkLoad makes sure that the load is a package and no more.
+// checkLoad makes sure that the device state is one package and no more.
 func checkLoad(r *migstream.Reader) ([]byte, error) {
 	var b []byte
 	for {
@@ -116,7 +116,7 @@ func checkLoad(r *migstream.Reader) ([]byte, error) {
 	}
 }
 
-// receiveLanes receives what comes on the lanes for pages.
+// receiveLanes starts to receive on the lanes for pages.
 func (e *destination) receiveLanes(a *attachment) {
 	for _, lane := range []link.Lane{link.Push, link.Fetch} {
 		a.begin(func() error {
@@ -127,8 +127,8 @@ func (e *destination) receiveLanes(a *attachment) {
 	}
 }
 
-// receivePages receives the pages of a lane and hands them to QEMU, until the session
-// ends, and returns why it did.
+// receivePages receives the pages of a lane and passes them to QEMU. It returns when the session
+// ends, with the reason.
 func (e *destination) receivePages(a *attachment, l link.Lane) error {
 	lane := a.Lane(l)
 	as := parcel{a: a, urgent: l == link.Fetch}
@@ -168,8 +168,8 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 	}
 }
 
-// receive takes a frame of pages, which come as is told by a parcel, and hands those to QEMU that
-// it does not have yet. It tells whether they are held, and the payload with them.
+// receive takes a frame of pages, and passes those to QEMU that QEMU lacks; as says how they came.
+// It reports whether they are held: then the payload is held, too.
 func (e *destination) receive(as parcel, payload []byte) (held bool, err error) {
 	runs, data, err := e.layout.parsePages(nil, payload)
 	if err != nil {
@@ -181,8 +181,8 @@ func (e *destination) receive(as parcel, payload []byte) (held bool, err error) 
 	return e.settle(as)
 }
 
-// skip notes pages that never come: they read as zero, since QEMU was told to drop all
-// that did not come ahead of the package. Those that the guest waits for are placed now.
+// skip notes pages that never come. They read as zero, since QEMU dropped all that did not come
+// ahead of the device state. It places those that the guest waits for now.
 func (e *destination) skip(payload []byte) error {
 	runs, _, err := e.layout.parsePages(nil, payload)
 	if err != nil {
@@ -195,7 +195,8 @@ func (e *destination) skip(payload []byte) error {
 	return err
 }
 
-// readReturnPath follows what QEMU says of a stream, and asks the source for the pages it wants.
+// readReturnPath handles what QEMU says on a stream's return path, and requests the pages that QEMU
+// wants.
 func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error {
 	for {
 		m, err := r.Next()
@@ -232,11 +233,11 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 				continue
 			}
 			if st := e.machine.current(); st != Running || !e.running.Load() {
-				// While the VM stands still, each of these makes it stand longer: by a round trip.
+				// While the VM stands still, each of these adds a round trip to its down time.
 				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length",
 					m.Length)
 			}
-			if a := e.at.Load(); a != nil { // else it is asked for when the source is back
+			if a := e.at.Load(); a != nil { // else it is requested when the source is back
 				if err := a.Lane(link.Fetch).Write(frameRequest,
 					appendRequest(nil, run)); err != nil {
 					a.FailSoon(err)
@@ -246,8 +247,8 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 	}
 }
 
-// fillLeftOut places all pages that were left out. A QEMU that does not answer may wait for one of
-// them, which it asked an engine for that died.
+// fillLeftOut places all pages that were left out. A QEMU that does not answer may wait for one
+// that it requested from an engine which has died.
 func (e *destination) fillLeftOut() {
 	if e.placer.direct.Load() == nil {
 		return

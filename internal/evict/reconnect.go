@@ -13,7 +13,7 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// How long a source waits before it tries to reach the destination again, and for its answers.
+// How long a source waits before it tries to reach the destination again, and for answers.
 const (
 	firstPause = 100 * time.Millisecond
 	lastPause  = time.Second
@@ -22,16 +22,16 @@ const (
 	connectTime = 5 * time.Second
 )
 
-// Gap is a time in which a committed eviction had no link.
+// Gap is a period in which a committed eviction had no link.
 type Gap struct {
 	At    float64 `json:"at_s"`   // since the start
-	For   float64 `json:"for_s"`  // until pages were sent again, or it was known that none need be
-	Again int     `json:"again"`  // pages that were on their way and had to be sent once more
+	For   float64 `json:"for_s"`  // until pages were sent again, or none were needed
+	Again int     `json:"again"`  // pages that were on their way and were sent once more
 	Why   string  `json:"reason"` // of the first failure
 }
 
-// seeThrough goes on with a committed eviction to its end, through any number of sessions. why
-// is the reason for which the present one is of no use; nil if pages are being pushed in it.
+// seeThrough completes a committed eviction, through any number of sessions. why is the reason for
+// which the present session has failed; nil if it pushes pages.
 func (e *source) seeThrough(ctx context.Context, why error) error {
 	left, stop := untilLeft(ctx)
 	defer stop()
@@ -85,14 +85,14 @@ func (e *source) await(left context.Context) (done bool, err error) {
 			if e.departures.settled() < int(e.departures.total.Load()) {
 				return e.lostHere(context.Cause(e.life))
 			}
-			return false, context.Cause(e.life) // the destination may have it all: it is asked
+			return false, context.Cause(e.life) // the destination may have all pages: ask it
 		case <-left.Done():
 			return true, e.left()
 		}
 	}
 }
 
-// hearShort takes note of whether the destination has memory for pages.
+// hearShort notes whether the destination has memory for pages.
 func (e *source) hearShort(a *attachment, payload []byte) error {
 	var f farewell
 	if err := decode(payload, &f); err != nil {
@@ -112,8 +112,8 @@ func (e *source) hearShort(a *attachment, payload []byte) error {
 	return nil
 }
 
-// reach makes sessions with the destination until it has said what became of the eviction,
-// and does what follows from it. It returns with done unset when pages are pushed again.
+// reach makes sessions with the destination until it has said what became of the eviction, and acts
+// on the answer. If it returns without done, pages are pushed again.
 func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	since := time.Now()
 	again := 0
@@ -125,8 +125,8 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	}()
 	pause := time.Duration(0)
 	for {
-		// Even where the QEMU here has ended: the destination may have every page already, and
-		// if it has not, it has to know that no more will come.
+		// This happens even if the QEMU here has ended. The destination may have every page
+		// already. If not, it must know that no more will come.
 		select {
 		case <-time.After(pause):
 		case <-left.Done():
@@ -157,7 +157,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			if st.Summary != nil {
 				e.summary = *st.Summary
 			}
-			e.at.Store(a) // there it is told that this was heard
+			e.at.Store(a) // by this session the destination is told that the source has heard
 			return true, e.retire()
 		case stepEnd:
 			e.at.Store(a)
@@ -190,7 +190,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	}
 }
 
-// inquire makes a new session, says why, and hears what became of the eviction.
+// inquire makes a new session, sends why, and returns what the destination says of the eviction.
 func (e *source) inquire(left context.Context, why resume) (*attachment, status, error) {
 	ctx, cancel := context.WithTimeout(left, connectTime)
 	defer cancel()
@@ -220,8 +220,8 @@ func (e *source) inquire(left context.Context, why resume) (*attachment, status,
 	return a, st, nil
 }
 
-// rejoin learns which pages the destination has, where the VM has run for so long, and pushes the
-// others in a new session. It returns how many of them were sent before.
+// rejoin learns which pages the destination has, and pushes the others in a new session. The VM has
+// run there for the time ran. It returns how many pages were sent before and must be sent again.
 func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not tell what it has"))
 	defer cancel()
@@ -258,7 +258,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 	return again, nil
 }
 
-// join makes runs of pages that follow one another into one.
+// join merges adjacent runs of pages.
 func join(runs []pageset.Run) []pageset.Run {
 	out := runs[:0]
 	for _, r := range runs {
@@ -273,21 +273,21 @@ func join(runs []pageset.Run) []pageset.Run {
 
 // drop ends the present session.
 func (e *source) drop(why error) {
-	e.short.Store(nil) // it is told anew
+	e.short.Store(nil) // the destination says it anew
 	if a := e.at.Load(); a != nil {
 		a.Fail(why)
 		e.end(a)
 	}
 }
 
-// end ends a session, and keeps what the report tells of it.
+// end ends a session, and keeps its figures for the report.
 func (e *source) end(a *attachment) {
 	a.end()
 	e.sessions.end(a)
 }
 
-// noteRan notes that the VM has run at the destination for so long, as that says. What it says
-// cannot be true of a time before it was told to run the VM.
+// noteRan notes for how long the VM has run, by the destination's own word. The VM cannot have run
+// before it was told to.
 func (e *source) noteRan(ran time.Duration) {
 	if !e.ranSince.IsZero() {
 		return
@@ -295,13 +295,13 @@ func (e *source) noteRan(ran time.Duration) {
 	now := time.Now()
 	e.ranSince = now.Add(-ran)
 	if told := e.machine.at(Committing); told.IsZero() {
-		e.ranSince = now // it was another engine that told it
+		e.ranSince = now // another engine told it to run
 	} else if e.ranSince.Before(told) {
 		e.ranSince = told
 	}
 }
 
-// notThere tells whether an error of reaching a QEMU says that it has ended.
+// notThere reports whether an error of reaching a QEMU says that it has ended.
 func notThere(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) ||
 		errors.Is(err, qmp.ErrClosed) || errors.Is(err, errAnother)

@@ -12,13 +12,13 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// stream is our end of the migration that a twin takes.
+// stream is the engine's end of the migration that a twin takes.
 type stream struct {
 	conn   net.Conn
 	pongs  chan uint32
 	ended  chan struct{} // closed when QEMU has ended its migration
-	status uint32        // with which it did; set before ended is closed
-	broken chan struct{} // closed when the stream is of no more use
+	status uint32        // QEMU's result; set before ended is closed
+	broken chan struct{} // closed when the stream cannot be used any more
 	once   sync.Once
 	why    error // set before broken is closed
 	reader sync.WaitGroup
@@ -38,11 +38,11 @@ func (s *stream) fail(err error) {
 	})
 }
 
-// recovery is the stream of a twin, and how a twin whose stream broke gets another.
+// recovery holds the stream of a twin, and replaces one that broke.
 //
-// The present stream is replaced by serve alone, but read by the tasks of a session: so it is
-// atomic. The rest belongs to who mends the stream, and to serve while nobody does: the two hand it
-// over by the channel that mend's result goes through, and need no lock.
+// Only serve replaces the present stream, but the tasks of a session read it: so it is atomic. mend
+// owns all other fields while it works, and serve otherwise. They pass them on by the channel of
+// mend's result, so the fields need no lock.
 type recovery struct {
 	owner   twinOwner
 	present atomic.Pointer[stream] // nil while it is broken
@@ -50,10 +50,11 @@ type recovery struct {
 	pending bool                   // the twin was not told to run the VM yet
 }
 
-// stream is the present stream; nil while it is broken.
+// stream returns the present stream; nil while it is broken.
 func (r *recovery) stream() *stream { return r.present.Load() }
 
-// errCompleted says that QEMU has ended its migration, which it is told to when it has all pages.
+// errCompleted says that QEMU has ended its migration, as the engine told it to once it had all
+// pages.
 var errCompleted = errors.New("the migration is complete")
 
 const (
@@ -66,14 +67,14 @@ const (
 type mended struct {
 	renewed
 	r *migstream.ReturnReader // of its return path
-	// by block, a bit for each of 4 KiB that QEMU has taken from streams
+	// by block, a bit for each 4 KiB that QEMU has received by streams
 	bitmaps map[string][]byte
 	silent  bool // QEMU did not answer in time
 	err     error
 }
 
-// mend takes QEMU's migration up again by its post-copy recovery: QEMU gets a new stream, tells
-// which pages it has, and once more for which it waits. It is called while there is no stream.
+// mend resumes QEMU's migration by QEMU's post-copy recovery. QEMU gets a new stream. It reports
+// which pages it has, and repeats which it waits for. The caller must have no stream.
 func (r *recovery) mend(life context.Context, l layout) mended {
 	m := r.recover(life, l)
 	if m.err != nil && !errors.Is(m.err, errCompleted) {
@@ -107,8 +108,8 @@ func (r *recovery) recover(life context.Context, l layout) (m mended) {
 	return m
 }
 
-// handshake hears what QEMU says when it takes its migration up. A block has at most so many pages
-// of 4 KiB.
+// handshake reads what QEMU reports when it resumes its migration. A block has at most so many
+// pages of 4 KiB.
 func (m *mended) handshake(ctx context.Context, most int) error {
 	stop := context.AfterFunc(ctx, func() { m.conn.SetDeadline(time.Unix(1, 0)) })
 	m.r, m.bitmaps = migstream.NewReturnReader(m.conn, most), map[string][]byte{}

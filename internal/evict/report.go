@@ -2,13 +2,13 @@ package evict
 
 import "time"
 
-// Progress is a moment of an eviction, as the source sees it. Pages only ever grow, as
-// each is sent once.
+// Progress is a moment of an eviction, as the source sees it. Pages never shrinks, as each page is
+// sent once.
 type Progress struct {
 	State   State
 	Elapsed time.Duration
-	// Stands is QEMU's word for the state that the VM stood in when it was looked at or frozen;
-	// empty of one that runs.
+	// Stands is QEMU's word for the state that the VM stood in when it was checked or frozen. It is
+	// empty if the VM runs.
 	Stands string
 	Pages  int    // sent, or free and left out
 	Total  int    // pages of the VM
@@ -16,19 +16,19 @@ type Progress struct {
 	// bytes per second since the push began in the present session; 0 while nothing is pushed
 	Rate    float64
 	Fetches int // pages that the VM waited for
-	// Down is how long the VM stood still until it ran on the destination; 0 before, of a VM that
-	// stood, and where it is not known.
+	// Down is how long the VM stood still until it ran on the destination. It is 0 before that, for
+	// a VM that stood, and if it is not known.
 	Down time.Duration
-	// Awaits is what the destination does before it can take the offer, in its own words; empty for
-	// nothing.
+	// Awaits is what the destination does before it can accept the offer, in its own words. It is
+	// empty if there is nothing to wait for.
 	Awaits string
-	// AwaitedFor is since when.
+	// AwaitedFor is how long Awaits has lasted.
 	AwaitedFor time.Duration
-	// ETA is the time until all pages are sent at the present rate; 0 if not known, as while there
-	// is no link.
+	// ETA is the time until all pages are sent at the present rate. It is 0 if that is not known,
+	// as without a link.
 	ETA time.Duration
-	// Short says that the destination has no memory for the VM's pages, so that the VM waits, why,
-	// and what to do; "" if it has.
+	// Short is not empty if the destination has no memory for the VM's pages, so that the VM waits.
+	// It says why, and what to do.
 	Short string
 }
 
@@ -37,20 +37,20 @@ type Progress struct {
 type Report struct {
 	Outcome string `json:"outcome"` // completed, shut down, refused, aborted, lost contact
 	Reason  string `json:"reason,omitempty"`
-	// Warnings tell what the move costs besides time, such as dirty bitmaps.
+	// Warnings say what the move costs besides time, such as dirty bitmaps.
 	Warnings []string `json:"warnings,omitempty"`
 	Machine  string   `json:"machine,omitempty"`
 	QEMU     string   `json:"qemu,omitempty"`
 	Phases   []Phase  `json:"phases"`
-	// Begun is when the VM was first touched, by having its QEMU migrate: what came before
-	// took Prepare and left it alone.
+	// Begun is when the engine first changed the VM, at the freeze. Prepare is the time before
+	// that, which did not affect the VM.
 	Begun   *time.Time `json:"begun"`
 	Prepare *float64   `json:"prepare_s"`
 	// begun until the VM ran on the destination for the first time
 	Transfer *float64 `json:"execution_transfer_s"`
-	Down     *float64 `json:"down_time_s"` // frozen until then; nil of a VM that stood
-	// Stood is QEMU's word for the state that the VM stood in all along; empty of one that ran.
-	// Then Transfer is until it might have run there.
+	Down     *float64 `json:"down_time_s"` // frozen until then; nil for a VM that stood
+	// Stood is QEMU's word for the state that the VM stood in all along; empty if it ran. Transfer
+	// then ends when the VM might have run there.
 	Stood string   `json:"stood,omitempty"`
 	Total *float64 `json:"total_s"` // begun until the source holds nothing any more
 
@@ -62,21 +62,20 @@ type Report struct {
 	Rate      float64    `json:"rate_bytes_per_s"`
 	RoundTrip float64    `json:"round_trip_s"` // of the push, uncongested
 	Fetch     *Quantiles `json:"fetch_latency_s"`
-	// Gaps are the times after the commit in which there was no link: the first and the last of
-	// very many.
+	// Gaps are the periods after the commit without a link. If there are very many, they are the
+	// first and the last.
 	Gaps []Gap `json:"gaps,omitempty"`
 }
 
-// Phase is a period in one state. A state that was entered again, as after a lost link, has
-// several.
+// Phase is a period in one state. A state may have several, as after a lost link.
 type Phase struct {
 	State State   `json:"state"`
 	At    float64 `json:"at_s"`            // when it began, since the start
-	For   float64 `json:"for_s,omitempty"` // how long it took; 0 of the last one
+	For   float64 `json:"for_s,omitempty"` // how long it took; 0 for the last one
 }
 
 // PageCounts counts pages by how they came to the destination. Early, Pushed, Near, Fetched,
-// Skipped, Unused and Before add up to Total; Zero tells how many of all were sent as a mark only.
+// Skipped, Unused and Before add up to Total. Zero counts those that were sent as a mark only.
 type PageCounts struct {
 	Total   int `json:"total"`
 	Early   int `json:"early"`   // ahead of the device state, which needs them
@@ -85,19 +84,19 @@ type PageCounts struct {
 	Fetched int `json:"fetched"` // because the guest waited
 	Zero    int `json:"zero"`
 	Skipped int `json:"skipped"` // free in the guest, never sent
-	// not there at the source, as the VM never used them or gave them back; never sent
+	// without memory at the source, as the VM never used them or gave them back; never sent
 	Unused int `json:"unused"`
-	// SkippedTouched are pages of these two that the guest asked for before the end; each got
-	// zeroes from the destination at once.
+	// SkippedTouched counts the pages of these two that the guest requested before the end. The
+	// destination gave it zeroes at once.
 	SkippedTouched int `json:"skipped_touched"`
 	Duplicate      int `json:"duplicate"` // sent twice
-	// Before are those that were there when this engine took the eviction up.
+	// Before counts the pages that were there when this engine resumed the eviction.
 	Before int `json:"before,omitempty"`
-	// GivenBack is how many the source gave back to its host before the end.
+	// GivenBack counts the pages that the source gave back to its host before the end.
 	GivenBack int `json:"given_back,omitempty"`
 }
 
-// Quantiles sums up latencies, in seconds.
+// Quantiles summarises latencies, in seconds.
 type Quantiles struct {
 	P50   float64 `json:"p50"`
 	P99   float64 `json:"p99"`
@@ -106,7 +105,7 @@ type Quantiles struct {
 	Count int     `json:"count"`
 }
 
-// quantiles sums up sorted latencies; nil if there are none.
+// quantiles summarises sorted latencies; nil if there are none.
 func quantiles(sorted []float64) *Quantiles {
 	if len(sorted) == 0 {
 		return nil

@@ -10,9 +10,9 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// Resume goes on with an eviction that another engine left or died over, whose last mark in
-// the journal is m: it rolls back one that was not committed, and completes the others. It
-// ends as Evict does after the commit.
+// Resume continues an eviction that another engine left, or during which it died. m is its last
+// mark in the journal. Resume rolls back an eviction that was not committed, and completes the
+// others. It ends as Evict does after the commit.
 func (s Source) Resume(ctx context.Context, m Mark) (Report, error) {
 	first := InDoubt
 	if m == MarkBegun || m == MarkRolledBack {
@@ -24,7 +24,7 @@ func (s Source) Resume(ctx context.Context, m Mark) (Report, error) {
 
 var errEngineDied = errors.New("the engine died")
 
-// takeUp is Resume.
+// takeUp does the work of Resume.
 func (e *source) takeUp(ctx context.Context, m Mark) error {
 	opening, cancel := e.bound(ctx, prepareTimeout, errors.New("the VM's QEMU does not answer"))
 	defer cancel()
@@ -36,7 +36,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	if err := e.whole(); err != nil && !errors.Is(err, ErrGivenBack) {
 		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
 	}
-	e.ranThere = e.gaveBack.Load() // not sooner is any given back
+	e.ranThere = e.gaveBack.Load() // the engine gives nothing back before that
 	if m == MarkShutDown {
 		e.shutDown = errShutDown.Error()
 	}
@@ -67,7 +67,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	return nil
 }
 
-// whole is Whole, and remembers what it said.
+// whole calls Whole, and remembers the result.
 func (e *source) whole() error {
 	if e.Journal == nil {
 		return nil
@@ -77,7 +77,7 @@ func (e *source) whole() error {
 	return err
 }
 
-// find finds out what the VM's QEMU does. One whose process is stopped cannot be asked: it is
+// find finds out what the VM's QEMU does. If its process is stopped, it cannot answer: the VM is
 // frozen.
 func (e *source) find(ctx context.Context) (copyState, error) {
 	b, err := e.kept(keptFacts)
@@ -85,7 +85,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 		e.facts, err = parseFacts(b)
 		e.stands.Store(new(e.facts.Stood))
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // else the VM was not touched yet
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // without facts the VM was not touched yet
 		return copyGone, err
 	}
 	if e.qemu = e.Process; e.qemu == (process.Process{}) {
@@ -119,7 +119,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 			return copyGone, err
 		}
 	}
-	// Else somebody may have had the stopped process go on.
+	// Otherwise somebody may have let the stopped process continue.
 	stop := e.mark == MarkMayRun || e.mark == MarkLost
 	here, err := e.owner.catch(ctx, e.qemu, stop)
 	e.held = stop && here == copyPaused
@@ -133,14 +133,14 @@ func (e *source) reopen() error {
 	}
 	e.frozenAt.Store(&e.started)
 	if e.gaveBack.Load() {
-		return nil // what is left of the guest does not tell what its pages are used for
+		return nil // the rest of the guest does not show what its pages are used for
 	}
 	e.survey.noAgent = errors.New("the guest stands still")
 	e.tasks.Go(e.enlighten)
 	return nil
 }
 
-// recall reads from the journal what the frozen VM is, and returns the head of its stream.
+// recall reads from the journal what describes the frozen VM, and returns the head of its stream.
 func (e *source) recall() (head []byte, err error) {
 	e.offer.Machine, e.offer.QEMU = e.facts.Machine, e.facts.QEMU
 	e.registers.Store(&e.facts.Registers)

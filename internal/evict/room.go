@@ -10,8 +10,8 @@ import (
 	"vacate/internal/sys/room"
 )
 
-// memoryOf is the memory of a QEMU that takes a VM, as if none of it were there, and the limits
-// that bound it on this host. Limits that cannot be found out are left out, and told as an error
+// memoryOf returns the memory of a QEMU that takes a VM, as if none of it were there, and the
+// limits that bound it on this host. It leaves out limits that it cannot read, and returns an error
 // beside the others.
 func memoryOf(mem *guestmem.Memory) (memory []room.Memory, limits []room.Limit, err error) {
 	limits, err = room.Limits(mem.PID())
@@ -36,9 +36,9 @@ func memoryOf(mem *guestmem.Memory) (memory []room.Memory, limits []room.Limit, 
 	return append(memory, room.ToMap), limits, errors.Join(errs...)
 }
 
-// hasRoom makes sure that this host can hold the VM's memory, beside what others that are coming
-// will take: when a page finds no room after the commit, the VM has to wait. What fits is promised
-// to it, in place of what was before.
+// hasRoom makes sure that this host can hold the VM's memory, beside what other VMs on their way
+// will take. If a page finds no room after the commit, the VM must wait. hasRoom reserves the
+// memory, in place of an earlier reservation.
 func (e *destination) hasRoom() error {
 	memory, limits, err := memoryOf(e.mem)
 	errs := []error{err}
@@ -64,16 +64,16 @@ func (e *destination) tight() string {
 	return room.Tight(limits, memory)
 }
 
-// gate keeps pages back while this host, or a control group of the QEMU, has so little memory left
-// that the kernel's OOM killer might end the QEMU over the next.
+// gate holds pages back while this host, or a control group of the QEMU, is nearly out of memory.
+// Otherwise the kernel's OOM killer might end the QEMU over the next page.
 type gate struct {
-	look func() (left uint64, why string) // room.Deadly of the QEMU's limits
+	look func() (left uint64, why string) // room.Deadly for the QEMU's limits
 	rest func() uint64                    // what the VM still lacks, in bytes
 
 	mu   sync.Mutex
-	left uint64    // bytes that may be placed until limits are looked at anew; guarded by mu
-	next time.Time // when they are in any case; guarded by mu
-	shut string    // why nothing may be placed; "" if it may; guarded by mu
+	left uint64    // bytes that may be placed before the next look at the limits; guarded by mu
+	next time.Time // when the next look is due in any case; guarded by mu
+	shut string    // why nothing may be placed; "" if pages may be placed; guarded by mu
 }
 
 func (e *destination) newGate() *gate {
@@ -86,15 +86,16 @@ func (e *destination) newGate() *gate {
 	}
 }
 
-// reopen is how much there must be before pages are placed again, lest every few bytes that become
-// free begin and end a wait. It is enough that all that the VM lacks fits: that ends the wait for
-// good.
+// reopen is how many bytes must be free before pages are placed again. Without it, every few bytes
+// that become free would begin and end a wait. Less is enough if all that the VM lacks fits: that
+// ends the wait for good.
 const reopen = 8 << 20
 
-// lookAgain is how long what limits leave is believed.
+// lookAgain is how long a look at the limits stays valid.
 const lookAgain = 200 * time.Millisecond
 
-// pass asks whether so many bytes may be placed. What the guest waits for may as soon as it fits.
+// pass returns an error if n bytes may not be placed now. What the guest waits for may be placed as
+// soon as it fits.
 func (g *gate) pass(n uint64, urgent bool) error {
 	if g == nil {
 		return nil
@@ -110,7 +111,7 @@ func (g *gate) pass(n uint64, urgent bool) error {
 			if !urgent || n > left {
 				return fmt.Errorf("%w: %w: %s", errQEMU, errNoMemory, g.shut)
 			}
-			left = 0 // for others
+			left = 0 // nothing for other pages
 		}
 		// Others use memory, too.
 		g.left, g.next = max(n, left/4), now.Add(lookAgain)

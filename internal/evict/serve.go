@@ -19,14 +19,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lingerTime is how long a destination without a journal stays after the end to tell a
-// source that comes back.
+// lingerTime is how long a destination without a journal stays after the end, to answer a source
+// that comes back.
 const lingerTime = time.Minute
 
-// serve takes the pages of a VM that runs here, for as long as it takes, through any number
-// of sessions with the source and of streams to QEMU, and completes the migration.
+// serve receives the pages of a VM that runs here, and completes the migration. It takes as long as
+// it must, through any number of sessions with the source and of streams to QEMU.
 //
-// left ends when the engine is told to leave, for the cause of ctx.
+// left ends when the engine must leave, and its cause is that of ctx.
 func (e *destination) serve(ctx, left context.Context) error {
 	mended := make(chan mended, 1)
 	mending := false
@@ -105,7 +105,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 			switch {
 			case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
 				return e.abort(err)
-			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's word
+			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's decision
 				return e.lost(errors.Join(err, e.kill()),
 					"The source runs the VM again. The one here was ended")
 			case errors.Is(err, errFailed):
@@ -148,7 +148,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 const goneHere = "The VM that ran here is gone. The source holds its memory and devices as they " +
 	"were when it was frozen there: do not end its QEMU"
 
-// leftovers says what is here of a VM that cannot become whole.
+// leftovers says what this host has of a VM that cannot become whole.
 func (e *destination) leftovers() string {
 	return fmt.Sprintf("The VM runs here and stops where it touches one of the %d pages that "+
 		"are missing. Save what can be saved from it, then end its QEMU", e.pages.left())
@@ -172,8 +172,8 @@ func (e *destination) detach(why error) {
 		"is back", "error", why)
 }
 
-// dropStream gives QEMU's stream up. What was on its way in it may be lost, so the source
-// has to come again and learn what is here.
+// dropStream gives up QEMU's stream. Pages on their way in it may be lost, so the source must
+// reconnect and learn which are here.
 func (e *destination) dropStream(why error) {
 	e.detach(fmt.Errorf("the stream to QEMU broke: %w", why))
 	s := e.recovery.stream()
@@ -182,13 +182,13 @@ func (e *destination) dropStream(why error) {
 	e.recovery.present.Store(nil)
 }
 
-// attach goes on with a source that came back: it tells it what is here, and asks for what
-// the guest waits for. A failure of the session is no error.
+// attach continues with a source that came back. It tells the source which pages are here, and
+// requests those that the guest waits for. A failure of the session is no error.
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.recovery.pending {
 		if e.committed = r.resume.Committed; !e.committed {
-			// a source that goes on has this; one that does not may be told all the same
+			// only a source that goes on needs to hear it; the others may hear it, too
 			e.tasks.Go(func() {
 				r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil)
 			})
@@ -201,8 +201,8 @@ func (e *destination) attach(left context.Context, r *Request) error {
 	}
 	a := r.attachment
 	if e.recovery.stream() == nil {
-		// Some pages may have come and not been placed. One of them may be what keeps QEMU from
-		// answering, without which it gets no new stream.
+		// Some pages may have come without being placed. QEMU may be unable to answer until it gets
+		// one of them, and without an answer it gets no new stream.
 		e.forget(nil)
 		if err := e.takeStock(nil); err != nil {
 			e.Log.Warn("it cannot be told which pages are here", "error", err)
@@ -236,7 +236,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 	return nil
 }
 
-// tellHas tells the source that the VM runs, and which pages are here or need not come.
+// tellPresent tells the source that the VM runs, and which pages are here or need not come.
 func (e *destination) tellHas(a *attachment) error {
 	st := status{Answer: AnswerRunning}
 	if !e.ranSince.IsZero() {
@@ -294,13 +294,13 @@ func (e *destination) finish() error {
 	received := e.summary()
 	e.say(msgComplete, received)
 	e.passOnHuge()
-	// Whatever happens to the VM now, it is no longer ours.
+	// From now on the operator decides about the VM.
 	e.awaitHeard(e.life.Done(),
 		func(r *Request) bool { return r.Answer(AnswerComplete, "", false, &received) })
 	return e.machine.enter(Completed)
 }
 
-// say tells the source, if it is there, how the eviction ended here.
+// say tells the source, if it is connected, how the eviction ended here.
 func (e *destination) say(kind uint8, message any) {
 	if a := e.at.Load(); a != nil {
 		if err := writeJSON(a.control.Conn, kind, message); err != nil {
@@ -309,8 +309,9 @@ func (e *destination) say(kind uint8, message any) {
 	}
 }
 
-// awaitHeard waits until the source has heard how the eviction ended, until over is closed, or for
-// lingerTime. A source that comes back meanwhile is answered; later ones are from the journal.
+// awaitHeard waits until the source has heard how the eviction ended, over is closed, or lingerTime
+// has passed. Meanwhile it answers a source that comes back. Later ones get their answer from the
+// journal.
 func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (heard bool)) {
 	heard := false
 	defer func() {
@@ -336,7 +337,7 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 			err := f.check(msgHeard)
 			heard, done = err == nil, err == nil
 			if err != nil && !errors.Is(err, errFailed) {
-				// one that has no more pages hears that none is needed
+				// a source without more pages hears that it needs to send none
 				a.Fail(err)
 			}
 		case <-gone:
@@ -354,7 +355,7 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 	}
 }
 
-// summary sums up what was received.
+// summary summarises what was received.
 func (e *destination) summary() Received {
 	stats := e.pages.summary()
 	e.mu.Lock()
@@ -363,15 +364,15 @@ func (e *destination) summary() Received {
 	return stats
 }
 
-// twin is what another engine needs to know of the QEMU here to place pages in its memory,
-// even while it does not answer because it waits for one of them.
+// twin is what another engine needs to know about the QEMU here to place pages in its memory. That
+// must work even while the QEMU waits for a page and does not answer.
 type twin struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start_ticks"` // of the process, since boot, in clock ticks
-	// of the host; "" in journals from before there was this field
+	// of the host; "" in journals older than this field
 	Boot   string           `json:"boot,omitempty"`
 	Blocks []guestmem.Block `json:"blocks"`
-	// Changed are its migration settings to be put back.
+	// Changed are its own migration settings, to restore at the end.
 	Changed  settings         `json:"changed"`
 	Messages process.Messages `json:"messages"`
 }
@@ -385,8 +386,8 @@ func (e *destination) twin() twin {
 	return t
 }
 
-// Resume goes on with an eviction that another engine left or died over, whose last mark in
-// the journal is m. It ends as Receive does. Requests to resume the eviction are answered by it.
+// Resume continues an eviction that another engine left, or during which it died. m is its last
+// mark in the journal. It ends as Receive does. It answers requests to resume the eviction.
 func (d Destination) Resume(ctx context.Context, id ID, m Mark,
 	requests <-chan *Request) (Received, error) {
 	e := d.engine(CutOff)
@@ -434,8 +435,8 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark,
 
 var errDied = errors.New("the engine died before the VM was told to run")
 
-// find takes hold of the QEMU of an eviction that is resumed, and of its memory, without
-// asking it anything: it may not be able to answer.
+// find finds the QEMU of a resumed eviction, and its memory. It asks the QEMU nothing, as that may
+// be unable to answer.
 func (e *destination) find() error {
 	if e.Journal == nil {
 		return errors.New("an eviction cannot be resumed without a journal")
@@ -499,9 +500,9 @@ func (e *destination) takeStock(bitmaps map[string][]byte) error {
 	return e.pages.restock(func() ([]*pageset.Set, error) { return e.present(bitmaps) })
 }
 
-// present returns which pages are here, from QEMU's page tables: while it may wait for pages, one
-// that is there was placed. Of blocks whose place is not known only QEMU can tell, by a bitmap for
-// each; before it did, none of theirs counts as missing.
+// present returns which pages are here, by QEMU's page tables: while the QEMU may wait for pages,
+// each one that is there was placed. For blocks at an unknown address only QEMU knows, by a bitmap
+// for each. Without that bitmap none of their pages counts as missing.
 func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set, err error) {
 	for _, b := range e.layout {
 		set, per := pageset.New(b.Pages), int(b.PageSize/migstream.TargetPageSize)
@@ -538,8 +539,8 @@ func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set,
 	return placed, nil
 }
 
-// useStream goes on with a new stream to QEMU. If the source is there, it has to come again,
-// as other pages may be here than it knows.
+// useStream continues with a new stream to QEMU. If the source is connected, it must reconnect, as
+// other pages may be here than it knows.
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)

@@ -8,8 +8,8 @@ import (
 )
 
 // sessions are those of a source with its destination, one after the other: what crossed the link
-// in them, and when there was none. One ends at any moment, also while a report adds up what they
-// carried. One lock sees to it that this counts once.
+// in them, and when there was none. A session may end at any moment, even while a report adds up
+// what they carried. One lock makes sure that each counts once.
 type sessions struct {
 	now *atomic.Pointer[attachment] // the present one; nil between two
 
@@ -23,12 +23,12 @@ type sessions struct {
 
 // pushBegun is where the push of a session began.
 type pushBegun struct {
-	at    time.Time // zero before it did
+	at    time.Time // zero before it began
 	bytes uint64    // sent before, in its session
 	pages int       // sent before
 }
 
-// bytes is what was sent and received in all sessions.
+// bytes returns what was sent and received in all sessions.
 func (t *sessions) bytes() (sent, received uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -51,10 +51,10 @@ func (t *sessions) end(a *attachment) {
 	t.now.CompareAndSwap(a, nil)
 }
 
-// maxGaps bounds the gaps that a report tells of.
+// maxGaps bounds how many gaps a report has.
 const maxGaps = 64
 
-// gap notes that there is a link again. Of many gaps those in the middle are forgotten.
+// gap notes that there is a link again. If there are many gaps, it drops those in the middle.
 func (t *sessions) gap(g Gap) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -75,8 +75,9 @@ func (t *sessions) beginPush(a *attachment, pages int) {
 	}
 }
 
-// pace is how fast the push of the present session is, in bytes per second, and how long the pages
-// that are left take at that; 0 as long as that is not known. sent pages were sent so far.
+// pace returns how fast the push of the present session is, in bytes per second, and how long the
+// remaining pages take at that rate. Both are 0 as long as that is not known. sentPages were sent
+// so far.
 func (t *sessions) pace(sentPages, left int) (rate float64, eta time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -88,13 +89,13 @@ func (t *sessions) pace(sentPages, left int) (rate float64, eta time.Duration) {
 	sent, _ := a.Bytes()
 	pages := sentPages - p.pages
 	if sent < p.bytes || pages <= 0 {
-		return 0, 0 // it is another session's
+		return 0, 0 // the push was another session's
 	}
 	return float64(sent-p.bytes) / took.Seconds(),
 		time.Duration(float64(took) * float64(left) / float64(pages))
 }
 
-// account fills in what a report tells of the link. pushing is how long memory was pushed.
+// account fills in what a report says about the link. pushing is how long memory was pushed.
 func (t *sessions) account(r *Report, pushing time.Duration) {
 	sent, received := t.bytes()
 	r.LinkBytes = sent + received

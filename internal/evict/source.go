@@ -26,47 +26,48 @@ import (
 // Source moves a VM away from this host.
 type Source struct {
 	Eviction ID     // zero for a new one
-	VM       string // its name at the destination; empty where a QEMU waits for just this VM
-	// the name of this host, for messages that the destination may show; empty where no daemon is
-	// in use
+	VM       string // its name at the destination; empty if a QEMU waits for just this VM
+	// this host's name, for messages that the destination may show; empty without a daemon
 	Host string
 	QMP  string // path of the QMP socket of the VM's QEMU
 	// Libvirt is set for a VM that is a domain of this host's libvirt, instead of QMP.
 	Libvirt *Libvirt
-	// Process is the QEMU: of another one, which was started since, Resume and Decide take it
-	// that this one ended. Zero: any.
+	// Process is the QEMU. If Resume and Decide find another one, started since, they conclude that
+	// this one ended. Zero: any.
 	Process process.Process
-	// Connect makes a session with the destination. It is called again whenever the link
-	// is lost after the commit.
+	// Connect makes a session with the destination. The engine calls it again whenever the link is
+	// lost after the commit.
 	Connect func(context.Context) (*link.Session, error)
-	// LoadTimeout is how long the destination may take to load the devices, which is how
-	// long the guest may stand still before the eviction is aborted. Default 5 s.
+	// LoadTimeout is how long the destination may take to load the devices. The guest stands still
+	// meanwhile, for this long at most before the eviction is aborted. Default 5 s.
 	LoadTimeout time.Duration
-	// Order is that of the push; the zero value is pushorder.Default.
+	// Order is the order of the push; the zero value is pushorder.Default.
 	Order pushorder.Policy
-	// Enlightenment is where it is learnt what the guest's pages are used for. Default Auto.
+	// Enlightenment says how the engine learns what the guest's pages are used for. Default Auto.
 	Enlightenment Enlightenment
-	// SendFree moves free pages, too.
+	// SendFree makes the engine send free pages, too.
 	SendFree bool
 	// Path is what the eviction shares with others; nil if it is alone.
 	Path *Path
-	// TrustDisks names disks of the VM whose images at the destination are taken for the same on
-	// the operator's word, with their cache modes; see fit.Drive.Name.
+	// TrustDisks names disks, with their cache modes, whose images at the destination the operator
+	// asserts to be the same; see fit.Drive.Name.
 	TrustDisks []string
-	// Limit is how many bytes per second are sent, at most; nil for any number. Fetched pages
-	// count but never wait.
+	// Limit is the most bytes per second to send; nil for no limit. Fetched pages count but never
+	// wait.
 	Limit *Limit
-	// Yield has the push give way to other traffic on the path.
+	// Yield makes the push give way to other traffic on the path.
 	Yield bool
-	// GiveBack is how long the VM must have run at the destination before memory of the copy here
-	// is given back to the host as soon as the destination has it, instead of at the end. From then
-	// on the VM can no longer be resumed here or exported, should it be lost there. 0, or without a
-	// Journal: never. Memory that is no file without a name is never given back early.
+	// GiveBack is how long the VM must have run at the destination before its memory here is given
+	// back early. After that time, memory is given back to the host as soon as the destination has
+	// it; otherwise, at the end. From then on the VM can no longer be resumed here or exported,
+	// should it be lost there. 0, or no Journal: never. Only the memory of files without a name is
+	// ever given back early.
 	GiveBack time.Duration
 	// Journal survives the engine; without one its death leaves the VM frozen.
 	Journal Journal
 	Log     *slog.Logger
-	Show    func(Progress) // called from one goroutine at a time, at least every 100 ms; may be nil
+	// Show is called from one goroutine at a time, at least every 100 ms; it may be nil.
+	Show func(Progress)
 }
 
 // Timeouts of the source, before the commit.
@@ -74,21 +75,20 @@ const (
 	prepareTimeout = 30 * time.Second
 	commitTimeout  = 20 * time.Second
 	rollbackTime   = 30 * time.Second
-	// settleTime is how long the push must have gone on for its rate to mean something.
+	// settleTime is how long the push must last before its rate means something.
 	settleTime = 300 * time.Millisecond
 )
 
-// Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the
-// VM runs on here. After it the VM could no longer be saved, so only the cause ErrLeave is
-// heeded: the eviction is then left as it is, for Resume.
-// The report is filled in as far as things came, also when there is an error, which is an
-// *Error.
+// Evict moves the VM. When ctx is done before the commit, the eviction is aborted and the VM runs
+// on here. After the commit that could no longer save the VM, so Evict obeys only the cause
+// ErrLeave: it leaves the eviction as it is, for Resume. It fills in the report as far as it got,
+// even if there is an error. Its errors are *Error.
 func (s Source) Evict(ctx context.Context) (Report, error) {
 	e := s.engine(Preparing)
 	return e.done(e.run(ctx))
 }
 
-// engine makes one that is in a state, and shows its progress.
+// engine makes an engine in a state, and starts to show its progress.
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now()}
 	e.sessions.now = &e.at
@@ -141,38 +141,38 @@ type source struct {
 	Source
 	started time.Time
 	machine *machine
-	// life ends when the QEMU does, or this engine; its cause tells.
+	// life ends when the QEMU does, or this engine. Its cause says why.
 	life context.Context
 	die  context.CancelCauseFunc
 
 	owner  sourceOwner     // of the VM's QEMU
 	qemu   process.Process // the QEMU; zero until it is known
-	facts  hostFacts       // empty before the VM is about to be frozen
-	first  qmp.Status      // what the VM did when it was looked at first
+	facts  hostFacts       // empty until the freeze is about to begin
+	first  qmp.Status      // what the VM did at the first check
 	mem    *guestmem.Memory
 	offer  offer
-	head   []byte // of the stream; nil before it is made, as is layout
+	head   []byte // of the stream; like layout, nil until it is made
 	layout layout
 	flash  []string // blocks that QEMU reads when it is told to run the VM
-	warned []string // what the operator ought to know of a VM that is moved all the same
-	mark   Mark     // the last that is durable
+	warned []string // warnings to the operator about a VM that is moved all the same
+	mark   Mark     // the last durable one
 	saved  saved
 	held   bool // the QEMU's process is stopped
-	// registers are those of the frozen guest, once its QEMU cannot be asked any more.
+	// registers are those of the frozen guest, once its QEMU cannot answer any more.
 	registers atomic.Pointer[registers]
 	frozen    *frozen
 	// by block, which units are huge pages; nil until that is known
 	huge    atomic.Pointer[[][]bool]
-	pushed  *frame // of the push lane, and before the push of the control lane
+	pushed  *frame // of the push lane; before the push, of the control lane
 	fetched *frame // of the fetch lane
 
 	awaits   atomic.Pointer[awaited] // nil for nothing
-	stands   atomic.Pointer[string]  // facts.Stood, to be shown; nil before that is known
+	stands   atomic.Pointer[string]  // facts.Stood, to show; nil before that is known
 	frozenAt atomic.Pointer[time.Time]
 	ranThere bool        // the destination said that the VM runs there
 	ranSince time.Time   // when it said so first
 	ledger   *ledger     // nil if no memory is given back early
-	gaveBack atomic.Bool // some was, by this engine or one before: the copy here is not whole
+	gaveBack atomic.Bool // this engine or an earlier one gave some back: the copy here is not whole
 	summary  Received
 	shutDown string // why the VM ended on the destination; empty if it did not
 	// why pages find no memory at the destination; nil or empty if they do
@@ -182,7 +182,7 @@ type source struct {
 	sessions sessions
 
 	departures departures
-	// of prepare, then of the task that enlightens, then of report: one after the other
+	// used by prepare, then by the task that enlightens, then by report: never by two at once
 	survey survey
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
@@ -218,7 +218,7 @@ func (e *source) bound(ctx context.Context, limit time.Duration,
 	}
 }
 
-// prepare checks everything that can be checked without touching the VM, and connects.
+// prepare checks all that it can without touching the VM, and connects.
 func (e *source) prepare(all context.Context) (err error) {
 	ctx, cancel := e.bound(all, prepareTimeout, errLongPreparation)
 	defer func() { cancel() }()
@@ -302,8 +302,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	err = together(
 		func() error { return e.keepFacts() },
 		func() error {
-			// The twin is of use to nobody else from here on. What it cannot take of the VM's
-			// memory it says now, while the VM runs.
+			// From here on the twin can take no other VM. If it cannot take the VM's memory, it
+			// says so now, while the VM runs.
 			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
 				return err
 			}
@@ -316,8 +316,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// Not sooner: until the freeze, one that paused the VM has his way, whatever becomes of this
-	// engine.
+	// This comes late on purpose. Until the freeze, an operator who pauses the VM gets his way,
+	// whatever becomes of this engine.
 	if e.facts.Ran = e.first.Running; !e.facts.Ran {
 		e.facts.Stood = e.first.Status
 	}
@@ -326,14 +326,14 @@ func (e *source) prepare(all context.Context) (err error) {
 
 var errLongPreparation = errors.New("preparing took too long")
 
-// maxTaking is the longest that a source waits for a destination that says what it does meanwhile.
+// maxTaking is the longest that a source waits for a destination that keeps saying what it does.
 const maxTaking = time.Hour + prepareTimeout
 
-// maxWhat bounds what is heard of what an offer waits for, in bytes.
+// maxWhat bounds the text that says what an offer waits for, in bytes.
 const maxWhat = 200
 
-// awaitTaken waits until the destination takes the offer. It may take long over it, as long as it
-// says what it does; if it says nothing for as long as our patience is, it is given up.
+// awaitTaken waits until the destination accepts the offer. That may take long, as long as the
+// destination says what it does. If it says nothing for the time patience, awaitTaken gives up.
 func (e *source) awaitTaken(ctx context.Context, control *controlLane,
 	patience time.Duration) error {
 	ctx, cancel := e.bound(ctx, maxTaking, fmt.Errorf("it took longer than %v", maxTaking))
@@ -391,7 +391,7 @@ func located(mem *guestmem.Memory) error {
 	return nil
 }
 
-// open takes hold of the VM's QEMU.
+// open connects to the VM's QEMU.
 func (e *source) open(ctx context.Context) error {
 	if err := e.owner.open(ctx); err != nil {
 		return err
@@ -406,7 +406,8 @@ func (e *source) open(ctx context.Context) error {
 	return nil
 }
 
-// pid is the QEMU's process, as far as that is known: who made its monitor's socket may be another.
+// pid returns the process of the QEMU, if that is known: another process may have made its
+// monitor's socket.
 func (e *source) pid() int {
 	if e.mem != nil {
 		return e.mem.PID()
@@ -414,7 +415,7 @@ func (e *source) pid() int {
 	return e.owner.monitor().PeerPID()
 }
 
-// watch notices the end of the QEMU's process, also while that is stopped.
+// watch notices when the QEMU's process ends, even while it is stopped.
 func (e *source) watch() {
 	e.tasks.Go(func() {
 		if e.qemu.Wait(e.life) == nil {
@@ -425,7 +426,7 @@ func (e *source) watch() {
 
 var errQEMUGone = errors.New("the source's QEMU has ended")
 
-// vmName is what a VM is called in messages.
+// vmName returns how messages name a VM.
 func vmName(vm string) string {
 	if vm == "" {
 		return "the VM"
@@ -433,8 +434,8 @@ func vmName(vm string) string {
 	return "VM " + vm
 }
 
-// mayLeave tells whether QEMU lets its VM be moved: no other migration is under way, and nothing
-// forbids it.
+// mayLeave returns an error if QEMU cannot move its VM: another migration is under way, or
+// something blocks migration.
 func mayLeave(m qmp.Migration) error {
 	if !over(m.Status) {
 		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for "+
@@ -447,7 +448,7 @@ func mayLeave(m qmp.Migration) error {
 	return nil
 }
 
-// over tells whether a migration of that state leaves room for a new one.
+// over reports whether a migration in that state leaves room for a new one.
 func over(status string) bool {
 	switch status {
 	case "", "none", "completed", "failed", "cancelled":
@@ -480,14 +481,14 @@ func (e *source) transfer(ctx context.Context) error {
 	e.tasks.Go(func() {
 		err := e.hold(loading)
 		if err == nil {
-			// Beside the loading, so that the commit need not wait for the disk.
+			// This happens during the loading, so that the commit need not wait for the disk.
 			err = e.keep()
 		}
 		settled <- err
 		if err != nil {
-			cancel() // nothing is to be waited for
+			cancel() // nothing is left to wait for
 		}
-		// Not sooner: on a host with a single core to spare, QEMU needs that until then.
+		// On a host with a single core to spare, QEMU needs that core until here.
 		if err == nil {
 			e.enlighten()
 		}
@@ -502,8 +503,8 @@ func (e *source) transfer(ctx context.Context) error {
 	return err
 }
 
-// freeze freezes the guest and takes the state of its devices from QEMU. To roll back, QEMU must
-// have come to the end of it: so it heeds no context but bounds its time.
+// freeze freezes the guest and takes the state of its devices from QEMU. A roll-back needs a QEMU
+// that has finished this, so it obeys no context; its own limit bounds its time.
 func (e *source) freeze() error {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), switchTimeout,
 		errors.New("saving the devices took too long"))
@@ -518,14 +519,14 @@ func (e *source) freeze() error {
 	}
 	at := e.saved.at
 	if now := time.Now(); !at.After(e.started) || at.After(now) {
-		// events carry QEMU's wall clock, which is ours
+		// QEMU's events have wall-clock time, which is this host's
 		at = now
 	}
 	e.frozenAt.Store(&at)
-	// In save-vm it stands for QEMU's own purposes, such as a dump, and runs again after that.
+	// QEMU itself makes it stand in save-vm, as for a dump, and then runs it again.
 	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" &&
 		was.Status != e.facts.Stood {
-		e.facts.Ran, e.facts.Stood = false, was.Status // whatever fails after that
+		e.facts.Ran, e.facts.Stood = false, was.Status // this holds whatever fails after it
 		err = errors.Join(err, e.keepFacts())
 	}
 	e.stands.Store(new(e.facts.Stood))
@@ -538,7 +539,8 @@ func (e *source) freeze() error {
 	return e.layOut(e.layout)
 }
 
-// hold stops the process of the QEMU whose guest is frozen, once that need not answer any more.
+// hold stops the process of the QEMU whose guest is frozen. After that, QEMU cannot answer any
+// more.
 func (e *source) hold(ctx context.Context) error {
 	err := together(
 		func() error { return e.owner.disarm(ctx) },
@@ -571,15 +573,15 @@ func (e *source) layOut(l layout) (err error) {
 		e.ledger = &ledger{}
 	}
 	begun := e.machine.at(Switching)
-	if begun.IsZero() { // it was another engine that began
+	if begun.IsZero() { // it is not known if another engine began
 		begun = time.Now()
 	}
 	e.departures.begin(l, e.Order, begun)
 	return nil
 }
 
-// keep stores what another engine needs to go on, and last the mark without which the
-// commit must not be sent.
+// keep stores what another engine needs to go on. Last comes the mark without which the commit must
+// not be sent.
 func (e *source) keep() error {
 	if err := errors.Join(keep(e.Journal, keptHead, e.head),
 		keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
@@ -588,7 +590,7 @@ func (e *source) keep() error {
 	return e.note(MarkMayRun, "")
 }
 
-// note has the journal have a mark.
+// note sets the eviction's mark in the journal.
 func (e *source) note(m Mark, reason string) error {
 	err := note(e.Journal, m, reason)
 	if err == nil {
@@ -597,7 +599,8 @@ func (e *source) note(m Mark, reason string) error {
 	return err
 }
 
-// commit tells the destination to run the VM. Its word is the only way back from here.
+// commit tells the destination to run the VM. From here on, only the destination's answer allows a
+// roll-back.
 func (e *source) commit(ctx context.Context) error {
 	if !mayCommit(e.mark, e.held) {
 		return e.rollBack(fmt.Errorf("bug: a commit at the mark %q, QEMU held %v", e.mark, e.held))
@@ -629,8 +632,8 @@ func (e *source) commit(ctx context.Context) error {
 	}
 	e.ranThere = true
 	e.noteRan(0)
-	// Not sooner: pages that arrive while the destination loads the devices take the CPU
-	// that it needs for that.
+	// This waits on purpose. Pages that arrive while the destination loads the devices take the CPU
+	// that loading needs.
 	e.beginPush(a)
 	if err := e.machine.enter(Pushing); err != nil {
 		return e.lost(err, "")
@@ -669,7 +672,7 @@ func (e *source) refuse(err error) error {
 	return &Error{outcome, from, errors.Join(err, e.machine.enter(Refused)), remedy}
 }
 
-// lost ends an eviction that this engine can do nothing more for.
+// lost ends an eviction for which this engine can do nothing more.
 func (e *source) lost(err error, remedy string) error {
 	from := e.machine.current()
 	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
@@ -678,7 +681,7 @@ func (e *source) lost(err error, remedy string) error {
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
 }
 
-// rollBack resumes the guest here. It is legal only while the destination cannot run it:
+// rollBack resumes the guest here. It may be called only while the destination cannot run it:
 // before the commit, or when the destination says that it never did and never will.
 func (e *source) rollBack(cause error) error {
 	from := e.machine.current()
@@ -692,8 +695,8 @@ func (e *source) rollBack(cause error) error {
 		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, cause).Error()})
 		a.Fail(cause)
 	}
-	// Ahead of what it says: an engine that finds it resumes the guest, too.
-	if e.mark == MarkResumedHere { // the operator's word stays
+	// The mark comes before what it says: an engine that finds it resumes the guest, too.
+	if e.mark == MarkResumedHere { // the operator's decision stays
 		cause = fmt.Errorf("an operator decided so: %w", cause)
 	} else if err := e.note(MarkRolledBack, cause.Error()); err != nil {
 		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
@@ -702,14 +705,15 @@ func (e *source) rollBack(cause error) error {
 		errors.New("rolling back took too long"))
 	defer cancel()
 	if e.mark == MarkResumedHere {
-		// A twin that lives after all may hold the locks of the disks.
+		// A twin that is still alive may hold the locks of the disks.
 		if heard, err := e.Tell(ctx); !heard {
 			e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
 		}
 	}
 	now, err := e.resume(ctx)
 	if err != nil && e.mark == MarkResumedHere {
-		// The twin may have run, and may live: what was decided stays, and is told there.
+		// The twin may have run, and may be alive. The decision stays, and the destination must
+		// hear of it.
 		if e.gone() {
 			return &Error{ErrLost, from, errors.Join(cause, err),
 				"The VM's QEMU here has ended. Look whether the VM runs on the destination " +
@@ -724,7 +728,7 @@ func (e *source) rollBack(cause error) error {
 				"The source's QEMU ended during the eviction, and with it the VM; the "+
 					"destination never ran it. Start it anew")
 		}
-		// An operator who takes the VM up by hand need not ask what became of the twin.
+		// An operator who resumes the VM by hand need not ask what became of the twin.
 		if err := keep(e.Journal, keptDead, nil); err != nil {
 			e.Log.Warn("the journal does not take it that the VM never ran on the destination",
 				"error", err)
@@ -747,7 +751,7 @@ func (e *source) rollBack(cause error) error {
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
 }
 
-// gone tells whether the QEMU has ended, or was not there from the start.
+// gone reports whether the QEMU has ended, or was not there from the start.
 func (e *source) gone() bool {
 	if e.qemu != (process.Process{}) {
 		return !e.qemu.Alive()
@@ -756,14 +760,14 @@ func (e *source) gone() bool {
 	return q == nil || q.Err() != nil
 }
 
-// resume has the VM do what it did before it was frozen, and returns what that is: one that stood
-// is not run, but gets its disks back. It is legal only while the destination cannot run it, or was
-// told to be dead.
+// resume returns the VM to what it did before it was frozen, and returns that state. It does not
+// run a VM that stood, but gives its disks back. It may be called only while the destination cannot
+// run the VM, or the twin is known or asserted to be dead.
 func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	if e.gaveBack.Load() {
 		return qmp.Status{}, ErrGivenBack
 	}
-	// Also where it was only about to be stopped.
+	// This also covers a process that was only about to be stopped.
 	if e.qemu != (process.Process{}) {
 		if err := e.qemu.Continue(); err != nil {
 			return qmp.Status{}, err
@@ -771,7 +775,7 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 	}
 	e.held = false
 	for e.owner.monitor() == nil {
-		// Clients that came while the process was stopped are served first, even those that have
+		// QEMU first serves clients that came while its process was stopped, even those that have
 		// left.
 		err := e.open(ctx)
 		if err != nil && (ctx.Err() != nil || !notYet(err)) {
@@ -782,8 +786,8 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 		}
 	}
 	now, err := e.owner.resume(ctx, e.facts.Ran, e.facts.Stood)
-	// What it does from now on is its own, and its operators', doing: also for an engine that finds
-	// it.
+	// From now on the VM and its operators decide what it does. An engine that finds it must know
+	// that.
 	if err == nil && (e.facts.Ran || e.facts.Stood == "suspended") {
 		if e.facts.Ran, e.facts.Stood = false, now.Status; now.Running {
 			e.facts.Stood = ""
@@ -835,7 +839,7 @@ func (e *source) report(err error) Report {
 	}
 	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun,
 		over)
-	// Of a VM that another engine froze it is not known when.
+	// If another engine froze the VM, the time is not known.
 	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() && e.facts.Stood == "" {
 		r.Down = since(*at, e.ranSince)
 	}
@@ -859,8 +863,8 @@ func (e *source) report(err error) Report {
 	return r
 }
 
-// zeroPages is how many of the pages that were sent went as a mark only; each counts once, however
-// often it was sent. Nothing may be sent any more.
+// zeroPages returns how many of the sent pages went as a mark only. Each counts once, however often
+// it was sent. Nothing may be sent any more.
 func (e *source) zeroPages() (n int) {
 	if e.frozen == nil {
 		return 0
@@ -892,17 +896,17 @@ func (e *source) tick() {
 	}
 }
 
-// show tells of the progress in a state; if none is given, in the present one.
+// show reports the progress in a state; "" is the present state.
 func (e *source) show(st State) {
 	if e.Show == nil {
 		return
 	}
 	e.shown.Lock()
 	defer e.shown.Unlock()
-	if st == "" { // not looked up sooner, lest the state seems to go backwards
+	if st == "" { // the lock comes first, so that the state never seems to go backwards
 		st = e.machine.current()
 	}
-	// After the link was lost, some that were on their way are sent once more.
+	// After a lost link, some pages that were on their way are sent once more.
 	d := &e.departures
 	e.highest = max(e.highest, d.settled())
 	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest,

@@ -9,31 +9,7 @@ import (
 	"time"
 )
 
-// State is where an eviction stands, on one side. The source's states:
-//
-//	preparing ─► switching ─► loading ─► committing ─► pushing ◄──► reconnecting
-//	    │            │           │         │    │         │  │           │
-//	    ▼            └─────┬─────┘         │    ▼         │  └─► lost ◄──┤
-//	 refused               ▼               │ in doubt ────┤        ▲     │
-//	                 rolling back ◄────────┴────┤         ▼        │     │
-//	                       │   it never ran     └──────► retiring ◄┼─────┘
-//	                       ▼   there                      │        │
-//	                    aborted                           ▼        └── in doubt, rolling back
-//	                                                  completed, shut down
-//
-// and the destination's:
-//
-//	waiting ─► arming ─► loading ─► prepared ─► running ◄─► cut off
-//	   │          │         │          │         │    │        │
-//	   ▼          └─────────┴────┬─────┴─────────┤    ▼        ▼
-//	refused                      ▼       QEMU    │   completing ─► completed
-//	                          aborted  refuses ──┘        │
-//	                                   to run it          └─► lost, shut down ◄─ running, cut off
-//
-// The guest runs on the source up to switching and after aborted; on the destination from
-// running on. In between it is frozen. An engine that is started anew begins in rolling
-// back or in doubt at the source, in cut off at the destination. What happens in each
-// state is told in docs/architecture.md.
+// State is where an eviction stands, on one side. The package comment shows both state machines.
 type State string
 
 // The states.
@@ -49,13 +25,13 @@ const (
 	Pushing    State = "pushing"    // source: the VM runs on the destination, pages leave
 	// destination: all pages are placed, QEMU ends its migration
 	Completing State = "completing"
-	// source: the commit was sent, and it is not known what came of it; the guest stays frozen
+	// source: the commit was sent, and its result is not known; the guest stays frozen
 	InDoubt State = "in doubt"
-	// source: the link is lost; the VM runs on the destination as far as its pages go
+	// source: the link is lost; the VM runs on the destination until it needs a missing page
 	Reconnecting State = "reconnecting"
-	// destination: the source is not there; the VM runs as far as its pages go
+	// destination: the source is not connected; the VM runs until it needs a missing page
 	CutOff State = "cut off"
-	// source: the destination has everything, the source's QEMU quits
+	// source: the destination has every page, and the source's QEMU is being killed
 	Retiring    State = "retiring"
 	RollingBack State = "rolling back" // source: the guest is being resumed where it was
 	Refused     State = "refused"
@@ -66,7 +42,7 @@ const (
 	Lost     State = "lost contact"
 )
 
-// next lists the states that may follow a state. A state not in it is final.
+// next lists the states that may follow a state. A state that is not in it is final.
 var next = map[State][]State{
 	Preparing:    {Switching, Refused},
 	Waiting:      {Arming, Refused},
@@ -91,7 +67,7 @@ func SourceStates() []State { return reach([]State{Preparing}, Prepared) }
 // DestinationStates returns the states that a destination can be in.
 func DestinationStates() []State { return reach([]State{Waiting}, Committing, RollingBack) }
 
-// reach adds all states that may come after those in a list, but for some: of the other side.
+// reach adds all states that may follow those in a list, except some states of the other side.
 func reach(list []State, but ...State) []State {
 	for i := 0; i < len(list); i++ {
 		for _, s := range next[list[i]] {
@@ -103,8 +79,8 @@ func reach(list []State, but ...State) []State {
 	return list
 }
 
-// machine is the state of one side and its history. It is safe for concurrent use. It
-// tells onEnter of every state but the first.
+// machine is the state of one side and its history. It is safe for concurrent use. It calls onEnter
+// for every state but the first.
 type machine struct {
 	onEnter func(State)
 
@@ -115,13 +91,13 @@ type machine struct {
 	past    map[State]time.Duration // spent in each state before the present period; guarded by mu
 }
 
-// period is a time that a machine was in one state.
+// period is a time in one state.
 type period struct {
 	state    State
-	at, left time.Time // left is zero in the present one
+	at, left time.Time // left is zero for the present one
 }
 
-// maxHistory bounds the periods that are kept: a link may be lost any number of times.
+// maxHistory bounds how many periods are kept: a link may be lost any number of times.
 const maxHistory = 256
 
 func newMachine(first State, onEnter func(State)) *machine {
@@ -132,8 +108,8 @@ func newMachine(first State, onEnter func(State)) *machine {
 	}
 }
 
-// enter moves to a state. A move that the diagram does not have is a bug: it is not made, and
-// reported.
+// enter moves to a state. It returns an error for a move that the diagram does not have, which is a
+// bug, and does not make it.
 func (m *machine) enter(s State) error {
 	m.mu.Lock()
 	now, present := time.Now(), &m.history[len(m.history)-1]
@@ -143,7 +119,7 @@ func (m *machine) enter(s State) error {
 	}
 	present.left = now
 	m.past[present.state] += now.Sub(present.at)
-	if len(m.history) == maxHistory { // how it began, and what came last, tell the most
+	if len(m.history) == maxHistory { // the beginning and the end say the most
 		m.history = slices.Delete(m.history, maxHistory/2, maxHistory/2+1)
 	}
 	m.history = append(m.history, period{state: s, at: now})
@@ -161,14 +137,14 @@ func (m *machine) current() State {
 	return m.history[len(m.history)-1].state
 }
 
-// at returns when a state was entered first; zero if it was not.
+// at returns when a state was first entered; zero if it was not.
 func (m *machine) at(s State) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.first[s]
 }
 
-// spent returns how long the machine was in a state, all periods together.
+// spent returns how long the machine was in a state, over all periods.
 func (m *machine) spent(s State) time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -199,20 +175,20 @@ var (
 	ErrRefused = errors.New("refused")
 	// ErrAborted: the VM runs on the source, after a moment's pause at worst.
 	ErrAborted = errors.New("aborted")
-	// ErrLost: the VM is, or may be, running on the destination without all of its memory,
-	// or stands frozen on the source. The message says what is known and what to do.
+	// ErrLost: the VM runs, or may run, on the destination without all of its memory, or is frozen
+	// on the source. The message says what is known and what to do.
 	ErrLost = errors.New("lost contact")
-	// ErrLeft: the engine was told to leave the eviction as it is, for another to go on
-	// with it (Source.Resume, Destination.Resume).
+	// ErrLeft: the engine left the eviction as it is, so that another can continue it
+	// (Source.Resume, Destination.Resume).
 	ErrLeft = errors.New("left")
 )
 
-// ErrLeave is the cause to cancel an engine's context with, to have it leave: where the
-// eviction can no longer be aborted it then ends with ErrLeft and touches nothing.
+// ErrLeave is the cause with which to cancel an engine's context to make it leave. If the eviction
+// can no longer be aborted, the engine ends with ErrLeft and touches nothing.
 var ErrLeave = errors.New("the engine is to leave")
 
-// untilLeft returns a context that ends when the engine of ctx is told to leave, and for no
-// other reason until the function that it returns is called.
+// untilLeft returns a context that ends when the engine of ctx is told to leave. Nothing else ends
+// it before the returned function is called.
 func untilLeft(ctx context.Context) (context.Context, func()) {
 	left, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
@@ -226,7 +202,7 @@ func untilLeft(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// ErrAbort is to be wrapped by the cause to cancel an engine's context with, to have it abort.
+// ErrAbort must be wrapped by the cause with which a caller cancels an engine's context to abort.
 var ErrAbort = errors.New("it was told to abort")
 
 // Error is why an eviction did not complete.

@@ -13,20 +13,21 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// Trace is what a source did, page by page and over time: what a report draws. Its size does not
-// grow with the VM's.
+// Trace is what a source did, page by page and over time; a report draws it. Its size does not grow
+// with the VM's.
 type Trace struct {
-	// Blocks are the VM's RAM blocks, whose pages follow one another in Cells.
+	// Blocks are the VM's RAM blocks. Cells holds their pages one after the other.
 	Blocks []TraceBlock `json:"blocks"`
-	// PagesPerCell is how many pages of a block make a cell; the last one of a block may have less.
+	// PagesPerCell is how many pages of a block make a cell; a block's last cell may have fewer.
 	PagesPerCell int `json:"pages_per_cell"`
-	// Of each cell: milliseconds after Begun when its first page was sent, or left out, and -1 if
-	// none was; why that was, as the number of a name in Reasons; and what it is used for, as the
-	// number of a name in Classes.
+	// When, Why and Class have a value for each cell. When is milliseconds after Begun when its
+	// first page was sent or left out; -1 if none was. Why is the reason, as an index in Reasons.
+	// Class is the cell's use, as an index in Classes.
 	When  []int32 `json:"when_ms"`
 	Why   []uint8 `json:"why"`
 	Class []uint8 `json:"class"`
-	// Steps of the time after Begun, each StepMS long: pages by reason, and fetches by class.
+	// These describe steps of the time after Begun, each StepMS long: pages by reason, and fetches
+	// by class.
 	StepMS  int        `json:"step_ms"`
 	Pages   [][]uint32 `json:"pages"` // by step, then by reason
 	Fetched [][]uint32 `json:"fetched"`
@@ -50,8 +51,8 @@ const (
 	leastStep  = 10 * time.Millisecond
 )
 
-// tracer notes what is sent as it is sent. Its methods may be called by several goroutines; they do
-// nothing before open.
+// tracer notes what is sent as it is sent. Several goroutines may call its methods. They do nothing
+// before open.
 type tracer struct {
 	mu      sync.Mutex
 	begun   time.Time
@@ -61,7 +62,7 @@ type tracer struct {
 	fetches []tracedFetch
 }
 
-// tracedFetch is a page that the guest waited for; what it is used for is known later.
+// tracedFetch is a page that the guest waited for; its class becomes known later.
 type tracedFetch struct {
 	after time.Duration
 	block int
@@ -91,7 +92,7 @@ func (t *tracer) open(begun time.Time, l layout) {
 	t.steps, t.fetches = nil, nil
 }
 
-// note takes note of pages that are sent now, or left out.
+// note notes pages that are sent now, or left out.
 func (t *tracer) note(why pushorder.Reason, runs []pageset.Run) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -138,8 +139,7 @@ func (t *Trace) cell(block int, p pageset.Page) int {
 	return t.Blocks[block].Cell + int(p)/t.PagesPerCell
 }
 
-// result is the trace, with the classes of a survey, which may be nil. Nothing may be noted any
-// more.
+// result returns the trace, with the classes of a survey, which may be nil. No more may be noted.
 func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -153,7 +153,7 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	for c := range pageclass.Classes {
 		tr.Classes = append(tr.Classes, c.String())
 	}
-	// Of a page of several frames, the first tells.
+	// For a page of several frames, the first frame counts.
 	class := func(f pushorder.Frames, i int) pageclass.Class {
 		per := tr.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
 		if n := f.First + uint64(i)*per; s != nil && n < uint64(len(s.Pages)) &&
@@ -187,7 +187,7 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	return tr, true
 }
 
-// encode is the trace as it is kept: JSON, compressed with gzip.
+// encode encodes the trace for the journal: JSON, compressed with gzip.
 func (t *Trace) encode() ([]byte, error) {
 	var b bytes.Buffer
 	z, err := gzip.NewWriterLevel(&b, gzip.BestSpeed)
@@ -203,8 +203,7 @@ func (t *Trace) encode() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// keepTrace stores what the eviction did, if there is a journal. That it cannot is no reason to
-// fail.
+// keepTrace stores the trace, if there is a journal. A failure to do so fails nothing else.
 func (e *source) keepTrace() {
 	if e.Journal == nil {
 		return

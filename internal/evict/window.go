@@ -6,23 +6,23 @@ import (
 	"time"
 )
 
-// Path is what leads out of a host, for the evictions that share it. It bounds how many
-// pushed bytes of all of them are on their way to their destinations, so that a fetched
-// page, which shares the path with them, does not queue behind many; and it lets the
-// evictions send in turn. Fetched pages never wait here.
+// Path is what leads out of a host, for the evictions that share it. It bounds how many pushed
+// bytes of all of them are on their way. A fetched page shares the path with them, so it must not
+// queue behind many. The Path also lets the evictions send in turn. Fetched pages never wait here.
 //
-// The bound is measured, not chosen: destinations report what they have placed, and from those
-// reports come the rate of delivery (over spans of 10 ms, the greatest of the last second) and the
-// round trip of an uncongested path (the least of the last ten seconds). What is allowed in flight
-// is that rate times (that round trip plus allowedQueue): enough to keep the narrowest place on the
-// path busy, and to find out if it has become wider, and no more. This is the model of BBR
-// (Cardwell et al., 2016) with a fixed bound on the queue. As there, the path is let run empty now
-// and then, and a single page of each eviction measures it: else the queue that is always there
-// would in time be taken for a part of the path.
+// The bound is measured, not chosen, from the destinations' reports of what they have placed. They
+// give the rate of delivery: the greatest of the last second, over spans of 10 ms. They also give
+// the round trip of an uncongested path: the least of the last ten seconds. The bound is that rate
+// times (that round trip plus allowedQueue). That keeps the narrowest place on the path busy, and
+// shows if it has become wider.
+//
+// This is the model of BBR (Cardwell et al., 2016) with a fixed bound on the queue. As in BBR, the
+// path runs empty now and then, and a single page of each eviction measures it. Otherwise the queue
+// that is always there would in time count as a part of the path.
 //
 // Several goroutines may use a Path.
 type Path struct {
-	// Limit is that of all evictions together.
+	// Limit is the limit of all evictions together.
 	Limit Limit
 
 	mu      sync.Mutex // guards what follows, and the windows
@@ -33,36 +33,36 @@ type Path struct {
 	now     func() time.Time
 }
 
-// NewPath returns a path on which at most limit bytes per second are sent, of all evictions
-// together; as many as go through if that is 0.
+// NewPath returns a path on which all evictions together send at most limit bytes per second; 0 is
+// no limit.
 func NewPath(limit int64) *Path {
 	p := &Path{rate: newMeter(), now: time.Now}
 	p.Limit.Set(limit)
 	return p
 }
 
-// window is what one session has in flight on a path. Besides the bound on all, it has one of
-// its own, after its own rate and round trip: a destination that is slow to place pages
-// takes no more of what all may have in flight than its rate is worth.
+// window is what one session has in flight on a path. Besides the bound on all, it has one of its
+// own, from its own rate and round trip. So a destination that is slow to place pages takes no more
+// of the common bound than its rate is worth.
 type window struct {
 	path  *Path
 	page  int           // bytes that are always allowed
 	limit *Limit        // may be nil
-	wake  chan struct{} // capacity 1: something was granted by what another window did
+	wake  chan struct{} // capacity 1: another window's action allowed this one to send
 
 	waits        bool
 	granted      int       // bytes that may be sent now and are not yet
-	turn         uint64    // bytes; among those that wait the least one is next
+	turn         uint64    // bytes; among windows that wait, the one with the least is next
 	sent, placed uint64    // bytes
 	flights      []flight  // not yet known to be placed, oldest first
 	begun        time.Time // value of the path's empty when something was sent last
 	progress     time.Time // when something was placed last, or sent with nothing in flight
 	rate         meter     // of delivery
 	trip         extremum  // seconds, least
-	yield        *yield    // nil: other traffic is not heeded
-	opening      *opening  // nil: the path is known
+	yield        *yield    // nil: it ignores other traffic
+	opening      *opening  // nil: the path's rate is known
 	opened       time.Time // when that ended, or began anew
-	paid         time.Time // when what was sent would have been, at the window's pace
+	paid         time.Time // when, at the window's pace, all that was sent would have been sent
 }
 
 // flight is a frame on its way.
@@ -72,28 +72,28 @@ type flight struct {
 }
 
 const (
-	// allowedQueue is how long a fetch, and whatever else is on the path, may wait behind pushed
+	// allowedQueue is how long a fetch, and other traffic on the path, may wait behind pushed
 	// bytes. Less would mean smaller frames, which cost both hosts CPU time that VMs want.
 	allowedQueue = time.Millisecond
-	// rateSpan is long enough that reports which arrive in a bunch, or a burst that the
-	// path lets through, do not look like a fast path.
+	// rateSpan is long enough for a true rate. In a shorter span, reports that arrive together, or
+	// a burst that the path lets through, would look like a fast path.
 	rateSpan   = 10 * time.Millisecond
 	rateMemory = time.Second
 	tripMemory = 10 * time.Second
-	// emptyEvery is how often the path is let run empty.
+	// emptyEvery is how often the path runs empty.
 	emptyEvery = tripMemory / 4
-	// startRate is assumed until the first report: a slow link's, 100 Mbit/s.
+	// startRate is the rate until the first report: a slow link's, 100 Mbit/s.
 	startRate = 12.5e6
-	// stallTime is how long nothing may be placed, beyond the round trip, until what is in
-	// flight no longer counts for others: it waits for something else than the path.
+	// stallTime is how long, beyond the round trip, nothing may be placed before a window's bytes
+	// in flight no longer count for others. They wait for something other than the path.
 	stallTime = 100 * time.Millisecond
-	// growth is by how much a window may exceed what its rate needs, as long as all together do
-	// not: else it could not take over what another one leaves.
+	// growth is by how much a window may exceed what its rate needs, while all together do not.
+	// Without it, it could not use what another window leaves.
 	growth = 2
 )
 
-// join adds a session, whose pages have that many bytes. limit, which may be nil, is that of
-// its eviction; yields tells whether it gives way to other traffic.
+// join adds a session, whose pages have page bytes. limit, which may be nil, is its eviction's.
+// yields says that it gives way to other traffic.
 func (p *Path) join(page int, limit *Limit, yields bool) *window {
 	w := &window{
 		path: p, page: page, limit: limit, wake: make(chan struct{}, 1), rate: newMeter(),
@@ -108,12 +108,11 @@ func (p *Path) join(page int, limit *Limit, yields bool) *window {
 		w.opening = &opening{size: firstWindow * page, grows: true}
 	}
 	p.windows = append(p.windows, w)
-	p.empty = time.Time{} // it has to measure its round trip
+	p.empty = time.Time{} // the new window must measure its round trip
 	return w
 }
 
-// leave ends the session's part: what it had in flight counts no more. It may be called
-// more than once.
+// leave removes the session: its bytes in flight no longer count. It may be called more than once.
 func (w *window) leave() {
 	p := w.path
 	p.mu.Lock()
@@ -123,9 +122,9 @@ func (w *window) leave() {
 	p.serve(w)
 }
 
-// room returns how many bytes of pages the next frame should hold, which count as in flight until
-// send or pass is called. If nothing may be sent, that is 0, and room is to be called again after a
-// report, when wake says so, and not later than after a while.
+// room returns how many bytes of pages the next frame should hold. They count as in flight until
+// send or pass is called. If nothing may be sent, room returns 0. The caller must then call it
+// again after a report, when wake says so, and after the time again at the latest.
 func (w *window) room() (n int, again time.Duration) {
 	p := w.path
 	p.mu.Lock()
@@ -140,7 +139,7 @@ func (w *window) room() (n int, again time.Duration) {
 	}
 	if w.granted == 0 {
 		if !w.waits {
-			// Who did not wait until now has saved no turns up.
+			// A window that did not wait until now has saved no turns up.
 			w.waits, w.turn = true, max(w.turn, p.turn)
 		}
 		p.serve(w)
@@ -149,7 +148,7 @@ func (w *window) room() (n int, again time.Duration) {
 		return w.granted, 0
 	}
 	now := p.now()
-	// Limits may be changed, and others may stall, without anybody being woken.
+	// Limits may change, and other windows may stall, and nobody wakes this one.
 	again = stallTime
 	if due := max(p.Limit.due(now), w.limit.due(now), w.due(now)); due > 0 {
 		again = min(again, due)
@@ -166,10 +165,10 @@ func (w *window) pass() {
 	p.serve(w)
 }
 
-// serve lets windows that wait send, while there is room: the one whose turn it is, of those that
-// may. As turns are counted in bytes, each gets as many as the others, as far as it can use them
-// (start-time fair queueing; Goyal et al., 1996). The caller, who looks by itself, is not woken; it
-// holds mu.
+// serve lets waiting windows send while there is room: among those that may send, the one whose
+// turn it is. Turns are counted in bytes. So each window gets as many as the others, as far as it
+// can use them (start-time fair queueing; Goyal et al., 1996). serve does not wake the caller,
+// which checks by itself. The caller holds mu.
 func (p *Path) serve(caller *window) {
 	now := p.now()
 	for p.Limit.due(now) <= 0 {
@@ -178,7 +177,7 @@ func (p *Path) serve(caller *window) {
 		for _, w := range p.windows {
 			if n := w.inFlight(); n > 0 && now.Sub(w.progress) <= w.stall() {
 				inFlight += n
-				rate += float64(n) / w.delay() // at which they are delivered, if the queue is full
+				rate += float64(n) / w.delay() // the rate of their delivery, if the queue is full
 				measuring = measuring || w.granted > 0 && !w.measured()
 			}
 			if w.waits && w.may(now) && (next == nil || w.ahead(next)) {
@@ -193,7 +192,7 @@ func (p *Path) serve(caller *window) {
 			p.rate.idle(now)
 		case next.opening == nil && now.Sub(p.empty) >= emptyEvery, measuring && next.measured():
 			return
-		// With one page a slow path would stand idle while that page is reported.
+		// With one page in flight, a slow path would be idle while that page is reported.
 		case next.opening == nil && inFlight >= 2*next.page && rate >= p.rate.value():
 			return
 		}
@@ -207,8 +206,8 @@ func (p *Path) serve(caller *window) {
 	}
 }
 
-// ahead tells whether it is rather w's turn than v's: who has yet to measure the empty path comes
-// before what the others fill it with. The caller holds mu.
+// ahead reports whether w goes before v: a window that must still measure the empty path goes
+// before others fill it. The caller holds mu.
 func (w *window) ahead(v *window) bool {
 	if w.measured() != v.measured() {
 		return v.measured()
@@ -227,29 +226,29 @@ func (w *window) grant(now time.Time) {
 	w.waits = false
 }
 
-// may tells whether the window's own bounds let it send. The caller holds mu.
+// may reports whether the window's own bounds let it send. The caller holds mu.
 func (w *window) may(now time.Time) bool {
 	n := w.inFlight()
 	return (n == 0 || n < w.size() && w.due(now) <= 0) && w.limit.due(now) <= 0
 }
 
-// The following are called with mu held.
+// The caller of the following holds mu.
 
 // inFlight returns how many bytes are on their way or about to be sent.
 func (w *window) inFlight() int { return int(w.sent-w.placed) + w.granted }
 
-// delay is how long a byte may be on its way, in seconds, there and back.
+// delay returns how long a byte may be on its way, in seconds, there and back.
 func (w *window) delay() float64 { return w.trip.value(0) + allowedQueue.Seconds() }
 
-// stall is after how long without a report the window no longer counts.
+// stall returns after how long without a report the window no longer counts.
 func (w *window) stall() time.Duration {
 	return stallTime + seconds(w.trip.value(0))
 }
 
-// measured tells whether the window has sent something since the path was empty.
+// measured reports whether the window has sent something since the path was empty.
 func (w *window) measured() bool { return w.begun == w.path.empty }
 
-// target is the rate that the window may reach, in bytes per second.
+// target returns the rate that the window may reach, in bytes per second.
 func (w *window) target() float64 {
 	return w.yield.share() * min(w.path.rate.value(), growth*w.rate.value())
 }
@@ -259,15 +258,16 @@ func (w *window) size() int {
 	return max(w.opening.window(), w.steady())
 }
 
-// steady is the size that the measured rate is worth.
+// steady returns the size that matches the measured rate.
 func (w *window) steady() int {
-	// On a slow path a window of little less than two pages would let pass no third one while the
-	// second is placed.
+	// On a slow path, a window of slightly less than two pages would not let a third page start
+	// while the second is placed.
 	return max(int(w.yield.share()*2*float64(w.page)), int(w.target()*w.delay())+w.page/2)
 }
 
-// due returns after how long the window may send: on a long path that has run empty, all of it at
-// once would be a queue of a round trip. What it may have in flight is spread over one instead.
+// due returns after how long the window may send. On a long path that has run empty, sending all at
+// once would make a queue of a round trip. So what it may have in flight is spread over one round
+// trip.
 func (w *window) due(now time.Time) time.Duration { return w.paid.Sub(now) }
 
 // unpaced is how many pages are few enough to be sent at once.
@@ -286,7 +286,7 @@ func (w *window) pay(now time.Time, n int) {
 	if saved := now.Add(-allowedQueue); w.paid.Before(saved) {
 		w.paid = saved
 	}
-	// With nothing in flight it did not wait: no more than one round trip is ever owed.
+	// With nothing in flight it has not waited, so it owes at most one round trip.
 	if w.paid = w.paid.Add(takes); w.paid.After(now.Add(seconds(over))) {
 		w.paid = now.Add(seconds(over))
 	}
@@ -294,10 +294,10 @@ func (w *window) pay(now time.Time, n int) {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// batch returns how many bytes one frame should hold: somewhat more than half of what may
-// queue, so that two frames fill a short path. While one is placed and reported, the other goes
-// through the narrowest place. Smaller ones would cost both hosts more CPU time. A window's first
-// frame on an empty path is a page, which measures it.
+// batch returns how many bytes one frame should hold: somewhat more than half of what may queue, so
+// that two frames fill a short path. While one is placed and reported, the other goes through the
+// narrowest place. Smaller ones would cost both hosts more CPU time. A window's first frame on an
+// empty path is one page, which measures it.
 func (w *window) batch() int {
 	if !w.measured() {
 		return w.page
@@ -326,16 +326,16 @@ func (w *window) send(n int) {
 	p.serve(w) // the frame may be smaller than what was granted
 }
 
-// fetched notes that n bytes are sent at once, because the VM waits for them: they count
-// for the limits, so that pushed ones wait longer.
+// fetched notes that n bytes are sent at once, because the VM waits for them. They count for the
+// limits, so pushed bytes wait longer.
 func (w *window) fetched(n int) {
 	now := w.path.now()
 	w.path.Limit.take(now, n)
 	w.limit.take(now, n)
 }
 
-// report notes that the destination has placed all frames up to placed bytes. It tells
-// whether that can be true.
+// report notes that the destination has placed all frames up to placed bytes. It reports whether
+// that can be true.
 func (w *window) report(placed uint64) bool {
 	p := w.path
 	p.mu.Lock()
@@ -372,39 +372,40 @@ func (w *window) roundTrip() float64 {
 	return w.trip.value(0)
 }
 
-// opening is how a window finds the rate of its path: as TCP's slow start does (RFC 5681), it
-// doubles in each round trip. On a long path the rate alone would take it far too long, as that
-// lets the window exceed what it has measured by no more than allowedQueue.
+// opening is how a window finds the rate of its path. As in TCP's slow start (RFC 5681), the window
+// doubles in each round trip. On a long path the measured rate alone would take far too long. It
+// lets the window exceed what it has measured by allowedQueue only.
 //
-// It grows by what is placed without having waited for long, and ends when the rate of a round trip
-// has grown no more and there is a queue, or three times in a row where there is none: something
-// else than the path is the limit then. A path that has become wider is found in the same way. For
-// that a window exceeds its rate by a quarter for a moment every tripMemory, and doubles again if
-// more came through.
+// The window grows by what is placed without a long wait. The opening ends when the rate of a round
+// trip has stopped growing and there is a queue. Without a queue it ends after three such round
+// trips in a row: the limit then is something other than the path.
+//
+// The window finds a path that has become wider in the same way. Every tripMemory it exceeds its
+// rate by a quarter for a moment, and doubles again if more came through.
 //
 // The caller of its methods holds the path's mu; nil is not opening.
 type opening struct {
 	size  int  // bytes that may be in flight
-	grows bool // else it only looks whether more comes through
+	grows bool // if false, it only checks whether more comes through
 
-	mark  bool      // the next frame begins a round, which ends when it is placed
+	mark  bool      // the next frame begins a round, which ends when that frame is placed
 	end   uint64    // value of the window's sent behind that frame; 0 before the first round
-	from  uint64    // value of placed when it was sent
-	began time.Time // when it was
+	from  uint64    // value of placed when that frame was sent
+	began time.Time // when it was sent
 	best  float64   // rate of the fastest round, bytes per second
-	flat  int       // rounds since that were no faster
+	flat  int       // rounds since then that were no faster
 }
 
 const (
 	// firstWindow is in pages; TCP's (RFC 6928) are ten packets.
 	firstWindow = 3
-	// faster is by how much a round must beat the best one to count: as in BBR.
+	// faster is by how much a round must exceed the best one to count, as in BBR.
 	faster = 1.25
-	// flatRounds is how many in a row end it in any case, as in BBR.
+	// flatRounds is how many flat rounds in a row end it in any case, as in BBR.
 	flatRounds = 3
 	// probeGain is by how much a window exceeds its rate to see whether the path has become wider.
 	probeGain = 1.25
-	// probeFaster is what the rate must come to then.
+	// probeFaster is the gain in rate that shows a wider path.
 	probeFaster = 1.1
 )
 
@@ -420,12 +421,12 @@ func (w *window) queued(took time.Duration) bool {
 	least := w.trip.value(0)
 	queue := max(allowedQueue.Seconds(), least/4)
 	if w.yield != nil {
-		queue = allowedQueue.Seconds() // others come first
+		queue = allowedQueue.Seconds() // others' traffic comes first
 	}
 	return took.Seconds() > least+queue
 }
 
-// probe begins to look for more now and then, where the rate alone would take long to find it.
+// probe begins to look for more now and then, if the rate alone would take long to find it.
 func (w *window) probe(now time.Time) {
 	far := w.trip.value(0)*(probeGain-1) > allowedQueue.Seconds()
 	if w.opening == nil && w.yield == nil && far && now.Sub(w.opened) >= tripMemory {
@@ -441,7 +442,7 @@ func (o *opening) send(now time.Time, w *window) {
 	}
 }
 
-// report notes that more bytes are placed, the last of which were on their way for some time. It
+// report notes that more bytes are placed, the last of them after the time took on their way. It
 // reports whether the path is known.
 func (o *opening) report(now time.Time, w *window, more uint64, took time.Duration) (done bool) {
 	if o == nil {
@@ -468,27 +469,28 @@ func (o *opening) report(now time.Time, w *window, more uint64, took time.Durati
 	return queued || o.flat == flatRounds
 }
 
-// yield makes the push give way to what else is on the path: a scavenger after LEDBAT
-// (RFC 6817). A queue that is longer than our own is somebody else's, so the
-// window shrinks by half for every round trip in which it was there all the time, and
-// grows back step by step when it was not. As there, it cannot see who keeps no queue, or has kept
-// one from before the eviction began. The caller of its methods holds the path's mu; nil
-// never yields.
+// yield makes the push give way to other traffic on the path: a scavenger after LEDBAT (RFC 6817).
+// A queue that is longer than our own is somebody else's. So the window halves for every round trip
+// that had such a queue all the time, and otherwise grows back step by step.
+//
+// Like LEDBAT, it cannot see traffic that keeps no queue, or a queue that was there before the
+// eviction began. The caller of its methods holds the path's mu; nil never yields.
 type yield struct {
-	part  float64       // of the window that is used
+	part  float64       // the part of the window that is used
 	quiet extremum      // round trip of the path without others, seconds
 	round time.Time     // when the current round trip began
-	least time.Duration // of the round trips in it
+	least time.Duration // the least round trip in it
 }
 
 const (
-	// foreignQueue is how much longer than the path alone a round trip is if others
-	// queue. Our own queue with a frame or two beyond it stays below that.
+	// foreignQueue is by how much a round trip exceeds the empty path's if others queue. Our own
+	// queue with a frame or two beyond it stays below that.
 	foreignQueue = 2 * allowedQueue
-	// quietMemory is RFC 6817's BASE_HISTORY. It is not tripMemory: who yields for long would take
-	// the others' queue for a part of the path.
+	// quietMemory is RFC 6817's BASE_HISTORY. It exceeds tripMemory: a window that yields for long
+	// would otherwise take the others' queue for a part of the path.
 	quietMemory = 10 * time.Minute
-	// leastPart of the window is used whatever others do, so that the eviction ends some day.
+	// leastPart is the part of the window that is used whatever others do, so that the eviction
+	// ends some day.
 	leastPart = 1. / 64
 	yieldStep = 1. / 16
 )
@@ -502,7 +504,7 @@ func (y *yield) share() float64 {
 	return y.part
 }
 
-// add notes that what was sent at some time is placed now.
+// add notes that what was sent at a time is placed now.
 func (y *yield) add(now, sent time.Time) {
 	if y == nil {
 		return
@@ -523,12 +525,12 @@ func (y *yield) add(now, sent time.Time) {
 	y.round, y.least = now, 0
 }
 
-// Limit is a number of bytes per second that may be changed at any time. What was not used of
-// it is lost after 10 ms. The zero value, and nil, is no limit. Several goroutines may use it.
+// Limit is a number of bytes per second that may change at any time. Unused bytes are lost after 10
+// ms. The zero value, and nil, is no limit. Several goroutines may use it.
 type Limit struct {
 	mu   sync.Mutex
 	rate float64   // bytes per second; 0 for none
-	paid time.Time // when what was sent would have been, at that rate
+	paid time.Time // when, at that rate, all that was sent would have been sent
 }
 
 // Set changes the limit; 0 or less is none.
@@ -538,7 +540,7 @@ func (l *Limit) Set(rate int64) {
 	l.rate, l.paid = float64(max(rate, 0)), time.Time{}
 }
 
-// due returns after how long something may be sent, at once if it is not positive.
+// due returns after how long something may be sent; at once if it is not positive.
 func (l *Limit) due(now time.Time) time.Duration {
 	if l == nil {
 		return 0
@@ -568,7 +570,7 @@ func (l *Limit) take(now time.Time, n int) {
 type meter struct {
 	sum      uint64    // bytes
 	last     time.Time // when it grew
-	since    time.Time // begin of the span over which the rate is taken
+	since    time.Time // when the span of the measurement began
 	before   uint64    // value of sum then
 	greatest extremum
 }
@@ -578,7 +580,7 @@ func newMeter() meter {
 		better: func(a, b float64) bool { return a > b }}}
 }
 
-// idle notes that nothing was in flight until now. If that was for long, the path is not to blame.
+// idle notes that nothing was in flight until now. After a long time, the path is not to blame.
 func (m *meter) idle(now time.Time) {
 	if now.Sub(m.last) > rateSpan {
 		m.since, m.before = now, m.sum
@@ -595,7 +597,7 @@ func (m *meter) add(now time.Time, n uint64) {
 
 func (m *meter) value() float64 { return m.greatest.value(startRate) }
 
-// extremum is the best value of the last while: between keep and half of it.
+// extremum is the best value of the recent past: between keep and half of it.
 type extremum struct {
 	keep   time.Duration
 	better func(a, b float64) bool
@@ -620,7 +622,7 @@ func (e *extremum) add(now time.Time, v float64) {
 	}
 }
 
-// value returns the best value, otherwise if there is none yet.
+// value returns the best value, or otherwise if there is none yet.
 func (e *extremum) value(otherwise float64) float64 {
 	switch {
 	case e.current == nil && e.last == nil:

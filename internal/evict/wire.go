@@ -15,20 +15,21 @@ import (
 	"vacate/internal/qemu/migstream"
 )
 
-// Frames of the control lane. JSON where there is something to say, else empty or raw.
+// Frames of the control lane. Their payload is JSON, raw bytes, or empty.
 const (
 	// source to destination
 	msgOffer uint8 = 1 // offer: the VM to be moved
 	// raw: QEMU's stream from its header to the footer of the RAM section's start
 	msgHead uint8 = 2
-	msgLoad uint8 = 3 // raw: the package with the state of all devices
-	// from here on the destination may run. Empty: it does at once. Else commitment: it stands
+	msgLoad uint8 = 3 // raw: the device state, as a package of QEMU's stream
+	// from here on the destination may run the VM. Empty: it runs it at once. Else commitment: the
+	// VM stands
 	msgCommit uint8 = 4
 	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
-	// JSON of the caller's: a question that touches no VM, in place of an offer
+	// the caller's JSON: a question that touches no VM, in place of an offer
 	msgAsk   uint8 = 6
-	msgFill  uint8 = 8  // zeroes, ahead of msgAsk: nothing but their time matters
-	msgOpen  uint8 = 10 // filler, behind an offer that was taken: see openWindow
+	msgFill  uint8 = 8  // zeroes, ahead of msgAsk: only their time matters
+	msgOpen  uint8 = 10 // filler, after an accepted offer: see openWindow
 	msgHeard uint8 = 7  // empty: the source knows that the eviction is complete
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
@@ -38,20 +39,20 @@ const (
 	msgComplete uint8 = 19 // Received: every page is placed
 	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
 	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
-	// pages that are here, see appendHas; several, behind a status that says "running"
+	// pages that are here, see appendPresent; several, behind a status that says "running"
 	msgHas   uint8 = 22
-	msgReady uint8 = 23 // empty: those were all
-	// waiting: what an offer waits for, again and again until it is taken or turned down
+	msgReady uint8 = 23 // empty: all msgPresent were sent
+	// waiting: what an offer waits for, repeated until it is accepted or refused
 	msgWaiting uint8 = 25
-	msgOpened  uint8 = 26 // empty: msgOpen is here
-	msgTold    uint8 = 24 // JSON of the caller's: the answer to a question
+	msgOpened  uint8 = 26 // empty: msgOpen has arrived
+	msgTold    uint8 = 24 // the caller's JSON: the answer to a question
 	// farewell: the guest ended itself here; nobody needs its memory any more
 	msgShutDown uint8 = 27
 	// farewell, once the VM runs: why pages find no memory there; empty if they do again
 	msgShort uint8 = 28
 	// both ways
 	msgProve uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
-	// farewell: the sender has given the eviction up, and the VM never ran on the destination
+	// farewell: the sender gave the eviction up, and the VM never ran on the destination
 	msgAbort uint8 = 32
 )
 
@@ -87,15 +88,15 @@ const (
 	maxPages = max(maxBatch, maxPage) + 2 + maxRuns*runSize
 )
 
-// maxHas is the number of pages of a block that one frame of msgHas tells of.
+// maxPresent is the number of pages of a block in one msgPresent.
 const maxHas = 1 << 22
 
 // placedSize is the length of framePlaced, in bytes.
 const placedSize = 9
 
 // appendPlaced encodes a report of what the destination has placed: u64 bytes of frames of pages so
-// far; and u8 1 if those of the last frame are in the memory of its QEMU, 0 if they may be on their
-// way there.
+// far; then u8 1 if the pages of the last frame are in QEMU's memory, 0 if they may still be on
+// their way.
 func appendPlaced(b []byte, bytes uint64, held bool) []byte {
 	b = binary.BigEndian.AppendUint64(b, bytes)
 	if held {
@@ -112,11 +113,11 @@ func parsePlaced(b []byte) (bytes uint64, held bool, err error) {
 	return binary.BigEndian.Uint64(b), b[8] == 1, nil
 }
 
-// An offer says which VM the source wants to move, so that a destination that cannot
-// take it is found before the VM is touched.
+// An offer says which VM the source wants to move. So a destination that cannot take it says so
+// before the VM is touched.
 type offer struct {
 	Eviction ID `json:"eviction"`
-	// its name on both hosts, where they have names for VMs
+	// its name on both hosts, if they name VMs
 	VM      string       `json:"vm,omitempty"`
 	QEMU    string       `json:"qemu"`    // version, for messages
 	Machine string       `json:"machine"` // versioned type: "pc-i440fx-7.2"
@@ -126,9 +127,9 @@ type offer struct {
 	Disks   fit.Disks    `json:"disks"`
 	// Domain is set for a VM that is a domain of libvirt.
 	Domain *domainOffer `json:"domain,omitempty"`
-	// LoadTimeout is the source's, in milliseconds. The destination gives up when as
-	// long has passed since the package came and no commit: its QEMU may hold the locks of
-	// the disks, without which the source cannot resume the VM.
+	// LoadTimeout is the source's, in milliseconds. The destination gives up if that much time has
+	// passed since the device state came, without a commit. Its QEMU may hold the locks of the
+	// disks, and without those the source cannot resume the VM.
 	LoadTimeout int64 `json:"load_timeout_ms"`
 	// Stands is QEMU's word for the state that the VM stands in; empty if it runs.
 	Stands string `json:"stands,omitempty"`
@@ -145,14 +146,13 @@ type blockOffer struct {
 	PageSize uint64 `json:"page_size"` // in bytes
 }
 
-// resume is what a source says first that goes on with an eviction.
+// resume is the first message of a source that continues an eviction.
 type resume struct {
 	Eviction ID `json:"eviction"`
-	// Committed says that the source cannot run the VM any more unless the destination
-	// says that it never did.
+	// Committed says that the source can run the VM only if the destination says that it never did.
 	Committed bool `json:"committed"`
-	// Resumed says that the VM runs at the source again, or is about to, by an operator's word:
-	// the twin has to end.
+	// Resumed says that an operator decided to run the VM at the source, which it does or is about
+	// to. The twin must end.
 	Resumed bool `json:"resumed,omitempty"`
 }
 
@@ -161,12 +161,12 @@ type status struct {
 	Answer  Answer    `json:"answer"`
 	Reason  string    `json:"reason,omitempty"`
 	Dead    bool      `json:"dead,omitempty"`    // the twin has ended, and never runs again
-	Summary *Received `json:"summary,omitempty"` // of a complete one
-	// of a running one: how long the VM has run here; 0 if not known
+	Summary *Received `json:"summary,omitempty"` // for a complete one
+	// for a running one: how long the VM has run here; 0 if not known
 	Ran uint32 `json:"ran_ms,omitempty"`
 }
 
-// waiting is what a destination does before it can take an offer.
+// waiting is what a destination does before it can accept an offer.
 type waiting struct {
 	What string `json:"what"` // "hostb starts a QEMU for VM web1"
 }
@@ -182,7 +182,7 @@ type Received struct {
 	Duplicate   int `json:"duplicate"` // pages that came twice and were dropped
 	Fetches     int `json:"fetches"`
 	FreeTouched int `json:"free_touched"` // requests for pages that were left out
-	// ShutDown is why the eviction was not completed, though it ended well: the guest ended itself.
+	// ShutDown is why the guest ended itself; then the eviction did not complete, but ended well.
 	ShutDown string `json:"shut_down,omitempty"`
 	// sorted, thinned to at most 1000; seconds from request to placement
 	FetchDelays []float64 `json:"fetch_delays_s"`
@@ -213,8 +213,8 @@ func appendPages(b []byte, runs []pageRun) []byte {
 
 var errFrame = fmt.Errorf("%w: bad frame", link.ErrPeer)
 
-// layout is the extent of the VM's blocks, in the order of QEMU's stream; a block's
-// index in it is its number on the link.
+// layout is the extent of the VM's blocks, in the order of QEMU's stream. A block's index in it is
+// its number on the link.
 type layout []blockLayout
 
 type blockLayout struct {
@@ -237,7 +237,7 @@ func newLayout(blocks []migstream.Block) (layout, error) {
 	return l, nil
 }
 
-// blocks is the layout as pushorder wants it.
+// blocks returns the layout as pushorder needs it.
 func (l layout) blocks() []pushorder.Block {
 	blocks := make([]pushorder.Block, len(l))
 	for i, b := range l {
@@ -264,7 +264,7 @@ func (l layout) find(name string) int {
 	return -1
 }
 
-// check tells whether the run lies within its block.
+// check returns an error if the run does not lie within its block.
 func (l layout) check(r pageset.Run) error {
 	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 ||
 		uint64(r.First) >= uint64(l[r.Block].Pages) || r.Count > l[r.Block].Pages-int(r.First) {
@@ -274,8 +274,8 @@ func (l layout) check(r pageset.Run) error {
 	return nil
 }
 
-// parsePages takes a frame of pages apart. The data of the runs follows one another in
-// the returned slice, which is part of b.
+// parsePages parses a frame of pages. data is the part of b that holds the data of all runs in a
+// row.
 func (l layout) parsePages(dst []pageRun, b []byte) (runs []pageRun, data []byte, err error) {
 	if len(b) < 2 {
 		return nil, nil, fmt.Errorf("%w: pages of %d bytes", errFrame, len(b))
@@ -330,8 +330,8 @@ func (l layout) parseRequest(b []byte) (pageset.Run, error) {
 	return r, l.check(r)
 }
 
-// appendHas appends a frame that tells which pages of a block are here: u16 block, u16 0, u32
-// count of pages, u64 first page, then a bit for each page from the first on, the least
+// appendPresent appends a frame that says which pages of a block are here: u16 block, u16 0, u32
+// count of pages, u64 first page. Then comes a bit for each page from the first on, the least
 // significant of a byte first, padded to 8 bytes.
 func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
 	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
@@ -353,7 +353,7 @@ func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
 	return b
 }
 
-// parseHas adds the pages that a frame tells of to the sets, one for each block.
+// parsePresent adds the pages of a frame to the sets, one for each block.
 func (l layout) parseHas(b []byte, sets []*pageset.Set) error {
 	if len(b) < runSize {
 		return fmt.Errorf("%w: pages received, in %d bytes", errFrame, len(b))
@@ -382,7 +382,7 @@ func addBits(set *pageset.Set, first pageset.Page, count int, bits []byte) {
 	}
 }
 
-// decode reads a JSON message of the peer strictly.
+// decode parses a peer's JSON message strictly.
 func decode(b []byte, into any) error {
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
