@@ -295,10 +295,10 @@ func (p *arrivals) awaited() []pageset.Run {
 
 // appendPresent appends the frame that tells the source which of n pages of a block were received,
 // from first on.
-func (p *arrivals) appendHas(b []byte, block, first, n int) []byte {
+func (p *arrivals) appendPresent(b []byte, block, first, n int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return appendHas(b, block, first, n, p.received[block])
+	return appendPresent(b, block, first, n, p.received[block])
 }
 
 // discards encodes commands that make QEMU drop all pages but those received.

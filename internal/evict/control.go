@@ -289,7 +289,7 @@ func (r *Request) Answer(a Answer, reason string, dead bool, received *Received)
 
 // Tell answers a question and ends the session.
 func (r *Request) Tell(answer any) error {
-	err := writeJSON(r.control.Conn, msgTold, answer)
+	err := writeJSON(r.control.Conn, msgAnswer, answer)
 	r.linger()
 	return err
 }
@@ -322,7 +322,7 @@ func Ask(ctx context.Context, s *link.Session, fill int, question any, answer an
 	if err := writeJSON(a.control.Conn, msgAsk, question); err != nil {
 		return err
 	}
-	f, err := a.control.await(ctx, msgTold)
+	f, err := a.control.await(ctx, msgAnswer)
 	if err != nil {
 		return err
 	}

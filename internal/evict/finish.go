@@ -110,7 +110,7 @@ func (e *source) lostHere(err error) (done bool, _ error) {
 		defer cancel()
 		var f controlFrame
 		for heard == nil && f.kind != msgComplete {
-			f, heard = a.control.await(ctx, msgHas, msgReady, msgShort, msgComplete)
+			f, heard = a.control.await(ctx, msgPresent, msgReady, msgShort, msgComplete)
 		}
 		if heard == nil {
 			heard = decode(f.payload, &e.summary)

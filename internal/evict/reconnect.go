@@ -198,7 +198,7 @@ func (e *source) inquire(left context.Context, why resume) (*attachment, status,
 	if err != nil {
 		return nil, status{}, err
 	}
-	a := attach(s, maxHas/8+runSize)
+	a := attach(s, maxPresent/8+runSize)
 	st, err := func() (st status, err error) {
 		if err := writeJSON(a.control.Conn, msgResume, why); err != nil {
 			return st, err
@@ -231,14 +231,14 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 		has[i] = pageset.New(b.Pages)
 	}
 	for {
-		f, err := a.control.await(ctx, msgHas, msgReady)
+		f, err := a.control.await(ctx, msgPresent, msgReady)
 		if err != nil {
 			return 0, err
 		}
 		if f.kind == msgReady {
 			break
 		}
-		if err := l.parseHas(f.payload, has); err != nil {
+		if err := l.parsePresent(f.payload, has); err != nil {
 			return 0, err
 		}
 	}

@@ -210,7 +210,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 			return nil
 		}
 	}
-	if err := e.tellHas(a); err != nil {
+	if err := e.tellPresent(a); err != nil {
 		a.Fail(err)
 		a.end()
 		return nil
@@ -237,7 +237,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 }
 
 // tellPresent tells the source that the VM runs, and which pages are here or need not come.
-func (e *destination) tellHas(a *attachment) error {
+func (e *destination) tellPresent(a *attachment) error {
 	st := status{Answer: AnswerRunning}
 	if !e.ranSince.IsZero() {
 		st.Ran = uint32(min(time.Since(e.ranSince).Milliseconds(), math.MaxUint32))
@@ -246,9 +246,9 @@ func (e *destination) tellHas(a *attachment) error {
 		return err
 	}
 	for i, b := range e.layout {
-		for first := 0; first < b.Pages; first += maxHas {
-			frame := e.pages.appendHas(nil, i, first, min(maxHas, b.Pages-first))
-			if err := a.control.Write(msgHas, frame); err != nil {
+		for first := 0; first < b.Pages; first += maxPresent {
+			frame := e.pages.appendPresent(nil, i, first, min(maxPresent, b.Pages-first))
+			if err := a.control.Write(msgPresent, frame); err != nil {
 				return err
 			}
 		}

@@ -40,12 +40,12 @@ const (
 	msgFailed   uint8 = 20 // farewell: the VM ran here, and it is lost
 	msgStatus   uint8 = 21 // status: what became of the eviction, to a resume
 	// pages that are here, see appendPresent; several, behind a status that says "running"
-	msgHas   uint8 = 22
-	msgReady uint8 = 23 // empty: all msgPresent were sent
+	msgPresent uint8 = 22
+	msgReady   uint8 = 23 // empty: all msgPresent were sent
 	// waiting: what an offer waits for, repeated until it is accepted or refused
 	msgWaiting uint8 = 25
 	msgOpened  uint8 = 26 // empty: msgOpen has arrived
-	msgTold    uint8 = 24 // the caller's JSON: the answer to a question
+	msgAnswer  uint8 = 24 // the caller's JSON: the answer to a question
 	// farewell: the guest ended itself here; nobody needs its memory any more
 	msgShutDown uint8 = 27
 	// farewell, once the VM runs: why pages find no memory there; empty if they do again
@@ -89,7 +89,7 @@ const (
 )
 
 // maxPresent is the number of pages of a block in one msgPresent.
-const maxHas = 1 << 22
+const maxPresent = 1 << 22
 
 // placedSize is the length of framePlaced, in bytes.
 const placedSize = 9
@@ -333,7 +333,7 @@ func (l layout) parseRequest(b []byte) (pageset.Run, error) {
 // appendPresent appends a frame that says which pages of a block are here: u16 block, u16 0, u32
 // count of pages, u64 first page. Then comes a bit for each page from the first on, the least
 // significant of a byte first, padded to 8 bytes.
-func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
+func appendPresent(b []byte, block int, first, count int, set *pageset.Set) []byte {
 	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
 	words := make([]uint64, (count+63)/64)
 	for p := pageset.Page(first); ; {
@@ -354,7 +354,7 @@ func appendHas(b []byte, block int, first, count int, set *pageset.Set) []byte {
 }
 
 // parsePresent adds the pages of a frame to the sets, one for each block.
-func (l layout) parseHas(b []byte, sets []*pageset.Set) error {
+func (l layout) parsePresent(b []byte, sets []*pageset.Set) error {
 	if len(b) < runSize {
 		return fmt.Errorf("%w: pages received, in %d bytes", errFrame, len(b))
 	}

@@ -509,15 +509,15 @@ func FuzzHas(f *testing.F) {
 			full.Add(p)
 		}
 	}
-	f.Add(appendHas(nil, 0, 0, small[0].Pages, full))
-	f.Add(appendHas(nil, 0, 2, 5, full))
+	f.Add(appendPresent(nil, 0, 0, small[0].Pages, full))
+	f.Add(appendPresent(nil, 0, 2, 5, full))
 	f.Add(appendRequest(nil, run(0, 0, 1)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		sets := make([]*pageset.Set, len(small))
 		for i, block := range small {
 			sets[i] = pageset.New(block.Pages)
 		}
-		if err := small.parseHas(b, sets); err != nil {
+		if err := small.parsePresent(b, sets); err != nil {
 			if !errors.Is(err, link.ErrPeer) {
 				t.Fatal(err)
 			}
@@ -531,7 +531,7 @@ func FuzzHas(f *testing.F) {
 		for _, block := range small {
 			again = append(again, pageset.New(block.Pages))
 		}
-		if err := small.parseHas(appendHas(nil, r.Block, int(r.First), r.Count, sets[r.Block]),
+		if err := small.parsePresent(appendPresent(nil, r.Block, int(r.First), r.Count, sets[r.Block]),
 			again); err != nil {
 			t.Fatal(err)
 		}
