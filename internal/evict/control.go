@@ -190,7 +190,7 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 	for left := maxFill; err == nil &&
 		f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {
 		if left -= len(f.payload); left < 0 || len(f.payload) == 0 {
-			return nil, fmt.Errorf("%w: a question behind too much of nothing", errFrame)
+			return nil, fmt.Errorf("%w: too many bytes ahead of a question", errFrame)
 		}
 	}
 	if err != nil {
@@ -209,12 +209,13 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 		err = decode(f.payload, &r.resume)
 		r.Purpose, r.Eviction = ToResume, r.resume.Eviction
 		if err == nil && r.resume.Committed && r.resume.Resumed {
-			err = fmt.Errorf("%w: an eviction that is both committed and taken back", errFrame)
+			err = fmt.Errorf("%w: an eviction that is both committed and resumed at the source",
+				errFrame)
 		}
 	case msgAsk:
 		r.Purpose = ToAsk
 		if r.Question = f.payload; !json.Valid(f.payload) {
-			err = fmt.Errorf("%w: a question that is no JSON", errFrame)
+			err = fmt.Errorf("%w: a question that is not JSON", errFrame)
 		}
 	}
 	if err != nil {

@@ -24,13 +24,14 @@ const (
 // ErrUndecided is wrapped by the error of Decide when it cannot write the decision to the journal.
 // After a crash the decision may turn out to be there, so nobody may go on as if it had not been
 // made.
-var ErrUndecided = errors.New("the journal does not take the decision: make room and decide again")
+var ErrUndecided = errors.New("cannot write the decision to the journal: make room and decide " +
+	"again")
 
 // ErrAnswers is wrapped by the error of Decide when the destination still answers for the VM.
 var ErrAnswers = errors.New("the destination answers for the VM")
 
 // ErrUnfenced is wrapped by the error of Decide when nobody asserts that the twin is dead.
-var ErrUnfenced = errors.New("nobody says that the VM is dead on the destination")
+var ErrUnfenced = errors.New("nobody has asserted that the VM is dead on the destination")
 
 // Decide carries out an operator's decision about an eviction whose last mark is m. No engine may
 // be at work on it. For ResumeHere, fenced says in words who asserts that the twin is dead for
@@ -97,7 +98,7 @@ func (e *source) resumeHere(ctx context.Context, fenced string) error {
 	}
 	// A twin that is still alive may hold the locks of the disks.
 	if heard, err := e.Tell(ctx); !heard {
-		e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
+		e.Log.Info("the destination has not heard yet that the VM goes on here", "error", err)
 	}
 	now, err := e.resume(ctx)
 	if err == nil && now.Running {
@@ -145,8 +146,8 @@ func (s Source) Tell(ctx context.Context) (heard bool, err error) {
 		return true, nil
 	case st.Answer == AnswerUnknown:
 		return true,
-			fmt.Errorf("it knows nothing of the eviction: look there whether a QEMU of VM %s "+
-				"runs, and end it: %s", s.VM, st.Reason)
+			fmt.Errorf("it does not know the eviction: if a QEMU of VM %s runs there, end it: %s",
+				s.VM, st.Reason)
 	case st.Answer == AnswerComplete:
 		return true, fmt.Errorf("it keeps the VM, which is whole there: %s", st.Reason)
 	}

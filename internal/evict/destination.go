@@ -242,7 +242,7 @@ var errTwinGone = errors.New("the destination's QEMU ended")
 func (e *destination) lookAfter() {
 	var err error
 	if e.kills, err = room.ReadKills(e.process.PID); err != nil {
-		e.Log.Debug("if the kernel ends the QEMU for want of memory, that cannot be told", "error",
+		e.Log.Debug("cannot watch whether the kernel ends the QEMU for lack of memory", "error",
 			err)
 	}
 	e.tasks.Go(e.watch)
@@ -357,7 +357,7 @@ func (e *destination) sort(requests <-chan *Request) {
 		select {
 		case r := <-requests:
 			if r.Purpose != ToResume || r.Eviction != e.eviction {
-				r.Refuse(e.named(errors.New("the destination is taken by another eviction")))
+				r.Refuse(e.named(errors.New("the destination is in use by another eviction")))
 				continue
 			}
 			select {
@@ -466,7 +466,7 @@ const contTime = time.Second
 // has come. If the session is lost then, only serve can get that page, so serve awaits the answer.
 func (e *destination) run(left context.Context) error {
 	if !mayCont(e.mark, e.committed) {
-		return e.abort(fmt.Errorf("bug: the VM was to run here at the mark %q, committed %v",
+		return e.abort(fmt.Errorf("bug: told to run the VM here at the mark %q, committed %v",
 			e.mark, e.committed))
 	}
 	if err := e.machine.enter(Running); err != nil {
@@ -491,8 +491,8 @@ func (e *destination) run(left context.Context) error {
 			return
 		}
 		if err := keep(e.Journal, keptRan, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM ran here: should an operator "+
-				"pause it, the next engine would have it run", "error", err)
+			e.Log.Warn("cannot record in the journal that the VM ran here: if an operator "+
+				"pauses it, the next engine would run it again", "error", err)
 		}
 		e.owner.announce(ctx)
 	})
@@ -553,7 +553,7 @@ func (e *destination) keep() error {
 	}
 	b, err := json.Marshal(e.twin())
 	if err != nil {
-		return fmt.Errorf("encode what is known of the destination's QEMU: %w", err)
+		return fmt.Errorf("encode the facts about the destination's QEMU: %w", err)
 	}
 	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
 }
@@ -701,22 +701,22 @@ func (e *destination) abort(err error) error {
 		return e.lost(errors.Join(err, killErr), "The VM never ran here. End this QEMU by hand")
 	}
 	if noteErr := note(e.Journal, MarkNeverRan, err.Error()); noteErr != nil {
-		e.Log.Warn("the journal does not take it that the VM never ran here", "error", noteErr)
+		e.Log.Warn("cannot record in the journal that the VM never ran here", "error", noteErr)
 	}
 	if a := e.at.Load(); a != nil {
 		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
 	}
 	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
 	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
-		"The VM never ran here, and the QEMU that was to take it was ended; it runs on on the " +
-			"source"}
+		"The VM never ran here, and the QEMU that waited for it was ended. The VM runs on at " +
+			"the source"}
 }
 
 // lost ends an eviction that cannot complete although the VM ran here.
 func (e *destination) lost(err error, remedy string) error {
 	from := e.machine.current()
 	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
-		e.Log.Warn("the journal does not take it that the VM is lost here", "error", noteErr)
+		e.Log.Warn("cannot record in the journal that the VM is lost here", "error", noteErr)
 	}
 	dead := !e.process.Alive()
 	if a := e.at.Load(); a != nil {

@@ -84,15 +84,15 @@ func (e *destination) runs() {
 	}
 	e.die(errStrayCont)
 	if err := e.kill(); err != nil {
-		e.Log.Error("the QEMU here runs the VM, and was not told to: end it by hand",
+		e.Log.Error("the QEMU here runs the VM before the source committed: end it by hand",
 			"pid", e.process.PID, "error", err)
 	}
 }
 
 // errStrayCont is why the engine killed a QEMU that began to run the VM before the source
 // committed.
-var errStrayCont = errors.New("somebody had the destination's QEMU run the VM before it was told " +
-	"to, and it was ended: leave its monitor alone")
+var errStrayCont = errors.New("somebody made the destination's QEMU run the VM before it was " +
+	"told to, and it was ended: leave its monitor alone")
 
 // untold reports whether the QEMU must not run the VM yet: the source may still resume it there
 // without asking.
@@ -206,7 +206,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 		if err == nil {
 			break
 		}
-		e.Log.Warn("the journal does not take it that the VM was shut down here: trying again",
+		e.Log.Warn("cannot record in the journal that the VM was shut down here: trying again",
 			"error", err)
 		select {
 		case <-time.After(mendPause):

@@ -80,7 +80,7 @@ func (e *source) lookInside(ctx context.Context) {
 		if s.guest, err = e.attach(ctx); err == nil {
 			s.report.Source, s.report.Kernel = Host, s.guest.Release()
 		} else {
-			s.doubt("the guest cannot be looked into from outside", err)
+			s.doubt("cannot look into the guest from outside", err)
 		}
 	}
 	if e.Enlightenment == Agent || e.Enlightenment == Auto && s.guest == nil {
@@ -229,7 +229,7 @@ func (e *source) learn() {
 	if e.survey.guest != nil {
 		r, err := e.survey.guest.Survey(ctx)
 		if err != nil {
-			e.survey.doubt("the frozen guest is not what it was", err)
+			e.survey.doubt("the frozen guest has changed", err)
 			return
 		}
 		survey = &r.Survey

@@ -23,7 +23,7 @@ func (e *source) finish(m Mark, why string, as State) error {
 		return e.lost(err, "The VM on the destination does not need the copy here. Nothing is lost")
 	}
 	if err := e.note(m, why); err != nil {
-		e.Log.Warn("the journal does not take how the eviction ended", "mark", m, "error", err)
+		e.Log.Warn("cannot record in the journal how the eviction ended", "mark", m, "error", err)
 	}
 	if a := e.at.Load(); a != nil {
 		a.control.Write(msgHeard)
@@ -74,7 +74,7 @@ func (e *source) frozenRemedy() string {
 // remedies says where an operator finds the choices. They depend on what the destination said, and
 // may still say.
 func (e *source) remedies() string {
-	return fmt.Sprintf("`vacate status %s` says what is waited for, and what can be decided", e.VM)
+	return fmt.Sprintf("`vacate status %s` says what it waits for, and what you can decide", e.VM)
 }
 
 // lost returns, as an error, what a destination says that has lost the VM.
@@ -90,7 +90,7 @@ func (st status) lost() error {
 func (e *source) lostThere(err error) error {
 	if errors.Is(err, errDead) || errors.Is(err, errFarewell) {
 		if err := keep(e.Journal, keptDead, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM's QEMU on the destination has "+
+			e.Log.Warn("cannot record in the journal that the VM's QEMU on the destination has "+
 				"ended", "error", err)
 		}
 	}

@@ -240,7 +240,7 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 var errStood = errors.New("the VM stopped before it could be frozen")
 
 // errRuns is the error for a VM that stood, and that somebody has run since.
-var errRuns = errors.New("somebody had the VM run")
+var errRuns = errors.New("somebody told QEMU to run the VM")
 
 // job holds the fields of QEMU's JobInfo that name a job.
 type job struct {
@@ -392,7 +392,7 @@ func (f *freezer) hold(ctx context.Context, qemu process.Process) error {
 	f.listen()
 	switch {
 	case f.events.Dropped() > 0:
-		return errors.New("QEMU told of more than could be followed while the VM was being frozen")
+		return errors.New("QEMU sent too many events while the VM was being frozen")
 	case len(f.said) != f.frozen:
 		return fmt.Errorf("%w: %s", errMoved, strings.Join(f.said, ", "))
 	}
@@ -448,7 +448,7 @@ func parseFacts(b []byte) (f hostFacts, err error) {
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&f); err != nil {
-		return f, fmt.Errorf("what was kept of the frozen VM: %w", err)
+		return f, fmt.Errorf("read from the journal what describes the frozen VM: %w", err)
 	}
 	return f, nil
 }

@@ -26,7 +26,7 @@ func newFrozen(mem *guestmem.Memory, l layout) (*frozen, error) {
 		case j < 0 || !mem.Blocks()[j].Located:
 			return nil, fmt.Errorf("memory %q: %w", b.Name, guestmem.ErrNotLocated)
 		case mem.Blocks()[j].PageSize != b.PageSize || mem.Blocks()[j].Size < b.Length:
-			return nil, fmt.Errorf("memory %q changed its size or pages since it was looked at",
+			return nil, fmt.Errorf("memory %q changed its size or pages during the eviction",
 				b.Name)
 		}
 		f.index[i] = j

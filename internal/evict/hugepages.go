@@ -42,7 +42,7 @@ func (e *source) tellHuge() {
 		var err error
 		if huge[i], err = e.frozen.mem.Huge(e.frozen.index[i]); err != nil {
 			if !errors.Is(err, guestmem.ErrGone) {
-				e.Log.Info("the destination does not hear which memory is in huge pages",
+				e.Log.Info("cannot tell the destination which memory is in huge pages",
 					"reason", err)
 			}
 			return
@@ -100,7 +100,7 @@ func (l layout) parseHuge(b []byte) (block int, huge []bool, err error) {
 	}
 	b = b[runSize:]
 	if r.First != 0 || r.Count > l[r.Block].units() || len(b) != (r.Count+63)/64*8 {
-		return 0, nil, fmt.Errorf("%w: %d bytes tell of %d huge pages", errFrame, len(b), r.Count)
+		return 0, nil, fmt.Errorf("%w: %d bytes about %d huge pages", errFrame, len(b), r.Count)
 	}
 	huge = make([]bool, r.Count)
 	for i := range huge {
@@ -178,8 +178,8 @@ func (e *destination) keepHuge() {
 		err = e.Journal.Keep(KeptHuge, b)
 	}
 	if err != nil {
-		e.Log.Warn("the journal does not take it which memory was in huge pages: should this "+
-			"engine die, all stays in small ones", "error", err)
+		e.Log.Warn("cannot record in the journal which memory was in huge pages: if this engine "+
+			"dies, all of it stays in small ones", "error", err)
 	}
 }
 

@@ -272,7 +272,7 @@ func (o *libvirtSource) resume(ctx context.Context, ran bool, stood string) (qmp
 // sends SIGTERM first, which a stopped process does not handle. So discard kills it then.
 func (o *libvirtSource) discard(ctx context.Context, qemu process.Process) error {
 	if o.offer == nil {
-		o.log.Warn("libvirt still has the domain, which is not to be started here: `virsh "+
+		o.log.Warn("libvirt still has the domain, which must not be started here: `virsh "+
 			"undefine --keep-nvram --keep-tpm` forgets it", "domain", o.Domain)
 		return qemu.Kill(ctx)
 	}

@@ -68,7 +68,8 @@ func (o *libvirtTwin) accept(ctx context.Context, offered offer) (err error) {
 	d := offered.Domain
 	switch {
 	case d == nil:
-		return errors.New("the VM is no domain of libvirt at the source, and this host takes such")
+		return errors.New("the VM is no domain of libvirt at the source, and this host takes " +
+			"only domains of libvirt")
 	case offered.Stands != "":
 		return errors.New("the domain does not run, and libvirt's domains are taken only while " +
 			"they do")
@@ -186,7 +187,7 @@ func (o *libvirtTwin) decline(context.Context) {
 	defer cancel()
 	if _, err := o.finish.Finish(ctx, o.offer.Name, nil, o.flags, true); err != nil &&
 		!errors.Is(err, libvirt.ErrNoDomain) {
-		o.log.Warn("libvirt does not give up the domain that was to come", "domain", o.offer.Name,
+		o.log.Warn("libvirt does not forget the domain that did not come", "domain", o.offer.Name,
 			"error", err)
 	}
 	o.offer = nil
@@ -301,8 +302,8 @@ func (o *libvirtTwin) letGo(life context.Context, over bool) {
 		}
 	}
 	if err != nil {
-		o.log.Warn("the domain runs here with all of its memory, but libvirt does not have it as "+
-			"it was: see `virsh dumpxml --inactive`", "domain", o.offer.Name, "error", err)
+		o.log.Warn("the domain runs here with all of its memory, but libvirt did not restore "+
+			"its definition: see `virsh dumpxml --inactive`", "domain", o.offer.Name, "error", err)
 	}
 }
 
@@ -327,8 +328,8 @@ func (o *libvirtTwin) record(*twin) {}
 
 func (o *libvirtTwin) recall(twin) error {
 	return errors.New(
-		"an engine that takes a domain of libvirt cannot be followed by another, as " +
-			"its stream ended with it: see docs/libvirt.md")
+		"no other engine can go on with a domain of libvirt, as its stream ended with the first " +
+			"engine: see docs/libvirt.md")
 }
 
 func (o *libvirtTwin) close() {

@@ -65,7 +65,7 @@ type described struct {
 }
 
 // errNotOpen is the error for a QEMU to which no engine has connected yet.
-var errNotOpen = errors.New("nobody has asked the VM's QEMU anything yet")
+var errNotOpen = errors.New("the engine has not connected to the VM's QEMU yet")
 
 // notYet reports whether an error says that a QEMU may answer in a moment.
 func notYet(err error) bool { return errors.Is(err, qmp.ErrBusy) || errors.Is(err, qmp.ErrStopped) }

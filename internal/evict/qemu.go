@@ -116,7 +116,7 @@ func announce(ctx context.Context, q *qmp.Client, log *slog.Logger) {
 	err := q.Run(ctx, "announce-self",
 		map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil)
 	if err != nil {
-		log.Debug("the VM's network cards do not tell where they are", "error", err)
+		log.Debug("the VM's network cards do not announce themselves", "error", err)
 	}
 }
 

@@ -290,7 +290,7 @@ func (o *qemuTwin) hold(ctx context.Context) error {
 	q := o.client()
 	err := q.Run(ctx, "set-action", map[string]string{"shutdown": "pause"}, nil)
 	if errors.Is(err, qmp.ErrCommandNotFound) { // QEMU before 6.0
-		o.log.Info("the QEMU here cannot be told to stay when its guest ends itself", "version",
+		o.log.Info("cannot tell the QEMU here to stay when its guest ends itself", "version",
 			q.Version())
 		return nil
 	}
@@ -326,7 +326,7 @@ func (o *qemuTwin) putBack(life context.Context, q *qmp.Client) {
 		}
 	}
 	if err != nil && life.Err() == nil {
-		o.log.Warn("the QEMU here does not take its own migration settings back", "error", err)
+		o.log.Warn("cannot restore the own migration settings of the QEMU here", "error", err)
 	}
 }
 
@@ -346,11 +346,11 @@ func (o *qemuTwin) release(life context.Context, q *qmp.Client) {
 		st, err = q.QueryStatus(ctx)
 	}
 	if err == nil && o.own.ends(st.Status) {
-		o.log.Info("the guest has ended itself: its QEMU is told to quit", "state", st.Status)
+		o.log.Info("the guest has ended itself: telling its QEMU to quit", "state", st.Status)
 		err = q.Quit(ctx)
 	}
 	if err != nil && life.Err() == nil {
-		o.log.Warn("the QEMU here stays when its guest ends itself: if it is not to, tell its "+
+		o.log.Warn("the QEMU here stays when its guest ends itself: to change that, tell its "+
 			"monitor set-action shutdown=poweroff", "error", err)
 	}
 }
@@ -442,10 +442,10 @@ func (o *qemuTwin) lastWords() (guest, host string) {
 // startRemedy says how to start the QEMU.
 func (o *qemuTwin) startRemedy() string {
 	if o.description != "" {
-		return fmt.Sprintf("the command in %s has to have {incoming} among its arguments",
+		return fmt.Sprintf("the command in %s must have {incoming} among its arguments",
 			o.description)
 	}
-	return "start it as the source's, with -S -incoming defer in addition"
+	return "start it like the source's, with -S -incoming defer added"
 }
 
 // startsPaused makes sure that QEMU was started with -S. Otherwise it would run the VM as soon as

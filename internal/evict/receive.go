@@ -217,13 +217,13 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 		case migstream.MsgReqPagesID, migstream.MsgReqPages:
 			i := e.layout.find(m.Block)
 			if i < 0 {
-				return fmt.Errorf("QEMU wants a page of unknown memory %q", m.Block)
+				return fmt.Errorf("QEMU requested a page of unknown memory %q", m.Block)
 			}
 			size := e.layout[i].PageSize
 			run := pageset.Run{Block: i, First: pageset.Page(m.Start / size),
 				Count: int((uint64(m.Length) + size - 1) / size)}
 			if err := e.layout.check(run); err != nil {
-				return fmt.Errorf("QEMU wants what is not in memory: %w", err)
+				return fmt.Errorf("QEMU requested pages outside of its memory: %w", err)
 			}
 			missing, free := e.pages.want(run)
 			if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil {

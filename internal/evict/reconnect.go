@@ -47,7 +47,8 @@ func (e *source) seeThrough(ctx context.Context, why error) error {
 			}
 		}
 		e.drop(why)
-		e.Log.Warn("the destination is out of reach; the VM stays frozen here, and pages wait", "error", why)
+		e.Log.Warn("cannot reach the destination; the VM stays frozen here, and its pages wait",
+			"error", why)
 		done, err := e.reach(left, why)
 		if done {
 			return err
@@ -135,7 +136,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		pause = min(max(2*pause, firstPause), lastPause)
 		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
 		if err != nil {
-			e.Log.Debug("the destination cannot be asked", "error", err)
+			e.Log.Debug("cannot ask the destination", "error", err)
 			continue
 		}
 		here := copyPaused
@@ -181,10 +182,12 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 				continue
 			}
 			e.end(a)
-			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true", st.Answer), e.frozenRemedy())
+			return true, e.lost(fmt.Errorf("the destination answers %q, which cannot be true",
+				st.Answer), e.frozenRemedy())
 		default:
 			e.end(a)
-			e.Log.Warn("the destination cannot tell what became of the VM; it stays frozen here", "answer", st.Answer, "reason", st.Reason)
+			e.Log.Warn("the destination does not know what became of the VM; it stays frozen here",
+				"answer", st.Answer, "reason", st.Reason)
 			pause = lastPause
 		}
 	}
@@ -203,7 +206,8 @@ func (e *source) inquire(left context.Context, why resume) (*attachment, status,
 		if err := writeJSON(a.control.Conn, msgResume, why); err != nil {
 			return st, err
 		}
-		ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not answer"))
+		ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime,
+			errors.New("the destination does not answer"))
 		defer cancel()
 		f, err := a.control.await(ctx, msgStatus)
 		if err != nil {
@@ -223,7 +227,8 @@ func (e *source) inquire(left context.Context, why resume) (*attachment, status,
 // rejoin learns which pages the destination has, and pushes the others in a new session. The VM has
 // run there for the time ran. It returns how many pages were sent before and must be sent again.
 func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error) {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime, errors.New("the destination does not tell what it has"))
+	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime,
+		errors.New("the destination does not say which pages it has"))
 	defer cancel()
 	l := e.frozen.layout
 	has := make([]*pageset.Set, len(l))

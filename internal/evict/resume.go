@@ -61,7 +61,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		<-e.kill()
 		return nil
 	case stepHold:
-		return e.lost(errors.New("the journal says that the VM was moved away, and it runs here"),
+		return e.lost(errors.New("the journal says that the VM moved away, but it runs here"),
 			"Nothing was touched. Look whether it runs on the destination, too")
 	}
 	return nil

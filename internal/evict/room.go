@@ -49,7 +49,7 @@ func (e *destination) hasRoom() error {
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		e.Log.Warn("some of what bounds the VM's memory here cannot be found out", "error", err)
+		e.Log.Warn("cannot read some of the limits on the VM's memory here", "error", err)
 	}
 	e.promised.Release()
 	if e.promised, err = e.Room.Take(e.process, limits, memory); err != nil {

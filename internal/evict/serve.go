@@ -95,7 +95,7 @@ func (e *destination) serve(ctx, left context.Context) error {
 			case errors.Is(m.err, errCompleted):
 				return e.finish()
 			case m.err != nil:
-				e.Log.Warn("QEMU's migration cannot be taken up yet", "error", m.err)
+				e.Log.Warn("cannot resume QEMU's migration yet", "error", m.err)
 				if m.silent {
 					e.fillLeftOut()
 				}
@@ -168,8 +168,8 @@ func (e *destination) detach(why error) {
 			e.Log.Error("state", "error", err)
 		}
 	}
-	e.Log.Warn("the source is not there; the VM runs as far as its pages go, until the source "+
-		"is back", "error", why)
+	e.Log.Warn("the source is not connected; the VM runs until it needs a missing page or the "+
+		"source is back", "error", why)
 }
 
 // dropStream gives up QEMU's stream. Pages on their way in it may be lost, so the source must
@@ -205,7 +205,7 @@ func (e *destination) attach(left context.Context, r *Request) error {
 		// one of them, and without an answer it gets no new stream.
 		e.forget(nil)
 		if err := e.takeStock(nil); err != nil {
-			e.Log.Warn("it cannot be told which pages are here", "error", err)
+			e.Log.Warn("cannot find out which pages are here", "error", err)
 			r.end()
 			return nil
 		}
@@ -288,7 +288,7 @@ func (e *destination) finish() error {
 		}
 	}
 	if err := note(e.Journal, MarkCompleted, ""); err != nil {
-		e.Log.Warn("the journal does not take it that the VM is whole here", "error", err)
+		e.Log.Warn("cannot record in the journal that the VM is whole here", "error", err)
 	}
 	e.letGo(true)
 	received := e.summary()
@@ -319,7 +319,7 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 			return
 		}
 		if err := keep(e.Journal, KeptHeard, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the source knows how the eviction ended",
+			e.Log.Warn("cannot record in the journal that the source knows how the eviction ended",
 				"error", err)
 		}
 	}()
@@ -347,7 +347,7 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 		case r := <-e.rejoin:
 			heard, done = answer(r), true
 		case <-timer.C:
-			e.Log.Warn("the eviction ended well here, but the source could not be told")
+			e.Log.Warn("the eviction ended well here, but the source did not hear that")
 			done = true
 		case <-over:
 			done = true
@@ -463,7 +463,7 @@ func (e *destination) find() error {
 	}
 	stands, err := e.Journal.Kept(keptStands)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("whether the VM is to run: %w", err)
+		return fmt.Errorf("whether the VM must run: %w", err)
 	}
 	e.stands = string(stands)
 	switch _, err := e.Journal.Kept(keptRan); {
@@ -487,7 +487,7 @@ func (e *destination) find() error {
 	}
 	memory, limits, err := memoryOf(e.mem)
 	if err != nil {
-		e.Log.Warn("some of what bounds the VM's memory here cannot be found out", "error", err)
+		e.Log.Warn("cannot read some of the limits on the VM's memory here", "error", err)
 	}
 	e.promised = e.Room.Note(e.process, limits, memory)
 	e.placer = newPlacer(nil, r.SectionID(), l)
@@ -521,7 +521,7 @@ func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set,
 				words[j] = ^uint64(0)
 			}
 		case len(bits)*8 < frames:
-			return nil, fmt.Errorf("QEMU tells of %d pages of memory %q, which has %d", len(bits)*8,
+			return nil, fmt.Errorf("QEMU reports %d pages of memory %q, which has %d", len(bits)*8,
 				b.Name, frames)
 		default:
 			for j := range frames {

@@ -375,7 +375,7 @@ type awaited struct {
 func (e *source) keepFacts() error {
 	b, err := json.Marshal(e.facts)
 	if err != nil {
-		return fmt.Errorf("encode what is known of the VM's QEMU: %w", err)
+		return fmt.Errorf("encode the facts about the VM's QEMU: %w", err)
 	}
 	return keep(e.Journal, keptFacts, b)
 }
@@ -384,7 +384,7 @@ func (e *source) keepFacts() error {
 func located(mem *guestmem.Memory) error {
 	for _, b := range mem.Blocks() {
 		if !b.Located {
-			return fmt.Errorf("memory %q of %d KiB: %w: it cannot be read for another host", b.Name,
+			return fmt.Errorf("memory %q of %d KiB: %w: cannot read it", b.Name,
 				b.Size>>10, guestmem.ErrNotLocated)
 		}
 	}
@@ -438,8 +438,8 @@ func vmName(vm string) string {
 // something blocks migration.
 func mayLeave(m qmp.Migration) error {
 	if !over(m.Status) {
-		return fmt.Errorf("the VM is being migrated already, the state of that is %q: wait for "+
-			"its end or cancel it", m.Status)
+		return fmt.Errorf("the VM is being migrated already (state %q): wait for its end or "+
+			"cancel it", m.Status)
 	}
 	if len(m.Blocked) > 0 {
 		return fmt.Errorf("QEMU says that the VM cannot be moved: %s",
@@ -655,7 +655,7 @@ func (e *source) refuse(err error) error {
 		outcome = ErrAborted
 	}
 	if noteErr := e.note(MarkRolledBack, err.Error()); noteErr != nil {
-		e.Log.Warn("the journal does not take it that the VM runs on here", "error", noteErr)
+		e.Log.Warn("cannot record in the journal that the VM runs on here", "error", noteErr)
 	}
 	remedy := "The VM runs on, untouched"
 	if q := e.owner.monitor(); q == nil {
@@ -676,7 +676,7 @@ func (e *source) refuse(err error) error {
 func (e *source) lost(err error, remedy string) error {
 	from := e.machine.current()
 	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
-		e.Log.Warn("the journal does not take what became of the VM", "error", noteErr)
+		e.Log.Warn("cannot record in the journal what became of the VM", "error", noteErr)
 	}
 	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
 }
@@ -699,7 +699,7 @@ func (e *source) rollBack(cause error) error {
 	if e.mark == MarkResumedHere { // the operator's decision stays
 		cause = fmt.Errorf("an operator decided so: %w", cause)
 	} else if err := e.note(MarkRolledBack, cause.Error()); err != nil {
-		e.Log.Warn("the journal does not take it that the VM runs on here", "error", err)
+		e.Log.Warn("cannot record in the journal that the VM runs on here", "error", err)
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), rollbackTime,
 		errors.New("rolling back took too long"))
@@ -707,7 +707,7 @@ func (e *source) rollBack(cause error) error {
 	if e.mark == MarkResumedHere {
 		// A twin that is still alive may hold the locks of the disks.
 		if heard, err := e.Tell(ctx); !heard {
-			e.Log.Info("the destination did not hear yet that the VM goes on here", "error", err)
+			e.Log.Info("the destination has not heard yet that the VM goes on here", "error", err)
 		}
 	}
 	now, err := e.resume(ctx)
@@ -730,7 +730,7 @@ func (e *source) rollBack(cause error) error {
 		}
 		// An operator who resumes the VM by hand need not ask what became of the twin.
 		if err := keep(e.Journal, keptDead, nil); err != nil {
-			e.Log.Warn("the journal does not take it that the VM never ran on the destination",
+			e.Log.Warn("cannot record in the journal that the VM never ran on the destination",
 				"error", err)
 		}
 		remedy := fmt.Sprintf("Try %s", e.owner.byHand(e.qemu))
@@ -745,7 +745,7 @@ func (e *source) rollBack(cause error) error {
 	if now.Running {
 		announce(ctx, e.owner.monitor(), e.Log)
 	} else {
-		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before it was to be frozen",
+		remedy = fmt.Sprintf("The VM %s here, unharmed, as it did before the freeze",
 			fit.Stands(now.Status))
 	}
 	return &Error{ErrAborted, from, errors.Join(cause, e.machine.enter(Aborted)), remedy}
@@ -793,7 +793,7 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 			e.facts.Stood = ""
 		}
 		if err := e.keepFacts(); err != nil {
-			e.Log.Warn("the journal does not take it that the VM was resumed", "error", err)
+			e.Log.Warn("cannot record in the journal that the VM was resumed", "error", err)
 		}
 	}
 	return now, err

@@ -115,7 +115,7 @@ func (m *machine) enter(s State) error {
 	now, present := time.Now(), &m.history[len(m.history)-1]
 	if !slices.Contains(next[present.state], s) {
 		defer m.mu.Unlock()
-		return fmt.Errorf("bug: eviction cannot go from %s to %s", present.state, s)
+		return fmt.Errorf("bug: an eviction cannot go from %s to %s", present.state, s)
 	}
 	present.left = now
 	m.past[present.state] += now.Sub(present.at)
@@ -185,7 +185,7 @@ var (
 
 // ErrLeave is the cause with which to cancel an engine's context to make it leave. If the eviction
 // can no longer be aborted, the engine ends with ErrLeft and touches nothing.
-var ErrLeave = errors.New("the engine is to leave")
+var ErrLeave = errors.New("the engine was told to leave")
 
 // untilLeft returns a context that ends when the engine of ctx is told to leave. Nothing else ends
 // it before the returned function is called.

@@ -221,6 +221,6 @@ func (e *source) keepTrace() {
 		err = e.Journal.Keep(KeptTrace, b)
 	}
 	if err != nil {
-		e.Log.Warn("what the eviction did is not kept", "error", err)
+		e.Log.Warn("cannot keep the trace of the eviction", "error", err)
 	}
 }

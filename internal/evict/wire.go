@@ -363,7 +363,7 @@ func (l layout) parsePresent(b []byte, sets []*pageset.Set) error {
 		return err
 	}
 	if b = b[runSize:]; len(b) != (r.Count+63)/64*8 {
-		return fmt.Errorf("%w: %d bytes tell of %d pages", errFrame, len(b), r.Count)
+		return fmt.Errorf("%w: %d bytes about %d pages", errFrame, len(b), r.Count)
 	}
 	addBits(sets[r.Block], r.First, r.Count, b)
 	return nil

@@ -531,7 +531,8 @@ func FuzzHas(f *testing.F) {
 		for _, block := range small {
 			again = append(again, pageset.New(block.Pages))
 		}
-		if err := small.parsePresent(appendPresent(nil, r.Block, int(r.First), r.Count, sets[r.Block]),
+		if err := small.parsePresent(appendPresent(nil, r.Block, int(r.First), r.Count,
+			sets[r.Block]),
 			again); err != nil {
 			t.Fatal(err)
 		}

@@ -177,8 +177,8 @@ func (j *Journal) open() error {
 	}
 	switch err := unix.Flock(int(j.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
 	case err == unix.EWOULDBLOCK:
-		return fmt.Errorf("%w: a vacated runs already: end it first, or give this one another "+
-			"directory", ErrLocked)
+		return fmt.Errorf("%w: end the vacated that runs already, or give this one "+
+			"another directory", ErrLocked)
 	case err != nil:
 		return os.NewSyscallError("flock", err)
 	}
@@ -214,8 +214,8 @@ const newPrefix = ".new-"
 func lockFile(dir string) string { return filepath.Join(dir, "lock") }
 
 // ErrForeign: the directory holds something other than a journal, so it was not touched.
-var ErrForeign = errors.New("it is not empty, and no journal of vacated: it was not touched. " +
-	"Give the journal a directory of its own")
+var ErrForeign = errors.New("the directory is not empty, and is no journal of vacated. It was " +
+	"not touched. Give the journal a directory of its own")
 
 // Check reports why Open could not use dir as a journal, and touches nothing. It wraps ErrForeign
 // for a directory that is not a journal. A missing directory is fine.
@@ -582,14 +582,14 @@ func (e *Entry) Blob(name string) ([]byte, error) {
 		return nil, err
 	}
 	if len(b) < 4 || binary.BigEndian.Uint32(b) != crc32.Checksum(b[4:], castagnoli) {
-		return nil, fmt.Errorf("%s is damaged: its checksum is another", path)
+		return nil, fmt.Errorf("%s is damaged: its checksum does not match", path)
 	}
 	return b[4:], nil
 }
 
 func (e *Entry) path(name string) (string, error) {
 	if !blobName.MatchString(name) || name == "log" {
-		return "", fmt.Errorf("nothing can be kept under the name %.64q", name)
+		return "", fmt.Errorf("cannot keep anything under the name %.64q", name)
 	}
 	return filepath.Join(e.dir, name), nil
 }
@@ -652,7 +652,7 @@ func appendRecord(b []byte, r Record) ([]byte, error) {
 // fails if there is no record.
 func parse(log []byte) (last Record, end, used int, err error) {
 	if !bytes.HasPrefix(log, []byte(header)) {
-		return last, 0, 0, errors.New("its log does not begin as the log of an eviction does")
+		return last, 0, 0, errors.New("its log does not begin like the log of an eviction")
 	}
 	for next := len(header); ; {
 		r, n, ok := parseRecord(log[next:])
