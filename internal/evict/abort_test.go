@@ -21,10 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attempt is an eviction that is to fail before the commit.
+// attempt is an eviction that must fail before the commit.
 type attempt struct {
 	name string
-	// lane, upstream, kind name the frame at which do is done by a relay in between.
+	// lane, upstream, kind name the frame at which a relay in between calls do.
 	lane     int
 	upstream bool
 	kind     uint8
@@ -32,8 +32,8 @@ type attempt struct {
 	cancel   bool // ctx is cancelled when the frame has come
 	timeout  time.Duration
 	show     func(evict.Progress)
-	// disturbed: what is done takes effect at a random moment, so that the frame may not come, and
-	// the VM stands as somebody had it.
+	// disturbed: do takes effect at a random moment. So the frame may not come, and the VM stays as
+	// do left it.
 	disturbed bool
 
 	twin lab.IncomingOptions
@@ -103,7 +103,7 @@ var attempts = []attempt{
 
 func killTwin(_ *testing.T, _ *lab.Lab, twin *lab.VM) { twin.Kill() }
 
-// unplug has the link swallow everything.
+// unplug makes the link swallow everything.
 func unplug(t *testing.T, l *lab.Lab, _ *lab.VM) {
 	if err := l.SetLinkUp(false); err != nil {
 		t.Error(err)
@@ -115,9 +115,8 @@ func unplug(t *testing.T, l *lab.Lab, _ *lab.VM) {
 	})
 }
 
-// lockDisk takes QEMU's lock against writing the disk (byte 201 of the image means
-// "others must not write"), as another VM with the same disk would hold it, for as long
-// as the twin lives.
+// lockDisk takes QEMU's lock against writing the disk for as long as the twin lives, as another VM
+// with the same disk would. Byte 201 of the image means "others must not write".
 func lockDisk(t *testing.T, _ *lab.Lab, vm, twin *lab.VM) {
 	f, err := os.OpenFile(vm.Spec.Disk, os.O_RDWR, 0)
 	if err != nil {
@@ -136,14 +135,14 @@ func lockDisk(t *testing.T, _ *lab.Lab, vm, twin *lab.VM) {
 	}
 }
 
-// However an eviction fails before the commit, the guest runs on where it was: the same
-// guest goes through all failures one after the other, works on between them, and finds
-// all of its memory as it was in the end, when it is evicted for good.
+// However an eviction fails before the commit, the guest runs on where it was. One guest goes
+// through all failures, one after the other, and works on in between. In the end it is evicted for
+// good, and finds all of its memory as it was.
 func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}, slices.Concat(attempts, switches)) }
 
 // The same with the newest QEMU.
 func TestAbortsBackports(t *testing.T) {
-	labtest.New(t, lab.Options{}) // skips where there can be none
+	labtest.New(t, lab.Options{}) // skips the test where there is none
 	q, err := lab.BackportsQEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)
 	all := slices.Concat(attempts, switches)
@@ -156,9 +155,9 @@ func TestAbortsBackports(t *testing.T) {
 	testAborts(t, q, all)
 }
 
-// What goes wrong while the VM is being frozen, with the QEMU in between, too.
+// Failures while the VM is being frozen, with the version of QEMU in between.
 func TestSwitchesDebian12(t *testing.T) {
-	labtest.New(t, lab.Options{}) // skips where there can be none
+	labtest.New(t, lab.Options{}) // skips the test where there is none
 	q, err := lab.Backports12QEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)
 	testAborts(t, q, switches)

@@ -2,8 +2,7 @@ package evict
 
 import "time"
 
-// SetAgentTime sets how long the agent of a guest may take to answer, until what it returns is
-// called.
+// SetAgentTime sets how long a guest's agent may take to answer, until undo is called.
 func SetAgentTime(t time.Duration) (undo func()) {
 	before := agentTime
 	agentTime = t

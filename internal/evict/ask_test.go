@@ -10,7 +10,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// TestAsk puts questions behind nothing, something, and too much.
+// TestAsk sends questions behind no filler, some, and too much.
 func TestAsk(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -50,8 +50,8 @@ func (c bareCase) spec(q lab.QEMU) lab.Spec {
 	return s
 }
 
-// bareCases have each number of CPUs, machine and kind of memory, with asynchronous page faults and
-// without.
+// bareCases cover each number of CPUs, machine and kind of memory, with and without asynchronous
+// page faults.
 var bareCases = []bareCase{
 	{machine: "pc", vcpus: 1},
 	{machine: "pc", vcpus: 2, async: true},
@@ -61,10 +61,10 @@ var bareCases = []bareCase{
 	{machine: "q35", vcpus: 1, async: true},
 }
 
-// clockReports is how many reports the clocks are judged by.
+// clockReports is how many reports judge the clocks.
 const clockReports = 6
 
-// evictBare evicts a bare guest, and judges its memory, ticks and clocks afterwards.
+// evictBare evicts a bare guest, and then judges its memory, ticks and clocks.
 func evictBare(t *testing.T, l *lab.Lab, spec lab.Spec) (last lab.Clocks, accel string) {
 	t.Helper()
 	vm := boot(t, l, spec)
@@ -87,8 +87,8 @@ func evictBare(t *testing.T, l *lab.Lab, spec lab.Spec) (last lab.Clocks, accel 
 	return last, twin.Spec.Accel
 }
 
-// clocksOn waits for reports from the twin, and returns the second and the last of them. What the
-// first one tells the guest may have read before the freeze, and written here.
+// clocksOn waits for reports from the twin, and returns the second and the last of them. The guest
+// may have read what is in the first before the freeze.
 func clocksOn(ctx context.Context, t *testing.T, twin *lab.VM) (first, last lab.Clocks) {
 	t.Helper()
 	for {
@@ -127,8 +127,9 @@ func judgeClocks(t *testing.T, all []lab.Clocks, accel string, first, last lab.C
 	if accel != "kvm" {
 		return
 	}
-	// Where the guest came to, its clocks must go at the rates of before, compared with one
-	// another: it finds out by itself how fast its TSC is, which a busy host makes it get wrong.
+	// On the new host, the guest's clocks must go at the same rates as before, relative to one
+	// another. The guest measures the rate of its TSC itself, and on a busy host it gets that
+	// wrong.
 	left := slices.IndexFunc(all, func(c lab.Clocks) bool { return c.VM == last.VM })
 	if left < 2 {
 		t.Fatalf("there are %d reports from before", left)
@@ -146,7 +147,7 @@ func judgeClocks(t *testing.T, all []lab.Clocks, accel string, first, last lab.C
 	}
 }
 
-// underKVM proves by what QEMU counted that the VM's CPUs ran under KVM.
+// underKVM proves by QEMU's counters that the VM's CPUs ran under KVM.
 func underKVM(t *testing.T, vm *lab.VM) {
 	t.Helper()
 	var stats []struct {
@@ -170,8 +171,8 @@ func underKVM(t *testing.T, vm *lab.VM) {
 	t.Errorf("QEMU counts no exits from KVM: %+v", stats)
 }
 
-// A guest at native speed moves, where there is KVM, whatever its machine and memory, and its
-// clocks go on.
+// A guest at native speed moves on hosts with KVM, whatever its machine and memory, and its clocks
+// go on.
 func TestBareGuest(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 2e9})
 	for _, c := range bareCases {

@@ -30,10 +30,10 @@ var (
 	outFlag       = flag.String("out", "", "TestChurn: directory that takes a table of the results")
 )
 
-// silence is how long a running guest on a busy machine may say nothing.
+// silence is how long a running guest on a busy machine may stay silent.
 const silence = 30 * time.Second
 
-// churned sums up the evictions of a kind of guest.
+// churned sums up the evictions of one kind of guest.
 type churned struct {
 	guest                          string
 	evictions, blind               int // blind: nothing was skipped, and the notes say why
@@ -44,8 +44,8 @@ type churned struct {
 	notes                          map[string]int
 }
 
-// TestChurn evicts guests that allocate and free memory of every kind all the time, to and
-// fro, and leaves out what is free. They verify every byte: nothing may ever be wrong.
+// TestChurn evicts guests that allocate and free memory of every kind all the time, to and fro, and
+// leaves free memory out. The guests verify every byte: nothing may ever be wrong.
 func TestChurn(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	kernels := lab.Kernels
@@ -90,7 +90,7 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 		i, table = len(table), append(table, &churned{guest: name, notes: map[string]int{}})
 	}
 	r := table[i]
-	// judge tells whether all is well.
+	// judge reports whether all is well.
 	judge := func() bool {
 		g.Silent(silence)
 		found := g.Problems()
@@ -126,7 +126,7 @@ func chain(t *testing.T, l *lab.Lab, c churn.Config, evictions int, table []*chu
 		r.take(t, &res.report)
 	}
 	for try := 1; ; try++ {
-		// On a busy machine it takes a worker long; one that is stuck shows by itself in time.
+		// On a busy machine a worker takes long; one that is stuck reports that itself in time.
 		_, err := g.Command(labtest.Within(t, 2*time.Minute), "check")
 		if err == nil {
 			break
@@ -170,7 +170,7 @@ func (r *churned) take(t *testing.T, report *evict.Report) {
 	}
 }
 
-// writeChurned has the table in the log, and in a file if results are wanted.
+// writeChurned logs the table, and writes it to a file if results are wanted.
 func writeChurned(t *testing.T, table []*churned) {
 	t.Helper()
 	var b strings.Builder

@@ -33,14 +33,14 @@ var (
 
 const stockQEMU = "qemu-system-x86_64"
 
-// A configuration is a VM of some kind, as QEMU's arguments have it. {dir} is a directory of its
-// own, {shm} one in memory.
+// A configuration is a kind of VM, as arguments of QEMU. {dir} is a directory of its own, {shm} one
+// in memory.
 type configuration struct {
 	name string
 	args string
-	twin string   // where it differs
-	says []string // of a refusal; none: it moves
-	// moves is that QEMU's newer versions let it move.
+	twin string   // if it differs
+	says []string // parts of the refusal; none: it moves
+	// moves says that newer versions of QEMU let it move.
 	moves bool
 }
 
@@ -255,8 +255,8 @@ var configurations = []struct {
 	}},
 }
 
-// Every configuration of a VM moves and runs on, or is refused before it is touched. The first of
-// each kind is tried always, all of them with -configurations, which prints a table.
+// Every configuration of a VM moves and runs on, or is refused before it is touched. The test
+// always tries the first of each kind. With -configurations it tries all, and prints a table.
 func TestConfigurations(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: boots VMs")
@@ -293,14 +293,14 @@ func TestConfigurations(t *testing.T) {
 	}
 }
 
-// tryConfiguration evicts a VM between two QEMUs of this host, and returns what came of it.
+// tryConfiguration evicts a VM between two QEMUs of this host, and returns the outcome.
 func tryConfiguration(t *testing.T, c configuration, rom string) string {
 	shm, err := os.MkdirTemp("/dev/shm", "vacate-test-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(shm) })
-	// Not t.TempDir: names of tests hold commas, which mean something to QEMU.
+	// It is not t.TempDir: names of tests hold commas, which mean something to QEMU.
 	shared, err := os.MkdirTemp("", "vacate-test-")
 	if err != nil {
 		t.Fatal(err)
@@ -317,7 +317,7 @@ func tryConfiguration(t *testing.T, c configuration, rom string) string {
 	}
 	cid := 1000
 	start := func(args, console string, more ...string) (*qmp.Client, string, error) {
-		own := filepath.Join(shm, console) // memory in files is each one's own
+		own := filepath.Join(shm, console) // memory in files belongs to one QEMU alone
 		dir := filepath.Join(shared, console)
 		if err := errors.Join(os.Mkdir(own, 0o700), os.Mkdir(dir, 0o700)); err != nil {
 			t.Fatal(err)
@@ -429,7 +429,7 @@ func lastLine(s string) string {
 	return lines[len(lines)-1]
 }
 
-// startQEMU starts one, and returns when its monitor answers.
+// startQEMU starts a QEMU, and returns when its monitor answers.
 func startQEMU(t *testing.T, monitor string, args ...string) (*qmp.Client, error) {
 	t.Helper()
 	_, err := exec.LookPath(*configurationQEMU)
@@ -460,9 +460,9 @@ func startQEMU(t *testing.T, monitor string, args ...string) (*qmp.Client, error
 	}
 }
 
-// counterROM is an option ROM that never returns to the firmware: at each tick of the timer it
-// counts in a register and in memory, and writes a full stop to the first serial port, or "!" if
-// the two are not equal.
+// counterROM is an option ROM that never returns to the firmware. At each tick of the timer it
+// counts, in a register and in memory. It then writes a full stop to the first serial port, or "!"
+// if the two differ.
 func counterROM() []byte {
 	rom := make([]byte, 512)
 	copy(rom, []byte{
@@ -497,8 +497,8 @@ func counterROM() []byte {
 	return rom
 }
 
-// counterBIOS is counterROM for a machine whose firmware runs no option ROMs: it is the firmware,
-// and counts in a loop that takes some time.
+// counterBIOS is counterROM as a firmware, for a machine whose own firmware runs no option ROMs. It
+// counts in a loop that takes some time.
 func counterBIOS() []byte {
 	bios := make([]byte, 64<<10)
 	copy(bios[0xff00:], []byte{

@@ -105,7 +105,7 @@ func (v *bareVM) do(command string, args any) {
 
 type arguments = map[string]any
 
-// reads waits for the guest to read something from its disk.
+// reads waits until the guest reads the text from its disk.
 func (v *bareVM) reads(what string) {
 	v.t.Helper()
 	start := -1
@@ -126,7 +126,7 @@ func (v *bareVM) reads(what string) {
 	}
 }
 
-// evictTo evicts a VM to a twin, and returns what both sides say.
+// evictTo evicts a VM to a twin, and returns what both sides report.
 func (v *bareVM) evictTo(t testing.TB, twin *bareVM, s evict.Source) (evict.Report, error, error) {
 	t.Helper()
 	ctx, stop := context.WithCancel(labtest.Within(t, 2*time.Minute))
@@ -146,9 +146,9 @@ func (v *bareVM) evictTo(t testing.TB, twin *bareVM, s evict.Source) (evict.Repo
 	return report, err, <-received
 }
 
-// What a VM's disks are at both ends is compared before the VM is touched, and a VM that is in the
-// middle of something stays. One VM goes through all of it, and is moved in the end: it reads there
-// what it wrote here.
+// The engines compare a VM's disks at both ends before they touch the VM. A VM whose QEMU is busy
+// with a job stays. One VM goes through all cases, and moves in the end: it reads there what it
+// wrote here.
 func TestDisks(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name) }
@@ -163,7 +163,7 @@ func TestDisks(t *testing.T) {
 		case name == "vars-a.fd":
 			b = image[:64<<10]
 		case name == "vars-b.fd":
-			b = make([]byte, 64<<10) // as a twin may have it: QEMU writes the source's there
+			b = make([]byte, 64<<10) // a twin may have it so: QEMU writes the source's there
 		case name == "small.raw":
 			b = image[:1<<20]
 		}
@@ -179,7 +179,7 @@ func TestDisks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// boot is how the VM's first disk is given, data the second, cd what is in the drive.
+	// boot is the VM's first disk, data the second, cd the medium in the drive.
 	args := func(host, boot, data, cd string) []string {
 		return []string{
 			"-drive", "if=pflash,unit=0,format=raw,readonly=on,file=" + file("code-"+host+".fd"),
@@ -196,7 +196,7 @@ func TestDisks(t *testing.T) {
 	vm := bare(t, args("a", raw, data, "")...)
 	vm.reads("BEFORE..")
 
-	// refused tries an eviction that must not begin.
+	// refuse tries an eviction that must not begin.
 	refuse := func(t *testing.T, twin *bareVM, s evict.Source, says ...string) {
 		t.Helper()
 		_, err, _ := vm.evictTo(t, twin, s)
@@ -295,8 +295,8 @@ func TestDisks(t *testing.T) {
 			"start the destination's QEMU anew")
 	})
 
-	// From here on the VM writes to an overlay, which a twin with the old command line knows
-	// nothing of.
+	// From here on the VM writes to an overlay. A twin with the old command line does not have
+	// that.
 	vm.do("blockdev-snapshot-sync",
 		arguments{"node-name": "boot", "snapshot-file": file("overlay.qcow2"),
 			"snapshot-node-name": "overlay", "format": "qcow2"})
@@ -356,16 +356,15 @@ func TestDisks(t *testing.T) {
 	}
 }
 
-// A snapshot of a VM's memory that is being taken in the background is a migration to QEMU, and is
-// named for what it is.
+// A background snapshot of a VM's memory is a migration to QEMU. The engine names it as a snapshot.
 func TestBackgroundSnapshot(t *testing.T) {
 	vm := bare(t)
 	twin := bare(t, "-S", "-incoming", "defer")
 	vm.do("migrate-set-capabilities",
 		arguments{"capabilities": []arguments{{"capability": "background-snapshot",
 			"state": true}}})
-	// A slow reader keeps it going for seconds. QEMU keeps to no rate of its own where memory is
-	// empty, and holds its main loop up where nobody reads.
+	// A slow reader keeps it going for seconds. QEMU ignores its own rate limit where memory is
+	// empty, and blocks its main loop if nobody reads.
 	socket := filepath.Join(t.TempDir(), "snapshot")
 	ln, err := net.Listen("unix", socket)
 	if err != nil {
@@ -390,11 +389,11 @@ func TestBackgroundSnapshot(t *testing.T) {
 	})
 	vm.do("migrate", arguments{"uri": "unix:" + socket})
 	_, err, _ = vm.evictTo(t, twin, evict.Source{})
-	// It runs on, or stands for the moment in which QEMU saves its devices.
+	// The VM runs, or stands for the moment in which QEMU saves its devices.
 	refused(t, err, "the VM has an unfinished snapshot of its memory", "wait for its end")
 }
 
-// gone waits until a list of QEMU's is empty.
+// gone waits until a list that QEMU returns is empty.
 func (v *bareVM) gone(t testing.TB, command string) {
 	t.Helper()
 	for ctx := labtest.Within(t, time.Minute); ; time.Sleep(10 * time.Millisecond) {

@@ -29,7 +29,7 @@ func TestActionsOf(t *testing.T) {
 	}
 }
 
-// Whether QEMU would have ended is a matter of its own settings.
+// QEMU's own settings decide whether it would have ended.
 func TestActionsEnd(t *testing.T) {
 	for _, c := range []struct {
 		a      actions
@@ -53,7 +53,7 @@ func TestActionsEnd(t *testing.T) {
 	}
 }
 
-// Only the guest's own doing counts as its end. What a QEMU says may be anything.
+// Only the guest's own action counts as its end. QEMU's events may contain anything.
 func TestEndingHear(t *testing.T) {
 	for _, c := range []struct {
 		name, data  string
@@ -79,7 +79,7 @@ func TestEndingHear(t *testing.T) {
 			t.Errorf("%s %s: %v, guest %q, host %q", c.name, c.data, got, d.said(), d.host)
 		}
 	}
-	// One that was reset since lives: should its QEMU end now, it has not ended itself.
+	// A guest that was reset since is alive: if its QEMU ends now, the guest did not end itself.
 	var d ending
 	d.hear(qmp.Event{Name: "SHUTDOWN",
 		Data: json.RawMessage(`{"guest": true, "reason": "guest-shutdown"}`)})
@@ -88,7 +88,7 @@ func TestEndingHear(t *testing.T) {
 	}
 }
 
-// A source that hears that the VM was shut down does so, however it hears it.
+// A source that hears of a shut-down in any message ends the eviction as shut down.
 func TestCheckShutDown(t *testing.T) {
 	f := controlFrame{kind: msgShutDown, payload: []byte(`{"reason": "guest\u0007"}`)}
 	if err := f.check(msgComplete); err == nil || err.Error() != "the VM was shut down: guest" {

@@ -66,12 +66,12 @@ func dialFrom(h *lab.Host) func(context.Context, string, string) (net.Conn, erro
 	}
 }
 
-// connectTo makes sessions from a host with what listens at addr.
+// connectTo makes sessions from a host to the listener at addr.
 func connectTo(h *lab.Host, addr string) func(context.Context) (*link.Session, error) {
 	return link.Dialer{Addr: addr, Dial: dialFrom(h)}.Session
 }
 
-// receiveOn takes a VM from who comes to ln.
+// receiveOn takes a VM from a source that connects to ln.
 func receiveOn(ctx context.Context, d evict.Destination, ln net.Listener) error {
 	log := d.Log
 	if log == nil {

@@ -19,7 +19,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// A VM that was frozen and whose QEMU is gone goes on from the file that it was exported to.
+// A VM that was frozen, and whose QEMU is gone, runs on from its exported file.
 func TestExport(t *testing.T) {
 	load := lab.Load{HotMiB: 60, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
 	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t,
@@ -58,7 +58,7 @@ func TestExport(t *testing.T) {
 	}
 }
 
-// cached binds a finder of a QEMU to the tests' cache.
+// cached makes a function that finds a QEMU use the tests' cache.
 func cached(t testing.TB, find func(context.Context,
 	string) (lab.QEMU, error)) func(context.Context) (lab.QEMU, error) {
 	return func(ctx context.Context) (lab.QEMU, error) { return find(ctx, labtest.Dir(t)) }
@@ -70,7 +70,7 @@ func exportVM(t *testing.T, l *lab.Lab, spec lab.Spec, from string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// As an engine finds it that was started anew: it cannot ask QEMU.
+	// This is how a restarted engine finds it: it cannot ask QEMU.
 	mem, err := guestmem.Reopen(facts.Process.PID, facts.Blocks)
 	if err != nil {
 		t.Fatal(err)

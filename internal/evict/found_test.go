@@ -12,8 +12,8 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// An engine finds out that the guest ended itself while no engine listened: QEMU stands still. One
-// that QEMU is to stay with, by its own setting, counts as any other.
+// An engine finds out that the guest ended itself while no engine listened: QEMU is paused with it.
+// A QEMU that pauses by its own setting counts as any other.
 func TestFoundShutDown(t *testing.T) {
 	bin, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -73,7 +73,7 @@ func TestFoundShutDown(t *testing.T) {
 		t.Errorf("one that is to stay was found as %+v", m)
 	}
 	twin.own = own
-	// Its own setting back, QEMU quits.
+	// With its own setting back, QEMU quits.
 	e.letGo(false)
 	if err := e.process.Wait(ctx); err != nil {
 		t.Errorf("QEMU did not quit: %v", err)

@@ -8,8 +8,8 @@ import (
 	"vacate/internal/sys/process"
 )
 
-// Freeze takes the VM behind a QMP socket to where an eviction would commit, and leaves it
-// there, as a source does that has lost its destination.
+// Freeze brings the VM behind a QMP socket to the point where an eviction would commit, and leaves
+// it there. A source that has lost its destination does the same.
 func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFacts, err error) {
 	q, err := qmp.Dial(ctx, socket)
 	if err != nil {

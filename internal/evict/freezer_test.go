@@ -22,9 +22,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A QEMU of each version, whose guest is its firmware, is frozen, and others have their word at
-// every moment of it: what they did is noticed, or cannot be done, and the VM goes on as they left
-// it. None of it changes what the next freeze does.
+// The test freezes a QEMU of each version, whose guest is its firmware, and others send commands at
+// every moment of that. The engine notices their effect, or QEMU cannot carry them out. The VM goes
+// on as they left it, and the next freeze works as usual.
 func TestFreezer(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts QEMUs")
@@ -118,7 +118,7 @@ func (v *firmware) is(want string) {
 	}
 }
 
-// goOn has the VM run, as a source does that rolls back.
+// goOn resumes the VM, as a source does that rolls back.
 func (v *firmware) goOn() {
 	v.Helper()
 	v.rollBack("running")
@@ -139,8 +139,8 @@ func (v *firmware) rollBack(want string) {
 	}
 }
 
-// run freezes the VM once. between is done before the freeze, after it, and once the process is
-// stopped.
+// run freezes the VM once. It calls before ahead of the freeze, between after it, and held once the
+// process is stopped.
 func (v *firmware) run(name string, before, between, held func(), want error, says string) {
 	v.T.Run(name, func(t *testing.T) {
 		all := v
@@ -185,7 +185,7 @@ func (v *firmware) run(name string, before, between, held func(), want error, sa
 	}
 }
 
-// has somebody else give a command.
+// has returns a function by which somebody else sends a command.
 func (v *firmware) has(command string, args any) func() {
 	return func() { v.check(v.other.Run(v.ctx, command, args, nil)) }
 }
@@ -199,16 +199,16 @@ func (v *firmware) all() {
 	v.goOn()
 	v.run("cont and stop behind the freeze", nil,
 		func() { v.has("cont", nil)(); v.has("stop", nil)() }, nil, errMoved, "RESUME")
-	v.rollBack("paused") // as somebody wants it
+	v.rollBack("paused") // as that somebody wants it
 	v.has("cont", nil)()
 	v.run("reset behind the freeze", nil, v.has("system_reset", nil), nil, errMoved, "RESET")
 	v.goOn()
-	// One that stands gets its disk back without being run, and can be frozen again.
+	// A VM that stands gets its disk back without running, and can be frozen again.
 	for range 3 {
 		v.stands = "paused"
 		v.run("stop ahead of the freeze", v.has("stop", nil), nil, nil, nil, "")
 		v.rollBack("paused")
-		if err := fit.Activate(v.ctx, v.other); err != nil { // there is nothing to be done
+		if err := fit.Activate(v.ctx, v.other); err != nil { // nothing needs doing
 			v.Error(err)
 		}
 		v.stands = ""
@@ -224,10 +224,10 @@ func (v *firmware) all() {
 	v.goOn()
 	var err error
 	v.mem.Close()
-	v.mem, err = guestmem.Attach(v.ctx, v.q) // its memory is there to stay
+	v.mem, err = guestmem.Attach(v.ctx, v.q) // its memory must stay
 	v.check(err)
 
-	// What it is told while it is stopped it does not do before it may go on.
+	// A stopped QEMU carries out a command only once it may continue.
 	var queued *qmp.Pending
 	v.run("cont while stopped", nil, nil, func() {
 		queued = v.other.Begin(v.ctx, "cont", nil)
@@ -243,7 +243,8 @@ func (v *firmware) all() {
 	v.check(queued.Reply(v.ctx, nil))
 	v.goOn()
 
-	// The freeze gives the lock of the disk up; while another has it, the VM cannot be resumed.
+	// The freeze gives up the lock of the disk. While another process has it, the VM cannot be
+	// resumed.
 	lock := func() (unlock func()) {
 		f, err := os.OpenFile(v.disk, os.O_RDWR, 0)
 		v.check(err)

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// A host that ran short of memory has pages placed again when there is some for many of them, or
-// for all that the VM lacks; and what the guest waits for as soon as there is any.
+// A host that ran short of memory places pages again when there is memory for many, or for all that
+// the VM lacks. It places a page that the guest waits for as soon as there is any.
 func TestGate(t *testing.T) {
 	const none, little, much = 0, 1 << 20, reopen
 	left, rest := uint64(much), uint64(1<<30)

@@ -20,15 +20,15 @@ import (
 	"vacate/lab/labtest"
 )
 
-// emptyJournal has nothing, and takes everything.
+// emptyJournal holds nothing, and accepts everything.
 type emptyJournal struct{}
 
 func (emptyJournal) Note(evict.Mark, string) error { return nil }
 func (emptyJournal) Keep(string, []byte) error     { return nil }
 func (emptyJournal) Kept(string) ([]byte, error)   { return nil, fs.ErrNotExist }
 
-// answering is a destination that gives one answer, and what connects to it. stop returns whether
-// it heard that the source has heard how the eviction ended.
+// answering is a destination that gives one answer, and a function that connects to it. stop
+// reports whether the source said that it heard how the eviction ended.
 func answering(t *testing.T, answer evict.Answer) (connect func(context.Context) (*link.Session,
 	error), stop func() (heard bool)) {
 	t.Helper()
@@ -58,7 +58,7 @@ func answering(t *testing.T, answer evict.Answer) (connect func(context.Context)
 }
 
 // resumeGone resumes an eviction whose QEMU here has ended, and whose destination gives an answer.
-// That hears whether the source has heard how the eviction ended.
+// It reports whether the source said that it heard how the eviction ended.
 func resumeGone(t *testing.T, s evict.Source,
 	answer evict.Answer) (report evict.Report, heard bool, err error) {
 	t.Helper()
@@ -90,7 +90,7 @@ func TestResumeWithoutQEMU(t *testing.T) {
 	}
 }
 
-// A QEMU that was started since where the VM's was is none of the eviction's.
+// A QEMU that was started since, in place of the VM's, does not belong to the eviction.
 func TestResumeWithAnotherQEMU(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16}})
@@ -110,8 +110,8 @@ func TestResumeWithAnotherQEMU(t *testing.T) {
 	}
 }
 
-// factsOf is a journal in which a source kept which process the VM's QEMU is, and during which
-// boot; "" is the present one.
+// factsOf is a journal in which a source noted the process of the VM's QEMU, and the boot in which
+// it ran; "" is the present boot.
 func factsOf(t *testing.T, p process.Process, boot string) evict.Journal {
 	t.Helper()
 	if boot == "" {
@@ -144,8 +144,8 @@ func stoppedProcess(t *testing.T) process.Process {
 	return p
 }
 
-// A copy is not given up that the destination still needs, or that is not for an operator to give
-// up.
+// The engine does not give up a copy that the destination still needs, or that an operator may not
+// give up.
 func TestDiscard(t *testing.T) {
 	for answer, gone := range map[evict.Answer]bool{
 		evict.AnswerRunning: false, evict.AnswerPaused: false, evict.AnswerComplete: false,
@@ -166,7 +166,7 @@ func TestDiscard(t *testing.T) {
 	}
 }
 
-// After the host booted anew, a process of the same number and the same start is not the VM's QEMU.
+// After a reboot, a process with the same number and start time is not the VM's QEMU.
 func TestResumeAfterBoot(t *testing.T) {
 	p := stoppedProcess(t)
 	s := evict.Source{QMP: filepath.Join(t.TempDir(), "none"), Journal: factsOf(t, p, "another")}
@@ -179,8 +179,7 @@ func TestResumeAfterBoot(t *testing.T) {
 	}
 }
 
-// A QEMU that somebody had go on, although it has a frozen VM, is stopped again before anything
-// else is done with that.
+// If somebody let a QEMU with a frozen VM continue, the engine stops it again before anything else.
 func TestStopAgain(t *testing.T) {
 	monitor := runQEMU(t, "-S")
 	q, err := qmp.Dial(labtest.Within(t, 10*time.Second), monitor)

@@ -13,7 +13,7 @@ import (
 	"vacate/internal/qemu/qmp"
 )
 
-// The head that is made is that which QEMU makes, but for the number of the section.
+// The head that the engine makes equals QEMU's, except for the number of the section.
 func TestHead(t *testing.T) {
 	for _, name := range []string{"pc-bare", "pc-old", "q35-virtio", "microvm-memfd"} {
 		f, err := os.Open("../qemu/migstream/testdata/" + name + ".forward.gz")
@@ -70,7 +70,7 @@ func is[T any](item migstream.Item) bool {
 	return ok
 }
 
-// What QEMU said before the process was stopped decides whether the guest ran.
+// The events that QEMU sent before its process was stopped decide whether the guest ran.
 func TestFacts(t *testing.T) {
 	for _, bad := range []string{"", "[]", `{"process": 1}`, `{"unknown": 1}`,
 		`{"blocks": [{"Size": -1}]}`} {
@@ -87,7 +87,7 @@ func TestFacts(t *testing.T) {
 	}
 }
 
-// A VM that is being moved by somebody else, or may not be, is left alone.
+// The engine leaves a VM alone that is already migrating, or that must not migrate.
 func TestMayLeave(t *testing.T) {
 	for _, c := range []struct {
 		m    qmp.Migration

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// oneJournal takes everything, and has what it took.
+// oneJournal accepts everything, and returns it.
 type oneJournal struct {
 	marks []Mark
 	kept  map[string][]byte
@@ -31,8 +31,8 @@ func (j *oneJournal) Kept(name string) ([]byte, error) {
 	return nil, fs.ErrNotExist
 }
 
-// A source that lost its QEMU, and hears that the destination has every page, has lost nothing.
-// That destination hears that no more pages come, and keeps it that the source knows.
+// A source that lost its QEMU, and hears that the destination has every page, has lost nothing. The
+// destination hears that no more pages come, and records that the source knows.
 func TestCompleteIsHeard(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -76,8 +76,8 @@ func TestCompleteIsHeard(t *testing.T) {
 	}
 }
 
-// A source that comes back, and is answered that the VM is whole, says that it has heard that; one
-// that breaks off does not.
+// A source that comes back, and hears that the VM is whole, confirms that. A source that breaks off
+// does not.
 func TestCompleteIsHeardAsAnAnswer(t *testing.T) {
 	for _, says := range []bool{true, false} {
 		near, far := sessionPair(t)

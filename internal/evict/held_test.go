@@ -12,8 +12,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// What QEMU cannot migrate, and what the engine cannot, is refused before anybody is asked to take
-// it.
+// The source refuses what QEMU or the engine cannot migrate, before it asks a destination.
 func TestHeldVMs(t *testing.T) {
 	disk := []string{"-drive", "if=none,id=a,file=null-co://,format=raw"}
 	for name, c := range map[string]struct {
@@ -55,7 +54,7 @@ func evictNowhere(t *testing.T, monitor string) error {
 	return err
 }
 
-// runQEMU starts one whose guest has nothing but its firmware, and returns its monitor.
+// runQEMU starts a QEMU whose guest has only its firmware, and returns its monitor.
 func runQEMU(t *testing.T, args ...string) (monitor string) {
 	t.Helper()
 	monitor = filepath.Join(t.TempDir(), "qmp")

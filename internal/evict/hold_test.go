@@ -9,7 +9,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// However far placing came, what is left has the other pages, each with its own data.
+// Wherever placing stopped, the rest has the other pages, each with its own data.
 func TestWithout(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := layout{{"pc.ram", 300 * 4096, 4096, 300}, {"huge", 4 << 14, 16 << 10, 4}}
@@ -61,7 +61,8 @@ func equalRuns(a, b []pageRun) bool {
 	return true
 }
 
-// What is dropped of the zeroes that QEMU waits for is waited for still: QEMU asks but once.
+// If zeroes are dropped for which QEMU waits, the engine still counts them as waited for: QEMU asks
+// only once.
 func TestForget(t *testing.T) {
 	l := layout{{Name: "ram", Length: 64 << 12, PageSize: 1 << 12, Pages: 64}}
 	e := &destination{layout: l}

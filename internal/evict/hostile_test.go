@@ -53,12 +53,12 @@ func evictAs(ctx context.Context, t testing.TB, vm, twin *lab.VM, s evict.Source
 	return r
 }
 
-// allowance is how much memory an eviction of a guest that small may allocate in all, both
-// engines together, whatever the guest does.
+// allowance is how much memory both engines together may allocate in the eviction of such a small
+// guest, whatever the guest does.
 const allowance = 256 << 20
 
-// suffer evicts a guest that is hostile in some way to the other host. It must arrive whole
-// and at work, and not cost much memory, and what it says must be fit for a terminal.
+// suffer evicts a hostile guest to the other host. It must arrive whole and at work, and not cost
+// much memory. What it says must be fit for a terminal.
 func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source,
 	prepare func(twin *lab.VM)) (*lab.VM, evict.Report) {
 	t.Helper()
@@ -111,7 +111,7 @@ func suffer(t testing.TB, l *lab.Lab, vm *lab.VM, s evict.Source,
 var complaint = regexp.MustCompile(
 	`\bBUG\b|WARNING:|Oops|[Bb]ad page|corrupt|Call Trace|general protection`)
 
-// TestHostileAgents: an agent can spoil the order at worst.
+// TestHostileAgents: at worst, an agent spoils the order.
 func TestHostileAgents(t *testing.T) {
 	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
@@ -215,8 +215,8 @@ func answers(t testing.TB, vm *lab.VM) {
 	}
 }
 
-// impersonate takes the place of QEMU's socket behind the agent's port, and so that of the
-// agent: neither says more to the engine than bytes.
+// impersonate replaces QEMU's socket behind the agent's port, and so the agent: the engine sees
+// only bytes of either.
 func impersonate(t testing.TB, path string, answer func(net.Conn, agent.Request)) {
 	t.Helper()
 	if err := os.Remove(path); err != nil {
@@ -268,7 +268,7 @@ func untilClosed(c net.Conn) {
 	}
 }
 
-// flood writes pieces of a size until nobody listens.
+// flood writes pieces of a size until nobody reads.
 func flood(c net.Conn, size int, fill func([]byte)) {
 	b := make([]byte, size)
 	fill(b)
@@ -279,7 +279,7 @@ func flood(c net.Conn, size int, fill func([]byte)) {
 	}
 }
 
-// chance is what is random in the tests of this file.
+// chance is the source of randomness in this file.
 var chance = rand.New(&dice)
 
 var dice seeded
@@ -310,8 +310,8 @@ func random(b []byte) {
 	}
 }
 
-// lies is an answer in good form in which nothing is true: all is free, thousands of
-// processes run, and memory is used backwards.
+// lies is a well-formed answer in which nothing is true: all is free, thousands of processes run,
+// and memory is used backwards.
 func lies(r agent.Request) []byte {
 	s := &pageclass.Survey{Fresh: true, Pages: make([]pageclass.Page, r.Frames)}
 	for i := range s.Pages {
@@ -330,13 +330,13 @@ func lies(r agent.Request) []byte {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// sign puts the checksums of an agent's frame right.
+// sign sets the checksums of an agent's frame.
 func sign(b []byte) {
 	binary.LittleEndian.PutUint32(b[24:], crc32.Checksum(b[32:], castagnoli))
 	binary.LittleEndian.PutUint32(b[28:], crc32.Checksum(b[:28], castagnoli))
 }
 
-// skippable is what no agent can say by way of AppendSurvey.
+// skippable is an answer that no agent can make by AppendSurvey.
 func skippable(t testing.TB, r agent.Request) []byte {
 	b := lies(r)
 	kind := []byte{byte(pageclass.FreeBuddy), byte(pageclass.Free),
@@ -351,7 +351,7 @@ func skippable(t testing.TB, r agent.Request) []byte {
 	return b
 }
 
-// A victim is the memory of a guest that is written to from outside, and put right again.
+// A victim is the memory of a guest. The test writes to it from outside, and repairs it.
 type victim struct {
 	t     testing.TB
 	mem   *guestmem.Memory
@@ -399,7 +399,7 @@ func newVictim(t testing.TB, vm *lab.VM) *victim {
 	return v
 }
 
-// look learns what the frozen guest's pages are.
+// look finds out what the frozen guest's pages are.
 func (v *victim) look() {
 	r, err := v.linux.Survey(v.t.Context())
 	if err != nil {
@@ -409,7 +409,7 @@ func (v *victim) look() {
 	v.pages = append(v.pages[:0], r.Pages...)
 }
 
-// place is the address in QEMU of a guest-physical one.
+// place returns the address in QEMU of a guest-physical address.
 func (v *victim) place(gpa uint64) int64 {
 	block, offset, ok := v.mem.Resolve(gpa)
 	if !ok {
@@ -443,7 +443,7 @@ func (v *victim) heal() {
 	v.undo = nil
 }
 
-// change has f change each of the guest's pages that are of some kinds.
+// change calls f to change each of the guest's pages of some kinds.
 func (v *victim) change(f func(page []uint64), kinds ...pageclass.Kind) {
 	n := 0
 	words := make([]uint64, units.PageSize/8)
@@ -522,7 +522,7 @@ func (v *victim) rewrite(pattern, with string) {
 	v.write(at+4, binary.LittleEndian.AppendUint32(nil, uint32(len(changed))))
 }
 
-// symbol is the guest-physical address of a symbol that the note has.
+// symbol returns the guest-physical address of a symbol in the note.
 func (v *victim) symbol(name string) (uint64, bool) {
 	_, text := v.note()
 	find := func(pattern string, base int) (uint64, bool) {
@@ -541,8 +541,8 @@ func (v *victim) symbol(name string) (uint64, bool) {
 	return at - 0xffffffff80000000 + base, ok1 && ok2
 }
 
-// types is where the types of the kernel's BTF are, and their size: not those of modules, which
-// may be in pieces, nor what is left of a copy that the kernel has used when it unpacked itself.
+// types returns where the types of the kernel's BTF are, and their size. It ignores those of
+// modules, which may be in pieces, and the remains of a copy from the kernel's own unpacking.
 func (v *victim) types() (uint64, uint32) {
 	for _, at := range v.find([]byte{0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0}, 4) {
 		// struct btf_header: ends with the types' size, and offset and size of names
@@ -562,13 +562,13 @@ func (v *victim) types() (uint64, uint32) {
 	return 0, 0
 }
 
-// isPointer tells whether a word is likely an address of the kernel, with page tables of 4 or 5
+// isPointer reports whether a word is probably an address of the kernel, with page tables of 4 or 5
 // levels.
 func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSize) }
 
-// TestHostileKernels: whatever is wrong with what a guest's kernel keeps of its memory, the
-// eviction goes on, at worst in plain order and with nothing left out. What is broken is put
-// right before the guest runs on, so that it can tell whether its memory is whole.
+// TestHostileKernels: whatever is wrong with the memory management of a guest's kernel, the
+// eviction goes on. At worst it goes in plain order and leaves nothing out. The test repairs the
+// damage before the guest runs on, so that the guest can check its memory.
 func TestHostileKernels(t *testing.T) {
 	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
@@ -583,7 +583,7 @@ func TestHostileKernels(t *testing.T) {
 			}, pageclass.PageDescriptors)
 		}
 	}
-	// shuffle puts words that look like pointers in one another's place.
+	// shuffle swaps words that look like pointers.
 	shuffle := func(one uint64, kinds ...pageclass.Kind) func(*victim) {
 		return func(v *victim) {
 			last := uint64(0)
@@ -616,7 +616,7 @@ func TestHostileKernels(t *testing.T) {
 		running func(*victim) // before the eviction: nothing that the kernel uses
 		frozen  func(*victim)
 		skips   bool // pages are left out
-		may     bool // pages may be left out: what is free is none the less beyond doubt
+		may     bool // pages may be left out: free pages are free beyond doubt even so
 	}{
 		{name: "none", skips: true},
 		{name: "note plays with the terminal",
@@ -732,8 +732,8 @@ func TestHostileKernels(t *testing.T) {
 							a.frozen(v)
 						}
 					case p.State == evict.Committing && healed.IsZero():
-						// Before the commit only pages that loading the devices touches are sent;
-						// this guest has no device that touches more than a ROM.
+						// Before the commit, the source sends only pages that loading the devices
+						// touches. This guest has no device that touches more than a ROM.
 						if a.running != nil || a.frozen != nil {
 							time.Sleep(wait) // for the survey
 						}
@@ -754,7 +754,7 @@ func TestHostileKernels(t *testing.T) {
 				}
 			}
 			e, skipped := report.Enlightenment, report.Pages.Skipped
-			// What was free when the VM came here is not there any more.
+			// Pages that were free when the VM came here have no memory any more.
 			left := skipped + report.Pages.Unused
 			if left == 0 && e.Doubts == "" && len(e.Notes) == 0 {
 				t.Error("nothing is left out, and nothing says why")

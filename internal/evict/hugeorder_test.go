@@ -16,8 +16,8 @@ var hugeLayout = layout{
 	{Name: "huge", Length: guestmem.HugePage, PageSize: guestmem.HugePage, Pages: 1},
 }
 
-// What the source tells of huge pages is what the destination hears, and nothing outside of the
-// block is taken.
+// The destination hears what the source reports about huge pages. It accepts nothing outside of the
+// block.
 func TestHugeFrames(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for _, n := range []int{1, 63, 64, 65, 100} {
@@ -49,7 +49,7 @@ func TestHugeFrames(t *testing.T) {
 	}
 }
 
-// Units are made huge in the order in which they came; those that did not come are the last.
+// The task restores units in the order in which they came. Units that did not come are last.
 func TestHugeOrder(t *testing.T) {
 	e := Destination{}.engine(Running)
 	e.layout = hugeLayout

@@ -17,8 +17,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// hugeMiB returns how much memory of a process is in huge pages, private or shared, by the kernel's
-// own count.
+// hugeMiB returns how much memory of a process is in huge pages, private or shared, as the kernel
+// counts it.
 func hugeMiB(t testing.TB, pid int) int {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
@@ -37,7 +37,7 @@ func hugeMiB(t testing.TB, pid int) int {
 	return sum >> 10
 }
 
-// needHuge skips a test where the kernel has no huge pages for QEMU's memory.
+// needHuge skips a test if the kernel has no huge pages for QEMU's memory.
 func needHuge(t testing.TB) {
 	t.Helper()
 	b, err := os.ReadFile("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -47,7 +47,7 @@ func needHuge(t testing.TB) {
 	labtest.Need(t, err)
 }
 
-// collapseAll makes all of a VM's memory huge pages, as a memfd has none by itself.
+// collapseAll turns all of a VM's memory into huge pages, as a memfd has none by itself.
 func collapseAll(t testing.TB, vm *lab.VM) {
 	t.Helper()
 	q, err := qmp.Dial(t.Context(), vm.QMP)
@@ -62,7 +62,7 @@ func collapseAll(t testing.TB, vm *lab.VM) {
 	defer mem.Close()
 	for i := range mem.Blocks() {
 		for u := range mem.Units(i) {
-			mem.Collapse(i, u, 1) // those that have no page yet, or are busy, stay as they are
+			mem.Collapse(i, u, 1) // units that have no page yet, or are busy, stay as they are
 		}
 	}
 }
@@ -99,7 +99,7 @@ func TestHugePages(t *testing.T) {
 	needHuge(t)
 	l := labtest.New(t, lab.Options{Rate: 10e9})
 	anonymous := bareCase{machine: "pc", vcpus: 2}.spec(lab.QEMU{})
-	// A memfd lies askew in QEMU 7.2, so that none of it can be in huge pages.
+	// QEMU 7.2 places a memfd at an unaligned address, so none of it can be in huge pages.
 	shared := bareCase{machine: "q35,memory-backend=ram", vcpus: 1, async: true}.spec(lab.QEMU{})
 	shared.Extra = []string{"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,"+
 		"share=on,mem-path=/dev/shm,align=2M", shared.MemoryMiB)}

@@ -26,8 +26,8 @@ const (
 
 // A speedRun is how fast one VM was before and after it moved.
 type speedRun struct {
-	// before and after are pages verified and rewritten for each second of CPU that QEMU had: so
-	// what others take of the core does not count.
+	// before and after are pages verified and rewritten for each second of CPU that QEMU got. So
+	// other users of the core do not count.
 	before, after         float64
 	hugeBefore, hugeAfter int     // MiB in huge pages
 	sparse                int     // units left out
@@ -35,9 +35,9 @@ type speedRun struct {
 	stalls                lab.Stalls
 }
 
-// TestKVMSpeed is the benchmark of `make kvmspeed`: VACATE_KVM_SPEED rounds of a VM that moves by
-// vacate without and with its huge pages, by QEMU's post-copy, and of one that stays. It writes a
-// table to the file VACATE_KVM_SPEED_RESULT.
+// TestKVMSpeed is the benchmark of `make kvmspeed`, of VACATE_KVM_SPEED rounds. A VM moves by
+// vacate with and without its huge pages, and by QEMU's post-copy, and another one stays. The test
+// writes a table to the file VACATE_KVM_SPEED_RESULT.
 func TestKVMSpeed(t *testing.T) {
 	rounds, err := strconv.Atoi(os.Getenv("VACATE_KVM_SPEED"))
 	if err != nil || rounds < 1 {
@@ -56,7 +56,7 @@ func TestKVMSpeed(t *testing.T) {
 	}
 	runs := make([][]speedRun, len(ways))
 	for range rounds {
-		for i, w := range ways { // in turns, as others work on the machine, too
+		for i, w := range ways { // in turns, as others use the machine, too
 			runs[i] = append(runs[i], measureSpeed(t, l, w.move))
 			t.Logf("%s: %+v", w.name, runs[i][len(runs[i])-1])
 		}
@@ -93,7 +93,7 @@ func TestKVMSpeed(t *testing.T) {
 	}
 }
 
-// measureSpeed has a VM move in some way, nil for none.
+// measureSpeed measures a VM that moves in some way; nil for none.
 func measureSpeed(t *testing.T, l *lab.Lab,
 	move func(t *testing.T, l *lab.Lab, vm *lab.VM, r *speedRun) *lab.VM) (r speedRun) {
 	t.Helper()
@@ -129,7 +129,7 @@ func measureSpeed(t *testing.T, l *lab.Lab,
 	return r
 }
 
-// cpuTime is how much CPU all threads of a process had.
+// cpuTime returns how much CPU all threads of a process had.
 func cpuTime(t *testing.T, pid int) (sum time.Duration) {
 	t.Helper()
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))

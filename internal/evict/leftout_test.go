@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// missingMemory is memory of this process whose pages are missing until they are placed by what is
-// returned.
+// missingMemory is memory of this process. Its pages are missing until the returned direct places
+// them.
 func missingMemory(t *testing.T, pages int) ([]byte, *direct) {
 	t.Helper()
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
@@ -50,8 +50,8 @@ func missingMemory(t *testing.T, pages int) ([]byte, *direct) {
 	return mem, d
 }
 
-// A QEMU asks but once for a page. Where it asked an engine that died for one that was left out,
-// and does not answer before it has it, all that were left out are placed.
+// A QEMU asks only once for a page. It may have asked an engine that died for one that was left
+// out, and not answer before it has it. Then the engine places all pages that were left out.
 func TestFillLeftOut(t *testing.T) {
 	const pages = 64
 	mem, d := missingMemory(t, pages)

@@ -17,7 +17,7 @@ import (
 	"vacate/lab/libvirtlab"
 )
 
-// managed is a domain on host a of two that have a libvirt each.
+// managed is a domain on the first of two hosts with a libvirt each.
 type managed struct {
 	*testing.T
 	l      *lab.Lab
@@ -54,7 +54,7 @@ func (m *managed) virsh(h *libvirtlab.Host, args ...string) string {
 	return out
 }
 
-// owner is a host's libvirt, which takes what the lab's domains need.
+// owner is a host's libvirt, with a policy for the lab's domains.
 func (m *managed) owner(h *libvirtlab.Host) *evict.Libvirt {
 	return &evict.Libvirt{URI: "qemu:///system?socket=" + h.Socket, Domain: "web1",
 		TrustDisks: true, Autostart: true, Policy: libvirt.Policy{
@@ -88,8 +88,8 @@ func (m *managed) evict(ctx context.Context, show func(evict.Progress)) result {
 	return r
 }
 
-// A domain of libvirt is frozen and resumed, then leaves under load: no page of its memory is bad,
-// and both libvirts say what they would after a migration of their own.
+// A domain of libvirt is frozen and resumed, then moves under load. No page of its memory is bad.
+// Both libvirts report what they would after a migration of their own.
 func TestLibvirt(t *testing.T) {
 	m := startManaged(t, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
 		Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}})

@@ -22,8 +22,8 @@ import (
 var recordLoading = flag.Bool("record-loading", false,
 	"TestRecordLoading: print what memory devices read when they are loaded")
 
-// standing hears of each page that a twin asks for before it runs the VM, and of the thread that
-// waits for it.
+// standing notes each page that a twin requests before it runs the VM, and the thread that waits
+// for it.
 type standing struct {
 	slog.Handler
 	pid int
@@ -78,8 +78,8 @@ func faulting(pid int) string {
 	return strings.Join(names, "+")
 }
 
-// heldUp are the pages that kept the VM from running: those asked for before a vCPU waited for one
-// itself.
+// heldUp returns the pages that kept the VM from running: those requested before a vCPU waited for
+// one itself.
 func (s *standing) heldUp() (list []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +93,7 @@ func (s *standing) heldUp() (list []string) {
 	return list
 }
 
-// A kind of VM by what its QEMU reads before it runs it.
+// A kind is a VM that differs in what its QEMU reads before it runs.
 type kind struct {
 	name    string
 	machine string
@@ -101,8 +101,7 @@ type kind struct {
 	extra   []string
 }
 
-// kinds lists kinds of VMs, with as many devices as there are drivers for in a lab's guest, or in
-// its BIOS.
+// kinds lists kinds of VMs with as many devices as the lab's guest, or its BIOS, has drivers for.
 func kinds(t *testing.T) []kind {
 	dir := t.TempDir()
 	image := func(name string, size int, from string) string {
@@ -192,7 +191,7 @@ func loadOver(t *testing.T, l *lab.Lab, q lab.QEMU, k kind, delay time.Duration)
 }
 
 // No page is fetched while a VM stands still, however many its devices need: each would cost a
-// round trip. What is left are two: to load the devices, and to run the VM.
+// round trip. Two round trips are left: to load the devices, and to run the VM.
 func TestNothingFetchedStanding(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	heard := loadOver(t, l, lab.QEMU{}, kinds(t)[0], 50*time.Millisecond)

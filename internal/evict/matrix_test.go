@@ -9,7 +9,7 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Every kind of VM that is promised to work moves, runs on, and finds all of its memory as it was.
+// Every kind of VM that must work moves, runs on, and finds all of its memory as it was.
 func TestMatrix(t *testing.T) {
 	load := lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
 	disk := lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4, CacheMiB: 20}

@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// A model of R12 with three hosts, of which two start the VM anew. Unlike TestModel's, it has
-// asking take time: the VM may be evicted while the answers come, more than once. What is left out
-// is how an eviction fails, as TestModel has that.
+// This is a model of R12 with three hosts, two of which start the VM anew. In it asking takes time,
+// unlike in TestModel's: the VM may be evicted while the answers come, more than once. It leaves
+// out how an eviction fails, as TestModel has that.
 
 // startHosts is how many hosts there are; the first two start the VM.
 const (
@@ -18,11 +18,11 @@ const (
 	startAnswers = 2 * (startHosts - 1)
 )
 
-// startRules is what the model of R12 runs by.
+// startRules are the rules of the model of R12.
 type startRules struct {
 	absent func(first, second Presence) bool
 	once   bool // the other hosts are asked once
-	early  bool // one is asked for the second time ahead of the others' first answers
+	early  bool // one host is asked for the second time before the others answer the first
 }
 
 // startHost is a host of the model.
@@ -30,8 +30,8 @@ type startHost struct {
 	lives bool // a QEMU of the VM is there
 	open  bool // so is an eviction of it, in its journal
 	last  byte // the last one there
-	taken bool // it is about to start the VM
-	// Of one that is: which answers it has, and what each host's first one was.
+	taken bool // the host is about to start the VM
+	// If it is: which answers it has, and each host's first one.
 	heard [startAnswers]bool
 	first [startHosts]Presence
 }
@@ -39,8 +39,8 @@ type startHost struct {
 // startWorld is a state of everything.
 type startWorld struct {
 	hosts    [startHosts]startHost
-	from, to byte // of the eviction under way, if there is one
-	moving   bool // an eviction is under way, and the VM runs where it was
+	from, to byte // of the eviction under way, if any
+	moving   bool // an eviction is under way, and the VM still runs at its source
 	moves    byte
 	runs     [startHosts]bool
 }
@@ -101,7 +101,7 @@ func (r startRules) next(w startWorld) map[string]startWorld {
 	return to
 }
 
-// starts is a host's that starts the VM.
+// starts adds the steps of a host that starts the VM.
 func (r startRules) starts(w startWorld, i int, add func(string, func(*startWorld))) {
 	h := &w.hosts[i]
 	if !h.taken {

@@ -8,13 +8,13 @@ import (
 	"testing"
 )
 
-// A model of the protocol of docs/protocol.md, small enough to try everything that can happen
-// in it: every order of the two engines' steps and of every fault, as many faults as there is
-// room for, since the model's states are finite. What the engines decide, the functions of
-// decide.go decide here, too. What the model takes into account and what it leaves out is
-// told in docs/protocol.md.
+// This is a model of the protocol in docs/protocol.md, small enough to try everything that can
+// happen in it. It tries every order of the two engines' steps and of every fault, with any number
+// of faults, since the model has finitely many states. The functions of decide.go decide here what
+// they decide in the engines. docs/protocol.md says what the model takes into account and what it
+// leaves out.
 
-// rules is what the model runs by. The mutants of TestModelMutants break one each.
+// rules are the rules of the model. Each mutant of TestModelMutants breaks one.
 type rules struct {
 	mayCommit          func(Mark, bool) bool
 	mayCont            func(Mark, bool) bool
@@ -31,38 +31,38 @@ type rules struct {
 	believeResume bool // a resume counts as a commit where the mark is accepted
 	eager         bool // a paused twin runs without hearing from the source again
 	impatient     bool // a destination that does not answer counts as one that never ran it
-	askOn         bool // a source goes on asking when the operator's word could not be written
+	askOn         bool // a source goes on asking when the operator's decision could not be written
 	lateWords     bool // what was said in one session may be heard in the next
 	keepBooks     bool // pages sent in one session count as sent in the next
 	trustBuffers  bool // pages received count as placed
 	hasty         bool // memory is given back before it is durable that the copy is not whole
-	generous      bool // memory is given back that the destination only has received
-	forgetful     bool // an operator may resume a copy of which memory was given back
+	generous      bool // memory is given back that the destination has only received
+	forgetful     bool // an operator may resume a copy that gave memory back
 	// the twin of a guest that ended itself is told to quit before that is durable
 	quitFirst  bool
-	unheeding  bool // a destination does not heed that a guest ended itself when its QEMU is gone
-	deaf       bool // an operator may resume a guest that ended itself, as the source knows
+	unheeding  bool // a destination ignores that a guest ended itself when its QEMU is gone
+	deaf       bool // an operator may resume a guest that ended itself, though the source knows
 	noteFirst  bool // a source writes may-run before its QEMU's process is stopped
-	blind      bool // a source does not look whether the guest ran before its process was stopped
+	blind      bool // a source does not check whether the guest ran before its process was stopped
 	unasserted bool // an operator need not assert that the destination is fenced
 	desert     bool // a destination that cannot go on says lost although the twin runs
-	mute       bool // a source does not tell that the guest was resumed there
+	mute       bool // a source does not say that the guest was resumed there
 	faint      bool // a destination that finds no memory for pages gives the guest up
 	// pages that were dropped with their session, for want of memory, count as received
 	hoard bool
 	// a destination that was started anew answers before it has found which pages are placed
 	guess     bool
-	imposing  bool // a source that rolls back has the guest run, though it stood
+	imposing  bool // a source that rolls back runs the guest, though it stood
 	oblivious bool // a destination does not write that the guest stood
-	meddling  bool // a destination does not heed that its twin ran already
+	meddling  bool // a destination ignores that its twin ran already
 	// a twin that was not told to run counts as one that never ran, though its operator may have
 	// run it
 	ignorant bool
 	unasked  bool // a VM is started without asking the other host
-	// a source takes the job that a manager holds on its VM for as good as a stopped process
+	// a source treats the job that a manager holds on its VM like a stopped process
 	trusting bool
 
-	// restless keeps the guest from standing when it is frozen. It breaks no rule: it leaves out
+	// restless keeps the guest from standing when it is frozen. It breaks no rule. It leaves out
 	// half of the states, for the mutants of rules that are not about such a guest.
 	restless bool
 }
@@ -89,27 +89,27 @@ const (
 	asking    // after a loss of the session, or a restart
 	pushing   // the twin runs
 	holding   // contradiction, or the twin lacks what is gone here
-	rolling   // is to write the mark, and then
-	resuming  // to have the guest run here
-	retiring  // is to write the mark, and then
-	burying   // the guest ended itself there: is to write the mark, and then to end the QEMU
-	quitting  // to end the QEMU
+	rolling   // it must write the mark, and then
+	resuming  // resume the guest here
+	retiring  // it must write the mark, and then
+	burying   // the guest ended itself there: it must write the mark, and then end the QEMU
+	quitting  // it must end the QEMU
 	losing
 
 	// The destination's.
-	arming   // accepted; the package did not come yet
+	arming   // accepted; the device state did not come yet
 	prepared // the twin is loaded and paused
-	marking  // the commit came, may-run is to be written
-	starting // may-run is written, `cont` is to be sent
+	marking  // the commit came, may-run must be written
+	starting // may-run is written, `cont` must be sent
 	awaiting // after a restart: the twin is paused, its mark is may-run
-	looking  // after a restart: the twin runs, it is to be found which pages are placed
+	looking  // after a restart: the twin runs, and the engine must find out which pages are placed
 	running
 	completing
-	marksNeverRan // is to write the mark, and then
-	kills         // to kill the twin
-	marksLast     // the same the other way round
-	marksShutDown // the guest ended itself: is to write the mark, and then
-	quitsTwin     // to have the twin quit
+	marksNeverRan // it must write the mark, and then
+	kills         // kill the twin
+	marksLast     // the same in the other order
+	marksShutDown // the guest ended itself: it must write the mark, and then
+	quitsTwin     // make the twin quit
 	tellsLost
 )
 
@@ -119,7 +119,7 @@ type word uint8
 const (
 	silence word = iota
 	offers
-	loads // the package
+	loads // the device state
 	commits
 	resumes
 	aborts
@@ -144,8 +144,8 @@ var answers = map[word]Answer{unknown: AnswerUnknown, neverRan: AnswerNeverRan,
 	runsWith1: AnswerRunning, runsWith2: AnswerRunning, runsWith3: AnswerRunning,
 	completes: AnswerComplete, shutsDown: AnswerShutDown, lost: AnswerLost}
 
-// pages is a set of the model's two: one in use, and one that is left out, of which the
-// destination needs to hear nothing but that.
+// pages is a set of the model's two pages: one in use, and one left out. The destination needs to
+// hear about the latter only that it is left out.
 type pages uint8
 
 const (
@@ -160,9 +160,9 @@ type guest uint8
 const (
 	gone     guest = iota
 	runsHere       // before the eviction, after it was rolled back, and when somebody says cont
-	standing       // its state is saved; QEMU runs it when somebody says so
-	stopped        // its process is stopped: QEMU heeds nobody
-	// its manager lets nobody run it, for as long as its job lasts. Only where that rule is broken
+	standing       // its state is saved; QEMU runs it if somebody tells it to
+	stopped        // its process is stopped: QEMU obeys nobody
+	// its manager lets nobody run it while its job lasts. Only if that rule is broken
 	kept
 )
 
@@ -173,7 +173,7 @@ func (g guest) state() copyState {
 var marks = []Mark{"", MarkBegun, MarkAccepted, MarkMayRun, MarkRolledBack, MarkNeverRan,
 	MarkCompleted, MarkShutDown, MarkLost, MarkResumedHere, MarkDiscarded}
 
-// record is a Mark as its place in marks, which makes a world small.
+// record is a Mark as its index in marks, which makes a world small.
 type record uint8
 
 func (r record) mark() Mark { return marks[r] }
@@ -235,7 +235,7 @@ type world struct {
 		ran       bool  // in the journal: the twin ran
 		held      pages // in the engine's memory: received and not placed, or known to be left out
 		placed    pages
-		claimed   pages // said to be there, and not; only where that rule is broken
+		claimed   pages // said to be there, and not; only if that rule is broken
 		short     bool  // there is no memory to place pages
 		start     start
 	}
@@ -243,21 +243,21 @@ type world struct {
 	moving           pages // under way to the destination
 	lateToD, lateToS word  // of an older session
 
-	// the guest stood when it was frozen: whether it runs is its operator's to say, wherever it is
+	// the guest stood when it was frozen: wherever it is, its operator decides whether it runs
 	stands bool
 
 	// What no engine knows: what was true at some time.
 	ran     bool // the twin did
 	whole   bool // it has had every page
 	aborted bool // the operator was told that the eviction was aborted
-	// fault: the twin is dead, and the destination's journal has had it that it may have run
+	// fault: the twin is dead, and the destination's journal has said that it may have run
 	bereft bool
 	died   bool // fault: the source's QEMU died
 	forgot bool // fault: the destination's journal was lost
 	over   bool // the guest ended itself, at the destination
 	// fault: and its QEMU ended before that was durable, or the destination could not be asked
 	unheard bool
-	resumed bool // the operator had the guest resumed here
+	resumed bool // the operator resumed the guest here
 	lied    bool // the operator asserted that the destination is fenced, and it was not
 	gaveUp  bool // the operator gave up the copy here
 
@@ -267,7 +267,7 @@ type world struct {
 // edge is a step from one world to the next.
 type edge struct {
 	what  string
-	fault bool // or the operator's word: nothing that can be relied on to happen
+	fault bool // or an operator's action: nobody can rely on it to happen
 	to    world
 }
 
@@ -276,17 +276,17 @@ type model struct {
 	rules
 	from, to world
 	edges    []edge
-	texts    map[writing]string // of what was written before
+	texts    map[writing]string // of earlier writings
 }
 
-// writing is the writing of a mark, and what comes of it.
+// writing is the writing of a mark, and its result.
 type writing struct {
 	who  string
 	mark Mark
 	end  string
 }
 
-// says names a writing. Millions of edges have one of a few.
+// says names a writing. Millions of edges share a few names.
 func (m *model) says(w writing) string {
 	s, ok := m.texts[w]
 	if !ok {
@@ -316,7 +316,7 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	case w.over && w.s.guest == runsHere && !w.unheard && !w.forgot:
 		w.bad = "the guest runs here, and it ended itself there"
 	}
-	// What makes no difference any more is forgotten, to have fewer worlds.
+	// Forget what no longer makes a difference, to have fewer worlds.
 	if w.over && w.d.twin != copyComplete {
 		w.d.held, w.d.placed, w.moving = 0, 0, 0
 	}
@@ -332,8 +332,8 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	m.edges = append(m.edges, edge{what, fault, *w})
 }
 
-// write adds what may come of writing a mark: it is written, or it is not; or it is and the
-// writer is told that it is not.
+// write adds the possible results of writing a mark. It is written, or it is not, or it is and the
+// writer gets an error.
 func (m *model) write(who string, source bool, mark Mark, done, failed func(w *world)) {
 	set := func(w *world) {
 		if source {
@@ -370,7 +370,7 @@ func (w *world) sayToS(what word) {
 	}
 }
 
-// leaveS: the source takes its session for ended. What comes in it is not read any more.
+// leaveS: the source considers its session ended. It reads nothing more in it.
 func (m *model) leaveS(w *world) {
 	if m.lateWords && w.toS[0] != silence {
 		w.lateToS = w.toS[0]
@@ -383,7 +383,7 @@ func (m *model) leaveD(w *world) {
 		w.lateToD = w.toD[0]
 	}
 	w.d.session, w.toD, w.moving = false, queue{}, 0
-	// What waits for memory is dropped with its session: it is sent again in the next.
+	// What waits for memory is dropped with its session, and sent again in the next.
 	if w.d.short && w.d.held&inUse != 0 {
 		w.d.held &^= inUse
 		if m.hoard {
@@ -431,8 +431,8 @@ func (m *model) next(w world) []edge {
 	return m.edges
 }
 
-// found is what a destination finds its twin doing. One that stands as its guest did needs no
-// `cont`: its operator may have run it. Nor does one that ran before: its operator paused it.
+// found is what a destination finds its twin doing. A twin that stands as its guest did needs no
+// `cont`: its operator may have run it. Nor does a twin that ran before: its operator paused it.
 func (m *model) found(w *world) copyState {
 	own := w.d.stands && !m.ignorant || w.d.ran && !m.meddling
 	if own && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun {
@@ -441,7 +441,7 @@ func (m *model) found(w *world) copyState {
 	return w.d.twin
 }
 
-// sourceTakes has the source's engine do a step.
+// sourceTakes makes the source's engine do a step.
 func (m *model) sourceTakes(w *world, st step) {
 	switch st {
 	case stepRollBack:
@@ -575,7 +575,8 @@ func (m *model) source(w world) {
 				func(w *world) { w.s.phase = holding })
 			break
 		}
-		// As soon as it likes. It is an operator's setting, so that nothing relies upon it.
+		// This may happen at any time. It depends on an operator's setting, so nothing relies on
+		// it.
 		reported := w.d.placed
 		if m.generous {
 			reported |= w.d.held
@@ -659,8 +660,8 @@ func (m *model) source(w world) {
 	m.operator(w)
 }
 
-// operator says how to go on where the source cannot know. Where the destination has not said that
-// the twin is dead, he has to assert it; and may lie.
+// operator adds an operator's decisions, for when the source cannot know. If the destination has
+// not said that the twin is dead, the operator must assert it, and may be wrong.
 func (m *model) operator(w world) {
 	mark := w.s.journal.mark()
 	told := mark == MarkShutDown && m.deaf
@@ -669,17 +670,17 @@ func (m *model) operator(w world) {
 		mark != MarkMayRun && mark != MarkLost && !told || !idle {
 		return
 	}
-	// Whether the word was written is found out by reading the journal again.
+	// Reading the journal again shows whether the decision was written.
 	failed := func(w *world) {
 		if !m.askOn {
 			m.leaveS(w)
 			w.s.phase = down
 		}
 	}
-	// He looks there whether the guest ended itself, if he can.
+	// The operator checks there whether the guest ended itself, if that is possible.
 	over := w.d.ended || w.d.journal.mark() == MarkShutDown && w.d.phase != down
-	// A twin that was never told to run, of a host that is off, never will be; unless its operator
-	// may run it, as he may one that he paused.
+	// A twin that was never told to run, on a host that is off, never will run. A twin that its
+	// operator may run, or paused, may.
 	fenced := w.d.twin == copyGone ||
 		w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran
 	resume := func(what string, lie bool) {
@@ -753,7 +754,7 @@ func (m *model) sourceHears(w *world, said word) {
 	}
 }
 
-// destinationTakes has the destination's engine do a step.
+// destinationTakes makes the destination's engine do a step.
 func (m *model) destinationTakes(w *world, st step) {
 	switch st {
 	case stepAbandon:
@@ -792,7 +793,7 @@ func (m *model) destination(w world) {
 		w.d.start = w.d.start.afterDeath()
 	})
 	ph := w.d.phase
-	// Between these it does one thing after the other, and hears of nothing.
+	// Between these it does one thing after the other, and hears nothing.
 	stable := ph == idle || ph == arming || ph == prepared || ph == awaiting || ph == running ||
 		ph == ended
 	early := ph == arming || ph == prepared
@@ -885,11 +886,11 @@ func (m *model) destination(w world) {
 		if w.d.twin == copyEnded {
 			m.add("destination finds that the guest ended itself", false, look)
 		}
-		// If it cannot, it goes on all the same.
+		// If the mark cannot be written, it goes on all the same.
 		if (w.d.twin == copyRunning || w.d.twin == copyPaused) && !w.d.ran && !w.stands {
 			m.add("destination writes that the twin ran", false, func(w *world) { w.d.ran = true })
 		}
-		if w.d.journal.mark() == MarkAccepted { // only where that rule is broken
+		if w.d.journal.mark() == MarkAccepted { // only if that rule is broken
 			m.write("destination", false, MarkMayRun, func(w *world) {}, func(w *world) {})
 		}
 		if m.desert {
@@ -925,7 +926,7 @@ func (m *model) destination(w world) {
 				w.bad = "the destination kills a twin that ran"
 			}
 			if w.d.twin != copyGone && w.d.journal.mark() == MarkMayRun {
-				w.bereft = true // for it dies after it may have run, by what is on disk
+				w.bereft = true // by what is on disk, it dies after it may have run
 			}
 			if !m.spare {
 				w.d.twin = copyGone
@@ -975,7 +976,7 @@ func (m *model) cont(w *world) {
 	m.runs(w)
 }
 
-// runs is a twin that is told to run.
+// runs is what happens to a twin that is told to run.
 func (m *model) runs(w *world) {
 	w.d.twin, w.ran = copyRunning, true
 	if w.s.stale && !w.resumed {
@@ -991,7 +992,7 @@ func (m *model) toldNeverRan(w *world) {
 	w.sayToSIfAny(neverRan)
 }
 
-// sayToSIfAny says something if there is a session to say it in.
+// sayToSIfAny says something if there is a session for it.
 func (w *world) sayToSIfAny(what word) {
 	if w.d.session {
 		w.sayToS(what)
@@ -1026,7 +1027,7 @@ func (m *model) destinationHears(w *world, said word) {
 			w.d.committed, w.d.phase, w.d.stands = true, marking, w.stands
 		}
 	case aborts:
-		// Where all was over, and the twin lives all the same, it must not.
+		// Where all was over, and the twin is alive all the same, it must not be.
 		if st := m.destinationOnAbort(mark); mark != "" &&
 			(w.d.phase != ended || w.d.twin != copyGone) {
 			m.destinationTakes(w, st)
@@ -1057,7 +1058,7 @@ func (m *model) destinationHears(w *world, said word) {
 			return
 		case ended, idle:
 			if mark != "" && !mark.Final() {
-				break // it could not be written how it ended
+				break // its end could not be written
 			}
 			for said, a := range answers {
 				if a == m.answerOf(mark, w.d.twin) && said != runs {
@@ -1072,7 +1073,7 @@ func (m *model) destinationHears(w *world, said word) {
 	}
 }
 
-// qemu is what the two QEMUs and the disks do by themselves.
+// qemu adds what the two QEMUs and the disks do by themselves.
 func (m *model) qemu(w world) {
 	if w.s.guest == standing {
 		m.add("somebody has the guest run here", true,
@@ -1117,7 +1118,7 @@ func (m *model) qemu(w world) {
 	}
 }
 
-// dropJob has the manager of the source drop its job: what an operator tells it reaches QEMU.
+// dropJob makes the source's manager drop its job: from then on an operator's commands reach QEMU.
 func (w *world) dropJob() {
 	if w.s.guest == kept {
 		w.s.guest = standing
@@ -1130,7 +1131,7 @@ func (w *world) here() bool {
 		w.s.guest == standing && w.stands && w.s.phase == ended && (w.aborted || w.resumed)
 }
 
-// sClear and dClear are what the hosts find of the VM when they are asked whether it is there.
+// sClear and dClear are the hosts' answers to the question whether they are clear of the VM.
 func (w *world) sClear(m *model, starting bool) bool {
 	return m.clear(w.s.journal.mark(), w.s.guest != gone, starting && w.s.start != notStarted)
 }
@@ -1147,7 +1148,7 @@ func (s start) afterDeath() start {
 	return notStarted
 }
 
-// starts has an operator start the VM on a host that is clear of it.
+// starts lets an operator start the VM on a host that is clear of it.
 func (m *model) starts(host string, here, there func(*model, bool) bool, of func(*world) *start,
 	down, otherDown bool) {
 	w := m.from
@@ -1160,12 +1161,12 @@ func (m *model) starts(host string, here, there func(*model, bool) bool, of func
 	}
 	switch *of(&w) {
 	case notStarted:
-		// To ask the other host takes no time here: one that begins meanwhile asks this one, and
+		// Asking the other host takes no time here. One that begins meanwhile asks this host, and
 		// hears that.
 		if !otherDown && (there(m, true) || m.unasked) {
 			m.add("operator starts the VM at the "+host, true, set(taken))
 		}
-		// What a host that is down would say is not known. That no QEMU is there, is.
+		// What a host that is down would say is unknown. But no QEMU is alive there.
 		lives := &model{rules: rules{clear: func(_ Mark, lives, starting bool) bool {
 			return !lives && !starting
 		}}}
@@ -1178,7 +1179,7 @@ func (m *model) starts(host string, here, there func(*model, bool) bool, of func
 	}
 }
 
-// settled tells whether the eviction has come to an end that docs/protocol.md promises.
+// settled reports whether the eviction has come to an end that docs/protocol.md promises.
 func settled(w *world) bool {
 	if w.s.phase == down || w.d.phase == down {
 		return false
@@ -1189,7 +1190,7 @@ func settled(w *world) bool {
 	case over && w.here() && w.d.twin == copyGone && (w.d.phase == ended || w.d.phase == idle):
 		return true // it runs here
 	case over && w.here() && w.forgot && !there:
-		return true // the same, but nobody knows of the twin any more
+		return true // the same, but nobody knows about the twin any more
 	case over && w.s.guest == gone && w.d.twin == copyComplete &&
 		(w.d.phase == ended || w.forgot) && w.whole:
 		return true // it runs there
@@ -1203,7 +1204,7 @@ func settled(w *world) bool {
 		return true // the source's QEMU died; a twin that runs lacks pages
 	case w.forgot && w.s.journal.mark() == MarkMayRun && w.s.phase == asking &&
 		w.s.guest != runsHere:
-		return true // it stands here until the operator says what he found there
+		return true // it stands here until the operator reports what is there
 	case w.lied && w.forgot && over && w.here():
 		return true // two copies may run, and no journal knows of the other one
 	case w.s.start == started || w.d.start == started:
@@ -1214,7 +1215,7 @@ func settled(w *world) bool {
 	return false
 }
 
-// verdict is what came of trying everything.
+// verdict is the result of trying everything.
 type verdict struct {
 	states, steps int
 	settled       int
@@ -1235,7 +1236,7 @@ func explore(r rules, limit int) verdict {
 	// A world is found by its hash: a map of worlds would be several times as large, and slow.
 	seed := maphash.MakeSeed()
 	numbers := map[uint64]int32{maphash.Comparable(seed, first): 0}
-	// find returns a world's number, or the hash under which it is to be noted.
+	// find returns a world's number, or the hash under which the caller must note it.
 	find := func(w *world) (n int32, hash uint64, known bool) {
 		for hash = maphash.Comparable(seed, *w); ; hash++ {
 			n, known = numbers[hash]
@@ -1318,7 +1319,7 @@ func explore(r rules, limit int) verdict {
 }
 
 const (
-	modelLimit = 10_000_000 // states; more than there are where no rule is broken
+	modelLimit = 10_000_000 // more states than there are if no rule is broken
 	tooMany    = "too many states"
 )
 
@@ -1337,7 +1338,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// Every rule is needed: break one, and the model finds what comes of it.
+// Every rule is needed: if one is broken, the model finds a bad state.
 func TestModelMutants(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")

@@ -16,7 +16,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// sink is the connection to a QEMU that takes everything.
+// sink is a connection to a QEMU that accepts everything.
 type sink struct {
 	net.Conn
 	bytes.Buffer
@@ -35,7 +35,7 @@ func fillPage(b []byte, block int, page uint64) {
 	}
 }
 
-// pageData returns the data of runs, as it follows them in a frame.
+// pageData returns the data of runs, in the format of a frame.
 func pageData(l layout, runs []pageRun) (data []byte) {
 	for _, r := range runs {
 		size := l[r.Block].PageSize
@@ -48,9 +48,9 @@ func pageData(l layout, runs []pageRun) (data []byte) {
 	return data
 }
 
-// decoded reads the stream that a placer wrote for a layout, as QEMU would, and returns
-// whether each guest page that came was of data; all of them with the right contents. It
-// makes sure that pages of the back end come whole and that no section is long.
+// decoded reads the stream that a placer wrote for a layout, as QEMU would. It returns whether each
+// guest page that came was of data, and checks the contents. It makes sure that pages of the back
+// end come whole and that no section is long.
 func decoded(t interface {
 	Helper()
 	Fatalf(string, ...any)
@@ -141,7 +141,7 @@ func expect(l layout, pages map[pageKey]bool, runs []pageRun) {
 	}
 }
 
-// drawRuns cuts each block into runs, and takes a part of them in any order.
+// drawRuns cuts each block into runs, and takes some of them in any order.
 func drawRuns(t *rapid.T, l layout) (runs []pageRun) {
 	for i, b := range l {
 		for p := 0; p < b.Pages; {
@@ -156,7 +156,7 @@ func drawRuns(t *rapid.T, l layout) (runs []pageRun) {
 	return rapid.Permutation(runs).Draw(t, "order")
 }
 
-// What is placed is what QEMU reads: the same pages, each once, whole.
+// QEMU reads what was placed: the same pages, each once, whole.
 func TestPlacer(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := layout{{"pc.ram", 700 * 4096, 4096, 700}, {"huge", 2 * maxPage, maxPage, 2},
@@ -225,7 +225,7 @@ func TestPlacerConcurrently(t *testing.T) {
 	}
 }
 
-// Who is urgent goes ahead of who came sooner.
+// An urgent writer goes ahead of one that came sooner.
 func TestPlacerUrgent(t *testing.T) {
 	p := newPlacer(&sink{}, testSection, small)
 	p.acquire(false)

@@ -31,8 +31,8 @@ func sessionPair(t *testing.T) (near, far *link.Session) {
 	return near, far
 }
 
-// A destination may take longer over an offer than a source waits for one that says nothing. It
-// hears that the source gives up.
+// A destination may take longer over an offer than a source waits for a silent one. It hears that
+// the source gives up.
 func TestWaitingForTwin(t *testing.T) {
 	ctx := t.Context()
 	near, far := sessionPair(t)
@@ -99,7 +99,7 @@ func TestOpenWindow(t *testing.T) {
 	}
 }
 
-// The path is proved on each lane, each way, and one that answers something else is none of ours.
+// The path is proved on each lane, each way. A peer that answers something else fails the proof.
 func TestProve(t *testing.T) {
 	prove := func(answer func(b *attachment,
 		proof []byte) error) (b *attachment, ours, theirs error) {
@@ -149,7 +149,7 @@ func TestProve(t *testing.T) {
 
 var errEnough = errors.New("enough")
 
-// A lane that ended by a time-out, or was reset late, has lost a frame; one that was reset at once
+// A lane that ended by a time-out, or was reset late, has lost a frame. One that was reset at once
 // has not.
 func TestLossError(t *testing.T) {
 	for _, c := range []struct {

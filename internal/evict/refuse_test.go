@@ -30,9 +30,9 @@ import (
 // greeting is what hellos and answers begin with.
 var greeting = "vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0xff})
 
-// Whatever is wrong with what an eviction is given is found before the VM is touched, and
-// the message says what to do. One guest goes through all of it, works on, and is moved in
-// the end by the destination that has turned everybody else away.
+// The engines find whatever is wrong with the input of an eviction before they touch the VM, and
+// the message says what to do. One guest goes through all of it and works on. In the end it moves
+// to the destination that has refused everybody else.
 func TestRefusals(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	r := &refusals{T: t, lab: l}
@@ -74,7 +74,7 @@ func (r *refusals) run(name string, f func(t *testing.T)) {
 	})
 }
 
-// refused makes sure that an eviction was, and that its error says all of the words.
+// refused makes sure that an eviction was refused, and that its error has all of the words.
 func refused(t *testing.T, err error, says ...string) {
 	t.Helper()
 	t.Log(err)
@@ -89,7 +89,7 @@ func refused(t *testing.T, err error, says ...string) {
 	}
 }
 
-// evict has a VM leave for an address of host b.
+// evict evicts a VM to an address of host b.
 func (r *refusals) evict(t *testing.T, monitor, to string) error {
 	report, err := evict.Source{QMP: monitor,
 		Connect: connectTo(r.lab.A, to)}.Evict(labtest.Within(t, time.Minute))
@@ -99,7 +99,7 @@ func (r *refusals) evict(t *testing.T, monitor, to string) error {
 	return err
 }
 
-// receive waits for a VM at a monitor that is not fit for one.
+// receive waits for a VM at a monitor that is unfit for it.
 func (r *refusals) receive(t *testing.T, monitor string) error {
 	return receiveOn(labtest.Within(t, time.Minute), evict.Destination{QMP: monitor},
 		listen(t, r.lab.B))
@@ -164,8 +164,8 @@ func qmpGreeting(major, minor int) string {
 		`{"QMP": {"version": {"qemu": {"micro": 0, "minor": %d, "major": %d}, "package": ""}, "capabilities": ["oob"]}}`+"\r\n", minor, major)
 }
 
-// speak serves a unix socket that greets, and then answers QMP commands from replies; the
-// others are unknown to it. It returns the path.
+// speak serves a unix socket that greets, and then answers QMP commands from replies; other
+// commands are unknown to it. It returns the path.
 func speak(t *testing.T, path, greeting string, replies map[string]string) string {
 	ln, err := net.Listen("unix", path)
 	if err != nil {
@@ -411,7 +411,7 @@ func (r *refusals) twins() {
 	})
 }
 
-// set writes a setting of the kernel, for the time of a test.
+// set writes a setting of the kernel for the duration of a test.
 func set(t *testing.T, file, value string) {
 	t.Helper()
 	before, err := os.ReadFile(file)
@@ -486,7 +486,7 @@ func mount(t *testing.T, kind, options string) string {
 	return dir
 }
 
-// peers tries what else may listen where a destination is expected.
+// peers tries other listeners where the source expects a destination.
 func (r *refusals) peers() {
 	const ask = "is it `vacate receive` that listens there"
 	serve := func(t *testing.T, say string) string {
@@ -528,7 +528,7 @@ func (r *refusals) peers() {
 	}
 }
 
-// states tries VMs that are not in a state to be moved, or are set up in unusual ways.
+// states tries VMs in a state in which they cannot move, and VMs with an unusual set-up.
 func (r *refusals) states() {
 	do := func(t *testing.T, command string, args any) {
 		t.Helper()
@@ -559,7 +559,7 @@ func (r *refusals) states() {
 			}
 		}
 	})
-	// From here on, to the end of the last eviction, which is to work all the same.
+	// This holds to the end of the last eviction, which must work all the same.
 	do(r.T, "migrate-set-capabilities", map[string]any{"capabilities": []map[string]any{
 		{"capability": "xbzrle", "state": true}, {"capability": "auto-converge", "state": true},
 		{"capability": "postcopy-ram", "state": false}, {"capability": "events", "state": false},
@@ -577,13 +577,13 @@ func (r *refusals) states() {
 	}
 }
 
-// strangers has a destination turn everybody away and then take the VM.
+// strangers makes a destination refuse everybody and then take the VM.
 func (r *refusals) strangers() {
 	if r.Failed() {
 		return
 	}
 	t := r.T
-	// Where its memory counted twice, as it is there already, it would not fit.
+	// If its memory counted twice, as it is there already, it would not fit.
 	group, _ := memoryGroup(t, 512<<20)
 	twin := r.twin(t, lab.IncomingOptions{}, func(s *lab.Spec) {
 		s.QEMU = within(t, s.QEMU, group)
@@ -615,7 +615,7 @@ func (r *refusals) strangers() {
 		}
 		return c
 	}
-	// session opens all lanes, as package link's comment has it, and says something on the first.
+	// session opens all lanes, as package link's comment says, and sends something on the first.
 	session := func(t *testing.T, say []byte) net.Conn {
 		t.Helper()
 		var control net.Conn

@@ -13,8 +13,8 @@ import (
 	"vacate/lab"
 )
 
-// relay stands between a source and a destination and passes frames on, until the one
-// frame that it waits for has come: then it does something unkind.
+// relay passes frames between a source and a destination, until the frame for which it waits has
+// come. Then it does something unkind.
 type relay struct {
 	t    testing.TB
 	host *lab.Host
@@ -36,7 +36,7 @@ type relay struct {
 // cut ends all connections.
 func cut(r *relay, _ []byte, _ net.Conn) { r.close() }
 
-// stall passes nothing more on in this direction of the lane, and says nothing.
+// stall stops passing anything in this direction of the lane, without an error.
 func stall(r *relay, _ []byte, _ net.Conn) { r.stalled.Store(true) }
 
 // corrupt flips a bit of the frame.
@@ -45,7 +45,8 @@ func corrupt(_ *relay, frame []byte, to net.Conn) {
 	to.Write(frame)
 }
 
-// renameDevice has the package tell of a device that there is none of, which only loading it shows.
+// renameDevice renames a device in the device state. There is none of that name, which only loading
+// it shows.
 func renameDevice(r *relay, frame []byte, to net.Conn) {
 	at := bytes.Index(frame, []byte("/virtio-net"))
 	if at < 0 {

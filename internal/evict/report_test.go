@@ -14,8 +14,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// A path that loses large packets, either way, is found out before the VM is touched. Every figure
-// of the report holds of the eviction that follows, whose link is lost for a while in mid-push.
+// The engines find out before they touch the VM that a path loses large packets, either way. Every
+// figure of the report is right for the eviction that follows, which loses its link for a while in
+// mid-push.
 func TestPathsThatFail(t *testing.T) {
 	const limit, lostFor = 30e6, 2 * time.Second // bytes per second
 	l := labtest.New(t, lab.Options{})
@@ -105,7 +106,7 @@ func TestPathsThatFail(t *testing.T) {
 func checkLostLink(t *testing.T, r result, states []evict.State, limit, lostFor float64) {
 	rep := r.report
 	t.Logf("%+v", rep)
-	const near = 0.25 // seconds between events that follow one another, on a busy machine
+	const near = 0.25 // seconds between successive events, on a busy machine
 	same := func(what string, got *float64, want float64) {
 		t.Helper()
 		if got == nil || math.Abs(*got-want) > near {

@@ -72,13 +72,13 @@ type spell struct {
 	from, to *lab.Host
 	vm, twin *lab.VM
 	begin    func() // takes the memory, in mid-push
-	// does something more to the eviction; restart has another engine go on at the destination
+	// does something more to the eviction; restart makes another engine go on at the destination
 	meanwhile func(restart func())
 	end       func() // gives it back
 	says      string // of the reason, at both ends
 }
 
-// memoryJournal is one of a destination, for as long as the test lives.
+// memoryJournal is a destination's journal in memory.
 type memoryJournal struct {
 	mu   sync.Mutex
 	kept map[string][]byte // guarded by mu
@@ -105,7 +105,7 @@ func (j *memoryJournal) Kept(name string) ([]byte, error) {
 	return nil, fs.ErrNotExist
 }
 
-// shorts has what progress said of memory that is missing.
+// shorts holds what progress said about missing memory.
 type shorts struct {
 	mu   sync.Mutex
 	last string
@@ -216,8 +216,8 @@ func (s spell) run() {
 	r.mustComplete(t)
 	here.await(t, false)
 	there.await(t, false)
-	// The guest's scheduler charges the thread that waited for the page with all of that time, and
-	// runs others until they had as much: the one that reports, for instance.
+	// The guest's scheduler charges all of that time to the thread that waited for the page. It
+	// then runs other threads until they had as much: the one that reports, for instance.
 	if err := s.vm.Guest.WaitOps(labtest.Within(t, time.Minute+*withoutMemory), 1000); err != nil {
 		t.Error(err)
 	}
@@ -226,7 +226,7 @@ func (s spell) run() {
 var withoutMemory = flag.Duration("without-memory", 2*time.Second,
 	"how long TestNoMemory leaves the destination without memory")
 
-// fill takes all that is free of a file system, but for what one page needs.
+// fill fills a file system, except for what one page needs.
 func fill(t *testing.T, dir string) (empty func()) {
 	t.Helper()
 	name := filepath.Join(dir, "other")
@@ -246,9 +246,9 @@ func fill(t *testing.T, dir string) (empty func()) {
 	}
 }
 
-// A VM whose pages find no memory at the destination after the commit waits, is told of at both
-// ends, and goes on by itself when there is some; whatever else happens meanwhile. One guest goes
-// to and fro.
+// A VM whose pages find no memory at the destination after the commit waits. Both ends report that.
+// The VM goes on by itself when there is memory, whatever else happens meanwhile. One guest goes to
+// and fro.
 func TestNoMemory(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 60}})
@@ -309,7 +309,7 @@ func TestNoMemory(t *testing.T) {
 	labtest.MustCheck(t, twin)
 }
 
-// eat has a process in a control group write a file in memory, until so many bytes of the group's
+// eat makes a process in a control group write a file in memory, until so many bytes of the group's
 // limit are left.
 func eat(t *testing.T, group, limit, dir string, left int64) {
 	t.Helper()

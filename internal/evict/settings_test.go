@@ -13,8 +13,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// After an eviction both QEMUs are as any other: the one that has the VM has its own settings, can
-// migrate, saves a snapshot, and can be evicted.
+// After an eviction both QEMUs are like any other. The one that has the VM has its own settings,
+// can migrate, saves a snapshot, and can be evicted.
 func TestAfterwards(t *testing.T) {
 	stock, newest := lab.StockQEMU, cached(t, lab.BackportsQEMU)
 	for name, find := range map[string]func(context.Context) (lab.QEMU, error){"stock": stock,
@@ -46,7 +46,7 @@ func TestAfterwards(t *testing.T) {
 					t.Errorf("%s: %q, %v", line, answer, err)
 				}
 			}
-			// Last, as the VM stands when that is complete.
+			// This comes last, as the VM stands when it is complete.
 			migrate(ctx, t, twin)
 			if err := twin.Execute(ctx, "cont", nil, nil); err != nil {
 				t.Error(err)
@@ -65,8 +65,8 @@ func TestAfterwards(t *testing.T) {
 	}
 }
 
-// emptyQcow2 is an image of at most 512 MiB that reads as zero (docs/interop/qcow2 of QEMU): the
-// header, the refcount table, its block, and the L1 table, in a cluster each.
+// emptyQcow2 is an image of at most 512 MiB that reads as zero. It has the header, the refcount
+// table, its block, and the L1 table, in a cluster each (docs/interop/qcow2 of QEMU).
 func emptyQcow2(size uint64) []byte {
 	const bits, cluster = 16, 1 << 16
 	b := make([]byte, 4*cluster)
@@ -85,7 +85,7 @@ func emptyQcow2(size uint64) []byte {
 	return b
 }
 
-// migrate has a VM's QEMU write it to nowhere.
+// migrate makes a VM's QEMU migrate it to nowhere.
 func migrate(ctx context.Context, t *testing.T, vm *lab.VM) {
 	t.Helper()
 	if err := vm.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"},

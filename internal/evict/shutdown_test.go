@@ -30,15 +30,15 @@ func whenIn(t *testing.T, twin *lab.VM, do func()) (wait func()) {
 	return func() { <-done }
 }
 
-// A guest that ends itself while its memory comes in is shut down: the copy on the source goes, and
-// nobody is told that it could be resumed.
+// A guest that ends itself while its memory comes in is shut down. The copy on the source goes, and
+// no message offers to resume it.
 func TestShutDown(t *testing.T) {
 	// On this link the memory takes a minute.
 	l := labtest.New(t, lab.Options{Rate: 2e7})
 	for _, c := range []struct {
 		name   string
 		extra  []string
-		atOnce bool // the QEMU ends at once, as one does that cannot be told to stay
+		atOnce bool // the QEMU ends at once, like one that cannot be told to stay
 		do     func(vm, twin *lab.VM) error
 		lost   bool
 		says   string

@@ -11,8 +11,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// However pages that are left out, pages that are sent and requests for pages come, each
-// page that the guest asked for is placed, none twice, those left out as zeroes, and the
+// Pages that are left out, pages that are sent and requests for pages may come in any order. Each
+// page that the guest requested is placed, none twice, and those left out as zeroes. The
 // destination knows when none is missing.
 func TestSkip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -103,8 +103,8 @@ func TestSkipRefusesData(t *testing.T) {
 	}
 }
 
-// Pages that were left out and that the guest has touched are missing until they are placed:
-// QEMU must not be told before that it has all.
+// Pages that were left out and that the guest has touched are missing until they are placed. QEMU
+// must not hear before that it has all.
 func TestSkippedInFlight(t *testing.T) {
 	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize,
 		PageSize: migstream.TargetPageSize, Pages: 4}}

@@ -28,7 +28,7 @@ type standingCase struct {
 	args  string
 	code  func() []byte // of its option ROM
 	stop  func(v *standingVM)
-	goOn  func(v *standingVM, q *qmp.Client) // has the guest go on; without it `cont` does
+	goOn  func(v *standingVM, q *qmp.Client) // makes the guest go on; without it `cont` does
 	newer bool                               // QEMU before 8.2 cannot move it
 }
 
@@ -66,8 +66,8 @@ func watchdogROM() []byte {
 	)
 }
 
-// suspendROM is a guest that suspends itself to memory, and writes a full stop each time that it is
-// woken up, or starts.
+// suspendROM is a guest that suspends itself to memory. It writes a full stop each time it is woken
+// up or starts.
 func suspendROM() []byte {
 	return before(
 		0xba, 0xf8, 0x03, // mov dx, 0x3f8
@@ -92,8 +92,8 @@ func before(code ...byte) []byte {
 	return rom
 }
 
-// writingSector is a boot sector that writes itself to sector 32 of its disk, and then counts as
-// counterROM does.
+// writingSector is a boot sector that writes itself to sector 32 of its disk, and then counts like
+// counterROM.
 func writingSector() []byte {
 	s := make([]byte, 512)
 	n := copy(s, []byte{
@@ -188,7 +188,7 @@ func (v *standingVM) counts(side string) {
 	v.Fatalf("the guest does not go on at the %s", side)
 }
 
-// fill makes a file system that is full, and of no more than a disk with the boot sector.
+// fill makes a full file system that holds only a disk with the boot sector.
 func (v *standingVM) fill() {
 	v.full = filepath.Join(v.dir, "full")
 	if err := os.Mkdir(v.full, 0o700); err != nil {
@@ -237,7 +237,7 @@ func (c standingCase) begin(t *testing.T, q lab.QEMU) *standingVM {
 	return v
 }
 
-// evict moves the VM; where commit is false, it is given up when the twin is loaded.
+// evict moves the VM. Without commit, it aborts when the twin is loaded.
 func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -260,8 +260,8 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	return report, err, <-received
 }
 
-// A VM that stands, in whatever state, is moved and not run: it is for its operator to have it go
-// on at the destination. Where the eviction fails it stands as before, and can be moved again.
+// A VM that stands, in whatever state, moves and does not run: its operator decides that at the
+// destination. If the eviction fails, the VM stands as before, and can move again.
 func TestStanding(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: boots VMs")
@@ -286,7 +286,7 @@ func (c standingCase) try(t *testing.T, q lab.QEMU) {
 		v.is(v.source, c.state)
 		return
 	}
-	// It stays what it was, also if the eviction is given up when the VM is frozen.
+	// It stays what it was, even if the eviction is aborted once the VM is frozen.
 	for range 2 {
 		report, err, _ := v.evict(false)
 		if !errors.Is(err, evict.ErrAborted) ||
@@ -343,8 +343,8 @@ func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
 	return v.start(q, "twin", append(args, "-incoming", "defer")...)
 }
 
-// An operator has a VM that came standing go on at the destination while its memory is still
-// arriving: it fetches what it touches, and all of its memory is as it was.
+// An operator runs a VM that came standing while its memory is still arriving. It fetches what it
+// touches, and all of its memory is as it was.
 func TestStandingGoesOn(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full,

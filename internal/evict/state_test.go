@@ -72,8 +72,8 @@ func TestStates(t *testing.T) {
 			t.Errorf("the table has %q, which is no state", s)
 		}
 	}
-	// Once the VM may run on the destination, nothing leads back to where it runs here
-	// but the destination's word.
+	// Once the VM may run on the destination, only the destination's answer leads back to where it
+	// runs here.
 	for _, s := range []State{Pushing, Retiring, Completing} {
 		if r := reach(s); r[Aborted] || r[RollingBack] || r[Refused] {
 			t.Errorf("%s leads back", s)
@@ -81,7 +81,7 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// A machine moves along the table only, tells of each move, and keeps when it was made.
+// A machine moves along the table only, reports each move, and keeps its time.
 func TestMachine(t *testing.T) {
 	all := states(t)
 	for _, from := range all {
@@ -154,8 +154,8 @@ func TestMachineAgain(t *testing.T) {
 	}
 }
 
-// What is not known of an eviction that another engine began is not in the report; what a
-// destination says of the time before cannot be true of a time before the commit.
+// The report leaves out what is not known about an eviction that another engine began. What a
+// destination says about the time before cannot be true of a time before the commit.
 func TestReportOfResumed(t *testing.T) {
 	e := Source{}.engine(InDoubt)
 	e.frozenAt.Store(&e.started)
@@ -185,7 +185,7 @@ func TestReportOfResumed(t *testing.T) {
 	e.done(nil)
 }
 
-// What the model tries, the engines do: each function of decide.go is called by them.
+// The engines do what the model tries: they call each function of decide.go.
 func TestDecisionsAreMade(t *testing.T) {
 	fset := token.NewFileSet()
 	files, err := filepath.Glob("*.go")
@@ -219,7 +219,7 @@ func TestDecisionsAreMade(t *testing.T) {
 		t.Fatalf("found the functions %v only", slices.Sorted(maps.Keys(decisions)))
 	}
 	for name := range decisions {
-		if !called[name] && !ast.IsExported(name) { // those are called by the daemon
+		if !called[name] && !ast.IsExported(name) { // the daemon calls those
 			t.Errorf("%s is called by nobody", name)
 		}
 	}

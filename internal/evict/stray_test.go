@@ -14,9 +14,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Somebody tells the source's QEMU to run the VM, in the middle of an eviction: it does not,
-// whether the VM has disks, which the destination has locked by then, or none. Once the eviction
-// was aborted it may; once it is complete there is no QEMU to run it.
+// Somebody tells the source's QEMU to run the VM in the middle of an eviction. It does not, whether
+// the VM has disks, which the destination has locked by then, or none. Once the eviction is aborted
+// it may. Once it is complete there is no QEMU to run it.
 func TestStrayCont(t *testing.T) {
 	for name, devices := range map[string]lab.Devices{"without disks": lab.Bare,
 		"with a disk": lab.Full} {
@@ -80,8 +80,8 @@ func TestStrayCont(t *testing.T) {
 	}
 }
 
-// Somebody tells the twin to run the VM before the source committed: it is ended at once, as the
-// source may have the VM run on, without asking.
+// Somebody tells the twin to run the VM before the source committed. The engine ends the twin at
+// once, as the source may run the VM on without asking.
 func TestStrayContThere(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{Devices: lab.Full, Load: lab.Load{HotMiB: 30, IdleMiB: 30}})

@@ -17,9 +17,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// switches are evictions in which the source's QEMU does not freeze the VM, or somebody else had
-// his word, after all was prepared: as the last frame before it comes, something happens at the
-// source.
+// switches are evictions in which the source's QEMU does not freeze the VM, or somebody else
+// interferes, after all was prepared. As the last frame before the freeze comes, something happens
+// at the source.
 var switches = []attempt{
 	{name: "a backup job begins", here: beginBackup, says: "job bk (backup"},
 	{name: "a mirror is ready", here: beginMirror, says: "job mi (mirror"},
@@ -38,7 +38,7 @@ func init() {
 	}
 }
 
-// does has a QEMU do something. At a random moment of an eviction it may refuse.
+// does makes a QEMU run a command. At a random moment of an eviction QEMU may refuse.
 func does(t *testing.T, vm *lab.VM, command string, args any) bool {
 	t.Helper()
 	err := vm.Execute(labtest.Within(t, 10*time.Second), command, args, nil)
@@ -48,7 +48,7 @@ func does(t *testing.T, vm *lab.VM, command string, args any) bool {
 	return err == nil
 }
 
-// undo has it undone when the test ends.
+// undo undoes a command when the test ends.
 func undo(t *testing.T, vm *lab.VM, command string, args any) {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
@@ -103,12 +103,12 @@ func takeFile(t *testing.T, vm *lab.VM) {
 		&sets); err != nil {
 		t.Error(err)
 	}
-	for _, set := range sets { // none, if QEMU was told to close it by then
+	for _, set := range sets { // none, if QEMU has closed it by then
 		vm.Execute(labtest.Within(t, 10*time.Second), "remove-fd", m{"fdset-id": set.ID}, nil)
 	}
 }
 
-// fillFile has QEMU save to a file that is always full.
+// fillFile makes QEMU save to a file that is always full.
 func fillFile(t *testing.T, vm *lab.VM) {
 	var sets []struct {
 		ID int `json:"fdset-id"`
@@ -122,7 +122,7 @@ func fillFile(t *testing.T, vm *lab.VM) {
 		t.Fatal(err)
 	}
 	defer full.Close()
-	for _, set := range sets { // none, if QEMU was told to close it by then
+	for _, set := range sets { // none, if QEMU has closed it by then
 		ctx := labtest.Within(t, 10*time.Second)
 		q, err := qmp.Dial(ctx, vm.LabQMP)
 		if err != nil {
@@ -146,7 +146,7 @@ func dump(t *testing.T, vm *lab.VM) {
 
 func migrateForever(t *testing.T, vm *lab.VM) {
 	path := t.TempDir() + "/nowhere"
-	ln, err := net.Listen("unix", path) // which nobody takes a connection from
+	ln, err := net.Listen("unix", path) // nobody accepts a connection from it
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -175,9 +175,9 @@ func pauseIt(t *testing.T, vm *lab.VM) {
 	undo(t, vm, "cont", nil)
 }
 
-// disturbed has evictions disturbed in one of these ways at a random moment while the VM is being
-// frozen, or soon after: as often as VACATE_REFUSALS says. Those that were not aborted by then are
-// when the twin is loaded.
+// disturbed disturbs evictions in one of these ways at a random moment while the VM is being
+// frozen, or soon after. It does so as often as VACATE_REFUSALS says. Evictions that were not
+// aborted by then are aborted when the twin is loaded.
 func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 	rounds, err := strconv.Atoi(os.Getenv("VACATE_REFUSALS"))
 	if err != nil {
@@ -212,7 +212,7 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 			}
 			<-done
 		})
-		// What was done to the VM is undone.
+		// The effect on the VM is undone.
 		if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {
 			t.Fatalf("after %s the guest does not work on: %v", name, err)
 		}
@@ -227,8 +227,8 @@ func disturbed(t *testing.T, l *lab.Lab, vm *lab.VM) {
 // after it.
 func migrateToNowhere(t *testing.T, vm *lab.VM) {
 	t.Helper()
-	// The guest writes to its memory faster than a pass over that takes: the rest comes while it
-	// stands.
+	// The guest writes to its memory faster than a pass over it takes: the rest moves while the
+	// guest stands.
 	does(t, vm, "migrate-set-parameters", m{"downtime-limit": 60_000})
 	defer does(t, vm, "migrate-set-parameters", m{"downtime-limit": 300})
 	does(t, vm, "migrate", m{"uri": "exec:cat >/dev/null"})

@@ -16,7 +16,7 @@ import (
 
 func TestTrace(t *testing.T) {
 	var tr tracer
-	tr.note(pushorder.Planned, []pageset.Run{{Count: 1}}) // nothing is known of the pages yet
+	tr.note(pushorder.Planned, []pageset.Run{{Count: 1}}) // nothing is known about the pages yet
 	if _, ok := tr.result(nil, nil); ok {
 		t.Error("a trace of nothing")
 	}
@@ -78,7 +78,7 @@ func TestTrace(t *testing.T) {
 	}
 }
 
-// TestTraceIsBounded has it neither grow with the VM nor with the time.
+// TestTraceIsBounded checks that a trace grows neither with the VM nor with the time.
 func TestTraceIsBounded(t *testing.T) {
 	var tr tracer
 	const pages = 1 << 25 // 128 GiB

@@ -8,8 +8,9 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Twenty evictions in a row, the guest at work in between: each page once, none bad. The
-// guest moves to and fro between the hosts, and is checked whole at the end of every journey.
+// Twenty evictions in a row, with the guest at work in between: each page comes once, none is bad.
+// The guest moves to and fro between the hosts. It checks all of its memory at the end of every
+// journey.
 func TestTwenty(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	const journeys, legs = 4, 5

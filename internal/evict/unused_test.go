@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// memoryFiles is how much memory the files without a name take that a QEMU has.
+// memoryFiles returns how much memory a QEMU's files without a name take.
 func memoryFiles(t *testing.T, vm *lab.VM) int64 {
 	t.Helper()
 	dir := fmt.Sprintf("/proc/%d/fd", vm.PID())
@@ -37,9 +37,9 @@ func memoryFiles(t *testing.T, vm *lab.VM) int64 {
 	return sum
 }
 
-// Memory that the guest gave back to its host by its balloon is not made at the destination, where
-// it is in a file that has memory for each page that is placed, be it zero. Neither is memory that
-// no guest has used yet; and looking for both makes none at the source.
+// A guest may give memory back to its host by its balloon, or never use it. The destination must
+// not make such memory. A memory file there would have memory for each placed page, even a zero
+// page. The check for such memory must make none at the source either.
 func TestUnused(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{Memfd: true, MemoryMiB: 768, Devices: lab.Full,

@@ -27,7 +27,7 @@ type simulation struct {
 type peer struct {
 	w       *window
 	trip    time.Duration // to it on an empty path, both ways
-	rate    float64       // at which it places pages, if it is slower than all; 0 if it is not
+	rate    float64       // the rate at which it places pages; 0: as fast as they come
 	free    time.Time     // when it has placed all it was given
 	stalled bool          // it reports nothing
 	idle    bool          // there is nothing to send
@@ -42,13 +42,13 @@ type arrival struct {
 	placed uint64
 }
 
-// traffic is what others have on the path.
+// traffic is what others send on the path.
 type traffic interface {
-	// next is when something happens.
+	// next returns when something happens.
 	next() time.Time
 	// step does what happens then.
 	step(*simulation)
-	// done is how many bytes came through.
+	// done returns how many bytes came through.
 	done() float64
 }
 
@@ -77,13 +77,13 @@ func (s *simulation) join(trip time.Duration, limit *Limit, yields bool) *peer {
 	return p
 }
 
-// through takes n bytes through the narrow place and returns when the last is out.
+// through sends n bytes through the narrow place and returns when the last is out.
 func (s *simulation) through(n int) time.Time {
 	s.free = later(s.free, s.now).Add(seconds(float64(n) / s.rate))
 	return s.free
 }
 
-// queue is how long what is sent now waits at the narrow place.
+// queue returns how long what is sent now waits at the narrow place.
 func (s *simulation) queue() time.Duration { return max(0, s.free.Sub(s.now)) }
 
 func later(a, b time.Time) time.Time {
@@ -93,8 +93,8 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// run goes on for d. It returns how many bytes were placed per second, and the mean and
-// the most bytes that were in flight.
+// run goes on for d. It returns how many bytes were placed per second, and the mean and the most
+// bytes in flight.
 func (s *simulation) run(t failer, d time.Duration) (throughput, mean, most float64) {
 	t.Helper()
 	before := 0.0
@@ -191,25 +191,25 @@ func (s *simulation) send(t failer, p *peer, n int) {
 	p.reports = append(p.reports, arrival{at, p.sent})
 }
 
-// wait99 is how long the narrow place kept a fetch waiting, in all cases but one in a hundred.
+// wait99 returns how long the narrow place kept a fetch waiting, in all cases but one in a hundred.
 func (s *simulation) wait99() time.Duration {
 	slices.Sort(s.queues)
 	return s.queues[len(s.queues)*99/100]
 }
 
-// settled runs until the window knows the path and makes sure that it is kept busy then,
-// with little more in flight than that takes.
+// settled runs until the window knows the path. It makes sure that the path is then busy, with
+// little more in flight than that takes.
 func (s *simulation) settled(t *rapid.T) {
 	p := s.peers[0]
-	// What was let onto a wider path first has to come through.
+	// What was let onto a wider path must first come through.
 	drain := seconds(float64(p.sent-p.got) / s.rate)
 	s.run(t, 3*time.Second+2*drain)
 	throughput, mean, most := s.run(t, time.Second)
 	if throughput < 0.9*s.rate {
 		t.Errorf("%.1f of %.1f MB/s", throughput/1e6, s.rate/1e6)
 	}
-	// The last frame sent stands out of the window, and the page by which the round trip is
-	// measured is a part of that.
+	// The last frame sent may exceed the window, and includes the page that measures the round
+	// trip.
 	page := float64(p.w.page)
 	ideal, frame := s.rate*(p.trip+s.bunch+allowedQueue).Seconds()+page, float64(p.frame)
 	if mean > 1.1*ideal+frame+page || most > 1.2*ideal+frame+page {
@@ -222,10 +222,10 @@ func drawRate(t *rapid.T, label string, least int) float64 { // at most 10 Gbit/
 	return float64(rapid.IntRange(least, 1250).Draw(t, label)) * 1e6
 }
 
-// The window keeps the narrowest place on a path busy, and what a fetch waits behind there
-// stays near allowedQueue: on any path, if reports come in bunches, when it has forgotten
-// what it measured first, and when the path has become wider or narrower. To yield costs
-// nothing of that where there is nobody else.
+// The window keeps the narrowest place on a path busy, and a fetch waits there for about
+// allowedQueue. This holds on any path: if reports come in bunches, after the window forgot what it
+// measured first, and after the path became wider or narrower. Where there is no other traffic,
+// yielding costs nothing of that.
 func TestWindowFindsThePath(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		yields := rapid.Bool().Draw(t, "yields")
@@ -245,8 +245,8 @@ func TestWindowFindsThePath(t *testing.T) {
 	})
 }
 
-// Whatever the peer reports, the window lets no more pass than its size and one frame, and
-// refuses what cannot be.
+// Whatever the peer reports, the window lets no more pass than its size and one frame, and refuses
+// impossible reports.
 func TestWindowHolds(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSimulation(1e6, time.Millisecond)
@@ -286,8 +286,7 @@ func TestWindowHolds(t *testing.T) {
 	})
 }
 
-// What was granted does not outlast the window that it was granted in: a report may find the path
-// to be slower, or longer, than it was then.
+// A grant does not outlast its window: a later report may find the path to be slower, or longer.
 func TestGrantIsWithdrawn(t *testing.T) {
 	s := newSimulation(1e6, time.Millisecond)
 	p := s.peers[0]
@@ -316,8 +315,8 @@ func TestGrantIsWithdrawn(t *testing.T) {
 	if n, _ := p.w.room(); n > 0 {
 		t.Fatalf("room for %d bytes", n)
 	}
-	report(7212) // there is room, in the window of now
-	report(8192) // there is none any more, as the window has become smaller
+	report(7212) // there is room in the present window
+	report(8192) // there is none any more, as the window shrank
 	s.path.mu.Lock()
 	size := p.w.size()
 	s.path.mu.Unlock()
@@ -326,9 +325,9 @@ func TestGrantIsWithdrawn(t *testing.T) {
 	}
 }
 
-// A window finds the rate of any path in some round trips, as TCP does, with a bounded queue
-// meanwhile; then the queue is what it is allowed to be. On a wide path it goes on to find more
-// when that has become wider.
+// A window finds the rate of any path in some round trips, as TCP does. The queue is bounded
+// meanwhile, and then as long as allowed. On a wide path the window goes on to find more when the
+// path became wider.
 func TestWindowOpens(t *testing.T) {
 	const ms = time.Millisecond
 	for _, c := range []struct {
@@ -378,7 +377,7 @@ func TestWindowOpens(t *testing.T) {
 	}
 }
 
-// four is four evictions over one path of 1 Gbit/s, after they have found it, and what a fetch
+// four is four evictions over one path of 1 Gbit/s, after they have found it. alone is what a fetch
 // waits for there if there is only one of them.
 func four(t *testing.T, trips ...time.Duration) (s *simulation, alone time.Duration) {
 	s = newSimulation(125e6, trips[0])
@@ -416,8 +415,8 @@ func fairness(rates []float64) float64 {
 	return sum * sum / (float64(len(rates)) * squares)
 }
 
-// Evictions that share a path share its rate, too, and a fetch waits for all of them together
-// not much longer than for one: wherever their destinations are, and when one comes late.
+// Evictions that share a path share its rate, too. A fetch waits for all of them together not much
+// longer than for one. This holds wherever their destinations are, and if one comes late.
 func TestPathIsShared(t *testing.T) {
 	const us = time.Microsecond
 	for name, c := range map[string]struct {
@@ -426,7 +425,7 @@ func TestPathIsShared(t *testing.T) {
 	}{
 		"near": {[]time.Duration{200 * us, 200 * us, 200 * us, 200 * us}, 300 * us},
 		"far":  {[]time.Duration{10_000 * us, 10_000 * us, 10_000 * us, 10_000 * us}, 600 * us},
-		// What was placed at the same time was not sent at the same time.
+		// Bytes that were placed at the same time were not sent at the same time.
 		"anywhere": {[]time.Duration{100 * us, 300 * us, 2000 * us, 10_000 * us}, 1700 * us},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -496,7 +495,7 @@ func TestPathIsNotHeldUp(t *testing.T) {
 	check("gone", 0)
 }
 
-// Limits hold for one and for all together, also when they are changed, and fetches count.
+// Limits hold for one and for all together, even if they are changed, and fetches count.
 func TestLimit(t *testing.T) {
 	s := newSimulation(125e6)
 	var one Limit
@@ -545,10 +544,10 @@ func (f *fetches) step(s *simulation) {
 	f.at, f.n = f.at.Add(time.Millisecond), f.n+size
 }
 
-// steady is traffic that does not heed the path: so many bytes per second, in packets.
+// steady is traffic that ignores the path's state: so many bytes per second, in packets.
 type steady struct {
 	rate   float64
-	buffer time.Duration // of the narrow place: what would wait longer is lost
+	buffer time.Duration // of the narrow place; what would wait longer is lost
 	at     time.Time
 	n      float64
 }
@@ -565,14 +564,14 @@ func (c *steady) step(s *simulation) {
 
 const packet = 1500
 
-// greedy is a TCP connection that has as much to send as goes through (as in RFC 5681): it fills
-// the buffer of the narrow place until something is lost.
+// greedy is a TCP connection that always has more to send (as in RFC 5681). It fills the buffer of
+// the narrow place until something is lost.
 type greedy struct {
 	trip   time.Duration
 	buffer time.Duration
 	window float64   // packets
 	acks   []ack     // under way, in order
-	halved time.Time // losses of what was sent before are of the same congestion
+	halved time.Time // losses of what was sent before that belong to the same congestion
 	slow   bool      // no longer in slow start
 	n      float64
 }
@@ -621,8 +620,8 @@ func (s *simulation) startGreedy(trip, buffer time.Duration) *greedy {
 	return c
 }
 
-// Who yields leaves others nearly all they would have had without it, uses what they leave,
-// and has the path for itself again soon after they are gone.
+// A window that yields leaves others nearly all that they would have had without it, and uses what
+// they leave. Soon after they are gone it has the path for itself again.
 func TestYield(t *testing.T) {
 	const rate = 125e6
 	for _, buffer := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond} {

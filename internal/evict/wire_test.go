@@ -32,8 +32,8 @@ func run(block int, first pageset.Page, count int) pageset.Run {
 	return pageset.Run{Block: block, First: first, Count: count}
 }
 
-// Frames of pages that are taken are what appendPages would make of what was understood,
-// and lie within the VM.
+// Each frame of pages that is accepted equals what appendPages makes of its content, and lies
+// within the VM.
 func FuzzParsePages(f *testing.F) {
 	add := func(runs ...pageRun) {
 		b := appendPages(nil, runs)
@@ -151,7 +151,7 @@ func FuzzParsePlaced(f *testing.F) {
 	})
 }
 
-// anOffer is that of a real VM (QEMU 7.2, machine pc).
+// anOffer is the offer of a real VM (QEMU 7.2, machine pc).
 func anOffer() offer {
 	return offer{
 		QEMU: "7.2.22", Machine: "pc-i440fx-7.2", LoadTimeout: 20000,
@@ -172,8 +172,7 @@ func anOffer() offer {
 	}
 }
 
-// An offer that is taken is one that can be made, and comparing it never fails otherwise
-// than with a reason.
+// An accepted offer can be made, and comparing it fails with a reason or not at all.
 func FuzzOffer(f *testing.F) {
 	here := anOffer()
 	b, err := json.Marshal(here)
@@ -249,7 +248,7 @@ func golden(t testing.TB, name string) []byte {
 var recordings = []string{"pc-bare.forward.gz", "q35-virtio.forward.gz", "pc-old.forward.gz",
 	"microvm-memfd.forward.gz"}
 
-// split takes from a stream what a source would send of it: the head and the load.
+// split takes from a stream what a source would send of it: the head and the device state.
 func split(t testing.TB, stream []byte) (head, load []byte, blocks []migstream.Block) {
 	t.Helper()
 	r := migstream.NewReader(bytes.NewReader(stream))
@@ -288,7 +287,7 @@ func offered(blocks []migstream.Block) *destination {
 	return e
 }
 
-// A head is taken if it is of the VM that was offered, and its load only whole.
+// A head is accepted if it matches the VM that was offered, and its device state only whole.
 func TestHeadAndLoad(t *testing.T) {
 	for _, name := range recordings {
 		head, load, blocks := split(t, golden(t, name))
@@ -390,8 +389,8 @@ func FuzzLoad(f *testing.F) {
 	})
 }
 
-// The addresses that a package names are found, and no others: rings that the guest's
-// driver has not set up are at 0.
+// The addresses that a device state names are found, and no others: rings that the guest's driver
+// has not set up are at 0.
 func TestTouchedByLoading(t *testing.T) {
 	word := func(v uint64) []byte { return binary.BigEndian.AppendUint64(nil, v) }
 	load := []byte("\x05\x11virtio/virtqueues\x00\x00\x00\x01")
@@ -403,7 +402,7 @@ func TestTouchedByLoading(t *testing.T) {
 	load = binary.BigEndian.AppendUint32(append(load, make([]byte, 148)...), 0xc8000)
 	load = append(append(load, "\x07vmgenid\x00\x00\x00\x00\x00\x00\x00\x01"...), 0x28, 0, 0xe, 0,
 		0, 0, 0, 0)
-	// Two pages of descriptors ahead of an available ring, and a number that is none of a queue.
+	// Two pages of descriptors ahead of an available ring, and a number that no queue has.
 	load = append(binary.BigEndian.AppendUint32(load, 512), word(0x3000-512*16)...)
 	load = append(binary.BigEndian.AppendUint32(load, 128), word(0x3000-512*16)...)
 	want := []uint64{0x1000, 0x2000, 0x3000, 0x4000, 0x1000, 0x2000, 0xc8000, 0xc9000, 0xca000,
@@ -432,7 +431,8 @@ func anything(gpa uint64, b []byte) bool {
 	return true
 }
 
-// The state of a USB controller names the array of its slots, and that where they are described.
+// The state of a USB controller names the array of its slots, and the array says where they are
+// described.
 func TestXHCIContexts(t *testing.T) {
 	controller := func(id byte, path string, array uint64) []byte {
 		b := append([]byte{4, 0, 0, 0, id, byte(len(path))}, path...)
@@ -462,7 +462,7 @@ func TestXHCIContexts(t *testing.T) {
 	}
 }
 
-// The buffers of a balloon are where the descriptors of its queues say.
+// The descriptors of a balloon's queues say where its buffers are.
 func TestBalloonBuffers(t *testing.T) {
 	const rings, table = 0x3000, 0x3000 - 128*16
 	b := append([]byte{4, 0, 0, 0, 3}, "\x1b0000:00:05.0/virtio-balloon"...)
@@ -501,7 +501,7 @@ func FuzzTouchedByLoading(f *testing.F) {
 	})
 }
 
-// What a destination says that it has is a set of pages that there are.
+// What a destination says that it has is a set of existing pages.
 func FuzzHas(f *testing.F) {
 	full := pageset.New(small[0].Pages)
 	for p := range pageset.Page(small[0].Pages) {
@@ -546,7 +546,7 @@ func FuzzHas(f *testing.F) {
 	})
 }
 
-// All messages of JSON but the offer, which has a test of its own: each is taken as what it is, or
+// All JSON messages except the offer, which has its own test, are accepted as what they are, or
 // refused.
 func FuzzMessages(f *testing.F) {
 	for _, m := range []any{
@@ -577,7 +577,7 @@ func FuzzMessages(f *testing.F) {
 	})
 }
 
-// Pages that are too large to come one by one are refused with the offer, though both ends have
+// Pages that are too large to come one by one are refused with the offer, even if both ends have
 // them.
 func TestOfferOfHugePages(t *testing.T) {
 	o := anOffer()

@@ -29,7 +29,7 @@ func open(t testing.TB, dir string) *Journal {
 	return j
 }
 
-// reopen is what a daemon does that was killed and started again.
+// reopen does what a daemon does that was killed and started again.
 func reopen(t testing.TB, j *Journal) *Journal {
 	t.Helper()
 	j.Close()
@@ -130,7 +130,7 @@ func TestJournal(t *testing.T) {
 	}
 }
 
-// After the host booted anew, a word about an eviction does not make its process one of this boot.
+// After a reboot, a note about an eviction does not make its process one of this boot.
 func TestBoot(t *testing.T) {
 	j := open(t, filepath.Join(t.TempDir(), "journal"))
 	j.boot = "before"
@@ -172,8 +172,9 @@ func TestPrune(t *testing.T) {
 	}
 }
 
-// TestCrash damages the log at each byte: cut there, as when the file's end never came to the disk;
-// from there on zeroes, or garbage, as when an append was torn; that one byte another.
+// TestCrash damages the log at each byte in four ways. It cuts the log there, as if the file's end
+// never reached the disk. It fills the rest with zeroes, or with garbage, as a torn append does.
+// And it changes that one byte.
 func TestCrash(t *testing.T) {
 	j := open(t, t.TempDir())
 	e := create(t, j, "vm")
@@ -218,7 +219,7 @@ func TestCrash(t *testing.T) {
 			if len(bytes.Trim(log[ends[survived]:], "\x00")) > 0 != got.Torn() {
 				t.Fatalf("%s at %d: torn %v", name, at, got.Torn())
 			}
-			// What comes next is whole, and the damage gone.
+			// The next record is whole, and the damage is gone.
 			if at%16 == 0 {
 				must(t, got.Note("next", "", nil))
 				again := j.load(e.ID(), e.dir)
@@ -240,7 +241,7 @@ func TestDamaged(t *testing.T) {
 	must(t, os.Truncate(filepath.Join(c.dir, "log"), maxLog+1))
 	must(t, d.Keep("package", []byte("devices")))
 	must(t, os.WriteFile(filepath.Join(d.dir, "package"), []byte("\x00\x00\x00\x00devices"), 0o600))
-	// What a crash in Create, in Keep, and what others leave behind.
+	// What a crash in Create or Keep leaves behind, and what others do.
 	must(t, os.Mkdir(filepath.Join(j.dir, newPrefix+NewID().String()), 0o700))
 	must(t, os.WriteFile(filepath.Join(d.dir, "head.tmp"), nil, 0o600))
 	must(t, os.WriteFile(filepath.Join(j.dir, "lost+found"), nil, 0o600))
@@ -269,7 +270,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// TestDiskFull has a file system without space: what was begun can be noted all the same.
+// TestDiskFull uses a file system without space: an eviction that has begun can still be noted.
 func TestDiskFull(t *testing.T) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("VACATE_REQUIRE") == "1" {
@@ -342,7 +343,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestKilled has a process that notes all the time killed: what it said to have noted is there.
+// TestKilled kills a process that notes all the time: what it reported as noted is there.
 func TestKilled(t *testing.T) {
 	if dir := os.Getenv("JOURNAL_TO_KILL"); dir != "" {
 		e := create(t, open(t, dir), "vm")
@@ -413,17 +414,17 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// BenchmarkNote tells what it costs to pass a mark.
+// BenchmarkNote measures what a mark costs.
 func BenchmarkNote(b *testing.B) {
 	e := create(b, open(b, b.TempDir()), "vm")
 	end := e.end
 	for b.Loop() {
 		must(b, e.Note("may-run", "", nil))
-		e.end, e.used = end, prepared // the log is to stay small
+		e.end, e.used = end, prepared // the log must stay small
 	}
 }
 
-// A directory of somebody else keeps its mode and its files.
+// A directory that is not a journal keeps its mode and its files.
 func TestForeignDirectory(t *testing.T) {
 	entry := NewID().String()
 	for name, files := range map[string]map[string]string{
@@ -469,7 +470,7 @@ func TestForeignDirectory(t *testing.T) {
 	}
 }
 
-// What an earlier version left is a journal, and so is an empty directory or file system.
+// An earlier version's directory is a journal, and so is an empty directory or file system.
 func TestKnownDirectories(t *testing.T) {
 	for name, files := range map[string][]string{
 		"empty": nil, "a file system": {"lost+found/"},

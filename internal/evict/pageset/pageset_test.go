@@ -6,7 +6,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// The set behaves like a map of pages, whatever is done to it.
+// The set behaves like a map of pages, whatever operations it gets.
 func TestSetAgainstMap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		size := rapid.IntRange(0, 300).Draw(t, "size")

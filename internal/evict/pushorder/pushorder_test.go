@@ -12,7 +12,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// survey draws what may be said of a guest's pages, true or not.
+// survey draws what a survey may say about a guest's pages, true or not.
 func survey(t *rapid.T, frames int) *pageclass.Survey {
 	s := &pageclass.Survey{
 		Pages: make([]pageclass.Page, rapid.IntRange(0, frames+100).Draw(t, "known")),
@@ -34,8 +34,7 @@ func survey(t *rapid.T, frames int) *pageclass.Survey {
 	return s
 }
 
-// Whatever is fetched, taken and planned, each page is handed out exactly once, and the
-// order ends.
+// Whatever is fetched, taken and planned, each page is handed out exactly once, and the order ends.
 func TestEachPageOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var blocks []Block
@@ -239,7 +238,7 @@ func TestPlans(t *testing.T) {
 	}
 }
 
-// A huge page is worth what the best of its frames is, and free only if all of them are.
+// A huge page ranks like the best of its frames, and is free only if all of them are.
 func TestHugePages(t *testing.T) {
 	blocks := []Block{{Pages: 3, PageSize: 2 << 20}}
 	frames := []Frames{{512, pageset.Run{Count: 3}}}
@@ -340,7 +339,7 @@ func TestPolicyNames(t *testing.T) {
 	}
 }
 
-// BenchmarkPlan is the plan of a guest of 1 GiB, half of it mapped in no good order.
+// BenchmarkPlan plans a guest of 1 GiB. Half of it is mapped in no good order.
 func BenchmarkPlan(b *testing.B) {
 	const pages = 1 << 18
 	blocks := []Block{{Pages: pages, PageSize: 4096}}
