@@ -49,7 +49,7 @@ func (d *departures) plan(runs []pageset.Run) {
 	d.order.SetPlan(runs)
 }
 
-// relate says which pages are neighbours of which.
+// relate sets which pages are neighbours.
 func (d *departures) relate(kin *pushorder.Kinship) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -15,9 +15,9 @@ import (
 const maxFlash = 16 << 20
 
 // writableFlash names the RAM blocks of flash that the guest may write. When QEMU is told to run
-// the VM, it writes each of them to its drive before any vCPU runs, and reads all of it for that.
-// (See pflash_cfi01 and postload_update_cb in QEMU's hw/block/pflash_cfi01.c.) QEMU does not read
-// the firmware itself, which is read-only.
+// the VM, it writes each of them to its drive before any vCPU runs. For that it reads all of the
+// block. See pflash_cfi01 and postload_update_cb in QEMU's hw/block/pflash_cfi01.c. QEMU does not
+// read the firmware itself, which is read-only.
 func writableFlash(ctx context.Context, q *qmp.Client) ([]string, error) {
 	var drives []struct {
 		Device   string `json:"qdev"` // path in QEMU's tree of objects

@@ -38,7 +38,7 @@ type ledger struct {
 	mu     sync.Mutex
 	flying []sentFrame   // pushed and not reported, oldest first
 	sent   uint64        // bytes of all frames of the session
-	ready  []pageset.Run // to be given back
+	ready  []pageset.Run // ready to give back
 }
 
 type sentFrame struct {
@@ -89,7 +89,7 @@ func (l *ledger) report(placed uint64, held bool) {
 	l.flying = slices.Delete(l.flying, 0, n)
 }
 
-// take returns what is to be given back, by address.
+// take returns the pages to give back, by address.
 func (l *ledger) take() []pageset.Run {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -201,7 +201,7 @@ func (e *destination) hugePagesIn(blocks []guestmem.Block) *HugePages {
 		}
 		h.Huge = append(h.Huge, hugeBlock{at, appendHuge(nil, 0, huge)[runSize:]})
 		for u, is := range huge {
-			if is { // units of which no page came rank last
+			if is { // units without any page rank last
 				order = append(order, ranked{hugeUnit{at, u}, e.units.came[i][u].Load() - 1})
 			}
 		}

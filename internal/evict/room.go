@@ -10,9 +10,9 @@ import (
 	"vacate/internal/sys/room"
 )
 
-// memoryOf returns the memory of a QEMU that takes a VM, as if none of it were there, and the
-// limits that bound it on this host. It leaves out limits that it cannot read, and returns an error
-// beside the others.
+// memoryOf returns the memory of a QEMU that takes a VM, as if none of it were there. It also
+// returns the limits that bound it on this host. It leaves out limits that it cannot read, and
+// returns an error beside the others.
 func memoryOf(mem *guestmem.Memory) (memory []room.Memory, limits []room.Limit, err error) {
 	limits, err = room.Limits(mem.PID())
 	errs := []error{err}

@@ -316,8 +316,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// This comes late on purpose. Until the freeze, an operator who pauses the VM gets his way,
-	// whatever becomes of this engine.
+	// This comes late on purpose. If an operator pauses the VM before the freeze, it stays paused,
+	// whatever happens to this engine.
 	if e.facts.Ran = e.first.Running; !e.facts.Ran {
 		e.facts.Stood = e.first.Status
 	}
