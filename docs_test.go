@@ -148,9 +148,6 @@ func TestDocsRun(t *testing.T) {
 // wide is how long lines of documents and comments may be.
 const wide = 100
 
-// The packages whose comments, help texts and messages are not held to the rules below yet.
-var notPlain = []string{"internal/evict"}
-
 // banned are phrases that hide who does what, with what to write instead.
 var banned = []struct {
 	phrase  *regexp.Regexp
@@ -233,13 +230,10 @@ func packages(t *testing.T) map[string][]string {
 	return all
 }
 
-// TestCommentStyle holds the comments of all packages but notPlain to the same, and their help
-// texts and messages to the phrases.
+// TestCommentStyle holds the comments of all packages to the same, and their help texts and
+// messages to the phrases.
 func TestCommentStyle(t *testing.T) {
-	for dir, files := range packages(t) {
-		if slices.Contains(notPlain, dir) {
-			continue
-		}
+	for _, files := range packages(t) {
 		for _, file := range files {
 			text, err := os.ReadFile(file)
 			if err != nil {

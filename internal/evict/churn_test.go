@@ -21,7 +21,8 @@ import (
 
 // By default TestChurn is short. A campaign is, for example:
 //
-//	go test ./internal/evict -run TestChurn -kernel all -evictions 100 -out docs/results -timeout 3h
+//	go test ./internal/evict -run TestChurn -timeout 3h \
+//		-kernel all -evictions 100 -out docs/results
 var (
 	kernelFlag = flag.String("kernel", "6.1",
 		"TestChurn: kernels by their names in the lab, with commas between, or \"all\"")

@@ -27,8 +27,9 @@
 //	report, err := s.Evict(ctx)
 //
 // An error is an [*Error]: it wraps [ErrRefused], [ErrAborted], [ErrLost] or [ErrLeft], and its
-// Remedy says what to do. Cancelling ctx aborts the eviction until the commit. After the commit only a cause of
-// [ErrLeave] ends an engine early. The eviction then stays as it is, and Resume continues it.
+// Remedy says what to do. Cancelling ctx aborts the eviction until the commit. After the commit
+// only a cause of [ErrLeave] ends an engine early. The eviction then stays as it is, and Resume
+// continues it.
 //
 // A daemon uses Requests for all VMs at once, and gives each request to the eviction that it names.
 // [Request.Refuse], [Request.Answer] and [Request.Tell] end a request that no engine takes.
@@ -72,13 +73,13 @@
 //	R3   commit        the source commits once QEMU is stopped, and its own may-run is durable
 //	R4   begun         without may-run, a source that fails rolls back, and asks nobody
 //	R5   may-run       with it, a source asks, and rolls back only if the twin never ran
-//	R6   paused twin   a twin that never ran waits for the commit again; one that ran is left alone
-//	R7   operator      resuming a frozen VM needs a dead twin; discarding it needs an accepted loss
+//	R6   paused twin   a twin that never ran awaits the commit again; one that ran is left alone
+//	R7   operator      resuming a frozen VM needs a dead twin, and discarding it an accepted loss
 //	R8   sessions      only the present session counts, and of pages only those that are placed
-//	R9   give back     memory is freed early only if placed; what is not whole never runs again
+//	R9   give back     memory is freed early only if placed; a copy with gaps never runs again
 //	R10  shut down     a guest that ended itself at the destination never runs at the source again
 //	R11  standing      no engine runs a VM that stood when it was frozen
-//	R12  start         a daemon starts a VM anew only if all hosts are clear of it: [Clear], [Absent]
+//	R12  start         a daemon starts a VM anew only if all hosts are clear of it (Clear, Absent)
 //
 // # When an engine dies
 //

@@ -25,9 +25,10 @@ import (
 // way.
 //
 //	while the guest runs   newFreezer   QEMU gets a file to save to
-//	                       freeze       `stop`, then `xen-save-devices-state` with live set, which is
-//	                                    not tied to Xen: QEMU saves all devices, inactivates the
-//	                                    disks and gives up their locks. `cont` undoes it
+//	                       freeze       `stop`, then `xen-save-devices-state` with live set,
+//	                                    which is not tied to Xen: QEMU saves all devices,
+//	                                    inactivates the disks and gives up their locks.
+//	                                    `cont` undoes it
 //	while the twin loads   hold         SIGSTOP for QEMU's process: no command can run the guest
 //
 // freeze wraps what QEMU saved as post-copy does, behind a head like the one that QEMU would have

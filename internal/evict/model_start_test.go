@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// This is a model of R12 with three hosts, two of which start the VM anew. In it asking takes time,
+// This is a model of R12 with three hosts. Two of them start the VM anew. In it asking takes time,
 // unlike in TestModel's: the VM may be evicted while the answers come, more than once. It leaves
 // out how an eviction fails, as TestModel has that.
 
