@@ -131,7 +131,7 @@ func (f controlFrame) check(kinds ...uint8) error {
 		}
 		return fmt.Errorf("%w: %s", what, plain(bye.Reason))
 	}
-	return fmt.Errorf("%w: message %d out of turn", errFrame, f.kind)
+	return fmt.Errorf("%w: unexpected message %d", errFrame, f.kind)
 }
 
 // saidBy adds the host's name, if it has one, to an error that is shown on another host.

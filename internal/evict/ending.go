@@ -212,7 +212,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 		case <-time.After(mendPause):
 		case <-left.Done():
 			return &Error{ErrLeft, e.machine.current(), context.Cause(left),
-				"The VM was shut down here, and another engine can go on with the eviction"}
+				"The VM was shut down here. Another engine can go on with the eviction"}
 		}
 	}
 	e.mu.Lock()

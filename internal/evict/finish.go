@@ -57,16 +57,16 @@ func (e *source) kill() <-chan struct{} {
 func (e *source) frozenRemedy() string {
 	if e.gaveBack.Load() {
 		return fmt.Sprintf(
-			"The copy here is of no use, as memory of it was given back. Look on the "+
-				"destination what became of the VM; "+
-				"`vacate decide %s discard --confirm %s` ends this copy", e.Eviction, e.VM)
+			"The copy here is of no use, as memory of it was given back. Find out on the "+
+				"destination what became of the VM; `vacate decide %s discard --confirm %s` "+
+				"ends this copy", e.Eviction, e.VM)
 	}
-	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Look on " +
-		"the destination what became of it"
+	const keep = "Here it stays frozen, with all of its memory: do not end its QEMU. Find out " +
+		"on the destination what became of it"
 	if e.Journal == nil {
 		return fmt.Sprintf(keep+
-			". Its process is stopped: only if the VM is gone on the destination for good, %s, "+
-			"have it go on here from then", e.owner.byHand(e.qemu))
+			". Its process is stopped. Only if the VM is gone on the destination for good: %s. "+
+			"It then goes on here", e.owner.byHand(e.qemu))
 	}
 	return keep + ". " + e.remedies()
 }
@@ -95,8 +95,8 @@ func (e *source) lostThere(err error) error {
 		}
 	}
 	return e.lost(err,
-		fmt.Sprintf("The VM may have run on the destination, with %d of %d pages dealt with, "+
-			"and what it did there is lost. %s", e.departures.settled(),
+		fmt.Sprintf("The VM may have run on the destination, with %d of %d pages settled. What "+
+			"it did there is lost. %s", e.departures.settled(),
 			e.departures.total.Load(), e.frozenRemedy()))
 }
 
@@ -125,11 +125,11 @@ func (e *source) lostHere(err error) (done bool, _ error) {
 		}
 	}
 	return true, e.lost(err,
-		"The frozen VM here is gone, and with it the pages that the destination lacks. There it "+
-			"runs until it touches one of them: save what can be saved from it")
+		"The frozen VM here is gone, and so are the pages that the destination lacks. There the "+
+			"VM runs until it touches one of them: save from it what you can")
 }
 
 func (e *source) left() error {
 	return &Error{ErrLeft, e.machine.current(), ErrLeave,
-		"The VM stays frozen here, and another engine can go on with the eviction"}
+		"The VM stays frozen here. Another engine can go on with the eviction"}
 }

@@ -274,7 +274,7 @@ func (e *destination) forget(a *attachment) {
 func (e *destination) tellShort(why string) {
 	if why != "" {
 		e.Log.Warn("this host has no memory for pages of the VM, which waits for them; it goes "+
-			"on by itself when there is some", "reason", why)
+			"on by itself when there is memory", "reason", why)
 	} else {
 		e.Log.Info("this host has memory again for the VM's pages")
 	}

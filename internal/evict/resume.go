@@ -44,7 +44,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	case stepRollBack:
 		if e.gaveBack.Load() {
 			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack),
-				"Pause it, and look on the destination, where the VM is")
+				"Pause it, and find out whether the VM is on the destination")
 		}
 		return e.rollBack(errEngineDied)
 	case stepAsk:
@@ -56,13 +56,13 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		return e.seeThrough(ctx, errEngineDied)
 	case stepLose:
 		return e.lost(errEngineDied,
-			"The VM's QEMU ended, and with it the VM; the destination never ran it. Start it anew")
+			"The VM's QEMU ended, and so did the VM; the destination never ran it. Start it anew")
 	case stepRetire:
 		<-e.kill()
 		return nil
 	case stepHold:
 		return e.lost(errors.New("the journal says that the VM moved away, but it runs here"),
-			"Nothing was touched. Look whether it runs on the destination, too")
+			"Nothing was touched. Check whether it runs on the destination, too")
 	}
 	return nil
 }

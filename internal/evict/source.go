@@ -609,7 +609,7 @@ func (e *source) commit(ctx context.Context) error {
 		return e.rollBack(err)
 	}
 	await, cancel := e.bound(context.Background(), commitTimeout,
-		errors.New("the destination does not answer to the commit"))
+		errors.New("the destination does not answer the commit"))
 	defer cancel()
 	a := e.at.Load()
 	var err error
@@ -663,8 +663,8 @@ func (e *source) refuse(err error) error {
 	} else if q.Err() != nil {
 		remedy = "Its monitor does not answer any more"
 		if p, err := process.Find(e.pid()); err != nil || !p.Alive() {
-			remedy = "The VM's QEMU has ended, and with it the VM, which was not frozen yet: " +
-				"see QEMU's log for why. Start it anew"
+			remedy = "The VM's QEMU has ended, and so has the VM, which was not frozen yet. " +
+				"QEMU's log says why. Start it anew"
 		}
 	} else if now, err := q.QueryStatus(ctx); err == nil && !now.Running {
 		remedy = fmt.Sprintf("The VM was not touched: it %s", fit.Stands(now.Status))
@@ -716,7 +716,7 @@ func (e *source) rollBack(cause error) error {
 		// hear of it.
 		if e.gone() {
 			return &Error{ErrLost, from, errors.Join(cause, err),
-				"The VM's QEMU here has ended. Look whether the VM runs on the destination " +
+				"The VM's QEMU here has ended. Check whether the VM runs on the destination " +
 					"before you start it anew"}
 		}
 		return &Error{ErrLeft, from, errors.Join(cause, err),
@@ -725,7 +725,7 @@ func (e *source) rollBack(cause error) error {
 	if err != nil {
 		if e.gone() {
 			return e.lost(errors.Join(cause, err),
-				"The source's QEMU ended during the eviction, and with it the VM; the "+
+				"The source's QEMU ended during the eviction, and so did the VM; the "+
 					"destination never ran it. Start it anew")
 		}
 		// An operator who resumes the VM by hand need not ask what became of the twin.

@@ -297,9 +297,9 @@ func (j *Journal) load(id ID, dir string) *Entry {
 		return nil
 	}()
 	if e.err != nil {
-		e.err = fmt.Errorf("eviction %v in journal %s is damaged: %w. "+
-			"See with vacate status, on both hosts, where the VM is, and remove the directory "+
-			"when that is settled", id, j.dir, e.err)
+		e.err = fmt.Errorf("eviction %v in journal %s is damaged: %w. Find out with "+
+			"vacate status, on both hosts, where the VM is. Then remove the directory",
+			id, j.dir, e.err)
 		if info, err := os.Stat(dir); err == nil {
 			e.last.Begun, e.last.At = info.ModTime(), info.ModTime()
 		}
@@ -730,10 +730,10 @@ func explain(dir string, err error) error {
 	case errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("%w: raise the quota on the file system at %s", err, mountPoint(dir))
 	case errors.Is(err, unix.EROFS):
-		return fmt.Errorf("%w: the kernel log says if the file system at %s was made read-only "+
-			"for errors; mend it and remount it", err, mountPoint(dir))
+		return fmt.Errorf("%w: the kernel log says whether errors made the file system at %s "+
+			"read-only; repair it and remount it", err, mountPoint(dir))
 	case errors.Is(err, unix.EIO):
-		return fmt.Errorf("%w: the kernel log tells what is wrong with the disk that holds %s", err,
+		return fmt.Errorf("%w: the kernel log says what is wrong with the disk that holds %s", err,
 			mountPoint(dir))
 	}
 	return err
