@@ -1,7 +1,6 @@
 package evict
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,8 +13,7 @@ import (
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/libvirt"
 	"vacate/internal/qemu/qmp"
-
-	"golang.org/x/sys/unix"
+	"vacate/internal/sys/process"
 )
 
 // libvirtTwin is a twin that libvirt starts when a domain is offered. While it takes the VM,
@@ -210,16 +208,9 @@ func (o *libvirtTwin) connect(ctx context.Context) (net.Conn, error) {
 
 // isTwin makes sure that the process which listens is the one that libvirt names.
 func (o *libvirtTwin) isTwin(conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
+	cred, err := process.PeerOf(conn)
 	if err != nil {
 		return err
-	}
-	var cred *unix.Ucred
-	var failed error
-	if err := raw.Control(func(fd uintptr) {
-		cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil || failed != nil {
-		return cmp.Or(err, failed)
 	}
 	if int(cred.Pid) != o.found.process.PID {
 		return fmt.Errorf("process %d listens at %s, and the domain's is %d", cred.Pid, o.socket,

@@ -12,9 +12,9 @@ import (
 
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/link/certs"
+	"vacate/internal/sys/process"
 
 	"connectrpc.com/connect"
-	"golang.org/x/sys/unix"
 )
 
 // asker is who asks over a connection of the API.
@@ -40,15 +40,8 @@ func askerOf(ctx context.Context) string {
 		}
 		return fmt.Sprintf("%s from %s", name, c.RemoteAddr())
 	case *net.UnixConn:
-		raw, err := c.SyscallConn()
+		cred, err := process.PeerOf(c)
 		if err != nil {
-			break
-		}
-		var cred *unix.Ucred
-		control := raw.Control(func(fd uintptr) {
-			cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		})
-		if control != nil || err != nil {
 			break
 		}
 		uid := strconv.Itoa(int(cred.Uid))

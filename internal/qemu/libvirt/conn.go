@@ -20,6 +20,8 @@ import (
 	"sync"
 	"syscall"
 
+	"vacate/internal/sys/process"
+
 	golibvirt "github.com/digitalocean/go-libvirt"
 )
 
@@ -138,14 +140,15 @@ func Dial(ctx context.Context, uri string) (*Conn, error) {
 }
 
 func open(ctx context.Context, nc net.Conn, path, driver string) (*Conn, error) {
-	peer, err := peerOf(nc)
+	peer, err := process.PeerOf(nc.(*net.UnixConn))
 	if err != nil {
 		nc.Close()
 		return nil, fmt.Errorf("connect to libvirt at %s: %w", path, err)
 	}
 	c := &Conn{
-		Socket: path, conn: nc, peer: peer, session: driver == string(golibvirt.QEMUSession),
-		done: make(chan struct{}), subs: map[*Subscription]bool{},
+		Socket: path, conn: nc, peer: int(peer.Pid),
+		session: driver == string(golibvirt.QEMUSession),
+		done:    make(chan struct{}), subs: map[*Subscription]bool{},
 	}
 	c.l = golibvirt.NewWithDialer(
 		dialer{&packets{Conn: nc, event: c.event, ended: sync.OnceFunc(func() { close(c.done) })}},

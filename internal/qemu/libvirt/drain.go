@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -91,25 +90,6 @@ func monitorOf(pid int) (int, error) {
 		unix.Close(fd)
 	}
 	return -1, fmt.Errorf("process %d has no monitor of libvirt's", pid)
-}
-
-// peerOf returns the process at the other end of a unix socket.
-func peerOf(conn net.Conn) (int, error) {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if credErr != nil {
-		return 0, os.NewSyscallError("getsockopt SO_PEERCRED", credErr)
-	}
-	return int(cred.Pid), nil
 }
 
 // isMonitor reports whether a socket is the connection of libvirt's to a QEMU's monitor.

@@ -222,11 +222,12 @@ func dial(ctx context.Context, path string) (*Client, error) {
 // from first, which differs from client to client. So a late answer to the client before is not
 // taken for an answer to this one.
 func handshake(ctx context.Context, conn *net.UnixConn, first uint64) (*Client, error) {
-	pid, err := peerPID(conn)
+	peer, err := process.PeerOf(conn)
 	if err != nil {
 		conn.Close()
 		return nil, err
 	}
+	pid := int(peer.Pid)
 	if stopped(pid) {
 		conn.Close()
 		return nil, stoppedError(pid)
@@ -311,24 +312,6 @@ func readGreeting(r *bufio.Reader) (*greeting, error) {
 			return nil, fmt.Errorf("%w: it began without a greeting: %s", ErrNotQMP, excerpt(line))
 		}
 	}
-}
-
-func peerPID(conn *net.UnixConn) (int, error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if cerr != nil {
-		return 0, os.NewSyscallError("getsockopt SO_PEERCRED", cerr)
-	}
-	return int(cred.Pid), nil
 }
 
 func stoppedError(pid int) error {
