@@ -1,8 +1,9 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time),
-# REFUSALS and KVM (rounds), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), REFUSALS and KVM
+# (rounds), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for
+# vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -19,8 +20,10 @@ export PATH := $(PATH):/usr/local/go/bin
 # A checkout that git does not trust, or a copy without git, builds without a version stamp.
 export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false) $(GOFLAGS)
 
-# TestRecord is no test: it rewrites what others compare with.
-TEST = $(GO) test -skip '^TestRecord$$' $(TESTFLAGS)
+# No tests: TestRecord rewrites what others compare with, and the others are campaigns, each
+# with a target of its own.
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed
+TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
 SEQUENTIAL = vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
@@ -48,7 +51,7 @@ build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which 
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))
-	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(SEQUENTIAL) $(QUIET),$(PACKAGES)),$(if $(RACE),-race) -skip '^(TestRecord$(if $(RACE),|$(COMPUTING))|$(MEASURING))$$',$(JOBS))
+	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(SEQUENTIAL) $(QUIET),$(PACKAGES)),$(if $(RACE),-race) -skip '^($(NOTESTS)|$(MEASURING)$(if $(RACE),|$(COMPUTING)))$$',$(JOBS))
 	$(if $(RACE),$(call alltests,$(LONGEST),-run '^($(COMPUTING))$$'))
 	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)),,$(JOBS))
 	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(if $(RACE),-race))
