@@ -51,7 +51,11 @@ type Line struct {
 
 // Write writes the page of an eviction.
 func Write(w io.Writer, e Eviction) error {
-	return write(w, fmt.Sprintf("Eviction of %s", e.VM), "eviction", e)
+	script, err := assets.ReadFile("assets/eviction.js")
+	if err != nil {
+		return err
+	}
+	return WritePage(w, fmt.Sprintf("Eviction of %s", e.VM), string(script), e)
 }
 
 var frame = template.Must(template.New("page").Parse(`<!doctype html>
@@ -69,8 +73,9 @@ var frame = template.Must(template.New("page").Parse(`<!doctype html>
 </html>
 `))
 
-// write fills the frame: the script kind.js draws the data.
-func write(w io.Writer, title, kind string, data any) error {
+// WritePage writes a page whose script draws the data, with what all pages have (assets/page.js).
+// The script must put in all texts as texts.
+func WritePage(w io.Writer, title, script string, data any) error {
 	read := func(names ...string) (string, error) {
 		all := ""
 		for _, n := range names {
@@ -86,7 +91,7 @@ func write(w io.Writer, title, kind string, data any) error {
 	if err != nil {
 		return err
 	}
-	script, err := read("uPlot.iife.min.js", "page.js", kind+".js")
+	shared, err := read("uPlot.iife.min.js", "page.js")
 	if err != nil {
 		return err
 	}
@@ -100,5 +105,5 @@ func write(w io.Writer, title, kind string, data any) error {
 		Style  template.CSS
 		Script template.JS
 		Data   template.JS
-	}{title, template.CSS(style), template.JS(script), template.JS(b)}) // #nosec G203 -- ours, and JSON without < and >
+	}{title, template.CSS(style), template.JS(shared + script), template.JS(b)}) // #nosec G203 -- ours, and JSON without < and >
 }

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"vacate/internal/evict"
-	"vacate/lab/bench"
 )
 
 // data returns what a page's script is given.
@@ -56,23 +55,5 @@ func TestWrite(t *testing.T) {
 	}
 	if !strings.Contains(html, "default-src 'none'") {
 		t.Error("no policy that keeps the page from loading anything")
-	}
-}
-
-// TestContention has the page of a measurement hold what was measured.
-func TestContention(t *testing.T) {
-	total := 2.5
-	c := bench.Contention{Version: bench.Version,
-		Runs: []bench.ContentionRun{{Server: "memcached", Strategy: "vacate", Rate: 1e8,
-			Outcome: bench.Completed, Total: &total, Moves: []bench.Step{{0, 1, 2, 3}},
-			Stays: []bench.Step{{0, 1, 2, 3}}}}}
-	var b bytes.Buffer
-	if err := WriteContention(&b, c); err != nil {
-		t.Fatal(err)
-	}
-	var again bench.Contention
-	if err := json.Unmarshal([]byte(dataOf(t, b.String())), &again); err != nil ||
-		len(again.Runs) != 1 || *again.Runs[0].Total != total {
-		t.Errorf("%+v, %v", again, err)
 	}
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	_ "embed" // the page's script
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -106,7 +108,23 @@ func writePaper(dir string, result bench.Contention) error {
 			func(w io.Writer) error { return json.NewEncoder(w).Encode(result) }),
 		write("contention.csv", result.CSV),
 		write("contention.svg", result.SVG),
-		write("paper.html", func(w io.Writer) error {
-			return htmlreport.WriteContention(w, result)
-		}))
+		write("paper.html", func(w io.Writer) error { return writePaperPage(w, result) }))
+}
+
+//go:embed paper.js
+var paperScript string
+
+// paperPage is what the page's script gets: what was measured, and its drawing.
+type paperPage struct {
+	Contention bench.Contention `json:"contention"`
+	SVG        []byte           `json:"svg"`
+}
+
+func writePaperPage(w io.Writer, result bench.Contention) error {
+	var svg bytes.Buffer
+	if err := result.SVG(&svg); err != nil {
+		return err
+	}
+	return htmlreport.WritePage(w, "Eviction under contention", paperScript,
+		paperPage{result, svg.Bytes()})
 }

@@ -1,10 +1,9 @@
 "use strict";
 (function () {
-  const runs = data.runs, m = data.machine;
+  const contention = data.contention, runs = contention.runs, m = contention.machine;
   const unique = list => [...new Set(list)];
   const servers = unique(runs.map(r => r.server)), rates = unique(runs.map(r => r.link_bits_per_s)), strategies = unique(runs.map(r => r.strategy));
   const bits = n => n >= 1e9 ? n / 1e9 + " Gbit/s" : n / 1e6 + " Mbit/s";
-  const colourOf = s => colours[strategies.indexOf(s) % colours.length], dashOf = s => dashes[strategies.indexOf(s) % dashes.length];
   const isQEMU = s => !s.startsWith("vacate");
   // What the paper has, in seconds: live migration (pre-copy), enlightened post-copy. [D] there: read off its plots.
   const paper = {
@@ -20,28 +19,22 @@
 
   main.append(el("h1", {}, "Two VMs on one core, and one of them leaves"),
     el("p", { class: "soft" }, [m.cpu, m.cores + " cores", "Linux " + m.kernel, "QEMU " + m.qemu + " (" + m.accel + ")", "guests: Linux " + m.guest_kernel].join(" · ")),
-    el("p", {}, "Two VMs of " + data.memory_mib + " MiB, each with the same server that holds " + data.server_mib + " MiB, share the one core of host a. Their clients want " + data.wanted_cores + " of a core for each, and check every value; a share of " + data.clients.writes + " of what they ask writes. " +
+    el("p", {}, "Two VMs of " + contention.memory_mib + " MiB, each with the same server that holds " + contention.server_mib + " MiB, share the one core of host a. Their clients want " + contention.wanted_cores + " of a core for each, and check every value; a share of " + contention.clients.writes + " of what they ask writes. " +
       "At 0 s it is decided to evict one VM to host b, which has a core to spare, by one of several strategies. A VM is back when its answers per second are at 90 % of their final level for a second; both are back when their sum is."),
     el("p", {}, "This repeats the evaluation of Abe et al., \"Urgent Virtual Machine Eviction with Enlightened Post-Copy\" (VEE 2016), where VMs of 30 GB moved over 10, 5 and 2.5 Gbit/s; memory and links are scaled down together."));
+
+  main.append(el("h2", {}, "Both VMs together"), el("p", { class: "soft" }, "Answers of both per second, averaged over half a second, of the first run of each strategy."),
+    el("img", { src: "data:image/svg+xml;base64," + data.svg, alt: "the answers of both VMs per second, over time", style: { width: "100%" } }));
 
   const server = el("select", {}, servers.map(s => el("option", { value: s }, s)));
   const rate = el("select", {}, rates.map(r => el("option", { value: r }, bits(r))));
   const strategy = el("select", {}, strategies.map(s => el("option", { value: s }, s)));
   const figures = el("div", {}), single = el("div", {});
-  const smooth = steps => steps.map((s, i) => { const part = steps.slice(Math.max(0, i - 2), i + 3); return part.reduce((a, b) => a + b[1], 0) / part.length; });
   const typical = (s, r, st) => { const all = of(s, r, st).slice().sort((a, b) => (a.total_s || 1e9) - (b.total_s || 1e9)); return all[Math.floor((all.length - 1) / 2)]; };
 
   function drawAll() {
     const s = server.value, r = Number(rate.value);
     figures.textContent = "";
-    figures.append(el("h2", {}, "Both VMs together"), el("p", { class: "soft" }, "Answers of both per second, averaged over half a second. Drag to look closer, double-click to see all again."));
-    const lines = strategies.map(st => [st, typical(s, r, st)]).filter(([, run]) => run && run.moves && run.moves.length && run.stays).map(([st, run]) => {
-      const a = smooth(run.moves), b = smooth(run.stays), n = Math.min(a.length, b.length);
-      return { name: st, points: run.moves.slice(0, n).map((p, i) => [p[0], a[i] + b[i]]) };
-    });
-    const [xs, values] = joined(lines);
-    if (!lines.length) figures.append(el("p", {}, "These VMs serve nobody."));
-    else plot(figures, xs, lines.map((l, i) => ({ name: l.name, values: values[i], colour: colourOf(l.name), dash: dashOf(l.name), width: l.name === "vacate" ? 2.8 : 1.8 })), "answers per second", { height: 330, xlabel: "seconds after the decision to evict" });
     figures.append(table(["strategy", "outcome", "runs there", "stood still", "total", "contending VM back", "migrated VM back", "both back", "over the link"], strategies.filter(st => of(s, r, st).length).map(st => {
       const run = typical(s, r, st);
       return [st, run.outcome, shown(s, r, st, "execution_transfer_s"), shown(s, r, st, "down_time_s"), shown(s, r, st, "total_s"), shown(s, r, st, "contending_90_s"), shown(s, r, st, "migrated_90_s"), shown(s, r, st, "aggregate_90_s"), size(run.link_bytes)];
