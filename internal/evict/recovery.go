@@ -41,17 +41,29 @@ func (s *stream) fail(err error) {
 // recovery holds the stream of a twin, and replaces one that broke.
 //
 // Only serve replaces the present stream, but the tasks of a session read it: so it is atomic. mend
-// owns all other fields while it works, and serve otherwise. They pass them on by the channel of
+// owns starved and pending while it works, and serve otherwise. They pass them on by the channel of
 // mend's result, so the fields need no lock.
 type recovery struct {
 	owner   twinOwner
 	present atomic.Pointer[stream] // nil while it is broken
 	starved bool                   // QEMU's own loader found no memory
 	pending bool                   // the twin was not told to run the VM yet
+	mending <-chan mended          // serve's: gets mend's result; nil while mend does not work
 }
 
 // stream returns the present stream; nil while it is broken.
 func (r *recovery) stream() *stream { return r.present.Load() }
+
+// still waits until mend does not use the QEMU's monitor.
+func (r *recovery) still() {
+	if r.mending == nil {
+		return
+	}
+	if m := <-r.mending; m.conn != nil {
+		m.conn.Close()
+	}
+	r.mending = nil
+}
 
 // errCompleted says that QEMU has ended its migration, as the engine told it to once it had all
 // pages.

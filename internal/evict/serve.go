@@ -28,95 +28,29 @@ const lingerTime = time.Minute
 //
 // left ends when the engine must leave, and its cause is that of ctx.
 func (e *destination) serve(ctx, left context.Context) error {
-	mended := make(chan mended, 1)
-	mending := false
-	// still waits until nobody else uses the QEMU's monitor.
-	still := func() {
-		if mending {
-			if m := <-mended; m.conn != nil {
-				m.conn.Close()
-			}
-			mending = false
-		}
-	}
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		var whole, broken, gone <-chan struct{}
-		var frames chan controlFrame
-		rejoin := e.rejoin
-		if s := e.recovery.stream(); s != nil {
-			whole = e.pages.done()
-			broken = s.broken
-		} else {
-			if !mending {
-				mending = true
-				e.tasks.Go(func() {
-					e.awaitRoom()
-					mended <- e.recovery.mend(e.life, e.layout)
-				})
-			}
-			if e.placer.direct.Load() == nil || e.recovery.pending {
-				rejoin = nil // pages would have nowhere to go
-			}
-		}
-		if a := e.at.Load(); a != nil {
-			gone, frames = a.Done(), a.control.frames
-		}
+		now := e.signals()
 		select {
-		case <-whole:
-			err := e.complete()
-			if err == nil {
-				return nil
+		case <-now.whole:
+			if over, err := e.allHere(); over || err != nil {
+				return err
 			}
-			if e.life.Err() == nil && !errors.Is(err, errQEMU) {
-				e.letGo(false)
-				return e.lost(err,
-					"The VM is whole here, but its QEMU does not end the migration: ask it with "+
-						"`query-migrate`. The source still holds its memory")
+		case <-now.broken:
+			e.streamBroke()
+		case m := <-e.recovery.mending:
+			e.recovery.mending = nil
+			if over, err := e.streamMended(left, m); over || err != nil {
+				return err
 			}
-			e.dropStream(err)
-		case <-broken:
-			// If that is because the QEMU ends, the source should hear it in this session.
-			select {
-			case <-e.life.Done():
-				continue
-			case <-time.After(lastWords):
+		case f := <-now.frames:
+			if err := e.heardUnasked(f); err != nil {
+				return err
 			}
-			e.dropStream(e.recovery.stream().why)
-		case m := <-mended:
-			mending = false
-			if m.err == nil && m.over == "" {
-				m.err = e.useStream(m)
-			}
-			switch {
-			case m.over != "":
-				return e.shutDown(left, m.over)
-			case errors.Is(m.err, errCompleted):
-				return e.finish()
-			case m.err != nil:
-				e.Log.Warn("cannot resume QEMU's migration yet", "error", m.err)
-				if m.silent {
-					e.fillLeftOut()
-				}
-			}
-		case f := <-frames:
-			err := f.check()
-			switch {
-			case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
-				return e.abort(err)
-			case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's decision
-				return e.lost(errors.Join(err, e.kill()),
-					"The source runs the VM again. The one here was ended")
-			case errors.Is(err, errFailed):
-				still()
-				e.letGo(false)
-				return e.lost(err, e.leftovers())
-			}
-			e.at.Load().Fail(err)
-		case <-gone:
+		case <-now.gone:
 			e.detach(e.at.Load().Err())
-		case r := <-rejoin:
+		case r := <-now.rejoin:
 			if err := e.attach(left, r); err != nil {
 				return err
 			}
@@ -126,21 +60,132 @@ func (e *destination) serve(ctx, left context.Context) error {
 				return err
 			}
 		case why := <-e.owner.over():
-			still()
+			e.recovery.still()
 			return e.shutDown(left, why)
 		case <-e.life.Done():
 			return e.twinGone(left)
 		case <-left.Done():
 			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx),
-				"The VM runs here as far as its pages go, and another engine can go on with the " +
-					"eviction"}
+				"The VM runs here until it needs a page that is missing. Another engine can go on " +
+					"with the eviction"}
 		case <-tick.C:
-			if e.recovery.starved && e.recovery.stream() != nil && e.tight() == "" {
-				e.recovery.starved = false
-				e.tellShort("")
-			}
+			e.noteRoom()
 			e.show("")
 		}
+	}
+}
+
+// signals are what serve waits for besides the QEMU and its own end. It does not wait for a nil
+// one.
+type signals struct {
+	whole  <-chan struct{} // all pages are here, and there is a stream to say so
+	broken <-chan struct{} // QEMU's stream broke
+	frames <-chan controlFrame
+	gone   <-chan struct{} // the session with the source ended
+	rejoin <-chan *Request
+}
+
+// signals returns what serve waits for next. Without a stream to QEMU it first has one made.
+func (e *destination) signals() (now signals) {
+	now.rejoin = e.rejoin
+	if s := e.recovery.stream(); s != nil {
+		now.whole, now.broken = e.pages.done(), s.broken
+	} else {
+		e.mend()
+		if e.placer.direct.Load() == nil || e.recovery.pending {
+			now.rejoin = nil // pages would have nowhere to go
+		}
+	}
+	if a := e.at.Load(); a != nil {
+		now.gone, now.frames = a.Done(), a.control.frames
+	}
+	return now
+}
+
+// mend starts a task that makes a new stream to QEMU, unless one runs. Its result comes by
+// recovery.mending.
+func (e *destination) mend() {
+	if e.recovery.mending != nil {
+		return
+	}
+	result := make(chan mended, 1)
+	e.recovery.mending = result
+	e.tasks.Go(func() {
+		e.awaitRoom()
+		result <- e.recovery.mend(e.life, e.layout)
+	})
+}
+
+// allHere completes the eviction, as every page is here. If QEMU's stream breaks over that, the
+// eviction goes on with another one.
+func (e *destination) allHere() (over bool, err error) {
+	err = e.complete()
+	if err == nil {
+		return true, nil
+	}
+	if e.life.Err() == nil && !errors.Is(err, errQEMU) {
+		e.letGo(false)
+		return true, e.lost(err,
+			"The VM is whole here, but its QEMU does not end the migration: ask "+
+				"it with `query-migrate`. The source still holds its memory")
+	}
+	e.dropStream(err)
+	return false, nil
+}
+
+// streamBroke gives up a stream that broke. If it broke because the QEMU ends, the source should
+// hear of that in this session.
+func (e *destination) streamBroke() {
+	select {
+	case <-e.life.Done():
+	case <-time.After(lastWords):
+		e.dropStream(e.recovery.stream().why)
+	}
+}
+
+// streamMended goes on with the result of mend: a new stream to QEMU, or why there is none.
+func (e *destination) streamMended(left context.Context, m mended) (over bool, err error) {
+	if m.err == nil && m.over == "" {
+		m.err = e.useStream(m)
+	}
+	switch {
+	case m.over != "":
+		return true, e.shutDown(left, m.over)
+	case errors.Is(m.err, errCompleted):
+		return true, e.finish()
+	case m.err != nil:
+		e.Log.Warn("cannot resume QEMU's migration yet", "error", m.err)
+		if m.silent {
+			e.fillLeftOut()
+		}
+	}
+	return false, nil
+}
+
+// heardUnasked goes on after a frame on the control lane: a source that sends one gives up, has
+// failed, or breaks the protocol.
+func (e *destination) heardUnasked(f controlFrame) error {
+	err := f.check()
+	switch {
+	case errors.Is(err, errFarewell) && destinationOnAbort(e.mark) == stepAbandon:
+		return e.abort(err)
+	case errors.Is(err, errFarewell): // it runs the VM itself, by the operator's decision
+		return e.lost(errors.Join(err, e.kill()),
+			"The source runs the VM again. The one here was ended")
+	case errors.Is(err, errFailed):
+		e.recovery.still()
+		e.letGo(false)
+		return e.lost(err, e.leftovers())
+	}
+	e.at.Load().Fail(err)
+	return nil
+}
+
+// noteRoom tells the source when QEMU's own loader, which had found no memory, may find some again.
+func (e *destination) noteRoom() {
+	if e.recovery.starved && e.recovery.stream() != nil && e.tight() == "" {
+		e.recovery.starved = false
+		e.tellShort("")
 	}
 }
 
@@ -401,7 +446,7 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark,
 		found = copyRunning // or it stands; recover finds out
 	} else if !errors.Is(err, errTwinGone) && !errors.Is(err, fs.ErrNotExist) {
 		return Received{}, &Error{ErrLeft, CutOff, err,
-			"Nothing was touched. The VM may run here as far as its pages go"}
+			"Nothing was touched. The VM may run here, until it needs a page that is missing"}
 	}
 	left, stop := untilLeft(ctx)
 	defer stop()
