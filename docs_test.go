@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"unicode"
 	"unicode/utf8"
@@ -162,6 +163,10 @@ var banned = []struct {
 	{regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
 	{regexp.MustCompile(`(?i)\b(do|does) not take it that\b`), "cannot record that"},
 	{regexp.MustCompile(`(?i)\bhas who\b`), "name the actor first"},
+	{regexp.MustCompile(`(?i)\bas far as its (pages|memory)\b`), "until it needs a missing page"},
+	{regexp.MustCompile(`(?i)\b(has|have) not got on\b`), "made no progress"},
+	{regexp.MustCompile(`(?i)\b(can|could)(not)? be told (whether|how|who|where|what)\b`),
+		"find out"},
 	{regexp.MustCompile(`(?i)\bto be had\b`), "missing, or there is none"},
 }
 
@@ -209,63 +214,77 @@ func TestDocsStyle(t *testing.T) {
 	}
 }
 
-// packages are the Go files of each directory of this module.
-func packages(t *testing.T) map[string][]string {
-	t.Helper()
-	all := map[string][]string{}
-	err := filepath.WalkDir(".", func(file string, e fs.DirEntry, err error) error {
+// A goFile is a file of this module's code.
+type goFile struct {
+	name  string
+	lines []string
+	set   *token.FileSet
+	ast   *ast.File
+}
+
+// line is the number of a position's line.
+func (f goFile) line(at token.Pos) int { return f.set.Position(at).Line }
+
+// goFiles are all Go files of this module, each parsed once for all tests.
+var goFiles = sync.OnceValues(func() (all []goFile, err error) {
+	err = filepath.WalkDir(".", func(name string, e fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
-		case e.IsDir() && file != "." && strings.HasPrefix(e.Name(), "."):
+		case e.IsDir() && name != "." && strings.HasPrefix(e.Name(), "."):
 			return filepath.SkipDir
-		case strings.HasSuffix(file, ".go"):
-			all[path.Dir(file)] = append(all[path.Dir(file)], file)
+		case !strings.HasSuffix(name, ".go"):
+			return nil
 		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		f := goFile{name: name, lines: strings.Split(string(text), "\n"), set: token.NewFileSet()}
+		if f.ast, err = parser.ParseFile(f.set, name, text, parser.ParseComments); err != nil {
+			return err
+		}
+		all = append(all, f)
 		return nil
 	})
+	return all, err
+})
+
+// written are the files that people write.
+func written(t *testing.T) []goFile {
+	t.Helper()
+	all, err := goFiles()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return all
+	return slices.DeleteFunc(slices.Clone(all),
+		func(f goFile) bool { return ast.IsGenerated(f.ast) })
 }
 
 // TestCommentStyle holds the comments of all packages to the same, and their help texts and
 // messages to the phrases.
 func TestCommentStyle(t *testing.T) {
-	for _, files := range packages(t) {
-		for _, file := range files {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
+	for _, f := range written(t) {
+		if f.name == "docs_test.go" { // it lists the phrases
+			continue
+		}
+		ast.Inspect(f.ast, func(n ast.Node) bool { // help texts and messages
+			if text, ok := n.(*ast.BasicLit); ok && text.Kind == token.STRING &&
+				!strings.HasSuffix(f.name, "_test.go") {
+				checkPhrases(t, f.name, f.line(text.Pos()), text.Value)
 			}
-			set := token.NewFileSet()
-			f, err := parser.ParseFile(set, file, text, parser.ParseComments)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if file == "docs_test.go" || ast.IsGenerated(f) { // the former lists the phrases
-				continue
-			}
-			lines := strings.Split(string(text), "\n")
-			ast.Inspect(f, func(n ast.Node) bool { // help texts and messages
-				if text, ok := n.(*ast.BasicLit); ok && text.Kind == token.STRING &&
-					!strings.HasSuffix(file, "_test.go") {
-					checkPhrases(t, file, set.Position(text.Pos()).Line, text.Value)
-				}
-				return true
-			})
-			for _, group := range f.Comments {
-				for _, c := range group.List {
-					first, last := set.Position(c.Pos()).Line, set.Position(c.End()).Line
-					for n := first; n <= last; n++ {
-						line := lines[n-1]
-						if own := strings.TrimSpace(line); !strings.HasPrefix(own, "//") &&
-							first == last {
-							line = c.Text // behind code, whose length is the code's
-						}
-						checkLine(t, file, n, line)
+			return true
+		})
+		for _, group := range f.ast.Comments {
+			for _, c := range group.List {
+				first, last := f.line(c.Pos()), f.line(c.End())
+				for n := first; n <= last; n++ {
+					line := f.lines[n-1]
+					if own := strings.TrimSpace(line); !strings.HasPrefix(own, "//") &&
+						first == last {
+						line = c.Text // behind code, whose length is the code's
 					}
+					checkLine(t, f.name, n, line)
 				}
 			}
 		}
@@ -275,43 +294,29 @@ func TestCommentStyle(t *testing.T) {
 // TestCodeColumns holds code to the same length of lines. Lines with a long string, rows of tables
 // and lines with a reason for gosec may be longer.
 func TestCodeColumns(t *testing.T) {
-	for _, files := range packages(t) {
-		for _, file := range files {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
+	for _, f := range written(t) {
+		excused := map[int]bool{}
+		excuse := func(n ast.Node) {
+			for i := f.line(n.Pos()); i <= f.line(n.End()); i++ {
+				excused[i] = true
 			}
-			set := token.NewFileSet()
-			f, err := parser.ParseFile(set, file, text, parser.ParseComments)
-			if err != nil {
-				t.Fatal(err)
+		}
+		ast.Inspect(f.ast, func(n ast.Node) bool {
+			if s, ok := n.(*ast.BasicLit); ok && s.Kind == token.STRING && len(s.Value) > 30 {
+				excuse(s)
 			}
-			if ast.IsGenerated(f) {
-				continue
+			return true
+		})
+		for _, group := range f.ast.Comments { // TestCommentStyle looks at them
+			for _, c := range group.List {
+				excuse(c)
 			}
-			excused := map[int]bool{}
-			excuse := func(n ast.Node) {
-				for i := set.Position(n.Pos()).Line; i <= set.Position(n.End()).Line; i++ {
-					excused[i] = true
-				}
-			}
-			ast.Inspect(f, func(n ast.Node) bool {
-				if s, ok := n.(*ast.BasicLit); ok && s.Kind == token.STRING && len(s.Value) > 30 {
-					excuse(s)
-				}
-				return true
-			})
-			for _, group := range f.Comments { // TestCommentStyle looks at them
-				for _, c := range group.List {
-					excuse(c)
-				}
-			}
-			for i, line := range strings.Split(string(text), "\n") {
-				row := strings.HasPrefix(strings.TrimSpace(line), "{")
-				width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
-				if width > wide && !excused[i+1] && !row {
-					t.Errorf("%s:%d: %d columns: break the line at %d", file, i+1, width, wide)
-				}
+		}
+		for i, line := range f.lines {
+			row := strings.HasPrefix(strings.TrimSpace(line), "{")
+			width := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    "))
+			if width > wide && !excused[i+1] && !row {
+				t.Errorf("%s:%d: %d columns: break the line at %d", f.name, i+1, width, wide)
 			}
 		}
 	}

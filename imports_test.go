@@ -1,9 +1,6 @@
 package vacate_test
 
 import (
-	"go/parser"
-	"go/token"
-	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -99,28 +96,23 @@ func TestImports(t *testing.T) {
 // imports returns what each package of this module imports beside the standard library.
 func imports(t *testing.T) map[string][]string {
 	t.Helper()
+	files, err := goFiles()
+	if err != nil {
+		t.Fatal(err)
+	}
 	all := map[string][]string{}
-	err := filepath.WalkDir(".", func(file string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	for _, f := range files {
+		dir := path.Dir(filepath.ToSlash(f.name))
+		if strings.HasSuffix(f.name, "_test.go") ||
+			slices.Contains(strings.Split(dir, "/"), "testdata") {
+			continue
 		}
-		if e.IsDir() && file != "." &&
-			(strings.HasPrefix(e.Name(), ".") || e.Name() == "testdata") {
-			return filepath.SkipDir
-		}
-		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {
-			return nil
-		}
-		pkg := strings.TrimPrefix(path.Dir(filepath.ToSlash(file)), "internal/")
+		pkg := strings.TrimPrefix(dir, "internal/")
 		all[pkg] = append(all[pkg], "")
-		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
-		if err != nil {
-			return err
-		}
-		for _, spec := range f.Imports {
+		for _, spec := range f.ast.Imports {
 			name, err := strconv.Unquote(spec.Path.Value)
 			if err != nil {
-				return err
+				t.Fatal(err)
 			}
 			if own, ok := strings.CutPrefix(name, "vacate/"); ok {
 				all[pkg] = append(all[pkg], strings.TrimPrefix(own, "internal/"))
@@ -128,10 +120,6 @@ func imports(t *testing.T) map[string][]string {
 				all[pkg] = append(all[pkg], name)
 			}
 		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	for pkg, names := range all {
 		slices.Sort(names)

@@ -13,14 +13,14 @@ func certsCommand() *cobra.Command {
 		Use:   "certs",
 		Short: "Make certificates for hosts that have none",
 		Long: `Hosts know each other by certificates. Each host has a directory with
-  ca.pem    the CA whose certificates it believes
+  ca.pem    the CA whose certificates it trusts
   host.pem  its own certificate, with its name
   host.key  its key, which only its owner may read
 Any CA can issue them: the name is the certificate's first DNS name, and the
 certificate must be valid for servers and clients of TLS. If you have no CA,
 make one here.
 
-The next handshake uses replaced files; restart nothing.`,
+Files may be replaced at any time: the next handshake uses them.`,
 		Example: `  vacate certs init --dir ca
   vacate certs issue --dir ca --name hosta --out hosta
   vacate certs issue --dir ca --name hostb --out hostb

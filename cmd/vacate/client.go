@@ -152,12 +152,13 @@ func (d *daemon) find(ctx context.Context, word string) (*hostv1.Eviction, error
 	case byVM != nil:
 		return byVM, nil
 	case several:
-		return nil, fmt.Errorf("several evictions begin with %q: give more digits", word)
+		return nil, fmt.Errorf("the IDs of several evictions begin with %q: give more digits", word)
 	case byID != nil:
 		return byID, nil
 	}
-	return nil, fmt.Errorf("there is no eviction %q on this host, by ID or VM: see vacate status",
-		word)
+	return nil,
+		fmt.Errorf("no eviction on this host has this ID, or is of this VM: %q. See vacate "+
+			"status", word)
 }
 
 // progressOf is an eviction's progress as screens show it.
@@ -233,8 +234,8 @@ func (d detached) Is(target error) bool { return target == errDetached }
 // not answer.
 func (d *daemon) beginUnknown(vm string, err error) error {
 	return detached{
-		fmt.Sprintf("%v. Whether the eviction of VM %s began is not known: `vacate status "+
-			"%[2]s` tells", d.explain(err), vm)}
+		fmt.Sprintf("%v. It is not known whether the eviction of VM %s began: see `vacate "+
+			"status %[2]s`", d.explain(err), vm)}
 }
 
 // goesOn says what becomes of an eviction while its daemon is away.
@@ -245,17 +246,16 @@ func goesOn(e *hostv1.Eviction) string {
 	}
 	if e.Role == "destination" {
 		return fmt.Sprintf(
-			"If VM %s was told to run on this host, it runs there as far as its memory came, "+
-				"and the rest comes when vacated is back; "+
-				"else it stays on host %s", vm, peer)
+			"If VM %s was told to run on this host, it runs here with the memory that has come. "+
+				"The rest comes when vacated is back. Otherwise the VM stays on host %s", vm, peer)
 	}
 	switch evict.State(e.State) {
 	case evict.Preparing, evict.Switching, evict.Loading, evict.RollingBack:
 		return fmt.Sprintf("VM %s was not told to run on host %s yet: it stays on this host, "+
-			"and goes on at the latest when vacated is back", vm, peer)
+			"and runs on at the latest when vacated is back", vm, peer)
 	}
-	return fmt.Sprintf("VM %s runs on host %s as far as its memory went, or may: the rest goes "+
-		"there when vacated is back", vm, peer)
+	return fmt.Sprintf("VM %s runs, or may run, on host %s with the memory that went there. The "+
+		"rest follows when vacated is back", vm, peer)
 }
 
 // awayTime is how long a daemon may be away before its eviction is watched no longer.
@@ -288,7 +288,7 @@ func (d *daemon) follow(ctx context.Context, id string, s *screen,
 			return nil,
 				detached{
 					fmt.Sprintf("vacated has not answered for %v: start it (systemctl start "+
-						"vacated), and go on with vacate watch %.8s. %s",
+						"vacated), then type `vacate watch %.8s`. %s",
 						patience, clean(id), goesOn(known))}
 		}
 		select {

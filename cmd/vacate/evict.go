@@ -290,14 +290,14 @@ func (a *aborter) signal(sig syscall.Signal) error {
 		}
 		a.told = true
 		a.s.note("%s: the destination is out of reach. The VM may run there, and waits for "+
-			"pages that only\nthis host has. Going on; once more leaves it frozen here, "+
-			"with its memory.", name)
+			"pages that only\nthis host has. Going on. Interrupt once more to leave it frozen "+
+			"here, with its memory.", name)
 		return nil
 	case rank[at] > rank[evict.Loading]:
 		if rank[at] < rank[evict.RollingBack] {
 			a.s.note("%s: the eviction cannot be aborted any more. The VM was told to run on "+
-				"the destination,\nand only there it does; its memory is still arriving. "+
-				"Going on.", name)
+				"the destination,\nand runs only there. Its memory is still arriving. Going on.",
+				name)
 		}
 		return nil
 	}

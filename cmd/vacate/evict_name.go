@@ -105,19 +105,20 @@ func findingLine(f doctor.Finding) string {
 	return clean(line)
 }
 
-// stuckError is the error of an eviction that is followed no longer, as it does not get on. It may
-// yet, in the daemon.
+// stuckError is the error of an eviction that is followed no longer, as it makes no progress. It
+// may yet, in the daemon.
 type stuckError struct {
 	last *hostv1.Eviction
 	over time.Duration
 }
 
 func (e *stuckError) Error() string {
-	return fmt.Sprintf("the eviction of VM %s has not got on for %v: it is %q", e.last.Vm, e.over,
+	return fmt.Sprintf("the eviction of VM %s has made no progress for %v: it is %q", e.last.Vm,
+		e.over,
 		e.last.State)
 }
 
-// attend follows an eviction; where patience is not 0, until that has not got on for so long.
+// attend follows an eviction; where patience is not 0, until that makes no progress for so long.
 // SIGINT, SIGTERM and SIGHUP have it aborted if that is possible, on a terminal when that was
 // confirmed; the second one ends the command alone.
 func (d *daemon) attend(ctx context.Context, id string, s *screen,
@@ -145,8 +146,8 @@ func (d *daemon) attend(ctx context.Context, id string, s *screen,
 			return cli.Interrupted{Signal: sig}
 		case !can:
 			s.note("%s: the eviction cannot be aborted any more. The VM was told to run on the "+
-				"destination.\nThe daemon goes on with it without this command: once more ends "+
-				"this command.", name)
+				"destination.\nThe daemon goes on with it without this command. Interrupt once "+
+				"more to end this command.", name)
 		case sig == unix.SIGINT && term.IsTerminal(int(os.Stdin.Fd())):
 			s.note("%s: abort the eviction? The VM stays on this host. [y/N]", name)
 			// Not waited for: nothing interrupts who reads from a terminal.

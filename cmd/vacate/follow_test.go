@@ -87,7 +87,8 @@ func TestFollow(t *testing.T) {
 	}{
 		{"back, completed", moment("source", evict.Pushing), 3, "completed", exitCompleted,
 			[]string{
-				"vacated does not answer. VM web1 runs on host hostb as far as its memory went"},
+				"vacated does not answer. VM web1 runs, or may run, on host hostb with the " +
+					"memory that went there"},
 			nil},
 		{"back, aborted", moment("source", evict.Loading), 1, "aborted", exitAborted,
 			[]string{"VM web1 was not told to run on host hostb yet: it stays on this host"}, nil},

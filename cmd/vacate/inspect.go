@@ -28,7 +28,7 @@ func inspectStreamCommand() *cobra.Command {
 		Use:   "stream FILE [CONTINUATION...]",
 		Short: "Decode a recorded migration stream of QEMU",
 		Long: `Decodes a migration stream of QEMU, as it goes over the socket: forward, or the
-return path; which one is found out. FILE may be compressed with gzip; - is
+return path; vacate finds out which. FILE may be compressed with gzip; - is
 standard input. A stream that was cut and recovered is in several files: name
 the first one first.
 

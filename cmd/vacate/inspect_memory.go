@@ -33,7 +33,7 @@ func inspectMemoryCommand() *cobra.Command {
 		Long: `Shows what each page of a Linux guest is used for, read from outside: nothing
 need be installed in the guest. Of a running VM, it learns about the kernel
 while the VM runs, then freezes it (QMP stop) for the moment of the survey and
-has it run on (cont), whatever happens: Ctrl-C, errors, time-outs. A VM that was
+lets it run on (cont), whatever happens: Ctrl-C, errors, time-outs. A VM that was
 paused stays paused. CORE is an ELF core file of QEMU's dump-guest-memory.
 
 The guest must be Linux on x86-64 that tells of itself by VMCOREINFO and BTF,
@@ -229,8 +229,8 @@ func surveyCore(ctx context.Context, name string) (*finding, error) {
 	}
 	if what := sniff(file); what != "" {
 		return nil,
-			fmt.Errorf("%s is %s; what is read here is an ELF core file, by QEMU's "+
-				"dump-guest-memory without a format or paging", name, what)
+			fmt.Errorf("%s is %s: name an ELF core file, which QEMU's dump-guest-memory makes "+
+				"without a format or paging", name, what)
 	}
 	core, err := linux.OpenCore(file, info.Size())
 	if err != nil {
@@ -344,7 +344,7 @@ func still(ctx context.Context, path string, c *qmp.Client, limit time.Duration,
 	return 0, false, run()
 }
 
-var errRan = errors.New("someone else had the VM run during the survey: try again")
+var errRan = errors.New("someone else resumed the VM during the survey: try again")
 
 // happened reports whether an event has come.
 func happened(events *qmp.Subscription, name string) bool {

@@ -130,7 +130,7 @@ Without a daemon:
   2. On the destination:  vacate receive --qmp SOCKET --listen HOST:PORT
   3. On the source:       vacate evict --qmp SOCKET --to HOST:PORT
 Both end when the destination has all memory; the source's QEMU is killed.
-vacate receive --help  says how to start the QEMUs.
+vacate receive --help says how to start the QEMUs.
 
 ` + exitHelp + `
 

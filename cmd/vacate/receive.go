@@ -83,8 +83,9 @@ nothing.
 			"hosts with certificates may send a VM")
 	c.Flags().BoolVar(&d.ThroughQEMU, "through-qemu", false,
 		"have QEMU itself load all pages: slower, for comparison")
-	c.Flags().BoolVar(&huge, "huge-pages", true, "at the end, make the memory that was in "+
-		"transparent huge pages at the source so again; without, the VM is slower")
+	c.Flags().BoolVar(&huge, "huge-pages", true,
+		"at the end, make huge pages again of the memory that was in them at the source; "+
+			"without them the VM is slower")
 	c.MarkFlagRequired("qmp")
 	return c
 }

@@ -126,9 +126,9 @@ func evacuateCommand() *cobra.Command {
 		Short: "Evict all VMs of this host",
 		Long: `Evicts the VMs of this host one after the other, and those first whose memory
 takes the least time, so that CPU and memory are free as soon as possible. Each
-goes where there are room and CPU for it. VMs that stand, as they are paused,
-say, are moved, too, and stay as they are. If one fails, the others still go. So
-they do if one has not got on for 20 s, as the other host does not answer, say:
+goes where there are room and CPU for it. VMs that stand still move, too: one
+that is paused stays paused. If one fails, the others still go. So they do if
+one makes no progress for 20 s, for instance as the other host does not answer:
 the daemon goes on with that one. At the end vacate lists the VMs that stayed,
 says why each did, and what to type.
 
@@ -235,17 +235,17 @@ func (o *relieveOptions) relieve(ctx context.Context) error {
 			fmt.Printf("\nThe goal is met: %s.\n", clean(p.Goal))
 			return nil
 		case len(p.Candidates) == 0:
-			return refused(errors.New("there is no VM that could go, or no host to go to"))
+			return refused(errors.New("no VM can go, or there is no host to go to"))
 		case p.Candidates[0].Refused != "" && round > 0:
 			fmt.Printf("\nThe goal, %s, is not met, and no further eviction helps: the table "+
-				"tells why.\n", clean(p.Goal))
+				"says why.\n", clean(p.Goal))
 			return nil
 		case p.Candidates[0].Refused != "":
-			return refused(fmt.Errorf("no eviction helps to reach %s: the table tells why", p.Goal))
+			return refused(fmt.Errorf("no eviction helps to reach %s: the table says why", p.Goal))
 		case o.dryRun:
 			return nil
 		case round > len(p.Hosts)+len(p.Candidates):
-			return fmt.Errorf("%w: %d VMs have left, and the goal is not met: it moves away as "+
+			return fmt.Errorf("%w: %d VMs have left, and the goal is not met: the load grows as "+
 				"fast", evict.ErrAborted, round)
 		}
 		if err := o.evict(ctx, p.Candidates[0]); err != nil {
@@ -311,16 +311,16 @@ func (o *relieveOptions) revisit(ctx context.Context, s *stuckError) (why stay, 
 	}
 	text := fmt.Sprintf("its eviction to %s goes on in the daemon, and is %q", e.Peer, stateOf(e))
 	if n := pagesOf(e); n != "" {
-		text += fmt.Sprintf(", with %s of its memory dealt with", n)
+		text += fmt.Sprintf(", with %s of its memory done", n)
 	}
 	if p := e.GetProgress(); p.GetSilentS() > 0 {
 		text += fmt.Sprintf("; nothing came from %s for %.0f s", e.Peer, p.SilentS)
 	}
 	text +=
-		fmt.Sprintf(": `vacate watch %s` follows it, `vacate status %[1]s` says what can be done",
+		fmt.Sprintf(": `vacate watch %s` follows it, `vacate status %[1]s` says what you can do",
 			e.Vm)
 	if e.Abortable {
-		text += fmt.Sprintf(", `vacate abort %s` has the VM stay here", e.Vm)
+		text += fmt.Sprintf(", `vacate abort %s` keeps the VM here", e.Vm)
 	}
 	return stay{text, detached{text}}, true
 }

@@ -180,7 +180,7 @@ func TestEvacuateStuck(t *testing.T) {
 	}
 	_, list, _ := strings.Cut(string(b), "Not moved:")
 	for _, want := range []string{
-		`cut    its eviction to hostb goes on in the daemon, and is "reconnecting", with 30.0 % of its memory dealt with; nothing came from hostb for 25 s`,
+		`cut    its eviction to hostb goes on in the daemon, and is "reconnecting", with 30.0 % of its memory done; nothing came from hostb for 25 s`,
 		"vacate watch cut", "vacate status cut",
 		`early  its eviction to hostb goes on in the daemon, and is "preparing; hostb starts a QEMU for VM early: 40 s"`, "vacate abort early",
 	} {

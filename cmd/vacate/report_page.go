@@ -19,7 +19,7 @@ func reportCommand() *cobra.Command {
 		Use:   "report VM|ID",
 		Short: "Show what an eviction from this host did",
 		Long: `Sums up an eviction from this host: how long each part of it took, and how the
-memory went. With --html, writes that as a page to be looked at in a browser,
+memory went. With --html, writes that as a page for a browser,
 in one file that needs no network: a time line, what was sent and fetched over
 time, and the guest's memory as a map that shows when each page came, and why.`,
 		Example: `  vacate report web1

@@ -138,7 +138,7 @@ func (s scene) summary(r evict.Report) string {
 	} else {
 		add("it ran there after %s", r.Transfer)
 	}
-	add("all was over after %s", r.Total)
+	add("it ended after %s", r.Total)
 	if len(times) > 0 {
 		text := strings.Join(times, "; ")
 		lines = append(lines, strings.ToUpper(text[:1])+text[1:]+".")

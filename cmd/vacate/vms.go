@@ -53,7 +53,7 @@ func stopCommand() *cobra.Command {
 	var force bool
 	c := askCommand(&cobra.Command{
 		Use:   "stop VM",
-		Short: "Have a VM of this host power itself off",
+		Short: "Shut down a VM of this host by its power button",
 		Long: `Presses the VM's power button (ACPI), and returns when its guest has powered
 itself off and its QEMU has ended. A guest that takes longer than --timeout, or
 does not heed the button, runs on; with --force, its QEMU is ended then, as by
@@ -85,7 +85,7 @@ func showCommand() *cobra.Command {
 	var command, incoming bool
 	c := askCommand(&cobra.Command{
 		Use:   "show VM",
-		Short: "Show what this host's description of a VM comes to",
+		Short: "Show this host's description of a VM, filled in",
 		Long: `Shows the description that this host has of a VM, with all that stands for
 something else replaced. With --command, only the command line that vacate
 start starts, for a shell; with --incoming, that of the QEMU that waits for the

@@ -140,7 +140,7 @@ func run(ctx context.Context, config host.Config, format string) error {
 	signal.Notify(hangup, syscall.SIGHUP)
 	go func() {
 		<-hangup
-		slog.New(handler).Info("stopping as soon as no eviction is aborted by that")
+		slog.New(handler).Info("stopping as soon as that aborts no eviction")
 		if h.Settle(ctx) == nil {
 			stop()
 		}

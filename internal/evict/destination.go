@@ -390,7 +390,7 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	committing, cancel := e.bound(ctx)
 	defer cancel(nil)
 	timer := time.AfterFunc(prepareTimeout+switchTimeout,
-		func() { cancel(errors.New("no package came")) })
+		func() { cancel(errors.New("no device state came")) })
 	defer timer.Stop()
 	control := e.at.Load().control
 	err := e.arm(committing)

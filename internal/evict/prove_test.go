@@ -58,7 +58,7 @@ func TestWaitingForTwin(t *testing.T) {
 	}
 	err := e.awaitTaken(ctx, a.control, 50*time.Millisecond)
 	if err == nil || !strings.Contains(err.Error(),
-		"neither took the offer nor turned it down: it has said nothing for 50ms") {
+		"neither accepted nor refused the offer: it has said nothing for 50ms") {
 		t.Error(err)
 	}
 	go func() {

@@ -97,21 +97,21 @@ func checkLoad(r *migstream.Reader) ([]byte, error) {
 	for {
 		item, err := r.Next()
 		if err != nil {
-			return nil, fmt.Errorf("the package: %w", err)
+			return nil, fmt.Errorf("the device state: %w", err)
 		}
 		b = item.Append(b)
 		switch it := item.(type) {
 		case migstream.Packaged:
 			if _, err := r.Next(); !errors.Is(err, io.ErrUnexpectedEOF) {
-				return nil, fmt.Errorf("%w: bytes behind the package", errFrame)
+				return nil, fmt.Errorf("%w: bytes behind the device state", errFrame)
 			}
 			return b, nil
 		case migstream.Command:
 			if it.ID != migstream.CmdSwitchoverStart {
-				return nil, fmt.Errorf("%w: %v with the package", errFrame, it.ID)
+				return nil, fmt.Errorf("%w: %v with the device state", errFrame, it.ID)
 			}
 		default:
-			return nil, fmt.Errorf("%w: %T with the package", errFrame, item)
+			return nil, fmt.Errorf("%w: %T with the device state", errFrame, item)
 		}
 	}
 }

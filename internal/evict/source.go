@@ -347,7 +347,7 @@ func (e *source) awaitTaken(ctx context.Context, control *controlLane,
 		stop()
 		switch {
 		case err != nil && late:
-			return fmt.Errorf("the destination neither took the offer nor turned it down: %w", err)
+			return fmt.Errorf("the destination neither accepted nor refused the offer: %w", err)
 		case err != nil:
 			return err
 		case f.kind == msgAccepted:
@@ -359,7 +359,7 @@ func (e *source) awaitTaken(ctx context.Context, control *controlLane,
 		}
 		w.What = w.What[:min(len(w.What), maxWhat)]
 		if was := e.awaits.Load(); was == nil || was.what != w.What {
-			e.Log.Info("the offer waits", "what", w.What)
+			e.Log.Info("the destination is not ready to accept the offer yet", "what", w.What)
 			e.awaits.Store(&awaited{w.What, time.Now()})
 		}
 	}

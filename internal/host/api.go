@@ -628,7 +628,7 @@ func (h api) Plan(ctx context.Context,
 	goal := relief.DefaultGoal
 	if req.Msg.Goal != "" {
 		if req.Msg.All {
-			return nil, coded(&argumentError{errors.New("for all VMs to leave there is no goal")})
+			return nil, coded(&argumentError{errors.New("goal does not go together with all")})
 		}
 		if goal, err = relief.ParseGoal(req.Msg.Goal); err != nil {
 			return nil, coded(&argumentError{err})
@@ -636,7 +636,7 @@ func (h api) Plan(ctx context.Context,
 	}
 	if !req.Msg.All && (req.Msg.To != "" || len(req.Msg.Except) > 0 || req.Msg.Force) {
 		return nil,
-			coded(&argumentError{errors.New("to, except and force are for all VMs to leave")})
+			coded(&argumentError{errors.New("to, except and force need all")})
 	}
 	if to := req.Msg.To; to != "" {
 		if _, err := h.dialer(to); err != nil {

@@ -75,7 +75,7 @@ func (v *eviction) recoverDestination() error {
 	case evict.MarkCompleted:
 		v.host.tasks.Go(func() {
 			if err := v.destination().LetGo(v.host.life); err != nil {
-				v.host.log.Warn("whether the QEMU has its own settings back is not known",
+				v.host.log.Warn("it is not known whether the QEMU has its own settings back",
 					"eviction", v.entry.ID(), "error", err)
 			}
 			v.finish(evict.MarkCompleted, evict.Completed, nil, nil)
@@ -151,7 +151,7 @@ func (v *eviction) killTwin() error {
 	}
 	vm, err := hypervisor.Find(v.host.config.VMs, r.VM)
 	if err != nil {
-		return fmt.Errorf("whether a twin was started cannot be told: %w", err)
+		return fmt.Errorf("cannot find out whether a twin was started: %w", err)
 	}
 	twins, err := hypervisor.Twins(vm)
 	for _, p := range twins {

@@ -406,7 +406,7 @@ func (h *Host) guard(ctx context.Context) {
 		policy.CoolDown)
 	for ctx.Err() == nil {
 		if err := h.observe(ctx, &g, over); err != nil && ctx.Err() == nil {
-			h.saw("it cannot be told how loaded the host is: " + err.Error())
+			h.saw("cannot measure how loaded the host is: " + err.Error())
 			select {
 			case <-time.After(over):
 			case <-ctx.Done():

@@ -176,8 +176,8 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 	)
 	if silent {
 		err = fmt.Errorf(
-			"%w. Where you know that a host has no QEMU of it, or is off: "+
-				"vacate start %s --fenced HOST",
+			"%w. If you know that a host is off, or has no QEMU of it: vacate start %s --fenced "+
+				"HOST",
 			err,
 			name,
 		)
@@ -200,7 +200,8 @@ func (h *Host) stillAbsent(
 			why = append(
 				why,
 				fmt.Sprintf(
-					"host %s said that it has not got it, and answers no more (%v): try again",
+					"host %s said that it does not have it, and does not answer any more (%v): "+
+						"try again",
 					host,
 					errs[i],
 				),
@@ -267,8 +268,8 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 			seen.State)}
 	case seen.State != hypervisor.Running && !force:
 		return &stateError{
-			fmt.Errorf("VM %s on host %s is %s, and heeds nothing: it was not touched. To end "+
-				"its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
+			fmt.Errorf("VM %s on host %s is %s, and cannot heed its power button: it was not "+
+				"touched. To end its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
 	}
 	if seen.State == hypervisor.Running && limit > 0 {
 		if err := tell(ctx, vm, "system_powerdown"); err != nil {

@@ -280,7 +280,7 @@ func TestStartWhileMoved(t *testing.T) {
 		answering(t, clear("1")),
 		answering(t, clear(""), clear("")),
 	); err == nil ||
-		!strings.Contains(err.Error(), "answers no more") {
+		!strings.Contains(err.Error(), "does not answer any more") {
 		t.Errorf("a host that answers once: %v", err)
 	}
 }

@@ -31,7 +31,7 @@ const offerAfter = time.Minute
 
 // decidable reports whether an operator may decide. At the source, the VM stands frozen here and
 // may have run on the other host, and that host does not answer or has lost it. At the destination,
-// the VM runs here as far as its memory came, and the source does not answer.
+// the VM runs here without all of its memory, and the source does not answer.
 func (v *eviction) decidable() bool {
 	r := v.entry.Record()
 	if v.ended() {
@@ -175,8 +175,8 @@ func (v *eviction) undecidable() string {
 	case v.ended():
 		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
 	case m == evict.MarkAccepted:
-		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` has "+
-			"it stay on host %s", r.VM, here, r.ID, r.Peer)
+		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` keeps "+
+			"it on host %s", r.VM, here, r.ID, r.Peer)
 	case r.Role == journal.Destination:
 		return fmt.Sprintf("VM %s %s on host %s, and host %s, which has the rest of its memory, "+
 			"answers: the eviction goes on by itself", r.VM, v.does(), here, r.Peer)
@@ -202,8 +202,8 @@ func (v *eviction) unabortable() string {
 		return v.undecidable()
 	case state == evict.CutOff:
 		where =
-			fmt.Sprintf("VM %s %s on host %s as far as its memory came, and host %s does not "+
-				"answer at the moment: see vacate status %[1]s", r.VM, v.does(), here, r.Peer)
+			fmt.Sprintf("VM %s %s on host %s with the memory that has come, and host %s does "+
+				"not answer at the moment: see vacate status %[1]s", r.VM, v.does(), here, r.Peer)
 	case r.Role == journal.Destination && (state == evict.Running || state == evict.Completing):
 		where =
 			fmt.Sprintf("VM %s %s on host %s, and its memory is coming from host %s. Nothing "+

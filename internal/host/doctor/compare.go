@@ -186,7 +186,7 @@ func (r *report) devices(h HostFacts, vm VMFacts) {
 	}
 	if len(r.findings) == before {
 		r.add(OK, h.Name, "devices",
-			fmt.Sprintf("nothing is known to hold the VM on its host (%d devices)",
+			fmt.Sprintf("no device is known to keep the VM on its host (%d devices)",
 				len(vm.Devices)), "")
 	}
 }
@@ -339,7 +339,7 @@ func (r *report) twin(source HostFacts, vm VMFacts, h HostFacts, twin TwinFacts)
 	case twin.Error != "":
 		r.add(Fatal, h.Name, "twin",
 			fmt.Sprintf("cannot be started for %s: %s", twin.Name, twin.Error),
-			fmt.Sprintf("describe the VM on %s as on %s: copy its description over", h.Name,
+			fmt.Sprintf("copy the VM's description to %s from %s", h.Name,
 				source.Name))
 		return
 	case twin.Running:
@@ -409,8 +409,8 @@ func (r *report) processor(vm VMFacts, h HostFacts, twin TwinFacts) {
 		r.add(Warning, h.Name, "vcpus",
 			fmt.Sprintf("%.1f tasks want its %d CPUs already, before the VM's %d vCPUs come",
 				h.Load, h.CPU.Count, cpus),
-			"choose a host with a lesser load, or move VMs away from it first: `vacate evict "+
-				"NAME --to HOST` there")
+			"choose a host with less load, or move VMs away from it first: `vacate evict NAME "+
+				"--to HOST` there")
 	} else {
 		r.add(OK, h.Name, "vcpus",
 			fmt.Sprintf("%d find room on %d CPUs with a load of %.1f", cpus, h.CPU.Count, h.Load),
@@ -431,7 +431,7 @@ func (r *report) processor(vm VMFacts, h HostFacts, twin TwinFacts) {
 		return // which is told elsewhere
 	case twin.CPUError != "" || err != nil || twin.CPUs.Arch == "":
 		r.add(Warning, h.Name, check,
-			"what the VM's description makes of the CPUs there could not be found out: "+
+			"cannot find out which CPUs the VM's description makes there: "+
 				or(twin.CPUError, fmt.Sprint(err)),
 			"see whether QEMU starts there as described; an eviction compares the CPUs itself, "+
 				"before it touches the VM")

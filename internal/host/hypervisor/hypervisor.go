@@ -215,7 +215,7 @@ func trusted(path string, info fs.FileInfo) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	switch {
 	case !ok:
-		return fmt.Errorf("whose %s is cannot be told", path)
+		return fmt.Errorf("cannot find out who owns %s", path)
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
 		return fmt.Errorf("%s belongs to user %d, who could have any program started: chown "+
 			"root %[1]s", path, st.Uid)

@@ -90,7 +90,7 @@ func (g *Guard) Observe(now time.Time, here Host, vms []VM, others []Host,
 	}
 	list := Choose(here, rested, others, g.Policy.Goal, g.Policy.Limits)
 	if len(list) == 0 {
-		return nil, "there is no VM that could go, or no host to go to"
+		return nil, "no VM can go, or there is no host to go to"
 	}
 	if list[0].Refused != "" {
 		g.futile = now // to look again costs more than it tells

@@ -151,7 +151,7 @@ func (i *Identity) current() (files, error) {
 			err = now.valid(i.dir)
 		}
 		if err != nil {
-			i.problem(fmt.Errorf("the certificates of before stay in use: %w", err))
+			i.problem(fmt.Errorf("the certificates from before stay in use: %w", err))
 		} else {
 			i.now = now
 		}
@@ -224,8 +224,8 @@ func (f files) valid(dir string) error {
 	for _, use := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
 		if _, err := leaf.Verify(x509.VerifyOptions{Roots: f.roots, Intermediates: between,
 			KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
-			return fmt.Errorf("%s is not believed by the CA beside it: %w: issue it with "+
-				"`vacate certs issue`, or copy the CA's ca.pem there", file, err)
+			return fmt.Errorf("the CA beside %s did not issue it: %w: issue it with `vacate "+
+				"certs issue`, or copy the CA's ca.pem there", file, err)
 		}
 	}
 	return nil

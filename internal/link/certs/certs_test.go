@@ -282,7 +282,7 @@ func TestLoadRefuses(t *testing.T) {
 			"is not a CA's"},
 		"huge": {with(certFile, strings.Repeat("x", maxFile+1)),
 			"more than 1048576 bytes"},
-		"other CA": {mixed, "not believed by the CA beside it"},
+		"other CA": {mixed, "did not issue it"},
 		"expired": {special(t,
 			func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
 			"renew it with `vacate certs issue --renew --name hosta --dir CA --out "},

@@ -33,8 +33,8 @@ func Init(dir string) error {
 	}
 	for _, name := range []string{caFile, caKeyFile} {
 		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-			return fmt.Errorf("%s is there already: hosts of another CA would not believe each "+
-				"other; use it, or another directory", filepath.Join(dir, name))
+			return fmt.Errorf("%s is there already, and hosts of another CA would not trust "+
+				"each other: use it, or another directory", filepath.Join(dir, name))
 		}
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
@@ -124,7 +124,7 @@ func Issue(dir, name, out string, days int, renew bool) error {
 	}
 	switch there, err := readCerts(filepath.Join(out, caFile)); {
 	case err == nil && !slices.ContainsFunc(there, ca.Equal):
-		return fmt.Errorf("%s is of another CA: hosts of both would not believe each other; "+
+		return fmt.Errorf("%s is of another CA, and hosts of both would not trust each other: "+
 			"take it away, or put the certificates of both CAs into it first",
 			filepath.Join(out, caFile))
 	case errors.Is(err, fs.ErrNotExist):

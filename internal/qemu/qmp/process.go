@@ -20,7 +20,7 @@ func (c *Client) Process(ctx context.Context) (pid int, vcpus []int, err error) 
 		return 0, nil, err
 	}
 	if len(cpus) == 0 {
-		return 0, nil, errors.New("qemu has no virtual CPUs, so its process cannot be told")
+		return 0, nil, errors.New("qemu has no virtual CPUs, so its process cannot be identified")
 	}
 	for _, pid := range []int{c.pid, threadGroup(cpus[0].ThreadID)} {
 		if vcpus, ok := theirThreads("/proc", pid, cpus); ok {

@@ -84,7 +84,7 @@ func (m Messages) Last() string {
 		}
 		return "it left no message in " + printable(m.Path)
 	case m.Path == "":
-		return "where its messages went is not known"
+		return "it is not known where its messages went"
 	case m.Path == os.DevNull:
 		return "its messages were thrown away, to " + os.DevNull
 	}

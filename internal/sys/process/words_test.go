@@ -162,7 +162,7 @@ func TestMessagesElsewhere(t *testing.T) {
 		"its messages went to pipe:[") {
 		t.Errorf("%q", got)
 	}
-	if got := MessagesOf(1 << 30).Last(); got != "where its messages went is not known" {
+	if got := MessagesOf(1 << 30).Last(); got != "it is not known where its messages went" {
 		t.Errorf("%q", got)
 	}
 }
