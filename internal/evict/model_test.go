@@ -65,6 +65,8 @@ type rules struct {
 	// restless keeps the guest from standing when it is frozen. It breaks no rule. It leaves out
 	// half of the states, for the mutants of rules that are not about such a guest.
 	restless bool
+	// calm leaves out the worlds that rare names, which are ten of eleven. It breaks no rule.
+	calm bool
 }
 
 func realRules() rules {
@@ -1179,6 +1181,12 @@ func (m *model) starts(host string, here, there func(*model, bool) bool, of func
 	}
 }
 
+// rare reports whether something has happened that few rules are about.
+func (w *world) rare() bool {
+	return w.died || w.forgot || w.lied || w.gaveUp || w.s.start != notStarted ||
+		w.d.start != notStarted
+}
+
 // settled reports whether the eviction has come to an end that docs/protocol.md promises.
 func settled(w *world) bool {
 	if w.s.phase == down || w.d.phase == down {
@@ -1259,6 +1267,9 @@ func explore(r rules, limit int) verdict {
 		edges := m.next(worlds[i])
 		for j := range edges {
 			e := &edges[j]
+			if r.calm && e.to.rare() {
+				continue
+			}
 			v.steps++
 			n, hash, known := find(&e.to)
 			if !known {
@@ -1328,13 +1339,16 @@ func TestModel(t *testing.T) {
 		t.Skip("takes minutes")
 	}
 	for _, killFirst := range []bool{false, true} {
-		r := realRules()
-		r.killFirst = killFirst
-		v := explore(r, modelLimit)
-		t.Logf("%d states, %d of them ends, %d steps", v.states, v.settled, v.steps)
-		if v.bad != "" {
-			t.Errorf("%s:\n  %s", v.bad, strings.Join(v.trace, "\n  "))
-		}
+		t.Run(fmt.Sprintf("abandon kills first: %v", killFirst), func(t *testing.T) {
+			t.Parallel()
+			r := realRules()
+			r.killFirst = killFirst
+			v := explore(r, modelLimit)
+			t.Logf("%d states, %d of them ends, %d steps", v.states, v.settled, v.steps)
+			if v.bad != "" {
+				t.Errorf("%s:\n  %s", v.bad, strings.Join(v.trace, "\n  "))
+			}
+		})
 	}
 }
 
@@ -1511,7 +1525,13 @@ func TestModelMutants(t *testing.T) {
 			r := realRules()
 			r.restless = mutant.rule != "R11"
 			mutant.mutate(&r)
+			// What is found among fewer worlds is true of all.
+			r.calm = true
 			v := explore(r, modelLimit)
+			if v.bad == "" {
+				r.calm = false
+				v = explore(r, modelLimit)
+			}
 			if v.bad == "" || v.bad == tooMany {
 				t.Fatalf("%d states, and nothing bad was found: %s", v.states, v.bad)
 			}
