@@ -301,11 +301,8 @@ func (g *guest) tasks(within time.Duration, before sample, until time.Time) ([]t
 		tasks = append(tasks, *t)
 	}
 	slices.SortStableFunc(tasks, func(x, y task) int {
-		return cmp.Or(
-			-compareBool(x.OnCPU, y.OnCPU),
-			-cmp.Compare(x.Recent, y.Recent),
-			cmp.Compare(x.LastRun, y.LastRun),
-		)
+		return cmp.Or(-compareBool(x.OnCPU, y.OnCPU), -cmp.Compare(x.Recent, y.Recent),
+			cmp.Compare(x.LastRun, y.LastRun))
 	})
 	return tasks, nil
 }

@@ -141,10 +141,8 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 			why = append(why, fmt.Sprintf("on host %s %s", host, a.Why))
 		case !slices.Contains(fenced, host):
 			silent = true
-			why = append(
-				why,
-				fmt.Sprintf("host %s does not say whether it has it (%v)", host, errs[i]),
-			)
+			why = append(why, fmt.Sprintf("host %s does not say whether it has it (%v)", host,
+				errs[i]))
 		}
 	}
 	for _, from := range slices.Sorted(maps.Keys(left)) {
@@ -152,15 +150,8 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 		if to != "" && to != h.name() && !slices.Contains(others, to) &&
 			!slices.Contains(fenced, to) {
 			silent = true
-			why = append(
-				why,
-				fmt.Sprintf(
-					"it left host %s for host %s, which host %s cannot ask",
-					from,
-					to,
-					h.name(),
-				),
-			)
+			why = append(why, fmt.Sprintf("it left host %s for host %s, which host %s cannot ask",
+				from, to, h.name()))
 		}
 	}
 	if why == nil {
@@ -169,18 +160,11 @@ func (h *Host) clearOf(ctx context.Context, name string, fenced []string) error 
 	if why == nil {
 		return nil
 	}
-	err := fmt.Errorf(
-		"VM %s was not started, as it may run elsewhere: %s",
-		name,
-		strings.Join(why, "; "),
-	)
+	err := fmt.Errorf("VM %s was not started, as it may run elsewhere: %s", name,
+		strings.Join(why, "; "))
 	if silent {
-		err = fmt.Errorf(
-			"%w. If you know that a host is off, or has no QEMU of it: vacate start %s --fenced "+
-				"HOST",
-			err,
-			name,
-		)
+		err = fmt.Errorf("%w. If you know that a host is off, or has no QEMU of it: vacate start "+
+			"%s --fenced HOST", err, name)
 	}
 	return err
 }
@@ -197,20 +181,11 @@ func (h *Host) stillAbsent(
 	for i, host := range asked {
 		switch before := first[slices.Index(others, host)]; {
 		case errs[i] != nil:
-			why = append(
-				why,
-				fmt.Sprintf(
-					"host %s said that it does not have it, and does not answer any more (%v): "+
-						"try again",
-					host,
-					errs[i],
-				),
-			)
+			why = append(why, fmt.Sprintf("host %s said that it does not have it, and does not "+
+				"answer any more (%v): try again", host, errs[i]))
 		case !evict.Absent(before.Presence, second[i].Presence):
-			why = append(
-				why,
-				fmt.Sprintf("it was moved from or to host %s just now: try again", host),
-			)
+			why = append(why, fmt.Sprintf("it was moved from or to host %s just now: try again",
+				host))
 		}
 	}
 	return why

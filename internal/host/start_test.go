@@ -44,6 +44,12 @@ func refusedWith(t *testing.T, err error, code connect.Code, say string) {
 	}
 }
 
+// small is the command line of a QEMU with little memory and no guest.
+func small(program, qmp string) []string {
+	return []string{program, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m",
+		"64", "-qmp", "unix:" + qmp + ",server=on,wait=off"}
+}
+
 // A VM starts only where no other host has it, whatever its journal says.
 func TestStart(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
@@ -91,10 +97,7 @@ func TestStart(t *testing.T) {
 	refusedWith(t, b.stopVM("web1", 0, true), connect.CodeFailedPrecondition,
 		"has no QEMU on host hostb")
 	// What the lab's VMs have besides is not there any more.
-	a.describe("web1", vm.QMP,
-		[]string{vm.Args[0], "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg", "-m",
-			"64",
-			"-qmp", "unix:" + vm.QMP + ",server=on,wait=off"})
+	a.describe("web1", vm.QMP, small(vm.Args[0], vm.QMP))
 	_, err = a.startVM("web1", "hosta")
 	refusedWith(t, err, connect.CodeInvalidArgument, "is this host")
 	here, err := a.startVM("web1")
@@ -105,22 +108,7 @@ func TestStart(t *testing.T) {
 		t.Error(err)
 	}
 	// On an operator's word, which does not count while hostb can be asked.
-	b.describe(
-		"web1",
-		there.QMP,
-		[]string{
-			vm.Args[0],
-			"-nodefaults",
-			"-display",
-			"none",
-			"-machine",
-			"pc,accel=tcg",
-			"-m",
-			"64",
-			"-qmp",
-			"unix:" + there.QMP + ",server=on,wait=off",
-		},
-	)
+	b.describe("web1", there.QMP, small(vm.Args[0], there.QMP))
 	if there, err := b.startVM("web1"); err != nil || there.State != "running" {
 		t.Fatalf("%v, %v", there, err)
 	}
@@ -157,30 +145,13 @@ func TestStartInterrupted(t *testing.T) {
 	}
 	text := "#!/bin/sh\necho $$ >" + begun + "\nwhile test -e " + hold + "; do sleep 0.1; done\n" +
 		"exec " + qemu + " \"$@\"\n"
-	if err := errors.Join(
-		os.WriteFile(hold, nil, 0o600),
-		os.WriteFile(script, []byte(text), 0o755),
-	); err != nil {
+	if err := errors.Join(os.WriteFile(hold, nil, 0o600),
+		os.WriteFile(script, []byte(text), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []*site{a, b} {
 		qmp := filepath.Join(s.dir, "web1.qmp")
-		s.describe(
-			"web1",
-			qmp,
-			[]string{
-				script,
-				"-nodefaults",
-				"-display",
-				"none",
-				"-machine",
-				"pc,accel=tcg",
-				"-m",
-				"64",
-				"-qmp",
-				"unix:" + qmp + ",server=on,wait=off",
-			},
-		)
+		s.describe("web1", qmp, small(script, qmp))
 		s.start()
 	}
 	go a.api.Start(t.Context(), connect.NewRequest(&hostv1.StartRequest{Vm: "web1"}))
@@ -242,13 +213,9 @@ func TestStartWhileMoved(t *testing.T) {
 	}
 	start := func(b, c Peer) error {
 		h := &Host{
-			config: Config{
-				Name:  "hosta",
-				VMs:   t.TempDir(),
-				Peers: map[string]Peer{"hostb": b, "hostc": c},
-			},
-			evictions: map[journal.ID]*eviction{},
-			taken:     map[string]bool{"web1": true},
+			config: Config{Name: "hosta", VMs: t.TempDir(),
+				Peers: map[string]Peer{"hostb": b, "hostc": c}},
+			evictions: map[journal.ID]*eviction{}, taken: map[string]bool{"web1": true},
 		}
 		return h.clearOf(labtest.Within(t, time.Minute), "web1", nil)
 	}
@@ -276,11 +243,8 @@ func TestStartWhileMoved(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "just now: try again") {
 		t.Errorf("a VM that moved there and back meanwhile: %v", err)
 	}
-	if err := start(
-		answering(t, clear("1")),
-		answering(t, clear(""), clear("")),
-	); err == nil ||
-		!strings.Contains(err.Error(), "does not answer any more") {
+	err = start(answering(t, clear("1")), answering(t, clear(""), clear("")))
+	if err == nil || !strings.Contains(err.Error(), "does not answer any more") {
 		t.Errorf("a host that answers once: %v", err)
 	}
 }
@@ -309,14 +273,8 @@ func TestLeft(t *testing.T) {
 		}
 		h.add(h.newEviction(entry))
 		if got := h.left("db1"); got.Left != c.want || got.Last != entry.ID().String() {
-			t.Errorf(
-				"%s, %s: host %q has it by %s, want %q",
-				c.role,
-				c.mark,
-				got.Left,
-				got.Last,
-				c.want,
-			)
+			t.Errorf("%s, %s: host %q has it by %s, want %q", c.role, c.mark, got.Left, got.Last,
+				c.want)
 		}
 		if got := h.left("web2"); got != (vmAnswer{}) {
 			t.Errorf("%v of a VM that was never evicted", got)

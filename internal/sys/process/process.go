@@ -103,14 +103,8 @@ func (p Process) Kill(ctx context.Context) error {
 
 // Wait returns nil when the process has ended, or ctx's error.
 func (p Process) Wait(ctx context.Context) error {
-	fd, err := p.Open()
-	if errors.Is(err, ErrGone) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	return p.wait(ctx, fd)
+	_, err := p.End(ctx)
+	return err
 }
 
 // End waits for the process's end, and tells how it ended, such as "with exit status 1". That is
@@ -187,12 +181,7 @@ func poll(fd int, d time.Duration) (bool, error) {
 // somebody sends SIGCONT it does nothing, whatever it is told, but SIGKILL ends it. Its memory and
 // its descriptors can be read all the while.
 func (p Process) Stop(ctx context.Context) error {
-	fd, err := p.Open()
-	if err != nil {
-		return fmt.Errorf("stop process %d: %w", p.PID, err)
-	}
-	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.SIGSTOP, nil, 0); err != nil {
+	if err := p.signal(unix.SIGSTOP); err != nil {
 		return fmt.Errorf("stop process %d: %w", p.PID, err)
 	}
 	for pause := time.Duration(0); ; pause = min(2*pause+100*time.Microsecond, pollTime) {
@@ -225,15 +214,19 @@ func (p Process) MayStop() error {
 
 // Continue has a stopped process go on.
 func (p Process) Continue() error {
-	fd, err := p.Open()
-	if err != nil {
-		return fmt.Errorf("continue process %d: %w", p.PID, err)
-	}
-	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0); err != nil {
+	if err := p.signal(unix.SIGCONT); err != nil {
 		return fmt.Errorf("continue process %d: %w", p.PID, err)
 	}
 	return nil
+}
+
+func (p Process) signal(number unix.Signal) error {
+	fd, err := p.Open()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.PidfdSendSignal(fd, number, nil, 0)
 }
 
 // Stopped reports whether all threads of the process are stopped, as by SIGSTOP.
