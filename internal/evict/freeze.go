@@ -157,60 +157,13 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	if f.events, err = subscribe(ctx, f.q, f.subscribe); err != nil {
 		return s, err
 	}
-	// QEMU handles these commands in a row, in less than a millisecond. If somebody else pauses the
-	// VM between the first and the last, we take that pause for ours.
-	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
-	var stop *qmp.Pending
-	if ran {
-		stop = f.q.Begin(ctx, "stop", nil)
+	frozen := ""
+	if s.was, frozen, err = f.pause(ctx, ran); err != nil {
+		return s, err
 	}
-	err = status.Reply(ctx, &s.was)
-	var m qmp.Migration
-	err = errors.Join(err, migrate.Reply(ctx, &m))
-	if ran {
-		err = errors.Join(err, stop.Reply(ctx, nil))
-	}
+	now, blocks, err := f.save(ctx)
 	if err != nil {
 		return s, err
-	}
-	frozen := "paused"
-	switch {
-	case s.was.Running && !ran:
-		return s, errRuns
-	case s.was.Running:
-	case !fit.Standing(s.was.Status):
-		return s, fmt.Errorf("%w, its state is %q", errStood, s.was.Status)
-	case s.was.Status == "suspended":
-		// The save command would leave it in the state save-vm. After `stop` QEMU remembers that it
-		// is suspended.
-		if err := f.q.Run(ctx, "stop", nil, nil); err != nil {
-			return s, err
-		}
-	default:
-		frozen = s.was.Status
-	}
-	if err := mayLeave(m); err != nil {
-		return s, err
-	}
-	save := f.q.Begin(ctx, "xen-save-devices-state",
-		map[string]any{"filename": f.name, "live": true})
-	after := f.q.Begin(ctx, "query-status", nil)
-	jobs := f.q.Begin(ctx, "query-jobs", nil)
-	blocks := f.q.Begin(ctx, "human-monitor-command",
-		map[string]any{"command-line": "info ramblock"})
-	var now qmp.Status
-	var running []job
-	var text string
-	saveErr := save.Reply(ctx, nil)
-	if err := errors.Join(after.Reply(ctx, &now), jobs.Reply(ctx, &running),
-		blocks.Reply(ctx, &text)); err != nil {
-		return s, errors.Join(saveErr, err)
-	}
-	if err := unfinished(running); err != nil {
-		return s, errors.Join(saveErr, err)
-	}
-	if saveErr != nil {
-		return s, saveErr
 	}
 	switch {
 	case now.Status == frozen:
@@ -219,7 +172,7 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	default:
 		return s, fmt.Errorf("%w: its state is %q", errMoved, now.Status)
 	}
-	if err := f.unchanged(text); err != nil {
+	if err := f.unchanged(blocks); err != nil {
 		return s, err
 	}
 	s.at = f.listen()
@@ -234,6 +187,65 @@ func (f *freezer) freeze(ctx context.Context, ran bool) (s saved, err error) {
 	}
 	s.load, err = f.read()
 	return s, err
+}
+
+// pause pauses a VM that runs, and leaves one alone that stood. It returns the state before that,
+// and the state in which the VM stands now.
+func (f *freezer) pause(ctx context.Context, ran bool) (was qmp.Status, frozen string, err error) {
+	// QEMU handles these commands in a row, in less than a millisecond. If somebody else pauses the
+	// VM between the first and the last, we take that pause for ours.
+	status, migrate := f.q.Begin(ctx, "query-status", nil), f.q.Begin(ctx, "query-migrate", nil)
+	var stop *qmp.Pending
+	if ran {
+		stop = f.q.Begin(ctx, "stop", nil)
+	}
+	err = status.Reply(ctx, &was)
+	var m qmp.Migration
+	err = errors.Join(err, migrate.Reply(ctx, &m))
+	if ran {
+		err = errors.Join(err, stop.Reply(ctx, nil))
+	}
+	if err != nil {
+		return was, "", err
+	}
+	frozen = "paused"
+	switch {
+	case was.Running && !ran:
+		return was, "", errRuns
+	case was.Running:
+	case !fit.Standing(was.Status):
+		return was, "", fmt.Errorf("%w, its state is %q", errStood, was.Status)
+	case was.Status == "suspended":
+		// The save command would leave it in the state save-vm. After `stop` QEMU remembers that it
+		// is suspended.
+		if err := f.q.Run(ctx, "stop", nil, nil); err != nil {
+			return was, "", err
+		}
+	default:
+		frozen = was.Status
+	}
+	return was, frozen, mayLeave(m)
+}
+
+// save makes QEMU save the devices of a VM that stands. It returns the state that the VM is in
+// then, and QEMU's list of its RAM blocks. It makes sure that no job works on the disks.
+func (f *freezer) save(ctx context.Context) (now qmp.Status, blocks string, err error) {
+	save := f.q.Begin(ctx, "xen-save-devices-state",
+		map[string]any{"filename": f.name, "live": true})
+	after := f.q.Begin(ctx, "query-status", nil)
+	jobs := f.q.Begin(ctx, "query-jobs", nil)
+	list := f.q.Begin(ctx, "human-monitor-command",
+		map[string]any{"command-line": "info ramblock"})
+	var running []job
+	saveErr := save.Reply(ctx, nil)
+	if err := errors.Join(after.Reply(ctx, &now), jobs.Reply(ctx, &running),
+		list.Reply(ctx, &blocks)); err != nil {
+		return now, "", errors.Join(saveErr, err)
+	}
+	if err := unfinished(running); err != nil {
+		return now, "", errors.Join(saveErr, err)
+	}
+	return now, blocks, saveErr
 }
 
 // errStood is wrapped by the error for a VM that stopped by itself, in a state in which it cannot

@@ -225,58 +225,7 @@ func (e *source) prepare(all context.Context) (err error) {
 	if err := e.open(ctx); err != nil {
 		return err
 	}
-	var d described
-	err = together(
-		func() (err error) {
-			d, err = e.owner.describe(ctx)
-			return err
-		},
-		func() error {
-			e.findAgent(ctx)
-			return nil
-		},
-		func() error {
-			s, err := e.Connect(ctx)
-			if err != nil {
-				return err
-			}
-			a := attach(s, maxJSON)
-			e.at.Store(a)
-			return a.prove(ctx)
-		})
-	e.offer, e.mem, e.flash, e.first = d.offer, d.mem, d.flash, d.status
-	if e.first.Status != "" && !e.first.Running {
-		e.stands.Store(&e.first.Status)
-	}
-	if err != nil {
-		return err
-	}
-	if err := e.offer.Devices.Held().Err(); err != nil {
-		return err
-	}
-	if err := located(e.mem); err != nil {
-		return err
-	}
-	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
-		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
-	}
-	if err := e.qemu.MayStop(); err != nil {
-		return err
-	}
-	e.watch()
-	e.look(ctx)
-	if err := d.disks.Trust(e.TrustDisks); err != nil {
-		return err
-	}
-	e.warnOfBitmaps(d.disks)
-	e.offer.Disks = d.disks
-	e.offer = e.offer.withMemory(e.mem)
-	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
-		e.LoadTimeout.Milliseconds()
-	if !e.first.Running {
-		e.offer.Stands = e.first.Status
-	}
-	if e.head, e.layout, err = makeHead(e.offer.Machine, e.mem.Blocks()); err != nil {
+	if err := e.meet(ctx); err != nil {
 		return err
 	}
 	control := e.at.Load().control
@@ -322,6 +271,70 @@ func (e *source) prepare(all context.Context) (err error) {
 		e.facts.Stood = e.first.Status
 	}
 	return e.keepFacts()
+}
+
+// meet looks at the VM and connects to the destination, both at once. Then it checks whether the VM
+// can be evicted, and writes the offer.
+func (e *source) meet(ctx context.Context) error {
+	var d described
+	err := together(
+		func() (err error) {
+			d, err = e.owner.describe(ctx)
+			return err
+		},
+		func() error {
+			e.findAgent(ctx)
+			return nil
+		},
+		func() error {
+			s, err := e.Connect(ctx)
+			if err != nil {
+				return err
+			}
+			a := attach(s, maxJSON)
+			e.at.Store(a)
+			return a.prove(ctx)
+		})
+	e.offer, e.mem, e.flash, e.first = d.offer, d.mem, d.flash, d.status
+	if e.first.Status != "" && !e.first.Running {
+		e.stands.Store(&e.first.Status)
+	}
+	if err != nil {
+		return err
+	}
+	if err := e.movable(); err != nil {
+		return err
+	}
+	e.watch()
+	e.look(ctx)
+	if err := d.disks.Trust(e.TrustDisks); err != nil {
+		return err
+	}
+	e.warnOfBitmaps(d.disks)
+	e.offer.Disks = d.disks
+	e.offer = e.offer.withMemory(e.mem)
+	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
+		e.LoadTimeout.Milliseconds()
+	if !e.first.Running {
+		e.offer.Stands = e.first.Status
+	}
+	e.head, e.layout, err = makeHead(e.offer.Machine, e.mem.Blocks())
+	return err
+}
+
+// movable makes sure that no device holds the VM on this host, that its memory can be read, and
+// that its QEMU can be stopped.
+func (e *source) movable() (err error) {
+	if err := e.offer.Devices.Held().Err(); err != nil {
+		return err
+	}
+	if err := located(e.mem); err != nil {
+		return err
+	}
+	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
+		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
+	}
+	return e.qemu.MayStop()
 }
 
 var errLongPreparation = errors.New("preparing took too long")

@@ -231,18 +231,8 @@ func (c Config) check() error {
 	if !c.Plain && c.Name != "" {
 		return errors.New("name is for plain = true only: this host's certificate has its name")
 	}
-	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
-		return errors.New("api.listen needs certificates (no plain = true), and api.operators, " +
-			"the names of those who may ask")
-	}
-	if c.API.Listen == "" && len(c.API.Operators) > 0 {
-		return errors.New("api.operators may ask nothing without api.listen: add it, such as " +
-			"listen = \":7600\"")
-	}
-	for _, name := range c.API.Operators {
-		if err := certified(name); err != nil {
-			return fmt.Errorf("api.operators: %w", err)
-		}
+	if err := c.checkAPI(); err != nil {
+		return err
 	}
 	if c.GiveBack < 0 || c.GiveBack > maxGiveBack {
 		return fmt.Errorf("give_back = %v: want 0, which is off, to %v", c.GiveBack, maxGiveBack)
@@ -258,39 +248,62 @@ func (c Config) check() error {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
-		p := c.Peers[name]
-		if err := hypervisor.CheckName(name); err != nil {
+		if err := c.checkPeer(name, c.Peers[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c Config) checkAPI() error {
+	if c.API.Listen != "" && (c.Plain || len(c.API.Operators) == 0) {
+		return errors.New("api.listen needs certificates (no plain = true), and api.operators, " +
+			"the names of those who may ask")
+	}
+	if c.API.Listen == "" && len(c.API.Operators) > 0 {
+		return errors.New("api.operators may ask nothing without api.listen: add it, such as " +
+			"listen = \":7600\"")
+	}
+	for _, name := range c.API.Operators {
+		if err := certified(name); err != nil {
+			return fmt.Errorf("api.operators: %w", err)
+		}
+	}
+	return nil
+}
+
+func (c Config) checkPeer(name string, p Peer) error {
+	if err := hypervisor.CheckName(name); err != nil {
+		return fmt.Errorf("peers.%s: %w", name, err)
+	}
+	if !c.Plain {
+		if err := certified(name); err != nil {
 			return fmt.Errorf("peers.%s: %w", name, err)
 		}
-		if !c.Plain {
-			if err := certified(name); err != nil {
-				return fmt.Errorf("peers.%s: %w", name, err)
-			}
+	}
+	if name == c.Name {
+		return selfPeer(name)
+	}
+	if p.Rate > maxRate {
+		return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
+	}
+	if err := p.checkFence(); err != nil {
+		return fmt.Errorf("peers.%s: %w", name, err)
+	}
+	if p.Address == "" {
+		if c.Plain && p.MaySend {
+			return fmt.Errorf("peers.%s: on a plain link it is known by its address, which is "+
+				"missing", name)
 		}
-		if name == c.Name {
-			return selfPeer(name)
-		}
-		if p.Rate > maxRate {
-			return fmt.Errorf("peers.%s: rate = %d is more than %d Mbit/s", name, p.Rate, maxRate)
-		}
-		if err := p.checkFence(); err != nil {
-			return fmt.Errorf("peers.%s: %w", name, err)
-		}
-		if p.Address == "" {
-			if c.Plain && p.MaySend {
-				return fmt.Errorf("peers.%s: on a plain link it is known by its address, which "+
-					"is missing", name)
-			}
-			continue
-		}
-		host, err := splitAddress(p.Address, 1)
-		if err != nil {
-			return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
-		}
-		if _, err := netip.ParseAddr(host); c.Plain && err != nil {
-			return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by "+
-				"which the peer is known", name, p.Address)
-		}
+		return nil
+	}
+	host, err := splitAddress(p.Address, 1)
+	if err != nil {
+		return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
+	}
+	if _, err := netip.ParseAddr(host); c.Plain && err != nil {
+		return fmt.Errorf("peers.%s: address = %q: a plain link needs an IP address, by which the "+
+			"peer is known", name, p.Address)
 	}
 	return nil
 }

@@ -247,27 +247,11 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 				"touched. To end its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
 	}
 	if seen.State == hypervisor.Running && limit > 0 {
-		if err := tell(ctx, vm, "system_powerdown"); err != nil {
-			return fmt.Errorf("tell VM %s to power itself off: %w", name, err)
+		ended, off, err := powerOff(ctx, vm, seen, limit)
+		if ended || err != nil {
+			return err
 		}
-		deadline := time.Now().Add(limit)
-		for time.Now().Before(deadline) {
-			look, cancel := context.WithTimeout(ctx, stopLooks)
-			err := seen.Process.Wait(look)
-			cancel()
-			if err == nil {
-				return nil
-			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			// With -no-shutdown, QEMU stays when its guest is off.
-			if now, err := hypervisor.Look(ctx, vm); err == nil && now.Process == seen.Process &&
-				now.Status == "shutdown" {
-				force = true
-				break
-			}
-		}
+		force = force || off
 	}
 	if !force {
 		return &stateError{fmt.Errorf(
@@ -281,6 +265,31 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 		return nil
 	}
 	return seen.Process.Kill(context.WithoutCancel(ctx))
+}
+
+// powerOff presses a VM's power button, and waits up to the limit for what comes of it: its QEMU
+// ended, or the guest is off and its QEMU stays, as with -no-shutdown.
+func powerOff(ctx context.Context, vm hypervisor.VM, seen hypervisor.Seen,
+	limit time.Duration) (ended, off bool, err error) {
+	if err := tell(ctx, vm, "system_powerdown"); err != nil {
+		return false, false, fmt.Errorf("tell VM %s to power itself off: %w", vm.Name, err)
+	}
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); {
+		look, cancel := context.WithTimeout(ctx, stopLooks)
+		err := seen.Process.Wait(look)
+		cancel()
+		if err == nil {
+			return true, false, nil
+		}
+		if ctx.Err() != nil {
+			return false, false, ctx.Err()
+		}
+		if now, err := hypervisor.Look(ctx, vm); err == nil && now.Process == seen.Process &&
+			now.Status == "shutdown" {
+			return false, true, nil
+		}
+	}
+	return false, false, nil
 }
 
 // tell gives a VM's QEMU one command.

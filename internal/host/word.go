@@ -252,6 +252,21 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	if m != evict.MarkMayRun && m != evict.MarkLost {
 		return &stateError{errors.New(v.undecidable())} // it came to an end by itself
 	}
+	if err := v.carryOut(ctx, s, m, w); err != nil {
+		return err
+	}
+	m = evict.MarkResumedHere
+	if w.decision == evict.Discard {
+		m = evict.MarkDiscarded
+	}
+	v.finish(m, evict.State(outcomes[m]), errors.New(v.entry.Record().Reason), nil)
+	return nil
+}
+
+// carryOut does what an operator decided at the source, whose engine has left at the mark m. If it
+// cannot, the eviction goes on as before.
+func (v *eviction) carryOut(ctx context.Context, s evict.Source, m evict.Mark, w word) error {
+	peer := v.entry.Record().Peer
 	// What was decided is done, whether or not the client still listens.
 	decide := func(fenced string) error {
 		if fenced != "" {
@@ -263,22 +278,23 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 	}
 	fenced := ""
 	if w.fenced != "" {
-		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, r.Peer)
+		fenced = fmt.Sprintf("%s asserted that host %s is fenced", w.by, peer)
 	}
 	// The destination is asked first: one that answers must not be fenced.
-	if err = decide(fenced); w.fence && errors.Is(err, evict.ErrUnfenced) {
-		if err := v.host.fence(r.Peer); err != nil {
+	err := decide(fenced)
+	if w.fence && errors.Is(err, evict.ErrUnfenced) {
+		if err := v.host.fence(peer); err != nil {
 			return v.goOn(
 				fmt.Errorf("%w. Nothing was decided: VM %s stands frozen on host %s as before", err,
-					r.VM, v.host.name()))
+					s.VM, v.host.name()))
 		}
-		err = decide(fmt.Sprintf("host %s was fenced, by its command", r.Peer))
+		err = decide(fmt.Sprintf("host %s was fenced, by its command", peer))
 	}
 	switch {
 	case errors.Is(err, evict.ErrAnswers):
 		return v.goOn(
 			fmt.Errorf("host %s answers for VM %s: %w. Nothing was decided, and the eviction "+
-				"goes on by itself", r.Peer, r.VM, err))
+				"goes on by itself", peer, s.VM, err))
 	case errors.Is(err, evict.ErrUnfenced):
 		return v.goOn(errors.New(v.unfenced()))
 	case errors.Is(err, errMovedOn):
@@ -287,14 +303,8 @@ func (v *eviction) decide(ctx context.Context, w word) error {
 		return err
 	case err != nil:
 		v.recoverSource()
-		return err
 	}
-	m = evict.MarkResumedHere
-	if w.decision == evict.Discard {
-		m = evict.MarkDiscarded
-	}
-	v.finish(m, evict.State(outcomes[m]), errors.New(v.entry.Record().Reason), nil)
-	return nil
+	return err
 }
 
 // errMovedOn is wrapped by the error of a VM that is on a third host.
