@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"testing"
@@ -134,22 +135,11 @@ func expectOnly(ctx context.Context, dir string) error {
 // no time to do anything.
 func TestExpectedDiesWithLab(t *testing.T) {
 	needLab(t)
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), expectEnv+"="+testDir)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stop := context.AfterFunc(deadline(t, 2*time.Minute), func() { cmd.Process.Kill() })
-	defer stop()
 	var pid int
-	if _, err := fmt.Fscanln(bufio.NewReader(out), &pid); err != nil {
-		t.Fatal(err)
-	}
+	cmd := startSelf(t, expectEnv, func(out io.Reader) error {
+		_, err := fmt.Fscanln(bufio.NewReader(out), &pid)
+		return err
+	})
 	if exe, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || len(exe) == 0 {
 		t.Fatalf("process %d is %q, %v; want a QEMU", pid, exe, err)
 	}

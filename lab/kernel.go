@@ -42,6 +42,22 @@ func FindKernel(name string) (Kernel, error) {
 	return Kernel{}, fmt.Errorf("no kernel %q: there are %s", name, strings.Join(names, ", "))
 }
 
+// FindKernels returns the kernels of several names, with commas between; "all" is all of them.
+func FindKernels(names string) ([]Kernel, error) {
+	if names == "all" {
+		return Kernels, nil
+	}
+	var found []Kernel
+	for name := range strings.SplitSeq(names, ",") {
+		k, err := FindKernel(name)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, k)
+	}
+	return found, nil
+}
+
 // modules are the drivers a guest may need, the needed before those that need
 // them. One that the kernel package does not have is built in: in 5.10 and 6.1
 // none is; from 6.12 on virtio itself, its PCI transport and the console

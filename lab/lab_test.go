@@ -260,15 +260,7 @@ func TestCorruptionIsFound(t *testing.T) {
 		t.Fatal(err)
 	}
 	victims := []string{loadproto.SetIdle, loadproto.SetOther, loadproto.SetFile}
-	for i, set := range victims {
-		var page loadproto.Page
-		page.Fill(loadproto.Base(loadproto.SetSeed(seed, set), uint64(10+i), 0))
-		corrupt(t, vm, &page)
-	}
-	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check := checkCorrupted(t, vm, victims)
 	if check.Bad != uint64(len(victims)) || len(check.Words) != len(victims) {
 		t.Fatalf("changed a byte in %d sets: %+v", len(victims), check)
 	}
@@ -292,15 +284,7 @@ func TestBareGuestFindsCorruption(t *testing.T) {
 	}
 	t.Log("under", vm.Spec.Accel)
 	victims := []string{loadproto.SetHot, loadproto.SetIdle, loadproto.SetOther}
-	for i, set := range victims {
-		var page loadproto.Page
-		page.Fill(loadproto.Base(loadproto.SetSeed(seed, set), uint64(10+i), 0))
-		corrupt(t, vm, &page)
-	}
-	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check := checkCorrupted(t, vm, victims)
 	if check.Bad != uint64(len(victims)) || check.Pages != (16+16+4)*pagesPerMiB {
 		t.Fatalf("changed a bit in %d sets: %+v", len(victims), check)
 	}
@@ -316,6 +300,22 @@ func TestBareGuestFindsCorruption(t *testing.T) {
 			t.Errorf("changed page %d of set %s: %+v", 10+i, victims[i], w)
 		}
 	}
+}
+
+// checkCorrupted flips a bit in page 10 of the first set, page 11 of the second, and so on. Then it
+// has the guest check its memory.
+func checkCorrupted(t *testing.T, vm *VM, sets []string) Check {
+	t.Helper()
+	for i, set := range sets {
+		var page loadproto.Page
+		page.Fill(loadproto.Base(loadproto.SetSeed(vm.Spec.Load.Seed, set), uint64(10+i), 0))
+		corrupt(t, vm, &page)
+	}
+	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return check
 }
 
 // corrupt flips a bit in word 100 of the page wherever the VM's memory has it.
@@ -416,15 +416,7 @@ func TestLink(t *testing.T) {
 // transfer sends bytes from one host to another, both in this process.
 func transfer(t *testing.T, from, to *Host, bytes int64) time.Duration {
 	t.Helper()
-	var ln net.Listener
-	err := to.Do(func() (err error) {
-		ln, err = net.Listen("tcp4", net.JoinHostPort(to.Addr, "0"))
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
+	ln := listenOn(t, to)
 	received := make(chan int64)
 	go func() {
 		var n int64
@@ -436,7 +428,7 @@ func transfer(t *testing.T, from, to *Host, bytes int64) time.Duration {
 		received <- n
 	}()
 	var conn net.Conn
-	err = from.Do(func() (err error) {
+	err := from.Do(func() (err error) {
 		conn, err = net.Dial("tcp4", ln.Addr().String())
 		return err
 	})
@@ -523,10 +515,12 @@ func TestMain(m *testing.M) {
 	}
 }
 
-func startSupervisor(t *testing.T) (*exec.Cmd, State) {
+// startSelf starts this test's program once more, for what the variable says. read gets what the
+// program says.
+func startSelf(t *testing.T, variable string, read func(out io.Reader) error) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), superviseEnv+"="+testDir)
+	cmd.Env = append(os.Environ(), variable+"="+testDir)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -541,10 +535,21 @@ func startSupervisor(t *testing.T) (*exec.Cmd, State) {
 	})
 	stop := context.AfterFunc(deadline(t, 2*time.Minute), func() { cmd.Process.Kill() })
 	defer stop()
-	word := make([]byte, 6)
-	if _, err := io.ReadFull(out, word); err != nil || string(word) != "ready\n" {
-		t.Fatalf("the supervisor said %q, %v", word, err)
+	if err := read(out); err != nil {
+		t.Fatal(err)
 	}
+	return cmd
+}
+
+func startSupervisor(t *testing.T) (*exec.Cmd, State) {
+	t.Helper()
+	cmd := startSelf(t, superviseEnv, func(out io.Reader) error {
+		word := make([]byte, 6)
+		if _, err := io.ReadFull(out, word); err != nil || string(word) != "ready\n" {
+			return fmt.Errorf("the supervisor said %q, %v", word, err)
+		}
+		return nil
+	})
 	s, err := Status(deadline(t, time.Minute), testDir)
 	if err != nil {
 		t.Fatal(err)

@@ -10,19 +10,25 @@ import (
 	"time"
 )
 
-// connect makes a TCP connection from one host to another.
-func connect(t *testing.T, from, to *Host) (near, far net.Conn) {
+// listenOn listens on a free port of a host, to the end of the test.
+func listenOn(t *testing.T, h *Host) (ln net.Listener) {
 	t.Helper()
-	var ln net.Listener
-	err := to.Do(func() (err error) {
-		ln, err = net.Listen("tcp4", net.JoinHostPort(to.Addr, "0"))
+	err := h.Do(func() (err error) {
+		ln, err = net.Listen("tcp4", net.JoinHostPort(h.Addr, "0"))
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
-	err = from.Do(func() (err error) {
+	t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+// connect makes a TCP connection from one host to another.
+func connect(t *testing.T, from, to *Host) (near, far net.Conn) {
+	t.Helper()
+	ln := listenOn(t, to)
+	err := from.Do(func() (err error) {
 		near, err = net.DialTimeout("tcp4", ln.Addr().String(), 10*time.Second)
 		return err
 	})

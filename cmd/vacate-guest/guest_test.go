@@ -23,20 +23,8 @@ import (
 	"vacate/internal/guest/pageclass"
 	"vacate/internal/qemu/qmp"
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
-
-// need skips the test for want of something, or fails it if the environment says that all
-// must run.
-func need(t testing.TB, err error) {
-	t.Helper()
-	if err == nil {
-		return
-	}
-	if os.Getenv("VACATE_REQUIRE") == "1" {
-		t.Fatal(err)
-	}
-	t.Skip(err)
-}
 
 // machine is a real guest with the agent's port, and its memory in a file.
 type machine struct {
@@ -59,7 +47,7 @@ func kernelDir(t testing.TB) string {
 		t.Fatal(err)
 	}
 	dir, err := lab.FetchKernel(t.Context(), "../../.lab", k, slog.New(slog.DiscardHandler))
-	need(t, err)
+	labtest.Need(t, err)
 	return dir
 }
 
@@ -98,7 +86,7 @@ func boot(t testing.TB, mib int, flags ...string) *machine {
 		t.Skip("short: boots a VM")
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
-	need(t, err)
+	labtest.Need(t, err)
 	kernel := kernelDir(t)
 	release, err := os.ReadFile(filepath.Join(kernel, "release"))
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"vacate/internal/guest/agent"
 	"vacate/internal/guest/pageclass"
+	"vacate/lab/labtest"
 )
 
 // recorded returns the files of that name in /proc of a real guest; TestRecord makes them.
@@ -271,7 +272,7 @@ func TestHere(t *testing.T) {
 		t.Skip("short: needs root")
 	}
 	g := newGuest("/proc", "/sys")
-	need(t, g.check())
+	labtest.Need(t, g.check())
 	child := exec.Command("sleep", "1000")
 	if err := child.Start(); err != nil {
 		t.Fatal(err)

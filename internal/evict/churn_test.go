@@ -49,16 +49,9 @@ type churned struct {
 // leaves free memory out. The guests verify every byte: nothing may ever be wrong.
 func TestChurn(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	kernels := lab.Kernels
-	if *kernelFlag != "all" {
-		kernels = nil
-		for name := range strings.SplitSeq(*kernelFlag, ",") {
-			k, err := lab.FindKernel(name)
-			if err != nil {
-				t.Fatal(err)
-			}
-			kernels = append(kernels, k)
-		}
+	kernels, err := lab.FindKernels(*kernelFlag)
+	if err != nil {
+		t.Fatal(err)
 	}
 	variants := []churn.Config{{}, {VCPUs: 2}, {SlabChecks: true}, {VCPUs: 2, Reporting: true}}
 	var table []*churned

@@ -2,10 +2,8 @@ package evict
 
 import (
 	"bytes"
-	"compress/gzip"
 	"errors"
 	"io"
-	"os"
 	"testing"
 
 	"vacate/internal/qemu/guestmem"
@@ -16,20 +14,12 @@ import (
 // The head that the engine makes equals QEMU's, except for the number of the section.
 func TestHead(t *testing.T) {
 	for _, name := range []string{"pc-bare", "pc-old", "q35-virtio", "microvm-memfd"} {
-		f, err := os.Open("../qemu/migstream/testdata/" + name + ".forward.gz")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		z, err := gzip.NewReader(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r := migstream.NewReader(z)
+		r := migstream.NewReader(bytes.NewReader(golden(t, name+".forward.gz")))
 		var want []byte
 		var machine string
 		var blocks []guestmem.Block
 		for item := migstream.Item(nil); !is[migstream.Footer](item); {
+			var err error
 			if item, err = r.Next(); err != nil {
 				t.Fatal(err)
 			}

@@ -2,12 +2,9 @@ package evict
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"io"
-	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -19,6 +16,7 @@ import (
 	"vacate/internal/link"
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/migstream/streamtest"
 )
 
 // small is the layout of a VM with blocks of both kinds of pages.
@@ -228,20 +226,7 @@ func TestDecodeIsStrict(t *testing.T) {
 // golden returns a stream that package migstream's tests have recorded from a real QEMU.
 func golden(t testing.TB, name string) []byte {
 	t.Helper()
-	f, err := os.Open(filepath.Join("..", "qemu", "migstream", "testdata", name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return streamtest.Recorded(t, filepath.Join("..", "qemu", "migstream", "testdata", name))
 }
 
 // recordings are of the machines pc and q35, bare and with virtio, and of a microvm.

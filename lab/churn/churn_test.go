@@ -39,16 +39,9 @@ func newLab(t *testing.T) *lab.Lab { return labtest.New(t, lab.Options{NoPin: tr
 
 // eachKernel runs f as a subtest for each kernel asked for.
 func eachKernel(t *testing.T, f func(t *testing.T, k lab.Kernel)) {
-	kernels := lab.Kernels
-	if *kernelFlag != "all" {
-		kernels = nil
-		for name := range strings.SplitSeq(*kernelFlag, ",") {
-			k, err := lab.FindKernel(name)
-			if err != nil {
-				t.Fatal(err)
-			}
-			kernels = append(kernels, k)
-		}
+	kernels, err := lab.FindKernels(*kernelFlag)
+	if err != nil {
+		t.Fatal(err)
 	}
 	for _, k := range kernels {
 		t.Run(k.Name, func(t *testing.T) { f(t, k) })

@@ -2,7 +2,6 @@ package inspect_test
 
 import (
 	"bytes"
-	"compress/gzip"
 	"errors"
 	"io"
 	"os"
@@ -12,6 +11,7 @@ import (
 
 	"vacate/internal/guest/inspect"
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/migstream/streamtest"
 )
 
 const golden = "../../qemu/migstream/testdata"
@@ -28,15 +28,7 @@ func open(t testing.TB, name string) *os.File {
 
 func uncompressed(t testing.TB, name string) []byte {
 	t.Helper()
-	z, err := gzip.NewReader(open(t, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return streamtest.Recorded(t, filepath.Join(golden, name))
 }
 
 // Every recorded stream is understood to its last byte, compressed or not, and its records

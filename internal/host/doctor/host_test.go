@@ -14,22 +14,10 @@ import (
 	"time"
 
 	"vacate/lab"
+	"vacate/lab/labtest"
 
 	"golang.org/x/sys/unix"
 )
-
-// need skips the test when err tells what this machine lacks for it, or fails it if the
-// environment says that all must run.
-func need(t testing.TB, err error) {
-	t.Helper()
-	if err == nil {
-		return
-	}
-	if os.Getenv("VACATE_REQUIRE") == "1" {
-		t.Fatal(err)
-	}
-	t.Skip(err)
-}
 
 // The test's program gathers facts instead of testing when it is told to; see asChild.
 func TestMain(m *testing.M) {
@@ -75,7 +63,7 @@ func asChild(t *testing.T, attr *syscall.SysProcAttr) HostFacts {
 
 func TestHost(t *testing.T) {
 	q, err := lab.StockQEMU(t.Context())
-	need(t, err)
+	labtest.Need(t, err)
 	dir := t.TempDir()
 	before := time.Now()
 	h := Host(t.Context(), HostOptions{
@@ -115,7 +103,7 @@ func TestHost(t *testing.T) {
 // What a daemon may not do is found out, and what follows from that said.
 func TestDropped(t *testing.T) {
 	if os.Geteuid() != 0 {
-		need(t, os.ErrPermission)
+		labtest.Need(t, os.ErrPermission)
 	}
 	whole := asChild(t, nil)
 	if !whole.mayTrace() || whole.ProcessRead != "" || whole.PidfdGetfd != "" {

@@ -25,6 +25,7 @@ import (
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/units"
 	"vacate/lab"
+	"vacate/lab/labtest"
 )
 
 var (
@@ -40,7 +41,7 @@ func program(t *testing.T) string {
 		return *qemuBinary
 	}
 	q, err := lab.StockQEMU(t.Context())
-	need(t, err)
+	labtest.Need(t, err)
 	return q.Path
 }
 

@@ -2,7 +2,6 @@ package export_test
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"vacate/internal/qemu/export"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/migstream/streamtest"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,16 +25,8 @@ import (
 // captured takes head and load out of a recorded stream, as an eviction captures them.
 func captured(t testing.TB, name string) (head, load []byte, blocks []migstream.Block) {
 	t.Helper()
-	f, err := os.Open("../migstream/testdata/" + name + ".forward.gz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := migstream.NewReader(z)
+	r := migstream.NewReader(bytes.NewReader(
+		streamtest.Recorded(t, "../migstream/testdata/"+name+".forward.gz")))
 	for whole := false; ; {
 		item, err := r.Next()
 		if err != nil {

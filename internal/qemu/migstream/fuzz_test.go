@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/migstream/streamtest"
 )
 
 func addGolden(f *testing.F, pattern string) {
@@ -16,7 +17,8 @@ func addGolden(f *testing.F, pattern string) {
 		f.Fatalf("no golden streams: %v", err)
 	}
 	for _, file := range files {
-		if b := readGolden(f, file); len(b) < 40<<10 { // larger ones only slow the fuzzer down
+		if b := streamtest.Recorded(f, file); len(b) < 40<<10 {
+			// larger ones only slow the fuzzer down
 			f.Add(b)
 		}
 	}
@@ -81,7 +83,7 @@ func FuzzReturnReader(f *testing.F) {
 
 // Every prefix of a stream ends in an error that says so; none is taken for a whole one.
 func TestCutStreamIsNoWholeStream(t *testing.T) {
-	stream := readGolden(t, goldenFile("pc-bare", "forward"))
+	stream := streamtest.Recorded(t, goldenFile("pc-bare", "forward"))
 	for n := 0; n < len(stream); n += 1 + n/50 {
 		r := migstream.NewReader(bytes.NewReader(stream[:n]))
 		for {

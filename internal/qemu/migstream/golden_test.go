@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/migstream/streamtest"
 	"vacate/internal/qemu/qmp"
 
 	"golang.org/x/sys/unix"
@@ -53,24 +54,6 @@ func goldenFile(name, direction string) string {
 	return filepath.Join("testdata", name+"."+direction+".gz")
 }
 
-func readGolden(t testing.TB, file string) []byte {
-	t.Helper()
-	f, err := os.Open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // Every recorded stream decodes to its end, and encodes to the same bytes again.
 func TestGolden(t *testing.T) {
 	for _, rec := range recordings {
@@ -78,10 +61,10 @@ func TestGolden(t *testing.T) {
 			if *record {
 				recordGolden(t, rec.name, rec.kind, rec.args)
 			}
-			stream := readGolden(t, goldenFile(rec.name, "forward"))
+			stream := streamtest.Recorded(t, goldenFile(rec.name, "forward"))
 			seen := map[string]int{}
 			if rec.kind == "recovered" {
-				cut := readGolden(t, goldenFile(rec.name, "cut"))
+				cut := streamtest.Recorded(t, goldenFile(rec.name, "cut"))
 				r := migstream.NewReader(bytes.NewReader(cut))
 				if err := checkStream(t, r, cut, seen); !errors.Is(err, io.ErrUnexpectedEOF) {
 					t.Errorf("a stream cut in its middle ends with %v", err)
@@ -150,7 +133,7 @@ func checkPackage(t *testing.T, p migstream.Packaged) {
 }
 
 func checkReturnPath(t *testing.T, name, kind string) {
-	stream := readGolden(t, goldenFile(name, "return"))
+	stream := streamtest.Recorded(t, goldenFile(name, "return"))
 	r := migstream.NewReturnReader(bytes.NewReader(stream), 1<<20)
 	var again []byte
 	seen := map[migstream.MessageType]int{}
@@ -328,7 +311,8 @@ func must(t *testing.T, err error) {
 
 // What QEMU saves makes a package, and nothing else does.
 func TestPackage(t *testing.T) {
-	r := migstream.NewReader(bytes.NewReader(readGolden(t, goldenFile("q35-virtio", "forward"))))
+	r := migstream.NewReader(bytes.NewReader(streamtest.Recorded(t,
+		goldenFile("q35-virtio", "forward"))))
 	var want migstream.Packaged
 	for want.Data == nil {
 		item, err := r.Next()
