@@ -92,7 +92,7 @@ lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(TOOL) $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
-	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Picture)|CommentStyle|CodeColumns)$$' .
+	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Tour|Picture)|CommentStyle|CodeColumns)$$' .
 	find . -name '*.md' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) {} +
 	find . -name '*.go' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) -source go {} +
 

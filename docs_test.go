@@ -322,6 +322,42 @@ func TestCodeColumns(t *testing.T) {
 	}
 }
 
+// TestDocsTour holds the tour of the code to the code: each function is in a file that its row names.
+func TestDocsTour(t *testing.T) {
+	text, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, tour, _ := strings.Cut(string(text), "\n## A tour\n")
+	tour, _, _ = strings.Cut(tour, "\n## ")
+	name := regexp.MustCompile("`(?:\\w+\\.)?(\\w+)`")
+	rows := 0
+	for line := range strings.Lines(tour) {
+		files := link.FindAllStringSubmatch(line, -1)
+		if !strings.HasPrefix(line, "| ") || files == nil {
+			continue
+		}
+		rows++
+		var code []byte
+		for _, m := range files {
+			b, err := os.ReadFile(path.Join("docs", m[2]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			code = append(code, b...)
+		}
+		for _, m := range name.FindAllStringSubmatch(line, -1) {
+			declared := regexp.MustCompile(`(?m)^(func (\(.*?\) )?|type )` + m[1] + `\b`)
+			if !declared.Match(code) {
+				t.Errorf("docs/architecture.md: %s is in none of the files of %s", m[0], line)
+			}
+		}
+	}
+	if rows < 10 {
+		t.Errorf("the tour has %d rows", rows)
+	}
+}
+
 // TestDocsStates holds the documents to the states and metrics that there are.
 func TestDocsStates(t *testing.T) {
 	read := func(file string) string {

@@ -215,36 +215,40 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 			close(s.ended)
 			return nil
 		case migstream.MsgReqPagesID, migstream.MsgReqPages:
-			i := e.layout.find(m.Block)
-			if i < 0 {
-				return fmt.Errorf("QEMU requested a page of unknown memory %q", m.Block)
-			}
-			size := e.layout[i].PageSize
-			run := pageset.Run{Block: i, First: pageset.Page(m.Start / size),
-				Count: int((uint64(m.Length) + size - 1) / size)}
-			if err := e.layout.check(run); err != nil {
-				return fmt.Errorf("QEMU requested pages outside of its memory: %w", err)
-			}
-			missing, free := e.pages.want(run)
-			if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil {
+			if err := e.fetch(m); err != nil {
 				return err
-			}
-			if !missing {
-				continue
-			}
-			if st := e.machine.current(); st != Running || !e.running.Load() {
-				// While the VM stands still, each of these adds a round trip to its down time.
-				e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length",
-					m.Length)
-			}
-			if a := e.at.Load(); a != nil { // else it is requested when the source is back
-				if err := a.Lane(link.Fetch).Write(frameRequest,
-					appendRequest(nil, run)); err != nil {
-					a.FailSoon(err)
-				}
 			}
 		}
 	}
+}
+
+// fetch gets the pages that QEMU requests. Those that were left out it places at once, and it
+// requests the others from the source.
+func (e *destination) fetch(m migstream.Message) error {
+	i := e.layout.find(m.Block)
+	if i < 0 {
+		return fmt.Errorf("QEMU requested a page of unknown memory %q", m.Block)
+	}
+	size := e.layout[i].PageSize
+	run := pageset.Run{Block: i, First: pageset.Page(m.Start / size),
+		Count: int((uint64(m.Length) + size - 1) / size)}
+	if err := e.layout.check(run); err != nil {
+		return fmt.Errorf("QEMU requested pages outside of its memory: %w", err)
+	}
+	missing, free := e.pages.want(run)
+	if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil || !missing {
+		return err
+	}
+	if st := e.machine.current(); st != Running || !e.running.Load() {
+		// While the VM stands still, each of these adds a round trip to its down time.
+		e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
+	}
+	if a := e.at.Load(); a != nil { // else it is requested when the source is back
+		if err := a.Lane(link.Fetch).Write(frameRequest, appendRequest(nil, run)); err != nil {
+			a.FailSoon(err)
+		}
+	}
+	return nil
 }
 
 // fillLeftOut places all pages that were left out. A QEMU that does not answer may wait for one
