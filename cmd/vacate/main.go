@@ -145,9 +145,7 @@ Environment:
 	c.SetVersionTemplate("vacate {{.Version}}\n")
 	c.SetUsageTemplate(strings.ReplaceAll(c.UsageTemplate(), ".FlagUsages ",
 		".FlagUsagesWrapped 80 "))
-	c.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
-	})
+	c.SetFlagErrorFunc(badFlag)
 	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), manCommand())
 	c.AddCommand(hostCommands()...)
 	addCompletions(c)

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // speakPlainly has all commands say in a sentence what is wrong with a command line, and its form.
@@ -55,6 +57,27 @@ func knownCommand(c *cobra.Command, args []string) error {
 		meant += fmt.Sprintf(" Did you mean `%s %s`?", c.CommandPath(), name)
 	}
 	return fmt.Errorf("unknown command %q.%s See `%s --help`", args[0], meant, c.CommandPath())
+}
+
+// badFlag is the error for a flag that a command does not have, or not so.
+func badFlag(c *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) {
+		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
+	}
+	names := &cobra.Command{SuggestionsMinimumDistance: 2} // cobra looks for names of commands only
+	c.Flags().VisitAll(func(f *pflag.Flag) {
+		names.AddCommand(&cobra.Command{Use: f.Name, Run: func(*cobra.Command, []string) {},
+			Hidden: f.Hidden})
+	})
+	meant := ""
+	for _, name := range names.SuggestionsFor(unknown.GetSpecifiedName()) {
+		meant += fmt.Sprintf(" Did you mean --%s?", name)
+	}
+	if meant == "" {
+		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
+	}
+	return fmt.Errorf("%w.%s See `%s --help`", err, meant, c.CommandPath())
 }
 
 var missingFlags = regexp.MustCompile(`^required flag\(s\) (".*") not set$`)
