@@ -322,7 +322,8 @@ func TestCodeColumns(t *testing.T) {
 	}
 }
 
-// TestDocsTour holds the tour of the code to the code: each function is in a file that its row names.
+// TestDocsTour holds the tour of the code to the code: each function is in a file that its row
+// names.
 func TestDocsTour(t *testing.T) {
 	text, err := os.ReadFile("docs/architecture.md")
 	if err != nil {

@@ -129,9 +129,7 @@ type destination struct {
 	ran      atomic.Bool // the source knows that the VM runs here
 	telling  sync.Mutex  // held while the engine tells the source whether pages find memory
 
-	holding  sync.Mutex // also guards placer against being replaced while pages are held
-	parcels  []parcel   // pages that found no memory yet; guarded by holding
-	retrying bool       // a task tries to place them; guarded by holding
+	held heldPages // found no memory yet
 
 	shown       sync.Mutex // serialises Show
 	mu          sync.Mutex

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"vacate/internal/link"
@@ -59,17 +60,69 @@ func (p *tally) tell(bytes int, held bool) error {
 	return p.lane.Write(framePlaced, p.report)
 }
 
+// heldPages are pages that came and found no memory yet, in the order in which they came. Lanes add
+// to them, and one task tries to place them, as long as there are any. So whether that task runs
+// changes only together with the pages. Its lock is also held while the engine replaces the placer,
+// since the task uses that.
+type heldPages struct {
+	sync.Mutex
+	parcels  []parcel
+	retrying bool // the task runs
+}
+
+// behind adds pushed pages if other pages of their session are held, which go first. It reports
+// whether it did.
+func (h *heldPages) behind(f parcel) bool {
+	h.Lock()
+	defer h.Unlock()
+	if !slices.ContainsFunc(h.parcels, func(other parcel) bool { return other.push == f.push }) {
+		return false
+	}
+	h.parcels = append(h.parcels, f)
+	return true
+}
+
+// park adds pages. It reports whether the caller must start the task.
+func (h *heldPages) park(f parcel) (start bool) {
+	h.Lock()
+	defer h.Unlock()
+	h.parcels = append(h.parcels, f)
+	start = !h.retrying
+	h.retrying = true
+	return start
+}
+
+// done reports whether the task may end, as no pages are held.
+func (h *heldPages) done() bool {
+	h.Lock()
+	defer h.Unlock()
+	h.retrying = len(h.parcels) > 0
+	return !h.retrying
+}
+
+// bytes returns about how much memory the pages take.
+func (h *heldPages) bytes() (sum int) {
+	h.Lock()
+	defer h.Unlock()
+	for _, f := range h.parcels {
+		sum += len(f.data) + len(f.runs)*heldRun + heldParcel
+	}
+	return sum
+}
+
 // settle places pages, or holds them until there is memory. It reports whether they are held: then
 // the caller must not reuse their data.
 func (e *destination) settle(f parcel) (held bool, err error) {
-	if f.push != nil && e.behind(f) {
+	if f.push != nil && e.held.behind(f) {
 		return true, nil
 	}
 	rest, err := e.put(f)
 	if rest == nil {
 		return false, err
 	}
-	e.park(*rest, err)
+	if e.held.park(*rest) {
+		e.tasks.Go(func() { e.retry(err) })
+	}
 	return true, nil
 }
 
@@ -118,45 +171,13 @@ func (e *destination) mayHold() bool {
 	return false
 }
 
-// behind holds pushed pages if other pages of their session are held, which go first. It reports
-// whether it did.
-func (e *destination) behind(f parcel) bool {
-	e.holding.Lock()
-	defer e.holding.Unlock()
-	if !slices.ContainsFunc(e.parcels, func(h parcel) bool { return h.push == f.push }) {
-		return false
-	}
-	e.parcels = append(e.parcels, f)
-	return true
-}
-
 // mayRead waits until few enough pages are held to read on, or the session ends.
 func (e *destination) mayRead(a *attachment) {
-	for a.Err() == nil {
-		bytes := 0
-		e.holding.Lock()
-		for _, h := range e.parcels {
-			bytes += len(h.data) + len(h.runs)*heldRun + heldParcel
-		}
-		e.holding.Unlock()
-		if bytes < maxHeld {
-			return
-		}
+	for a.Err() == nil && e.held.bytes() >= maxHeld {
 		select {
 		case <-time.After(retryMemory):
 		case <-a.Done():
 		}
-	}
-}
-
-// park keeps pages that found no memory, and starts the task that retries them.
-func (e *destination) park(f parcel, why error) {
-	e.holding.Lock()
-	defer e.holding.Unlock()
-	e.parcels = append(e.parcels, f)
-	if !e.retrying {
-		e.retrying = true
-		e.tasks.Go(func() { e.retry(why) })
 	}
 }
 
@@ -170,20 +191,16 @@ func (e *destination) retry(why error) {
 		case <-e.ended:
 			return
 		}
-		e.holding.Lock()
-		e.parcels = e.placeHeld(e.parcels)
-		none := len(e.parcels) == 0
-		e.holding.Unlock()
+		e.held.Lock()
+		e.held.parcels = e.placeHeld(e.held.parcels)
+		none := len(e.held.parcels) == 0
+		e.held.Unlock()
 		if !none || e.at.Load() == nil && e.tight() != "" {
 			// pages of a session that ended are no longer held
 			continue
 		}
 		e.tellShort("")
-		e.holding.Lock()
-		e.retrying = len(e.parcels) > 0
-		again := e.retrying
-		e.holding.Unlock()
-		if !again {
+		if e.held.done() {
 			return
 		}
 		e.tellShort(e.shortage(why))
@@ -222,7 +239,7 @@ func (e *destination) awaitRoom() {
 const tightTime = 10 * time.Second
 
 // placeHeld places the pages for which there is memory, and returns the rest. The caller holds the
-// lock holding.
+// lock of the held pages.
 func (e *destination) placeHeld(held []parcel) (left []parcel) {
 	stuck := map[*tally]bool{nil: false}
 	for _, f := range held {
@@ -255,10 +272,10 @@ func (e *destination) failed(a *attachment, err error) {
 // forget drops held pages of a session that has ended: the source will send them again. With nil it
 // drops all held pages, before the engine finds out which pages are here.
 func (e *destination) forget(a *attachment) {
-	e.holding.Lock()
-	defer e.holding.Unlock()
+	e.held.Lock()
+	defer e.held.Unlock()
 	var left []parcel
-	for _, f := range e.parcels {
+	for _, f := range e.held.parcels {
 		if a != nil && f.a != a {
 			left = append(left, f)
 			continue
@@ -266,7 +283,7 @@ func (e *destination) forget(a *attachment) {
 		// without a session: pages that were left out, for which the guest asked
 		e.pages.disclaim(f.runs, f.a == nil)
 	}
-	e.parcels = left
+	e.held.parcels = left
 }
 
 // tellShort tells the user and the source that pages find no memory here, and why; "" if they do

@@ -71,10 +71,10 @@ func TestForget(t *testing.T) {
 	run := func(first int) []pageRun {
 		return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}}
 	}
-	e.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
+	e.held.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
 	e.forget(nil)
-	if len(e.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
-		t.Errorf("%d parcels, %v are waited for, %d received", len(e.parcels), e.pages.waiting,
+	if len(e.held.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
+		t.Errorf("%d parcels, %v are waited for, %d received", len(e.held.parcels), e.pages.waiting,
 			e.pages.received[0].Count())
 	}
 	for _, p := range []pageset.Page{4, 5} {

@@ -592,7 +592,7 @@ func (e *destination) useStream(m mended) error {
 	e.recovery.pending = m.pending && e.stands == "" && !e.hasRun.Load()
 	s := newStream(m.conn)
 	e.recovery.present.Store(s)
-	e.holding.Lock()
+	e.held.Lock()
 	old := e.placer
 	d := old.direct.Load()
 	e.placer = newPlacer(m.conn, e.reader.SectionID(), e.layout)
@@ -602,7 +602,7 @@ func (e *destination) useStream(m mended) error {
 	} else {
 		e.placeDirectly()
 	}
-	e.holding.Unlock()
+	e.held.Unlock()
 	if err := e.takeStock(m.bitmaps); err != nil {
 		s.fail(err)
 		e.recovery.present.Store(nil)
