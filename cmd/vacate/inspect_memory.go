@@ -32,9 +32,10 @@ func inspectMemoryCommand() *cobra.Command {
 		Short: "Show what a Linux guest uses its memory for",
 		Long: `Shows what each page of a Linux guest is used for, read from outside: nothing
 need be installed in the guest. Of a running VM, it learns about the kernel
-while the VM runs, then freezes it (QMP stop) for the moment of the survey and
-lets it run on (cont), whatever happens: Ctrl-C, errors, time-outs. A VM that was
-paused stays paused. CORE is an ELF core file of QEMU's dump-guest-memory.
+while the VM runs, then freezes it (QMP stop) for the moment of the survey.
+Then it resumes it (cont), whatever happens: Ctrl-C, errors, time-outs. A VM
+that was paused stays paused. CORE is an ELF core file of QEMU's
+dump-guest-memory.
 
 The guest must be Linux on x86-64 that tells of itself by VMCOREINFO and BTF,
 as distributions' kernels do (5.10 and later were tried).

@@ -351,19 +351,44 @@ func (e *source) account() Enlightening {
 		r.Source = Off
 		return r
 	}
+	classes := e.classes()
 	var counts [pageclass.Classes]ClassCount
+	e.departures.each(e.frozen.layout,
+		func(i int, p pageset.Page, why pushorder.Reason, late bool) {
+			c := &counts[classes[i][p]]
+			c.add(why)
+			if late {
+				c.Late++
+			}
+			switch {
+			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
+				c.Zero++
+			case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
+				c.Bytes += e.frozen.layout[i].PageSize
+			}
+		})
+	for c, count := range counts {
+		if count.Class = pageclass.Class(c); count.Pages > 0 {
+			r.Classes = append(r.Classes, count)
+		}
+	}
+	return r
+}
+
+// classes returns the class of each page, by block. A huge page counts as the first class, in the
+// paper's order, of any page in it.
+func (e *source) classes() [][]pageclass.Class {
 	classes := make([][]pageclass.Class, len(e.frozen.layout))
 	for i, b := range e.frozen.layout {
 		classes[i] = make([]pageclass.Class, b.Pages)
 	}
+	surveyed := e.survey.pages.Pages
 	for _, f := range e.frozen.frames() {
 		each := e.frozen.layout[f.Run.Block].PageSize / migstream.TargetPageSize
 		for i := range f.Run.Count {
-			from := min(f.First+uint64(i)*each, uint64(len(e.survey.pages.Pages)))
+			from := min(f.First+uint64(i)*each, uint64(len(surveyed)))
 			class := pageclass.Unknown
-			// A huge page counts as the first class, in the paper's order, of any page in it.
-			for _, p := range e.survey.pages.Pages[from:min(from+each,
-				uint64(len(e.survey.pages.Pages)))] {
+			for _, p := range surveyed[from:min(from+each, uint64(len(surveyed)))] {
 				if class == pageclass.Unknown || p.Class != pageclass.Unknown && p.Class < class {
 					class = p.Class
 				}
@@ -371,40 +396,26 @@ func (e *source) account() Enlightening {
 			classes[f.Run.Block][f.Run.First+pageset.Page(i)] = class
 		}
 	}
-	count := func(i int, p pageset.Page, why pushorder.Reason, late bool) {
-		c := &counts[classes[i][p]]
-		c.Pages++
-		switch why {
-		case pushorder.Early:
-			c.Early++
-		case pushorder.Planned:
-			c.Pushed++
-		case pushorder.Near:
-			c.Near++
-		case pushorder.Fetched:
-			c.Fetched++
-		case pushorder.Skipped:
-			c.Skipped++
-		case pushorder.Unused:
-			c.Unused++
-		}
-		if late {
-			c.Late++
-		}
-		switch {
-		case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
-			c.Zero++
-		case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
-			c.Bytes += e.frozen.layout[i].PageSize
-		}
+	return classes
+}
+
+// add counts a page by how it went.
+func (c *ClassCount) add(why pushorder.Reason) {
+	c.Pages++
+	switch why {
+	case pushorder.Early:
+		c.Early++
+	case pushorder.Planned:
+		c.Pushed++
+	case pushorder.Near:
+		c.Near++
+	case pushorder.Fetched:
+		c.Fetched++
+	case pushorder.Skipped:
+		c.Skipped++
+	case pushorder.Unused:
+		c.Unused++
 	}
-	e.departures.each(e.frozen.layout, count)
-	for c, count := range counts {
-		if count.Class = pageclass.Class(c); count.Pages > 0 {
-			r.Classes = append(r.Classes, count)
-		}
-	}
-	return r
 }
 
 // wasZero reports whether a page was sent as a page of zeroes.

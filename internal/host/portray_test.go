@@ -119,7 +119,7 @@ func TestBarred(t *testing.T) {
 		"web1":   "its eviction is not over: see vacate status " + v.entry.ID().String()[:8],
 		"frozen": "it stands frozen here",
 		"waits":  "a QEMU waits here for it to arrive",
-		"unread": "whether it is here is not known",
+		"unread": "it is not known whether it is here",
 	}
 	for _, vm := range s.vms {
 		if text := want[vm.Name]; text == "" || !strings.HasPrefix(vm.Barred, text) {

@@ -69,11 +69,11 @@ type portrait struct {
 	problem  string // why it has no load
 }
 
-// measure looks at this host and its VMs over a time.
-func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error) {
+// portraits looks at all VMs of this host, also those whose descriptions cannot be read.
+func (h *Host) portraits(ctx context.Context) []portrait {
 	vms, err := hypervisor.Load(h.config.VMs)
 	if err != nil {
-		h.log.Debug("some VMs are not looked at", "error", err)
+		h.log.Debug("cannot look at some VMs", "error", err)
 	}
 	found := make([]portrait, len(vms))
 	var looks sync.WaitGroup
@@ -83,8 +83,14 @@ func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error)
 	looks.Wait()
 	for _, e := range hypervisor.Unread(err) {
 		found = append(found, portrait{vm: hypervisor.VM{Name: e.VM},
-			problem: fmt.Sprintf("whether it is here is not known: %v", e)})
+			problem: fmt.Sprintf("it is not known whether it is here: %v", e)})
 	}
+	return found
+}
+
+// measure looks at this host and its VMs over a time.
+func (h *Host) measure(ctx context.Context, over time.Duration) (picture, error) {
+	found := h.portraits(ctx)
 	before, err := pressure.ReadHost()
 	if err != nil {
 		return picture{}, err

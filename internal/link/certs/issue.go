@@ -1,6 +1,7 @@
 package certs
 
 import (
+	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/tls"
@@ -72,46 +73,17 @@ func Issue(dir, name, out string, days int, renew bool) error {
 	if days < 1 || days > caDays {
 		return fmt.Errorf("%d days: a certificate may be valid for 1 to %d", days, caDays)
 	}
-	caPEM, err := readFile(filepath.Join(dir, caFile), false)
+	ca, err := openCA(dir)
 	if err != nil {
 		return err
-	}
-	caKey, err := readFile(filepath.Join(dir, caKeyFile), true)
-	if err != nil {
-		return err
-	}
-	pair, err := tls.X509KeyPair(caPEM, caKey)
-	if err != nil {
-		return fmt.Errorf("%s and %s: %w", filepath.Join(dir, caFile), caKeyFile, err)
-	}
-	ca := pair.Leaf
-	now := time.Now()
-	if !ca.IsCA || now.After(ca.NotAfter) {
-		return fmt.Errorf("%s is no CA's, or has expired at %s: make another CA with `vacate "+
-			"certs init`", filepath.Join(dir, caFile), ca.NotAfter.UTC().Format(time.DateOnly))
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return err
 	}
-	c := &x509.Certificate{
-		Subject:     pkix.Name{CommonName: name},
-		NotBefore:   now.Add(-clockSkew),
-		NotAfter:    now.AddDate(0, 0, days),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	if c.NotAfter.After(ca.NotAfter) {
-		c.NotAfter = ca.NotAfter
-	}
-	if ip := net.ParseIP(name); ip != nil {
-		c.IPAddresses = []net.IP{ip}
-	} else {
-		c.DNSNames = []string{name}
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, ca, key.Public(), pair.PrivateKey)
+	der, err := ca.sign(name, days, key.Public())
 	if err != nil {
-		return fmt.Errorf("make the certificate: %w", err)
+		return err
 	}
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return err
@@ -123,12 +95,12 @@ func Issue(dir, name, out string, days int, renew bool) error {
 		}
 	}
 	switch there, err := readCerts(filepath.Join(out, caFile)); {
-	case err == nil && !slices.ContainsFunc(there, ca.Equal):
+	case err == nil && !slices.ContainsFunc(there, ca.Leaf.Equal):
 		return fmt.Errorf("%s is of another CA, and hosts of both would not trust each other: "+
 			"take it away, or put the certificates of both CAs into it first",
 			filepath.Join(out, caFile))
 	case errors.Is(err, fs.ErrNotExist):
-		if err := writeFile(filepath.Join(out, caFile), caPEM, 0o644, false); err != nil {
+		if err := writeFile(filepath.Join(out, caFile), ca.pem, 0o644, false); err != nil {
 			return err
 		}
 	case err != nil:
@@ -138,6 +110,54 @@ func Issue(dir, name, out string, days int, renew bool) error {
 		return err
 	}
 	return writeFile(filepath.Join(out, certFile), encode(der), 0o644, renew)
+}
+
+// A ca is a CA's certificate and key.
+type ca struct {
+	tls.Certificate
+	pem []byte // the certificate as its file has it
+}
+
+func openCA(dir string) (c ca, err error) {
+	if c.pem, err = readFile(filepath.Join(dir, caFile), false); err != nil {
+		return c, err
+	}
+	key, err := readFile(filepath.Join(dir, caKeyFile), true)
+	if err != nil {
+		return c, err
+	}
+	if c.Certificate, err = tls.X509KeyPair(c.pem, key); err != nil {
+		return c, fmt.Errorf("%s and %s: %w", filepath.Join(dir, caFile), caKeyFile, err)
+	}
+	if !c.Leaf.IsCA || time.Now().After(c.Leaf.NotAfter) {
+		return c, fmt.Errorf("%s is no CA's, or has expired at %s: make another CA with `vacate "+
+			"certs init`", filepath.Join(dir, caFile), c.Leaf.NotAfter.UTC().Format(time.DateOnly))
+	}
+	return c, nil
+}
+
+// sign makes the certificate of a host's key. It expires with the CA's at the latest.
+func (c ca) sign(name string, days int, key crypto.PublicKey) (der []byte, err error) {
+	now := time.Now()
+	host := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: name},
+		NotBefore:   now.Add(-clockSkew),
+		NotAfter:    now.AddDate(0, 0, days),
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	if host.NotAfter.After(c.Leaf.NotAfter) {
+		host.NotAfter = c.Leaf.NotAfter
+	}
+	if ip := net.ParseIP(name); ip != nil {
+		host.IPAddresses = []net.IP{ip}
+	} else {
+		host.DNSNames = []string{name}
+	}
+	if der, err = x509.CreateCertificate(rand.Reader, host, c.Leaf, key, c.PrivateKey); err != nil {
+		return nil, fmt.Errorf("make the certificate: %w", err)
+	}
+	return der, nil
 }
 
 func writeKey(file string, key ed25519.PrivateKey, replace bool) error {
