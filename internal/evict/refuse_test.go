@@ -171,39 +171,29 @@ func speak(t *testing.T, path, greeting string, replies map[string]string) strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
+	labtest.Serve(t, ln, func(c net.Conn) {
+		io.WriteString(c, greeting)
+		for lines := bufio.NewScanner(c); lines.Scan(); {
+			var command struct {
+				Execute string
+				ID      int
 			}
-			t.Cleanup(func() { c.Close() })
-			go func() {
-				io.WriteString(c, greeting)
-				for lines := bufio.NewScanner(c); lines.Scan(); {
-					var command struct {
-						Execute string
-						ID      int
-					}
-					json.Unmarshal(lines.Bytes(), &command)
-					reply, known := replies[command.Execute]
-					switch {
-					case command.Execute == "qmp_capabilities":
-						fmt.Fprintf(c, `{"return": {}, "id": %d}`+"\r\n", command.ID)
-					case known && reply == "":
-						fmt.Fprintf(c,
-							`{"error": {"class": "GenericError", "desc": "Parameters are missing"}, "id": %d}`+"\r\n", command.ID)
-					case known:
-						fmt.Fprintf(c, `{"return": %s, "id": %d}`+"\r\n", reply, command.ID)
-					default:
-						fmt.Fprintf(c,
-							`{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %d}`+"\r\n", command.Execute, command.ID)
-					}
-				}
-			}()
+			json.Unmarshal(lines.Bytes(), &command)
+			reply, known := replies[command.Execute]
+			switch {
+			case command.Execute == "qmp_capabilities":
+				fmt.Fprintf(c, `{"return": {}, "id": %d}`+"\r\n", command.ID)
+			case known && reply == "":
+				fmt.Fprintf(c,
+					`{"error": {"class": "GenericError", "desc": "Parameters are missing"}, "id": %d}`+"\r\n", command.ID)
+			case known:
+				fmt.Fprintf(c, `{"return": %s, "id": %d}`+"\r\n", reply, command.ID)
+			default:
+				fmt.Fprintf(c,
+					`{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %d}`+"\r\n", command.Execute, command.ID)
+			}
 		}
-	}()
+	})
 	return path
 }
 
@@ -491,16 +481,7 @@ func (r *refusals) peers() {
 	const ask = "is it `vacate receive` that listens there"
 	serve := func(t *testing.T, say string) string {
 		ln := listen(t, r.lab.B)
-		go func() {
-			for {
-				c, err := ln.Accept()
-				if err != nil {
-					return
-				}
-				t.Cleanup(func() { c.Close() })
-				io.WriteString(c, say)
-			}
-		}()
+		labtest.Serve(t, ln, func(c net.Conn) { io.WriteString(c, say) })
 		return ln.Addr().String()
 	}
 	r.run("nothing listens", func(t *testing.T) {

@@ -113,6 +113,22 @@ func RelayMonitor(t testing.TB, monitor string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	Serve(t, ln, func(c net.Conn) {
+		q, err := net.Dial("unix", monitor)
+		if err != nil {
+			c.Close()
+			return
+		}
+		// Either ends with the other.
+		go func() { io.Copy(struct{ io.Writer }{q}, c); q.Close() }()
+		io.Copy(struct{ io.Writer }{c}, q)
+		c.Close()
+	})
+	return path
+}
+
+// Serve has each client of a listener served at once, to the end of the test, which closes all.
+func Serve(t testing.TB, ln net.Listener, serve func(net.Conn)) {
 	t.Cleanup(func() { ln.Close() })
 	go func() {
 		for {
@@ -120,15 +136,8 @@ func RelayMonitor(t testing.TB, monitor string) string {
 			if err != nil {
 				return
 			}
-			q, err := net.Dial("unix", monitor)
-			if err != nil {
-				c.Close()
-				continue
-			}
-			// Either ends with the other.
-			go func() { io.Copy(struct{ io.Writer }{q}, c); q.Close() }()
-			go func() { io.Copy(struct{ io.Writer }{c}, q); c.Close() }()
+			t.Cleanup(func() { c.Close() })
+			go serve(c)
 		}
 	}()
-	return path
 }

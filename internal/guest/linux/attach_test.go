@@ -1,8 +1,6 @@
 package linux
 
 import (
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 )
@@ -39,16 +37,7 @@ func TestAttach(t *testing.T) {
 		}
 		t.Logf("revalidated in %v", time.Since(began))
 
-		core := filepath.Join(t.TempDir(), "core")
-		if err := m.Run(t.Context(), "dump-guest-memory",
-			map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.Open(core)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
+		f := m.dump(t)
 		st, err := f.Stat()
 		if err != nil {
 			t.Fatal(err)

@@ -58,16 +58,7 @@ func TestRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 		write("registers-"+m.Version().String(), []byte(text))
-		core := filepath.Join(t.TempDir(), "core")
-		if err := m.Run(t.Context(), "dump-guest-memory",
-			map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.Open(core)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
+		f := m.dump(t)
 		head := make([]byte, 4096)
 		if _, err := io.ReadFull(f, head); err != nil {
 			t.Fatal(err)

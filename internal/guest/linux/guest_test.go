@@ -171,6 +171,22 @@ func boot(t testing.TB, s spec) *machine {
 	return m
 }
 
+// dump has QEMU write an ELF core file of the guest, and opens that.
+func (m *machine) dump(t testing.TB) *os.File {
+	t.Helper()
+	core := filepath.Join(t.TempDir(), "core")
+	if err := m.Run(t.Context(), "dump-guest-memory",
+		map[string]any{"paging": false, "protocol": "file:" + core}, nil); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(core)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
 func (m *machine) stop(t testing.TB) {
 	t.Helper()
 	if err := m.Stop(t.Context()); err != nil {

@@ -7,9 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"vacate/internal/qemu/qmp"
 	"vacate/lab/labtest"
@@ -26,20 +24,8 @@ func startContained(t *testing.T, args ...string) string {
 		append([]string{"--pid", "--fork", "--kill-child", "qemu-system-x86_64", "-nodefaults",
 			"-display", "none",
 			"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	for range 500 {
-		if _, err := os.Stat(sock); err == nil {
-			return sock
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	t.Fatal("qemu opened no monitor")
-	return ""
+	startWith(t, cmd, sock)
+	return sock
 }
 
 // TestProcess finds a QEMU's process and the threads of its CPUs from outside, be they numbered

@@ -35,6 +35,13 @@ func startQEMU(t *testing.T, args ...string) (string, *os.Process) {
 	sock := filepath.Join(t.TempDir(), "qmp")
 	cmd := exec.Command(bin, append([]string{"-nodefaults", "-display", "none",
 		"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
+	startWith(t, cmd, sock)
+	return sock, cmd.Process
+}
+
+// startWith starts a command that becomes a QEMU, and returns when that has opened its monitor.
+func startWith(t *testing.T, cmd *exec.Cmd, sock string) {
+	t.Helper()
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -43,12 +50,11 @@ func startQEMU(t *testing.T, args ...string) (string, *os.Process) {
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	for range 500 {
 		if _, err := os.Stat(sock); err == nil {
-			return sock, cmd.Process
+			return
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Fatal("qemu opened no monitor")
-	return "", nil
 }
 
 func dial(t *testing.T, path string) *qmp.Client {
