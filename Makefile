@@ -134,11 +134,12 @@ nightly: deps ## what takes a night, with new turns of chance: fuzzing, faults, 
 	cp .lab/faults.md .lab/kvm.md .lab/nightly/
 	@echo "docs/results has the results of the last night that was kept: compare, and copy from .lab/nightly"
 
-campaigns: deps ## with all guest kernels: overwrite what counts as free, and evict guests that verify every byte (root; hours)
+campaigns: deps ## with all guest kernels: overwrite what counts as free, and evict guests that verify every byte; 200 s without memory (root; hours)
 	mkdir -p .lab/nightly
 	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./lab/churn -run '^TestOverwrite$$' -kernel all -stops 1000 -out $(CURDIR)/.lab/nightly
 	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestChurn$$' -kernel all -evictions 100 -out $(CURDIR)/.lab/nightly
 	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestBackports$$'
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestNoMemory$$' -without-memory 200s
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)
