@@ -22,36 +22,36 @@ type image struct {
 	release        string // such as 6.1.0-56-cloud-amd64, or bareguest-6ac1fe4b
 }
 
-// images are the images made so far, and makes others; what fails is tried
-// again.
+// images makes images in a lab's directory.
 type images struct {
 	dir string
 	log *slog.Logger
-
-	mu    sync.Mutex
-	built map[string]*image // guarded by mu
 }
+
+// built are the images that this process has made, for all labs: the programs are built once. What
+// fails is tried again.
+var built = struct {
+	sync.Mutex
+	images map[string]*image
+}{images: map[string]*image{}}
 
 // get returns the image with the kernel and programs that a VM is to have.
 func (is *images) get(ctx context.Context, s *Spec) (*image, error) {
-	is.mu.Lock()
-	defer is.mu.Unlock()
+	built.Lock()
+	defer built.Unlock()
 	if s.BareMetal {
 		return bareImage(is.dir)
 	}
 	programs, _ := s.programs()
-	key := fmt.Sprint(s.Kernel, programs)
-	if img := is.built[key]; img != nil {
+	key := fmt.Sprint(is.dir, s.Kernel, programs)
+	if img := built.images[key]; img != nil {
 		return img, nil
 	}
 	img, err := buildImage(ctx, is.dir, s.Kernel, programs, is.log)
 	if err != nil {
 		return nil, fmt.Errorf("build guest image: %w", err)
 	}
-	if is.built == nil {
-		is.built = map[string]*image{}
-	}
-	is.built[key] = img
+	built.images[key] = img
 	return img, nil
 }
 
