@@ -21,6 +21,7 @@ type Guest struct {
 	changed chan struct{} // closed and replaced at every message
 	samples []Sample
 	clocks  []Clocks
+	ready   bool
 	hellos  int
 	hello   loadproto.Hello
 	lastSeq uint64
@@ -84,6 +85,8 @@ func (g *Guest) take(vm string, now time.Time, line []byte) {
 		return
 	}
 	switch m := m.(type) {
+	case loadproto.Ready:
+		g.ready = true
 	case loadproto.Hello:
 		g.hello, g.lastSeq = m, 0
 		g.hellos++

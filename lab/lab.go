@@ -46,6 +46,9 @@ type Options struct {
 	Rate uint64
 	// NoPin leaves the hosts' processes free to run on any core.
 	NoPin bool
+	// BootOnce has one guest of each kind boot, ever. VMs start from a file with that, in a
+	// fraction of the time, each with a load of its own. Labs of package labtest do.
+	BootOnce bool
 	// Log takes progress, such as downloads; default none.
 	Log *slog.Logger
 }
@@ -62,6 +65,7 @@ type Lab struct {
 	run   string // run directory
 	lock  *os.File
 	log   *slog.Logger
+	once  bool // Options.BootOnce
 	link  *link
 	image images
 	kvm   sync.Mutex // one looks whether KVM works
@@ -82,7 +86,7 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 	if err := Probe(); err != nil {
 		return nil, err
 	}
-	l := &Lab{log: opts.Log}
+	l := &Lab{log: opts.Log, once: opts.BootOnce}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}

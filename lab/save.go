@@ -22,12 +22,25 @@ func (vm *VM) Save(ctx context.Context) (*Saved, error) {
 			Bare)
 	}
 	s := &Saved{spec: vm.Spec, file: vm.Host.lab.run + "/" + vm.Name + "-saved", guest: newGuest()}
+	if err := vm.saveTo(ctx, s.file); err != nil {
+		return nil, vm.explain(err)
+	}
+	vm.Kill()
+	vm.Guest.mu.Lock()
+	defer vm.Guest.mu.Unlock()
+	s.guest.hello, s.guest.hellos, s.guest.lastSeq = vm.Guest.hello, vm.Guest.hellos,
+		vm.Guest.lastSeq
+	return s, nil
+}
+
+// saveTo writes a VM to a file. It does not run after that.
+func (vm *VM) saveTo(ctx context.Context, file string) error {
 	// It is not stopped before, as it would be stopped where it starts, too. What it writes to its
 	// memory comes while it stands.
 	err := vm.Execute(ctx, "migrate-set-parameters",
 		map[string]any{"downtime-limit": 60_000, "max-bandwidth": int64(1) << 40}, nil)
 	if err == nil {
-		err = vm.Execute(ctx, "migrate", map[string]any{"uri": "exec:cat >" + s.file}, nil)
+		err = vm.Execute(ctx, "migrate", map[string]any{"uri": "exec:cat >" + file}, nil)
 	}
 	for err == nil {
 		var m struct{ Status string }
@@ -35,19 +48,14 @@ func (vm *VM) Save(ctx context.Context) (*Saved, error) {
 			break
 		}
 		if m.Status == "completed" {
-			vm.Kill()
-			vm.Guest.mu.Lock()
-			defer vm.Guest.mu.Unlock()
-			s.guest.hello, s.guest.hellos, s.guest.lastSeq = vm.Guest.hello, vm.Guest.hellos,
-				vm.Guest.lastSeq
-			return s, nil
+			return nil
 		}
 		if m.Status == "failed" {
 			err = fmt.Errorf("its migration %s", m.Status)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return nil, vm.explain(fmt.Errorf("save VM %s: %w", vm.Name, err))
+	return fmt.Errorf("save VM %s: %w", vm.Name, err)
 }
 
 // Start starts the VM on a host. It returns when the guest runs there.

@@ -70,6 +70,7 @@ type Spec struct {
 	Extra     []string // more arguments for QEMU
 
 	server server // its disk is the VM's own
+	waits  bool   // the guest waits for its load's parameters
 }
 
 // AgentPort is the name of the agent's virtio-serial port.
@@ -210,7 +211,9 @@ var programName = regexp.MustCompile(`^[a-z][a-z0-9-]*$`)
 
 func (s *Spec) cmdline() string {
 	line := "console=ttyS0 oops=panic"
-	if s.Init == guestLoad {
+	if s.waits {
+		line += " vacate.wait"
+	} else if s.Init == guestLoad {
 		line += s.loadParameters()
 	}
 	if s.Cmdline != "" {
@@ -308,7 +311,7 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, bootTime+time.Duration(spec.MemoryMiB)*timePerMiB)
 	defer cancel()
-	vm, err := h.launch(ctx, spec, newGuest())
+	vm, err := h.begin(ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("boot VM on host %s: %w", h.Name, err)
 	}
@@ -324,6 +327,23 @@ func (h *Host) boot(ctx context.Context, spec Spec) (*VM, error) {
 		return nil, err
 	}
 	return vm, nil
+}
+
+// begin starts a VM whose guest boots, or has booted.
+func (h *Host) begin(ctx context.Context, spec Spec) (*VM, error) {
+	if h.lab.once {
+		img, err := h.lab.image.get(ctx, &spec)
+		if err == nil && spec.Accel == "" {
+			spec.Accel, err = h.lab.accelerator(ctx, spec, img)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if spec.startsBooted() {
+			return h.launchBooted(ctx, spec)
+		}
+	}
+	return h.launch(ctx, spec, newGuest())
 }
 
 // IncomingOptions differ from the VM whose guest is to come.

@@ -71,7 +71,7 @@ func New(t testing.TB, opts lab.Options) *lab.Lab {
 		t.Skip("short: boots VMs")
 	}
 	Need(t, lab.Probe())
-	opts.Dir = Dir(t)
+	opts.Dir, opts.BootOnce = Dir(t), true
 	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	l, err := lab.New(t.Context(), opts)
 	if err != nil {

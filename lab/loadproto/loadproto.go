@@ -8,6 +8,7 @@
 // the space before it. An eviction cuts one line in two, its halves written by
 // two QEMUs; the CRC tells such halves from lines. Numbers are in base 36.
 //
+//	ready                                  process 1 waits for its parameters (CommandBegin)
 //	hello VERSION PAGES WORKERS            all sets are written, work begins
 //	r SEQ CLOCK OPS BAD TOUCHES TOUCHES    ten times a second
 //	clocks TSC KVMCLOCK TICKS BACK ASYNC   with each r, by the bare guest alone
@@ -42,6 +43,9 @@ const MaxLine = 8192
 
 // Commands the host writes, each ended by a newline.
 const (
+	// CommandBegin gives a guest that is ready what was not known when it booted: the time, in
+	// nanoseconds since 1970, 64 bits of chance, and the parameters, each after a space.
+	CommandBegin = "begin"
 	// CommandCheck ends the work and has every page of every set checked.
 	CommandCheck = "check"
 	// CommandReboot reboots the guest; its load starts anew.
@@ -69,8 +73,11 @@ func knownSet(s string) bool {
 	return false
 }
 
-// A Message is one of Hello, Report, Clocks, BadWord, SetResult, Final and Fail.
+// A Message is one of Ready, Hello, Report, Clocks, BadWord, SetResult, Final and Fail.
 type Message interface{ appendFields([]byte) []byte }
+
+// Ready says that process 1 waits for CommandBegin.
+type Ready struct{}
 
 // Hello says that all sets are written and the work begins.
 type Hello struct {
@@ -202,6 +209,8 @@ func appendNumbers(b []byte, ns ...uint64) []byte {
 	return b
 }
 
+func (m Ready) appendFields(b []byte) []byte { return append(b, "ready"...) }
+
 func (m Hello) appendFields(b []byte) []byte {
 	return appendNumbers(append(b, "hello"...), m.Version, m.Pages, m.Workers)
 }
@@ -273,6 +282,9 @@ func parseFields(s string) (Message, error) {
 	kind, rest, _ := strings.Cut(s, " ")
 	if kind == "fail" {
 		return Fail{rest}, nil
+	}
+	if s == "ready" {
+		return Ready{}, nil
 	}
 	p := fields{rest: strings.Split(rest, " ")}
 	var m Message

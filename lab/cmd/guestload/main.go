@@ -24,6 +24,9 @@
 //	vacate.serve=USER,/FILE,ARGUMENT,...  mounts the disk /dev/vdb (ext4), and starts this program
 //	                    of it there, as a user by number
 //
+//	vacate.wait         process 1 loads no module, and waits for its parameters on the second
+//	                    serial port; those on the command line do not count
+//
 // It takes no note of parameters without "vacate.": others' are not to have it.
 //
 // It reports and takes commands on the second serial port; package loadproto

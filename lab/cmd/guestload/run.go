@@ -23,7 +23,10 @@ func run() error {
 	if err := mountAll(); err != nil {
 		return err
 	}
-	err := prepare()
+	err := await()
+	if err == nil {
+		err = prepare()
+	}
 	if err == nil {
 		// The load is a process like any other of a guest.
 		cmd := exec.Command("/init", loadArg)

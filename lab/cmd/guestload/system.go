@@ -103,11 +103,15 @@ func parseParams(cmdline string) (params, error) {
 }
 
 func readParams() (params, error) {
-	cmdline, err := os.ReadFile("/proc/cmdline")
-	if err != nil {
-		return params{}, err
+	line, waited := os.LookupEnv(paramsEnv)
+	if !waited {
+		cmdline, err := os.ReadFile("/proc/cmdline")
+		if err != nil {
+			return params{}, err
+		}
+		line = string(cmdline)
 	}
-	return parseParams(string(cmdline))
+	return parseParams(line)
 }
 
 // oneOf reports whether s is the first of two words, and fails if it is
