@@ -21,6 +21,7 @@ package memclient
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -58,18 +59,10 @@ func (o *Options) fill() error {
 	if o.Dial == nil {
 		o.Dial = new(net.Dialer).DialContext
 	}
-	if o.Conns == 0 {
-		o.Conns = 4
-	}
-	if o.Items == 0 {
-		o.Items = 2000
-	}
-	if o.Bytes == 0 {
-		o.Bytes = 4096
-	}
-	if o.Writes == 0 {
-		o.Writes = 0.1
-	}
+	o.Conns = cmp.Or(o.Conns, 4)
+	o.Items = cmp.Or(o.Items, 2000)
+	o.Bytes = cmp.Or(o.Bytes, 4096)
+	o.Writes = cmp.Or(o.Writes, 0.1)
 	if o.Conns < 1 || o.Items < o.Conns || o.Bytes < 16 || o.Bytes > MaxBytes || o.Rate < 0 {
 		return fmt.Errorf("client of memcached: want at least one connection, an item for each, "+
 			"values of 16 to %d bytes, and a rate: %d connections, %d items, %d bytes, %v per "+

@@ -9,6 +9,7 @@
 package pgclient
 
 import (
+	"cmp"
 	"context"
 	"crypto/md5"
 	"encoding/hex"
@@ -54,15 +55,9 @@ func Start(ctx context.Context, o Options) (*Client, error) {
 	if o.Dial == nil {
 		o.Dial = new(net.Dialer).DialContext
 	}
-	if o.Conns == 0 {
-		o.Conns = 4
-	}
-	if o.Writes == 0 {
-		o.Writes = 0.1
-	}
-	if o.Skew == 0 {
-		o.Skew = 1.1
-	}
+	o.Conns = cmp.Or(o.Conns, 4)
+	o.Writes = cmp.Or(o.Writes, 0.1)
+	o.Skew = cmp.Or(o.Skew, 1.1)
 	if o.Conns < 1 || o.Rows < o.Conns || !(o.Skew > 1) {
 		return nil,
 			fmt.Errorf("client of PostgreSQL: want at least one connection, a row for each, and "+
