@@ -57,12 +57,12 @@ nothing.
 		Example: `  On the source (10.0.0.1) the VM was started with
     qemu-system-x86_64 -machine pc-q35-7.2,accel=kvm -cpu host -smp 2 -m 4G \
       -drive file=/shared/vm7.raw,format=raw,if=virtio,cache=none \
-      -qmp unix:/run/vm7.qmp,server=on,wait=off
+      -display none -qmp unix:/run/vm7.qmp,server=on,wait=off
 
   On the destination (10.0.0.2):
     qemu-system-x86_64 -machine pc-q35-7.2,accel=kvm -cpu host -smp 2 -m 4G \
       -drive file=/shared/vm7.raw,format=raw,if=virtio,cache=none \
-      -qmp unix:/run/vm7.qmp,server=on,wait=off \
+      -display none -qmp unix:/run/vm7.qmp,server=on,wait=off \
       -S -incoming defer &
     vacate receive --qmp /run/vm7.qmp --listen 10.0.0.2:7601
 

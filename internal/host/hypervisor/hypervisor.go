@@ -8,8 +8,8 @@
 //	# The command line of its QEMU: not a shell's, one string for each argument.
 //	command = [
 //	  "/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm", "-cpu", "host",
-//	  "-smp", "2", "-m", "4G",
-//	  "-name", "{name}", "-drive", "file=/shared/{name}.raw,format=raw,if=virtio,cache=none",
+//	  "-smp", "2", "-m", "4G", "-name", "{name}", "-display", "none",
+//	  "-drive", "file=/shared/{name}.raw,format=raw,if=virtio,cache=none",
 //	  "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}",
 //	]
 //	qmp = "/run/vacate/{name}.qmp"      # its QMP socket, which vacate has for itself
