@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -71,7 +72,8 @@ be
 
 A VM (in vms, on both hosts, under one name; a host starts only what is here):
   command = ["/usr/bin/qemu-system-x86_64", "-machine", "pc-q35-7.2,accel=kvm",
-             "-m", "4G", "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
+             "-m", "4G", "-display", "none",
+             "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
   qmp     = "/run/vacate/{name}.qmp"
   user    = "qemu"
   start_timeout = "2m"                  # until QEMU answers; default: 30s
@@ -136,6 +138,9 @@ func run(ctx context.Context, config host.Config, format string) error {
 	if err != nil {
 		return err
 	}
+	if err := ready(); err != nil {
+		slog.New(handler).Warn("cannot tell systemd that this daemon serves", "error", err)
+	}
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	go func() {
@@ -149,6 +154,22 @@ func run(ctx context.Context, config host.Config, format string) error {
 		return err
 	}
 	return nil
+}
+
+// ready tells systemd, where that started the daemon, that others can connect from now on: they
+// wait until they are served. Commands that follow `systemctl start` then find the daemon.
+func ready() error {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return nil
+	}
+	conn, err := net.Dial("unixgram", path)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = conn.Write([]byte("READY=1"))
+	return err
 }
 
 func version() string {
