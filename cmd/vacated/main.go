@@ -50,6 +50,9 @@ The configuration (TOML):
   journal = "/var/lib/vacate"           # evictions, on a disk that keeps them
   vms     = "/etc/vacate/vms"           # NAME.toml for each VM, see below
   metrics = "127.0.0.1:9601"            # /metrics for Prometheus
+  give_back  = "30s"                    # free memory of a VM that has run elsewhere for so
+                                        # long; it can then not be resumed here
+  huge_pages = false                    # VMs that come stay in small pages; default: true
   [api]                                 # as the socket, over TLS
   listen    = ":7600"
   operators = ["admin"]                 # by the names in their certificates
@@ -59,14 +62,22 @@ The configuration (TOML):
   rate     = 500                        # Mbit/s at most to it; default: any
   fence    = ["/usr/local/sbin/ipmi-off", "{host}"]  # see below; default: none
   fence_time = "2m"                     # how long that may take
+  [libvirt]                             # know the domains of libvirt, too
+  uri       = "qemu:///system"
+  paths     = ["/srv/vms"]              # files that domains of other hosts may name
+  networks  = ["default", "br0"]        # networks that they may be on; "user" is QEMU's own
+  emulators = ["/usr/bin/qemu-system-x86_64"]  # QEMUs that they may have
   [guard]                               # evict by itself when overloaded
   goal      = "cpu<111%"                # what this host shall reach
   max_load  = 0.8                       # most load of a host that takes a VM
+  reserve   = 0.1                       # share of its memory that stays free there
   sustain   = "30s"                     # how long the goal is missed before
   settle    = "1m"                      # how long it rests after an eviction
   cool_down = "30m"                     # how long a VM then stays
-listen, metrics, api, guard and socket_group are off by default. In place of certs there may
-be
+  concurrent = 1                        # evictions at once
+  interval  = "5s"                      # how long each measurement takes
+listen, metrics, give_back, api, libvirt, guard and socket_group are off by
+default. In place of certs there may be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses
 
@@ -75,7 +86,9 @@ A VM (in vms, on both hosts, under one name; a host starts only what is here):
              "-m", "4G", "-display", "none",
              "-qmp", "unix:{qmp},server=on,wait=off", "{incoming}"]
   qmp     = "/run/vacate/{name}.qmp"
-  user    = "qemu"
+  user    = "qemu"                      # that QEMU runs as; default: vacated's
+  log     = "/var/log/vacate/{name}.log"  # QEMU's output; default: qmp with .log
+  env     = { LANG = "C.UTF-8" }        # all of its environment, but for PATH
   start_timeout = "2m"                  # until QEMU answers; default: 30s
   trust_disks = ["data"]                # on your word the same on the other host
   pinned  = true                        # never chosen to leave; default: false

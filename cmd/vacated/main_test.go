@@ -3,11 +3,16 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
 	"testing"
 
 	"vacate/internal/host"
+	"vacate/internal/host/hypervisor"
 )
 
 // A daemon that systemd starts says that it serves, and then others can connect.
@@ -56,5 +61,42 @@ vms = "`+dir+`"
 	stop()
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// The help names every setting.
+func TestHelpNamesSettings(t *testing.T) {
+	help := command().Long
+	var look func(of reflect.Type)
+	look = func(of reflect.Type) {
+		for of.Kind() == reflect.Pointer || of.Kind() == reflect.Map {
+			of = of.Elem()
+		}
+		if of.Kind() != reflect.Struct {
+			return
+		}
+		for f := range of.Fields() {
+			name, tagged := f.Tag.Lookup("toml")
+			if !tagged {
+				continue
+			}
+			if !regexp.MustCompile(`(?m)^  ?\[?` + name + `(\.\w+)?\]? `).MatchString(help) {
+				t.Errorf("nothing says what %s is", name)
+			}
+			look(f.Type)
+		}
+	}
+	look(reflect.TypeFor[host.Config]())
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "web1.toml"), "no-key = 1\n")
+	_, err := hypervisor.Find(dir, "web1")
+	_, keys, found := strings.Cut(fmt.Sprint(err), "there are ")
+	if !found {
+		t.Fatal(err)
+	}
+	for key := range strings.FieldsSeq(strings.NewReplacer(",", "", " and ", " ").Replace(keys)) {
+		if !regexp.MustCompile(`(?m)^  ` + key + ` +=`).MatchString(help) {
+			t.Errorf("nothing says what %s of a VM is", key)
+		}
 	}
 }

@@ -64,6 +64,11 @@ func (c Config) Check() (string, error) {
 	if err != nil {
 		errs = append(errs, err)
 	}
+	for _, vm := range vms {
+		if err := vm.Check(); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	if err := errors.Join(errs...); err != nil {
 		return "", err
 	}

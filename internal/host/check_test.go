@@ -150,6 +150,26 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%q, %v; want something about %q", says, err, want)
 		}
 	}
+	for want, change := range map[string][2]string{
+		"command: ": {"/bin/true", "/nowhere/qemu"},
+		"user = ":   {"qmp = ", "user = \"nobody-of-that-name\"\nqmp = "},
+	} {
+		file := path("vms/web1.toml")
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wrong := strings.Replace(string(text), change[0], change[1], 1)
+		if err := os.WriteFile(file, []byte(wrong), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if says, err := good.Check(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q, %v; want something about %q", says, err, want)
+		}
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 	self := good
 	self.Peers = map[string]Peer{"hosta": {}}
 	if h, err := Open(self, "test", nil); err == nil ||

@@ -38,6 +38,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -147,6 +148,19 @@ func Unread(err error) (list []*LoadError) {
 
 // File is the path of the description of a VM.
 func File(dir, name string) string { return filepath.Join(dir, name+suffix) }
+
+// Check returns an error if this host lacks the program or the user that a description names.
+func (vm VM) Check() error {
+	if _, err := exec.LookPath(vm.Command[0]); err != nil {
+		return fmt.Errorf("%s: command: %w", vm.file, err)
+	}
+	if vm.User != "" {
+		if _, err := credential(vm.User); err != nil {
+			return fmt.Errorf("%s: user = %q: %w", vm.file, vm.User, err)
+		}
+	}
+	return nil
+}
 
 // Find reads one description. It wraps ErrUnknown when there is none.
 func Find(dir, name string) (VM, error) {
@@ -301,6 +315,9 @@ func clean(path string) bool { return filepath.IsAbs(path) && filepath.Clean(pat
 
 const incoming = "{incoming}"
 
+// JSON that QEMU takes as an argument has a quotation mark after each brace, or the end.
+var placeholder = regexp.MustCompile(`\{[A-Za-z_]+\}`)
+
 func (vm *VM) setCommand(command []string) error {
 	switch {
 	case len(command) == 0:
@@ -311,6 +328,14 @@ func (vm *VM) setCommand(command []string) error {
 	case !clean(command[0]):
 		return fmt.Errorf("command begins with %.200q: the absolute path of a QEMU is needed",
 			command[0])
+	}
+	for _, arg := range command {
+		for _, p := range placeholder.FindAllString(arg, -1) {
+			if p != "{name}" && p != "{qmp}" && p != incoming {
+				return fmt.Errorf("command has %.200q: there is no %s, only {name}, {qmp} and %s",
+					arg, p, incoming)
+			}
+		}
 	}
 	placeholders := strings.NewReplacer("{name}", vm.Name, "{qmp}", vm.QMP)
 	monitor, place := false, false

@@ -132,11 +132,17 @@ func TestParse(t *testing.T) {
 		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"{incoming}\", \"{incoming}\"]", "twice"},
 		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"a{incoming}\"]",
 			"an argument of its own"},
+		{"qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", \"{incomming}\"]",
+			"there is no {incomming}, only {name}, {qmp} and {incoming}"},
 		{"qmp = \"\xff\"", "not UTF-8"},
 	} {
 		if vm, err := parse("vm", c.text); err == nil || !strings.Contains(err.Error(), c.say) {
 			t.Errorf("%s\nis %+v, %v; want %s", c.text, vm, err, c.say)
 		}
+	}
+	if _, err := parse("vm", "qmp = \"/q\"\ncommand = [\"/qemu\", \"{qmp}\", "+
+		`'{"driver": "file", "a": {}}'`+"]"); err != nil {
+		t.Errorf("JSON: %v", err)
 	}
 	trusting, err := parse("vm",
 		"qmp = \"/q\"\ncommand = [\"/qemu\", \"-qmp\", \"unix:/q\"]\ntrust_disks = [\"data\", "+

@@ -232,6 +232,8 @@ func TestStartFails(t *testing.T) {
 		command []string
 	}{
 		{"no-such-option: invalid option", qemu(t, "-no-such-option")},
+		// One that finds it when its monitor is there.
+		{"QEMU ended at once: ", qemu(t, "-drive", "file=/no/such/disk,format=raw")},
 		{"no such file", []string{"/no/such/qemu", "{qmp}"}},
 		{"deadline exceeded", []string{"/bin/sh", "-c", "exec sleep 1000 # {qmp}", "sh"}},
 		{"must become QEMU (exec)",

@@ -213,7 +213,15 @@ func answers(ctx context.Context, vm VM, twin bool, pid int,
 		}
 		again := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) ||
 			errors.Is(err, context.DeadlineExceeded) || errors.Is(err, qmp.ErrBusy)
-		if ctx.Err() == nil && !again {
+		if hung := errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) ||
+			errors.Is(err, syscall.EPIPE); ctx.Err() == nil && hung {
+			// A QEMU may make its monitor, and then find that it cannot start. Its log says more.
+			select {
+			case <-ended:
+			case <-time.After(attemptTime):
+				return process.Process{}, err
+			}
+		} else if ctx.Err() == nil && !again {
 			return process.Process{}, err
 		}
 		select {
