@@ -266,3 +266,32 @@ func (v *firmware) all() {
 	v.run("last", nil, nil, nil, nil, "")
 	v.goOn()
 }
+
+// A VM whose QEMU cannot run it, as another QEMU holds a disk, is not resumed. The error says why,
+// also where the time runs out while QEMU is told once more.
+func TestResumeSaysWhy(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a QEMU")
+	}
+	labtest.Need(t, lab.Probe())
+	stock, err := lab.StockQEMU(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := startFirmware(t, stock)
+	v.check(v.q.Run(v.ctx, "stop", nil, nil))
+	ctx, cancel := context.WithCancel(v.ctx)
+	defer cancel()
+	told := 0
+	o := &qemuSource{q: v.q, cont: func(ctx context.Context) error {
+		if told++; told == 1 {
+			return &qmp.Error{Command: "cont", Desc: `Failed to get "write" lock`}
+		}
+		cancel()
+		return ctx.Err()
+	}}
+	_, err = o.resume(ctx, true, "")
+	if err == nil || !strings.Contains(err.Error(), `Failed to get "write" lock`) {
+		t.Errorf("nothing says why: %v", err)
+	}
+}

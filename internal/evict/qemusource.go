@@ -188,26 +188,34 @@ func (o *qemuSource) catch(ctx context.Context, qemu process.Process,
 
 func (o *qemuSource) resume(ctx context.Context, ran bool, stood string) (qmp.Status, error) {
 	o.disarm(ctx)
-	var refused error
+	var refused error // why QEMU did not run the VM when it was last told to
+	// late says so where time runs out while QEMU is asked once more.
+	late := func(err error) error {
+		if ctx.Err() == nil || refused == nil {
+			return err
+		}
+		return fmt.Errorf("QEMU cannot run the VM: %w", refused)
+	}
 	for told := false; ; {
 		status, err := o.q.QueryStatus(ctx)
 		if err != nil {
-			return status, err
+			return status, late(err)
 		}
 		if status.Running || told || o.freezer != nil && o.freezer.resumed() {
 			return status, nil
 		}
 		// While the destination's QEMU lives, it may hold the locks of the disks.
 		if ran || stood == "suspended" && status.Status == "paused" {
-			refused = o.run(ctx) // a guest that was suspended is again, and does not run
+			err = o.run(ctx) // a guest that was suspended is again, and does not run
 		} else {
-			refused = fit.Activate(ctx, o.q)
+			err = fit.Activate(ctx, o.q)
 		}
 		var manager *libvirt.Error
-		if refused != nil && !isRefusal(refused) && !errors.Is(refused, fit.ErrInactive) &&
-			!errors.As(refused, &manager) {
-			return status, refused
+		if err != nil && !isRefusal(err) && !errors.Is(err, fit.ErrInactive) &&
+			!errors.As(err, &manager) {
+			return status, late(err)
 		}
+		refused = err
 		if told = refused == nil; told {
 			continue
 		}

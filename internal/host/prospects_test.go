@@ -66,6 +66,8 @@ func TestProspects(t *testing.T) {
 				"stands on host hosta, and lacks memory that only host hostb has, which has not " +
 					"answered for 5 s", "vacate status web1"}},
 		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
+		{"about to be resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, false, nil,
+			[]string{"stands frozen until its QEMU can run it", "locks of its disks"}},
 		{"resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, true, nil,
 			[]string{"hostb has not heard that yet"}},
 		{"over", journal.Source, evict.MarkCompleted, "", true, 0, true, nil, nil},

@@ -95,6 +95,14 @@ func (v *eviction) does() string {
 // may choose between.
 func (v *eviction) prospects() (advice string, remedies []string) {
 	r, here := v.entry.Record(), v.host.name()
+	if r.Untold && !v.ended() {
+		return fmt.Sprintf(
+			"An operator decided that VM %s goes on on host %s. It stands frozen until its QEMU "+
+				"can "+
+				"run it: a QEMU of it on host %s may hold the locks of its disks. That host is "+
+				"told "+
+				"as soon as vacated there answers, and ends that QEMU", r.VM, here, r.Peer), nil
+	}
 	if r.Untold {
 		return fmt.Sprintf(
 			"VM %s is on host %s again by an operator's word. Host %s has not heard that yet: "+
@@ -167,6 +175,12 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		discard)
 }
 
+// advice is prospects without the commands.
+func (v *eviction) advice() string {
+	advice, _ := v.prospects()
+	return advice
+}
+
 // undecidable says why it is not for an operator to decide.
 func (v *eviction) undecidable() string {
 	r, here := v.entry.Record(), v.host.name()
@@ -174,6 +188,10 @@ func (v *eviction) undecidable() string {
 	switch {
 	case v.ended():
 		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
+	case m == evict.MarkResumedHere:
+		return fmt.Sprintf(
+			"an operator decided already that VM %s goes on on host %s, and vacated "+
+				"sees to that: vacate status %[1]s", r.VM, here)
 	case m == evict.MarkAccepted:
 		return fmt.Sprintf("VM %s was not told to run on host %s yet: `vacate abort %.8v` keeps "+
 			"it on host %s", r.VM, here, r.ID, r.Peer)
@@ -303,6 +321,10 @@ func (v *eviction) carryOut(ctx context.Context, s evict.Source, m evict.Mark, w
 		return err
 	case err != nil:
 		v.recoverSource()
+		if v.mark() == evict.MarkResumedHere {
+			return &stateError{fmt.Errorf("%w. The decision stands, and vacated tries again. %s",
+				err, v.advice())}
+		}
 	}
 	return err
 }
