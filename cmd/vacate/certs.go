@@ -73,7 +73,8 @@ replaces the certificate and the key of one that is there.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "%s is %s until %s\n", clean(out), info.Name,
+			fmt.Fprintf(c.OutOrStdout(), "made the certificate of %s in %s, good until %s; next: "+
+				"copy the files to /etc/vacate/certs there\n", info.Name, clean(out),
 				info.NotAfter.UTC().Format("2006-01-02 15:04 MST"))
 			return nil
 		},

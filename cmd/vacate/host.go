@@ -312,6 +312,10 @@ has changed, but at most ten times a second, and when it has ended.
 			s.note("%s: %s", clean(last.Vm), clean(last.Reason))
 		}
 		s.close()
+		if !asJSON && last.Outcome == string(evict.Completed) {
+			sentence, _ := sceneOf(last, false).tell(evict.Progress{State: evict.Completed})
+			fmt.Fprintln(c.OutOrStdout(), sentence+".")
+		}
 		return failure(last)
 	}
 	return c

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 
+	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/htmlreport"
 
 	"github.com/spf13/cobra"
@@ -31,9 +32,7 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 			return nil, err
 		}
 		if e.Report == nil {
-			return nil,
-				fmt.Errorf("this host has no report of eviction %s: it has not ended, or it "+
-					"came into this host, and the other one has the report", e.Id)
+			return nil, noReport(e)
 		}
 		report, err := e.Report.Engine()
 		if err != nil {
@@ -60,4 +59,22 @@ time, and the guest's memory as a map that shows when each page came, and why.`,
 	})
 	c.Flags().StringVar(&file, "html", "", "write a page to `FILE`; - is standard output")
 	return c
+}
+
+// noReport says why this host has no report of an eviction, and what to type.
+func noReport(e *hostv1.Eviction) error {
+	id, vm := fmt.Sprintf("%.8s", clean(e.Id)), clean(e.Vm)
+	if e.Role == "destination" {
+		return fmt.Errorf(
+			"eviction %s brought VM %s to this host: its report is on host %s (vacate "+
+				"report %[1]s there). Those of evictions out of this host: vacate report ID, "+
+				"with an ID "+
+				"of vacate status", id, vm, clean(e.Peer))
+	}
+	if e.EndedAt == nil {
+		return fmt.Errorf("eviction %s of VM %s has not ended: vacate watch %[1]s follows it", id,
+			vm)
+	}
+	return fmt.Errorf("eviction %s of VM %s ended without a report: vacate status %[1]s says how",
+		id, vm)
 }

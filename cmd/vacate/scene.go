@@ -125,6 +125,9 @@ func (s scene) summary(r evict.Report) string {
 	if end == evict.ShutDown {
 		sentence += ": " + clean(r.Reason)
 	}
+	if strings.HasPrefix(sentence, "the ") {
+		sentence = strings.ToUpper(sentence[:1]) + sentence[1:]
+	}
 	lines = append(lines, sentence+".")
 	var times []string
 	add := func(format string, seconds *float64) {

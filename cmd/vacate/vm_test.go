@@ -314,7 +314,7 @@ func TestVM(t *testing.T) {
 		t.Error("the destination's QEMU is gone, although it was not touched")
 	}
 	twin.Kill()
-	if text := strings.Join(src.rest(), "\n"); text != "the VM stays here." {
+	if text := strings.Join(src.rest(), "\n"); text != "The VM stays here." {
 		t.Errorf("the report is %s", text)
 	}
 	mustWork(t, back)

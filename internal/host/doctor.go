@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"vacate/internal/evict"
@@ -195,7 +197,13 @@ func (h *Host) silent(to string, err error) doctor.Finding {
 // lookAt asks a VM's QEMU what matters of it.
 func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 	q, err := qmp.Dial(ctx, vm.QMP)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil,
+			fmt.Errorf("VM %s does not run here: no QEMU listens at %s. If it was evicted, "+
+				"`vacate status %[1]s` says where to. Otherwise `vacate start %[1]s` starts it",
+				vm.Name,
+				vm.QMP)
+	} else if err != nil {
 		return nil, fmt.Errorf("VM %s does not run here: %w", vm.Name, err)
 	}
 	defer q.Close()

@@ -244,7 +244,7 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 	case seen.State != hypervisor.Running && !force:
 		return &stateError{
 			fmt.Errorf("VM %s on host %s is %s, and cannot heed its power button: it was not "+
-				"touched. To end its QEMU: vacate stop %[1]s --force", name, h.name(), seen.State)}
+				"touched. To end its QEMU: vacate stop %[1]s --timeout 0 --force", name, h.name(), seen.State)}
 	}
 	if seen.State == hypervisor.Running && limit > 0 {
 		ended, off, err := powerOff(ctx, vm, seen, limit)
@@ -257,7 +257,8 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 		return &stateError{fmt.Errorf(
 			"VM %s was told to power itself off, and has not done so within %v: it runs on, and "+
 				"may do so later. "+
-				"To end its QEMU, as by a loss of power: vacate stop %[1]s --force", name, limit)}
+				"To end its QEMU, as by a loss of power: vacate stop %[1]s --timeout 0 --force",
+			name, limit)}
 	}
 	quit, cancel := context.WithTimeout(ctx, quitTime)
 	defer cancel()
