@@ -244,7 +244,8 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 	case seen.State != hypervisor.Running && !force:
 		return &stateError{
 			fmt.Errorf("VM %s on host %s is %s, and cannot heed its power button: it was not "+
-				"touched. To end its QEMU: vacate stop %[1]s --timeout 0 --force", name, h.name(), seen.State)}
+				"touched. To end its QEMU: vacate stop %[1]s --timeout 0 --force", name, h.name(),
+				seen.State)}
 	}
 	if seen.State == hypervisor.Running && limit > 0 {
 		ended, off, err := powerOff(ctx, vm, seen, limit)
