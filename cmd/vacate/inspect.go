@@ -32,7 +32,7 @@ return path; vacate finds out which. FILE may be compressed with gzip; - is
 standard input. A stream that was cut and recovered is in several files: name
 the first one first.
 
-It understands what a post-copy migration needs (package migstream tells). A
+It understands what a post-copy migration needs (see package migstream). A
 stream that is malformed is shown as far as it was understood, followed by the
 error with the byte's offset in the uncompressed file, and the exit code is 1.
 

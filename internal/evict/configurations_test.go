@@ -121,12 +121,12 @@ var configurations = []struct {
 			args: plain +
 				" -object memory-backend-file,id=ram,size=256M,share=on,mem-path={dir}/ram " +
 				"-machine memory-backend=ram",
-			says: []string{"the kernel cannot have its pages brought"}},
+			says: []string{"the kernel has no userfaultfd for"}},
 		{name: "file on a disk, private",
 			args: plain +
 				" -object memory-backend-file,id=ram,size=256M,share=off,mem-path={dir}/ram " +
 				"-machine memory-backend=ram",
-			says: []string{"the kernel cannot have its pages brought"}},
+			says: []string{"the kernel has no userfaultfd for"}},
 		{name: "file on a disk to memfd",
 			args: plain +
 				" -object memory-backend-file,id=ram,size=256M,share=on,mem-path={dir}/ram " +
@@ -148,7 +148,7 @@ var configurations = []struct {
 		{name: "NVDIMM on a disk",
 			args: "-M pc,nvdimm=on -m slots=2,maxmem=1G -object " +
 				"memory-backend-file,id=m,size=128M,share=on,mem-path={dir}/nv -device " +
-				"nvdimm,memdev=m", says: []string{"the kernel cannot have its pages brought"}},
+				"nvdimm,memdev=m", says: []string{"the kernel has no userfaultfd for"}},
 		{name: "virtio-mem, machine of 7.2",
 			args: "-M pc-i440fx-7.2 -m slots=1,maxmem=1G -object " +
 				"memory-backend-ram,id=m,size=128M -device " +

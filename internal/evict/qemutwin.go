@@ -181,7 +181,7 @@ func (o *qemuTwin) loaded(ctx context.Context) (bool, error) {
 	case status.Status == "paused":
 		return true, nil
 	case status.Status != "inmigrate":
-		return false, fmt.Errorf("the destination's QEMU went to state %q in place of paused",
+		return false, fmt.Errorf("the destination's QEMU went to state %q, not to paused",
 			status.Status)
 	}
 	return false, nil

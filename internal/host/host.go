@@ -93,8 +93,8 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	}()
 	if !c.Plain {
 		problem := func(err error) {
-			log.Error("the certificate files were replaced by some that cannot be used; those "+
-				"of before stay", "error", err)
+			log.Error("the new certificate files cannot be used; the old ones stay in use", "error",
+				err)
 		}
 		if h.identity, err = certs.Load(c.Certs, problem); err != nil {
 			return nil,

@@ -126,11 +126,10 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		}
 		advice = fmt.Sprintf(
 			"VM %[1]s %[4]s that only host %[3]s has, which has not answered for %.0[5]f s. "+
-				"Where vacated on %[3]s is back, the eviction goes on by itself. Should an "+
-				"operator have had the VM resumed on %[3]s meanwhile, "+
-				"two copies run: look there (vacate status %[1]s). If it runs there, the copy "+
-				"on %[2]s has to be ended; %[3]s sees to that, too, "+
-				"as soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
+				"When vacated on %[3]s is back, the eviction goes on by itself. But if an "+
+				"operator resumed the VM on %[3]s meanwhile, two copies run: look there (vacate "+
+				"status %[1]s). If it runs there, end the copy on %[2]s; %[3]s does so, too, as "+
+				"soon as it reaches %[2]s", r.VM, here, r.Peer, is, silent.Seconds())
 		if silent >= offerAfter {
 			remedies = []string{discard}
 		}
@@ -511,10 +510,10 @@ func (v *eviction) overrule(r *evict.Request) {
 				rec.Peer), false, nil)
 		return
 	}
-	log.Warn("an operator had the VM resumed at the source: the copy here is ended", "mark",
+	log.Warn("an operator resumed the VM at the source: the copy here is ended", "mark",
 		rec.Mark)
 	err := v.endTwin(
-		fmt.Errorf("an operator had VM %s resumed on host %s: the copy on host %s was ended",
+		fmt.Errorf("an operator resumed VM %s on host %s: the copy on host %s was ended",
 			rec.VM, rec.Peer, v.host.name()))
 	if err != nil {
 		log.Error("the copy of the VM here does not end: end its QEMU by hand", "pid", rec.PID,

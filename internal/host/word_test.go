@@ -245,7 +245,7 @@ func TestWord(t *testing.T) {
 		t.Error("the destination has heard, and its copy runs on")
 	}
 	if e := r.over(r.b, "lost contact"); !strings.Contains(e.Reason,
-		"an operator had VM web1 resumed on host hosta") || e.EndedAt == nil {
+		"an operator resumed VM web1 on host hosta") || e.EndedAt == nil {
 		t.Errorf("the destination: %v", e)
 	}
 	labtest.MustCheck(t, r.vm)

@@ -129,8 +129,8 @@ func explainTLS(err error, name string) error {
 		return fmt.Errorf("%w: it does not answer with TLS: does it listen for plain links?",
 			ErrPeer)
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("%w: it closed the connection in place of a handshake of TLS (%v): "+
-			"does it listen for plain links?", ErrPeer, err)
+		return fmt.Errorf("%w: it closed the connection and made no TLS handshake (%v): does it "+
+			"listen for plain links?", ErrPeer, err)
 	case errors.As(err, &hostname):
 		return fmt.Errorf("%w: who answers is not %q: %w", ErrUnauthenticated, name, err)
 	case errors.As(err, &authority):

@@ -305,7 +305,7 @@ func (g *Guest) readKallsyms() error {
 	} {
 		var ok bool
 		if *to, ok = g.info.symbol(name); !ok {
-			return fmt.Errorf("vmcoreinfo does not tell of %s", name)
+			return fmt.Errorf("vmcoreinfo lacks %s", name)
 		}
 	}
 	count, err := g.readU32(at.count)
@@ -383,7 +383,7 @@ func (g *Guest) readPart(dst []byte, va uint64) int {
 func (g *Guest) searchImage() error {
 	text, ok := g.info.symbol("_stext")
 	if !ok {
-		return errors.New("vmcoreinfo does not tell of _stext")
+		return errors.New("vmcoreinfo lacks _stext")
 	}
 	const imageSize = 64 << 20 // larger than any image with its data
 	image := make([]byte, imageSize)
@@ -392,7 +392,7 @@ func (g *Guest) searchImage() error {
 	}
 	g.types = findTypes(image)
 	if g.types == nil {
-		return errors.New("it tells neither of kallsyms nor of btf")
+		return errors.New("it has neither kallsyms nor btf")
 	}
 	comm, err1 := g.types.field("task_struct", "comm")
 	tasks, err2 := g.types.field("task_struct", "tasks")

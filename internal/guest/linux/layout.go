@@ -170,7 +170,7 @@ func (g *Guest) learnLayout() error {
 	var ok bool
 	if l.sectionTable, ok = g.info.symbol("mem_section"); !ok {
 		a.miss(
-			errors.New("vmcoreinfo does not tell of mem_section: build the kernel with " +
+			errors.New("vmcoreinfo lacks mem_section: build the kernel with " +
 				"CONFIG_SPARSEMEM_EXTREME"))
 	}
 
@@ -206,7 +206,7 @@ func (g *Guest) learnLayout() error {
 	}
 	if l.nodeData, ok = g.info.symbol("node_data"); !ok {
 		a.miss(
-			errors.New("vmcoreinfo does not tell of node_data: build the kernel with CONFIG_NUMA"))
+			errors.New("vmcoreinfo lacks node_data: build the kernel with CONFIG_NUMA"))
 	}
 	l.nodes = a.number("LENGTH(node_data)", 1, 1024)
 	if len(a.errs) > 0 {

@@ -349,7 +349,7 @@ func parseCerts(b []byte) (all []*x509.Certificate, err error) {
 func readFile(file string, private bool) ([]byte, error) {
 	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: `vacate certs --help` tells how to make it", err)
+		return nil, fmt.Errorf("%w: `vacate certs --help` says how to make it", err)
 	} else if err != nil {
 		return nil, err
 	}

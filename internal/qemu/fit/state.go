@@ -45,15 +45,15 @@ var stuck = map[string]Reason{
 	"finish-migrate": {"is being moved by QEMU itself",
 		"wait for its end, or `migrate_cancel` in QEMU's monitor"},
 	"postmigrate": {"was moved away by QEMU itself, and this is what is left of it",
-		"look for it where it went; if it is not there, `cont` in QEMU's monitor has it run here"},
+		"look for it where it went; if it is not there, `cont` in QEMU's monitor resumes it here"},
 	"restore-vm": {"is being restored from a snapshot", "wait for its end"},
 	"save-vm":    {"is being saved to a snapshot", "wait for its end"},
 	"colo": {"is replicated by QEMU (COLO)",
 		"end that: `x-colo-lost-heartbeat` in QEMU's monitor"},
-	"debug": {"is held by a debugger", "have it let the VM go on"},
+	"debug": {"is held by a debugger", "tell it to let the VM go on"},
 	"shutdown": {"has shut down, and only its QEMU is left",
 		"end that (`quit` in its monitor), and start the VM on the other host; or " +
-			"`system_reset` and `cont` have it start here"},
+			"`system_reset` and `cont` start it here"},
 	"internal-error": {"was given up by QEMU, and has to be reset",
 		"`system_reset` in QEMU's monitor; or end that (`quit`), and start the VM on the other " +
 			"host"},
@@ -78,7 +78,7 @@ func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 		why, ok := stuck[status]
 		if !ok {
 			why = Reason{"is in a state that vacate does not know",
-				"have it run: `cont` in QEMU's monitor"}
+				"resume it: `cont` in QEMU's monitor"}
 		}
 		r.add(why.Remedy, "%s (%s)", why.Text, status)
 	}
@@ -86,7 +86,7 @@ func StateOf(status string, source, destination qmp.Version) (r Reasons) {
 }
 
 // ErrInactive is wrapped by the error of disks that QEMU does not take hold of again.
-var ErrInactive = errors.New("QEMU does not take hold of the VM's disks again")
+var ErrInactive = errors.New("QEMU cannot activate the VM's disks again")
 
 // Activate makes a QEMU whose VM stands take its disks back, if it gave them up, as it does when it
 // saves its devices. `cont` does that, too, but also runs the guest. Where another QEMU has their

@@ -144,11 +144,11 @@ func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Bloc
 		}
 	}
 	if none != nil {
-		err = fmt.Errorf("none of its heap's %d MiB tells where memory %q lies", searched>>20, none)
+		err = fmt.Errorf("none of its heap's %d MiB says where memory %q lies", searched>>20, none)
 	}
 	if several != nil {
 		err = errors.Join(err,
-			fmt.Errorf("its heap tells several places where memory %q lies", several))
+			fmt.Errorf("its heap says that memory %q lies in several places", several))
 	}
 	if err != nil {
 		return nil, err
@@ -174,7 +174,7 @@ func apart(blocks []Block, records map[string][]finding) error {
 	})
 	for i, b := range byPlace {
 		if i > 0 && byPlace[i-1].HVA+byPlace[i-1].space() > b.HVA {
-			return fmt.Errorf("its heap tells one place where memory %q and %q lie",
+			return fmt.Errorf("its heap says that memory %q and %q lie in one place",
 				byPlace[i-1].Name, b.Name)
 		}
 	}
@@ -183,7 +183,7 @@ func apart(blocks []Block, records map[string][]finding) error {
 		n, _ := slices.BinarySearchFunc(byPlace, at,
 			func(b Block, at uint64) int { return cmp.Compare(b.HVA, at+1) })
 		if n > 0 && at < byPlace[n-1].HVA+byPlace[n-1].space() {
-			return fmt.Errorf("what tells where memory %q lies is in the guest's own memory %q",
+			return fmt.Errorf("what says where memory %q lies is in the guest's own memory %q",
 				b.Name, byPlace[n-1].Name)
 		}
 	}

@@ -106,7 +106,7 @@ func (m *Memory) frame(at uint64) (uint64, error) {
 	case entry&pagemapUsed != 1<<63:
 		return 0, nil
 	case entry&pagemapFrame == 0:
-		return 0, fmt.Errorf("%w: the kernel tells frames only with CAP_SYS_ADMIN", unix.EPERM)
+		return 0, fmt.Errorf("%w: the kernel names frames only with CAP_SYS_ADMIN", unix.EPERM)
 	}
 	return entry & pagemapFrame, nil
 }

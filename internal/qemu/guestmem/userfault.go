@@ -88,6 +88,6 @@ func (m *Memory) CanFault(block int) error {
 		}
 	}
 	name, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", back.file.Fd()))
-	return fmt.Errorf("memory %q is the file %s on %s, and the kernel cannot have its pages "+
-		"brought from elsewhere there (%w)", b.Name, name, kind, err)
+	return fmt.Errorf("memory %q is the file %s on %s, and the kernel has no userfaultfd for "+
+		"files there (%w)", b.Name, name, kind, err)
 }

@@ -316,9 +316,9 @@ func readGreeting(r *bufio.Reader) (*greeting, error) {
 
 func stoppedError(pid int) error {
 	return fmt.Errorf(
-		"%w (process %d): an eviction has frozen its VM, which `vacate status` tells, or "+
-			"somebody sent it SIGSTOP: "+
-			"do not let it go on before you know where the VM runs", ErrStopped, pid)
+		"%w (process %d): an eviction has frozen its VM, or somebody sent it SIGSTOP. `vacate "+
+			"status` says which. Do not let it go on before you know where the VM runs", ErrStopped,
+		pid)
 }
 
 // stoppedBehind returns the process that is stopped and was told on its command line to make a
