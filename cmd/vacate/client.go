@@ -90,6 +90,9 @@ func (d *daemon) explain(err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case d.host != "" && turnedAway(err):
+		return fmt.Errorf("the daemon of %s does not take the certificate in %s: its name must be "+
+			"among api.operators there, and both need the same CA: %w", d.host, d.certs, err)
 	case d.host != "" && (connect.CodeOf(err) == connect.CodeUnavailable ||
 		errors.Is(err, context.DeadlineExceeded)):
 		return fmt.Errorf("the daemon of %s does not answer; it needs api.listen and "+
@@ -107,6 +110,13 @@ func (d *daemon) explain(err error) error {
 		return errors.New(said.Message())
 	}
 	return err
+}
+
+// turnedAway reports whether another host's daemon ended the connection over the certificate. In
+// TLS 1.3 that may come as late as the request.
+func turnedAway(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error" || errors.Is(err, syscall.EPIPE)
 }
 
 // away reports whether an error says that the daemon went away, or is stopping.

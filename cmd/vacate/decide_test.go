@@ -81,3 +81,10 @@ func TestDecider(t *testing.T) {
 		})
 	}
 }
+
+// Texts of several lines, such as what a decision lacks, become one sentence after the other.
+func TestCleanJoinsSentences(t *testing.T) {
+	if got := clean("One ends.\nTwo\nthree"); got != "One ends. Two; three" {
+		t.Errorf("%q", got)
+	}
+}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -167,8 +168,8 @@ reason, and what an operator may do.`,
 		t.Flush()
 		for _, e := range r.Msg.Evictions {
 			if len(e.Remedy) > 0 || e.Damage != "" {
-				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n", clean(e.Vm),
-					clean(e.Id))
+				fmt.Fprintf(w, "\n%s needs an operator: see vacate status %.8s\n",
+					cmp.Or(clean(e.Vm), "an eviction"), clean(e.Id))
 			}
 		}
 		if s, err := d.Status(ctx, connect.NewRequest(&hostv1.StatusRequest{})); err == nil &&
@@ -231,8 +232,10 @@ func describe(w io.Writer, e *hostv1.Eviction) {
 	}
 	line("eviction", "%s", e.Id)
 	line("VM", "%s", e.Vm)
-	line("this host", "is the %s", e.Role)
-	line("other host", "%s (%s)", e.Peer, e.PeerAddress)
+	if e.Damage == "" { // else it is not known
+		line("this host", "is the %s", e.Role)
+		line("other host", "%s (%s)", e.Peer, e.PeerAddress)
+	}
 	line("state", "%s", stateOf(e))
 	line("journal", "%s", e.Mark)
 	line("begun", "%s", e.StartedAt.AsTime().Local().Format(time.DateTime))
@@ -295,6 +298,9 @@ has changed, but at most ten times a second, and when it has ended.
 		e, err := d.find(c.Context(), args[0])
 		if err != nil {
 			return err
+		}
+		if e.Damage != "" {
+			return errors.New(e.Damage)
 		}
 		to := display(newLines(sceneOf(e, verbose), os.Stderr))
 		var seen func(*hostv1.Eviction)
@@ -408,7 +414,7 @@ func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
 	}
 	what := fmt.Sprintf("The copy of VM %s on this host will be ended.", vm)
 	if resume {
-		what = fmt.Sprintf("VM %s will go on on this host, from when it was frozen.", vm)
+		what = fmt.Sprintf("VM %s will run on this host again, from when it was frozen.", vm)
 	}
 	return ask(what, "--confirm "+vm, vm, &o.confirm)
 }

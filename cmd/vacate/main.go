@@ -97,7 +97,7 @@ func explain(err error) string {
 
 // clean makes a text that may quote a peer, a file or a guest fit for one line of a terminal.
 func clean(s string) string {
-	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
+	s = strings.NewReplacer(".\n", ". ", "\n", "; ").Replace(strings.TrimSpace(s))
 	return strings.Map(func(r rune) rune {
 		if unicode.IsGraphic(r) {
 			return r

@@ -120,3 +120,34 @@ func TestProspects(t *testing.T) {
 		})
 	}
 }
+
+// Of an eviction whose record is damaged nobody knows where the VM is, so nothing is said of it but
+// that, whatever is asked for.
+func TestDamagedIsNotGuessedAt(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "journal")
+	j, err := journal.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: journal.Source, VM: "web1",
+		Peer: "hostb", Mark: string(evict.MarkMayRun)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.Close()
+	log := filepath.Join(dir, entry.ID().String(), "log")
+	if err := os.WriteFile(log, []byte("not a journal"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = journal.Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	h := &Host{started: time.Now(), config: Config{Name: "hosta"}}
+	v := h.newEviction(j.Find(entry.ID()))
+	for _, says := range []string{v.undecidable(), v.unabortable()} {
+		if !strings.Contains(says, "damaged") || strings.Contains(says, "runs on") {
+			t.Errorf("it is said of a damaged eviction: %s", says)
+		}
+	}
+}

@@ -185,6 +185,8 @@ func (v *eviction) undecidable() string {
 	r, here := v.entry.Record(), v.host.name()
 	m := evict.Mark(r.Mark)
 	switch {
+	case v.entry.Err() != nil:
+		return v.entry.Err().Error()
 	case v.ended():
 		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
 	case m == evict.MarkResumedHere:
@@ -215,7 +217,7 @@ func (v *eviction) unabortable() string {
 		fmt.Sprintf("VM %s may run on host %s, which does not answer at the moment: see vacate "+
 			"status %[1]s", r.VM, r.Peer)
 	switch {
-	case v.ended():
+	case v.ended(), v.entry.Err() != nil:
 		return v.undecidable()
 	case state == evict.CutOff:
 		where =
