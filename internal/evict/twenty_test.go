@@ -12,11 +12,12 @@ import (
 // The guest moves to and fro between the hosts. It checks all of its memory at the end of every
 // journey.
 func TestTwenty(t *testing.T) {
+	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	const journeys, legs = 4, 5
 	for range journeys {
-		vm := boot(t, l, lab.Spec{MemoryMiB: 1024,
-			Load: lab.Load{HotMiB: 200, IdleMiB: 200, OtherMiB: 50, FileMiB: 4}})
+		vm := boot(t, l, lab.Spec{
+			Load: lab.Load{HotMiB: 80, IdleMiB: 80, OtherMiB: 20, FileMiB: 4}})
 		from, to := l.A, l.B
 		for range legs {
 			twin, err := to.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})
