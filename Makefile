@@ -13,7 +13,7 @@ CHAOS    ?= 1
 WORKERS  ?= 5
 REFUSALS ?= 50
 KVM      ?= 4
-JOBS     ?= 1
+JOBS     ?= 3
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -26,11 +26,11 @@ NOTESTS = TestRecord|TestKVM|TestKVMSpeed
 TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
-SEQUENTIAL = vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
+SEQUENTIAL = vacate/internal/guest/inspect vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
 # So do these, of vacate/internal/evict: the model check, and paths in simulated time.
 COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp
-# These measure how busy the machine is: nothing else may run meanwhile.
-QUIET = vacate/internal/sys/pressure vacate/lab/bench
+# This measures how busy the machine is: nothing else may run meanwhile.
+QUIET = vacate/internal/sys/pressure
 # So do these, of vacate/internal/host.
 MEASURING = TestRelieve|TestGuard
 
@@ -47,7 +47,7 @@ help: ## this list
 build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
-# With JOBS=2 the longest package comes first, and the others run beside it.
+# The longest package comes first, and the others run beside it: most tests wait most of the time.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))

@@ -138,10 +138,14 @@ func lockDisk(t *testing.T, _ *lab.Lab, vm, twin *lab.VM) {
 // However an eviction fails before the commit, the guest runs on where it was. One guest goes
 // through all failures, one after the other, and works on in between. In the end it is evicted for
 // good, and finds all of its memory as it was.
-func TestAborts(t *testing.T) { testAborts(t, lab.QEMU{}, slices.Concat(attempts, switches)) }
+func TestAborts(t *testing.T) {
+	t.Parallel()
+	testAborts(t, lab.QEMU{}, slices.Concat(attempts, switches))
+}
 
 // The same with the newest QEMU.
 func TestAbortsBackports(t *testing.T) {
+	t.Parallel()
 	labtest.New(t, lab.Options{}) // skips the test where there is none
 	q, err := lab.BackportsQEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)
@@ -157,6 +161,7 @@ func TestAbortsBackports(t *testing.T) {
 
 // Failures while the VM is being frozen, with the version of QEMU in between.
 func TestSwitchesDebian12(t *testing.T) {
+	t.Parallel()
 	labtest.New(t, lab.Options{}) // skips the test where there is none
 	q, err := lab.Backports12QEMU(labtest.Within(t, 5*time.Minute), labtest.Dir(t))
 	labtest.Need(t, err)

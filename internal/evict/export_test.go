@@ -21,6 +21,7 @@ import (
 
 // A VM that was frozen, and whose QEMU is gone, runs on from its exported file.
 func TestExport(t *testing.T) {
+	t.Parallel()
 	load := lab.Load{HotMiB: 60, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
 	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t,
 		lab.Backports12QEMU)

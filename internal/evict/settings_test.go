@@ -16,6 +16,7 @@ import (
 // After an eviction both QEMUs are like any other. The one that has the VM has its own settings,
 // can migrate, saves a snapshot, and can be evicted.
 func TestAfterwards(t *testing.T) {
+	t.Parallel()
 	stock, newest := lab.StockQEMU, cached(t, lab.BackportsQEMU)
 	for name, find := range map[string]func(context.Context) (lab.QEMU, error){"stock": stock,
 		"newest": newest} {

@@ -33,6 +33,7 @@ func whenIn(t *testing.T, twin *lab.VM, do func()) (wait func()) {
 // A guest that ends itself while its memory comes in is shut down. The copy on the source goes, and
 // no message offers to resume it.
 func TestShutDown(t *testing.T) {
+	t.Parallel()
 	// On this link the memory takes a minute.
 	l := labtest.New(t, lab.Options{Rate: 2e7})
 	for _, c := range []struct {

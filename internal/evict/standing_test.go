@@ -346,6 +346,7 @@ func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
 // An operator runs a VM that came standing while its memory is still arriving. It fetches what it
 // touches, and all of its memory is as it was.
 func TestStandingGoesOn(t *testing.T) {
+	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full,
 		Load: lab.Load{HotMiB: 60, IdleMiB: 100, CacheMiB: 10}})

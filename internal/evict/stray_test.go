@@ -18,6 +18,7 @@ import (
 // the VM has disks, which the destination has locked by then, or none. Once the eviction is aborted
 // it may. Once it is complete there is no QEMU to run it.
 func TestStrayCont(t *testing.T) {
+	t.Parallel()
 	for name, devices := range map[string]lab.Devices{"without disks": lab.Bare,
 		"with a disk": lab.Full} {
 		t.Run(name, func(t *testing.T) {

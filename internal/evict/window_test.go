@@ -227,6 +227,7 @@ func drawRate(t *rapid.T, label string, least int) float64 { // at most 10 Gbit/
 // measured first, and after the path became wider or narrower. Where there is no other traffic,
 // yielding costs nothing of that.
 func TestWindowFindsThePath(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		yields := rapid.Bool().Draw(t, "yields")
 		least := 2 // MB/s
@@ -329,6 +330,7 @@ func TestGrantIsWithdrawn(t *testing.T) {
 // meanwhile, and then as long as allowed. On a wide path the window goes on to find more when the
 // path became wider.
 func TestWindowOpens(t *testing.T) {
+	t.Parallel()
 	const ms = time.Millisecond
 	for _, c := range []struct {
 		trip   time.Duration
@@ -418,6 +420,7 @@ func fairness(rates []float64) float64 {
 // Evictions that share a path share its rate, too. A fetch waits for all of them together not much
 // longer than for one. This holds wherever their destinations are, and if one comes late.
 func TestPathIsShared(t *testing.T) {
+	t.Parallel()
 	const us = time.Microsecond
 	for name, c := range map[string]struct {
 		trips []time.Duration
@@ -455,6 +458,7 @@ func TestPathIsShared(t *testing.T) {
 // What one destination cannot take, the others get: if it is slow, if it stops, or if its session
 // ends.
 func TestPathIsNotHeldUp(t *testing.T) {
+	t.Parallel()
 	s, alone := four(t, 200*time.Microsecond, 200*time.Microsecond, 200*time.Microsecond,
 		200*time.Microsecond)
 	check := func(what string, rest float64) {
@@ -623,6 +627,7 @@ func (s *simulation) startGreedy(trip, buffer time.Duration) *greedy {
 // A window that yields leaves others nearly all that they would have had without it, and uses what
 // they leave. Soon after they are gone it has the path for itself again.
 func TestYield(t *testing.T) {
+	t.Parallel()
 	const rate = 125e6
 	for _, buffer := range []time.Duration{5 * time.Millisecond, 20 * time.Millisecond} {
 		for _, trip := range []time.Duration{200 * time.Microsecond, 5 * time.Millisecond} {

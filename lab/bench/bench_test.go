@@ -38,7 +38,7 @@ func TestMeasure(t *testing.T) {
 		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second,
 		Vacate: buildVacate(t),
 		Spec:   lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
-		Lab:    lab.Options{Dir: labtest.Dir(t), Rate: 500e6, BootOnce: true},
+		Lab:    lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
 		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
 		Done:   func(r Run) { done = append(done, r.Strategy) },
 	})
