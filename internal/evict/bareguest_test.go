@@ -174,6 +174,7 @@ func underKVM(t *testing.T, vm *lab.VM) {
 // A guest at native speed moves on hosts with KVM, whatever its machine and memory, and its clocks
 // go on.
 func TestBareGuest(t *testing.T) {
+	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 2e9})
 	for _, c := range bareCases {
 		t.Run(c.String(), func(t *testing.T) {

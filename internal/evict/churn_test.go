@@ -48,6 +48,7 @@ type churned struct {
 // TestChurn evicts guests that allocate and free memory of every kind all the time, to and fro, and
 // leaves free memory out. The guests verify every byte: nothing may ever be wrong.
 func TestChurn(t *testing.T) {
+	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	kernels, err := lab.FindKernels(*kernelFlag)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 // figure of the report is right for the eviction that follows, which loses its link for a while in
 // mid-push.
 func TestPathsThatFail(t *testing.T) {
+	t.Parallel()
 	const limit, lostFor = 30e6, 2 * time.Second // bytes per second
 	l := labtest.New(t, lab.Options{})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Load: lab.Load{HotMiB: 60, IdleMiB: 120}})

@@ -109,6 +109,7 @@ func TestShutDown(t *testing.T) {
 // A QEMU that stays by its own setting when its guest ends itself gets all of the memory, and
 // stays.
 func TestShutDownStays(t *testing.T) {
+	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e8})
 	vm := boot(t, l, lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 16, IdleMiB: 48}})
 	twin, err := l.B.Incoming(labtest.Within(t, time.Minute), vm,

@@ -263,6 +263,7 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 // A VM that stands, in whatever state, moves and does not run: its operator decides that at the
 // destination. If the eviction fails, the VM stands as before, and can move again.
 func TestStanding(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("short: boots VMs")
 	}
