@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	"vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )
@@ -40,6 +41,7 @@ func TestStrayCont(t *testing.T) {
 			}
 			err := strayed(t, l, vm, incoming(t, l, vm),
 				&relay{upstream: true, kind: loaded, do: func(r *relay, frame []byte, to net.Conn) {
+					untilStopped(t, vm) // which the source does meanwhile
 					cont()
 					if len(told) > 0 {
 						t.Error("QEMU answered while its process should be stopped")
@@ -78,6 +80,24 @@ func TestStrayCont(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// untilStopped waits until a VM's QEMU is stopped.
+func untilStopped(t *testing.T, vm *lab.VM) {
+	t.Helper()
+	p, err := process.Find(vm.PID())
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	for ctx := labtest.Within(t, 20*time.Second); ; time.Sleep(time.Millisecond) {
+		if stopped, err := p.Stopped(); stopped || err != nil || ctx.Err() != nil {
+			if !stopped {
+				t.Errorf("QEMU is not stopped: %v", errors.Join(err, ctx.Err()))
+			}
+			return
+		}
 	}
 }
 
