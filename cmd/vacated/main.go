@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"vacate/internal/host"
+	"vacate/internal/host/hypervisor"
 	"vacate/internal/manpage"
 	"vacate/internal/sys/sched"
 
@@ -122,6 +123,10 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		Version:           version(),
 	}
+	c.AddCommand(&cobra.Command{
+		Use: hypervisor.HoldCommand + " NAME", Hidden: true, Args: cobra.ExactArgs(1),
+		Run: func(*cobra.Command, []string) { hypervisor.StayHeld() },
+	})
 	c.Flags().StringVar(&file, "config", "/etc/vacate/vacated.toml",
 		"`FILE` with the configuration")
 	c.Flags().StringVar(&format, "log-format", "text",

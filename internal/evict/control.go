@@ -166,6 +166,9 @@ type Request struct {
 	resume resume
 }
 
+// Domain reports whether the VM to offer is a domain of libvirt.
+func (r *Request) Domain() bool { return r.offer.Domain != nil }
+
 // requestTime is how long a peer may take to say what it wants.
 const requestTime = 10 * time.Second
 

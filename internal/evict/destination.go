@@ -43,6 +43,8 @@ type Destination struct {
 	// Journal survives the engine; without one the engine's death costs the VM. It must have the
 	// mark MarkAccepted before the QEMU is started.
 	Journal Journal
+	// Started is told which QEMU takes a domain of libvirt, as soon as it is known; may be nil.
+	Started func(process.Process) error
 	// HugePages gets the task that restores the VM's speed once it is whole here, before Receive
 	// returns; nil drops it.
 	HugePages func(*HugePages)
@@ -127,7 +129,9 @@ type destination struct {
 	kept     chan error   // gets nil once everything needed is stored, or an error
 	tasks    sync.WaitGroup
 	ran      atomic.Bool // the source knows that the VM runs here
-	telling  sync.Mutex  // held while the engine tells the source whether pages find memory
+	// QEMU has asked another engine for pages, and does not ask again
+	unasked atomic.Bool
+	telling sync.Mutex // held while the engine tells the source whether pages find memory
 
 	held heldPages // found no memory yet
 
@@ -223,6 +227,11 @@ func (e *destination) meet() error {
 	e.process, e.mem = found.process, found.mem
 	e.messages = process.MessagesOf(e.process.PID)
 	e.lookAfter()
+	if e.Started != nil {
+		if err := e.Started(e.process); err != nil {
+			return err
+		}
+	}
 	for i := range e.mem.Blocks() {
 		if err := e.mem.CanFault(i); err != nil {
 			return fmt.Errorf("%w: start the QEMU here with memory of another kind, such as "+
@@ -595,7 +604,26 @@ func (e *destination) load(ctx context.Context) error {
 		return err
 	}
 	e.placeDirectly()
+	if e.Libvirt != nil && e.Libvirt.Hold != nil && !e.placesAll() {
+		return errNotDirect
+	}
 	return nil
+}
+
+// errNotDirect: what was written to the stream of a domain's twin must not be torn when the engine
+// dies.
+var errNotDirect = errors.New("pages of a domain of libvirt must be placed in its QEMU's memory " +
+	"directly, and cannot be: see `vacate doctor` on that host")
+
+// placesAll reports whether no page goes through QEMU's stream.
+func (e *destination) placesAll() bool {
+	d := e.placer.direct.Load()
+	for i := range e.layout {
+		if d == nil || !d.places(i) {
+			return false
+		}
+	}
+	return true
 }
 
 // placeDirectly makes the engine place pages in QEMU's memory itself, if it may.

@@ -33,7 +33,9 @@ const (
 	KeptHuge = journal.Lasting + "huge"
 	// KeptTrace is a Trace of an eviction that a source ended: JSON, compressed with gzip.
 	KeptTrace  = journal.Lasting + "trace"
-	keptMemory = "memory" // destination: JSON of guestmem.Block, where the twin's memory is
+	keptDomain = journal.Lasting + "domain" // both: domainFacts; JSON
+	// destination: JSON of guestmem.Block, where the twin's memory is
+	keptMemory = "memory"
 )
 
 // StoodThere returns QEMU's word for the state that a VM stood in, as its destination heard it. It

@@ -20,105 +20,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Libvirt says that the VM's QEMU belongs to this host's libvirt.
-type Libvirt struct {
-	URI    string // of the daemon; empty: qemu:///system
-	Domain string // its name at the source
-	// Policy limits what the description of an offered domain may name on this host.
-	Policy libvirt.Policy
-	// TrustDisks makes libvirt skip its check that both hosts reach the domain's disks.
-	TrustDisks bool
-	Autostart  bool // a received domain starts with this host if it did with the other
-}
-
-// migrateFlags are those of all phases.
-const migrateFlags = libvirt.MigrateLive | libvirt.Postcopy
-
-// bounds of what an offer says of a domain, in bytes.
-const (
-	maxDomainXML = 256 << 10
-	maxCookie    = 64 << 10
-)
-
-// domainOffer is what libvirt at the destination needs to know about a domain. The destination must
-// not trust any of it.
-type domainOffer struct {
-	Name       string `json:"name"`
-	XML        string `json:"xml"`    // as the source's libvirt wants it at the destination
-	Cookie     []byte `json:"cookie"` // of Begin3
-	Persistent bool   `json:"persistent"`
-	Inactive   string `json:"inactive,omitempty"` // the definition of a persistent domain
-	Autostart  bool   `json:"autostart,omitempty"`
-	// Totals is the size to which each block of memory may grow, in their order.
-	Totals []uint64 `json:"totals"`
-}
-
-func (d *domainOffer) check() error {
-	switch {
-	case d == nil:
-		return nil
-	case d.Name == "" || strings.Contains(d.Name, "/"):
-		return fmt.Errorf("%w: a domain named %.40q", errFrame, d.Name)
-	case len(d.XML) > maxDomainXML || len(d.Inactive) > maxDomainXML || len(d.Cookie) > maxCookie:
-		return fmt.Errorf("%w: a domain's description of %d and %d bytes, a cookie of %d", errFrame,
-			len(d.XML), len(d.Inactive), len(d.Cookie))
-	}
-	return nil
-}
-
-// flags returns the flags of the domain's migration.
-func (d *domainOffer) flags(trust bool) libvirt.Flags {
-	f := migrateFlags
-	if d.Persistent {
-		f |= libvirt.PersistDest | libvirt.UndefineSource
-	}
-	if trust {
-		f |= libvirt.Unsafe
-	}
-	return f
-}
-
 // libvirtSource is a VM that is a domain of libvirt. The engine asks and freezes its QEMU through
 // libvirt, like any other. Two things differ. libvirt holds a job, from describe to resume or
-// discard, or until the connection ends. And it passes no descriptors on to QEMU.
+// discard, or until the connection ends on which it began. And it passes no descriptors on to QEMU.
 type libvirtSource struct {
 	qemuSource
 	Libvirt
-	id     ID
-	log    *slog.Logger
-	life   context.Context // ends when close is called
-	stop   context.CancelFunc
-	conn   *libvirt.Conn
-	domain libvirt.Domain
-	offer  *domainOffer // nil before Begin3: then there is no job
+	id      ID
+	journal Journal
+	log     *slog.Logger
+	life    context.Context // ends when close is called
+	stop    context.CancelFunc
+	conn    *libvirt.Conn
+	domain  libvirt.Domain
+	// the job began on it, and nothing else happens on it; nil for what another engine began
+	anchor *libvirt.Conn
+	facts  *domainFacts // nil until the domain is about to be touched
 	file   string       // our name for the file that QEMU saves to; empty before arm
 }
 
 func newLibvirtSource(s Source) *libvirtSource {
-	o := &libvirtSource{Libvirt: *s.Libvirt, id: s.Eviction, log: s.Log,
+	o := &libvirtSource{Libvirt: *s.Libvirt, id: s.Eviction, journal: s.Journal, log: s.Log,
 		qemuSource: qemuSource{vm: s.VM, expect: s.Process}}
+	var err error
+	if o.facts, err = recallDomain(o.journal); err != nil {
+		o.log.Error("the libvirt of this host may go on with what another engine began", "error",
+			err)
+	}
 	o.life, o.stop = context.WithCancel(context.Background())
 	o.subscribe, o.drain, o.cont = o.watch, o.hear, o.goOn
 	return o
 }
 
 func (o *libvirtSource) open(ctx context.Context) (err error) {
-	conn, err := libvirt.Dial(ctx, o.URI)
-	if err != nil {
+	if err := o.reach(ctx); err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			conn.Close()
-		}
-	}()
-	domain, err := conn.Find(ctx, o.Domain)
-	if errors.Is(err, libvirt.ErrNoDomain) {
-		return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
-	} else if err != nil {
-		return err
-	}
-	qemu, err := conn.Process(domain)
+	qemu, err := o.conn.Process(o.domain)
 	if err != nil {
 		return err
 	}
@@ -126,8 +64,26 @@ func (o *libvirtSource) open(ctx context.Context) (err error) {
 		return fmt.Errorf("%w: process %d had the VM, and process %d is the domain's now",
 			errAnother, o.expect.PID, qemu.PID)
 	}
-	o.conn, o.domain = conn, domain
 	return o.dial(ctx)
+}
+
+// reach connects to libvirt, and finds the domain. It asks QEMU nothing.
+func (o *libvirtSource) reach(ctx context.Context) error {
+	if o.conn != nil {
+		o.conn.Close()
+	}
+	conn, err := redial(ctx, o.URI)
+	if err != nil {
+		return err
+	}
+	o.conn = conn
+	o.domain, err = conn.Find(ctx, o.Domain)
+	if errors.Is(err, libvirt.ErrNoDomain) {
+		return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
+	} else if err == nil && o.facts != nil && o.domain.UUID != o.facts.UUID {
+		return fmt.Errorf("%w: another domain is named %s now", fs.ErrNotExist, o.Domain)
+	}
+	return err
 }
 
 // dial makes the monitor, which lasts as long as the connection.
@@ -160,13 +116,9 @@ func (o *libvirtSource) describe(ctx context.Context) (d described, err error) {
 			return d, err
 		}
 	}
-	// From here on nobody else can change the domain, or run it by libvirt.
-	offer.Cookie, offer.XML, err = o.conn.Begin(ctx, o.domain,
-		offer.flags(o.TrustDisks)|libvirt.ChangeProtection)
-	if err != nil {
+	if err := o.begin(ctx, offer); err != nil {
 		return d, err
 	}
-	o.offer = offer
 	if d, err = o.qemuSource.describe(ctx); err != nil {
 		return d, err
 	}
@@ -179,6 +131,36 @@ func (o *libvirtSource) describe(ctx context.Context) (d described, err error) {
 	}
 	d.offer.Domain = offer
 	return d, offer.check()
+}
+
+// begin has libvirt begin a migration. From then on nobody else can change the domain, or run it by
+// libvirt. What must be undone is in the journal before it is done.
+func (o *libvirtSource) begin(ctx context.Context, offer *domainOffer) (err error) {
+	f := &domainFacts{Name: o.domain.Name, UUID: o.domain.UUID, Persistent: offer.Persistent,
+		Autostart: offer.Autostart,
+		Flags:     domainFlags(offer.Persistent, o.TrustDisks) | libvirt.ChangeProtection}
+	if o.anchor, err = libvirt.Dial(ctx, o.URI); err != nil {
+		return err
+	}
+	file, err := o.anchor.File()
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if err := o.keepOpen(f, file); err != nil {
+		return fmt.Errorf("keep the connection to libvirt open: %w", err)
+	}
+	o.facts = f
+	if err := f.keep(o.journal); err != nil {
+		return err
+	}
+	if f.Autostart { // libvirt would start a second copy if this host booted
+		if err := o.conn.SetAutostart(ctx, o.domain, false); err != nil {
+			return err
+		}
+	}
+	offer.Cookie, offer.XML, err = o.anchor.Begin(ctx, o.domain, f.Flags)
+	return err
 }
 
 func (o *libvirtSource) arm(_ context.Context, mem *guestmem.Memory) error {
@@ -219,7 +201,7 @@ func (o *libvirtSource) freeze(ctx context.Context, ran bool) (saved, error) {
 	return s, err
 }
 
-// disarm removes what QEMU saved. The job stays until libvirt ends it with the connection.
+// disarm removes what QEMU saved. The job stays.
 func (o *libvirtSource) disarm(context.Context) error {
 	if o.file == "" {
 		return nil
@@ -249,44 +231,103 @@ func (o *libvirtSource) goOn(ctx context.Context) error { return o.conn.Resume(c
 func (o *libvirtSource) resume(ctx context.Context, ran bool, stood string) (qmp.Status, error) {
 	// If somebody else ran the guest, its state is up to them: Confirm3 would run it once more.
 	theirs := o.freezer != nil && o.freezer.resumed()
-	if o.offer != nil && !theirs {
-		err := o.conn.Confirm(ctx, o.domain, nil,
-			o.offer.flags(o.TrustDisks)|libvirt.ChangeProtection, true)
-		if err == nil { // libvirt also says so if it could not run the domain
-			o.offer = nil
+	if o.facts != nil && !theirs {
+		err := o.conn.Confirm(ctx, o.domain, nil, o.facts.Flags, true)
+		if err != nil { // libvirt does not say so if it could not run the domain
+			o.log.Debug("libvirt has no migration to take back", "error", err)
 		}
 	}
-	if o.offer != nil || o.q.Err() != nil {
-		// The job ends with the connection.
+	o.endJob(ctx)
+	if o.q.Err() != nil {
 		o.q.Close()
-		o.conn.Close()
 		if err := o.open(ctx); err != nil {
 			return qmp.Status{}, err
 		}
-		o.offer = nil
 	}
-	return o.qemuSource.resume(ctx, ran, stood)
+	now, err := o.qemuSource.resume(ctx, ran, stood)
+	if err == nil {
+		if err := o.release(ctx); err != nil {
+			o.log.Warn("the VM runs on, and is not all that it was", "error", err)
+		}
+	}
+	return now, err
 }
 
-// discard makes libvirt end the domain, and forget it if it is defined at the destination. libvirt
-// sends SIGTERM first, which a stopped process does not handle. So discard kills it then.
-func (o *libvirtSource) discard(ctx context.Context, qemu process.Process) error {
-	if o.offer == nil {
-		o.log.Warn("libvirt still has the domain, which must not be started here: `virsh "+
-			"undefine --keep-nvram --keep-tpm` forgets it", "domain", o.Domain)
-		return qemu.Kill(ctx)
+// endJob ends libvirt's job, if there still is one, with the connection on which it began.
+func (o *libvirtSource) endJob(ctx context.Context) {
+	if o.anchor != nil {
+		o.anchor.Close()
 	}
+	if err := o.facts.release(ctx); err != nil {
+		o.log.Warn("libvirt still holds the domain for an eviction: end the process that has the "+
+			"connection", "pid", o.facts.Holder.PID, "error", err)
+	}
+}
+
+func (o *libvirtSource) release(ctx context.Context) error {
+	o.disarm(ctx)
+	o.endJob(ctx)
+	if o.facts == nil || !o.facts.Autostart {
+		return nil
+	}
+	err := errNotOpen
+	if o.conn != nil {
+		err = o.conn.SetAutostart(ctx, o.domain, true)
+	}
+	if err != nil && !isRefused(err) {
+		if err = o.reach(ctx); err == nil {
+			err = o.conn.SetAutostart(ctx, o.domain, true)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("the domain does not start with this host any more, as it did: "+
+			"`virsh autostart %s`: %w", o.Domain, err)
+	}
+	return nil
+}
+
+// forgetTime is how long libvirt may take to end a domain, or to forget it.
+const forgetTime = time.Minute
+
+// discard makes libvirt end the domain, and forget it if it is defined at the destination. Where
+// libvirt has no job any more, it is told to forget a domain whose QEMU died.
+func (o *libvirtSource) discard(ctx context.Context, qemu process.Process) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTime)
+	defer cancel()
+	defer o.endJob(ctx)
+	err := o.reach(ctx)
+	if err == nil && o.facts != nil {
+		err = o.confirm(ctx, qemu)
+	}
+	if killErr := qemu.Kill(ctx); killErr != nil || err == nil {
+		return killErr
+	}
+	if errors.Is(err, fs.ErrNotExist) || o.facts == nil || !o.facts.Persistent {
+		return nil
+	}
+	o.log.Info("libvirt has no migration of the domain to confirm", "error", err)
+	o.endJob(ctx)
+	if err = o.reach(ctx); err == nil {
+		err = undefine(ctx, o.conn, o.facts)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("libvirt still has the domain, which must not be started here: `virsh "+
+			"undefine --keep-nvram --keep-tpm %s` forgets it: %w", o.Domain, err)
+	}
+	return nil
+}
+
+// confirm makes libvirt end a domain that has moved. libvirt sends SIGTERM first, which a stopped
+// process does not handle. So confirm kills it then.
+func (o *libvirtSource) confirm(ctx context.Context, qemu process.Process) error {
 	confirmed := make(chan error, 1)
-	go func() {
-		confirmed <- o.conn.Confirm(ctx, o.domain, nil,
-			o.offer.flags(o.TrustDisks)|libvirt.ChangeProtection, false)
-	}()
+	go func() { confirmed <- o.conn.Confirm(ctx, o.domain, nil, o.facts.Flags, false) }()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for late := time.After(quitTime / 2); ; {
 		select {
 		case err := <-confirmed:
-			return errors.Join(err, qemu.Kill(ctx))
+			return err
 		case <-late:
 		case <-tick.C:
 			if !termPending(qemu.PID) {
@@ -326,8 +367,10 @@ func (o *libvirtSource) close() {
 	o.disarm(context.Background())
 	o.qemuSource.close()
 	o.stop()
-	if o.conn != nil {
-		o.conn.Close()
+	for _, c := range []*libvirt.Conn{o.conn, o.anchor} {
+		if c != nil {
+			c.Close()
+		}
 	}
 }
 

@@ -61,6 +61,13 @@ type rules struct {
 	unasked  bool // a VM is started without asking the other host
 	// a source treats the job that a manager holds on its VM like a stopped process
 	trusting bool
+	// the source's manager may start the VM when its host boots, also after the commit
+	autostarts bool
+	deciding   bool // a twin whose manager was told to run it counts as one that never ran
+
+	// managed: both QEMUs belong to a manager. It may run the twin some time after it was told to,
+	// even if the engine that told it has ended. It starts its VMs when its host boots.
+	managed bool
 
 	// restless keeps the guest from standing when it is frozen. It breaks no rule. It leaves out
 	// half of the states, for the mutants of rules that are not about such a guest.
@@ -224,6 +231,7 @@ type world struct {
 		given   pages // given back to the host
 		noted   bool  // in the journal: some may have been given back
 		start   start
+		auto    bool // its manager starts the VM when the host boots
 	}
 	d struct {
 		phase     phase
@@ -240,6 +248,7 @@ type world struct {
 		claimed   pages // said to be there, and not; only if that rule is broken
 		short     bool  // there is no memory to place pages
 		start     start
+		told      bool // its manager was told to run the twin, and has not done so yet
 	}
 	toD, toS         queue
 	moving           pages // under way to the destination
@@ -324,6 +333,9 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	}
 	if w.d.twin != copyRunning && w.d.twin != copyPaused {
 		w.d.short, w.d.ran = false, false
+	}
+	if w.d.twin != copyPaused {
+		w.d.told = false
 	}
 	if w.s.guest == gone {
 		w.unheard = false
@@ -436,6 +448,9 @@ func (m *model) next(w world) []edge {
 // found is what a destination finds its twin doing. A twin that stands as its guest did needs no
 // `cont`: its operator may have run it. Nor does a twin that ran before: its operator paused it.
 func (m *model) found(w *world) copyState {
+	if w.d.ended && !m.unheeding {
+		return copyEnded
+	}
 	own := w.d.stands && !m.ignorant || w.d.ran && !m.meddling
 	if own && w.d.twin == copyPaused && w.d.journal.mark() == MarkMayRun {
 		return copyRunning
@@ -545,7 +560,10 @@ func (m *model) source(w world) {
 			func(w *world) { w.s.phase = ended })
 	case offering:
 		if !w.s.session && w.d.phase != down {
-			m.add("source offers", false, func(w *world) { m.connect(w, offers) })
+			m.add("source offers", false, func(w *world) {
+				w.s.auto = w.s.auto && m.autostarts
+				m.connect(w, offers)
+			})
 		}
 	case loading:
 		if w.s.guest == standing || w.s.guest == runsHere {
@@ -615,6 +633,7 @@ func (m *model) source(w world) {
 			m.add("source finds its QEMU dead", false, func(w *world) { w.s.phase = losing })
 		} else {
 			m.add("source resumes the guest", false, func(w *world) {
+				w.s.auto = m.managed
 				if w.s.phase, w.aborted = ended, !w.resumed; !w.stands {
 					w.s.guest = runsHere
 				} else if m.imposing {
@@ -639,7 +658,7 @@ func (m *model) source(w world) {
 			if w.s.guest != gone && !w.whole && !w.gaveUp && !w.over {
 				w.bad = "the source ends its QEMU, and the twin lacks pages"
 			}
-			w.s.phase, w.s.guest = ended, gone
+			w.s.phase, w.s.guest, w.s.auto = ended, gone, false
 			m.leaveS(w)
 		})
 	case losing:
@@ -684,7 +703,7 @@ func (m *model) operator(w world) {
 	// A twin that was never told to run, on a host that is off, never will run. A twin that its
 	// operator may run, or paused, may.
 	fenced := w.d.twin == copyGone ||
-		w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran
+		w.d.twin == copyPaused && w.d.phase == down && !w.d.noted && !w.ran && !w.d.told
 	resume := func(what string, lie bool) {
 		say := func(w *world) {
 			w.resumed, w.lied = true, w.lied || lie
@@ -800,11 +819,7 @@ func (m *model) destination(w world) {
 		ph == ended
 	early := ph == arming || ph == prepared
 	look := func(w *world) {
-		found := m.found(w)
-		if w.d.ended && !m.unheeding {
-			found = copyEnded
-		}
-		m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), found))
+		m.destinationTakes(w, m.destinationStep(w.d.journal.mark(), m.found(w)))
 	}
 	if w.d.session {
 		m.add("destination loses its session", w.s.session, func(w *world) {
@@ -846,6 +861,11 @@ func (m *model) destination(w world) {
 			}
 			w.sayToSIfAny(runs)
 		})
+	} else if mayCont && m.managed {
+		m.add("destination tells the manager to run the twin", false, func(w *world) {
+			w.d.told, w.d.phase = true, running
+			w.sayToSIfAny(runs)
+		})
 	} else if mayCont {
 		m.add("destination says cont", false, func(w *world) {
 			m.cont(w)
@@ -881,6 +901,10 @@ func (m *model) destination(w world) {
 			})
 		}
 	case running:
+		if w.d.told && m.deciding {
+			m.add("the manager does not answer in time", true,
+				func(w *world) { m.destinationTakes(w, stepAbandon) })
+		}
 		if w.d.short && m.faint {
 			m.add("destination gives up without memory", true,
 				func(w *world) { m.destinationTakes(w, stepLose) })
@@ -889,7 +913,8 @@ func (m *model) destination(w world) {
 			m.add("destination finds that the guest ended itself", false, look)
 		}
 		// If the mark cannot be written, it goes on all the same.
-		if (w.d.twin == copyRunning || w.d.twin == copyPaused) && !w.d.ran && !w.stands {
+		if (w.d.twin == copyRunning || w.d.twin == copyPaused) && !w.d.ran && !w.d.told &&
+			!w.stands {
 			m.add("destination writes that the twin ran", false, func(w *world) { w.d.ran = true })
 		}
 		if w.d.journal.mark() == MarkAccepted { // only if that rule is broken
@@ -907,7 +932,7 @@ func (m *model) destination(w world) {
 				w.d.placed |= inUse
 			})
 		}
-		if has := w.d.placed | w.d.held&leftOut; w.d.twin != copyGone &&
+		if has := w.d.placed | w.d.held&leftOut; w.d.twin != copyGone && !w.d.told &&
 			(has == all || m.trustBuffers && w.d.held|w.d.placed == all) {
 			m.add("destination ends the twin's migration", false, func(w *world) {
 				w.d.twin, w.whole, w.d.phase = copyComplete, has == all, completing
@@ -1045,11 +1070,21 @@ func (m *model) destinationHears(w *world, said word) {
 				return
 			}
 		case awaiting:
+			if m.managed && w.d.twin == copyRunning { // its manager was told by an engine that died
+				w.d.phase = running
+				w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
+				return
+			}
 			if w.d.twin != copyPaused {
 				break
 			}
 			if !m.mayCont(mark, true) {
 				w.sayToSIfAny(stands)
+				return
+			}
+			if m.managed { // which is told once more
+				w.d.told, w.d.phase = true, running
+				w.sayToSIfAny(runsWith0 + word(w.d.held|w.d.placed))
 				return
 			}
 			refused := *w
@@ -1082,6 +1117,22 @@ func (m *model) qemu(w world) {
 			func(w *world) { w.s.guest, w.s.stale = runsHere, true })
 		m.add("somebody has the guest run here, and pauses it again", true,
 			func(w *world) { w.s.stale = true })
+	}
+	if w.d.told {
+		m.add("the manager runs the twin", false, func(w *world) {
+			w.d.told = false
+			if w.d.ran {
+				w.bad = "the manager runs a guest that its operator paused"
+			}
+			m.runs(w)
+		})
+	}
+	if w.s.auto && w.s.guest != gone {
+		m.add("the source's host boots, and its manager starts the VM", true, func(w *world) {
+			m.leaveS(w)
+			w.s.phase, w.s.loaded, w.s.heard, w.s.sent = down, false, false, 0
+			w.s.guest, w.died, w.s.start = gone, true, started
+		})
 	}
 	if w.s.guest == kept {
 		m.add("the daemon of the source's manager dies", true, (*world).dropJob)
@@ -1239,6 +1290,7 @@ func explore(r rules, limit int) verdict {
 	}
 	var first world
 	first.s.phase, first.d.phase, first.s.guest = idle, idle, runsHere
+	first.s.auto = r.managed
 	m := &model{rules: r, texts: map[writing]string{}}
 	worlds, origins := []world{first}, []origin{{-1, ""}}
 	// A world is found by its hash: a map of worlds would be several times as large, and slow.
@@ -1338,11 +1390,19 @@ func TestModel(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
 	}
-	for _, killFirst := range []bool{false, true} {
-		t.Run(fmt.Sprintf("abandon kills first: %v", killFirst), func(t *testing.T) {
+	for _, kind := range []struct {
+		name   string
+		change func(*rules)
+	}{
+		{"a QEMU of its own", func(*rules) {}},
+		{"a QEMU of its own, killed first", func(r *rules) { r.killFirst = true }},
+		// A manager's VM is moved only while it runs.
+		{"a manager's", func(r *rules) { r.managed, r.restless = true, true }},
+	} {
+		t.Run(kind.name, func(t *testing.T) {
 			t.Parallel()
 			r := realRules()
-			r.killFirst = killFirst
+			kind.change(&r)
 			v := explore(r, modelLimit)
 			t.Logf("%d states, %d of them ends, %d steps", v.states, v.settled, v.steps)
 			if v.bad != "" {
@@ -1412,6 +1472,10 @@ func TestModelMutants(t *testing.T) {
 		{"R3", "commit although the guest ran since the freeze", func(r *rules) { r.blind = true }},
 		{"R3", "commit while only a manager's job keeps others from running the guest",
 			func(r *rules) { r.trusting = true }},
+		{"R13", "the source's manager starts the VM when its host boots",
+			func(r *rules) { r.managed, r.autostarts = true, true }},
+		{"R13", "a twin whose manager was told to run it is killed as one that never ran",
+			func(r *rules) { r.managed, r.deciding = true, true }},
 		{"R4", "a source that sent no commit asks", sourceSteps(MarkBegun, copyPaused, stepAsk)},
 		{"R5", "a source that may have sent a commit rolls back",
 			sourceSteps(MarkMayRun, copyPaused, stepRollBack)},

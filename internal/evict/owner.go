@@ -48,7 +48,10 @@ type sourceOwner interface {
 	// resume runs a VM that ran before it was frozen. Another one gets its disks back, and stands
 	// as it did. resume returns what the VM does then. The caller has let the process continue.
 	resume(ctx context.Context, ran bool, stood string) (qmp.Status, error)
-	// discard ends the QEMU, which nobody needs any more. Its process is stopped.
+	// release gives a VM that stays here back to its owner, as it was. resume does that, too.
+	release(ctx context.Context) error
+	// discard ends the QEMU, which nobody needs any more. Its process is stopped, or has ended. The
+	// owner must not start the VM any more.
 	discard(ctx context.Context, qemu process.Process) error
 	// byHand says what an operator types to resume the frozen VM without a journal.
 	byHand(qemu process.Process) string
@@ -129,6 +132,7 @@ type twinQEMU struct {
 // renewed is a twin with a new stream.
 type renewed struct {
 	conn    net.Conn
+	same    bool   // it is the one of before: QEMU did not lose it, and repeats nothing
 	pending bool   // the twin was not told to run the VM yet
 	over    string // why the guest ended itself, if it did; there is no stream then
 }

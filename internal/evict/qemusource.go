@@ -235,6 +235,8 @@ func (o *qemuSource) run(ctx context.Context) error {
 	return o.q.Cont(ctx)
 }
 
+func (o *qemuSource) release(ctx context.Context) error { return o.disarm(ctx) }
+
 // discard kills the QEMU, whose process is stopped. To quit, it would have to run again, and could
 // first carry out a `cont` that somebody sent meanwhile.
 func (o *qemuSource) discard(ctx context.Context, qemu process.Process) error {

@@ -191,7 +191,11 @@ func (e *destination) skip(payload []byte) error {
 	if slices.ContainsFunc(runs, func(r pageRun) bool { return !r.Zero }) {
 		return fmt.Errorf("%w: pages that are left out, with data", errFrame)
 	}
-	_, err = e.settle(parcel{runs: e.pages.skip(runs), urgent: true})
+	wanted := e.pages.skip(runs)
+	if e.unasked.Load() { // the guest may wait for any of them
+		wanted = append(wanted, e.pages.takeAllSkipped()...)
+	}
+	_, err = e.settle(parcel{runs: wanted, urgent: true})
 	return err
 }
 

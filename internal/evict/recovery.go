@@ -114,6 +114,10 @@ func (r *recovery) recover(life context.Context, l layout) (m mended) {
 	if m.renewed, m.err = r.owner.renew(ctx, hello); m.err != nil || m.over != "" {
 		return m
 	}
+	if m.same {
+		m.r = migstream.NewReturnReader(m.conn, 0)
+		return m
+	}
 	if m.err = m.handshake(ctx, most); m.err != nil {
 		m.conn.Close()
 	}

@@ -55,6 +55,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		}
 		return e.seeThrough(ctx, errEngineDied)
 	case stepLose:
+		e.keepHere()
 		return e.lost(errEngineDied,
 			"The VM's QEMU ended, and so did the VM; the destination never ran it. Start it anew")
 	case stepRetire:
@@ -64,7 +65,23 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 		return e.lost(errors.New("the journal says that the VM moved away, but it runs here"),
 			"Nothing was touched. Check whether it runs on the destination, too")
 	}
+	// What follows the mark may not have been done.
+	switch {
+	case m == MarkRolledBack || m == MarkResumedHere:
+		e.keepHere()
+	case here == copyGone && (m == MarkCompleted || m == MarkShutDown):
+		<-e.kill()
+	}
 	return nil
+}
+
+// keepHere gives the VM back to its owner, as it stays here.
+func (e *source) keepHere() {
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
+	defer cancel()
+	if err := e.owner.release(ctx); err != nil {
+		e.Log.Warn("the VM stays here, and is not all that it was", "error", err)
+	}
 }
 
 // whole calls Whole, and remembers the result.

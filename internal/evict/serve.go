@@ -308,10 +308,14 @@ func (e *destination) complete() error {
 			return err
 		}
 	}
-	if err := e.placer.end(); err != nil {
-		return err
-	}
 	s := e.recovery.stream()
+	select {
+	case <-s.ended: // by another engine
+	default:
+		if err := e.placer.end(); err != nil {
+			return err
+		}
+	}
 	select {
 	case <-s.ended:
 	case <-s.broken:
@@ -474,6 +478,12 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark,
 		}
 		return e.summary(), nil
 	}
+	if why, _ := e.owner.lastWords(); why != "" && m == MarkMayRun {
+		if err := e.shutDown(left, why); err != nil {
+			return Received{}, err
+		}
+		return e.summary(), nil
+	}
 	return Received{}, e.lost(fmt.Errorf("%w while no engine looked after it; %s", errTwinGone,
 		e.messages.Last()), goneHere)
 }
@@ -590,6 +600,7 @@ func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)
 	e.recovery.pending = m.pending && e.stands == "" && !e.hasRun.Load()
+	e.unasked.Store(m.same)
 	s := newStream(m.conn)
 	e.recovery.present.Store(s)
 	e.held.Lock()

@@ -662,7 +662,9 @@ func (e *source) refuse(err error) error {
 	if a := e.at.Load(); a != nil {
 		writeJSON(a.control.Conn, msgAbort, farewell{Reason: saidBy(e.Host, err).Error()})
 	}
-	e.owner.disarm(ctx)
+	if err := e.owner.release(ctx); err != nil && e.owner.monitor() != nil {
+		e.Log.Warn("the VM runs on, and is not all that it was", "error", err)
+	}
 	outcome := ErrRefused
 	if errors.Is(err, context.Canceled) || errors.Is(err, ErrAbort) || errors.Is(err, ErrLeave) {
 		outcome = ErrAborted

@@ -55,6 +55,8 @@ import (
 //	                                      # "rbd:vms" is the images of a pool; default: none
 //	networks  = ["default", "br0"]        # they may be on these networks and bridges; "user" is
 //	                                      # QEMU's own; default: none
+//	trust_disks = true                    # on your word the disks of domains are the same on the
+//	                                      # other hosts; default: libvirt judges by the storage
 //	emulators = ["/usr/bin/qemu-system-x86_64"]
 //	                                      # they may be run by these; default: those of Debian
 //	                                      # and Red Hat

@@ -57,7 +57,9 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return err
 	}
 	vm, err := hypervisor.Find(h.config.VMs, r.VM)
-	if err != nil {
+	if r.Domain() {
+		return h.offeredDomain(r, peer, err)
+	} else if err != nil {
 		return err
 	}
 	release, err := h.take(r.VM)
@@ -90,9 +92,7 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 			return err
 		})
 	if err == nil {
-		// From the process alone it would have to be guessed after our death.
-		err = entry.Note(string(evict.MarkAccepted), "",
-			func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })
+		err = v.noteProcess(twin)
 	}
 	if err != nil {
 		if twin.PID != 0 {
@@ -105,6 +105,13 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	v.requests <- r
 	v.receive(false)
 	return nil
+}
+
+// noteProcess writes down which process the twin is. From the process alone it would have to be
+// guessed after our death.
+func (v *eviction) noteProcess(twin process.Process) error {
+	return v.entry.Note(string(evict.MarkAccepted), "",
+		func(r *journal.Record) { r.PID, r.StartTime = twin.PID, twin.StartTime })
 }
 
 // incoming counts the VMs that are coming.
@@ -138,6 +145,9 @@ func (v *eviction) destination() evict.Destination {
 	host, file := v.host.name(), hypervisor.File(v.host.config.VMs, r.VM)
 	d := evict.Destination{Host: host, Description: file, QMP: r.QMP, Room: &v.host.promised,
 		Journal: record{v.entry}, Log: log, Show: v.show}
+	if d.Libvirt = v.host.libvirtOf(r); d.Libvirt != nil {
+		d.Started = v.noteProcess
+	}
 	if v.host.config.HugePages {
 		d.HugePages = v.noteHuge
 	}

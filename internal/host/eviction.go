@@ -192,6 +192,7 @@ func (v *eviction) finish(m evict.Mark, outcome evict.State, err error, report j
 		}
 	}
 	r := v.entry.Record()
+	v.releaseDomain(m)
 	v.change(func() { v.outcome, v.reason = string(outcome), reason })
 	v.host.metrics.ended.WithLabelValues(string(r.Role), string(outcome)).Inc()
 	v.host.log.Info("eviction ended", "eviction", v.entry.ID(), "vm", r.VM, "role", r.Role, "peer",

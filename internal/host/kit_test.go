@@ -21,6 +21,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/host/hypervisor"
 	"vacate/internal/link/certs"
 	"vacate/internal/sys/sched"
 	"vacate/lab"
@@ -31,6 +32,9 @@ import (
 
 // TestMain makes this binary a daemon where a test starts it as one.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == hypervisor.HoldCommand {
+		hypervisor.StayHeld()
+	}
 	if file := os.Getenv("VACATE_TEST_DAEMON"); file != "" {
 		if err := runDaemon(file); err != nil {
 			fmt.Fprintln(os.Stderr, "daemon:", err)

@@ -1,12 +1,15 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
+	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
 	"vacate/internal/host/hypervisor"
@@ -21,6 +24,8 @@ type Libvirt struct {
 	Paths     []string `toml:"paths"`
 	Networks  []string `toml:"networks"`
 	Emulators []string `toml:"emulators"`
+	// TrustDisks has libvirt not judge whether the other hosts reach a domain's disks.
+	TrustDisks bool `toml:"trust_disks"`
 }
 
 // usualEmulators are those of distributions.
@@ -39,6 +44,103 @@ func (l Libvirt) policy() libvirt.Policy {
 		p.Emulators = usualEmulators
 	}
 	return p
+}
+
+// uri is never empty.
+func (l Libvirt) uri() string { return cmp.Or(l.URI, "qemu:///system") }
+
+// libvirtOf is the libvirt that has the VM of an eviction here; nil if none has.
+func (h *Host) libvirtOf(r journal.Record) *evict.Libvirt {
+	if r.Libvirt == "" {
+		return nil
+	}
+	l := &evict.Libvirt{URI: r.Libvirt, Domain: r.VM, Autostart: true, Hold: hypervisor.Hold}
+	if c := h.config.Libvirt; c != nil {
+		l.Policy, l.TrustDisks = c.policy(), c.TrustDisks
+	}
+	return l
+}
+
+// offeredDomain is offered for a domain of libvirt's. undescribed is why this host has no
+// description of a VM of that name, which it must not have.
+func (h *Host) offeredDomain(r *evict.Request, peer string, undescribed error) error {
+	switch {
+	case undescribed == nil:
+		return fmt.Errorf("%s describes a VM of that name, which is a domain of libvirt's on host "+
+			"%s: rename one", hypervisor.File(h.config.VMs, r.VM), peer)
+	case !errors.Is(undescribed, hypervisor.ErrUnknown):
+		return undescribed
+	case h.config.Libvirt == nil:
+		return errors.New("the VM is a domain of libvirt's, and this host takes none: add " +
+			"[libvirt] to vacated.toml there")
+	}
+	release, err := h.take(r.VM)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if n := h.incoming(); n >= maxIncoming {
+		return fmt.Errorf("%d VMs are coming in already: try again later", n)
+	}
+	// Ahead of the record, as for any twin.
+	if seen, err := h.lookForDomain(h.life, r.VM); err == nil {
+		return fmt.Errorf("libvirt has a domain %s here already, %s: if it is not needed, "+
+			"`virsh undefine %[1]s`", r.VM, seen.Status)
+	} else if !errors.Is(err, hypervisor.ErrUnknown) {
+		return err
+	}
+	entry, err := h.journal.Create(journal.Record{
+		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(),
+		Libvirt: h.config.Libvirt.uri(), Mark: string(evict.MarkAccepted),
+	})
+	if err != nil {
+		return err
+	}
+	v := h.newEviction(entry)
+	h.add(v)
+	h.log.Info("offer taken", "eviction", entry.ID(), "domain", r.VM, "peer", peer)
+	v.requests <- r
+	v.receive(false)
+	return nil
+}
+
+// lookForDomain looks at a domain. The error wraps hypervisor.ErrUnknown if libvirt has none.
+func (h *Host) lookForDomain(ctx context.Context, name string) (hypervisor.Seen, error) {
+	domains, err := hypervisor.Domains(ctx, h.config.Libvirt.uri())
+	if err != nil {
+		return hypervisor.Seen{}, err
+	}
+	i := slices.IndexFunc(domains, func(d hypervisor.Domain) bool { return d.Name == name })
+	if i < 0 {
+		return hypervisor.Seen{}, fmt.Errorf("domain %s: %w", name, hypervisor.ErrUnknown)
+	}
+	return domains[i].Seen, nil
+}
+
+// domainMayHaveRun is mayHaveRun for a domain: libvirt may have been told to run it.
+func (h *Host) domainMayHaveRun(r journal.Record) (bool, error) {
+	domains, err := hypervisor.Domains(h.life, r.Libvirt)
+	if err != nil {
+		return false, err
+	}
+	i := slices.IndexFunc(domains, func(d hypervisor.Domain) bool { return d.Name == r.VM })
+	return i >= 0 && domains[i].State == hypervisor.Running, nil
+}
+
+// releaseDomain ends what keeps the connection to libvirt open for an eviction that ends with a
+// mark. An engine that has the domain whole here has done that, or must do it.
+func (v *eviction) releaseDomain(m evict.Mark) {
+	r := v.entry.Record()
+	if r.Libvirt == "" || r.Role == journal.Destination && m == evict.MarkCompleted &&
+		v.process().Alive() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	if err := evict.ReleaseDomain(ctx, record{v.entry}); err != nil {
+		v.host.log.Warn("a process still keeps a connection to libvirt open", "eviction", r.ID,
+			"error", err)
+	}
 }
 
 // domains lists the VMs of libvirt's.
@@ -78,12 +180,6 @@ func (h *Host) listDomains(ctx context.Context, described []hypervisor.VM,
 		r.Vms = append(r.Vms, vm)
 	}
 }
-
-// notYet is what there is to say of evicting a domain of libvirt's.
-const (
-	notYet       = "vacate lists and examines the domains of libvirt, and does not evict them yet"
-	notYetRemedy = "`virsh migrate --live --postcopy` moves it"
-)
 
 // domainQuestion asks a peer whether a domain may come there.
 type domainQuestion struct {
@@ -160,8 +256,6 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 	if err != nil {
 		return nil, &stateError{fmt.Errorf("domain %s: %w", name, err)}
 	}
-	found = append(found, doctor.Finding{
-		Host: h.name(), Check: "libvirt", Level: doctor.Fatal, Text: notYet, Remedy: notYetRemedy})
 	if to == "" {
 		return found, nil
 	}

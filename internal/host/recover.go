@@ -126,6 +126,9 @@ func (v *eviction) mayHaveRun() (bool, error) {
 	if evict.StoodThere(record{v.entry}) != "" { // which is written behind the commit
 		return true, nil
 	}
+	if v.entry.Record().Libvirt != "" {
+		return v.host.domainMayHaveRun(v.entry.Record())
+	}
 	vm, err := hypervisor.Find(v.host.config.VMs, v.entry.Record().VM)
 	if err != nil {
 		return false, err
@@ -145,6 +148,13 @@ func (v *eviction) killTwin() error {
 	r := v.entry.Record()
 	if r.Boot != process.BootID() {
 		return nil
+	}
+	if r.Libvirt != "" {
+		twin := v.process()
+		if r.PID == 0 {
+			twin = process.Process{}
+		}
+		return v.destination().EndTwin(ctx, twin)
 	}
 	if r.PID != 0 {
 		return v.process().Kill(ctx)

@@ -65,6 +65,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 	s.Host = h.name()
 	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
 	s.TrustDisks = o.TrustDisks
+	s.Libvirt = h.libvirtOf(r)
 	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack
 	if o.RateLimit > 0 {
 		s.Limit = new(evict.Limit)
@@ -86,14 +87,16 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 		return nil, &argumentError{err}
 	}
 	vm, err := hypervisor.Find(h.config.VMs, name)
+	uri := ""
 	if errors.Is(err, hypervisor.ErrUnknown) && h.hasDomain(ctx, name) {
-		return nil, &stateError{fmt.Errorf("%s is a domain of libvirt's: %s: %s", name, notYet,
-			notYetRemedy)}
-	} else if err != nil {
+		uri, err = h.config.Libvirt.uri(), nil
+	}
+	if err != nil {
 		return nil, err
 	}
 	r := journal.Record{ID: journal.NewID(), Role: journal.Source, VM: name, Peer: to,
-		PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Mark: string(evict.MarkBegun)}
+		PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Libvirt: uri,
+		Mark: string(evict.MarkBegun)}
 	if _, err := h.dialer(to); err != nil {
 		return nil, &unknownError{err}
 	}
@@ -111,7 +114,11 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 			return nil, err
 		}
 	}
-	seen, err := hypervisor.Look(ctx, vm)
+	look := func() (hypervisor.Seen, error) { return hypervisor.Look(ctx, vm) }
+	if uri != "" {
+		look = func() (hypervisor.Seen, error) { return h.lookForDomain(ctx, name) }
+	}
+	seen, err := look()
 	if err != nil {
 		return nil, err
 	}

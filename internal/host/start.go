@@ -47,6 +47,15 @@ func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	}
 	vm, err := hypervisor.Find(h.config.VMs, name)
 	switch {
+	case errors.Is(err, hypervisor.ErrUnknown) && h.config.Libvirt != nil:
+		// Of a VM without a description libvirt knows.
+		switch seen, err := h.lookForDomain(ctx, name); {
+		case errors.Is(err, hypervisor.ErrUnknown):
+		case err != nil:
+			lives, a.Why = true, err.Error()
+		case seen.State != hypervisor.None:
+			lives, a.Why = true, fmt.Sprintf("libvirt has it there, %s", seen.Status)
+		}
 	case errors.Is(err, hypervisor.ErrUnknown): // no description, no socket to look at
 	case err != nil:
 		lives, a.Why = true, "its description cannot be read: "+err.Error()

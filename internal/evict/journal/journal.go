@@ -109,6 +109,8 @@ type Record struct {
 	Peer     string `json:"peer"`
 	PeerAddr string `json:"peer_addr,omitempty"` // host:port of the other host
 	QMP      string `json:"qmp,omitempty"`       // path of the QMP socket of the QEMU here
+	// Libvirt is the URI of this host's libvirt, for a VM that is a domain of it.
+	Libvirt string `json:"libvirt,omitempty"`
 
 	// PID and StartTime identify that QEMU: /proc/PID/stat, field 22, in ticks since the host
 	// booted.

@@ -26,12 +26,12 @@ func Scoped() bool {
 // process, and then becomes the QEMU. So the QEMU keeps the process ID that was started, and takes
 // no memory before it is in the scope. A name that is new each time cannot be that of a scope that
 // has not ended yet.
-func (vm VM) scope(cred *syscall.Credential) []string {
+func scope(what, name string, cred *syscall.Credential) []string {
 	var unique [4]byte
 	rand.Read(unique[:])
 	args := []string{systemdRun, "--scope", "--quiet", "--collect", "--slice=machine.slice",
-		"--description=VM " + vm.Name,
-		fmt.Sprintf("--unit=vacate-%s-%s.scope", vm.Name, hex.EncodeToString(unique[:])), "--"}
+		"--description=" + what,
+		fmt.Sprintf("--unit=vacate-%s-%s.scope", name, hex.EncodeToString(unique[:])), "--"}
 	if cred == nil {
 		return args
 	}

@@ -150,15 +150,24 @@ func (vm VM) start(log *os.File, twin bool) (*exec.Cmd, error) {
 		}
 	}
 	if Scoped() {
-		args = append(vm.scope(cred), args...)
+		args = append(scope("VM "+vm.Name, vm.Name, cred), args...)
 		cred = nil // for systemd-run, which sets it
 	}
+	return launch(args, cred, vm.Env, log)
+}
+
+// launch starts a process that outlives this one. It gets files as its descriptors from 3 on.
+func launch(args []string, cred *syscall.Credential, env map[string]string, log *os.File,
+	files ...*os.File) (*exec.Cmd, error) {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir = "/"
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = files
+	if log != nil {
+		cmd.Stdout, cmd.Stderr = log, log
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: cred}
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	for k, v := range vm.Env {
+	for k, v := range env {
 		cmd.Env = append(cmd.Env, k+"="+v)
 	}
 	// Go opens all files so that they close by themselves. Those that we were started with may not.

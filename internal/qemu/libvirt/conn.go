@@ -178,6 +178,10 @@ func (c *Conn) Close() error {
 	return err
 }
 
+// File returns another descriptor of the connection. As long as any process has one, the daemon
+// takes the connection for open, and does not end what was begun on it.
+func (c *Conn) File() (*os.File, error) { return c.conn.(*net.UnixConn).File() }
+
 type dialer struct{ conn net.Conn }
 
 func (d dialer) Dial() (net.Conn, error) { return d.conn, nil }

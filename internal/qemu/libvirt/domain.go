@@ -69,6 +69,8 @@ const (
 	RunningPostcopy          = int(golibvirt.DomainRunningPostcopy)          // the same
 	PausedUser               = int(golibvirt.DomainPausedUser)               // of Paused
 	PausedMigration          = int(golibvirt.DomainPausedMigration)          // the same
+	PausedPostcopy           = int(golibvirt.DomainPausedPostcopy)           // the same
+	PausedPostcopyFailed     = int(golibvirt.DomainPausedPostcopyFailed)     // the same
 	ShutOffShutdown          = int(golibvirt.DomainShutoffShutdown)          // of ShutOff
 	ShutOffDestroyed         = int(golibvirt.DomainShutoffDestroyed)         // the same
 	ShutOffCrashed           = int(golibvirt.DomainShutoffCrashed)           // the same

@@ -26,6 +26,8 @@ type mover struct {
 	*rig
 	flags    Flags
 	inactive string
+	anchorA  *Conn // begins at A, and is not used any more
+	anchorB  *Conn // the same at B
 	cookie   []byte
 	xml      string
 	q        *qmp.Client
@@ -71,12 +73,15 @@ func (r *rig) prepare(flags Flags) *mover {
 		sent:   map[string][]bool{},
 		ended:  make(chan error, 1),
 		loaded: make(chan struct{}),
+
+		anchorA: r.dial(r.h.A),
+		anchorB: r.dial(r.h.B),
 	}
 	var err error
 	m.inactive, err = r.a.XML(r.ctx, r.domain, Inactive)
 	r.check(err)
 	at := time.Now()
-	m.cookie, m.xml, err = r.a.Begin(r.ctx, r.domain, flags|ChangeProtection)
+	m.cookie, m.xml, err = m.anchorA.Begin(r.ctx, r.domain, flags|ChangeProtection)
 	r.check(err)
 	m.say("begin", at)
 	p := Policy{
@@ -102,7 +107,7 @@ func (r *rig) prepare(flags Flags) *mover {
 
 	at = time.Now()
 	uri, socket := r.b.ListenPath("test")
-	_, err = r.b.Prepare(r.ctx, "web1", checked.XML, uri, plain, flags)
+	_, err = m.anchorB.Prepare(r.ctx, "web1", checked.XML, uri, plain, flags)
 	r.check(err)
 	m.say("prepare", at)
 	m.conn, err = net.Dial("unix", socket)

@@ -72,10 +72,15 @@ type ReturnReader struct {
 	maxBitmap uint64
 }
 
+// returnBuffer is more than QEMU can have on its way in a socket, by Linux's own setting
+// (net.core.wmem_default). So a reader that dies leaves whole messages behind, as QEMU writes each
+// at once.
+const returnBuffer = 256 << 10
+
 // NewReturnReader returns a reader of the return path in r that accepts bitmaps for
 // blocks of up to maxPages pages.
 func NewReturnReader(r io.Reader, maxPages int) *ReturnReader {
-	return &ReturnReader{r: bufio.NewReaderSize(r, 4096),
+	return &ReturnReader{r: bufio.NewReaderSize(r, returnBuffer),
 		maxBitmap: (uint64(maxPages) + 63) / 64 * 8}
 }
 

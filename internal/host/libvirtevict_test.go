@@ -1,0 +1,188 @@
+package host
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/lab"
+	"vacate/lab/labtest"
+	"vacate/lab/libvirtlab"
+)
+
+// managed is a domain on the first of two hosts, each with a libvirt and a daemon.
+type managed struct {
+	*testing.T
+	l        *lab.Lab
+	h        *libvirtlab.Hosts
+	a, b     *site
+	domain   *libvirtlab.Domain
+	inactive string
+}
+
+func startManaged(t *testing.T, spec libvirtlab.Spec) *managed {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	labtest.Need(t, libvirtlab.Probe())
+	ctx := labtest.Within(t, 4*time.Minute)
+	m := &managed{T: t, l: l}
+	var err error
+	m.h, err = libvirtlab.New(ctx, l)
+	m.check(err)
+	t.Cleanup(m.h.Close)
+	m.a, m.b = sites(t, l)
+	m.domain, err = m.h.Start(ctx, "web1", spec)
+	m.check(err)
+	for _, x := range []struct {
+		s *site
+		h *libvirtlab.Host
+	}{{m.a, m.h.A}, {m.b, m.h.B}} {
+		x.s.configure(fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\"]\n"+
+			"trust_disks = true\nemulators = [%q]\npaths = [%q, %q, %q, %q, %q]\n", x.h.Socket,
+			m.domain.VM.Spec.QEMU.Path, l.Dir(), l.RunDir(), os.TempDir(), "/run/libvirt/lab",
+			"/var/log/libvirt/lab"))
+	}
+	m.virsh(m.h.A, "autostart", "web1")
+	m.inactive = m.virsh(m.h.A, "dumpxml", "--inactive", "web1")
+	m.a.start()
+	m.b.start()
+	return m
+}
+
+func (m *managed) check(err error) {
+	m.Helper()
+	if err != nil {
+		m.Fatal(err)
+	}
+}
+
+func (m *managed) virsh(h *libvirtlab.Host, args ...string) string {
+	m.Helper()
+	out, err := h.Virsh(labtest.Within(m.T, time.Minute), args...)
+	if err != nil {
+		m.Errorf("virsh %q: %v", args, err)
+	}
+	return out
+}
+
+// evict begins an eviction of the domain.
+func (m *managed) evict(rate uint64) *hostv1.Eviction {
+	m.Helper()
+	e, err := m.a.evictWith("web1", "hostb", &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate,
+		LoadTimeoutMs: 30_000})
+	m.check(err)
+	return e
+}
+
+// mustMove waits until the eviction is complete, and checks that everything is at b as it was.
+func (m *managed) mustMove(e *hostv1.Eviction) {
+	m.Helper()
+	end, err := m.a.watch(e.Id, 2*time.Minute)
+	if err != nil || end.Outcome != string(evict.Completed) {
+		m.Fatalf("%v, %v", end, err)
+	}
+	if out := m.virsh(m.h.A, "list", "--all", "--name"); out != "" {
+		m.Errorf("a still has %q", out)
+	}
+	// The destination's end may come later.
+	if there, err := m.b.watch(e.Id, time.Minute); err != nil ||
+		there.Outcome != string(evict.Completed) {
+		m.Errorf("at b: %v, %v", there, err)
+	}
+	if s := m.virsh(m.h.B, "domstate", "--reason", "web1"); s != "running (migrated)" {
+		m.Errorf("at b: %s", s)
+	}
+	if now := m.virsh(m.h.B, "dumpxml", "--inactive", "web1"); now != m.inactive {
+		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
+	}
+	if !m.starts(m.h.B) {
+		m.Error("the domain does not start with host b")
+	}
+	vm, err := m.domain.Came(labtest.Within(m.T, time.Minute))
+	m.check(err)
+	m.check(vm.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
+	labtest.MustCheck(m.T, vm)
+}
+
+// starts reports whether the domain starts with a host.
+func (m *managed) starts(h *libvirtlab.Host) bool {
+	m.Helper()
+	return strings.Contains(m.virsh(h, "dominfo", "web1"), "Autostart:      enable")
+}
+
+// mustStay waits until the eviction is aborted, and checks that everything is at a as it was.
+func (m *managed) mustStay(e *hostv1.Eviction) {
+	m.Helper()
+	end, err := m.a.watch(e.Id, time.Minute)
+	if err != nil || end.Outcome != string(evict.Aborted) {
+		m.Fatalf("%v, %v", end, err)
+	}
+	if there, err := m.b.watch(e.Id, time.Minute); err == nil &&
+		there.Outcome != string(evict.Aborted) {
+		m.Errorf("at b: %v", there)
+	}
+	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+		m.Errorf("at a: %s", s)
+	}
+	if now := m.virsh(m.h.A, "dumpxml", "--inactive", "web1"); now != m.inactive {
+		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
+	}
+	if !m.starts(m.h.A) {
+		m.Error("the domain does not start with host a any more")
+	}
+	if out := m.virsh(m.h.B, "list", "--all", "--name"); out != "" {
+		m.Errorf("b still has %q", out)
+	}
+	m.check(m.domain.VM.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
+}
+
+var managedSpec = libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
+	Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}}
+
+// Two daemons evict a domain of libvirt's. The one at the source is killed when the guest is
+// frozen: started again, it rolls back. Then the domain moves. libvirt's own migration takes it
+// back.
+func TestEvictDomain(t *testing.T) {
+	m := startManaged(t, managedSpec)
+	m.a.kill()
+	m.a.start("source/loading")
+	e := m.evict(0)
+	if !m.a.reach("source/loading", time.Minute) {
+		t.Fatal("the source does not come to loading")
+	}
+	if m.starts(m.h.A) {
+		t.Error("a domain that is about to leave starts with host a")
+	}
+	m.a.kill()
+	m.a.start()
+	m.mustStay(e)
+
+	m.mustMove(m.evict(0))
+	m.virsh(m.h.B, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "web1",
+		m.h.A.URI, "--migrateuri", "unix://"+filepath.Join(m.l.RunDir(), "back.sock"))
+	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+		t.Error(s)
+	}
+}
+
+// A daemon that is killed at either end after the commit goes on when it is started again.
+func TestEvictDomainThroughDeaths(t *testing.T) {
+	m := startManaged(t, managedSpec)
+	e := m.evict(8 << 20)
+	if !m.a.reach("source/pushing", time.Minute) {
+		t.Fatal("the source does not come to pushing")
+	}
+	m.b.kill()
+	time.Sleep(500 * time.Millisecond)
+	m.b.start()
+	if !m.a.reach("source/pushing", time.Minute) {
+		t.Fatal("the source does not come back to pushing")
+	}
+	m.a.kill()
+	m.a.start()
+	m.mustMove(e)
+}
