@@ -141,7 +141,7 @@ func (s scene) summary(r evict.Report) string {
 	} else {
 		add("it ran there after %s", r.Transfer)
 	}
-	add("it ended after %s", r.Total)
+	add("the eviction took %s", r.Total)
 	if len(times) > 0 {
 		text := strings.Join(times, "; ")
 		lines = append(lines, strings.ToUpper(text[:1])+text[1:]+".")

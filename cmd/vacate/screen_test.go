@@ -236,13 +236,13 @@ func TestReportText(t *testing.T) {
 		want string
 	}{
 		{full, "web1 runs on hostb with all of its memory.\n" +
-			"It stood still for 100 ms; it ran there after 400 ms; it ended after 12.5 s.\n" +
+			"It stood still for 100 ms; it ran there after 400 ms; the eviction took 12.5 s.\n" +
 			"137 GB crossed the link for 128 GiB of memory; it waited for 1000 pages, 99 % of " +
 			"them at most 3.1 ms.\n"},
 		{evict.Report{Outcome: "refused"}, "web1 stays here.\n"},
 		{evict.Report{Outcome: "completed", Stood: "paused", Transfer: f(0.4), Total: f(2)},
 			"web1 stands on hostb with all of its memory.\n" +
-				"It could run there after 400 ms; it ended after 2.0 s.\n"},
+				"It could run there after 400 ms; the eviction took 2.0 s.\n"},
 		{evict.Report{Outcome: "shut down", Reason: "its guest ended itself\x1b", Down: f(0.1)},
 			"web1 has shut itself down on hostb: its guest ended itself\uFFFD.\n" +
 				"It stood still for 100 ms.\n"},
