@@ -68,6 +68,7 @@ The configuration (TOML):
   paths     = ["/srv/vms"]              # files that domains of other hosts may name
   networks  = ["default", "br0"]        # networks that they may be on; "user" is QEMU's own
   emulators = ["/usr/bin/qemu-system-x86_64"]  # QEMUs that they may have
+  trust_disks = true                    # on your word other hosts have their disks; default: false
   [guard]                               # evict by itself when overloaded
   goal      = "cpu<111%"                # what this host shall reach
   max_load  = 0.8                       # most load of a host that takes a VM

@@ -186,3 +186,39 @@ func TestEvictDomainThroughDeaths(t *testing.T) {
 	m.a.start()
 	m.mustMove(e)
 }
+
+// A daemon dies in a state, and is started again. What has not been committed is rolled back, and
+// all else comes to its end.
+func TestEvictDomainInEachState(t *testing.T) {
+	for _, c := range []struct {
+		at    string
+		moves bool
+	}{
+		{"destination/prepared", false},
+		{"destination/running", true}, // libvirt was not told yet
+		{"destination/completing", true},
+		{"source/committing", false}, // the commit was not sent: the destination never ran it
+		{"source/retiring", true},
+	} {
+		t.Run(c.at, func(t *testing.T) {
+			m := startManaged(t, managedSpec)
+			s := m.b
+			if strings.HasPrefix(c.at, "source") {
+				s = m.a
+			}
+			s.kill()
+			s.start(c.at)
+			e := m.evict(0)
+			if !s.reach(c.at, time.Minute) {
+				t.Fatal("it does not come to that")
+			}
+			s.kill()
+			s.start()
+			if c.moves {
+				m.mustMove(e)
+				return
+			}
+			m.mustStay(e)
+		})
+	}
+}
