@@ -116,12 +116,12 @@ func (e *destination) settle(f parcel) (held bool, err error) {
 	if f.push != nil && e.held.behind(f) {
 		return true, nil
 	}
-	rest, err := e.put(f)
+	rest, why := e.put(f)
 	if rest == nil {
-		return false, err
+		return false, why
 	}
 	if e.held.park(*rest) {
-		e.tasks.Go(func() { e.retry(err) })
+		e.tasks.Go(func() { e.retry(why) })
 	}
 	return true, nil
 }
