@@ -13,7 +13,7 @@ CHAOS    ?= 1
 WORKERS  ?= 5
 REFUSALS ?= 50
 KVM      ?= 4
-JOBS     ?= 3
+JOBS     ?= 1
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -47,7 +47,8 @@ help: ## this list
 build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
-# The longest package comes first, and the others run beside it: most tests wait most of the time.
+# With JOBS=3 the longest package comes first, and the others run beside it: most tests wait most
+# of the time. On a busy machine some tests then wait too long.
 test: deps ## all tests, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))

@@ -37,7 +37,6 @@ type libvirtTwin struct {
 	runs    func() // called when its QEMU says that the guest runs
 	ending  ending
 	began   chan struct{}   // closed when its QEMU has said that the guest runs
-	heard   chan struct{}   // closed when no more events come; nil before the first may
 	life    context.Context // ends when close is called
 	stop    context.CancelFunc
 

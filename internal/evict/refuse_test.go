@@ -34,7 +34,6 @@ var greeting = "vacate\r\n" + string([]byte{link.Version >> 8, link.Version & 0x
 // the message says what to do. One guest goes through all of it and works on. In the end it moves
 // to the destination that has refused everybody else.
 func TestRefusals(t *testing.T) {
-	t.Parallel()
 	l := labtest.New(t, lab.Options{})
 	r := &refusals{T: t, lab: l}
 	r.vm = boot(t, l, lab.Spec{MemoryMiB: 256,
