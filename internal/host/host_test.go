@@ -95,7 +95,7 @@ func slowTwin(t *testing.T, a, b *site, there *lab.Expected) {
 			t.Fatal(err)
 		}
 		b.describe("web1", there.QMP, append([]string{script}, there.Args[1:]...))
-		text = more + "\n" + string(must(t, os.ReadFile, file))
+		text = strings.Replace(string(must(t, os.ReadFile, file)), patient, more, 1)
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}

@@ -299,11 +299,16 @@ func (s *site) came() (list []string) {
 	}
 }
 
+// patient is how long a described VM's QEMU may take to start: on a busy machine it may get no core
+// for half a minute.
+const patient = `start_timeout = "3m"`
+
 // describe gives the host a description of a VM.
 func (s *site) describe(name, qmp string, args []string) {
 	s.t.Helper()
 	var b strings.Builder
-	fmt.Fprintf(&b, "qmp = %q\nlog = %q\ncommand = [\n", qmp, filepath.Join(s.dir, name+".log"))
+	fmt.Fprintf(&b, "%s\nqmp = %q\nlog = %q\ncommand = [\n", patient, qmp,
+		filepath.Join(s.dir, name+".log"))
 	for _, a := range args {
 		fmt.Fprintf(&b, "  %q,\n", a)
 	}
