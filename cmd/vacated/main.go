@@ -182,7 +182,7 @@ func ready() error {
 	if path == "" {
 		return nil
 	}
-	conn, err := net.Dial("unixgram", path)
+	conn, err := net.Dial("unixgram", path) // #nosec G704 -- systemd sets the variable
 	if err != nil {
 		return err
 	}
