@@ -57,9 +57,13 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return err
 	}
 	vm, err := hypervisor.Find(h.config.VMs, r.VM)
+	uri := "" // of the libvirt that takes a domain
 	if r.Domain() {
-		return h.offeredDomain(r, peer, err)
-	} else if err != nil {
+		if err = h.mayTakeDomain(r.VM, peer, err); err == nil {
+			uri = h.config.Libvirt.uri()
+		}
+	}
+	if err != nil {
 		return err
 	}
 	release, err := h.take(r.VM)
@@ -72,12 +76,17 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	}
 	// Ahead of the record: a daemon that finds it after our death ends all that looks like the
 	// twin, and so does a VM that came here once.
-	if err := hypervisor.Absent(h.life, vm); err != nil {
+	if r.Domain() {
+		err = noDomain(h.life, uri, r.VM)
+	} else {
+		err = hypervisor.Absent(h.life, vm)
+	}
+	if err != nil {
 		return err
 	}
 	entry, err := h.journal.Create(journal.Record{
 		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(),
-		QMP: vm.QMP, Mark: string(evict.MarkAccepted),
+		QMP: vm.QMP, Libvirt: uri, Mark: string(evict.MarkAccepted),
 	})
 	if err != nil {
 		return err
@@ -85,8 +94,22 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	v := h.newEviction(entry)
 	h.add(v)
 	h.log.Info("offer taken", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
+	if !r.Domain() { // else libvirt starts it, when the engine has the domain's description
+		if err := v.startTwin(r, vm); err != nil {
+			v.finish(evict.MarkNeverRan, evict.Refused, err, nil)
+			return err
+		}
+	}
+	v.requests <- r
+	v.receive(false)
+	return nil
+}
+
+// startTwin starts the QEMU that takes an offered VM, and writes down which it is.
+func (v *eviction) startTwin(r *evict.Request, vm hypervisor.VM) error {
+	h := v.host
 	var twin process.Process
-	err = r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name),
+	err := r.While(h.life, fmt.Sprintf("host %s starts a QEMU for VM %s", h.name(), vm.Name),
 		func(ctx context.Context) (err error) {
 			twin, err = hypervisor.StartTwin(ctx, vm)
 			return err
@@ -98,12 +121,10 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		if twin.PID != 0 {
 			err = errors.Join(err, twin.Kill(context.Background()))
 		}
-		v.finish(evict.MarkNeverRan, evict.Refused, err, nil)
 		return err
 	}
-	h.log.Info("twin started", "eviction", entry.ID(), "vm", r.VM, "peer", peer, "pid", twin.PID)
-	v.requests <- r
-	v.receive(false)
+	h.log.Info("twin started", "eviction", v.entry.ID(), "vm", r.VM, "peer", v.entry.Record().Peer,
+		"pid", twin.PID)
 	return nil
 }
 

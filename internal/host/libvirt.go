@@ -61,52 +61,39 @@ func (h *Host) libvirtOf(r journal.Record) *evict.Libvirt {
 	return l
 }
 
-// offeredDomain is offered for a domain of libvirt's. undescribed is why this host has no
-// description of a VM of that name, which it must not have.
-func (h *Host) offeredDomain(r *evict.Request, peer string, undescribed error) error {
+// mayTakeDomain reports whether this host takes a domain of a peer's libvirt. undescribed is why it
+// has no description of a VM of that name, which it must not have.
+func (h *Host) mayTakeDomain(name, peer string, undescribed error) error {
 	switch {
 	case undescribed == nil:
 		return fmt.Errorf("%s describes a VM of that name, which is a domain of libvirt's on host "+
-			"%s: rename one", hypervisor.File(h.config.VMs, r.VM), peer)
+			"%s: rename one", hypervisor.File(h.config.VMs, name), peer)
 	case !errors.Is(undescribed, hypervisor.ErrUnknown):
 		return undescribed
 	case h.config.Libvirt == nil:
 		return errors.New("the VM is a domain of libvirt's, and this host takes none: add " +
 			"[libvirt] to vacated.toml there")
 	}
-	release, err := h.take(r.VM)
-	if err != nil {
-		return err
-	}
-	defer release()
-	if n := h.incoming(); n >= maxIncoming {
-		return fmt.Errorf("%d VMs are coming in already: try again later", n)
-	}
-	// Ahead of the record, as for any twin.
-	if seen, err := h.lookForDomain(h.life, r.VM); err == nil {
-		return fmt.Errorf("libvirt has a domain %s here already, %s: if it is not needed, "+
-			"`virsh undefine %[1]s`", r.VM, seen.Status)
-	} else if !errors.Is(err, hypervisor.ErrUnknown) {
-		return err
-	}
-	entry, err := h.journal.Create(journal.Record{
-		ID: r.Eviction, Role: journal.Destination, VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(),
-		Libvirt: h.config.Libvirt.uri(), Mark: string(evict.MarkAccepted),
-	})
-	if err != nil {
-		return err
-	}
-	v := h.newEviction(entry)
-	h.add(v)
-	h.log.Info("offer taken", "eviction", entry.ID(), "domain", r.VM, "peer", peer)
-	v.requests <- r
-	v.receive(false)
 	return nil
 }
 
-// lookForDomain looks at a domain. The error wraps hypervisor.ErrUnknown if libvirt has none.
-func (h *Host) lookForDomain(ctx context.Context, name string) (hypervisor.Seen, error) {
-	domains, err := hypervisor.Domains(ctx, h.config.Libvirt.uri())
+// noDomain returns an error if the libvirt at a URI has a domain of that name.
+func noDomain(ctx context.Context, uri, name string) error {
+	seen, err := findDomain(ctx, uri, name)
+	switch {
+	case err == nil:
+		return fmt.Errorf("libvirt has a domain %s here already, %s: if it is not needed, "+
+			"`virsh undefine %[1]s`", name, seen.Status)
+	case errors.Is(err, hypervisor.ErrUnknown):
+		return nil
+	}
+	return err
+}
+
+// findDomain looks at a domain of the libvirt at a URI. The error wraps hypervisor.ErrUnknown if it
+// has none of that name.
+func findDomain(ctx context.Context, uri, name string) (hypervisor.Seen, error) {
+	domains, err := hypervisor.Domains(ctx, uri)
 	if err != nil {
 		return hypervisor.Seen{}, err
 	}
@@ -115,16 +102,6 @@ func (h *Host) lookForDomain(ctx context.Context, name string) (hypervisor.Seen,
 		return hypervisor.Seen{}, fmt.Errorf("domain %s: %w", name, hypervisor.ErrUnknown)
 	}
 	return domains[i].Seen, nil
-}
-
-// domainMayHaveRun is mayHaveRun for a domain: libvirt may have been told to run it.
-func (h *Host) domainMayHaveRun(r journal.Record) (bool, error) {
-	domains, err := hypervisor.Domains(h.life, r.Libvirt)
-	if err != nil {
-		return false, err
-	}
-	i := slices.IndexFunc(domains, func(d hypervisor.Domain) bool { return d.Name == r.VM })
-	return i >= 0 && domains[i].State == hypervisor.Running, nil
 }
 
 // releaseDomain ends what keeps the connection to libvirt open for an eviction that ends with a
@@ -148,13 +125,7 @@ func (h *Host) domains(ctx context.Context) ([]hypervisor.Domain, error) {
 	if h.config.Libvirt == nil {
 		return nil, nil
 	}
-	return hypervisor.Domains(ctx, h.config.Libvirt.URI)
-}
-
-// hasDomain reports whether a VM is known to be libvirt's.
-func (h *Host) hasDomain(ctx context.Context, name string) bool {
-	domains, _ := h.domains(ctx)
-	return slices.ContainsFunc(domains, func(d hypervisor.Domain) bool { return d.Name == name })
+	return hypervisor.Domains(ctx, h.config.Libvirt.uri())
 }
 
 // listDomains adds the VMs of libvirt's to a list of those that are described.

@@ -126,8 +126,12 @@ func (v *eviction) mayHaveRun() (bool, error) {
 	if evict.StoodThere(record{v.entry}) != "" { // which is written behind the commit
 		return true, nil
 	}
-	if v.entry.Record().Libvirt != "" {
-		return v.host.domainMayHaveRun(v.entry.Record())
+	if r := v.entry.Record(); r.Libvirt != "" { // it may have been told to run the domain
+		seen, err := findDomain(v.host.life, r.Libvirt, r.VM)
+		if errors.Is(err, hypervisor.ErrUnknown) {
+			return false, nil
+		}
+		return seen.State == hypervisor.Running, err
 	}
 	vm, err := hypervisor.Find(v.host.config.VMs, v.entry.Record().VM)
 	if err != nil {

@@ -88,8 +88,10 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	}
 	vm, err := hypervisor.Find(h.config.VMs, name)
 	uri := ""
-	if errors.Is(err, hypervisor.ErrUnknown) && h.hasDomain(ctx, name) {
-		uri, err = h.config.Libvirt.uri(), nil
+	if l := h.config.Libvirt; errors.Is(err, hypervisor.ErrUnknown) && l != nil {
+		if _, missing := findDomain(ctx, l.uri(), name); missing == nil {
+			uri, err = l.uri(), nil
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -116,7 +118,7 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	}
 	look := func() (hypervisor.Seen, error) { return hypervisor.Look(ctx, vm) }
 	if uri != "" {
-		look = func() (hypervisor.Seen, error) { return h.lookForDomain(ctx, name) }
+		look = func() (hypervisor.Seen, error) { return findDomain(ctx, uri, name) }
 	}
 	seen, err := look()
 	if err != nil {

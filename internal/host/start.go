@@ -49,7 +49,7 @@ func (h *Host) vmHere(ctx context.Context, name string, begun bool) vmAnswer {
 	switch {
 	case errors.Is(err, hypervisor.ErrUnknown) && h.config.Libvirt != nil:
 		// Of a VM without a description libvirt knows.
-		switch seen, err := h.lookForDomain(ctx, name); {
+		switch seen, err := findDomain(ctx, h.config.Libvirt.uri(), name); {
 		case errors.Is(err, hypervisor.ErrUnknown):
 		case err != nil:
 			lives, a.Why = true, err.Error()
