@@ -184,13 +184,23 @@ func redial(ctx context.Context, uri string) (*libvirt.Conn, error) {
 	}
 }
 
+// find finds the domain. The error wraps libvirt.ErrNoDomain if there is none, or another of its
+// name.
+func (f *domainFacts) find(ctx context.Context, conn *libvirt.Conn) (libvirt.Domain, error) {
+	d, err := conn.Find(ctx, f.Name)
+	if err == nil && d.UUID != f.UUID {
+		err = fmt.Errorf("%w: another one is named %s now", libvirt.ErrNoDomain, f.Name)
+	}
+	return d, err
+}
+
 // undefine makes libvirt forget a domain whose QEMU has ended, or is about to. A domain that has
 // not the UUID is left alone.
 func undefine(ctx context.Context, conn *libvirt.Conn, f *domainFacts) error {
 	for {
-		d, err := conn.Find(ctx, f.Name)
+		d, err := f.find(ctx, conn)
 		switch {
-		case errors.Is(err, libvirt.ErrNoDomain) || err == nil && d.UUID != f.UUID:
+		case errors.Is(err, libvirt.ErrNoDomain):
 			return nil
 		case err != nil:
 			return err

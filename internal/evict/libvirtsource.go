@@ -77,11 +77,13 @@ func (o *libvirtSource) reach(ctx context.Context) error {
 		return err
 	}
 	o.conn = conn
-	o.domain, err = conn.Find(ctx, o.Domain)
+	if o.facts != nil {
+		o.domain, err = o.facts.find(ctx, conn)
+	} else {
+		o.domain, err = conn.Find(ctx, o.Domain)
+	}
 	if errors.Is(err, libvirt.ErrNoDomain) {
 		return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
-	} else if err == nil && o.facts != nil && o.domain.UUID != o.facts.UUID {
-		return fmt.Errorf("%w: another domain is named %s now", fs.ErrNotExist, o.Domain)
 	}
 	return err
 }

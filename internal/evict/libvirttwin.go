@@ -75,10 +75,7 @@ func (o *libvirtTwin) open(ctx context.Context) (err error) {
 		o.finish, err = redial(ctx, o.URI)
 	}
 	if err == nil && o.facts != nil {
-		o.domain, err = o.conn.Find(ctx, o.facts.Name)
-		if err == nil && o.domain.UUID != o.facts.UUID {
-			err = fmt.Errorf("%w: another one is named %s", libvirt.ErrNoDomain, o.facts.Name)
-		}
+		o.domain, err = o.facts.find(ctx, o.conn)
 	}
 	return err
 }
@@ -387,8 +384,8 @@ func (o *libvirtTwin) lastWords() (guest, host string) {
 		return guest, host
 	}
 	defer conn.Close()
-	d, err := conn.Find(ctx, o.facts.Name)
-	if err != nil || d.UUID != o.facts.UUID {
+	d, err := o.facts.find(ctx, conn)
+	if err != nil {
 		return guest, host
 	}
 	s, err := conn.State(ctx, d)
