@@ -263,6 +263,33 @@ func (m *mover) page(block string, offset uint64) {
 	}
 }
 
+// firstReport waits until the guest reports from b.
+func (r *rig) firstReport() *lab.VM {
+	r.Helper()
+	vm, err := r.lab.Came(r.ctx)
+	r.check(err)
+	before := len(vm.Guest.Samples())
+	for len(vm.Guest.Samples()) == before {
+		time.Sleep(10 * time.Millisecond)
+	}
+	return vm
+}
+
+// push sends all pages, and ends the stream.
+func (m *mover) push() {
+	for _, b := range m.mem.Blocks() {
+		for offset := uint64(0); offset < b.Size; offset += 4096 {
+			m.page(b.Name, offset)
+		}
+	}
+	m.send(
+		migstream.SectionEnd{ID: section},
+		migstream.EOS{},
+		migstream.Footer{ID: section},
+		migstream.EOF{},
+	)
+}
+
 // commit has B run the domain, sends all memory, and ends both sides.
 func (m *mover) commit() {
 	m.Helper()
@@ -276,25 +303,10 @@ func (m *mover) commit() {
 		d, err := m.b.Finish(m.ctx, "web1", nil, m.flags, false)
 		finished <- answer{d, err}
 	}()
-	vm, err := m.lab.Came(m.ctx)
-	m.check(err)
-	before := len(vm.Guest.Samples())
-	for len(vm.Guest.Samples()) == before {
-		time.Sleep(10 * time.Millisecond)
-	}
+	m.firstReport()
 	m.say("commit to the first report", at)
 	m.Logf("b, running: %v", m.virsh(m.h.B, "domstate", "--reason", "web1"))
-	for _, b := range m.mem.Blocks() {
-		for offset := uint64(0); offset < b.Size; offset += 4096 {
-			m.page(b.Name, offset)
-		}
-	}
-	m.send(
-		migstream.SectionEnd{ID: section},
-		migstream.EOS{},
-		migstream.Footer{ID: section},
-		migstream.EOF{},
-	)
+	m.push()
 	m.say("push", at)
 	if err := <-m.ended; err != nil {
 		m.Fatal("the twin's return path:", err)
