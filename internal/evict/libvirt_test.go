@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -15,71 +14,41 @@ import (
 	"vacate/lab"
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
+	"vacate/lab/libvirttest"
 )
 
-// managed is a domain on the first of two hosts with a libvirt each.
-type managed struct {
-	*testing.T
-	l      *lab.Lab
-	h      *libvirtlab.Hosts
-	domain *libvirtlab.Domain
-}
+// managed is a domain that an eviction moves.
+type managed struct{ *libvirttest.Managed }
 
-func startManaged(t *testing.T, spec libvirtlab.Spec) *managed {
-	m := &managed{T: t, l: labtest.New(t, lab.Options{Rate: 1e9})}
-	labtest.Need(t, libvirtlab.Probe())
-	var err error
-	ctx := labtest.Within(t, 4*time.Minute)
-	m.h, err = libvirtlab.New(ctx, m.l)
-	m.check(err)
-	t.Cleanup(m.h.Close)
-	m.domain, err = m.h.Start(ctx, "web1", spec)
-	m.check(err)
-	return m
-}
-
-func (m *managed) check(err error) {
-	m.Helper()
-	if err != nil {
-		m.Fatal(err)
-	}
-}
-
-func (m *managed) virsh(h *libvirtlab.Host, args ...string) string {
-	m.Helper()
-	out, err := h.Virsh(labtest.Within(m.T, time.Minute), args...)
-	if err != nil {
-		m.Errorf("virsh %q: %v", args, err)
-	}
-	return out
+func startManaged(t *testing.T, spec libvirtlab.Spec) managed {
+	return managed{libvirttest.Start(t, lab.Options{Rate: 1e9}, spec)}
 }
 
 // owner is a host's libvirt, with a policy for the lab's domains.
-func (m *managed) owner(h *libvirtlab.Host) *evict.Libvirt {
+func (m managed) owner(h *libvirtlab.Host) *evict.Libvirt {
 	return &evict.Libvirt{URI: "qemu:///system?socket=" + h.Socket, Domain: "web1",
 		TrustDisks: true, Autostart: true, Policy: libvirt.Policy{
 			Networks:  []string{"user"},
-			Emulators: []string{m.domain.VM.Spec.QEMU.Path},
-			Paths: []string{m.l.Dir(), m.l.RunDir(), os.TempDir(), "/run/libvirt/lab",
-				"/var/log/libvirt/lab"},
+			Emulators: []string{m.Domain.VM.Spec.QEMU.Path},
+			Paths:     m.Paths(),
 		}}
 }
 
 // evict moves the domain from a to b; the source runs with ctx.
-func (m *managed) evict(ctx context.Context, show func(evict.Progress)) result {
+func (m managed) evict(ctx context.Context, show func(evict.Progress)) result {
 	m.Helper()
-	ln := listen(m.T, m.l.B)
+	ln := listen(m.T, m.Lab.B)
 	log := slog.New(slog.NewTextHandler(m.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	received := make(chan error, 1)
 	all, stop := context.WithCancel(labtest.Within(m.T, 3*time.Minute))
 	defer stop()
 	go func() {
-		received <- receiveOn(all, evict.Destination{Libvirt: m.owner(m.h.B),
+		received <- receiveOn(all, evict.Destination{Libvirt: m.owner(m.Hosts.B),
 			Log: log.With("side", "destination")}, ln)
 	}()
 	var r result
 	r.report, r.source = evict.Source{Eviction: journal.NewID(), VM: "web1",
-		Libvirt: m.owner(m.h.A), Connect: connectTo(m.l.A, ln.Addr().String()),
+		Libvirt: m.owner(m.Hosts.A), Connect: connectTo(m.Lab.A, ln.Addr().String()),
 		LoadTimeout: 20 * time.Second, Log: log.With("side", "source"), Show: show}.Evict(ctx)
 	if errors.Is(r.source, evict.ErrRefused) {
 		stop()
@@ -93,8 +62,8 @@ func (m *managed) evict(ctx context.Context, show func(evict.Progress)) result {
 func TestLibvirt(t *testing.T) {
 	m := startManaged(t, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
 		Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}})
-	m.virsh(m.h.A, "autostart", "web1")
-	inactive := m.virsh(m.h.A, "dumpxml", "--inactive", "web1")
+	m.Virsh(m.Hosts.A, "autostart", "web1")
+	inactive := m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1")
 
 	ctx, abort := context.WithCancelCause(labtest.Within(t, time.Minute))
 	r := m.evict(ctx, func(p evict.Progress) {
@@ -106,32 +75,32 @@ func TestLibvirt(t *testing.T) {
 	if !errors.Is(r.source, evict.ErrAborted) {
 		t.Fatal(r.source)
 	}
-	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
 		t.Error(s)
 	}
-	if out := m.virsh(m.h.B, "list", "--all", "--name"); out != "" {
+	if out := m.Virsh(m.Hosts.B, "list", "--all", "--name"); out != "" {
 		t.Errorf("b still has %q", out)
 	}
-	m.check(m.domain.VM.Guest.WaitOps(labtest.Within(t, time.Minute), 100))
+	m.Check(m.Domain.VM.Guest.WaitOps(labtest.Within(t, time.Minute), 100))
 
 	r = m.evict(labtest.Within(t, 2*time.Minute), nil)
 	r.mustComplete(t)
-	if out := m.virsh(m.h.A, "list", "--all", "--name"); out != "" {
+	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
 		t.Errorf("a still has %q", out)
 	}
-	if s := m.virsh(m.h.B, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
 		t.Error(s)
 	}
-	if now := m.virsh(m.h.B, "dumpxml", "--inactive", "web1"); now != inactive {
+	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", "web1"); now != inactive {
 		t.Errorf("the domain is defined as\n%s\nand was\n%s", now, inactive)
 	}
-	if info := m.virsh(m.h.B, "dominfo", "web1"); !strings.Contains(info,
+	if info := m.Virsh(m.Hosts.B, "dominfo", "web1"); !strings.Contains(info,
 		"Autostart:      enable") {
 		t.Errorf("autostart: %s", info)
 	}
-	vm, err := m.domain.Came(labtest.Within(t, time.Minute))
-	m.check(err)
-	m.check(vm.Guest.WaitOps(labtest.Within(t, time.Minute), 100))
+	vm, err := m.Domain.Came(labtest.Within(t, time.Minute))
+	m.Check(err)
+	m.Check(vm.Guest.WaitOps(labtest.Within(t, time.Minute), 100))
 	labtest.MustCheck(t, vm)
 }
 
@@ -141,18 +110,18 @@ func TestLibvirt(t *testing.T) {
 func TestLibvirtLosesItsStream(t *testing.T) {
 	m := startManaged(t, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
 		Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}})
-	ln := listen(t, m.l.B)
+	ln := listen(t, m.Lab.B)
 	j := &memoryJournal{}
 	ctx, leave := context.WithCancelCause(labtest.Within(t, 2*time.Minute))
 	received := make(chan error, 1)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{Libvirt: m.owner(m.h.B), Journal: j}, ln)
+		received <- receiveOn(ctx, evict.Destination{Libvirt: m.owner(m.Hosts.B), Journal: j}, ln)
 	}()
 	leaving, end := context.WithCancelCause(labtest.Within(t, 2*time.Minute))
 	limit := &evict.Limit{}
 	limit.Set(4 << 20)
-	_, err := evict.Source{Eviction: journal.NewID(), VM: "web1", Libvirt: m.owner(m.h.A),
-		Connect: connectTo(m.l.A, ln.Addr().String()), LoadTimeout: 20 * time.Second,
+	_, err := evict.Source{Eviction: journal.NewID(), VM: "web1", Libvirt: m.owner(m.Hosts.A),
+		Connect: connectTo(m.Lab.A, ln.Addr().String()), LoadTimeout: 20 * time.Second,
 		Limit: limit, Journal: &memoryJournal{},
 		Show: func(p evict.Progress) {
 			switch p.State {
@@ -167,15 +136,15 @@ func TestLibvirtLosesItsStream(t *testing.T) {
 	if !errors.Is(err, evict.ErrLeft) || !errors.Is(there, evict.ErrLeft) {
 		t.Fatal("they did not leave")
 	}
-	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "paused") {
+	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "paused") {
 		t.Errorf("at a: %s", s)
 	}
 	requests := make(chan *evict.Request)
-	_, err = evict.Destination{Libvirt: m.owner(m.h.B), Journal: j}.Resume(
+	_, err = evict.Destination{Libvirt: m.owner(m.Hosts.B), Journal: j}.Resume(
 		labtest.Within(t, time.Minute), journal.NewID(), evict.MarkMayRun, requests)
 	if !errors.Is(err, evict.ErrLeft) || !strings.Contains(err.Error(), "docs/libvirt.md") {
 		t.Errorf("another engine: %v", err)
 	}
 	// libvirt destroys a domain whose connection ends before Finish3 has returned, at its own time.
-	t.Logf("at b: %s", m.virsh(m.h.B, "domstate", "--reason", "web1"))
+	t.Logf("at b: %s", m.Virsh(m.Hosts.B, "domstate", "--reason", "web1"))
 }

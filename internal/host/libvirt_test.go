@@ -12,6 +12,7 @@ import (
 	"vacate/lab"
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
+	"vacate/lab/libvirttest"
 
 	"connectrpc.com/connect"
 )
@@ -19,21 +20,11 @@ import (
 // A domain of libvirt's is listed beside described VMs, and examined; what the other host does not
 // let it name is found there. An eviction to a host that does not take it leaves it alone.
 func TestLibvirt(t *testing.T) {
-	l := labtest.New(t, lab.Options{Rate: 1e9})
-	labtest.Need(t, libvirtlab.Probe())
+	m := libvirttest.Start(t, lab.Options{Rate: 1e9}, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
+		Devices: lab.Full, Load: lab.Load{HotMiB: 16, Slow: true}}})
+	h, d := m.Hosts, m.Domain
+	a, b := sites(t, m.Lab)
 	ctx := labtest.Within(t, 4*time.Minute)
-	h, err := libvirtlab.New(ctx, l)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(h.Close)
-	a, b := sites(t, l)
-	spec := libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
-		Load: lab.Load{HotMiB: 16, Slow: true}}}
-	d, err := h.Start(ctx, "web1", spec)
-	if err != nil {
-		t.Fatal(err)
-	}
 	if _, err := h.A.Virsh(ctx, "define", define(t, d, "web2")); err != nil {
 		t.Fatal(err)
 	}

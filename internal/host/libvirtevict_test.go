@@ -1,8 +1,8 @@
 package host
 
 import (
+	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -13,60 +13,34 @@ import (
 	"vacate/lab"
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
+	"vacate/lab/libvirttest"
 )
 
-// managed is a domain on the first of two hosts, each with a libvirt and a daemon.
+// managed is a domain on the first of two hosts, each with a daemon.
 type managed struct {
-	*testing.T
-	l        *lab.Lab
-	h        *libvirtlab.Hosts
+	*libvirttest.Managed
 	a, b     *site
-	domain   *libvirtlab.Domain
 	inactive string
 }
 
 func startManaged(t *testing.T, spec libvirtlab.Spec) *managed {
-	l := labtest.New(t, lab.Options{Rate: 1e9})
-	labtest.Need(t, libvirtlab.Probe())
-	ctx := labtest.Within(t, 4*time.Minute)
-	m := &managed{T: t, l: l}
-	var err error
-	m.h, err = libvirtlab.New(ctx, l)
-	m.check(err)
-	t.Cleanup(m.h.Close)
-	m.a, m.b = sites(t, l)
-	m.domain, err = m.h.Start(ctx, "web1", spec)
-	m.check(err)
+	m := &managed{Managed: libvirttest.Start(t, lab.Options{Rate: 1e9}, spec)}
+	m.a, m.b = sites(t, m.Lab)
+	paths, err := json.Marshal(m.Paths()) // a list of strings is the same in TOML
+	m.Check(err)
 	for _, x := range []struct {
 		s *site
 		h *libvirtlab.Host
-	}{{m.a, m.h.A}, {m.b, m.h.B}} {
+	}{{m.a, m.Hosts.A}, {m.b, m.Hosts.B}} {
 		x.s.configure(fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\"]\n"+
-			"trust_disks = true\nemulators = [%q]\npaths = [%q, %q, %q, %q, %q]\n", x.h.Socket,
-			m.domain.VM.Spec.QEMU.Path, l.Dir(), l.RunDir(), os.TempDir(), "/run/libvirt/lab",
-			"/var/log/libvirt/lab"))
+			"trust_disks = true\nemulators = [%q]\npaths = %s\n", x.h.Socket,
+			m.Domain.VM.Spec.QEMU.Path, paths))
 	}
-	m.virsh(m.h.A, "autostart", "web1")
-	m.inactive = m.virsh(m.h.A, "dumpxml", "--inactive", "web1")
+	m.Virsh(m.Hosts.A, "autostart", "web1")
+	m.inactive = m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1")
 	m.a.start()
 	m.b.start()
 	return m
-}
-
-func (m *managed) check(err error) {
-	m.Helper()
-	if err != nil {
-		m.Fatal(err)
-	}
-}
-
-func (m *managed) virsh(h *libvirtlab.Host, args ...string) string {
-	m.Helper()
-	out, err := h.Virsh(labtest.Within(m.T, time.Minute), args...)
-	if err != nil {
-		m.Errorf("virsh %q: %v", args, err)
-	}
-	return out
 }
 
 // evict begins an eviction of the domain.
@@ -74,7 +48,7 @@ func (m *managed) evict(rate uint64) *hostv1.Eviction {
 	m.Helper()
 	e, err := m.a.evictWith("web1", "hostb", &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate,
 		LoadTimeoutMs: 30_000})
-	m.check(err)
+	m.Check(err)
 	return e
 }
 
@@ -85,7 +59,7 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 	if err != nil || end.Outcome != string(evict.Completed) {
 		m.Fatalf("%v, %v", end, err)
 	}
-	if out := m.virsh(m.h.A, "list", "--all", "--name"); out != "" {
+	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
 		m.Errorf("a still has %q", out)
 	}
 	// The destination's end may come later.
@@ -93,25 +67,25 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 		there.Outcome != string(evict.Completed) {
 		m.Errorf("at b: %v, %v", there, err)
 	}
-	if s := m.virsh(m.h.B, "domstate", "--reason", "web1"); s != "running (migrated)" {
+	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", "web1"); s != "running (migrated)" {
 		m.Errorf("at b: %s", s)
 	}
-	if now := m.virsh(m.h.B, "dumpxml", "--inactive", "web1"); now != m.inactive {
+	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", "web1"); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
-	if !m.starts(m.h.B) {
+	if !m.starts(m.Hosts.B) {
 		m.Error("the domain does not start with host b")
 	}
-	vm, err := m.domain.Came(labtest.Within(m.T, time.Minute))
-	m.check(err)
-	m.check(vm.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
+	vm, err := m.Domain.Came(labtest.Within(m.T, time.Minute))
+	m.Check(err)
+	m.Check(vm.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
 	labtest.MustCheck(m.T, vm)
 }
 
 // starts reports whether the domain starts with a host.
 func (m *managed) starts(h *libvirtlab.Host) bool {
 	m.Helper()
-	return strings.Contains(m.virsh(h, "dominfo", "web1"), "Autostart:      enable")
+	return strings.Contains(m.Virsh(h, "dominfo", "web1"), "Autostart:      enable")
 }
 
 // mustStay waits until the eviction is aborted, and checks that everything is at a as it was.
@@ -125,19 +99,19 @@ func (m *managed) mustStay(e *hostv1.Eviction) {
 		there.Outcome != string(evict.Aborted) {
 		m.Errorf("at b: %v", there)
 	}
-	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
 		m.Errorf("at a: %s", s)
 	}
-	if now := m.virsh(m.h.A, "dumpxml", "--inactive", "web1"); now != m.inactive {
+	if now := m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1"); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
-	if !m.starts(m.h.A) {
+	if !m.starts(m.Hosts.A) {
 		m.Error("the domain does not start with host a any more")
 	}
-	if out := m.virsh(m.h.B, "list", "--all", "--name"); out != "" {
+	if out := m.Virsh(m.Hosts.B, "list", "--all", "--name"); out != "" {
 		m.Errorf("b still has %q", out)
 	}
-	m.check(m.domain.VM.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
+	m.Check(m.Domain.VM.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
 }
 
 var managedSpec = libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
@@ -154,7 +128,7 @@ func TestEvictDomain(t *testing.T) {
 	if !m.a.reach("source/loading", time.Minute) {
 		t.Fatal("the source does not come to loading")
 	}
-	if m.starts(m.h.A) {
+	if m.starts(m.Hosts.A) {
 		t.Error("a domain that is about to leave starts with host a")
 	}
 	m.a.kill()
@@ -162,9 +136,9 @@ func TestEvictDomain(t *testing.T) {
 	m.mustStay(e)
 
 	m.mustMove(m.evict(0))
-	m.virsh(m.h.B, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "web1",
-		m.h.A.URI, "--migrateuri", "unix://"+filepath.Join(m.l.RunDir(), "back.sock"))
-	if s := m.virsh(m.h.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	m.Virsh(m.Hosts.B, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "web1",
+		m.Hosts.A.URI, "--migrateuri", "unix://"+filepath.Join(m.Lab.RunDir(), "back.sock"))
+	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
 		t.Error(s)
 	}
 }

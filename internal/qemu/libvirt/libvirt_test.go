@@ -14,6 +14,7 @@ import (
 	"vacate/lab"
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
+	"vacate/lab/libvirttest"
 )
 
 // rig is two hosts with a domain on host a.
@@ -28,15 +29,9 @@ type rig struct {
 }
 
 func newRig(t *testing.T, spec libvirtlab.Spec) *rig {
-	l := labtest.New(t, lab.Options{})
-	labtest.Need(t, libvirtlab.Probe())
-	r := &rig{T: t, ctx: labtest.Within(t, 4*time.Minute), l: l}
+	m := libvirttest.Start(t, lab.Options{}, spec)
+	r := &rig{T: t, ctx: labtest.Within(t, 4*time.Minute), l: m.Lab, h: m.Hosts, lab: m.Domain}
 	var err error
-	r.h, err = libvirtlab.New(r.ctx, l)
-	r.check(err)
-	t.Cleanup(r.h.Close)
-	r.lab, err = r.h.Start(r.ctx, "web1", spec)
-	r.check(err)
 	r.a, r.b = r.dial(r.h.A), r.dial(r.h.B)
 	r.domain, err = r.a.Find(r.ctx, "web1")
 	r.check(err)
