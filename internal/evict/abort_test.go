@@ -29,7 +29,8 @@ type attempt struct {
 	upstream bool
 	kind     uint8
 	do       func(r *relay, frame []byte, to net.Conn)
-	cancel   bool // ctx is cancelled when the frame has come
+	cancel   bool        // ctx is cancelled when the frame has come
+	cancelAt evict.State // ctx is cancelled when the source gets to that state
 	timeout  time.Duration
 	show     func(evict.Progress)
 	// disturbed: do takes effect at a random moment. So the frame may not come, and the VM stays as
@@ -227,8 +228,16 @@ func (a attempt) run(t *testing.T, l *lab.Lab, vm *lab.VM) (early bool) {
 		received <- receiveOn(receiving,
 			evict.Destination{QMP: twin.QMP, Log: log.With("side", "destination")}, ln)
 	}()
+	show := func(p evict.Progress) {
+		if a.cancelAt == p.State {
+			cancel()
+		}
+		if a.show != nil {
+			a.show(p)
+		}
+	}
 	report, evictErr := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, front.Addr().String()),
-		LoadTimeout: a.timeout, Show: a.show, Log: log.With("side", "source")}.Evict(ctx)
+		LoadTimeout: a.timeout, Show: show, Log: log.With("side", "source")}.Evict(ctx)
 	select {
 	case <-hit:
 	default:

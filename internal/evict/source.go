@@ -510,8 +510,13 @@ func (e *source) transfer(ctx context.Context) error {
 	if err != nil {
 		cancel()
 	}
-	if why := <-settled; why != nil && !errors.Is(why, context.Canceled) {
+	why := <-settled
+	if why != nil && !errors.Is(why, context.Canceled) {
 		return why
+	}
+	if err == nil {
+		// Until the commit an abort counts, even if the destination's answer came with it.
+		err = context.Cause(loading)
 	}
 	return err
 }

@@ -237,6 +237,27 @@ func (c standingCase) begin(t *testing.T, q lab.QEMU) *standingVM {
 	return v
 }
 
+// lateAbort is a source's journal that aborts the eviction as late as it can: the source knows that
+// the twin is loaded, and notes the mark without which it may not commit.
+type lateAbort struct {
+	evict.Journal
+	prepared <-chan struct{}
+	abort    func()
+}
+
+func (j lateAbort) Note(m evict.Mark, reason string) error {
+	if m == evict.MarkMayRun {
+		select {
+		case <-j.prepared:
+		case <-time.After(30 * time.Second): // the VM then moves, and the test fails
+			return nil
+		}
+		time.Sleep(20 * time.Millisecond) // the source hears it
+		j.abort()
+	}
+	return j.Journal.Note(m, reason)
+}
+
 // evict moves the VM. Without commit, it aborts when the twin is loaded.
 func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -244,18 +265,27 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 		v.Fatal(err)
 	}
 	defer ln.Close()
-	ctx, cancel := context.WithCancelCause(labtest.Within(v.T, time.Minute))
-	defer cancel(nil)
-	received := make(chan error, 1)
-	go func() { received <- receiveOn(ctx, evict.Destination{QMP: v.monitor("twin")}, ln) }()
+	evicting, abort := context.WithCancel(labtest.Within(v.T, time.Minute))
+	defer abort()
+	receiving, stop := context.WithCancelCause(labtest.Within(v.T, time.Minute))
+	defer stop(nil)
 	source := evict.Source{QMP: v.monitor("source"),
 		Connect: link.Dialer{Addr: ln.Addr().String()}.Session}
+	prepared := make(chan struct{})
+	said := sync.OnceFunc(func() { close(prepared) })
+	destination := evict.Destination{QMP: v.monitor("twin"), Show: func(p evict.Progress) {
+		if p.State == evict.Prepared {
+			said()
+		}
+	}}
 	if !commit {
-		source.LoadTimeout = time.Millisecond
+		source.Journal = lateAbort{Journal: emptyJournal{}, prepared: prepared, abort: abort}
 	}
-	report, err := source.Evict(ctx)
+	received := make(chan error, 1)
+	go func() { received <- receiveOn(receiving, destination, ln) }()
+	report, err := source.Evict(evicting)
 	if err != nil {
-		cancel(errors.New("the source gave up"))
+		stop(errors.New("the source gave up"))
 	}
 	return report, err, <-received
 }

@@ -27,8 +27,8 @@ var switches = []attempt{
 	{name: "the file to save to is full", here: fillFile, says: "xen-save-devices-state"},
 	{name: "the VM is dumped", here: dump, says: "dump"},
 	{name: "another migration begins", here: migrateForever, says: "being migrated already"},
-	{name: "an operator pauses the VM", here: pauseIt, stays: "paused", timeout: time.Millisecond,
-		says: "did not load the devices within"},
+	{name: "an operator pauses the VM", here: pauseIt, stays: "paused", cancelAt: evict.Loading,
+		says: "canceled"},
 }
 
 func init() {
