@@ -19,6 +19,7 @@ type Spec struct {
 	Memory  string // what is in the element memoryBacking
 	Devices string // more in the element devices
 	Domain  string // more in the element domain, such as metadata
+	OS      string // more in the element os
 	CPU     string // the element cpu; default all that there is
 	// Transient has it started without being defined.
 	Transient bool
@@ -62,6 +63,11 @@ func (h *Hosts) Start(ctx context.Context, name string, spec Spec) (_ *Domain, e
 		}
 		if err := os.Symlink(e.Reports, filepath.Join(x.Dir, "run/lab", name)); err != nil {
 			return nil, err
+		}
+		if x.setup.User != "" {
+			if err := os.Chmod(e.Reports, 0o777); err != nil {
+				return nil, err
+			}
 		}
 	}
 	d.XML = domainXML(name, spec, full, a, console)
@@ -114,8 +120,8 @@ func domainXML(name string, spec Spec, full lab.Spec, e *lab.Expected, console s
 	}
 	fmt.Fprintf(&b,
 		"<vcpu>%d</vcpu>\n<os><type arch='x86_64' "+
-			"machine='%s'>hvm</type><kernel>%s</kernel><initrd>%s</initrd><cmdline>%s</cmdline></os>\n",
-		full.VCPUs, text(full.Machine), text(e.Kernel), text(e.Initrd), text(e.Cmdline))
+			"machine='%s'>hvm</type><kernel>%s</kernel><initrd>%s</initrd><cmdline>%s</cmdline>%s</os>\n",
+		full.VCPUs, text(full.Machine), text(e.Kernel), text(e.Initrd), text(e.Cmdline), spec.OS)
 	fmt.Fprintf(&b, "<features><acpi/></features>\n%s\n<devices>\n<emulator>%s</emulator>\n", cpu,
 		text(full.QEMU.Path))
 	fmt.Fprintf(&b, "<controller type='usb' model='none'/>\n")

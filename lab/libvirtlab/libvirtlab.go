@@ -1,6 +1,7 @@
-// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd,
-// unmodified, in mount and UTS namespaces of its own.
+// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd, or that of
+// another of Debian's releases, unmodified, in mount and UTS namespaces of its own.
 //
+//	/usr               the machine's, or that of packages of another release
 //	/etc               as the machine's, read-only, with the users that Debian's package makes
 //	/etc/libvirt       of the host alone
 //	/run, /var/lib,    empty, but for libvirt's directory, which is of the host alone
@@ -13,6 +14,7 @@ package libvirtlab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,6 +45,22 @@ func Probe() error {
 	return nil
 }
 
+// Setup is how a host's libvirt is set up. The zero value is good.
+type Setup struct {
+	// Release is Debian's whose libvirt, QEMU, swtpm and firmware the host has, such as "trixie".
+	// They are downloaded once. Default what the machine has.
+	Release string
+	User    string // as which QEMUs run: root, which is the default, or libvirt-qemu
+	Lockd   bool   // virtlockd has locks on disks
+}
+
+// fetch are the packages of another release.
+var fetch = []string{"libvirt-daemon", "libvirt-daemon-driver-qemu", "qemu-system-x86", "ovmf",
+	"swtpm", "swtpm-tools", "coreutils", "util-linux"}
+
+// more of them are needed since the daemon was taken apart.
+var more = map[string][]string{"trixie": {"libvirt-daemon-lock", "libvirt-daemon-plugin-lockd"}}
+
 // Host is a host of a lab that has a libvirt.
 type Host struct {
 	*lab.Host
@@ -51,6 +69,8 @@ type Host struct {
 	URI    string // of its daemon, for virsh
 
 	lab    *lab.Lab
+	setup  Setup
+	root   string // has /usr and /etc of another release
 	daemon *exec.Cmd
 	output string // file with what the daemon says
 }
@@ -58,8 +78,9 @@ type Host struct {
 // Hosts are both.
 type Hosts struct{ A, B *Host }
 
-// New starts a daemon on both hosts of a lab. Close it before the lab.
-func New(ctx context.Context, l *lab.Lab) (_ *Hosts, err error) {
+// New starts a daemon on both hosts of a lab. Close it before the lab. Host b is set up as a if
+// there is no second setup.
+func New(ctx context.Context, l *lab.Lab, setups ...Setup) (_ *Hosts, err error) {
 	if err := Probe(); err != nil {
 		return nil, err
 	}
@@ -71,7 +92,11 @@ func New(ctx context.Context, l *lab.Lab) (_ *Hosts, err error) {
 	}()
 	for i, place := range []**Host{&h.A, &h.B} {
 		of := []*lab.Host{l.A, l.B}[i]
-		if *place, err = newHost(l, of, i); err != nil {
+		var setup Setup
+		if len(setups) > 0 {
+			setup = setups[min(i, len(setups)-1)]
+		}
+		if *place, err = newHost(ctx, l, of, i, setup); err != nil {
 			return nil, fmt.Errorf("libvirt of host %s: %w", of.Name, err)
 		}
 	}
@@ -85,9 +110,14 @@ func New(ctx context.Context, l *lab.Lab) (_ *Hosts, err error) {
 
 // script has the directories of a host in place of the machine's, and becomes its daemon.
 const script = `set -e
-dir=$1 name=$2
-mount --bind /etc /etc
-mount -o remount,bind,ro /etc
+dir=$1 name=$2 root=$3 lockd=$4
+if [ "$root" ]; then
+	mount -t overlay -o lowerdir="$root/etc:/etc" vacate-lab /etc
+	mount --bind /dev/null /etc/ld.so.cache
+else
+	mount --bind /etc /etc
+	mount -o remount,bind,ro /etc
+fi
 mount --bind "$dir/passwd" /etc/passwd
 mount --bind "$dir/group" /etc/group
 mount --bind "$dir/etc" /etc/libvirt
@@ -97,39 +127,74 @@ for d in lib log cache; do
 	mkdir /var/$d/libvirt
 	mount --bind "$dir/$d" /var/$d/libvirt
 done
-mkdir /run/libvirt
+mkdir /run/libvirt /var/lib/swtpm-localca /var/log/swtpm
 mount --bind "$dir/run" /run/libvirt
+mkdir -p /dev/hugepages
+mount -t hugetlbfs vacate-lab /dev/hugepages
 hostname "$name"
+[ -z "$root" ] || mount --bind "$root/usr" /usr
+if [ "$lockd" = true ]; then
+	setpriv --pdeathsig KILL virtlockd --timeout 0 &
+	while [ ! -S /run/libvirt/virtlockd-sock ]; do sleep 0.1; done
+fi
 exec libvirtd --timeout 0
 `
 
-// conf are its files; host_uuid is added.
-var conf = map[string]string{
-	"libvirtd.conf": `auth_unix_rw = "none"
-unix_sock_group = "root"
-log_level = 3
-`,
-	"qemu.conf": `user = "root"
-group = "root"
-dynamic_ownership = 0
+// files are those of the daemon's configuration.
+func (s Setup) files(n int) map[string]string {
+	user := cmp.Or(s.User, "root")
+	qemu := fmt.Sprintf(`user = %[1]q
+group = %[1]q
+swtpm_user = "root"
+swtpm_group = "root"
+remember_owner = 0
 security_driver = "none"
 cgroup_controllers = []
 namespaces = []
 stdio_handler = "file"
-`,
+hugetlbfs_mount = "/dev/hugepages"
+`, user)
+	if user == "root" {
+		qemu += "dynamic_ownership = 0\n"
+	}
+	if s.Lockd {
+		qemu += "lock_manager = \"lockd\"\n"
+	}
+	return map[string]string{
+		"libvirtd.conf": fmt.Sprintf(`auth_unix_rw = "none"
+unix_sock_group = "root"
+log_level = 3
+host_uuid = "%[1]d%[1]d%[1]d%[1]d1111-1111-4111-8111-111111111111"
+`, n+1),
+		"qemu.conf": qemu,
+	}
 }
 
-func newHost(l *lab.Lab, of *lab.Host, n int) (*Host, error) {
+func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) (*Host, error) {
 	dir := filepath.Join(l.RunDir(), "lv-"+of.Name)
-	h := &Host{Host: of, Dir: dir, lab: l, Socket: filepath.Join(dir, "run/libvirt-sock"),
+	h := &Host{Host: of, Dir: dir, lab: l, setup: setup,
+		Socket: filepath.Join(dir, "run/libvirt-sock"),
 		output: filepath.Join(dir, "daemon.log")}
 	h.URI = "qemu+unix:///system?socket=" + h.Socket
+	if r := setup.Release; r != "" {
+		var err error
+		if h.root, err = lab.Release(ctx, l.Dir(), r, append(more[r], fetch...)...); err != nil {
+			return nil, err
+		}
+	}
+	if setup.User != "" {
+		for _, d := range []string{l.RunDir(), filepath.Dir(l.RunDir())} {
+			if err := os.Chmod(d, 0o711); err != nil {
+				return nil, err
+			}
+		}
+	}
 	for _, d := range []string{"run/lab", "lib", "log/lab", "etc"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(cache(l))); errors.Is(err,
+	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(h.cache())); errors.Is(err,
 		os.ErrNotExist) {
 		err = os.MkdirAll(filepath.Join(dir, "cache"), 0o755)
 		if err != nil {
@@ -138,12 +203,7 @@ func newHost(l *lab.Lab, of *lab.Host, n int) (*Host, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	for name, text := range conf {
-		if name == "libvirtd.conf" {
-			text +=
-				fmt.Sprintf("host_uuid = "+
-					"\"%[1]d%[1]d%[1]d%[1]d1111-1111-4111-8111-111111111111\"\n", n+1)
-		}
+	for name, text := range setup.files(n) {
 		if err := os.WriteFile(filepath.Join(dir, "etc", name), []byte(text), 0o644); err != nil {
 			return nil, err
 		}
@@ -167,7 +227,9 @@ func newHost(l *lab.Lab, of *lab.Host, n int) (*Host, error) {
 }
 
 // cache is where what the daemon finds out of QEMU is kept for later labs, as that takes seconds.
-func cache(l *lab.Lab) string { return filepath.Join(l.Dir(), "libvirt-cache") }
+func (h *Host) cache() string {
+	return strings.TrimSuffix(filepath.Join(h.lab.Dir(), "libvirt-cache-"+h.setup.Release), "-")
+}
 
 // Start starts the daemon again after Kill or Stop.
 func (h *Host) Start() error {
@@ -177,7 +239,7 @@ func (h *Host) Start() error {
 	}
 	defer out.Close()
 	cmd := exec.Command("unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c",
-		script, "sh", h.Dir, "host-"+h.Name)
+		script, "sh", h.Dir, "host-"+h.Name, h.root, strconv.FormatBool(h.setup.Lockd))
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := h.Host.Start(cmd); err != nil {
 		return err
@@ -202,7 +264,7 @@ func (h *Host) ready(ctx context.Context) error {
 			return fmt.Errorf("%w: %w\n%s", ctx.Err(), err, said[max(0, len(said)-2000):])
 		}
 	}
-	if _, err := os.Stat(cache(h.lab)); err == nil {
+	if _, err := os.Stat(h.cache()); err == nil {
 		return nil
 	}
 	tmp, err := os.MkdirTemp(h.lab.Dir(), "libvirt-cache-")
@@ -214,7 +276,7 @@ func (h *Host) ready(ctx context.Context) error {
 		os.DirFS(filepath.Join(h.Dir, "cache/qemu"))); err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, cache(h.lab)); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Rename(tmp, h.cache()); err != nil && !errors.Is(err, os.ErrExist) {
 		return err // else another lab was first
 	}
 	return nil

@@ -20,13 +20,14 @@ type Managed struct {
 }
 
 // Start starts a lab, the hosts and the domain. They end with the test.
-func Start(t *testing.T, o lab.Options, spec libvirtlab.Spec) *Managed {
+func Start(t *testing.T, o lab.Options, spec libvirtlab.Spec,
+	setups ...libvirtlab.Setup) *Managed {
 	t.Helper()
 	m := &Managed{T: t, Lab: labtest.New(t, o)}
 	labtest.Need(t, libvirtlab.Probe())
 	ctx := labtest.Within(t, 4*time.Minute)
 	var err error
-	m.Hosts, err = libvirtlab.New(ctx, m.Lab)
+	m.Hosts, err = libvirtlab.New(ctx, m.Lab, setups...)
 	m.Check(err)
 	t.Cleanup(m.Hosts.Close)
 	m.Domain, err = m.Hosts.Start(ctx, "web1", spec)
