@@ -22,7 +22,7 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 
 # No tests: TestRecord rewrites what others compare with, and the others are campaigns, each
 # with a target of its own.
-NOTESTS = TestRecord|TestKVM|TestKVMSpeed
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds
 TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
@@ -39,7 +39,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm kvmspeed nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm kvmspeed domainkinds nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +126,9 @@ kvmspeed: deps ## compare the bare guest's speed before and after it moved, KVM 
 	@mkdir -p .lab
 	VACATE_REQUIRE=1 VACATE_KVM_SPEED=$(KVM) VACATE_KVM_SPEED_RESULT=$(CURDIR)/.lab/kvmspeed.md $(GO) test -count=1 -timeout 1h -run '^TestKVMSpeed$$' ./internal/evict
 	@cat .lab/kvmspeed.md
+
+domainkinds: deps ## evict domains of libvirt that have huge pages, UEFI, a TPM, or another user (root; 5 minutes, and 100 MB once)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h -run '^TestEvictDomainMoreKinds$$' -v ./internal/host
 
 NIGHT = 6h
 

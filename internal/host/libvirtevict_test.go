@@ -19,12 +19,14 @@ import (
 // managed is a domain on the first of two hosts, each with a daemon.
 type managed struct {
 	*libvirttest.Managed
-	a, b     *site
-	inactive string
+	a, b      *site
+	inactive  string
+	transient bool
 }
 
-func startManaged(t *testing.T, spec libvirtlab.Spec) *managed {
-	m := &managed{Managed: libvirttest.Start(t, lab.Options{Rate: 1e9}, spec)}
+func startManaged(t *testing.T, spec libvirtlab.Spec, setups ...libvirtlab.Setup) *managed {
+	m := &managed{Managed: libvirttest.Start(t, lab.Options{Rate: 1e9}, spec, setups...),
+		transient: spec.Transient}
 	m.a, m.b = sites(t, m.Lab)
 	paths, err := json.Marshal(m.Paths()) // a list of strings is the same in TOML
 	m.Check(err)
@@ -32,11 +34,13 @@ func startManaged(t *testing.T, spec libvirtlab.Spec) *managed {
 		s *site
 		h *libvirtlab.Host
 	}{{m.a, m.Hosts.A}, {m.b, m.Hosts.B}} {
-		x.s.configure(fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\"]\n"+
+		x.s.configure(fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\", \"br0\"]\n"+
 			"trust_disks = true\nemulators = [%q]\npaths = %s\n", x.h.Socket,
 			m.Domain.VM.Spec.QEMU.Path, paths))
 	}
-	m.Virsh(m.Hosts.A, "autostart", "web1")
+	if !m.transient {
+		m.Virsh(m.Hosts.A, "autostart", "web1")
+	}
 	m.inactive = m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1")
 	m.a.start()
 	m.b.start()
@@ -73,7 +77,7 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", "web1"); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
-	if !m.starts(m.Hosts.B) {
+	if !m.transient && !m.starts(m.Hosts.B) {
 		m.Error("the domain does not start with host b")
 	}
 	vm, err := m.Domain.Came(labtest.Within(m.T, time.Minute))
@@ -136,10 +140,20 @@ func TestEvictDomain(t *testing.T) {
 	m.mustStay(e)
 
 	m.mustMove(m.evict(0))
-	m.Virsh(m.Hosts.B, "migrate", "--live", "--unsafe", "--persistent", "--undefinesource", "web1",
-		m.Hosts.A.URI, "--migrateuri", "unix://"+filepath.Join(m.Lab.RunDir(), "back.sock"))
+	m.migrateBack()
+}
+
+// migrateBack moves the domain from b to a as an operator does.
+func (m *managed) migrateBack() {
+	m.Helper()
+	args := []string{"migrate", "--live", "--unsafe", "web1", m.Hosts.A.URI, "--migrateuri",
+		"unix://" + filepath.Join(m.Lab.RunDir(), "back.sock")}
+	if !m.transient {
+		args = append(args, "--persistent", "--undefinesource")
+	}
+	m.Virsh(m.Hosts.B, args...)
 	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
-		t.Error(s)
+		m.Error(s)
 	}
 }
 

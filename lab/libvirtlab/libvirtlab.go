@@ -1,5 +1,5 @@
-// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd, or that of
-// another of Debian's releases, unmodified, in mount and UTS namespaces of its own.
+// Package libvirtlab gives the hosts of a lab a libvirt each: the machine's own libvirtd, or that
+// of another of Debian's releases, unmodified, in mount and UTS namespaces of its own.
 //
 //	/usr               the machine's, or that of packages of another release
 //	/etc               as the machine's, read-only, with the users that Debian's package makes
