@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"vacate/internal/sys/process"
 )
 
 // repo is one place of the machine's configured package sources.
@@ -176,11 +177,15 @@ func unpack(ctx context.Context, debs []string, into string) error {
 	return nil
 }
 
-// output runs cmd; its error has the end of what cmd wrote.
+// output runs cmd, which ends when this process does. Its error has the end of what cmd wrote.
 func output(cmd *exec.Cmd) ([]byte, error) {
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
+	err := process.StartBound(cmd, cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w%s", strings.Join(cmd.Args, " "), err,
 			lastLines("its output", errs.String()+out.String()))
 	}

@@ -382,8 +382,7 @@ func makeDatabase(ctx context.Context, root string, mib int) error {
 		cmd.Env = []string{"PATH=/bin", "LC_ALL=C", "TZ=UTC"}
 		cmd.Stdin = strings.NewReader(input)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root,
-			Credential: &syscall.Credential{Uid: serverUser, Gid: serverUser},
-			Pdeathsig:  syscall.SIGKILL}
+			Credential: &syscall.Credential{Uid: serverUser, Gid: serverUser}}
 		_, err = output(cmd)
 		return err
 	}

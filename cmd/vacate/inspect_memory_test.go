@@ -22,6 +22,7 @@ import (
 	"vacate/internal/guest/inspect"
 	"vacate/internal/guest/pageclass"
 	"vacate/internal/qemu/qmp"
+	sysprocess "vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
 
@@ -116,7 +117,7 @@ func FuzzEscape(f *testing.F) {
 }
 
 // spinning starts a QEMU whose VM does nothing, and a second monitor to look at it.
-func spinning(t *testing.T) (path string, other *qmp.Client, process *os.Process) {
+func spinning(t *testing.T) (path string, other *qmp.Client, qemu *os.Process) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("short: starts QEMU")
@@ -137,8 +138,7 @@ func spinning(t *testing.T) (path string, other *qmp.Client, process *os.Process
 	cmd := exec.Command(bin, "-nodefaults", "-display", "none", "-accel", "tcg", "-machine", "pc",
 		"-m", "16", "-bios", bios,
 		"-qmp", "unix:"+path+",server=on,wait=off", "-qmp", "unix:"+dir+"/2,server=on,wait=off")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := sysprocess.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

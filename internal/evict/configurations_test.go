@@ -13,9 +13,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/evict"
 	"vacate/internal/link"
@@ -439,8 +439,7 @@ func startQEMU(t *testing.T, monitor string, args ...string) (*qmp.Client, error
 			"unix:" + monitor + ",server=on,wait=off"}, args...)...)
 	var said bytes.Buffer
 	cmd.Stderr = io.MultiWriter(&said, t.Output())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)

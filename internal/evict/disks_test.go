@@ -12,17 +12,15 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/evict"
 	"vacate/internal/link"
 	"vacate/internal/qemu/qmp"
 	"vacate/lab"
 	"vacate/lab/labtest"
-
-	"golang.org/x/sys/unix"
 )
 
 // reader is a boot sector. It reads the disk's second sector again and again, and writes the first
@@ -74,8 +72,7 @@ func bare(t testing.TB, args ...string) *bareVM {
 		"unix:" + own + ",server=on,wait=off",
 	}, args...)...)
 	v.cmd.Stderr = stderr
-	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	if err := v.cmd.Start(); err != nil {
+	if err := process.StartBound(v.cmd, v.cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.kill)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,8 +21,7 @@ func TestFoundShutDown(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "qmp")
 	cmd := exec.Command(bin, "-machine", "none", "-nodefaults", "-display", "none", "-no-reboot",
 		"-qmp", "unix:"+socket+",server=on,wait=off")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -72,9 +71,8 @@ func startFirmware(t *testing.T, q lab.QEMU) *firmware {
 		"-device", "virtio-net-pci",
 		"-qmp", "unix:"+sockets[0]+",server=on,wait=off", "-qmp",
 		"unix:"+sockets[1]+",server=on,wait=off")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Stderr = t.Output()
-	v.check(cmd.Start())
+	v.check(process.StartBound(cmd, cmd.Start))
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	dial := func(path string) *qmp.Client {
 		for {

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,8 +24,7 @@ func TestPortray(t *testing.T) {
 	sock := filepath.Join(t.TempDir(), "qmp")
 	cmd := exec.Command("qemu-system-x86_64", "-nodefaults", "-display", "none", "-smp", "2", "-m",
 		"16M", "-S", "-qmp", "unix:"+sock+",server=on,wait=off")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		labtest.Need(t, err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
@@ -85,8 +83,7 @@ func TestBarred(t *testing.T) {
 		cmd := exec.Command(qemu,
 			append([]string{"-nodefaults", "-display", "none", "-m", "16M", "-S",
 				"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
+		if err := process.StartBound(cmd, cmd.Start); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

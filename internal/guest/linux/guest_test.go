@@ -19,6 +19,7 @@ import (
 
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/qmp"
+	sysprocess "vacate/internal/sys/process"
 	"vacate/lab"
 )
 
@@ -115,8 +116,7 @@ func boot(t testing.TB, s spec) *machine {
 	cmd := exec.Command("qemu-system-x86_64", append(args, s.extra...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := sysprocess.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	gone := make(chan struct{})

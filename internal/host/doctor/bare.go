@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/qmp"
@@ -67,10 +68,9 @@ func askCPUs(ctx context.Context, path string, args []string) (c fit.CPUs, err e
 	monitor := filepath.Join(dir, "qmp")
 	cmd := exec.Command(path, append(bareArgs(args), "-qmp", "unix:"+monitor+",server=on,wait=off")...) // #nosec G204 -- of the VM's description
 	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	said := limited{left: maxSaid}
 	cmd.Stderr = &said
-	if err := sched.Usual(cmd.Start); err != nil {
+	if err := process.StartBound(cmd, func() error { return sched.Usual(cmd.Start) }); err != nil {
 		return c, err
 	}
 	ended := make(chan error, 1)

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/qmp"
@@ -53,8 +54,7 @@ func start(t *testing.T, dir string, args ...string) *qmp.Client {
 		append([]string{"-nodefaults", "-display", "none", "-accel", "tcg", "-qmp",
 			"unix:" + sock + ",server=on,wait=off"}, args...)...)
 	cmd.Dir, cmd.Stderr = dir, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

@@ -210,7 +210,7 @@ func TestSurvive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	var p process.Process
@@ -303,10 +303,7 @@ func TestLook(t *testing.T) {
 	args := vm.Args(false)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	runtime.LockOSThread() // which Pdeathsig goes by
-	defer runtime.UnlockOSThread()
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { cmd.Process.Kill(); cmd.Wait() }()
@@ -443,7 +440,7 @@ func TestTwinsInScope(t *testing.T) {
 	cmd := exec.Command("/bin/sh",
 		append([]string{"-c", "sleep 1000", "systemd-run", "--"}, vm.Args(true)...)...)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

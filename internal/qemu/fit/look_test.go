@@ -6,9 +6,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/qmp"
 )
@@ -25,10 +25,10 @@ func launch(t *testing.T, dir string, args ...string) *qmp.Client {
 		append([]string{"-nodefaults", "-no-user-config", "-display", "none", "-machine",
 			"pc,accel=tcg", "-m", "64", "-S",
 			"-qmp", "unix:" + sock + ",server=on,wait=off"}, args...)...)
-	cmd.Dir, cmd.SysProcAttr = dir, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.Dir = dir
 	var said strings.Builder
 	cmd.Stderr = &said
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan struct{})

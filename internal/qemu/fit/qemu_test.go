@@ -10,9 +10,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"golang.org/x/sys/unix"
 
@@ -36,8 +36,7 @@ func start(t *testing.T, args ...string) *qmp.Client {
 			"unix:" + sock + ",server=on,wait=off"}, args...)...)
 	var said strings.Builder
 	cmd.Stderr = &said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)

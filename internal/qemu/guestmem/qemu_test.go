@@ -14,9 +14,9 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/units"
@@ -51,8 +51,7 @@ func startAs(tb testing.TB, binary string, args ...string) *vm {
 		"unix:"+sock+",server=on,wait=off"), args...)
 	cmd := exec.Command(first[0], args...)
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/migstream/streamtest"
@@ -220,8 +221,7 @@ func startQEMU(ctx context.Context, t *testing.T, socket string, argv []string) 
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
 		append(argv, "-qmp", "unix:"+socket+",server=on,wait=off")...)
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })

@@ -43,8 +43,7 @@ func startQEMU(t *testing.T, args ...string) (string, *os.Process) {
 func startWith(t *testing.T, cmd *exec.Cmd, sock string) {
 	t.Helper()
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	if err := process.StartBound(cmd, cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
