@@ -66,6 +66,16 @@ func (d *departures) take(runs []pageset.Run, why pushorder.Reason) (taken []pag
 	return taken
 }
 
+// leaveOut leaves out pages that next has handed out.
+func (d *departures) leaveOut(runs []pageset.Run, why pushorder.Reason) {
+	d.mu.Lock()
+	for _, r := range runs {
+		d.order.Relabel(r, why)
+	}
+	d.mu.Unlock()
+	d.count(why, runs)
+}
+
 // next hands out the pages to push next. While the plan is held, these are only neighbours of
 // fetches.
 func (d *departures) next(held bool,

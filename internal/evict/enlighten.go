@@ -180,9 +180,11 @@ const unusedStep = 64 << 20
 // (a balloon's, virtio-mem's). Otherwise they would be sent as zeroes, and a shared memory file at
 // the destination would then have memory for them. Reading them would cost time, too.
 func (e *source) leaveOutUnused() {
-	for i := range e.frozen.layout {
-		for first := pageset.Page(0); int(first) < e.frozen.layout[i].Pages; {
-			unused, next, err := e.frozen.unused(i, first, unusedStep)
+	for i, b := range e.frozen.layout {
+		step := int(max(1, unusedStep/b.PageSize))
+		for first := 0; first < b.Pages; first += step {
+			_, unused, err := e.frozen.split(pageset.Run{Block: i, First: pageset.Page(first),
+				Count: min(step, b.Pages-first)})
 			if errors.Is(err, guestmem.ErrGone) {
 				return // the eviction is over
 			} else if err != nil {
@@ -190,9 +192,9 @@ func (e *source) leaveOutUnused() {
 				return
 			}
 			e.leaveOut(unused, pushorder.Unused)
-			first = next
 		}
 	}
+	e.unusedKnown.Store(true)
 }
 
 // leaveOut leaves out the given pages that were not sent yet, and tells the destination.

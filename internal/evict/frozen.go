@@ -39,28 +39,25 @@ func (f *frozen) read(dst []byte, r pageset.Run) error {
 	return f.mem.Read(dst, f.index[r.Block], uint64(r.First)*f.layout[r.Block].PageSize)
 }
 
-// unused returns those of a block's pages, from first on, for which QEMU has no memory, so that
-// they read as zero. It checks so many bytes, and returns the first page that it did not check.
-func (f *frozen) unused(block int, first pageset.Page,
-	size uint64) (runs []pageset.Run, next pageset.Page, err error) {
-	b := f.layout[block]
-	n := min(pageset.Page(max(1, size/b.PageSize)), pageset.Page(b.Pages)-first)
-	next = first + n
-	per := b.PageSize / migstream.TargetPageSize
-	there := make([]uint64, (uint64(n)*per+63)/64)
-	if err := f.mem.Populated(f.index[block], uint64(first)*per, uint64(n)*per, there); err != nil {
-		return nil, next, err
+// split tells the pages of a run for which QEMU has memory from the others, which read as zero.
+func (f *frozen) split(r pageset.Run) (used, unused []pageset.Run, err error) {
+	per := f.layout[r.Block].PageSize / migstream.TargetPageSize
+	there := make([]uint64, (uint64(r.Count)*per+63)/64)
+	if err := f.mem.Populated(f.index[r.Block], uint64(r.First)*per, uint64(r.Count)*per,
+		there); err != nil {
+		return nil, nil, err
 	}
-	for p := range n {
-		used := false
-		for i := uint64(p) * per; i < (uint64(p)+1)*per && !used; i++ {
-			used = there[i/64]>>(i%64)&1 != 0
+	for p := range pageset.Page(r.Count) {
+		to := &unused
+		for i := uint64(p) * per; i < (uint64(p)+1)*per; i++ {
+			if there[i/64]>>(i%64)&1 != 0 {
+				to = &used
+				break
+			}
 		}
-		if !used {
-			runs = append(runs, pageset.Run{Block: block, First: first + p, Count: 1})
-		}
+		*to = append(*to, pageset.Run{Block: r.Block, First: r.First + p, Count: 1})
 	}
-	return join(runs), next, nil
+	return join(used), join(unused), nil
 }
 
 // releasable reports whether memory of a block can be given back to the host.

@@ -112,7 +112,11 @@ func (p *pusher) push() (over bool, err error) {
 			p.over = left == 0 // if pages are left, they wait until something is fetched
 			return p.over, nil
 		}
-		err := p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
+		runs, err := p.withMemory(runs)
+		if err != nil {
+			return false, err
+		}
+		err = p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
 			window.send(p.pushed.size())
 			p.ledger.add(p.pushed.size(), p.pushed.runs)
 		})
@@ -121,6 +125,27 @@ func (p *pusher) push() (over bool, err error) {
 		}
 	}
 	return true, nil
+}
+
+// withMemory returns those of the pages for which QEMU has memory, and leaves out the others. The
+// push may come to pages before leaveOutUnused does, which gives way to everybody.
+func (p *pusher) withMemory(runs []pageset.Run) ([]pageset.Run, error) {
+	if p.unusedKnown.Load() {
+		return runs, nil
+	}
+	var used, unused []pageset.Run
+	for _, r := range runs {
+		with, without, err := p.frozen.split(r)
+		if err != nil {
+			return runs, nil // leaveOutUnused says so
+		}
+		used, unused = append(used, with...), append(unused, without...)
+	}
+	if len(unused) == 0 {
+		return runs, nil
+	}
+	p.departures.leaveOut(unused, pushorder.Unused)
+	return used, sendSkipped(p.a, unused)
 }
 
 // serveFetches answers the destination's requests until the lane ends.

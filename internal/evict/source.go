@@ -184,6 +184,8 @@ type source struct {
 	departures departures
 	// used by prepare, then by the task that enlightens, then by report: never by two at once
 	survey survey
+	// leaveOutUnused has come to all pages
+	unusedKnown atomic.Bool
 
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 

@@ -118,6 +118,7 @@ type standingVM struct {
 	dir          string
 	source, twin *qmp.Client
 	full         string // a full file system
+	armed        func() // called when the destination gets ready
 }
 
 func (v *standingVM) monitor(side string) string { return filepath.Join(v.dir, side+".qmp") }
@@ -281,6 +282,13 @@ func (v *standingVM) evict(commit bool) (evict.Report, error, error) {
 	if !commit {
 		source.Journal = lateAbort{Journal: emptyJournal{}, prepared: prepared, abort: abort}
 	}
+	if v.armed != nil {
+		destination.Show = func(p evict.Progress) {
+			if p.State == evict.Arming {
+				v.armed()
+			}
+		}
+	}
 	received := make(chan error, 1)
 	go func() { received <- receiveOn(receiving, destination, ln) }()
 	report, err := source.Evict(evicting)
@@ -372,6 +380,35 @@ func (c standingCase) again(v *standingVM, q lab.QEMU) *qmp.Client {
 		args = append(args, "-S")
 	}
 	return v.start(q, "twin", append(args, "-incoming", "defer")...)
+}
+
+// An operator pauses a VM that is about to be evicted: it moves, and does not run.
+func TestPausedWhilePreparing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	q, err := lab.StockQEMU(t.Context())
+	labtest.Need(t, err)
+	v := standingCase{state: "running", code: counterROM}.begin(t, q)
+	v.counts("source")
+	there := 0
+	v.armed = sync.OnceFunc(func() {
+		v.does(v.source, "stop")
+		there = v.dots("source")
+	})
+	report, err, destErr := v.evict(true)
+	if err != nil || destErr != nil {
+		t.Fatalf("source: %v; destination: %v", err, destErr)
+	}
+	if report.Stood != "paused" || report.Down != nil {
+		t.Errorf("it stood %q, down time %v", report.Stood, report.Down)
+	}
+	v.is(v.twin, "paused")
+	if n := v.dots("source"); n != there || v.dots("twin") != 0 {
+		t.Errorf("the guest ran: it wrote %d and %d full stops", n-there, v.dots("twin"))
+	}
+	v.does(v.twin, "cont")
+	v.counts("twin")
 }
 
 // An operator runs a VM that came standing while its memory is still arriving. It fetches what it

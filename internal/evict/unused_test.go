@@ -14,9 +14,9 @@ import (
 )
 
 // memoryFiles returns how much memory a QEMU's files without a name take.
-func memoryFiles(t *testing.T, vm *lab.VM) int64 {
+func memoryFiles(t *testing.T, pid int) int64 {
 	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/fd", vm.PID())
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +45,7 @@ func TestUnused(t *testing.T) {
 	vm := boot(t, l, lab.Spec{Memfd: true, MemoryMiB: 768, Devices: lab.Full,
 		Load: lab.Load{HotMiB: 40, IdleMiB: 40, OtherMiB: 10, Stale: true}})
 	const left = 320 << 20
-	inUse := memoryFiles(t, vm)
+	inUse := memoryFiles(t, vm.PID())
 	if err := vm.Execute(t.Context(), "balloon", map[string]any{"value": left}, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func TestUnused(t *testing.T) {
 			break
 		}
 	}
-	before := memoryFiles(t, vm)
+	before := memoryFiles(t, vm.PID())
 	if before > left+64<<20 || before > inUse*3/4 {
 		t.Fatalf("the guest's memory takes %d MiB and took %d: this tests little", before>>20,
 			inUse>>20)
@@ -66,7 +66,7 @@ func TestUnused(t *testing.T) {
 	twin := incoming(t, l, vm)
 	r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
 	r.mustComplete(t)
-	after := memoryFiles(t, twin)
+	after := memoryFiles(t, twin.PID())
 	t.Logf("%d MiB in use, %d at the source when it left, %d at the destination; %+v", inUse>>20,
 		before>>20, after>>20, r.report.Pages)
 	if after > before*5/4 {
@@ -80,4 +80,37 @@ func TestUnused(t *testing.T) {
 		t.Error(err)
 	}
 	labtest.MustCheck(t, twin)
+}
+
+// Memory that could be plugged in, and is not, is not made at the destination either.
+func TestUnplugged(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	q, err := lab.StockQEMU(t.Context())
+	labtest.Need(t, err)
+	v := standingCase{state: "running", code: counterROM,
+		args: "-m 64,slots=1,maxmem=4G -object memory-backend-memfd,id=m,size=1G,share=on " +
+			"-device virtio-mem-pci,memdev=m,requested-size=512M"}.begin(t, q)
+	v.counts("source")
+	pid, _, err := v.source.Process(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := memoryFiles(t, pid)
+	if pid, _, err = v.twin.Process(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	report, err, destErr := v.evict(true)
+	if err != nil || destErr != nil {
+		t.Fatalf("source: %v; destination: %v", err, destErr)
+	}
+	if n := memoryFiles(t, pid); n > made {
+		t.Errorf("memory that is not plugged in takes %d KiB, and took %d at the source", n>>10,
+			made>>10)
+	}
+	if report.Pages.Unused < 1<<30/4096 {
+		t.Errorf("%d pages were left out as unused", report.Pages.Unused)
+	}
+	v.counts("twin")
 }

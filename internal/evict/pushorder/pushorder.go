@@ -268,6 +268,14 @@ func (o *Order) Return(run pageset.Run) {
 	o.returned = append(o.returned, run)
 }
 
+// Relabel gives another reason for which pages were handed out.
+func (o *Order) Relabel(run pageset.Run, why Reason) {
+	for p := run.First; p < run.End(); p++ {
+		w := &o.why[run.Block][p]
+		*w = *w&late | uint8(why)
+	}
+}
+
 // Why returns why a page was handed out, and whether the guest waited for it while it was on its
 // way.
 func (o *Order) Why(block int, p pageset.Page) (why Reason, wasLate bool) {
