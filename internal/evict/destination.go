@@ -277,7 +277,7 @@ func (e *destination) watch() {
 }
 
 // lastWords is how long a destination that gives up waits for a source that has just connected.
-const lastWords = 100 * time.Millisecond
+const lastWords = time.Second
 
 // awaitOffer waits for an offer that fits. It returns how long the source waits for the devices to
 // be loaded.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -199,6 +200,10 @@ func TestOperators(t *testing.T) {
 			if connect.CodeOf(abort) != connect.CodeNotFound {
 				t.Errorf("abort of what there is not: %v", abort)
 			}
+			if _, evict := client.Evict(t.Context(), connect.NewRequest(
+				&hostv1.EvictRequest{Vm: "web9", To: "hostb"})); evict == nil {
+				t.Error("a VM that there is not is evicted")
+			}
 		}
 		return err
 	}
@@ -210,6 +215,10 @@ func TestOperators(t *testing.T) {
 	}
 	if err := ask("admin", false); err == nil {
 		t.Error("someone without a certificate may ask")
+	}
+	if !regexp.MustCompile(`operator="admin from 127\.0\.0\.1:\d+" asks=Evict vm=web9 to=hostb`).
+		MatchString(log.String()) {
+		t.Errorf("the log does not say who asked for an eviction:\n%s", log.String())
 	}
 	for _, want := range []string{"operator=\"admin from 127.0.0.1:",
 		"\\\"hostb\\\" is no operator", "client didn't provide a certificate"} {
