@@ -32,7 +32,7 @@ COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWind
 # This measures how busy the machine is: nothing else may run meanwhile.
 QUIET = vacate/internal/sys/pressure
 # So do these, of vacate/internal/host.
-MEASURING = TestRelieve|TestGuard
+MEASURING = TestRelieve|TestRelieveDomains|TestGuard
 
 # $(call alltests,PACKAGES,FLAGS,PACKAGES AT A TIME)
 alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))

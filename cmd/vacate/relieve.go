@@ -102,7 +102,7 @@ func relieveCommand() *cobra.Command {
 other host what an eviction would gain and how long it would take. It shows
 that, and evicts the VM that reaches the goal the soonest; then again, until the
 goal is met or no eviction helps. No VM goes to a host where others would then
-starve. VMs that are pinned in their descriptions stay.
+starve. Pinned VMs stay, and those that could not be evicted.
 
 Goals: cpu<80% limits the CPU wanted for each core, which is more than 100 %
 where VMs wait for each other; free 8GiB asks for memory. By default no VM shall

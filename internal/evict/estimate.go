@@ -23,18 +23,13 @@ type Estimate struct {
 // estimateLimit bounds an estimate, as the VM's host is overloaded and its guest may be hostile.
 const estimateLimit = 5 * time.Second
 
-// LookAhead estimates what an eviction of the VM behind a QMP socket would find. The VM keeps
+// LookAhead estimates what an eviction of the VM behind a monitor would find. The VM keeps
 // running, so the result is not exact. It costs the host some 10 ms for each GiB. Callers must not
 // use it while an eviction uses the VM's monitor.
-func LookAhead(ctx context.Context, path string) (Estimate, error) {
+func LookAhead(ctx context.Context, q *qmp.Client) (Estimate, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, estimateLimit,
 		fmt.Errorf("it took longer than %v", estimateLimit))
 	defer cancel()
-	q, err := qmp.Dial(ctx, path)
-	if err != nil {
-		return Estimate{}, err
-	}
-	defer q.Close()
 	mem, err := guestmem.Attach(ctx, q)
 	if err != nil {
 		return Estimate{}, err

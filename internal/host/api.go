@@ -23,6 +23,7 @@ import (
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/host/relief"
 	"vacate/internal/link/certs"
+	"vacate/internal/qemu/qmp"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -147,7 +148,7 @@ func (h api) Status(context.Context,
 // ListVMs implements hostv1.HostHandler.
 func (h api) ListVMs(ctx context.Context,
 	_ *connect.Request[hostv1.ListVMsRequest]) (*connect.Response[hostv1.ListVMsResponse], error) {
-	vms, err := hypervisor.Load(h.config.VMs)
+	vms, err := h.vms().All(ctx)
 	r := &hostv1.ListVMsResponse{}
 	if err != nil {
 		r.Problems = problems(err)
@@ -155,7 +156,6 @@ func (h api) ListVMs(ctx context.Context,
 	for _, vm := range vms {
 		r.Vms = append(r.Vms, h.look(ctx, vm))
 	}
-	h.listDomains(ctx, vms, r)
 	return connect.NewResponse(r), nil
 }
 
@@ -173,7 +173,10 @@ func problems(err error) []string {
 
 // look tells what there is of a VM. One that an engine works on is not asked: its monitor is taken.
 func (h *Host) look(ctx context.Context, vm hypervisor.VM) *hostv1.VM {
-	out := &hostv1.VM{Name: vm.Name}
+	out := &hostv1.VM{Name: vm.Name, Libvirt: vm.Libvirt != ""}
+	if vm.Unfit != nil {
+		out.Problem = vm.Unfit.Error()
+	}
 	if v := h.openFor(vm.Name); v != nil {
 		r := v.entry.Record()
 		out.EvictionId, out.Pid = r.ID.String(), int32(r.PID)
@@ -192,7 +195,7 @@ func (h *Host) look(ctx context.Context, vm hypervisor.VM) *hostv1.VM {
 	}
 	out.State, out.QemuStatus, out.Pid = string(seen.State), seen.Status, int32(seen.Process.PID)
 	out.MemoryBytes, out.Vcpus = seen.Memory, uint32(seen.VCPUs)
-	if seen.State != hypervisor.None && seen.State != hypervisor.Silent {
+	if seen.Version != (qmp.Version{}) {
 		out.QemuVersion = seen.Version.String()
 	}
 	return out
@@ -651,7 +654,7 @@ func (h api) Plan(ctx context.Context,
 			return nil, coded(&argumentError{fmt.Errorf("except: %w", err)})
 		}
 		// One that stays by a slip of the pen would leave, and be noticed too late.
-		if _, err := hypervisor.Find(h.config.VMs, name); err != nil {
+		if _, err := h.vms().Find(ctx, name); err != nil {
 			return nil, coded(fmt.Errorf("except: %w", err))
 		}
 	}

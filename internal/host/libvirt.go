@@ -5,12 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
-	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/qemu/libvirt"
@@ -93,15 +91,7 @@ func noDomain(ctx context.Context, uri, name string) error {
 // findDomain looks at a domain of the libvirt at a URI. The error wraps hypervisor.ErrUnknown if it
 // has none of that name.
 func findDomain(ctx context.Context, uri, name string) (hypervisor.Seen, error) {
-	domains, err := hypervisor.Domains(ctx, uri)
-	if err != nil {
-		return hypervisor.Seen{}, err
-	}
-	i := slices.IndexFunc(domains, func(d hypervisor.Domain) bool { return d.Name == name })
-	if i < 0 {
-		return hypervisor.Seen{}, fmt.Errorf("domain %s: %w", name, hypervisor.ErrUnknown)
-	}
-	return domains[i].Seen, nil
+	return hypervisor.Look(ctx, hypervisor.VM{Name: name, Libvirt: uri})
 }
 
 // releaseDomain ends what keeps the connection to libvirt open for an eviction that ends with a
@@ -120,36 +110,13 @@ func (v *eviction) releaseDomain(m evict.Mark) {
 	}
 }
 
-// domains lists the VMs of libvirt's.
-func (h *Host) domains(ctx context.Context) ([]hypervisor.Domain, error) {
-	if h.config.Libvirt == nil {
-		return nil, nil
+// vms is where this host's VMs are.
+func (h *Host) vms() hypervisor.Host {
+	all := hypervisor.Host{Dir: h.config.VMs}
+	if h.config.Libvirt != nil {
+		all.URI = h.config.Libvirt.uri()
 	}
-	return hypervisor.Domains(ctx, h.config.Libvirt.uri())
-}
-
-// listDomains adds the VMs of libvirt's to a list of those that are described.
-func (h *Host) listDomains(ctx context.Context, described []hypervisor.VM,
-	r *hostv1.ListVMsResponse) {
-	domains, err := h.domains(ctx)
-	if err != nil {
-		r.Problems = append(r.Problems, err.Error())
-	}
-	names := map[string]bool{}
-	for _, vm := range described {
-		names[vm.Name] = true
-	}
-	for _, d := range domains {
-		vm := &hostv1.VM{
-			Name: d.Name, Libvirt: true, State: string(d.State), QemuStatus: d.Status,
-			Pid: int32(d.Process.PID), MemoryBytes: d.Memory, Vcpus: uint32(d.VCPUs),
-		}
-		if names[d.Name] {
-			vm.Problem = fmt.Sprintf("libvirt has a domain of the name of a VM that %s describes: "+
-				"rename one", hypervisor.File(h.config.VMs, d.Name))
-		}
-		r.Vms = append(r.Vms, vm)
-	}
+	return all
 }
 
 // domainQuestion asks a peer whether a domain may come there.

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"vacate/internal/evict"
-	"vacate/internal/host/hypervisor"
 	"vacate/internal/sys/pressure"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -184,9 +183,9 @@ func (t vmTimes) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (t vmTimes) Collect(ch chan<- prometheus.Metric) {
-	vms, _ := hypervisor.Load(t.h.config.VMs) // vacate ls tells of those that are wrong
 	ctx, cancel := context.WithTimeout(t.h.life, scrapeTime)
 	defer cancel()
+	vms, _ := t.h.vms().All(ctx) // vacate ls tells of those that are wrong
 	var looks sync.WaitGroup
 	for _, vm := range vms {
 		looks.Go(func() {

@@ -12,9 +12,11 @@ import (
 
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
+	"vacate/internal/host/doctor"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/host/relief"
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/pressure"
 	"vacate/internal/sys/process"
 	"vacate/internal/sys/sched"
@@ -71,7 +73,7 @@ type portrait struct {
 
 // portraits looks at all VMs of this host, also those whose descriptions cannot be read.
 func (h *Host) portraits(ctx context.Context) []portrait {
-	vms, err := hypervisor.Load(h.config.VMs)
+	vms, err := h.vms().All(ctx)
 	if err != nil {
 		h.log.Debug("cannot look at some VMs", "error", err)
 	}
@@ -162,6 +164,10 @@ func (v *eviction) underWay() string {
 // portray finds the QEMU of a VM here. Its monitor is asked only if need be.
 func (h *Host) portray(ctx context.Context, vm hypervisor.VM) portrait {
 	p := portrait{vm: vm}
+	if errors.Is(vm.Unfit, hypervisor.ErrTwice) { // what is known by its name is of the other one
+		p.problem = vm.Unfit.Error()
+		return p
+	}
 	h.mu.Lock()
 	known := h.known[vm.Name]
 	h.mu.Unlock()
@@ -273,6 +279,8 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 			vm.Barred = v.evicting
 		case v.problem != "":
 			vm.Barred = v.problem
+		case v.vm.Unfit != nil:
+			vm.Barred = v.vm.Unfit.Error()
 		default:
 			e, err := h.lookAhead(ctx, v.vm, v.process)
 			if err != nil {
@@ -280,10 +288,45 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 				break
 			}
 			vm.Memory, vm.InUse, vm.Hot = pageBytes(e.Total), pageBytes(e.InUse), pageBytes(e.Hot)
+			vm.Check = h.mayGo(ctx, v.vm)
 		}
 		s.vms = append(s.vms, vm)
 	}
 	return s, nil
+}
+
+// mayGo returns a function that tells why a VM cannot go to another host: all that vacate evict
+// would refuse. What is wrong here is found once.
+func (h *Host) mayGo(ctx context.Context, vm hypervisor.VM) func(to string) string {
+	here := ""
+	return func(to string) string {
+		if here != "" {
+			return here
+		}
+		seen, err := hypervisor.Look(ctx, vm)
+		if err == nil {
+			err = h.mayLeave(vm, seen)
+		}
+		if err != nil {
+			here = err.Error()
+			return here
+		}
+		found, err := h.examine(ctx, vm.Name, to)
+		if err != nil {
+			return err.Error()
+		}
+		for _, f := range found {
+			switch {
+			case f.Level != doctor.Fatal:
+			case f.Host == to:
+				return fmt.Sprintf("%s: %s: %s", to, f.Check, f.Text)
+			default:
+				here = fmt.Sprintf("%s: %s", f.Check, f.Text)
+				return here
+			}
+		}
+		return ""
+	}
 }
 
 func pageBytes(pages int) uint64 { return uint64(pages) * migstream.TargetPageSize }
@@ -389,10 +432,14 @@ func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM,
 		return evict.Estimate{}, err
 	}
 	defer release()
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
 	var e evict.Estimate
 	err = sched.Usual(func() (err error) { // nobody waits for it as for a page
-		e, err = evict.LookAhead(ctx, vm.QMP)
-		return err
+		return hypervisor.Ask(ctx, vm, func(q *qmp.Client) error {
+			e, err = evict.LookAhead(ctx, q)
+			return err
+		})
 	})
 	if err != nil {
 		return e, fmt.Errorf("its memory cannot be looked at: %w", err)

@@ -11,6 +11,7 @@ import (
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/lab"
 	"vacate/lab/labtest"
+	"vacate/lab/libvirtlab"
 
 	"connectrpc.com/connect"
 )
@@ -195,6 +196,153 @@ func TestGuard(t *testing.T) {
 	if err != nil || r.Msg.Guard == "" || r.Msg.Counters["vacate_guard_evictions_total"] != 1 {
 		t.Errorf("%v, %v", r, err)
 	}
+}
+
+// Two domains of libvirt's starve each other on one core. The operator is told of both, and why one
+// stays. Then the guard evicts one of them, and the operator the other one.
+func TestRelieveDomains(t *testing.T) {
+	spec := func(hot, idle int) libvirtlab.Spec {
+		return libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
+			Load: lab.Load{HotMiB: hot, IdleMiB: idle, Seed: uint64(hot)}}}
+	}
+	m := startManaged(t, spec(32, 16))
+	web2, err := m.Hosts.Start(labtest.Within(t, 3*time.Minute), "web2", spec(80, 40))
+	m.Check(err)
+	domains := map[string]*libvirtlab.Domain{"web1": m.Domain, "web2": web2}
+	a, b := m.a, m.b
+
+	p := a.pressure()
+	t.Logf("%v", p)
+	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 {
+		t.Errorf("host a: %v", p)
+	}
+	for _, v := range p.Vms {
+		if v.Steal < 0.2 || v.Steal > 0.8 || v.ResidentBytes < 50<<20 || v.Problem != "" {
+			t.Errorf("%v", v)
+		}
+	}
+	plan := a.plan("", false)
+	t.Logf("%v", plan)
+	if plan.Met || len(plan.Candidates) != 2 {
+		t.Fatalf("%v", plan)
+	}
+	if best := plan.Candidates[0]; best.Vm != "web1" || best.To != "hostb" || best.Refused != "" ||
+		!best.Meets || best.GainCores < 0.5 {
+		t.Errorf("%v", best)
+	}
+	// refused returns why a domain stays, by a plan.
+	refused := func(plan *hostv1.PlanResponse, name string) string {
+		for _, c := range plan.Candidates {
+			if c.Vm == name {
+				return c.Refused
+			}
+		}
+		return "it is not in the plan"
+	}
+	all := a.plan("", true) // the other host has one core, too
+	if refused(all, "web1") != "" || !strings.Contains(refused(all, "web2"), "starve") {
+		t.Errorf("%v", all)
+	}
+	set := func(element string) {
+		m.Virsh(m.Hosts.A, "metadata", "web1", "urn:vacate:domain:1", "--key", "vacate", "--live",
+			"--config", "--set", element)
+	}
+	for element, why := range map[string]string{
+		`<vm pinned="yes"/>`:  "the VM is pinned",
+		`<vm pinned="sure"/>`: "want yes or no",
+	} {
+		set(element)
+		plan := a.plan("", false)
+		if why1 := refused(plan, "web1"); !strings.Contains(why1, why) ||
+			refused(plan, "web2") != "" {
+			t.Errorf("%s: %v", element, plan)
+		}
+	}
+	set(`<vm priority="1"/>`)
+	if plan := a.plan("", false); plan.Candidates[0].Vm != "web2" || refused(plan, "web1") != "" {
+		t.Errorf("the least goes first: %v", plan)
+	}
+	m.Virsh(m.Hosts.A, "suspend", "web1")
+	if why := refused(a.plan("", true), "web1"); !strings.Contains(why, "paused (user)") {
+		t.Errorf("it is paused, and stays as %q", why)
+	}
+	m.Virsh(m.Hosts.A, "resume", "web1")
+
+	a.stop()
+	a.configure("[guard]\nsustain = \"1s\"\nsettle = \"500ms\"\ninterval = \"500ms\"\n" +
+		"max_load = 1.5\n")
+	a.start()
+	first := a.evictions(1)[0]
+	// Which of the two depends on how loaded this machine is just then.
+	moved, stayed := "web2", "web1"
+	if first.Vm == stayed {
+		moved, stayed = stayed, moved
+	}
+	if end, err := a.watch(first.Id, 2*time.Minute); err != nil || end.Outcome != "completed" {
+		t.Fatalf("%v, %v", end, err)
+	}
+	if r, err := a.api.Status(t.Context(),
+		connect.NewRequest(&hostv1.StatusRequest{})); err != nil ||
+		r.Msg.Guard == "" || r.Msg.Counters["vacate_guard_evictions_total"] != 1 {
+		t.Errorf("%v, %v", r, err)
+	}
+	for _, s := range []*site{a, b} {
+		if p := s.pressure(); len(p.Vms) != 1 || p.Vms[0].CpuCores < 0.6 || p.Vms[0].Steal > 0.35 {
+			t.Errorf("%s: %v", s.name, p)
+		}
+	}
+	r, err := a.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
+	if err != nil || len(r.Msg.Candidates) != 1 || r.Msg.Candidates[0].Vm != stayed ||
+		r.Msg.Candidates[0].Refused != "" {
+		t.Fatalf("%v, %v", r, err)
+	}
+	e, err := a.evict(stayed, "hostb")
+	m.Check(err)
+	if end, err := a.watch(e.Id, 2*time.Minute); err != nil || end.Outcome != "completed" {
+		t.Fatalf("%v, %v", end, err)
+	}
+	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
+		t.Errorf("a still has %q", out)
+	}
+	for _, name := range []string{moved, stayed} {
+		if end, err := b.watch(a.last(name).Id, time.Minute); err != nil ||
+			end.Outcome != "completed" {
+			t.Errorf("%s at b: %v, %v", name, end, err)
+		}
+		if s := m.Virsh(m.Hosts.B, "domstate", "--reason", name); s != "running (migrated)" {
+			t.Errorf("%s at b: %s", name, s)
+		}
+		vm, err := domains[name].Came(labtest.Within(t, time.Minute))
+		m.Check(err)
+		labtest.MustCheck(t, vm)
+	}
+}
+
+// evictions waits until the host's journal has so many.
+func (s *site) evictions(n int) []*hostv1.Eviction {
+	s.t.Helper()
+	for ctx := labtest.Within(s.t, 2*time.Minute); ; {
+		r, err := s.api.ListEvictions(ctx, connect.NewRequest(&hostv1.ListEvictionsRequest{}))
+		if err != nil {
+			s.t.Fatalf("%d evictions have not begun: %v", n, err)
+		}
+		if len(r.Msg.Evictions) >= n {
+			return r.Msg.Evictions
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// last returns the last eviction of a VM.
+func (s *site) last(vm string) *hostv1.Eviction {
+	s.t.Helper()
+	r, err := s.api.ListEvictions(labtest.Within(s.t, time.Minute),
+		connect.NewRequest(&hostv1.ListEvictionsRequest{Vm: vm}))
+	if err != nil || len(r.Msg.Evictions) == 0 {
+		s.t.Fatalf("%v, %v", r, err)
+	}
+	return r.Msg.Evictions[len(r.Msg.Evictions)-1]
 }
 
 func TestGuardConfig(t *testing.T) {

@@ -86,18 +86,12 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	if err := hypervisor.CheckName(name); err != nil {
 		return nil, &argumentError{err}
 	}
-	vm, err := hypervisor.Find(h.config.VMs, name)
-	uri := ""
-	if l := h.config.Libvirt; errors.Is(err, hypervisor.ErrUnknown) && l != nil {
-		if _, missing := findDomain(ctx, l.uri(), name); missing == nil {
-			uri, err = l.uri(), nil
-		}
-	}
+	vm, err := h.vms().Find(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	r := journal.Record{ID: journal.NewID(), Role: journal.Source, VM: name, Peer: to,
-		PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Libvirt: uri,
+		PeerAddr: h.config.Peers[to].Address, QMP: vm.QMP, Libvirt: vm.Libvirt,
 		Mark: string(evict.MarkBegun)}
 	if _, err := h.dialer(to); err != nil {
 		return nil, &unknownError{err}
@@ -116,18 +110,12 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 			return nil, err
 		}
 	}
-	look := func() (hypervisor.Seen, error) { return hypervisor.Look(ctx, vm) }
-	if uri != "" {
-		look = func() (hypervisor.Seen, error) { return findDomain(ctx, uri, name) }
-	}
-	seen, err := look()
+	seen, err := hypervisor.Look(ctx, vm)
 	if err != nil {
 		return nil, err
 	}
-	if seen.State != hypervisor.Running && seen.State != hypervisor.Paused {
-		return nil,
-			&stateError{fmt.Errorf("VM %s is not here, or cannot leave: its state on host %s is %s",
-				name, h.name(), seen.State)}
+	if err := h.mayLeave(vm, seen); err != nil {
+		return nil, err
 	}
 	r.PID, r.StartTime = seen.Process.PID, seen.Process.StartTime
 	o.TrustDisks = vm.TrustDisks
@@ -143,6 +131,21 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	v.send(false)
 	h.log.Info("eviction begun", "eviction", r.ID, "vm", name, "to", to)
 	return v, nil
+}
+
+// mayLeave returns an error if no VM can be evicted in the state in which it was seen.
+func (h *Host) mayLeave(vm hypervisor.VM, seen hypervisor.Seen) error {
+	switch {
+	case vm.Libvirt != "" && seen.State == hypervisor.Paused:
+		return &stateError{fmt.Errorf(
+			"the domain %s is %s, and libvirt's domains are evicted only "+
+				"while they run: `virsh resume %[1]s`, or move it with `virsh migrate`", vm.Name,
+			seen.Status)}
+	case seen.State != hypervisor.Running && seen.State != hypervisor.Paused:
+		return &stateError{fmt.Errorf("VM %s is not here, or cannot leave: its state on host %s "+
+			"is %s", vm.Name, h.name(), seen.State)}
+	}
+	return nil
 }
 
 // send has an engine evict the VM, or resume that.

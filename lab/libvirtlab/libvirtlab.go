@@ -6,6 +6,8 @@
 //	/etc/libvirt       of the host alone
 //	/run, /var/lib,    empty, but for libvirt's directory, which is of the host alone
 //	/var/log, /var/cache
+//	/sys/devices/system/cpu/online
+//	                   the host's core, where the lab's hosts have one each
 //
 // So two daemons on one machine share nothing but disks, and neither can change what is the
 // machine's. Their domains boot the lab's guest. Tests ask a daemon with [Host.Virsh], as an
@@ -131,6 +133,9 @@ mkdir /run/libvirt /var/lib/swtpm-localca /var/log/swtpm
 mount --bind "$dir/run" /run/libvirt
 mkdir -p /dev/hugepages
 mount -t hugetlbfs vacate-lab /dev/hugepages
+if [ -e "$dir/online" ]; then
+	mount --bind "$dir/online" /sys/devices/system/cpu/online
+fi
 hostname "$name"
 [ -z "$root" ] || mount --bind "$root/usr" /usr
 if [ "$lockd" = true ]; then
@@ -205,6 +210,13 @@ func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) 
 	}
 	for name, text := range setup.files(n) {
 		if err := os.WriteFile(filepath.Join(dir, "etc", name), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	// The daemon lets a QEMU run on all CPUs that are online, also where it may not itself.
+	if of.Core >= 0 {
+		if err := os.WriteFile(filepath.Join(dir, "online"), fmt.Appendln(nil, of.Core),
+			0o644); err != nil {
 			return nil, err
 		}
 	}

@@ -63,7 +63,8 @@ const (
 // ErrUnknown: the host has no description of the VM.
 var ErrUnknown = errors.New("no such VM")
 
-// A VM is a description, with all placeholders but {incoming} replaced.
+// A VM is a description, with all placeholders but {incoming} replaced; or a domain of libvirt's,
+// which has no command, socket, user, log and environment here.
 type VM struct {
 	Name    string
 	Command []string
@@ -76,6 +77,10 @@ type VM struct {
 	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
 	Pinned   bool
 	Priority int
+	// Unfit is why relief must not choose a domain; nil: it may.
+	Unfit error
+	// Libvirt is the URI of the libvirt whose domain the VM is; empty: a file describes it.
+	Libvirt string
 	// TrustDisks names drives whose images are taken for those of the other host on the operator's
 	// word.
 	TrustDisks []string

@@ -65,8 +65,12 @@ const lookTime = 5 * time.Second
 
 // Look tells what there is of a VM here. For None, Silent, and a Frozen one whose Status is
 // "stopped", no more is filled in. A VM whose monitor an eviction of this process holds is Silent,
-// which takes five seconds to find out: better not ask.
+// which takes five seconds to find out: better not ask. The error wraps ErrUnknown for a domain
+// that libvirt does not have.
 func Look(ctx context.Context, vm VM) (Seen, error) {
+	if vm.Libvirt != "" {
+		return lookAtDomain(ctx, vm)
+	}
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
 	q, err := qmp.Dial(ctx, vm.QMP)

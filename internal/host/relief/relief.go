@@ -42,16 +42,27 @@ import (
 // VM is a VM on the overloaded host.
 type VM struct {
 	Name         string
-	CPU, Waiting float64   // cores its vCPUs have, and cores they wait for
-	Overhead     float64   // cores that the rest of its QEMU uses
-	Memory       uint64    // size of its memory, which the other host must have room for
-	Resident     uint64    // what this host gets back
-	InUse        uint64    // what has to be sent
-	Hot          uint64    // of that, what it works on
-	Priority     int       // those with the least leave first; 0 is usual
-	Pinned       bool      // it never leaves
-	Barred       string    // why it cannot be evicted now; empty: it can
-	Moved        time.Time // when it was evicted last, or that was tried; only a Guard minds
+	CPU, Waiting float64 // cores its vCPUs have, and cores they wait for
+	Overhead     float64 // cores that the rest of its QEMU uses
+	Memory       uint64  // size of its memory, which the other host must have room for
+	Resident     uint64  // what this host gets back
+	InUse        uint64  // what has to be sent
+	Hot          uint64  // of that, what it works on
+	Priority     int     // those with the least leave first; 0 is usual
+	Pinned       bool    // it never leaves
+	Barred       string  // why it cannot be evicted now; empty: it can
+	// Check is asked last, as it may take long: why the VM cannot go to a host after all. Empty, or
+	// no Check: it can.
+	Check func(to string) string
+	Moved time.Time // when it was evicted last, or that was tried; only a Guard minds
+}
+
+// check is Check, also where there is none.
+func (v VM) check(to string) string {
+	if v.Check == nil {
+		return ""
+	}
+	return v.Check(to)
 }
 
 // Wants is the CPU that the VM would use if it got it.
@@ -129,7 +140,8 @@ type Candidate struct {
 // reach the goal come first, of these the VMs of the least priority, and of these the pair that has
 // all VMs back the soonest. Of pairs that take about as long, the one that leaves the other host
 // the least loaded comes first. Where none reaches the goal, the one that comes the nearest to it.
-// The others follow with their reasons. If the goal is met already, all are refused.
+// The others follow with their reasons. If the goal is met already, all are refused. Only the first
+// is checked with its VM's Check, and those that were refused by that.
 func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 	met := g.Met(here)
 	list := []Candidate{}
@@ -167,6 +179,17 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 		return cmp.Or(cmp.Compare(nearest(a), nearest(b)), cmp.Compare(a.Back, b.Back),
 			cmp.Compare(a.LoadThere, b.LoadThere))
 	})
+	of := map[string]VM{}
+	for _, v := range vms {
+		of[v.Name] = v
+	}
+	for len(list) > 0 && list[0].Refused == "" {
+		best := list[0]
+		if best.Refused = of[best.VM].check(best.To); best.Refused == "" {
+			break
+		}
+		list = append(list[1:], best)
+	}
 	return list
 }
 
@@ -316,10 +339,9 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 			staying = append(staying, Candidate{VM: v.Name, Refused: Excepted})
 			continue
 		}
-		best := -1
-		var chosen Candidate
+		var may []Candidate
 		var refused []string
-		for i, to := range others {
+		for _, to := range others {
 			c := predict(here, v, to, vms, l)
 			if !e.Force {
 				c = c.within()
@@ -328,12 +350,20 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 				refused = append(refused, c.Refused)
 				continue
 			}
-			if best < 0 || cmp.Or(first(c.Beyond == "", chosen.Beyond == ""),
-				cmp.Compare(c.LoadThere, chosen.LoadThere)) < 0 {
-				best, chosen = i, c
-			}
+			may = append(may, c)
 		}
-		if best < 0 {
+		slices.SortStableFunc(may, func(a, b Candidate) int {
+			return cmp.Or(first(a.Beyond == "", b.Beyond == ""),
+				cmp.Compare(a.LoadThere, b.LoadThere))
+		})
+		for len(may) > 0 {
+			why := v.check(may[0].To)
+			if why == "" {
+				break
+			}
+			refused, may = append(refused, why), may[1:]
+		}
+		if len(may) == 0 {
 			slices.Sort(refused)
 			why := strings.Join(slices.Compact(refused), "; ")
 			if len(others) == 0 {
@@ -342,7 +372,8 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 			staying = append(staying, Candidate{VM: v.Name, Refused: why})
 			continue
 		}
-		to := &others[best]
+		chosen := may[0]
+		to := &others[slices.IndexFunc(others, func(h Host) bool { return h.Name == chosen.To })]
 		to.Used, to.Waiting = min(to.wants()+v.Wants(), to.CPUs), max(0,
 			to.wants()+v.Wants()-to.CPUs)
 		to.Incoming += v.Memory

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -498,4 +499,66 @@ func TestGuard(t *testing.T) {
 	others = nil
 	observe(time.Second, 0, "not for 30s yet")
 	observe(30*time.Second, 0, "no host to go to")
+}
+
+// A VM is checked last, and only where it would go. What a check refuses stays in the list, and the
+// next best is chosen.
+func TestCheck(t *testing.T) {
+	here, vms, others := pair()
+	others = append(others, others[0])
+	others[1].Name, others[1].Used = "c", 0.1
+	var asked []string
+	check := func(refuse ...string) {
+		asked = nil
+		for i, v := range vms {
+			vms[i].Check = func(to string) string {
+				pair := v.Name + " to " + to
+				asked = append(asked, pair)
+				if slices.Contains(refuse, pair) {
+					return to + " has it already"
+				}
+				return ""
+			}
+		}
+	}
+	choose := func() string {
+		list := Choose(here, vms, others, DefaultGoal, DefaultLimits)
+		if len(list) != 4 {
+			t.Errorf("%+v", list)
+		}
+		if list[0].Refused != "" {
+			return list[0].Refused
+		}
+		return list[0].VM + " to " + list[0].To
+	}
+	check()
+	if c := choose(); c != "small to b" || !slices.Equal(asked, []string{"small to b"}) {
+		t.Errorf("%q, after %q", c, asked)
+	}
+	check("small to b")
+	if c := choose(); c != "small to c" || len(asked) != 2 {
+		t.Errorf("%q, after %q", c, asked)
+	}
+	check("small to b", "small to c", "big to b", "big to c")
+	if c := choose(); !strings.HasSuffix(c, "has it already") || len(asked) != 4 {
+		t.Errorf("%q, after %q", c, asked)
+	}
+	check()
+	vms[1].Pinned = true
+	if c := choose(); c != "big to b" || len(asked) != 1 {
+		t.Errorf("%q, after %q", c, asked)
+	}
+	vms[1].Pinned = false
+
+	check("small to b", "big to b", "big to c")
+	list := Evacuate(here, vms, others, DefaultLimits, Evacuation{})
+	if len(list) != 2 || list[0].VM != "small" || list[0].To != "c" || list[1].VM != "big" ||
+		list[1].Refused != "b has it already; c would starve: 2.10 cores wanted, of 1" {
+		t.Errorf("%+v", list)
+	}
+	for _, pair := range asked {
+		if pair == "big to c" {
+			t.Error("it was checked for a host that would starve")
+		}
+	}
 }

@@ -3,8 +3,6 @@ package libvirt
 import (
 	"context"
 	"encoding/hex"
-	"encoding/xml"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -148,7 +146,7 @@ func (s State) String() string {
 	return fmt.Sprintf("%s (%s)", names[s.State], why)
 }
 
-// Info is what a list says of a domain.
+// Info is what libvirt knows of a domain.
 type Info struct {
 	Domain
 	State      State
@@ -156,45 +154,20 @@ type Info struct {
 	Autostart  bool
 	Memory     uint64 // bytes that it has at most
 	VCPUs      int
-	Metadata   Metadata
 }
-
-// Metadata is what the operator has told vacate of a domain, in its XML:
-//
-//	virsh metadata web1 urn:vacate:domain:1 --config --live --key vacate \
-//	    --set '<vm pinned="yes" priority="1"/>'
-type Metadata struct {
-	Pinned   bool
-	Priority int
-}
-
-// Namespace is that of our element in a domain's metadata.
-const Namespace = "urn:vacate:domain:1"
 
 // List returns all domains.
-func (c *Conn) List(ctx context.Context) ([]Info, error) {
-	list, err := call(ctx, c, "list the domains", func() ([]golibvirt.Domain, error) {
+func (c *Conn) List(ctx context.Context) ([]Domain, error) {
+	return call(ctx, c, "list the domains", func() (all []Domain, err error) {
 		list, _, err := c.l.ConnectListAllDomains(
 			1,
 			golibvirt.ConnectListDomainsActive|golibvirt.ConnectListDomainsInactive,
 		)
-		return list, err
+		for _, d := range list {
+			all = append(all, domainOf(d))
+		}
+		return all, err
 	})
-	if err != nil {
-		return nil, err
-	}
-	var all []Info
-	for _, d := range list {
-		info, err := c.Info(ctx, domainOf(d))
-		if errors.Is(err, ErrNoDomain) {
-			continue // it has gone meanwhile
-		}
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, info)
-	}
-	return all, nil
 }
 
 // Find returns a domain by its name. The error matches ErrNoDomain if there is none.
@@ -208,7 +181,7 @@ func (c *Conn) Find(ctx context.Context, name string) (Domain, error) {
 	return domainOf(d), err
 }
 
-// Info returns what List says of one domain.
+// Info returns what libvirt knows of a domain. QEMU is not asked.
 func (c *Conn) Info(ctx context.Context, d Domain) (Info, error) {
 	info := Info{Domain: d}
 	var err error
@@ -248,8 +221,7 @@ func (c *Conn) Info(ctx context.Context, d Domain) (Info, error) {
 		return info, err
 	}
 	info.Memory, info.VCPUs = n.memory, n.vcpus
-	info.Metadata, err = c.metadata(ctx, d)
-	return info, err
+	return info, nil
 }
 
 // State returns what a domain does.
@@ -285,47 +257,6 @@ func (c *Conn) XML(ctx context.Context, d Domain, kind XMLKind) (string, error) 
 		"describe the domain "+d.Name,
 		func() (string, error) { return c.l.DomainGetXMLDesc(d.raw(), flags) },
 	)
-}
-
-// metadata returns our metadata of a domain; none where there is none.
-func (c *Conn) metadata(ctx context.Context, d Domain) (m Metadata, err error) {
-	what := "tell the metadata of the domain " + d.Name
-	text, err := call(ctx, c, what, func() (string, error) {
-		return c.l.DomainGetMetadata(
-			d.raw(),
-			int32(golibvirt.DomainMetadataElement),
-			golibvirt.OptString{Namespace},
-			0,
-		)
-	})
-	var refusal *Error
-	if errors.As(err, &refusal) && refusal.Code == int(golibvirt.ErrNoDomainMetadata) {
-		return m, nil
-	} else if err != nil {
-		return m, err
-	}
-	var x struct {
-		XMLName  xml.Name
-		Pinned   string `xml:"pinned,attr"`
-		Priority int    `xml:"priority,attr"`
-	}
-	if err := xml.Unmarshal([]byte(text), &x); err != nil {
-		return m, fmt.Errorf("the metadata %s of the domain %s: %w", Namespace, d.Name, err)
-	}
-	switch x.Pinned {
-	case "", "no":
-	case "yes":
-		m.Pinned = true
-	default:
-		return m, fmt.Errorf(
-			`the metadata %s of the domain %s: pinned="%.20s": want yes or no`,
-			Namespace,
-			d.Name,
-			x.Pinned,
-		)
-	}
-	m.Priority = x.Priority
-	return m, nil
 }
 
 // Suspend pauses a domain, also while its migration's job is held by this connection.

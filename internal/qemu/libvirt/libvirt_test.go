@@ -98,12 +98,14 @@ func (r rig) list(t *testing.T) {
 	if len(list) != 1 {
 		t.Fatalf("%+v", list)
 	}
-	d := list[0]
+	d, err := r.a.Info(r.ctx, list[0])
+	r.check(err)
 	if d.Name != "web1" || d.ID < 1 || d.UUID.String() != r.lab.UUID || d.State.State != Running ||
-		!d.Persistent ||
-		d.Autostart ||
-		d.Metadata != (Metadata{true, 3}) {
+		!d.Persistent || d.Autostart {
 		t.Errorf("%+v", d)
+	}
+	if m, err := r.a.Metadata(r.ctx, list[0]); err != nil || m != (Metadata{true, 3}) {
+		t.Errorf("%+v, %v", m, err)
 	}
 	if want := r.virsh(r.h.A, "domstate", "--reason", "web1"); d.State.String() != want {
 		t.Errorf("%v; virsh says %v", d.State, want)
