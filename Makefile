@@ -1,9 +1,9 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), REFUSALS and KVM
-# (rounds), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for
-# vacate-lab bench), JOBS (packages tested at a time).
+# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), GUEST (of chaos: linux,
+# or kvm: the bare guest under KVM), REFUSALS and KVM (rounds), VACATE_SEED (of tests with chance;
+# a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -11,6 +11,7 @@ PKG      ?= ./...
 FUZZTIME ?= 10s
 CHAOS    ?= 1
 WORKERS  ?= 5
+GUEST    ?= linux
 REFUSALS ?= 50
 KVM      ?= 4
 JOBS     ?= 1
@@ -107,9 +108,9 @@ generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's prot
 		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
 		internal/host/api/v1/host.proto
 
-chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time (root; under an hour)
+chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time, with GUEST (linux, or kvm) (root; under an hour)
 	rm -rf .lab/chaos
-	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults.md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
+	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_GUEST=$(GUEST) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults$(if $(filter kvm,$(GUEST)),-kvm).md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, REFUSALS (50) times with each of QEMU's versions (root; 10 minutes)
 	@mkdir -p .lab

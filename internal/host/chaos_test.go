@@ -133,6 +133,7 @@ type campaign struct {
 // TestChaos has something happen in states of an eviction, and looks what becomes of the VM. By
 // default it takes a sample by chance. VACATE_CHAOS=N has it take all cells N times,
 // VACATE_CHAOS_WORKERS=N so many at a time, and VACATE_CHAOS_RESULT=FILE tables written.
+// VACATE_CHAOS_GUEST=kvm has it take the bare guest, under KVM, in place of Linux.
 // VACATE_CHAOS_ONLY=TEXT has it take the cells with that in their names: those with a second fault
 // if TEXT names one.
 func TestChaos(t *testing.T) {
@@ -140,6 +141,9 @@ func TestChaos(t *testing.T) {
 		t.Skip("short: boots VMs")
 	}
 	labtest.Need(t, lab.Probe())
+	if g := os.Getenv("VACATE_CHAOS_GUEST"); g != "" && g != "linux" && g != "kvm" {
+		t.Fatalf("VACATE_CHAOS_GUEST is %q: want linux or kvm", g)
+	}
 	if seed, err := strconv.ParseUint(os.Getenv("VACATE_CHAOS_WORKER"), 10, 64); err == nil {
 		runCells(t, seed)
 		return
@@ -283,9 +287,13 @@ func (c *campaign) tables() string {
 		}
 	}
 	var out strings.Builder
-	fmt.Fprintf(&out, "%d runs in %d minutes, %d at a time, seed %d. Failed: %d. Outcomes: %s.\n",
-		len(c.results), int(time.Since(c.begun).Minutes()), c.workers, c.seed, len(failed),
-		cellText(sums))
+	guest := "Linux guests"
+	if bareGuests() {
+		guest = "bare guests under KVM"
+	}
+	fmt.Fprintf(&out, "%d runs with %s in %d minutes, %d at a time, seed %d. Failed: %d. "+
+		"Outcomes: %s.\n", len(c.results), guest, int(time.Since(c.begun).Minutes()), c.workers,
+		c.seed, len(failed), cellText(sums))
 	var columns []string
 	for _, f := range faults {
 		columns = append(columns, f.name)
@@ -409,6 +417,9 @@ func (w *worker) end() {
 	w.stop()
 }
 
+// bareGuests reports whether the guests of the campaign are bare ones, under KVM.
+func bareGuests() bool { return os.Getenv("VACATE_CHAOS_GUEST") == "kvm" }
+
 // runCells is TestChaos in a worker: it runs the cells that the parent names.
 func runCells(t *testing.T, seed uint64) {
 	known := map[string]cell{}
@@ -416,8 +427,13 @@ func runCells(t *testing.T, seed uint64) {
 		known[c.String()] = c
 	}
 	l := labtest.New(t, lab.Options{Rate: 4e8, NoPin: true})
-	saved, err := boot(t, l.A, lab.Spec{MemoryMiB: 192, Load: load}).Save(labtest.Within(t,
-		time.Minute))
+	spec := lab.Spec{MemoryMiB: 192, Load: load}
+	if bareGuests() {
+		spec.BareMetal, spec.Accel = true, "kvm" // where there is no KVM, this fails
+	}
+	vm := boot(t, l.A, spec)
+	t.Logf("guests run under %s", vm.Spec.Accel)
+	saved, err := vm.Save(labtest.Within(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
