@@ -49,7 +49,7 @@ type Spec struct {
 	Cmdline   string // more of the kernel's command line
 	// BareMetal has package bareguest's guest in place of Linux, with its own load. It runs
 	// under KVM also where Linux does not. Its CPUs each have a worker; other sets than hot, idle
-	// and other memory are not for it.
+	// and other memory are not for it. With Agent it answers like vacate-guest by itself.
 	BareMetal bool
 	// program of this module, by its name in cmd, to be the guest's whole user space; default
 	// guestload
@@ -85,7 +85,7 @@ const (
 // guestload is to start.
 func (s *Spec) programs() (all, run []string) {
 	run = s.Run
-	if s.Agent && s.Init == guestLoad {
+	if s.Agent && s.Init == guestLoad && !s.BareMetal {
 		run = append(slices.Clone(run), guestAgent)
 	}
 	return append([]string{s.Init}, run...), run
@@ -182,7 +182,7 @@ func (s *Spec) fill(ctx context.Context) (err error) {
 	needs := guestNeeds
 	if s.BareMetal {
 		needs = bareNeeds
-		if l.Workers != s.VCPUs || s.VCPUs > 4 || l.CacheMiB+l.FileMiB > 0 || s.Agent || s.Tap ||
+		if l.Workers != s.VCPUs || s.VCPUs > 4 || l.CacheMiB+l.FileMiB > 0 || s.Tap ||
 			len(s.Run) > 0 || s.Init != guestLoad {
 			return errors.New("the bare guest has 1 to 4 CPUs with a worker each, and nothing " +
 				"of Linux")
@@ -272,6 +272,8 @@ type VM struct {
 	// AgentSocket is where QEMU listens for who talks to the guest's agent,
 	// one at a time; empty without Spec.Agent.
 	AgentSocket string
+	// Release is the release of the guest's kernel that it booted, or "bareguest-" and a hash.
+	Release string
 	// Args are QEMU and its arguments, but for those that have it wait for a guest to come.
 	Args []string
 
@@ -468,6 +470,7 @@ type prepared struct {
 	spec    Spec
 	guest   *Guest
 	args    []string
+	release string // of the guest's kernel
 	reports *net.UnixListener
 }
 
@@ -487,7 +490,8 @@ func (h *Host) prepare(ctx context.Context, spec Spec, guest *Guest) (_ *prepare
 	}
 	l.mu.Lock()
 	l.seq++
-	p := &prepared{host: h, name: h.Name + "-" + strconv.Itoa(l.seq), guest: guest}
+	p := &prepared{host: h, name: h.Name + "-" + strconv.Itoa(l.seq), guest: guest,
+		release: img.release}
 	l.mu.Unlock()
 	if spec.Devices == Full && spec.Disk == "" {
 		spec.Disk = p.file("disk.raw")
@@ -530,7 +534,7 @@ func (p *prepared) file(kind string) string {
 // vm returns the VM of a process that is not there yet.
 func (p *prepared) vm() *VM {
 	vm := &VM{
-		Name: p.name, Host: p.host, Spec: p.spec, Guest: p.guest, Args: p.args,
+		Name: p.name, Host: p.host, Spec: p.spec, Guest: p.guest, Args: p.args, Release: p.release,
 		QMP: p.file("qmp.sock"), LabQMP: p.file("labqmp.sock"), Console: p.file("console.log"),
 		stderr: p.file("stderr.log"), done: make(chan struct{}),
 	}

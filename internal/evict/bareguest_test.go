@@ -10,6 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"vacate/internal/evict"
+	"vacate/internal/evict/pushorder"
+	"vacate/internal/guest/agent"
+	"vacate/internal/guest/pageclass"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )
@@ -181,6 +185,97 @@ func TestBareGuest(t *testing.T) {
 			_, accel := evictBare(t, l, c.spec(lab.QEMU{}))
 			t.Log("under", accel)
 		})
+	}
+}
+
+// A guest at native speed tells by its virtio port what each of its pages is used for, before an
+// eviction and after: so its hot memory comes first, however scattered.
+func TestBareGuestAgent(t *testing.T) {
+	t.Parallel()
+	defer evict.SetAgentTime(20 * time.Second)()
+	l := labtest.New(t, lab.Options{Rate: 2e9})
+	for _, machine := range []string{"pc", "q35"} {
+		t.Run(machine, func(t *testing.T) {
+			vm := boot(t, l, lab.Spec{BareMetal: true, Agent: true, Machine: machine,
+				MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 60, OtherMiB: 80, Mixed: true}})
+			defer vm.Kill()
+			t.Log("under", vm.Spec.Accel)
+			tellsPages(t, vm)
+			twin := incoming(t, l, vm)
+			defer twin.Kill()
+			r := evictVM(labtest.Within(t, 2*time.Minute), t, l, vm, twin)
+			r.mustComplete(t)
+			know := r.report.Enlightenment
+			t.Logf("%+v", know)
+			if know.Source != evict.Agent {
+				t.Fatalf("what is known comes of %q, want the agent: %s", know.Source, know.Doubts)
+			}
+			if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
+				t.Error(err)
+			}
+			tellsPages(t, twin)
+			labtest.MustCheck(t, twin)
+		})
+	}
+}
+
+// tellsPages checks what the bare guest tells of its load.
+func tellsPages(t *testing.T, vm *lab.VM) {
+	t.Helper()
+	ctx := labtest.Within(t, time.Minute)
+	client, err := agent.Dial(ctx, vm.AgentSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	options := agent.Options{Frames: uint64(vm.Spec.MemoryMiB) << 8, Deadline: 20 * time.Second}
+	if _, err := client.Prepare(ctx, options); err != nil {
+		t.Fatal(err)
+	}
+	s, stats, err := client.Ask(ctx, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stats.Prepared < 0 || stats.Incomplete || !s.Fresh {
+		t.Errorf("the agent's answer: %+v, fresh: %v", stats, s.Fresh)
+	}
+	const perMiB = 256
+	counts, hot := map[pageclass.Page]int{}, pushorder.Hot(s)
+	for _, p := range s.Pages {
+		counts[p]++
+	}
+	load := &vm.Spec.Load
+	for _, want := range []struct {
+		page       pageclass.Page
+		mib, spare int
+	}{
+		{pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: 1,
+			Flags: pageclass.Mapped | pageclass.Accessed}, load.HotMiB, 2},
+		{pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData, Owner: 1,
+			Flags: pageclass.Mapped}, load.IdleMiB, 4},
+		{pageclass.Page{Kind: pageclass.Anon, Class: pageclass.Other, Owner: 2,
+			Flags: pageclass.Mapped}, load.OtherMiB, 0},
+	} {
+		got := counts[want.page]
+		if got < want.mib*perMiB || got > (want.mib+want.spare)*perMiB {
+			t.Errorf("%d pages are %+v, want those of %d MiB", got, want.page, want.mib)
+		}
+	}
+	if len(s.Sequence) != load.HotMiB*perMiB {
+		t.Fatalf("the sequence has %d pages, want those of %d MiB", len(s.Sequence), load.HotMiB)
+	}
+	beside := 0
+	for i, f := range s.Sequence {
+		if !hot(s.Pages[f]) {
+			t.Fatalf("frame %d is in the sequence, and told as %+v", f, s.Pages[f])
+		}
+		if i > 0 && f == s.Sequence[i-1]+1 {
+			beside++
+		}
+	}
+	if beside > len(s.Sequence)/10 {
+		t.Errorf("%d of %d hot pages follow one another in memory: they are not scattered", beside,
+			len(s.Sequence))
 	}
 }
 

@@ -108,6 +108,9 @@ func (s Source) engine(first State) *source {
 	if e.Order.Base == pushorder.Unset {
 		e.Order = pushorder.Default
 	}
+	if e.Enlightenment == "" {
+		e.Enlightenment = Auto
+	}
 	if e.Order.Base == pushorder.DemandOnly {
 		e.touched = make(chan struct{}, 1)
 	}

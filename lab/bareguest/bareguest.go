@@ -6,6 +6,9 @@
 // Beside those of lab/cmd/guestload that it knows (hot, idle, other, seed, workers, access,
 // place, mode and pace) it takes one more parameter: vacate.async=1 turns on KVM's asynchronous
 // page faults.
+//
+// With vacate.port=NAME it drives a virtio-serial device on PCI bus 0, and answers at the port of
+// that name as the agent of a guest with Linux does: what it works on is known to the host.
 package bareguest
 
 import _ "embed"

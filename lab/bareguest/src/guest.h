@@ -5,7 +5,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long u64;
 
-enum { MAX_CPUS = 4, TICKS_PER_SECOND = 100 };
+enum { MAX_CPUS = 4, TICKS_PER_SECOND = 100, VECTOR_PORT = 34 };
 
 // Calls of the kernel, see kernel.c.
 enum {
@@ -17,6 +17,8 @@ enum {
 	CALL_CPU,     // (async page faults): begins ticks and clocks of this CPU
 	CALL_REST,    // (): waits for an interrupt
 	CALL_OUT,     // (port, value): writes 16 bits
+	CALL_PCI_READ,  // (address): 32 bits of a device's configuration
+	CALL_PCI_WRITE, // (address, value)
 };
 
 long call_kernel(u64 number, u64 a, u64 b);
@@ -46,6 +48,7 @@ struct cpu {
 } __attribute__((aligned(256)));
 
 extern struct cpu cpus[MAX_CPUS];
+extern volatile u64 port_interrupts; // of the virtio device
 extern u64 start_info;
 extern u32 cpus_started;
 

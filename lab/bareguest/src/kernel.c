@@ -11,6 +11,8 @@ enum {
 	VECTOR_READY = 33,
 	CONSOLE = 0x3f8,
 	REPORTS = 0x2f8,
+	PCI_ADDRESS = 0xcf8,
+	PCI_DATA = 0xcfc,
 };
 
 enum {
@@ -30,12 +32,20 @@ extern u8 trampoline[], trampoline_end[], stubs[], kernel_stacks[];
 void enter_user(u64 entry, u64 stack, u64 argument);
 
 struct cpu cpus[MAX_CPUS];
+volatile u64 port_interrupts;
 static u8 user_stacks[MAX_CPUS][STACK_SIZE] __attribute__((aligned(16)));
 static u32 tss[MAX_CPUS][26];
 static u64 idt[64][2] __attribute__((aligned(16)));
 
 static void out8(u16 port, u8 v) { asm volatile("outb %0, %1" ::"a"(v), "Nd"(port)); }
 static void out16(u16 port, u16 v) { asm volatile("outw %0, %1" ::"a"(v), "Nd"(port)); }
+static void out32(u16 port, u32 v) { asm volatile("outl %0, %1" ::"a"(v), "Nd"(port)); }
+static u32 in32(u16 port)
+{
+	u32 v;
+	asm volatile("inl %1, %0" : "=a"(v) : "Nd"(port));
+	return v;
+}
 static u8 in8(u16 port)
 {
 	u8 v;
@@ -178,6 +188,13 @@ static long call(struct cpu *c, u64 number, u64 a, u64 b)
 	case CALL_OUT:
 		out16(a, b);
 		return 0;
+	case CALL_PCI_READ:
+		out32(PCI_ADDRESS, 1u << 31 | a);
+		return in32(PCI_DATA);
+	case CALL_PCI_WRITE:
+		out32(PCI_ADDRESS, 1u << 31 | a);
+		out32(PCI_DATA, b);
+		return 0;
 	}
 	return -1;
 }
@@ -197,6 +214,10 @@ void kernel(struct frame *f)
 		c->awaited = c->fault.ready;
 		c->fault.ready = 0;
 		write_msr(MSR_FAULT_ACK, 1);
+		*apic(0xb0) = 0;
+		return;
+	case VECTOR_PORT:
+		port_interrupts++;
 		*apic(0xb0) = 0;
 		return;
 	case VECTOR_PAGE_FAULT:

@@ -1,9 +1,8 @@
 // The load of the bare guest. All of it runs at privilege level 3, which is native on every
 // host. It does what lab/cmd/guestload does, and reports as package loadproto has it.
-#include "guest.h"
+#include "load.h"
 
 enum {
-	PAGE = 4096,
 	WORDS = PAGE / 8,
 	BINS = 160,
 	SLOW_TOUCH = 200000, // nanoseconds
@@ -19,11 +18,13 @@ enum {
 static u64 hot, idle, other, seed, wanted_cpus = 1;
 static u32 zipf, scattered, pace, async_faults;
 
-struct region { u64 base, pages; };
-static struct region regions[16]; // memory that may be used
-static u32 region_count;
-static u64 total, stride; // pages of all sets; distance in memory of one page from the next
+struct region regions[16]; // memory that may be used
+u32 region_count;
+u64 total, stride; // pages of all sets; distance in memory of one page from the next
+u64 memory_end;
+struct region spared;
 static u32 *generations;
+static const char *port; // of the agent, 0: none
 static u64 ticks_per_ms;   // of the TSC
 static u64 bounds[BINS];   // lower bounds of the bins of slow touches, in ticks of the TSC
 
@@ -42,7 +43,7 @@ struct worker {
 static struct worker workers[MAX_CPUS];
 static volatile u32 go, stop;
 
-static u64 tsc(void)
+u64 tsc(void)
 {
 	u32 a, d;
 	asm volatile("lfence; rdtsc; lfence" : "=a"(a), "=d"(d)::"memory");
@@ -57,7 +58,7 @@ static u64 scale(u64 a, u64 b, u64 c)
 	return low;
 }
 
-static u64 nanoseconds(u64 ticks) { return scale(ticks, 1000000, ticks_per_ms); }
+u64 nanoseconds(u64 ticks) { return scale(ticks, 1000000, ticks_per_ms); }
 
 // --- Pages, as in package loadproto ---
 
@@ -318,6 +319,8 @@ static void work(u64 cpu)
 			call_kernel(CALL_REST, 0, 0);
 		if (w->pages && pace != NO_WORK && !stop)
 			turn(w);
+		if (port && cpu == 0 && port_called())
+			agent_serve();
 		if (i % 16 && pace != NO_WORK && !stop)
 			continue;
 		u64 now = tsc();
@@ -401,7 +404,7 @@ static void report(void)
 	say();
 }
 
-static u64 set_size(u32 set) { return set == 0 ? hot : set == 1 ? idle : other; }
+u64 set_size(u32 set) { return set == 0 ? hot : set == 1 ? idle : other; }
 
 static void check(void)
 {
@@ -427,6 +430,8 @@ static void check(void)
 	put_field(bad_pages);
 	say();
 }
+
+u32 works(void) { return hot && pace != NO_WORK && !stop; }
 
 static u32 is(const u8 *line, const char *word)
 {
@@ -521,6 +526,7 @@ static void read_command_line(const char *line)
 	async_faults = number(line, "vacate.async=", 0);
 	zipf = (s = option(line, "vacate.access=")) && *s == 'z';
 	scattered = (s = option(line, "vacate.place=")) && *s == 'm';
+	port = option(line, "vacate.port=");
 	if ((s = option(line, "vacate.mode=")) && *s == 'i')
 		pace = NO_WORK;
 	else if ((s = option(line, "vacate.pace=")) && *s == 's')
@@ -545,12 +551,16 @@ static void find_memory(struct start_info *info)
 		regions[region_count++] = (struct region){from, (to - from) / PAGE};
 		pages += (to - from) / PAGE;
 	}
-	u64 table = (hot * sizeof(u32) + unit - 1) / unit * unit / PAGE;
-	if (!region_count || regions[0].pages < table || pages - table < total)
+	u64 table = (hot * sizeof(u32) + unit - 1) / unit * unit / PAGE, own = table;
+	if (port)
+		own += (agent_needs(total) + unit - 1) / unit * unit / PAGE;
+	if (!region_count || regions[0].pages < own || pages - own < total)
 		fail("there is too little memory for the load");
+	memory_end = regions[region_count - 1].base + regions[region_count - 1].pages * PAGE;
 	generations = (u32 *)regions[0].base;
-	regions[0].base += table * PAGE;
-	regions[0].pages -= table;
+	spared = (struct region){regions[0].base, table};
+	regions[0].base += own * PAGE;
+	regions[0].pages -= own;
 }
 
 static void calibrate(void)
@@ -607,6 +617,8 @@ void load_main(void)
 				fail("the other CPUs did not start");
 	}
 	call_kernel(CALL_CPU, async_faults, 0);
+	if (port)
+		agent_begin((u8 *)(spared.base + spared.pages * PAGE), port);
 	go = 1;
 	put_text("hello");
 	put_field(1);
