@@ -40,7 +40,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm kvmspeed domainkinds nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm kvmspeed kvmbench domainkinds nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,6 +130,9 @@ kvmspeed: deps ## compare the bare guest's speed before and after it moved, KVM 
 
 domainkinds: deps ## evict domains of libvirt that have huge pages, UEFI, a TPM, or another user (root; 5 minutes, and 100 MB once)
 	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h -run '^TestEvictDomainMoreKinds$$' -v ./internal/host
+
+kvmbench: deps build ## compare ways to move the bare guest under KVM, and write docs/results/kvm-bench.md (root; half an hour on a machine that does nothing else)
+	scripts/kvm-bench docs/results/kvm-bench.md
 
 NIGHT = 6h
 

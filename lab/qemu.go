@@ -177,6 +177,19 @@ exec %q --argv0 %q --library-path "%s" \
 `, loader, stockQEMU, strings.Join(libs, ":")), nil
 }
 
+// Accelerator returns under what a VM would run whose Accel is left open: "kvm" if a guest like its
+// own runs under it here, else "tcg".
+func (l *Lab) Accelerator(ctx context.Context, spec Spec) (string, error) {
+	if err := spec.fill(ctx); err != nil {
+		return "", err
+	}
+	img, err := l.image.get(ctx, &spec)
+	if err != nil {
+		return "", err
+	}
+	return l.accelerator(ctx, spec, img)
+}
+
 // accelerator returns "kvm" if a guest like the VM's really runs under it, else "tcg". That
 // /dev/kvm opens proves nothing. The bare guest is tried first: where that does not run, nothing
 // does, and where it does, Linux may still not. Answers are kept in the lab directory; the

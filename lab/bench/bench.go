@@ -36,6 +36,9 @@ type Options struct {
 	Load       string   // what the result is to call the load; see Loads
 	// Spec is the VM with its load, such as function Spec returns.
 	Spec lab.Spec
+	// Accel is what the VMs run under: "kvm", "tcg", or "auto", the default, which is KVM where the
+	// guest runs under it. With "kvm" the bare guest takes the place of Linux where only that runs.
+	Accel string
 	// Chain lets one guest serve all strategies of a repetition, from host to host and back, as
 	// long as it comes through well. Repetitions take strategies from the first and from the last
 	// in turn. It saves the boots. Where one strategy skips free pages another sends them as zeroes
@@ -83,6 +86,13 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 	if opts.PrecopyBound <= 0 {
 		return Result{}, errors.New("the bound of pre-copy must be positive")
 	}
+	if opts.Accel == "" {
+		opts.Accel = "auto"
+	}
+	if !slices.Contains(Accels(), opts.Accel) {
+		return Result{}, fmt.Errorf("accelerator %q: want one of %s", opts.Accel,
+			strings.Join(Accels(), ", "))
+	}
 	if opts.Vacate == "" {
 		if opts.Vacate, err = lab.Program("vacate"); err != nil {
 			return Result{}, err
@@ -98,10 +108,61 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 	b := &bench{opts, l}
 	result := Result{Version: Version, Runs: []Run{}}
 	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core
-	if result.Machine.Congestion, err = useCubic(l); err == nil {
+	if err = b.chooseGuest(ctx); err == nil {
+		result.Machine.Congestion, err = useCubic(l)
+	}
+	if err == nil {
 		err = b.measure(ctx, chosen, &result)
 	}
 	return result, errors.Join(err, l.Close())
+}
+
+// Accels are what the VMs may run under.
+func Accels() []string { return []string{"auto", "kvm", "tcg"} }
+
+// chooseGuest settles what the VMs run under, and which guest they have.
+func (b *bench) chooseGuest(ctx context.Context) error {
+	s := &b.opts.Spec
+	if s.BareMetal {
+		if err := fitsBare(s); err != nil {
+			return err
+		}
+	}
+	if b.opts.Accel == "auto" {
+		return nil // the lab finds out
+	}
+	s.Accel = b.opts.Accel
+	if s.Accel == "tcg" {
+		return nil
+	}
+	runs := func(bare bool) (bool, error) {
+		like := *s
+		like.BareMetal = bare
+		accel, err := b.lab.Accelerator(ctx, like)
+		return accel == "kvm", err
+	}
+	if ok, err := runs(s.BareMetal); ok || err != nil {
+		return err
+	}
+	if !s.BareMetal {
+		if ok, err := runs(true); err != nil {
+			return err
+		} else if ok {
+			b.opts.Log.Info("Linux does not run under KVM here: the bare guest takes its place")
+			s.BareMetal = true
+			return fitsBare(s)
+		}
+	}
+	return errors.New("no guest runs under KVM here: leave out --accel kvm")
+}
+
+// fitsBare says what of a load the bare guest lacks.
+func fitsBare(s *lab.Spec) error {
+	if l := &s.Load; l.CacheMiB > 0 || l.FileMiB > 0 || l.Others > 1 || l.Stale {
+		return errors.New("the bare guest has no page cache, no processes, and no free memory " +
+			"that was used before: choose a load such as hot, zipf or uniform")
+	}
+	return nil
 }
 
 // useCubic has TCP on both hosts use Linux's default congestion control, where
@@ -414,8 +475,7 @@ func (t *trial) observe(ctx context.Context) error {
 }
 
 var (
-	linuxVersion = regexp.MustCompile(`Linux version (\S+)`)
-	cpuModel     = regexp.MustCompile(`(?m)^model name\s*: (.*)$`)
+	cpuModel = regexp.MustCompile(`(?m)^model name\s*: (.*)$`)
 )
 
 // describe fills in the machine and the VM.
@@ -432,23 +492,28 @@ func describe(r *Result, vm *lab.VM, rate uint64) error {
 	if err != nil {
 		return err
 	}
-	console, err := os.ReadFile(vm.Console)
-	if err != nil {
-		return err
-	}
 	s := &vm.Spec
 	r.Machine = Machine{
 		Congestion: r.Machine.Congestion, Pinned: r.Machine.Pinned,
 		CPU: submatch(cpuModel, cpus), Cores: strings.Count(string(cpus), "processor\t"),
 		MemoryBytes: info.Totalram * uint64(info.Unit),
 		Kernel:      unix.ByteSliceToString(u.Release[:]),
-		QEMU:        s.QEMU.Version, Accel: s.Accel, GuestKernel: submatch(linuxVersion, console),
+		QEMU:        s.QEMU.Version, Accel: s.Accel, GuestKernel: vm.Release,
 	}
 	if rate > 0 {
 		r.Machine.Link = &rate
 	}
 	r.VM = VM{s.Machine, s.MemoryMiB, s.VCPUs, string(s.Devices), s.Memfd, s.Load.HotMiB,
-		s.Load.IdleMiB, s.Load.OtherMiB, s.Load.CacheMiB}
+		s.Load.IdleMiB, s.Load.OtherMiB, s.Load.CacheMiB, "linux", "uniform", "together", s.Agent}
+	if s.BareMetal {
+		r.VM.Guest = bareGuest
+	}
+	if s.Load.Zipf {
+		r.VM.Access = "zipf"
+	}
+	if s.Load.Mixed {
+		r.VM.Place = "scattered"
+	}
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"encoding/json"
 	"log/slog"
 	"os/exec"
 	"path/filepath"
@@ -61,6 +62,62 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
+// The bare guest, under KVM where that works, is a load as any other; its agent's word orders the
+// push.
+func TestMeasureBareGuest(t *testing.T) {
+	needLab(t)
+	strategies := []string{"vacate", "qemu-precopy-multifd"}
+	result, err := Measure(t.Context(), Options{
+		Strategies: strategies, Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second,
+		Vacate: buildVacate(t), Accel: "auto",
+		Spec: lab.Spec{BareMetal: true, Agent: true, MemoryMiB: 256,
+			Load: lab.Load{HotMiB: 40, IdleMiB: 20, Mixed: true, Seed: 1}},
+		Lab: lab.Options{Dir: labtest.Dir(t), Rate: 1e9},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := result.Table(t.Output()); err != nil {
+		t.Error(err)
+	}
+	t.Log("under", result.Machine.Accel)
+	if g := result.Machine.GuestKernel; !strings.HasPrefix(g, "bareguest-") ||
+		result.VM.Guest != "bare" || result.VM.Place != "scattered" || !result.VM.Agent {
+		t.Errorf("the guest %q is not described: %+v", g, result.VM)
+	}
+	if len(result.Runs) != len(strategies) {
+		t.Fatalf("%d runs, want %d", len(result.Runs), len(strategies))
+	}
+	for i := range result.Runs {
+		checkRun(t, &result.Runs[i])
+	}
+	var engine struct {
+		Enlightenment struct{ Source, Doubts string }
+	}
+	if err := json.Unmarshal(result.Runs[0].Engine, &engine); err != nil {
+		t.Fatal(err)
+	}
+	// On a busy machine the agent may answer too late, which the report then says.
+	if e := engine.Enlightenment; e.Source != "agent" && !strings.Contains(e.Doubts, "in time") {
+		t.Errorf("what is known of the guest comes of %q, want its agent: %s", e.Source, e.Doubts)
+	}
+}
+
+// What cannot be measured is said before a guest boots.
+func TestBareGuestLoads(t *testing.T) {
+	for _, name := range Loads() {
+		s, err := Spec(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lacks := name == "hot-process" || name == "freed"
+		if err := fitsBare(&s); (err != nil) != lacks {
+			t.Errorf("load %s: %v", name, err)
+		}
+	}
+}
+
 func checkRun(t *testing.T, r *Run) {
 	t.Helper()
 	if r.Outcome == Unsupported && r.Strategy == "qemu-postcopy-preempt" {
@@ -108,6 +165,7 @@ func TestBadOptions(t *testing.T) {
 		`no load "none"`:      func(o *Options) { o.Load = "none" },
 		"repetitions":         func(o *Options) { o.Repeat = 0 },
 		"bound":               func(o *Options) { o.PrecopyBound = 0 },
+		`accelerator "xen"`:   func(o *Options) { o.Accel = "xen" },
 	} {
 		o := good
 		spoil(&o)

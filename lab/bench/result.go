@@ -42,7 +42,14 @@ type VM struct {
 	IdleMiB   int    `json:"idle_mib"`
 	OtherMiB  int    `json:"other_mib"`
 	CacheMiB  int    `json:"cache_mib"`
+	Guest     string `json:"guest"`  // linux or bare
+	Access    string `json:"access"` // to hot pages: uniform or zipf
+	Place     string `json:"place"`  // of hot pages: together or scattered
+	Agent     bool   `json:"agent"`  // in the guest
 }
+
+// bareGuest is VM.Guest where package bareguest's runs.
+const bareGuest = "bare"
 
 // Outcomes of a run.
 const (

@@ -52,7 +52,8 @@ func sample() *Result {
 		Version: Version,
 		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg",
 			"6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true},
-		VM: VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0},
+		VM: VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0, "linux", "uniform", "together",
+			false},
 		Runs: []Run{
 			engine, moved(baseline, 1, 0.01, 4.1, 60000), given,
 			again, moved(baseline, 2, 0.012, 4.3, 50000),

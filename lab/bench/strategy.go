@@ -36,6 +36,7 @@ var strategies = []strategy{
 	{name: "qemu-postcopy-preempt", prepare: qemu("postcopy-ram", "postcopy-preempt"),
 		move: (*trial).postcopy},
 	{name: "qemu-precopy", prepare: qemu(), move: (*trial).precopy},
+	{name: "qemu-precopy-multifd", prepare: qemu("multifd"), move: (*trial).precopy},
 	{name: "qemu-precopy-autoconverge", prepare: qemu("auto-converge"), move: (*trial).precopy},
 	{name: "stop-and-copy", prepare: qemu(), move: (*trial).stopAndCopy},
 }

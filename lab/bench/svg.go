@@ -28,6 +28,7 @@ var style = map[string]struct{ colour, dash string }{
 	"stop-and-copy":         {"#e69f00", "4 3"},
 
 	"qemu-precopy-autoconverge": {"#56b4e9", "12 4"},
+	"qemu-precopy-multifd":      {"#7f7f7f", "9 3 2 3 2 3"},
 }
 
 // SVG draws the guest's throughput over time: a line per strategy, for the

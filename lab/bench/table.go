@@ -226,6 +226,12 @@ func (r *Result) title() string {
 		load = ", load " + r.Runs[0].Load
 	}
 	v := &r.VM
+	if v.Place == "scattered" {
+		load += ", hot memory scattered"
+	}
+	if v.Agent {
+		load += ", with an agent"
+	}
 	cpus := "1 CPU"
 	if v.VCPUs != 1 {
 		cpus = fmt.Sprintf("%d CPUs", v.VCPUs)
@@ -236,10 +242,13 @@ func (r *Result) title() string {
 
 func (r *Result) subtitle() string {
 	m := &r.Machine
-	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; QEMU %s (%s, %s, %s devices), guest "+
-		"Linux %s",
+	guest := "guest Linux " + m.GuestKernel
+	if r.VM.Guest == bareGuest {
+		guest = "bare guest"
+	}
+	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; QEMU %s (%s, %s, %s devices), %s",
 		m.CPU, m.Cores, float64(m.MemoryBytes)/(1<<30), m.Kernel, m.QEMU, m.Accel, r.VM.Machine,
-		r.VM.Devices, m.GuestKernel)
+		r.VM.Devices, guest)
 }
 
 func bits(n uint64) string {

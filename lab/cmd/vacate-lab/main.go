@@ -171,6 +171,9 @@ func benchCommand() *cobra.Command {
 		json_, svg string
 		verbose    bool
 		pin        bool
+		guest      string
+		access     string
+		place      string
 	)
 	c := &cobra.Command{
 		Use:   "bench",
@@ -186,6 +189,7 @@ else should run on the machine meanwhile.`,
 		Example: `  vacate-lab bench --json result.json --svg throughput.svg
   vacate-lab bench --strategies vacate,qemu-postcopy --link none --repeat 5
   vacate-lab bench --load hot-process --kernel 6.12
+  vacate-lab bench --accel kvm --agent --place scattered --link 10Gbit
   vacate-lab bench --memory 4G --hot 1G --idle 2G --link 10Gbit --devices full
   vacate-lab bench --strategies vacate --profile profiles && go tool pprof profiles/evict-1.pprof`,
 		Args: cobra.NoArgs,
@@ -195,6 +199,16 @@ else should run on the machine meanwhile.`,
 	fl.StringSliceVar(&opts.Strategies, "strategies",
 		[]string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"},
 		"of "+strings.Join(bench.Strategies(), ", "))
+	fl.StringVar(&opts.Accel, "accel", "auto",
+		"what the VMs run under, of "+strings.Join(bench.Accels(), ", ")+
+			"; kvm takes the bare guest where Linux does not run under it")
+	fl.StringVar(&guest, "guest", "linux",
+		"linux, or bare: a guest without an operating system, for the loads hot, idle, zipf, "+
+			"uniform and fresh-boot")
+	fl.StringVar(&access, "access", "",
+		"how hot pages are picked, uniform or zipf (default: the load's)")
+	fl.StringVar(&place, "place", "",
+		"where hot memory is, together or scattered (default: the load's)")
 	fl.IntVar(&opts.Repeat, "repeat", 1, "repetitions")
 	fl.BoolVar(&opts.Chain, "chain", false,
 		"one guest for all strategies of a repetition, evicted to and fro (default: if all are "+
@@ -220,6 +234,22 @@ else should run on the machine meanwhile.`,
 		}
 		if opts.Spec, err = f.spec(c.Context()); err != nil {
 			return err
+		}
+		if !oneOf(guest, "linux", "bare") {
+			return fmt.Errorf("guest %q: want linux or bare", guest)
+		}
+		if !oneOf(access, "", "uniform", "zipf") {
+			return fmt.Errorf("access %q: want uniform or zipf", access)
+		}
+		if !oneOf(place, "", "together", "scattered") {
+			return fmt.Errorf("place %q: want together or scattered", place)
+		}
+		opts.Spec.BareMetal = guest == "bare"
+		if access != "" {
+			opts.Spec.Load.Zipf = access == "zipf"
+		}
+		if place != "" {
+			opts.Spec.Load.Mixed = place == "scattered"
 		}
 		opts.Load = f.load
 		if !fl.Changed("chain") {
