@@ -146,5 +146,5 @@ func TestLibvirtLosesItsStream(t *testing.T) {
 		t.Errorf("another engine: %v", err)
 	}
 	// libvirt destroys a domain whose connection ends before Finish3 has returned, at its own time.
-	t.Logf("at b: %s", m.Virsh(m.Hosts.B, "domstate", "--reason", "web1"))
+	// libvirtd 9.0 may end itself over it. So nothing is asked of it any more.
 }
