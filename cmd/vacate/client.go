@@ -260,9 +260,14 @@ func goesOn(e *hostv1.Eviction) string {
 				"The rest comes when vacated is back. Otherwise the VM stays on host %s", vm, peer)
 	}
 	switch evict.State(e.State) {
-	case evict.Preparing, evict.Switching, evict.Loading, evict.RollingBack:
-		return fmt.Sprintf("VM %s was not told to run on host %s yet: it stays on this host, "+
-			"and runs on at the latest when vacated is back", vm, peer)
+	case evict.Preparing, evict.Switching, evict.Loading:
+		// These take moments, so the daemon may have got further than it said.
+		return fmt.Sprintf("When it last answered, VM %s was not told to run on host %s yet. It "+
+			"may have been since: do not start it by hand. It runs on, here or there, at the "+
+			"latest when vacated is back", vm, peer)
+	case evict.RollingBack:
+		return fmt.Sprintf("VM %s stays on this host, and runs on at the latest when vacated is "+
+			"back", vm)
 	}
 	return fmt.Sprintf("VM %s runs, or may run, on host %s with the memory that went there. The "+
 		"rest follows when vacated is back", vm, peer)

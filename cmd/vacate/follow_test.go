@@ -91,7 +91,11 @@ func TestFollow(t *testing.T) {
 					"memory that went there"},
 			nil},
 		{"back, aborted", moment("source", evict.Loading), 1, "aborted", exitAborted,
-			[]string{"VM web1 was not told to run on host hostb yet: it stays on this host"}, nil},
+			[]string{
+				"When it last answered, VM web1 was not told to run on host hostb yet. It may " +
+					"have been since: do not start it by hand"}, nil},
+		{"back, rolled back", moment("source", evict.RollingBack), 1, "aborted", exitAborted,
+			[]string{"VM web1 stays on this host"}, nil},
 		{"back, lost", moment("source", evict.Pushing), 1, "lost contact", exitLost, nil, nil},
 		{"away", moment("source", evict.Pushing), 1, "", exitDetached, nil,
 			[]string{"vacated has not answered for 300ms", "systemctl start vacated",
