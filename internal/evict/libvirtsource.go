@@ -240,19 +240,35 @@ func (o *libvirtSource) resume(ctx context.Context, ran bool, stood string) (qmp
 		}
 	}
 	o.endJob(ctx)
-	if o.q.Err() != nil {
-		o.q.Close()
-		if err := o.open(ctx); err != nil {
-			return qmp.Status{}, err
+	for {
+		if o.cut() {
+			o.q.Close()
+			if err := o.open(ctx); err != nil {
+				return qmp.Status{}, err
+			}
 		}
-	}
-	now, err := o.qemuSource.resume(ctx, ran, stood)
-	if err == nil {
-		if err := o.release(ctx); err != nil {
-			o.log.Warn("the VM runs on, and is not all that it was", "error", err)
+		now, err := o.qemuSource.resume(ctx, ran, stood)
+		if err != nil && (o.cut() || errors.Is(err, libvirt.ErrClosed)) && ctx.Err() == nil {
+			o.log.Info("libvirt ended: the VM is resumed by the one that follows", "error", err)
+			continue
 		}
+		if err == nil {
+			if err := o.release(ctx); err != nil {
+				o.log.Warn("the VM runs on, and is not all that it was", "error", err)
+			}
+		}
+		return now, err
 	}
-	return now, err
+}
+
+// cut reports whether the connection to libvirt has ended, and the monitor with it.
+func (o *libvirtSource) cut() bool {
+	select {
+	case <-o.conn.Done():
+		return true
+	default:
+		return o.q.Err() != nil
+	}
 }
 
 // endJob ends libvirt's job, if there still is one, with the connection on which it began.

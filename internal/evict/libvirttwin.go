@@ -334,6 +334,13 @@ func (o *libvirtTwin) run(ctx context.Context) error {
 		return nil
 	}
 	finished, finish := make(chan error, 1), o.finish
+	select {
+	case <-finish.Done(): // libvirt destroys the twin when it starts anew
+		if o.socket != nil { // else another engine may have told it
+			return notRun{errors.New("libvirt ended before it was told to run the domain")}
+		}
+	default:
+	}
 	o.mu.Lock()
 	o.finished = finished
 	o.mu.Unlock()

@@ -866,6 +866,8 @@ func (m *model) destination(w world) {
 			w.d.told, w.d.phase = true, running
 			w.sayToSIfAny(runs)
 		})
+		m.add("the manager has ended, and was not told", true,
+			func(w *world) { m.destinationTakes(w, stepAbandon) })
 	} else if mayCont {
 		m.add("destination says cont", false, func(w *world) {
 			m.cont(w)

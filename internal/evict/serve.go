@@ -196,7 +196,7 @@ const goneHere = "The VM that ran here is gone. The source holds its memory and 
 // leftovers says what this host has of a VM that cannot become whole.
 func (e *destination) leftovers() string {
 	return fmt.Sprintf("The VM runs here until it touches one of the %d pages that are missing. "+
-		"Save from it what you can, then end its QEMU", e.pages.left())
+		"Save from it what you can, then end its QEMU: `kill -9 %d`", e.pages.left(), e.process.PID)
 }
 
 // detach ends the session with the source.
