@@ -95,18 +95,34 @@ func findDomain(ctx context.Context, uri, name string) (hypervisor.Seen, error) 
 }
 
 // releaseDomain ends what keeps the connection to libvirt open for an eviction that ends with a
-// mark. An engine that has the domain whole here has done that, or must do it.
+// mark. An engine that has the domain whole here has done that, or must do it. A domain that is lost
+// here may run until it needs a page that nobody has: libvirt would destroy it.
 func (v *eviction) releaseDomain(m evict.Mark) {
 	r := v.entry.Record()
-	if r.Libvirt == "" || r.Role == journal.Destination && m == evict.MarkCompleted &&
-		v.process().Alive() {
+	switch {
+	case r.Libvirt == "":
 		return
+	case r.Role == journal.Destination && v.process().Alive():
+		if m == evict.MarkLost {
+			v.host.tasks.Go(func() {
+				if v.process().Wait(v.host.life) == nil {
+					v.releaseHolder()
+				}
+			})
+			return
+		} else if m == evict.MarkCompleted {
+			return
+		}
 	}
+	v.releaseHolder()
+}
+
+func (v *eviction) releaseHolder() {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	if err := evict.ReleaseDomain(ctx, record{v.entry}); err != nil {
-		v.host.log.Warn("a process still keeps a connection to libvirt open", "eviction", r.ID,
-			"error", err)
+		v.host.log.Warn("a process still keeps a connection to libvirt open", "eviction",
+			v.entry.ID(), "error", err)
 	}
 }
 

@@ -23,6 +23,9 @@ func (h *Host) recover() {
 			continue
 		}
 		if v.ended() {
+			if v.mark() == evict.MarkLost {
+				v.releaseDomain(evict.MarkLost)
+			}
 			v.tell()
 			v.restoreHuge()
 			continue
