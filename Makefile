@@ -1,15 +1,16 @@
 # vacate: `make help` lists what there is.
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
-# test), FUZZTIME (per fuzz target), CHAOS (rounds), WORKERS (at a time), GUEST (of chaos: linux,
-# or kvm: the bare guest under KVM), REFUSALS and KVM (rounds), VACATE_SEED (of tests with chance;
-# a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
+# test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
+# linux, or kvm: the bare guest under KVM), REFUSALS and KVM (rounds), VACATE_SEED (of tests with
+# chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
 
 SHELL    := /bin/bash
 GO       ?= go
 PKG      ?= ./...
 FUZZTIME ?= 10s
 CHAOS    ?= 1
+DOMAINS  ?= 1
 WORKERS  ?= 5
 GUEST    ?= linux
 REFUSALS ?= 50
@@ -40,7 +41,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos refusals kvm kvmspeed kvmbench domainkinds nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +112,10 @@ generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's prot
 chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time, with GUEST (linux, or kvm) (root; under an hour)
 	rm -rf .lab/chaos
 	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_GUEST=$(GUEST) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults$(if $(filter kvm,$(GUEST)),-kvm).md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
+
+domains: deps ## the same for a domain of libvirt and all that its operator may type, DOMAINS (1) times, WORKERS (5) at a time (root; hours)
+	rm -rf .lab/domainfaults .lab/domains.md.json
+	VACATE_REQUIRE=1 VACATE_DOMAINS=$(DOMAINS) VACATE_DOMAINS_WORKERS=$(WORKERS) VACATE_DOMAINS_RESULT=$(CURDIR)/.lab/domains.md $(GO) test -count=1 -timeout 12h -run '^TestDomainFaults$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, REFUSALS (50) times with each of QEMU's versions (root; 10 minutes)
 	@mkdir -p .lab

@@ -117,14 +117,17 @@ type result struct {
 	Outcome outcome // empty: the run failed
 	Seconds float64
 	Log     string `json:",omitempty"` // file with all that a run that failed said
+	Shown   shown  `json:",omitzero"`
 }
 
 // campaign is many runs, several at a time, each in a process and a lab of its own.
 type campaign struct {
+	test    string // the worker's
 	seed    uint64
 	workers int
 	file    string // of the tables; empty: none
 	begun   time.Time
+	tables  func(*campaign) string
 
 	mu      sync.Mutex
 	results []result // guarded by mu
@@ -148,21 +151,9 @@ func TestChaos(t *testing.T) {
 		runCells(t, seed)
 		return
 	}
-	number := func(name string, otherwise uint64) uint64 {
-		n, err := strconv.ParseUint(os.Getenv(name), 10, 64)
-		if err != nil {
-			return otherwise
-		}
-		return n
-	}
-	rounds := number("VACATE_CHAOS", 0)
-	c := &campaign{
-		seed:    number("VACATE_CHAOS_SEED", uint64(time.Now().UnixNano())),
-		workers: int(number("VACATE_CHAOS_WORKERS", 1)),
-		file:    os.Getenv("VACATE_CHAOS_RESULT"), begun: time.Now(),
-	}
-	t.Logf("VACATE_CHAOS_SEED=%d", c.seed)
-	random := rand.New(rand.NewPCG(c.seed, 0))
+	rounds := setting("VACATE_CHAOS", 0)
+	c := newCampaign(t, "TestChaos", "VACATE_CHAOS", (*campaign).chaosTables)
+	random := c.random()
 	var names []string
 	if only := os.Getenv("VACATE_CHAOS_ONLY"); only != "" {
 		for _, c := range every() {
@@ -178,10 +169,42 @@ func TestChaos(t *testing.T) {
 			}
 		}
 	}
-	random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	shuffle(random, names)
 	if rounds == 0 && os.Getenv("VACATE_CHAOS_ONLY") == "" {
 		names = names[:12]
 	}
+	c.run(t, names)
+}
+
+// setting reads a number from the environment.
+func setting(name string, otherwise uint64) uint64 {
+	n, err := strconv.ParseUint(os.Getenv(name), 10, 64)
+	if err != nil {
+		return otherwise
+	}
+	return n
+}
+
+// newCampaign makes the campaign of a test whose settings have a prefix.
+func newCampaign(t *testing.T, test, prefix string, tables func(*campaign) string) *campaign {
+	c := &campaign{
+		test: test, seed: setting(prefix+"_SEED", uint64(time.Now().UnixNano())),
+		workers: int(setting(prefix+"_WORKERS", 1)),
+		file:    os.Getenv(prefix + "_RESULT"), begun: time.Now(), tables: tables,
+	}
+	t.Logf("%s_SEED=%d", prefix, c.seed)
+	return c
+}
+
+func (c *campaign) random() *rand.Rand { return rand.New(rand.NewPCG(c.seed, 0)) }
+
+func shuffle(random *rand.Rand, names []string) {
+	random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+}
+
+// run runs cells, and fails the test where one does.
+func (c *campaign) run(t *testing.T, names []string) {
+	before := len(c.results)
 	cells := make(chan string)
 	var all sync.WaitGroup
 	for range c.workers {
@@ -192,8 +215,8 @@ func TestChaos(t *testing.T) {
 	}
 	close(cells)
 	all.Wait()
-	if len(c.results) != len(names) {
-		t.Errorf("%d runs of %d", len(c.results), len(names))
+	if n := len(c.results) - before; n != len(names) {
+		t.Errorf("%d runs of %d", n, len(names))
 	}
 }
 
@@ -204,7 +227,7 @@ func (c *campaign) work(t *testing.T, cells <-chan string) {
 	for name := range cells {
 		if w == nil {
 			var err error
-			if w, err = startWorker(t.Context(), c.seed); err != nil {
+			if w, err = startWorker(t.Context(), c.test, c.seed); err != nil {
 				t.Error(err)
 				c.note(t, result{Cell: name}, err.Error())
 				continue
@@ -212,7 +235,7 @@ func (c *campaign) work(t *testing.T, cells <-chan string) {
 		}
 		r, log, ok := w.run(name)
 		c.note(t, r, log)
-		if !ok {
+		if !ok || r.Outcome == "" { // what is left of a run that failed must not fail the next
 			w.end()
 			w = nil
 		}
@@ -237,7 +260,8 @@ func (c *campaign) note(t *testing.T, r result, log string) {
 		name := fmt.Sprintf("%s-%d.log",
 			strings.Trim(noName.ReplaceAllString(strings.ToLower(r.Cell), "-"), "-"),
 			len(c.results)+1)
-		r.Log = filepath.Join(filepath.Dir(c.file), "chaos", name)
+		r.Log = filepath.Join(filepath.Dir(c.file),
+			strings.ToLower(strings.TrimPrefix(c.test, "Test")), name)
 		err := os.MkdirAll(filepath.Dir(r.Log), 0o755)
 		if err == nil {
 			err = os.WriteFile(r.Log, []byte(log), 0o644)
@@ -253,7 +277,7 @@ func (c *campaign) note(t *testing.T, r result, log string) {
 		err = os.WriteFile(c.file+".json", b, 0o644)
 	}
 	if err == nil {
-		err = os.WriteFile(c.file, []byte(c.tables()), 0o644)
+		err = os.WriteFile(c.file, []byte(c.tables(c)), 0o644)
 	}
 	if err != nil {
 		t.Error(err)
@@ -263,8 +287,8 @@ func (c *campaign) note(t *testing.T, r result, log string) {
 var letters = map[outcome]string{"": "**FAILED**", moved: "D", stayed: "S", frozen: "F", dead: "K",
 	halved: "L", off: "O"}
 
-// tables are what came of all runs so far, in Markdown.
-func (c *campaign) tables() string {
+// chaosTables are what came of all runs so far, in Markdown.
+func (c *campaign) chaosTables() string {
 	known := map[string]cell{}
 	for _, c := range every() {
 		known[c.String()] = c
@@ -346,11 +370,11 @@ const told = "chaos result: "
 // cellTime is how long a run may take.
 const cellTime = 6 * time.Minute
 
-func startWorker(ctx context.Context, seed uint64) (*worker, error) {
+func startWorker(ctx context.Context, test string, seed uint64) (*worker, error) {
 	ctx, stop := context.WithCancel(ctx)
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run", "^TestChaos$", "-test.v",
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run", "^"+test+"$", "-test.v",
 		"-test.timeout", "0")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("VACATE_CHAOS_WORKER=%d", seed))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("VACATE_CHAOS_WORKER=%d", max(seed, 1)))
 	input, err := cmd.StdinPipe()
 	if err == nil {
 		var output io.ReadCloser
@@ -442,16 +466,7 @@ func runCells(t *testing.T, seed uint64) {
 		if !ok {
 			t.Fatalf("there is no cell %q", in.Text())
 		}
-		t.Run(c.String(), func(t *testing.T) {
-			r, begun := result{Cell: c.String()}, time.Now()
-			t.Cleanup(func() { // when all others have said what they know
-				if t.Failed() {
-					r.Outcome = ""
-				}
-				r.Seconds = time.Since(begun).Seconds()
-				b, _ := json.Marshal(r)
-				fmt.Printf("\n%s%s\n", told, b)
-			})
+		report(t, c, func(t *testing.T, r *result) {
 			hash := fnv.New64()
 			io.WriteString(hash, c.String())
 			delay := time.Millisecond +
@@ -459,4 +474,20 @@ func runCells(t *testing.T, seed uint64) {
 			r.Outcome = disturb(t, l, saved, c, delay)
 		})
 	}
+}
+
+// report runs a cell as a subtest, and prints its result for the parent.
+func report(t *testing.T, c cell, run func(*testing.T, *result)) {
+	t.Run(c.String(), func(t *testing.T) {
+		r, begun := result{Cell: c.String()}, time.Now()
+		t.Cleanup(func() { // when all others have said what they know
+			if t.Failed() {
+				r.Outcome = ""
+			}
+			r.Seconds = time.Since(begun).Seconds()
+			b, _ := json.Marshal(r)
+			fmt.Printf("\n%s%s\n", told, b)
+		})
+		run(t, &r)
+	})
 }

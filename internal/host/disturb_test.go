@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/sys/process"
 	"vacate/lab"
@@ -38,6 +39,7 @@ type run struct {
 	repairs []repair
 	waits   []<-chan struct{} // for what faults do by themselves
 	told    atomic.Bool       // the guest was told to power itself off
+	domain  *managed          // nil for a VM that libvirt does not have
 }
 
 // A repair is due some time after its fault.
@@ -403,25 +405,33 @@ func (r *run) look(s *site) *hostv1.Eviction {
 	return e.Msg
 }
 
-// settle waits until both sides are done, and checks all that must be true then.
-func (r *run) settle(c cell) outcome {
-	t := r.t
-	var src, dst *hostv1.Eviction
+// ended waits until both sides are done, and returns the eviction as each sees it. The destination
+// may know of none.
+func (r *run) ended() (src, dst *hostv1.Eviction) {
 	limit := time.Now().Add(90 * time.Second)
+	if r.domain != nil { // libvirt may wait for a job that has ended, and does so for 30 s
+		limit = limit.Add(time.Minute)
+	}
 	for {
 		src, dst = r.look(r.a), r.look(r.b)
 		if src == nil {
-			t.Fatal("the source does not know of the eviction")
+			r.t.Fatal("the source does not know of the eviction")
 		}
 		if src.Outcome != "" && (src.EndedAt != nil || src.Decidable) &&
 			(dst == nil || dst.EndedAt != nil) {
-			break
+			return src, dst
 		}
 		if time.Now().After(limit) {
-			t.Fatalf("it does not come to an end: source %v; destination %v", src, dst)
+			r.t.Fatalf("it does not come to an end: source %v; destination %v", src, dst)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+// settle waits until both sides are done, and checks all that must be true then.
+func (r *run) settle(c cell) outcome {
+	t := r.t
+	src, dst := r.ended()
 	twins := r.expected.VMs()
 	if n := len(twins); n > 0 && r.told.Load() && src.Outcome == "completed" {
 		if err := twins[n-1].Ended(labtest.Within(t, time.Minute)); err != nil {
@@ -514,9 +524,12 @@ func (r *run) settle(c cell) outcome {
 func (r *run) decide(e *hostv1.Eviction) {
 	_, err := r.a.api.Decide(labtest.Within(r.t, time.Minute),
 		connect.NewRequest(&hostv1.DecideRequest{Id: e.Id,
-			Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: "web1"}))
+			Decision: hostv1.Decision_DECISION_RESUME_HERE, Confirm: e.Vm}))
 	if err != nil {
 		r.t.Fatal(err)
+	}
+	if r.domain != nil { // which virsh is asked about
+		return
 	}
 	if here := status(r.vm); here != "running" {
 		r.t.Fatalf("it was decided that the VM goes on here, and it is %q", here)
@@ -567,7 +580,7 @@ func (s *site) leftBehind() (list []string) {
 	}
 	for _, f := range files {
 		switch filepath.Base(f) {
-		case "log", evict.KeptTrace, evict.KeptHeard, evict.KeptHuge:
+		case "log", evict.KeptTrace, evict.KeptHeard, evict.KeptHuge, journal.Lasting + "domain":
 		default:
 			list = append(list, f)
 		}

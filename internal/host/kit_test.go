@@ -162,6 +162,7 @@ func sites(t testing.TB, l *lab.Lab) (a, b *site) {
 		t.Cleanup(func() {
 			transport.CloseIdleConnections()
 			s.kill()
+			s.endHolders()
 			s.log.Close()
 			if t.Failed() {
 				b, _ := os.ReadFile(s.log.Name())
@@ -252,6 +253,28 @@ func (s *site) kill() {
 		s.daemon.Process.Kill()
 		<-s.ended
 		s.daemon = nil
+	}
+}
+
+// endHolders ends the processes that keep libvirt's connections open for evictions which a failed
+// test left behind. No daemon runs.
+func (s *site) endHolders() {
+	dir := filepath.Join(s.dir, "journal")
+	if _, err := os.Stat(dir); err != nil {
+		return // no daemon has run
+	}
+	j, err := journal.Open(dir)
+	if err != nil {
+		s.t.Logf("journal of %s: %v", s.name, err)
+		return
+	}
+	defer j.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, entry := range j.List() {
+		if err := evict.ReleaseDomain(ctx, record{entry}); err != nil {
+			s.t.Errorf("%s: %v", s.name, err)
+		}
 	}
 }
 

@@ -95,8 +95,8 @@ func findDomain(ctx context.Context, uri, name string) (hypervisor.Seen, error) 
 }
 
 // releaseDomain ends what keeps the connection to libvirt open for an eviction that ends with a
-// mark. An engine that has the domain whole here has done that, or must do it. A domain that is lost
-// here may run until it needs a page that nobody has: libvirt would destroy it.
+// mark. An engine that has the domain whole here has done that, or must do it. A domain that is
+// lost here may run until it needs a page that nobody has: libvirt would destroy it.
 func (v *eviction) releaseDomain(m evict.Mark) {
 	r := v.entry.Record()
 	switch {

@@ -25,9 +25,16 @@ type managed struct {
 }
 
 func startManaged(t *testing.T, spec libvirtlab.Spec, setups ...libvirtlab.Setup) *managed {
-	m := &managed{Managed: libvirttest.Start(t, lab.Options{Rate: 1e9}, spec, setups...),
-		transient: spec.Transient}
-	m.a, m.b = sites(t, m.Lab)
+	m := manage(libvirttest.Start(t, lab.Options{Rate: 1e9}, spec, setups...), spec.Transient)
+	m.a.start()
+	m.b.start()
+	return m
+}
+
+// manage makes the daemons for a domain that runs. It starts with its host, unless it is transient.
+func manage(of *libvirttest.Managed, transient bool) *managed {
+	m := &managed{Managed: of, transient: transient}
+	m.a, m.b = sites(m.T, m.Lab)
 	paths, err := json.Marshal(m.Paths()) // a list of strings is the same in TOML
 	m.Check(err)
 	for _, x := range []struct {
@@ -39,19 +46,18 @@ func startManaged(t *testing.T, spec libvirtlab.Spec, setups ...libvirtlab.Setup
 			m.Domain.VM.Spec.QEMU.Path, paths))
 	}
 	if !m.transient {
-		m.Virsh(m.Hosts.A, "autostart", "web1")
+		m.Virsh(m.Hosts.A, "autostart", m.Domain.Name)
 	}
-	m.inactive = m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1")
-	m.a.start()
-	m.b.start()
+	m.inactive = m.Virsh(m.Hosts.A, "dumpxml", "--inactive", m.Domain.Name)
 	return m
 }
 
 // evict begins an eviction of the domain.
 func (m *managed) evict(rate uint64) *hostv1.Eviction {
 	m.Helper()
-	e, err := m.a.evictWith("web1", "hostb", &hostv1.EvictOptions{SkipChecks: true, RateLimit: rate,
-		LoadTimeoutMs: 30_000})
+	e, err := m.a.evictWith(m.Domain.Name, "hostb",
+		&hostv1.EvictOptions{SkipChecks: true, RateLimit: rate,
+			LoadTimeoutMs: 30_000})
 	m.Check(err)
 	return e
 }
@@ -71,10 +77,10 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 		there.Outcome != string(evict.Completed) {
 		m.Errorf("at b: %v, %v", there, err)
 	}
-	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", "web1"); s != "running (migrated)" {
+	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", m.Domain.Name); s != "running (migrated)" {
 		m.Errorf("at b: %s", s)
 	}
-	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", "web1"); now != m.inactive {
+	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", m.Domain.Name); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
 	if !m.transient && !m.starts(m.Hosts.B) {
@@ -89,7 +95,7 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 // starts reports whether the domain starts with a host.
 func (m *managed) starts(h *libvirtlab.Host) bool {
 	m.Helper()
-	return strings.Contains(m.Virsh(h, "dominfo", "web1"), "Autostart:      enable")
+	return strings.Contains(m.Virsh(h, "dominfo", m.Domain.Name), "Autostart:      enable")
 }
 
 // mustStay waits until the eviction is aborted, and checks that everything is at a as it was.
@@ -103,10 +109,11 @@ func (m *managed) mustStay(e *hostv1.Eviction) {
 		there.Outcome != string(evict.Aborted) {
 		m.Errorf("at b: %v", there)
 	}
-	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", m.Domain.Name); !strings.HasPrefix(s,
+		"running") {
 		m.Errorf("at a: %s", s)
 	}
-	if now := m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1"); now != m.inactive {
+	if now := m.Virsh(m.Hosts.A, "dumpxml", "--inactive", m.Domain.Name); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
 	if !m.starts(m.Hosts.A) {

@@ -32,7 +32,7 @@ type Domain struct {
 	VM   *lab.VM // of host a, where it was started
 	XML  string  // as it was defined
 
-	b *lab.Expected
+	A, B *lab.Expected // the domain's QEMUs of each host
 }
 
 // Start starts a domain on host a, and waits until its guest's load has begun.
@@ -50,7 +50,7 @@ func (h *Hosts) Start(ctx context.Context, name string, spec Spec) (_ *Domain, e
 	}
 	full := a.Spec()
 	console := filepath.Join("/var/log/libvirt/lab", name+".console")
-	d := &Domain{Name: name}
+	d := &Domain{Name: name, A: a}
 	// The domain has one XML for both hosts, and each host its own socket behind one name.
 	for _, x := range []*Host{h.A, h.B} {
 		e := a
@@ -59,7 +59,7 @@ func (h *Hosts) Start(ctx context.Context, name string, spec Spec) (_ *Domain, e
 			if e, err = x.Expect(ctx, &twin); err != nil {
 				return nil, err
 			}
-			d.b = e
+			d.B = e
 		}
 		if err := os.Symlink(e.Reports, filepath.Join(x.Dir, "run/lab", name)); err != nil {
 			return nil, err
@@ -97,7 +97,7 @@ func (h *Hosts) Start(ctx context.Context, name string, spec Spec) (_ *Domain, e
 }
 
 // Came waits until the domain's QEMU is there on host b.
-func (d *Domain) Came(ctx context.Context) (*lab.VM, error) { return d.b.Came(ctx) }
+func (d *Domain) Came(ctx context.Context) (*lab.VM, error) { return d.B.Came(ctx) }
 
 func domainXML(name string, spec Spec, full lab.Spec, e *lab.Expected, console string) string {
 	var b strings.Builder
