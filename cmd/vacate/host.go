@@ -73,7 +73,8 @@ func lsCommand() *cobra.Command {
 	return askCommand(&cobra.Command{
 		Use:   "ls",
 		Short: "List the VMs of this host",
-		Long: `Lists the VMs that this host has descriptions of, and the state of each here:
+		Long: `Lists the VMs that this host has descriptions of, and libvirt's domains if its
+daemon knows libvirt, with the state of each here:
   none      no QEMU: it is elsewhere, or is not started
   running   it runs here
   paused    it is stopped, and could be told to run
@@ -92,7 +93,11 @@ func lsCommand() *cobra.Command {
 			if vm.MemoryBytes > 0 {
 				memory, vcpus = fmt.Sprintf("%d MiB", vm.MemoryBytes>>20), fmt.Sprint(vm.Vcpus)
 			}
-			row(t, vm.Name, vm.State, memory, vcpus, vm.QemuVersion, vm.EvictionId)
+			of := vm.QemuVersion
+			if vm.Libvirt {
+				of = "libvirt"
+			}
+			row(t, vm.Name, vm.State, memory, vcpus, of, vm.EvictionId)
 		}
 		t.Flush()
 		for _, vm := range r.Msg.Vms {

@@ -489,12 +489,12 @@ func (h api) lookAt(ctx context.Context, name string) (*connect.Response[hostv1.
 }
 
 // ShowVM implements hostv1.HostHandler.
-func (h api) ShowVM(_ context.Context,
+func (h api) ShowVM(ctx context.Context,
 	req *connect.Request[hostv1.ShowVMRequest]) (*connect.Response[hostv1.ShowVMResponse], error) {
 	if err := hypervisor.CheckName(req.Msg.Vm); err != nil {
 		return nil, coded(&argumentError{err})
 	}
-	vm, err := hypervisor.Find(h.config.VMs, req.Msg.Vm)
+	vm, err := h.described(ctx, req.Msg.Vm, "dumpxml")
 	if err != nil {
 		return nil, coded(err)
 	}

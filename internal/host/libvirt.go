@@ -135,6 +135,16 @@ func (h *Host) vms() hypervisor.Host {
 	return all
 }
 
+// described finds a VM for what only described ones have, and says by which command of virsh an
+// operator does the same with a domain.
+func (h *Host) described(ctx context.Context, name, virsh string) (hypervisor.VM, error) {
+	vm, err := h.vms().Find(ctx, name)
+	if err == nil && vm.Libvirt != "" {
+		err = &stateError{fmt.Errorf("%s is a domain of libvirt's: `virsh %s %[1]s`", name, virsh)}
+	}
+	return vm, err
+}
+
 // domainQuestion asks a peer whether a domain may come there.
 type domainQuestion struct {
 	XML string `json:"xml"` // its migratable description

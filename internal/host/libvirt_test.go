@@ -53,6 +53,17 @@ func TestLibvirt(t *testing.T) {
 		t.Errorf("%+v", vm)
 	}
 
+	_, startErr := a.api.Start(ctx, connect.NewRequest(&hostv1.StartRequest{Vm: "web2"}))
+	_, stopErr := a.api.Stop(ctx, connect.NewRequest(&hostv1.StopRequest{Vm: "web1"}))
+	_, showErr := a.api.ShowVM(ctx, connect.NewRequest(&hostv1.ShowVMRequest{Vm: "web1"}))
+	for say, err := range map[string]error{"`virsh start web2`": startErr,
+		"`virsh shutdown web1`": stopErr, "`virsh dumpxml web1`": showErr} {
+		if connect.CodeOf(err) != connect.CodeFailedPrecondition ||
+			!strings.Contains(err.Error(), say) {
+			t.Errorf("%v; want %s", err, say)
+		}
+	}
+
 	storage := 0
 	fatal := func(to string) (texts []string) {
 		t.Helper()

@@ -98,7 +98,7 @@ func (h *Host) startVM(ctx context.Context, name string, fenced []string) error 
 	if err := hypervisor.CheckName(name); err != nil {
 		return &argumentError{err}
 	}
-	vm, err := hypervisor.Find(h.config.VMs, name)
+	vm, err := h.described(ctx, name, "start")
 	if err != nil {
 		return err
 	}
@@ -231,7 +231,7 @@ func (h *Host) stopVM(ctx context.Context, name string, limit time.Duration, for
 	if err := hypervisor.CheckName(name); err != nil {
 		return &argumentError{err}
 	}
-	vm, err := hypervisor.Find(h.config.VMs, name)
+	vm, err := h.described(ctx, name, "shutdown")
 	if err != nil {
 		return err
 	}
