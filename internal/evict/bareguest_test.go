@@ -194,9 +194,9 @@ func TestBareGuestAgent(t *testing.T) {
 	t.Parallel()
 	defer evict.SetAgentTime(20 * time.Second)()
 	l := labtest.New(t, lab.Options{Rate: 2e9})
-	for _, machine := range []string{"pc", "q35"} {
+	for i, machine := range []string{"pc", "q35"} {
 		t.Run(machine, func(t *testing.T) {
-			vm := boot(t, l, lab.Spec{BareMetal: true, Agent: true, Machine: machine,
+			vm := boot(t, l, lab.Spec{BareMetal: true, Agent: true, Machine: machine, VCPUs: 1 + i,
 				MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 60, OtherMiB: 80, Mixed: true}})
 			defer vm.Kill()
 			t.Log("under", vm.Spec.Accel)
