@@ -79,7 +79,7 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 func (e *source) keepHere() {
 	ctx, cancel := context.WithTimeout(context.Background(), rollbackTime)
 	defer cancel()
-	if err := e.owner.release(ctx); err != nil {
+	if err := e.owner.release(ctx); err != nil && !notThere(err) { // else QEMU took it along
 		e.Log.Warn("the VM stays here, and is not all that it was", "error", err)
 	}
 }

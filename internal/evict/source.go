@@ -749,6 +749,7 @@ func (e *source) rollBack(cause error) error {
 	}
 	if err != nil {
 		if e.gone() {
+			e.keepHere()
 			return e.lost(errors.Join(cause, err),
 				"The source's QEMU ended during the eviction, and so did the VM; the "+
 					"destination never ran it. Start it anew")

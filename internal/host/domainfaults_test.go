@@ -125,8 +125,9 @@ func domainCells() (cells []cell) {
 
 // telling are the cells of `make test`.
 var telling = []string{
-	"source/committing: libvirtd killed on the source",
-	"destination/running: libvirtd killed on the destination",
+	"source/loading: libvirtd killed on the destination",
+	"source/switching: " + sourceKilled,
+	"destination/cut off: " + sourceKilled,
 }
 
 // TestDomainFaults is TestChaos for a domain of libvirt's. By default it takes a few telling cells.
@@ -511,7 +512,7 @@ func (c *campaign) domainTables() string {
 	for _, event := range events {
 		fmt.Fprintf(&out, "\n### %s\n\n| in the state | outcome | virsh on the source | virsh on "+
 			"the destination | the guest |\n|---|---|---|---|---|\n",
-			strings.ToUpper(event[:1])+event[1:])
+			event)
 		for _, state := range states {
 			rows := map[string]int{}
 			for _, r := range by[state+": "+event] {
