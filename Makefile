@@ -3,7 +3,8 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), REFUSALS and KVM (rounds), VACATE_SEED (of tests with
-# chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time).
+# chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time),
+# LIBVIRT=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -63,11 +64,11 @@ test: deps ## all tests, those with real VMs included (root; minutes)
 unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)
 
-demo: deps build ## evict a real VM on this machine, and compare (root; under 5 minutes)
-	@bin/vacate-lab demo
+demo: deps build ## evict a real VM on this machine, and compare; with LIBVIRT=1 a domain of libvirt's (root; under 5 minutes)
+	@bin/vacate-lab demo $(if $(LIBVIRT),--libvirt)
 
 deps: ## install the Debian packages that are missing
-	@scripts/deps $(if $(RACE),race)
+	@scripts/deps $(if $(RACE),race) $(if $(LIBVIRT),libvirt)
 
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	@$(GO) test -list '^Fuzz' ./... | \

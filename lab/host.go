@@ -59,6 +59,9 @@ var (
 	guestAddr = func(n byte) net.IP { return net.IPv4(10, 77, 1, n).To4() }
 )
 
+// Bridge is the name of each host's bridge, which has the taps of its guests.
+const Bridge = "br0"
+
 // newHost makes a host; n is its number in the lab.
 func newHost(l *Lab, name string, n byte, core int) (*Host, error) {
 	h := &Host{Name: name, Addr: hostAddr(n).String(), Core: core, lab: l, ns: -1,
@@ -123,7 +126,7 @@ func (h *Host) enterNew(n byte) (err error) {
 // as long as it speaks no spanning tree protocol, which it does only if told to.
 func (h *Host) addBridge(n byte) (err error) {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "br0"
+	attrs.Name = Bridge
 	// else it has a port's, and another with each port
 	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 77, 0, n}
 	snoop := false

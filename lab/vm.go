@@ -607,16 +607,14 @@ func (vm *VM) args(img *image, reports string) []string {
 		add("-qmp", "unix:"+escape(socket)+",server=on,wait=off")
 	}
 	if s.Devices == Full {
-		netdev, mac := "user,id=net,restrict=on", "52:54:00:77:00:01"
+		netdev := "user,id=net,restrict=on"
 		if s.Tap {
 			netdev = "tap,id=net,script=no,downscript=no,ifname=" + tapName(vm.Name)
-			ip := netip.MustParseAddr(s.Addr).As4() // see fill
-			mac = net.HardwareAddr{0x52, 0x54, 0, 0x77, ip[2], ip[3]}.String()
 		}
 		add("-vga", "std",
 			"-drive", "if=none,id=disk,format=raw,cache="+diskCache(s.Disk)+",file="+escape(s.Disk),
 			"-device", "virtio-blk-pci,drive=disk",
-			"-netdev", netdev, "-device", "virtio-net-pci,netdev=net,mac="+mac,
+			"-netdev", netdev, "-device", "virtio-net-pci,netdev=net,mac="+s.MAC(),
 			"-device", "virtio-serial-pci", "-chardev", "null,id=port", "-device",
 			"virtserialport,chardev=port,name=lab.port",
 			"-device", "virtio-balloon-pci")
@@ -635,6 +633,23 @@ func (vm *VM) args(img *image, reports string) []string {
 			"-device", "virtserialport,chardev=agent,name="+AgentPort)
 	}
 	return append(args, s.Extra...)
+}
+
+// MAC is the address of a Full VM's network card.
+func (s *Spec) MAC() string {
+	if !s.Tap {
+		return "52:54:00:77:00:01"
+	}
+	ip := netip.MustParseAddr(s.Addr).As4() // see fill
+	return net.HardwareAddr{0x52, 0x54, 0, 0x77, ip[2], ip[3]}.String()
+}
+
+// Disks are the raw images of a Full VM, in the order in which its guest finds them.
+func (s *Spec) Disks() []string {
+	if s.Server == NoServer {
+		return []string{s.Disk}
+	}
+	return []string{s.Disk, s.server.disk}
 }
 
 // diskCache returns how QEMU is to cache a disk: as is right for one that two hosts share, not

@@ -30,7 +30,7 @@ func (m managed) owner(h *libvirtlab.Host) *evict.Libvirt {
 		TrustDisks: true, Autostart: true, Policy: libvirt.Policy{
 			Networks:  []string{"user"},
 			Emulators: []string{m.Domain.VM.Spec.QEMU.Path},
-			Paths:     m.Paths(),
+			Paths:     m.Hosts.Paths(),
 		}}
 }
 

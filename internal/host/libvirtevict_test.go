@@ -35,7 +35,7 @@ func startManaged(t *testing.T, spec libvirtlab.Spec, setups ...libvirtlab.Setup
 func manage(of *libvirttest.Managed, transient bool) *managed {
 	m := &managed{Managed: of, transient: transient}
 	m.a, m.b = sites(m.T, m.Lab)
-	paths, err := json.Marshal(m.Paths()) // a list of strings is the same in TOML
+	paths, err := json.Marshal(m.Hosts.Paths()) // a list of strings is the same in TOML
 	m.Check(err)
 	for _, x := range []struct {
 		s *site

@@ -130,13 +130,17 @@ func domainXML(name string, spec Spec, full lab.Spec, e *lab.Expected, console s
 		"<serial type='unix'><source mode='connect' path='/run/libvirt/lab/%s'/></serial>\n",
 		text(name))
 	if full.Devices == lab.Full {
-		fmt.Fprintf(&b,
-			"<disk type='file' device='disk'><driver name='qemu' type='raw' "+
-				"cache='none'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>\n",
-			text(full.Disk))
-		fmt.Fprintf(&b,
-			"<interface type='user'><mac address='52:54:00:77:00:01'/><model "+
-				"type='virtio'/></interface>\n<memballoon model='virtio'/>\n")
+		for i, disk := range full.Disks() {
+			fmt.Fprintf(&b, "<disk type='file' device='disk'><driver name='qemu' type='raw' "+
+				"cache='none'/><source file='%s'/><target dev='vd%c' bus='virtio'/></disk>\n",
+				text(disk), 'a'+i)
+		}
+		network := "type='user'>"
+		if full.Tap {
+			network = "type='bridge'><source bridge='" + lab.Bridge + "'/>"
+		}
+		fmt.Fprintf(&b, "<interface %s<mac address='%s'/><model type='virtio'/></interface>\n"+
+			"<memballoon model='virtio'/>\n", network, full.MAC())
 	} else {
 		fmt.Fprintf(&b, "<memballoon model='none'/>\n")
 	}

@@ -322,6 +322,12 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(out.String()), err
 }
 
+// Paths are the directories below which the lab's domains name files.
+func (h *Hosts) Paths() []string {
+	return []string{h.A.lab.Dir(), h.A.lab.RunDir(), os.TempDir(), "/run/libvirt/lab",
+		"/var/log/libvirt/lab"}
+}
+
 // Close ends both daemons and the QEMUs that they started.
 func (h *Hosts) Close() {
 	for _, x := range []*Host{h.A, h.B} {

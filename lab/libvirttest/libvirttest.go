@@ -2,7 +2,6 @@
 package libvirttest
 
 import (
-	"os"
 	"testing"
 	"time"
 
@@ -51,10 +50,4 @@ func (m *Managed) Virsh(h *libvirtlab.Host, args ...string) string {
 		m.Errorf("virsh %q: %v", args, err)
 	}
 	return out
-}
-
-// Paths are the directories below which the lab's domains name files.
-func (m *Managed) Paths() []string {
-	return []string{m.Lab.Dir(), m.Lab.RunDir(), os.TempDir(), "/run/libvirt/lab",
-		"/var/log/libvirt/lab"}
 }

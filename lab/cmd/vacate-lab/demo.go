@@ -22,6 +22,7 @@ import (
 	"vacate/internal/link/certs"
 	"vacate/lab"
 	"vacate/lab/bench"
+	"vacate/lab/libvirtlab"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -29,6 +30,7 @@ import (
 
 func demoCommand() *cobra.Command {
 	var dir, file string
+	var domains bool
 	c := &cobra.Command{
 		Use:   "demo",
 		Short: "show VMs that starve each other, and relief; then measure it",
@@ -37,12 +39,16 @@ other, and starts a daemon on each host. Relieves the host by evicting one VM,
 while clients use both; the VM then checks all of its memory. Writes an HTML
 page that shows it all. Then moves one more VM by this engine and one by QEMU's
 own post-copy, and compares them. Takes about three minutes. vacate and vacated
-must be in the same directory as this program.`,
+must be in the same directory as this program.
+
+With --libvirt each host has a libvirt of its own, the VMs are its domains, and
+what virsh says at both ends is shown in place of the comparison.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
 	c.Flags().StringVar(&file, "html", "",
 		"`FILE` for the page (default demo.html in the lab's directory)")
+	c.Flags().BoolVar(&domains, "libvirt", false, "VMs are domains of libvirt's, one on each host")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		plain := &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "error" {
@@ -51,12 +57,13 @@ must be in the same directory as this program.`,
 			return a
 		}}
 		d := demo{
-			out:  os.Stdout,
-			page: cmp.Or(file, filepath.Join(dir, "demo.html")),
+			out:     os.Stdout,
+			domains: domains,
+			page:    cmp.Or(file, filepath.Join(dir, "demo.html")),
 			opts: lab.Options{Dir: dir, Rate: 1e9,
 				Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
 		}
-		if err := d.show(c.Context()); err != nil {
+		if err := d.show(c.Context()); err != nil || domains {
 			return err
 		}
 		return d.compare(c.Context())
@@ -69,6 +76,8 @@ type demo struct {
 	opts lab.Options
 	page string // file
 	step int
+	// The VMs are domains of libvirt's.
+	domains bool
 }
 
 // demoVM is a VM of the demo, with its client.
@@ -76,8 +85,9 @@ type demoVM struct {
 	name   string
 	spec   lab.Spec
 	vm     *lab.VM
-	twin   *lab.Expected
 	client bench.Loader
+	// came returns the VM on host b, once it is there.
+	came func(context.Context) (*lab.VM, error)
 }
 
 // demoVMs are alike but for their size.
@@ -111,6 +121,11 @@ on each makes one Ethernet of both, in which clients are, too.`)
 		return err
 	}
 	defer func() { err = errors.Join(err, site.close()) }()
+	if d.domains {
+		if err := d.startLibvirt(ctx, site); err != nil {
+			return err
+		}
+	}
 	vms := demoVMs()
 	defer func() {
 		for _, v := range vms {
@@ -125,11 +140,18 @@ on each makes one Ethernet of both, in which clients are, too.`)
 	if err := d.starve(ctx, l, site); err != nil {
 		return err
 	}
+	watched := func() {}
+	if d.domains {
+		if watched, err = d.watch(ctx, site, vms); err != nil {
+			return err
+		}
+	}
 	began, err := d.relieve(ctx, l, site)
 	if err != nil {
 		return err
 	}
 	time.Sleep(3 * time.Second)
+	watched()
 	moved, stayed := vms[0], vms[1]
 	e, err := site.last(ctx, l.A)
 	if err != nil {
@@ -168,8 +190,12 @@ is one core for both: web1 answers %.0f requests a second, web2 %.0f.`, vms[0].v
 
 // starve starts the daemons, and shows how the VMs starve.
 func (d *demo) starve(ctx context.Context, l *lab.Lab, site *demoSite) error {
-	d.say(`Each host has a certificate (vacate certs init, vacate certs issue), descriptions
-of the VMs, and a daemon, vacated, which has the other as its peer:`)
+	described := "descriptions\nof the VMs, "
+	if d.domains {
+		described = "no\ndescription of a VM, "
+	}
+	d.say("Each host has a certificate (vacate certs init, vacate certs issue), %sand a daemon, "+
+		"vacated, which has the other as its peer:", described)
 	for _, h := range []*lab.Host{l.A, l.B} {
 		if err := site.start(ctx, h); err != nil {
 			return err
@@ -239,7 +265,7 @@ func (d *demo) verify(ctx context.Context, moved, stayed *demoVM) error {
 	if err := moved.vm.Ended(ctx); err != nil {
 		return fmt.Errorf("the source's QEMU: %w", err)
 	}
-	arrived, err := moved.twin.Started(ctx)
+	arrived, err := moved.came(ctx)
 	if err != nil {
 		return err
 	}
@@ -258,15 +284,25 @@ knows: %d bad pages.`, moved.name, check.Pages, check.Bad)
 
 // boot boots a VM on host a, gets host b ready for it, and has its client begin.
 func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) (err error) {
-	if v.vm, err = l.A.Boot(ctx, v.spec); err != nil {
-		return err
-	}
-	if v.twin, err = l.B.Expect(ctx, v.vm); err != nil {
-		return err
-	}
-	if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args),
-		site.describe(l.B, v.name, v.twin.QMP, v.twin.Args)); err != nil {
-		return err
+	if site.libvirt != nil {
+		domain, err := site.libvirt.Start(ctx, v.name, libvirtlab.Spec{VM: v.spec})
+		if err != nil {
+			return err
+		}
+		v.vm, v.came = domain.VM, domain.Came
+	} else {
+		if v.vm, err = l.A.Boot(ctx, v.spec); err != nil {
+			return err
+		}
+		twin, err := l.B.Expect(ctx, v.vm)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args),
+			site.describe(l.B, v.name, twin.QMP, twin.Args)); err != nil {
+			return err
+		}
+		v.came = twin.Started
 	}
 	v.client, err = bench.Load(ctx, l, v.vm, bench.UsualClients)
 	return err
@@ -340,6 +376,7 @@ type demoSite struct {
 	dir     string
 	vacate  string // the program
 	daemons []*exec.Cmd
+	libvirt *libvirtlab.Hosts // nil: VMs are described
 }
 
 func newDemoSite(l *lab.Lab) (*demoSite, error) {
@@ -395,6 +432,13 @@ listen  = "%s:%d"
 address  = "%s:%d"
 may_send = true
 `, h.Addr, labPort, peer.Name, peer.Addr, labPort)
+	if s.libvirt != nil {
+		more, err := s.section(h)
+		if err != nil {
+			return err
+		}
+		config += more
+	}
 	if err := os.WriteFile(s.config(h), []byte(config), 0o644); err != nil { // #nosec G306 -- no more than the demo shows
 		return err
 	}
@@ -466,6 +510,9 @@ func (s *demoSite) close() error {
 	var errs []error
 	for _, d := range s.daemons {
 		errs = append(errs, d.Process.Signal(syscall.SIGTERM), d.Wait())
+	}
+	if s.libvirt != nil {
+		s.libvirt.Close()
 	}
 	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 }
