@@ -93,8 +93,9 @@ func (d *demo) watch(ctx context.Context, site *demoSite, vms []*demoVM) (func()
 		names...)
 	return func() {
 		stop()
-		d.say("Meanwhile virsh said on both hosts, by virsh domstate --reason (virsh list has the\n" +
-			"first word):")
+		d.say(
+			"Meanwhile virsh said on both hosts, by virsh domstate --reason (virsh list has the\n" +
+				"first word):")
 		var text strings.Builder
 		t := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(t, "SECONDS\tHOSTA\tHOSTB")
