@@ -2,7 +2,7 @@
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
-# linux, or kvm: the bare guest under KVM), REFUSALS and KVM (rounds), VACATE_SEED (of tests with
+# linux, or kvm: the bare guest under KVM), REFUSALS, KVM and MOVES (rounds), VACATE_SEED (of tests with
 # chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time),
 # LIBVIRT=1 (demo).
 
@@ -16,6 +16,7 @@ WORKERS  ?= 5
 GUEST    ?= linux
 REFUSALS ?= 50
 KVM      ?= 4
+MOVES    ?= 50
 JOBS     ?= 1
 
 export PATH := $(PATH):/usr/local/go/bin
@@ -25,7 +26,7 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 
 # No tests: TestRecord rewrites what others compare with, and the others are campaigns, each
 # with a target of its own.
-NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign
 TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
@@ -42,7 +43,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -135,7 +136,11 @@ kvmspeed: deps ## compare the bare guest's speed before and after it moved, KVM 
 	@cat .lab/kvmspeed.md
 
 domainkinds: deps ## evict domains of libvirt that have huge pages, UEFI, a TPM, or another user (root; 5 minutes, and 100 MB once)
-	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h -run '^TestEvictDomainMoreKinds$$' -v ./internal/host
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h -run '^TestEvictDomainMoreKinds$$|^TestDomainOtherCPU$$' -v ./internal/host
+
+domaincampaign: deps ## evict domains under load, there and back, MOVES (50) times for libvirt of Debian 12, of 13, and from 12 to 13 (root; an hour)
+	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(CURDIR)/.lab/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
+	@cat .lab/moves.md
 
 kvmbench: deps build ## compare ways to move the bare guest under KVM, and write docs/results/kvm-bench.md (root; half an hour on a machine that does nothing else)
 	scripts/kvm-bench docs/results/kvm-bench.md

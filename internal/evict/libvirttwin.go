@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -127,10 +128,7 @@ func (o *libvirtTwin) accept(ctx context.Context, offered offer) (err error) {
 		}
 		f.Inactive = inactive.XML
 	}
-	if _, err := o.conn.Find(ctx, d.Name); err == nil {
-		return fmt.Errorf("libvirt here has a domain %s already: if it is not needed, "+
-			"`virsh undefine %[1]s`", d.Name)
-	} else if !errors.Is(err, libvirt.ErrNoDomain) {
+	if err := o.conn.MayCome(ctx, checked); err != nil {
 		return err
 	}
 	cookie, err := libvirt.PlainCookie(d.Cookie)
@@ -169,7 +167,10 @@ func (o *libvirtTwin) prepare(ctx context.Context, f *domainFacts, xml string, c
 		return err
 	}
 	uri, ours := o.conn.ListenPath(offered.Eviction.String())
-	if _, err := o.anchor.Prepare(ctx, f.Name, xml, uri, cookie, f.Flags); err != nil {
+	_, err = o.anchor.Prepare(ctx, f.Name, xml, uri, cookie, f.Flags)
+	if err != nil && strings.Contains(err.Error(), "ostcopy") { // it is QEMU that says so
+		return explainPostcopy(err)
+	} else if err != nil {
 		return err
 	}
 	o.path = ours

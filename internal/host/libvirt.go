@@ -77,15 +77,14 @@ func (h *Host) mayTakeDomain(name, peer string, undescribed error) error {
 
 // noDomain returns an error if the libvirt at a URI has a domain of that name.
 func noDomain(ctx context.Context, uri, name string) error {
-	seen, err := findDomain(ctx, uri, name)
-	switch {
-	case err == nil:
-		return fmt.Errorf("libvirt has a domain %s here already, %s: if it is not needed, "+
-			"`virsh undefine %[1]s`", name, seen.Status)
-	case errors.Is(err, hypervisor.ErrUnknown):
-		return nil
+	conn, err := libvirt.Dial(ctx, uri)
+	if errors.Is(err, libvirt.ErrNone) {
+		return nil // the engine says so
+	} else if err != nil {
+		return err
 	}
-	return err
+	defer conn.Close()
+	return conn.Vacant(ctx, name, libvirt.UUID{})
 }
 
 // findDomain looks at a domain of the libvirt at a URI. The error wraps hypervisor.ErrUnknown if it
@@ -147,7 +146,8 @@ func (h *Host) described(ctx context.Context, name, virsh string) (hypervisor.VM
 
 // domainQuestion asks a peer whether a domain may come there.
 type domainQuestion struct {
-	XML string `json:"xml"` // its migratable description
+	XML      string `json:"xml"`                // its migratable description
+	Inactive string `json:"inactive,omitempty"` // its definition; a transient domain has none
 }
 
 // domainAnswer is the peer's. Empty: it may.
@@ -161,7 +161,11 @@ func (h *Host) mayTake(ctx context.Context, q domainQuestion) domainAnswer {
 	if h.config.Libvirt == nil {
 		return domainAnswer{"its daemon knows no libvirt", "add [libvirt] to vacated.toml there"}
 	}
-	checked, err := h.config.Libvirt.policy().Check(q.XML)
+	policy := h.config.Libvirt.policy()
+	checked, err := policy.Check(q.XML)
+	if err == nil && q.Inactive != "" {
+		_, err = policy.Check(q.Inactive)
+	}
 	if err != nil {
 		return domainAnswer{err.Error(), "see [libvirt] in vacated.toml there"}
 	}
@@ -172,23 +176,18 @@ func (h *Host) mayTake(ctx context.Context, q domainQuestion) domainAnswer {
 		return domainAnswer{err.Error(), "`systemctl start libvirtd` there"}
 	}
 	defer conn.Close()
-	d, err := conn.Find(ctx, checked.Name)
-	switch {
-	case errors.Is(err, libvirt.ErrNoDomain):
-		return domainAnswer{}
-	case err != nil:
+	user, version := "", ""
+	if err = conn.MayCome(ctx, checked); err == nil {
+		user, version, err = conn.Runner(ctx)
+	}
+	var unfit *libvirt.Unfit
+	if errors.As(err, &unfit) {
+		return domainAnswer{unfit.Problem, unfit.Remedy}
+	} else if err != nil {
 		return domainAnswer{err.Error(), "see what libvirt says there: `journalctl -u libvirtd`"}
-	case d.ID >= 0:
-		return domainAnswer{
-			"a domain of that name runs there",
-			fmt.Sprintf(
-				"`virsh list` there: rename it, or end it with `virsh shutdown %s`",
-				d.Name,
-			),
-		}
-	case d.UUID != checked.UUID:
-		return domainAnswer{"another domain of that name is defined there",
-			fmt.Sprintf("rename it there: `virsh domrename %s`", d.Name)}
+	}
+	if problem, remedy := doctor.MayUserfault(user, version); problem != "" {
+		return domainAnswer{problem, remedy}
 	}
 	return domainAnswer{}
 }
@@ -216,7 +215,7 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 		return nil, &stateError{fmt.Errorf("the domain %s does not run here: `virsh start %[1]s`",
 			name)}
 	}
-	found, xml, err := h.lookAtDomain(ctx, conn, d)
+	found, asked, err := h.lookAtDomain(ctx, conn, d)
 	if err != nil {
 		return nil, &stateError{fmt.Errorf("domain %s: %w", name, err)}
 	}
@@ -243,7 +242,7 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 		ctx,
 		dialer,
 		0,
-		question{Domain: &domainQuestion{xml}},
+		question{Domain: &asked},
 		&answer,
 	); err != nil {
 		answer = domainAnswer{err.Error(), "have the same version of vacated on both hosts"}
@@ -257,34 +256,41 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 
 // lookAtDomain examines a domain that runs here, and returns what another host is told of it.
 func (h *Host) lookAtDomain(ctx context.Context, conn *libvirt.Conn,
-	d libvirt.Domain) (found []doctor.Finding, migratable string, err error) {
+	d libvirt.Domain) (found []doctor.Finding, asked domainQuestion, err error) {
 	live, err := conn.XML(ctx, d, libvirt.Live)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
-	if migratable, err = conn.XML(ctx, d, libvirt.Migratable); err != nil {
-		return nil, "", err
+	if asked.XML, err = conn.XML(ctx, d, libvirt.Migratable); err != nil {
+		return nil, asked, err
+	}
+	info, err := conn.Info(ctx, d)
+	if err == nil && info.Persistent {
+		asked.Inactive, err = conn.XML(ctx, d, libvirt.Inactive)
+	}
+	if err != nil {
+		return nil, asked, err
 	}
 	snapshots, err := conn.Snapshots(ctx, d)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
 	monitor, err := conn.Monitor(ctx, d)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
 	q, err := qmp.NewClient(ctx, monitor)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
 	defer q.Close()
 	vm, err := doctor.VM(ctx, q)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
-	own, err := doctor.Domain(h.name(), live, snapshots, vm.Disks)
+	own, err := doctor.Domain(h.name(), live, snapshots, vm, h.config.Libvirt.TrustDisks)
 	if err != nil {
-		return nil, "", err
+		return nil, asked, err
 	}
-	return append(doctor.Inspect(h.facts(ctx), &vm), own...), migratable, nil
+	return append(doctor.Inspect(h.facts(ctx), &vm), own...), asked, nil
 }

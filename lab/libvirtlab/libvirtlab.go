@@ -112,7 +112,7 @@ func New(ctx context.Context, l *lab.Lab, setups ...Setup) (_ *Hosts, err error)
 
 // script has the directories of a host in place of the machine's, and becomes its daemon.
 const script = `set -e
-dir=$1 name=$2 root=$3 lockd=$4
+dir=$1 name=$2 root=$3 lockd=$4 user=$5
 if [ "$root" ]; then
 	mount -t overlay -o lowerdir="$root/etc:/etc" vacate-lab /etc
 	mount --bind /dev/null /etc/ld.so.cache
@@ -135,6 +135,13 @@ mkdir -p /dev/hugepages
 mount -t hugetlbfs vacate-lab /dev/hugepages
 if [ -e "$dir/online" ]; then
 	mount --bind "$dir/online" /sys/devices/system/cpu/online
+fi
+# A machine without USB has no place where libvirt could look in vain for a device of a domain's.
+[ -d /sys/bus/usb ] || { mount -t tmpfs vacate-lab /sys/bus; mkdir -p /sys/bus/usb/devices; }
+# A user who may not open it has libvirt ask QEMU anew, slowly, each time that it wants to know.
+if [ "$user" ] && [ -e /dev/kvm ]; then
+	mknod -m 666 "$dir/kvm" c 10 232
+	mount --bind "$dir/kvm" /dev/kvm
 fi
 hostname "$name"
 [ -z "$root" ] || mount --bind "$root/usr" /usr
@@ -240,7 +247,8 @@ func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) 
 
 // cache is where what the daemon finds out of QEMU is kept for later labs, as that takes seconds.
 func (h *Host) cache() string {
-	return strings.TrimSuffix(filepath.Join(h.lab.Dir(), "libvirt-cache-"+h.setup.Release), "-")
+	kind := strings.Trim(h.setup.Release+"-"+h.setup.User, "-")
+	return strings.TrimSuffix(filepath.Join(h.lab.Dir(), "libvirt-cache-"+kind), "-")
 }
 
 // Start starts the daemon again after Kill or Stop.
@@ -251,7 +259,8 @@ func (h *Host) Start() error {
 	}
 	defer out.Close()
 	cmd := exec.Command("unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c",
-		script, "sh", h.Dir, "host-"+h.Name, h.root, strconv.FormatBool(h.setup.Lockd))
+		script, "sh", h.Dir, "host-"+h.Name, h.root, strconv.FormatBool(h.setup.Lockd),
+		h.setup.User)
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := h.Host.Start(cmd); err != nil {
 		return err

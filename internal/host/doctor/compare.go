@@ -248,8 +248,7 @@ func (r *report) placing(h HostFacts, twin TwinFacts, level Level) {
 	case !asRoot && twin.Userfaultfd != "":
 		r.add(level, h.Name, check,
 			fmt.Sprintf("the twin may not use it as user %s: %s", twin.User, twin.Userfaultfd),
-			fmt.Sprintf("`sysctl -w vm.unprivileged_userfaultfd=1`; from QEMU 8.0 on, `setfacl "+
-				"-m u:%s:rw /dev/userfaultfd` does as well", twin.User))
+			userfaultRemedy(twin.User))
 	case asRoot && u.Error != "" && !device:
 		r.add(level, h.Name, check, "may not be used: "+u.Error,
 			"`sysctl -w vm.unprivileged_userfaultfd=1`, or run vacated with CAP_SYS_PTRACE and "+

@@ -7,9 +7,11 @@ import (
 	"strings"
 )
 
-// Domain finds what of a domain of libvirt's blocks an eviction, by its live description. Its QEMU
-// has been asked besides ([VM]), and the other host what its description may name.
-func Domain(host, description string, snapshots int, disks []DiskFacts) ([]Finding, error) {
+// Domain finds what of a domain of libvirt's blocks an eviction, by its live description and by what
+// its QEMU says. The other host is asked besides what its description may name. trusted is that the
+// operator says of the disks that both hosts have them.
+func Domain(host, description string, snapshots int, vm VMFacts,
+	trusted bool) ([]Finding, error) {
 	var d struct {
 		Devices struct {
 			Hostdevs []struct {
@@ -26,6 +28,15 @@ func Domain(host, description string, snapshots int, disks []DiskFacts) ([]Findi
 				Target struct {
 					Dev string `xml:"dev,attr"`
 				} `xml:"target"`
+				Device string `xml:"device,attr"`
+				Driver struct {
+					Cache string `xml:"cache,attr"`
+				} `xml:"driver"`
+				ReadOnly  *struct{} `xml:"readonly"`
+				Shareable *struct{} `xml:"shareable"`
+				Source    struct {
+					Protocol string `xml:"protocol,attr"`
+				} `xml:"source"`
 				Transient *struct{} `xml:"transient"`
 				Mirror    *struct{} `xml:"mirror"`
 			} `xml:"disk"`
@@ -105,15 +116,34 @@ func Domain(host, description string, snapshots int, disks []DiskFacts) ([]Findi
 		fatal(fmt.Sprintf("libvirt moves no domain that has snapshots, and it has %d", snapshots),
 			"`virsh snapshot-delete DOMAIN NAME`, with `--metadata` to keep what is in the image")
 	}
-	var local []string
-	for _, x := range disks {
+	if vm.State != "" && vm.State != "running" {
+		fatal(fmt.Sprintf("it stands (%s), and a domain is evicted only while it runs", vm.State),
+			"`virsh resume DOMAIN`, or move it with `virsh migrate`")
+	}
+	var local, cached []string
+	for _, x := range vm.Disks {
 		if x.URL == "" && !x.ReadOnly && !x.Carried && x.File.Error == "" && x.File.OfOneHost() {
 			local = append(local, fmt.Sprintf("%s (%s on %s)", x.Drive, x.File.Path, x.File.FS))
 		}
 	}
-	if local = slices.Compact(local); local != nil {
-		r.add(Warning, host, "storage", "another machine does not have "+strings.Join(local, ", "),
-			"move the image to storage that both hosts have: `virsh blockcopy`")
+	for _, x := range d.Devices.Disks { // as qemuMigrationSrcIsSafe of libvirt judges
+		if x.ReadOnly == nil && x.Shareable == nil && x.Source.Protocol == "" &&
+			x.Device != "cdrom" && !slices.Contains([]string{"none", "directsync"}, x.Driver.Cache) {
+			cached = append(cached, x.Target.Dev)
+		}
+	}
+	const trust = "; if both hosts do see the same, say `trust_disks = true` in [libvirt] of this " +
+		"host's vacated.toml"
+	if local = slices.Compact(local); local != nil && !trusted {
+		r.add(Fatal, host, "storage", "another machine does not have "+strings.Join(local, ", "),
+			"move the image to storage that both hosts have: `virsh blockcopy`"+trust)
+	} else if cached != nil && !trusted {
+		r.add(Fatal, host, "storage", "this host caches what the guest writes to "+
+			strings.Join(cached, ", ")+", and libvirt moves no such disk",
+			"shut it down, and say cache='none' in the driver of the disk: `virsh edit`"+trust)
+	} else if local != nil {
+		r.add(Note, host, "storage", "trust_disks says that another machine has "+
+			strings.Join(local, ", "), "")
 	}
 	if r.findings == nil {
 		r.add(OK, host, "libvirt", "nothing in its description blocks an eviction", "")

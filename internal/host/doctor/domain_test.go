@@ -16,6 +16,8 @@ func TestDomain(t *testing.T) {
 		rest      string
 		snapshots int
 		disks     []DiskFacts
+		trusted   bool
+		state     string
 		level     Level
 		says      string
 	}{
@@ -28,30 +30,39 @@ func TestDomain(t *testing.T) {
 		"virtiofs": {devices: "<filesystem><driver type='virtiofs'/><target dir='share'/>" +
 			"</filesystem>", level: Fatal, says: `"share"`},
 		"shared memory": {devices: "<shmem name='glass'/>", level: Fatal, says: `"glass"`},
-		"transient disk": {devices: "<disk><target dev='vdb'/><transient/></disk>",
+		"transient disk": {devices: "<disk><driver cache='none'/><target dev='vdb'/>" +
+			"<transient/></disk>",
 			level: Fatal, says: "disk vdb is transient"},
-		"block job": {devices: "<disk><target dev='vdb'/><mirror type='file'/></disk>",
+		"block job": {devices: "<disk><driver cache='none'/><target dev='vdb'/>" +
+			"<mirror type='file'/></disk>",
 			level: Fatal, says: "block job"},
 		"arguments": {rest: "<qemu:commandline><qemu:arg value='-S'/></qemu:commandline>",
 			level: Fatal, says: "qemu:commandline"},
 		"snapshots":  {snapshots: 2, level: Fatal, says: "it has 2"},
-		"local disk": {disks: on("ext4"), level: Warning, says: "vda (/srv/vms/web1.raw on ext4)"},
+		"local disk": {disks: on("ext4"), level: Fatal, says: "vda (/srv/vms/web1.raw on ext4)"},
+		"local disk that is said to be the same": {disks: on("ext4"), trusted: true, level: Note,
+			says: "vda (/srv/vms/web1.raw on ext4)"},
+		"cached disk": {devices: "<disk><driver cache='writeback'/><target dev='vdb'/></disk>",
+			level: Fatal, says: "caches what the guest writes to vdb"},
+		"cached disk that is trusted": {devices: "<disk><target dev='vdb'/></disk>", trusted: true,
+			level: OK, says: "nothing"},
+		"standing": {state: "paused", level: Fatal, says: "only while it runs"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			found, err := Domain("hosta", "<domain xmlns:qemu='http://libvirt.org/schemas/domain/"+
 				"qemu/1.0'><devices>"+c.devices+"</devices>"+c.rest+"</domain>", c.snapshots,
-				c.disks)
+				VMFacts{State: c.state, Disks: c.disks}, c.trusted)
 			if err != nil || len(found) != 1 {
 				t.Fatalf("%+v, %v", found, err)
 			}
 			f := found[0]
 			if f.Level != c.level || !strings.Contains(f.Text, c.says) ||
-				(f.Remedy == "") != (c.level == OK) {
+				(f.Remedy == "") != (c.level <= Note) {
 				t.Errorf("%+v; want %v: %s", f, c.level, c.says)
 			}
 		})
 	}
-	if found, err := Domain("hosta", "<domain>", 0, nil); err == nil {
+	if found, err := Domain("hosta", "<domain>", 0, VMFacts{}, false); err == nil {
 		t.Errorf("%+v", found)
 	}
 }

@@ -130,6 +130,22 @@ func memoryFiles(args []string, dir string) (all []BackendFacts) {
 	return all
 }
 
+// MayUserfault says why a user's QEMU of some version may not have a userfaultfd, and what to do.
+func MayUserfault(user, version string) (problem, remedy string) {
+	err := mayUserfault(user, version)
+	if err == nil {
+		return "", ""
+	}
+	return fmt.Sprintf("the twin may not use userfaultfd as user %s: %v", user, err),
+		userfaultRemedy(user)
+}
+
+// userfaultRemedy lets a user's QEMU have a userfaultfd.
+func userfaultRemedy(user string) string {
+	return fmt.Sprintf("`sysctl -w vm.unprivileged_userfaultfd=1`; from QEMU 8.0 on, `setfacl "+
+		"-m u:%s:rw /dev/userfaultfd` does as well", user)
+}
+
 // mayUserfault says why a user's QEMU of some version may not have a userfaultfd.
 func mayUserfault(name, version string) error {
 	if name == "" || name == "root" || name == "0" {
