@@ -3,6 +3,7 @@ package host
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -153,13 +154,22 @@ func TestEvictDomain(t *testing.T) {
 // migrateBack moves the domain from b to a as an operator does.
 func (m *managed) migrateBack() {
 	m.Helper()
-	args := []string{"migrate", "--live", "--unsafe", "web1", m.Hosts.A.URI, "--migrateuri",
-		"unix://" + filepath.Join(m.Lab.RunDir(), "back.sock")}
+	m.migrate(m.Hosts.B, m.Hosts.A)
+}
+
+func (m *managed) migrate(from, to *libvirtlab.Host) {
+	m.Helper()
+	dir, err := os.MkdirTemp("", "vacate") // both hosts see it, and all users, unlike TempDir
+	m.Check(err)
+	m.Cleanup(func() { os.RemoveAll(dir) })
+	m.Check(os.Chmod(dir, 0o777))
+	args := []string{"migrate", "--live", "--unsafe", "web1", to.URI, "--migrateuri",
+		"unix://" + filepath.Join(dir, "migrate.sock")}
 	if !m.transient {
 		args = append(args, "--persistent", "--undefinesource")
 	}
-	m.Virsh(m.Hosts.B, args...)
-	if s := m.Virsh(m.Hosts.A, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
+	m.Virsh(from, args...)
+	if s := m.Virsh(to, "domstate", "--reason", "web1"); !strings.HasPrefix(s, "running") {
 		m.Error(s)
 	}
 }

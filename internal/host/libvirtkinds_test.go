@@ -45,6 +45,7 @@ var bigKinds = []kind{
 		Memory: "<hugepages/>"}},
 	{name: "huge pages of a memfd", pages: 256, spec: libvirtlab.Spec{VM: managedSpec.VM,
 		Memory: "<hugepages/><source type='memfd'/><access mode='shared'/>"}},
+	{name: "Debian 13", setup: libvirtlab.Setup{Release: "trixie"}, spec: managedSpec},
 	{name: "another user", setup: libvirtlab.Setup{User: "libvirt-qemu"}, spec: managedSpec},
 	{name: "UEFI", setup: libvirtlab.Setup{Release: "bookworm"}, spec: libvirtlab.Spec{
 		VM: vmWith(func(s *lab.Spec) { s.Machine = "q35" }), OS: uefi}},

@@ -44,7 +44,8 @@ var obstacles = []obstacle{
 		m.Check(os.WriteFile(file, []byte(m.inactive), 0o600))
 		m.Virsh(m.Hosts.B, "define", file)
 		return func() { m.Virsh(m.Hosts.B, "undefine", "web1") }
-	}, []string{"a domain of that name already, web1, shut off", "virsh undefine --keep-nvram web1"}},
+	}, []string{"a domain of that name already, web1, shut off",
+		"virsh undefine --keep-nvram web1"}},
 	{"its UUID there", func(m *managed) func() {
 		file := filepath.Join(m.TempDir(), "web2.xml")
 		m.Check(os.WriteFile(file, []byte(strings.Replace(m.inactive, "<name>web1", "<name>web2",

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Domain finds what of a domain of libvirt's blocks an eviction, by its live description and by what
-// its QEMU says. The other host is asked besides what its description may name. trusted is that the
-// operator says of the disks that both hosts have them.
+// Domain finds what of a domain of libvirt's blocks an eviction, by its live description and by
+// what its QEMU says. The other host is asked besides what its description may name. trusted is
+// that the operator says of the disks that both hosts have them.
 func Domain(host, description string, snapshots int, vm VMFacts,
 	trusted bool) ([]Finding, error) {
 	var d struct {
@@ -128,7 +128,8 @@ func Domain(host, description string, snapshots int, vm VMFacts,
 	}
 	for _, x := range d.Devices.Disks { // as qemuMigrationSrcIsSafe of libvirt judges
 		if x.ReadOnly == nil && x.Shareable == nil && x.Source.Protocol == "" &&
-			x.Device != "cdrom" && !slices.Contains([]string{"none", "directsync"}, x.Driver.Cache) {
+			x.Device != "cdrom" &&
+			!slices.Contains([]string{"none", "directsync"}, x.Driver.Cache) {
 			cached = append(cached, x.Target.Dev)
 		}
 	}

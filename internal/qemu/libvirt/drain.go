@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -106,8 +107,9 @@ func isMonitor(fd int) bool {
 	return err == nil && listens == 0
 }
 
-// sysPoll is the number of the system call in which a thread of libvirt's waits.
-const sysPoll = unix.SYS_POLL
+// sysPolls are the numbers of the system calls in which a thread of libvirt's waits: GLib has
+// chosen one of the two, by its version.
+var sysPolls = []string{strconv.Itoa(unix.SYS_POLL), strconv.Itoa(unix.SYS_PPOLL)}
 
 // threadWaits reports whether the thread of the daemon that reads the monitor of a domain waits.
 func threadWaits(daemon int, domain string) (bool, error) {
@@ -130,7 +132,7 @@ func threadWaits(daemon int, domain string) (bool, error) {
 			return false, err
 		}
 		number, _, _ := bytes.Cut(call, []byte(" "))
-		if string(number) != strconv.Itoa(sysPoll) {
+		if !slices.Contains(sysPolls, string(number)) {
 			return false, nil
 		}
 	}

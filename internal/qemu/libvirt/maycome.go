@@ -96,9 +96,10 @@ func (c *Conn) MayCome(ctx context.Context, d Checked) error {
 		return c.l.ConnectGetDomainCapabilities(emulator, arch, machine, kind, 0)
 	})
 	if err != nil {
-		return refused("libvirt's QEMU cannot run it: ", fmt.Sprintf("have a QEMU there that is as "+
-			"new, or restart the domain with a machine type that is known there: "+
-			"`virsh edit %s`", d.Name), err)
+		return refused("libvirt's QEMU cannot run it: ",
+			fmt.Sprintf("have a QEMU there that is as "+
+				"new, or restart the domain with a machine type that is known there: "+
+				"`virsh edit %s`", d.Name), err)
 	}
 	if x.CPU.Mode != "custom" {
 		return nil // which one it is, is up to the host

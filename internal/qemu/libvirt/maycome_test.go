@@ -30,9 +30,10 @@ func TestMayCome(t *testing.T) {
 	const some, other = "11111111-2222-4333-8444-555555555555",
 		"61111111-2222-4333-8444-555555555555"
 	text := func(name, uuid, machine, cpu string) string {
-		return fmt.Sprintf("<domain type='qemu'><name>%s</name><uuid>%s</uuid><memory>1024</memory>"+
-			"<os><type arch='x86_64' machine='%s'>hvm</type></os>%s<devices>"+
-			"<emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>", name, uuid,
+		return fmt.Sprintf(
+			"<domain type='qemu'><name>%s</name><uuid>%s</uuid><memory>1024</memory>"+
+				"<os><type arch='x86_64' machine='%s'>hvm</type></os>%s<devices>"+
+				"<emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>", name, uuid,
 			machine, cpu)
 	}
 	if _, err := c.Define(ctx, text("web1", some, "pc", "")); err != nil {

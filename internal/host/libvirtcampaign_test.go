@@ -1,0 +1,154 @@
+package host
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/internal/evict"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/lab"
+	"vacate/lab/labtest"
+	"vacate/lab/libvirtlab"
+)
+
+// perGuest is how many evictions a guest goes through before it checks all of its memory, which
+// ends its work. They are there and back in turns.
+const perGuest = 10
+
+// domainRow is what a campaign found with two releases of Debian.
+type domainRow struct {
+	name                          string
+	evictions, guests, migrations int
+	pages, bad                    uint64
+	down, total                   []float64
+}
+
+// TestDomainCampaign is "make domaincampaign": VACATE_MOVES evictions of domains under load, there
+// and back, for each two of Debian's releases.
+func TestDomainCampaign(t *testing.T) {
+	n := 2
+	if s := os.Getenv("VACATE_MOVES"); s != "" {
+		var err error
+		if n, err = strconv.Atoi(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var rows []*domainRow
+	for _, c := range []struct{ name, a, b string }{
+		{"12 to 12", "bookworm", "bookworm"},
+		{"13 to 13", "trixie", "trixie"},
+		{"12 to 13", "bookworm", "trixie"},
+	} {
+		row := &domainRow{name: c.name}
+		rows = append(rows, row)
+		t.Run(c.name, func(t *testing.T) {
+			for before := -1; before < row.evictions && row.evictions < n && !t.Failed(); {
+				before = row.evictions // where none is added, the guest was skipped
+				t.Run(fmt.Sprintf("guest %d", row.guests+1), func(t *testing.T) {
+					row.run(t, min(perGuest, n-row.evictions), libvirtlab.Setup{Release: c.a},
+						libvirtlab.Setup{Release: c.b})
+				})
+			}
+		})
+		writeDomainRows(t, rows)
+	}
+}
+
+func (r *domainRow) run(t *testing.T, n int, a, b libvirtlab.Setup) {
+	m := startManaged(t, managedSpec, a, b)
+	r.guests++
+	hosts, sites := []*libvirtlab.Host{m.Hosts.A, m.Hosts.B}, []*site{m.a, m.b}
+	here := []*lab.Expected{m.Domain.A, m.Domain.B}
+	at := 0
+	definitions := []string{m.inactive, ""}
+	for range n {
+		from, to := sites[at], sites[1-at]
+		e, err := from.evictWith("web1", to.name, &hostv1.EvictOptions{LoadTimeoutMs: 60_000})
+		m.Check(err)
+		end, err := from.watch(e.Id, 3*time.Minute)
+		if err != nil || end.Outcome != string(evict.Completed) {
+			t.Fatalf("eviction %d: %v, %v", r.evictions+1, end, err)
+		}
+		if there, err := to.watch(e.Id, time.Minute); err != nil ||
+			there.Outcome != string(evict.Completed) {
+			t.Fatalf("eviction %d, there: %v, %v", r.evictions+1, there, err)
+		}
+		r.evictions++
+		if out := m.Virsh(hosts[at], "list", "--all", "--name"); out != "" {
+			t.Errorf("the source still has %q", out)
+		}
+		at = 1 - at
+		if s := m.Virsh(hosts[at], "domstate", "--reason", "web1"); s != "running (migrated)" {
+			t.Errorf("it is %s", s)
+		}
+		now := m.Virsh(hosts[at], "dumpxml", "--inactive", "web1")
+		if definitions[at] == "" && a != b {
+			definitions[at] = now // another libvirt may write the same otherwise
+			t.Logf("the definition is the same there: %t", now == m.inactive)
+		} else if definitions[at] == "" {
+			definitions[at] = m.inactive
+		}
+		if now != definitions[at] {
+			t.Errorf("the domain is defined as\n%s\nand was\n%s", now, definitions[at])
+		}
+		if rep := end.Report; rep != nil {
+			r.down = append(r.down, rep.GetDownTimeS())
+			r.total = append(r.total, rep.GetTotalS())
+		}
+		vm, err := here[at].Came(labtest.Within(t, time.Minute))
+		m.Check(err)
+		m.Check(vm.Guest.WaitOps(labtest.Within(t, time.Minute), 100))
+		if bad := vm.Guest.Bad(); bad != nil {
+			t.Fatalf("eviction %d: the guest finds %v", r.evictions, bad)
+		}
+	}
+	vm, err := here[at].Came(labtest.Within(t, time.Minute))
+	m.Check(err)
+	check, err := vm.Guest.Check(labtest.Within(t, 2*time.Minute), vm)
+	m.Check(err)
+	r.pages, r.bad = r.pages+check.Pages, r.bad+check.Bad
+	if check.Bad != 0 || check.Pages == 0 {
+		t.Errorf("%d bad pages of %d", check.Bad, check.Pages)
+	}
+	for range 2 { // there and back
+		if a != b && at == 0 {
+			break
+		}
+		m.migrate(hosts[at], hosts[1-at])
+		r.migrations++
+		at = 1 - at
+	}
+}
+
+func writeDomainRows(t *testing.T, rows []*domainRow) {
+	t.Helper()
+	var b strings.Builder
+	b.WriteString("| Debian | evictions | guests | pages checked | bad | plain migrations " +
+		"afterwards | down time, median | at most | whole eviction, median |\n" +
+		"|---|---|---|---|---|---|---|---|---|\n")
+	for _, r := range rows {
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %.0f ms | %.0f ms | %.1f s |\n", r.name,
+			r.evictions, r.guests, r.pages, r.bad, r.migrations, 1e3*median(r.down),
+			1e3*slices.Max(append([]float64{0}, r.down...)), median(r.total))
+	}
+	t.Log("\n" + b.String())
+	if file := os.Getenv("VACATE_MOVES_RESULT"); file != "" {
+		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func median(list []float64) float64 {
+	if len(list) == 0 {
+		return math.NaN()
+	}
+	list = slices.Sorted(slices.Values(list))
+	return list[len(list)/2]
+}
