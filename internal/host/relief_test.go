@@ -226,8 +226,9 @@ func TestRelieveDomains(t *testing.T) {
 	if plan.Met || len(plan.Candidates) != 2 {
 		t.Fatalf("%v", plan)
 	}
-	if best := plan.Candidates[0]; best.Vm != "web1" || best.To != "hostb" || best.Refused != "" ||
-		!best.Meets || best.GainCores < 0.5 {
+	// Both would be back about as soon, so which of them is better is a matter of chance.
+	if best := plan.Candidates[0]; best.To != "hostb" || best.Refused != "" || !best.Meets ||
+		best.GainCores < 0.5 {
 		t.Errorf("%v", best)
 	}
 	// refused returns why a domain stays, by a plan.
@@ -258,9 +259,12 @@ func TestRelieveDomains(t *testing.T) {
 			t.Errorf("%s: %v", element, plan)
 		}
 	}
-	set(`<vm priority="1"/>`)
-	if plan := a.plan("", false); plan.Candidates[0].Vm != "web2" || refused(plan, "web1") != "" {
-		t.Errorf("the least goes first: %v", plan)
+	for priority, first := range map[int]string{1: "web2", -1: "web1"} {
+		set(fmt.Sprintf(`<vm priority="%d"/>`, priority))
+		if plan := a.plan("", false); plan.Candidates[0].Vm != first ||
+			plan.Candidates[1].Refused != "" {
+			t.Errorf("the least goes first: %v", plan)
+		}
 	}
 	m.Virsh(m.Hosts.A, "suspend", "web1")
 	if why := refused(a.plan("", true), "web1"); !strings.Contains(why, "paused (user)") {
