@@ -432,9 +432,15 @@ func lastLine(s string) string {
 // startQEMU starts a QEMU, and returns when its monitor answers.
 func startQEMU(t *testing.T, monitor string, args ...string) (*qmp.Client, error) {
 	t.Helper()
-	_, err := exec.LookPath(*configurationQEMU)
+	return startProgram(t, *configurationQEMU, monitor, args...)
+}
+
+// startProgram is startQEMU with a QEMU of its own.
+func startProgram(t *testing.T, path, monitor string, args ...string) (*qmp.Client, error) {
+	t.Helper()
+	_, err := exec.LookPath(path)
 	labtest.Need(t, err)
-	cmd := exec.Command(*configurationQEMU,
+	cmd := exec.Command(path,
 		append([]string{"-nodefaults", "-display", "none", "-qmp",
 			"unix:" + monitor + ",server=on,wait=off"}, args...)...)
 	var said bytes.Buffer

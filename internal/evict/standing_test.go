@@ -124,8 +124,7 @@ type standingVM struct {
 func (v *standingVM) monitor(side string) string { return filepath.Join(v.dir, side+".qmp") }
 
 func (v *standingVM) start(q lab.QEMU, side string, args ...string) *qmp.Client {
-	*configurationQEMU = q.Path
-	c, err := startQEMU(v.T, v.monitor(side),
+	c, err := startProgram(v.T, q.Path, v.monitor(side),
 		append([]string{"-machine", "pc", "-accel", "tcg", "-m", "64", "-option-rom",
 			filepath.Join(v.dir, "rom"),
 			"-serial", "file:" + filepath.Join(v.dir, side+".out"), "-qmp",
