@@ -23,6 +23,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"slices"
@@ -276,16 +277,31 @@ func hold(pid int) (*Memory, error) {
 
 // mappings reads the process's memory map.
 func (m *Memory) mappings() ([]vma, error) {
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
-	if err != nil {
-		return nil, m.explain(err)
-	}
-	defer maps.Close()
-	vmas, err := parseMaps(maps)
+	vmas, err := readMaps(func() (io.ReadCloser, error) {
+		return os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
+	})
 	if err != nil {
 		return nil, m.explain(err)
 	}
 	return vmas, nil
+}
+
+// mapsTries is how often a map is read that changes each time.
+const mapsTries = 20
+
+func readMaps(open func() (io.ReadCloser, error)) (vmas []vma, err error) {
+	for range mapsTries {
+		maps, err1 := open()
+		if err1 != nil {
+			return nil, err1
+		}
+		vmas, err = parseMaps(maps)
+		maps.Close()
+		if !errors.Is(err, errMoved) {
+			break
+		}
+	}
+	return vmas, err
 }
 
 // mayRead reads one byte of the process, of whatever comes first, to find out

@@ -156,6 +156,10 @@ type vma struct {
 	path       string
 }
 
+// errMoved: rows of a map overlap. Linux reads the map piece by piece, and the process may have
+// changed it in between, such as for a thread that it started.
+var errMoved = errors.New("the process's map changed while it was read")
+
 func parseMaps(r io.Reader) ([]vma, error) {
 	var vmas []vma
 	s := bufio.NewScanner(r)
@@ -182,8 +186,11 @@ func parseMaps(r io.Reader) ([]vma, error) {
 		if len(f) == 6 {
 			v.path = strings.TrimLeft(f[5], " ")
 		}
-		if n := len(vmas); bad != nil || v.start >= v.end || n > 0 && v.start < vmas[n-1].end {
+		if bad != nil || v.start >= v.end {
 			return nil, fmt.Errorf("read process maps: bad row %.120q", line)
+		}
+		if n := len(vmas); n > 0 && v.start < vmas[n-1].end {
+			return nil, fmt.Errorf("read process maps: %w: row %.120q", errMoved, line)
 		}
 		if len(vmas) == maxVMAs {
 			return nil, fmt.Errorf("read process maps: more than %d rows", maxVMAs)

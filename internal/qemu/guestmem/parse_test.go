@@ -1,7 +1,9 @@
 package guestmem
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -259,5 +261,32 @@ func BenchmarkIsZero(b *testing.B) {
 		if !IsZero(page) {
 			b.Fatal()
 		}
+	}
+}
+
+// A map that changed while it was read is read again, and not for ever.
+func TestMapThatMoves(t *testing.T) {
+	const (
+		torn = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \n" +
+			"7f0000200000-7f0000300000 rw-p 00000000 00:00 0 \n"
+		whole = "7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n" +
+			"7f0000200000-7f0000300000 rw-p 00000000 00:00 0 \n"
+	)
+	read := func(calm int) (vmas []vma, tries int, err error) {
+		vmas, err = readMaps(func() (io.ReadCloser, error) {
+			tries++
+			text := torn
+			if tries >= calm {
+				text = whole
+			}
+			return io.NopCloser(strings.NewReader(text)), nil
+		})
+		return vmas, tries, err
+	}
+	if vmas, tries, err := read(3); err != nil || tries != 3 || len(vmas) != 2 {
+		t.Errorf("%v, %v after %d tries", vmas, err, tries)
+	}
+	if _, tries, err := read(1000); !errors.Is(err, errMoved) || tries != mapsTries {
+		t.Errorf("%v after %d tries", err, tries)
 	}
 }
