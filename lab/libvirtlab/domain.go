@@ -124,7 +124,9 @@ func domainXML(name string, spec Spec, full lab.Spec, e *lab.Expected, console s
 		full.VCPUs, text(full.Machine), text(e.Kernel), text(e.Initrd), text(e.Cmdline), spec.OS)
 	fmt.Fprintf(&b, "<features><acpi/></features>\n%s\n<devices>\n<emulator>%s</emulator>\n", cpu,
 		text(full.QEMU.Path))
-	fmt.Fprintf(&b, "<controller type='usb' model='none'/>\n")
+	if !strings.Contains(spec.Devices, "<controller type='usb'") { // else libvirt adds one
+		fmt.Fprintf(&b, "<controller type='usb' model='none'/>\n")
+	}
 	fmt.Fprintf(&b, "<serial type='file'><source path='%s' append='on'/></serial>\n", text(console))
 	fmt.Fprintf(&b,
 		"<serial type='unix'><source mode='connect' path='/run/libvirt/lab/%s'/></serial>\n",
