@@ -55,9 +55,13 @@ func (f *frozen) split(r pageset.Run) (used, unused []pageset.Run, err error) {
 				break
 			}
 		}
+		if n := len(*to) - 1; n >= 0 && (*to)[n].End() == r.First+p {
+			(*to)[n].Count++
+			continue
+		}
 		*to = append(*to, pageset.Run{Block: r.Block, First: r.First + p, Count: 1})
 	}
-	return join(used), join(unused), nil
+	return used, unused, nil
 }
 
 // releasable reports whether memory of a block can be given back to the host.
