@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
 	"vacate/internal/sys/process"
 )
 

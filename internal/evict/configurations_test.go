@@ -15,11 +15,11 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/evict"
 	"vacate/internal/link"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 	"vacate/lab/labtest"
 
 	"golang.org/x/sys/unix"

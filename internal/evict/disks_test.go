@@ -14,11 +14,11 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/evict"
 	"vacate/internal/link"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 	"vacate/lab"
 	"vacate/lab/labtest"
 )

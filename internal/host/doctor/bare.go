@@ -11,10 +11,10 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 	"vacate/internal/sys/sched"
 )
 

@@ -20,10 +20,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 	"vacate/internal/sys/units"
 	"vacate/lab"
 	"vacate/lab/labtest"

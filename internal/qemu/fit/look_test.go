@@ -8,9 +8,9 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 )
 
 // launch starts a QEMU in a directory, for its drives only.

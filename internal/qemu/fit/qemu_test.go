@@ -12,11 +12,11 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"golang.org/x/sys/unix"
 
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 )
 
 var qemuBinary = flag.String("qemu", "qemu-system-x86_64", "QEMU to test with")

@@ -16,9 +16,9 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 	"vacate/internal/sys/units"
 
 	"golang.org/x/sys/unix"

@@ -16,11 +16,11 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"vacate/internal/sys/process"
 
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/migstream/streamtest"
 	"vacate/internal/qemu/qmp"
+	"vacate/internal/sys/process"
 
 	"golang.org/x/sys/unix"
 )
