@@ -20,11 +20,8 @@ func TestFollowThroughDeath(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 24, IdleMiB: 48}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 24, IdleMiB: 48}})
 	r.a.start("source/pushing")
 	r.b.start()
 

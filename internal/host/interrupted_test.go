@@ -66,11 +66,8 @@ func (r *run) metrics(s *site, when string, want map[string]float64) map[string]
 // and after it.
 func TestInterrupted(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})
 	r.a.start()
 	r.b.start()
 	r.begin()

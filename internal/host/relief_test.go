@@ -44,6 +44,22 @@ func (s *site) pressure() *hostv1.PressureResponse {
 	return r.Msg
 }
 
+// starves makes sure that two VMs of a host share its only core.
+func (s *site) starves() {
+	s.t.Helper()
+	p := s.pressure()
+	s.t.Logf("%v", p)
+	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 ||
+		p.MemoryBytes == 0 {
+		s.t.Errorf("host %s: %v", s.name, p)
+	}
+	for _, v := range p.Vms {
+		if v.Steal < 0.2 || v.Steal > 0.8 || v.ResidentBytes < 50<<20 || v.Problem != "" {
+			s.t.Errorf("%v", v)
+		}
+	}
+}
+
 func (s *site) plan(goal string, all bool) *hostv1.PlanResponse {
 	s.t.Helper()
 	r, err := s.api.Plan(labtest.Within(s.t, time.Minute),
@@ -62,17 +78,7 @@ func TestRelieve(t *testing.T) {
 	a.start()
 	b.start()
 
-	p := a.pressure()
-	t.Logf("%v", p)
-	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 ||
-		p.MemoryBytes == 0 {
-		t.Errorf("host a: %v", p)
-	}
-	for _, v := range p.Vms {
-		if v.Steal < 0.2 || v.Steal > 0.8 || v.ResidentBytes < 50<<20 || v.Problem != "" {
-			t.Errorf("%v", v)
-		}
-	}
+	a.starves()
 	plan := a.plan("", false)
 	t.Logf("%v", plan)
 	if plan.Met || plan.Goal != "cpu<111.11%" || len(plan.Hosts) != 2 || len(plan.Candidates) != 2 {
@@ -211,16 +217,7 @@ func TestRelieveDomains(t *testing.T) {
 	domains := map[string]*libvirtlab.Domain{"web1": m.Domain, "web2": web2}
 	a, b := m.a, m.b
 
-	p := a.pressure()
-	t.Logf("%v", p)
-	if p.Cpus != 1 || p.CpuCores < 0.8 || p.WaitingCores < 0.6 || len(p.Vms) != 2 {
-		t.Errorf("host a: %v", p)
-	}
-	for _, v := range p.Vms {
-		if v.Steal < 0.2 || v.Steal > 0.8 || v.ResidentBytes < 50<<20 || v.Problem != "" {
-			t.Errorf("%v", v)
-		}
-	}
+	a.starves()
 	plan := a.plan("", false)
 	t.Logf("%v", plan)
 	if plan.Met || len(plan.Candidates) != 2 {

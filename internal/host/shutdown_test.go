@@ -19,11 +19,8 @@ import (
 // is offered, or may have, the old copy resumed.
 func TestShutDown(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 8, IdleMiB: 56}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 192, Load: lab.Load{HotMiB: 8, IdleMiB: 56}})
 	r.a.start()
 	r.b.start("destination/running")
 	e, err := r.a.evict("web1", "hostb")

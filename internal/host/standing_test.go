@@ -17,11 +17,8 @@ import (
 // in the middle. An operator may have it back at the source, where it is paused as before.
 func TestStanding(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})
 	r.a.start()
 	r.b.start()
 	do := func(vm *lab.VM, command string) {

@@ -36,6 +36,15 @@ func (r *run) wait(s *site, what string, wanted func(*hostv1.Eviction) bool) *ho
 	}
 }
 
+// newRun boots a VM on host a that both hosts know. Their daemons are not started yet.
+func newRun(t *testing.T, l *lab.Lab, spec lab.Spec) *run {
+	r := &run{t: t, lab: l, vm: boot(t, l.A, spec)}
+	r.a, r.b = sites(t, l)
+	r.a.describe("web1", r.vm.QMP, r.vm.Args)
+	r.expected = r.b.expect("web1", r.vm)
+	return r
+}
+
 // begin evicts the VM until it runs on the other host, with most of its memory still here.
 func (r *run) begin() {
 	r.t.Helper()
@@ -131,11 +140,8 @@ func TestMovedOn(t *testing.T) {
 func TestWord(t *testing.T) {
 	const resume = hostv1.Decision_DECISION_RESUME_HERE
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})
 	script, code := filepath.Join(r.a.dir, "fence"), filepath.Join(r.a.dir, "code")
 	hold, started := filepath.Join(r.a.dir, "hold"), filepath.Join(r.a.dir, "started")
 	if err := os.WriteFile(script,
@@ -324,11 +330,8 @@ func TestWord(t *testing.T) {
 func TestWordCarriedOutLater(t *testing.T) {
 	const resume, held = hostv1.Decision_DECISION_RESUME_HERE, "source/reconnecting"
 	l := labtest.New(t, lab.Options{Rate: 4e7})
-	r := &run{t: t, lab: l, vm: boot(t, l.A,
-		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})}
-	r.a, r.b = sites(t, l)
-	r.a.describe("web1", r.vm.QMP, r.vm.Args)
-	r.expected = r.b.expect("web1", r.vm)
+	r := newRun(t, l,
+		lab.Spec{MemoryMiB: 320, Load: lab.Load{HotMiB: 32, IdleMiB: 128}})
 	lose := func() {
 		t.Helper()
 		r.b.kill()
