@@ -3,29 +3,7 @@
 // Where it advises against one, it says why.
 //
 // It decides by numbers alone: package pressure and the caller read them. All CPU is in cores, all
-// sizes are in bytes.
-//
-// # What is predicted
-//
-// A host's VMs want some CPU: what they have and what they wait for. As long as that fits into its
-// cores, each gets what it wants; beyond, they get the cores there are. The gain of an eviction is
-// how many more cores the VMs of both hosts get together.
-//
-// How long it takes follows from the memory to be moved, as post-copy moves each page once:
-//
-//	transfer   until the VM runs on the other host, and the others have this one for themselves
-//	total      transfer, then all memory in use over the link
-//	back       until all VMs together do 90 % of what they will in the end
-//
-// back is between the two. Moving memory takes CPU at both ends, engineCost for each byte, which
-// goes ahead of VMs. Should they not do 90 % with what that leaves of the hosts' cores, back is
-// total.
-//
-// Otherwise, those that stay are back when the VM has moved. Should they be 90 % of all, back is
-// transfer. If not, the VM that moved must reach the share x of its own speed that is missing.
-// While it lacks pages it waits for those that it touches, each fetchCost times as long as what it
-// does with one. With the share p of its hot memory there, its speed is 1 ÷ (1 + fetchCost (1-p)),
-// so that it is at x once p = 1 - (1÷x - 1) ÷ fetchCost; and hot memory goes first.
+// sizes are in bytes. Package predict says what is predicted, and how.
 package relief
 
 import (
@@ -36,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"vacate/internal/predict"
 	"vacate/internal/sys/units"
 )
 
@@ -95,24 +74,10 @@ type Limits struct {
 
 // Starving is the share of the CPU it wants below which a VM starves: less than all by as much as
 // counts for "back".
-const Starving = 0.9
+const Starving = predict.Back
 
 // DefaultLimits have a VM go only to where nobody starves for it.
 var DefaultLimits = Limits{MaxLoad: 1 / Starving, Reserve: 0.05, Transfer: 150 * time.Millisecond}
-
-// fetchCost is how much longer a guest waits for a page from the other host than it works with one
-// that it has: some 0.5 ms to 50 µs.
-const fetchCost = 10
-
-// engineCost is the CPU that it takes to send or to receive a byte, in seconds. Measured with TLS:
-// 4.2 ns to send, 4.4 to 9.6 to receive and place.
-const engineCost = 5e-9
-
-// engineMost is how many cores sending or receiving takes at most: it is the work of one thread.
-const engineMost = 1.0
-
-// back is the share of their final speed at which VMs count as recovered, as in the paper.
-const back = 0.9
 
 // Candidate is one VM going to one host.
 type Candidate struct {
@@ -147,9 +112,10 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 	list := []Candidate{}
 	for _, v := range vms {
 		for _, to := range others {
-			c := predict(here, v, to, vms, l).within()
+			c := candidate(here, v, to, vms, l).within()
 			after := here
-			after.Used, after.Waiting = here.without(v)
+			left := here.forecast().Without(v.forecast())
+			after.Used, after.Waiting = left.Used, left.Waiting
 			after.Available += v.Resident
 			c.Meets = g.Met(after)
 			switch {
@@ -212,32 +178,13 @@ func first(a, b bool) int {
 	return 0
 }
 
-// without is the CPU that is used and waited for on a host once a VM has left it: what it had,
-// those take that wait.
-func (h Host) without(v VM) (used, waiting float64) {
-	waiting = max(0, h.Waiting-v.Waiting)
-	taken := min(waiting, v.CPU+v.Overhead)
-	return max(0, h.Used-v.CPU-v.Overhead) + taken, waiting - taken
-}
-
-// predict tells what comes of one eviction.
-func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
+// candidate tells what comes of one eviction.
+func candidate(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	c := Candidate{VM: v.Name, To: to.Name, Freed: v.Resident, priority: v.Priority}
-	used, waiting := here.without(v)
-	// Without its overhead: a host that has just the cores for a VM is good enough.
-	there := to.wants() + v.Wants()
-	c.LoadHere, c.LoadThere = (used+waiting)/here.CPUs, there/to.CPUs
-	c.Gain = used + min(there, to.CPUs) - min(here.Used, here.CPUs) - min(to.Used, to.CPUs)
-
-	c.Transfer = l.Transfer
-	if to.Rate > 0 {
-		c.Total = c.Transfer + overLink(v.InUse, to.Rate)
-		c.Back = c.Total
-		if share, ok := hotShare(here, v, to, all); ok {
-			c.Back = c.Transfer +
-				time.Duration(share*float64(overLink(min(v.Hot, v.InUse), to.Rate)))
-		}
-	}
+	o := predict.Move{VM: v.forecast(), From: here.forecast(), To: to.forecast(), Rate: to.Rate,
+		Transfer: l.Transfer, Stay: stay(all, v.Name)}.Outcome()
+	c.Gain, c.LoadHere, c.LoadThere = o.Gain, o.LoadHere, o.LoadThere
+	c.Transfer, c.Back, c.Total = o.Transfer, o.Back, o.Total
 	room := float64(to.Available) - float64(to.Incoming) - l.Reserve*float64(to.Total)
 	switch {
 	case v.Pinned:
@@ -255,8 +202,8 @@ func predict(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 		c.Beyond = fmt.Sprintf("%s has room for %s, the VM has %s", to.Name,
 			units.Size(uint64(max(0, room))), units.Size(v.Memory))
 	case c.LoadThere > l.MaxLoad:
-		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name, there,
-			to.CPUs)
+		c.Beyond = fmt.Sprintf("%s would starve: %.2f cores wanted, of %.0f", to.Name,
+			to.wants()+v.Wants(), to.CPUs)
 	}
 	return c
 }
@@ -267,49 +214,23 @@ func (c Candidate) within() Candidate {
 	return c
 }
 
-func overLink(bytes uint64, rate float64) time.Duration {
-	const most = 10000 * time.Hour // longer than anybody waits, and a duration to calculate with
-	return time.Duration(min(float64(bytes)/rate, most.Seconds()) * 1e9)
-}
-
-// hotShare is the share of the VM's hot memory that must have arrived for all to be back. It is
-// false if all are only when the engines, which take some CPU at both ends, are done.
-func hotShare(here Host, v VM, to Host, all []VM) (share float64, ok bool) {
-	wants, stay := v.likely(), 0.0
-	for _, o := range all {
-		if o.Name != v.Name {
-			stay += o.likely()
+// stay is what is likely of all VMs but one.
+func stay(all []VM, but string) (sum float64) {
+	for _, v := range all {
+		if v.Name != but {
+			sum += v.forecast().Likely()
 		}
 	}
-	// The share that each gets of what it wants, of the host that the VM has left and of the one
-	// that it has come to.
-	left := here.likely() - wants - v.Overhead
-	come := to.likely() + wants + v.Overhead
-	engine := min(engineMost, to.Rate*engineCost)
-	final := back * (stay*got(left, here.CPUs) + wants*got(come, to.CPUs))
-	reach := final - stay*got(left, here.CPUs-engine)
-	if reach <= 0 {
-		return 0, true
-	}
-	most := wants * got(come, to.CPUs-engine) // with all of its memory
-	if reach > most {
-		return 0, false
-	}
-	return max(0, 1-(most/reach-1)/fetchCost), true
+	return sum
 }
 
-// likely is the CPU that the VM will most likely use if it gets it. A vCPU that shares a core waits
-// half of the time, whether it wants all of a core or little more than it has.
-func (v VM) likely() float64 { return v.CPU + v.Waiting/2 }
+func (v VM) forecast() predict.VM {
+	return predict.VM{CPU: v.CPU, Waiting: v.Waiting, Overhead: v.Overhead, InUse: v.InUse,
+		Hot: v.Hot}
+}
 
-func (h Host) likely() float64 { return h.Used + h.Waiting/2 }
-
-// got is the share of the CPU wanted that is got.
-func got(wanted, cpus float64) float64 {
-	if wanted <= 0 {
-		return 1
-	}
-	return min(1, max(0, cpus)/wanted)
+func (h Host) forecast() predict.Host {
+	return predict.Host{CPUs: h.CPUs, Used: h.Used, Waiting: h.Waiting}
 }
 
 // Evacuation is what is asked of Evacuate.
@@ -342,7 +263,7 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 		var may []Candidate
 		var refused []string
 		for _, to := range others {
-			c := predict(here, v, to, vms, l)
+			c := candidate(here, v, to, vms, l)
 			if !e.Force {
 				c = c.within()
 			}
@@ -374,8 +295,8 @@ func Evacuate(here Host, vms []VM, others []Host, l Limits, e Evacuation) []Cand
 		}
 		chosen := may[0]
 		to := &others[slices.IndexFunc(others, func(h Host) bool { return h.Name == chosen.To })]
-		to.Used, to.Waiting = min(to.wants()+v.Wants(), to.CPUs), max(0,
-			to.wants()+v.Wants()-to.CPUs)
+		with := to.forecast().With(v.forecast())
+		to.Used, to.Waiting = with.Used, with.Waiting
 		to.Incoming += v.Memory
 		going = append(going, chosen)
 	}

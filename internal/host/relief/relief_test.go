@@ -61,7 +61,7 @@ func TestChoose(t *testing.T) {
 		t.Errorf("the goal is met: %+v", c)
 	}
 	here.Waiting, others[0].Rate = 0.1, 1e6 // which costs the hosts nothing
-	c = predict(here, vms[1], others[0], vms, DefaultLimits)
+	c = candidate(here, vms[1], others[0], vms, DefaultLimits)
 	if c.Back != c.Transfer {
 		t.Errorf("%+v", c)
 	}
