@@ -252,6 +252,9 @@ func (e *source) learn() {
 	e.survey.report.Survey = time.Since(start).Seconds()
 	e.survey.report.Known = e.sinceFreeze()
 	e.leaveOut(free, pushorder.Skipped)
+	if e.Map != nil {
+		e.departures.trace.learn(survey, frames)
+	}
 	// Until this is known, neighbours are those in physical memory.
 	e.departures.relate(pushorder.NewKinship(e.Order, blocks, survey, frames))
 }

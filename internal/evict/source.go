@@ -66,6 +66,8 @@ type Source struct {
 	// Journal survives the engine; without one its death leaves the VM frozen.
 	Journal Journal
 	Log     *slog.Logger
+	// Map, if it is not nil, can be asked for the memory while the engine works.
+	Map *Map
 	// Show is called from one goroutine at a time, at least every 100 ms; it may be nil.
 	Show func(Progress)
 }
@@ -91,6 +93,9 @@ func (s Source) Evict(ctx context.Context) (Report, error) {
 // engine makes an engine in a state, and starts to show its progress.
 func (s Source) engine(first State) *source {
 	e := &source{Source: s, started: time.Now()}
+	if e.Map != nil {
+		e.Map.of.Store(&e.departures.trace)
+	}
 	e.sessions.now = &e.at
 	if e.Eviction == (ID{}) {
 		e.Eviction = journal.NewID()
@@ -131,6 +136,9 @@ func (s Source) engine(first State) *source {
 // done ends the engine.
 func (e *source) done(err error) (Report, error) {
 	e.close()
+	if e.Map != nil {
+		e.Map.of.CompareAndSwap(&e.departures.trace, nil)
+	}
 	if !errors.Is(err, ErrLeft) {
 		e.keepTrace()
 	}

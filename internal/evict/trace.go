@@ -139,6 +139,44 @@ func (t *Trace) cell(block int, p pageset.Page) int {
 	return t.Blocks[block].Cell + int(p)/t.PagesPerCell
 }
 
+// classOf is the class of a page of some frames. Of a page of several frames, the first one counts.
+func (t *Trace) classOf(s *pageclass.Survey, f pushorder.Frames, page int) pageclass.Class {
+	per := t.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
+	if n := f.First + uint64(page)*per; s != nil && n < uint64(len(s.Pages)) &&
+		s.Pages[n].Kind != pageclass.None {
+		return s.Pages[n].Class
+	}
+	return pageclass.Unknown
+}
+
+// classify fills in the class of each cell.
+func (t *Trace) classify(class []uint8, s *pageclass.Survey, frames []pushorder.Frames) {
+	for _, f := range frames {
+		for i := 0; i < f.Run.Count; i++ {
+			p := f.Run.First + pageset.Page(i)
+			if i == 0 || int(p)%t.PagesPerCell == 0 {
+				class[t.cell(f.Run.Block, p)] = uint8(t.classOf(s, f, i))
+			}
+		}
+	}
+}
+
+// learn sets the classes of the cells while pages are still noted. It takes the lock only for a
+// moment: the push needs that, too.
+func (t *tracer) learn(s *pageclass.Survey, frames []pushorder.Frames) {
+	t.mu.Lock()
+	known := Trace{Blocks: t.trace.Blocks, PagesPerCell: t.trace.PagesPerCell}
+	class := make([]uint8, len(t.trace.Class))
+	t.mu.Unlock()
+	if known.PagesPerCell == 0 {
+		return
+	}
+	known.classify(class, s, frames)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.trace.Class = class
+}
+
 // result returns the trace, with the classes of a survey, which may be nil. No more may be noted.
 func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, bool) {
 	t.mu.Lock()
@@ -153,23 +191,7 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	for c := range pageclass.Classes {
 		tr.Classes = append(tr.Classes, c.String())
 	}
-	// For a page of several frames, the first frame counts.
-	class := func(f pushorder.Frames, i int) pageclass.Class {
-		per := tr.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
-		if n := f.First + uint64(i)*per; s != nil && n < uint64(len(s.Pages)) &&
-			s.Pages[n].Kind != pageclass.None {
-			return s.Pages[n].Class
-		}
-		return pageclass.Unknown
-	}
-	for _, f := range frames {
-		for i := 0; i < f.Run.Count; i++ {
-			p := f.Run.First + pageset.Page(i)
-			if i == 0 || int(p)%tr.PagesPerCell == 0 {
-				tr.Class[tr.cell(f.Run.Block, p)] = uint8(class(f, i))
-			}
-		}
-	}
+	tr.classify(tr.Class, s, frames)
 	tr.StepMS = int(t.step.Milliseconds())
 	tr.Pages, tr.Fetched = make([][]uint32, len(t.steps)), make([][]uint32, len(t.steps))
 	for i, by := range t.steps {
@@ -179,7 +201,7 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 		c := pageclass.Unknown
 		for _, fr := range frames {
 			if fr.Run.Block == f.block && f.page >= fr.Run.First && f.page < fr.Run.End() {
-				c = class(fr, int(f.page-fr.Run.First))
+				c = tr.classOf(s, fr, int(f.page-fr.Run.First))
 			}
 		}
 		tr.Fetched[min(int(f.after/t.step), len(t.steps)-1)][c]++

@@ -108,3 +108,40 @@ func TestTraceIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// While pages go, the memory can be seen in few parts: how much of each went, why, and what it is
+// used for.
+func TestMap(t *testing.T) {
+	var m Map
+	if _, ok := m.Squares(4); ok {
+		t.Error("a map without an engine")
+	}
+	var tr tracer
+	m.of.Store(&tr)
+	if _, ok := m.Squares(4); ok {
+		t.Error("a map of nothing")
+	}
+	tr.open(time.Now(), layout{{Name: "ram", PageSize: 4096, Pages: 16}})
+	tr.note(pushorder.Planned, []pageset.Run{{First: 0, Count: 3}})
+	tr.note(pushorder.Fetched, []pageset.Run{{First: 3, Count: 1}, {First: 8, Count: 2}})
+	s := &pageclass.Survey{Pages: make([]pageclass.Page, 16)}
+	for i := range s.Pages {
+		s.Pages[i] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
+	}
+	tr.learn(s, []pushorder.Frames{{First: 0, Run: pageset.Run{Count: 8}}})
+	got, ok := m.Squares(4)
+	unknown, data := uint8(pageclass.Unknown), uint8(pageclass.UserData)
+	want := Squares{Pages: 4, Came: []uint8{255, 0, 127, 0}, Reasons: got.Reasons,
+		Why:     []uint8{uint8(pushorder.Planned), 0, uint8(pushorder.Fetched), 0},
+		Class:   []uint8{data, data, unknown, unknown},
+		Classes: got.Classes}
+	if d := cmp.Diff(want, got); !ok || d != "" {
+		t.Error(d)
+	}
+	if got.Reasons[got.Why[2]] != "fetched" || got.Classes[got.Class[0]] != "user data" {
+		t.Errorf("%v, %v", got.Reasons, got.Classes)
+	}
+	if got, _ := m.Squares(5); len(got.Came) > 5 {
+		t.Errorf("%d parts, not 5", len(got.Came))
+	}
+}

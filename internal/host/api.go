@@ -292,6 +292,34 @@ func (h api) GetTrace(_ context.Context,
 	return connect.NewResponse(&hostv1.GetTraceResponse{Trace: b}), nil
 }
 
+// Limits of a map's parts.
+const (
+	usualParts = 4096
+	mostParts  = 1 << 16
+)
+
+// GetMap implements hostv1.HostHandler.
+func (h api) GetMap(_ context.Context,
+	req *connect.Request[hostv1.GetMapRequest]) (*connect.Response[hostv1.GetMapResponse], error) {
+	v, err := h.get(req.Msg.Id)
+	if err != nil {
+		return nil, coded(err)
+	}
+	parts := cmp.Or(req.Msg.Parts, usualParts)
+	if parts > mostParts {
+		return nil,
+			coded(&argumentError{fmt.Errorf("parts = %d: want %d at most", parts, mostParts)})
+	}
+	s, ok := v.memory.Squares(int(parts))
+	if !ok {
+		return nil,
+			coded(&unknownError{fmt.Errorf("nothing is known of the memory of eviction %s: that "+
+				"is so only on the host that the VM leaves, while pages go", v.entry.ID())})
+	}
+	return connect.NewResponse(&hostv1.GetMapResponse{PagesPerPart: uint32(s.Pages), Came: s.Came,
+		Why: s.Why, Class: s.Class, Reasons: s.Reasons, Classes: s.Classes}), nil
+}
+
 // watchPause is the least time between two messages of a watch.
 const watchPause = 100 * time.Millisecond
 

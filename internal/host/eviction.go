@@ -19,6 +19,7 @@ type eviction struct {
 	entry    *journal.Entry
 	requests chan *evict.Request // a destination's: to its engine
 	operator sync.Mutex          // held while an operator's word is being done: one at a time
+	memory   evict.Map           // while an engine works at the source
 
 	mu         sync.Mutex
 	state      evict.State // the engine's; empty if there is none. Guarded by mu, as all below

@@ -43,6 +43,11 @@ func TestThereAndBack(t *testing.T) {
 	if err != nil || len(trace.Msg.Trace) < 1000 {
 		t.Errorf("trace: %v, %v", trace, err)
 	}
+	if _, err := a.api.GetMap(t.Context(),
+		connect.NewRequest(&hostv1.GetMapRequest{Id: e.Id})); connect.CodeOf(err) !=
+		connect.CodeNotFound {
+		t.Errorf("map of an eviction that has ended: %v", err)
+	}
 	if _, err := b.api.GetTrace(t.Context(),
 		connect.NewRequest(&hostv1.GetTraceRequest{Id: e.Id})); connect.CodeOf(err) !=
 		connect.CodeNotFound {

@@ -75,7 +75,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		s.Process = v.process()
 		s.Journal = record{v.entry}
 		s.Log = h.log.With("eviction", r.ID, "vm", r.VM, "role", r.Role)
-		s.Show = v.show
+		s.Show, s.Map = v.show, &v.memory
 	}
 	return s, nil
 }
@@ -229,7 +229,7 @@ func (v *eviction) export(ctx context.Context, file string) error {
 	if err != nil {
 		return err
 	}
-	s.Show = nil
+	s.Show, s.Map = nil, nil
 	// An operator who leaves must not leave the eviction without an engine.
 	if err := v.stop(context.WithoutCancel(ctx)); err != nil {
 		return err

@@ -56,6 +56,8 @@ const (
 	HostGetEvictionProcedure = "/vacate.host.v1.Host/GetEviction"
 	// HostGetTraceProcedure is the fully-qualified name of the Host's GetTrace RPC.
 	HostGetTraceProcedure = "/vacate.host.v1.Host/GetTrace"
+	// HostGetMapProcedure is the fully-qualified name of the Host's GetMap RPC.
+	HostGetMapProcedure = "/vacate.host.v1.Host/GetMap"
 	// HostWatchEvictionProcedure is the fully-qualified name of the Host's WatchEviction RPC.
 	HostWatchEvictionProcedure = "/vacate.host.v1.Host/WatchEviction"
 	// HostEvictProcedure is the fully-qualified name of the Host's Evict RPC.
@@ -93,6 +95,10 @@ type HostClient interface {
 	// GetTrace returns what an eviction from this host did, page by page and over time. Codes: invalid_argument (no ID), not_found (no
 	// such eviction, or nothing is kept of it: it has not ended, came here, or sent no page).
 	GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error)
+	// GetMap returns which parts of a VM's memory have gone so far, of an eviction from this host that is under way. It is cheap enough to
+	// be asked several times a second. Codes: invalid_argument (no ID, parts), not_found (no such eviction, or nothing is known: it has
+	// ended, came here, or no page went yet).
+	GetMap(context.Context, *connect.Request[GetMapRequest]) (*connect.Response[GetMapResponse], error)
 	// WatchEviction returns an eviction at once, then whenever it changes but at most ten times a second, and a last time when
 	// it has ended. The daemon may end the stream earlier when it stops (unavailable): the eviction goes on. Codes:
 	// invalid_argument (no ID), not_found.
@@ -181,6 +187,13 @@ func NewHostClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 			connect.WithClientOptions(opts...),
 		),
+		getMap: connect.NewClient[GetMapRequest, GetMapResponse](
+			httpClient,
+			baseURL+HostGetMapProcedure,
+			connect.WithSchema(hostMethods.ByName("GetMap")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		watchEviction: connect.NewClient[WatchEvictionRequest, Eviction](
 			httpClient,
 			baseURL+HostWatchEvictionProcedure,
@@ -260,6 +273,7 @@ type hostClient struct {
 	listEvictions *connect.Client[ListEvictionsRequest, ListEvictionsResponse]
 	getEviction   *connect.Client[GetEvictionRequest, Eviction]
 	getTrace      *connect.Client[GetTraceRequest, GetTraceResponse]
+	getMap        *connect.Client[GetMapRequest, GetMapResponse]
 	watchEviction *connect.Client[WatchEvictionRequest, Eviction]
 	evict         *connect.Client[EvictRequest, Eviction]
 	abort         *connect.Client[AbortRequest, Eviction]
@@ -296,6 +310,11 @@ func (c *hostClient) GetEviction(ctx context.Context, req *connect.Request[GetEv
 // GetTrace calls vacate.host.v1.Host.GetTrace.
 func (c *hostClient) GetTrace(ctx context.Context, req *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error) {
 	return c.getTrace.CallUnary(ctx, req)
+}
+
+// GetMap calls vacate.host.v1.Host.GetMap.
+func (c *hostClient) GetMap(ctx context.Context, req *connect.Request[GetMapRequest]) (*connect.Response[GetMapResponse], error) {
+	return c.getMap.CallUnary(ctx, req)
 }
 
 // WatchEviction calls vacate.host.v1.Host.WatchEviction.
@@ -366,6 +385,10 @@ type HostHandler interface {
 	// GetTrace returns what an eviction from this host did, page by page and over time. Codes: invalid_argument (no ID), not_found (no
 	// such eviction, or nothing is kept of it: it has not ended, came here, or sent no page).
 	GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error)
+	// GetMap returns which parts of a VM's memory have gone so far, of an eviction from this host that is under way. It is cheap enough to
+	// be asked several times a second. Codes: invalid_argument (no ID, parts), not_found (no such eviction, or nothing is known: it has
+	// ended, came here, or no page went yet).
+	GetMap(context.Context, *connect.Request[GetMapRequest]) (*connect.Response[GetMapResponse], error)
 	// WatchEviction returns an eviction at once, then whenever it changes but at most ten times a second, and a last time when
 	// it has ended. The daemon may end the stream earlier when it stops (unavailable): the eviction goes on. Codes:
 	// invalid_argument (no ID), not_found.
@@ -450,6 +473,13 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostGetMapHandler := connect.NewUnaryHandler(
+		HostGetMapProcedure,
+		svc.GetMap,
+		connect.WithSchema(hostMethods.ByName("GetMap")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostWatchEvictionHandler := connect.NewServerStreamHandler(
 		HostWatchEvictionProcedure,
 		svc.WatchEviction,
@@ -531,6 +561,8 @@ func NewHostHandler(svc HostHandler, opts ...connect.HandlerOption) (string, htt
 			hostGetEvictionHandler.ServeHTTP(w, r)
 		case HostGetTraceProcedure:
 			hostGetTraceHandler.ServeHTTP(w, r)
+		case HostGetMapProcedure:
+			hostGetMapHandler.ServeHTTP(w, r)
 		case HostWatchEvictionProcedure:
 			hostWatchEvictionHandler.ServeHTTP(w, r)
 		case HostEvictProcedure:
@@ -580,6 +612,10 @@ func (UnimplementedHostHandler) GetEviction(context.Context, *connect.Request[Ge
 
 func (UnimplementedHostHandler) GetTrace(context.Context, *connect.Request[GetTraceRequest]) (*connect.Response[GetTraceResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.GetTrace is not implemented"))
+}
+
+func (UnimplementedHostHandler) GetMap(context.Context, *connect.Request[GetMapRequest]) (*connect.Response[GetMapResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.host.v1.Host.GetMap is not implemented"))
 }
 
 func (UnimplementedHostHandler) WatchEviction(context.Context, *connect.Request[WatchEvictionRequest], *connect.ServerStream[Eviction]) error {

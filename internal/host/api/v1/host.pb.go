@@ -1079,6 +1079,147 @@ func (x *GetTraceResponse) GetTrace() []byte {
 	return nil
 }
 
+type GetMapRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 32 digits in hex.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Into how many parts the memory is divided, at most. 0: 4096. Up to 65536.
+	Parts         uint32 `protobuf:"varint,2,opt,name=parts,proto3" json:"parts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetMapRequest) Reset() {
+	*x = GetMapRequest{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetMapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetMapRequest) ProtoMessage() {}
+
+func (x *GetMapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetMapRequest.ProtoReflect.Descriptor instead.
+func (*GetMapRequest) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *GetMapRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *GetMapRequest) GetParts() uint32 {
+	if x != nil {
+		return x.Parts
+	}
+	return 0
+}
+
+type GetMapResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Pages of a part. The last one of a RAM block may have fewer.
+	PagesPerPart uint32 `protobuf:"varint,1,opt,name=pages_per_part,json=pagesPerPart,proto3" json:"pages_per_part,omitempty"`
+	// A byte for each part, in order of address: the share of it that was sent or left out, 0 to 255.
+	Came []byte `protobuf:"bytes,2,opt,name=came,proto3" json:"came,omitempty"`
+	// The same: why most of that was, as an index in reasons; and what most of the part is used for, as an index in classes.
+	Why           []byte   `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	Class         []byte   `protobuf:"bytes,4,opt,name=class,proto3" json:"class,omitempty"`
+	Reasons       []string `protobuf:"bytes,5,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	Classes       []string `protobuf:"bytes,6,rep,name=classes,proto3" json:"classes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetMapResponse) Reset() {
+	*x = GetMapResponse{}
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetMapResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetMapResponse) ProtoMessage() {}
+
+func (x *GetMapResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetMapResponse.ProtoReflect.Descriptor instead.
+func (*GetMapResponse) Descriptor() ([]byte, []int) {
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *GetMapResponse) GetPagesPerPart() uint32 {
+	if x != nil {
+		return x.PagesPerPart
+	}
+	return 0
+}
+
+func (x *GetMapResponse) GetCame() []byte {
+	if x != nil {
+		return x.Came
+	}
+	return nil
+}
+
+func (x *GetMapResponse) GetWhy() []byte {
+	if x != nil {
+		return x.Why
+	}
+	return nil
+}
+
+func (x *GetMapResponse) GetClass() []byte {
+	if x != nil {
+		return x.Class
+	}
+	return nil
+}
+
+func (x *GetMapResponse) GetReasons() []string {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+func (x *GetMapResponse) GetClasses() []string {
+	if x != nil {
+		return x.Classes
+	}
+	return nil
+}
+
 type WatchEvictionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 32 digits in hex.
@@ -1089,7 +1230,7 @@ type WatchEvictionRequest struct {
 
 func (x *WatchEvictionRequest) Reset() {
 	*x = WatchEvictionRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1242,7 @@ func (x *WatchEvictionRequest) String() string {
 func (*WatchEvictionRequest) ProtoMessage() {}
 
 func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[15]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1255,7 @@ func (x *WatchEvictionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEvictionRequest.ProtoReflect.Descriptor instead.
 func (*WatchEvictionRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchEvictionRequest) GetId() string {
@@ -1138,7 +1279,7 @@ type EvictRequest struct {
 
 func (x *EvictRequest) Reset() {
 	*x = EvictRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1291,7 @@ func (x *EvictRequest) String() string {
 func (*EvictRequest) ProtoMessage() {}
 
 func (x *EvictRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[16]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1304,7 @@ func (x *EvictRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictRequest.ProtoReflect.Descriptor instead.
 func (*EvictRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EvictRequest) GetVm() string {
@@ -1211,7 +1352,7 @@ type EvictOptions struct {
 
 func (x *EvictOptions) Reset() {
 	*x = EvictOptions{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1223,7 +1364,7 @@ func (x *EvictOptions) String() string {
 func (*EvictOptions) ProtoMessage() {}
 
 func (x *EvictOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[17]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1236,7 +1377,7 @@ func (x *EvictOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictOptions.ProtoReflect.Descriptor instead.
 func (*EvictOptions) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *EvictOptions) GetOrder() string {
@@ -1300,7 +1441,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1453,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[18]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1466,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -1364,7 +1505,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1517,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[19]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1530,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -1446,7 +1587,7 @@ type ExportRequest struct {
 
 func (x *ExportRequest) Reset() {
 	*x = ExportRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1599,7 @@ func (x *ExportRequest) String() string {
 func (*ExportRequest) ProtoMessage() {}
 
 func (x *ExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[20]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1612,7 @@ func (x *ExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
 func (*ExportRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExportRequest) GetId() string {
@@ -1502,7 +1643,7 @@ type ExportResponse struct {
 
 func (x *ExportResponse) Reset() {
 	*x = ExportResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +1655,7 @@ func (x *ExportResponse) String() string {
 func (*ExportResponse) ProtoMessage() {}
 
 func (x *ExportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[21]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +1668,7 @@ func (x *ExportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExportResponse.ProtoReflect.Descriptor instead.
 func (*ExportResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExportResponse) GetPath() string {
@@ -1612,7 +1753,7 @@ type Eviction struct {
 
 func (x *Eviction) Reset() {
 	*x = Eviction{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1765,7 @@ func (x *Eviction) String() string {
 func (*Eviction) ProtoMessage() {}
 
 func (x *Eviction) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[22]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1778,7 @@ func (x *Eviction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Eviction.ProtoReflect.Descriptor instead.
 func (*Eviction) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Eviction) GetId() string {
@@ -1830,7 +1971,7 @@ type HugePages struct {
 
 func (x *HugePages) Reset() {
 	*x = HugePages{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1842,7 +1983,7 @@ func (x *HugePages) String() string {
 func (*HugePages) ProtoMessage() {}
 
 func (x *HugePages) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[23]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1855,7 +1996,7 @@ func (x *HugePages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugePages.ProtoReflect.Descriptor instead.
 func (*HugePages) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HugePages) GetHuge() uint64 {
@@ -1949,7 +2090,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2102,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[24]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2115,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Progress) GetElapsedS() float64 {
@@ -2129,7 +2270,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2141,7 +2282,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[25]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2154,7 +2295,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Report) GetOutcome() string {
@@ -2311,7 +2452,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2464,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[26]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2477,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Phase) GetState() string {
@@ -2392,7 +2533,7 @@ type PageCounts struct {
 
 func (x *PageCounts) Reset() {
 	*x = PageCounts{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2545,7 @@ func (x *PageCounts) String() string {
 func (*PageCounts) ProtoMessage() {}
 
 func (x *PageCounts) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[27]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2558,7 @@ func (x *PageCounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageCounts.ProtoReflect.Descriptor instead.
 func (*PageCounts) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PageCounts) GetTotal() uint64 {
@@ -2518,7 +2659,7 @@ type Quantiles struct {
 
 func (x *Quantiles) Reset() {
 	*x = Quantiles{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2530,7 +2671,7 @@ func (x *Quantiles) String() string {
 func (*Quantiles) ProtoMessage() {}
 
 func (x *Quantiles) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[28]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2543,7 +2684,7 @@ func (x *Quantiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quantiles.ProtoReflect.Descriptor instead.
 func (*Quantiles) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Quantiles) GetP50() float64 {
@@ -2598,7 +2739,7 @@ type Gap struct {
 
 func (x *Gap) Reset() {
 	*x = Gap{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2751,7 @@ func (x *Gap) String() string {
 func (*Gap) ProtoMessage() {}
 
 func (x *Gap) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[29]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2764,7 @@ func (x *Gap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gap.ProtoReflect.Descriptor instead.
 func (*Gap) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{29}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Gap) GetAtS() float64 {
@@ -2685,7 +2826,7 @@ type Enlightening struct {
 
 func (x *Enlightening) Reset() {
 	*x = Enlightening{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2697,7 +2838,7 @@ func (x *Enlightening) String() string {
 func (*Enlightening) ProtoMessage() {}
 
 func (x *Enlightening) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[30]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2710,7 +2851,7 @@ func (x *Enlightening) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Enlightening.ProtoReflect.Descriptor instead.
 func (*Enlightening) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{30}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Enlightening) GetSource() string {
@@ -2811,7 +2952,7 @@ type Stages struct {
 
 func (x *Stages) Reset() {
 	*x = Stages{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2823,7 +2964,7 @@ func (x *Stages) String() string {
 func (*Stages) ProtoMessage() {}
 
 func (x *Stages) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[31]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2836,7 +2977,7 @@ func (x *Stages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stages.ProtoReflect.Descriptor instead.
 func (*Stages) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{31}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Stages) GetValidate() int64 {
@@ -2897,7 +3038,7 @@ type ClassCount struct {
 
 func (x *ClassCount) Reset() {
 	*x = ClassCount{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2909,7 +3050,7 @@ func (x *ClassCount) String() string {
 func (*ClassCount) ProtoMessage() {}
 
 func (x *ClassCount) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[32]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2922,7 +3063,7 @@ func (x *ClassCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassCount.ProtoReflect.Descriptor instead.
 func (*ClassCount) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{32}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ClassCount) GetClass() string {
@@ -3014,7 +3155,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3026,7 +3167,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[33]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3039,7 +3180,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{33}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DoctorRequest) GetVm() string {
@@ -3066,7 +3207,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3078,7 +3219,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[34]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3091,7 +3232,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{34}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3120,7 +3261,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3273,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[35]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3286,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{35}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3193,7 +3334,7 @@ type PressureRequest struct {
 
 func (x *PressureRequest) Reset() {
 	*x = PressureRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3205,7 +3346,7 @@ func (x *PressureRequest) String() string {
 func (*PressureRequest) ProtoMessage() {}
 
 func (x *PressureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[36]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3218,7 +3359,7 @@ func (x *PressureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureRequest.ProtoReflect.Descriptor instead.
 func (*PressureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{36}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PressureRequest) GetOverMs() uint32 {
@@ -3257,7 +3398,7 @@ type PressureResponse struct {
 
 func (x *PressureResponse) Reset() {
 	*x = PressureResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3269,7 +3410,7 @@ func (x *PressureResponse) String() string {
 func (*PressureResponse) ProtoMessage() {}
 
 func (x *PressureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[37]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3282,7 +3423,7 @@ func (x *PressureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureResponse.ProtoReflect.Descriptor instead.
 func (*PressureResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{37}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PressureResponse) GetOverS() float64 {
@@ -3382,7 +3523,7 @@ type Stall struct {
 
 func (x *Stall) Reset() {
 	*x = Stall{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3394,7 +3535,7 @@ func (x *Stall) String() string {
 func (*Stall) ProtoMessage() {}
 
 func (x *Stall) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[38]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3407,7 +3548,7 @@ func (x *Stall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stall.ProtoReflect.Descriptor instead.
 func (*Stall) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{38}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Stall) GetSome() float64 {
@@ -3452,7 +3593,7 @@ type VMPressure struct {
 
 func (x *VMPressure) Reset() {
 	*x = VMPressure{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3464,7 +3605,7 @@ func (x *VMPressure) String() string {
 func (*VMPressure) ProtoMessage() {}
 
 func (x *VMPressure) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[39]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3477,7 +3618,7 @@ func (x *VMPressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMPressure.ProtoReflect.Descriptor instead.
 func (*VMPressure) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{39}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VMPressure) GetName() string {
@@ -3584,7 +3725,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3596,7 +3737,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[40]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3609,7 +3750,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{40}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PlanRequest) GetGoal() string {
@@ -3670,7 +3811,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3682,7 +3823,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[41]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3695,7 +3836,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{41}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PlanResponse) GetGoal() string {
@@ -3745,7 +3886,7 @@ type HostLoad struct {
 
 func (x *HostLoad) Reset() {
 	*x = HostLoad{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3757,7 +3898,7 @@ func (x *HostLoad) String() string {
 func (*HostLoad) ProtoMessage() {}
 
 func (x *HostLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[42]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3770,7 +3911,7 @@ func (x *HostLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
 func (*HostLoad) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{42}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *HostLoad) GetName() string {
@@ -3857,7 +3998,7 @@ type Candidate struct {
 
 func (x *Candidate) Reset() {
 	*x = Candidate{}
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3869,7 +4010,7 @@ func (x *Candidate) String() string {
 func (*Candidate) ProtoMessage() {}
 
 func (x *Candidate) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_host_api_v1_host_proto_msgTypes[43]
+	mi := &file_internal_host_api_v1_host_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3882,7 +4023,7 @@ func (x *Candidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
 func (*Candidate) Descriptor() ([]byte, []int) {
-	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{43}
+	return file_internal_host_api_v1_host_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Candidate) GetVm() string {
@@ -4042,7 +4183,17 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x0fGetTraceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
 	"\x10GetTraceResponse\x12\x14\n" +
-	"\x05trace\x18\x01 \x01(\fR\x05trace\"&\n" +
+	"\x05trace\x18\x01 \x01(\fR\x05trace\"5\n" +
+	"\rGetMapRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05parts\x18\x02 \x01(\rR\x05parts\"\xa6\x01\n" +
+	"\x0eGetMapResponse\x12$\n" +
+	"\x0epages_per_part\x18\x01 \x01(\rR\fpagesPerPart\x12\x12\n" +
+	"\x04came\x18\x02 \x01(\fR\x04came\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\fR\x03why\x12\x14\n" +
+	"\x05class\x18\x04 \x01(\fR\x05class\x12\x18\n" +
+	"\areasons\x18\x05 \x03(\tR\areasons\x12\x18\n" +
+	"\aclasses\x18\x06 \x03(\tR\aclasses\"&\n" +
 	"\x14WatchEvictionRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"f\n" +
 	"\fEvictRequest\x12\x0e\n" +
@@ -4339,13 +4490,15 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"LEVEL_NOTE\x10\x02\x12\x11\n" +
 	"\rLEVEL_WARNING\x10\x03\x12\x0f\n" +
-	"\vLEVEL_FATAL\x10\x042\xb6\t\n" +
+	"\vLEVEL_FATAL\x10\x042\x84\n" +
+	"\n" +
 	"\x04Host\x12L\n" +
 	"\x06Status\x12\x1d.vacate.host.v1.StatusRequest\x1a\x1e.vacate.host.v1.StatusResponse\"\x03\x90\x02\x01\x12O\n" +
 	"\aListVMs\x12\x1e.vacate.host.v1.ListVMsRequest\x1a\x1f.vacate.host.v1.ListVMsResponse\"\x03\x90\x02\x01\x12a\n" +
 	"\rListEvictions\x12$.vacate.host.v1.ListEvictionsRequest\x1a%.vacate.host.v1.ListEvictionsResponse\"\x03\x90\x02\x01\x12P\n" +
 	"\vGetEviction\x12\".vacate.host.v1.GetEvictionRequest\x1a\x18.vacate.host.v1.Eviction\"\x03\x90\x02\x01\x12R\n" +
-	"\bGetTrace\x12\x1f.vacate.host.v1.GetTraceRequest\x1a .vacate.host.v1.GetTraceResponse\"\x03\x90\x02\x01\x12Q\n" +
+	"\bGetTrace\x12\x1f.vacate.host.v1.GetTraceRequest\x1a .vacate.host.v1.GetTraceResponse\"\x03\x90\x02\x01\x12L\n" +
+	"\x06GetMap\x12\x1d.vacate.host.v1.GetMapRequest\x1a\x1e.vacate.host.v1.GetMapResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\rWatchEviction\x12$.vacate.host.v1.WatchEvictionRequest\x1a\x18.vacate.host.v1.Eviction0\x01\x12?\n" +
 	"\x05Evict\x12\x1c.vacate.host.v1.EvictRequest\x1a\x18.vacate.host.v1.Eviction\x12?\n" +
 	"\x05Abort\x12\x1c.vacate.host.v1.AbortRequest\x1a\x18.vacate.host.v1.Eviction\x12A\n" +
@@ -4371,7 +4524,7 @@ func file_internal_host_api_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_host_api_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_internal_host_api_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(Decision)(0),                 // 0: vacate.host.v1.Decision
 	(Level)(0),                    // 1: vacate.host.v1.Level
@@ -4390,110 +4543,114 @@ var file_internal_host_api_v1_host_proto_goTypes = []any{
 	(*GetEvictionRequest)(nil),    // 14: vacate.host.v1.GetEvictionRequest
 	(*GetTraceRequest)(nil),       // 15: vacate.host.v1.GetTraceRequest
 	(*GetTraceResponse)(nil),      // 16: vacate.host.v1.GetTraceResponse
-	(*WatchEvictionRequest)(nil),  // 17: vacate.host.v1.WatchEvictionRequest
-	(*EvictRequest)(nil),          // 18: vacate.host.v1.EvictRequest
-	(*EvictOptions)(nil),          // 19: vacate.host.v1.EvictOptions
-	(*AbortRequest)(nil),          // 20: vacate.host.v1.AbortRequest
-	(*DecideRequest)(nil),         // 21: vacate.host.v1.DecideRequest
-	(*ExportRequest)(nil),         // 22: vacate.host.v1.ExportRequest
-	(*ExportResponse)(nil),        // 23: vacate.host.v1.ExportResponse
-	(*Eviction)(nil),              // 24: vacate.host.v1.Eviction
-	(*HugePages)(nil),             // 25: vacate.host.v1.HugePages
-	(*Progress)(nil),              // 26: vacate.host.v1.Progress
-	(*Report)(nil),                // 27: vacate.host.v1.Report
-	(*Phase)(nil),                 // 28: vacate.host.v1.Phase
-	(*PageCounts)(nil),            // 29: vacate.host.v1.PageCounts
-	(*Quantiles)(nil),             // 30: vacate.host.v1.Quantiles
-	(*Gap)(nil),                   // 31: vacate.host.v1.Gap
-	(*Enlightening)(nil),          // 32: vacate.host.v1.Enlightening
-	(*Stages)(nil),                // 33: vacate.host.v1.Stages
-	(*ClassCount)(nil),            // 34: vacate.host.v1.ClassCount
-	(*DoctorRequest)(nil),         // 35: vacate.host.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 36: vacate.host.v1.DoctorResponse
-	(*Finding)(nil),               // 37: vacate.host.v1.Finding
-	(*PressureRequest)(nil),       // 38: vacate.host.v1.PressureRequest
-	(*PressureResponse)(nil),      // 39: vacate.host.v1.PressureResponse
-	(*Stall)(nil),                 // 40: vacate.host.v1.Stall
-	(*VMPressure)(nil),            // 41: vacate.host.v1.VMPressure
-	(*PlanRequest)(nil),           // 42: vacate.host.v1.PlanRequest
-	(*PlanResponse)(nil),          // 43: vacate.host.v1.PlanResponse
-	(*HostLoad)(nil),              // 44: vacate.host.v1.HostLoad
-	(*Candidate)(nil),             // 45: vacate.host.v1.Candidate
-	nil,                           // 46: vacate.host.v1.StatusResponse.CountersEntry
-	nil,                           // 47: vacate.host.v1.ShowVMResponse.EnvEntry
-	nil,                           // 48: vacate.host.v1.PressureResponse.StallsEntry
-	nil,                           // 49: vacate.host.v1.PressureResponse.LinksEntry
-	nil,                           // 50: vacate.host.v1.VMPressure.StallsEntry
-	(*timestamppb.Timestamp)(nil), // 51: google.protobuf.Timestamp
+	(*GetMapRequest)(nil),         // 17: vacate.host.v1.GetMapRequest
+	(*GetMapResponse)(nil),        // 18: vacate.host.v1.GetMapResponse
+	(*WatchEvictionRequest)(nil),  // 19: vacate.host.v1.WatchEvictionRequest
+	(*EvictRequest)(nil),          // 20: vacate.host.v1.EvictRequest
+	(*EvictOptions)(nil),          // 21: vacate.host.v1.EvictOptions
+	(*AbortRequest)(nil),          // 22: vacate.host.v1.AbortRequest
+	(*DecideRequest)(nil),         // 23: vacate.host.v1.DecideRequest
+	(*ExportRequest)(nil),         // 24: vacate.host.v1.ExportRequest
+	(*ExportResponse)(nil),        // 25: vacate.host.v1.ExportResponse
+	(*Eviction)(nil),              // 26: vacate.host.v1.Eviction
+	(*HugePages)(nil),             // 27: vacate.host.v1.HugePages
+	(*Progress)(nil),              // 28: vacate.host.v1.Progress
+	(*Report)(nil),                // 29: vacate.host.v1.Report
+	(*Phase)(nil),                 // 30: vacate.host.v1.Phase
+	(*PageCounts)(nil),            // 31: vacate.host.v1.PageCounts
+	(*Quantiles)(nil),             // 32: vacate.host.v1.Quantiles
+	(*Gap)(nil),                   // 33: vacate.host.v1.Gap
+	(*Enlightening)(nil),          // 34: vacate.host.v1.Enlightening
+	(*Stages)(nil),                // 35: vacate.host.v1.Stages
+	(*ClassCount)(nil),            // 36: vacate.host.v1.ClassCount
+	(*DoctorRequest)(nil),         // 37: vacate.host.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 38: vacate.host.v1.DoctorResponse
+	(*Finding)(nil),               // 39: vacate.host.v1.Finding
+	(*PressureRequest)(nil),       // 40: vacate.host.v1.PressureRequest
+	(*PressureResponse)(nil),      // 41: vacate.host.v1.PressureResponse
+	(*Stall)(nil),                 // 42: vacate.host.v1.Stall
+	(*VMPressure)(nil),            // 43: vacate.host.v1.VMPressure
+	(*PlanRequest)(nil),           // 44: vacate.host.v1.PlanRequest
+	(*PlanResponse)(nil),          // 45: vacate.host.v1.PlanResponse
+	(*HostLoad)(nil),              // 46: vacate.host.v1.HostLoad
+	(*Candidate)(nil),             // 47: vacate.host.v1.Candidate
+	nil,                           // 48: vacate.host.v1.StatusResponse.CountersEntry
+	nil,                           // 49: vacate.host.v1.ShowVMResponse.EnvEntry
+	nil,                           // 50: vacate.host.v1.PressureResponse.StallsEntry
+	nil,                           // 51: vacate.host.v1.PressureResponse.LinksEntry
+	nil,                           // 52: vacate.host.v1.VMPressure.StallsEntry
+	(*timestamppb.Timestamp)(nil), // 53: google.protobuf.Timestamp
 }
 var file_internal_host_api_v1_host_proto_depIdxs = []int32{
 	4,  // 0: vacate.host.v1.StatusResponse.peers:type_name -> vacate.host.v1.Peer
-	46, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
-	51, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	51, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
+	48, // 1: vacate.host.v1.StatusResponse.counters:type_name -> vacate.host.v1.StatusResponse.CountersEntry
+	53, // 2: vacate.host.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	53, // 3: vacate.host.v1.StatusResponse.certificate_expires_at:type_name -> google.protobuf.Timestamp
 	7,  // 4: vacate.host.v1.ListVMsResponse.vms:type_name -> vacate.host.v1.VM
-	47, // 5: vacate.host.v1.ShowVMResponse.env:type_name -> vacate.host.v1.ShowVMResponse.EnvEntry
-	24, // 6: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
-	19, // 7: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
+	49, // 5: vacate.host.v1.ShowVMResponse.env:type_name -> vacate.host.v1.ShowVMResponse.EnvEntry
+	26, // 6: vacate.host.v1.ListEvictionsResponse.evictions:type_name -> vacate.host.v1.Eviction
+	21, // 7: vacate.host.v1.EvictRequest.options:type_name -> vacate.host.v1.EvictOptions
 	0,  // 8: vacate.host.v1.DecideRequest.decision:type_name -> vacate.host.v1.Decision
-	26, // 9: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
-	51, // 10: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
-	51, // 11: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
-	19, // 12: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
-	27, // 13: vacate.host.v1.Eviction.report:type_name -> vacate.host.v1.Report
-	25, // 14: vacate.host.v1.Eviction.huge_pages:type_name -> vacate.host.v1.HugePages
-	28, // 15: vacate.host.v1.Report.phases:type_name -> vacate.host.v1.Phase
-	51, // 16: vacate.host.v1.Report.begun:type_name -> google.protobuf.Timestamp
-	32, // 17: vacate.host.v1.Report.enlightenment:type_name -> vacate.host.v1.Enlightening
-	29, // 18: vacate.host.v1.Report.pages:type_name -> vacate.host.v1.PageCounts
-	30, // 19: vacate.host.v1.Report.fetch_latency_s:type_name -> vacate.host.v1.Quantiles
-	31, // 20: vacate.host.v1.Report.gaps:type_name -> vacate.host.v1.Gap
-	33, // 21: vacate.host.v1.Enlightening.stages_ns:type_name -> vacate.host.v1.Stages
-	34, // 22: vacate.host.v1.Enlightening.classes:type_name -> vacate.host.v1.ClassCount
-	37, // 23: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
+	28, // 9: vacate.host.v1.Eviction.progress:type_name -> vacate.host.v1.Progress
+	53, // 10: vacate.host.v1.Eviction.started_at:type_name -> google.protobuf.Timestamp
+	53, // 11: vacate.host.v1.Eviction.ended_at:type_name -> google.protobuf.Timestamp
+	21, // 12: vacate.host.v1.Eviction.options:type_name -> vacate.host.v1.EvictOptions
+	29, // 13: vacate.host.v1.Eviction.report:type_name -> vacate.host.v1.Report
+	27, // 14: vacate.host.v1.Eviction.huge_pages:type_name -> vacate.host.v1.HugePages
+	30, // 15: vacate.host.v1.Report.phases:type_name -> vacate.host.v1.Phase
+	53, // 16: vacate.host.v1.Report.begun:type_name -> google.protobuf.Timestamp
+	34, // 17: vacate.host.v1.Report.enlightenment:type_name -> vacate.host.v1.Enlightening
+	31, // 18: vacate.host.v1.Report.pages:type_name -> vacate.host.v1.PageCounts
+	32, // 19: vacate.host.v1.Report.fetch_latency_s:type_name -> vacate.host.v1.Quantiles
+	33, // 20: vacate.host.v1.Report.gaps:type_name -> vacate.host.v1.Gap
+	35, // 21: vacate.host.v1.Enlightening.stages_ns:type_name -> vacate.host.v1.Stages
+	36, // 22: vacate.host.v1.Enlightening.classes:type_name -> vacate.host.v1.ClassCount
+	39, // 23: vacate.host.v1.DoctorResponse.findings:type_name -> vacate.host.v1.Finding
 	1,  // 24: vacate.host.v1.Finding.level:type_name -> vacate.host.v1.Level
-	48, // 25: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
-	49, // 26: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
-	41, // 27: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
-	50, // 28: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
-	44, // 29: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
-	45, // 30: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
-	40, // 31: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
-	40, // 32: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	50, // 25: vacate.host.v1.PressureResponse.stalls:type_name -> vacate.host.v1.PressureResponse.StallsEntry
+	51, // 26: vacate.host.v1.PressureResponse.links:type_name -> vacate.host.v1.PressureResponse.LinksEntry
+	43, // 27: vacate.host.v1.PressureResponse.vms:type_name -> vacate.host.v1.VMPressure
+	52, // 28: vacate.host.v1.VMPressure.stalls:type_name -> vacate.host.v1.VMPressure.StallsEntry
+	46, // 29: vacate.host.v1.PlanResponse.hosts:type_name -> vacate.host.v1.HostLoad
+	47, // 30: vacate.host.v1.PlanResponse.candidates:type_name -> vacate.host.v1.Candidate
+	42, // 31: vacate.host.v1.PressureResponse.StallsEntry.value:type_name -> vacate.host.v1.Stall
+	42, // 32: vacate.host.v1.VMPressure.StallsEntry.value:type_name -> vacate.host.v1.Stall
 	2,  // 33: vacate.host.v1.Host.Status:input_type -> vacate.host.v1.StatusRequest
 	5,  // 34: vacate.host.v1.Host.ListVMs:input_type -> vacate.host.v1.ListVMsRequest
 	12, // 35: vacate.host.v1.Host.ListEvictions:input_type -> vacate.host.v1.ListEvictionsRequest
 	14, // 36: vacate.host.v1.Host.GetEviction:input_type -> vacate.host.v1.GetEvictionRequest
 	15, // 37: vacate.host.v1.Host.GetTrace:input_type -> vacate.host.v1.GetTraceRequest
-	17, // 38: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
-	18, // 39: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
-	20, // 40: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
-	21, // 41: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
-	22, // 42: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
-	8,  // 43: vacate.host.v1.Host.Start:input_type -> vacate.host.v1.StartRequest
-	9,  // 44: vacate.host.v1.Host.Stop:input_type -> vacate.host.v1.StopRequest
-	10, // 45: vacate.host.v1.Host.ShowVM:input_type -> vacate.host.v1.ShowVMRequest
-	35, // 46: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
-	38, // 47: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
-	42, // 48: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
-	3,  // 49: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
-	6,  // 50: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
-	13, // 51: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
-	24, // 52: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
-	16, // 53: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
-	24, // 54: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
-	24, // 55: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
-	24, // 56: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
-	24, // 57: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
-	23, // 58: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
-	7,  // 59: vacate.host.v1.Host.Start:output_type -> vacate.host.v1.VM
-	7,  // 60: vacate.host.v1.Host.Stop:output_type -> vacate.host.v1.VM
-	11, // 61: vacate.host.v1.Host.ShowVM:output_type -> vacate.host.v1.ShowVMResponse
-	36, // 62: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
-	39, // 63: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
-	43, // 64: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
-	49, // [49:65] is the sub-list for method output_type
-	33, // [33:49] is the sub-list for method input_type
+	17, // 38: vacate.host.v1.Host.GetMap:input_type -> vacate.host.v1.GetMapRequest
+	19, // 39: vacate.host.v1.Host.WatchEviction:input_type -> vacate.host.v1.WatchEvictionRequest
+	20, // 40: vacate.host.v1.Host.Evict:input_type -> vacate.host.v1.EvictRequest
+	22, // 41: vacate.host.v1.Host.Abort:input_type -> vacate.host.v1.AbortRequest
+	23, // 42: vacate.host.v1.Host.Decide:input_type -> vacate.host.v1.DecideRequest
+	24, // 43: vacate.host.v1.Host.Export:input_type -> vacate.host.v1.ExportRequest
+	8,  // 44: vacate.host.v1.Host.Start:input_type -> vacate.host.v1.StartRequest
+	9,  // 45: vacate.host.v1.Host.Stop:input_type -> vacate.host.v1.StopRequest
+	10, // 46: vacate.host.v1.Host.ShowVM:input_type -> vacate.host.v1.ShowVMRequest
+	37, // 47: vacate.host.v1.Host.Doctor:input_type -> vacate.host.v1.DoctorRequest
+	40, // 48: vacate.host.v1.Host.Pressure:input_type -> vacate.host.v1.PressureRequest
+	44, // 49: vacate.host.v1.Host.Plan:input_type -> vacate.host.v1.PlanRequest
+	3,  // 50: vacate.host.v1.Host.Status:output_type -> vacate.host.v1.StatusResponse
+	6,  // 51: vacate.host.v1.Host.ListVMs:output_type -> vacate.host.v1.ListVMsResponse
+	13, // 52: vacate.host.v1.Host.ListEvictions:output_type -> vacate.host.v1.ListEvictionsResponse
+	26, // 53: vacate.host.v1.Host.GetEviction:output_type -> vacate.host.v1.Eviction
+	16, // 54: vacate.host.v1.Host.GetTrace:output_type -> vacate.host.v1.GetTraceResponse
+	18, // 55: vacate.host.v1.Host.GetMap:output_type -> vacate.host.v1.GetMapResponse
+	26, // 56: vacate.host.v1.Host.WatchEviction:output_type -> vacate.host.v1.Eviction
+	26, // 57: vacate.host.v1.Host.Evict:output_type -> vacate.host.v1.Eviction
+	26, // 58: vacate.host.v1.Host.Abort:output_type -> vacate.host.v1.Eviction
+	26, // 59: vacate.host.v1.Host.Decide:output_type -> vacate.host.v1.Eviction
+	25, // 60: vacate.host.v1.Host.Export:output_type -> vacate.host.v1.ExportResponse
+	7,  // 61: vacate.host.v1.Host.Start:output_type -> vacate.host.v1.VM
+	7,  // 62: vacate.host.v1.Host.Stop:output_type -> vacate.host.v1.VM
+	11, // 63: vacate.host.v1.Host.ShowVM:output_type -> vacate.host.v1.ShowVMResponse
+	38, // 64: vacate.host.v1.Host.Doctor:output_type -> vacate.host.v1.DoctorResponse
+	41, // 65: vacate.host.v1.Host.Pressure:output_type -> vacate.host.v1.PressureResponse
+	45, // 66: vacate.host.v1.Host.Plan:output_type -> vacate.host.v1.PlanResponse
+	50, // [50:67] is the sub-list for method output_type
+	33, // [33:50] is the sub-list for method input_type
 	33, // [33:33] is the sub-list for extension type_name
 	33, // [33:33] is the sub-list for extension extendee
 	0,  // [0:33] is the sub-list for field type_name
@@ -4504,15 +4661,15 @@ func file_internal_host_api_v1_host_proto_init() {
 	if File_internal_host_api_v1_host_proto != nil {
 		return
 	}
-	file_internal_host_api_v1_host_proto_msgTypes[24].OneofWrappers = []any{}
-	file_internal_host_api_v1_host_proto_msgTypes[25].OneofWrappers = []any{}
+	file_internal_host_api_v1_host_proto_msgTypes[26].OneofWrappers = []any{}
+	file_internal_host_api_v1_host_proto_msgTypes[27].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_host_api_v1_host_proto_rawDesc), len(file_internal_host_api_v1_host_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   49,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
