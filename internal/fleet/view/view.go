@@ -132,10 +132,19 @@ func (r Report) Check() error {
 	if err := h.Labels.check(); err != nil {
 		return bad("%v", err)
 	}
-	seen := make(map[string]bool, len(r.VMs))
-	for _, v := range r.VMs {
+	var seen map[string]bool // only where they are in no order
+	for i, v := range r.VMs {
 		if err := v.check(); err != nil {
 			return bad("%v", err)
+		}
+		if seen == nil && (i == 0 || r.VMs[i-1].Name < v.Name) {
+			continue
+		}
+		if seen == nil {
+			seen = map[string]bool{}
+			for _, o := range r.VMs[:i] {
+				seen[o.Name] = true
+			}
 		}
 		if seen[v.Name] {
 			return bad("it tells of VM %s twice", v.Name)
