@@ -1,0 +1,89 @@
+package member
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"vacate/internal/link/certs"
+)
+
+// Three members serve, and let nobody in who is none of them.
+func TestThree(t *testing.T) {
+	dir := t.TempDir()
+	ca := filepath.Join(dir, "ca")
+	if err := certs.Init(ca); err != nil {
+		t.Fatal(err)
+	}
+	names, members := []string{"127.0.0.1", "127.0.0.2", "127.0.0.3"}, []string{}
+	for _, name := range append(names, "hosta") {
+		if err := certs.Issue(ca, name, filepath.Join(dir, name), certs.DefaultDays,
+			false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range names {
+		ln, err := net.Listen("tcp", name+":0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		members = append(members, ln.Addr().String())
+		ln.Close()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	started := make([]*Member, len(names))
+	var starts sync.WaitGroup
+	for i, name := range names {
+		starts.Go(func() {
+			var err error
+			started[i], err = Start(ctx, Config{Name: name, Dir: filepath.Join(dir, name),
+				Members: members, Certs: filepath.Join(dir, name)},
+				slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	starts.Wait()
+	if t.Failed() {
+		return
+	}
+	for i, m := range started {
+		defer m.Close()
+		if _, err := m.Client.Put(t.Context(), fmt.Sprint("/k", i), "v"); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, who := range []struct {
+		name string
+		in   bool
+	}{{"hosta", false}, {"127.0.0.2", true}} {
+		identity, err := certs.Load(filepath.Join(dir, who.name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in := greets(t, members[0], identity.Client("127.0.0.1")); in != who.in {
+			t.Errorf("%s as a member: let in is %v", who.name, in)
+		}
+	}
+}
+
+// greets reports whether a member answers a request after the handshake.
+func greets(t *testing.T, address string, c *tls.Config) bool {
+	t.Helper()
+	conn, err := tls.Dial("tcp", address, c)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET /version HTTP/1.0\r\n\r\n")
+	n, err := conn.Read(make([]byte, 100))
+	return n > 0 && err == nil
+}

@@ -1,0 +1,251 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"vacate/internal/fleet/member"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// open starts an etcd of its own, with one member.
+func open(t *testing.T, dir string, generation uint64) (*Store, *member.Member) {
+	t.Helper()
+	m, err := member.Start(t.Context(), member.Config{Name: "brain1", Dir: dir},
+		slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(m.Client, generation)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, m
+}
+
+func campaign(t *testing.T, s *Store, me string) *Candidacy {
+	t.Helper()
+	c, err := s.Campaign(t.Context(), me)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+const anID = "0123456789abcdef0123456789abcdef"
+
+// What was written is there after a restart, and numbers only grow.
+func TestStore(t *testing.T) {
+	dir := t.TempDir()
+	s, m := open(t, dir, 0)
+	c := campaign(t, s, "brain1@host:1")
+	at := time.Now().UTC().Truncate(time.Second)
+	p, err := s.Begin(t.Context(), c.Term, Plan{ID: anID, VM: "web1", Incarnation: "x",
+		From: "hosta", To: "hostb", At: at, Reasons: []string{"it starves"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Epoch != c.Epoch || p.Number <= p.Epoch {
+		t.Errorf("epoch %d, plan %d of %d", c.Epoch, p.Number, p.Epoch)
+	}
+	want := Everything{
+		Hosts:       []Host{{Name: "hosta", Labels: map[string]string{"rack": "r1"}, Added: at}},
+		Rules:       []Rule{{Name: "apart", Rule: json.RawMessage(`{"x":1}`), By: "admin"}},
+		Maintenance: []Maintenance{{Host: "hosta", Since: at, Who: "admin", VMs: []string{"web1"}}},
+		Plans:       []Plan{p},
+		Settings:    Settings{Mode: "ask"},
+	}
+	if err := errors.Join(s.PutHost(t.Context(), c.Term, want.Hosts[0]),
+		s.PutRule(t.Context(), c.Term, want.Rules[0]),
+		s.PutMaintenance(t.Context(), c.Term, want.Maintenance[0]),
+		s.PutSettings(t.Context(), c.Term, want.Settings)); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := s.Leader(t.Context()); err != nil || who != "brain1@host:1" {
+		t.Errorf("%q leads, %v", who, err)
+	}
+	m.Close()
+
+	s, m = open(t, dir, 1)
+	defer func() { m.Close() }()
+	later := campaign(t, s, "brain1@host:1")
+	if later.Epoch <= p.Number {
+		t.Errorf("epoch %d after plan %d", later.Epoch, p.Number)
+	}
+	got, err := s.ReadAll(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The number is of the generation in which it is read: only its own one is sent again.
+	got.Plans[0].Number = p.Number
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	// The term of before is over.
+	if _, err := s.Begin(t.Context(), c.Term, p); !errors.Is(err, ErrDeposed) {
+		t.Errorf("a plan of a term that is over: %v", err)
+	}
+	d := Decision{Plan: p, Number: p.Number, Outcome: "completed", Ended: at}
+	if err := s.End(t.Context(), later.Term, d, 0); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = s.ReadAll(t.Context()); err != nil || len(got.Plans) != 0 ||
+		len(got.Decisions) != 1 || got.Decisions[0].Plan.VM != "web1" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	next := d
+	next.Number++
+	if err := s.End(t.Context(), later.Term, next, next.Number); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = s.ReadAll(t.Context()); err != nil || len(got.Decisions) != 1 ||
+		got.Decisions[0].Number != next.Number {
+		t.Errorf("old decisions stay: %+v, %v", got.Decisions, err)
+	}
+}
+
+// Who has led writes nothing once another leads.
+func TestElection(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	first := campaign(t, s, "one")
+	elected := make(chan *Candidacy)
+	go func() {
+		c, err := s.Campaign(t.Context(), "two")
+		if err != nil {
+			t.Error(err)
+		}
+		elected <- c
+	}()
+	if err := s.PutSettings(t.Context(), first.Term, Settings{Mode: "auto"}); err != nil {
+		t.Fatal(err)
+	}
+	first.Leave()
+	second := <-elected
+	if second == nil || second.Epoch <= first.Epoch {
+		t.Fatalf("%+v after %+v", second, first)
+	}
+	err := s.PutSettings(t.Context(), first.Term, Settings{Mode: "watch"})
+	if !errors.Is(err, ErrDeposed) {
+		t.Errorf("the first still writes: %v", err)
+	}
+	got, err := s.ReadAll(t.Context())
+	if err != nil || got.Settings.Mode != "auto" {
+		t.Errorf("%+v, %v", got.Settings, err)
+	}
+	select {
+	case <-first.Over():
+	case <-time.After(time.Minute):
+		t.Error("the first does not hear that its term is over")
+	}
+}
+
+// What somebody else has put there is told, and nothing else is lost.
+func TestForeign(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	c := campaign(t, s, "one")
+	for _, name := range []string{"a", "b", "c"} {
+		if err := s.PutHost(t.Context(), c.Term, Host{Name: name}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for key, value := range map[string]string{
+		"hosts/d": `{`, "hosts/e": `{"name":"a"}`, "hosts/f": `{"name":"f","x":1}`,
+		"hosts/g": strings.Repeat(" ", maxValue) + `{"name":"g"}`, "hosts/../h": `{"name":"../h"}`,
+		"rules/r": `{"name":"r"}`, "plans/x": `{"id":"x"}`, "settings": `{"mode":"maybe"}`,
+	} {
+		if _, err := m.Client.Put(t.Context(), root+key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := s.ReadAll(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Hosts) != 3 || len(got.Problems) != 8 || got.Settings.Mode != "" {
+		t.Errorf("%+v", got)
+	}
+}
+
+// More keys than are read at once.
+func TestPages(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	c := campaign(t, s, "one")
+	var want []string
+	for i := range pageSize + 2 {
+		name := "h" + numbered(Number(i))
+		want = append(want, name)
+		if err := s.PutHost(t.Context(), c.Term, Host{Name: name}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := s.ReadAll(t.Context())
+	var names []string
+	for _, h := range got.Hosts {
+		names = append(names, h.Name)
+	}
+	if err != nil || !slices.Equal(names, want) {
+		t.Errorf("%d hosts, %v", len(names), err)
+	}
+}
+
+// A write without etcd ends.
+func TestUnreachable(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	c := campaign(t, s, "one")
+	m.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := s.PutHost(ctx, c.Term, Host{Name: "a"}); err == nil {
+		t.Error("it was written")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	for _, v := range []checker{&Host{Name: "a"}, &Rule{Name: "r", Rule: json.RawMessage(`1`)},
+		&Maintenance{Host: "a"}, &Settings{Mode: "ask"},
+		&Plan{ID: anID, VM: "v", From: "a", To: "b"},
+		&Decision{Plan: Plan{ID: anID, VM: "v", From: "a", To: "b"}}} {
+		text, err := encode(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		again(t, b, decode[Host])
+		again(t, b, decode[Rule])
+		again(t, b, decode[Maintenance])
+		again(t, b, decode[Settings])
+		again(t, b, decode[Plan])
+		again(t, b, decode[Decision])
+	})
+}
+
+// again writes what was read, and reads it.
+func again[T any](t *testing.T, b []byte, read func([]byte) (T, error)) {
+	v, err := read(b)
+	if err != nil {
+		return
+	}
+	text, err := encode(any(&v).(checker))
+	if err != nil {
+		return // it is too long when it is written without abbreviations
+	}
+	w, err := read([]byte(text))
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	if second, err := encode(any(&w).(checker)); err != nil || second != text {
+		t.Fatalf("%s became %s, %v", text, second, err)
+	}
+}
