@@ -104,12 +104,12 @@ lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links
 alerts: ## promtool on the alert rules and on what the dashboard asks (takes Debian's promtool, 19 MB, if there is none)
 	@scripts/check-alerts
 
-generate: ## the Go code of internal/host/api/v1/host.proto (needs Debian's protobuf-compiler and libprotobuf-dev)
+generate: ## the Go code of the two files of api/v1 (needs Debian's protobuf-compiler and libprotobuf-dev)
 	@command -v protoc >/dev/null || { echo "missing: protobuf-compiler. As root, run: apt-get install protobuf-compiler libprotobuf-dev" >&2; exit 1; }
 	protoc --plugin=$$($(GO) tool -n protoc-gen-go) --plugin=$$($(GO) tool -n protoc-gen-connect-go) \
 		--go_out=. --go_opt=paths=source_relative \
 		--connect-go_out=. --connect-go_opt=paths=source_relative,package_suffix \
-		internal/host/api/v1/host.proto
+		internal/host/api/v1/host.proto internal/fleet/api/v1/fleet.proto
 
 chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time, with GUEST (linux, or kvm) (root; under an hour)
 	rm -rf .lab/chaos

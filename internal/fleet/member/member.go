@@ -27,8 +27,8 @@ type Config struct {
 	Name string
 	Dir  string
 	// Members are NAME:PORT of all members, this one included, at which they reach one another. The
-	// names must be those in their certificates, as etcd looks for nothing else. There are none in a
-	// fleet of one, which then listens nowhere.
+	// names must be those in their certificates, as etcd looks for nothing else. There are none in
+	// a fleet of one, which then listens nowhere.
 	Members []string
 	// Certs has the certificates, as in package certs.
 	Certs string

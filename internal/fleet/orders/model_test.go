@@ -25,7 +25,7 @@ type modelRules struct {
 	volatile   bool // the host keeps its mark in memory
 	incautious bool // the host hears a leader while it carries out an order
 	careless   bool // the host does not compare the VM's incarnation
-	unguarded  bool // a plan is written whoever leads
+	unguarded  bool // a plan is written by one who leads no longer
 	hasty      bool // an order is sent before its plan is written
 	blind      bool // a new leader does not read the plans of the one before
 	trusting   bool // a leader believes that a host which has not heard it begins nothing

@@ -28,9 +28,9 @@ import (
 	"path"
 	"regexp"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
+
+	"vacate/internal/fleet/view"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -96,57 +96,33 @@ type Host struct {
 	Added  time.Time         `json:"added"`
 }
 
-// Rule is a rule by its name; what it says is JSON, which the package that heeds it checks.
+// Rule is a rule by its name.
 type Rule struct {
-	Name string          `json:"name"`
-	Rule json.RawMessage `json:"rule"`
-	By   string          `json:"by"` // the operator who made it
+	Name string `json:"name"`
+	Text string `json:"text"` // as view.ParseRule takes it
+	By   string `json:"by"`   // the operator who made it
 }
 
-// Maintenance has a host emptied, and kept empty until it is restored.
+// Maintenance has a host emptied, kept empty, or filled again.
 type Maintenance struct {
-	Host  string    `json:"host"`
-	Since time.Time `json:"since"`
-	// By is when it shall be empty; zero: as soon as can be.
-	By  time.Time `json:"by,omitzero"`
-	Who string    `json:"who"` // the operator
-	Why string    `json:"why,omitempty"`
-	// VMs are those that were there, which a restore may bring back.
-	VMs []string `json:"vms,omitempty"`
+	view.Maintenance
+	Who string `json:"who"` // the operator
 }
 
-// Settings are how the fleet decides, as JSON that the package that decides checks.
+// Settings are how the fleet decides.
 type Settings struct {
-	Mode   string          `json:"mode"` // watch, ask or auto; empty: watch
-	Policy json.RawMessage `json:"policy,omitempty"`
-}
-
-// Forecast is what was predicted of an eviction.
-type Forecast struct {
-	TransferS float64 `json:"transfer_s"` // until the VM runs there
-	BackS     float64 `json:"back_s"`     // until all are back
-	TotalS    float64 `json:"total_s"`    // until nothing is left at the source
-	GainCores float64 `json:"gain_cores"`
+	Policy *view.Policy `json:"policy,omitempty"` // nil: the usual one
 }
 
 // Plan is the decision to evict a VM. It is written before its order is sent.
 type Plan struct {
-	ID     string `json:"id"` // 32 digits in hex
-	Number Number `json:"-"`  // what the order is told by; by etcd's revision
-	Epoch  Number `json:"epoch"`
-	VM     string `json:"vm"`
-	// Incarnation is the VM's at its host when that was decided.
-	Incarnation string    `json:"incarnation"`
-	From        string    `json:"from"`
-	To          string    `json:"to"`
-	At          time.Time `json:"at"`
-	Mode        string    `json:"mode"`
-	Drain       bool      `json:"drain,omitempty"`
-	By          string    `json:"by,omitempty"` // the operator who approved or asked
-	// Reasons are why, in sentences; Beaten the alternatives, and why each is worse.
-	Reasons  []string `json:"reasons,omitempty"`
-	Beaten   []string `json:"beaten,omitempty"`
-	Forecast Forecast `json:"forecast"`
+	ID       string        `json:"id"` // 32 digits in hex
+	Number   Number        `json:"-"`  // of its order, by etcd's revision
+	Epoch    Number        `json:"epoch"`
+	Mode     view.Mode     `json:"mode"`
+	By       string        `json:"by,omitempty"`   // the operator who approved it
+	Rate     uint64        `json:"rate,omitempty"` // bytes per second at most
+	Decision view.Decision `json:"decision"`
 }
 
 // Decision is a plan, and what came of it.
@@ -208,29 +184,29 @@ func (h *Host) check() error {
 }
 
 func (r *Rule) check() error {
-	if len(r.Rule) == 0 {
+	if r.Text == "" {
 		return fmt.Errorf("rule %s is empty", r.Name)
 	}
-	return errors.Join(CheckName(r.Name), checkTexts(r.By))
+	return errors.Join(CheckName(r.Name), checkTexts(r.Text, r.By))
 }
 
 func (m *Maintenance) check() error {
-	for _, vm := range m.VMs {
-		if err := CheckName(vm); err != nil {
-			return err
-		}
+	switch m.Phase {
+	case view.Closed, view.Draining, view.Drained, view.Restoring:
+	default:
+		return fmt.Errorf("phase %.64q is none of a maintenance", m.Phase)
 	}
-	return errors.Join(CheckName(m.Host), checkTexts(m.Who, m.Why), checkList(m.VMs))
+	if !(m.Rate >= 0 && m.Rate < 1e15) {
+		return fmt.Errorf("a rate of %v", m.Rate)
+	}
+	return errors.Join(CheckName(m.Host), checkTexts(m.Who, m.Reason), checkList(m.Left))
 }
 
-// Modes are those of a fleet: it decides and does nothing, asks, or acts.
-var Modes = []string{"watch", "ask", "auto"}
-
 func (s *Settings) check() error {
-	if s.Mode != "" && !slices.Contains(Modes, s.Mode) {
-		return fmt.Errorf("mode %.64q: want watch, ask or auto", s.Mode)
+	if s.Policy == nil {
+		return nil
 	}
-	return nil
+	return s.Policy.Check()
 }
 
 var idForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -239,22 +215,12 @@ func (p *Plan) check() error {
 	if !idForm.MatchString(p.ID) {
 		return fmt.Errorf("%.64q is no ID of a plan: that has 32 digits in hex", p.ID)
 	}
-	if p.From == p.To {
-		return fmt.Errorf("plan %s goes from %s to itself", p.ID, p.From)
+	d := &p.Decision
+	if d.From == d.To || d.VM == "" {
+		return fmt.Errorf("plan %s takes %.64q from %.64q to %.64q", p.ID, d.VM, d.From, d.To)
 	}
-	return errors.Join(CheckName(p.VM), CheckName(p.From), CheckName(p.To),
-		checkTexts(p.Incarnation, p.Mode, p.By), checkList(p.Reasons), checkList(p.Beaten),
-		p.Forecast.check())
-}
-
-func (f Forecast) check() error {
-	const most = 1e9
-	for _, n := range []float64{f.TransferS, f.BackS, f.TotalS, f.GainCores} {
-		if !(n >= -most && n <= most) {
-			return fmt.Errorf("a forecast says %v", n)
-		}
-	}
-	return nil
+	return errors.Join(CheckName(d.From), CheckName(d.To),
+		checkTexts(d.VM, d.Incarnation, string(p.Mode), p.By), checkList(d.Reasons))
 }
 
 func (d *Decision) check() error {
@@ -503,13 +469,4 @@ func (s *Store) End(ctx context.Context, t Term, d Decision, before Number) erro
 	}
 	_, err = s.write(ctx, t, ops...)
 	return err
-}
-
-// ParseNumber reads a number as it is shown.
-func ParseNumber(text string) (Number, error) {
-	n, err := strconv.ParseUint(strings.TrimSpace(text), 10, 64)
-	if err != nil || n == 0 {
-		return 0, fmt.Errorf("%.64q is no number of a decision", text)
-	}
-	return Number(n), nil
 }

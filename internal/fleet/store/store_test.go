@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"vacate/internal/fleet/member"
+	"vacate/internal/fleet/view"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -39,6 +39,17 @@ func campaign(t *testing.T, s *Store, me string) *Candidacy {
 	return c
 }
 
+func decision(at time.Time) view.Decision {
+	return view.Decision{At: at, Cause: view.Relieve, VM: "web1", Incarnation: "x", From: "hosta",
+		To: "hostb", Reasons: []string{"it starves"}}
+}
+
+func settings(m view.Mode) Settings {
+	p := view.DefaultPolicy()
+	p.Mode = m
+	return Settings{&p}
+}
+
 const anID = "0123456789abcdef0123456789abcdef"
 
 // What was written is there after a restart, and numbers only grow.
@@ -47,8 +58,7 @@ func TestStore(t *testing.T) {
 	s, m := open(t, dir, 0)
 	c := campaign(t, s, "brain1@host:1")
 	at := time.Now().UTC().Truncate(time.Second)
-	p, err := s.Begin(t.Context(), c.Term, Plan{ID: anID, VM: "web1", Incarnation: "x",
-		From: "hosta", To: "hostb", At: at, Reasons: []string{"it starves"}})
+	p, err := s.Begin(t.Context(), c.Term, Plan{ID: anID, Mode: view.Auto, Decision: decision(at)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,11 +66,12 @@ func TestStore(t *testing.T) {
 		t.Errorf("epoch %d, plan %d of %d", c.Epoch, p.Number, p.Epoch)
 	}
 	want := Everything{
-		Hosts:       []Host{{Name: "hosta", Labels: map[string]string{"rack": "r1"}, Added: at}},
-		Rules:       []Rule{{Name: "apart", Rule: json.RawMessage(`{"x":1}`), By: "admin"}},
-		Maintenance: []Maintenance{{Host: "hosta", Since: at, Who: "admin", VMs: []string{"web1"}}},
-		Plans:       []Plan{p},
-		Settings:    Settings{Mode: "ask"},
+		Hosts: []Host{{Name: "hosta", Labels: map[string]string{"rack": "r1"}, Added: at}},
+		Rules: []Rule{{Name: "apart", Text: "vms db must run apart", By: "admin"}},
+		Maintenance: []Maintenance{{view.Maintenance{Host: "hosta", Phase: view.Draining, Asked: at,
+			Left: []string{"web1"}}, "admin"}},
+		Plans:    []Plan{p},
+		Settings: settings(view.Ask),
 	}
 	if err := errors.Join(s.PutHost(t.Context(), c.Term, want.Hosts[0]),
 		s.PutRule(t.Context(), c.Term, want.Rules[0]),
@@ -97,7 +108,7 @@ func TestStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err = s.ReadAll(t.Context()); err != nil || len(got.Plans) != 0 ||
-		len(got.Decisions) != 1 || got.Decisions[0].Plan.VM != "web1" {
+		len(got.Decisions) != 1 || got.Decisions[0].Plan.Decision.VM != "web1" {
 		t.Errorf("%+v, %v", got, err)
 	}
 	next := d
@@ -124,7 +135,7 @@ func TestElection(t *testing.T) {
 		}
 		elected <- c
 	}()
-	if err := s.PutSettings(t.Context(), first.Term, Settings{Mode: "auto"}); err != nil {
+	if err := s.PutSettings(t.Context(), first.Term, settings(view.Auto)); err != nil {
 		t.Fatal(err)
 	}
 	first.Leave()
@@ -132,12 +143,12 @@ func TestElection(t *testing.T) {
 	if second == nil || second.Epoch <= first.Epoch {
 		t.Fatalf("%+v after %+v", second, first)
 	}
-	err := s.PutSettings(t.Context(), first.Term, Settings{Mode: "watch"})
+	err := s.PutSettings(t.Context(), first.Term, settings(view.Watch))
 	if !errors.Is(err, ErrDeposed) {
 		t.Errorf("the first still writes: %v", err)
 	}
 	got, err := s.ReadAll(t.Context())
-	if err != nil || got.Settings.Mode != "auto" {
+	if err != nil || got.Settings.Policy.Mode != view.Auto {
 		t.Errorf("%+v, %v", got.Settings, err)
 	}
 	select {
@@ -160,7 +171,8 @@ func TestForeign(t *testing.T) {
 	for key, value := range map[string]string{
 		"hosts/d": `{`, "hosts/e": `{"name":"a"}`, "hosts/f": `{"name":"f","x":1}`,
 		"hosts/g": strings.Repeat(" ", maxValue) + `{"name":"g"}`, "hosts/../h": `{"name":"../h"}`,
-		"rules/r": `{"name":"r"}`, "plans/x": `{"id":"x"}`, "settings": `{"mode":"maybe"}`,
+		"rules/r": `{"name":"r"}`, "plans/x": `{"id":"x"}`,
+		"settings": `{"policy":{"mode":"maybe"}}`,
 	} {
 		if _, err := m.Client.Put(t.Context(), root+key, value); err != nil {
 			t.Fatal(err)
@@ -170,7 +182,7 @@ func TestForeign(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Hosts) != 3 || len(got.Problems) != 8 || got.Settings.Mode != "" {
+	if len(got.Hosts) != 3 || len(got.Problems) != 8 || got.Settings.Policy != nil {
 		t.Errorf("%+v", got)
 	}
 }
@@ -211,10 +223,11 @@ func TestUnreachable(t *testing.T) {
 }
 
 func FuzzDecode(f *testing.F) {
-	for _, v := range []checker{&Host{Name: "a"}, &Rule{Name: "r", Rule: json.RawMessage(`1`)},
-		&Maintenance{Host: "a"}, &Settings{Mode: "ask"},
-		&Plan{ID: anID, VM: "v", From: "a", To: "b"},
-		&Decision{Plan: Plan{ID: anID, VM: "v", From: "a", To: "b"}}} {
+	for _, v := range []checker{&Host{Name: "a"}, &Rule{Name: "r", Text: "x"},
+		&Maintenance{view.Maintenance{Host: "a", Phase: view.Closed}, "admin"},
+		new(settings(view.Ask)),
+		&Plan{ID: anID, Decision: decision(time.Unix(0, 0).UTC())},
+		&Decision{Plan: Plan{ID: anID, Decision: decision(time.Unix(0, 0).UTC())}}} {
 		text, err := encode(v)
 		if err != nil {
 			f.Fatal(err)
