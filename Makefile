@@ -24,9 +24,9 @@ export PATH := $(PATH):/usr/local/go/bin
 # A checkout that git does not trust, or a copy without git, builds without a version stamp.
 export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false) $(GOFLAGS)
 
-# No tests: TestRecord rewrites what others compare with, and the others are campaigns, each
-# with a target of its own.
-NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign
+# No tests: TestRecord rewrites what others compare with; TestBrowser* need a browser, and the others
+# are campaigns, each with a target of its own.
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*
 TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
@@ -43,7 +43,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign uitest nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -142,6 +142,10 @@ domaincampaign: deps ## evict domains under load, there and back, MOVES (50) tim
 	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(CURDIR)/.lab/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
 	@cat .lab/moves.md
 
+uitest: ## the page of vacate ui in a Chromium: each button with real VMs, hostile names, 1,000 hosts (root; 2 minutes, and 100 MB once)
+	@scripts/deps browser
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 30m -run '^TestBrowser' -v ./internal/ui ./internal/host
+
 kvmbench: deps build ## compare ways to move the bare guest under KVM, and write docs/results/kvm-bench.md (root; half an hour on a machine that does nothing else)
 	scripts/kvm-bench docs/results/kvm-bench.md
 
@@ -149,7 +153,7 @@ NIGHT = 6h
 
 nightly: deps ## what takes a night, with new turns of chance: fuzzing, faults, long campaigns; results in .lab/nightly (root)
 	mkdir -p .lab/nightly
-	$(MAKE) -k fuzz refusals chaos kvm campaigns FUZZTIME=1m
+	$(MAKE) -k fuzz refusals chaos kvm uitest campaigns FUZZTIME=1m
 	cp .lab/faults.md .lab/kvm.md .lab/nightly/
 	@echo "docs/results has the results of the last night that was kept: compare, and copy from .lab/nightly"
 

@@ -39,11 +39,7 @@ const apiPort = "7600"
 
 // socketFlag gives a command the flags for the daemon that it asks.
 func socketFlag(c *cobra.Command, d *daemon) {
-	path := os.Getenv("VACATE_SOCKET")
-	if path == "" {
-		path = defaultSocket
-	}
-	c.Flags().StringVar(&d.socket, "socket", path,
+	c.Flags().StringVar(&d.socket, "socket", cmp.Or(os.Getenv("VACATE_SOCKET"), defaultSocket),
 		"`SOCKET` of this host's daemon; VACATE_SOCKET sets the default")
 	c.Flags().StringVar(&d.host, "host", "",
 		"ask the daemon of another host, `NAME[@HOST:PORT]`: the name in its certificate, and "+

@@ -18,6 +18,7 @@ import (
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/doctor"
 	"vacate/internal/qemu/fit"
+	"vacate/internal/ui"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -30,7 +31,7 @@ func hostCommands() []*cobra.Command {
 	return []*cobra.Command{lsCommand(), startCommand(), stopCommand(), showCommand(),
 		evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(),
 		doctorCommand(),
-		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand()}
+		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand(), uiCommand()}
 }
 
 // askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's
@@ -359,13 +360,6 @@ aborted.`,
 	})
 }
 
-// assertion is what an operator asserts with --fenced.
-func assertion(vm, host string) string {
-	return fmt.Sprintf("host %[2]s is powered off, or cut off from the disks of VM %[1]s and "+
-		"from the network, or the QEMU process of VM %[1]s there has ended; and VM %[1]s was not "+
-		"moved on from there", vm, host)
-}
-
 // A decider is what `vacate decide` was told.
 type decider struct {
 	confirm string
@@ -377,51 +371,26 @@ type decider struct {
 
 // complete asks for what is missing of a decision about an eviction.
 func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
-	ask := func(what, flag, want string, to *string) error {
+	answers := map[string]*string{"fenced": &o.fenced, "lose": &o.lose, "confirm": &o.confirm}
+	about := &hostv1.Eviction{Vm: clean(e.Vm), Peer: clean(e.Peer), NeedsFencing: e.NeedsFencing,
+		CanFence: e.CanFence, LastCopy: e.LastCopy}
+	for _, q := range ui.Questions(about, resume, o.fence) {
+		to := answers[q.Field]
 		if *to != "" {
-			return nil
+			continue
 		}
 		if o.ask == nil {
-			return fmt.Errorf("%s is missing. %s", flag, what)
+			return fmt.Errorf("--%s %s is missing. %s", q.Field, q.Want, q.Text)
 		}
 		var err error
-		if *to, err = o.ask(fmt.Sprintf("%s\nType %s if so: ", what, want)); err != nil {
+		if *to, err = o.ask(fmt.Sprintf("%s\nType %s if so: ", q.Text, q.Want)); err != nil {
 			return err
 		}
-		if *to != want {
+		if *to != q.Want {
 			return errors.New("nothing was decided")
 		}
-		return nil
 	}
-	vm, peer := clean(e.Vm), clean(e.Peer)
-	if resume && e.NeedsFencing && !o.fence {
-		what := fmt.Sprintf(
-			"VM %s may run on host %s, which has not said that it does not. If it does, two "+
-				"copies of it will spoil their disks.\n"+
-				"With --fenced %[2]s you assert: %s.", vm, peer, assertion(vm, peer))
-		if e.CanFence {
-			what += fmt.Sprintf("\nWith --fence, vacated fences host %s first, by its command.",
-				peer)
-		}
-		if err := ask(what, "--fenced "+peer, peer, &o.fenced); err != nil {
-			return err
-		}
-	}
-	if !resume && e.LastCopy {
-		what := fmt.Sprintf(
-			"The copy of VM %[1]s on this host may be the last one: host %[2]s has not said "+
-				"that it has all of the VM's memory.\n"+
-				"With --lose %[1]s you accept that the VM is lost, with its memory and what it "+
-				"had not written to its disks.", vm, peer)
-		if err := ask(what, "--lose "+vm, vm, &o.lose); err != nil {
-			return err
-		}
-	}
-	what := fmt.Sprintf("The copy of VM %s on this host will be ended.", vm)
-	if resume {
-		what = fmt.Sprintf("VM %s will run on this host again, from when it was frozen.", vm)
-	}
-	return ask(what, "--confirm "+vm, vm, &o.confirm)
+	return nil
 }
 
 func decideCommand() *cobra.Command {
