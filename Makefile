@@ -2,9 +2,9 @@
 #
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
-# linux, or kvm: the bare guest under KVM), REFUSALS, KVM and MOVES (rounds), VACATE_SEED (of tests with
-# chance; a failure prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time),
-# LIBVIRT=1 (demo).
+# linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
+# with ; between), REFUSALS, KVM and MOVES (rounds), VACATE_SEED (of tests with chance; a failure
+# prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LIBVIRT=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -115,9 +115,9 @@ chaos: deps ## have every fault happen in every state of an eviction, alone and 
 	rm -rf .lab/chaos
 	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_GUEST=$(GUEST) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults$(if $(filter kvm,$(GUEST)),-kvm).md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
-domains: deps ## the same for a domain of libvirt and all that its operator may type, DOMAINS (1) times, WORKERS (5) at a time (root; hours)
+domains: deps ## the same for a domain of libvirt and all that its operator may type, DOMAINS (1) times, WORKERS (5) at a time; with ONLY="vacate abort" that alone (root; hours)
 	rm -rf .lab/domainfaults .lab/domains.md.json
-	VACATE_REQUIRE=1 VACATE_DOMAINS=$(DOMAINS) VACATE_DOMAINS_WORKERS=$(WORKERS) VACATE_DOMAINS_RESULT=$(CURDIR)/.lab/domains.md $(GO) test -count=1 -timeout 12h -run '^TestDomainFaults$$' -v ./internal/host
+	VACATE_REQUIRE=1 VACATE_DOMAINS=$(DOMAINS) VACATE_DOMAINS_WORKERS=$(WORKERS) VACATE_DOMAINS_ONLY="$(ONLY)" VACATE_DOMAINS_RESULT=$(CURDIR)/.lab/domains.md $(GO) test -count=1 -timeout 12h -run '^TestDomainFaults$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, REFUSALS (50) times with each of QEMU's versions (root; 10 minutes)
 	@mkdir -p .lab

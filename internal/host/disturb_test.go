@@ -40,6 +40,7 @@ type run struct {
 	waits   []<-chan struct{} // for what faults do by themselves
 	told    atomic.Bool       // the guest was told to power itself off
 	domain  *managed          // nil for a VM that libvirt does not have
+	granted bool              // an operator's abort; known after mend
 }
 
 // A repair is due some time after its fault.

@@ -20,6 +20,8 @@ import (
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
 	"vacate/lab/libvirttest"
+
+	"connectrpc.com/connect"
 )
 
 // The outcomes that a domain has besides those of other VMs.
@@ -59,6 +61,26 @@ func (r *run) virsh(h *libvirtlab.Host, args ...string) {
 // What software emulation notes of the pages that a guest changes while it is copied has gaps. So
 // an operator's virsh migrate is not live: the guest stands until it is on the other host.
 
+// aborts is `vacate abort` on the source.
+const aborts = "vacate abort"
+
+// abortTold aborts the eviction, and remembers what the daemon said.
+func (r *run) abortTold() {
+	done := make(chan struct{})
+	go func() { // it answers when the eviction has ended
+		defer close(done)
+		e, err := r.a.api.Abort(labtest.Within(r.t, 2*time.Minute),
+			connect.NewRequest(&hostv1.AbortRequest{Id: r.eviction}))
+		r.t.Logf("vacate abort: %v, %v", e, err)
+		r.granted = err == nil && e.Msg.Outcome != string(evict.Completed)
+	}()
+	r.waits = append(r.waits, done)
+	select {
+	case <-done:
+	case <-time.After(300 * time.Millisecond): // it has been taken by then
+	}
+}
+
 // verb is what an operator types on the source or on the destination.
 func verb(source bool, allowed []outcome, words ...string) fault {
 	name := "virsh " + words[0] + " on the destination"
@@ -94,6 +116,7 @@ var domainFaults = []fault{
 	{sourceKilled, func(r *run) { r.vm.Kill() }, []outcome{dead, halved}},
 	{twinKilled, (*run).killTwin, []outcome{frozen, dead}},
 	{"link cut", func(r *run) { r.cut(true, true) }, nil},
+	{aborts, (*run).abortTold, nil},
 	verb(true, nil, "resume"), verb(false, nil, "resume"),
 	verb(true, []outcome{stood}, "suspend"), verb(false, []outcome{stands}, "suspend"),
 	verb(true, []outcome{dead, halved}, "destroy"),
@@ -320,6 +343,10 @@ func (r *run) judge(c cell) (o outcome, s shown) {
 		s.Source, s.Destination)
 	if o != moved && o != stayed && !c.allows(o) {
 		t.Fatalf("the domain %s; source %v; destination %v", o, src, dst)
+	}
+	// What is rolling back already cannot be aborted.
+	if c.has(aborts) && r.granted != (o == stayed) && c.at != "source/rolling back" {
+		t.Fatalf("the abort was granted: %t; and the domain %s", r.granted, o)
 	}
 	if o == frozen && strings.HasPrefix(c.fault.name, "libvirtd") &&
 		!strings.Contains(dst.Reason, "reason=daemon") {
