@@ -60,6 +60,14 @@ func (c Config) Check() (string, error) {
 			}
 		}
 	}
+	domains := ""
+	if c.Libvirt != nil {
+		there, err := c.Libvirt.look()
+		if err != nil {
+			errs = append(errs, err)
+		}
+		domains = ", " + there
+	}
 	vms, err := hypervisor.Load(c.VMs)
 	if err != nil {
 		errs = append(errs, err)
@@ -76,5 +84,6 @@ func (c Config) Check() (string, error) {
 	if len(c.Peers) > 0 {
 		peers = "peers " + strings.Join(slices.Sorted(maps.Keys(c.Peers)), ", ")
 	}
-	return fmt.Sprintf("host %s, %s, %d VMs described in %s", name, peers, len(vms), c.VMs), nil
+	return fmt.Sprintf("host %s, %s, %d VMs described in %s%s", name, peers, len(vms), c.VMs,
+		domains), nil
 }

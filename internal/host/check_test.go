@@ -143,6 +143,13 @@ func TestCheck(t *testing.T) {
 		"no journal of":    func(c *Config) { c.Journal = path("foreign") },
 		"something else":   func(c *Config) { c.Socket = path("file") },
 		"this host itself": func(c *Config) { c.Peers = map[string]Peer{"hosta": {}} },
+		"paths: " + path("file") + ": it is no directory": func(c *Config) {
+			c.Libvirt = &Libvirt{URI: path("none"), Paths: []string{"rbd:vms", path("file")}}
+		},
+		"emulators: ": func(c *Config) {
+			c.Libvirt = &Libvirt{URI: path("none"), Emulators: []string{path("qemu")}}
+		},
+		"start libvirtd": func(c *Config) { c.Libvirt = &Libvirt{URI: path("none")} },
 	} {
 		c := good
 		change(&c)

@@ -5,6 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"time"
 
 	"vacate/internal/evict"
@@ -46,6 +49,51 @@ func (l Libvirt) policy() libvirt.Policy {
 
 // uri is never empty.
 func (l Libvirt) uri() string { return cmp.Or(l.URI, "qemu:///system") }
+
+// look looks at all that the section names on this host, and touches nothing. It returns what there
+// is; or everything that is wrong, joined.
+func (l Libvirt) look() (string, error) {
+	var errs []error
+	wrong := func(setting, name string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("libvirt: %s: %s: %w", setting, name, err))
+		}
+	}
+	for _, path := range l.Paths {
+		if !filepath.IsAbs(path) {
+			continue // images of a pool
+		}
+		info, err := os.Stat(path)
+		if err == nil && !info.IsDir() {
+			err = errors.New("it is no directory")
+		}
+		wrong("paths", path, err)
+	}
+	for _, program := range l.Emulators {
+		_, err := exec.LookPath(program)
+		wrong("emulators", program, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	conn, err := libvirt.Dial(ctx, l.uri())
+	if err != nil {
+		wrong("uri", l.uri(), err)
+		return "", errors.Join(errs...)
+	}
+	defer conn.Close()
+	for _, name := range l.Networks {
+		if name == "user" {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join("/sys/class/net", name)); err == nil {
+			continue
+		}
+		wrong("networks", name, conn.FindNetwork(ctx, name))
+	}
+	list, err := conn.List(ctx)
+	wrong("uri", l.uri(), err)
+	return fmt.Sprintf("%d domains of libvirt at %s", len(list), l.uri()), errors.Join(errs...)
+}
 
 // libvirtOf is the libvirt that has the VM of an eviction here; nil if none has.
 func (h *Host) libvirtOf(r journal.Record) *evict.Libvirt {

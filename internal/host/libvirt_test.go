@@ -64,6 +64,25 @@ func TestLibvirt(t *testing.T) {
 		}
 	}
 
+	// The paths of b are those of its libvirt, which are not this process's.
+	for s, want := range map[*site]string{a: "2 domains of libvirt at ",
+		b: "paths: /run/libvirt/lab: "} {
+		c, err := ReadConfig(filepath.Join(s.dir, "vacated.toml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Libvirt.Networks = append(c.Libvirt.Networks, "lo", "no-such-network")
+		says, err := c.Check()
+		if err == nil || !strings.Contains(err.Error(), "networks: no-such-network: ") ||
+			strings.Contains(err.Error(), "networks: lo: ") {
+			t.Errorf("%s: %q, %v", s.name, says, err)
+		}
+		c.Libvirt.Networks = nil
+		if says, err = c.Check(); !strings.Contains(fmt.Sprint(says, err), want) {
+			t.Errorf("%s: %q, %v; want %q", s.name, says, err, want)
+		}
+	}
+
 	storage := 0
 	fatal := func(to string) (texts []string) {
 		t.Helper()

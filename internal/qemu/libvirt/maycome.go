@@ -52,6 +52,19 @@ func (c *Conn) findUUID(ctx context.Context, uuid UUID) (Domain, error) {
 	return domainOf(d), err
 }
 
+// FindNetwork returns an error if libvirt has no network of that name. A daemon for domains alone
+// cannot tell: then there is none.
+func (c *Conn) FindNetwork(ctx context.Context, name string) error {
+	err := do(ctx, c, "find the network "+name, func() error {
+		_, err := c.l.NetworkLookupByName(name)
+		return err
+	})
+	if e := (*Error)(nil); errors.As(err, &e) && e.Code != int(golibvirt.ErrNoNetwork) {
+		return nil
+	}
+	return err
+}
+
 // MayCome returns an error, an Unfit, if this libvirt would not take a domain whose description has
 // been checked. It starts nothing.
 func (c *Conn) MayCome(ctx context.Context, d Checked) error {
