@@ -9,19 +9,17 @@ import (
 	"io"
 	"log/slog"
 	"math"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/htmlreport"
-	"vacate/internal/link/certs"
 	"vacate/lab"
 	"vacate/lab/bench"
+	"vacate/lab/daemons"
 	"vacate/lab/libvirtlab"
 
 	"connectrpc.com/connect"
@@ -116,16 +114,18 @@ on each makes one Ethernet of both, in which clients are, too.`)
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	site, err := newDemoSite(l)
+	var libvirt *libvirtlab.Hosts
+	if d.domains {
+		if libvirt, err = d.startLibvirt(ctx, l); err != nil {
+			return err
+		}
+		defer libvirt.Close()
+	}
+	site, err := newDemoSite(ctx, l, libvirt)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, site.close()) }()
-	if d.domains {
-		if err := d.startLibvirt(ctx, site); err != nil {
-			return err
-		}
-	}
+	defer func() { err = errors.Join(err, site.Close()) }()
 	vms := demoVMs()
 	defer func() {
 		for _, v := range vms {
@@ -197,11 +197,11 @@ func (d *demo) starve(ctx context.Context, l *lab.Lab, site *demoSite) error {
 	d.say("Each host has a certificate (vacate certs init, vacate certs issue), %sand a daemon, "+
 		"vacated, which has the other as its peer:", described)
 	for _, h := range []*lab.Host{l.A, l.B} {
-		if err := site.start(ctx, h); err != nil {
+		if err := site.Start(ctx, h); err != nil {
 			return err
 		}
 	}
-	config, err := os.ReadFile(site.config(l.A))
+	config, err := os.ReadFile(site.Config(l.A))
 	if err != nil {
 		return err
 	}
@@ -226,7 +226,7 @@ which predicts what comes of evicting each VM, and evicts the best:`)
 	fmt.Fprintln(d.out)
 	for tries := 3; ; tries-- {
 		began = time.Now()
-		relieve := site.command(ctx, l.A, "relieve")
+		relieve := site.Command(ctx, l.A, "relieve")
 		relieve.Stdout, relieve.Stderr = d.out, os.Stderr
 		err := l.A.Run(relieve)
 		var exit *exec.ExitError
@@ -298,8 +298,8 @@ func (d *demo) boot(ctx context.Context, l *lab.Lab, site *demoSite, v *demoVM) 
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(site.describe(l.A, v.name, v.vm.QMP, v.vm.Args),
-			site.describe(l.B, v.name, twin.QMP, twin.Args)); err != nil {
+		if err := errors.Join(site.Describe(l.A, v.name, v.vm.QMP, v.vm.Args),
+			site.Describe(l.B, v.name, twin.QMP, twin.Args)); err != nil {
 			return err
 		}
 		v.came = twin.Started
@@ -316,7 +316,7 @@ func perSecond(c bench.Loader, from, to time.Time) float64 {
 // write writes the page.
 func (d *demo) write(ctx context.Context, site *demoSite, l *lab.Lab, e *hostv1.Eviction,
 	moved, stayed *demoVM) error {
-	p, err := htmlreport.Gather(ctx, hostv1.Dial(site.socket(l.A)), e)
+	p, err := htmlreport.Gather(ctx, hostv1.Dial(site.Socket(l.A)), e)
 	if err != nil {
 		return err
 	}
@@ -370,122 +370,25 @@ func (d *demo) quote(s string) {
 	fmt.Fprint(d.out, "\n     "+strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n     ")+"\n")
 }
 
-// demoSite is what the two daemons of a demo have on disk.
+// demoSite is the two daemons of a demo, and maybe a libvirt for each.
 type demoSite struct {
-	lab     *lab.Lab
-	dir     string
-	vacate  string // the program
-	daemons []*exec.Cmd
+	*daemons.Site
 	libvirt *libvirtlab.Hosts // nil: VMs are described
 }
 
-func newDemoSite(l *lab.Lab) (*demoSite, error) {
+func newDemoSite(ctx context.Context, l *lab.Lab,
+	libvirt *libvirtlab.Hosts) (*demoSite, error) {
 	program, err := lab.Program("vacate")
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "vacate") // short, as paths of sockets have to be
-	if err != nil {
-		return nil, err
-	}
-	return &demoSite{lab: l, dir: dir, vacate: program}, certs.Init(filepath.Join(dir, "ca"))
-}
-
-func (s *demoSite) home(h *lab.Host) string   { return filepath.Join(s.dir, "host"+h.Name) }
-func (s *demoSite) config(h *lab.Host) string { return filepath.Join(s.home(h), "vacated.toml") }
-
-func (s *demoSite) socket(h *lab.Host) string { return filepath.Join(s.home(h), "vacated.sock") }
-
-// describe gives a host the description of a VM.
-func (s *demoSite) describe(h *lab.Host, name, qmp string, args []string) error {
-	dir := filepath.Join(s.home(h), "vms")
-	if err := os.MkdirAll(dir, 0o755); err != nil { // #nosec G301 -- descriptions have nothing secret
-		return err
-	}
-	var vm strings.Builder
-	fmt.Fprintf(&vm, "qmp = %q\nlog = %q\ncommand = [", qmp, filepath.Join(s.home(h), name+".log"))
-	for _, a := range args {
-		fmt.Fprintf(&vm, "\n  %q,", a)
-	}
-	vm.WriteString("\n]\n")
-	return os.WriteFile(filepath.Join(dir, name+".toml"), []byte(vm.String()), 0o644) // #nosec G306 -- no more than the demo shows
-}
-
-// start starts a host's daemon.
-func (s *demoSite) start(ctx context.Context, h *lab.Host) error {
-	peer := s.lab.A
-	if h == peer {
-		peer = s.lab.B
-	}
-	home := s.home(h)
-	if err := certs.Issue(filepath.Join(s.dir, "ca"), "host"+h.Name, filepath.Join(home, "certs"),
-		certs.DefaultDays, false); err != nil {
-		return err
-	}
-	config := fmt.Sprintf(`certs   = "certs"
-vms     = "vms"
-journal = "journal"
-socket  = "vacated.sock"
-listen  = "%s:%d"
-
-[peers.host%s]
-address  = "%s:%d"
-may_send = true
-`, h.Addr, labPort, peer.Name, peer.Addr, labPort)
-	if s.libvirt != nil {
-		more, err := s.section(h)
-		if err != nil {
-			return err
-		}
-		config += more
-	}
-	if err := os.WriteFile(s.config(h), []byte(config), 0o644); err != nil { // #nosec G306 -- no more than the demo shows
-		return err
-	}
-	program, err := lab.Program("vacated")
-	if err != nil {
-		return err
-	}
-	log, err := os.Create(filepath.Join(home, "log"))
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	daemon := exec.Command(program, "--config", s.config(h))
-	daemon.Stderr = log
-	if err := h.Start(daemon); err != nil {
-		return fmt.Errorf("start vacated: %w", err)
-	}
-	s.daemons = append(s.daemons, daemon)
-	for {
-		c, err := net.Dial("unix", s.socket(h))
-		if err == nil {
-			return c.Close()
-		}
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		if daemon.Process.Signal(syscall.Signal(0)) != nil {
-			said, _ := os.ReadFile(log.Name())
-			return fmt.Errorf("vacated on host %s ended: %s", h.Name, said)
-		}
-	}
-}
-
-// command is vacate, as an operator on a host runs it.
-func (s *demoSite) command(ctx context.Context, h *lab.Host, args ...string) *exec.Cmd {
-	c := exec.CommandContext(ctx, s.vacate, args...)
-	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
-	c.WaitDelay = 10 * time.Second
-	c.Env = append(os.Environ(), "VACATE_SOCKET="+s.socket(h))
-	return c
+	s, err := daemons.New(ctx, l, program, libvirt)
+	return &demoSite{s, libvirt}, err
 }
 
 // ask runs vacate on a host, and returns what it says.
 func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string, error) {
-	c := s.command(ctx, h, args...)
+	c := s.Command(ctx, h, args...)
 	var said strings.Builder
 	c.Stdout, c.Stderr = &said, os.Stderr
 	err := h.Run(c)
@@ -494,7 +397,7 @@ func (s *demoSite) ask(ctx context.Context, h *lab.Host, args ...string) (string
 
 // last is the latest eviction from a host.
 func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, error) {
-	r, err := hostv1.Dial(s.socket(h)).ListEvictions(ctx,
+	r, err := hostv1.Dial(s.Socket(h)).ListEvictions(ctx,
 		connect.NewRequest(&hostv1.ListEvictionsRequest{}))
 	if err != nil {
 		return nil, err
@@ -503,18 +406,6 @@ func (s *demoSite) last(ctx context.Context, h *lab.Host) (*hostv1.Eviction, err
 		return nil, errors.New("no VM was evicted: the machine may be busy with something else")
 	}
 	return r.Msg.Evictions[len(r.Msg.Evictions)-1], nil
-}
-
-// close stops the daemons, and removes what they had.
-func (s *demoSite) close() error {
-	var errs []error
-	for _, d := range s.daemons {
-		errs = append(errs, d.Process.Signal(syscall.SIGTERM), d.Wait())
-	}
-	if s.libvirt != nil {
-		s.libvirt.Close()
-	}
-	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 }
 
 // compare measures the engine against QEMU's post-copy.

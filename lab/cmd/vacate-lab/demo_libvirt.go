@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -14,13 +13,15 @@ import (
 )
 
 // startLibvirt gives each host a libvirt.
-func (d *demo) startLibvirt(ctx context.Context, site *demoSite) (err error) {
-	if site.libvirt, err = libvirtlab.New(ctx, site.lab); err != nil {
-		return err
-	}
-	version, err := site.libvirt.A.Virsh(ctx, "version", "--daemon")
+func (d *demo) startLibvirt(ctx context.Context, l *lab.Lab) (*libvirtlab.Hosts, error) {
+	hosts, err := libvirtlab.New(ctx, l)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	version, err := hosts.A.Virsh(ctx, "version", "--daemon")
+	if err != nil {
+		hosts.Close()
+		return nil, err
 	}
 	running := ""
 	for line := range strings.Lines(version) {
@@ -30,42 +31,13 @@ func (d *demo) startLibvirt(ctx context.Context, site *demoSite) (err error) {
 	}
 	d.say("Each host has a libvirt of its own: libvirtd, %sunmodified, with its own /etc,\n"+
 		"/run and /var/lib. It keeps its QEMUs on the core of its host.", running)
-	return nil
-}
-
-// host is the libvirt of a host.
-func (s *demoSite) host(h *lab.Host) *libvirtlab.Host {
-	if h == s.lab.A {
-		return s.libvirt.A
-	}
-	return s.libvirt.B
-}
-
-// section is what a host's daemon is told of libvirt.
-func (s *demoSite) section(h *lab.Host) (string, error) {
-	paths, err := json.Marshal(s.libvirt.Paths()) // a list of strings is the same in TOML
-	if err != nil {
-		return "", err
-	}
-	emulator, err := lab.StockQEMU(context.Background())
-	if err != nil {
-		return "", err
-	}
-	// The images are the same files for both hosts, which libvirt cannot know.
-	return fmt.Sprintf(`
-[libvirt]
-uri         = %q
-paths       = %s
-networks    = [%q]
-emulators   = [%q]
-trust_disks = true
-`, s.host(h).Socket, strings.ReplaceAll(string(paths), ",", ", "), lab.Bridge, emulator.Path), nil
+	return hosts, nil
 }
 
 // lists shows what virsh lists on both hosts.
 func (d *demo) lists(ctx context.Context, site *demoSite) error {
-	for _, h := range []*lab.Host{site.lab.A, site.lab.B} {
-		list, err := site.host(h).Virsh(ctx, "list", "--all")
+	for _, h := range []*libvirtlab.Host{site.libvirt.A, site.libvirt.B} {
+		list, err := h.Virsh(ctx, "list", "--all")
 		if err != nil {
 			return err
 		}
