@@ -2,13 +2,17 @@ package host
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/link"
+	"vacate/internal/link/certs"
 	"vacate/lab"
 	"vacate/lab/labtest"
 	"vacate/lab/libvirtlab"
@@ -170,4 +174,125 @@ func (o obstacle) meet(t *testing.T, m *managed) {
 			t.Errorf("libvirt says\n%s\nand said\n%s", now, before)
 		}
 	})
+}
+
+// What a peer's description may not name, its libvirt may run: the peer is hostile, or its operator
+// has other rules. Offered or only asked about, such a domain is refused, and nothing starts. It
+// runs on at the peer's.
+func TestDomainHostile(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	labtest.Need(t, libvirtlab.Probe())
+	ctx := labtest.Within(t, 4*time.Minute)
+	hosts, err := libvirtlab.New(ctx, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(hosts.Close)
+	qemu, err := lab.StockQEMU(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := sites(t, l)
+	a.configure(fmt.Sprintf("[libvirt]\nuri = %q\ntrust_disks = true\n", hosts.A.Socket))
+	b.configure(fmt.Sprintf("[libvirt]\nuri = %q\nemulators = [%q]\npaths = [\"/srv/vms\"]\n",
+		hosts.B.Socket, qemu.Path))
+	a.start()
+	b.start()
+	none := func(what string) {
+		t.Helper()
+		out, err := hosts.B.Virsh(ctx, "list", "--all", "--name")
+		pids, _ := filepath.Glob(filepath.Join(hosts.B.Dir, "run/qemu/web*"))
+		if err != nil || out != "" || len(pids) > 0 {
+			t.Errorf("%s: host b has %q, %q, %v", what, out, pids, err)
+		}
+	}
+	dir := t.TempDir()
+	evil, image := filepath.Join(dir, "evil"), filepath.Join(dir, "image")
+	if err := os.Symlink(qemu.Path, evil); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	text := func(name, emulator, device, more string) string {
+		return fmt.Sprintf("<domain type='qemu' "+
+			"xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>%s</name>"+
+			"<uuid>11111111-2222-4333-8444-555555555555</uuid><memory unit='MiB'>32</memory>"+
+			"<vcpu>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type></os><devices>"+
+			"<emulator>%s</emulator>%s</devices>%s</domain>", name, emulator, device, more)
+	}
+	ask := func(xml string) (answer domainAnswer, err error) {
+		id, err := certs.Load(filepath.Join(a.dir, "certs"), func(error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = putTo(ctx, link.Dialer{Addr: net.JoinHostPort(l.B.Addr, "7601"),
+			TLS: id.Client("hostb"), Dial: l.A.Dial}, 0,
+			question{Domain: &domainQuestion{XML: xml}}, &answer)
+		return answer, err
+	}
+
+	if answer, err := ask(text("web1", qemu.Path, "", "")); err != nil ||
+		answer != (domainAnswer{}) {
+		t.Errorf("a harmless domain: %+v, %v", answer, err)
+	}
+	for _, x := range []struct{ name, xml, says string }{
+		{"emulator", text("web1", evil, "", ""), "the emulator"},
+		{"arguments", text("web1", qemu.Path, "", "<qemu:commandline><qemu:arg value='-fw_cfg'/>"+
+			"<qemu:arg value='name=opt/x,string=y'/></qemu:commandline>"), "another namespace"},
+		{"disk", text("web1", qemu.Path, "<disk type='file' device='disk'><driver name='qemu' "+
+			"type='raw' cache='none'/><source file='"+image+"'/><target dev='vda' bus='virtio'/>"+
+			"</disk>", ""), "outside of"},
+		{"character device", text("web1", qemu.Path,
+			"<rng model='virtio'><backend model='random'>/dev/zero</backend></rng>", ""),
+			"outside of"},
+	} {
+		if answer, err := ask(x.xml); err != nil || !strings.Contains(answer.Problem, x.says) {
+			t.Errorf("%s: asked: %+v, %v", x.name, answer, err)
+		}
+		file := filepath.Join(dir, "web1.xml")
+		if err := os.WriteFile(file, []byte(x.xml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := hosts.A.Virsh(ctx, "create", file); err != nil {
+			t.Fatal(err)
+		}
+		e, err := a.evictWith("web1", "hostb", &hostv1.EvictOptions{SkipChecks: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		end, err := a.watch(e.Id, time.Minute)
+		if err != nil || end.Outcome != string(evict.Refused) ||
+			!strings.Contains(end.Reason, x.says) {
+			t.Errorf("%s: offered: %v, %v", x.name, end, err)
+		}
+		none(x.name)
+		if s, err := hosts.A.Virsh(ctx, "domstate", "--reason", "web1"); s != "running (booted)" {
+			t.Errorf("%s: on host a it is %q, %v", x.name, s, err)
+		}
+		if _, err := hosts.A.Virsh(ctx, "destroy", "web1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	// What no libvirt would describe.
+	bomb := "<!DOCTYPE d [<!ENTITY a0 'a'>"
+	for i := range 30 {
+		bomb += fmt.Sprintf("<!ENTITY a%d '&a%d;&a%[2]d;&a%[2]d;&a%[2]d;'>", i+1, i)
+	}
+	bomb += "]>" + strings.Replace(text("web1", qemu.Path, "", ""), "<vcpu>",
+		"<title>&a30;</title><vcpu>", 1)
+	if answer, err := ask(bomb); err != nil || !strings.Contains(answer.Problem, "document type") {
+		t.Errorf("entities: %+v, %v", answer, err)
+	}
+	large := strings.Replace(text("web1", qemu.Path, "", ""), "<vcpu>",
+		strings.Repeat(" ", 100<<20)+"<vcpu>", 1)
+	if answer, err := ask(large); err == nil {
+		t.Errorf("100 MiB: %+v", answer)
+	}
+	none("at last")
+	if answer, err := ask(text("web1", qemu.Path, "", "")); err != nil ||
+		answer != (domainAnswer{}) {
+		t.Errorf("a harmless domain afterwards: %+v, %v", answer, err)
+	}
 }
