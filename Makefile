@@ -43,7 +43,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign uitest nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign domainbench uitest nightly campaigns configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -148,6 +148,10 @@ uitest: ## the page of vacate ui in a Chromium: each button with real VMs, hosti
 
 kvmbench: deps build ## compare ways to move the bare guest under KVM, and write docs/results/kvm-bench.md (root; half an hour on a machine that does nothing else)
 	scripts/kvm-bench docs/results/kvm-bench.md
+
+domainbench: deps build ## compare ways to move a domain of libvirt, and write docs/results/domain-bench.md (root; an hour on a machine that does nothing else)
+	@scripts/deps libvirt
+	scripts/domain-bench docs/results/domain-bench.md
 
 NIGHT = 6h
 

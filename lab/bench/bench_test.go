@@ -11,6 +11,7 @@ import (
 
 	"vacate/lab"
 	"vacate/lab/labtest"
+	"vacate/lab/libvirtlab"
 )
 
 func needLab(t *testing.T) {
@@ -21,14 +22,17 @@ func needLab(t *testing.T) {
 	labtest.Need(t, lab.Probe())
 }
 
-func buildVacate(t *testing.T) string {
+// buildVacate returns the program vacate. Those of this project that are named are beside it.
+func buildVacate(t *testing.T, more ...string) string {
 	t.Helper()
-	bin := filepath.Join(t.TempDir(), "vacate")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin,
-		"vacate/cmd/vacate").CombinedOutput(); err != nil {
-		t.Fatalf("build vacate: %v\n%s", err, out)
+	dir := t.TempDir()
+	for _, name := range append(more, "vacate") {
+		if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", dir,
+			"vacate/cmd/"+name).CombinedOutput(); err != nil {
+			t.Fatalf("build %s: %v\n%s", name, err, out)
+		}
 	}
-	return bin
+	return filepath.Join(dir, "vacate")
 }
 
 // Every strategy moves a guest, and is measured.
@@ -59,6 +63,40 @@ func TestMeasure(t *testing.T) {
 	}
 	for i := range result.Runs {
 		checkRun(t, &result.Runs[i])
+	}
+}
+
+// Domains of libvirt move by vacate and by virsh migrate, and both are measured alike. "make
+// domainbench" takes the other strategies, too.
+func TestMeasureDomains(t *testing.T) {
+	needLab(t)
+	labtest.Need(t, libvirtlab.Probe())
+	strategies := []string{"vacate", domainBaseline}
+	result, err := Measure(t.Context(), Options{
+		Libvirt: true, Strategies: strategies, Load: "hot", Repeat: 1,
+		PrecopyBound: 2 * time.Second, Vacate: buildVacate(t, "vacated"),
+		Spec: lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
+		Lab:  lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
+		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := result.Table(t.Output()); err != nil {
+		t.Error(err)
+	}
+	if l := result.Machine.Libvirt; l == nil || *l == "" {
+		t.Errorf("the libvirt is not described: %+v", result.Machine)
+	}
+	if len(result.Runs) != len(strategies) {
+		t.Fatalf("%d runs, want %d", len(result.Runs), len(strategies))
+	}
+	for i := range result.Runs {
+		r := &result.Runs[i]
+		checkRun(t, r)
+		if r.Outcome == Completed && (r.Prepare == nil || *r.Prepare <= 0) {
+			t.Errorf("%s: no time from the command to the begin: %v", r.Strategy, r.Prepare)
+		}
 	}
 }
 
@@ -134,7 +172,7 @@ func checkRun(t *testing.T, r *Run) {
 		}
 	}
 	missing("total", r.Total == nil)
-	missing("pages", r.Pages == nil)
+	missing("pages", (r.Pages == nil) != strings.HasPrefix(r.Strategy, "virsh-"))
 	missing("stalls", r.Stall == nil)
 	missing("check", r.Bad == nil)
 	missing("rate before", r.Before == nil)
@@ -165,6 +203,7 @@ func TestBadOptions(t *testing.T) {
 		`no load "none"`:      func(o *Options) { o.Load = "none" },
 		"repetitions":         func(o *Options) { o.Repeat = 0 },
 		"bound":               func(o *Options) { o.PrecopyBound = 0 },
+		"leave out --chain":   func(o *Options) { o.Libvirt, o.Chain = true, true },
 		`accelerator "xen"`:   func(o *Options) { o.Accel = "xen" },
 	} {
 		o := good

@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"strconv"
-	"strings"
 	"time"
 
 	"vacate/lab"
@@ -93,7 +92,7 @@ const (
 	contendAfter  = 6 * time.Second // and after the end
 	finalTime     = 4 * time.Second // of that, what counts as the final level
 	paceTime      = 3 * time.Second // over which it is measured what a core is worth
-	checkLimit    = time.Minute     // in which a guest checks itself, or is dead
+	checkLimit    = 2 * time.Minute // in which a guest checks itself, or is dead
 )
 
 // Loader is a client of a server.
@@ -119,7 +118,7 @@ type contention struct {
 func Contend(ctx context.Context, opts ContentionOptions) (Contention, error) {
 	result := Contention{Version: Version, MemoryMiB: opts.MemoryMiB, ServerMiB: opts.ServerMiB,
 		Wanted: opts.Wanted, Clients: opts.Clients, Runs: []ContentionRun{}}
-	chosen, err := find(opts.Strategies)
+	chosen, err := find(opts.Strategies, strategies, evict)
 	if err != nil {
 		return result, err
 	}
@@ -150,7 +149,8 @@ func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, c
 		return err
 	}
 	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core
-	c := &contention{bench: bench{Options{Vacate: opts.Vacate, Log: opts.Log}, l}, opts: opts,
+	c := &contention{bench: bench{opts: Options{Vacate: opts.Vacate, Log: opts.Log}, lab: l},
+		opts:   opts,
 		server: server}
 	defer func() {
 		for _, k := range c.loaders {
@@ -445,7 +445,7 @@ func (c *contention) comeBack(ctx context.Context, t *trial, run *ContentionRun)
 		fmt.Errorf("the guest does not answer within %v", checkLimit))
 	check, err := at.Guest.Check(bounded, at)
 	cancel()
-	ours := strings.HasPrefix(run.Strategy, strategies[0].name)
+	ours := isVacate(run.Strategy)
 	if err != nil {
 		if ours || ctx.Err() != nil {
 			return err

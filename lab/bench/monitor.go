@@ -13,14 +13,18 @@ import (
 )
 
 // monitor is a connection to a VM's second monitor that remembers what
-// happened when.
+// happened when. Of a domain of libvirt's it is what virsh tells of its events: libvirt has the
+// monitor.
 type monitor struct {
-	*qmp.Client
-	name    string
-	all     sync.WaitGroup
-	mu      sync.Mutex
-	events  []event       // guarded by mu
-	changed chan struct{} // closed and replaced with every event; guarded by mu
+	*qmp.Client // nil for a domain
+	name        string
+	done        <-chan struct{} // closed when no more is heard
+	why         func() error    // then
+	stop        func()
+	all         sync.WaitGroup
+	mu          sync.Mutex
+	events      []event       // guarded by mu
+	changed     chan struct{} // closed and replaced with every event; guarded by mu
 }
 
 type event struct {
@@ -34,7 +38,8 @@ func watch(ctx context.Context, vm *lab.VM, log *slog.Logger) (*monitor, error) 
 	if err != nil {
 		return nil, err
 	}
-	m := &monitor{Client: c, name: vm.Name, changed: make(chan struct{})}
+	m := &monitor{Client: c, name: vm.Name, changed: make(chan struct{}), done: c.Done(),
+		why: c.Err, stop: func() { c.Close() }}
 	events := c.Subscribe(1024)
 	m.all.Go(func() {
 		for e := range events.C {
@@ -46,7 +51,7 @@ func watch(ctx context.Context, vm *lab.VM, log *slog.Logger) (*monitor, error) 
 }
 
 func (m *monitor) close() {
-	m.Client.Close()
+	m.stop()
 	m.all.Wait()
 }
 
@@ -87,8 +92,8 @@ func (m *monitor) wait(ctx context.Context, since time.Time, what string,
 		next += len(events)
 		select {
 		case <-changed:
-		case <-m.Done():
-			return event{}, fmt.Errorf("wait for %s on VM %s: %w", what, m.name, m.Err())
+		case <-m.done:
+			return event{}, fmt.Errorf("wait for %s on VM %s: %w", what, m.name, m.why())
 		case <-ctx.Done():
 			return event{}, fmt.Errorf("wait for %s on VM %s: %w", what, m.name, context.Cause(ctx))
 		}

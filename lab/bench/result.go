@@ -29,6 +29,7 @@ type Machine struct {
 	Link        *uint64 `json:"link_bits_per_s"`        // each way; nil: unshaped
 	Congestion  string  `json:"tcp_congestion_control"` // on both hosts
 	Pinned      bool    `json:"pinned"`                 // each host to a core of its own
+	Libvirt     *string `json:"libvirt"`                // version; nil: VMs are not domains
 }
 
 // VM is what was moved.

@@ -51,7 +51,7 @@ func sample() *Result {
 	return &Result{
 		Version: Version,
 		Machine: Machine{"CPU <of> A & B", 2, 24 << 30, "6.18.0", "7.2.22", "tcg",
-			"6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true},
+			"6.1.0-56-cloud-amd64", ptr(uint64(1e9)), "cubic", true, nil},
 		VM: VM{"pc", 1024, 1, "bare", false, 200, 200, 0, 0, "linux", "uniform", "together",
 			false},
 		Runs: []Run{
@@ -170,4 +170,27 @@ func FuzzReadReport(f *testing.F) {
 			t.Errorf("report %q is not JSON", report)
 		}
 	})
+}
+
+// Ways to move a domain are compared with virsh's post-copy, also by what their operator waits for.
+func TestDomainTable(t *testing.T) {
+	r := sample()
+	r.Machine.Libvirt = ptr("9.0.0")
+	for i := range r.Runs {
+		run := &r.Runs[i]
+		run.Prepare = ptr(0.5)
+		if run.Strategy == baseline {
+			run.Strategy, run.Prepare = domainBaseline, ptr(1.0)
+		}
+	}
+	var b strings.Builder
+	if err := r.Table(&b); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"libvirt 9.0.0, QEMU 7.2.22", "from command [ms]",
+		"Ratios to virsh-postcopy of", "555 (550–560)", "0.55 (0.54–0.55)"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("no %q in\n%s", want, &b)
+		}
+	}
 }

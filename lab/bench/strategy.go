@@ -18,6 +18,7 @@ import (
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/qemu/qmp"
 	"vacate/lab"
+	"vacate/lab/libvirtlab"
 )
 
 // A strategy is a way to move a VM. prepare runs before the clock starts; move
@@ -26,8 +27,10 @@ type strategy struct {
 	name    string
 	paused  bool // the twin starts with -S
 	prepare func(*trial, context.Context) error
-	move    func(*trial, context.Context) error
+	move    mover
 }
+
+type mover func(*trial, context.Context) error
 
 var strategies = []strategy{
 	// The first, which variants are made of.
@@ -44,7 +47,7 @@ var strategies = []strategy{
 // variant makes a strategy of vacate with other options, by a name like
 // "vacate:address+near:off:all": an order of the push, where the guest's pages are learnt of
 // (a value of --enlighten), and "all" for moving free pages, too; each may be left out.
-func variant(name string) (strategy, error) {
+func variant(name string, of strategy, move func(flags ...string) mover) (strategy, error) {
 	var flags []string
 	for part := range strings.SplitSeq(strings.TrimPrefix(name, "vacate:"), ":") {
 		switch part {
@@ -59,15 +62,16 @@ func variant(name string) (strategy, error) {
 			flags = append(flags, "--order", part)
 		}
 	}
-	s := strategies[0]
-	s.name, s.move = name, evict(flags...)
-	return s, nil
+	of.name, of.move = name, move(flags...)
+	return of, nil
 }
 
 // Strategies are the names of all strategies.
-func Strategies() []string {
-	names := make([]string, len(strategies))
-	for i, s := range strategies {
+func Strategies() []string { return namesOf(strategies) }
+
+func namesOf(list []strategy) []string {
+	names := make([]string, len(list))
+	for i, s := range list {
 		names[i] = s.name
 	}
 	return names
@@ -98,8 +102,9 @@ type trial struct {
 	src, dst *monitor
 	start    time.Time
 	end      time.Time
-	receiver *exec.Cmd     // nil before and after it runs
-	received *bytes.Buffer // what it wrote on standard error; read it after its end
+	receiver *exec.Cmd          // nil before and after it runs
+	received *bytes.Buffer      // what it wrote on standard error; read it after its end
+	domain   *libvirtlab.Domain // nil: no libvirt has the VM
 	tasks    sync.WaitGroup
 }
 
@@ -168,25 +173,49 @@ type engineReport struct {
 }
 
 // evict moves the VM by this project's engine, with more flags if need be.
-func evict(flags ...string) func(*trial, context.Context) error {
+func evict(flags ...string) mover {
 	return func(t *trial, ctx context.Context) error { return t.evict(ctx, flags) }
 }
 
 func (t *trial) evict(ctx context.Context, flags []string) error {
 	cmd := exec.CommandContext(ctx, t.opts.Vacate,
 		append([]string{"evict", "--qmp", t.vm.QMP, "--to", t.engineAddr(), "--json"}, flags...)...)
-	var said bytes.Buffer
-	cmd.Stderr = &said
 	t.profile(cmd, "evict")
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
+	if err := t.runEngine(ctx, cmd); err != nil {
+		return fmt.Errorf("%w; %w", err, t.endReceiver())
 	}
+	return t.waitReceiver()
+}
+
+// exit returns a channel that gets the time at which the source's QEMU ends.
+func (t *trial) exit() <-chan time.Time {
 	gone := make(chan time.Time, 1)
 	t.tasks.Go(func() {
 		<-t.vm.Done() // at the latest when the trial is closed
 		gone <- time.Now()
 	})
+	return gone
+}
+
+// noteExit waits for the end of the source's QEMU, which is that of the move.
+func (t *trial) noteExit(ctx context.Context, gone <-chan time.Time) error {
+	select {
+	case t.end = <-gone:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the source's QEMU to exit: %w", context.Cause(ctx))
+	}
+}
+
+// runEngine runs a command vacate evict, and takes its figures.
+func (t *trial) runEngine(ctx context.Context, cmd *exec.Cmd) error {
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	gone := t.exit()
 	if err := t.vm.Host.Start(cmd); err != nil {
 		return err
 	}
@@ -207,9 +236,7 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 		if r.Begun != nil {
 			// Like QEMU's capabilities and monitors, the engines' connection is made before the
 			// clock starts.
-			prepared := r.Begun.Sub(t.start.Round(0))
-			t.run.Prepare = seconds(prepared.Seconds())
-			t.start = t.start.Add(prepared)
+			t.begunAt(t.start.Add(r.Begun.Sub(t.start.Round(0))))
 		}
 		p := &r.Pages
 		t.run.Pages = &Pages{ptr(p.Early + p.Pushed + p.Near), &p.Fetched, &p.Zero,
@@ -217,14 +244,15 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 		t.run.Fetch = r.Fetch
 	}
 	if err != nil {
-		return fmt.Errorf("vacate evict: %w; it said %s; %w", err, &said, t.endReceiver())
+		return fmt.Errorf("vacate evict: %w; it said %s", err, &said)
 	}
-	select {
-	case t.end = <-gone:
-	case <-ctx.Done():
-		return fmt.Errorf("wait for the source's QEMU to exit: %w", context.Cause(ctx))
-	}
-	return t.waitReceiver()
+	return t.noteExit(ctx, gone)
+}
+
+// begunAt has t = 0 be later than the command: what comes before is preparation.
+func (t *trial) begunAt(at time.Time) {
+	t.run.Prepare = seconds(at.Sub(t.start).Seconds())
+	t.start = at
 }
 
 // waitReceiver waits for the end of vacate receive.
@@ -449,31 +477,28 @@ func (t *trial) stopAndCopy(ctx context.Context) error {
 	return err
 }
 
-func find(names []string) ([]strategy, error) {
+// find returns strategies of a list by their names, or variants of its first, which evict makes.
+func find(names []string, list []strategy, evict func(flags ...string) mover) ([]strategy, error) {
 	var found []strategy
 	for _, n := range names {
-		i := -1
-		for j := range strategies {
-			if strategies[j].name == n {
-				i = j
-			}
-		}
-		if strings.HasPrefix(n, "vacate:") {
-			v, err := variant(n)
+		if strings.HasPrefix(n, list[0].name+":") {
+			v, err := variant(n, list[0], evict)
 			if err != nil {
 				return nil, err
 			}
 			found = append(found, v)
 			continue
 		}
+		i := slices.IndexFunc(list, func(s strategy) bool { return s.name == n })
 		if i < 0 {
 			return nil, fmt.Errorf("no strategy %q: there are %s, and vacate:ORDER", n,
-				strings.Join(Strategies(), ", "))
+				strings.Join(namesOf(list), ", "))
 		}
-		found = append(found, strategies[i])
+		found = append(found, list[i])
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("no strategy given: there are %s", strings.Join(Strategies(), ", "))
+		return nil, fmt.Errorf("no strategy given: there are %s",
+			strings.Join(namesOf(list), ", "))
 	}
 	return found, nil
 }

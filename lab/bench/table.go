@@ -7,8 +7,15 @@ import (
 	"text/tabwriter"
 )
 
-// baseline is the strategy that all others are compared with.
+// baseline is the strategy that all others are compared with, where VMs are not domains.
 const baseline = "qemu-postcopy"
+
+func (r *Result) baseline() string {
+	if r.Machine.Libvirt != nil {
+		return domainBaseline
+	}
+	return baseline
+}
 
 // A figure is one column: a number of a run, and how it is shown.
 type figure struct {
@@ -92,6 +99,22 @@ var (
 	}
 )
 
+// fromCommand is the time from the command until the VM runs on the destination. With libvirt all
+// strategies are one command, which also has the twin started.
+var fromCommand = figure{"from command", "ms", ms, func(r *Run) *float64 {
+	if r.Prepare == nil || r.Transfer == nil {
+		return nil
+	}
+	return ptr(*r.Prepare + *r.Transfer)
+}, true}
+
+func (r *Result) times() []figure {
+	if r.Machine.Libvirt == nil {
+		return times
+	}
+	return slices.Insert(slices.Clone(times), 1, fromCommand)
+}
+
 func ms1(x float64) string { return fmt.Sprintf("%.1f", x*1e3) }
 
 func (s spread) format(show func(float64) string) string {
@@ -109,7 +132,7 @@ func (s spread) format(show func(float64) string) string {
 func (r *Result) Table(w io.Writer) error {
 	fmt.Fprintln(w, r.title())
 	fmt.Fprintln(w, r.subtitle())
-	for _, f := range [][]figure{times, stalls, pages} {
+	for _, f := range [][]figure{r.times(), stalls, pages} {
 		fmt.Fprintln(w)
 		if err := r.table(w, f); err != nil {
 			return err
@@ -121,6 +144,7 @@ func (r *Result) Table(w io.Writer) error {
 				run.Reason)
 		}
 	}
+	baseline := r.baseline()
 	if !slices.Contains(r.strategies(), baseline) || len(r.strategies()) < 2 {
 		return nil
 	}
@@ -173,7 +197,7 @@ func (r *Result) table(out io.Writer, figures []figure) error {
 
 func (r *Result) ratios(out io.Writer) error {
 	var figures []figure
-	for _, f := range slices.Concat(times, stalls) {
+	for _, f := range slices.Concat(r.times(), stalls) {
 		if f.ratio {
 			f.unit = ""
 			figures = append(figures, f)
@@ -182,7 +206,7 @@ func (r *Result) ratios(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	header(w, figures)
 	for _, name := range r.strategies() {
-		if name == baseline {
+		if name == r.baseline() {
 			continue
 		}
 		fmt.Fprint(w, name)
@@ -205,7 +229,7 @@ func (r *Result) ratio(name string, f figure) []float64 {
 		}
 		for j := range r.Runs {
 			b := &r.Runs[j]
-			if b.Strategy != baseline || b.Rep != a.Rep {
+			if b.Strategy != r.baseline() || b.Rep != a.Rep {
 				continue
 			}
 			if x, y := f.get(a), f.get(b); x != nil && y != nil && *y > 0 {
@@ -242,12 +266,15 @@ func (r *Result) title() string {
 
 func (r *Result) subtitle() string {
 	m := &r.Machine
-	guest := "guest Linux " + m.GuestKernel
+	qemu, guest := "QEMU "+m.QEMU, "guest Linux "+m.GuestKernel
+	if m.Libvirt != nil {
+		qemu = "libvirt " + *m.Libvirt + ", " + qemu
+	}
 	if r.VM.Guest == bareGuest {
 		guest = "bare guest"
 	}
-	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; QEMU %s (%s, %s, %s devices), %s",
-		m.CPU, m.Cores, float64(m.MemoryBytes)/(1<<30), m.Kernel, m.QEMU, m.Accel, r.VM.Machine,
+	return fmt.Sprintf("%s, %d cores, %.0f GiB, Linux %s; %s (%s, %s, %s devices), %s",
+		m.CPU, m.Cores, float64(m.MemoryBytes)/(1<<30), m.Kernel, qemu, m.Accel, r.VM.Machine,
 		r.VM.Devices, guest)
 }
 

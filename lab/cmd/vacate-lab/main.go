@@ -180,9 +180,9 @@ func benchCommand() *cobra.Command {
 		Short: "compare ways to move a VM",
 		Long: `Moves identically prepared VMs over the same link in every way asked for, in
 turn, and prints what each cost: medians over the repetitions and their ranges,
-then ratios to QEMU's own post-copy. The guest checks all of its memory after
-every move; a bad page is an error. docs/bench.md
-explains the figures and the JSON.
+then ratios to QEMU's own post-copy, or with --libvirt to that of virsh migrate.
+The guest checks all of its memory after every move; a bad page is an error.
+docs/bench.md explains the figures and the JSON.
 
 Each run takes about 15 seconds, with a large load or pre-copy more. Nothing
 else should run on the machine meanwhile.`,
@@ -191,6 +191,7 @@ else should run on the machine meanwhile.`,
   vacate-lab bench --load hot-process --kernel 6.12
   vacate-lab bench --accel kvm --agent --place scattered --link 10Gbit
   vacate-lab bench --memory 4G --hot 1G --idle 2G --link 10Gbit --devices full
+  vacate-lab bench --libvirt --devices full --repeat 5
   vacate-lab bench --strategies vacate --profile profiles && go tool pprof profiles/evict-1.pprof`,
 		Args: cobra.NoArgs,
 	}
@@ -198,7 +199,13 @@ else should run on the machine meanwhile.`,
 	fl := c.Flags()
 	fl.StringSliceVar(&opts.Strategies, "strategies",
 		[]string{"vacate", "qemu-postcopy", "qemu-precopy", "stop-and-copy"},
-		"of "+strings.Join(bench.Strategies(), ", "))
+		"of "+strings.Join(bench.Strategies(), ", ")+"; with --libvirt of "+
+			strings.Join(bench.DomainStrategies(), ", ")+" (default: all of these)")
+	fl.BoolVar(&opts.Libvirt, "libvirt", false,
+		"the VM is a domain of libvirt's, which vacate evict and virsh migrate move")
+	fl.StringVar(&opts.Release, "release", "",
+		"with --libvirt: Debian's release whose libvirt and QEMU both hosts have, such as trixie "+
+			"(default: the machine's)")
 	fl.StringVar(&opts.Accel, "accel", "auto",
 		"what the VMs run under, of "+strings.Join(bench.Accels(), ", ")+
 			"; kvm takes the bare guest where Linux does not run under it")
@@ -252,7 +259,13 @@ else should run on the machine meanwhile.`,
 			opts.Spec.Load.Mixed = place == "scattered"
 		}
 		opts.Load = f.load
-		if !fl.Changed("chain") {
+		if opts.Libvirt && !fl.Changed("strategies") {
+			opts.Strategies = bench.DomainStrategies()
+		}
+		if !opts.Libvirt && opts.Release != "" {
+			return errors.New("--release is of a libvirt: it needs --libvirt")
+		}
+		if !fl.Changed("chain") && !opts.Libvirt {
 			opts.Chain = bench.Alike(opts.Strategies)
 		}
 		level := slog.LevelInfo
