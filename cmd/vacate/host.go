@@ -31,7 +31,8 @@ func hostCommands() []*cobra.Command {
 	return []*cobra.Command{lsCommand(), startCommand(), stopCommand(), showCommand(),
 		evictionsCommand(), watchCommand(), abortCommand(), decideCommand(), exportCommand(),
 		doctorCommand(),
-		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand(), uiCommand()}
+		pressureCommand(), relieveCommand(), evacuateCommand(), reportCommand(), uiCommand(),
+		topCommand()}
 }
 
 // askCommand makes a command that asks the daemon. With --json, the answer goes out as the API's

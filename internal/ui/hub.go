@@ -218,6 +218,13 @@ func (h *Hub) look() *viewer {
 	return v
 }
 
+// Attend is for those who look at Hosts and Open. changed holds a value when they have changed,
+// until leave is called.
+func (h *Hub) Attend() (changed <-chan struct{}, leave func()) {
+	v := h.look()
+	return v.wake, func() { h.leave(v) }
+}
+
 // leave ends that.
 func (h *Hub) leave(v *viewer) {
 	h.mu.Lock()

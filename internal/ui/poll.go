@@ -162,9 +162,9 @@ func (p *poller) list(list []*hostv1.Eviction) {
 	}
 }
 
-// put takes what a daemon says of an eviction.
-func (p *poller) put(e *hostv1.Eviction) {
-	out := &Eviction{Host: p.d.Key, id: e.Id, open: e.EndedAt == nil}
+// NewEviction is what a host says of an eviction. tell puts in a sentence where the VM is.
+func NewEviction(host string, e *hostv1.Eviction, tell func(*hostv1.Eviction) string) *Eviction {
+	out := &Eviction{Host: host, id: e.Id, open: e.EndedAt == nil}
 	if r := e.Report; r != nil {
 		out.Down, out.Transfer, out.Total = r.DownTimeS, r.ExecutionTransferS, r.TotalS
 		out.Bytes, out.Fetches, out.Report = r.LinkBytes, r.GetPages().GetFetched(), true
@@ -172,11 +172,14 @@ func (p *poller) put(e *hostv1.Eviction) {
 		e.Report = nil
 	}
 	if out.open {
-		out.Says = p.tell(e)
+		out.Says = tell(e)
 	}
 	out.Of = hostv1.JSON(e)
-	p.hub.PutEviction(out)
+	return out
 }
+
+// put takes what a daemon says of an eviction.
+func (p *poller) put(e *hostv1.Eviction) { p.hub.PutEviction(NewEviction(p.d.Key, e, p.tell)) }
 
 // follow keeps the hub up to date about an eviction until the daemon tells no more.
 func (p *poller) follow(e *hostv1.Eviction) {
