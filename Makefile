@@ -30,7 +30,7 @@ NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOth
 TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
 
 # These compute much and one thing at a time: the race detector would find little, slowly.
-SEQUENTIAL = vacate/internal/guest/inspect vacate/internal/guest/linux vacate/lab/churn vacate/internal/host/relief
+SEQUENTIAL = vacate/internal/guest/inspect vacate/internal/guest/linux vacate/lab/churn vacate/lab/fleetsim vacate/internal/fleet/place vacate/internal/host/relief
 # So do these, of vacate/internal/evict: the model check, and paths in simulated time.
 COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp
 # This measures how busy the machine is: nothing else may run meanwhile.
@@ -152,6 +152,15 @@ kvmbench: deps build ## compare ways to move the bare guest under KVM, and write
 domainbench: deps build ## compare ways to move a domain of libvirt, and write docs/results/domain-bench.md (root; an hour on a machine that does nothing else)
 	@scripts/deps libvirt
 	scripts/domain-bench docs/results/domain-bench.md
+
+.PHONY: fleetsim
+fleetsim: build ## simulate fleets of 100, 1,000 and 10,000 hosts, and compare balancers; results in .lab/fleetsim (an hour of CPU)
+	@mkdir -p .lab/fleetsim
+	bin/vacate-lab fleetsim --hosts 100 >.lab/fleetsim/100.md
+	bin/vacate-lab fleetsim --hosts 100 --load 1 >.lab/fleetsim/100-light.md
+	bin/vacate-lab fleetsim --hosts 1000 >.lab/fleetsim/1000.md
+	bin/vacate-lab fleetsim --hosts 10000 --step 30s >.lab/fleetsim/10000.md
+	@cat .lab/fleetsim/*.md
 
 NIGHT = 6h
 

@@ -15,14 +15,17 @@ import (
 type Planner struct {
 	policy view.Policy
 	rules  []*rule
-	hosts  map[string]*host
-	names  []*host // the same, in order of name
-	vms    map[string]*vm
-	moves  map[string]*move // by VM
-	links  map[string]int   // how many moves go over each link that hosts share
-	under  int              // how many moves have not ended
-	index  index
-	short  set // hosts with VMs that starve, or with too little memory
+	// byLabel has the rules that are only about VMs with one value of a label, by "label=value";
+	// the others are at "=".
+	byLabel map[string][]*rule
+	hosts   map[string]*host
+	names   []*host // the same, in order of name
+	vms     map[string]*vm
+	moves   map[string]*move // by VM
+	links   map[string]int   // how many moves go over each link that hosts share
+	under   int              // how many moves have not ended
+	index   index
+	short   set // hosts with VMs that starve, or with too little memory
 	// refused has why a host would not have a VM, until when; "" is all hosts.
 	refused map[pair]refusal
 	// proposed are the last round's decisions.

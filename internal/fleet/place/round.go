@@ -477,7 +477,14 @@ func (r *round) mend() {
 }
 
 // misplaced are the VMs that should move for the rule to be kept, those that leave first first.
-func (r *rule) misplaced() (list []*vm) {
+func (r *rule) misplaced() []*vm {
+	if !r.known {
+		r.out, r.known = r.findMisplaced(), true
+	}
+	return r.out
+}
+
+func (r *rule) findMisplaced() (list []*vm) {
 	order := func(a, b *vm) int {
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.InUse, b.InUse),
 			cmp.Compare(a.Name, b.Name))

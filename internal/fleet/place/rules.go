@@ -2,6 +2,7 @@ package place
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -17,6 +18,9 @@ type rule struct {
 	vm []*vm            // all
 	// hosts are those that a rule of kind On allows; nil: not worked out yet.
 	hosts []*host
+	// out are its VMs that should move, if that is known.
+	out   []*vm
+	known bool
 }
 
 // presence is a VM's entry in a rule.
@@ -31,9 +35,12 @@ func (p *Planner) SetRules(rules []view.Rule) {
 		p.leaveRules(v)
 		v.rules = nil
 	}
-	p.rules = nil
+	p.rules, p.byLabel = nil, map[string][]*rule{}
 	for _, r := range rules {
-		p.rules = append(p.rules, &rule{Rule: r, at: map[string][]*vm{}})
+		n := &rule{Rule: r, at: map[string][]*vm{}}
+		p.rules = append(p.rules, n)
+		key, value, _ := r.VMs.Exact()
+		p.byLabel[key+"="+value] = append(p.byLabel[key+"="+value], n)
 	}
 	for _, h := range p.names {
 		for _, v := range h.guests {
@@ -54,17 +61,24 @@ func (p *Planner) SetRules(rules []view.Rule) {
 // about are the rules that are about a VM.
 func (p *Planner) about(v *vm) []*rule {
 	about := []*rule{}
-	for _, r := range p.rules {
-		if r.VMs.Picks(v.Name, v.Labels) {
-			about = append(about, r)
+	look := func(key, value string) {
+		for _, r := range p.byLabel[key+"="+value] {
+			if r.VMs.Picks(v.Name, v.Labels) {
+				about = append(about, r)
+			}
 		}
+	}
+	look("", "")
+	look("name", v.Name)
+	for _, key := range slices.Sorted(maps.Keys(v.Labels)) {
+		look(key, v.Labels[key])
 	}
 	return about
 }
 
 func (p *Planner) enterRules(v *vm) {
 	for _, r := range v.rules {
-		r.vm = append(r.vm, v)
+		r.vm, r.known = append(r.vm, v), false
 		for _, h := range v.at() {
 			place := r.place(h)
 			if !slices.Contains(r.at[place], v) {
@@ -78,7 +92,7 @@ func (p *Planner) enterRules(v *vm) {
 func (p *Planner) leaveRules(v *vm) {
 	is := func(o *vm) bool { return o == v }
 	for _, r := range v.rules {
-		r.vm = slices.DeleteFunc(r.vm, is)
+		r.vm, r.known = slices.DeleteFunc(r.vm, is), false
 	}
 	for _, at := range v.present {
 		if left := slices.DeleteFunc(at.rule.at[at.place], is); len(left) > 0 {
@@ -125,7 +139,7 @@ func (r *rule) allows(h *host) bool {
 
 func (p *Planner) forgetLists() {
 	for _, r := range p.rules {
-		r.hosts = nil
+		r.hosts, r.known = nil, false
 	}
 }
 

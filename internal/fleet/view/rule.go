@@ -274,5 +274,15 @@ func (s *Selector) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
+// Exact returns a label and its only value, if nothing without it is picked.
+func (s Selector) Exact() (key, value string, ok bool) {
+	for _, t := range s.terms {
+		if !t.not && len(t.values) == 1 && !strings.Contains(t.values[0], "*") {
+			return t.key, t.values[0], true
+		}
+	}
+	return "", "", false
+}
+
 // IsZero reports whether it picks all for want of conditions.
 func (s Selector) IsZero() bool { return len(s.terms) == 0 }

@@ -51,7 +51,8 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 	c.AddCommand(untilSignal(upCommand()), untilSignal(superviseCommand()),
 		untilSignal(statusCommand()),
 		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()),
-		untilSignal(demoCommand()), untilSignal(paperCommand()))
+		untilSignal(demoCommand()), untilSignal(paperCommand()),
+		untilSignal(fleetsimCommand()))
 	return c
 }
 
