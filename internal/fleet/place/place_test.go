@@ -595,6 +595,25 @@ func TestAdmit(t *testing.T) {
 	}
 }
 
+// Nothing is kept of what is over: neither VMs that nobody tells of, nor what a host refused.
+func TestForgets(t *testing.T) {
+	f := starved(t)
+	f.report()
+	before := len(f.Planner.vms)
+	f.rules("vms name=* should run apart")
+	f.Began(view.Move{VM: "unknown", From: "a", To: "b", Memory: gib})
+	f.Refused("small", "b", "it said no", f.now.Add(time.Minute))
+	f.Ended("unknown", f.now, "it was never here")
+	delete(f.vms, "third")
+	f.names = slices.DeleteFunc(f.names, func(n string) bool { return n == "third" })
+	f.pass(2 * time.Minute)
+	f.Round(f.now)
+	if n := len(f.Planner.vms); n != before-1 || len(f.refused) != 0 || len(f.moves) != 0 ||
+		len(f.Planner.rules[0].vm) != n {
+		t.Errorf("%d VMs, before %d; %v, %v", n, before, f.refused, f.moves)
+	}
+}
+
 // A VM that two hosts tell of is left alone, until one of them is late.
 func TestTwice(t *testing.T) {
 	f := starved(t)

@@ -234,13 +234,15 @@ func (p *Planner) locate(v *vm) {
 			}
 		}
 	}
-	if at == v.host {
+	if at == v.host && at != nil {
 		return
 	}
 	p.leaveRules(v)
 	v.host = at
 	if at == nil {
-		delete(p.vms, v.Name)
+		if p.vms[v.Name] == v {
+			delete(p.vms, v.Name)
+		}
 		return
 	}
 	if v.rules == nil {

@@ -3,6 +3,7 @@ package place
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -36,6 +37,7 @@ func (p *Planner) Round(now time.Time) []view.Decision {
 		}
 	}
 	p.proposed = p.proposed[:0]
+	maps.DeleteFunc(p.refused, func(_ pair, r refusal) bool { return !p.now.Before(r.until) })
 	r := round{Planner: p}
 	r.drain()
 	if !p.policy.QuietAt(now) {
