@@ -118,6 +118,7 @@ func (e *source) hearShort(a *attachment, payload []byte) error {
 func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	since := time.Now()
 	again := 0
+	e.apart.Store(nil)
 	defer func() {
 		if !errors.Is(err, ErrLeft) {
 			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again,
@@ -137,6 +138,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
 		if err != nil {
 			e.Log.Debug("cannot ask the destination", "error", err)
+			e.apart.Store(new(err.Error()))
 			continue
 		}
 		here := copyPaused
@@ -188,6 +190,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			e.end(a)
 			e.Log.Warn("the destination does not know what became of the VM; it stays frozen here",
 				"answer", st.Answer, "reason", st.Reason)
+			e.apart.Store(&st.Reason)
 			pause = lastPause
 		}
 	}

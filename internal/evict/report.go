@@ -30,6 +30,9 @@ type Progress struct {
 	// Short is not empty if the destination has no memory for the VM's pages, so that the VM waits.
 	// It says why, and what to do.
 	Short string
+	// Apart says why the destination could not be asked, or what it answered, when that was tried
+	// last. It is empty while there is a session.
+	Apart string
 }
 
 // Report is what an eviction did, as the source saw it. Times are in seconds; those that

@@ -188,6 +188,7 @@ type source struct {
 	shutDown string // why the VM ended on the destination; empty if it did not
 	// why pages find no memory at the destination; nil or empty if they do
 	short atomic.Pointer[string]
+	apart atomic.Pointer[string] // Progress.Apart; nil if it is empty
 
 	at       atomic.Pointer[attachment] // nil while there is no session
 	sessions sessions
@@ -956,6 +957,9 @@ func (e *source) show(st State) {
 	}
 	if short := e.short.Load(); short != nil {
 		p.Short = *short
+	}
+	if apart := e.apart.Load(); apart != nil && (st == Reconnecting || st == InDoubt) {
+		p.Apart = *apart
 	}
 	frozen, ran := e.frozenAt.Load(), e.machine.at(Pushing)
 	if frozen != nil && !ran.IsZero() && !e.machine.at(Switching).IsZero() && p.Stands == "" {

@@ -111,6 +111,9 @@ func (v *eviction) show(p evict.Progress) {
 		if p.Short != "" || v.progress.Short != "" {
 			v.reason = p.Short
 		}
+		if p.Apart != "" || v.progress.Apart != "" {
+			v.reason = p.Apart
+		}
 		more := p.Bytes - v.progress.Bytes
 		if p.Bytes < v.progress.Bytes { // another engine began to count anew
 			more = p.Bytes

@@ -65,6 +65,12 @@ func TestProspects(t *testing.T) {
 			[]string{
 				"stands on host hosta, and lacks memory that only host hostb has, which has not " +
 					"answered for 5 s", "vacate status web1"}},
+		{"out of the configuration", journal.Source, evict.MarkMayRun, "", false,
+			5 * time.Second, false, nil,
+			[]string{"may run on host hostb", "put [peers.hostb] back into the configuration"}},
+		{"cut off, and out of the configuration", journal.Destination, evict.MarkMayRun, "",
+			false, 5 * time.Second, false, nil,
+			[]string{"that only host hostb has", "Host hostb is no peer of host hosta any more"}},
 		{"not to be told", journal.Source, evict.MarkBegun, "", true, 0, false, nil, nil},
 		{"about to be resumed here", journal.Source, evict.MarkResumedHere, "", true, 0, false, nil,
 			[]string{"stands frozen until its QEMU can run it", "locks of its disks"}},
@@ -77,6 +83,9 @@ func TestProspects(t *testing.T) {
 				config: Config{Name: "hosta", Peers: map[string]Peer{"hostb": {}}}}
 			if test.fence {
 				h.config.Peers["hostb"] = Peer{Fence: []string{"/bin/off", "{host}"}}
+			}
+			if strings.HasSuffix(test.name, "out of the configuration") {
+				h.config.Peers = nil
 			}
 			entry, err := j.Create(journal.Record{ID: journal.NewID(), Role: test.role, VM: "web1",
 				Peer: "hostb", Mark: string(evict.MarkBegun),

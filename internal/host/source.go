@@ -13,6 +13,7 @@ import (
 	"vacate/internal/evict/journal"
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/host/hypervisor"
+	"vacate/internal/link"
 )
 
 // options are those of an eviction, as they are in the journal.
@@ -58,12 +59,15 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		maxLoadTimeout {
 		return s, fmt.Errorf("load timeout of %v: it is %v at most", s.LoadTimeout, maxLoadTimeout)
 	}
-	d, err := h.dialer(r.Peer)
-	if err != nil {
-		return s, err
-	}
 	s.Host = h.name()
-	s.Eviction, s.VM, s.QMP, s.Connect, s.SendFree = r.ID, r.VM, r.QMP, d.Session, o.SendFree
+	s.Eviction, s.VM, s.QMP, s.SendFree = r.ID, r.VM, r.QMP, o.SendFree
+	if d, err := h.dialer(r.Peer); err == nil {
+		s.Connect = d.Session
+	} else {
+		// The peer is out of the configuration since the eviction began. Much needs no peer: to
+		// roll back, to end the QEMU here, to do an operator's word.
+		s.Connect = func(context.Context) (*link.Session, error) { return nil, err }
+	}
 	s.TrustDisks = o.TrustDisks
 	s.Libvirt = h.libvirtOf(r)
 	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack

@@ -114,6 +114,15 @@ func (v *eviction) prospects() (advice string, remedies []string) {
 		return "", nil
 	}
 	silent := v.silence()
+	if _, ok := v.host.config.Peers[r.Peer]; !ok {
+		defer func() {
+			if advice != "" {
+				advice += fmt.Sprintf(". Host %s is no peer of host %s any more: put "+
+					"[peers.%[1]s] back into the configuration, and start vacated again", r.Peer,
+					here)
+			}
+		}()
+	}
 	// without what it accepts: that is asked for
 	discard := fmt.Sprintf("vacate decide %v discard", r.ID)
 	if !v.last() {
