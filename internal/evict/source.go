@@ -549,11 +549,7 @@ func (e *source) freeze() error {
 			e.saved, err = e.owner.freeze(ctx, true)
 		}
 	}
-	at := e.saved.at
-	if now := time.Now(); !at.After(e.started) || at.After(now) {
-		// QEMU's events have wall-clock time, which is this host's
-		at = now
-	}
+	at := byOurClock(e.saved.at, e.started)
 	e.frozenAt.Store(&at)
 	// QEMU itself makes it stand in save-vm, as for a dump, and then runs it again.
 	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" &&
@@ -569,6 +565,16 @@ func (e *source) freeze() error {
 		return errors.New("the VM was suspended since it was offered: try again")
 	}
 	return e.layOut(e.layout)
+}
+
+// byOurClock makes a time of an event of QEMU, which is of this host's wall clock, one that does not
+// change its distance to others when somebody sets that clock. A time that cannot be is now.
+func byOurClock(at, started time.Time) time.Time {
+	now := time.Now()
+	if at.After(started) && at.Before(now) {
+		now = now.Add(at.Sub(now))
+	}
+	return now
 }
 
 // hold stops the process of the QEMU whose guest is frozen. After that, QEMU cannot answer any

@@ -224,3 +224,20 @@ func TestDecisionsAreMade(t *testing.T) {
 		}
 	}
 }
+
+// The clock may be set after the freeze: the down time is the same.
+func TestByOurClock(t *testing.T) {
+	started := time.Now()
+	time.Sleep(2 * time.Millisecond)
+	wall := time.Now().Round(0) // QEMU's times have no reading of a steady clock
+	time.Sleep(2 * time.Millisecond)
+	for _, at := range []time.Time{wall, {}, started.Add(-time.Hour), started.Add(time.Hour)} {
+		got := byOurClock(at, started)
+		if at == wall && got.Round(0) != wall || got.Before(started) || got.After(time.Now()) {
+			t.Errorf("%v, of %v", got, at)
+		}
+		if got == got.Round(0) {
+			t.Errorf("%v is of the wall clock", got)
+		}
+	}
+}

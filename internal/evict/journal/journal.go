@@ -39,6 +39,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"vacate/internal/sys/process"
@@ -127,6 +128,10 @@ type Record struct {
 	Begun  time.Time `json:"begun"`            // of the first record
 	At     time.Time `json:"at"`               // of this one
 	Ended  time.Time `json:"ended,omitzero"`   // of the last record; zero until there is one
+	// First and Last number the begins and ends of a journal's evictions in their order, which the
+	// times may not show: somebody may have set the clock. 0 in journals of old, and until the end.
+	First uint64 `json:"first,omitempty"`
+	Last  uint64 `json:"last,omitempty"`
 
 	// Untold says that the other host has not yet heard how the eviction ended. Until then the
 	// entry is not removed.
@@ -142,6 +147,7 @@ type Journal struct {
 	dir  string
 	lock *os.File
 	boot string
+	seq  atomic.Uint64 // the last number in use, of Record.First and Last
 
 	mu      sync.Mutex // guards what follows
 	entries map[ID]*Entry
@@ -206,7 +212,9 @@ func (j *Journal) open() error {
 		if err != nil {
 			return err
 		}
-		j.entries[id] = j.load(id, path)
+		e := j.load(id, path)
+		j.entries[id] = e
+		j.seq.Store(max(j.seq.Load(), e.last.First, e.last.Last))
 	}
 	return j.prune()
 }
@@ -325,14 +333,19 @@ func (j *Journal) List() []*Entry {
 	for _, e := range j.entries {
 		list = append(list, e)
 	}
-	// Begun does not change once an entry is in the list.
-	slices.SortFunc(list, func(a, b *Entry) int {
-		return cmp.Or(a.begun().Compare(b.begun()), bytes.Compare(a.ID().bytes(), b.ID().bytes()))
-	})
+	sortBy(list, func(r Record) (uint64, time.Time) { return r.First, r.Begun })
 	return list
 }
 
-func (id ID) bytes() []byte { return id[:] }
+// sortBy sorts evictions by their numbers, and those of one number by time.
+func sortBy(list []*Entry, key func(Record) (uint64, time.Time)) {
+	slices.SortFunc(list, func(a, b *Entry) int {
+		ra, rb := a.Record(), b.Record()
+		m, s := key(ra)
+		n, t := key(rb)
+		return cmp.Or(cmp.Compare(m, n), s.Compare(t), bytes.Compare(ra.ID[:], rb.ID[:]))
+	})
+}
 
 // Find returns an eviction, or nil.
 func (j *Journal) Find(id ID) *Entry {
@@ -361,6 +374,7 @@ func (j *Journal) create(e *Entry, r Record) error {
 	}
 	r.Begun = time.Now()
 	r.At, r.Boot, r.Ended = r.Begun, j.boot, time.Time{}
+	r.First, r.Last = j.seq.Add(1), 0
 	b, err := appendRecord([]byte(header), r)
 	if err != nil {
 		return err
@@ -401,9 +415,7 @@ func (j *Journal) prune() error {
 			finished = append(finished, e)
 		}
 	}
-	slices.SortFunc(finished, func(a, b *Entry) int {
-		return a.Record().Ended.Compare(b.Record().Ended)
-	})
+	sortBy(finished, func(r Record) (uint64, time.Time) { return r.Last, r.Ended })
 	for len(finished) > keepFinished {
 		if err := finished[0].remove(); err != nil {
 			return err
@@ -432,12 +444,6 @@ func (e *Entry) ID() ID {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.last.ID
-}
-
-func (e *Entry) begun() time.Time {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.last.Begun
 }
 
 // Err is nil, or says how the entry is damaged. Its Record then has only the ID and the times of
@@ -496,13 +502,13 @@ func (e *Entry) note(mark, reason string, ended bool, change func(*Record)) erro
 	if change != nil {
 		change(&r)
 	}
-	r.ID, r.Begun = e.last.ID, e.last.Begun
+	r.ID, r.Begun, r.First, r.Last = e.last.ID, e.last.Begun, e.last.First, e.last.Last
 	r.Mark, r.Reason, r.At = mark, reason, time.Now()
 	if r.PID != e.last.PID || r.StartTime != e.last.StartTime {
 		r.Boot = e.journal.boot
 	}
 	if ended {
-		r.Ended = r.At
+		r.Ended, r.Last = r.At, e.journal.seq.Add(1)
 	}
 	err := e.append(r)
 	if err != nil {

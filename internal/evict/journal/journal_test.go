@@ -172,6 +172,30 @@ func TestPrune(t *testing.T) {
 	}
 }
 
+// Somebody sets the clock back, after it was a year ahead. The evictions since then are still the
+// latest, and the last that are forgotten.
+func TestClockSetBack(t *testing.T) {
+	const ahead = 365 * 24 * time.Hour
+	j := open(t, t.TempDir())
+	for range keepFinished {
+		e := create(t, j, "vm")
+		e.last.Begun = e.last.Begun.Add(ahead)
+		must(t, e.Finish("completed", "", nil))
+		e.last.At, e.last.Ended = e.last.At.Add(ahead), e.last.Ended.Add(ahead)
+		must(t, e.append(e.last))
+	}
+	j = reopen(t, j)
+	latest := create(t, j, "vm")
+	must(t, latest.Finish("completed", "", nil))
+	for range 2 {
+		list := j.List()
+		if last := list[len(list)-1]; len(list) != keepFinished || last.ID() != latest.ID() {
+			t.Errorf("of %d evictions the last is that of %v", len(list), last.Record().Begun)
+		}
+		j = reopen(t, j)
+	}
+}
+
 // TestCrash damages the log at each byte in four ways. It cuts the log there, as if the file's end
 // never reached the disk. It fills the rest with zeroes, or with garbage, as a torn append does.
 // And it changes that one byte.
