@@ -204,7 +204,7 @@ func lookAt(ctx context.Context, vm hypervisor.VM) (*doctor.VMFacts, error) {
 				vm.Name,
 				vm.QMP)
 	} else if err != nil {
-		return nil, fmt.Errorf("VM %s does not run here: %w", vm.Name, err)
+		return nil, fmt.Errorf("VM %s cannot be looked at: %w", vm.Name, err)
 	}
 	defer q.Close()
 	facts, err := doctor.VM(ctx, q)

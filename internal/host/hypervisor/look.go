@@ -74,11 +74,6 @@ func Look(ctx context.Context, vm VM) (Seen, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
 	q, err := qmp.Dial(ctx, vm.QMP)
-	for errors.Is(err, qmp.ErrBusy) && ctx.Err() == nil {
-		// The queue of clients was full, maybe of some that have given up.
-		time.Sleep(20 * time.Millisecond)
-		q, err = qmp.Dial(ctx, vm.QMP)
-	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return Seen{State: None}, nil

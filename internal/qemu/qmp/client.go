@@ -193,8 +193,27 @@ func NewClient(ctx context.Context, conn *net.UnixConn) (*Client, error) {
 	return c, nil
 }
 
+// queuePause is how long to wait while the queue of clients is full.
+const queuePause = 50 * time.Millisecond
+
 func dial(ctx context.Context, path string) (*Client, error) {
 	nc, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	for errors.Is(err, syscall.EAGAIN) { // a full queue of waiting clients
+		if pid := stoppedBehind(path); pid > 0 {
+			return nil, stoppedError(pid)
+		}
+		// Some of them may have given up, and most only look, and leave.
+		select {
+		case <-time.After(queuePause):
+			nc, err = new(net.Dialer).DialContext(ctx, "unix", path)
+			continue
+		case <-ctx.Done():
+		}
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return nil, ctx.Err()
+		}
+		return nil, busy()
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil,
@@ -207,11 +226,6 @@ func dial(ctx context.Context, path string) (*Client, error) {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%w: run as root or as the user that owns the socket",
 			fs.ErrPermission)
-	case errors.Is(err, syscall.EAGAIN): // a full queue of waiting clients
-		if pid := stoppedBehind(path); pid > 0 {
-			return nil, stoppedError(pid)
-		}
-		return nil, busy()
 	case err != nil:
 		return nil, err
 	}

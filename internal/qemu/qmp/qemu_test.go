@@ -391,6 +391,32 @@ func TestOneClientAtATime(t *testing.T) {
 	}
 }
 
+// Several clients come at once, as when an eviction begins while others look at the VM. Each waits
+// for its turn, and none is told that the monitor is silent.
+func TestClientsAtOnce(t *testing.T) {
+	sock, _ := startQEMU(t, "-M", "none", "-S")
+	first := dial(t, sock)
+	const clients = 4 // more than QEMU's queue has room for
+	ended := make(chan error, clients)
+	for range clients {
+		go func() {
+			c, err := qmp.Dial(t.Context(), sock)
+			if err == nil {
+				_, err = c.QueryStatus(t.Context())
+				c.Close()
+			}
+			ended <- err
+		}()
+	}
+	time.Sleep(200 * time.Millisecond) // they come meanwhile
+	first.Close()
+	for range clients {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestDialErrors(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := qmp.Dial(t.Context(), filepath.Join(dir, "none")); !errors.Is(err,
