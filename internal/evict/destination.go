@@ -438,7 +438,7 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if e.isShort() {
 		e.passOn()
 	}
-	return e.serve(ctx, left)
+	return e.serve(left)
 }
 
 // hearCommit waits for the commit.

@@ -88,7 +88,7 @@ func TestFillLeftOut(t *testing.T) {
 	}
 	left, leave := context.WithCancelCause(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- e.serve(left, left) }()
+	go func() { ended <- e.serve(left) }()
 	for limit := time.Now().Add(time.Minute); there() != 40; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Errorf("%d pages of those left out were placed", there())

@@ -26,15 +26,15 @@ const lingerTime = time.Minute
 // serve receives the pages of a VM that runs here, and completes the migration. It takes as long as
 // it must, through any number of sessions with the source and of streams to QEMU.
 //
-// left ends when the engine must leave, and its cause is that of ctx.
-func (e *destination) serve(ctx, left context.Context) error {
+// left ends when the engine must leave.
+func (e *destination) serve(left context.Context) error {
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		now := e.signals()
 		select {
 		case <-now.whole:
-			if over, err := e.allHere(); over || err != nil {
+			if over, err := e.allHere(left); over || err != nil {
 				return err
 			}
 		case <-now.broken:
@@ -65,14 +65,18 @@ func (e *destination) serve(ctx, left context.Context) error {
 		case <-e.life.Done():
 			return e.twinGone(left)
 		case <-left.Done():
-			return &Error{ErrLeft, e.machine.current(), context.Cause(ctx),
-				"The VM runs here until it needs a page that is missing. Another engine can go on " +
-					"with the eviction"}
+			return e.leave(left, "until it needs a page that is missing")
 		case <-tick.C:
 			e.noteRoom()
 			e.show("")
 		}
 	}
+}
+
+// leave leaves an eviction whose VM runs here, as it says how.
+func (e *destination) leave(left context.Context, how string) error {
+	return &Error{ErrLeft, e.machine.current(), context.Cause(left),
+		"The VM runs here " + how + ". Another engine can go on with the eviction"}
 }
 
 // signals are what serve waits for besides the QEMU and its own end. It does not wait for a nil
@@ -118,10 +122,10 @@ func (e *destination) mend() {
 
 // allHere completes the eviction, as every page is here. If QEMU's stream breaks over that, the
 // eviction goes on with another one.
-func (e *destination) allHere() (over bool, err error) {
-	err = e.complete()
-	if err == nil {
-		return true, nil
+func (e *destination) allHere(left context.Context) (over bool, err error) {
+	err = e.complete(left)
+	if err == nil || errors.Is(err, ErrLeft) {
+		return true, err
 	}
 	if e.life.Err() == nil && !errors.Is(err, errQEMU) {
 		e.letGo(false)
@@ -302,7 +306,7 @@ func (e *destination) tellPresent(a *attachment) error {
 }
 
 // complete ends QEMU's migration, as all pages are there.
-func (e *destination) complete() error {
+func (e *destination) complete(left context.Context) error {
 	if st := e.machine.current(); st != Completing {
 		if err := e.machine.enter(Completing); err != nil {
 			return err
@@ -322,6 +326,8 @@ func (e *destination) complete() error {
 		return s.why
 	case <-e.life.Done():
 		return context.Cause(e.life)
+	case <-left.Done(): // its process may be stopped
+		return e.leave(left, "with all of its memory")
 	}
 	if s.status != 0 {
 		return e.explain(fmt.Errorf("QEMU ended its migration with status %d", s.status))
@@ -473,7 +479,7 @@ func (d Destination) Resume(ctx context.Context, id ID, m Mark,
 		}
 		return Received{}, e.abort(errDied)
 	case stepTakeUp:
-		if err := e.serve(ctx, left); err != nil {
+		if err := e.serve(left); err != nil {
 			return Received{}, err
 		}
 		return e.summary(), nil
