@@ -9,10 +9,12 @@ import (
 
 // What a decision lacks is asked for, spelled out; without a terminal it is refused.
 func TestDecider(t *testing.T) {
-	unsure := &hostv1.Eviction{Vm: "web1", Peer: "hostb", NeedsFencing: true}
-	sure := &hostv1.Eviction{Vm: "web1", Peer: "hostb"}
-	last := &hostv1.Eviction{Vm: "web1", Peer: "hostb", LastCopy: true}
-	fences := &hostv1.Eviction{Vm: "web1", Peer: "hostb", NeedsFencing: true, CanFence: true}
+	unsure := &hostv1.Eviction{Vm: "web1", Peer: "hostb", Decidable: true, NeedsFencing: true}
+	sure := &hostv1.Eviction{Vm: "web1", Peer: "hostb", Decidable: true}
+	last := &hostv1.Eviction{Vm: "web1", Peer: "hostb", Decidable: true, LastCopy: true}
+	fences := &hostv1.Eviction{Vm: "web1", Peer: "hostb", Decidable: true, NeedsFencing: true,
+		CanFence: true}
+	over := &hostv1.Eviction{Vm: "web1", Peer: "hostb"}
 	for _, test := range []struct {
 		name    string
 		e       *hostv1.Eviction
@@ -45,6 +47,8 @@ func TestDecider(t *testing.T) {
 		{"the last copy, denied", last, false, decider{confirm: "web1"}, []string{"y"},
 			[]string{"nothing was decided"}, true},
 		{"the last copy resumed", last, true, decider{confirm: "web1"}, nil, nil, false},
+		{"over", over, true, decider{}, nil, nil, false},
+		{"over, at a terminal", over, false, decider{}, []string{}, nil, false},
 		{"not discarded", unsure, false, decider{}, []string{""}, []string{"nothing was decided"},
 			true},
 	} {
@@ -66,7 +70,7 @@ func TestDecider(t *testing.T) {
 			if (err != nil) != test.fails {
 				t.Errorf("%v", err)
 			}
-			if err == nil && (o.confirm != "web1" ||
+			if err == nil && test.e.Decidable && (o.confirm != "web1" ||
 				test.resume && test.e.NeedsFencing && !o.fence && o.fenced != "hostb") {
 				t.Errorf("it is taken for complete: %+v", o)
 			}

@@ -370,8 +370,12 @@ type decider struct {
 	ask     func(question string) (string, error) // nil: nobody can be asked
 }
 
-// complete asks for what is missing of a decision about an eviction.
+// complete asks for what is missing of a decision about an eviction. Where there is nothing to
+// decide it asks for nothing: the daemon will say why.
 func (o *decider) complete(e *hostv1.Eviction, resume bool) error {
+	if !e.Decidable {
+		return nil
+	}
 	answers := map[string]*string{"fenced": &o.fenced, "lose": &o.lose, "confirm": &o.confirm}
 	about := &hostv1.Eviction{Vm: clean(e.Vm), Peer: clean(e.Peer), NeedsFencing: e.NeedsFencing,
 		CanFence: e.CanFence, LastCopy: e.LastCopy}

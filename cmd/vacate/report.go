@@ -25,7 +25,7 @@ func reportText(r evict.Report) string {
 		}
 	}
 	row("outcome", "%s", r.Outcome)
-	if r.Outcome == string(evict.ShutDown) {
+	if r.Reason != "" {
 		row("", "%s", clean(r.Reason))
 	}
 	for _, w := range r.Warnings {

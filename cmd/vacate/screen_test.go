@@ -227,8 +227,8 @@ func TestReportText(t *testing.T) {
 			t.Errorf("%q is too long", line)
 		}
 	}
-	if text := reportText(evict.Report{Outcome: "refused"}); text !=
-		"outcome             refused\n" {
+	if text := reportText(evict.Report{Outcome: "refused", Reason: "it's\afull"}); text !=
+		"outcome             refused\n                    it's\uFFFDfull\n" {
 		t.Errorf("an empty report is %q", text)
 	}
 	for _, test := range []struct {

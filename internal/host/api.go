@@ -431,6 +431,9 @@ func (h api) Decide(ctx context.Context,
 	if err := v.entry.Err(); err != nil {
 		return nil, coded(&stateError{err}) // not even its VM is known
 	}
+	if !v.decidable() {
+		return nil, coded(&stateError{errors.New(v.undecidable())})
+	}
 	if vm := v.entry.Record().VM; req.Msg.Confirm != vm {
 		return nil,
 			coded(&argumentError{fmt.Errorf("confirm is %q, and the VM of this eviction is %q",

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	"vacate/internal/evict/journal"
 	hostv1 "vacate/internal/host/api/v1"
 
 	"connectrpc.com/connect"
@@ -104,7 +105,7 @@ func plainHost(t *testing.T, logs ...io.Writer) (h *Host, client hostv1.HostClie
 // What the API answers to who asks wrongly.
 func TestAPI(t *testing.T) {
 	var log words
-	_, api, web := plainHost(t, &log)
+	h, api, web := plainHost(t, &log)
 	ctx := t.Context()
 	code := func(err error, want connect.Code, says string) {
 		t.Helper()
@@ -127,6 +128,19 @@ func TestAPI(t *testing.T) {
 		connect.NewRequest(&hostv1.DecideRequest{Id: id,
 			Decision: hostv1.Decision_DECISION_DISCARD}))
 	code(err, connect.CodeNotFound, id)
+	entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: journal.Source,
+		VM: "gone", Peer: "hostb", Mark: string(evict.MarkBegun)})
+	if err == nil {
+		err = entry.Finish(string(evict.MarkCompleted), "", nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.add(h.newEviction(entry))
+	// Whatever else a word lacks, first comes that there is nothing to decide.
+	_, err = api.Decide(ctx, connect.NewRequest(&hostv1.DecideRequest{Id: entry.ID().String(),
+		Decision: hostv1.Decision_DECISION_RESUME_HERE}))
+	code(err, connect.CodeFailedPrecondition, "the eviction of VM gone has ended: completed")
 	_, err = api.Export(ctx, connect.NewRequest(&hostv1.ExportRequest{Id: id, Path: "/x"}))
 	code(err, connect.CodeNotFound, id)
 	_, err = api.Doctor(ctx, connect.NewRequest(&hostv1.DoctorRequest{To: "hostc"}))
