@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/qemu/migstream"
@@ -138,7 +140,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
 		if err != nil {
 			e.Log.Debug("cannot ask the destination", "error", err)
-			e.apart.Store(new(err.Error()))
+			e.noteApart(err.Error())
 			continue
 		}
 		here := copyPaused
@@ -190,9 +192,25 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			e.end(a)
 			e.Log.Warn("the destination does not know what became of the VM; it stays frozen here",
 				"answer", st.Answer, "reason", st.Reason)
-			e.apart.Store(&st.Reason)
+			e.noteApart(st.Reason)
 			pause = lastPause
 		}
+	}
+}
+
+// noteApart notes why the destination could not be asked, for people who follow. A reason that
+// differs in numbers alone, such as the port of a connection, is still the same.
+func (e *source) noteApart(why string) {
+	letters := func(s string) string {
+		return strings.Map(func(r rune) rune {
+			if unicode.IsDigit(r) {
+				return -1
+			}
+			return r
+		}, s)
+	}
+	if was := e.apart.Load(); was == nil || letters(*was) != letters(why) {
+		e.apart.Store(&why)
 	}
 }
 

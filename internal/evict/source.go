@@ -567,8 +567,8 @@ func (e *source) freeze() error {
 	return e.layOut(e.layout)
 }
 
-// byOurClock makes a time of an event of QEMU, which is of this host's wall clock, one that does not
-// change its distance to others when somebody sets that clock. A time that cannot be is now.
+// byOurClock makes a time of a QEMU's event, which is of this host's wall clock, one that keeps its
+// distance to others when somebody sets that clock. A time that cannot be becomes now.
 func byOurClock(at, started time.Time) time.Time {
 	now := time.Now()
 	if at.After(started) && at.Before(now) {

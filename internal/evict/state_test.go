@@ -241,3 +241,17 @@ func TestByOurClock(t *testing.T) {
 		}
 	}
 }
+
+// A reason that stays is told once, whatever port each attempt to connect had.
+func TestNoteApart(t *testing.T) {
+	e := &source{}
+	const first = "read tcp 10.0.0.1:4711->10.0.0.2:7601: reset"
+	for _, test := range []struct{ why, told string }{
+		{first, first}, {"read tcp 10.0.0.1:52->10.0.0.2:7601: reset", first},
+		{"no such eviction", "no such eviction"},
+	} {
+		if e.noteApart(test.why); *e.apart.Load() != test.told {
+			t.Errorf("%q is told as %q", test.why, *e.apart.Load())
+		}
+	}
+}
