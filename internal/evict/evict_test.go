@@ -15,14 +15,22 @@ import (
 )
 
 // boot starts a guest on host a and waits until it works.
+// boot starts a VM that works at an easy pace, so that tests share the machine.
 func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
+	t.Helper()
+	spec.Load.Slow = true
+	return bootBusy(t, l, spec)
+}
+
+// bootBusy starts a VM that works all the time.
+func bootBusy(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 	t.Helper()
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !spec.Load.Sleep {
-		if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 10_000); err != nil {
+		if err := vm.Guest.WaitOps(labtest.Within(t, time.Minute), 2000); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -151,7 +159,8 @@ func (r result) mustComplete(t testing.TB) {
 
 func TestEvict(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	vm := boot(t, l, lab.Spec{Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}})
+	vm := bootBusy(t, l,
+		lab.Spec{Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}})
 	twin := incoming(t, l, vm)
 	r := evictVM(labtest.Within(t, time.Minute), t, l, vm, twin)
 	t.Logf("%+v", r.report)

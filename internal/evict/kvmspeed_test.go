@@ -97,7 +97,7 @@ func TestKVMSpeed(t *testing.T) {
 func measureSpeed(t *testing.T, l *lab.Lab,
 	move func(t *testing.T, l *lab.Lab, vm *lab.VM, r *speedRun) *lab.VM) (r speedRun) {
 	t.Helper()
-	vm := boot(t, l, lab.Spec{BareMetal: true, MemoryMiB: 544,
+	vm := bootBusy(t, l, lab.Spec{BareMetal: true, MemoryMiB: 544,
 		Load: lab.Load{HotMiB: 200, IdleMiB: 300}})
 	defer vm.Kill()
 	speed := func(on *lab.VM) float64 {

@@ -61,7 +61,7 @@ func (m managed) evict(ctx context.Context, show func(evict.Progress)) result {
 // Both libvirts report what they would after a migration of their own.
 func TestLibvirt(t *testing.T) {
 	m := startManaged(t, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
-		Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}})
+		Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}, Devices: lab.Full}})
 	m.Virsh(m.Hosts.A, "autostart", "web1")
 	inactive := m.Virsh(m.Hosts.A, "dumpxml", "--inactive", "web1")
 
@@ -109,7 +109,7 @@ func TestLibvirt(t *testing.T) {
 // destination must touch nothing.
 func TestLibvirtLosesItsStream(t *testing.T) {
 	m := startManaged(t, libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
-		Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}})
+		Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}, Devices: lab.Full}})
 	ln := listen(t, m.Lab.B)
 	j := &memoryJournal{}
 	ctx, leave := context.WithCancelCause(labtest.Within(t, 2*time.Minute))

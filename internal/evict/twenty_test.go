@@ -1,6 +1,7 @@
 package evict_test
 
 import (
+	"flag"
 	"testing"
 	"time"
 
@@ -8,15 +9,17 @@ import (
 	"vacate/lab/labtest"
 )
 
-// Twenty evictions in a row, with the guest at work in between: each page comes once, none is bad.
-// The guest moves to and fro between the hosts. It checks all of its memory at the end of every
-// journey.
+var journeysFlag = flag.Int("journeys", 1, "TestTwenty: guests, one after the other")
+
+// Evictions in a row, with the guest at work in between: each page comes once, none is bad. The
+// guest moves to and fro between the hosts. It checks all of its memory at the end of its journey.
+// `make nightly` has twenty evictions.
 func TestTwenty(t *testing.T) {
 	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	const journeys, legs = 4, 5
-	for range journeys {
-		vm := boot(t, l, lab.Spec{
+	const legs = 5
+	for range *journeysFlag {
+		vm := bootBusy(t, l, lab.Spec{
 			Load: lab.Load{HotMiB: 80, IdleMiB: 80, OtherMiB: 20, FileMiB: 4}})
 		from, to := l.A, l.B
 		for range legs {

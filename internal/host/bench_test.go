@@ -64,7 +64,7 @@ func place(t testing.TB, l *lab.Lab, a, b *site, names []string, spec lab.Spec) 
 	var expected []*lab.Expected
 	for i, name := range names {
 		spec.Load.Seed = uint64(i + 1)
-		vm := boot(t, l.A, spec)
+		vm := bootBusy(t, l.A, spec)
 		a.describe(name, vm.QMP, vm.Args)
 		vms, expected = append(vms, vm), append(expected, b.expect(name, vm))
 	}

@@ -188,8 +188,8 @@ func setting(name string, otherwise uint64) uint64 {
 // newCampaign makes the campaign of a test whose settings have a prefix.
 func newCampaign(t *testing.T, test, prefix string, tables func(*campaign) string) *campaign {
 	c := &campaign{
-		test: test, seed: setting(prefix+"_SEED", uint64(time.Now().UnixNano())),
-		workers: int(setting(prefix+"_WORKERS", 1)),
+		test: test, seed: setting(prefix+"_SEED", labtest.Seed(t)),
+		workers: int(setting(prefix+"_WORKERS", 2)),
 		file:    os.Getenv(prefix + "_RESULT"), begun: time.Now(), tables: tables,
 	}
 	t.Logf("%s_SEED=%d", prefix, c.seed)

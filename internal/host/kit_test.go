@@ -388,7 +388,15 @@ func (s *site) watch(id string, limit time.Duration) (*hostv1.Eviction, error) {
 	return last, stream.Err()
 }
 
+// boot starts a VM that works at an easy pace, so that tests share the machine.
 func boot(t testing.TB, h *lab.Host, spec lab.Spec) *lab.VM {
+	t.Helper()
+	spec.Load.Slow = true
+	return bootBusy(t, h, spec)
+}
+
+// bootBusy starts a VM that works all the time.
+func bootBusy(t testing.TB, h *lab.Host, spec lab.Spec) *lab.VM {
 	t.Helper()
 	vm, err := h.Boot(labtest.Within(t, 3*time.Minute), spec)
 	if err != nil {

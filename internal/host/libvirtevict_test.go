@@ -127,7 +127,7 @@ func (m *managed) mustStay(e *hostv1.Eviction) {
 }
 
 var managedSpec = libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
-	Load: lab.Load{HotMiB: 24, IdleMiB: 24}, Devices: lab.Full}}
+	Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}, Devices: lab.Full}}
 
 // Two daemons evict a domain of libvirt's. The one at the source is killed when the guest is
 // frozen: started again, it rolls back. Then the domain moves. libvirt's own migration takes it

@@ -27,7 +27,7 @@ func contend(t *testing.T, l *lab.Lab,
 		load lab.Load
 	}{{"small", &small, lab.Load{HotMiB: 32, IdleMiB: 16, Seed: 1}},
 		{"big", &big, lab.Load{HotMiB: 80, IdleMiB: 40, Seed: 2}}} {
-		*v.vm = boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: v.load})
+		*v.vm = bootBusy(t, l.A, lab.Spec{MemoryMiB: 256, Load: v.load})
 		a.describe(v.name, (*v.vm).QMP, (*v.vm).Args)
 		there[v.name] = b.expect(v.name, *v.vm)
 	}

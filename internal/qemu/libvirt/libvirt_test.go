@@ -72,7 +72,7 @@ func (r *rig) monitor(c *Conn, d Domain) *qmp.Client {
 	return q
 }
 
-var small = lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 24, IdleMiB: 24}}
+var small = lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}}
 
 const tagged = `<metadata><vacate:vm xmlns:vacate="urn:vacate:domain:1" pinned="yes"
  priority="3"/></metadata>`
