@@ -1284,6 +1284,51 @@ type verdict struct {
 	trace         []string
 }
 
+// worldIndex finds worlds by their hashes. A map does so, too, with twice as many of the reads that
+// no cache has.
+type worldIndex struct {
+	seed maphash.Seed
+	// the number of a world, plus one, and above that the upper half of its hash; 0: none
+	slots  []uint64
+	hashes []uint64 // of the worlds
+	hash   uint64   // of the last one that was looked for
+}
+
+func newWorldIndex() *worldIndex {
+	return &worldIndex{seed: maphash.MakeSeed(), slots: make([]uint64, 1<<16)}
+}
+
+// find returns a world's number, or -1 and the slot to note it in.
+func (x *worldIndex) find(w *world, worlds []world) (slot uint64, n int32) {
+	x.hash = maphash.Comparable(x.seed, *w)
+	mask := uint64(len(x.slots) - 1)
+	for slot = x.hash & mask; x.slots[slot] != 0; slot = (slot + 1) & mask {
+		s := x.slots[slot]
+		if n := int32(uint32(s)) - 1; s>>32 == x.hash>>32 && worlds[n] == *w {
+			return slot, n
+		}
+	}
+	return slot, -1
+}
+
+// note notes the number of the world that was looked for last, which follows the last one.
+func (x *worldIndex) note(slot uint64, n int32) {
+	x.slots[slot] = x.hash>>32<<32 | uint64(n+1)
+	x.hashes = append(x.hashes, x.hash)
+	if len(x.hashes) < len(x.slots)/2 {
+		return
+	}
+	x.slots = make([]uint64, 2*len(x.slots))
+	mask := uint64(len(x.slots) - 1)
+	for n, hash := range x.hashes {
+		slot := hash & mask
+		for x.slots[slot] != 0 {
+			slot = (slot + 1) & mask
+		}
+		x.slots[slot] = hash>>32<<32 | uint64(n+1)
+	}
+}
+
 // explore tries everything, breadth first, so that its trace is one of the shortest.
 func explore(r rules, limit int) verdict {
 	type origin struct {
@@ -1294,19 +1339,20 @@ func explore(r rules, limit int) verdict {
 	first.s.phase, first.d.phase, first.s.guest = idle, idle, runsHere
 	first.s.auto = r.managed
 	m := &model{rules: r, texts: map[writing]string{}}
-	worlds, origins := []world{first}, []origin{{-1, ""}}
-	// A world is found by its hash: a map of worlds would be several times as large, and slow.
-	seed := maphash.MakeSeed()
-	numbers := map[uint64]int32{maphash.Comparable(seed, first): 0}
-	// find returns a world's number, or the hash under which the caller must note it.
-	find := func(w *world) (n int32, hash uint64, known bool) {
-		for hash = maphash.Comparable(seed, *w); ; hash++ {
-			n, known = numbers[hash]
-			if !known || worlds[n] == *w {
-				return n, hash, known
-			}
+	worlds, origins := []world{}, []origin{}
+	index := newWorldIndex()
+	// number returns a world's number, and whether it is new.
+	number := func(w *world, from origin) (n int32, isNew bool) {
+		at, n := index.find(w, worlds)
+		if n >= 0 {
+			return n, false
 		}
+		n = int32(len(worlds))
+		worlds, origins = append(worlds, *w), append(origins, from)
+		index.note(at, n)
+		return n, true
 	}
+	number(&first, origin{-1, ""})
 	var v verdict
 	trace := func(i int32) (t []string) {
 		for ; i > 0; i = origins[i].from {
@@ -1325,11 +1371,8 @@ func explore(r rules, limit int) verdict {
 				continue
 			}
 			v.steps++
-			n, hash, known := find(&e.to)
-			if !known {
-				n = int32(len(worlds))
-				numbers[hash] = n
-				worlds, origins = append(worlds, e.to), append(origins, origin{i, e.what})
+			n, isNew := number(&e.to, origin{i, e.what})
+			if isNew {
 				if e.to.bad != "" {
 					v.states, v.bad, v.trace = len(worlds), e.to.bad, trace(n)
 					return v
