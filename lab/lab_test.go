@@ -119,7 +119,7 @@ func TestBootAndCheck(t *testing.T) {
 // The memory of several processes lies mixed, and one works on some pages more
 // than on others.
 func TestMixedLoad(t *testing.T) {
-	l := newTestLab(t, Options{})
+	l := newTestLab(t, Options{BootOnce: true})
 	start := time.Now()
 	load := Load{HotMiB: 64, OtherMiB: 90, Others: 4, CacheMiB: 32, Zipf: true, Mixed: true,
 		Seed: 3}
@@ -150,7 +150,7 @@ func TestMixedLoad(t *testing.T) {
 // A guest of every set and every device moves with QEMU's own post-copy over
 // the shaped link, and finds all of its memory as it was.
 func TestMigrate(t *testing.T) {
-	l := newTestLab(t, Options{Rate: 1e9})
+	l := newTestLab(t, Options{BootOnce: true, Rate: 1e9})
 	q, err := StockQEMU(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -159,7 +159,7 @@ func TestMigrate(t *testing.T) {
 }
 
 func TestMigrateBackports(t *testing.T) {
-	l := newTestLab(t, Options{Rate: 1e9})
+	l := newTestLab(t, Options{BootOnce: true, Rate: 1e9})
 	start := time.Now()
 	q, err := BackportsQEMU(deadline(t, 5*time.Minute), testDir)
 	if err != nil {
@@ -252,7 +252,7 @@ func TestTwoLabs(t *testing.T) {
 
 // Bytes changed from outside must be found, or no other test proves anything.
 func TestCorruptionIsFound(t *testing.T) {
-	l := newTestLab(t, Options{})
+	l := newTestLab(t, Options{BootOnce: true})
 	const seed = 7
 	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
 		Spec{Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Seed: seed}})

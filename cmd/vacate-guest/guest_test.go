@@ -235,6 +235,7 @@ func (m *machine) marks() map[uint32][2]uint64 {
 // TestGuest compares what the agent tells of a real guest with what is known from outside:
 // the processes' pages bear marks, which are read from the guest's memory.
 func TestGuest(t *testing.T) {
+	t.Parallel()
 	memory := 768 // MiB, below 3 GiB: there the file is the guest's memory in one piece
 	if n, err := strconv.Atoi(os.Getenv("VACATE_GUEST_MIB")); err == nil {
 		memory = n
@@ -369,7 +370,7 @@ func TestGuest(t *testing.T) {
 
 	t.Run("costs", func(t *testing.T) {
 		cpu := m.number("cpu")
-		const idle = 20 * time.Second
+		const idle = 2 * time.Second
 		time.Sleep(idle)
 		t.Logf("idle: %v of CPU in %v; resident %d pages", time.Duration(m.number("cpu")-cpu), idle,
 			m.number("rss"))
@@ -446,6 +447,7 @@ func TestRecord(t *testing.T) {
 
 // TestRestless has the host and the agent come and go at the worst moments.
 func TestRestless(t *testing.T) {
+	t.Parallel()
 	m := boot(t, 256)
 	m.do("agent")
 	o := agent.Options{Frames: m.frames, Deadline: patience}
