@@ -3,8 +3,9 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
-# with ; between), REFUSALS, KVM and MOVES (rounds), VACATE_SEED (of tests with chance; a failure
-# prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LIBVIRT=1 (demo).
+# with ; between), REFUSALS, KVM, MOVES and STOPS (rounds), PARTS (of a night), OUT (for results:
+# .lab), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for vacate-lab bench),
+# JOBS (packages tested at a time), LIBVIRT=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -17,7 +18,9 @@ GUEST    ?= linux
 REFUSALS ?= 50
 KVM      ?= 4
 MOVES    ?= 50
+STOPS    ?= 1000
 JOBS     ?= 1
+OUT      ?= .lab
 
 export PATH := $(PATH):/usr/local/go/bin
 
@@ -27,23 +30,35 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 # No tests: TestRecord rewrites what others compare with; TestBrowser* need a browser, and the others
 # are campaigns, each with a target of its own.
 NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*
-TEST = $(GO) test -skip '^($(NOTESTS))$$' $(TESTFLAGS)
+# What follows names tests, and the packages that have them: others must not have one of that name.
 
-# These compute much and one thing at a time: the race detector would find little, slowly.
-SEQUENTIAL = vacate/internal/guest/inspect vacate/internal/guest/linux vacate/lab/churn vacate/lab/fleetsim vacate/internal/fleet/place vacate/internal/host/relief
-# So do these, of vacate/internal/evict: the model check, and paths in simulated time.
-COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp
+# Cases with other QEMUs and kernels than Debian 12's, other servers, and much memory: `make variants`
+# has these, and so has `make nightly`.
+VARYING = vacate/internal/evict vacate/lab
+VARIANTS = ^TestExport$$/^(newest|debian)|^TestAfterwards$$/^newest|^TestStanding$$/^(newest|debian)|^TestMatrix$$/^5_GB$$|^TestBackports$$|^TestAbortsBackports$$|^TestSwitchesDebian12$$|^TestMigrateBackports$$|^TestKernels$$/^(5.10|6.12|sid|backports)$$|^TestServers$$/^(redis|postgresql)$$
+# $(call skip,|MORE TESTS)
+skip = -skip '^($(NOTESTS)$(1))$$|$(VARIANTS)'
+TEST = $(GO) test $(call skip) $(TESTFLAGS)
+
+# These compute much, and one thing at a time: the race detector would find little, slowly. Others
+# are tested with it.
+UNRACED = internal/guest/inspect internal/guest/linux internal/guest/pageclass internal/host/relief internal/fleet/place lab/churn lab/fleetsim lab/loadproto
+race = $(if $(RACE),-race $(UNRACED:%=-gcflags=vacate/%=-race=false))
+# So do these tests: the checks of models, paths in simulated time, and what takes turns of chance.
+COMPUTERS = vacate/internal/evict vacate/internal/fleet/orders
+COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp|TestSkip|TestPlacer
 # This measures how busy the machine is: nothing else may run meanwhile.
 QUIET = vacate/internal/sys/pressure
-# So do these, of vacate/internal/host.
-MEASURING = TestRelieve|TestRelieveDomains|TestGuard
+# So do these.
+MEASURERS = vacate/internal/host
+MEASURING = TestRelieveVMs|TestRelieveDomains|TestGuardVMs
 
 # $(call alltests,PACKAGES,FLAGS,PACKAGES AT A TIME)
 alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign domainbench uitest nightly campaigns configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,16 +66,22 @@ help: ## this list
 build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
-# With JOBS=3 the longest package comes first, and the others run beside it: most tests wait most
-# of the time. On a busy machine some tests then wait too long.
-test: deps ## all tests, those with real VMs included (root; minutes)
+# The longest packages come first, and others run beside them: most tests wait most of the time.
+# What only computes takes the time that they leave.
+test: deps ## all tests but variants, those with real VMs included (root; minutes)
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
-	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)))
-	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(SEQUENTIAL) $(QUIET),$(PACKAGES)),$(if $(RACE),-race) -skip '^($(NOTESTS)|$(MEASURING)$(if $(RACE),|$(COMPUTING)))$$',$(JOBS))
-	$(if $(RACE),$(call alltests,$(LONGEST),-run '^($(COMPUTING))$$'))
-	$(call alltests,$(filter $(SEQUENTIAL),$(PACKAGES)),,$(JOBS))
-	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(if $(RACE),-race))
-	$(call alltests,$(filter vacate/internal/host,$(PACKAGES)),$(if $(RACE),-race) -run '^($(MEASURING))$$')
+	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)) $(filter vacate/internal/host,$(PACKAGES)))
+	@mkdir -p .lab
+	nice -n 19 $(or $(call alltests,$(filter $(COMPUTERS),$(PACKAGES)),-run '^($(COMPUTING))$$'),true) >.lab/computing.log 2>&1 & computing=$$!; \
+	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(QUIET),$(PACKAGES)),$(race) $(call skip,|$(MEASURING)|$(COMPUTING)),$(JOBS)); status=$$?; \
+	wait $$computing || status=1; cat .lab/computing.log; exit $$status
+	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(race))
+	$(call alltests,$(filter $(MEASURERS),$(PACKAGES)),$(race) -run '^($(MEASURING))$$')
+
+variants: deps ## the cases that `make test` leaves out: other QEMUs and guest kernels, more evictions, much memory (root; 20 minutes)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -p 1 -timeout 1h $(TESTFLAGS) -run '$(VARIANTS)' $(VARYING)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h $(TESTFLAGS) -run '^TestTwenty$$' ./internal/evict -journeys 4
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h $(TESTFLAGS) -run '^Test(Survey|Census)$$' ./internal/guest/linux -kernel all
 
 unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)
@@ -112,35 +133,35 @@ generate: ## the Go code of the two files of api/v1 (needs Debian's protobuf-com
 		internal/host/api/v1/host.proto internal/fleet/api/v1/fleet.proto
 
 chaos: deps ## have every fault happen in every state of an eviction, alone and followed by a second one, CHAOS (1) times, WORKERS (5) at a time, with GUEST (linux, or kvm) (root; under an hour)
-	rm -rf .lab/chaos
-	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_GUEST=$(GUEST) VACATE_CHAOS_RESULT=$(CURDIR)/.lab/faults$(if $(filter kvm,$(GUEST)),-kvm).md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
+	rm -rf $(OUT)/chaos
+	VACATE_REQUIRE=1 VACATE_CHAOS=$(CHAOS) VACATE_CHAOS_WORKERS=$(WORKERS) VACATE_CHAOS_GUEST=$(GUEST) VACATE_CHAOS_RESULT=$(abspath $(OUT))/faults$(if $(filter kvm,$(GUEST)),-kvm).md $(GO) test -count=1 -timeout 5h -run '^TestChaos$$' -v ./internal/host
 
 domains: deps ## the same for a domain of libvirt and all that its operator may type, DOMAINS (1) times, WORKERS (5) at a time; with ONLY="vacate abort" that alone (root; hours)
-	rm -rf .lab/domainfaults .lab/domains.md.json
-	VACATE_REQUIRE=1 VACATE_DOMAINS=$(DOMAINS) VACATE_DOMAINS_WORKERS=$(WORKERS) VACATE_DOMAINS_ONLY="$(ONLY)" VACATE_DOMAINS_RESULT=$(CURDIR)/.lab/domains.md $(GO) test -count=1 -timeout 12h -run '^TestDomainFaults$$' -v ./internal/host
+	rm -rf $(OUT)/domainfaults $(OUT)/domains.md.json
+	VACATE_REQUIRE=1 VACATE_DOMAINS=$(DOMAINS) VACATE_DOMAINS_WORKERS=$(WORKERS) VACATE_DOMAINS_ONLY="$(ONLY)" VACATE_DOMAINS_RESULT=$(abspath $(OUT))/domains.md $(GO) test -count=1 -timeout 12h -run '^TestDomainFaults$$' -v ./internal/host
 
 refusals: deps ## have evictions disturbed at random moments while the VM is being frozen, REFUSALS (50) times with each of QEMU's versions (root; 10 minutes)
-	@mkdir -p .lab
+	@mkdir -p $(OUT)
 	set -o pipefail; VACATE_REQUIRE=1 VACATE_REFUSALS=$(REFUSALS) $(GO) test -count=1 -timeout 1h -run '^TestAborts|^TestSwitches' -v ./internal/evict 2>&1 | \
-	tee .lab/refusals.log | grep -vE '^=== |^        '
-	@grep 'ran on at the source' .lab/refusals.log
+	tee $(OUT)/refusals.txt | grep -vE '^=== |^        '
+	@grep 'ran on at the source' $(OUT)/refusals.txt
 
 kvm: deps ## evict the bare guest, under KVM where that works, KVM (4) times with each QEMU and configuration (root; 15 minutes)
-	@mkdir -p .lab
-	set -o pipefail; VACATE_REQUIRE=1 VACATE_KVM=$(KVM) VACATE_KVM_RESULT=$(CURDIR)/.lab/kvm.md $(GO) test -count=1 -timeout 2h -run '^TestKVM$$' -v ./internal/evict >.lab/kvm.log 2>&1 || { grep -E '^ *--- FAIL' .lab/kvm.log; false; }
-	@cat .lab/kvm.md
+	@mkdir -p $(OUT)
+	set -o pipefail; VACATE_REQUIRE=1 VACATE_KVM=$(KVM) VACATE_KVM_RESULT=$(abspath $(OUT))/kvm.md $(GO) test -count=1 -timeout 2h -run '^TestKVM$$' -v ./internal/evict >$(OUT)/kvm.txt 2>&1 || { grep -E '^ *--- FAIL' $(OUT)/kvm.txt; false; }
+	@cat $(OUT)/kvm.md
 
 kvmspeed: deps ## compare the bare guest's speed before and after it moved, KVM (4) times (root; 8 minutes)
-	@mkdir -p .lab
-	VACATE_REQUIRE=1 VACATE_KVM_SPEED=$(KVM) VACATE_KVM_SPEED_RESULT=$(CURDIR)/.lab/kvmspeed.md $(GO) test -count=1 -timeout 1h -run '^TestKVMSpeed$$' ./internal/evict
-	@cat .lab/kvmspeed.md
+	@mkdir -p $(OUT)
+	VACATE_REQUIRE=1 VACATE_KVM_SPEED=$(KVM) VACATE_KVM_SPEED_RESULT=$(abspath $(OUT))/kvmspeed.md $(GO) test -count=1 -timeout 1h -run '^TestKVMSpeed$$' ./internal/evict
+	@cat $(OUT)/kvmspeed.md
 
 domainkinds: deps ## evict domains of libvirt that have huge pages, UEFI, a TPM, or another user (root; 5 minutes, and 100 MB once)
 	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h -run '^TestEvictDomainMoreKinds$$|^TestDomainOtherCPU$$' -v ./internal/host
 
 domaincampaign: deps ## evict domains under load, there and back, MOVES (50) times for libvirt of Debian 12, of 13, and from 12 to 13 (root; an hour)
-	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(CURDIR)/.lab/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
-	@cat .lab/moves.md
+	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(abspath $(OUT))/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
+	@cat $(OUT)/moves.md
 
 uitest: ## the page of vacate ui in a Chromium: each button with real VMs, hostile names, 1,000 hosts (root; 2 minutes, and 100 MB once)
 	@scripts/deps browser
@@ -162,20 +183,19 @@ fleetsim: build ## simulate fleets of 100, 1,000 and 10,000 hosts, and compare b
 	bin/vacate-lab fleetsim --hosts 10000 --step 30s >.lab/fleetsim/10000.md
 	@cat .lab/fleetsim/*.md
 
-NIGHT = 6h
+nightly: deps ## what takes a night, with new turns of chance: variants, fuzzing, faults, campaigns; PARTS (all) are targets; results in .lab/nightly (root)
+	scripts/nightly $(PARTS)
 
-nightly: deps ## what takes a night, with new turns of chance: fuzzing, faults, long campaigns; results in .lab/nightly (root)
-	mkdir -p .lab/nightly
-	$(MAKE) -k fuzz refusals chaos kvm uitest campaigns FUZZTIME=1m
-	cp .lab/faults.md .lab/kvm.md .lab/nightly/
-	@echo "docs/results has the results of the last night that was kept: compare, and copy from .lab/nightly"
+overwrite: deps ## overwrite what counts as free in guests of all kernels, STOPS (1000) times each (root; hours)
+	@mkdir -p $(OUT)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 6h ./lab/churn -run '^TestOverwrite$$' -kernel all -stops $(STOPS) -out $(abspath $(OUT))
 
-campaigns: deps ## with all guest kernels: overwrite what counts as free, and evict guests that verify every byte; 200 s without memory (root; hours)
-	mkdir -p .lab/nightly
-	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./lab/churn -run '^TestOverwrite$$' -kernel all -stops 1000 -out $(CURDIR)/.lab/nightly
-	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestChurn$$' -kernel all -evictions 100 -out $(CURDIR)/.lab/nightly
-	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestBackports$$'
-	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout $(NIGHT) ./internal/evict -run '^TestNoMemory$$' -without-memory 200s
+churn: deps ## evict guests of all kernels that verify every byte, MOVES (50) times each (root; hours)
+	@mkdir -p $(OUT)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 6h ./internal/evict -run '^TestChurn$$' -kernel all -evictions $(MOVES) -out $(abspath $(OUT))
+
+nomemory: deps ## evict a VM to a host that lacks memory for 200 s (root; 15 minutes)
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 1h ./internal/evict -run '^TestNoMemory$$' -without-memory 200s
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)

@@ -22,6 +22,8 @@ func TestMatrix(t *testing.T) {
 		"full pc": {spec: lab.Spec{Devices: lab.Full, Load: disk}},
 		"full q35, 2 CPUs": {spec: lab.Spec{Devices: lab.Full, Machine: "q35", VCPUs: 2,
 			Load: disk}},
+		"memory above 4 GiB": {spec: lab.Spec{Machine: "pc,max-ram-below-4g=256M", MemoryMiB: 512,
+			Load: lab.Load{HotMiB: 40, IdleMiB: 240, OtherMiB: 20}}},
 		// QEMU has 2 GiB of it above 4 GiB, where Linux begins. The load needs some of the rest.
 		"5 GB": {spec: lab.Spec{MemoryMiB: 5120, VCPUs: 2,
 			Load: lab.Load{HotMiB: 100, IdleMiB: 2200, OtherMiB: 20}}},

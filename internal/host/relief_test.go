@@ -70,8 +70,8 @@ func (s *site) plan(goal string, all bool) *hostv1.PlanResponse {
 	return r.Msg
 }
 
-// TestRelieve has two VMs starve each other on one core, and one of them leave.
-func TestRelieve(t *testing.T) {
+// TestRelieveVMs has two VMs starve each other on one core, and one of them leave.
+func TestRelieveVMs(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	a, b := sites(t, l)
 	_, _, there := contend(t, l, a, b)
@@ -165,8 +165,8 @@ func (s *site) configure(more string) {
 	}
 }
 
-// TestGuard has daemons relieve their hosts by themselves, once.
-func TestGuard(t *testing.T) {
+// TestGuardVMs has daemons relieve their hosts by themselves, once.
+func TestGuardVMs(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	a, b := sites(t, l)
 	contend(t, l, a, b)

@@ -23,7 +23,7 @@ import (
 	"vacate/lab"
 )
 
-var guestKernels = flag.String("kernel", "6.1,backports",
+var guestKernels = flag.String("kernel", "6.1",
 	"kernels to test with, by their names in the lab, with commas between, or \"all\"")
 
 // need skips a test that lacks something, or fails it where nothing may be lacking.
