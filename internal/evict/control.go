@@ -172,10 +172,19 @@ func (r *Request) Domain() bool { return r.offer.Domain != nil }
 // requestTime is how long a peer may take to say what it wants.
 const requestTime = 10 * time.Second
 
+var errSaidNothing = errors.New("the peer did not say what it wants")
+
 // ReadRequest reads what the peer of a new session wants. If that fails, it closes the session.
-func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, requestTime,
-		errors.New("the peer did not say what it wants"))
+func ReadRequest(ctx context.Context, s *link.Session) (*Request, error) {
+	return readRequest(ctx, s, requestTime, prepareTimeout)
+}
+
+// readRequest is ReadRequest from a peer that has so long to say something. A source that has
+// begun to prove its paths has longer for its offer: it looks at its VM meanwhile, and may have
+// little of a CPU.
+func readRequest(all context.Context, s *link.Session, soon, offer time.Duration) (_ *Request,
+	err error) {
+	ctx, cancel := context.WithTimeoutCause(all, soon, errSaidNothing)
 	defer cancel()
 	r := &Request{attachment: attach(s, maxControl)}
 	defer func() {
@@ -188,7 +197,9 @@ func ReadRequest(ctx context.Context, s *link.Session) (_ *Request, err error) {
 		if err := r.answerProof(ctx, f.payload); err != nil {
 			return nil, err
 		}
-		f, err = r.control.await(ctx, msgOffer)
+		patient, stop := context.WithTimeoutCause(all, offer, errSaidNothing)
+		f, err = r.control.await(patient, msgOffer)
+		stop()
 	}
 	for left := maxFill; err == nil &&
 		f.kind == msgFill; f, err = r.control.await(ctx, msgAsk, msgFill) {

@@ -79,6 +79,38 @@ func TestWaitingForTwin(t *testing.T) {
 	}
 }
 
+// A source that has proved its paths may take longer over its offer than a peer that says nothing:
+// on a busy host it takes long to look at a VM.
+func TestPatientForOffer(t *testing.T) {
+	const soon = 5 * time.Second
+	near, far := sessionPair(t)
+	a := attach(near, maxJSON)
+	defer a.end()
+	got := make(chan error, 1)
+	go func() {
+		r, err := readRequest(t.Context(), far, soon, time.Minute)
+		if err == nil {
+			r.end()
+		}
+		got <- err
+	}()
+	if err := a.prove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(soon + time.Second)
+	if err := writeJSON(a.control.Conn, msgOffer, anOffer()); err != nil {
+		t.Error(err)
+	}
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	_, far = sessionPair(t)
+	if _, err := readRequest(t.Context(), far, 50*time.Millisecond, time.Minute); !errors.Is(err,
+		errSaidNothing) {
+		t.Errorf("a peer that says nothing: %v", err)
+	}
+}
+
 // As many bytes cross the control lane ahead of the freeze as will during it, but not any number.
 func TestOpenWindow(t *testing.T) {
 	near, far := sessionPair(t)
