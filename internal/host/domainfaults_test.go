@@ -537,6 +537,10 @@ func (c *campaign) domainTables() string {
 	fmt.Fprintf(&out, "%d runs, %d at a time. Failed: %d. Outcomes: %s.\n", len(c.results),
 		c.workers, sums[domainLetters[""]], cellText(sums))
 	for _, event := range events {
+		if !slices.ContainsFunc(c.results,
+			func(r result) bool { return strings.HasSuffix(r.Cell, ": "+event) }) {
+			continue
+		}
 		fmt.Fprintf(&out, "\n### %s\n\n| in the state | outcome | virsh on the source | virsh on "+
 			"the destination | the guest |\n|---|---|---|---|---|\n",
 			event)

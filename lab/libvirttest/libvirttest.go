@@ -45,7 +45,7 @@ func (m *Managed) Check(err error) {
 // Virsh runs a command of an operator's on a host. The test fails if the command does.
 func (m *Managed) Virsh(h *libvirtlab.Host, args ...string) string {
 	m.Helper()
-	out, err := h.Virsh(labtest.Within(m.T, time.Minute), args...)
+	out, err := h.Virsh(labtest.Within(m.T, 3*time.Minute), args...)
 	if err != nil {
 		m.Errorf("virsh %q: %v", args, err)
 	}
