@@ -63,7 +63,7 @@ QEMU = qemu-system-x86_64
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/: vacate, vacated, vacate-guest; and vacate-lab, guestload, which are not installed; all static
+build: ## bin/: vacate, vacated, vacate-fleet, vacate-guest; and vacate-lab, guestload, which are not installed; all static
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/... ./lab/cmd/vacate-lab ./lab/cmd/guestload
 
 # The longest packages come first, and others run beside them: most tests wait most of the time.

@@ -147,6 +147,7 @@ Environment:
 		".FlagUsagesWrapped 80 "))
 	c.SetFlagErrorFunc(badFlag)
 	c.AddCommand(evictCommand(), receiveCommand(), certsCommand(), inspectCommand(), manCommand())
+	c.AddCommand(fleetCommand())
 	c.AddCommand(hostCommands()...)
 	addCompletions(c)
 	speakPlainly(c)

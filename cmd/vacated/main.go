@@ -69,6 +69,12 @@ The configuration (TOML):
   networks  = ["default", "br0"]        # networks that they may be on; "user" is QEMU's own
   emulators = ["/usr/bin/qemu-system-x86_64"]  # QEMUs that they may have
   trust_disks = true                    # on your word other hosts have their disks; default: false
+  [fleet]                               # belong to a fleet; see vacate-fleet
+  brains   = ["brain1", "brain2@10.0.0.2:7610"]  # members of its brain, by their names
+  labels   = { rack = "r1" }            # what rules may name this host by
+  rate     = 10000                      # Mbit/s of its link; default: 1000
+  link     = "rack-r1"                  # the link that it shares with others
+  interval = "3s"                       # how often it reports
   [guard]                               # evict by itself when overloaded
   goal      = "cpu<111%"                # what this host shall reach
   max_load  = 0.8                       # most load of a host that takes a VM
@@ -78,8 +84,8 @@ The configuration (TOML):
   cool_down = "30m"                     # how long a VM then stays
   concurrent = 1                        # evictions at once
   interval  = "5s"                      # how long each measurement takes
-listen, metrics, give_back, api, libvirt, guard and socket_group are off by
-default. In place of certs there may be
+listen, metrics, give_back, api, libvirt, fleet, guard and socket_group are off
+by default. In place of certs there may be
   plain = true                          # no TLS, and peers are known by their
   name  = "hosta"                       # IP addresses
 

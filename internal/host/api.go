@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,7 +21,6 @@ import (
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/host/relief"
-	"vacate/internal/link/certs"
 	"vacate/internal/qemu/qmp"
 
 	"connectrpc.com/connect"
@@ -75,39 +73,12 @@ func coded(err error) error {
 // operators is TLS for the API: the peer's certificate must be of the host's CA and have the name
 // of an operator.
 func (h *Host) operators() *tls.Config {
-	server := h.identity.Server()
-	check := func(chains [][]*x509.Certificate) error {
-		name, err := certs.NameOf(chains[0][0])
-		if err != nil {
-			return err
-		}
+	return h.identity.Web(func(name string) error {
 		if !slices.Contains(h.config.API.Operators, name) {
 			return fmt.Errorf("%q is no operator", name)
 		}
 		return nil
-	}
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		NextProtos: []string{"h2", "http/1.1"},
-		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-			c := server
-			if server.GetConfigForClient != nil {
-				var err error
-				if c, err = server.GetConfigForClient(hello); err != nil {
-					return nil, err
-				}
-			}
-			c = c.Clone()
-			c.MinVersion = tls.VersionTLS13
-			c.ClientAuth = tls.RequireAndVerifyClientCert
-			c.SessionTicketsDisabled = true
-			c.NextProtos = []string{"h2", "http/1.1"}
-			c.VerifyPeerCertificate = func(_ [][]byte, chains [][]*x509.Certificate) error {
-				return check(chains)
-			}
-			return c, nil
-		},
-	}
+	})
 }
 
 // maxRequest bounds a message of the API, in bytes.

@@ -61,6 +61,15 @@ import (
 //	                                      # they may be run by these; default: those of Debian
 //	                                      # and Red Hat
 //
+//	[fleet]                               # belong to a fleet; default: to none
+//	brains   = ["brain1", "brain2@10.0.0.2:7610"]
+//	                                      # members of its brain, NAME[@HOST:PORT]: those with
+//	                                      # these names in their certificates order evictions
+//	labels   = { rack = "r1" }            # what rules may name this host by; default: none
+//	rate     = 10000                      # Mbit/s that its link takes; default: 1000
+//	link     = "rack-r1"                  # the link that it shares with others; default: none
+//	interval = "3s"                       # how often it reports
+//
 //	[guard]                               # evict by itself when overloaded; default: never
 //	goal       = "cpu<111%"               # what this host shall reach: see relief.ParseGoal
 //	max_load   = 0.8                      # most CPU wanted for each core there
@@ -71,8 +80,8 @@ import (
 //	concurrent = 1                        # how many evictions there may be at once
 //	interval   = "5s"                     # how long each measurement takes
 //
-// All but peers has the default shown, except for listen, metrics, api, libvirt and guard, which
-// are off.
+// All but peers has the default shown, except for listen, metrics, api, libvirt, fleet and guard,
+// which are off.
 // With
 //
 //	plain = true                          # no TLS: others can read and forge memory
@@ -95,6 +104,7 @@ type Config struct {
 	API       API             `toml:"api"`
 	Peers     map[string]Peer `toml:"peers"`
 	Guard     *Guard          `toml:"guard"`   // nil: off
+	Fleet     *Fleet          `toml:"fleet"`   // nil: it belongs to none
 	Libvirt   *Libvirt        `toml:"libvirt"` // nil: it is not asked
 }
 
@@ -247,6 +257,11 @@ func (c Config) check() error {
 	if c.Guard != nil {
 		if _, err := c.Guard.policy(); err != nil {
 			return fmt.Errorf("guard: %w", err)
+		}
+	}
+	if c.Fleet != nil {
+		if err := c.Fleet.check(c.Plain); err != nil {
+			return fmt.Errorf("fleet: %w", err)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {

@@ -69,7 +69,8 @@ type Host struct {
 	ahead   map[string]lookedAhead // of VMs; guarded by mu
 	verdict string                 // of the guard; guarded by mu
 
-	promised room.Ledger // memory of this host, to VMs that are coming
+	fleet    *fleetMember // nil: this host belongs to none
+	promised room.Ledger  // memory of this host, to VMs that are coming
 }
 
 // Open gets a host ready: it takes hold of the journal and listens, but does not touch a VM yet.
@@ -107,6 +108,11 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	}
 	if h.journal, err = journal.Open(c.Journal); err != nil {
 		return nil, err
+	}
+	if c.Fleet != nil {
+		if h.fleet, err = h.openFleet(); err != nil {
+			return nil, err
+		}
 	}
 	if h.socket, err = listenUnix(c.Socket, c.Group); err != nil {
 		return nil, err
@@ -276,6 +282,9 @@ func (h *Host) Run(ctx context.Context) error {
 	var guard sync.WaitGroup
 	if h.config.Guard != nil {
 		guard.Go(func() { h.guard(ctx) })
+	}
+	if h.fleet != nil {
+		guard.Go(func() { h.fleet.run(ctx) })
 	}
 	if !hypervisor.Scoped() {
 		h.log.Info("no systemd runs here: VMs that this daemon starts share its control group, " +

@@ -12,6 +12,7 @@ import (
 	"vacate/internal/evict"
 	"vacate/internal/evict/journal"
 	"vacate/internal/evict/pushorder"
+	"vacate/internal/fleet/orders"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/link"
 )
@@ -26,6 +27,9 @@ type options struct {
 	LoadTimeout   uint32 `json:"load_timeout_ms,omitempty"`
 	// TrustDisks is what the VM's description says.
 	TrustDisks []string `json:"trust_disks,omitempty"`
+	// Plan is the ID of the fleet's plan that ordered it, which names this incarnation of the VM.
+	Plan        string `json:"plan,omitempty"`
+	incarnation string
 }
 
 // maxLoadTimeout is the longest that a VM may be asked to stand still.
@@ -120,6 +124,9 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	}
 	if err := h.mayLeave(vm, seen); err != nil {
 		return nil, err
+	}
+	if o.Plan != "" && h.incarnation(name, seen.Process) != o.incarnation {
+		return nil, &stateError{fmt.Errorf("VM %s on host %s: %w", name, h.name(), orders.ErrStale)}
 	}
 	r.PID, r.StartTime = seen.Process.PID, seen.Process.StartTime
 	o.TrustDisks = vm.TrustDisks

@@ -5,6 +5,7 @@
 //	                         its content, "vacate-journal1\n"
 //	DIR/ID/log               an eviction, by its ID in hex: the records
 //	DIR/ID/NAME              what is kept with it ([Entry.Keep])
+//	DIR/orders               what a daemon that belongs to a fleet has heard: not of this package
 //	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
 //
 // A log starts with 16 bytes, "vacate-journal1\n". Records follow. Each is complete in itself, so
@@ -221,6 +222,9 @@ func (j *Journal) open() error {
 
 const newPrefix = ".new-"
 
+// OrdersFile is the name of a file that a journal's directory may have besides.
+const OrdersFile = "orders"
+
 func lockFile(dir string) string { return filepath.Join(dir, "lock") }
 
 // ErrForeign: the directory holds something other than a journal, so it was not touched.
@@ -263,7 +267,7 @@ func ours(dir string) error {
 		return nil
 	}
 	for _, f := range files {
-		if f.Name() != filepath.Base(lock) &&
+		if f.Name() != filepath.Base(lock) && f.Name() != OrdersFile &&
 			(!f.IsDir() || !isEntry(strings.TrimPrefix(f.Name(), newPrefix))) {
 			return ErrForeign
 		}

@@ -26,7 +26,7 @@ import (
 type Config struct {
 	Name string
 	Dir  string
-	// Members are NAME:PORT of all members, this one included, at which they reach one another. The
+	// Members are NAME:PORT of all members, this one included, where they reach one another. The
 	// names must be those in their certificates, as etcd looks for nothing else. There are none in
 	// a fleet of one, which then listens nowhere.
 	Members []string

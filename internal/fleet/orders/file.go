@@ -17,8 +17,6 @@ import (
 const (
 	header  = "vacate-orders1 "
 	maxFile = 8 << 10
-	// MaxClosed bounds the reason for which a host is closed, in bytes.
-	MaxClosed = 1 << 10
 )
 
 // File keeps a mark on a disk: one line with a header, a checksum and JSON. It is replaced as a
@@ -76,13 +74,8 @@ func parse(b []byte) (m Mark, err error) {
 	}
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&m); err != nil {
-		return m, err
-	}
-	if len(m.Closed) > MaxClosed {
-		return m, errors.New("its reason is too long")
-	}
-	return m, nil
+	err = d.Decode(&m)
+	return m, err
 }
 
 func checksum(b []byte) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE(b)) }

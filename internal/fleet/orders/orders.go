@@ -16,8 +16,6 @@ import (
 type Mark struct {
 	Epoch uint64 `json:"epoch"` // the highest that it has heard
 	Plan  uint64 `json:"plan"`  // the highest that it was told, whatever came of it
-	// Closed is why no VM shall come here, by the leader's word; empty: any may.
-	Closed string `json:"closed,omitempty"`
 }
 
 // Reasons to refuse an order.

@@ -57,6 +57,10 @@ const (
 // ErrDeposed: another member leads, or may.
 var ErrDeposed = errors.New("this member does not lead the fleet any more: nothing was written")
 
+// ErrUnclear: it is not known whether a write was done. One that gets it must not go on as if it
+// had not been: it leads no longer (F1).
+var ErrUnclear = errors.New("the fleet's store did not say whether it wrote")
+
 // generationBits leaves etcd 2^40 revisions for each generation.
 const generationBits = 40
 
@@ -370,6 +374,9 @@ type Term struct {
 	Epoch    Number
 }
 
+// Key is the leader's own key, whose create revision guards its writes.
+func (t Term) Key() string { return t.key }
+
 // write does all of ops, or nothing if the term is over.
 func (s *Store) write(ctx context.Context, t Term, ops ...clientv3.Op) (int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeTime)
@@ -378,7 +385,7 @@ func (s *Store) write(ctx context.Context, t Term, ops ...clientv3.Op) (int64, e
 		t.revision)).Then(ops...).Commit()
 	switch {
 	case err != nil:
-		return 0, fmt.Errorf("write to the fleet's store: %w", err)
+		return 0, fmt.Errorf("%w: %w", ErrUnclear, err)
 	case !r.Succeeded:
 		return 0, ErrDeposed
 	}

@@ -286,6 +286,32 @@ func (i *Identity) Server() *tls.Config {
 	}
 }
 
+// Web is the configuration with which to serve HTTP to those that allow lets in by the names in
+// their certificates.
+func (i *Identity) Web(allow func(name string) error) *tls.Config {
+	server := i.Server()
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{"h2", "http/1.1"},
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			c, err := server.GetConfigForClient(hello)
+			if err != nil {
+				return nil, err
+			}
+			c.SessionTicketsDisabled = true // a resumed session would not look at certificates
+			c.NextProtos = []string{"h2", "http/1.1"}
+			c.VerifyPeerCertificate = func(_ [][]byte, chains [][]*x509.Certificate) error {
+				name, err := NameOf(chains[0][0])
+				if err != nil {
+					return err
+				}
+				return allow(name)
+			}
+			return c, nil
+		},
+	}
+}
+
 // Info describes a host's directory.
 type Info struct {
 	Name     string    `json:"name"`

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+
+	"vacate/internal/fleet/store"
+	"vacate/internal/link/certs"
+
+	"github.com/BurntSushi/toml"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// config is how a member of a fleet's brain is set up; `vacate-fleet --help` explains it.
+type config struct {
+	Certs      string    `toml:"certs"`
+	Listen     string    `toml:"listen"`
+	Address    string    `toml:"address"`
+	Data       string    `toml:"data"`
+	Members    []string  `toml:"members"`
+	Joins      bool      `toml:"joins"`
+	Brains     []string  `toml:"brains"`
+	Generation uint64    `toml:"generation"`
+	Hosts      []string  `toml:"hosts"`
+	Operators  operators `toml:"operators"`
+	Etcd       *etcd     `toml:"etcd"` // nil: a member of etcd runs in this process
+}
+
+type operators struct {
+	View  []string `toml:"view"`
+	Act   []string `toml:"act"`
+	Admin []string `toml:"admin"`
+}
+
+// etcd is an operator's own.
+type etcd struct {
+	URLs []string `toml:"urls"`
+	CA   string   `toml:"ca"`
+	Cert string   `toml:"cert"`
+	Key  string   `toml:"key"`
+}
+
+const maxConfig = 1 << 20
+
+// readConfig reads a file, and fills in the defaults.
+func readConfig(file string) (config, error) {
+	c := config{Certs: "/etc/vacate/certs", Listen: ":7610", Data: "/var/lib/vacate-fleet"}
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("%w: make one, see vacate-fleet --help", err)
+	} else if err != nil {
+		return c, err
+	}
+	if info.Size() > maxConfig {
+		return c, fmt.Errorf("%s has more than %d bytes", file, maxConfig)
+	}
+	meta, err := toml.DecodeFile(file, &c)
+	if err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return c, fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
+	}
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err != nil {
+		return c, err
+	}
+	for _, p := range []*string{&c.Certs, &c.Data} {
+		if !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	if err := c.check(); err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+func (c config) check() error {
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return fmt.Errorf("listen = %q is not HOST:PORT", c.Listen)
+	}
+	if c.Address != "" {
+		if _, _, err := net.SplitHostPort(c.Address); err != nil {
+			return fmt.Errorf("address = %q is not HOST:PORT", c.Address)
+		}
+	}
+	for _, m := range c.Members {
+		if _, _, err := net.SplitHostPort(m); err != nil {
+			return fmt.Errorf("members: %q is not NAME:PORT", m)
+		}
+	}
+	if n := len(c.Members); n != 0 && n != 1 && n != 3 && n != 5 {
+		return fmt.Errorf("there are %d members: want 1, 3 or 5", n)
+	}
+	if c.Etcd != nil && len(c.Members) > 0 {
+		return errors.New("members is for the etcd in this process, and [etcd] names another one")
+	}
+	if c.Etcd != nil && len(c.Etcd.URLs) == 0 {
+		return errors.New("etcd.urls is empty")
+	}
+	if c.Generation > store.MaxGeneration {
+		return fmt.Errorf("generation = %d: want %d at most", c.Generation, store.MaxGeneration)
+	}
+	for _, p := range c.Hosts {
+		if _, err := path.Match(p, ""); err != nil {
+			return fmt.Errorf("hosts: %q is no pattern: %w", p, err)
+		}
+	}
+	if len(c.Operators.View)+len(c.Operators.Act)+len(c.Operators.Admin) == 0 {
+		return errors.New("operators names nobody: at least one should be among operators.admin")
+	}
+	return nil
+}
+
+// names are all members of the brain.
+func (c config) names(own string) []string {
+	list := append(slices.Clone(c.Brains), own)
+	for _, m := range c.Members {
+		name, _, _ := net.SplitHostPort(m)
+		list = append(list, name)
+	}
+	slices.Sort(list)
+	return slices.Compact(list)
+}
+
+// me is what others are told of this member.
+func (c config) me(name string) string {
+	_, port, _ := net.SplitHostPort(c.Listen)
+	return name + "@" + cmp.Or(c.Address, net.JoinHostPort(name, port))
+}
+
+// look says what is wrong with what the configuration names on this host.
+func (c config) look() (string, error) {
+	info, err := certs.Inspect(c.Certs)
+	if err != nil {
+		return "", fmt.Errorf("certs = %q: %w", c.Certs, err)
+	}
+	if _, err := os.Stat(filepath.Dir(c.Data)); c.Etcd == nil && err != nil {
+		return "", fmt.Errorf("data: %w: make the directory, or name another", err)
+	}
+	if len(c.Members) > 0 {
+		found := slices.ContainsFunc(c.Members, func(m string) bool {
+			name, _, _ := net.SplitHostPort(m)
+			return name == info.Name
+		})
+		if !found {
+			return "", fmt.Errorf("this host's certificate is %s's, which is not among members",
+				info.Name)
+		}
+	}
+	if c.Etcd != nil {
+		if _, err := c.Etcd.tls(); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("member %s, with the etcd at %v", c.me(info.Name), c.Etcd.URLs), nil
+	}
+	return fmt.Sprintf("member %s, one of %d", c.me(info.Name), max(1, len(c.Members))), nil
+}
+
+func (e *etcd) tls() (*tls.Config, error) {
+	if e.CA == "" && e.Cert == "" && e.Key == "" {
+		return nil, nil
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	pem, err := os.ReadFile(e.CA)
+	if err != nil {
+		return nil, fmt.Errorf("etcd.ca: %w", err)
+	}
+	c.RootCAs = x509.NewCertPool()
+	if !c.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("etcd.ca: %s has no certificate", e.CA)
+	}
+	pair, err := tls.LoadX509KeyPair(e.Cert, e.Key)
+	if err != nil {
+		return nil, fmt.Errorf("etcd.cert, etcd.key: %w", err)
+	}
+	c.Certificates = []tls.Certificate{pair}
+	return c, nil
+}
+
+// dial makes a client of an operator's own etcd.
+func (e *etcd) dial() (*clientv3.Client, error) {
+	t, err := e.tls()
+	if err != nil {
+		return nil, err
+	}
+	return clientv3.New(clientv3.Config{Endpoints: e.URLs, TLS: t})
+}

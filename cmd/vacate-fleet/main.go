@@ -1,0 +1,198 @@
+// Command vacate-fleet is the brain of a fleet: it decides which VM runs on which host, and orders
+// hosts to evict. `vacate-fleet --help` tells how.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+
+	"vacate/internal/fleet/leader"
+	"vacate/internal/fleet/member"
+	"vacate/internal/fleet/store"
+	"vacate/internal/link/certs"
+	"vacate/internal/manpage"
+
+	"github.com/spf13/cobra"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/net/netutil"
+)
+
+func main() {
+	if err := command().ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "vacate-fleet:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	var file, format string
+	var check, man bool
+	c := &cobra.Command{
+		Use:   "vacate-fleet",
+		Short: "Decide which VM of a fleet runs on which host",
+		Long: `Takes the reports of all hosts of a fleet, decides which VM is evicted and where
+to, and orders hosts to do so. One runs for a trial; three or five go on when
+one or two are lost. What the fleet remembers is in etcd, which runs within
+vacate-fleet, or is your own. Hosts go on by themselves while none runs.
+
+A host belongs to the fleet when [fleet] in its vacated.toml names the members.
+Operators ask with vacate fleet. The fleet only watches until an operator says
+vacate fleet mode ask, or auto.
+
+The configuration (TOML):
+  certs   = "/etc/vacate/certs"      # who this member is; see vacate certs
+  listen  = ":7610"                  # hosts and operators ask there
+  address = "brain1:7610"            # where others reach it; default: the name in
+                                     # the certificate, and the port of listen
+  data    = "/var/lib/vacate-fleet"  # etcd's files
+  members = ["brain1:7611", "brain2:7611", "brain3:7611"]  # NAME:PORT of all, by
+                                     # the names in their certificates; default: alone
+  joins   = true                     # the others are there already; default: false
+  brains  = ["brain1", "brain2"]     # names of all members, with [etcd]
+  hosts   = ["host*"]                # names that hosts may have; default: any
+  generation = 1                     # raise it when the store was lost; default: 0
+  [operators]                        # by the names in their certificates
+  view  = ["monitor"]                # may look
+  act   = ["night"]                  # may also drain, restore and approve
+  admin = ["admin"]                  # may also change rules and the mode
+  [etcd]                             # your own; default: it runs in this process
+  urls = ["https://etcd1:2379"]
+  ca   = "/etc/etcd/ca.pem"
+  cert = "/etc/etcd/client.pem"
+  key  = "/etc/etcd/client.key"`,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if man {
+				_, err := io.WriteString(c.OutOrStdout(), manpage.Page(c, 8))
+				return err
+			}
+			config, err := readConfig(file)
+			if err != nil {
+				return err
+			}
+			if check {
+				there, err := config.look()
+				if err != nil {
+					return fmt.Errorf("%s: %w", file, err)
+				}
+				fmt.Fprintf(c.OutOrStdout(), "%s is good: %s\n", file, there)
+				return nil
+			}
+			return run(c.Context(), config, format)
+		},
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		Version:           version(),
+	}
+	c.Flags().StringVar(&file, "config", "/etc/vacate/vacate-fleet.toml",
+		"`FILE` with the configuration")
+	c.Flags().StringVar(&format, "log-format", "text",
+		"form of the log on standard error: text or json")
+	c.Flags().BoolVar(&check, "check", false,
+		"only check the configuration, and what it names on this host")
+	c.Flags().BoolVar(&man, "man", false, "write the manual page")
+	c.Flags().MarkHidden("man")
+	return c
+}
+
+// Bounds of what others may do before they are known.
+const (
+	maxConnections = 25_000
+	requestTime    = 10 * time.Second
+	pingTime       = 15 * time.Second
+)
+
+func run(ctx context.Context, c config, format string) error {
+	var handler slog.Handler = slog.NewTextHandler(os.Stderr, nil)
+	switch format {
+	case "text":
+	case "json":
+		handler = slog.NewJSONHandler(os.Stderr, nil)
+	default:
+		return fmt.Errorf("--log-format %q: want text or json", format)
+	}
+	log := slog.New(handler)
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	identity, err := certs.Load(c.Certs, func(err error) {
+		log.Error("the new certificate files cannot be used; the old ones stay in use", "error",
+			err)
+	})
+	if err != nil {
+		return err
+	}
+	ln, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return err
+	}
+	defer ln.Close()
+	client, closeStore, err := open(ctx, c, identity.Name(), log)
+	if err != nil {
+		return err
+	}
+	defer closeStore()
+	s, err := store.New(client, c.Generation)
+	if err != nil {
+		return err
+	}
+	b := leader.New(leader.Config{Me: c.me(identity.Name()), Version: version(),
+		View: c.Operators.View, Act: c.Operators.Act, Admin: c.Operators.Admin,
+		Members: c.names(identity.Name()), Hosts: c.Hosts}, s, log)
+	server := &http.Server{Handler: b.Handler(), ReadHeaderTimeout: requestTime,
+		MaxHeaderBytes: 64 << 10, ConnContext: leader.WithConn,
+		ErrorLog:  slog.NewLogLogger(handler, slog.LevelWarn),
+		TLSConfig: identity.Web(func(string) error { return nil }), // each call looks at the name
+		HTTP2:     &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}}
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	tasks.Go(func() { b.Run(ctx) })
+	tasks.Go(func() {
+		<-ctx.Done()
+		server.Close()
+	})
+	log.Info("serving", "member", c.me(identity.Name()), "listen", ln.Addr())
+	if err := server.ServeTLS(netutil.LimitListener(ln, maxConnections), "", ""); !errors.Is(err,
+		http.ErrServerClosed) {
+		stop()
+		return err
+	}
+	return nil
+}
+
+// open returns a client of the fleet's etcd, and what closes it.
+func open(ctx context.Context, c config, name string, log *slog.Logger) (*clientv3.Client, func(),
+	error) {
+	if c.Etcd != nil {
+		client, err := c.Etcd.dial()
+		if err != nil {
+			return nil, nil, err
+		}
+		return client, func() { client.Close() }, nil
+	}
+	m, err := member.Start(ctx, member.Config{Name: name, Dir: c.Data, Members: c.Members,
+		Certs: c.Certs, Joins: c.Joins}, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	return m.Client, m.Close, nil
+}
+
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}

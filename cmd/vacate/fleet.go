@@ -1,0 +1,434 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"vacate/internal/cli"
+	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/link/certs"
+	"vacate/internal/sys/units"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// fleetPort is where a member of a fleet's brain is asked, unless an operator says another.
+const fleetPort = "7610"
+
+// brain is a fleet's, as a command asks it.
+type brain struct {
+	fleetv1.FleetClient
+	members string // NAME[@HOST:PORT], with commas between
+	certs   string
+	status  *fleetv1.StatusResponse // of the one that leads
+}
+
+// dial makes a client of one member.
+func (b *brain) dial(identity *certs.Identity, member string) (fleetv1.FleetClient, error) {
+	name, address, given := strings.Cut(member, "@")
+	if !given {
+		address = net.JoinHostPort(name, fleetPort)
+	}
+	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
+		return nil, refused(fmt.Errorf("--fleet %q: want NAME or NAME@HOST:PORT", member))
+	}
+	transport := &http.Transport{TLSClientConfig: identity.Client(name),
+		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
+	return fleetv1.NewFleetClient(&http.Client{Transport: transport}, "https://"+address), nil
+}
+
+// open finds the member that leads.
+func (b *brain) open(ctx context.Context) error {
+	if b.members == "" {
+		return refused(errors.New(
+			"no fleet is named: --fleet BRAIN, or VACATE_FLEET, has the names " +
+				"of members of its brain"))
+	}
+	identity, err := certs.Load(b.certs, func(error) {})
+	if err != nil {
+		return refused(
+			fmt.Errorf("%w: vacate fleet needs an operator's certificate, see --operator-certs",
+				err))
+	}
+	var errs []error
+	todo := strings.Split(b.members, ",")
+	for tried := map[string]bool{}; len(todo) > 0; todo = todo[1:] {
+		if tried[todo[0]] {
+			continue
+		}
+		tried[todo[0]] = true
+		client, err := b.dial(identity, todo[0])
+		if err != nil {
+			return err
+		}
+		r, err := client.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("%s: %w", todo[0], err))
+		case r.Msg.Leads:
+			b.FleetClient, b.status = client, r.Msg
+			return nil
+		case r.Msg.Leader != "":
+			todo = append(todo, r.Msg.Leader)
+		default:
+			errs = append(errs, fmt.Errorf("%s: no member leads the fleet at the moment", todo[0]))
+		}
+	}
+	return fmt.Errorf("the fleet's brain does not answer; hosts go on by themselves: %w",
+		errors.Join(errs...))
+}
+
+// fleetAsk makes a command that asks the fleet's brain. With --json, the answer goes out as JSON.
+func fleetAsk(c *cobra.Command, ask func(ctx context.Context, b *brain, args []string,
+	w io.Writer) (proto.Message, error)) *cobra.Command {
+	var b brain
+	var asJSON bool
+	c.Flags().StringVar(&b.members, "fleet", os.Getenv("VACATE_FLEET"),
+		"members of the fleet's brain, `NAME[@HOST:PORT],...`; VACATE_FLEET sets the default "+
+			"(default port 7610)")
+	c.Flags().StringVar(&b.certs, "operator-certs", "/etc/vacate/certs",
+		"directory of your certificate")
+	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output (docs/json.md)")
+	c.RunE = func(c *cobra.Command, args []string) error {
+		if err := b.open(c.Context()); err != nil {
+			return err
+		}
+		w := c.OutOrStdout()
+		if asJSON {
+			w = io.Discard
+		}
+		answer, err := ask(c.Context(), &b, args, w)
+		if answer != nil && asJSON {
+			err = errors.Join(err, writeJSON(c.OutOrStdout(), answer))
+		}
+		var said *connect.Error
+		if errors.As(err, &said) {
+			return errors.New(said.Message())
+		}
+		return err
+	}
+	return c
+}
+
+func fleetCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "fleet",
+		Short: "Look at a fleet of hosts, and empty hosts for maintenance",
+		Long: `Asks the brain of a fleet, vacate-fleet. Your certificate must have a
+role there: view, act or admin. docs/fleet-setup.md tells how to set one up.`,
+	}
+	c.AddCommand(fleetStatusCommand(), fleetHostsCommand(), fleetDrainCommand(),
+		fleetRestoreCommand(), fleetDecisionsCommand(), fleetApproveCommand(),
+		fleetPlaceCommand(), fleetRulesCommand(), fleetModeCommand(), fleetForgetCommand())
+	return c
+}
+
+func fleetStatusCommand() *cobra.Command {
+	return fleetAsk(&cobra.Command{
+		Use: "status", Short: "Show who leads the fleet, and how it is", Args: cobra.NoArgs,
+	}, func(_ context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
+		writeFleetStatus(w, b.status)
+		return b.status, nil
+	})
+}
+
+func writeFleetStatus(w io.Writer, s *fleetv1.StatusResponse) {
+	fmt.Fprintf(w, "leader     %s, since %s\n", clean(s.Leader),
+		s.Since.AsTime().Local().Format(time.DateTime))
+	fmt.Fprintf(w, "mode       %s\n", clean(s.Mode))
+	fmt.Fprintf(w, "hosts      %d, %d of them late\n", s.Hosts, s.Late)
+	fmt.Fprintf(w, "VMs        %d, %d of them starve\n", s.Vms, s.Starving)
+	fmt.Fprintf(w, "evictions  %d under way, %d wait for approval\n", s.Moving, s.Waiting)
+	for _, t := range s.Troubles {
+		fmt.Fprintf(w, "- %s\n", clean(t))
+	}
+}
+
+func fleetHostsCommand() *cobra.Command {
+	var vms bool
+	c := fleetAsk(&cobra.Command{
+		Use: "hosts", Short: "List the hosts of the fleet", Args: cobra.NoArgs,
+		Long: `Lists the hosts of the fleet. A host is late if it has not reported for some
+seconds. Nothing is concluded from that: its VMs run on, and its own guard goes
+on.`,
+	}, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
+		r, err := b.ListHosts(ctx, connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		if err != nil {
+			return nil, err
+		}
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "HOST\tSTATE\tCPU\tWAITING\tMEMORY FREE\tVMS\tMAINTENANCE")
+		for _, h := range r.Msg.Hosts {
+			l := h.GetLoad()
+			fmt.Fprintf(t, "%s\t%s\t%.1f of %.0f\t%.1f\t%s of %s\t%d\t%s\n", clean(h.Name),
+				clean(h.State), l.GetUsed(), l.GetCpus(), l.GetWaiting(),
+				units.Size(l.GetAvailable()), units.Size(l.GetTotal()), len(h.Vms),
+				clean(h.Maintenance))
+		}
+		t.Flush()
+		for _, h := range r.Msg.Hosts {
+			for _, s := range h.Staying {
+				fmt.Fprintf(w, "%s keeps %s\n", clean(h.Name), clean(s))
+			}
+			for _, v := range h.Vms {
+				if vms {
+					fmt.Fprintf(w, "%s: %s has %.2f cores and waits for %.2f, %s\n",
+						clean(h.Name), clean(v.Name), v.Cpu, v.Waiting, units.Size(v.Memory))
+				}
+			}
+		}
+		return r.Msg, nil
+	})
+	c.Flags().BoolVar(&vms, "vms", false, "list their VMs, too")
+	return c
+}
+
+func fleetDrainCommand() *cobra.Command {
+	var by, reason string
+	var dry bool
+	var rate cli.Rate
+	c := fleetAsk(&cobra.Command{
+		Use: "drain HOST", Short: "Empty a host, and keep it empty", Args: cobra.ExactArgs(1),
+		Long: `Has all VMs of a host evicted to others, and keeps VMs off it until vacate fleet
+restore. No VM is stopped: one that cannot leave stays, and is named with the
+reason. That holds until it is restored, also through restarts. With --dry-run,
+only says how long it will take, and which VMs cannot leave.`,
+		Example: `  vacate fleet drain hosta --dry-run
+  vacate fleet drain hosta --by 22:00 --reason "new memory"`,
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		q := &fleetv1.DrainRequest{Host: args[0], Reason: reason, DryRun: dry, Rate: uint64(rate)}
+		if by != "" {
+			at, err := clockTime(by, time.Now())
+			if err != nil {
+				return nil, err
+			}
+			q.By = timestamppb.New(at)
+		}
+		r, err := b.Drain(ctx, connect.NewRequest(q))
+		if err != nil {
+			return nil, err
+		}
+		writeDrain(w, q, r.Msg, time.Now())
+		return r.Msg, nil
+	})
+	c.Flags().StringVar(&by, "by", "", "when it shall be empty, `HH:MM`; it is said if it will not")
+	c.Flags().StringVar(&reason, "reason", "", "what others are told of it")
+	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing")
+	c.Flags().Var(&rate, "rate-limit", "most `RATE` of each eviction, such as 50MB/s")
+	return c
+}
+
+// clockTime is the next time at which a clock shows HH:MM.
+func clockTime(text string, now time.Time) (time.Time, error) {
+	t, err := time.Parse("15:04", text)
+	if err != nil {
+		return t, fmt.Errorf("--by %q: want HH:MM", text)
+	}
+	at := time.Date(now.Year(), now.Month(), now.Day(), t.Hour(), t.Minute(), 0, 0, now.Location())
+	if at.Before(now) {
+		at = at.AddDate(0, 0, 1)
+	}
+	return at, nil
+}
+
+func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, now time.Time) {
+	for _, s := range r.Steps {
+		fmt.Fprintf(w, "%s goes to %s, within %.0f s\n", clean(s.Vm), clean(s.To), s.DoneS)
+	}
+	for _, s := range r.Staying {
+		fmt.Fprintf(w, "stays: %s\n", clean(s))
+	}
+	if r.TakesS == nil {
+		fmt.Fprintf(w, "%s has not reported: it is not known how long it will take\n",
+			clean(q.Host))
+		return
+	}
+	takes := time.Duration(*r.TakesS * float64(time.Second))
+	fmt.Fprintf(w, "all that can leave %s will have left in %v\n", clean(q.Host),
+		takes.Round(time.Second))
+	if q.By != nil && now.Add(takes).After(q.By.AsTime()) {
+		fmt.Fprintf(w, "that is later than %s\n", q.By.AsTime().Local().Format("15:04"))
+	}
+}
+
+func fleetRestoreCommand() *cobra.Command {
+	return fleetAsk(&cobra.Command{
+		Use: "restore HOST", Short: "Have a host take VMs again after a drain",
+		Long: `Ends the drain of a host. VMs that were there come back, each if that helps: its
+place there is better than where it is.`,
+		Args: cobra.ExactArgs(1),
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		r, err := b.Restore(ctx, connect.NewRequest(&fleetv1.RestoreRequest{Host: args[0]}))
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "%s takes VMs again; %d that were there come back if that helps\n",
+			clean(args[0]), len(r.Msg.Vms))
+		return r.Msg, nil
+	})
+}
+
+func fleetDecisionsCommand() *cobra.Command {
+	var most uint32
+	c := fleetAsk(&cobra.Command{
+		Use: "decisions", Short: "List what was decided, why, and what came of it",
+		Args: cobra.NoArgs,
+	}, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
+		r, err := b.ListDecisions(ctx,
+			connect.NewRequest(&fleetv1.ListDecisionsRequest{Most: most}))
+		if err != nil {
+			return nil, err
+		}
+		for _, d := range r.Msg.Decisions {
+			fmt.Fprintf(w, "%s  %s  %s: %s to %s (%s): %s\n", clean(d.Id),
+				d.At.AsTime().Local().Format(time.DateTime), clean(d.Vm), clean(d.From),
+				clean(d.To), clean(d.Cause), clean(d.State))
+			for _, why := range d.Reasons {
+				fmt.Fprintf(w, "    %s\n", clean(why))
+			}
+			fmt.Fprintf(w, "    predicted: %.1f s until all is there", d.TotalS)
+			if d.CameTotalS != nil {
+				fmt.Fprintf(w, "; it took %.1f s", *d.CameTotalS)
+			}
+			fmt.Fprintln(w)
+			if d.Reason != "" {
+				fmt.Fprintf(w, "    %s\n", clean(d.Reason))
+			}
+		}
+		return r.Msg, nil
+	})
+	c.Flags().Uint32Var(&most, "most", 50, "list so many at most, the latest first")
+	return c
+}
+
+func fleetApproveCommand() *cobra.Command {
+	var reject bool
+	c := fleetAsk(&cobra.Command{
+		Use: "approve ID", Short: "Say yes to a decision that waits, in mode ask",
+		Args: cobra.ExactArgs(1),
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		r, err := b.Approve(ctx,
+			connect.NewRequest(&fleetv1.ApproveRequest{Id: args[0], Reject: reject}))
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "%s to %s: %s\n", clean(r.Msg.Vm), clean(r.Msg.To), clean(r.Msg.State))
+		return r.Msg, nil
+	})
+	c.Flags().BoolVar(&reject, "reject", false, "say no")
+	return c
+}
+
+func fleetPlaceCommand() *cobra.Command {
+	var memory cli.MiB
+	var cpu float64
+	var name string
+	c := fleetAsk(&cobra.Command{
+		Use: "place", Short: "Say where a new VM would best start",
+		Example: "  vacate fleet place --memory 8G --cpu 2", Args: cobra.NoArgs,
+	}, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
+		r, err := b.Place(ctx,
+			connect.NewRequest(&fleetv1.PlaceRequest{Memory: uint64(memory) << 20,
+				Cpu: cpu, Name: name}))
+		if err != nil {
+			return nil, err
+		}
+		for _, x := range r.Msg.Choices {
+			fmt.Fprintf(w, "%s: %s\n", clean(x.Host), clean(x.Why))
+		}
+		if len(r.Msg.Choices) == 0 {
+			return r.Msg, fmt.Errorf("no host can have it: %s", r.Msg.Why)
+		}
+		return r.Msg, nil
+	})
+	c.Flags().Var(&memory, "memory", "`SIZE` of its memory, such as 8G")
+	c.Flags().Float64Var(&cpu, "cpu", 1, "cores that it will want")
+	c.Flags().StringVar(&name, "name", "", "its name, for rules that are about it")
+	return c
+}
+
+func fleetRulesCommand() *cobra.Command {
+	var set, remove string
+	c := fleetAsk(&cobra.Command{
+		Use: "rules [RULE]", Short: "List rules, and what is in the way of them; set or remove one",
+		Long: `Lists the rules of the fleet, and which are not kept and why. With --set NAME,
+makes or replaces a rule; with --remove NAME, removes it. A rule is one of
+  vms SELECTOR must|should run together|apart [by LABEL]
+  vms SELECTOR must|should|never run on hosts SELECTOR
+  vms SELECTOR must|should stay
+A selector is LABEL=VALUE[|VALUE], LABEL!=VALUE, LABEL or !LABEL, with commas
+between. The label name is a VM's or a host's name, and * stands for any text.`,
+		Example: `  vacate fleet rules --set db "vms name=db* must run apart"
+  vacate fleet rules --remove db`,
+		Args: cobra.MaximumNArgs(1),
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		var r *connect.Response[fleetv1.ListRulesResponse]
+		var err error
+		switch {
+		case set != "" && remove != "" || (set != "") != (len(args) == 1):
+			return nil, errors.New("--set NAME goes with a rule, --remove NAME stands alone")
+		case set != "":
+			r, err = b.PutRule(ctx,
+				connect.NewRequest(&fleetv1.PutRuleRequest{Name: set, Rule: args[0]}))
+		case remove != "":
+			r, err = b.RemoveRule(ctx,
+				connect.NewRequest(&fleetv1.RemoveRuleRequest{Name: remove}))
+		default:
+			r, err = b.ListRules(ctx, connect.NewRequest(&fleetv1.ListRulesRequest{}))
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, x := range r.Msg.Rules {
+			fmt.Fprintf(w, "%s: %s\n", clean(x.Name), clean(x.Rule))
+		}
+		for _, t := range r.Msg.Troubles {
+			fmt.Fprintf(w, "- %s\n", clean(t))
+		}
+		return r.Msg, nil
+	})
+	c.Flags().StringVar(&set, "set", "", "make or replace the rule `NAME`")
+	c.Flags().StringVar(&remove, "remove", "", "remove the rule `NAME`")
+	return c
+}
+
+func fleetModeCommand() *cobra.Command {
+	return fleetAsk(&cobra.Command{
+		Use: "mode watch|ask|auto", Short: "Set what becomes of decisions",
+		Long: `Sets what becomes of decisions: watch logs them, ask has each wait for vacate
+fleet approve, auto carries them out. Drains are carried out in each mode.`,
+		Args: cobra.ExactArgs(1), ValidArgs: []string{"watch", "ask", "auto"},
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		r, err := b.SetMode(ctx, connect.NewRequest(&fleetv1.SetModeRequest{Mode: args[0]}))
+		if err != nil {
+			return nil, err
+		}
+		writeFleetStatus(w, r.Msg)
+		return r.Msg, nil
+	})
+}
+
+func fleetForgetCommand() *cobra.Command {
+	return fleetAsk(&cobra.Command{
+		Use: "forget HOST", Short: "Remove a host that is gone for good", Args: cobra.ExactArgs(1),
+		Long: `Removes a host from the fleet, with what the fleet has ordered it to do. It must
+not be connected. One that joins again belongs to the fleet again.`,
+	}, func(ctx context.Context, b *brain, args []string, _ io.Writer) (proto.Message, error) {
+		r, err := b.Forget(ctx, connect.NewRequest(&fleetv1.ForgetRequest{Host: args[0]}))
+		if err != nil {
+			return nil, err
+		}
+		return r.Msg, nil
+	})
+}

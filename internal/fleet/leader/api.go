@@ -1,0 +1,799 @@
+package leader
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"path"
+	"slices"
+	"time"
+
+	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/fleet/place"
+	"vacate/internal/fleet/store"
+	"vacate/internal/fleet/view"
+	"vacate/internal/link/certs"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// Config is who a member is, and who may ask it for what.
+type Config struct {
+	// Me is what hosts, operators and other members are told of this one: NAME@HOST:PORT.
+	Me      string
+	Version string
+	// View, Act and Admin are operators by the names in their certificates. Those of each may do
+	// what those before may, too.
+	View, Act, Admin []string
+	// Members are the names of all members, which are no hosts.
+	Members []string
+	// Hosts are patterns (path.Match) of names that hosts have. Empty: any.
+	Hosts []string
+}
+
+// role is what an operator may do.
+type role int
+
+const (
+	nobody role = iota
+	viewer
+	actor
+	admin
+)
+
+func (r role) String() string { return [...]string{"nobody", "view", "act", "admin"}[r] }
+
+func (c Config) roleOf(name string) role {
+	switch {
+	case slices.Contains(c.Admin, name):
+		return admin
+	case slices.Contains(c.Act, name):
+		return actor
+	case slices.Contains(c.View, name):
+		return viewer
+	}
+	return nobody
+}
+
+// mayJoin says why a certificate's name is not a host's. Operators and members are none: neither
+// can speak as one.
+func (c Config) mayJoin(name string) error {
+	if c.roleOf(name) != nobody || slices.Contains(c.Members, name) {
+		return fmt.Errorf("%q is an operator, or a member of the fleet's brain, and no host", name)
+	}
+	if len(c.Hosts) == 0 || slices.ContainsFunc(c.Hosts, func(p string) bool {
+		ok, _ := path.Match(p, name) // the pattern was checked when it was read
+		return ok
+	}) {
+		return nil
+	}
+	return fmt.Errorf("%q is no host of this fleet: hosts in vacate-fleet.toml does not name it",
+		name)
+}
+
+// roles has what each call needs. What is not here nobody may call.
+var roles = map[string]role{
+	fleetv1.FleetStatusProcedure: viewer, fleetv1.FleetListHostsProcedure: viewer,
+	fleetv1.FleetListDecisionsProcedure: viewer, fleetv1.FleetPlaceProcedure: viewer,
+	fleetv1.FleetListRulesProcedure: viewer, fleetv1.FleetDrainProcedure: actor,
+	fleetv1.FleetRestoreProcedure: actor, fleetv1.FleetApproveProcedure: actor,
+	fleetv1.FleetPutRuleProcedure: admin, fleetv1.FleetRemoveRuleProcedure: admin,
+	fleetv1.FleetSetModeProcedure: admin, fleetv1.FleetForgetProcedure: admin,
+}
+
+// maxMessage bounds what a host or an operator says at once, in bytes.
+const maxMessage = 4 << 20
+
+type connKey struct{}
+
+// WithConn is for http.Server's ConnContext: calls then know who asks.
+func WithConn(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, c)
+}
+
+// asker is the name in the certificate of the one who asks; empty if there is none.
+func asker(ctx context.Context) (name, from string) {
+	c, ok := ctx.Value(connKey{}).(*tls.Conn)
+	if !ok {
+		return "", "unknown"
+	}
+	from = c.RemoteAddr().String()
+	state := c.ConnectionState()
+	if len(state.PeerCertificates) == 0 {
+		return "", from
+	}
+	name, err := certs.NameOf(state.PeerCertificates[0])
+	if err != nil {
+		return "", from
+	}
+	return name, from
+}
+
+// Handler serves hosts and operators. Its server needs WithConn.
+func (b *Brain) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(fleetv1.NewHostsHandler(hosts{b}, connect.WithReadMaxBytes(maxMessage)))
+	mux.Handle(fleetv1.NewFleetHandler(operators{b}, connect.WithReadMaxBytes(maxMessage),
+		connect.WithInterceptors(b.gate())))
+	return mux
+}
+
+// gate lets operators do what their roles have, and logs what changes something or is refused.
+func (b *Brain) gate() connect.UnaryInterceptorFunc {
+	return func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			procedure := req.Spec().Procedure
+			name, from := asker(ctx)
+			log := b.log.With("operator", name, "from", from, "asks", path.Base(procedure))
+			need, known := roles[procedure]
+			if has := b.config.roleOf(name); !known || name == "" || has < need {
+				log.Warn("refused what somebody asked, for want of a role", "role", has, "needs",
+					need)
+				return nil, connect.NewError(connect.CodePermissionDenied,
+					fmt.Errorf("%q may not do that: it needs the role %v in vacate-fleet.toml",
+						name, need))
+			}
+			resp, err := next(ctx, req)
+			if need > viewer {
+				m := req.Any()
+				if m, ok := m.(interface{ GetHost() string }); ok {
+					log = log.With("host", m.GetHost())
+				}
+				if m, ok := m.(interface{ GetName() string }); ok {
+					log = log.With("name", m.GetName())
+				}
+				switch m := m.(type) {
+				case *fleetv1.DrainRequest:
+					log = log.With("dry_run", m.DryRun, "reason", m.Reason)
+				case *fleetv1.ApproveRequest:
+					log = log.With("id", m.Id, "reject", m.Reject)
+				case *fleetv1.PutRuleRequest:
+					log = log.With("rule", m.Rule)
+				case *fleetv1.SetModeRequest:
+					log = log.With("mode", m.Mode)
+				}
+				if err != nil {
+					log.Warn("refused what an operator asked", "error", err)
+				} else {
+					log.Info("did what an operator asked")
+				}
+			}
+			return resp, err
+		}
+	}
+}
+
+// hosts implements fleetv1.HostsHandler.
+type hosts struct{ *Brain }
+
+// session is a host's stream.
+type session struct {
+	cancel context.CancelCauseFunc
+	out    chan *fleetv1.LeaderSays
+}
+
+// say has something sent, and reports whether that is so. A host that does not read loses its
+// session.
+func (s *session) say(m *fleetv1.LeaderSays) bool {
+	select {
+	case s.out <- m:
+		return true
+	default:
+		s.cancel(errors.New("the host does not read what it is told"))
+		return false
+	}
+}
+
+// Join implements fleetv1.HostsHandler.
+func (b hosts) Join(ctx context.Context,
+	stream *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays]) error {
+	name, from := asker(ctx)
+	err := errors.New("a host needs a certificate")
+	if name != "" {
+		err = b.config.mayJoin(name)
+	}
+	if err != nil {
+		b.log.Warn("refused one who wants to join as a host", "name", name, "from", from, "error",
+			err)
+		return connect.NewError(connect.CodePermissionDenied, err)
+	}
+	first, err := stream.Receive()
+	if err != nil {
+		return err
+	}
+	hello := first.GetHello()
+	if hello == nil || len(hello.Version) > 256 {
+		return connect.NewError(connect.CodeInvalidArgument, errors.New("a host says hello first"))
+	}
+	t := b.leads()
+	if t == nil {
+		return stream.Send(&fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Elsewhere{
+			Elsewhere: &fleetv1.Elsewhere{Leader: b.who(ctx)}}})
+	}
+	return t.join(ctx, name, hello, stream)
+}
+
+// join has a host be part of the fleet for as long as its stream lasts.
+func (t *term) join(ctx context.Context, name string, hello *fleetv1.Hello,
+	stream *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays]) error {
+	if err := t.enrol(ctx, name); err != nil {
+		return connect.NewError(connect.CodeUnavailable, err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s := &session{cancel: cancel, out: make(chan *fleetv1.LeaderSays, 256)}
+	s.out <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Welcome{
+		Welcome: &fleetv1.Welcome{Epoch: uint64(t.Epoch)}}}
+	t.mu.Lock()
+	h := t.hosts[name]
+	if t.over || h == nil {
+		t.mu.Unlock()
+		return connect.NewError(connect.CodeUnavailable, errElsewhere)
+	}
+	if h.session != nil {
+		h.session.cancel(errors.New("the host has joined anew"))
+	}
+	h.session, h.version = s, hello.Version
+	t.mu.Unlock()
+	t.log.Info("a host has joined", "host", name, "version", hello.Version)
+	defer func() {
+		t.mu.Lock()
+		if h.session == s {
+			h.session = nil
+		}
+		t.mu.Unlock()
+		t.log.Info("a host is not connected any more", "host", name, "error", context.Cause(ctx))
+	}()
+	heard := make(chan error, 1)
+	go func() {
+		for {
+			m, err := stream.Receive()
+			if err == nil {
+				err = t.hear(h, s, m)
+			}
+			if err != nil {
+				heard <- err
+				return
+			}
+		}
+	}()
+	for {
+		select {
+		case m := <-s.out:
+			if err := stream.Send(m); err != nil {
+				cancel(err)
+				return err
+			}
+		case err := <-heard:
+			cancel(err)
+			return err
+		case <-ctx.Done():
+			return connect.NewError(connect.CodeUnavailable, context.Cause(ctx))
+		}
+	}
+}
+
+// hear takes what a host says. The name is that in its certificate, whatever it says.
+func (t *term) hear(h *hostState, s *session, m *fleetv1.HostSays) error {
+	switch w := m.What.(type) {
+	case *fleetv1.HostSays_Report:
+		if err := t.reported(h, s, w.Report); err != nil {
+			if !errors.Is(err, errElsewhere) {
+				t.log.Warn("refused a host's report", "host", h.Name, "error", err)
+			}
+			return connect.NewError(connect.CodeInvalidArgument, err)
+		}
+	case *fleetv1.HostSays_Answer:
+		t.answered(h, w.Answer)
+	default:
+		return connect.NewError(connect.CodeInvalidArgument,
+			errors.New("a host says what this member does not know"))
+	}
+	return nil
+}
+
+// enrol has the store know a host.
+func (t *term) enrol(ctx context.Context, name string) error {
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	t.mu.Lock()
+	known := t.hosts[name] != nil
+	t.mu.Unlock()
+	if known {
+		return nil
+	}
+	h := store.Host{Name: name, Added: time.Now().UTC()}
+	if err := t.write(func() error { return t.store.PutHost(ctx, t.Term, h) }); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.hosts[name] = &hostState{Host: h}
+	t.log.Info("a host belongs to the fleet from now on", "host", name)
+	return nil
+}
+
+// operators implements fleetv1.FleetHandler.
+type operators struct{ *Brain }
+
+// leading is the present term, or an error that says who leads.
+func (b operators) leading(ctx context.Context) (*term, error) {
+	if t := b.leads(); t != nil {
+		return t, nil
+	}
+	who := cmp.Or(b.who(ctx), "nobody")
+	return nil, connect.NewError(connect.CodeFailedPrecondition,
+		fmt.Errorf("member %s does not lead the fleet: %s does", b.config.Me, who))
+}
+
+func invalid(err error) error { return connect.NewError(connect.CodeInvalidArgument, err) }
+
+func unknown(format string, args ...any) error {
+	return connect.NewError(connect.CodeNotFound, fmt.Errorf(format, args...))
+}
+
+// Status implements fleetv1.FleetHandler.
+func (b operators) Status(ctx context.Context, _ *connect.Request[fleetv1.StatusRequest]) (
+	*connect.Response[fleetv1.StatusResponse], error) {
+	r := &fleetv1.StatusResponse{Member: b.config.Me, Version: b.config.Version,
+		Leader: b.who(ctx)}
+	t := b.leads()
+	if t == nil {
+		return connect.NewResponse(r), nil
+	}
+	now := time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r.Leads, r.Epoch, r.Since = true, uint64(t.Epoch), timestamppb.New(t.since)
+	r.Mode, r.Moving, r.Waiting = string(t.policy.Mode), uint32(len(t.plans)),
+		uint32(len(t.waiting))
+	for _, name := range slices.Sorted(maps.Keys(t.hosts)) {
+		h := t.hosts[name]
+		r.Hosts++
+		if state := t.state(h, now); state != "reporting" {
+			r.Late++
+		}
+		for _, v := range h.told.VMs {
+			r.Vms++
+			if v.Steal() > 1-t.policy.Starving {
+				r.Starving++
+			}
+		}
+	}
+	r.Troubles = troubles(t.planner.Troubles(now), "")
+	return connect.NewResponse(r), nil
+}
+
+// mostTroubles bounds how many are told at once.
+const mostTroubles = 50
+
+func troubles(all []place.Trouble, rule string) (list []string) {
+	for _, x := range all {
+		if rule != "" && x.Rule == "" {
+			continue
+		}
+		text := x.Why
+		for _, part := range []string{x.Rule, x.Host} {
+			if part != "" {
+				text = part + ": " + text
+			}
+		}
+		if len(x.VMs) > 0 {
+			text += fmt.Sprintf(" (%v)", x.VMs)
+		}
+		if len(list) == mostTroubles {
+			return append(list, fmt.Sprintf("and %d more", len(all)-len(list)))
+		}
+		list = append(list, text)
+	}
+	return list
+}
+
+// state is how a host is: one whose reports are late is late, and nothing else.
+func (t *term) state(h *hostState, now time.Time) string {
+	switch {
+	case h.report == nil:
+		return "new"
+	case now.Sub(h.told.Seen) > t.policy.Late:
+		return "late"
+	}
+	return "reporting"
+}
+
+// ListHosts implements fleetv1.FleetHandler.
+func (b operators) ListHosts(ctx context.Context, _ *connect.Request[fleetv1.ListHostsRequest]) (
+	*connect.Response[fleetv1.ListHostsResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := &fleetv1.ListHostsResponse{}
+	for _, name := range slices.Sorted(maps.Keys(t.hosts)) {
+		h := t.hosts[name]
+		m := &fleetv1.Host{Name: name, State: t.state(h, now), Version: h.version,
+			Guard: h.report.GetGuard(), Load: h.report.GetLoad(), Vms: h.report.GetVms()}
+		if h.report != nil {
+			silent := now.Sub(h.told.Seen).Seconds()
+			m.SilentS = &silent
+		}
+		if x, ok := t.maintenance[name]; ok {
+			m.Maintenance, m.MaintenanceReason = string(x.Phase), x.Reason
+			if !x.By.IsZero() {
+				m.MaintenanceBy = timestamppb.New(x.By)
+			}
+			var stay []place.Stay
+			m.Going, stay = t.planner.Remaining(now, name)
+			m.Staying = staying(stay)
+		}
+		r.Hosts = append(r.Hosts, m)
+	}
+	return connect.NewResponse(r), nil
+}
+
+func staying(list []place.Stay) (text []string) {
+	for _, s := range list {
+		text = append(text, s.VM+": "+s.Why)
+	}
+	return text
+}
+
+// Drain implements fleetv1.FleetHandler.
+func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.DrainRequest]) (
+	*connect.Response[fleetv1.DrainResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	name, _ := asker(ctx)
+	m := store.Maintenance{Maintenance: view.Maintenance{Host: req.Msg.Host, Phase: view.Draining,
+		Reason: req.Msg.Reason, Asked: now.UTC(), Rate: float64(req.Msg.Rate)}, Who: name}
+	if len(m.Reason) > maxReason {
+		return nil, invalid(fmt.Errorf("the reason has more than %d bytes", maxReason))
+	}
+	if req.Msg.By != nil {
+		m.By = req.Msg.By.AsTime()
+	}
+	t.mu.Lock()
+	h := t.hosts[req.Msg.Host]
+	if h == nil {
+		t.mu.Unlock()
+		return nil, unknown("the fleet has no host %q: see vacate fleet hosts", req.Msg.Host)
+	}
+	f := t.planner.Forecast(now, tick, h.Name)
+	for _, v := range h.told.VMs {
+		m.Left = append(m.Left, v.Name)
+	}
+	if before, ok := t.maintenance[h.Name]; ok { // those that have left already count, too
+		for _, vm := range before.Left {
+			if !slices.Contains(m.Left, vm) {
+				m.Left = append(m.Left, vm)
+			}
+		}
+	}
+	reported := h.report != nil
+	t.mu.Unlock()
+	r := &fleetv1.DrainResponse{Staying: staying(f.Stay)}
+	if reported {
+		takes := f.Takes.Seconds()
+		r.TakesS = &takes
+	}
+	for _, s := range f.Steps {
+		r.Steps = append(r.Steps, &fleetv1.Step{Vm: s.VM, To: s.To, DoneS: s.End.Seconds()})
+	}
+	if !req.Msg.DryRun {
+		if err := t.setMaintenance(ctx, m); err != nil {
+			return nil, connect.NewError(connect.CodeUnavailable, err)
+		}
+	}
+	return connect.NewResponse(r), nil
+}
+
+// Restore implements fleetv1.FleetHandler.
+func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.RestoreRequest]) (
+	*connect.Response[fleetv1.RestoreResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	m, ok := t.maintenance[req.Msg.Host]
+	t.mu.Unlock()
+	if !ok {
+		return nil, connect.NewError(connect.CodeFailedPrecondition,
+			fmt.Errorf("host %q is not emptied: there is nothing to restore", req.Msg.Host))
+	}
+	m.Phase = view.Restoring
+	if err := t.setMaintenance(ctx, m); err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	return connect.NewResponse(&fleetv1.RestoreResponse{Vms: m.Left}), nil
+}
+
+// ListDecisions implements fleetv1.FleetHandler.
+func (b operators) ListDecisions(ctx context.Context,
+	req *connect.Request[fleetv1.ListDecisionsRequest]) (
+	*connect.Response[fleetv1.ListDecisionsResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	most := int(cmp.Or(req.Msg.Most, 50))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := &fleetv1.ListDecisionsResponse{}
+	for _, w := range t.waiting {
+		m := message(store.Plan{ID: w.id, Epoch: t.Epoch, Mode: view.Ask, Decision: w.decision})
+		m.State = "waits"
+		r.Decisions = append(r.Decisions, m)
+	}
+	for _, p := range t.plans {
+		m := message(p.Plan)
+		m.State = "goes on"
+		if p.eviction != nil {
+			m.EvictionId, m.Reason = p.eviction.EvictionId, p.eviction.Reason
+		}
+		r.Decisions = append(r.Decisions, m)
+	}
+	slices.SortFunc(r.Decisions, func(a, b *fleetv1.Decision) int {
+		return cmp.Or(b.At.AsTime().Compare(a.At.AsTime()), cmp.Compare(a.Id, b.Id))
+	})
+	for _, d := range slices.Backward(t.decisions) {
+		if len(r.Decisions) >= most {
+			break
+		}
+		m := message(d.Plan)
+		m.Plan, m.State, m.Reason, m.EvictionId = uint64(d.Number), d.Outcome, d.Reason, d.Eviction
+		m.EndedAt, m.CameDownS, m.CameTotalS = timestamppb.New(d.Ended), d.DownS, d.TotalS
+		r.Decisions = append(r.Decisions, m)
+	}
+	r.Decisions = r.Decisions[:min(len(r.Decisions), most)]
+	return connect.NewResponse(r), nil
+}
+
+// message is a plan as operators are told.
+func message(p store.Plan) *fleetv1.Decision {
+	d := p.Decision
+	m := &fleetv1.Decision{Id: p.ID, Cause: string(d.Cause), Vm: d.VM, From: d.From, To: d.To,
+		At: timestamppb.New(d.At), Reasons: d.Reasons, Mode: string(p.Mode), By: p.By,
+		GainCores: d.Predicted.Gain, TransferS: d.Predicted.Transfer.Seconds(),
+		BackS: d.Predicted.Back.Seconds(), TotalS: d.Predicted.Total.Seconds(),
+		Epoch: uint64(p.Epoch), Plan: uint64(p.Number)}
+	for _, a := range d.Alternatives {
+		m.Beaten = append(m.Beaten, fmt.Sprintf("%s to %s: %s", a.VM, a.To, a.Beaten))
+	}
+	return m
+}
+
+// Approve implements fleetv1.FleetHandler.
+func (b operators) Approve(ctx context.Context, req *connect.Request[fleetv1.ApproveRequest]) (
+	*connect.Response[fleetv1.Decision], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	name, _ := asker(ctx)
+	now := time.Now()
+	t.mu.Lock()
+	w := t.waiting[req.Msg.Id]
+	if w == nil {
+		t.mu.Unlock()
+		return nil, unknown("no decision %.32q waits for approval: see vacate fleet decisions",
+			req.Msg.Id)
+	}
+	if req.Msg.Reject {
+		t.reject(w.id, name+" said no", now)
+		m := message(store.Plan{ID: w.id, Epoch: t.Epoch, Mode: view.Ask, Decision: w.decision})
+		m.State = "rejected"
+		t.mu.Unlock()
+		return connect.NewResponse(m), nil
+	}
+	delete(t.waiting, w.id)
+	t.mu.Unlock()
+	p, err := t.begin(ctx, w.decision, view.Ask, name)
+	if err != nil {
+		t.mu.Lock()
+		t.planner.Ended(w.decision.VM, now, err.Error())
+		t.mu.Unlock()
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	m := message(p)
+	m.State = "goes on"
+	return connect.NewResponse(m), nil
+}
+
+// Place implements fleetv1.FleetHandler.
+func (b operators) Place(ctx context.Context, req *connect.Request[fleetv1.PlaceRequest]) (
+	*connect.Response[fleetv1.PlaceResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	q := req.Msg
+	if q.Memory == 0 || q.Memory > 1<<50 || !(q.Cpu >= 0 && q.Cpu <= 1<<16) || len(q.Name) > 253 {
+		return nil,
+			invalid(errors.New("a VM has some memory, up to 65536 cores, and a name of 253 " +
+				"bytes at most"))
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	best, why := t.planner.Where(time.Now(), place.Ask{Name: q.Name, Memory: q.Memory, CPU: q.Cpu},
+		int(cmp.Or(min(q.Most, 100), 3)))
+	r := &fleetv1.PlaceResponse{Why: why}
+	for _, c := range best {
+		text := ""
+		for i, reason := range c.Reasons {
+			if i > 0 {
+				text += "; "
+			}
+			text += reason
+		}
+		r.Choices = append(r.Choices, &fleetv1.Choice{Host: c.Host, Why: text})
+	}
+	return connect.NewResponse(r), nil
+}
+
+// ListRules implements fleetv1.FleetHandler.
+func (b operators) ListRules(ctx context.Context, _ *connect.Request[fleetv1.ListRulesRequest]) (
+	*connect.Response[fleetv1.ListRulesResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return t.listRules(), nil
+}
+
+func (t *term) listRules() *connect.Response[fleetv1.ListRulesResponse] {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := &fleetv1.ListRulesResponse{Troubles: troubles(t.planner.Troubles(time.Now()), "rules")}
+	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
+		x := t.rules[name]
+		r.Rules = append(r.Rules, &fleetv1.Rule{Name: name, Rule: x.Text, By: x.By})
+	}
+	return connect.NewResponse(r)
+}
+
+// PutRule implements fleetv1.FleetHandler.
+func (b operators) PutRule(ctx context.Context, req *connect.Request[fleetv1.PutRuleRequest]) (
+	*connect.Response[fleetv1.ListRulesResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rule, err := view.ParseRule(req.Msg.Rule)
+	if err == nil {
+		err = store.CheckName(req.Msg.Name)
+	}
+	if err == nil && rule.Name != "" {
+		err = errors.New("the rule has its name twice")
+	}
+	if err != nil {
+		return nil, invalid(err)
+	}
+	by, _ := asker(ctx)
+	x := store.Rule{Name: req.Msg.Name, Text: rule.String(), By: by}
+	t.writes.Lock()
+	err = t.write(func() error { return t.store.PutRule(ctx, t.Term, x) })
+	t.writes.Unlock()
+	if err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	t.mu.Lock()
+	t.rules[x.Name] = x
+	t.setRules()
+	t.mu.Unlock()
+	return t.listRules(), nil
+}
+
+// RemoveRule implements fleetv1.FleetHandler.
+func (b operators) RemoveRule(ctx context.Context,
+	req *connect.Request[fleetv1.RemoveRuleRequest]) (
+	*connect.Response[fleetv1.ListRulesResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	_, ok := t.rules[req.Msg.Name]
+	t.mu.Unlock()
+	if !ok {
+		return nil, unknown("there is no rule %q", req.Msg.Name)
+	}
+	t.writes.Lock()
+	err = t.write(func() error { return t.store.RemoveRule(ctx, t.Term, req.Msg.Name) })
+	t.writes.Unlock()
+	if err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	t.mu.Lock()
+	delete(t.rules, req.Msg.Name)
+	t.setRules()
+	t.mu.Unlock()
+	return t.listRules(), nil
+}
+
+// SetMode implements fleetv1.FleetHandler.
+func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.SetModeRequest]) (
+	*connect.Response[fleetv1.StatusResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	policy := t.policy
+	t.mu.Unlock()
+	policy.Mode = view.Mode(req.Msg.Mode)
+	if err := policy.Check(); err != nil {
+		return nil, invalid(err)
+	}
+	t.writes.Lock()
+	err = t.write(func() error {
+		return t.store.PutSettings(ctx, t.Term, store.Settings{Policy: &policy})
+	})
+	t.writes.Unlock()
+	if err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	t.mu.Lock()
+	t.policy = policy
+	t.planner.SetPolicy(policy)
+	if policy.Mode != view.Ask {
+		for id := range t.waiting {
+			t.reject(id, "the fleet does not ask any more", time.Now())
+		}
+	}
+	t.mu.Unlock()
+	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+}
+
+// Forget implements fleetv1.FleetHandler.
+func (b operators) Forget(ctx context.Context, req *connect.Request[fleetv1.ForgetRequest]) (
+	*connect.Response[fleetv1.ForgetResponse], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	t.mu.Lock()
+	h := t.hosts[req.Msg.Host]
+	connected := h != nil && h.session != nil
+	t.mu.Unlock()
+	switch {
+	case h == nil:
+		return nil, unknown("the fleet has no host %q", req.Msg.Host)
+	case connected:
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("host %s is "+
+			"connected: remove [fleet] from its vacated.toml, and restart vacated there, first",
+			h.Name))
+	}
+	if err := t.write(func() error { return t.store.RemoveHost(ctx, t.Term, h.Name) }); err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	if err := t.write(func() error {
+		return t.store.RemoveMaintenance(ctx, t.Term, h.Name)
+	}); err != nil {
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.hosts, h.Name)
+	delete(t.maintenance, h.Name)
+	for _, p := range t.plans {
+		if p.Decision.From == h.Name && !p.ending {
+			t.finish(p, "forgotten", "its host was forgotten by an operator's word")
+		}
+	}
+	t.planner.Forget(h.Name)
+	return connect.NewResponse(&fleetv1.ForgetResponse{}), nil
+}

@@ -1,0 +1,601 @@
+// Package leader is a member of a fleet's brain. All members stand for election; the one that leads
+// takes the hosts' reports, has package place decide, and sends orders.
+//
+//	vacated ══ Join ══► term ──Report──► place.Planner
+//	   ▲                 │ ▲                  │ decisions
+//	   └──── orders ─────┘ └── store.Begin ◄──┘
+//
+// A term is the time for which this member leads. All that it knows of loads goes with it: the next
+// leader hears it anew within seconds. Which orders count is in docs/protocol.md, F1 to F5.
+package leader
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/fleet/orders"
+	"vacate/internal/fleet/place"
+	"vacate/internal/fleet/store"
+	"vacate/internal/fleet/view"
+)
+
+// Times of a term.
+const (
+	tick = time.Second
+	// gatherTime is how long a new leader waits for hosts that it knows of, before it decides.
+	gatherTime = 15 * time.Second
+	// askTime is how long a decision waits for an operator.
+	askTime = 10 * time.Minute
+	// refusedTime is how long a VM is not sent again to a host after an order was refused.
+	refusedTime = 10 * time.Minute
+	// retryTime is how long this member waits after a term, or an attempt to get one, has failed.
+	retryTime = time.Second
+	// sayTime is how long others that are asked who leads may believe what this member heard.
+	sayTime = time.Second
+)
+
+// Brain is one member.
+type Brain struct {
+	config Config
+	store  *store.Store
+	log    *slog.Logger
+
+	mu     sync.Mutex
+	term   *term // nil: this member does not lead
+	leader string
+	heard  time.Time
+}
+
+// New makes a member.
+func New(c Config, s *store.Store, log *slog.Logger) *Brain {
+	return &Brain{config: c, store: s, log: log}
+}
+
+// Run stands for election, and leads when it is this member's turn, until ctx is done.
+func (b *Brain) Run(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := b.lead(ctx); err != nil && ctx.Err() == nil {
+			b.log.Warn("this member does not lead the fleet", "error", err)
+		}
+		select {
+		case <-time.After(retryTime):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// lead is one term.
+func (b *Brain) lead(ctx context.Context) error {
+	c, err := b.store.Campaign(ctx, b.config.Me)
+	if err != nil {
+		return err
+	}
+	defer c.Leave()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	all, err := b.store.ReadAll(ctx)
+	if err != nil {
+		return err
+	}
+	for _, p := range all.Problems {
+		b.log.Error("the fleet's store has something odd", "problem", p)
+	}
+	t := newTerm(b, c.Term, all, end)
+	b.mu.Lock()
+	b.term = t
+	b.mu.Unlock()
+	b.log.Info("this member leads the fleet", "epoch", t.Epoch, "hosts", len(all.Hosts), "plans",
+		len(all.Plans))
+	defer func() {
+		b.mu.Lock()
+		b.term = nil
+		b.mu.Unlock()
+		t.close()
+	}()
+	go func() {
+		select {
+		case <-c.Over():
+			end(store.ErrDeposed)
+		case <-ctx.Done():
+		}
+	}()
+	return t.run(ctx)
+}
+
+// leads returns the present term; nil if this member does not lead.
+func (b *Brain) leads() *term {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.term
+}
+
+// who is the member that leads, as this one knows.
+func (b *Brain) who(ctx context.Context) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.term != nil {
+		return b.config.Me
+	}
+	if time.Since(b.heard) > sayTime {
+		who, err := b.store.Leader(ctx)
+		if err != nil {
+			who = ""
+		}
+		if who == b.config.Me { // of a term that is over, or of one that begins
+			who = ""
+		}
+		b.leader, b.heard = who, time.Now()
+	}
+	return b.leader
+}
+
+// term is the time for which this member leads.
+type term struct {
+	*Brain
+	store.Term
+	since time.Time
+	end   context.CancelCauseFunc
+	wake  chan struct{}
+
+	// writes is held while the store is written. Orders of a host are sent under it, in the order
+	// of their numbers.
+	writes sync.Mutex
+
+	mu          sync.Mutex // guards what follows
+	over        bool
+	planner     *place.Planner
+	policy      view.Policy
+	rules       map[string]store.Rule
+	maintenance map[string]store.Maintenance
+	hosts       map[string]*hostState
+	plans       map[string]*plan
+	waiting     map[string]*waiting
+	decisions   []store.Decision // the latest last
+	ending      []store.Decision // to be written
+}
+
+// hostState is a host of the fleet, and what it has told this leader.
+type hostState struct {
+	store.Host
+	session *session // nil: it is not connected
+	version string
+	report  *fleetv1.Report // nil: it has not reported to this leader
+	told    view.Report
+}
+
+// plan is one that goes on.
+type plan struct {
+	store.Plan
+	sent     *session // to which its order was sent
+	eviction *fleetv1.OrderedEviction
+	ending   bool
+}
+
+// waiting is a decision that an operator has to approve.
+type waiting struct {
+	id       string
+	decision view.Decision
+	until    time.Time
+}
+
+func newTerm(b *Brain, c store.Term, all store.Everything, end context.CancelCauseFunc) *term {
+	t := &term{Brain: b, Term: c, since: time.Now(), end: end, wake: make(chan struct{}, 1),
+		policy: view.DefaultPolicy(), rules: map[string]store.Rule{},
+		maintenance: map[string]store.Maintenance{}, hosts: map[string]*hostState{},
+		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions}
+	if all.Settings.Policy != nil {
+		t.policy = *all.Settings.Policy
+	}
+	t.planner = place.New(t.policy)
+	for _, h := range all.Hosts {
+		t.hosts[h.Name] = &hostState{Host: h}
+	}
+	for _, r := range all.Rules {
+		t.rules[r.Name] = r
+	}
+	t.setRules()
+	for _, m := range all.Maintenance {
+		t.maintenance[m.Host] = m
+		t.planner.Maintain(m.Maintenance)
+	}
+	for _, p := range all.Plans {
+		t.plans[p.ID] = &plan{Plan: p}
+		t.planner.Began(p.Decision.Move)
+	}
+	return t
+}
+
+// setRules has the rules hold. One that is not understood any more is logged, and does not.
+func (t *term) setRules() {
+	var rules []view.Rule
+	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
+		r, err := view.ParseRule(t.rules[name].Text)
+		if err != nil {
+			t.log.Error("a rule of the fleet is not heeded", "rule", name, "error", err)
+			continue
+		}
+		r.Name = name
+		rules = append(rules, r)
+	}
+	t.planner.SetRules(rules)
+}
+
+func (t *term) close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.over = true
+	for _, h := range t.hosts {
+		if h.session != nil {
+			h.session.cancel(errElsewhere)
+		}
+	}
+}
+
+var errElsewhere = errors.New("this member does not lead the fleet any more")
+
+// write writes to the store. A member that does not know whether it did leads no longer.
+func (t *term) write(f func() error) error {
+	err := f()
+	if errors.Is(err, store.ErrUnclear) || errors.Is(err, store.ErrDeposed) {
+		t.end(err)
+	}
+	return err
+}
+
+func (t *term) run(ctx context.Context) error {
+	ticks := time.NewTicker(tick)
+	defer ticks.Stop()
+	for {
+		select {
+		case <-ticks.C:
+			t.settle(ctx)
+			t.round(ctx)
+			t.maintain(ctx)
+		case <-t.wake:
+			t.settle(ctx)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// ready reports whether all hosts have told of themselves that will, at the start of a term.
+func (t *term) ready(now time.Time) bool {
+	if now.Sub(t.since) >= gatherTime {
+		return true
+	}
+	for _, h := range t.hosts {
+		if h.report == nil {
+			return false
+		}
+	}
+	return len(t.hosts) > 0
+}
+
+// round has the planner decide, and does what the mode says.
+func (t *term) round(ctx context.Context) {
+	now := time.Now()
+	t.mu.Lock()
+	if !t.ready(now) {
+		t.mu.Unlock()
+		return
+	}
+	for id, w := range t.waiting {
+		if now.After(w.until) {
+			t.reject(id, "no operator approved it in time", now)
+		}
+	}
+	list := t.planner.Round(now)
+	mode := t.policy.Mode
+	var act []view.Decision
+	for _, d := range list {
+		// An operator has asked for these.
+		asked := d.Cause == view.Drain || d.Cause == view.Restore
+		switch {
+		case asked || mode == view.Auto:
+			act = append(act, d)
+		case mode == view.Ask:
+			w := &waiting{newID(), d, now.Add(askTime)}
+			t.waiting[w.id] = w
+			t.planner.Began(d.Move)
+			t.log.Info("a decision waits for an operator", "id", w.id, "vm", d.VM, "from", d.From,
+				"to", d.To, "reasons", d.Reasons)
+		default:
+			t.log.Info("a VM would be evicted in mode auto", "vm", d.VM, "from", d.From, "to", d.To,
+				"reasons", d.Reasons)
+			t.planner.Ended(d.VM, now, "")
+			t.closed(store.Decision{Plan: store.Plan{ID: newID(), Epoch: t.Epoch, Mode: mode,
+				Decision: d}, Outcome: "watched", Ended: now})
+		}
+	}
+	t.mu.Unlock()
+	for _, d := range act {
+		if _, err := t.begin(ctx, d, mode, ""); err != nil {
+			t.log.Error("a decision is not carried out", "vm", d.VM, "error", err)
+			t.mu.Lock()
+			t.planner.Ended(d.VM, now, err.Error())
+			t.mu.Unlock()
+		}
+	}
+}
+
+// closed keeps a decision that has ended. The store has those that were ordered.
+func (t *term) closed(d store.Decision) {
+	t.decisions = append(t.decisions, d)
+	if n := len(t.decisions) - store.KeepDecisions; n > 0 {
+		t.decisions = slices.Delete(t.decisions, 0, n)
+	}
+}
+
+// reject gives up a decision that waits.
+func (t *term) reject(id, why string, now time.Time) {
+	w := t.waiting[id]
+	delete(t.waiting, id)
+	t.planner.Ended(w.decision.VM, now, why)
+	t.closed(store.Decision{Plan: store.Plan{ID: id, Epoch: t.Epoch, Mode: view.Ask,
+		Decision: w.decision}, Outcome: "rejected", Reason: why, Ended: now})
+}
+
+func newID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}
+
+// begin writes a plan, then sends its order.
+func (t *term) begin(ctx context.Context, d view.Decision, mode view.Mode,
+	by string) (store.Plan, error) {
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	d.Move.Began = time.Now()
+	p := store.Plan{ID: newID(), Mode: mode, By: by, Decision: d}
+	t.mu.Lock()
+	if m, ok := t.maintenance[d.From]; ok && d.Cause == view.Drain {
+		p.Rate = uint64(m.Rate)
+	}
+	t.mu.Unlock()
+	err := t.write(func() (err error) {
+		p, err = t.store.Begin(ctx, t.Term, p)
+		return err
+	})
+	if err != nil {
+		return p, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	open := &plan{Plan: p}
+	t.plans[p.ID] = open
+	t.planner.Began(d.Move)
+	t.log.Info("a VM will be evicted", "plan", p.Number, "id", p.ID, "vm", d.VM, "from", d.From,
+		"to", d.To, "cause", d.Cause, "by", by, "reasons", d.Reasons)
+	t.order(open)
+	return p, nil
+}
+
+// order sends the order of a plan, if its host is there.
+func (t *term) order(p *plan) {
+	h := t.hosts[p.Decision.From]
+	if h == nil || h.session == nil || p.sent == h.session || p.Epoch != t.Epoch {
+		return
+	}
+	if h.session.say(&fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Order{Order: &fleetv1.Order{
+		Epoch: uint64(t.Epoch), Plan: uint64(p.Number), PlanId: p.ID, Vm: p.Decision.VM,
+		Incarnation: p.Decision.Incarnation, To: p.Decision.To, Rate: p.Rate,
+	}}}) {
+		p.sent = h.session
+	}
+}
+
+// reported takes what a host tells, and settles its plans by it.
+func (t *term) reported(h *hostState, s *session, r *fleetv1.Report) error {
+	told := viewOf(h.Name, r)
+	told.Seen = time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.over || h.session != s {
+		return errElsewhere
+	}
+	if r.GetMark().GetEpoch() != uint64(t.Epoch) {
+		return fmt.Errorf("host %s reports of epoch %d, and was welcomed in %d", h.Name,
+			r.GetMark().GetEpoch(), t.Epoch)
+	}
+	if err := t.planner.Report(told); err != nil {
+		return err
+	}
+	h.report, h.told = r, told
+	mark := orders.Mark{Epoch: r.Mark.Epoch, Plan: r.Mark.Plan}
+	var own []*plan
+	for _, p := range t.plans {
+		if p.Decision.From == h.Name && !p.ending {
+			own = append(own, p)
+		}
+	}
+	slices.SortFunc(own, func(a, b *plan) int { return int(int64(a.Number) - int64(b.Number)) })
+	for _, p := range own {
+		i := slices.IndexFunc(r.Evictions,
+			func(e *fleetv1.OrderedEviction) bool { return e.PlanId == p.ID })
+		switch orders.FateOf(uint64(t.Epoch), uint64(p.Epoch), uint64(p.Number), mark, i >= 0) {
+		case orders.Begun:
+			p.eviction = r.Evictions[i]
+			if p.eviction.Outcome != "" && p.eviction.EndedAt != nil {
+				t.finish(p, p.eviction.Outcome, p.eviction.Reason)
+			}
+		case orders.Over:
+			t.finish(p, "never began", "the host did not begin it")
+		case orders.Pending:
+			t.order(p)
+		}
+	}
+	return nil
+}
+
+// answered takes what a host says of an order. Refusals end the plan: its number is spent.
+func (t *term) answered(h *hostState, a *fleetv1.Answer) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := t.plans[a.PlanId]
+	if p == nil || p.Decision.From != h.Name || p.ending || a.Refused == "" {
+		return
+	}
+	t.log.Warn("a host refused an order", "host", h.Name, "vm", p.Decision.VM, "plan", p.Number,
+		"reason", a.Refused)
+	p.eviction = &fleetv1.OrderedEviction{Reason: a.Refused}
+	// The next report says that it is over; until then the plan stays.
+}
+
+// finish has the end of a plan written.
+func (t *term) finish(p *plan, outcome, reason string) {
+	p.ending = true
+	d := store.Decision{Plan: p.Plan, Number: p.Number, Outcome: outcome, Reason: reason,
+		Ended: time.Now()}
+	if e := p.eviction; e != nil {
+		d.Eviction, d.DownS, d.TotalS = e.EvictionId, e.DownS, e.TotalS
+		if outcome == "never began" && e.Reason != "" {
+			d.Outcome, d.Reason = "refused", e.Reason
+		}
+	}
+	if len(d.Reason) > maxReason {
+		d.Reason = d.Reason[:maxReason]
+	}
+	t.ending = append(t.ending, d)
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
+}
+
+// maxReason bounds what a host says of an end, in bytes.
+const maxReason = 2000
+
+// settle writes what has ended.
+func (t *term) settle(ctx context.Context) {
+	t.mu.Lock()
+	list := t.ending
+	t.ending = nil
+	before := store.Number(0)
+	if n := len(t.decisions) - store.KeepDecisions; n >= 0 {
+		before = t.decisions[n].Number
+	}
+	t.mu.Unlock()
+	for _, d := range list {
+		t.writes.Lock()
+		err := t.write(func() error { return t.store.End(ctx, t.Term, d, before) })
+		t.writes.Unlock()
+		if err != nil {
+			t.log.Error("the end of a plan is not written", "id", d.Plan.ID, "error", err)
+			return // the next leader hears of it again
+		}
+		t.mu.Lock()
+		delete(t.plans, d.Plan.ID)
+		t.closed(d)
+		problem := ""
+		if d.Outcome != "completed" {
+			problem = d.Outcome + ": " + d.Reason
+		}
+		v := d.Plan.Decision
+		t.planner.Ended(v.VM, d.Ended, problem)
+		if d.Outcome == "refused" {
+			t.planner.Refused(v.VM, v.To, d.Reason, d.Ended.Add(refusedTime))
+		}
+		t.mu.Unlock()
+		t.log.Info("a plan has ended", "plan", d.Number, "id", d.Plan.ID, "vm", v.VM, "from",
+			v.From,
+			"to", v.To, "outcome", d.Outcome, "reason", d.Reason)
+	}
+}
+
+// maintain has maintenance come to its next phase.
+func (t *term) maintain(ctx context.Context) {
+	now := time.Now()
+	t.mu.Lock()
+	var next []store.Maintenance
+	for name, m := range t.maintenance {
+		h := t.hosts[name]
+		if h == nil || h.report == nil || now.Sub(h.told.Seen) > t.policy.Late || !t.ready(now) {
+			continue
+		}
+		going, _ := t.planner.Remaining(now, name)
+		switch {
+		case m.Phase == view.Draining && len(h.told.VMs) == 0 && len(going) == 0:
+			m.Phase = view.Drained
+			next = append(next, m)
+		case m.Phase == view.Restoring && len(going) == 0:
+			m.Phase = ""
+			next = append(next, m)
+		}
+	}
+	t.mu.Unlock()
+	for _, m := range next {
+		if err := t.setMaintenance(ctx, m); err != nil {
+			t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
+			return
+		}
+		t.log.Info("maintenance goes on", "host", m.Host, "phase", m.Phase)
+	}
+}
+
+// setMaintenance writes a host's maintenance, or that it has none.
+func (t *term) setMaintenance(ctx context.Context, m store.Maintenance) error {
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	err := t.write(func() error {
+		if m.Phase == "" {
+			return t.store.RemoveMaintenance(ctx, t.Term, m.Host)
+		}
+		return t.store.PutMaintenance(ctx, t.Term, m)
+	})
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if m.Phase == "" {
+		delete(t.maintenance, m.Host)
+		t.planner.Maintain(view.Maintenance{Host: m.Host})
+	} else {
+		t.maintenance[m.Host] = m
+		t.planner.Maintain(m.Maintenance)
+	}
+	return nil
+}
+
+// viewOf is a report as the planner takes it, which checks it.
+func viewOf(name string, r *fleetv1.Report) view.Report {
+	l := r.GetLoad()
+	v := view.Report{Host: view.Host{Name: name, Labels: l.GetLabels(), CPUs: l.GetCpus(),
+		Used: l.GetUsed(), Waiting: l.GetWaiting(), Total: l.GetTotal(),
+		Available: l.GetAvailable(),
+		Rate:      l.GetRate(), Link: l.GetLink(), Closed: l.GetClosed(),
+		Transfer: seconds(l.GetTransferS())}}
+	for _, m := range r.GetVms() {
+		vm := view.VM{Name: m.Name, Incarnation: m.Incarnation, VCPUs: int(m.Vcpus), CPU: m.Cpu,
+			Waiting: m.Waiting, Overhead: m.Overhead, Memory: m.Memory, Resident: m.Resident,
+			InUse: m.InUse, Hot: m.Hot, Priority: int(m.Priority), Pinned: m.Pinned,
+			Barred: m.Barred}
+		if m.MovedAt != nil {
+			vm.Moved = m.MovedAt.AsTime()
+		}
+		v.VMs = append(v.VMs, vm)
+	}
+	return v
+}
+
+// seconds is a time that a peer tells; one that makes no sense is none.
+func seconds(s float64) time.Duration {
+	if !(s >= 0 && s < 3600) {
+		return 0
+	}
+	return time.Duration(s * float64(time.Second))
+}

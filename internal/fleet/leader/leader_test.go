@@ -1,0 +1,480 @@
+package leader
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/fleet/member"
+	"vacate/internal/fleet/orders"
+	"vacate/internal/fleet/store"
+	"vacate/internal/fleet/view"
+	"vacate/internal/link/certs"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// site has an etcd, a CA, and brains of one fleet.
+type site struct {
+	*testing.T
+	dir  string
+	etcd *member.Member
+}
+
+func newSite(t *testing.T) *site {
+	s := &site{T: t, dir: t.TempDir()}
+	if err := certs.Init(filepath.Join(s.dir, "ca")); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	s.etcd, err = member.Start(t.Context(), member.Config{Name: "brain1", Dir: s.dir},
+		slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.etcd.Close)
+	return s
+}
+
+// identity is that of a name, issued the first time.
+func (s *site) identity(name string) *certs.Identity {
+	s.Helper()
+	dir := filepath.Join(s.dir, "certs", name)
+	i, err := certs.Load(dir, nil)
+	if err != nil {
+		err = certs.Issue(filepath.Join(s.dir, "ca"), name, dir, certs.DefaultDays, false)
+		if err == nil {
+			i, err = certs.Load(dir, nil)
+		}
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+	return i
+}
+
+// server is a member that serves.
+type server struct {
+	*Brain
+	name, address string
+	stop          func()
+}
+
+func (s *site) serve(name string) *server {
+	s.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.Fatal(err)
+	}
+	st, err := store.New(s.etcd.Client, 0)
+	if err != nil {
+		s.Fatal(err)
+	}
+	b := New(Config{Me: name + "@" + ln.Addr().String(), View: []string{"viewer"},
+		Act: []string{"actor"}, Admin: []string{"boss"}, Members: []string{"brain1", "brain2"},
+		Hosts: []string{"host*"}}, st, slog.New(slog.NewTextHandler(s.Output(), nil)))
+	hs := &http.Server{Handler: b.Handler(), ConnContext: WithConn,
+		TLSConfig: s.identity(name).Web(func(string) error { return nil }),
+		ErrorLog:  slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
+	ctx, cancel := context.WithCancel(s.Context())
+	var tasks sync.WaitGroup
+	tasks.Go(func() { b.Run(ctx) })
+	tasks.Go(func() { hs.ServeTLS(ln, "", "") })
+	stop := sync.OnceFunc(func() {
+		cancel()
+		hs.Close()
+		tasks.Wait()
+	})
+	s.Cleanup(stop)
+	return &server{b, name, ln.Addr().String(), stop}
+}
+
+func (s *site) transport(b *server, as string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		TLSClientConfig: s.identity(as).Client(b.name), ForceAttemptHTTP2: true}}
+}
+
+func (s *site) operator(b *server, as string) fleetv1.FleetClient {
+	return fleetv1.NewFleetClient(s.transport(b, as), "https://"+b.address)
+}
+
+// until waits for a condition.
+func (s *site) until(what string, ok func() bool) {
+	s.Helper()
+	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			s.Fatalf("%s: that never came", what)
+		}
+	}
+}
+
+func (s *site) leads(b *server) fleetv1.FleetClient {
+	s.Helper()
+	boss := s.operator(b, "boss")
+	s.until(b.name+" leads", func() bool {
+		r, err := boss.Status(s.Context(), connect.NewRequest(&fleetv1.StatusRequest{}))
+		return err == nil && r.Msg.Leads
+	})
+	return boss
+}
+
+// fake is a host: what it does is what a vacated does, without VMs.
+type fake struct {
+	*site
+	name string
+
+	mu        sync.Mutex
+	mark      orders.Mark
+	vms       map[string]string // incarnations
+	refuse    string
+	evictions []*fleetv1.OrderedEviction
+	refused   []string // orders, by why
+	stream    *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]
+	ended     error
+}
+
+func (s *site) host(name string, vms ...string) *fake {
+	f := &fake{site: s, name: name, vms: map[string]string{}}
+	for _, v := range vms {
+		f.vms[v] = v + "/0"
+	}
+	return f
+}
+
+// join joins a brain, and reports until the test or the stream ends.
+func (f *fake) join(b *server) {
+	f.Helper()
+	ctx, cancel := context.WithCancel(f.Context())
+	stream := fleetv1.NewHostsClient(f.transport(b, f.name), "https://"+b.address).Join(ctx)
+	if err := stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Hello{
+		Hello: &fleetv1.Hello{Version: "test"}}}); err != nil {
+		f.Fatal(err)
+	}
+	first, err := stream.Receive()
+	if err != nil || first.GetWelcome() == nil {
+		f.Fatalf("%v, %v", first, err)
+	}
+	f.mu.Lock()
+	f.stream = stream
+	f.mark, err = f.mark.Hear(first.GetWelcome().Epoch)
+	f.mu.Unlock()
+	if err != nil {
+		f.Fatal(err)
+	}
+	var tasks sync.WaitGroup
+	f.Cleanup(func() {
+		cancel()
+		tasks.Wait()
+	})
+	tasks.Go(func() {
+		for ctx.Err() == nil && f.tell(stream) == nil {
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	tasks.Go(func() {
+		for {
+			m, err := stream.Receive()
+			if err != nil {
+				f.mu.Lock()
+				f.ended = err
+				f.mu.Unlock()
+				return
+			}
+			f.obey(m.GetOrder())
+		}
+	})
+}
+
+func (f *fake) tell(
+	stream *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
+		Evictions: f.evictions, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
+			Available: 60 << 30, Rate: 1e9}}
+	for name, incarnation := range f.vms {
+		r.Vms = append(r.Vms, &fleetv1.VM{Name: name, Incarnation: incarnation, Cpu: 0.1,
+			Memory: 1 << 30, Resident: 1 << 30, InUse: 1 << 29, Hot: 1 << 28})
+	}
+	return stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Report{Report: r}})
+}
+
+func (f *fake) obey(o *fleetv1.Order) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	mark, err := f.mark.Spend(o.Epoch, o.Plan)
+	if err == nil {
+		f.mark = mark
+		if f.vms[o.Vm] != o.Incarnation {
+			err = orders.ErrStale
+		} else if f.refuse != "" {
+			err = errors.New(f.refuse)
+		}
+	}
+	if err != nil {
+		f.refused = append(f.refused, err.Error())
+		f.stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Answer{
+			Answer: &fleetv1.Answer{PlanId: o.PlanId, Plan: o.Plan, Refused: err.Error()}}})
+		return
+	}
+	f.vms[o.Vm] += "+"
+	f.evictions = append(f.evictions, &fleetv1.OrderedEviction{PlanId: o.PlanId,
+		EvictionId: fmt.Sprint("eviction of ", o.Vm), Vm: o.Vm, State: "pushing"})
+}
+
+// end has all evictions of the host have ended at another one.
+func (f *fake) end(to *fake) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.evictions {
+		if e.Outcome == "" {
+			total := 1.5
+			e.Outcome, e.EndedAt, e.TotalS = "completed", timestamppb.Now(), &total
+			delete(f.vms, e.Vm)
+			to.mu.Lock()
+			to.vms[e.Vm] = e.Vm + "/" + to.name
+			to.mu.Unlock()
+		}
+	}
+}
+
+func (f *fake) begun() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.evictions)
+}
+
+func decisions(t *testing.T, c fleetv1.FleetClient) []*fleetv1.Decision {
+	t.Helper()
+	r, err := c.ListDecisions(t.Context(), connect.NewRequest(&fleetv1.ListDecisionsRequest{}))
+	if err != nil {
+		return nil
+	}
+	return r.Msg.Decisions
+}
+
+// A drain is carried out, outlives a change of leader in the midst of its evictions, and is undone.
+func TestDrain(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1", "web2"), s.host("hostb")
+	a.join(one)
+	b.join(one)
+	drain := func(dry bool) *fleetv1.DrainResponse {
+		r, err := boss.Drain(t.Context(),
+			connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta", DryRun: dry}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Msg
+	}
+	s.until("the forecast has both VMs", func() bool { return len(drain(true).Steps) == 2 })
+	if a.begun() != 0 {
+		t.Error("a dry run moves VMs")
+	}
+	drain(false)
+	s.until("both evictions begin", func() bool { return a.begun() == 2 })
+
+	// The leader ends. The next one knows of both, and orders neither again.
+	two := s.serve("brain2")
+	if r, err := s.operator(two, "viewer").Status(t.Context(),
+		connect.NewRequest(&fleetv1.StatusRequest{})); err != nil || r.Msg.Leads ||
+		!strings.HasPrefix(r.Msg.Leader, "brain1@") {
+		t.Errorf("a follower says %v, %v", r, err)
+	}
+	one.stop()
+	boss = s.leads(two)
+	if got := decisions(t, boss); len(got) != 2 || got[0].State != "goes on" {
+		t.Errorf("the next leader knows of %v", got)
+	}
+	a.join(two)
+	b.join(two)
+	a.end(b)
+	s.until("both have ended", func() bool {
+		got := decisions(t, boss)
+		return len(got) == 2 && got[0].State == "completed" && got[1].State == "completed" &&
+			got[0].GetCameTotalS() == 1.5
+	})
+	if n := a.begun(); n != 2 {
+		t.Errorf("%d evictions began", n)
+	}
+	phase := func() string {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		if err != nil || len(r.Msg.Hosts) != 2 {
+			t.Fatal(r, err)
+		}
+		return r.Msg.Hosts[0].Maintenance
+	}
+	s.until("the host is drained", func() bool { return phase() == "drained" })
+	if _, err := boss.Restore(t.Context(),
+		connect.NewRequest(&fleetv1.RestoreRequest{Host: "hosta"})); err != nil {
+		t.Error(err)
+	}
+	if got := phase(); got == "drained" {
+		t.Error("it is not restored")
+	}
+}
+
+// An order that its host refuses is over, with the host's words, and no eviction of it ever begins.
+func TestRefusedOrder(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1"), s.host("hostb")
+	a.refuse = "hostb is no peer"
+	a.join(one)
+	b.join(one)
+	s.until("the host is known", func() bool {
+		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
+		return err == nil
+	})
+	s.until("it is refused", func() bool {
+		got := decisions(t, boss)
+		return len(got) > 0 && got[len(got)-1].State == "refused" &&
+			got[len(got)-1].Reason == "hostb is no peer"
+	})
+	if a.begun() != 0 {
+		t.Error("it began")
+	}
+}
+
+// A leader that is deposed, and does not know it, gets no plan written; the host that has heard a
+// later one refuses what it still says.
+func TestDeposed(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	s.leads(one)
+	a, b := s.host("hosta", "web1"), s.host("hostb")
+	a.join(one)
+	b.join(one)
+	old := one.leads()
+	s.until("the first leader has the reports", func() bool {
+		old.mu.Lock()
+		defer old.mu.Unlock()
+		return len(old.hosts) == 2 && old.hosts["hosta"].report != nil
+	})
+	two := s.serve("brain2")
+	// Its lease is gone, as if it had been cut off.
+	st, err := store.New(s.etcd.Client, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if who, err := st.Leader(t.Context()); err != nil || !strings.HasPrefix(who, "brain1@") {
+		t.Fatal(who, err)
+	}
+	r, err := s.etcd.Client.Delete(t.Context(), old.Key())
+	if err != nil || r.Deleted != 1 {
+		t.Fatal(r, err)
+	}
+	s.leads(two)
+	if p, err := old.begin(t.Context(), view.Decision{VM: "web1", Incarnation: "web1/0",
+		From: "hosta", To: "hostb"}, view.Auto, ""); !errors.Is(err,
+		store.ErrDeposed) {
+		t.Errorf("the deposed leader wrote %+v, %v", p, err)
+	}
+	a.join(two)
+	a.obey(&fleetv1.Order{Epoch: uint64(old.Epoch), Plan: 1 << 60, PlanId: newID(), Vm: "web1",
+		Incarnation: "web1/0", To: "hostb"})
+	if a.begun() != 0 || len(a.refused) != 1 ||
+		!strings.Contains(a.refused[0], orders.ErrDeposed.Error()) {
+		t.Errorf("an order of the deposed leader: %d evictions, refused %v", a.begun(), a.refused)
+	}
+}
+
+// Nobody does more than its certificate allows.
+func TestRoles(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	calls := []struct {
+		name string
+		need string
+		call func(fleetv1.FleetClient) error
+	}{
+		{"hosts", "viewer", func(c fleetv1.FleetClient) error {
+			_, err := c.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+			return err
+		}},
+		{"drain", "actor", func(c fleetv1.FleetClient) error {
+			_, err := c.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "x"}))
+			return err
+		}},
+		{"mode", "boss", func(c fleetv1.FleetClient) error {
+			_, err := c.SetMode(t.Context(),
+				connect.NewRequest(&fleetv1.SetModeRequest{Mode: "ask"}))
+			return err
+		}},
+	}
+	rank := map[string]int{"hosta": 0, "stranger": 0, "brain2": 0, "viewer": 1, "actor": 2,
+		"boss": 3}
+	for who, has := range rank {
+		for _, c := range calls {
+			err := c.call(s.operator(one, who))
+			if denied := connect.CodeOf(err) == connect.CodePermissionDenied; err != nil &&
+				denied !=
+					(has < rank[c.need]) || err == nil && has < rank[c.need] {
+				t.Errorf("%s asks for %s: %v", who, c.name, err)
+			}
+		}
+	}
+	for who, joins := range map[string]bool{"hostz": true, "stranger": false, "boss": false,
+		"viewer": false, "brain2": false} {
+		stream := fleetv1.NewHostsClient(s.transport(one, who), "https://"+one.address).
+			Join(t.Context())
+		stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Hello{Hello: &fleetv1.Hello{}}})
+		m, err := stream.Receive()
+		if got := err == nil && m.GetWelcome() != nil; got != joins {
+			t.Errorf("%s joins as a host: %v, %v", who, m, err)
+		}
+		stream.CloseRequest()
+		stream.CloseResponse()
+	}
+	// Without a certificate, not even TLS comes about.
+	bare := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{
+		InsecureSkipVerify: true}}} // #nosec G402 -- a test
+	if _, err := fleetv1.NewFleetClient(bare, "https://"+one.address).Status(t.Context(),
+		connect.NewRequest(&fleetv1.StatusRequest{})); err == nil {
+		t.Error("one without a certificate gets an answer")
+	}
+	if _, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{Name: "x",
+		Rule: "vms all of them"})); connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("a rule that is none: %v", err)
+	}
+}
+
+// A host that reports nonsense, or of another leader's epoch, is not heeded, and loses its stream.
+func TestOddReports(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	s.leads(one)
+	for name, spoil := range map[string]func(f *fake){
+		"hosta": func(*fake) {},
+		"hostb": func(f *fake) { f.vms["\x1b[2J"] = "x" },
+	} {
+		f := s.host(name, "web1")
+		spoil(f)
+		f.join(one)
+		if name == "hosta" {
+			f.mu.Lock()
+			f.mark.Epoch++
+			f.mu.Unlock()
+		}
+		s.until(name+" loses its stream", func() bool {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return f.ended != nil
+		})
+	}
+}
