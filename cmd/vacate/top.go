@@ -186,12 +186,12 @@ const (
 )
 
 // topBar is one of a width: what is had, and what is waited for.
-func topBar(width int, had, waited, whole float64) string {
+func topBar(width int, had, waited, whole ui.Num) string {
 	if whole <= 0 {
 		return strings.Repeat(" ", width)
 	}
-	full := min(width, int(had/whole*float64(width)+0.5))
-	lack := min(width-full, int(waited/whole*float64(width)+0.5))
+	full := min(width, int(float64(had/whole)*float64(width)+0.5))
+	lack := min(width-full, int(float64(waited/whole)*float64(width)+0.5))
 	return sgrAccent + strings.Repeat("█", full) + sgrHot + strings.Repeat("▒", lack) + sgrSoft +
 		strings.Repeat("·", width-full-lack) + sgrOff
 }
@@ -240,7 +240,7 @@ func (m *top) lines() (list []topLine) {
 			mark = sgrHot + "! " + sgrOff
 		}
 		add(hint, "%s%s%s%s %s %s %3.0f %%  %s/s  %d fetches  %s", mark, sgrBold,
-			pad(e.Vm, 14), sgrOff, pad(way, 14), topBar(wide, share, 0, 1), 100*share,
+			pad(e.Vm, 14), sgrOff, pad(way, 14), topBar(wide, ui.Num(share), 0, 1), 100*share,
 			bytesText(p.GetRateBytesPerS()), p.GetFetches(), left)
 		add(hint, "    %s%s%s", sgrSoft, clean(m.says[i]), sgrOff)
 	}
@@ -280,7 +280,7 @@ func (m *top) lines() (list []topLine) {
 	return list
 }
 
-func wanted(cores float64) string {
+func wanted(cores ui.Num) string {
 	if cores < 0.05 {
 		return ""
 	}

@@ -133,7 +133,7 @@ func TestBrowserButtons(t *testing.T) {
 	o.sees("document.querySelector('#dialog .act').textContent == '…' || " +
 		"!document.querySelector('#dialog').open")
 	a.release("source/preparing")
-	o.reads("#past .came", "aborted by an operator: by `vacate ui`")
+	o.reads("#past .came", "aborted")
 
 	// Evict: the memory is seen to go.
 	evict()
@@ -165,6 +165,9 @@ func TestBrowserButtons(t *testing.T) {
 	o.clicks("#dialog .cancel")
 
 	// Evacuate: the VM goes back.
+	twin, err := r.expected.Started(labtest.Within(t, time.Minute))
+	o.ok(err)
+	back := a.expect("web1", twin)
 	o.clicks(there + ".evacuate")
 	o.reads("#dialog table", "web1")
 	o.sees("document.querySelector('#dialog .refused, #dialog .what')")
@@ -178,14 +181,16 @@ func TestBrowserButtons(t *testing.T) {
 	o.reads(here+".vm .figures", "cores")
 
 	// Decide: the other host dies in mid-move, and the operator knows.
-	twin := r.expected
+	home, err := back.Started(labtest.Within(t, time.Minute))
+	o.ok(err)
+	again := b.expect("web1", home)
 	fmt.Fprintln(a.input, "hold", "source/pushing")
 	evict()
 	if !a.reach("source/pushing", 2*time.Minute) {
 		t.Fatal("the VM does not go")
 	}
 	b.kill()
-	for _, vm := range twin.VMs() {
+	for _, vm := range again.VMs() {
 		vm.Kill()
 	}
 	a.release("source/pushing")
@@ -204,7 +209,7 @@ func TestBrowserButtons(t *testing.T) {
 	o.clicks("#dialog .act")
 	o.reads("#past .came", "resumed here")
 	o.reads(here+".vm .figures", "cores")
-	if err := r.vm.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
+	if err := home.Guest.WaitOps(labtest.Within(t, time.Minute), 1000); err != nil {
 		t.Error(err)
 	}
 

@@ -71,7 +71,7 @@ func madeUp(n int, now int) *Host {
 	r := rand.New(rand.NewPCG(uint64(n), 1))
 	h := &Host{Key: fmt.Sprintf("h%d", n), Name: fmt.Sprintf("rack%02d-%02d", n/40+1, n%40+1),
 		At: time.Now().UnixMilli(), Peers: []string{"rack01-01", "rack01-02"},
-		CPUs: 32, Memory: 256 << 30, Stalls: map[string]float64{}, Problems: []string{}}
+		CPUs: 32, Memory: 256 << 30, Stalls: map[string]Num{}, Problems: []string{}}
 	busy := 0.35 + r.Float64()*0.9
 	want := 0.0
 	for i := range 20 {
@@ -79,9 +79,9 @@ func madeUp(n int, now int) *Host {
 			(1 + 0.15*math.Sin(float64(now)/3+float64(i+n)))
 		want += wants
 		h.VMs = append(h.VMs, VM{Name: fmt.Sprintf("vm%05d", n*20+i), State: "running",
-			Memory: 8 << 30, VCPUs: 4, Cores: wants, Resident: uint64(r.IntN(10)+1) << 30})
+			Memory: 8 << 30, VCPUs: 4, Cores: Num(wants), Resident: uint64(r.IntN(10)+1) << 30})
 	}
-	share := min(1, 31.2/want)
+	share := Num(min(1, 31.2/want))
 	for i := range h.VMs {
 		v := &h.VMs[i]
 		v.Waiting, v.Cores = v.Cores*(1-share), v.Cores*share
@@ -192,6 +192,8 @@ func TestBrowserManyHosts(t *testing.T) {
 	p, err := b.Open(ctx, address+"/#token="+token(), 1400, 900)
 	must(t, err)
 	must(t, p.Wait(ctx, "document.querySelectorAll('.tile').length > 20"))
+	loaded, err := p.Busy(ctx)
+	must(t, err)
 	var first, paint float64
 	must(t, p.Eval(ctx, "performance.getEntriesByName('vacate-update')[0].startTime + "+
 		"performance.getEntriesByName('vacate-update')[0].duration", &first))
@@ -215,22 +217,29 @@ func TestBrowserManyHosts(t *testing.T) {
 	must(t, p.Press(ctx, "Escape"))
 	must(t, p.Wait(ctx, "!document.querySelector('#panel').open && "+
 		"document.activeElement.dataset.host == 'h1'"))
-	for now := range 12 {
+	// The main thread's time is CPU time: the machine may do something else, too.
+	const drawn = "performance.getEntriesByName('vacate-update').length"
+	var updates []time.Duration
+	for now := range 10 {
+		var before int
+		must(t, p.Eval(ctx, drawn, &before))
+		was, err := p.Busy(ctx)
+		must(t, err)
 		for n := range 1000 {
 			hub.PutHost(madeUp(n, now+1))
 		}
-		time.Sleep(300 * time.Millisecond)
-	}
-	var updates []float64
-	must(t, p.Eval(ctx, "performance.getEntriesByName('vacate-update').slice(1).map(e => "+
-		"e.duration)", &updates))
-	if len(updates) < 3 {
-		t.Fatalf("%d updates were drawn", len(updates))
+		must(t, p.Wait(ctx, fmt.Sprintf("%s > %d", drawn, before)))
+		must(t, p.Eval(ctx, "new Promise(f => requestAnimationFrame(() => setTimeout(f)))", nil))
+		is, err := p.Busy(ctx)
+		must(t, err)
+		updates = append(updates, is-was)
 	}
 	slices.Sort(updates)
-	t.Logf("1000 hosts of 20 VMs: first contentful paint %.0f ms, all hosts drawn after %.0f ms; "+
-		"%d updates, of the main thread's time median %.1f ms, longest %.1f ms", paint, first,
-		len(updates), updates[len(updates)/2], updates[len(updates)-1])
+	t.Logf("1000 hosts of 20 VMs: first contentful paint after %.0f ms, all hosts after %.0f ms; "+
+		"CPU time of the main thread: %v until then, %v for an update of all hosts (median; "+
+		"longest %v)", paint, first, loaded.Round(time.Millisecond),
+		updates[len(updates)/2].Round(time.Millisecond),
+		updates[len(updates)-1].Round(time.Millisecond))
 	must(t, p.Press(ctx, "/"))
 	must(t, p.Type(ctx, "rack07-1"))
 	must(t, p.Wait(ctx, "document.querySelectorAll('.tile').length == 10"))
@@ -238,7 +247,7 @@ func TestBrowserManyHosts(t *testing.T) {
 	must(t, p.Click(ctx, "#starving"))
 	must(t, p.Wait(ctx, "document.querySelector('.tile').dataset.is == 'hot'"))
 	if dir := os.Getenv("VACATE_UI_PICTURES"); dir != "" {
-		must(t, p.Picture(ctx, filepath.Join(dir, "many.png")))
+		must(t, p.Picture(ctx, filepath.Join(dir, "many.webp")))
 	}
 	if said := b.Said(); said != nil {
 		t.Errorf("the page says %s", said)

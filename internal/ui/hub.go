@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"encoding/json"
 	"maps"
+	"math"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -18,42 +20,49 @@ type Host struct {
 	Key  string `json:"key"`
 	Name string `json:"name"`
 	// Error is why it could not be asked; empty if it could.
-	Error string `json:"error"`
+	Error string `json:"error,omitempty"`
 	// At is when it was last heard, in milliseconds since 1970; 0: never. A host whose word is old
 	// is late, not dead.
 	At      int64  `json:"at_ms"`
 	Version string `json:"version"`
 	// Guard is what the daemon that evicts by itself makes of the host.
-	Guard string `json:"guard"`
+	Guard string `json:"guard,omitempty"`
 	// Peers are the hosts that VMs can be evicted to from here.
 	Peers []string `json:"peers"`
 
-	CPUs      float64 `json:"cpus"`
-	Cores     float64 `json:"cpu_cores"`     // in use, by anything
-	Waiting   float64 `json:"waiting_cores"` // that vCPUs wanted beyond what they had
-	Memory    uint64  `json:"memory_bytes"`
-	Available uint64  `json:"available_bytes"`
+	CPUs      Num    `json:"cpus"`
+	Cores     Num    `json:"cpu_cores"`     // in use, by anything
+	Waiting   Num    `json:"waiting_cores"` // that vCPUs wanted beyond what they had
+	Memory    uint64 `json:"memory_bytes"`
+	Available uint64 `json:"available_bytes"`
 	// Stalls are the shares of the time in which some task stood still for want of something.
-	Stalls   map[string]float64 `json:"stalls"`
-	VMs      []VM               `json:"vms"`
-	Problems []string           `json:"problems"`
+	Stalls   map[string]Num `json:"stalls,omitempty"`
+	VMs      []VM           `json:"vms"`
+	Problems []string       `json:"problems,omitempty"`
+}
+
+// Num is a number that is written with three decimals: pages of many hosts get many of them.
+type Num float64
+
+// MarshalJSON implements json.Marshaler.
+func (n Num) MarshalJSON() ([]byte, error) {
+	return strconv.AppendFloat(nil, math.Round(float64(n)*1000)/1000, 'f', -1, 64), nil
 }
 
 // VM is a VM of a host.
 type VM struct {
-	Name     string  `json:"name"`
-	State    string  `json:"state"`
-	Memory   uint64  `json:"memory_bytes"`
-	VCPUs    uint32  `json:"vcpus"`
-	Cores    float64 `json:"cpu_cores"`
-	Waiting  float64 `json:"waiting_cores"`
-	Steal    float64 `json:"steal"`
-	Resident uint64  `json:"resident_bytes"`
-	Swapped  uint64  `json:"swapped_bytes"`
-	Faults   float64 `json:"major_faults_per_s"`
-	Eviction string  `json:"eviction_id"`
-	Problem  string  `json:"problem"`
-	Libvirt  bool    `json:"libvirt"`
+	Name     string `json:"name"`
+	State    string `json:"state"`
+	Memory   uint64 `json:"memory_bytes"`
+	VCPUs    uint32 `json:"vcpus"`
+	Cores    Num    `json:"cpu_cores"`
+	Waiting  Num    `json:"waiting_cores"`
+	Steal    Num    `json:"steal"`
+	Resident uint64 `json:"resident_bytes"`
+	Swapped  uint64 `json:"swapped_bytes,omitempty"`
+	Eviction string `json:"eviction_id,omitempty"`
+	Problem  string `json:"problem,omitempty"`
+	Libvirt  bool   `json:"libvirt,omitempty"`
 }
 
 // Eviction is one as a host sees it; two hosts see most.

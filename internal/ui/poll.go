@@ -123,11 +123,11 @@ func newHost(h *Host, s *hostv1.StatusResponse, vms *hostv1.ListVMsResponse,
 			h.Peers = append(h.Peers, p.Name)
 		}
 	}
-	h.CPUs, h.Cores, h.Waiting = float64(load.Cpus), load.CpuCores, load.WaitingCores
+	h.CPUs, h.Cores, h.Waiting = Num(load.Cpus), Num(load.CpuCores), Num(load.WaitingCores)
 	h.Memory, h.Available = load.MemoryBytes, load.AvailableBytes
-	h.Stalls, h.Problems = map[string]float64{}, append([]string{}, vms.Problems...)
+	h.Stalls, h.Problems = map[string]Num{}, append([]string{}, vms.Problems...)
 	for what, s := range load.Stalls {
-		h.Stalls[what] = s.Some
+		h.Stalls[what] = Num(s.Some)
 	}
 	fares := map[string]*hostv1.VMPressure{}
 	for _, v := range load.Vms {
@@ -138,8 +138,8 @@ func newHost(h *Host, s *hostv1.StatusResponse, vms *hostv1.ListVMsResponse,
 		vm := VM{Name: v.Name, State: v.State, Memory: v.MemoryBytes, VCPUs: v.Vcpus,
 			Eviction: v.EvictionId, Problem: v.Problem, Libvirt: v.Libvirt}
 		if f != nil {
-			vm.Cores, vm.Waiting, vm.Steal = f.CpuCores, f.WaitingCores, f.Steal
-			vm.Resident, vm.Swapped, vm.Faults = f.ResidentBytes, f.SwappedBytes, f.MajorFaultsPerS
+			vm.Cores, vm.Waiting, vm.Steal = Num(f.CpuCores), Num(f.WaitingCores), Num(f.Steal)
+			vm.Resident, vm.Swapped = f.ResidentBytes, f.SwappedBytes
 		}
 		h.VMs = append(h.VMs, vm)
 	}

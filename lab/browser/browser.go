@@ -201,6 +201,10 @@ func (b *Browser) Open(ctx context.Context, address string, width, height int) (
 			return nil, err
 		}
 	}
+	if err := p.b.call(ctx, p.session, "Performance.enable",
+		map[string]any{"timeDomain": "threadTicks"}, nil); err != nil {
+		return nil, err
+	}
 	if err := p.Size(ctx, width, height); err != nil {
 		return nil, err
 	}
@@ -332,6 +336,25 @@ func (p *Page) Picture(ctx context.Context, file string) error {
 		return err
 	}
 	return os.WriteFile(file, data, 0o644)
+}
+
+// Busy is how much CPU time the main thread of the tab has taken.
+func (p *Page) Busy(ctx context.Context) (time.Duration, error) {
+	var r struct {
+		Metrics []struct {
+			Name  string
+			Value float64
+		}
+	}
+	if err := p.b.call(ctx, p.session, "Performance.getMetrics", nil, &r); err != nil {
+		return 0, err
+	}
+	for _, m := range r.Metrics {
+		if m.Name == "TaskDuration" {
+			return time.Duration(m.Value * float64(time.Second)), nil
+		}
+	}
+	return 0, errors.New("Performance.getMetrics: no TaskDuration")
 }
 
 // Close closes the tab.

@@ -9,10 +9,15 @@ const starves = 0.1;                  // steal from which a VM starves, as the d
 const late = 12000;                   // ms without a word
 
 const hues = [212, 187, 162, 232, 200, 250, 174, 222];
-export function colour(name) {
+const known = new Map();
+export function colour(name, light = "var(--vm-l)") {
+  const kept = known.get(light + name);
+  if (kept) return kept;
   let h = 0;
   for (let i = 0; i < name.length; i++) h = (h * 31 + name.charCodeAt(i)) >>> 0;
-  return "hsl(" + hues[h % hues.length] + " " + (58 + h % 17) + "% var(--vm-l))";
+  const c = "hsl(" + hues[h % hues.length] + " " + (58 + h % 17) + "% " + light + ")";
+  known.set(light + name, c);
+  return c;
 }
 
 export const starving = v => v.steal >= starves && v.waiting_cores >= 0.05;
@@ -72,7 +77,7 @@ function tiles(state) {
     const at = first * columns + part.indexOf(h);
     styled(e, "transform", "translate(" + (at % columns) * (wide + tile.gap) + "px," + Math.floor(at / columns) * each + "px)");
     styled(e, "width", wide + "px");
-    updateTile(e, h, state);
+    updateTile(e, h, state, wide);
   });
 }
 
@@ -120,17 +125,46 @@ function makeTower() {
   return el("div", { class: "tower" }, el("div", { class: "cpu" }, el("div", { class: "have" }), el("div", { class: "want" }), el("div", { class: "capacity" })), el("div", { class: "mem" }));
 }
 
-// updateTower draws what the VMs have and want. names: there is room for them.
-function updateTower(e, h, names) {
+// paint draws a tile's tower: thousands of elements for all that can be seen would take the browser too long.
+const looks = { at: -1 };
+function paint(canvas, h, state, w, high) {
+  if (looks.at !== state.look) {
+    const styles = getComputedStyle(document.documentElement);
+    for (const n of ["--lift", "--other", "--hot", "--ink", "--vm-l"]) looks[n] = styles.getPropertyValue(n).trim();
+    looks.at = state.look;
+  }
+  const dpr = Math.min(2, devicePixelRatio || 1), cw = Math.round(w * dpr), ch = Math.round(high * dpr);
+  if (canvas.width !== cw || canvas.height !== ch) { canvas.width = cw; canvas.height = ch; styled(canvas, "height", high + "px"); }
+  const c = canvas.getContext("2d"), cpu = cw - 13 * dpr, mem = cw - 8 * dpr, line = ch - ch / draw.top, unit = h.cpus ? ch / (h.cpus * draw.top) : 0;
+  c.fillStyle = looks["--lift"];
+  c.clearRect(0, 0, cw, ch);
+  c.fillRect(0, 0, cpu, ch);
+  c.fillRect(mem, 0, cw - mem, ch);
+  let y = ch, rest = h.cpu_cores, over = line, m = ch;
+  const perByte = h.memory_bytes ? ch / h.memory_bytes : 0;
+  let taken = h.memory_bytes - h.available_bytes;
+  for (const v of h.vms) { const n = v.cpu_cores * unit; c.fillStyle = colour(v.name, looks["--vm-l"]); c.fillRect(0, y - n, cpu, Math.max(0, n - dpr)); y -= n; rest -= v.cpu_cores; taken -= v.resident_bytes; }
+  c.fillStyle = looks["--other"];
+  if (rest > 0) c.fillRect(0, y - rest * unit, cpu, rest * unit);
+  if (taken > 0) { m -= taken * perByte; c.fillRect(mem, m, cw - mem, ch - m); }
+  for (const v of h.vms) { const n = v.resident_bytes * perByte; c.fillStyle = colour(v.name, looks["--vm-l"]); c.fillRect(mem, m - n, cw - mem, Math.max(0, n - dpr / 2)); m -= n; }
+  c.fillStyle = looks["--hot"];
+  for (const v of h.vms) { const n = v.waiting_cores * unit; if (n > 0.3) c.fillRect(0, over - n, cpu, Math.max(0.5, n - dpr)); over -= n; }
+  c.fillStyle = looks["--ink"];
+  c.fillRect(0, line - dpr, cpu, 1.5 * dpr);
+}
+
+// updateTower draws what the VMs have and want.
+function updateTower(e, h) {
   const [cpu, mem] = e.children, [have, want, line] = cpu.children;
   const unit = h.cpus ? 100 / (h.cpus * draw.top) : 0; // % of the height for a core
   const parts = h.vms.filter(v => v.cpu_cores > 0.004).map(v => ({ k: v.name, n: v.cpu_cores, c: colour(v.name), t: v.name }));
   const other = h.cpu_cores - parts.reduce((s, p) => s + p.n, 0);
   if (other > 0.01) parts.push({ k: "\0other", n: other, c: "var(--other)", t: "" });
   const segment = (s, p) => {
-    styled(s, "height", (p.n * unit).toFixed(2) + "%");
+    styled(s, "height", (p.n * unit).toFixed2 + "%");
     styled(s, "--c", p.c);
-    if (names) text(s, p.n * unit > 6.5 ? p.t : "");
+    text(s, p.n * unit > 6.5 ? p.t : "");
   };
   const make = () => el("div", { class: "seg" });
   list(have, parts, p => p.k, make, segment);
@@ -158,15 +192,15 @@ function mood(h, state) {
 
 function makeTile(h) {
   return el("button", { class: "tile", type: "button", "data-host": h.key, onclick: e => open(e.currentTarget.dataset.host) },
-    el("span", { class: "name" }), makeTower(), el("span", { class: "figures" }));
+    el("span", { class: "name" }), el("canvas"), el("span", { class: "figures" }));
 }
 
-function updateTile(e, h, state) {
+function updateTile(e, h, state, wide) {
   const kind = mood(h, state);
   attr(e, "data-is", kind);
   attr(e, "aria-label", summary(h));
   text(e.children[0], h.name);
-  updateTower(e.children[1], h, false);
+  paint(e.children[1], h, state, wide - 26, tile.h - 72);
   const starved = h.vms.filter(starving).length;
   text(e.children[2], kind === "late" ? trouble(h, state) : starved ? starved + " of " + h.vms.length + " starve" : percent(ratio(h)) + " · " + h.vms.length + " VMs");
 }
@@ -204,7 +238,7 @@ function updateCard(e, h, state) {
   text(head.children[1], { late: "late", hot: starved + (starved === 1 ? " VM starves" : " VMs starve"), warm: "busy", well: "well" }[kind]);
   text(head.children[2], cores(h.cpu_cores) + " of " + h.cpus + " cores" + (h.waiting_cores > 0.05 ? " + " + cores(h.waiting_cores) + " wanted" : "") + " · " + size(h.memory_bytes - h.available_bytes) + " of " + size(h.memory_bytes) +
     (h.stalls && h.stalls.cpu > 0.01 ? " · CPU stalls " + percent(h.stalls.cpu) : ""));
-  updateTower(body.children[0], h, true);
+  updateTower(body.children[0], h);
   const [rows, none] = body.children[1].children;
   // Those that are here come first.
   const here = v => v.state !== "none";
