@@ -54,6 +54,7 @@ type Options struct {
 	PrecopyBound time.Duration // after it pre-copy is given up
 	Vacate       string        // the vacate binary; default the one beside this executable
 	Profile      string        // directory for CPU profiles of the engine; default none
+	Trace        bool          // find the fetches of vacate, under KVM with one vCPU
 	Log          *slog.Logger
 	Done         func(Run) // called after every run; may be nil
 }
@@ -350,7 +351,11 @@ func (t *trial) measure(ctx context.Context, s strategy) error {
 		return err
 	}
 	t.start = time.Now()
-	if err := s.move(t, ctx); err != nil {
+	move := s.move
+	if t.opts.Trace {
+		move = tracing(move)
+	}
+	if err := move(t, ctx); err != nil {
 		t.throughput(time.Now()) // shows what the guest felt
 		return err
 	}

@@ -90,6 +90,8 @@ type Run struct {
 	Throughput []Point `json:"throughput"`
 	// Engine is the engine's own report.
 	Engine json.RawMessage `json:"engine"`
+	// Fetches are those that the kernel's events showed, if Options.Trace asks for them.
+	Fetches []Fetch `json:"-"`
 }
 
 // Pages counts pages of 4096 bytes.

@@ -52,7 +52,7 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 		untilSignal(statusCommand()),
 		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()),
 		untilSignal(demoCommand()), untilSignal(paperCommand()),
-		untilSignal(fleetsimCommand()))
+		untilSignal(fleetsimCommand()), untilSignal(fetchesCommand()))
 	return c
 }
 
