@@ -223,7 +223,7 @@ func follow(events []traceEvent, p parties, vcpu, faults int, lane string,
 		return p[e.tid] == destinationEngine && e.name == "sys_sendmsg" && e.field("fd:") == lane
 	}) && next(func(e *traceEvent) bool {
 		if p[e.tid] != sourceEngine || e.name != "sys_recvfrom ->" ||
-			fieldOf(e.call, "size:") != fmt.Sprintf("%x", requestPayload) {
+			hexadecimal(fieldOf(e.call, "size:")) != requestPayload {
 			return false
 		}
 		thread = e.tid

@@ -21,22 +21,22 @@ const oneFetch = `# tracer: nop
      kworker/1:1-9       [001] d..4. 10.000110: sched_wakeup: comm=mig/dst/fault pid=101 prio=120 target_cpu=001
      kworker/1:1-9       [001] d..2. 10.000112: sched_switch: prev_comm=kworker/1:1 prev_pid=9 prev_prio=120 prev_state=I ==> next_comm=some job next_pid=700 next_prio=120
         some job-700     [001] d..2. 10.000142: sched_switch: prev_comm=some job prev_pid=700 prev_prio=120 prev_state=R ==> next_comm=mig/dst/fault next_pid=101 next_prio=120
-   mig/dst/fault-101     [001] ..... 10.000150: sys_sendmsg(fd: 16, msg: 7f6dfbdfe1e0, flags: 0)
+   mig/dst/fault-101     [001] ..... 10.000150: sys_sendmsg(fd: 0x16, msg: 0x7f6dfbdfe1e0, flags: 0x0)
    mig/dst/fault-101     [001] ..... 10.000152: sys_sendmsg -> 0x10
-          vacate-200     [001] ..... 10.000170: sys_sendmsg(fd: 12, msg: 4a7f86f9a30, flags: 4000)
+          vacate-200     [001] ..... 10.000170: sys_sendmsg(fd: 0x12, msg: 0x4a7f86f9a30, flags: 0x4000)
           vacate-200     [001] ..... 10.000175: sys_sendmsg -> 0x1c
-          vacate-300     [000] ..... 10.000190: sys_recvfrom(fd: e, ubuf: 33e6299780b0, size: 10, flags: 100, addr: 0, addr_len: 0)
+          vacate-300     [000] ..... 10.000190: sys_recvfrom(fd: 0xe, ubuf: 0x33e6299780b0, size: 0x10, flags: 0x100, addr: 0x0, addr_len: 0x0)
           vacate-300     [000] ..... 10.000195: sys_recvfrom -> 0x10
-          vacate-300     [000] ..... 10.000199: sys_process_vm_readv(pid: 1, lvec: 2, liovcnt: 1, rvec: 3, riovcnt: 1, flags: 0)
+          vacate-300     [000] ..... 10.000199: sys_process_vm_readv(pid: 0x1, lvec: 0x2, liovcnt: 0x1, rvec: 0x3, riovcnt: 0x1, flags: 0x0)
           vacate-300     [000] ..... 10.000205: sys_process_vm_readv -> 0x1000
-          vacate-300     [000] ..... 10.000207: sys_sendmsg(fd: e, msg: 1, flags: 4000)
-          vacate-201     [001] ..... 10.000209: sys_recvfrom(fd: 11, ubuf: 1, size: c, flags: 100, addr: 0, addr_len: 0)
+          vacate-300     [000] ..... 10.000207: sys_sendmsg(fd: 0xe, msg: 0x1, flags: 0x4000)
+          vacate-201     [001] ..... 10.000209: sys_recvfrom(fd: 0x11, ubuf: 0x1, size: 0xc, flags: 0x100, addr: 0x0, addr_len: 0x0)
           vacate-201     [001] ..... 10.000210: sys_recvfrom -> 0xc
-          vacate-201     [001] ..... 10.000211: sys_recvfrom(fd: 12, ubuf: 1, size: c, flags: 100, addr: 0, addr_len: 0)
+          vacate-201     [001] ..... 10.000211: sys_recvfrom(fd: 0x12, ubuf: 0x1, size: 0xc, flags: 0x100, addr: 0x0, addr_len: 0x0)
           vacate-201     [001] ..... 10.000225: sys_recvfrom -> 0xc
-          vacate-201     [001] ..... 10.000227: sys_recvfrom(fd: 12, ubuf: 1, size: 1012, flags: 100, addr: 0, addr_len: 0)
+          vacate-201     [001] ..... 10.000227: sys_recvfrom(fd: 0x12, ubuf: 0x1, size: 0x1012, flags: 0x100, addr: 0x0, addr_len: 0x0)
           vacate-201     [001] ..... 10.000229: sys_recvfrom -> 0x1012
-          vacate-201     [001] ..... 10.000232: sys_ioctl(fd: 14, cmd: c028aa03, arg: 4a7f89d9a48)
+          vacate-201     [001] ..... 10.000232: sys_ioctl(fd: 0x14, cmd: 0xc028aa03, arg: 0x4a7f89d9a48)
           vacate-201     [001] ..... 10.000242: sys_ioctl -> 0x0
           vacate-201     [001] d..2. 10.000250: sched_switch: prev_comm=vacate prev_pid=201 prev_prio=110 prev_state=S ==> next_comm=CPU 0/KVM next_pid=100 next_prio=120
        CPU 0/KVM-100     [001] ..... 10.000253: kvm_mmu_set_spte: gfn a62e spte 5e712ae67 (rwxu) level 1 at 3559eb168

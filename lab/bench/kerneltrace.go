@@ -185,8 +185,12 @@ func (e *traceEvent) number(name string, base int) int {
 }
 
 // result is what a system call returned, -1 for what is none.
-func (e *traceEvent) result() int {
-	n, err := strconv.ParseInt(strings.TrimPrefix(e.rest, "0x"), 16, 64)
+func (e *traceEvent) result() int { return hexadecimal(e.rest) }
+
+// hexadecimal reads a number of a system call, -1 for what is none. Some kernels write 0x before
+// it.
+func hexadecimal(text string) int {
+	n, err := strconv.ParseInt(strings.TrimPrefix(text, "0x"), 16, 64)
 	if err != nil {
 		return -1
 	}
