@@ -92,7 +92,7 @@ func startFirmware(t *testing.T, q lab.QEMU) *firmware {
 	v.mem, err = guestmem.Attach(v.ctx, v.q)
 	v.check(err)
 	t.Cleanup(func() { v.mem.Close() })
-	v.check(located(v.mem))
+	v.check(v.mem.Missing())
 	v.qemu, err = process.Find(v.mem.PID())
 	v.check(err)
 	v.machine, err = v.q.QueryMachine(v.ctx)

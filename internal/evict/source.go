@@ -342,7 +342,7 @@ func (e *source) movable() (err error) {
 	if err := e.offer.Devices.Held().Err(); err != nil {
 		return err
 	}
-	if err := located(e.mem); err != nil {
+	if err := e.mem.Missing(); err != nil {
 		return err
 	}
 	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
@@ -405,17 +405,6 @@ func (e *source) keepFacts() error {
 		return fmt.Errorf("encode the facts about the VM's QEMU: %w", err)
 	}
 	return keep(e.Journal, keptFacts, b)
-}
-
-// located makes sure that all of a VM's memory was found.
-func located(mem *guestmem.Memory) error {
-	for _, b := range mem.Blocks() {
-		if !b.Located {
-			return fmt.Errorf("memory %q of %d KiB: %w: cannot read it", b.Name,
-				b.Size>>10, guestmem.ErrNotLocated)
-		}
-	}
-	return nil
 }
 
 // open connects to the VM's QEMU.

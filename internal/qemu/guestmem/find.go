@@ -10,7 +10,6 @@ import (
 	"math/bits"
 	"slices"
 	"strings"
-	"time"
 
 	"vacate/internal/sys/units"
 
@@ -33,12 +32,9 @@ const (
 	nameSize = 256
 )
 
-const (
-	// findLimit is how long a search may take. Some 10 MiB of heap take some 10 ms.
-	findLimit = 10 * time.Second
-	// maxHeap is how much is searched. A real QEMU's heap has some 10 MiB.
-	maxHeap = 4 << 30
-)
+// maxHeap is how much is searched. A real QEMU's heap has some 10 MiB, which take some 10 ms of a
+// core. It bounds the work, not the time: an overloaded host takes its time.
+const maxHeap = 4 << 30
 
 // An Extent is what is known of a block that has yet to be found.
 type Extent struct {
@@ -109,9 +105,6 @@ type finding struct {
 
 // find does what Find says. It does not search blocks whose place is known already.
 func (p image) find(ctx context.Context, blocks []Extent, known []Block) ([]Block, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, findLimit,
-		fmt.Errorf("it took longer than %v", findLimit))
-	defer cancel()
 	wanted := make(map[string]Extent, len(blocks))
 	for _, b := range blocks {
 		_, twice := wanted[b.Name]

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"vacate/internal/sys/units"
 
@@ -287,4 +289,26 @@ func BenchmarkFind(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// On an overloaded host a search may wait long for the CPU.
+func TestFindOnABusyHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, ram, _, extents := qemu()
+		slow := p.image()
+		read := slow.read
+		slow.read = func(dst []byte, at uint64) error {
+			time.Sleep(20 * time.Second)
+			return read(dst, at)
+		}
+		found, err := slow.find(t.Context(), extents, nil)
+		if err != nil || found[0].HVA != ram.host {
+			t.Errorf("found %+v, %v", found, err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if _, err := slow.find(ctx, extents, nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a search whose time is over: %v", err)
+		}
+	})
 }
