@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -73,9 +74,20 @@ type Host struct {
 	lab    *lab.Lab
 	setup  Setup
 	root   string // has /usr and /etc of another release
-	daemon *exec.Cmd
 	output string // file with what the daemon says
+
+	mu      sync.Mutex // a daemon is started by one at a time
+	daemon  *daemon    // nil: none is wanted
+	crashes int        // of daemons
 }
+
+type daemon struct {
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has ended, and another was started where one is wanted
+}
+
+// mostCrashes is how often a daemon is started anew.
+const mostCrashes = 10
 
 // Hosts are both.
 type Hosts struct{ A, B *Host }
@@ -253,6 +265,12 @@ func (h *Host) cache() string {
 
 // Start starts the daemon again after Kill or Stop.
 func (h *Host) Start() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.start()
+}
+
+func (h *Host) start() error {
 	out, err := os.OpenFile(h.output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
@@ -265,8 +283,46 @@ func (h *Host) Start() error {
 	if err := h.Host.Start(cmd); err != nil {
 		return err
 	}
-	h.daemon = cmd
+	h.daemon = &daemon{cmd, make(chan struct{})}
+	go h.keep(h.daemon)
 	return nil
+}
+
+// keep starts the daemon anew if it ends by itself, as systemd does by its unit: libvirt 9.0 crashes
+// at times when a QEMU ends just after a migration.
+func (h *Host) keep(d *daemon) {
+	defer close(d.ended)
+	why := d.cmd.Wait()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.daemon != d {
+		return
+	}
+	h.daemon = nil
+	if h.crashes++; h.crashes > mostCrashes {
+		return
+	}
+	h.note(fmt.Sprintf("the lab starts libvirtd again, which ended by itself: %v", why))
+	if err := h.start(); err != nil {
+		h.note(fmt.Sprintf("the lab cannot start libvirtd: %v", err))
+	}
+}
+
+// note adds a line to what the daemon prints.
+func (h *Host) note(line string) {
+	if f, err := os.OpenFile(h.output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644); err == nil {
+		fmt.Fprintln(f, line)
+		f.Close()
+	}
+}
+
+// take ends the keeping of the daemon; nil if there is none.
+func (h *Host) take() *daemon {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	d := h.daemon
+	h.daemon = nil
+	return d
 }
 
 // ready waits until the daemon answers and knows its QEMU.
@@ -307,15 +363,16 @@ func (h *Host) ready(ctx context.Context) error {
 func (h *Host) Ready(ctx context.Context) error { return h.ready(ctx) }
 
 // Kill ends the daemon at once (SIGKILL). Its domains live on.
-func (h *Host) Kill() {
-	h.daemon.Process.Kill()
-	h.daemon.Wait()
-}
+func (h *Host) Kill() { h.end(syscall.SIGKILL) }
 
 // Stop has the daemon end by itself (SIGTERM). Its domains live on.
-func (h *Host) Stop() {
-	h.daemon.Process.Signal(syscall.SIGTERM)
-	h.daemon.Wait()
+func (h *Host) Stop() { h.end(syscall.SIGTERM) }
+
+func (h *Host) end(by syscall.Signal) {
+	if d := h.take(); d != nil {
+		d.cmd.Process.Signal(by)
+		<-d.ended
+	}
 }
 
 // Virsh runs a command of virsh against the daemon and returns what it prints.
@@ -343,9 +400,7 @@ func (h *Hosts) Close() {
 		if x == nil {
 			continue
 		}
-		if x.daemon != nil {
-			x.Kill()
-		}
+		x.Kill()
 		x.killDomains()
 	}
 }

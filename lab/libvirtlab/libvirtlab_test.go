@@ -44,4 +44,12 @@ func TestMigrate(t *testing.T) {
 	if out, err := h.A.Virsh(ctx, "list", "--all", "--name"); err != nil || out != "" {
 		t.Fatal(out, err)
 	}
+	h.B.mu.Lock()
+	crashed := h.B.daemon
+	h.B.mu.Unlock()
+	crashed.cmd.Process.Kill()
+	<-crashed.ended
+	if err := h.B.Ready(ctx); err != nil {
+		t.Fatal("once libvirtd has crashed:", err)
+	}
 }
