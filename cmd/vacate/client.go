@@ -115,9 +115,14 @@ func turnedAway(err error) bool {
 	return errors.As(err, &op) && op.Op == "remote error" || errors.Is(err, syscall.EPIPE)
 }
 
-// away reports whether an error says that the daemon went away, or is stopping.
+// away reports whether an error says that the daemon went away, or is stopping. One that is
+// stopping cancels what it was asked; whether this command did that, the caller knows.
 func away(err error) bool {
-	return connect.CodeOf(err) == connect.CodeUnavailable || unanswered(err)
+	switch connect.CodeOf(err) {
+	case connect.CodeUnavailable, connect.CodeCanceled:
+		return true
+	}
+	return unanswered(err)
 }
 
 // unanswered reports whether a call ended without a word of the daemon, as it was killed, say.

@@ -24,6 +24,7 @@ import (
 type dying struct {
 	hostv1.UnimplementedHostHandler
 	deaths atomic.Int32
+	stops  bool             // in place of dying: it is told to stop, as for an upgrade
 	state  *hostv1.Eviction // before
 	end    *hostv1.Eviction // after
 }
@@ -34,6 +35,9 @@ func (d *dying) WatchEviction(_ context.Context, _ *connect.Request[hostv1.Watch
 	s *connect.ServerStream[hostv1.Eviction]) error {
 	if d.deaths.Add(-1) >= 0 {
 		s.Send(d.state)
+		if d.stops {
+			return connect.NewError(connect.CodeCanceled, context.Canceled)
+		}
 		d.die()
 	}
 	return s.Send(d.end)
@@ -90,6 +94,8 @@ func TestFollow(t *testing.T) {
 				"vacated does not answer. VM web1 runs, or may run, on host hostb with the " +
 					"memory that went there"},
 			nil},
+		{"stopped, completed", moment("source", evict.Pushing), 3, "completed", exitCompleted,
+			[]string{"vacated does not answer"}, nil},
 		{"back, aborted", moment("source", evict.Loading), 1, "aborted", exitAborted,
 			[]string{
 				"When it last answered, VM web1 was not told to run on host hostb yet. It may " +
@@ -105,7 +111,7 @@ func TestFollow(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			socket := filepath.Join(dir, "sock")
-			fake := &dying{state: test.state,
+			fake := &dying{state: test.state, stops: test.name == "stopped, completed",
 				end: &hostv1.Eviction{Id: id, Vm: "web1", Outcome: test.end}}
 			fake.deaths.Store(test.deaths)
 			stop := fake.listen(t, socket)

@@ -288,8 +288,8 @@ func (h *Host) start() error {
 	return nil
 }
 
-// keep starts the daemon anew if it ends by itself, as systemd does by its unit: libvirt 9.0 crashes
-// at times when a QEMU ends just after a migration.
+// keep starts the daemon anew if it ends by itself, as systemd does by its unit: libvirt 9.0
+// crashes at times when a QEMU ends just after a migration.
 func (h *Host) keep(d *daemon) {
 	defer close(d.ended)
 	why := d.cmd.Wait()
