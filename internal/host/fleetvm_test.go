@@ -1,0 +1,203 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"vacate/internal/evict/journal"
+	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/fleet/leader"
+	"vacate/internal/fleet/member"
+	"vacate/internal/fleet/store"
+	"vacate/internal/fleet/view"
+	"vacate/internal/link/certs"
+	"vacate/lab"
+	"vacate/lab/labtest"
+
+	"connectrpc.com/connect"
+)
+
+// deposed is a brain that believes it leads, in an epoch that is over.
+type deposed struct{ orders atomic.Int32 }
+
+func (d *deposed) Join(_ context.Context,
+	s *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays]) error {
+	if _, err := s.Receive(); err != nil {
+		return err
+	}
+	for _, m := range []*fleetv1.LeaderSays{
+		{What: &fleetv1.LeaderSays_Welcome{Welcome: &fleetv1.Welcome{Epoch: 1}}},
+		{What: &fleetv1.LeaderSays_Order{Order: &fleetv1.Order{Epoch: 1, Plan: 1 << 60,
+			PlanId: "0", Vm: "web1", To: "hosta"}}},
+	} {
+		if err := s.Send(m); err != nil {
+			return err
+		}
+	}
+	d.orders.Add(1)
+	s.Receive()
+	return nil
+}
+
+// A fleet with real daemons drains a host of a real VM, while the host's daemon dies in the midst
+// of the order. A brain whose epoch is over orders nothing.
+func TestFleet(t *testing.T) {
+	l := labtest.New(t, lab.Options{Rate: 1e9})
+	a, b := sites(t, l)
+	vm := boot(t, l.A, lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 32, IdleMiB: 64}})
+	a.describe("web1", vm.QMP, vm.Args)
+	there := b.expect("web1", vm)
+
+	dir := filepath.Dir(a.dir)
+	for _, name := range []string{"brain1", "boss"} {
+		if err := certs.Issue(filepath.Join(dir, "ca"), name, filepath.Join(dir, name),
+			certs.DefaultDays, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	identity := func(name string) *certs.Identity {
+		i, err := certs.Load(filepath.Join(dir, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	address := net.JoinHostPort(l.A.Addr, "7610")
+	var ln net.Listener
+	if err := l.A.Do(func() (err error) {
+		ln, err = net.Listen("tcp", address)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	etcd, err := member.Start(t.Context(), member.Config{Name: "brain1", Dir: dir},
+		slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(etcd.Close)
+	s, err := store.New(etcd.Client, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Both hosts are this machine, which other tests may keep busy: that must not matter here.
+	policy := view.DefaultPolicy()
+	policy.MaxLoad, policy.Starving, policy.Reserve = 10, 0.01, 0
+	policy.Late = time.Minute
+	settings, err := json.Marshal(store.Settings{Policy: &policy})
+	if err == nil {
+		_, err = etcd.Client.Put(t.Context(), "/vacate/settings", string(settings))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	brain := leader.New(leader.Config{Me: "brain1@" + address, Admin: []string{"boss"},
+		Members: []string{"brain1"}}, s, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	var handler atomic.Value
+	handler.Store(http.Handler(http.HandlerFunc(brain.Handler().ServeHTTP)))
+	server := &http.Server{ConnContext: leader.WithConn,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			handler.Load().(http.Handler).ServeHTTP(w, r)
+		}), TLSConfig: identity("brain1").Web(func(string) error { return nil })}
+	ctx, end := context.WithCancel(t.Context())
+	led := make(chan struct{})
+	go func() {
+		brain.Run(ctx)
+		close(led)
+	}()
+	go server.ServeTLS(ln, "", "")
+	t.Cleanup(func() {
+		end()
+		server.Close()
+		<-led
+	})
+	for _, s := range []*site{a, b} {
+		file := filepath.Join(s.dir, "vacated.toml")
+		text, err := os.ReadFile(file)
+		if err == nil {
+			err = os.WriteFile(file, fmt.Appendf(text, "[fleet]\nbrains = [%q]\ninterval = "+
+				"\"500ms\"\n", "brain1@"+address), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.start()
+	b.start()
+	boss := fleetv1.NewFleetClient(&http.Client{Transport: &http.Transport{
+		TLSClientConfig: identity("boss").Client("brain1"), DialContext: l.A.Dial}},
+		"https://"+address)
+	drain := func(dry bool) *fleetv1.DrainResponse {
+		r, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
+			DryRun: dry, Rate: 20e6}))
+		if err != nil {
+			return &fleetv1.DrainResponse{}
+		}
+		return r.Msg
+	}
+	defer func() {
+		if t.Failed() {
+			t.Log("the forecast says", drain(true))
+		}
+	}()
+	until(t, "the forecast has the VM", func() bool { return len(drain(true).Steps) == 1 })
+	drain(false)
+	if !a.reach("source/pushing", 3*time.Minute) {
+		t.Fatal("the VM is not evicted")
+	}
+	a.kill()
+	a.start()
+	decisions := func() []*fleetv1.Decision {
+		r, err := boss.ListDecisions(t.Context(),
+			connect.NewRequest(&fleetv1.ListDecisionsRequest{}))
+		if err != nil {
+			return nil
+		}
+		return r.Msg.Decisions
+	}
+	until(t, "the leader hears that it is complete", func() bool {
+		d := decisions()
+		return len(d) > 0 && d[0].State == "completed"
+	})
+	if d := decisions(); len(d) != 1 || d[0].Vm != "web1" || d[0].To != "hostb" {
+		t.Errorf("decided: %v", d)
+	}
+	until(t, "the host is drained", func() bool {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		return err == nil && len(r.Msg.Hosts) == 2 && r.Msg.Hosts[0].Maintenance == "drained" &&
+			len(r.Msg.Hosts[1].Vms) == 1
+	})
+	twin, err := there.Started(labtest.Within(t, time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	labtest.MustCheck(t, twin)
+
+	// Hosts remember the epoch, also after a restart.
+	var old deposed
+	mux := http.NewServeMux()
+	mux.Handle(fleetv1.NewHostsHandler(&old))
+	handler.Store(http.Handler(http.HandlerFunc(mux.ServeHTTP)))
+	b.kill()
+	b.start()
+	until(t, "hostb refuses the deposed leader", func() bool {
+		log, _ := os.ReadFile(b.log.Name())
+		return old.orders.Load() > 0 &&
+			strings.Contains(string(log), "a later leader of the fleet was heard")
+	})
+	j, err := os.ReadFile(filepath.Join(b.dir, "journal", journal.OrdersFile))
+	if err != nil || strings.Contains(string(j), `"plan":1152921504606846976`) {
+		t.Errorf("%s, %v", j, err)
+	}
+	labtest.MustCheck(t, twin)
+}
