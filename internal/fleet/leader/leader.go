@@ -81,6 +81,8 @@ func (b *Brain) lead(ctx context.Context) error {
 	}
 	defer c.Leave()
 	ctx, end := context.WithCancelCause(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
 	defer end(nil)
 	all, err := b.store.ReadAll(ctx)
 	if err != nil {
@@ -101,13 +103,13 @@ func (b *Brain) lead(ctx context.Context) error {
 		b.mu.Unlock()
 		t.close()
 	}()
-	go func() {
+	watching.Go(func() {
 		select {
 		case <-c.Over():
 			end(store.ErrDeposed)
 		case <-ctx.Done():
 		}
-	}()
+	})
 	return t.run(ctx)
 }
 
