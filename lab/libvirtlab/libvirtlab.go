@@ -271,7 +271,7 @@ func (h *Host) Start() error {
 }
 
 func (h *Host) start() error {
-	out, err := os.OpenFile(h.output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	out, err := h.log()
 	if err != nil {
 		return err
 	}
@@ -308,9 +308,14 @@ func (h *Host) keep(d *daemon) {
 	}
 }
 
+// log opens the file with what the daemon prints, to add to it.
+func (h *Host) log() (*os.File, error) {
+	return os.OpenFile(h.output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+}
+
 // note adds a line to what the daemon prints.
 func (h *Host) note(line string) {
-	if f, err := os.OpenFile(h.output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644); err == nil {
+	if f, err := h.log(); err == nil {
 		fmt.Fprintln(f, line)
 		f.Close()
 	}
