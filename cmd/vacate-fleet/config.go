@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path"
@@ -15,8 +14,8 @@ import (
 
 	"vacate/internal/fleet/store"
 	"vacate/internal/link/certs"
+	"vacate/internal/sys/settings"
 
-	"github.com/BurntSushi/toml"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -49,28 +48,10 @@ type etcd struct {
 	Key  string   `toml:"key"`
 }
 
-const maxConfig = 1 << 20
-
 // readConfig reads a file, and fills in the defaults.
 func readConfig(file string) (config, error) {
 	c := config{Certs: "/etc/vacate/certs", Listen: ":7610", Data: "/var/lib/vacate-fleet"}
-	info, err := os.Stat(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return c, fmt.Errorf("%w: make one, see vacate-fleet --help", err)
-	} else if err != nil {
-		return c, err
-	}
-	if info.Size() > maxConfig {
-		return c, fmt.Errorf("%s has more than %d bytes", file, maxConfig)
-	}
-	meta, err := toml.DecodeFile(file, &c)
-	if err != nil {
-		return c, fmt.Errorf("%s: %w", file, err)
-	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return c, fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
-	}
-	dir, err := filepath.Abs(filepath.Dir(file))
+	dir, err := settings.Read(file, "vacate-fleet --help", &c)
 	if err != nil {
 		return c, err
 	}

@@ -4,11 +4,9 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,8 +14,7 @@ import (
 
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/host/relief"
-
-	"github.com/BurntSushi/toml"
+	"vacate/internal/sys/settings"
 )
 
 // Config is how a host's daemon is set up. It is read from a file of TOML:
@@ -179,9 +176,6 @@ const maxRate = 10_000_000
 // maxGiveBack bounds the time after which memory is given back: beyond, it is never.
 const maxGiveBack = 24 * time.Hour
 
-// maxConfig bounds the file, in bytes.
-const maxConfig = 1 << 20
-
 // ReadConfig reads a file, and fills in the defaults. Relative paths in it count from its
 // directory.
 func ReadConfig(file string) (Config, error) {
@@ -189,23 +183,7 @@ func ReadConfig(file string) (Config, error) {
 		Certs: "/etc/vacate/certs", Socket: "/run/vacate/vacated.sock", Journal: "/var/lib/vacate",
 		VMs: "/etc/vacate/vms", HugePages: true,
 	}
-	info, err := os.Stat(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return c, fmt.Errorf("%w: make one, see vacated --help", err)
-	} else if err != nil {
-		return c, err
-	}
-	if info.Size() > maxConfig {
-		return c, fmt.Errorf("%s has more than %d bytes", file, maxConfig)
-	}
-	meta, err := toml.DecodeFile(file, &c)
-	if err != nil {
-		return c, fmt.Errorf("%s: %w", file, err)
-	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return c, fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
-	}
-	dir, err := filepath.Abs(filepath.Dir(file))
+	dir, err := settings.Read(file, "vacated --help", &c)
 	if err != nil {
 		return c, err
 	}
