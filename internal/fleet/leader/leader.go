@@ -1,5 +1,5 @@
 // Package leader is a member of a fleet's brain. All members stand for election; the one that leads
-// takes the hosts' reports, has package place decide, and sends orders.
+// takes the hosts' reports, asks package place for decisions, and sends orders.
 //
 //	vacated ══ Join ══► term ──Report──► place.Planner
 //	   ▲                 │ ▲                  │ decisions
@@ -216,7 +216,8 @@ func newTerm(b *Brain, c store.Term, all store.Everything, end context.CancelCau
 	return t
 }
 
-// setRules has the rules hold. One that is not understood any more is logged, and does not.
+// setRules gives the rules to the planner. It logs one that it does not understand any more, and
+// leaves it out.
 func (t *term) setRules() {
 	var rules []view.Rule
 	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
@@ -286,7 +287,7 @@ func (t *term) ready(now time.Time) bool {
 	return len(t.hosts) > 0
 }
 
-// round has the planner decide, and does what the mode says.
+// round asks the planner for decisions, and does with them what the mode says.
 func (t *term) round(ctx context.Context) {
 	now := time.Now()
 	t.mu.Lock()
