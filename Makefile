@@ -5,7 +5,7 @@
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
 # with ; between), REFUSALS, KVM, MOVES and STOPS (rounds), PARTS (of a night), OUT (for results:
 # .lab), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for vacate-lab bench),
-# JOBS (packages tested at a time), LIBVIRT=1 (demo).
+# JOBS (packages tested at a time), LINTED=1 (test: lint has run), LIBVIRT=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -37,13 +37,18 @@ NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOth
 VARYING = vacate/internal/evict vacate/lab
 VARIANTS = ^TestExport$$/^(newest|debian)|^TestAfterwards$$/^newest|^TestStanding$$/^(newest|debian)|^TestMatrix$$/^5_GB$$|^TestBackports$$|^TestAbortsBackports$$|^TestSwitchesDebian12$$|^TestMigrateBackports$$|^TestKernels$$/^(5.10|6.12|sid|backports)$$|^TestServers$$/^(redis|postgresql)$$
 # $(call skip,|MORE TESTS)
-skip = -skip '^($(NOTESTS)$(1))$$|$(VARIANTS)'
-TEST = $(GO) test $(call skip) $(TESTFLAGS)
+skip = -skip '^($(NOTESTS)$(if $(LINTED),|$(PROSE))$(1))$$|$(VARIANTS)'
+TEST = $(GO) test $(call skip) $(if $(LINTED),-vet=off) $(TESTFLAGS)
+
+# `make lint` has these, and go vet. With LINTED=1 `make test` leaves both to it.
+PROSE = TestDocs(Links|Style|States|Tour|Picture)|TestCommentStyle|TestCodeColumns
 
 # These compute much, and one thing at a time: the race detector would find little, slowly. Others
 # are tested with it.
 UNRACED = internal/guest/inspect internal/guest/linux internal/guest/pageclass internal/host/relief internal/fleet/place lab/churn lab/fleetsim lab/loadproto
 race = $(if $(RACE),-race $(UNRACED:%=-gcflags=vacate/%=-race=false))
+# Of them, these have no VMs, and are tested without it, beside the others.
+PLAIN = vacate/internal/guest/inspect vacate/internal/guest/pageclass vacate/internal/host/relief vacate/internal/fleet/place vacate/lab/fleetsim vacate/lab/loadproto
 # So do these tests: the checks of models, paths in simulated time, and what takes turns of chance.
 COMPUTERS = vacate/internal/evict vacate/internal/fleet/orders
 COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp|TestSkip|TestPlacer
@@ -72,8 +77,9 @@ test: deps ## all tests but variants, those with real VMs included (root; minute
 	$(eval PACKAGES := $(shell $(GO) list $(PKG)))
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)) $(filter vacate/internal/host,$(PACKAGES)))
 	@mkdir -p .lab
-	nice -n 19 $(or $(call alltests,$(filter $(COMPUTERS),$(PACKAGES)),-run '^($(COMPUTING))$$'),true) >.lab/computing.log 2>&1 & computing=$$!; \
-	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(QUIET),$(PACKAGES)),$(race) $(call skip,|$(MEASURING)|$(COMPUTING)),$(JOBS)); status=$$?; \
+	{ renice -n 19 $$BASHPID >/dev/null; $(or $(call alltests,$(filter $(COMPUTERS),$(PACKAGES)),-run '^($(COMPUTING))$$'),true) && \
+		$(or $(call alltests,$(filter $(PLAIN),$(PACKAGES))),true); } >.lab/computing.log 2>&1 & computing=$$!; \
+	$(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(QUIET) $(PLAIN),$(PACKAGES)),$(race) $(call skip,|$(MEASURING)|$(COMPUTING)),$(JOBS)); status=$$?; \
 	wait $$computing || status=1; cat .lab/computing.log; exit $$status
 	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(race))
 	$(call alltests,$(filter $(MEASURERS),$(PACKAGES)),$(race) -run '^($(MEASURING))$$')
@@ -118,7 +124,7 @@ lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(TOOL) $(GOSEC) $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
-	$(GO) test -count=1 -run '^Test(Docs(Links|Style|States|Tour|Picture)|CommentStyle|CodeColumns)$$' .
+	$(GO) test -count=1 -run '^($(PROSE))$$' .
 	find . -name '*.md' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) {} +
 	find . -name '*.go' -not -path './.lab/*' -exec $(TOOL) $(MISSPELL) -source go {} +
 

@@ -149,31 +149,38 @@ func TestDocsRun(t *testing.T) {
 // wide is how long lines of documents and comments may be.
 const wide = 100
 
-// banned are phrases that hide who does what, with what to write instead.
+// banned are phrases that hide who does what, with what to write instead. Each is looked for only
+// where its word is: that is quick to find.
 var banned = []struct {
+	word    string
 	phrase  *regexp.Regexp
 	instead string
 }{
-	{regexp.MustCompile(`(?i)\btells? whether\b`), "reports whether"},
-	{regexp.MustCompile(`(?i)\bwhoever\b`), "name the actor"},
-	{regexp.MustCompile(`(?i)\bof which\b`), "two sentences"},
-	{regexp.MustCompile(`(?i)\b(is|are) to be\b`), "must, will, or the verb"},
-	{regexp.MustCompile(`(?i)\b(has|have) to be told\b`), "must be told"},
-	{regexp.MustCompile(`(?i)\bstands? against\b`), "blocks"},
-	{regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
-	{regexp.MustCompile(`(?i)\b(do|does) not take it that\b`), "cannot record that"},
-	{regexp.MustCompile(`(?i)\bhas who\b`), "name the actor first"},
-	{regexp.MustCompile(`(?i)\bas far as its (pages|memory)\b`), "until it needs a missing page"},
-	{regexp.MustCompile(`(?i)\b(has|have) not got on\b`), "made no progress"},
-	{regexp.MustCompile(`(?i)\b(can|could)(not)? be told (whether|how|who|where|what)\b`),
+	{"whether", regexp.MustCompile(`(?i)\btells? whether\b`), "reports whether"},
+	{"whoever", regexp.MustCompile(`(?i)\bwhoever\b`), "name the actor"},
+	{"which", regexp.MustCompile(`(?i)\bof which\b`), "two sentences"},
+	{"to be", regexp.MustCompile(`(?i)\b(is|are) to be\b`), "must, will, or the verb"},
+	{"to be told", regexp.MustCompile(`(?i)\b(has|have) to be told\b`), "must be told"},
+	{"against", regexp.MustCompile(`(?i)\bstands? against\b`), "blocks"},
+	{"told by", regexp.MustCompile(`(?i)\bis told by\b`), "name the actor first"},
+	{"take it that", regexp.MustCompile(`(?i)\b(do|does) not take it that\b`), "cannot record that"},
+	{"has who", regexp.MustCompile(`(?i)\bhas who\b`), "name the actor first"},
+	{"as far as", regexp.MustCompile(`(?i)\bas far as its (pages|memory)\b`),
+		"until it needs a missing page"},
+	{"not got on", regexp.MustCompile(`(?i)\b(has|have) not got on\b`), "made no progress"},
+	{"be told", regexp.MustCompile(`(?i)\b(can|could)(not)? be told (whether|how|who|where|what)\b`),
 		"find out"},
-	{regexp.MustCompile(`(?i)\bto be had\b`), "missing, or there is none"},
+	{"to be had", regexp.MustCompile(`(?i)\bto be had\b`), "missing, or there is none"},
 }
 
 // checkPhrases reports what is wrong with the words of a text.
 func checkPhrases(t *testing.T, file string, number int, text string) {
 	t.Helper()
+	lower := strings.ToLower(text)
 	for _, b := range banned {
+		if !strings.Contains(lower, b.word) {
+			continue
+		}
 		if found := b.phrase.FindString(text); found != "" {
 			t.Errorf("%s:%d: %q: write %s", file, number, found, b.instead)
 		}
