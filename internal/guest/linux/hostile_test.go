@@ -92,31 +92,53 @@ type patient struct {
 	undo  []func()
 }
 
+// recorded is the memory of one healthy guest. Tests have copies of it.
+var recorded *ram
+
+// newPatient returns a guest that no other test breaks.
 func newPatient(t testing.TB) *patient {
+	if recorded == nil {
+		recorded = recordHealthy(t)
+	}
+	r := *recorded
+	r.data = bytes.Clone(r.data)
+	p := &patient{ram: &r, t: t}
+	result := p.attach(t)
+	p.clean = append(p.clean, result.Pages...)
+	return p
+}
+
+// attach makes the survey of a patient that is healthy.
+func (p *patient) attach(t testing.TB) *Result {
+	var err error
+	if p.Guest, err = Attach(t.Context(), p.ram); err != nil {
+		t.Fatal(err)
+	}
+	r, err := p.Survey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// recordHealthy copies a guest at a moment at which nothing spoils a survey.
+func recordHealthy(t testing.TB) *ram {
 	m := boot(t, spec{kernel: kernels(t)[0], mib: 192, cpus: 2})
-	for try := 1; ; try++ {
+	for range 10 {
 		m.stop(t)
 		p := &patient{ram: recordMemory(t, m), t: t}
-		var err error
-		if p.Guest, err = Attach(t.Context(), p.ram); err != nil {
-			t.Fatal(err)
-		}
-		r, err := p.Survey(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := p.attach(t)
 		if r.Skippable >= 1000 && len(r.Notes) == 0 {
 			m.Kill(t)
-			p.clean = append(p.clean, r.Pages...)
-			return p
+			return p.ram
 		}
 		// A guest that was stopped while it held a lock of its free pages has a note of that.
-		if try == 10 {
-			t.Fatalf("unbroken guest has %d skippable pages; notes %q", r.Skippable, r.Notes)
-		}
+		t.Logf("%d skippable pages; notes %q", r.Skippable, r.Notes)
 		m.cont(t)
 		time.Sleep(100 * time.Millisecond)
 	}
+	t.Fatal("an unbroken guest has notes, or few skippable pages, at each of ten moments")
+	return nil
 }
 
 func (m *machine) Kill(t testing.TB) {
