@@ -151,6 +151,9 @@ func TestBrowserHostileNames(t *testing.T) {
 	must(t, p.Wait(ctx, "document.querySelector('.live .key').textContent"))
 	must(t, p.Click(ctx, ".tile"))
 	must(t, p.Wait(ctx, "document.querySelectorAll('#panel .vm').length == 20"))
+	// Each VM that has CPU has its part of the tower, as high as that is.
+	must(t, p.Wait(ctx, "[...document.querySelectorAll('#panel .have .seg')].every(e => "+
+		"/^[0-9.]+%$/.test(e.style.height) && e.getBoundingClientRect().height > 0)"))
 	for selector, n := range map[string]int{"#urgent": 1, "#live": 1, "#past .entry": 1,
 		"#jobs li": 1, "#panel .vm": 20, ".tile": 10} {
 		var shown int

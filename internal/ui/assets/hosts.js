@@ -162,7 +162,7 @@ function updateTower(e, h) {
   const other = h.cpu_cores - parts.reduce((s, p) => s + p.n, 0);
   if (other > 0.01) parts.push({ k: "\0other", n: other, c: "var(--other)", t: "" });
   const segment = (s, p) => {
-    styled(s, "height", (p.n * unit).toFixed2 + "%");
+    styled(s, "height", (p.n * unit).toFixed(2) + "%");
     styled(s, "--c", p.c);
     text(s, p.n * unit > 6.5 ? p.t : "");
   };
