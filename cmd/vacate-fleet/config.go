@@ -67,17 +67,38 @@ func readConfig(file string) (config, error) {
 }
 
 func (c config) check() error {
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
-		return fmt.Errorf("listen = %q is not HOST:PORT", c.Listen)
+	if _, err := settings.SplitAddress(c.Listen, 1); err != nil {
+		return fmt.Errorf("listen = %q %w", c.Listen, err)
 	}
 	if c.Address != "" {
-		if _, _, err := net.SplitHostPort(c.Address); err != nil {
-			return fmt.Errorf("address = %q is not HOST:PORT", c.Address)
+		if host, err := settings.SplitAddress(c.Address, 1); err != nil {
+			return fmt.Errorf("address = %q %w", c.Address, err)
+		} else if host == "" {
+			return fmt.Errorf("address = %q has no host: others reach this member there",
+				c.Address)
 		}
 	}
-	for _, m := range c.Members {
-		if _, _, err := net.SplitHostPort(m); err != nil {
-			return fmt.Errorf("members: %q is not NAME:PORT", m)
+	for i, m := range c.Members {
+		name, err := settings.SplitAddress(m, 1)
+		if err != nil {
+			return fmt.Errorf("members: %q %w", m, err)
+		}
+		if err := store.CheckName(name); err != nil {
+			return fmt.Errorf("members: %q: %w", m, err)
+		}
+		for _, other := range c.Members[:i] {
+			if before, _, _ := net.SplitHostPort(other); before == name {
+				return fmt.Errorf("members: %s is there twice", name)
+			}
+		}
+	}
+	for what, names := range map[string][]string{"brains": c.Brains,
+		"operators.view": c.Operators.View, "operators.act": c.Operators.Act,
+		"operators.admin": c.Operators.Admin} {
+		for _, name := range names {
+			if err := store.CheckName(name); err != nil {
+				return fmt.Errorf("%s: %w", what, err)
+			}
 		}
 	}
 	if n := len(c.Members); n != 0 && n != 1 && n != 3 && n != 5 {

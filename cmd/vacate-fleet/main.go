@@ -12,11 +12,11 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
 
+	"vacate/internal/cli"
 	"vacate/internal/fleet/leader"
 	"vacate/internal/fleet/member"
 	"vacate/internal/fleet/store"
@@ -94,7 +94,7 @@ The configuration (TOML):
 			return run(c.Context(), config, format)
 		},
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
-		Version:           version(),
+		Version:           cli.DaemonVersion(),
 	}
 	c.Flags().StringVar(&file, "config", "/etc/vacate/vacate-fleet.toml",
 		"`FILE` with the configuration")
@@ -115,15 +115,10 @@ const (
 )
 
 func run(ctx context.Context, c config, format string) error {
-	var handler slog.Handler = slog.NewTextHandler(os.Stderr, nil)
-	switch format {
-	case "text":
-	case "json":
-		handler = slog.NewJSONHandler(os.Stderr, nil)
-	default:
-		return fmt.Errorf("--log-format %q: want text or json", format)
+	log, err := cli.Log(os.Stderr, format)
+	if err != nil {
+		return err
 	}
-	log := slog.New(handler)
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
@@ -148,12 +143,12 @@ func run(ctx context.Context, c config, format string) error {
 	if err != nil {
 		return err
 	}
-	b := leader.New(leader.Config{Me: c.me(identity.Name()), Version: version(),
+	b := leader.New(leader.Config{Me: c.me(identity.Name()), Version: cli.DaemonVersion(),
 		View: c.Operators.View, Act: c.Operators.Act, Admin: c.Operators.Admin,
 		Members: c.names(identity.Name()), Hosts: c.Hosts}, s, log)
 	server := &http.Server{Handler: b.Handler(), ReadHeaderTimeout: requestTime,
 		MaxHeaderBytes: 64 << 10, ConnContext: leader.WithConn,
-		ErrorLog:  slog.NewLogLogger(handler, slog.LevelWarn),
+		ErrorLog:  slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		TLSConfig: identity.Web(func(string) error { return nil }), // each call looks at the name
 		HTTP2:     &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}}
 	var tasks sync.WaitGroup
@@ -188,11 +183,4 @@ func open(ctx context.Context, c config, name string, log *slog.Logger) (*client
 		return nil, nil, err
 	}
 	return m.Client, m.Close, nil
-}
-
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
 }

@@ -7,13 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
+	"vacate/internal/cli"
 	"vacate/internal/host"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/manpage"
@@ -128,7 +127,7 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 			return run(c.Context(), config, format)
 		},
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
-		Version:           version(),
+		Version:           cli.DaemonVersion(),
 	}
 	c.AddCommand(&cobra.Command{
 		Use: hypervisor.HoldCommand + " NAME", Hidden: true, Args: cobra.ExactArgs(1),
@@ -146,31 +145,27 @@ peer's name. It must end with code 0 only if no VM runs on that host any more.`,
 }
 
 func run(ctx context.Context, config host.Config, format string) error {
-	var handler slog.Handler = slog.NewTextHandler(os.Stderr, nil)
-	switch format {
-	case "text":
-	case "json":
-		handler = slog.NewJSONHandler(os.Stderr, nil)
-	default:
-		return fmt.Errorf("--log-format %q: want text or json", format)
+	log, err := cli.Log(os.Stderr, format)
+	if err != nil {
+		return err
 	}
 	sched.Process()
 	// A log that nobody reads any more must not end the daemon.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	h, err := host.Open(config, version(), slog.New(handler))
+	h, err := host.Open(config, cli.DaemonVersion(), log)
 	if err != nil {
 		return err
 	}
 	if err := ready(); err != nil {
-		slog.New(handler).Warn("cannot tell systemd that this daemon serves", "error", err)
+		log.Warn("cannot tell systemd that this daemon serves", "error", err)
 	}
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	go func() {
 		<-hangup
-		slog.New(handler).Info("stopping as soon as that aborts no eviction")
+		log.Info("stopping as soon as that aborts no eviction")
 		if h.Settle(ctx) == nil {
 			stop()
 		}
@@ -195,11 +190,4 @@ func ready() error {
 	defer conn.Close()
 	_, err = conn.Write([]byte("READY=1"))
 	return err
-}
-
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -211,7 +210,7 @@ func (c Config) check() error {
 		if a.addr == "" {
 			continue
 		}
-		if _, err := splitAddress(a.addr, 0); err != nil {
+		if _, err := settings.SplitAddress(a.addr, 0); err != nil {
 			return fmt.Errorf("%s = %q %w", a.name, a.addr, err)
 		}
 	}
@@ -292,7 +291,7 @@ func (c Config) checkPeer(name string, p Peer) error {
 		}
 		return nil
 	}
-	host, err := splitAddress(p.Address, 1)
+	host, err := settings.SplitAddress(p.Address, 1)
 	if err != nil {
 		return fmt.Errorf("peers.%s: address = %q %w", name, p.Address, err)
 	}
@@ -301,18 +300,6 @@ func (c Config) checkPeer(name string, p Peer) error {
 			"peer is known", name, p.Address)
 	}
 	return nil
-}
-
-// splitAddress returns the host of HOST:PORT, whose port must be one, and least at least.
-func splitAddress(addr string, least int) (host string, err error) {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return "", errors.New("is not HOST:PORT")
-	}
-	if n, err := net.LookupPort("tcp", port); err != nil || n < least {
-		return "", fmt.Errorf("has no port %q: want a number from %d to 65535", port, least)
-	}
-	return host, nil
 }
 
 // certified says why no certificate that we take can have a name: of those, names are lower case.

@@ -21,6 +21,7 @@ import (
 	"vacate/internal/fleet/view"
 	"vacate/internal/host/hypervisor"
 	"vacate/internal/sys/process"
+	"vacate/internal/sys/settings"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -62,7 +63,7 @@ func parseBrain(text string) (brain, error) {
 	if err := certified(name); err != nil {
 		return brain{}, err
 	}
-	if _, err := splitAddress(address, 1); err != nil {
+	if _, err := settings.SplitAddress(address, 1); err != nil {
 		return brain{}, fmt.Errorf("brain %q: %q %w", text, address, err)
 	}
 	return brain{name, address}, nil

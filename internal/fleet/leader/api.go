@@ -544,6 +544,9 @@ func (b operators) ListDecisions(ctx context.Context,
 		}
 		r.Decisions = append(r.Decisions, m)
 	}
+	for _, d := range t.noted { // which are about to be written
+		r.Decisions = append(r.Decisions, ended(d))
+	}
 	slices.SortFunc(r.Decisions, func(a, b *fleetv1.Decision) int {
 		return cmp.Or(b.At.AsTime().Compare(a.At.AsTime()), cmp.Compare(a.Id, b.Id))
 	})
@@ -551,13 +554,18 @@ func (b operators) ListDecisions(ctx context.Context,
 		if len(r.Decisions) >= most {
 			break
 		}
-		m := message(d.Plan)
-		m.Plan, m.State, m.Reason, m.EvictionId = uint64(d.Number), d.Outcome, d.Reason, d.Eviction
-		m.EndedAt, m.CameDownS, m.CameTotalS = timestamppb.New(d.Ended), d.DownS, d.TotalS
-		r.Decisions = append(r.Decisions, m)
+		r.Decisions = append(r.Decisions, ended(d))
 	}
 	r.Decisions = r.Decisions[:min(len(r.Decisions), most)]
 	return connect.NewResponse(r), nil
+}
+
+// ended is a decision that has ended as operators are told.
+func ended(d store.Decision) *fleetv1.Decision {
+	m := message(d.Plan)
+	m.Plan, m.State, m.Reason, m.EvictionId = uint64(d.Number), d.Outcome, d.Reason, d.Eviction
+	m.EndedAt, m.CameDownS, m.CameTotalS = timestamppb.New(d.Ended), d.DownS, d.TotalS
+	return m
 }
 
 // message is a plan as operators are told.

@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -162,7 +163,9 @@ type term struct {
 	plans       map[string]*plan
 	waiting     map[string]*waiting
 	decisions   []store.Decision // the latest last
-	ending      []store.Decision // to be written
+	ending      []store.Decision // to be written: what came of plans
+	noted       []store.Decision // the same of decisions that never became plans
+	unwritten   map[string]bool  // IDs of those that could not be, which was logged
 }
 
 // hostState is a host of the fleet, and what it has told this leader.
@@ -193,7 +196,8 @@ func newTerm(b *Brain, c store.Term, all store.Everything, end context.CancelCau
 	t := &term{Brain: b, Term: c, since: time.Now(), end: end, wake: make(chan struct{}, 1),
 		policy: view.DefaultPolicy(), rules: map[string]store.Rule{},
 		maintenance: map[string]store.Maintenance{}, hosts: map[string]*hostState{},
-		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions}
+		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions,
+		unwritten: map[string]bool{}}
 	if all.Settings.Policy != nil {
 		t.policy = *all.Settings.Policy
 	}
@@ -319,7 +323,7 @@ func (t *term) round(ctx context.Context) {
 			t.log.Info("a VM would be evicted in mode auto", "vm", d.VM, "from", d.From, "to", d.To,
 				"reasons", d.Reasons)
 			t.planner.Ended(d.VM, now, "")
-			t.closed(store.Decision{Plan: store.Plan{ID: newID(), Epoch: t.Epoch, Mode: mode,
+			t.note(store.Decision{Plan: store.Plan{ID: newID(), Epoch: t.Epoch, Mode: mode,
 				Decision: d}, Outcome: "watched", Ended: now})
 		}
 	}
@@ -334,11 +338,20 @@ func (t *term) round(ctx context.Context) {
 	}
 }
 
-// closed keeps a decision that has ended. The store has those that were ordered.
+// closed keeps a decision that the store has by now.
 func (t *term) closed(d store.Decision) {
 	t.decisions = append(t.decisions, d)
 	if n := len(t.decisions) - store.KeepDecisions; n > 0 {
 		t.decisions = slices.Delete(t.decisions, 0, n)
+	}
+}
+
+// note has a decision written that never became a plan. If there are more than the store keeps,
+// the earliest are dropped.
+func (t *term) note(d store.Decision) {
+	t.noted = append(t.noted, d)
+	if n := len(t.noted) - store.KeepDecisions; n > 0 {
+		t.noted = slices.Delete(t.noted, 0, n)
 	}
 }
 
@@ -347,7 +360,7 @@ func (t *term) reject(id, why string, now time.Time) {
 	w := t.waiting[id]
 	delete(t.waiting, id)
 	t.planner.Ended(w.decision.VM, now, why)
-	t.closed(store.Decision{Plan: store.Plan{ID: id, Epoch: t.Epoch, Mode: view.Ask,
+	t.note(store.Decision{Plan: store.Plan{ID: id, Epoch: t.Epoch, Mode: view.Ask,
 		Decision: w.decision}, Outcome: "rejected", Reason: why, Ended: now})
 }
 
@@ -458,19 +471,17 @@ func (t *term) answered(h *hostState, a *fleetv1.Answer) {
 	// The next report says that it is over; until then the plan stays.
 }
 
-// finish has the end of a plan written.
+// finish has the end of a plan written. What the host says of it may be anything.
 func (t *term) finish(p *plan, outcome, reason string) {
 	p.ending = true
-	d := store.Decision{Plan: p.Plan, Number: p.Number, Outcome: outcome, Reason: reason,
-		Ended: time.Now()}
+	d := store.Decision{Plan: p.Plan, Number: p.Number, Outcome: clip(outcome, maxWord),
+		Reason: clip(reason, maxReason), Ended: time.Now()}
 	if e := p.eviction; e != nil {
-		d.Eviction, d.DownS, d.TotalS = e.EvictionId, e.DownS, e.TotalS
+		d.Eviction = clip(e.EvictionId, maxWord)
+		d.DownS, d.TotalS = sensible(e.DownS), sensible(e.TotalS)
 		if outcome == "never began" && e.Reason != "" {
-			d.Outcome, d.Reason = "refused", e.Reason
+			d.Outcome, d.Reason = "refused", clip(e.Reason, maxReason)
 		}
-	}
-	if len(d.Reason) > maxReason {
-		d.Reason = d.Reason[:maxReason]
 	}
 	t.ending = append(t.ending, d)
 	select {
@@ -479,44 +490,98 @@ func (t *term) finish(p *plan, outcome, reason string) {
 	}
 }
 
-// maxReason bounds what a host says of an end, in bytes.
-const maxReason = 2000
+// Bounds of what a host says of an end, in bytes.
+const (
+	maxReason = 2000
+	maxWord   = 64
+)
 
-// settle writes what has ended.
+// clip is the beginning of a text.
+func clip(text string, most int) string {
+	return strings.ToValidUTF8(text[:min(len(text), most)], "")
+}
+
+// sensible is a time in seconds that a host tells; nil if it makes no sense.
+func sensible(s *float64) *float64 {
+	if s == nil || !(*s >= 0 && *s < 1e9) {
+		return nil
+	}
+	return s
+}
+
+// settle writes what has ended: first what came of plans, then the others for as long as that takes
+// no longer than a tick. What could not be written is tried again at the next tick.
 func (t *term) settle(ctx context.Context) {
+	start := time.Now()
 	t.mu.Lock()
-	list := t.ending
-	t.ending = nil
+	ending, noted := t.ending, t.noted
+	t.ending, t.noted = nil, nil
+	t.mu.Unlock()
+	var again, later []store.Decision
+	for _, d := range ending {
+		if !t.settleOne(ctx, d, true) {
+			again = append(again, d)
+		}
+	}
+	for i, d := range noted {
+		if time.Since(start) > tick || ctx.Err() != nil {
+			later = append(later, noted[i:]...)
+			break
+		}
+		if !t.settleOne(ctx, d, false) {
+			later = append(later, d)
+		}
+	}
+	t.mu.Lock()
+	t.ending, t.noted = append(again, t.ending...), append(later, t.noted...)
+	t.mu.Unlock()
+}
+
+// settleOne writes one decision that has ended, and reports whether it is written.
+func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bool {
+	if ctx.Err() != nil {
+		return false
+	}
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	if !planned {
+		d.Number = t.store.Next()
+	}
+	t.mu.Lock()
 	before := store.Number(0)
 	if n := len(t.decisions) - store.KeepDecisions; n >= 0 {
 		before = t.decisions[n].Number
 	}
 	t.mu.Unlock()
-	for _, d := range list {
-		t.writes.Lock()
-		err := t.write(func() error { return t.store.End(ctx, t.Term, d, before) })
-		t.writes.Unlock()
-		if err != nil {
-			t.log.Error("the end of a plan is not written", "id", d.Plan.ID, "error", err)
-			return // the next leader hears of it again
+	err := t.write(func() error { return t.store.End(ctx, t.Term, d, before) })
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err != nil {
+		if !t.unwritten[d.Plan.ID] {
+			t.unwritten[d.Plan.ID] = true
+			t.log.Error("what came of a decision is not written: that is tried again", "id",
+				d.Plan.ID, "vm", d.Plan.Decision.VM, "outcome", d.Outcome, "error", err)
 		}
-		t.mu.Lock()
-		delete(t.plans, d.Plan.ID)
-		t.closed(d)
-		problem := ""
-		if d.Outcome != "completed" {
-			problem = d.Outcome + ": " + d.Reason
-		}
-		v := d.Plan.Decision
-		t.planner.Ended(v.VM, d.Ended, problem)
-		if d.Outcome == "refused" {
-			t.planner.Refused(v.VM, v.To, d.Reason, d.Ended.Add(refusedTime))
-		}
-		t.mu.Unlock()
-		t.log.Info("a plan has ended", "plan", d.Number, "id", d.Plan.ID, "vm", v.VM, "from",
-			v.From,
-			"to", v.To, "outcome", d.Outcome, "reason", d.Reason)
+		return false
 	}
+	delete(t.unwritten, d.Plan.ID)
+	t.closed(d)
+	if !planned {
+		return true
+	}
+	delete(t.plans, d.Plan.ID)
+	problem := ""
+	if d.Outcome != "completed" {
+		problem = d.Outcome + ": " + d.Reason
+	}
+	v := d.Plan.Decision
+	t.planner.Ended(v.VM, d.Ended, problem)
+	if d.Outcome == "refused" {
+		t.planner.Refused(v.VM, v.To, d.Reason, d.Ended.Add(refusedTime))
+	}
+	t.log.Info("a plan has ended", "plan", d.Number, "id", d.Plan.ID, "vm", v.VM, "from", v.From,
+		"to", v.To, "outcome", d.Outcome, "reason", d.Reason)
+	return true
 }
 
 // maintain has maintenance come to its next phase.

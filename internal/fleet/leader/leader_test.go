@@ -3,9 +3,11 @@ package leader
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -138,6 +140,8 @@ type fake struct {
 	mark      orders.Mark
 	vms       map[string]string // incarnations
 	refuse    string
+	waits     float64 // cores that each VM waits for
+	odd       bool    // what it says of ends makes no sense
 	evictions []*fleetv1.OrderedEviction
 	refused   []string // orders, by why
 	stream    *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]
@@ -202,10 +206,13 @@ func (f *fake) tell(
 	defer f.mu.Unlock()
 	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
 		Evictions: f.evictions, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
-			Available: 60 << 30, Rate: 1e9}}
+			Available: 60 << 30, Rate: 1e9, Waiting: f.waits * float64(len(f.vms))}}
+	if f.waits > 0 {
+		r.Load.Used = r.Load.Cpus
+	}
 	for name, incarnation := range f.vms {
 		r.Vms = append(r.Vms, &fleetv1.VM{Name: name, Incarnation: incarnation, Cpu: 0.1,
-			Memory: 1 << 30, Resident: 1 << 30, InUse: 1 << 29, Hot: 1 << 28})
+			Waiting: f.waits, Memory: 1 << 30, Resident: 1 << 30, InUse: 1 << 29, Hot: 1 << 28})
 	}
 	return stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Report{Report: r}})
 }
@@ -241,6 +248,10 @@ func (f *fake) end(to *fake) {
 		if e.Outcome == "" {
 			total := 1.5
 			e.Outcome, e.EndedAt, e.TotalS = "completed", timestamppb.Now(), &total
+			if f.odd {
+				total = math.NaN()
+				e.EvictionId, e.Reason = strings.Repeat("x", 1<<16), strings.Repeat("y", 1<<16)
+			}
 			delete(f.vms, e.Vm)
 			to.mu.Lock()
 			to.vms[e.Vm] = e.Vm + "/" + to.name
@@ -476,5 +487,72 @@ func TestOddReports(t *testing.T) {
 			defer f.mu.Unlock()
 			return f.ended != nil
 		})
+	}
+}
+
+// settings has the fleet decide by another policy than the usual one.
+func (s *site) settings(change func(*view.Policy)) {
+	s.Helper()
+	policy := view.DefaultPolicy()
+	change(&policy)
+	text, err := json.Marshal(store.Settings{Policy: &policy})
+	if err == nil {
+		_, err = s.etcd.Client.Put(s.Context(), "/vacate/settings", string(text))
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// What a host says of the ends of evictions may be anything: the plans end, each of them.
+func TestOddEnds(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1", "web2"), s.host("hostb")
+	a.odd = true
+	a.join(one)
+	b.join(one)
+	s.until("the host is known", func() bool {
+		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
+		return err == nil
+	})
+	s.until("both evictions begin", func() bool { return a.begun() == 2 })
+	a.end(b)
+	s.until("both have ended", func() bool {
+		got := decisions(t, boss)
+		return len(got) == 2 && got[0].State == "completed" && got[1].State == "completed" &&
+			got[0].CameTotalS == nil && len(got[0].EvictionId) <= maxWord
+	})
+}
+
+// What was decided and not carried out has numbers of its own, and the next leader knows it.
+func TestWatched(t *testing.T) {
+	s := newSite(t)
+	s.settings(func(p *view.Policy) { p.Sustain = 0 })
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1", "web2"), s.host("hostb")
+	a.waits = 4
+	a.join(one)
+	b.join(one)
+	s.until("a decision is watched", func() bool {
+		got := decisions(t, boss)
+		return len(got) > 0 && got[0].State == "watched" && got[0].Plan > got[0].Epoch
+	})
+	if a.begun() != 0 {
+		t.Error("a fleet that watches moves VMs")
+	}
+	before := decisions(t, boss)
+	two := s.serve("brain2")
+	one.stop()
+	boss = s.leads(two)
+	got := decisions(t, boss)
+	numbers := map[uint64]bool{}
+	for _, d := range got {
+		numbers[d.Plan] = true
+	}
+	if len(got) < len(before) || len(numbers) != len(got) || got[len(got)-1].State != "watched" {
+		t.Errorf("the next leader knows of %v, the one before of %v", got, before)
 	}
 }

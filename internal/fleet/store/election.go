@@ -40,6 +40,7 @@ func (s *Store) Campaign(ctx context.Context, me string) (*Candidacy, error) {
 	default:
 	}
 	c.Term = Term{c.election.Key(), c.election.Rev(), s.number(c.election.Rev())}
+	s.wrote(c.election.Rev())
 	return c, nil
 }
 

@@ -28,6 +28,7 @@ import (
 	"path"
 	"regexp"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"vacate/internal/fleet/view"
@@ -80,6 +81,7 @@ func (s *Store) number(revision int64) Number {
 type Store struct {
 	client     *clientv3.Client
 	generation uint64
+	last       atomic.Int64 // the latest revision that this member has written
 }
 
 // New is a store in the etcd that a client reaches. Close does not close the client.
@@ -87,7 +89,7 @@ func New(client *clientv3.Client, generation uint64) (*Store, error) {
 	if generation > MaxGeneration {
 		return nil, fmt.Errorf("generation = %d: want %d at most", generation, MaxGeneration)
 	}
-	return &Store{client, generation}, nil
+	return &Store{client: client, generation: generation}, nil
 }
 
 // A checker says what is wrong with itself.
@@ -389,8 +391,23 @@ func (s *Store) write(ctx context.Context, t Term, ops ...clientv3.Op) (int64, e
 	case !r.Succeeded:
 		return 0, ErrDeposed
 	}
+	s.wrote(r.Header.Revision)
 	return r.Header.Revision, nil
 }
+
+func (s *Store) wrote(revision int64) {
+	for {
+		last := s.last.Load()
+		if revision <= last || s.last.CompareAndSwap(last, revision) {
+			return
+		}
+	}
+}
+
+// Next is a number for a decision that has no plan. It is above all that this member has written,
+// and at most what the next write gets: so no plan has it, and no other decision if this one is
+// written next.
+func (s *Store) Next() Number { return s.number(s.last.Load() + 1) }
 
 // put writes one value.
 func (s *Store) put(ctx context.Context, t Term, key string, v checker) error {
@@ -462,7 +479,7 @@ func (s *Store) Begin(ctx context.Context, t Term, p Plan) (Plan, error) {
 }
 
 // End writes what came of a plan in place of the plan, and forgets decisions before a number. A
-// decision that was only watched has no number of a plan: it gets one of its own from its caller.
+// decision that never became a plan has a number of Next.
 func (s *Store) End(ctx context.Context, t Term, d Decision, before Number) error {
 	text, err := encode(&d)
 	if err != nil {

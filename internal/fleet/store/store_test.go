@@ -158,6 +158,44 @@ func TestElection(t *testing.T) {
 	}
 }
 
+// Decisions that never became plans have numbers that no plan has, and are forgotten as others are.
+func TestNext(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	c := campaign(t, s, "one")
+	seen := map[Number]bool{}
+	for i := range 6 {
+		p := Plan{ID: anID, Epoch: c.Epoch, Mode: view.Watch, Decision: decision(time.Now().UTC())}
+		d := Decision{Plan: p, Number: s.Next(), Outcome: "watched"}
+		if i%2 == 0 {
+			var err error
+			if d.Plan, err = s.Begin(t.Context(), c.Term, p); err != nil {
+				t.Fatal(err)
+			}
+			d.Number = d.Plan.Number
+		}
+		if seen[d.Number] || d.Number <= c.Epoch {
+			t.Errorf("decision %d has the number %d in epoch %d", i, d.Number, c.Epoch)
+		}
+		seen[d.Number] = true
+		before := Number(0)
+		if i == 5 {
+			before = d.Number
+		}
+		if err := s.End(t.Context(), c.Term, d, before); err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.ReadAll(t.Context())
+		want := i + 1
+		if before > 0 {
+			want = 1
+		}
+		if err != nil || len(got.Decisions) != want || len(got.Problems) != 0 {
+			t.Errorf("after %d there are %v, %v, %v", i, got.Decisions, got.Problems, err)
+		}
+	}
+}
+
 // What somebody else has put there is told, and nothing else is lost.
 func TestForeign(t *testing.T) {
 	s, m := open(t, t.TempDir(), 0)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 
@@ -35,4 +36,16 @@ func Read(file, help string, into any) (dir string, err error) {
 		return "", fmt.Errorf("%s: there is no setting %q", file, unknown[0].String())
 	}
 	return filepath.Abs(filepath.Dir(file))
+}
+
+// SplitAddress returns the host of HOST:PORT, whose port must be one, and least at least.
+func SplitAddress(addr string, least int) (host string, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "", errors.New("is not HOST:PORT")
+	}
+	if n, err := net.LookupPort("tcp", port); err != nil || n < least {
+		return "", fmt.Errorf("has no port %q: want a number from %d to 65535", port, least)
+	}
+	return host, nil
 }
