@@ -109,6 +109,8 @@ warning says so; the exit code is the eviction's.
 	c.Flags().BoolVar(&o.source.SendFree, "send-free", false, "move the guest's free memory, too")
 	c.Flags().BoolVar(&o.skipChecks, "skip-checks", false,
 		"do not check first what would block it (with a daemon)")
+	c.Flags().BoolVar(&o.force, "force", false,
+		"also to a host that its fleet keeps VMs off, or this one (with a daemon)")
 	c.Flags().BoolVar(&o.detach, "detach", false,
 		"print the eviction's ID, and do not follow it (with a daemon)")
 	c.Flags().BoolVar(&o.yield, "yield", false, "let the push yield to other traffic")
@@ -151,6 +153,7 @@ type evictOptions struct {
 
 	daemon     daemon
 	skipChecks bool
+	force      bool
 	detach     bool
 	yield      bool
 	rate       cli.Rate
@@ -170,7 +173,7 @@ func (o evictOptions) check(c *cobra.Command, args []string) error {
 	case o.source.QMP == "":
 		return errors.New("which VM? Give its name, or --qmp; see `vacate evict --help`")
 	default:
-		only = []string{"skip-checks", "detach", "socket"}
+		only = []string{"skip-checks", "force", "detach", "socket"}
 	}
 	for _, name := range only {
 		if c.Flags().Changed(name) {

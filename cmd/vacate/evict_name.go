@@ -40,6 +40,7 @@ func (o evictOptions) runByName(ctx context.Context, vm string) error {
 		connect.NewRequest(&hostv1.EvictRequest{Vm: vm, To: o.to, Options: &hostv1.EvictOptions{
 			Order: o.order, Enlightenment: o.enlighten, SendFree: o.source.SendFree,
 			RateLimit: uint64(o.rate) / 8, Yield: o.yield, SkipChecks: true,
+			Force: o.force,
 		}}))
 	if unanswered(err) && !untaken(err) {
 		return o.daemon.beginUnknown(vm, err)
@@ -79,6 +80,9 @@ func (o evictOptions) preflight(ctx context.Context, vm string, s *screen) error
 	}
 	var fatal []string
 	for _, f := range findings(r.Msg.Findings) {
+		if o.force && f.Check == doctor.Fleet {
+			f.Level = doctor.Warning
+		}
 		switch f.Level {
 		case doctor.Warning:
 			s.note("warning: %s", findingLine(f))

@@ -169,6 +169,9 @@ type Request struct {
 // Domain reports whether the VM to offer is a domain of libvirt.
 func (r *Request) Domain() bool { return r.offer.Domain != nil }
 
+// Forced reports whether an operator wants the VM here although this host keeps VMs off.
+func (r *Request) Forced() bool { return r.offer.Forced }
+
 // requestTime is how long a peer may take to say what it wants.
 const requestTime = 10 * time.Second
 

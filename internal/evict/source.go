@@ -52,6 +52,8 @@ type Source struct {
 	// TrustDisks names disks, with their cache modes, whose images at the destination the operator
 	// asserts to be the same; see fit.Drive.Name.
 	TrustDisks []string
+	// Forced has the destination take the VM although it keeps VMs off, as an operator wants it.
+	Forced bool
 	// Limit is the most bytes per second to send; nil for no limit. Fetched pages count but never
 	// wait.
 	Limit *Limit
@@ -329,6 +331,7 @@ func (e *source) meet(ctx context.Context) error {
 	e.offer = e.offer.withMemory(e.mem)
 	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
 		e.LoadTimeout.Milliseconds()
+	e.offer.Forced = e.Forced
 	if !e.first.Running {
 		e.offer.Stands = e.first.Status
 	}

@@ -133,6 +133,8 @@ type offer struct {
 	LoadTimeout int64 `json:"load_timeout_ms"`
 	// Stands is QEMU's word for the state that the VM stands in; empty if it runs.
 	Stands string `json:"stands,omitempty"`
+	// Forced says that an operator wants it there although the destination keeps VMs off.
+	Forced bool `json:"forced,omitempty"`
 }
 
 // commitment is the commit of a VM that stood when it was frozen.

@@ -336,6 +336,7 @@ func (h api) Evict(ctx context.Context,
 		o = options{
 			Order: m.Order, Enlightenment: m.Enlightenment, SendFree: m.SendFree,
 			RateLimit: m.RateLimit, Yield: m.Yield, LoadTimeout: m.LoadTimeoutMs,
+			Force: m.Force,
 		}
 	}
 	v, err := h.evict(ctx, req.Msg.Vm, req.Msg.To, o, m.GetSkipChecks())
@@ -572,7 +573,8 @@ func optionsMessage(b json.RawMessage) *hostv1.EvictOptions {
 		return nil
 	}
 	return &hostv1.EvictOptions{Order: o.Order, Enlightenment: o.Enlightenment,
-		SendFree: o.SendFree, RateLimit: o.RateLimit, Yield: o.Yield, LoadTimeoutMs: o.LoadTimeout}
+		SendFree: o.SendFree, RateLimit: o.RateLimit, Yield: o.Yield, LoadTimeoutMs: o.LoadTimeout,
+		Force: o.Force}
 }
 
 // overOf is the time of a request to measure.

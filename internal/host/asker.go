@@ -82,6 +82,8 @@ func (h *Host) audit() connect.UnaryInterceptorFunc {
 			switch m := m.(type) {
 			case *hostv1.DecideRequest:
 				log = log.With("decision", m.Decision, "fenced", m.Fenced, "fence", m.Fence)
+			case *hostv1.EvictRequest:
+				log = log.With("force", m.GetOptions().GetForce())
 			case *hostv1.AbortRequest:
 				log = log.With("reason", m.Reason)
 			case *hostv1.ExportRequest:

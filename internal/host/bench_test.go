@@ -57,8 +57,8 @@ func move(t testing.TB, a *site, names []string, meanwhile func()) []evict.Repor
 	return reports
 }
 
-// place boots VMs on host a and gets host b ready for them.
-func place(t testing.TB, l *lab.Lab, a, b *site, names []string, spec lab.Spec) (remove func()) {
+// putVMs boots VMs on host a and gets host b ready for them.
+func putVMs(t testing.TB, l *lab.Lab, a, b *site, names []string, spec lab.Spec) (remove func()) {
 	t.Helper()
 	var vms []*lab.VM
 	var expected []*lab.Expected
@@ -91,10 +91,10 @@ func BenchmarkLinkCut(b *testing.B) {
 	spec := lab.Spec{MemoryMiB: 1024, Load: lab.Load{HotMiB: 50, IdleMiB: 700}}
 	var ratios []float64
 	for b.Loop() {
-		remove := place(b, l, hosta, hostb, []string{"web1"}, spec)
+		remove := putVMs(b, l, hosta, hostb, []string{"web1"}, spec)
 		whole := move(b, hosta, []string{"web1"}, nil)[0]
 		remove()
-		remove = place(b, l, hosta, hostb, []string{"web1"}, spec)
+		remove = putVMs(b, l, hosta, hostb, []string{"web1"}, spec)
 		halved := move(b, hosta, []string{"web1"}, func() {
 			time.Sleep(2500 * time.Millisecond)
 			if err := l.SetLinkUp(false); err != nil {
@@ -134,10 +134,10 @@ func BenchmarkFour(b *testing.B) {
 	names := []string{"web1", "web2", "web3", "web4"}
 	var ratios []float64
 	for b.Loop() {
-		remove := place(b, l, hosta, hostb, names[:1], spec)
+		remove := putVMs(b, l, hosta, hostb, names[:1], spec)
 		alone := move(b, hosta, names[:1], nil)[0]
 		remove()
-		remove = place(b, l, hosta, hostb, names, spec)
+		remove = putVMs(b, l, hosta, hostb, names, spec)
 		four := move(b, hosta, names, nil)
 		remove()
 		fmt.Fprintf(os.Stderr,
@@ -180,7 +180,7 @@ func BenchmarkTLS(b *testing.B) {
 		hostb.start()
 		defer hosta.stop()
 		defer hostb.stop()
-		remove := place(b, l, hosta, hostb, []string{"web1"}, spec)
+		remove := putVMs(b, l, hosta, hostb, []string{"web1"}, spec)
 		defer remove()
 		before := hosta.cpu() + hostb.cpu()
 		r := move(b, hosta, []string{"web1"}, nil)[0]

@@ -71,6 +71,13 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return err
 	}
 	defer release()
+	if err := h.admit(h.life, r.VM); err != nil {
+		if !r.Forced() {
+			return err
+		}
+		h.log.Warn("an operator forces a VM upon this host", "vm", r.VM, "peer", peer, "against",
+			err)
+	}
 	if n := h.incoming(); n >= maxIncoming {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)
 	}

@@ -42,6 +42,8 @@ type factsQuestion struct {
 type facts struct {
 	Host json.RawMessage `json:"host"`           // doctor.HostFacts
 	Twin json.RawMessage `json:"twin,omitempty"` // doctor.TwinFacts
+	// KeptOff is why the fleet keeps the VM off the host; empty: it does not.
+	KeptOff string `json:"kept_off,omitempty"`
 }
 
 // The link is measured with so many bytes, and if it took no longer than a moment with more.
@@ -78,7 +80,9 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		return p.answer(h.arriving(p.vms)), nil
+		a := p.answer(h.arriving(p.vms))
+		a.Closed = h.keepsOff()
+		return a, nil
 	case q.Domain != nil:
 		if err := h.config.mayCome(peer, h.name()); err != nil {
 			return nil, err
@@ -94,6 +98,9 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 		var err error
 		if f.Host, err = json.Marshal(h.facts(ctx)); err == nil && q.Facts.VM != "" {
 			f.Twin, err = json.Marshal(h.twinFacts(ctx, q.Facts.VM))
+		}
+		if off := h.admit(ctx, q.Facts.VM); off != nil {
+			f.KeptOff = off.Error()
 		}
 		return f, err
 	}
@@ -171,16 +178,17 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 		_, err := h.dialer(to)
 		return nil, &unknownError{err}
 	}
-	there, twin, link, err := h.ask(ctx, to, name)
+	there, twin, link, off, err := h.ask(ctx, to, name)
 	if err != nil {
 		return append(doctor.Inspect(here, vm), h.silent(to, err)), nil
 	}
 	if vm == nil {
 		found := append(doctor.Inspect(here, nil), doctor.Inspect(there, nil)...)
-		return append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK,
-			Text: fmt.Sprintf("it answers in %v", link.RoundTrip.Round(10*time.Microsecond))}), nil
+		return append(append(found, off...), doctor.Finding{Host: to, Check: "link",
+			Level: doctor.OK, Text: fmt.Sprintf("it answers in %v",
+				link.RoundTrip.Round(10*time.Microsecond))}), nil
 	}
-	return doctor.Compare(here, *vm, there, twin, link), nil
+	return append(doctor.Compare(here, *vm, there, twin, link), off...), nil
 }
 
 // silent is the finding of a host that cannot be asked.
@@ -256,7 +264,7 @@ func measureLink(ctx context.Context, d link.Dialer) (facts doctor.LinkFacts, er
 // ask gathers the facts of another host and of the link to it.
 func (h *Host) ask(ctx context.Context,
 	to, vm string) (there doctor.HostFacts, twin doctor.TwinFacts, link doctor.LinkFacts,
-	err error) {
+	off []doctor.Finding, err error) {
 	d, err := h.dialer(to)
 	if err != nil {
 		return
@@ -279,18 +287,23 @@ func (h *Host) ask(ctx context.Context,
 	}
 	link.Plain = h.identity == nil
 	link.ClockOffset = there.Time.Sub(arrived.Add(-link.RoundTrip / 2))
-	return there, twin, link, nil
+	if f.KeptOff != "" {
+		off = append(off, doctor.Finding{Host: to, Check: doctor.Fleet, Level: doctor.Fatal,
+			Text: f.KeptOff[:min(len(f.KeptOff), mostClosed)]})
+	}
+	return there, twin, link, off, nil
 }
 
-// checks refuses an eviction that could not succeed.
-func (h *Host) checks(ctx context.Context, vm, to string) error {
+// checks refuses an eviction that could not succeed. With force, that the fleet keeps the VM off
+// the other host does not count.
+func (h *Host) checks(ctx context.Context, vm, to string, force bool) error {
 	found, err := h.examine(ctx, vm, to)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, f := range found {
-		if f.Level == doctor.Fatal {
+		if f.Level == doctor.Fatal && !(force && f.Check == doctor.Fleet) {
 			errs = append(errs, fmt.Errorf("%s: %s; remedy: %s", f.Check, f.Text, f.Remedy))
 		}
 	}

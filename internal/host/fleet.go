@@ -102,6 +102,8 @@ type fleetMember struct {
 	// the other.
 	orders sync.Mutex
 	file   *orders.File
+
+	standing orders.Standing // guarded by Host.mu
 }
 
 func (h *Host) openFleet() (*fleetMember, error) {
@@ -115,6 +117,7 @@ func (h *Host) openFleet() (*fleetMember, error) {
 	}
 	var err error
 	m.file, err = orders.Open(filepath.Join(h.config.Journal, journal.OrdersFile))
+	m.readStanding()
 	return m, err
 }
 
@@ -172,7 +175,7 @@ func (m *fleetMember) join(ctx context.Context, b brain) (elsewhere string, err 
 	})
 	defer cancel(nil)
 	if err := send(&fleetv1.HostSays{What: &fleetv1.HostSays_Hello{
-		Hello: &fleetv1.Hello{Version: m.version}}}); err != nil {
+		Hello: &fleetv1.Hello{Version: m.version, HeedsStanding: true}}}); err != nil {
 		_, said := stream.Receive() // which says why
 		return "", cmp.Or(said, err)
 	}
@@ -220,6 +223,15 @@ func (m *fleetMember) join(ctx context.Context, b brain) (elsewhere string, err 
 		s, err := stream.Receive()
 		if err != nil {
 			return "", err
+		}
+		if told := s.GetStanding(); told != nil {
+			if err := m.heed(told); errors.Is(err, orders.ErrDeposed) {
+				return "", err
+			} else if err != nil {
+				m.log.Error("what the fleet's leader tells of this host is not kept on the disk",
+					"error", err)
+			}
+			continue
 		}
 		o := s.GetOrder()
 		if o == nil {

@@ -69,6 +69,7 @@ func TestFleetOrders(t *testing.T) {
 	}
 	right, wrong := serve("brain1"), serve("hostb")
 	var log words
+	var h *Host
 	begin := func(address string) (end func()) {
 		text := fmt.Sprintf("certs = \"hosta\"\nsocket = \"sock\"\njournal = \"journal\"\n"+
 			"vms = \"vms\"\n[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n", "brain1@"+address)
@@ -79,8 +80,7 @@ func TestFleetOrders(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		h, err := Open(c, "test", slog.New(slog.NewTextHandler(&log, nil)))
-		if err != nil {
+		if h, err = Open(c, "test", slog.New(slog.NewTextHandler(&log, nil))); err != nil {
 			t.Fatal(err)
 		}
 		ctx, stop := context.WithCancel(context.Background())
@@ -133,9 +133,34 @@ func TestFleetOrders(t *testing.T) {
 	is(order(10, 4), "told before")
 	is(order(9, 6), "a later leader")
 	is(order(10, 6), "web1")
+	standing := func(epoch uint64, phase string, rules ...string) {
+		says <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Standing{Standing: &fleetv1.Standing{
+			Epoch: epoch, Maintenance: phase, Reason: "new memory", Rules: rules}}}
+	}
+	// off reports whether a VM is kept off this host, with these words; none: it may come.
+	off := func(vm, words string) bool {
+		err := h.admit(t.Context(), vm)
+		return err == nil && words == "" || err != nil && words != "" &&
+			strings.Contains(err.Error(), words)
+	}
+	standing(10, "", "gpu: vms name=ml* never run on hosts name=host*", "what comes later")
+	until(t, "a rule keeps a VM off", func() bool { return off("ml1", `rule "gpu"`) })
+	if !off("web1", "") {
+		t.Errorf("a rule keeps others off: %v", h.admit(t.Context(), "web1"))
+	}
+	standing(10, "draining")
+	until(t, "maintenance keeps VMs off", func() bool {
+		return off("web1", "draining (new memory), and takes no VM")
+	})
+	if h.keepsOff() == "" {
+		t.Error("it does not tell others that it takes no VM")
+	}
 	end()
 
 	end = begin(right)
+	if !off("web1", "draining") {
+		t.Error("after a restart, what the leader told does not count any more")
+	}
 	welcome(9)
 	until(t, "the deposed leader is refused", func() bool {
 		return strings.Contains(log.String(), "refused a leader of the fleet")
@@ -143,6 +168,17 @@ func TestFleetOrders(t *testing.T) {
 	welcome(10)
 	is(order(10, 6), "told before")
 	is(order(11, 7), "web1")
+	said10 := func() int { return strings.Count(log.String(), "a later leader of the fleet was") }
+	before := said10()
+	standing(10, "")
+	until(t, "a deposed leader's word of maintenance is refused",
+		func() bool { return said10() > before })
+	if !off("web1", "draining") {
+		t.Error("a deposed leader opens the host")
+	}
+	welcome(11)
+	standing(11, "")
+	until(t, "the present leader opens the host", func() bool { return off("web1", "") })
 	if r := report(); r.Mark.Epoch != 11 || r.Mark.Plan != 7 {
 		// One was on its way.
 		if r = report(); r.Mark.Epoch != 11 || r.Mark.Plan != 7 {

@@ -20,6 +20,7 @@ import (
 	"vacate/internal/fleet/member"
 	"vacate/internal/fleet/store"
 	"vacate/internal/fleet/view"
+	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/link/certs"
 	"vacate/lab"
 	"vacate/lab/labtest"
@@ -179,6 +180,39 @@ func TestFleet(t *testing.T) {
 	})
 	twin, err := there.Started(labtest.Within(t, time.Minute))
 	if err != nil {
+		t.Fatal(err)
+	}
+	labtest.MustCheck(t, twin)
+
+	// It takes no VM from anybody, unless an operator forces it to.
+	var last error
+	until(t, "the drained host refuses it", func() bool {
+		_, last = b.evictWith("web1", "hosta", &hostv1.EvictOptions{})
+		return last != nil && strings.Contains(last.Error(), "is drained, and takes no VM")
+	})
+	unchecked, err := b.evict("web1", "hosta")
+	if err == nil {
+		unchecked, err = b.watch(unchecked.Id, time.Minute)
+	}
+	if err != nil || unchecked.Outcome != "refused" ||
+		!strings.Contains(unchecked.Reason, "is drained, and takes no VM") {
+		t.Errorf("without checks it ended as %v, %v", unchecked, err)
+	}
+	plan, err := b.api.Plan(labtest.Within(t, time.Minute),
+		connect.NewRequest(&hostv1.PlanRequest{OverMs: 200}))
+	if err != nil || len(plan.Msg.Hosts) != 2 ||
+		!strings.Contains(plan.Msg.Hosts[1].Barred, "hosta takes no VM: it is drained") {
+		t.Errorf("relieve plans with %v, %v", plan, err)
+	}
+	here := a.expect("web1", vm)
+	forced, err := b.evictWith("web1", "hosta", &hostv1.EvictOptions{Force: true})
+	if err == nil {
+		forced, err = b.watch(forced.Id, 3*time.Minute)
+	}
+	if err != nil || forced.Outcome != "completed" || !forced.Options.Force {
+		t.Fatalf("by force it ended as %v, %v", forced, err)
+	}
+	if twin, err = here.Started(labtest.Within(t, time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	labtest.MustCheck(t, twin)

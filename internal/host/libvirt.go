@@ -274,11 +274,11 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 		_, err := h.dialer(to)
 		return nil, &unknownError{err}
 	}
-	there, _, way, err := h.ask(ctx, to, "")
+	there, _, way, off, err := h.ask(ctx, to, "")
 	if err != nil {
 		return append(found, h.silent(to, err)), nil
 	}
-	found = append(found, doctor.Inspect(there, nil)...)
+	found = append(append(found, doctor.Inspect(there, nil)...), off...)
 	found = append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK,
 		Text: fmt.Sprintf("it answers in %v", way.RoundTrip.Round(10*time.Microsecond))})
 	dialer, err := h.dialer(to)

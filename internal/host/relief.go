@@ -35,18 +35,26 @@ type loadAnswer struct {
 	Total     uint64  `json:"total"`
 	Available uint64  `json:"available"`
 	Incoming  uint64  `json:"incoming"`
+	// Closed is why no VM may come; empty: one may.
+	Closed string `json:"closed,omitempty"`
 }
 
 // check refuses what no host can be like.
 func (a loadAnswer) check() error {
 	const mostCores, mostBytes = 1 << 16, 1 << 60
 	cores := func(n float64) bool { return n >= 0 && n <= mostCores }
+	if len(a.Closed) > mostClosed {
+		return fmt.Errorf("it tells in %d bytes why it is closed", len(a.Closed))
+	}
 	if !cores(a.CPUs) || a.CPUs == 0 || !cores(a.Used) || !cores(a.Waiting) ||
 		max(a.Total, a.Available, a.Incoming) > mostBytes {
 		return fmt.Errorf("its load makes no sense: %+v", a)
 	}
 	return nil
 }
+
+// mostClosed bounds why a host is closed, in bytes.
+const mostClosed = 4096
 
 // Times over which a load may be measured: less is noise, and for longer nobody waits.
 const (
@@ -347,6 +355,10 @@ func (h *Host) other(ctx context.Context, name string, over time.Duration) relie
 		return relief.Host{Name: name, Barred: fmt.Sprintf("%s cannot be asked: %v", name, err)}
 	}
 	to := a.relief(name)
+	if a.Closed != "" {
+		to.Barred = fmt.Sprintf("%s takes no VM: %s", name, a.Closed)
+		return to
+	}
 	if to.Rate, err = h.rate(ctx, name); err != nil {
 		to.Barred = fmt.Sprintf("the link to %s cannot be measured: %v", name, err)
 	}

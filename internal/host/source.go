@@ -27,6 +27,8 @@ type options struct {
 	LoadTimeout   uint32 `json:"load_timeout_ms,omitempty"`
 	// TrustDisks is what the VM's description says.
 	TrustDisks []string `json:"trust_disks,omitempty"`
+	// Force: the other host takes it although it keeps VMs off.
+	Force bool `json:"force,omitempty"`
 	// Plan is the ID of the fleet's plan that ordered it, which names this incarnation of the VM.
 	Plan        string `json:"plan,omitempty"`
 	incarnation string
@@ -72,7 +74,7 @@ func (h *Host) sourceWith(r journal.Record, o options, v *eviction) (s evict.Sou
 		// roll back, to end the QEMU here, to do an operator's word.
 		s.Connect = func(context.Context) (*link.Session, error) { return nil, err }
 	}
-	s.TrustDisks = o.TrustDisks
+	s.TrustDisks, s.Forced = o.TrustDisks, o.Force
 	s.Libvirt = h.libvirtOf(r)
 	s.Path, s.Yield, s.GiveBack = h.paths[r.Peer], o.Yield, h.config.GiveBack
 	if o.RateLimit > 0 {
@@ -113,8 +115,12 @@ func (h *Host) evict(ctx context.Context, name, to string, o options,
 	}
 	defer release()
 	h.leaveHuge(name)
+	if o.Plan != "" && vm.Pinned {
+		return nil, &stateError{fmt.Errorf("VM %s is pinned on host %s: the fleet does not move it",
+			name, h.name())}
+	}
 	if !skipChecks {
-		if err := h.checks(ctx, name, to); err != nil {
+		if err := h.checks(ctx, name, to, o.Force); err != nil {
 			return nil, err
 		}
 	}

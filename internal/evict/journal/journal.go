@@ -6,6 +6,7 @@
 //	DIR/ID/log               an eviction, by its ID in hex: the records
 //	DIR/ID/NAME              what is kept with it ([Entry.Keep])
 //	DIR/orders               what a daemon that belongs to a fleet has heard: not of this package
+//	DIR/standing             the same
 //	DIR/.new-ID, *.tmp       not finished when the daemon died: removed by Open
 //
 // A log starts with 16 bytes, "vacate-journal1\n". Records follow. Each is complete in itself, so
@@ -222,8 +223,11 @@ func (j *Journal) open() error {
 
 const newPrefix = ".new-"
 
-// OrdersFile is the name of a file that a journal's directory may have besides.
-const OrdersFile = "orders"
+// Names of files that a journal's directory may have besides.
+const (
+	OrdersFile   = "orders"
+	StandingFile = "standing"
+)
 
 func lockFile(dir string) string { return filepath.Join(dir, "lock") }
 
@@ -268,6 +272,7 @@ func ours(dir string) error {
 	}
 	for _, f := range files {
 		if f.Name() != filepath.Base(lock) && f.Name() != OrdersFile &&
+			f.Name() != StandingFile &&
 			(!f.IsDir() || !isEntry(strings.TrimPrefix(f.Name(), newPrefix))) {
 			return ErrForeign
 		}

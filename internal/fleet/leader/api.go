@@ -176,6 +176,7 @@ type hosts struct{ *Brain }
 type session struct {
 	cancel context.CancelCauseFunc
 	out    chan *fleetv1.LeaderSays
+	heeds  bool // the host heeds Standing
 }
 
 // say has something sent, and reports whether that is so. A host that does not read loses its
@@ -227,7 +228,8 @@ func (t *term) join(ctx context.Context, name string, hello *fleetv1.Hello,
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	s := &session{cancel: cancel, out: make(chan *fleetv1.LeaderSays, 256)}
+	s := &session{cancel: cancel, out: make(chan *fleetv1.LeaderSays, 256),
+		heeds: hello.HeedsStanding}
 	s.out <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Welcome{
 		Welcome: &fleetv1.Welcome{Epoch: uint64(t.Epoch)}}}
 	t.mu.Lock()
@@ -240,6 +242,7 @@ func (t *term) join(ctx context.Context, name string, hello *fleetv1.Hello,
 		h.session.cancel(errors.New("the host has joined anew"))
 	}
 	h.session, h.version = s, hello.Version
+	t.tellStanding(h)
 	t.mu.Unlock()
 	t.log.Info("a host has joined", "host", name, "version", hello.Version)
 	defer func() {

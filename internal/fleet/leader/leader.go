@@ -234,6 +234,36 @@ func (t *term) setRules() {
 		rules = append(rules, r)
 	}
 	t.planner.SetRules(rules)
+	for _, h := range t.hosts {
+		t.tellStanding(h)
+	}
+}
+
+// mostStanding bounds the rules that a host is told, in bytes.
+const mostStanding = 256 << 10
+
+// tellStanding tells a host what it goes by itself when a VM shall come (F6).
+func (t *term) tellStanding(h *hostState) {
+	if h.session == nil || !h.session.heeds {
+		return
+	}
+	m := t.maintenance[h.Name]
+	s := &fleetv1.Standing{Epoch: uint64(t.Epoch), Maintenance: string(m.Phase), Reason: m.Reason}
+	size := 0
+	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
+		r, err := view.ParseRule(t.rules[name].Text)
+		if err != nil || r.Force == view.Should ||
+			r.Relation != view.Apart && r.Relation != view.On {
+			continue
+		}
+		r.Name = name
+		text := r.String()
+		if size += len(text); size > mostStanding {
+			break
+		}
+		s.Rules = append(s.Rules, text)
+	}
+	h.session.say(&fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Standing{Standing: s}})
 }
 
 func (t *term) close() {
@@ -635,6 +665,9 @@ func (t *term) setMaintenance(ctx context.Context, m store.Maintenance) error {
 	} else {
 		t.maintenance[m.Host] = m
 		t.planner.Maintain(m.Maintenance)
+	}
+	if h := t.hosts[m.Host]; h != nil {
+		t.tellStanding(h)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -142,6 +143,8 @@ type fake struct {
 	refuse    string
 	waits     float64 // cores that each VM waits for
 	odd       bool    // what it says of ends makes no sense
+	standing  *fleetv1.Standing
+	old       bool // it knows no Standing
 	evictions []*fleetv1.OrderedEviction
 	refused   []string // orders, by why
 	stream    *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]
@@ -162,7 +165,7 @@ func (f *fake) join(b *server) {
 	ctx, cancel := context.WithCancel(f.Context())
 	stream := fleetv1.NewHostsClient(f.transport(b, f.name), "https://"+b.address).Join(ctx)
 	if err := stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Hello{
-		Hello: &fleetv1.Hello{Version: "test"}}}); err != nil {
+		Hello: &fleetv1.Hello{Version: "test", HeedsStanding: !f.old}}}); err != nil {
 		f.Fatal(err)
 	}
 	first, err := stream.Receive()
@@ -194,6 +197,12 @@ func (f *fake) join(b *server) {
 				f.ended = err
 				f.mu.Unlock()
 				return
+			}
+			if s := m.GetStanding(); s != nil {
+				f.mu.Lock()
+				f.standing = s
+				f.mu.Unlock()
+				continue
 			}
 			f.obey(m.GetOrder())
 		}
@@ -501,6 +510,43 @@ func (s *site) settings(change func(*view.Policy)) {
 	}
 	if err != nil {
 		s.Fatal(err)
+	}
+}
+
+// Hosts are told what keeps VMs off them, but for those that would not understand.
+func TestStanding(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta"), s.host("hostb")
+	b.old = true
+	a.join(one)
+	b.join(one)
+	told := func(f *fake) *fleetv1.Standing {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.standing
+	}
+	s.until("the host is told", func() bool {
+		return told(a).GetEpoch() != 0 && told(a).Maintenance == ""
+	})
+	for name, rule := range map[string]string{"db": "vms name=db* must run apart",
+		"web": "vms name=web* should run apart", "pair": "vms name=x* must run together"} {
+		if _, err := boss.PutRule(t.Context(),
+			connect.NewRequest(&fleetv1.PutRuleRequest{Name: name, Rule: rule})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.until("it is told the rule that it can hold", func() bool {
+		return slices.Equal(told(a).Rules, []string{"db: vms name=db* must run apart"})
+	})
+	s.until("it is told of its drain", func() bool {
+		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
+			Reason: "new memory"}))
+		return err == nil && told(a).Maintenance != "" && told(a).Reason == "new memory"
+	})
+	if told(b) != nil {
+		t.Errorf("an older host is told %v", told(b))
 	}
 }
 

@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	header  = "vacate-orders1 "
-	maxFile = 8 << 10
+	header         = "vacate-orders1 "
+	standingHeader = "vacate-standing1 "
+	maxFile        = 8 << 10
+	maxStanding    = 1 << 20
 )
 
 // File keeps a mark on a disk: one line with a header, a checksum and JSON. It is replaced as a
@@ -30,12 +32,12 @@ type File struct {
 // nobody knows which leaders the host has heard.
 func Open(path string) (*File, error) {
 	f := &File{path: path}
-	b, err := read(path)
+	b, err := read(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return f, nil
 	}
 	if err == nil {
-		f.mark, err = parse(b)
+		f.mark, err = parse[Mark](header, b)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s, which tells what leaders of the fleet this host has heard, "+
@@ -45,7 +47,7 @@ func Open(path string) (*File, error) {
 	return f, nil
 }
 
-func read(path string) ([]byte, error) {
+func read(path string, most int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // #nosec G304
 	if err != nil {
 		return nil, err
@@ -56,32 +58,32 @@ func read(path string) ([]byte, error) {
 	} else if !info.Mode().IsRegular() {
 		return nil, errors.New("it is no regular file")
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(b) > maxFile {
-		err = fmt.Errorf("it has more than %d bytes", maxFile)
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(b)) > most {
+		err = fmt.Errorf("it has more than %d bytes", most)
 	}
 	return b, err
 }
 
-func parse(b []byte) (m Mark, err error) {
+func parse[T any](header string, b []byte) (v T, err error) {
 	rest, ok := bytes.CutPrefix(b, []byte(header))
 	sum, text, found := bytes.Cut(rest, []byte(" "))
 	if !ok || !found {
-		return m, errors.New("it does not begin as such a file does")
+		return v, errors.New("it does not begin as such a file does")
 	}
 	if text, ok = bytes.CutSuffix(text, []byte("\n")); !ok || string(sum) != checksum(text) {
-		return m, errors.New("it is damaged: its checksum differs")
+		return v, errors.New("it is damaged: its checksum differs")
 	}
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
-	err = d.Decode(&m)
-	return m, err
+	err = d.Decode(&v)
+	return v, err
 }
 
 func checksum(b []byte) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE(b)) }
 
-func format(m Mark) ([]byte, error) {
-	text, err := json.Marshal(m)
+func format(header string, v any) ([]byte, error) {
+	text, err := json.Marshal(v)
 	return []byte(header + checksum(text) + " " + string(text) + "\n"), err
 }
 
@@ -94,11 +96,19 @@ func (f *File) Write(m Mark) error {
 	if m == f.mark {
 		return nil
 	}
-	b, err := format(m)
-	if err != nil {
-		return err
+	b, err := format(header, m)
+	if err == nil {
+		err = replace(f.path, b)
 	}
-	tmp := f.path + ".tmp"
+	if err == nil {
+		f.mark = m
+	}
+	return err
+}
+
+// replace makes a file durable in place of the one that there was.
+func replace(path string, b []byte) error {
+	tmp := path + ".tmp"
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -109,18 +119,14 @@ func (f *File) Write(m Mark) error {
 	_, err = t.Write(b)
 	err = errors.Join(err, t.Sync(), t.Close())
 	if err == nil {
-		err = os.Rename(tmp, f.path)
+		err = os.Rename(tmp, path)
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
-	dir, err := os.Open(filepath.Dir(f.path))
+	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
-		return err
-	}
-	f.mark = m
-	return nil
+	return errors.Join(dir.Sync(), dir.Close())
 }

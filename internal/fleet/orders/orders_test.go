@@ -1,9 +1,11 @@
 package orders
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -55,12 +57,12 @@ func TestFile(t *testing.T) {
 	for i := range b { // one bit of each byte
 		bad := strings.Clone(string(b))
 		bad = bad[:i] + string([]byte{b[i] ^ 1}) + bad[i+1:]
-		if m, err := parse([]byte(bad)); err == nil {
+		if m, err := parse[Mark](header, []byte(bad)); err == nil {
 			t.Errorf("%q reads as %+v", bad, m)
 		}
 	}
 	for i := range b {
-		if m, err := parse(b[:i]); err == nil {
+		if m, err := parse[Mark](header, b[:i]); err == nil {
 			t.Errorf("%q reads as %+v", b[:i], m)
 		}
 	}
@@ -70,7 +72,7 @@ func TestFile(t *testing.T) {
 func TestHostileFile(t *testing.T) {
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
-	good, err := format(Mark{Epoch: 1})
+	good, err := format(header, Mark{Epoch: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,24 +89,64 @@ func TestHostileFile(t *testing.T) {
 	}
 }
 
+// What a leader told of the host is there after a restart, and nothing else is read as that.
+func TestStanding(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "standing")
+	if s, err := ReadStanding(path); err != nil || !reflect.DeepEqual(s, Standing{}) {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	want := Standing{Epoch: 5, Phase: "draining", Reason: "new memory",
+		Rules: []string{"vms db must run apart"}}
+	if err := WriteStanding(path, want); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := ReadStanding(path); err != nil || !reflect.DeepEqual(s, want) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if err := WriteStanding(path, Standing{Reason: strings.Repeat("x", maxStanding)}); err == nil {
+		t.Error("one that cannot be read is written")
+	}
+	mark, err := format(header, Mark{Epoch: 1})
+	if err == nil {
+		err = os.WriteFile(path, mark, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err := ReadStanding(path); err == nil {
+		t.Errorf("a mark reads as %+v", s)
+	}
+}
+
 func FuzzParse(f *testing.F) {
-	b, err := format(Mark{Epoch: 1, Plan: 2})
+	b, err := format(header, Mark{Epoch: 1, Plan: 2})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b)
 	f.Add([]byte(header))
+	if b, err = format(standingHeader, Standing{Epoch: 1, Phase: "draining"}); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := parse(b)
-		if err != nil {
-			return
-		}
-		text, err := format(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if again, err := parse(text); err != nil || again != m {
-			t.Errorf("%+v became %+v, %v", m, again, err)
-		}
+		again[Mark](t, header, b)
+		again[Standing](t, standingHeader, b)
 	})
+}
+
+func again[T any](t *testing.T, header string, b []byte) {
+	v, err := parse[T](header, b)
+	if err != nil {
+		return
+	}
+	text, err := format(header, v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w, err := parse[T](header, text); err != nil {
+		t.Errorf("%+v became %+v, %v", v, w, err)
+	} else if second, err := format(header, w); err != nil || !bytes.Equal(second, text) {
+		t.Errorf("%s became %s, %v", text, second, err)
+	}
 }

@@ -75,6 +75,9 @@ type Finding struct {
 	Remedy string `json:"remedy,omitempty"`
 }
 
+// Fleet is the check of what the fleet of a host keeps off it: an operator may overrule that.
+const Fleet = "fleet"
+
 // Worst returns the worst level among findings.
 func Worst(findings []Finding) Level {
 	worst := OK

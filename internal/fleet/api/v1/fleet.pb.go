@@ -131,7 +131,9 @@ func (*HostSays_Answer) isHostSays_What() {}
 type Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Version of vacated.
-	Version       string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	// It heeds Standing. An older host ends the stream when it is told what it does not know.
+	HeedsStanding bool `protobuf:"varint,2,opt,name=heeds_standing,json=heedsStanding,proto3" json:"heeds_standing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -171,6 +173,13 @@ func (x *Hello) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *Hello) GetHeedsStanding() bool {
+	if x != nil {
+		return x.HeedsStanding
+	}
+	return false
 }
 
 // What a host remembers of orders: F3 in docs/protocol.md.
@@ -758,6 +767,7 @@ type LeaderSays struct {
 	//	*LeaderSays_Elsewhere
 	//	*LeaderSays_Welcome
 	//	*LeaderSays_Order
+	//	*LeaderSays_Standing
 	What          isLeaderSays_What `protobuf_oneof:"what"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -827,6 +837,15 @@ func (x *LeaderSays) GetOrder() *Order {
 	return nil
 }
 
+func (x *LeaderSays) GetStanding() *Standing {
+	if x != nil {
+		if x, ok := x.What.(*LeaderSays_Standing); ok {
+			return x.Standing
+		}
+	}
+	return nil
+}
+
 type isLeaderSays_What interface {
 	isLeaderSays_What()
 }
@@ -843,11 +862,17 @@ type LeaderSays_Order struct {
 	Order *Order `protobuf:"bytes,3,opt,name=order,proto3,oneof"`
 }
 
+type LeaderSays_Standing struct {
+	Standing *Standing `protobuf:"bytes,4,opt,name=standing,proto3,oneof"`
+}
+
 func (*LeaderSays_Elsewhere) isLeaderSays_What() {}
 
 func (*LeaderSays_Welcome) isLeaderSays_What() {}
 
 func (*LeaderSays_Order) isLeaderSays_What() {}
+
+func (*LeaderSays_Standing) isLeaderSays_What() {}
 
 // Another member leads.
 type Elsewhere struct {
@@ -939,6 +964,77 @@ func (x *Welcome) GetEpoch() uint64 {
 	return 0
 }
 
+// What a host goes by itself when a VM shall come: F6 in docs/protocol.md. It stands in for all that was told before.
+type Standing struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Epoch uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// As Host.maintenance has it, and why.
+	Maintenance string `protobuf:"bytes,2,opt,name=maintenance,proto3" json:"maintenance,omitempty"`
+	Reason      string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Those that the host can hold by what runs on it, as `vacate fleet rules` writes them.
+	Rules         []string `protobuf:"bytes,4,rep,name=rules,proto3" json:"rules,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Standing) Reset() {
+	*x = Standing{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Standing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Standing) ProtoMessage() {}
+
+func (x *Standing) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Standing.ProtoReflect.Descriptor instead.
+func (*Standing) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Standing) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Standing) GetMaintenance() string {
+	if x != nil {
+		return x.Maintenance
+	}
+	return ""
+}
+
+func (x *Standing) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Standing) GetRules() []string {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
 // Evict a VM.
 type Order struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -956,7 +1052,7 @@ type Order struct {
 
 func (x *Order) Reset() {
 	*x = Order{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[11]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -968,7 +1064,7 @@ func (x *Order) String() string {
 func (*Order) ProtoMessage() {}
 
 func (x *Order) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[11]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -981,7 +1077,7 @@ func (x *Order) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Order.ProtoReflect.Descriptor instead.
 func (*Order) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{11}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Order) GetEpoch() uint64 {
@@ -1041,7 +1137,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[12]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1149,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[12]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1162,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{12}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{13}
 }
 
 type StatusResponse struct {
@@ -1096,7 +1192,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[13]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1204,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[13]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1217,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{13}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StatusResponse) GetMember() string {
@@ -1230,7 +1326,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[14]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1242,7 +1338,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[14]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1255,7 +1351,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{14}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{15}
 }
 
 type ListHostsResponse struct {
@@ -1267,7 +1363,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[15]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1375,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[15]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1388,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{15}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -1326,7 +1422,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[16]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1434,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[16]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1447,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{16}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Host) GetName() string {
@@ -1453,7 +1549,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[17]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1561,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[17]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1574,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{17}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DrainRequest) GetHost() string {
@@ -1530,7 +1626,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[18]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +1638,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[18]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +1651,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{18}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DrainResponse) GetTakesS() float64 {
@@ -1590,7 +1686,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[19]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1698,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[19]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1711,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{19}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Step) GetVm() string {
@@ -1648,7 +1744,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[20]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1756,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[20]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1769,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{20}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoreRequest) GetHost() string {
@@ -1693,7 +1789,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1801,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1814,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{21}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RestoreResponse) GetVms() []string {
@@ -1738,7 +1834,7 @@ type ListDecisionsRequest struct {
 
 func (x *ListDecisionsRequest) Reset() {
 	*x = ListDecisionsRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1750,7 +1846,7 @@ func (x *ListDecisionsRequest) String() string {
 func (*ListDecisionsRequest) ProtoMessage() {}
 
 func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1763,7 +1859,7 @@ func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListDecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{22}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListDecisionsRequest) GetMost() uint32 {
@@ -1782,7 +1878,7 @@ type ListDecisionsResponse struct {
 
 func (x *ListDecisionsResponse) Reset() {
 	*x = ListDecisionsResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1890,7 @@ func (x *ListDecisionsResponse) String() string {
 func (*ListDecisionsResponse) ProtoMessage() {}
 
 func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1903,7 @@ func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListDecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{23}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListDecisionsResponse) GetDecisions() []*Decision {
@@ -1851,7 +1947,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1863,7 +1959,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1876,7 +1972,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{24}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Decision) GetId() string {
@@ -2044,7 +2140,7 @@ type ApproveRequest struct {
 
 func (x *ApproveRequest) Reset() {
 	*x = ApproveRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2056,7 +2152,7 @@ func (x *ApproveRequest) String() string {
 func (*ApproveRequest) ProtoMessage() {}
 
 func (x *ApproveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2069,7 +2165,7 @@ func (x *ApproveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRequest.ProtoReflect.Descriptor instead.
 func (*ApproveRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{25}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ApproveRequest) GetId() string {
@@ -2099,7 +2195,7 @@ type PlaceRequest struct {
 
 func (x *PlaceRequest) Reset() {
 	*x = PlaceRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2111,7 +2207,7 @@ func (x *PlaceRequest) String() string {
 func (*PlaceRequest) ProtoMessage() {}
 
 func (x *PlaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2124,7 +2220,7 @@ func (x *PlaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{26}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PlaceRequest) GetMemory() uint64 {
@@ -2166,7 +2262,7 @@ type PlaceResponse struct {
 
 func (x *PlaceResponse) Reset() {
 	*x = PlaceResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2274,7 @@ func (x *PlaceResponse) String() string {
 func (*PlaceResponse) ProtoMessage() {}
 
 func (x *PlaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2287,7 @@ func (x *PlaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceResponse.ProtoReflect.Descriptor instead.
 func (*PlaceResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{27}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PlaceResponse) GetChoices() []*Choice {
@@ -2219,7 +2315,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2327,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2340,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{28}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Choice) GetHost() string {
@@ -2269,7 +2365,7 @@ type ListRulesRequest struct {
 
 func (x *ListRulesRequest) Reset() {
 	*x = ListRulesRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2281,7 +2377,7 @@ func (x *ListRulesRequest) String() string {
 func (*ListRulesRequest) ProtoMessage() {}
 
 func (x *ListRulesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2294,7 +2390,7 @@ func (x *ListRulesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRulesRequest.ProtoReflect.Descriptor instead.
 func (*ListRulesRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{29}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{30}
 }
 
 type ListRulesResponse struct {
@@ -2307,7 +2403,7 @@ type ListRulesResponse struct {
 
 func (x *ListRulesResponse) Reset() {
 	*x = ListRulesResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2319,7 +2415,7 @@ func (x *ListRulesResponse) String() string {
 func (*ListRulesResponse) ProtoMessage() {}
 
 func (x *ListRulesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2332,7 +2428,7 @@ func (x *ListRulesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRulesResponse.ProtoReflect.Descriptor instead.
 func (*ListRulesResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{30}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListRulesResponse) GetRules() []*Rule {
@@ -2361,7 +2457,7 @@ type Rule struct {
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2373,7 +2469,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2386,7 +2482,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{31}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Rule) GetName() string {
@@ -2421,7 +2517,7 @@ type PutRuleRequest struct {
 
 func (x *PutRuleRequest) Reset() {
 	*x = PutRuleRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2529,7 @@ func (x *PutRuleRequest) String() string {
 func (*PutRuleRequest) ProtoMessage() {}
 
 func (x *PutRuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2542,7 @@ func (x *PutRuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutRuleRequest.ProtoReflect.Descriptor instead.
 func (*PutRuleRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{32}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PutRuleRequest) GetName() string {
@@ -2472,7 +2568,7 @@ type RemoveRuleRequest struct {
 
 func (x *RemoveRuleRequest) Reset() {
 	*x = RemoveRuleRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2580,7 @@ func (x *RemoveRuleRequest) String() string {
 func (*RemoveRuleRequest) ProtoMessage() {}
 
 func (x *RemoveRuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2593,7 @@ func (x *RemoveRuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRuleRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRuleRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{33}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RemoveRuleRequest) GetName() string {
@@ -2516,7 +2612,7 @@ type SetModeRequest struct {
 
 func (x *SetModeRequest) Reset() {
 	*x = SetModeRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2528,7 +2624,7 @@ func (x *SetModeRequest) String() string {
 func (*SetModeRequest) ProtoMessage() {}
 
 func (x *SetModeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2541,7 +2637,7 @@ func (x *SetModeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetModeRequest.ProtoReflect.Descriptor instead.
 func (*SetModeRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{34}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SetModeRequest) GetMode() string {
@@ -2560,7 +2656,7 @@ type ForgetRequest struct {
 
 func (x *ForgetRequest) Reset() {
 	*x = ForgetRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +2668,7 @@ func (x *ForgetRequest) String() string {
 func (*ForgetRequest) ProtoMessage() {}
 
 func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +2681,7 @@ func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRequest.ProtoReflect.Descriptor instead.
 func (*ForgetRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{35}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ForgetRequest) GetHost() string {
@@ -2603,7 +2699,7 @@ type ForgetResponse struct {
 
 func (x *ForgetResponse) Reset() {
 	*x = ForgetResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2711,7 @@ func (x *ForgetResponse) String() string {
 func (*ForgetResponse) ProtoMessage() {}
 
 func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2724,7 @@ func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetResponse.ProtoReflect.Descriptor instead.
 func (*ForgetResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{36}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{37}
 }
 
 var File_internal_fleet_api_v1_fleet_proto protoreflect.FileDescriptor
@@ -2640,9 +2736,10 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x16.vacate.fleet.v1.HelloH\x00R\x05hello\x121\n" +
 	"\x06report\x18\x02 \x01(\v2\x17.vacate.fleet.v1.ReportH\x00R\x06report\x121\n" +
 	"\x06answer\x18\x03 \x01(\v2\x17.vacate.fleet.v1.AnswerH\x00R\x06answerB\x06\n" +
-	"\x04what\"!\n" +
+	"\x04what\"H\n" +
 	"\x05Hello\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\"0\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12%\n" +
+	"\x0eheeds_standing\x18\x02 \x01(\bR\rheedsStanding\"0\n" +
 	"\x04Mark\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
 	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\xdb\x01\n" +
@@ -2703,17 +2800,23 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x04plan\x18\x02 \x01(\x04R\x04plan\x12\x18\n" +
 	"\arefused\x18\x03 \x01(\tR\arefused\x12\x1f\n" +
 	"\veviction_id\x18\x04 \x01(\tR\n" +
-	"evictionId\"\xb6\x01\n" +
+	"evictionId\"\xef\x01\n" +
 	"\n" +
 	"LeaderSays\x12:\n" +
 	"\telsewhere\x18\x01 \x01(\v2\x1a.vacate.fleet.v1.ElsewhereH\x00R\telsewhere\x124\n" +
 	"\awelcome\x18\x02 \x01(\v2\x18.vacate.fleet.v1.WelcomeH\x00R\awelcome\x12.\n" +
-	"\x05order\x18\x03 \x01(\v2\x16.vacate.fleet.v1.OrderH\x00R\x05orderB\x06\n" +
+	"\x05order\x18\x03 \x01(\v2\x16.vacate.fleet.v1.OrderH\x00R\x05order\x127\n" +
+	"\bstanding\x18\x04 \x01(\v2\x19.vacate.fleet.v1.StandingH\x00R\bstandingB\x06\n" +
 	"\x04what\"#\n" +
 	"\tElsewhere\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\tR\x06leader\"\x1f\n" +
 	"\aWelcome\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"\xa0\x01\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"p\n" +
+	"\bStanding\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12 \n" +
+	"\vmaintenance\x18\x02 \x01(\tR\vmaintenance\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x14\n" +
+	"\x05rules\x18\x04 \x03(\tR\x05rules\"\xa0\x01\n" +
 	"\x05Order\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
 	"\x04plan\x18\x02 \x01(\x04R\x04plan\x12\x17\n" +
@@ -2872,7 +2975,7 @@ func file_internal_fleet_api_v1_fleet_proto_rawDescGZIP() []byte {
 	return file_internal_fleet_api_v1_fleet_proto_rawDescData
 }
 
-var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*HostSays)(nil),              // 0: vacate.fleet.v1.HostSays
 	(*Hello)(nil),                 // 1: vacate.fleet.v1.Hello
@@ -2885,34 +2988,35 @@ var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*LeaderSays)(nil),            // 8: vacate.fleet.v1.LeaderSays
 	(*Elsewhere)(nil),             // 9: vacate.fleet.v1.Elsewhere
 	(*Welcome)(nil),               // 10: vacate.fleet.v1.Welcome
-	(*Order)(nil),                 // 11: vacate.fleet.v1.Order
-	(*StatusRequest)(nil),         // 12: vacate.fleet.v1.StatusRequest
-	(*StatusResponse)(nil),        // 13: vacate.fleet.v1.StatusResponse
-	(*ListHostsRequest)(nil),      // 14: vacate.fleet.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),     // 15: vacate.fleet.v1.ListHostsResponse
-	(*Host)(nil),                  // 16: vacate.fleet.v1.Host
-	(*DrainRequest)(nil),          // 17: vacate.fleet.v1.DrainRequest
-	(*DrainResponse)(nil),         // 18: vacate.fleet.v1.DrainResponse
-	(*Step)(nil),                  // 19: vacate.fleet.v1.Step
-	(*RestoreRequest)(nil),        // 20: vacate.fleet.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 21: vacate.fleet.v1.RestoreResponse
-	(*ListDecisionsRequest)(nil),  // 22: vacate.fleet.v1.ListDecisionsRequest
-	(*ListDecisionsResponse)(nil), // 23: vacate.fleet.v1.ListDecisionsResponse
-	(*Decision)(nil),              // 24: vacate.fleet.v1.Decision
-	(*ApproveRequest)(nil),        // 25: vacate.fleet.v1.ApproveRequest
-	(*PlaceRequest)(nil),          // 26: vacate.fleet.v1.PlaceRequest
-	(*PlaceResponse)(nil),         // 27: vacate.fleet.v1.PlaceResponse
-	(*Choice)(nil),                // 28: vacate.fleet.v1.Choice
-	(*ListRulesRequest)(nil),      // 29: vacate.fleet.v1.ListRulesRequest
-	(*ListRulesResponse)(nil),     // 30: vacate.fleet.v1.ListRulesResponse
-	(*Rule)(nil),                  // 31: vacate.fleet.v1.Rule
-	(*PutRuleRequest)(nil),        // 32: vacate.fleet.v1.PutRuleRequest
-	(*RemoveRuleRequest)(nil),     // 33: vacate.fleet.v1.RemoveRuleRequest
-	(*SetModeRequest)(nil),        // 34: vacate.fleet.v1.SetModeRequest
-	(*ForgetRequest)(nil),         // 35: vacate.fleet.v1.ForgetRequest
-	(*ForgetResponse)(nil),        // 36: vacate.fleet.v1.ForgetResponse
-	nil,                           // 37: vacate.fleet.v1.Load.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
+	(*Standing)(nil),              // 11: vacate.fleet.v1.Standing
+	(*Order)(nil),                 // 12: vacate.fleet.v1.Order
+	(*StatusRequest)(nil),         // 13: vacate.fleet.v1.StatusRequest
+	(*StatusResponse)(nil),        // 14: vacate.fleet.v1.StatusResponse
+	(*ListHostsRequest)(nil),      // 15: vacate.fleet.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),     // 16: vacate.fleet.v1.ListHostsResponse
+	(*Host)(nil),                  // 17: vacate.fleet.v1.Host
+	(*DrainRequest)(nil),          // 18: vacate.fleet.v1.DrainRequest
+	(*DrainResponse)(nil),         // 19: vacate.fleet.v1.DrainResponse
+	(*Step)(nil),                  // 20: vacate.fleet.v1.Step
+	(*RestoreRequest)(nil),        // 21: vacate.fleet.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 22: vacate.fleet.v1.RestoreResponse
+	(*ListDecisionsRequest)(nil),  // 23: vacate.fleet.v1.ListDecisionsRequest
+	(*ListDecisionsResponse)(nil), // 24: vacate.fleet.v1.ListDecisionsResponse
+	(*Decision)(nil),              // 25: vacate.fleet.v1.Decision
+	(*ApproveRequest)(nil),        // 26: vacate.fleet.v1.ApproveRequest
+	(*PlaceRequest)(nil),          // 27: vacate.fleet.v1.PlaceRequest
+	(*PlaceResponse)(nil),         // 28: vacate.fleet.v1.PlaceResponse
+	(*Choice)(nil),                // 29: vacate.fleet.v1.Choice
+	(*ListRulesRequest)(nil),      // 30: vacate.fleet.v1.ListRulesRequest
+	(*ListRulesResponse)(nil),     // 31: vacate.fleet.v1.ListRulesResponse
+	(*Rule)(nil),                  // 32: vacate.fleet.v1.Rule
+	(*PutRuleRequest)(nil),        // 33: vacate.fleet.v1.PutRuleRequest
+	(*RemoveRuleRequest)(nil),     // 34: vacate.fleet.v1.RemoveRuleRequest
+	(*SetModeRequest)(nil),        // 35: vacate.fleet.v1.SetModeRequest
+	(*ForgetRequest)(nil),         // 36: vacate.fleet.v1.ForgetRequest
+	(*ForgetResponse)(nil),        // 37: vacate.fleet.v1.ForgetResponse
+	nil,                           // 38: vacate.fleet.v1.Load.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
 }
 var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	1,  // 0: vacate.fleet.v1.HostSays.hello:type_name -> vacate.fleet.v1.Hello
@@ -2922,55 +3026,56 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	6,  // 4: vacate.fleet.v1.Report.evictions:type_name -> vacate.fleet.v1.OrderedEviction
 	4,  // 5: vacate.fleet.v1.Report.load:type_name -> vacate.fleet.v1.Load
 	5,  // 6: vacate.fleet.v1.Report.vms:type_name -> vacate.fleet.v1.VM
-	37, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
-	38, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
-	38, // 9: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
+	38, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
+	39, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
+	39, // 9: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
 	9,  // 10: vacate.fleet.v1.LeaderSays.elsewhere:type_name -> vacate.fleet.v1.Elsewhere
 	10, // 11: vacate.fleet.v1.LeaderSays.welcome:type_name -> vacate.fleet.v1.Welcome
-	11, // 12: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
-	38, // 13: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
-	16, // 14: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
-	4,  // 15: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
-	5,  // 16: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
-	38, // 17: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
-	38, // 18: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
-	19, // 19: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
-	24, // 20: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
-	38, // 21: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	38, // 22: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
-	28, // 23: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
-	31, // 24: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
-	0,  // 25: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
-	12, // 26: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
-	14, // 27: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
-	17, // 28: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
-	20, // 29: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
-	22, // 30: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
-	25, // 31: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
-	26, // 32: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
-	29, // 33: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
-	32, // 34: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
-	33, // 35: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
-	34, // 36: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
-	35, // 37: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
-	8,  // 38: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
-	13, // 39: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
-	15, // 40: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
-	18, // 41: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
-	21, // 42: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
-	23, // 43: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
-	24, // 44: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
-	27, // 45: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
-	30, // 46: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
-	30, // 47: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	30, // 48: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	13, // 49: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
-	36, // 50: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
-	38, // [38:51] is the sub-list for method output_type
-	25, // [25:38] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	12, // 12: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
+	11, // 13: vacate.fleet.v1.LeaderSays.standing:type_name -> vacate.fleet.v1.Standing
+	39, // 14: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	17, // 15: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
+	4,  // 16: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
+	5,  // 17: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
+	39, // 18: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
+	39, // 19: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
+	20, // 20: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
+	25, // 21: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
+	39, // 22: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	39, // 23: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
+	29, // 24: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
+	32, // 25: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
+	0,  // 26: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
+	13, // 27: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
+	15, // 28: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
+	18, // 29: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
+	21, // 30: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
+	23, // 31: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
+	26, // 32: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
+	27, // 33: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
+	30, // 34: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
+	33, // 35: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
+	34, // 36: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
+	35, // 37: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
+	36, // 38: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
+	8,  // 39: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
+	14, // 40: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
+	16, // 41: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
+	19, // 42: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
+	22, // 43: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
+	24, // 44: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
+	25, // 45: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
+	28, // 46: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
+	31, // 47: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
+	31, // 48: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	31, // 49: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	14, // 50: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
+	37, // 51: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
+	39, // [39:52] is the sub-list for method output_type
+	26, // [26:39] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_internal_fleet_api_v1_fleet_proto_init() }
@@ -2988,17 +3093,18 @@ func file_internal_fleet_api_v1_fleet_proto_init() {
 		(*LeaderSays_Elsewhere)(nil),
 		(*LeaderSays_Welcome)(nil),
 		(*LeaderSays_Order)(nil),
+		(*LeaderSays_Standing)(nil),
 	}
-	file_internal_fleet_api_v1_fleet_proto_msgTypes[16].OneofWrappers = []any{}
-	file_internal_fleet_api_v1_fleet_proto_msgTypes[18].OneofWrappers = []any{}
-	file_internal_fleet_api_v1_fleet_proto_msgTypes[24].OneofWrappers = []any{}
+	file_internal_fleet_api_v1_fleet_proto_msgTypes[17].OneofWrappers = []any{}
+	file_internal_fleet_api_v1_fleet_proto_msgTypes[19].OneofWrappers = []any{}
+	file_internal_fleet_api_v1_fleet_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_fleet_api_v1_fleet_proto_rawDesc), len(file_internal_fleet_api_v1_fleet_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

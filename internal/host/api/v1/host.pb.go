@@ -1345,7 +1345,9 @@ type EvictOptions struct {
 	// the eviction is aborted. 0: 5000.
 	LoadTimeoutMs uint32 `protobuf:"varint,6,opt,name=load_timeout_ms,json=loadTimeoutMs,proto3" json:"load_timeout_ms,omitempty"`
 	// The checks of Doctor are left out. What would harm the VM is refused all the same.
-	SkipChecks    bool `protobuf:"varint,7,opt,name=skip_checks,json=skipChecks,proto3" json:"skip_checks,omitempty"`
+	SkipChecks bool `protobuf:"varint,7,opt,name=skip_checks,json=skipChecks,proto3" json:"skip_checks,omitempty"`
+	// The other host takes the VM although it keeps VMs off: it is emptied for maintenance, or a rule of its fleet forbids it.
+	Force         bool `protobuf:"varint,8,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1425,6 +1427,13 @@ func (x *EvictOptions) GetLoadTimeoutMs() uint32 {
 func (x *EvictOptions) GetSkipChecks() bool {
 	if x != nil {
 		return x.SkipChecks
+	}
+	return false
+}
+
+func (x *EvictOptions) GetForce() bool {
+	if x != nil {
+		return x.Force
 	}
 	return false
 }
@@ -4199,7 +4208,7 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\fEvictRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x126\n" +
-	"\aoptions\x18\x03 \x01(\v2\x1c.vacate.host.v1.EvictOptionsR\aoptions\"\xe5\x01\n" +
+	"\aoptions\x18\x03 \x01(\v2\x1c.vacate.host.v1.EvictOptionsR\aoptions\"\xfb\x01\n" +
 	"\fEvictOptions\x12\x14\n" +
 	"\x05order\x18\x01 \x01(\tR\x05order\x12$\n" +
 	"\renlightenment\x18\x02 \x01(\tR\renlightenment\x12\x1b\n" +
@@ -4209,7 +4218,8 @@ const file_internal_host_api_v1_host_proto_rawDesc = "" +
 	"\x05yield\x18\x05 \x01(\bR\x05yield\x12&\n" +
 	"\x0fload_timeout_ms\x18\x06 \x01(\rR\rloadTimeoutMs\x12\x1f\n" +
 	"\vskip_checks\x18\a \x01(\bR\n" +
-	"skipChecks\"6\n" +
+	"skipChecks\x12\x14\n" +
+	"\x05force\x18\b \x01(\bR\x05force\"6\n" +
 	"\fAbortRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb1\x01\n" +
