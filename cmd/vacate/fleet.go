@@ -14,6 +14,7 @@ import (
 
 	"vacate/internal/cli"
 	fleetv1 "vacate/internal/fleet/api/v1"
+	"vacate/internal/fleet/view"
 	"vacate/internal/link/certs"
 	"vacate/internal/sys/units"
 
@@ -201,10 +202,13 @@ func fleetDrainCommand() *cobra.Command {
 	c := fleetAsk(&cobra.Command{
 		Use: "drain HOST", Short: "Empty a host, and keep it empty", Args: cobra.ExactArgs(1),
 		Long: `Has all VMs of a host evicted to others, and keeps VMs off it until vacate fleet
-restore. No VM is stopped: one that cannot leave stays, and is named with the
-reason. That holds until it is restored, also through restarts. With --dry-run,
-only says how long it will take, and which VMs cannot leave.`,
+restore. HOST is a name, or a selector such as rack=r1 for all hosts with these
+labels: none of them takes a VM of another one. No VM is stopped: one that
+cannot leave stays, and is named with the reason. That holds until it is
+restored, also through restarts. With --dry-run, only says how long it will
+take, and which VMs cannot leave.`,
 		Example: `  vacate fleet drain hosta --dry-run
+  vacate fleet drain rack=r1 --dry-run
   vacate fleet drain hosta --by 22:00 --reason "new memory"`,
 	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
 		q := &fleetv1.DrainRequest{Host: args[0], Reason: reason, DryRun: dry, Rate: uint64(rate)}
@@ -246,6 +250,13 @@ func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, 
 	for _, s := range r.Steps {
 		fmt.Fprintf(w, "%s goes to %s, within %.0f s\n", clean(s.Vm), clean(s.To), s.DoneS)
 	}
+	for _, h := range r.Hosts {
+		if len(r.Hosts) > 1 && h.DoneS != nil {
+			fmt.Fprintf(w, "%s is empty within %.0f s\n", clean(h.Host), *h.DoneS)
+		} else if len(r.Hosts) > 1 {
+			fmt.Fprintf(w, "%s does not get empty\n", clean(h.Host))
+		}
+	}
 	for _, s := range r.Staying {
 		fmt.Fprintf(w, "stays: %s\n", clean(s))
 	}
@@ -265,16 +276,16 @@ func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, 
 func fleetRestoreCommand() *cobra.Command {
 	return fleetAsk(&cobra.Command{
 		Use: "restore HOST", Short: "Have a host take VMs again after a drain",
-		Long: `Ends the drain of a host. VMs that were there come back, each if that helps: its
-place there is better than where it is.`,
+		Long: `Ends the drain of a host, or of all that a selector names. VMs that were there
+come back, each if that helps: its place there is better than where it is.`,
 		Args: cobra.ExactArgs(1),
 	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
 		r, err := b.Restore(ctx, connect.NewRequest(&fleetv1.RestoreRequest{Host: args[0]}))
 		if err != nil {
 			return nil, err
 		}
-		fmt.Fprintf(w, "%s takes VMs again; %d that were there come back if that helps\n",
-			clean(args[0]), len(r.Msg.Vms))
+		fmt.Fprintf(w, "%s: takes VMs again; %d that were there come back if that helps\n",
+			clean(strings.Join(r.Msg.Hosts, ", ")), len(r.Msg.Vms))
 		return r.Msg, nil
 	})
 }
@@ -333,14 +344,18 @@ func fleetApproveCommand() *cobra.Command {
 func fleetPlaceCommand() *cobra.Command {
 	var memory cli.MiB
 	var cpu float64
-	var name string
+	var name, labels string
 	c := fleetAsk(&cobra.Command{
 		Use: "place", Short: "Say where a new VM would best start",
 		Example: "  vacate fleet place --memory 8G --cpu 2", Args: cobra.NoArgs,
 	}, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
+		l, err := view.ParseLabels(labels)
+		if err != nil {
+			return nil, err
+		}
 		r, err := b.Place(ctx,
 			connect.NewRequest(&fleetv1.PlaceRequest{Memory: uint64(memory) << 20,
-				Cpu: cpu, Name: name}))
+				Cpu: cpu, Name: name, Labels: l}))
 		if err != nil {
 			return nil, err
 		}
@@ -355,6 +370,7 @@ func fleetPlaceCommand() *cobra.Command {
 	c.Flags().Var(&memory, "memory", "`SIZE` of its memory, such as 8G")
 	c.Flags().Float64Var(&cpu, "cpu", 1, "cores that it will want")
 	c.Flags().StringVar(&name, "name", "", "its name, for rules that are about it")
+	c.Flags().StringVar(&labels, "labels", "", "its `LABELS`, the same, such as app=db,tier=prod")
 	return c
 }
 

@@ -100,6 +100,7 @@ A VM (in vms, on both hosts, under one name; a host starts only what is here):
   trust_disks = ["data"]                # on your word the same on the other host
   pinned  = true                        # never chosen to leave; default: false
   priority = 1                          # the least are chosen first; default: 0
+  labels  = { app = "db" }              # what rules of a fleet may name it by
 {incoming} becomes the options with which a QEMU waits for the VM, or nothing.
 
 fence is run for vacate decide --fence, without a shell; {host} becomes the

@@ -12,6 +12,7 @@ import (
 	"vacate/internal/fleet/orders"
 	"vacate/internal/fleet/place"
 	"vacate/internal/fleet/view"
+	"vacate/internal/host/hypervisor"
 )
 
 // readStanding reads what the host was told before the daemon started. What cannot be read is told,
@@ -82,7 +83,8 @@ func (h *Host) admit(ctx context.Context, name string) error {
 	if len(rules) == 0 || name == "" {
 		return nil
 	}
-	guest := view.VM{Name: name}
+	vm, _ := hypervisor.Find(h.config.VMs, name) // a domain's labels come with it
+	guest := view.VM{Name: name, Labels: vm.Labels}
 	here := view.Report{Seen: time.Now(), Host: view.Host{Name: h.name(),
 		Labels: h.fleet.config.Labels, CPUs: 1}}
 	for _, p := range h.portraits(ctx) {
@@ -92,7 +94,7 @@ func (h *Host) admit(ctx context.Context, name string) error {
 		v := h.openFor(p.vm.Name)
 		coming := v != nil && v.entry.Record().Role == journal.Destination
 		if coming || h.fleet.tell(p) != nil {
-			here.VMs = append(here.VMs, view.VM{Name: p.vm.Name})
+			here.VMs = append(here.VMs, view.VM{Name: p.vm.Name, Labels: p.vm.Labels})
 		}
 	}
 	// Whether there is room is found with the offer itself.

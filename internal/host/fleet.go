@@ -346,7 +346,7 @@ func (m *fleetMember) tell(v portrait) *fleetv1.VM {
 		Vcpus: uint32(len(v.vcpus)), Cpu: v.load.CPU, Waiting: v.load.Waiting,
 		Overhead: v.load.Overhead, Resident: v.load.Resident, Memory: v.load.Resident,
 		InUse: v.load.Resident, Hot: v.load.Resident, Priority: int32(v.vm.Priority),
-		Pinned: v.vm.Pinned, Barred: v.evicting}
+		Pinned: v.vm.Pinned, Barred: v.evicting, Labels: v.vm.Labels}
 	if e := m.openFor(v.vm.Name); e != nil {
 		e.mu.Lock()
 		state := e.state

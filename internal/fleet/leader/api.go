@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"path"
 	"slices"
+	"strings"
 	"time"
 
 	fleetv1 "vacate/internal/fleet/api/v1"
@@ -444,9 +446,38 @@ func (b operators) ListHosts(ctx context.Context, _ *connect.Request[fleetv1.Lis
 
 func staying(list []place.Stay) (text []string) {
 	for _, s := range list {
+		if s.VM == "" { // the host is not known any more
+			s.VM = s.Host
+		}
 		text = append(text, s.VM+": "+s.Why)
 	}
 	return text
+}
+
+// pick returns the hosts that a name or a selector names, in order of name.
+func (t *term) pick(text string) ([]*hostState, error) {
+	if h := t.hosts[text]; h != nil {
+		return []*hostState{h}, nil
+	}
+	if !strings.ContainsAny(text, "=!,") {
+		return nil, unknown("the fleet has no host %q: see vacate fleet hosts. A selector, such as "+
+			"rack=r1, names hosts by their labels", text)
+	}
+	sel, err := view.ParseSelector(text)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	var picked []*hostState
+	for _, name := range slices.Sorted(maps.Keys(t.hosts)) {
+		if h := t.hosts[name]; sel.Picks(name, h.told.Host.Labels) {
+			picked = append(picked, h)
+		}
+	}
+	if len(picked) == 0 {
+		return nil, unknown("no host of the fleet is as %q says: a host's labels are in its "+
+			"vacated.toml, and are known once it has reported", text)
+	}
+	return picked, nil
 }
 
 // Drain implements fleetv1.FleetHandler.
@@ -457,22 +488,47 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		return nil, err
 	}
 	now := time.Now()
-	name, _ := asker(ctx)
-	m := store.Maintenance{Maintenance: view.Maintenance{Host: req.Msg.Host, Phase: view.Draining,
-		Reason: req.Msg.Reason, Asked: now.UTC(), Rate: float64(req.Msg.Rate)}, Who: name}
-	if len(m.Reason) > maxReason {
+	who, _ := asker(ctx)
+	if len(req.Msg.Reason) > maxReason {
 		return nil, invalid(fmt.Errorf("the reason has more than %d bytes", maxReason))
 	}
-	if req.Msg.By != nil {
-		m.By = req.Msg.By.AsTime()
-	}
 	t.mu.Lock()
-	h := t.hosts[req.Msg.Host]
-	if h == nil {
+	picked, err := t.pick(req.Msg.Host)
+	if err != nil {
 		t.mu.Unlock()
-		return nil, unknown("the fleet has no host %q: see vacate fleet hosts", req.Msg.Host)
+		return nil, err
 	}
-	f := t.planner.Forecast(now, tick, h.Name)
+	names, known := make([]string, len(picked)), true
+	drains := make([]store.Maintenance, len(picked))
+	for i, h := range picked {
+		names[i], known = h.Name, known && h.report != nil
+		drains[i] = t.drainOf(h, req.Msg, who, now)
+	}
+	f := t.planner.Forecast(now, tick, names...)
+	t.mu.Unlock()
+	r := forecast(f, names)
+	if known {
+		takes := f.Takes.Seconds()
+		r.TakesS = &takes
+	}
+	if !req.Msg.DryRun {
+		for _, m := range drains {
+			if err := t.setMaintenance(ctx, m); err != nil {
+				return nil, connect.NewError(connect.CodeUnavailable, err)
+			}
+		}
+	}
+	return connect.NewResponse(r), nil
+}
+
+// drainOf is the maintenance that an operator asks for.
+func (t *term) drainOf(h *hostState, q *fleetv1.DrainRequest, who string,
+	now time.Time) store.Maintenance {
+	m := store.Maintenance{Maintenance: view.Maintenance{Host: h.Name, Phase: view.Draining,
+		Reason: q.Reason, Asked: now.UTC(), Rate: float64(q.Rate)}, Who: who}
+	if q.By != nil {
+		m.By = q.By.AsTime()
+	}
 	for _, v := range h.told.VMs {
 		m.Left = append(m.Left, v.Name)
 	}
@@ -483,22 +539,29 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 			}
 		}
 	}
-	reported := h.report != nil
-	t.mu.Unlock()
+	return m
+}
+
+// forecast is what comes of a drain as operators are told.
+func forecast(f place.Forecast, names []string) *fleetv1.DrainResponse {
 	r := &fleetv1.DrainResponse{Staying: staying(f.Stay)}
-	if reported {
-		takes := f.Takes.Seconds()
-		r.TakesS = &takes
-	}
 	for _, s := range f.Steps {
-		r.Steps = append(r.Steps, &fleetv1.Step{Vm: s.VM, To: s.To, DoneS: s.End.Seconds()})
+		r.Steps = append(r.Steps, &fleetv1.Step{Vm: s.VM, From: s.From, To: s.To,
+			DoneS: s.End.Seconds()})
 	}
-	if !req.Msg.DryRun {
-		if err := t.setMaintenance(ctx, m); err != nil {
-			return nil, connect.NewError(connect.CodeUnavailable, err)
+	for _, name := range names {
+		e := &fleetv1.Emptied{Host: name}
+		if at, ok := f.Empty[name]; ok {
+			s := at.Seconds()
+			e.DoneS = &s
 		}
+		r.Hosts = append(r.Hosts, e)
 	}
-	return connect.NewResponse(r), nil
+	slices.SortStableFunc(r.Hosts, func(a, b *fleetv1.Emptied) int {
+		last := math.Inf(1)
+		return cmp.Compare(*cmp.Or(a.DoneS, &last), *cmp.Or(b.DoneS, &last))
+	})
+	return r
 }
 
 // Restore implements fleetv1.FleetHandler.
@@ -509,17 +572,30 @@ func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.Res
 		return nil, err
 	}
 	t.mu.Lock()
-	m, ok := t.maintenance[req.Msg.Host]
+	picked, err := t.pick(req.Msg.Host)
+	var restored []store.Maintenance
+	for _, h := range picked {
+		if m, ok := t.maintenance[h.Name]; ok {
+			m.Phase = view.Restoring
+			restored = append(restored, m)
+		}
+	}
 	t.mu.Unlock()
-	if !ok {
+	if err != nil {
+		return nil, err
+	}
+	if len(restored) == 0 {
 		return nil, connect.NewError(connect.CodeFailedPrecondition,
 			fmt.Errorf("host %q is not emptied: there is nothing to restore", req.Msg.Host))
 	}
-	m.Phase = view.Restoring
-	if err := t.setMaintenance(ctx, m); err != nil {
-		return nil, connect.NewError(connect.CodeUnavailable, err)
+	r := &fleetv1.RestoreResponse{}
+	for _, m := range restored {
+		if err := t.setMaintenance(ctx, m); err != nil {
+			return nil, connect.NewError(connect.CodeUnavailable, err)
+		}
+		r.Hosts, r.Vms = append(r.Hosts, m.Host), append(r.Vms, m.Left...)
 	}
-	return connect.NewResponse(&fleetv1.RestoreResponse{Vms: m.Left}), nil
+	return connect.NewResponse(r), nil
 }
 
 // ListDecisions implements fleetv1.FleetHandler.
@@ -635,9 +711,14 @@ func (b operators) Place(ctx context.Context, req *connect.Request[fleetv1.Place
 			invalid(errors.New("a VM has some memory, up to 65536 cores, and a name of 253 " +
 				"bytes at most"))
 	}
+	labels := view.Labels(q.Labels)
+	if err := labels.Check(); err != nil {
+		return nil, invalid(err)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	best, why := t.planner.Where(time.Now(), place.Ask{Name: q.Name, Memory: q.Memory, CPU: q.Cpu},
+	best, why := t.planner.Where(time.Now(),
+		place.Ask{Name: q.Name, Labels: labels, Memory: q.Memory, CPU: q.Cpu},
 		int(cmp.Or(min(q.Most, 100), 3)))
 	r := &fleetv1.PlaceResponse{Why: why}
 	for _, c := range best {

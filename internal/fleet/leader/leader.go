@@ -684,7 +684,7 @@ func viewOf(name string, r *fleetv1.Report) view.Report {
 		vm := view.VM{Name: m.Name, Incarnation: m.Incarnation, VCPUs: int(m.Vcpus), CPU: m.Cpu,
 			Waiting: m.Waiting, Overhead: m.Overhead, Memory: m.Memory, Resident: m.Resident,
 			InUse: m.InUse, Hot: m.Hot, Priority: int(m.Priority), Pinned: m.Pinned,
-			Barred: m.Barred}
+			Barred: m.Barred, Labels: m.Labels}
 		if m.MovedAt != nil {
 			vm.Moved = m.MovedAt.AsTime()
 		}

@@ -140,6 +140,7 @@ type fake struct {
 	mu        sync.Mutex
 	mark      orders.Mark
 	vms       map[string]string // incarnations
+	labels    map[string]string
 	refuse    string
 	waits     float64 // cores that each VM waits for
 	odd       bool    // what it says of ends makes no sense
@@ -215,12 +216,13 @@ func (f *fake) tell(
 	defer f.mu.Unlock()
 	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
 		Evictions: f.evictions, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
-			Available: 60 << 30, Rate: 1e9, Waiting: f.waits * float64(len(f.vms))}}
+			Available: 60 << 30, Rate: 1e9, Labels: f.labels, Waiting: f.waits * float64(len(f.vms))}}
 	if f.waits > 0 {
 		r.Load.Used = r.Load.Cpus
 	}
 	for name, incarnation := range f.vms {
 		r.Vms = append(r.Vms, &fleetv1.VM{Name: name, Incarnation: incarnation, Cpu: 0.1,
+			Labels:  map[string]string{"app": strings.TrimRight(name, "0123456789")},
 			Waiting: f.waits, Memory: 1 << 30, Resident: 1 << 30, InUse: 1 << 29, Hot: 1 << 28})
 	}
 	return stream.Send(&fleetv1.HostSays{What: &fleetv1.HostSays_Report{Report: r}})
@@ -510,6 +512,73 @@ func (s *site) settings(change func(*view.Policy)) {
 	}
 	if err != nil {
 		s.Fatal(err)
+	}
+}
+
+// A rack is emptied at once: none of its hosts takes a VM of another one, and rules name VMs by label.
+func TestRack(t *testing.T) {
+	s := newSite(t)
+	s.settings(func(p *view.Policy) { p.PerHost = 4 })
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	hosts := map[string]*fake{"hosta": s.host("hosta", "db1", "db2"),
+		"hostb": s.host("hostb", "web1"), "hostc": s.host("hostc"), "hostd": s.host("hostd", "db3")}
+	for name, f := range hosts {
+		f.labels = map[string]string{"rack": map[string]string{"hosta": "r1", "hostb": "r1",
+			"hostc": "r2", "hostd": "r2"}[name]}
+		f.join(one)
+	}
+	if _, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{Name: "db",
+		Rule: "vms app=db never run on hosts name=hostd"})); err != nil {
+		t.Fatal(err)
+	}
+	drain := func(what string, dry bool) (*fleetv1.DrainResponse, error) {
+		r, err := boss.Drain(t.Context(),
+			connect.NewRequest(&fleetv1.DrainRequest{Host: what, DryRun: dry}))
+		if err != nil {
+			return nil, err
+		}
+		return r.Msg, nil
+	}
+	var dry *fleetv1.DrainResponse
+	s.until("the forecast has the VMs of the rack", func() (ok bool) {
+		dry, _ = drain("rack=r1", true)
+		return dry != nil && len(dry.Steps) == 3
+	})
+	for _, step := range dry.Steps {
+		if step.To != "hostc" && (step.To != "hostd" || step.Vm != "web1") {
+			t.Errorf("it goes wrong: %v", step)
+		}
+	}
+	if len(dry.Hosts) != 2 || dry.Hosts[0].DoneS == nil || dry.Hosts[1].GetDoneS() <
+		dry.Hosts[0].GetDoneS() {
+		t.Errorf("the hosts are emptied so: %v", dry.Hosts)
+	}
+	for what, code := range map[string]connect.Code{"rack=r9": connect.CodeNotFound,
+		"hostz": connect.CodeNotFound, "rack=": connect.CodeInvalidArgument} {
+		if _, err := drain(what, true); connect.CodeOf(err) != code {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if _, err := drain("rack=r1", false); err != nil {
+		t.Fatal(err)
+	}
+	s.until("all evictions begin", func() bool {
+		return hosts["hosta"].begun()+hosts["hostb"].begun() == 3
+	})
+	hosts["hosta"].end(hosts["hostc"])
+	hosts["hostb"].end(hosts["hostc"])
+	phases := func(want string) bool {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		return err == nil && len(r.Msg.Hosts) == 4 && r.Msg.Hosts[0].Maintenance == want &&
+			r.Msg.Hosts[1].Maintenance == want && r.Msg.Hosts[2].Maintenance == ""
+	}
+	s.until("the rack is empty", func() bool { return phases("drained") })
+	r, err := boss.Restore(t.Context(),
+		connect.NewRequest(&fleetv1.RestoreRequest{Host: "rack=r1"}))
+	if err != nil || !slices.Equal(r.Msg.Hosts, []string{"hosta", "hostb"}) ||
+		len(r.Msg.Vms) != 3 {
+		t.Errorf("restored %v, %v", r, err)
 	}
 }
 

@@ -129,7 +129,7 @@ func (r Report) Check() error {
 	case len(h.Link) > mostName || len(h.Closed) > mostText:
 		return bad("it tells more than %d bytes of its link or of why it is closed", mostName)
 	}
-	if err := h.Labels.check(); err != nil {
+	if err := h.Labels.Check(); err != nil {
 		return bad("%v", err)
 	}
 	var seen map[string]bool // only where they are in no order
@@ -170,7 +170,7 @@ func (v VM) check() error {
 	case len(v.Incarnation) > mostName || len(v.Barred) > mostText:
 		return fmt.Errorf("VM %s has too long an incarnation or reason", v.Name)
 	}
-	if err := v.Labels.check(); err != nil {
+	if err := v.Labels.Check(); err != nil {
 		return fmt.Errorf("VM %s: %w", v.Name, err)
 	}
 	return nil
@@ -178,7 +178,24 @@ func (v VM) check() error {
 
 func within(n, most float64) bool { return n >= 0 && n <= most && !math.IsNaN(n) }
 
-func (l Labels) check() error {
+// ParseLabels reads labels with commas between, such as app=db,tier=prod; nothing is none.
+func ParseLabels(s string) (Labels, error) {
+	if s == "" {
+		return nil, nil
+	}
+	l := Labels{}
+	for part := range strings.SplitSeq(s, ",") {
+		key, value, ok := strings.Cut(part, "=")
+		if _, there := l[key]; there || !ok {
+			return nil, fmt.Errorf("labels %.60q: want such as app=db,tier=prod, each once", s)
+		}
+		l[key] = value
+	}
+	return l, l.Check()
+}
+
+// Check refuses labels that selectors could not name.
+func (l Labels) Check() error {
 	if len(l) > mostLabels {
 		return fmt.Errorf("it has %d labels, at most %d may be", len(l), mostLabels)
 	}

@@ -205,3 +205,13 @@ func TestPolicyCheck(t *testing.T) {
 		}
 	}
 }
+
+func TestParseLabels(t *testing.T) {
+	for text, want := range map[string]int{"": 0, "app=db": 1, "app=db,tier=prod": 2, "gpu=": 1,
+		"app": -1, "app=db,app=web": -1, "name=x": -1, "a b=c": -1, "app=d b": -1, ",": -1} {
+		l, err := ParseLabels(text)
+		if want < 0 && err == nil || want >= 0 && (err != nil || len(l) != want) {
+			t.Errorf("%q: %v, %v", text, l, err)
+		}
+	}
+}

@@ -19,6 +19,7 @@
 //	pinned = true                       # relief never chooses it; it can be evicted by name
 //	trust_disks = ["data"]              # drives whose images the other host has, on your word
 //	priority = 1                        # relief chooses the least first; default: 0
+//	labels = { app = "db" }             # what rules of a fleet may name it by
 //
 // {name} and {qmp} stand for themselves within any argument. {incoming} is an argument of its own;
 // it becomes "-S", "-incoming", "defer" for a twin, and nothing else otherwise. Where it is missing
@@ -46,6 +47,8 @@ import (
 	"syscall"
 	"time"
 	"unicode/utf8"
+
+	"vacate/internal/fleet/view"
 
 	"github.com/BurntSushi/toml"
 	"golang.org/x/sys/unix"
@@ -77,6 +80,7 @@ type VM struct {
 	// Pinned VMs are not chosen to leave a host, others in order of Priority, the least first.
 	Pinned   bool
 	Priority int
+	Labels   view.Labels
 	// Unfit is why relief must not choose a domain; nil: it may.
 	Unfit error
 	// Libvirt is the URI of the libvirt whose domain the VM is; empty: a file describes it.
@@ -262,6 +266,8 @@ func parse(name, text string) (VM, error) {
 		Pinned   bool `toml:"pinned"`
 		Priority int  `toml:"priority"`
 
+		Labels view.Labels `toml:"labels"`
+
 		TrustDisks []string `toml:"trust_disks"`
 	}
 	if !utf8.ValidString(text) {
@@ -274,7 +280,7 @@ func parse(name, text string) (VM, error) {
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
 		return VM{},
 			fmt.Errorf("unknown key %q: there are command, qmp, user, log, env, start_timeout, "+
-				"pinned, priority and trust_disks", unknown[0].String())
+				"pinned, priority, labels and trust_disks", unknown[0].String())
 	}
 	all := append(slices.Collect(maps.Keys(d.Env)), slices.Collect(maps.Values(d.Env))...)
 	for _, s := range append(append(all, d.QMP, d.User, d.Log), d.Command...) {
@@ -291,7 +297,10 @@ func parse(name, text string) (VM, error) {
 	named := strings.NewReplacer("{name}", name)
 	vm := VM{Name: name, QMP: named.Replace(d.QMP), User: d.User, Log: named.Replace(d.Log),
 		Env: d.Env, StartTimeout: d.StartTimeout, Pinned: d.Pinned, Priority: d.Priority,
-		TrustDisks: d.TrustDisks}
+		Labels: d.Labels, TrustDisks: d.TrustDisks}
+	if err := d.Labels.Check(); err != nil {
+		return VM{}, fmt.Errorf("labels: %w", err)
+	}
 	if !meta.IsDefined("start_timeout") {
 		vm.StartTimeout = usualStart
 	}

@@ -95,6 +95,22 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// Labels are for rules of a fleet, whose selectors must be able to name them.
+func TestLabels(t *testing.T) {
+	const rest = "command = [\"/bin/qemu\"]\nqmp = \"/run/x\"\n"
+	for text, say := range map[string]string{
+		rest: "", "labels = { app = \"db\", tier = \"prod\" }\n" + rest: "",
+		"labels = { name = \"x\" }\n" + rest:        "labels: label \"name\"",
+		"labels = { app = \"two words\" }\n" + rest: "labels: label app",
+	} {
+		vm, err := parse("web1", text)
+		if say == "" && (err != nil || strings.Contains(text, "app") && vm.Labels["app"] != "db") ||
+			say != "" && (err == nil || !strings.Contains(err.Error(), say)) {
+			t.Errorf("%s: %v, %v; want %q", text, vm.Labels, err, say)
+		}
+	}
+}
+
 func TestForeignOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to give a file away")

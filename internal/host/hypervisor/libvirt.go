@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"vacate/internal/fleet/view"
 	"vacate/internal/qemu/libvirt"
 	"vacate/internal/qemu/qmp"
 )
@@ -118,6 +119,10 @@ func (h Host) domain(ctx context.Context, conn *libvirt.Conn, d libvirt.Domain) 
 		vm.Unfit = fmt.Errorf("%w: `virsh domrename`", err)
 	}
 	vm.Pinned, vm.Priority = m.Pinned, m.Priority
+	if vm.Labels, err = view.ParseLabels(m.Labels); err != nil {
+		vm.Unfit = fmt.Errorf("%w: %w: see `virsh metadata %s %s`", libvirt.ErrMetadata, err,
+			d.Name, libvirt.Namespace)
+	}
 	return vm, nil
 }
 

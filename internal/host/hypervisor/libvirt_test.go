@@ -53,7 +53,7 @@ func TestDomains(t *testing.T) {
 		return "<metadata><vacate:vm xmlns:vacate='urn:vacate:domain:1' " + attributes +
 			"/></metadata>"
 	}
-	define("db1", tagged("pinned='yes' priority='2'"))
+	define("db1", tagged("pinned='yes' priority='2' labels='app=db'"))
 	define("slip", tagged("pined='yes'"))
 	define("two words", "")
 	define("described", "")

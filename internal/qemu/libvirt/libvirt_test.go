@@ -104,7 +104,8 @@ func (r rig) list(t *testing.T) {
 		!d.Persistent || d.Autostart {
 		t.Errorf("%+v", d)
 	}
-	if m, err := r.a.Metadata(r.ctx, list[0]); err != nil || m != (Metadata{true, 3}) {
+	if m, err := r.a.Metadata(r.ctx, list[0]); err != nil ||
+		m != (Metadata{Pinned: true, Priority: 3}) {
 		t.Errorf("%+v, %v", m, err)
 	}
 	if want := r.virsh(r.h.A, "domstate", "--reason", "web1"); d.State.String() != want {

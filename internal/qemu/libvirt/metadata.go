@@ -15,12 +15,13 @@ import (
 // Metadata is what an operator tells vacate of a domain, by an element in its description:
 //
 //	virsh metadata web1 urn:vacate:domain:1 --key vacate --live --config \
-//	    --set '<vm pinned="yes" priority="1"/>'
+//	    --set '<vm pinned="yes" priority="1" labels="app=db,tier=prod"/>'
 //
 // A domain that came from another host has what that host wrote.
 type Metadata struct {
 	Pinned   bool
 	Priority int
+	Labels   string
 }
 
 // Namespace is that of our element in a domain's metadata.
@@ -106,8 +107,10 @@ func parseMetadata(text string) (m Metadata, err error) {
 			if err != nil || m.Priority < -maxPriority || m.Priority > maxPriority {
 				return wrong("priority=%.20q: want -%d to %[2]d", a.Value, maxPriority)
 			}
+		case a.Name.Space == "" && a.Name.Local == "labels":
+			m.Labels = a.Value
 		default:
-			return wrong("there is no %.20q, only pinned and priority", a.Name.Local)
+			return wrong("there is no %.20q, only pinned, priority and labels", a.Name.Local)
 		}
 	}
 	return m, nil

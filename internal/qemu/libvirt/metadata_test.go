@@ -9,8 +9,9 @@ import (
 func TestMetadata(t *testing.T) {
 	for text, want := range map[string]Metadata{
 		`<vm/>`:                             {},
-		`<vm pinned="yes" priority="3"/>`:   {true, 3},
-		`<vm pinned='no' priority='-7'/>`:   {false, -7},
+		`<vm pinned="yes" priority="3"/>`:   {Pinned: true, Priority: 3},
+		`<vm pinned='no' priority='-7'/>`:   {Priority: -7},
+		`<vm labels="app=db,tier=prod"/>`:   {Labels: "app=db,tier=prod"},
 		"<!-- db -->\n<vm pinned='yes'/>\n": {Pinned: true},
 		`<vacate:vm xmlns:vacate="urn:vacate:domain:1" pinned="yes"></vacate:vm>`: {Pinned: true},
 	} {
@@ -22,6 +23,7 @@ func TestMetadata(t *testing.T) {
 		"":                                      "want one element",
 		"<vm":                                   "syntax",
 		`<vm pined="yes"/>`:                     `no "pined"`,
+		`<vm labels="a=b" labels="c=d"/>`:       "twice",
 		`<vm pinned="true"/>`:                   "want yes or no",
 		`<vm pinned="no" pinned="yes"/>`:        "twice",
 		`<vm priority="high"/>`:                 "want -1000 to 1000",

@@ -152,7 +152,8 @@ type FleetClient interface {
 	Status(context.Context, *connect.Request[StatusRequest]) (*connect.Response[StatusResponse], error)
 	// ListHosts returns hosts in order of name, and their VMs. Role: view.
 	ListHosts(context.Context, *connect.Request[ListHostsRequest]) (*connect.Response[ListHostsResponse], error)
-	// Drain has a host emptied, and kept empty until Restore; with dry_run it only says what would come of it. Role: act. Codes: not_found.
+	// Drain has a host emptied, or all that a selector names, and kept empty until Restore; with dry_run it only says what would come of it.
+	// Role: act. Codes: not_found, invalid_argument.
 	Drain(context.Context, *connect.Request[DrainRequest]) (*connect.Response[DrainResponse], error)
 	// Restore has a host take VMs again, and those come back that were there, if that helps. Role: act. Codes: not_found, failed_precondition
 	// (it is not emptied).
@@ -349,7 +350,8 @@ type FleetHandler interface {
 	Status(context.Context, *connect.Request[StatusRequest]) (*connect.Response[StatusResponse], error)
 	// ListHosts returns hosts in order of name, and their VMs. Role: view.
 	ListHosts(context.Context, *connect.Request[ListHostsRequest]) (*connect.Response[ListHostsResponse], error)
-	// Drain has a host emptied, and kept empty until Restore; with dry_run it only says what would come of it. Role: act. Codes: not_found.
+	// Drain has a host emptied, or all that a selector names, and kept empty until Restore; with dry_run it only says what would come of it.
+	// Role: act. Codes: not_found, invalid_argument.
 	Drain(context.Context, *connect.Request[DrainRequest]) (*connect.Response[DrainResponse], error)
 	// Restore has a host take VMs again, and those come back that were there, if that helps. Role: act. Codes: not_found, failed_precondition
 	// (it is not emptied).

@@ -447,6 +447,7 @@ type VM struct {
 	Pinned        bool                   `protobuf:"varint,12,opt,name=pinned,proto3" json:"pinned,omitempty"`
 	Barred        string                 `protobuf:"bytes,13,opt,name=barred,proto3" json:"barred,omitempty"`
 	MovedAt       *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=moved_at,json=movedAt,proto3" json:"moved_at,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,15,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -575,6 +576,13 @@ func (x *VM) GetBarred() string {
 func (x *VM) GetMovedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.MovedAt
+	}
+	return nil
+}
+
+func (x *VM) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
 	}
 	return nil
 }
@@ -1536,7 +1544,8 @@ func (x *Host) GetStaying() []string {
 
 type DrainRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Host  string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	// Its name, or a selector, such as "rack=r1".
+	Host string `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
 	// When it shall be empty. Not set: as soon as can be.
 	By     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"`
 	Reason string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -1619,7 +1628,9 @@ type DrainResponse struct {
 	// In the order in which they leave.
 	Steps []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
 	// VMs that cannot leave, and why, a sentence each.
-	Staying       []string `protobuf:"bytes,3,rep,name=staying,proto3" json:"staying,omitempty"`
+	Staying []string `protobuf:"bytes,3,rep,name=staying,proto3" json:"staying,omitempty"`
+	// The hosts, in the order in which they will be empty; last those that will not be.
+	Hosts         []*Emptied `protobuf:"bytes,4,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1675,11 +1686,19 @@ func (x *DrainResponse) GetStaying() []string {
 	return nil
 }
 
+func (x *DrainResponse) GetHosts() []*Emptied {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
 type Step struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
 	DoneS         float64                `protobuf:"fixed64,3,opt,name=done_s,json=doneS,proto3" json:"done_s,omitempty"`
+	From          string                 `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1735,16 +1754,77 @@ func (x *Step) GetDoneS() float64 {
 	return 0
 }
 
+func (x *Step) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+type Emptied struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Host  string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	// Seconds until it is. Not set: VMs stay there, or it is not known.
+	DoneS         *float64 `protobuf:"fixed64,2,opt,name=done_s,json=doneS,proto3,oneof" json:"done_s,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Emptied) Reset() {
+	*x = Emptied{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Emptied) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Emptied) ProtoMessage() {}
+
+func (x *Emptied) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Emptied.ProtoReflect.Descriptor instead.
+func (*Emptied) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Emptied) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Emptied) GetDoneS() float64 {
+	if x != nil && x.DoneS != nil {
+		return *x.DoneS
+	}
+	return 0
+}
+
 type RestoreRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in DrainRequest.
+	Host          string `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1836,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[21]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +1849,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{21}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RestoreRequest) GetHost() string {
@@ -1783,13 +1863,14 @@ type RestoreResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// VMs that may come back.
 	Vms           []string `protobuf:"bytes,1,rep,name=vms,proto3" json:"vms,omitempty"`
+	Hosts         []string `protobuf:"bytes,2,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +1882,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[22]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,12 +1895,19 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{22}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RestoreResponse) GetVms() []string {
 	if x != nil {
 		return x.Vms
+	}
+	return nil
+}
+
+func (x *RestoreResponse) GetHosts() []string {
+	if x != nil {
+		return x.Hosts
 	}
 	return nil
 }
@@ -1834,7 +1922,7 @@ type ListDecisionsRequest struct {
 
 func (x *ListDecisionsRequest) Reset() {
 	*x = ListDecisionsRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +1934,7 @@ func (x *ListDecisionsRequest) String() string {
 func (*ListDecisionsRequest) ProtoMessage() {}
 
 func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[23]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +1947,7 @@ func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListDecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{23}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListDecisionsRequest) GetMost() uint32 {
@@ -1878,7 +1966,7 @@ type ListDecisionsResponse struct {
 
 func (x *ListDecisionsResponse) Reset() {
 	*x = ListDecisionsResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +1978,7 @@ func (x *ListDecisionsResponse) String() string {
 func (*ListDecisionsResponse) ProtoMessage() {}
 
 func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[24]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +1991,7 @@ func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListDecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{24}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListDecisionsResponse) GetDecisions() []*Decision {
@@ -1947,7 +2035,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2047,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[25]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2060,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{25}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Decision) GetId() string {
@@ -2140,7 +2228,7 @@ type ApproveRequest struct {
 
 func (x *ApproveRequest) Reset() {
 	*x = ApproveRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2152,7 +2240,7 @@ func (x *ApproveRequest) String() string {
 func (*ApproveRequest) ProtoMessage() {}
 
 func (x *ApproveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[26]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2165,7 +2253,7 @@ func (x *ApproveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRequest.ProtoReflect.Descriptor instead.
 func (*ApproveRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{26}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ApproveRequest) GetId() string {
@@ -2187,15 +2275,16 @@ type PlaceRequest struct {
 	Memory uint64                 `protobuf:"varint,1,opt,name=memory,proto3" json:"memory,omitempty"`
 	Cpu    float64                `protobuf:"fixed64,2,opt,name=cpu,proto3" json:"cpu,omitempty"`
 	// Of the new VM, for rules that name it.
-	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
-	Most          uint32 `protobuf:"varint,4,opt,name=most,proto3" json:"most,omitempty"`
+	Name          string            `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Most          uint32            `protobuf:"varint,4,opt,name=most,proto3" json:"most,omitempty"`
+	Labels        map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlaceRequest) Reset() {
 	*x = PlaceRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2296,7 @@ func (x *PlaceRequest) String() string {
 func (*PlaceRequest) ProtoMessage() {}
 
 func (x *PlaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[27]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2309,7 @@ func (x *PlaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{27}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PlaceRequest) GetMemory() uint64 {
@@ -2251,6 +2340,13 @@ func (x *PlaceRequest) GetMost() uint32 {
 	return 0
 }
 
+func (x *PlaceRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type PlaceResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Choices []*Choice              `protobuf:"bytes,1,rep,name=choices,proto3" json:"choices,omitempty"`
@@ -2262,7 +2358,7 @@ type PlaceResponse struct {
 
 func (x *PlaceResponse) Reset() {
 	*x = PlaceResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2274,7 +2370,7 @@ func (x *PlaceResponse) String() string {
 func (*PlaceResponse) ProtoMessage() {}
 
 func (x *PlaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[28]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2287,7 +2383,7 @@ func (x *PlaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceResponse.ProtoReflect.Descriptor instead.
 func (*PlaceResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{28}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PlaceResponse) GetChoices() []*Choice {
@@ -2315,7 +2411,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2327,7 +2423,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[29]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2340,7 +2436,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{29}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Choice) GetHost() string {
@@ -2365,7 +2461,7 @@ type ListRulesRequest struct {
 
 func (x *ListRulesRequest) Reset() {
 	*x = ListRulesRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2377,7 +2473,7 @@ func (x *ListRulesRequest) String() string {
 func (*ListRulesRequest) ProtoMessage() {}
 
 func (x *ListRulesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[30]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2390,7 +2486,7 @@ func (x *ListRulesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRulesRequest.ProtoReflect.Descriptor instead.
 func (*ListRulesRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{30}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{31}
 }
 
 type ListRulesResponse struct {
@@ -2403,7 +2499,7 @@ type ListRulesResponse struct {
 
 func (x *ListRulesResponse) Reset() {
 	*x = ListRulesResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2415,7 +2511,7 @@ func (x *ListRulesResponse) String() string {
 func (*ListRulesResponse) ProtoMessage() {}
 
 func (x *ListRulesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[31]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2428,7 +2524,7 @@ func (x *ListRulesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRulesResponse.ProtoReflect.Descriptor instead.
 func (*ListRulesResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{31}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListRulesResponse) GetRules() []*Rule {
@@ -2457,7 +2553,7 @@ type Rule struct {
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +2565,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[32]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +2578,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{32}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Rule) GetName() string {
@@ -2517,7 +2613,7 @@ type PutRuleRequest struct {
 
 func (x *PutRuleRequest) Reset() {
 	*x = PutRuleRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2625,7 @@ func (x *PutRuleRequest) String() string {
 func (*PutRuleRequest) ProtoMessage() {}
 
 func (x *PutRuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[33]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2638,7 @@ func (x *PutRuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutRuleRequest.ProtoReflect.Descriptor instead.
 func (*PutRuleRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{33}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PutRuleRequest) GetName() string {
@@ -2568,7 +2664,7 @@ type RemoveRuleRequest struct {
 
 func (x *RemoveRuleRequest) Reset() {
 	*x = RemoveRuleRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2676,7 @@ func (x *RemoveRuleRequest) String() string {
 func (*RemoveRuleRequest) ProtoMessage() {}
 
 func (x *RemoveRuleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[34]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2689,7 @@ func (x *RemoveRuleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRuleRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRuleRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{34}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RemoveRuleRequest) GetName() string {
@@ -2612,7 +2708,7 @@ type SetModeRequest struct {
 
 func (x *SetModeRequest) Reset() {
 	*x = SetModeRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +2720,7 @@ func (x *SetModeRequest) String() string {
 func (*SetModeRequest) ProtoMessage() {}
 
 func (x *SetModeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[35]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +2733,7 @@ func (x *SetModeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetModeRequest.ProtoReflect.Descriptor instead.
 func (*SetModeRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{35}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SetModeRequest) GetMode() string {
@@ -2656,7 +2752,7 @@ type ForgetRequest struct {
 
 func (x *ForgetRequest) Reset() {
 	*x = ForgetRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2764,7 @@ func (x *ForgetRequest) String() string {
 func (*ForgetRequest) ProtoMessage() {}
 
 func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[36]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2777,7 @@ func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRequest.ProtoReflect.Descriptor instead.
 func (*ForgetRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{36}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ForgetRequest) GetHost() string {
@@ -2699,7 +2795,7 @@ type ForgetResponse struct {
 
 func (x *ForgetResponse) Reset() {
 	*x = ForgetResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2807,7 @@ func (x *ForgetResponse) String() string {
 func (*ForgetResponse) ProtoMessage() {}
 
 func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2820,7 @@ func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetResponse.ProtoReflect.Descriptor instead.
 func (*ForgetResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{37}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{38}
 }
 
 var File_internal_fleet_api_v1_fleet_proto protoreflect.FileDescriptor
@@ -2764,7 +2860,7 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	" \x03(\v2!.vacate.fleet.v1.Load.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf8\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x03\n" +
 	"\x02VM\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\tR\vincarnation\x12\x14\n" +
@@ -2780,7 +2876,11 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\bpriority\x18\v \x01(\x05R\bpriority\x12\x16\n" +
 	"\x06pinned\x18\f \x01(\bR\x06pinned\x12\x16\n" +
 	"\x06barred\x18\r \x01(\tR\x06barred\x125\n" +
-	"\bmoved_at\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\amovedAt\"\xab\x02\n" +
+	"\bmoved_at\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\amovedAt\x127\n" +
+	"\x06labels\x18\x0f \x03(\v2\x1f.vacate.fleet.v1.VM.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xab\x02\n" +
 	"\x0fOrderedEviction\x12\x17\n" +
 	"\aplan_id\x18\x01 \x01(\tR\x06planId\x12\x1f\n" +
 	"\veviction_id\x18\x02 \x01(\tR\n" +
@@ -2865,21 +2965,28 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x02by\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02by\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
 	"\adry_run\x18\x04 \x01(\bR\x06dryRun\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x04R\x04rate\"\x80\x01\n" +
+	"\x04rate\x18\x05 \x01(\x04R\x04rate\"\xb0\x01\n" +
 	"\rDrainResponse\x12\x1c\n" +
 	"\atakes_s\x18\x01 \x01(\x01H\x00R\x06takesS\x88\x01\x01\x12+\n" +
 	"\x05steps\x18\x02 \x03(\v2\x15.vacate.fleet.v1.StepR\x05steps\x12\x18\n" +
-	"\astaying\x18\x03 \x03(\tR\astayingB\n" +
+	"\astaying\x18\x03 \x03(\tR\astaying\x12.\n" +
+	"\x05hosts\x18\x04 \x03(\v2\x18.vacate.fleet.v1.EmptiedR\x05hostsB\n" +
 	"\n" +
-	"\b_takes_s\"=\n" +
+	"\b_takes_s\"Q\n" +
 	"\x04Step\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x15\n" +
-	"\x06done_s\x18\x03 \x01(\x01R\x05doneS\"$\n" +
+	"\x06done_s\x18\x03 \x01(\x01R\x05doneS\x12\x12\n" +
+	"\x04from\x18\x04 \x01(\tR\x04from\"D\n" +
+	"\aEmptied\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x1a\n" +
+	"\x06done_s\x18\x02 \x01(\x01H\x00R\x05doneS\x88\x01\x01B\t\n" +
+	"\a_done_s\"$\n" +
 	"\x0eRestoreRequest\x12\x12\n" +
-	"\x04host\x18\x01 \x01(\tR\x04host\"#\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\"9\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
-	"\x03vms\x18\x01 \x03(\tR\x03vms\"*\n" +
+	"\x03vms\x18\x01 \x03(\tR\x03vms\x12\x14\n" +
+	"\x05hosts\x18\x02 \x03(\tR\x05hosts\"*\n" +
 	"\x14ListDecisionsRequest\x12\x12\n" +
 	"\x04most\x18\x01 \x01(\rR\x04most\"P\n" +
 	"\x15ListDecisionsResponse\x127\n" +
@@ -2916,12 +3023,16 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\r_came_total_s\"8\n" +
 	"\x0eApproveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reject\x18\x02 \x01(\bR\x06reject\"`\n" +
+	"\x06reject\x18\x02 \x01(\bR\x06reject\"\xde\x01\n" +
 	"\fPlaceRequest\x12\x16\n" +
 	"\x06memory\x18\x01 \x01(\x04R\x06memory\x12\x10\n" +
 	"\x03cpu\x18\x02 \x01(\x01R\x03cpu\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x12\n" +
-	"\x04most\x18\x04 \x01(\rR\x04most\"T\n" +
+	"\x04most\x18\x04 \x01(\rR\x04most\x12A\n" +
+	"\x06labels\x18\x05 \x03(\v2).vacate.fleet.v1.PlaceRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"T\n" +
 	"\rPlaceResponse\x121\n" +
 	"\achoices\x18\x01 \x03(\v2\x17.vacate.fleet.v1.ChoiceR\achoices\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\".\n" +
@@ -2975,7 +3086,7 @@ func file_internal_fleet_api_v1_fleet_proto_rawDescGZIP() []byte {
 	return file_internal_fleet_api_v1_fleet_proto_rawDescData
 }
 
-var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*HostSays)(nil),              // 0: vacate.fleet.v1.HostSays
 	(*Hello)(nil),                 // 1: vacate.fleet.v1.Hello
@@ -2998,25 +3109,28 @@ var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*DrainRequest)(nil),          // 18: vacate.fleet.v1.DrainRequest
 	(*DrainResponse)(nil),         // 19: vacate.fleet.v1.DrainResponse
 	(*Step)(nil),                  // 20: vacate.fleet.v1.Step
-	(*RestoreRequest)(nil),        // 21: vacate.fleet.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 22: vacate.fleet.v1.RestoreResponse
-	(*ListDecisionsRequest)(nil),  // 23: vacate.fleet.v1.ListDecisionsRequest
-	(*ListDecisionsResponse)(nil), // 24: vacate.fleet.v1.ListDecisionsResponse
-	(*Decision)(nil),              // 25: vacate.fleet.v1.Decision
-	(*ApproveRequest)(nil),        // 26: vacate.fleet.v1.ApproveRequest
-	(*PlaceRequest)(nil),          // 27: vacate.fleet.v1.PlaceRequest
-	(*PlaceResponse)(nil),         // 28: vacate.fleet.v1.PlaceResponse
-	(*Choice)(nil),                // 29: vacate.fleet.v1.Choice
-	(*ListRulesRequest)(nil),      // 30: vacate.fleet.v1.ListRulesRequest
-	(*ListRulesResponse)(nil),     // 31: vacate.fleet.v1.ListRulesResponse
-	(*Rule)(nil),                  // 32: vacate.fleet.v1.Rule
-	(*PutRuleRequest)(nil),        // 33: vacate.fleet.v1.PutRuleRequest
-	(*RemoveRuleRequest)(nil),     // 34: vacate.fleet.v1.RemoveRuleRequest
-	(*SetModeRequest)(nil),        // 35: vacate.fleet.v1.SetModeRequest
-	(*ForgetRequest)(nil),         // 36: vacate.fleet.v1.ForgetRequest
-	(*ForgetResponse)(nil),        // 37: vacate.fleet.v1.ForgetResponse
-	nil,                           // 38: vacate.fleet.v1.Load.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
+	(*Emptied)(nil),               // 21: vacate.fleet.v1.Emptied
+	(*RestoreRequest)(nil),        // 22: vacate.fleet.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 23: vacate.fleet.v1.RestoreResponse
+	(*ListDecisionsRequest)(nil),  // 24: vacate.fleet.v1.ListDecisionsRequest
+	(*ListDecisionsResponse)(nil), // 25: vacate.fleet.v1.ListDecisionsResponse
+	(*Decision)(nil),              // 26: vacate.fleet.v1.Decision
+	(*ApproveRequest)(nil),        // 27: vacate.fleet.v1.ApproveRequest
+	(*PlaceRequest)(nil),          // 28: vacate.fleet.v1.PlaceRequest
+	(*PlaceResponse)(nil),         // 29: vacate.fleet.v1.PlaceResponse
+	(*Choice)(nil),                // 30: vacate.fleet.v1.Choice
+	(*ListRulesRequest)(nil),      // 31: vacate.fleet.v1.ListRulesRequest
+	(*ListRulesResponse)(nil),     // 32: vacate.fleet.v1.ListRulesResponse
+	(*Rule)(nil),                  // 33: vacate.fleet.v1.Rule
+	(*PutRuleRequest)(nil),        // 34: vacate.fleet.v1.PutRuleRequest
+	(*RemoveRuleRequest)(nil),     // 35: vacate.fleet.v1.RemoveRuleRequest
+	(*SetModeRequest)(nil),        // 36: vacate.fleet.v1.SetModeRequest
+	(*ForgetRequest)(nil),         // 37: vacate.fleet.v1.ForgetRequest
+	(*ForgetResponse)(nil),        // 38: vacate.fleet.v1.ForgetResponse
+	nil,                           // 39: vacate.fleet.v1.Load.LabelsEntry
+	nil,                           // 40: vacate.fleet.v1.VM.LabelsEntry
+	nil,                           // 41: vacate.fleet.v1.PlaceRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
 }
 var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	1,  // 0: vacate.fleet.v1.HostSays.hello:type_name -> vacate.fleet.v1.Hello
@@ -3026,56 +3140,59 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	6,  // 4: vacate.fleet.v1.Report.evictions:type_name -> vacate.fleet.v1.OrderedEviction
 	4,  // 5: vacate.fleet.v1.Report.load:type_name -> vacate.fleet.v1.Load
 	5,  // 6: vacate.fleet.v1.Report.vms:type_name -> vacate.fleet.v1.VM
-	38, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
-	39, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
-	39, // 9: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
-	9,  // 10: vacate.fleet.v1.LeaderSays.elsewhere:type_name -> vacate.fleet.v1.Elsewhere
-	10, // 11: vacate.fleet.v1.LeaderSays.welcome:type_name -> vacate.fleet.v1.Welcome
-	12, // 12: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
-	11, // 13: vacate.fleet.v1.LeaderSays.standing:type_name -> vacate.fleet.v1.Standing
-	39, // 14: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
-	17, // 15: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
-	4,  // 16: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
-	5,  // 17: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
-	39, // 18: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
-	39, // 19: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
-	20, // 20: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
-	25, // 21: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
-	39, // 22: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	39, // 23: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
-	29, // 24: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
-	32, // 25: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
-	0,  // 26: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
-	13, // 27: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
-	15, // 28: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
-	18, // 29: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
-	21, // 30: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
-	23, // 31: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
-	26, // 32: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
-	27, // 33: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
-	30, // 34: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
-	33, // 35: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
-	34, // 36: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
-	35, // 37: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
-	36, // 38: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
-	8,  // 39: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
-	14, // 40: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
-	16, // 41: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
-	19, // 42: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
-	22, // 43: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
-	24, // 44: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
-	25, // 45: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
-	28, // 46: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
-	31, // 47: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
-	31, // 48: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	31, // 49: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	14, // 50: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
-	37, // 51: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
-	39, // [39:52] is the sub-list for method output_type
-	26, // [26:39] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	39, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
+	42, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
+	40, // 9: vacate.fleet.v1.VM.labels:type_name -> vacate.fleet.v1.VM.LabelsEntry
+	42, // 10: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
+	9,  // 11: vacate.fleet.v1.LeaderSays.elsewhere:type_name -> vacate.fleet.v1.Elsewhere
+	10, // 12: vacate.fleet.v1.LeaderSays.welcome:type_name -> vacate.fleet.v1.Welcome
+	12, // 13: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
+	11, // 14: vacate.fleet.v1.LeaderSays.standing:type_name -> vacate.fleet.v1.Standing
+	42, // 15: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	17, // 16: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
+	4,  // 17: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
+	5,  // 18: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
+	42, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
+	42, // 20: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
+	20, // 21: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
+	21, // 22: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
+	26, // 23: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
+	42, // 24: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	42, // 25: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
+	41, // 26: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
+	30, // 27: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
+	33, // 28: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
+	0,  // 29: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
+	13, // 30: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
+	15, // 31: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
+	18, // 32: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
+	22, // 33: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
+	24, // 34: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
+	27, // 35: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
+	28, // 36: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
+	31, // 37: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
+	34, // 38: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
+	35, // 39: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
+	36, // 40: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
+	37, // 41: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
+	8,  // 42: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
+	14, // 43: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
+	16, // 44: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
+	19, // 45: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
+	23, // 46: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
+	25, // 47: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
+	26, // 48: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
+	29, // 49: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
+	32, // 50: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 51: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 52: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	14, // 53: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
+	38, // 54: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
+	42, // [42:55] is the sub-list for method output_type
+	29, // [29:42] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_internal_fleet_api_v1_fleet_proto_init() }
@@ -3097,14 +3214,15 @@ func file_internal_fleet_api_v1_fleet_proto_init() {
 	}
 	file_internal_fleet_api_v1_fleet_proto_msgTypes[17].OneofWrappers = []any{}
 	file_internal_fleet_api_v1_fleet_proto_msgTypes[19].OneofWrappers = []any{}
-	file_internal_fleet_api_v1_fleet_proto_msgTypes[25].OneofWrappers = []any{}
+	file_internal_fleet_api_v1_fleet_proto_msgTypes[21].OneofWrappers = []any{}
+	file_internal_fleet_api_v1_fleet_proto_msgTypes[26].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_fleet_api_v1_fleet_proto_rawDesc), len(file_internal_fleet_api_v1_fleet_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
