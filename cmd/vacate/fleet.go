@@ -1,13 +1,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -131,7 +134,8 @@ role there: view, act or admin. docs/fleet-setup.md tells how to set one up.`,
 	}
 	c.AddCommand(fleetStatusCommand(), fleetHostsCommand(), fleetDrainCommand(),
 		fleetRestoreCommand(), fleetDecisionsCommand(), fleetApproveCommand(),
-		fleetPlaceCommand(), fleetRulesCommand(), fleetModeCommand(), fleetForgetCommand())
+		fleetPlaceCommand(), fleetRulesCommand(), fleetModeCommand(), fleetPolicyCommand(),
+		fleetForgetCommand())
 	return c
 }
 
@@ -196,7 +200,7 @@ on.`,
 }
 
 func fleetDrainCommand() *cobra.Command {
-	var by, reason string
+	var at, by, reason string
 	var dry bool
 	var rate cli.Rate
 	c := fleetAsk(&cobra.Command{
@@ -209,23 +213,33 @@ restored, also through restarts. With --dry-run, only says how long it will
 take, and which VMs cannot leave.`,
 		Example: `  vacate fleet drain hosta --dry-run
   vacate fleet drain rack=r1 --dry-run
-  vacate fleet drain hosta --by 22:00 --reason "new memory"`,
+  vacate fleet drain hosta --by 22:00 --reason "new memory"
+  vacate fleet drain hosta --at 02:00`,
 	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
 		q := &fleetv1.DrainRequest{Host: args[0], Reason: reason, DryRun: dry, Rate: uint64(rate)}
-		if by != "" {
-			at, err := clockTime(by, time.Now())
+		begin := time.Now()
+		if at != "" {
+			when, err := clockTime("--at", at, begin)
 			if err != nil {
 				return nil, err
 			}
-			q.By = timestamppb.New(at)
+			begin, q.At = when, timestamppb.New(when)
+		}
+		if by != "" {
+			when, err := clockTime("--by", by, begin)
+			if err != nil {
+				return nil, err
+			}
+			q.By = timestamppb.New(when)
 		}
 		r, err := b.Drain(ctx, connect.NewRequest(q))
 		if err != nil {
 			return nil, err
 		}
-		writeDrain(w, q, r.Msg, time.Now())
+		writeDrain(w, q, r.Msg, begin)
 		return r.Msg, nil
 	})
+	c.Flags().StringVar(&at, "at", "", "begin then, `HH:MM`; default: now")
 	c.Flags().StringVar(&by, "by", "", "when it shall be empty, `HH:MM`; it is said if it will not")
 	c.Flags().StringVar(&reason, "reason", "", "what others are told of it")
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing")
@@ -234,10 +248,10 @@ take, and which VMs cannot leave.`,
 }
 
 // clockTime is the next time at which a clock shows HH:MM.
-func clockTime(text string, now time.Time) (time.Time, error) {
+func clockTime(flag, text string, now time.Time) (time.Time, error) {
 	t, err := time.Parse("15:04", text)
 	if err != nil {
-		return t, fmt.Errorf("--by %q: want HH:MM", text)
+		return t, fmt.Errorf("%s %q: want HH:MM", flag, text)
 	}
 	at := time.Date(now.Year(), now.Month(), now.Day(), t.Hour(), t.Minute(), 0, 0, now.Location())
 	if at.Before(now) {
@@ -247,6 +261,10 @@ func clockTime(text string, now time.Time) (time.Time, error) {
 }
 
 func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, now time.Time) {
+	if q.At != nil {
+		fmt.Fprintf(w, "the drain begins %s; this is what it would come to now\n",
+			now.Local().Format(time.DateTime))
+	}
 	for _, s := range r.Steps {
 		fmt.Fprintf(w, "%s goes to %s, within %.0f s\n", clean(s.Vm), clean(s.To), s.DoneS)
 	}
@@ -433,6 +451,92 @@ fleet approve, auto carries them out. Drains are carried out in each mode.`,
 		writeFleetStatus(w, r.Msg)
 		return r.Msg, nil
 	})
+}
+
+func fleetPolicyCommand() *cobra.Command {
+	var p fleetv1.Policy
+	var sustain, settle, coolDown, late time.Duration
+	fields := map[string]string{"starving": "starving", "free": "free", "sustain": "sustain_s",
+		"settle": "settle_s", "cool-down": "cool_down_s", "min-gain": "min_gain",
+		"max-load": "max_load", "reserve": "reserve", "overcommit": "overcommit",
+		"per-host": "per_host", "per-link": "per_link", "in-all": "in_all", "late": "late_s",
+		"quiet": "quiet"}
+	c := &cobra.Command{
+		Use: "policy", Short: "Show how the fleet decides, or change some of it",
+		Long: `Shows by which policy the fleet decides, and changes what is given. What is not
+given stays as it is. docs/fleet.md says what each setting does. Quiet hours are
+by the clock of the member that leads; drains go on in them.`,
+		Example: `  vacate fleet policy
+  vacate fleet policy --min-gain 0.5 --cool-down 1h --in-all 20
+  vacate fleet policy --quiet "mon-fri 08:00-18:00" --quiet "sat,sun 10:00-12:00"
+  vacate fleet policy --quiet none`,
+		Args: cobra.NoArgs,
+	}
+	fleetAsk(c, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message,
+		error) {
+		p.SustainS, p.SettleS, p.CoolDownS, p.LateS = sustain.Seconds(), settle.Seconds(),
+			coolDown.Seconds(), late.Seconds()
+		if len(p.Quiet) == 1 && p.Quiet[0] == "none" {
+			p.Quiet = nil
+		}
+		q := &fleetv1.SetPolicyRequest{Policy: &p}
+		for _, name := range slices.Sorted(maps.Keys(fields)) {
+			if c.Flags().Changed(name) {
+				q.Fields = append(q.Fields, fields[name])
+			}
+		}
+		var r *connect.Response[fleetv1.Policy]
+		var err error
+		if len(q.Fields) > 0 {
+			r, err = b.SetPolicy(ctx, connect.NewRequest(q))
+		} else {
+			r, err = b.GetPolicy(ctx, connect.NewRequest(&fleetv1.GetPolicyRequest{}))
+		}
+		if err != nil {
+			return nil, err
+		}
+		writePolicy(w, r.Msg)
+		return r.Msg, nil
+	})
+	f := c.Flags()
+	f.Float64Var(&p.Starving, "starving", 0, "a VM starves below this `SHARE` of the CPU it wants")
+	f.Float64Var(&p.Free, "free", 0, "`SHARE` of its memory that a host shall have available")
+	f.DurationVar(&sustain, "sustain", 0, "how long VMs must have starved")
+	f.DurationVar(&settle, "settle", 0, "how long a host is left alone after an eviction")
+	f.DurationVar(&coolDown, "cool-down", 0, "how long a VM then stays")
+	f.Float64Var(&p.MinGain, "min-gain", 0, "`CORES` that all VMs must get more by an eviction")
+	f.Float64Var(&p.MaxLoad, "max-load", 0, "most CPU wanted for each core of a target")
+	f.Float64Var(&p.Reserve, "reserve", 0, "`SHARE` of its memory that a target keeps free")
+	f.Float64Var(&p.Overcommit, "overcommit", 0,
+		"most size of all VMs of a host, as a `SHARE` of its memory")
+	f.Uint32Var(&p.PerHost, "per-host", 0, "evictions at once from or to a host; 0: any number")
+	f.Uint32Var(&p.PerLink, "per-link", 0, "evictions at once over a shared link; 0: any number")
+	f.Uint32Var(&p.InAll, "in-all", 0, "evictions at once in the fleet; 0: any number")
+	f.DurationVar(&late, "late", 0, "how old a host's report may be")
+	f.StringArrayVar(&p.Quiet, "quiet", nil,
+		"`HOURS` in which only drains move VMs; repeat it for others; none: there are none")
+	return c
+}
+
+func writePolicy(w io.Writer, p *fleetv1.Policy) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	defer t.Flush()
+	s := func(seconds float64) time.Duration {
+		return time.Duration(seconds * float64(time.Second))
+	}
+	for _, l := range []struct {
+		name  string
+		value any
+	}{
+		{"mode", clean(p.Mode)}, {"starving", p.Starving}, {"free", p.Free},
+		{"sustain", s(p.SustainS)}, {"settle", s(p.SettleS)}, {"cool-down", s(p.CoolDownS)},
+		{"min-gain", p.MinGain}, {"max-load", p.MaxLoad}, {"reserve", p.Reserve},
+		{"overcommit", p.Overcommit}, {"per-host", p.PerHost}, {"per-link", p.PerLink},
+		{"in-all", p.InAll}, {"late", s(p.LateS)},
+		{"quiet", clean(cmp.Or(strings.Join(p.Quiet, "; "), "none"))},
+	} {
+		fmt.Fprintf(t, "%s\t%v\n", l.name, l.value)
+	}
 }
 
 func fleetForgetCommand() *cobra.Command {

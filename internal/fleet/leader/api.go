@@ -22,6 +22,7 @@ import (
 	"vacate/internal/link/certs"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -87,6 +88,7 @@ var roles = map[string]role{
 	fleetv1.FleetRestoreProcedure: actor, fleetv1.FleetApproveProcedure: actor,
 	fleetv1.FleetPutRuleProcedure: admin, fleetv1.FleetRemoveRuleProcedure: admin,
 	fleetv1.FleetSetModeProcedure: admin, fleetv1.FleetForgetProcedure: admin,
+	fleetv1.FleetGetPolicyProcedure: viewer, fleetv1.FleetSetPolicyProcedure: admin,
 }
 
 // maxMessage bounds what a host or an operator says at once, in bytes.
@@ -159,6 +161,8 @@ func (b *Brain) gate() connect.UnaryInterceptorFunc {
 					log = log.With("rule", m.Rule)
 				case *fleetv1.SetModeRequest:
 					log = log.With("mode", m.Mode)
+				case *fleetv1.SetPolicyRequest:
+					log = log.With("fields", m.Fields, "policy", m.Policy)
 				}
 				if err != nil {
 					log.Warn("refused what an operator asked", "error", err)
@@ -435,6 +439,9 @@ func (b operators) ListHosts(ctx context.Context, _ *connect.Request[fleetv1.Lis
 			if !x.By.IsZero() {
 				m.MaintenanceBy = timestamppb.New(x.By)
 			}
+			if x.Phase == view.Planned {
+				m.MaintenanceAt = timestamppb.New(x.From)
+			}
 			var stay []place.Stay
 			m.Going, stay = t.planner.Remaining(now, name)
 			m.Staying = staying(stay)
@@ -492,6 +499,9 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 	if len(req.Msg.Reason) > maxReason {
 		return nil, invalid(fmt.Errorf("the reason has more than %d bytes", maxReason))
 	}
+	if req.Msg.At != nil && req.Msg.By != nil && req.Msg.By.AsTime().Before(req.Msg.At.AsTime()) {
+		return nil, invalid(errors.New("it would end before it begins"))
+	}
 	t.mu.Lock()
 	picked, err := t.pick(req.Msg.Host)
 	if err != nil {
@@ -501,6 +511,11 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 	names, known := make([]string, len(picked)), true
 	drains := make([]store.Maintenance, len(picked))
 	for i, h := range picked {
+		if m := t.maintenance[h.Name]; req.Msg.At != nil && !m.Open() {
+			t.mu.Unlock()
+			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("host %s is %s "+
+				"already: `vacate fleet restore %[1]s` first", h.Name, m.Phase))
+		}
 		names[i], known = h.Name, known && h.report != nil
 		drains[i] = t.drainOf(h, req.Msg, who, now)
 	}
@@ -529,17 +544,14 @@ func (t *term) drainOf(h *hostState, q *fleetv1.DrainRequest, who string,
 	if q.By != nil {
 		m.By = q.By.AsTime()
 	}
-	for _, v := range h.told.VMs {
-		m.Left = append(m.Left, v.Name)
-	}
 	if before, ok := t.maintenance[h.Name]; ok { // those that have left already count, too
-		for _, vm := range before.Left {
-			if !slices.Contains(m.Left, vm) {
-				m.Left = append(m.Left, vm)
-			}
-		}
+		m.Left = before.Left
 	}
-	return m
+	if q.At != nil && q.At.AsTime().After(now) {
+		m.Phase, m.From = view.Planned, q.At.AsTime()
+		return m
+	}
+	return t.drainNow(h, m)
 }
 
 // forecast is what comes of a drain as operators are told.
@@ -576,7 +588,11 @@ func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.Res
 	var restored []store.Maintenance
 	for _, h := range picked {
 		if m, ok := t.maintenance[h.Name]; ok {
-			m.Phase = view.Restoring
+			if m.Phase == view.Planned { // it never began
+				m.Phase, m.Left = "", nil
+			} else {
+				m.Phase = view.Restoring
+			}
 			restored = append(restored, m)
 		}
 	}
@@ -825,18 +841,27 @@ func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.Set
 	policy := t.policy
 	t.mu.Unlock()
 	policy.Mode = view.Mode(req.Msg.Mode)
+	if err := t.setPolicy(ctx, policy); err != nil {
+		return nil, err
+	}
+	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+}
+
+// setPolicy has another policy hold from now on.
+func (t *term) setPolicy(ctx context.Context, policy view.Policy) error {
 	if err := policy.Check(); err != nil {
-		return nil, invalid(err)
+		return invalid(err)
 	}
 	t.writes.Lock()
-	err = t.write(func() error {
+	err := t.write(func() error {
 		return t.store.PutSettings(ctx, t.Term, store.Settings{Policy: &policy})
 	})
 	t.writes.Unlock()
 	if err != nil {
-		return nil, connect.NewError(connect.CodeUnavailable, err)
+		return connect.NewError(connect.CodeUnavailable, err)
 	}
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.policy = policy
 	t.planner.SetPolicy(policy)
 	if policy.Mode != view.Ask {
@@ -844,8 +869,94 @@ func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.Set
 			t.reject(id, "the fleet does not ask any more", time.Now())
 		}
 	}
+	return nil
+}
+
+// GetPolicy implements fleetv1.FleetHandler.
+func (b operators) GetPolicy(ctx context.Context, _ *connect.Request[fleetv1.GetPolicyRequest]) (
+	*connect.Response[fleetv1.Policy], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return connect.NewResponse(policyMessage(t.policy)), nil
+}
+
+// SetPolicy implements fleetv1.FleetHandler.
+func (b operators) SetPolicy(ctx context.Context, req *connect.Request[fleetv1.SetPolicyRequest]) (
+	*connect.Response[fleetv1.Policy], error) {
+	t, err := b.leading(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	policy := t.policy
 	t.mu.Unlock()
-	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+	m := policyMessage(policy)
+	from, to := req.Msg.GetPolicy().ProtoReflect(), m.ProtoReflect()
+	for _, name := range req.Msg.Fields {
+		f := to.Descriptor().Fields().ByName(protoreflect.Name(name))
+		if f == nil {
+			return nil, invalid(fmt.Errorf("a policy has no field %.40q", name))
+		}
+		if from.Has(f) {
+			to.Set(f, from.Get(f))
+		} else {
+			to.Clear(f)
+		}
+	}
+	if policy, err = policyOf(m); err != nil {
+		return nil, invalid(err)
+	}
+	if err := t.setPolicy(ctx, policy); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(policyMessage(policy)), nil
+}
+
+func policyMessage(p view.Policy) *fleetv1.Policy {
+	m := &fleetv1.Policy{Mode: string(p.Mode), Starving: p.Starving, Free: p.Free,
+		SustainS: p.Sustain.Seconds(), SettleS: p.Settle.Seconds(), CoolDownS: p.CoolDown.Seconds(),
+		MinGain: p.MinGain, MaxLoad: p.MaxLoad, Reserve: p.Reserve, Overcommit: p.Overcommit,
+		PerHost: uint32(p.PerHost), PerLink: uint32(p.PerLink), InAll: uint32(p.InAll),
+		LateS: p.Late.Seconds()}
+	for _, h := range p.Quiet {
+		m.Quiet = append(m.Quiet, h.String())
+	}
+	return m
+}
+
+// mostQuiet is how many quiet hours there may be.
+const mostQuiet = 100
+
+func policyOf(m *fleetv1.Policy) (p view.Policy, err error) {
+	p = view.Policy{Mode: view.Mode(m.Mode), Starving: m.Starving, Free: m.Free,
+		MinGain: m.MinGain, MaxLoad: m.MaxLoad, Reserve: m.Reserve, Overcommit: m.Overcommit,
+		PerHost: int(m.PerHost), PerLink: int(m.PerLink), InAll: int(m.InAll)}
+	for _, d := range []struct {
+		name string
+		s    float64
+		to   *time.Duration
+	}{{"sustain", m.SustainS, &p.Sustain}, {"settle", m.SettleS, &p.Settle},
+		{"cool_down", m.CoolDownS, &p.CoolDown}, {"late", m.LateS, &p.Late}} {
+		if !(d.s >= 0 && d.s <= (365*24*time.Hour).Seconds()) {
+			return p, fmt.Errorf("%s is %g s: want from 0 to a year", d.name, d.s)
+		}
+		*d.to = time.Duration(d.s * float64(time.Second))
+	}
+	if len(m.Quiet) > mostQuiet {
+		return p, fmt.Errorf("there are %d quiet hours: want %d at most", len(m.Quiet), mostQuiet)
+	}
+	for _, text := range m.Quiet {
+		h, err := view.ParseHours(text)
+		if err != nil {
+			return p, err
+		}
+		p.Quiet = append(p.Quiet, h)
+	}
+	return p, nil
 }
 
 // Forget implements fleetv1.FleetHandler.

@@ -248,7 +248,10 @@ func (t *term) tellStanding(h *hostState) {
 		return
 	}
 	m := t.maintenance[h.Name]
-	s := &fleetv1.Standing{Epoch: uint64(t.Epoch), Maintenance: string(m.Phase), Reason: m.Reason}
+	s := &fleetv1.Standing{Epoch: uint64(t.Epoch)}
+	if !m.Open() {
+		s.Maintenance, s.Reason = string(m.Phase), m.Reason
+	}
 	size := 0
 	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
 		r, err := view.ParseRule(t.rules[name].Text)
@@ -621,6 +624,10 @@ func (t *term) maintain(ctx context.Context) {
 	var next []store.Maintenance
 	for name, m := range t.maintenance {
 		h := t.hosts[name]
+		if h != nil && m.Phase == view.Planned && !now.Before(m.From) {
+			next = append(next, t.drainNow(h, m))
+			continue
+		}
 		if h == nil || h.report == nil || now.Sub(h.told.Seen) > t.policy.Late || !t.ready(now) {
 			continue
 		}
@@ -642,6 +649,17 @@ func (t *term) maintain(ctx context.Context) {
 		}
 		t.log.Info("maintenance goes on", "host", m.Host, "phase", m.Phase)
 	}
+}
+
+// drainNow has a drain begin, and notes which VMs are on the host.
+func (t *term) drainNow(h *hostState, m store.Maintenance) store.Maintenance {
+	m.Phase = view.Draining
+	for _, v := range h.told.VMs {
+		if !slices.Contains(m.Left, v.Name) {
+			m.Left = append(m.Left, v.Name)
+		}
+	}
+	return m
 }
 
 // setMaintenance writes a host's maintenance, or that it has none.

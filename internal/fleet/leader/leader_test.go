@@ -25,6 +25,7 @@ import (
 	"vacate/internal/link/certs"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -580,6 +581,101 @@ func TestRack(t *testing.T) {
 		len(r.Msg.Vms) != 3 {
 		t.Errorf("restored %v, %v", r, err)
 	}
+}
+
+// A policy is changed field by field, and the next leader goes by it.
+func TestPolicy(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	set := func(p *fleetv1.Policy, fields ...string) (*fleetv1.Policy, error) {
+		r, err := boss.SetPolicy(t.Context(),
+			connect.NewRequest(&fleetv1.SetPolicyRequest{Policy: p, Fields: fields}))
+		if err != nil {
+			return nil, err
+		}
+		return r.Msg, nil
+	}
+	want := policyMessage(view.DefaultPolicy())
+	want.MinGain, want.CoolDownS, want.InAll, want.PerHost = 0.5, 3600, 20, 0
+	want.Quiet = []string{"22:00-06:00", "mon,tue 08:00-18:00"}
+	got, err := set(&fleetv1.Policy{MinGain: 0.5, CoolDownS: 3600, InAll: 20, MaxLoad: 7,
+		Quiet: []string{"22:00-06:00", "mon-tue 08:00-18:00"}}, "min_gain", "cool_down_s",
+		"in_all", "per_host", "quiet")
+	if err != nil || !proto.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	for field, p := range map[string]*fleetv1.Policy{"nonsense": {}, "late_s": {},
+		"max_load": {MaxLoad: math.NaN()}, "reserve": {Reserve: 2}, "settle_s": {SettleS: -1},
+		"quiet": {Quiet: []string{"always"}}, "sustain_s": {SustainS: math.Inf(1)},
+		"mode": {Mode: "maybe"}} {
+		if _, err := set(p, field); connect.CodeOf(err) != connect.CodeInvalidArgument {
+			t.Errorf("%s = %v: %v", field, p, err)
+		}
+	}
+	two := s.serve("brain2")
+	one.stop()
+	boss = s.leads(two)
+	r, err := boss.GetPolicy(t.Context(), connect.NewRequest(&fleetv1.GetPolicyRequest{}))
+	if err != nil || !proto.Equal(r.Msg, want) {
+		t.Errorf("the next leader goes by %v, %v", r, err)
+	}
+}
+
+// A drain begins when its time has come, and not if it was called off.
+func TestPlannedDrain(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b, c := s.host("hosta", "web1"), s.host("hostb"), s.host("hostc", "web2")
+	for _, f := range []*fake{a, b, c} {
+		f.join(one)
+	}
+	drain := func(host string, at time.Time) error {
+		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: host,
+			At: timestamppb.New(at)}))
+		return err
+	}
+	phases := func() (list []string) {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, h := range r.Msg.Hosts {
+			list = append(list, h.Maintenance)
+		}
+		return list
+	}
+	s.until("all are known", func() bool {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		return err == nil && len(r.Msg.Hosts) == 3 && len(r.Msg.Hosts[0].Vms) == 1 &&
+			len(r.Msg.Hosts[2].Vms) == 1
+	})
+	later := time.Now().Add(24 * time.Hour)
+	if err := errors.Join(drain("hosta", later), drain("hostc", later)); err != nil {
+		t.Fatal(err)
+	}
+	if got := phases(); !slices.Equal(got, []string{"planned", "", "planned"}) {
+		t.Errorf("the hosts are %q", got)
+	}
+	if _, err := boss.Restore(t.Context(),
+		connect.NewRequest(&fleetv1.RestoreRequest{Host: "hostc"})); err != nil {
+		t.Error(err)
+	}
+	if err := drain("hosta", time.Now().Add(2*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	s.until("the VM leaves", func() bool { return a.begun() == 1 })
+	if c.begun() != 0 {
+		t.Error("a drain that was called off begins")
+	}
+	if err := drain("hosta", later); connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("a drain that has begun is put off: %v", err)
+	}
+	a.end(b)
+	s.until("it is drained", func() bool {
+		return slices.Equal(phases(), []string{"drained", "", ""})
+	})
 }
 
 // Hosts are told what keeps VMs off them, but for those that would not understand.

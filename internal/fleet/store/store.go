@@ -198,7 +198,7 @@ func (r *Rule) check() error {
 
 func (m *Maintenance) check() error {
 	switch m.Phase {
-	case view.Closed, view.Draining, view.Drained, view.Restoring:
+	case view.Planned, view.Closed, view.Draining, view.Drained, view.Restoring:
 	default:
 		return fmt.Errorf("phase %.64q is none of a maintenance", m.Phase)
 	}

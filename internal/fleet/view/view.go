@@ -241,10 +241,13 @@ func wordRune(r rune) bool {
 // Phase is how far the maintenance of a host has come.
 //
 //	(none) ──drain──► Draining ──no VM left──► Drained ──restore──► Restoring ──► (none)
+//	   │                 ▲
+//	   ├──at a time──► Planned ────────────────restore──────────────────────────────►
 //	   └────close───► Closed ───────────────────open─────────────────────────────►
 type Phase string
 
 const (
+	Planned   Phase = "planned"   // it will be drained, and is in service until then
 	Closed    Phase = "closed"    // no VM comes, none has to leave
 	Draining  Phase = "draining"  // no VM comes, all leave that can
 	Drained   Phase = "drained"   // no VM is there, none comes
@@ -255,7 +258,8 @@ const (
 type Maintenance struct {
 	Host   string    `json:"host"`
 	Phase  Phase     `json:"phase"`
-	By     time.Time `json:"by,omitzero"` // when it shall be done; zero: whenever
+	From   time.Time `json:"from,omitzero"` // when it shall begin; zero: at once
+	By     time.Time `json:"by,omitzero"`   // when it shall be done; zero: whenever
 	Rate   float64   `json:"rate,omitempty"`
 	Reason string    `json:"reason,omitempty"`
 	Asked  time.Time `json:"asked"`
@@ -264,7 +268,9 @@ type Maintenance struct {
 }
 
 // Open reports whether VMs may come to the host for the sake of balance.
-func (m Maintenance) Open() bool { return m.Phase == "" || m.Phase == Restoring }
+func (m Maintenance) Open() bool {
+	return m.Phase == "" || m.Phase == Planned || m.Phase == Restoring
+}
 
 // Move is a VM on its way from one host to another.
 type Move struct {

@@ -89,7 +89,8 @@ func TestDomains(t *testing.T) {
 	if len(list) != 6 || list[0].Name != "described" || len(found) != 5 {
 		t.Errorf("%+v", list)
 	}
-	if vm := found["db1"]; !vm.Pinned || vm.Priority != 2 || vm.Unfit != nil {
+	if vm := found["db1"]; !vm.Pinned || vm.Priority != 2 || vm.Unfit != nil ||
+		vm.Labels["app"] != "db" {
 		t.Errorf("%+v", vm)
 	}
 	if vm := found["off"]; vm.Pinned || vm.Priority != 0 || vm.Unfit != nil {

@@ -66,6 +66,10 @@ const (
 	FleetRemoveRuleProcedure = "/vacate.fleet.v1.Fleet/RemoveRule"
 	// FleetSetModeProcedure is the fully-qualified name of the Fleet's SetMode RPC.
 	FleetSetModeProcedure = "/vacate.fleet.v1.Fleet/SetMode"
+	// FleetGetPolicyProcedure is the fully-qualified name of the Fleet's GetPolicy RPC.
+	FleetGetPolicyProcedure = "/vacate.fleet.v1.Fleet/GetPolicy"
+	// FleetSetPolicyProcedure is the fully-qualified name of the Fleet's SetPolicy RPC.
+	FleetSetPolicyProcedure = "/vacate.fleet.v1.Fleet/SetPolicy"
 	// FleetForgetProcedure is the fully-qualified name of the Fleet's Forget RPC.
 	FleetForgetProcedure = "/vacate.fleet.v1.Fleet/Forget"
 )
@@ -172,6 +176,10 @@ type FleetClient interface {
 	RemoveRule(context.Context, *connect.Request[RemoveRuleRequest]) (*connect.Response[ListRulesResponse], error)
 	// SetMode sets what becomes of decisions: watch, ask, auto. Role: admin. Codes: invalid_argument.
 	SetMode(context.Context, *connect.Request[SetModeRequest]) (*connect.Response[StatusResponse], error)
+	// GetPolicy returns how the fleet decides. Role: view.
+	GetPolicy(context.Context, *connect.Request[GetPolicyRequest]) (*connect.Response[Policy], error)
+	// SetPolicy changes some of it, and returns all. Role: admin. Codes: invalid_argument.
+	SetPolicy(context.Context, *connect.Request[SetPolicyRequest]) (*connect.Response[Policy], error)
 	// Forget removes a host that is gone for good, with the plans that nobody else knows of. Role: admin. Codes: not_found, failed_precondition
 	// (it reports).
 	Forget(context.Context, *connect.Request[ForgetRequest]) (*connect.Response[ForgetResponse], error)
@@ -259,6 +267,19 @@ func NewFleetClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(fleetMethods.ByName("SetMode")),
 			connect.WithClientOptions(opts...),
 		),
+		getPolicy: connect.NewClient[GetPolicyRequest, Policy](
+			httpClient,
+			baseURL+FleetGetPolicyProcedure,
+			connect.WithSchema(fleetMethods.ByName("GetPolicy")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		setPolicy: connect.NewClient[SetPolicyRequest, Policy](
+			httpClient,
+			baseURL+FleetSetPolicyProcedure,
+			connect.WithSchema(fleetMethods.ByName("SetPolicy")),
+			connect.WithClientOptions(opts...),
+		),
 		forget: connect.NewClient[ForgetRequest, ForgetResponse](
 			httpClient,
 			baseURL+FleetForgetProcedure,
@@ -281,6 +302,8 @@ type fleetClient struct {
 	putRule       *connect.Client[PutRuleRequest, ListRulesResponse]
 	removeRule    *connect.Client[RemoveRuleRequest, ListRulesResponse]
 	setMode       *connect.Client[SetModeRequest, StatusResponse]
+	getPolicy     *connect.Client[GetPolicyRequest, Policy]
+	setPolicy     *connect.Client[SetPolicyRequest, Policy]
 	forget        *connect.Client[ForgetRequest, ForgetResponse]
 }
 
@@ -339,6 +362,16 @@ func (c *fleetClient) SetMode(ctx context.Context, req *connect.Request[SetModeR
 	return c.setMode.CallUnary(ctx, req)
 }
 
+// GetPolicy calls vacate.fleet.v1.Fleet.GetPolicy.
+func (c *fleetClient) GetPolicy(ctx context.Context, req *connect.Request[GetPolicyRequest]) (*connect.Response[Policy], error) {
+	return c.getPolicy.CallUnary(ctx, req)
+}
+
+// SetPolicy calls vacate.fleet.v1.Fleet.SetPolicy.
+func (c *fleetClient) SetPolicy(ctx context.Context, req *connect.Request[SetPolicyRequest]) (*connect.Response[Policy], error) {
+	return c.setPolicy.CallUnary(ctx, req)
+}
+
 // Forget calls vacate.fleet.v1.Fleet.Forget.
 func (c *fleetClient) Forget(ctx context.Context, req *connect.Request[ForgetRequest]) (*connect.Response[ForgetResponse], error) {
 	return c.forget.CallUnary(ctx, req)
@@ -370,6 +403,10 @@ type FleetHandler interface {
 	RemoveRule(context.Context, *connect.Request[RemoveRuleRequest]) (*connect.Response[ListRulesResponse], error)
 	// SetMode sets what becomes of decisions: watch, ask, auto. Role: admin. Codes: invalid_argument.
 	SetMode(context.Context, *connect.Request[SetModeRequest]) (*connect.Response[StatusResponse], error)
+	// GetPolicy returns how the fleet decides. Role: view.
+	GetPolicy(context.Context, *connect.Request[GetPolicyRequest]) (*connect.Response[Policy], error)
+	// SetPolicy changes some of it, and returns all. Role: admin. Codes: invalid_argument.
+	SetPolicy(context.Context, *connect.Request[SetPolicyRequest]) (*connect.Response[Policy], error)
 	// Forget removes a host that is gone for good, with the plans that nobody else knows of. Role: admin. Codes: not_found, failed_precondition
 	// (it reports).
 	Forget(context.Context, *connect.Request[ForgetRequest]) (*connect.Response[ForgetResponse], error)
@@ -453,6 +490,19 @@ func NewFleetHandler(svc FleetHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(fleetMethods.ByName("SetMode")),
 		connect.WithHandlerOptions(opts...),
 	)
+	fleetGetPolicyHandler := connect.NewUnaryHandler(
+		FleetGetPolicyProcedure,
+		svc.GetPolicy,
+		connect.WithSchema(fleetMethods.ByName("GetPolicy")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	fleetSetPolicyHandler := connect.NewUnaryHandler(
+		FleetSetPolicyProcedure,
+		svc.SetPolicy,
+		connect.WithSchema(fleetMethods.ByName("SetPolicy")),
+		connect.WithHandlerOptions(opts...),
+	)
 	fleetForgetHandler := connect.NewUnaryHandler(
 		FleetForgetProcedure,
 		svc.Forget,
@@ -483,6 +533,10 @@ func NewFleetHandler(svc FleetHandler, opts ...connect.HandlerOption) (string, h
 			fleetRemoveRuleHandler.ServeHTTP(w, r)
 		case FleetSetModeProcedure:
 			fleetSetModeHandler.ServeHTTP(w, r)
+		case FleetGetPolicyProcedure:
+			fleetGetPolicyHandler.ServeHTTP(w, r)
+		case FleetSetPolicyProcedure:
+			fleetSetPolicyHandler.ServeHTTP(w, r)
 		case FleetForgetProcedure:
 			fleetForgetHandler.ServeHTTP(w, r)
 		default:
@@ -536,6 +590,14 @@ func (UnimplementedFleetHandler) RemoveRule(context.Context, *connect.Request[Re
 
 func (UnimplementedFleetHandler) SetMode(context.Context, *connect.Request[SetModeRequest]) (*connect.Response[StatusResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.fleet.v1.Fleet.SetMode is not implemented"))
+}
+
+func (UnimplementedFleetHandler) GetPolicy(context.Context, *connect.Request[GetPolicyRequest]) (*connect.Response[Policy], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.fleet.v1.Fleet.GetPolicy is not implemented"))
+}
+
+func (UnimplementedFleetHandler) SetPolicy(context.Context, *connect.Request[SetPolicyRequest]) (*connect.Response[Policy], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vacate.fleet.v1.Fleet.SetPolicy is not implemented"))
 }
 
 func (UnimplementedFleetHandler) Forget(context.Context, *connect.Request[ForgetRequest]) (*connect.Response[ForgetResponse], error) {

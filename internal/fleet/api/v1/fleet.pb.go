@@ -1417,13 +1417,15 @@ type Host struct {
 	Vms     []*VM    `protobuf:"bytes,5,rep,name=vms,proto3" json:"vms,omitempty"`
 	Guard   string   `protobuf:"bytes,6,opt,name=guard,proto3" json:"guard,omitempty"`
 	Version string   `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
-	// closed, draining, drained, restoring; empty: in service.
+	// planned, closed, draining, drained, restoring; empty: in service.
 	Maintenance       string                 `protobuf:"bytes,8,opt,name=maintenance,proto3" json:"maintenance,omitempty"`
 	MaintenanceReason string                 `protobuf:"bytes,9,opt,name=maintenance_reason,json=maintenanceReason,proto3" json:"maintenance_reason,omitempty"`
 	MaintenanceBy     *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=maintenance_by,json=maintenanceBy,proto3" json:"maintenance_by,omitempty"`
 	// VMs that have yet to leave, or to come back; and those that will not, with the reason.
-	Going         []string `protobuf:"bytes,11,rep,name=going,proto3" json:"going,omitempty"`
-	Staying       []string `protobuf:"bytes,12,rep,name=staying,proto3" json:"staying,omitempty"`
+	Going   []string `protobuf:"bytes,11,rep,name=going,proto3" json:"going,omitempty"`
+	Staying []string `protobuf:"bytes,12,rep,name=staying,proto3" json:"staying,omitempty"`
+	// When a planned drain begins.
+	MaintenanceAt *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=maintenance_at,json=maintenanceAt,proto3" json:"maintenance_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1542,6 +1544,13 @@ func (x *Host) GetStaying() []string {
 	return nil
 }
 
+func (x *Host) GetMaintenanceAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.MaintenanceAt
+	}
+	return nil
+}
+
 type DrainRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its name, or a selector, such as "rack=r1".
@@ -1551,7 +1560,9 @@ type DrainRequest struct {
 	Reason string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	DryRun bool                   `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	// Bytes per second at most for each eviction. 0: any.
-	Rate          uint64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	Rate uint64 `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`
+	// When it shall begin. Not set: now.
+	At            *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=at,proto3" json:"at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1619,6 +1630,13 @@ func (x *DrainRequest) GetRate() uint64 {
 		return x.Rate
 	}
 	return 0
+}
+
+func (x *DrainRequest) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
 }
 
 type DrainResponse struct {
@@ -2743,6 +2761,253 @@ func (x *SetModeRequest) GetMode() string {
 	return ""
 }
 
+type GetPolicyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPolicyRequest) Reset() {
+	*x = GetPolicyRequest{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPolicyRequest) ProtoMessage() {}
+
+func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
+func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{37}
+}
+
+// docs/fleet.md says what each is for.
+type Policy struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Mode       string                 `protobuf:"bytes,1,opt,name=mode,proto3" json:"mode,omitempty"`
+	Starving   float64                `protobuf:"fixed64,2,opt,name=starving,proto3" json:"starving,omitempty"`
+	Free       float64                `protobuf:"fixed64,3,opt,name=free,proto3" json:"free,omitempty"`
+	SustainS   float64                `protobuf:"fixed64,4,opt,name=sustain_s,json=sustainS,proto3" json:"sustain_s,omitempty"`
+	SettleS    float64                `protobuf:"fixed64,5,opt,name=settle_s,json=settleS,proto3" json:"settle_s,omitempty"`
+	CoolDownS  float64                `protobuf:"fixed64,6,opt,name=cool_down_s,json=coolDownS,proto3" json:"cool_down_s,omitempty"`
+	MinGain    float64                `protobuf:"fixed64,7,opt,name=min_gain,json=minGain,proto3" json:"min_gain,omitempty"`
+	MaxLoad    float64                `protobuf:"fixed64,8,opt,name=max_load,json=maxLoad,proto3" json:"max_load,omitempty"`
+	Reserve    float64                `protobuf:"fixed64,9,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	Overcommit float64                `protobuf:"fixed64,10,opt,name=overcommit,proto3" json:"overcommit,omitempty"`
+	PerHost    uint32                 `protobuf:"varint,11,opt,name=per_host,json=perHost,proto3" json:"per_host,omitempty"`
+	PerLink    uint32                 `protobuf:"varint,12,opt,name=per_link,json=perLink,proto3" json:"per_link,omitempty"`
+	InAll      uint32                 `protobuf:"varint,13,opt,name=in_all,json=inAll,proto3" json:"in_all,omitempty"`
+	LateS      float64                `protobuf:"fixed64,14,opt,name=late_s,json=lateS,proto3" json:"late_s,omitempty"`
+	// Such as "mon-fri 08:00-18:00", by the clock of the member that leads.
+	Quiet         []string `protobuf:"bytes,15,rep,name=quiet,proto3" json:"quiet,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Policy) Reset() {
+	*x = Policy{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Policy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Policy) ProtoMessage() {}
+
+func (x *Policy) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Policy.ProtoReflect.Descriptor instead.
+func (*Policy) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Policy) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Policy) GetStarving() float64 {
+	if x != nil {
+		return x.Starving
+	}
+	return 0
+}
+
+func (x *Policy) GetFree() float64 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+func (x *Policy) GetSustainS() float64 {
+	if x != nil {
+		return x.SustainS
+	}
+	return 0
+}
+
+func (x *Policy) GetSettleS() float64 {
+	if x != nil {
+		return x.SettleS
+	}
+	return 0
+}
+
+func (x *Policy) GetCoolDownS() float64 {
+	if x != nil {
+		return x.CoolDownS
+	}
+	return 0
+}
+
+func (x *Policy) GetMinGain() float64 {
+	if x != nil {
+		return x.MinGain
+	}
+	return 0
+}
+
+func (x *Policy) GetMaxLoad() float64 {
+	if x != nil {
+		return x.MaxLoad
+	}
+	return 0
+}
+
+func (x *Policy) GetReserve() float64 {
+	if x != nil {
+		return x.Reserve
+	}
+	return 0
+}
+
+func (x *Policy) GetOvercommit() float64 {
+	if x != nil {
+		return x.Overcommit
+	}
+	return 0
+}
+
+func (x *Policy) GetPerHost() uint32 {
+	if x != nil {
+		return x.PerHost
+	}
+	return 0
+}
+
+func (x *Policy) GetPerLink() uint32 {
+	if x != nil {
+		return x.PerLink
+	}
+	return 0
+}
+
+func (x *Policy) GetInAll() uint32 {
+	if x != nil {
+		return x.InAll
+	}
+	return 0
+}
+
+func (x *Policy) GetLateS() float64 {
+	if x != nil {
+		return x.LateS
+	}
+	return 0
+}
+
+func (x *Policy) GetQuiet() []string {
+	if x != nil {
+		return x.Quiet
+	}
+	return nil
+}
+
+type SetPolicyRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Policy *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	// The names of its fields that count; the others stay as they are.
+	Fields        []string `protobuf:"bytes,2,rep,name=fields,proto3" json:"fields,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPolicyRequest) Reset() {
+	*x = SetPolicyRequest{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPolicyRequest) ProtoMessage() {}
+
+func (x *SetPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPolicyRequest.ProtoReflect.Descriptor instead.
+func (*SetPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *SetPolicyRequest) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *SetPolicyRequest) GetFields() []string {
+	if x != nil {
+		return x.Fields
+	}
+	return nil
+}
+
 type ForgetRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
@@ -2752,7 +3017,7 @@ type ForgetRequest struct {
 
 func (x *ForgetRequest) Reset() {
 	*x = ForgetRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2764,7 +3029,7 @@ func (x *ForgetRequest) String() string {
 func (*ForgetRequest) ProtoMessage() {}
 
 func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[37]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2777,7 +3042,7 @@ func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRequest.ProtoReflect.Descriptor instead.
 func (*ForgetRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{37}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ForgetRequest) GetHost() string {
@@ -2795,7 +3060,7 @@ type ForgetResponse struct {
 
 func (x *ForgetResponse) Reset() {
 	*x = ForgetResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +3072,7 @@ func (x *ForgetResponse) String() string {
 func (*ForgetResponse) ProtoMessage() {}
 
 func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[38]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +3085,7 @@ func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetResponse.ProtoReflect.Descriptor instead.
 func (*ForgetResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{38}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{41}
 }
 
 var File_internal_fleet_api_v1_fleet_proto protoreflect.FileDescriptor
@@ -2944,7 +3209,7 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\btroubles\x18\x0e \x03(\tR\btroubles\"\x12\n" +
 	"\x10ListHostsRequest\"@\n" +
 	"\x11ListHostsResponse\x12+\n" +
-	"\x05hosts\x18\x01 \x03(\v2\x15.vacate.fleet.v1.HostR\x05hosts\"\xa3\x03\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x15.vacate.fleet.v1.HostR\x05hosts\"\xe6\x03\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1e\n" +
@@ -2958,14 +3223,16 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x0emaintenance_by\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\rmaintenanceBy\x12\x14\n" +
 	"\x05going\x18\v \x03(\tR\x05going\x12\x18\n" +
-	"\astaying\x18\f \x03(\tR\astayingB\v\n" +
-	"\t_silent_s\"\x93\x01\n" +
+	"\astaying\x18\f \x03(\tR\astaying\x12A\n" +
+	"\x0emaintenance_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\rmaintenanceAtB\v\n" +
+	"\t_silent_s\"\xbf\x01\n" +
 	"\fDrainRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12*\n" +
 	"\x02by\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02by\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
 	"\adry_run\x18\x04 \x01(\bR\x06dryRun\x12\x12\n" +
-	"\x04rate\x18\x05 \x01(\x04R\x04rate\"\xb0\x01\n" +
+	"\x04rate\x18\x05 \x01(\x04R\x04rate\x12*\n" +
+	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xb0\x01\n" +
 	"\rDrainResponse\x12\x1c\n" +
 	"\atakes_s\x18\x01 \x01(\x01H\x00R\x06takesS\x88\x01\x01\x12+\n" +
 	"\x05steps\x18\x02 \x03(\v2\x15.vacate.fleet.v1.StepR\x05steps\x12\x18\n" +
@@ -3053,12 +3320,35 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x11RemoveRuleRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"$\n" +
 	"\x0eSetModeRequest\x12\x12\n" +
-	"\x04mode\x18\x01 \x01(\tR\x04mode\"#\n" +
+	"\x04mode\x18\x01 \x01(\tR\x04mode\"\x12\n" +
+	"\x10GetPolicyRequest\"\x8e\x03\n" +
+	"\x06Policy\x12\x12\n" +
+	"\x04mode\x18\x01 \x01(\tR\x04mode\x12\x1a\n" +
+	"\bstarving\x18\x02 \x01(\x01R\bstarving\x12\x12\n" +
+	"\x04free\x18\x03 \x01(\x01R\x04free\x12\x1b\n" +
+	"\tsustain_s\x18\x04 \x01(\x01R\bsustainS\x12\x19\n" +
+	"\bsettle_s\x18\x05 \x01(\x01R\asettleS\x12\x1e\n" +
+	"\vcool_down_s\x18\x06 \x01(\x01R\tcoolDownS\x12\x19\n" +
+	"\bmin_gain\x18\a \x01(\x01R\aminGain\x12\x19\n" +
+	"\bmax_load\x18\b \x01(\x01R\amaxLoad\x12\x18\n" +
+	"\areserve\x18\t \x01(\x01R\areserve\x12\x1e\n" +
+	"\n" +
+	"overcommit\x18\n" +
+	" \x01(\x01R\n" +
+	"overcommit\x12\x19\n" +
+	"\bper_host\x18\v \x01(\rR\aperHost\x12\x19\n" +
+	"\bper_link\x18\f \x01(\rR\aperLink\x12\x15\n" +
+	"\x06in_all\x18\r \x01(\rR\x05inAll\x12\x15\n" +
+	"\x06late_s\x18\x0e \x01(\x01R\x05lateS\x12\x14\n" +
+	"\x05quiet\x18\x0f \x03(\tR\x05quiet\"[\n" +
+	"\x10SetPolicyRequest\x12/\n" +
+	"\x06policy\x18\x01 \x01(\v2\x17.vacate.fleet.v1.PolicyR\x06policy\x12\x16\n" +
+	"\x06fields\x18\x02 \x03(\tR\x06fields\"#\n" +
 	"\rForgetRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\"\x10\n" +
 	"\x0eForgetResponse2K\n" +
 	"\x05Hosts\x12B\n" +
-	"\x04Join\x12\x19.vacate.fleet.v1.HostSays\x1a\x1b.vacate.fleet.v1.LeaderSays(\x010\x012\xd6\a\n" +
+	"\x04Join\x12\x19.vacate.fleet.v1.HostSays\x1a\x1b.vacate.fleet.v1.LeaderSays(\x010\x012\xed\b\n" +
 	"\x05Fleet\x12N\n" +
 	"\x06Status\x12\x1e.vacate.fleet.v1.StatusRequest\x1a\x1f.vacate.fleet.v1.StatusResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\tListHosts\x12!.vacate.fleet.v1.ListHostsRequest\x1a\".vacate.fleet.v1.ListHostsResponse\"\x03\x90\x02\x01\x12F\n" +
@@ -3071,7 +3361,9 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\aPutRule\x12\x1f.vacate.fleet.v1.PutRuleRequest\x1a\".vacate.fleet.v1.ListRulesResponse\x12T\n" +
 	"\n" +
 	"RemoveRule\x12\".vacate.fleet.v1.RemoveRuleRequest\x1a\".vacate.fleet.v1.ListRulesResponse\x12K\n" +
-	"\aSetMode\x12\x1f.vacate.fleet.v1.SetModeRequest\x1a\x1f.vacate.fleet.v1.StatusResponse\x12I\n" +
+	"\aSetMode\x12\x1f.vacate.fleet.v1.SetModeRequest\x1a\x1f.vacate.fleet.v1.StatusResponse\x12L\n" +
+	"\tGetPolicy\x12!.vacate.fleet.v1.GetPolicyRequest\x1a\x17.vacate.fleet.v1.Policy\"\x03\x90\x02\x01\x12G\n" +
+	"\tSetPolicy\x12!.vacate.fleet.v1.SetPolicyRequest\x1a\x17.vacate.fleet.v1.Policy\x12I\n" +
 	"\x06Forget\x12\x1e.vacate.fleet.v1.ForgetRequest\x1a\x1f.vacate.fleet.v1.ForgetResponseB&Z$vacate/internal/fleet/api/v1;fleetv1b\x06proto3"
 
 var (
@@ -3086,7 +3378,7 @@ func file_internal_fleet_api_v1_fleet_proto_rawDescGZIP() []byte {
 	return file_internal_fleet_api_v1_fleet_proto_rawDescData
 }
 
-var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*HostSays)(nil),              // 0: vacate.fleet.v1.HostSays
 	(*Hello)(nil),                 // 1: vacate.fleet.v1.Hello
@@ -3125,12 +3417,15 @@ var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*PutRuleRequest)(nil),        // 34: vacate.fleet.v1.PutRuleRequest
 	(*RemoveRuleRequest)(nil),     // 35: vacate.fleet.v1.RemoveRuleRequest
 	(*SetModeRequest)(nil),        // 36: vacate.fleet.v1.SetModeRequest
-	(*ForgetRequest)(nil),         // 37: vacate.fleet.v1.ForgetRequest
-	(*ForgetResponse)(nil),        // 38: vacate.fleet.v1.ForgetResponse
-	nil,                           // 39: vacate.fleet.v1.Load.LabelsEntry
-	nil,                           // 40: vacate.fleet.v1.VM.LabelsEntry
-	nil,                           // 41: vacate.fleet.v1.PlaceRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(*GetPolicyRequest)(nil),      // 37: vacate.fleet.v1.GetPolicyRequest
+	(*Policy)(nil),                // 38: vacate.fleet.v1.Policy
+	(*SetPolicyRequest)(nil),      // 39: vacate.fleet.v1.SetPolicyRequest
+	(*ForgetRequest)(nil),         // 40: vacate.fleet.v1.ForgetRequest
+	(*ForgetResponse)(nil),        // 41: vacate.fleet.v1.ForgetResponse
+	nil,                           // 42: vacate.fleet.v1.Load.LabelsEntry
+	nil,                           // 43: vacate.fleet.v1.VM.LabelsEntry
+	nil,                           // 44: vacate.fleet.v1.PlaceRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
 }
 var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	1,  // 0: vacate.fleet.v1.HostSays.hello:type_name -> vacate.fleet.v1.Hello
@@ -3140,59 +3435,66 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	6,  // 4: vacate.fleet.v1.Report.evictions:type_name -> vacate.fleet.v1.OrderedEviction
 	4,  // 5: vacate.fleet.v1.Report.load:type_name -> vacate.fleet.v1.Load
 	5,  // 6: vacate.fleet.v1.Report.vms:type_name -> vacate.fleet.v1.VM
-	39, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
-	42, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
-	40, // 9: vacate.fleet.v1.VM.labels:type_name -> vacate.fleet.v1.VM.LabelsEntry
-	42, // 10: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
+	42, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
+	45, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
+	43, // 9: vacate.fleet.v1.VM.labels:type_name -> vacate.fleet.v1.VM.LabelsEntry
+	45, // 10: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
 	9,  // 11: vacate.fleet.v1.LeaderSays.elsewhere:type_name -> vacate.fleet.v1.Elsewhere
 	10, // 12: vacate.fleet.v1.LeaderSays.welcome:type_name -> vacate.fleet.v1.Welcome
 	12, // 13: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
 	11, // 14: vacate.fleet.v1.LeaderSays.standing:type_name -> vacate.fleet.v1.Standing
-	42, // 15: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	45, // 15: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
 	17, // 16: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
 	4,  // 17: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
 	5,  // 18: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
-	42, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
-	42, // 20: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
-	20, // 21: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
-	21, // 22: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
-	26, // 23: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
-	42, // 24: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	42, // 25: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
-	41, // 26: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
-	30, // 27: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
-	33, // 28: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
-	0,  // 29: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
-	13, // 30: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
-	15, // 31: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
-	18, // 32: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
-	22, // 33: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
-	24, // 34: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
-	27, // 35: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
-	28, // 36: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
-	31, // 37: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
-	34, // 38: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
-	35, // 39: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
-	36, // 40: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
-	37, // 41: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
-	8,  // 42: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
-	14, // 43: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
-	16, // 44: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
-	19, // 45: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
-	23, // 46: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
-	25, // 47: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
-	26, // 48: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
-	29, // 49: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
-	32, // 50: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 51: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 52: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	14, // 53: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
-	38, // 54: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
-	42, // [42:55] is the sub-list for method output_type
-	29, // [29:42] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	45, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
+	45, // 20: vacate.fleet.v1.Host.maintenance_at:type_name -> google.protobuf.Timestamp
+	45, // 21: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
+	45, // 22: vacate.fleet.v1.DrainRequest.at:type_name -> google.protobuf.Timestamp
+	20, // 23: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
+	21, // 24: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
+	26, // 25: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
+	45, // 26: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	45, // 27: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
+	44, // 28: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
+	30, // 29: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
+	33, // 30: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
+	38, // 31: vacate.fleet.v1.SetPolicyRequest.policy:type_name -> vacate.fleet.v1.Policy
+	0,  // 32: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
+	13, // 33: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
+	15, // 34: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
+	18, // 35: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
+	22, // 36: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
+	24, // 37: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
+	27, // 38: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
+	28, // 39: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
+	31, // 40: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
+	34, // 41: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
+	35, // 42: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
+	36, // 43: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
+	37, // 44: vacate.fleet.v1.Fleet.GetPolicy:input_type -> vacate.fleet.v1.GetPolicyRequest
+	39, // 45: vacate.fleet.v1.Fleet.SetPolicy:input_type -> vacate.fleet.v1.SetPolicyRequest
+	40, // 46: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
+	8,  // 47: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
+	14, // 48: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
+	16, // 49: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
+	19, // 50: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
+	23, // 51: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
+	25, // 52: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
+	26, // 53: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
+	29, // 54: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
+	32, // 55: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 56: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 57: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	14, // 58: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
+	38, // 59: vacate.fleet.v1.Fleet.GetPolicy:output_type -> vacate.fleet.v1.Policy
+	38, // 60: vacate.fleet.v1.Fleet.SetPolicy:output_type -> vacate.fleet.v1.Policy
+	41, // 61: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
+	47, // [47:62] is the sub-list for method output_type
+	32, // [32:47] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_internal_fleet_api_v1_fleet_proto_init() }
@@ -3222,7 +3524,7 @@ func file_internal_fleet_api_v1_fleet_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_fleet_api_v1_fleet_proto_rawDesc), len(file_internal_fleet_api_v1_fleet_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
