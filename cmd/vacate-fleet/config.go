@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
+	"time"
 
+	"vacate/internal/fleet/member"
 	"vacate/internal/fleet/store"
 	"vacate/internal/link/certs"
 	"vacate/internal/sys/settings"
@@ -30,7 +33,9 @@ type config struct {
 	Brains     []string  `toml:"brains"`
 	Generation uint64    `toml:"generation"`
 	Hosts      []string  `toml:"hosts"`
+	Metrics    string    `toml:"metrics"`
 	Operators  operators `toml:"operators"`
+	Hook       *hook     `toml:"hook"` // nil: nobody is told of drains
 	Etcd       *etcd     `toml:"etcd"` // nil: a member of etcd runs in this process
 }
 
@@ -38,6 +43,29 @@ type operators struct {
 	View  []string `toml:"view"`
 	Act   []string `toml:"act"`
 	Admin []string `toml:"admin"`
+}
+
+// hook is whom the leader tells of drains.
+type hook struct {
+	URL  string        `toml:"url"`
+	Time time.Duration `toml:"time"`
+}
+
+// mostHookTime bounds how long a call may take.
+const mostHookTime = 5 * time.Minute
+
+func (h *hook) check() error {
+	if h == nil {
+		return nil
+	}
+	u, err := url.Parse(h.URL)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return fmt.Errorf("hook.url = %q: want one such as https://example.org/drains", h.URL)
+	}
+	if h.Time < 0 || h.Time > mostHookTime {
+		return fmt.Errorf("hook.time = %v: want %v at most", h.Time, mostHookTime)
+	}
+	return nil
 }
 
 // etcd is an operator's own.
@@ -77,6 +105,14 @@ func (c config) check() error {
 			return fmt.Errorf("address = %q has no host: others reach this member there",
 				c.Address)
 		}
+	}
+	if c.Metrics != "" {
+		if _, err := settings.SplitAddress(c.Metrics, 1); err != nil {
+			return fmt.Errorf("metrics = %q %w", c.Metrics, err)
+		}
+	}
+	if err := c.Hook.check(); err != nil {
+		return err
 	}
 	for i, m := range c.Members {
 		name, err := settings.SplitAddress(m, 1)
@@ -167,6 +203,29 @@ func (c config) look() (string, error) {
 		return fmt.Sprintf("member %s, with the etcd at %v", c.me(info.Name), c.Etcd.URLs), nil
 	}
 	return fmt.Sprintf("member %s, one of %d", c.me(info.Name), max(1, len(c.Members))), nil
+}
+
+// member is this one of the etcd that runs within the members.
+func (c config) member(name string) member.Config {
+	return member.Config{Name: name, Dir: c.Data, Members: c.Members, Certs: c.Certs,
+		Joins: c.Joins}
+}
+
+// restore makes the store of a backup.
+func (c config) restore(file string) error {
+	if c.Etcd != nil {
+		return errors.New("--restore is for the etcd in this process, and [etcd] names another " +
+			"one: see `etcdutl snapshot restore`")
+	}
+	info, err := certs.Inspect(c.Certs)
+	if err != nil {
+		return fmt.Errorf("certs = %q: %w", c.Certs, err)
+	}
+	if c.Generation == 0 {
+		return errors.New("generation is 0: hosts remember leaders that a backup does not know, " +
+			"so raise it in the configuration of all members first. Nothing was touched")
+	}
+	return member.Restore(c.member(info.Name), file)
 }
 
 func (e *etcd) tls() (*tls.Config, error) {

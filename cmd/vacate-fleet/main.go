@@ -4,17 +4,14 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"sync"
 	"syscall"
-	"time"
 
 	"vacate/internal/cli"
 	"vacate/internal/fleet/leader"
@@ -25,7 +22,6 @@ import (
 
 	"github.com/spf13/cobra"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"golang.org/x/net/netutil"
 )
 
 func main() {
@@ -36,7 +32,7 @@ func main() {
 }
 
 func command() *cobra.Command {
-	var file, format string
+	var file, format, restore string
 	var check, man bool
 	c := &cobra.Command{
 		Use:   "vacate-fleet",
@@ -62,10 +58,14 @@ The configuration (TOML):
   brains  = ["brain1", "brain2"]     # names of all members, with [etcd]
   hosts   = ["host*"]                # names that hosts may have; default: any
   generation = 1                     # raise it when the store was lost; default: 0
+  metrics = "127.0.0.1:9610"         # /metrics for Prometheus; default: nowhere
   [operators]                        # by the names in their certificates
   view  = ["monitor"]                # may look
   act   = ["night"]                  # may also drain, restore and approve
   admin = ["admin"]                  # may also change rules and the mode
+  [hook]                             # told of drains by HTTP; default: none
+  url  = "https://example.org/drains"
+  time = "10s"                       # that a call may take
   [etcd]                             # your own; default: it runs in this process
   urls = ["https://etcd1:2379"]
   ca   = "/etc/etcd/ca.pem"
@@ -91,6 +91,9 @@ The configuration (TOML):
 				fmt.Fprintf(c.OutOrStdout(), "%s is good: %s\n", file, there)
 				return nil
 			}
+			if restore != "" {
+				return config.restore(restore)
+			}
 			return run(c.Context(), config, format)
 		},
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
@@ -102,17 +105,12 @@ The configuration (TOML):
 		"form of the log on standard error: text or json")
 	c.Flags().BoolVar(&check, "check", false,
 		"only check the configuration, and what it names on this host")
+	c.Flags().StringVar(&restore, "restore", "",
+		"make the store of a backup, `FILE` of vacate fleet backup, and end")
 	c.Flags().BoolVar(&man, "man", false, "write the manual page")
 	c.Flags().MarkHidden("man")
 	return c
 }
-
-// Bounds of what others may do before they are known.
-const (
-	maxConnections = 25_000
-	requestTime    = 10 * time.Second
-	pingTime       = 15 * time.Second
-)
 
 func run(ctx context.Context, c config, format string) error {
 	log, err := cli.Log(os.Stderr, format)
@@ -134,6 +132,13 @@ func run(ctx context.Context, c config, format string) error {
 		return err
 	}
 	defer ln.Close()
+	var scrape net.Listener
+	if c.Metrics != "" {
+		if scrape, err = net.Listen("tcp", c.Metrics); err != nil {
+			return err
+		}
+		defer scrape.Close()
+	}
 	client, closeStore, err := open(ctx, c, identity.Name(), log)
 	if err != nil {
 		return err
@@ -143,28 +148,29 @@ func run(ctx context.Context, c config, format string) error {
 	if err != nil {
 		return err
 	}
-	b := leader.New(leader.Config{Me: c.me(identity.Name()), Version: cli.DaemonVersion(),
+	set := leader.Config{Me: c.me(identity.Name()), Version: cli.DaemonVersion(),
 		View: c.Operators.View, Act: c.Operators.Act, Admin: c.Operators.Admin,
-		Members: c.names(identity.Name()), Hosts: c.Hosts}, s, log)
-	server := &http.Server{Handler: b.Handler(), ReadHeaderTimeout: requestTime,
-		MaxHeaderBytes: 64 << 10, ConnContext: leader.WithConn,
-		ErrorLog:  slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		TLSConfig: identity.Web(func(string) error { return nil }), // each call looks at the name
-		HTTP2:     &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}}
-	var tasks sync.WaitGroup
-	defer tasks.Wait()
-	tasks.Go(func() { b.Run(ctx) })
-	tasks.Go(func() {
-		<-ctx.Done()
-		server.Close()
-	})
-	log.Info("serving", "member", c.me(identity.Name()), "listen", ln.Addr())
-	if err := server.ServeTLS(netutil.LimitListener(ln, maxConnections), "", ""); !errors.Is(err,
-		http.ErrServerClosed) {
-		stop()
-		return err
+		Members: c.names(identity.Name()), Hosts: c.Hosts}
+	if c.Hook != nil {
+		set.Hooks = leader.Hooks{URL: c.Hook.URL, Time: c.Hook.Time}
 	}
-	return nil
+	b := leader.New(set, s, log)
+	failed := make(chan error, 2)
+	var tasks sync.WaitGroup
+	tasks.Go(func() { b.Run(ctx) })
+	serve := func(f func() error) {
+		tasks.Go(func() {
+			defer stop()
+			failed <- f()
+		})
+	}
+	serve(func() error { return b.Serve(ctx, ln, identity) })
+	if scrape != nil {
+		serve(func() error { return b.ServeMetrics(ctx, scrape) })
+	}
+	log.Info("serving", "member", c.me(identity.Name()), "listen", ln.Addr())
+	tasks.Wait()
+	return <-failed // the first says why the others ended
 }
 
 // open returns a client of the fleet's etcd, and what closes it.
@@ -177,8 +183,7 @@ func open(ctx context.Context, c config, name string, log *slog.Logger) (*client
 		}
 		return client, func() { client.Close() }, nil
 	}
-	m, err := member.Start(ctx, member.Config{Name: name, Dir: c.Data, Members: c.Members,
-		Certs: c.Certs, Joins: c.Joins}, log)
+	m, err := member.Start(ctx, c.member(name), log)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -113,7 +113,11 @@ func fleetAsk(c *cobra.Command, ask func(ctx context.Context, b *brain, args []s
 			w = io.Discard
 		}
 		answer, err := ask(c.Context(), &b, args, w)
-		if answer != nil && asJSON {
+		if list, ok := answer.(*fleetv1.ListDecisionsResponse); ok && asJSON {
+			for _, d := range list.Decisions {
+				err = errors.Join(err, writeLine(c.OutOrStdout(), "decision", d))
+			}
+		} else if answer != nil && asJSON {
 			err = errors.Join(err, writeJSON(c.OutOrStdout(), answer))
 		}
 		var said *connect.Error
@@ -135,7 +139,7 @@ role there: view, act or admin. docs/fleet-setup.md tells how to set one up.`,
 	c.AddCommand(fleetStatusCommand(), fleetHostsCommand(), fleetDrainCommand(),
 		fleetRestoreCommand(), fleetDecisionsCommand(), fleetApproveCommand(),
 		fleetPlaceCommand(), fleetRulesCommand(), fleetModeCommand(), fleetPolicyCommand(),
-		fleetForgetCommand())
+		fleetForgetCommand(), fleetBackupCommand())
 	return c
 }
 
@@ -278,6 +282,9 @@ func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, 
 	for _, s := range r.Staying {
 		fmt.Fprintf(w, "stays: %s\n", clean(s))
 	}
+	for _, s := range r.Warnings {
+		fmt.Fprintf(w, "warning: %s\n", clean(s))
+	}
 	if r.TakesS == nil {
 		fmt.Fprintf(w, "%s has not reported: it is not known how long it will take\n",
 			clean(q.Host))
@@ -312,7 +319,10 @@ func fleetDecisionsCommand() *cobra.Command {
 	var most uint32
 	c := fleetAsk(&cobra.Command{
 		Use: "decisions", Short: "List what was decided, why, and what came of it",
-		Args: cobra.NoArgs,
+		Long: `Lists what was decided, the latest first: why, what was predicted, and what
+came of it. With --json, each decision is a line.`,
+		Example: `  vacate fleet decisions --json | jq -r '.decision | [.vm, .total_s, .came_total_s]'`,
+		Args:    cobra.NoArgs,
 	}, func(ctx context.Context, b *brain, _ []string, w io.Writer) (proto.Message, error) {
 		r, err := b.ListDecisions(ctx,
 			connect.NewRequest(&fleetv1.ListDecisionsRequest{Most: most}))
@@ -551,4 +561,56 @@ not be connected. One that joins again belongs to the fleet again.`,
 		}
 		return r.Msg, nil
 	})
+}
+
+func fleetBackupCommand() *cobra.Command {
+	c := fleetAsk(&cobra.Command{
+		Use: "backup FILE", Short: "Copy what the fleet remembers to a file",
+		Args: cobra.ExactArgs(1),
+		Long: `Writes a snapshot of the fleet's etcd to a new file. vacate-fleet --restore makes
+a store of it; docs/fleet-setup.md says how.`,
+		Example: "  vacate fleet backup fleet-$(date +%F).snapshot",
+	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+		stream, err := b.Backup(ctx, connect.NewRequest(&fleetv1.BackupRequest{}))
+		if err != nil {
+			return nil, err
+		}
+		defer stream.Close()
+		n, err := writeBackup(args[0], stream)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(w, "%s has the fleet's store: %s\n", clean(args[0]), units.Size(uint64(n)))
+		return nil, nil
+	})
+	return c
+}
+
+// writeBackup writes a backup to a new file, which is there as a whole or not at all.
+func writeBackup(name string, from *connect.ServerStreamForClient[fleetv1.BackupPart]) (n int,
+	err error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err = errors.Join(err, f.Close()); err != nil {
+			err = errors.Join(err, os.Remove(name))
+		}
+	}()
+	whole := false
+	for from.Receive() {
+		wrote, err := f.Write(from.Msg().Data)
+		if err != nil {
+			return 0, err
+		}
+		n, whole = n+wrote, from.Msg().Whole
+	}
+	if err := from.Err(); err != nil {
+		return 0, err
+	}
+	if !whole {
+		return 0, errors.New("the backup ended early: nothing was kept")
+	}
+	return n, f.Sync()
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"vacate/internal/evict"
+	fleetv1 "vacate/internal/fleet/api/v1"
 	"vacate/internal/guest/inspect"
 	"vacate/internal/guest/linux"
 	"vacate/internal/guest/pageclass"
@@ -30,6 +31,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -40,7 +42,7 @@ type object = map[string]any
 func ref(name string) object { return object{"$ref": "#/$defs/" + name} }
 
 func closed(properties object) object {
-	var required []string
+	required := []string{}
 	for name := range maps.Keys(properties) {
 		required = append(required, name)
 	}
@@ -53,6 +55,9 @@ func orNull(schema object) object { return object{"anyOf": []object{schema, {"ty
 // ofMessage adds the schema of a message, and of those in it, to defs.
 func ofMessage(defs object, m protoreflect.MessageDescriptor) object {
 	name := string(m.Name())
+	if m.ParentFile().Package() == fleetv1.File_internal_fleet_api_v1_fleet_proto.Package() {
+		name = "fleet." + name
+	}
 	if m.FullName() == "google.protobuf.Timestamp" {
 		return object{"type": "string", "format": "date-time"}
 	}
@@ -138,10 +143,14 @@ func ofType(t reflect.Type) object {
 // theSchema is what docs/schema.json has: a definition for each answer of the API and the command.
 func theSchema() object {
 	defs := object{}
-	services := hostv1.File_internal_host_api_v1_host_proto.Services()
-	methods := services.Get(0).Methods()
-	for i := range methods.Len() {
-		ofMessage(defs, methods.Get(i).Output())
+	for _, s := range []protoreflect.ServiceDescriptor{
+		hostv1.File_internal_host_api_v1_host_proto.Services().ByName("Host"),
+		fleetv1.File_internal_fleet_api_v1_fleet_proto.Services().ByName("Fleet")} {
+		for i := range s.Methods().Len() {
+			if m := s.Methods().Get(i); m.FullName() != "vacate.fleet.v1.Fleet.Backup" {
+				ofMessage(defs, m.Output())
+			}
+		}
 	}
 	defs["Stream"] = ofType(reflect.TypeFor[inspect.Stream]())
 	defs["Record"] = ofType(reflect.TypeFor[inspect.Record]())
@@ -153,6 +162,8 @@ func theSchema() object {
 		lines = append(lines, closed(object{"type": object{"const": kind},
 			kind: ref(strings.ToUpper(kind[:1]) + kind[1:])}))
 	}
+	lines = append(lines, closed(object{"type": object{"const": "decision"},
+		"decision": ref("fleet.Decision")}))
 	defs["line"] = object{"oneOf": lines}
 	return object{"$schema": "https://json-schema.org/draft/2020-12/schema",
 		"title": "JSON of vacate and vacated; docs/json.md says which definition is for what",
@@ -500,6 +511,34 @@ func TestJSON(t *testing.T) {
 		connect.NewRequest(q)); connect.CodeOf(err) != connect.CodeInvalidArgument ||
 		!strings.Contains(err.Error(), "unknown field in EvictOptions") {
 		t.Errorf("an unknown field is answered with %v", err)
+	}
+}
+
+// What the fleet's brain answers has the form of docs/schema.json, full or empty.
+func TestFleetJSON(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	methods := fleetv1.File_internal_fleet_api_v1_fleet_proto.Services().ByName("Fleet").Methods()
+	for i := range methods.Len() {
+		d := methods.Get(i).Output()
+		if d.Name() == "BackupPart" { // which is no answer of a command
+			continue
+		}
+		kind, err := protoregistry.GlobalTypes.FindMessageByName(d.FullName())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for round := range 20 {
+			m := kind.New()
+			fillMessage(m, r, round == 0)
+			mustFit(t, "fleet."+string(d.Name()), hostv1.JSON(m.Interface()))
+			if d, ok := m.Interface().(*fleetv1.Decision); ok {
+				var b bytes.Buffer
+				if err := writeLine(&b, "decision", d); err != nil {
+					t.Fatal(err)
+				}
+				mustFit(t, "line", b.Bytes())
+			}
+		}
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
 	"math"
 	"net"
@@ -13,6 +15,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	fleetv1 "vacate/internal/fleet/api/v1"
@@ -38,6 +41,7 @@ type Config struct {
 	Members []string
 	// Hosts are patterns (path.Match) of names that hosts have. Empty: any.
 	Hosts []string
+	Hooks Hooks
 }
 
 // role is what an operator may do.
@@ -89,6 +93,7 @@ var roles = map[string]role{
 	fleetv1.FleetPutRuleProcedure: admin, fleetv1.FleetRemoveRuleProcedure: admin,
 	fleetv1.FleetSetModeProcedure: admin, fleetv1.FleetForgetProcedure: admin,
 	fleetv1.FleetGetPolicyProcedure: viewer, fleetv1.FleetSetPolicyProcedure: admin,
+	fleetv1.FleetBackupProcedure: admin,
 }
 
 // maxMessage bounds what a host or an operator says at once, in bytes.
@@ -123,56 +128,92 @@ func asker(ctx context.Context) (name, from string) {
 func (b *Brain) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(fleetv1.NewHostsHandler(hosts{b}, connect.WithReadMaxBytes(maxMessage)))
-	mux.Handle(fleetv1.NewFleetHandler(operators{b}, connect.WithReadMaxBytes(maxMessage),
-		connect.WithInterceptors(b.gate())))
+	path, fleet := fleetv1.NewFleetHandler(operators{b}, connect.WithReadMaxBytes(maxMessage),
+		connect.WithInterceptors(gate{b}))
+	mux.Handle(path, patient(fleet))
 	return mux
 }
 
-// gate lets operators do what their roles have, and logs what changes something or is refused.
-func (b *Brain) gate() connect.UnaryInterceptorFunc {
-	return func(next connect.UnaryFunc) connect.UnaryFunc {
-		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-			procedure := req.Spec().Procedure
-			name, from := asker(ctx)
-			log := b.log.With("operator", name, "from", from, "asks", path.Base(procedure))
-			need, known := roles[procedure]
-			if has := b.config.roleOf(name); !known || name == "" || has < need {
-				log.Warn("refused what somebody asked, for want of a role", "role", has, "needs",
-					need)
-				return nil, connect.NewError(connect.CodePermissionDenied,
-					fmt.Errorf("%q may not do that: it needs the role %v in vacate-fleet.toml",
-						name, need))
-			}
-			resp, err := next(ctx, req)
-			if need > viewer {
-				m := req.Any()
-				if m, ok := m.(interface{ GetHost() string }); ok {
-					log = log.With("host", m.GetHost())
-				}
-				if m, ok := m.(interface{ GetName() string }); ok {
-					log = log.With("name", m.GetName())
-				}
-				switch m := m.(type) {
-				case *fleetv1.DrainRequest:
-					log = log.With("dry_run", m.DryRun, "reason", m.Reason)
-				case *fleetv1.ApproveRequest:
-					log = log.With("id", m.Id, "reject", m.Reject)
-				case *fleetv1.PutRuleRequest:
-					log = log.With("rule", m.Rule)
-				case *fleetv1.SetModeRequest:
-					log = log.With("mode", m.Mode)
-				case *fleetv1.SetPolicyRequest:
-					log = log.With("fields", m.Fields, "policy", m.Policy)
-				}
-				if err != nil {
-					log.Warn("refused what an operator asked", "error", err)
-				} else {
-					log.Info("did what an operator asked")
-				}
-			}
-			return resp, err
-		}
+// gate lets operators do what their roles have, and logs what changes something or is refused. It
+// implements connect.Interceptor.
+type gate struct{ *Brain }
+
+// check returns an error if the one who asks may not.
+func (b gate) check(ctx context.Context, procedure string) (log *slog.Logger, need role,
+	err error) {
+	name, from := asker(ctx)
+	log = b.log.With("operator", name, "from", from, "asks", path.Base(procedure))
+	need, known := roles[procedure]
+	if has := b.config.roleOf(name); !known || name == "" || has < need {
+		b.metrics.refused.WithLabelValues("operator").Inc()
+		log.Warn("refused what somebody asked, for want of a role", "role", has, "needs", need)
+		return log, need, connect.NewError(connect.CodePermissionDenied,
+			fmt.Errorf("%q may not do that: it needs the role %v in vacate-fleet.toml", name, need))
 	}
+	return log, need, nil
+}
+
+// did logs what came of something that an operator asked.
+func (b gate) did(log *slog.Logger, err error) {
+	if err != nil {
+		log.Warn("refused what an operator asked", "error", err)
+	} else {
+		log.Info("did what an operator asked")
+	}
+}
+
+// WrapUnary implements connect.Interceptor.
+func (b gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		log, need, err := b.check(ctx, req.Spec().Procedure)
+		if err != nil {
+			return nil, err
+		}
+		resp, err := next(ctx, req)
+		if need > viewer {
+			m := req.Any()
+			if m, ok := m.(interface{ GetHost() string }); ok {
+				log = log.With("host", m.GetHost())
+			}
+			if m, ok := m.(interface{ GetName() string }); ok {
+				log = log.With("name", m.GetName())
+			}
+			switch m := m.(type) {
+			case *fleetv1.DrainRequest:
+				log = log.With("dry_run", m.DryRun, "reason", m.Reason)
+			case *fleetv1.ApproveRequest:
+				log = log.With("id", m.Id, "reject", m.Reject)
+			case *fleetv1.PutRuleRequest:
+				log = log.With("rule", m.Rule)
+			case *fleetv1.SetModeRequest:
+				log = log.With("mode", m.Mode)
+			case *fleetv1.SetPolicyRequest:
+				log = log.With("fields", m.Fields, "policy", m.Policy)
+			}
+			b.did(log, err)
+		}
+		return resp, err
+	}
+}
+
+// WrapStreamingHandler implements connect.Interceptor.
+func (b gate) WrapStreamingHandler(
+	next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, stream connect.StreamingHandlerConn) error {
+		log, _, err := b.check(ctx, stream.Spec().Procedure)
+		if err != nil {
+			return err
+		}
+		err = next(ctx, stream)
+		b.did(log, err)
+		return err
+	}
+}
+
+// WrapStreamingClient implements connect.Interceptor.
+func (b gate) WrapStreamingClient(
+	next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
 }
 
 // hosts implements fleetv1.HostsHandler.
@@ -206,11 +247,12 @@ func (b hosts) Join(ctx context.Context,
 		err = b.config.mayJoin(name)
 	}
 	if err != nil {
+		b.metrics.refused.WithLabelValues("join").Inc()
 		b.log.Warn("refused one who wants to join as a host", "name", name, "from", from, "error",
 			err)
 		return connect.NewError(connect.CodePermissionDenied, err)
 	}
-	first, err := stream.Receive()
+	first, err := receiveSoon(stream)
 	if err != nil {
 		return err
 	}
@@ -224,6 +266,27 @@ func (b hosts) Join(ctx context.Context,
 			Elsewhere: &fleetv1.Elsewhere{Leader: b.who(ctx)}}})
 	}
 	return t.join(ctx, name, hello, stream)
+}
+
+// receiveSoon is what a host says first, which must not take long.
+func receiveSoon(stream *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays]) (
+	*fleetv1.HostSays, error) {
+	type said struct {
+		m   *fleetv1.HostSays
+		err error
+	}
+	heard := make(chan said, 1)
+	go func() { // which ends with the stream
+		m, err := stream.Receive()
+		heard <- said{m, err}
+	}()
+	select {
+	case s := <-heard:
+		return s.m, s.err
+	case <-time.After(requestTime):
+		return nil, connect.NewError(connect.CodeDeadlineExceeded,
+			fmt.Errorf("the host has said nothing for %v", requestTime))
+	}
 }
 
 // join has a host be part of the fleet for as long as its stream lasts.
@@ -294,6 +357,7 @@ func (t *term) hear(h *hostState, s *session, m *fleetv1.HostSays) error {
 	case *fleetv1.HostSays_Report:
 		if err := t.reported(h, s, w.Report); err != nil {
 			if !errors.Is(err, errElsewhere) {
+				t.metrics.refused.WithLabelValues("report").Inc()
 				t.log.Warn("refused a host's report", "host", h.Name, "error", err)
 			}
 			return connect.NewError(connect.CodeInvalidArgument, err)
@@ -467,8 +531,9 @@ func (t *term) pick(text string) ([]*hostState, error) {
 		return []*hostState{h}, nil
 	}
 	if !strings.ContainsAny(text, "=!,") {
-		return nil, unknown("the fleet has no host %q: see vacate fleet hosts. A selector, such as "+
-			"rack=r1, names hosts by their labels", text)
+		return nil,
+			unknown("the fleet has no host %q: see vacate fleet hosts. A selector, such as "+
+				"rack=r1, names hosts by their labels", text)
 	}
 	sel, err := view.ParseSelector(text)
 	if err != nil {
@@ -513,8 +578,9 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 	for i, h := range picked {
 		if m := t.maintenance[h.Name]; req.Msg.At != nil && !m.Open() {
 			t.mu.Unlock()
-			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("host %s is %s "+
-				"already: `vacate fleet restore %[1]s` first", h.Name, m.Phase))
+			return nil, connect.NewError(connect.CodeFailedPrecondition,
+				fmt.Errorf("host %s is %s "+
+					"already: `vacate fleet restore %[1]s` first", h.Name, m.Phase))
 		}
 		names[i], known = h.Name, known && h.report != nil
 		drains[i] = t.drainOf(h, req.Msg, who, now)
@@ -527,6 +593,7 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		r.TakesS = &takes
 	}
 	if !req.Msg.DryRun {
+		r.Warnings = t.tellHooks(drains)
 		for _, m := range drains {
 			if err := t.setMaintenance(ctx, m); err != nil {
 				return nil, connect.NewError(connect.CodeUnavailable, err)
@@ -534,6 +601,24 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		}
 	}
 	return connect.NewResponse(r), nil
+}
+
+// tellHooks tells the hook of drains that begin, and waits for that. It returns what went wrong.
+func (t *term) tellHooks(drains []store.Maintenance) (warnings []string) {
+	errs := make([]error, len(drains))
+	var calls sync.WaitGroup
+	for i, m := range drains {
+		if m.Phase == view.Draining {
+			calls.Go(func() { errs[i] = t.tellHook(t.life, m) })
+		}
+	}
+	calls.Wait()
+	for _, err := range errs {
+		if err != nil {
+			warnings = append(warnings, err.Error())
+		}
+	}
+	return warnings
 }
 
 // drainOf is the maintenance that an operator asks for.
@@ -606,6 +691,9 @@ func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.Res
 	}
 	r := &fleetv1.RestoreResponse{}
 	for _, m := range restored {
+		if m.Phase == view.Restoring {
+			t.announce(m) // and nobody waits for that
+		}
 		if err := t.setMaintenance(ctx, m); err != nil {
 			return nil, connect.NewError(connect.CodeUnavailable, err)
 		}
@@ -957,6 +1045,33 @@ func policyOf(m *fleetv1.Policy) (p view.Policy, err error) {
 		p.Quiet = append(p.Quiet, h)
 	}
 	return p, nil
+}
+
+// partSize is how much of a backup goes at once, in bytes.
+const partSize = 256 << 10
+
+// Backup implements fleetv1.FleetHandler.
+func (b operators) Backup(ctx context.Context, _ *connect.Request[fleetv1.BackupRequest],
+	stream *connect.ServerStream[fleetv1.BackupPart]) error {
+	snapshot, err := b.store.Snapshot(ctx)
+	if err != nil {
+		return connect.NewError(connect.CodeUnavailable, err)
+	}
+	defer snapshot.Close()
+	for part := make([]byte, partSize); ; {
+		n, err := io.ReadFull(snapshot, part)
+		if n > 0 {
+			if err := stream.Send(&fleetv1.BackupPart{Data: part[:n]}); err != nil {
+				return err
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return stream.Send(&fleetv1.BackupPart{Whole: true})
+		case err != nil:
+			return connect.NewError(connect.CodeUnavailable, err)
+		}
+	}
 }
 
 // Forget implements fleetv1.FleetHandler.

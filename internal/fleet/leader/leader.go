@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -46,9 +47,11 @@ const (
 
 // Brain is one member.
 type Brain struct {
-	config Config
-	store  *store.Store
-	log    *slog.Logger
+	config  Config
+	store   *store.Store
+	log     *slog.Logger
+	metrics *metrics
+	hooks   *hooks
 
 	mu     sync.Mutex
 	term   *term // nil: this member does not lead
@@ -58,7 +61,9 @@ type Brain struct {
 
 // New makes a member.
 func New(c Config, s *store.Store, log *slog.Logger) *Brain {
-	return &Brain{config: c, store: s, log: log}
+	b := &Brain{config: c, store: s, log: log, hooks: newHooks(c.Hooks)}
+	b.metrics = newMetrics(b)
+	return b
 }
 
 // Run stands for election, and leads when it is this member's turn, until ctx is done.
@@ -92,7 +97,9 @@ func (b *Brain) lead(ctx context.Context) error {
 	for _, p := range all.Problems {
 		b.log.Error("the fleet's store has something odd", "problem", p)
 	}
-	t := newTerm(b, c.Term, all, end)
+	t := newTerm(ctx, b, c.Term, all, end)
+	defer t.calls.Wait()
+	defer end(nil)
 	b.mu.Lock()
 	b.term = t
 	b.mu.Unlock()
@@ -146,8 +153,10 @@ type term struct {
 	*Brain
 	store.Term
 	since time.Time
+	life  context.Context // until the term is over
 	end   context.CancelCauseFunc
 	wake  chan struct{}
+	calls sync.WaitGroup // of hooks
 
 	// writes is held while the store is written. Orders of a host are sent under it, in the order
 	// of their numbers.
@@ -166,6 +175,7 @@ type term struct {
 	ending      []store.Decision // to be written: what came of plans
 	noted       []store.Decision // the same of decisions that never became plans
 	unwritten   map[string]bool  // IDs of those that could not be, which was logged
+	beginning   map[string]bool  // hosts whose planned drain begins once the hook was told
 }
 
 // hostState is a host of the fleet, and what it has told this leader.
@@ -192,12 +202,14 @@ type waiting struct {
 	until    time.Time
 }
 
-func newTerm(b *Brain, c store.Term, all store.Everything, end context.CancelCauseFunc) *term {
-	t := &term{Brain: b, Term: c, since: time.Now(), end: end, wake: make(chan struct{}, 1),
+func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
+	end context.CancelCauseFunc) *term {
+	t := &term{Brain: b, Term: c, since: time.Now(), life: ctx, end: end,
+		wake:   make(chan struct{}, 1),
 		policy: view.DefaultPolicy(), rules: map[string]store.Rule{},
 		maintenance: map[string]store.Maintenance{}, hosts: map[string]*hostState{},
 		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions,
-		unwritten: map[string]bool{}}
+		unwritten: map[string]bool{}, beginning: map[string]bool{}}
 	if all.Settings.Policy != nil {
 		t.policy = *all.Settings.Policy
 	}
@@ -284,7 +296,10 @@ var errElsewhere = errors.New("this member does not lead the fleet any more")
 
 // write writes to the store. A member that does not know whether it did leads no longer.
 func (t *term) write(f func() error) error {
+	start := time.Now()
 	err := f()
+	t.metrics.writes.WithLabelValues(strconv.FormatBool(err == nil)).Observe(
+		time.Since(start).Seconds())
 	if errors.Is(err, store.ErrUnclear) || errors.Is(err, store.ErrDeposed) {
 		t.end(err)
 	}
@@ -500,6 +515,7 @@ func (t *term) answered(h *hostState, a *fleetv1.Answer) {
 	}
 	t.log.Warn("a host refused an order", "host", h.Name, "vm", p.Decision.VM, "plan", p.Number,
 		"reason", a.Refused)
+	t.metrics.refused.WithLabelValues("order").Inc()
 	p.eviction = &fleetv1.OrderedEviction{Reason: a.Refused}
 	// The next report says that it is over; until then the plan stays.
 }
@@ -599,6 +615,7 @@ func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bo
 	}
 	delete(t.unwritten, d.Plan.ID)
 	t.closed(d)
+	t.metrics.closed(d)
 	if !planned {
 		return true
 	}
@@ -625,7 +642,7 @@ func (t *term) maintain(ctx context.Context) {
 	for name, m := range t.maintenance {
 		h := t.hosts[name]
 		if h != nil && m.Phase == view.Planned && !now.Before(m.From) {
-			next = append(next, t.drainNow(h, m))
+			t.beginDrain(h, m)
 			continue
 		}
 		if h == nil || h.report == nil || now.Sub(h.told.Seen) > t.policy.Late || !t.ready(now) {
@@ -643,17 +660,49 @@ func (t *term) maintain(ctx context.Context) {
 	}
 	t.mu.Unlock()
 	for _, m := range next {
-		if err := t.setMaintenance(ctx, m); err != nil {
-			t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
+		if !t.comeTo(ctx, m) {
 			return
 		}
-		t.log.Info("maintenance goes on", "host", m.Host, "phase", m.Phase)
+		t.announce(m)
 	}
+}
+
+// comeTo has maintenance come to its next phase, and reports whether it has.
+func (t *term) comeTo(ctx context.Context, m store.Maintenance) bool {
+	if err := t.setMaintenance(ctx, m); err != nil {
+		t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
+		return false
+	}
+	t.log.Info("maintenance goes on", "host", m.Host, "phase", m.Phase)
+	return true
+}
+
+// beginDrain has a planned drain begin, once the hook was told, unless it is called off meanwhile.
+func (t *term) beginDrain(h *hostState, m store.Maintenance) {
+	if t.beginning[h.Name] {
+		return
+	}
+	t.beginning[h.Name] = true
+	notice := t.drainNow(h, m)
+	t.calls.Go(func() {
+		t.tellHook(t.life, notice)
+		t.mu.Lock()
+		now, ok := t.maintenance[h.Name]
+		ok = ok && now.Phase == view.Planned && now.Asked.Equal(m.Asked)
+		now = t.drainNow(h, now)
+		t.mu.Unlock()
+		if ok {
+			t.comeTo(t.life, now)
+		}
+		t.mu.Lock()
+		delete(t.beginning, h.Name)
+		t.mu.Unlock()
+	})
 }
 
 // drainNow has a drain begin, and notes which VMs are on the host.
 func (t *term) drainNow(h *hostState, m store.Maintenance) store.Maintenance {
-	m.Phase = view.Draining
+	m.Phase, m.Left = view.Draining, slices.Clone(m.Left)
 	for _, v := range h.told.VMs {
 		if !slices.Contains(m.Left, v.Name) {
 			m.Left = append(m.Left, v.Name)

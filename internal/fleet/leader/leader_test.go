@@ -6,10 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -32,11 +35,44 @@ import (
 // site has an etcd, a CA, and brains of one fleet.
 type site struct {
 	*testing.T
-	dir  string
-	etcd *member.Member
+	dir   string
+	etcd  *member.Member
+	hooks Hooks
+	log   words
+	// generation of the store, for members that serve from now on
+	generation uint64
+}
+
+// words are what was logged.
+type words struct {
+	mu  sync.Mutex
+	buf strings.Builder // guarded by mu
+}
+
+func (w *words) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buf.Write(b)
+}
+
+// has reports whether a line has all of these words.
+func (w *words) has(all ...string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for line := range strings.Lines(w.buf.String()) {
+		found := true
+		for _, x := range all {
+			found = found && strings.Contains(line, x)
+		}
+		if found {
+			return true
+		}
+	}
+	return false
 }
 
 func newSite(t *testing.T) *site {
+	t.Parallel() // most of the time each waits
 	s := &site{T: t, dir: t.TempDir()}
 	if err := certs.Init(filepath.Join(s.dir, "ca")); err != nil {
 		t.Fatal(err)
@@ -47,7 +83,7 @@ func newSite(t *testing.T) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.etcd.Close)
+	t.Cleanup(func() { s.etcd.Close() })
 	return s
 }
 
@@ -81,23 +117,24 @@ func (s *site) serve(name string) *server {
 	if err != nil {
 		s.Fatal(err)
 	}
-	st, err := store.New(s.etcd.Client, 0)
+	st, err := store.New(s.etcd.Client, s.generation)
 	if err != nil {
 		s.Fatal(err)
 	}
+	log := slog.New(slog.NewTextHandler(io.MultiWriter(s.Output(), &s.log), nil))
 	b := New(Config{Me: name + "@" + ln.Addr().String(), View: []string{"viewer"},
 		Act: []string{"actor"}, Admin: []string{"boss"}, Members: []string{"brain1", "brain2"},
-		Hosts: []string{"host*"}}, st, slog.New(slog.NewTextHandler(s.Output(), nil)))
-	hs := &http.Server{Handler: b.Handler(), ConnContext: WithConn,
-		TLSConfig: s.identity(name).Web(func(string) error { return nil }),
-		ErrorLog:  slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
+		Hosts: []string{"host*"}, Hooks: s.hooks}, st, log)
 	ctx, cancel := context.WithCancel(s.Context())
 	var tasks sync.WaitGroup
 	tasks.Go(func() { b.Run(ctx) })
-	tasks.Go(func() { hs.ServeTLS(ln, "", "") })
+	tasks.Go(func() {
+		if err := b.Serve(ctx, ln, s.identity(name)); err != nil {
+			s.Error(err)
+		}
+	})
 	stop := sync.OnceFunc(func() {
 		cancel()
-		hs.Close()
 		tasks.Wait()
 	})
 	s.Cleanup(stop)
@@ -217,7 +254,8 @@ func (f *fake) tell(
 	defer f.mu.Unlock()
 	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
 		Evictions: f.evictions, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
-			Available: 60 << 30, Rate: 1e9, Labels: f.labels, Waiting: f.waits * float64(len(f.vms))}}
+			Available: 60 << 30, Rate: 1e9, Labels: f.labels,
+			Waiting: f.waits * float64(len(f.vms))}}
 	if f.waits > 0 {
 		r.Load.Used = r.Load.Cpus
 	}
@@ -516,7 +554,7 @@ func (s *site) settings(change func(*view.Policy)) {
 	}
 }
 
-// A rack is emptied at once: none of its hosts takes a VM of another one, and rules name VMs by label.
+// A rack is emptied at once: none of its hosts takes a VM of another one. Rules name VMs by label.
 func TestRack(t *testing.T) {
 	s := newSite(t)
 	s.settings(func(p *view.Policy) { p.PerHost = 4 })
@@ -676,6 +714,217 @@ func TestPlannedDrain(t *testing.T) {
 	s.until("it is drained", func() bool {
 		return slices.Equal(phases(), []string{"drained", "", ""})
 	})
+}
+
+// A hook is told of each step of a drain. One that does not answer holds up neither a drain nor a
+// restore.
+func TestHook(t *testing.T) {
+	s := newSite(t)
+	var mu sync.Mutex
+	var heard []string
+	answers := true
+	gone := make(chan struct{})
+	hook := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var n Notice
+		if err := json.NewDecoder(r.Body).Decode(&n); err != nil || r.Method != http.MethodPost {
+			t.Errorf("%s: %v", r.Method, err)
+		}
+		mu.Lock()
+		heard = append(heard, n.Event+" "+n.Host)
+		wait := !answers
+		mu.Unlock()
+		if n.Who != "boss" || n.Reason != "new memory" || n.Leader == "" || n.At.IsZero() {
+			t.Errorf("the hook is told %+v", n)
+		}
+		if wait {
+			<-gone
+		}
+	}))
+	defer hook.Close()
+	defer close(gone)
+	s.hooks = Hooks{URL: hook.URL, Time: 5 * time.Second}
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1"), s.host("hostb")
+	a.join(one)
+	b.join(one)
+	drain := func() ([]string, error) {
+		r, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
+			Reason: "new memory"}))
+		if err != nil {
+			return nil, err
+		}
+		return r.Msg.Warnings, nil
+	}
+	restore := func() {
+		t.Helper()
+		if _, err := boss.Restore(t.Context(),
+			connect.NewRequest(&fleetv1.RestoreRequest{Host: "hosta"})); err != nil {
+			t.Error(err)
+		}
+	}
+	has := func(events ...string) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, e := range events {
+			if !slices.Contains(heard, e+" hosta") {
+				return false
+			}
+		}
+		return len(heard) == len(events)
+	}
+	s.until("the host is known", func() bool {
+		r, err := boss.ListHosts(t.Context(), connect.NewRequest(&fleetv1.ListHostsRequest{}))
+		return err == nil && len(r.Msg.Hosts) == 2 && len(r.Msg.Hosts[0].Vms) == 1
+	})
+	if warnings, err := drain(); err != nil || len(warnings) != 0 || !has("drain") {
+		t.Errorf("%v, %v; the hook heard %v", warnings, err, heard)
+	}
+	s.until("the eviction begins", func() bool { return a.begun() == 1 })
+	a.end(b)
+	s.until("it is told that the host is empty", func() bool { return has("drain", "drained") })
+	restore()
+	s.until("it is told of both ends of the restore", func() bool {
+		return has("drain", "drained", "restore", "restored") ||
+			has("drain", "drained", "restore") && a.begun() > 1
+	})
+
+	mu.Lock()
+	answers = false
+	mu.Unlock()
+	if warnings, err := drain(); err != nil || len(warnings) != 1 ||
+		!strings.Contains(warnings[0], "the hook was not told") {
+		t.Errorf("with a hook that does not answer: %v, %v", warnings, err)
+	}
+	restore()
+	if !s.log.has("the hook was not told", "host=hosta", "event=drain") {
+		t.Error("it is not logged that the hook did not answer")
+	}
+	metrics := httptest.NewRecorder()
+	one.Metrics().ServeHTTP(metrics, httptest.NewRequest("GET", "/metrics", nil))
+	for _, want := range []string{`vacate_fleet_hooks_total{event="drain",outcome="failed"} 1`,
+		`vacate_fleet_hooks_total{event="drained",outcome="answered"} 1`,
+		`vacate_fleet_decisions_total{cause="drain",outcome="completed"} 1`,
+		`vacate_fleet_took_to_predicted_ratio_count 1`, `vacate_fleet_took_seconds_total 1.5`,
+		`vacate_fleet_hosts{state="reporting"} 2`, `vacate_fleet_leads 1`,
+		`vacate_fleet_mode{mode="watch"} 1`} {
+		if !strings.Contains(metrics.Body.String(), want+"\n") {
+			t.Errorf("Prometheus is not told %s", want)
+		}
+	}
+	if t.Failed() {
+		t.Log(metrics.Body)
+	}
+}
+
+// A store that was lost is made anew of a backup, with all that an operator has set. With a higher
+// generation, hosts heed its leader; without, they do not.
+func TestBackup(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1", "db1"), s.host("hostb")
+	a.join(one)
+	b.join(one)
+	if _, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{Name: "db",
+		Rule: "vms name=db* must stay"})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := boss.SetPolicy(t.Context(), connect.NewRequest(&fleetv1.SetPolicyRequest{
+		Policy: &fleetv1.Policy{InAll: 7}, Fields: []string{"in_all"}})); err != nil {
+		t.Fatal(err)
+	}
+	s.until("the host is known", func() bool {
+		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
+		return err == nil
+	})
+	s.until("the eviction begins", func() bool { return a.begun() == 1 })
+	file := filepath.Join(t.TempDir(), "snapshot")
+	stream, err := boss.Backup(t.Context(), connect.NewRequest(&fleetv1.BackupRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var data []byte
+	whole := false
+	for stream.Receive() {
+		data, whole = append(data, stream.Msg().Data...), stream.Msg().Whole
+	}
+	if err := errors.Join(stream.Err(), stream.Close()); err != nil || !whole {
+		t.Fatal(whole, err)
+	}
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	plan := decisions(t, boss)[0]
+	// What happens after the backup is not in it, but hosts have heard of it.
+	for i := range 3 {
+		if _, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{
+			Name: fmt.Sprint("later", i), Rule: "vms name=x must stay"})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	two := s.serve("brain2")
+	one.stop()
+	s.leads(two)
+	a.join(two)
+	two.stop()
+	s.etcd.Close()
+
+	dir := t.TempDir()
+	c := member.Config{Name: "brain1", Dir: dir}
+	cut := filepath.Join(t.TempDir(), "cut")
+	if err := os.WriteFile(cut, data[:len(data)/2], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := member.Restore(c, cut); err == nil {
+		t.Error("half a backup becomes a store")
+	}
+	if err := member.Restore(c, file); err != nil {
+		t.Fatal(err)
+	}
+	if err := member.Restore(c, file); err == nil ||
+		!strings.Contains(err.Error(), "there already") {
+		t.Errorf("over a store that is there: %v", err)
+	}
+	if s.etcd, err = member.Start(t.Context(), c, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+
+	// Hosts have heard a later epoch than the copy comes to.
+	stale := s.serve("brain1")
+	s.leads(stale)
+	a.mu.Lock()
+	if epoch := uint64(stale.leads().Epoch); epoch >= a.mark.Epoch {
+		t.Errorf("the copy comes to epoch %d, hosts have heard %d: the test shows nothing", epoch,
+			a.mark.Epoch)
+	}
+	a.mu.Unlock()
+	stale.stop()
+	s.generation = 1
+	again := s.serve("brain2")
+	boss = s.leads(again)
+	a.join(again)
+	b.join(again)
+	r, err := boss.ListRules(t.Context(), connect.NewRequest(&fleetv1.ListRulesRequest{}))
+	if err != nil || len(r.Msg.Rules) != 1 || r.Msg.Rules[0].Name != "db" {
+		t.Errorf("%v, %v", r, err)
+	}
+	p, err := boss.GetPolicy(t.Context(), connect.NewRequest(&fleetv1.GetPolicyRequest{}))
+	if err != nil || p.Msg.InAll != 7 {
+		t.Errorf("%v, %v", p, err)
+	}
+	if got := decisions(t, boss); len(got) != 1 || got[0].Id != plan.Id ||
+		got[0].State != "goes on" {
+		t.Errorf("of the plan that was under way it knows %v", got)
+	}
+	a.end(b)
+	s.until("the plan ends by its host's word", func() bool {
+		got := decisions(t, boss)
+		return len(got) == 1 && got[0].State == "completed"
+	})
+	if n := a.begun(); n != 1 {
+		t.Errorf("%d evictions began", n)
+	}
 }
 
 // Hosts are told what keeps VMs off them, but for those that would not understand.

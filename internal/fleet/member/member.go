@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/url"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/etcdutl/v3/snapshot"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.uber.org/zap"
@@ -45,11 +47,73 @@ type Member struct {
 	Client *clientv3.Client
 }
 
+// data is where etcd's files are.
+func (c Config) data() string { return filepath.Join(c.Dir, "etcd") }
+
+// names are those of all members.
+func (c Config) names() (names []string) {
+	for _, address := range c.Members {
+		name, _, _ := net.SplitHostPort(address)
+		names = append(names, name)
+	}
+	return names
+}
+
+// cluster is where this member is reached by the others, and the same of all as etcd takes it.
+func (c Config) cluster() (own url.URL, all string, err error) {
+	if len(c.Members) == 0 { // it listens nowhere
+		own = url.URL{Scheme: "http", Host: "localhost:2380"}
+		return own, c.Name + "=" + own.String(), nil
+	}
+	var list []string
+	for _, address := range c.Members {
+		name, _, err := net.SplitHostPort(address)
+		if err != nil {
+			return own, "", fmt.Errorf("member %q is not NAME:PORT", address)
+		}
+		at := url.URL{Scheme: "https", Host: address}
+		if name == c.Name {
+			own = at
+		}
+		list = append(list, name+"="+at.String())
+	}
+	if own.Host == "" {
+		return own, "", fmt.Errorf("this member, %s, is not among the fleet's: %s", c.Name,
+			strings.Join(c.names(), ", "))
+	}
+	return own, strings.Join(list, ","), nil
+}
+
+// Restore makes the files of a member of a snapshot. There must be none yet. All members have to be
+// made of the same snapshot.
+func Restore(c Config, file string) error {
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return err
+	}
+	if _, err := os.Stat(c.data()); err == nil {
+		return fmt.Errorf("%s is there already: move it away first. Nothing was touched", c.data())
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	own, all, err := c.cluster()
+	if err != nil {
+		return err
+	}
+	err = snapshot.NewV3(zap.NewNop()).Restore(snapshot.RestoreConfig{SnapshotPath: file,
+		Name: c.Name, OutputDataDir: c.data(), PeerURLs: []string{own.String()},
+		InitialCluster: all, InitialClusterToken: embed.NewConfig().InitialClusterToken})
+	if err != nil {
+		return errors.Join(fmt.Errorf("make a store of %s: %w", file, err),
+			os.RemoveAll(c.data()))
+	}
+	return nil
+}
+
 // Start starts a member, and returns when it serves; with others that takes as long as a majority
 // of them needs to start.
 func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 	e := embed.NewConfig()
-	e.Name, e.Dir = c.Name, filepath.Join(c.Dir, "etcd")
+	e.Name, e.Dir = c.Name, c.data()
 	if err := os.MkdirAll(e.Dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -61,35 +125,21 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 	e.QuotaBackendBytes = quota
 	// Earlier values of what changes are of no use.
 	e.AutoCompactionMode, e.AutoCompactionRetention = embed.CompactorModeRevision, "1000"
-	if len(c.Members) == 0 {
-		e.ListenPeerUrls = nil
-		e.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "localhost:2380"}}
-		e.InitialCluster = c.Name + "=http://localhost:2380"
-	} else {
-		var all, names []string
-		for _, address := range c.Members {
-			name, _, err := net.SplitHostPort(address)
-			if err != nil {
-				return nil, fmt.Errorf("member %q is not NAME:PORT", address)
-			}
-			if name == c.Name {
-				at := url.URL{Scheme: "https", Host: address}
-				e.ListenPeerUrls, e.AdvertisePeerUrls = []url.URL{at}, []url.URL{at}
-			}
-			all = append(all, name+"=https://"+address)
-			names = append(names, name)
-		}
-		if !slices.Contains(names, c.Name) {
-			return nil, fmt.Errorf("this member, %s, is not among the fleet's: %s", c.Name,
-				strings.Join(names, ", "))
-		}
-		e.InitialCluster = strings.Join(all, ",")
+	own, all, err := c.cluster()
+	if err != nil {
+		return nil, err
+	}
+	e.InitialCluster = all
+	e.AdvertisePeerUrls = []url.URL{own}
+	e.ListenPeerUrls = nil
+	if len(c.Members) > 0 {
+		e.ListenPeerUrls = e.AdvertisePeerUrls
 		t := &e.PeerTLSInfo
 		t.CertFile = filepath.Join(c.Certs, "host.pem")
 		t.KeyFile = filepath.Join(c.Certs, "host.key")
 		t.TrustedCAFile = filepath.Join(c.Certs, "ca.pem")
 		// Hosts and operators have certificates of the same CA, and are no members.
-		t.ClientCertAuth, t.AllowedHostnames = true, names
+		t.ClientCertAuth, t.AllowedHostnames = true, c.names()
 		t.SkipClientSANVerify = true // members are known by name, not by where they come from
 	}
 	if c.Joins {

@@ -3,9 +3,12 @@ package member
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -36,27 +39,41 @@ func TestThree(t *testing.T) {
 		members = append(members, ln.Addr().String())
 		ln.Close()
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	started := make([]*Member, len(names))
-	var starts sync.WaitGroup
-	for i, name := range names {
-		starts.Go(func() {
-			var err error
-			started[i], err = Start(ctx, Config{Name: name, Dir: filepath.Join(dir, name),
-				Members: members, Certs: filepath.Join(dir, name)},
-				slog.New(slog.DiscardHandler))
-			if err != nil {
-				t.Error(err)
+	config := func(name, files string) Config {
+		return Config{Name: name, Dir: filepath.Join(dir, files, name), Members: members,
+			Certs: filepath.Join(dir, name)}
+	}
+	// start starts all three on files of their own.
+	start := func(files string) (started []*Member, stop func()) {
+		started = make([]*Member, len(names))
+		var starts sync.WaitGroup
+		for i, name := range names {
+			starts.Go(func() {
+				var err error
+				started[i], err = Start(ctx, config(name, files), slog.New(slog.DiscardHandler))
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		starts.Wait()
+		stop = sync.OnceFunc(func() {
+			for _, m := range started {
+				if m != nil {
+					m.Close()
+				}
 			}
 		})
+		t.Cleanup(stop)
+		if t.Failed() {
+			t.FailNow()
+		}
+		return started, stop
 	}
-	starts.Wait()
-	if t.Failed() {
-		return
-	}
+	started, stop := start("first")
 	for i, m := range started {
-		defer m.Close()
 		if _, err := m.Client.Put(t.Context(), fmt.Sprint("/k", i), "v"); err != nil {
 			t.Error(err)
 		}
@@ -71,6 +88,33 @@ func TestThree(t *testing.T) {
 		}
 		if in := greets(t, members[0], identity.Client("127.0.0.1")); in != who.in {
 			t.Errorf("%s as a member: let in is %v", who.name, in)
+		}
+	}
+
+	// All three are made anew of a snapshot of one.
+	snapshot, err := started[0].Client.Snapshot(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := io.ReadAll(snapshot)
+	file := filepath.Join(dir, "snapshot")
+	if err == nil {
+		err = errors.Join(snapshot.Close(), os.WriteFile(file, data, 0o600))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	for _, name := range names {
+		if err := Restore(config(name, "second"), file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	started, _ = start("second")
+	for i, m := range started {
+		r, err := m.Client.Get(ctx, "/k2")
+		if err != nil || len(r.Kvs) != 1 || string(r.Kvs[0].Value) != "v" {
+			t.Errorf("member %d has %v, %v", i, r, err)
 		}
 	}
 }

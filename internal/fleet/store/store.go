@@ -25,6 +25,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"path"
 	"regexp"
 	"slices"
@@ -493,4 +494,13 @@ func (s *Store) End(ctx context.Context, t Term, d Decision, before Number) erro
 	}
 	_, err = s.write(ctx, t, ops...)
 	return err
+}
+
+// Snapshot is all of etcd's data, with a checksum, as `etcdutl snapshot restore` takes it.
+func (s *Store) Snapshot(ctx context.Context) (io.ReadCloser, error) {
+	r, err := s.client.Snapshot(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("copy the fleet's store: %w", err)
+	}
+	return r, nil
 }

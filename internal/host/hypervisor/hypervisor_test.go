@@ -97,7 +97,7 @@ func TestLoad(t *testing.T) {
 
 // Labels are for rules of a fleet, whose selectors must be able to name them.
 func TestLabels(t *testing.T) {
-	const rest = "command = [\"/bin/qemu\"]\nqmp = \"/run/x\"\n"
+	const rest = "command = [\"/bin/qemu\", \"-qmp\", \"unix:{qmp}\"]\nqmp = \"/run/x\"\n"
 	for text, say := range map[string]string{
 		rest: "", "labels = { app = \"db\", tier = \"prod\" }\n" + rest: "",
 		"labels = { name = \"x\" }\n" + rest:        "labels: label \"name\"",

@@ -375,7 +375,8 @@ func TestMove(t *testing.T) {
 	if !info.Persistent {
 		t.Errorf("%+v", info)
 	}
-	if m, err := r.b.Metadata(r.ctx, twin); err != nil || m != (Metadata{true, 3}) {
+	if m, err := r.b.Metadata(r.ctx, twin); err != nil ||
+		m != (Metadata{Pinned: true, Priority: 3}) {
 		t.Errorf("%+v, %v", m, err)
 	}
 	if _, err = r.b.Define(r.ctx, m.inactive); err != nil {

@@ -1648,7 +1648,9 @@ type DrainResponse struct {
 	// VMs that cannot leave, and why, a sentence each.
 	Staying []string `protobuf:"bytes,3,rep,name=staying,proto3" json:"staying,omitempty"`
 	// The hosts, in the order in which they will be empty; last those that will not be.
-	Hosts         []*Emptied `protobuf:"bytes,4,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	Hosts []*Emptied `protobuf:"bytes,4,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// What went wrong, and holds nothing up: the hook was not told.
+	Warnings      []string `protobuf:"bytes,5,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1707,6 +1709,13 @@ func (x *DrainResponse) GetStaying() []string {
 func (x *DrainResponse) GetHosts() []*Emptied {
 	if x != nil {
 		return x.Hosts
+	}
+	return nil
+}
+
+func (x *DrainResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
 	}
 	return nil
 }
@@ -3008,6 +3017,95 @@ func (x *SetPolicyRequest) GetFields() []string {
 	return nil
 }
 
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{40}
+}
+
+type BackupPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Data  []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	// The last part has no data, and this.
+	Whole         bool `protobuf:"varint,2,opt,name=whole,proto3" json:"whole,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupPart) Reset() {
+	*x = BackupPart{}
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupPart) ProtoMessage() {}
+
+func (x *BackupPart) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupPart.ProtoReflect.Descriptor instead.
+func (*BackupPart) Descriptor() ([]byte, []int) {
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *BackupPart) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *BackupPart) GetWhole() bool {
+	if x != nil {
+		return x.Whole
+	}
+	return false
+}
+
 type ForgetRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
@@ -3017,7 +3115,7 @@ type ForgetRequest struct {
 
 func (x *ForgetRequest) Reset() {
 	*x = ForgetRequest{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3029,7 +3127,7 @@ func (x *ForgetRequest) String() string {
 func (*ForgetRequest) ProtoMessage() {}
 
 func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[40]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3042,7 +3140,7 @@ func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRequest.ProtoReflect.Descriptor instead.
 func (*ForgetRequest) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{40}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ForgetRequest) GetHost() string {
@@ -3060,7 +3158,7 @@ type ForgetResponse struct {
 
 func (x *ForgetResponse) Reset() {
 	*x = ForgetResponse{}
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3072,7 +3170,7 @@ func (x *ForgetResponse) String() string {
 func (*ForgetResponse) ProtoMessage() {}
 
 func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[41]
+	mi := &file_internal_fleet_api_v1_fleet_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3085,7 +3183,7 @@ func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetResponse.ProtoReflect.Descriptor instead.
 func (*ForgetResponse) Descriptor() ([]byte, []int) {
-	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{41}
+	return file_internal_fleet_api_v1_fleet_proto_rawDescGZIP(), []int{43}
 }
 
 var File_internal_fleet_api_v1_fleet_proto protoreflect.FileDescriptor
@@ -3232,12 +3330,13 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
 	"\adry_run\x18\x04 \x01(\bR\x06dryRun\x12\x12\n" +
 	"\x04rate\x18\x05 \x01(\x04R\x04rate\x12*\n" +
-	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xb0\x01\n" +
+	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xcc\x01\n" +
 	"\rDrainResponse\x12\x1c\n" +
 	"\atakes_s\x18\x01 \x01(\x01H\x00R\x06takesS\x88\x01\x01\x12+\n" +
 	"\x05steps\x18\x02 \x03(\v2\x15.vacate.fleet.v1.StepR\x05steps\x12\x18\n" +
 	"\astaying\x18\x03 \x03(\tR\astaying\x12.\n" +
-	"\x05hosts\x18\x04 \x03(\v2\x18.vacate.fleet.v1.EmptiedR\x05hostsB\n" +
+	"\x05hosts\x18\x04 \x03(\v2\x18.vacate.fleet.v1.EmptiedR\x05hosts\x12\x1a\n" +
+	"\bwarnings\x18\x05 \x03(\tR\bwarningsB\n" +
 	"\n" +
 	"\b_takes_s\"Q\n" +
 	"\x04Step\x12\x0e\n" +
@@ -3343,12 +3442,17 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x05quiet\x18\x0f \x03(\tR\x05quiet\"[\n" +
 	"\x10SetPolicyRequest\x12/\n" +
 	"\x06policy\x18\x01 \x01(\v2\x17.vacate.fleet.v1.PolicyR\x06policy\x12\x16\n" +
-	"\x06fields\x18\x02 \x03(\tR\x06fields\"#\n" +
+	"\x06fields\x18\x02 \x03(\tR\x06fields\"\x0f\n" +
+	"\rBackupRequest\"6\n" +
+	"\n" +
+	"BackupPart\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12\x14\n" +
+	"\x05whole\x18\x02 \x01(\bR\x05whole\"#\n" +
 	"\rForgetRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\"\x10\n" +
 	"\x0eForgetResponse2K\n" +
 	"\x05Hosts\x12B\n" +
-	"\x04Join\x12\x19.vacate.fleet.v1.HostSays\x1a\x1b.vacate.fleet.v1.LeaderSays(\x010\x012\xed\b\n" +
+	"\x04Join\x12\x19.vacate.fleet.v1.HostSays\x1a\x1b.vacate.fleet.v1.LeaderSays(\x010\x012\xb6\t\n" +
 	"\x05Fleet\x12N\n" +
 	"\x06Status\x12\x1e.vacate.fleet.v1.StatusRequest\x1a\x1f.vacate.fleet.v1.StatusResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\tListHosts\x12!.vacate.fleet.v1.ListHostsRequest\x1a\".vacate.fleet.v1.ListHostsResponse\"\x03\x90\x02\x01\x12F\n" +
@@ -3363,7 +3467,8 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"RemoveRule\x12\".vacate.fleet.v1.RemoveRuleRequest\x1a\".vacate.fleet.v1.ListRulesResponse\x12K\n" +
 	"\aSetMode\x12\x1f.vacate.fleet.v1.SetModeRequest\x1a\x1f.vacate.fleet.v1.StatusResponse\x12L\n" +
 	"\tGetPolicy\x12!.vacate.fleet.v1.GetPolicyRequest\x1a\x17.vacate.fleet.v1.Policy\"\x03\x90\x02\x01\x12G\n" +
-	"\tSetPolicy\x12!.vacate.fleet.v1.SetPolicyRequest\x1a\x17.vacate.fleet.v1.Policy\x12I\n" +
+	"\tSetPolicy\x12!.vacate.fleet.v1.SetPolicyRequest\x1a\x17.vacate.fleet.v1.Policy\x12G\n" +
+	"\x06Backup\x12\x1e.vacate.fleet.v1.BackupRequest\x1a\x1b.vacate.fleet.v1.BackupPart0\x01\x12I\n" +
 	"\x06Forget\x12\x1e.vacate.fleet.v1.ForgetRequest\x1a\x1f.vacate.fleet.v1.ForgetResponseB&Z$vacate/internal/fleet/api/v1;fleetv1b\x06proto3"
 
 var (
@@ -3378,7 +3483,7 @@ func file_internal_fleet_api_v1_fleet_proto_rawDescGZIP() []byte {
 	return file_internal_fleet_api_v1_fleet_proto_rawDescData
 }
 
-var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_internal_fleet_api_v1_fleet_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*HostSays)(nil),              // 0: vacate.fleet.v1.HostSays
 	(*Hello)(nil),                 // 1: vacate.fleet.v1.Hello
@@ -3420,12 +3525,14 @@ var file_internal_fleet_api_v1_fleet_proto_goTypes = []any{
 	(*GetPolicyRequest)(nil),      // 37: vacate.fleet.v1.GetPolicyRequest
 	(*Policy)(nil),                // 38: vacate.fleet.v1.Policy
 	(*SetPolicyRequest)(nil),      // 39: vacate.fleet.v1.SetPolicyRequest
-	(*ForgetRequest)(nil),         // 40: vacate.fleet.v1.ForgetRequest
-	(*ForgetResponse)(nil),        // 41: vacate.fleet.v1.ForgetResponse
-	nil,                           // 42: vacate.fleet.v1.Load.LabelsEntry
-	nil,                           // 43: vacate.fleet.v1.VM.LabelsEntry
-	nil,                           // 44: vacate.fleet.v1.PlaceRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
+	(*BackupRequest)(nil),         // 40: vacate.fleet.v1.BackupRequest
+	(*BackupPart)(nil),            // 41: vacate.fleet.v1.BackupPart
+	(*ForgetRequest)(nil),         // 42: vacate.fleet.v1.ForgetRequest
+	(*ForgetResponse)(nil),        // 43: vacate.fleet.v1.ForgetResponse
+	nil,                           // 44: vacate.fleet.v1.Load.LabelsEntry
+	nil,                           // 45: vacate.fleet.v1.VM.LabelsEntry
+	nil,                           // 46: vacate.fleet.v1.PlaceRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
 }
 var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	1,  // 0: vacate.fleet.v1.HostSays.hello:type_name -> vacate.fleet.v1.Hello
@@ -3435,28 +3542,28 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	6,  // 4: vacate.fleet.v1.Report.evictions:type_name -> vacate.fleet.v1.OrderedEviction
 	4,  // 5: vacate.fleet.v1.Report.load:type_name -> vacate.fleet.v1.Load
 	5,  // 6: vacate.fleet.v1.Report.vms:type_name -> vacate.fleet.v1.VM
-	42, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
-	45, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
-	43, // 9: vacate.fleet.v1.VM.labels:type_name -> vacate.fleet.v1.VM.LabelsEntry
-	45, // 10: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
+	44, // 7: vacate.fleet.v1.Load.labels:type_name -> vacate.fleet.v1.Load.LabelsEntry
+	47, // 8: vacate.fleet.v1.VM.moved_at:type_name -> google.protobuf.Timestamp
+	45, // 9: vacate.fleet.v1.VM.labels:type_name -> vacate.fleet.v1.VM.LabelsEntry
+	47, // 10: vacate.fleet.v1.OrderedEviction.ended_at:type_name -> google.protobuf.Timestamp
 	9,  // 11: vacate.fleet.v1.LeaderSays.elsewhere:type_name -> vacate.fleet.v1.Elsewhere
 	10, // 12: vacate.fleet.v1.LeaderSays.welcome:type_name -> vacate.fleet.v1.Welcome
 	12, // 13: vacate.fleet.v1.LeaderSays.order:type_name -> vacate.fleet.v1.Order
 	11, // 14: vacate.fleet.v1.LeaderSays.standing:type_name -> vacate.fleet.v1.Standing
-	45, // 15: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	47, // 15: vacate.fleet.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
 	17, // 16: vacate.fleet.v1.ListHostsResponse.hosts:type_name -> vacate.fleet.v1.Host
 	4,  // 17: vacate.fleet.v1.Host.load:type_name -> vacate.fleet.v1.Load
 	5,  // 18: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
-	45, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
-	45, // 20: vacate.fleet.v1.Host.maintenance_at:type_name -> google.protobuf.Timestamp
-	45, // 21: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
-	45, // 22: vacate.fleet.v1.DrainRequest.at:type_name -> google.protobuf.Timestamp
+	47, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
+	47, // 20: vacate.fleet.v1.Host.maintenance_at:type_name -> google.protobuf.Timestamp
+	47, // 21: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
+	47, // 22: vacate.fleet.v1.DrainRequest.at:type_name -> google.protobuf.Timestamp
 	20, // 23: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
 	21, // 24: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
 	26, // 25: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
-	45, // 26: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	45, // 27: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
-	44, // 28: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
+	47, // 26: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	47, // 27: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
+	46, // 28: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
 	30, // 29: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
 	33, // 30: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
 	38, // 31: vacate.fleet.v1.SetPolicyRequest.policy:type_name -> vacate.fleet.v1.Policy
@@ -3474,24 +3581,26 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	36, // 43: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
 	37, // 44: vacate.fleet.v1.Fleet.GetPolicy:input_type -> vacate.fleet.v1.GetPolicyRequest
 	39, // 45: vacate.fleet.v1.Fleet.SetPolicy:input_type -> vacate.fleet.v1.SetPolicyRequest
-	40, // 46: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
-	8,  // 47: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
-	14, // 48: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
-	16, // 49: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
-	19, // 50: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
-	23, // 51: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
-	25, // 52: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
-	26, // 53: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
-	29, // 54: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
-	32, // 55: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 56: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 57: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	14, // 58: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
-	38, // 59: vacate.fleet.v1.Fleet.GetPolicy:output_type -> vacate.fleet.v1.Policy
-	38, // 60: vacate.fleet.v1.Fleet.SetPolicy:output_type -> vacate.fleet.v1.Policy
-	41, // 61: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
-	47, // [47:62] is the sub-list for method output_type
-	32, // [32:47] is the sub-list for method input_type
+	40, // 46: vacate.fleet.v1.Fleet.Backup:input_type -> vacate.fleet.v1.BackupRequest
+	42, // 47: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
+	8,  // 48: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
+	14, // 49: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
+	16, // 50: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
+	19, // 51: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
+	23, // 52: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
+	25, // 53: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
+	26, // 54: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
+	29, // 55: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
+	32, // 56: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 57: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 58: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	14, // 59: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
+	38, // 60: vacate.fleet.v1.Fleet.GetPolicy:output_type -> vacate.fleet.v1.Policy
+	38, // 61: vacate.fleet.v1.Fleet.SetPolicy:output_type -> vacate.fleet.v1.Policy
+	41, // 62: vacate.fleet.v1.Fleet.Backup:output_type -> vacate.fleet.v1.BackupPart
+	43, // 63: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
+	48, // [48:64] is the sub-list for method output_type
+	32, // [32:48] is the sub-list for method input_type
 	32, // [32:32] is the sub-list for extension type_name
 	32, // [32:32] is the sub-list for extension extendee
 	0,  // [0:32] is the sub-list for field type_name
@@ -3524,7 +3633,7 @@ func file_internal_fleet_api_v1_fleet_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_fleet_api_v1_fleet_proto_rawDesc), len(file_internal_fleet_api_v1_fleet_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   45,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
