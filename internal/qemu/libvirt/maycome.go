@@ -160,6 +160,11 @@ func (c *Conn) Runner(ctx context.Context) (user, version string, err error) {
 			}
 		}
 	}
-	n, err := call(ctx, c, "tell the version of its QEMU", c.l.ConnectGetVersion)
+	n, err := c.QEMUVersion(ctx)
 	return user, fmt.Sprintf("%d.%d.%d", n/1e6, n/1e3%1e3, n%1e3), err
+}
+
+// QEMUVersion returns the version of the QEMU that domains have by default: 7002022 is 7.2.22.
+func (c *Conn) QEMUVersion(ctx context.Context) (uint64, error) {
+	return call(ctx, c, "tell the version of its QEMU", c.l.ConnectGetVersion)
 }

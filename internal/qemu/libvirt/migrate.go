@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 )
@@ -203,4 +204,25 @@ func PlainCookie(cookie []byte) ([]byte, error) {
 	}
 	b.WriteString(text[at:])
 	return append([]byte(b.String()), cookie[len(text):]...), nil
+}
+
+// startPause is how often a migration is told to go to post-copy that is not ready for it.
+const startPause = 5 * time.Millisecond
+
+// StartPostcopy has a migration under way go to post-copy, as soon as that is possible.
+func (c *Conn) StartPostcopy(ctx context.Context, d Domain) error {
+	for {
+		err := do(ctx, c, "take the migration of the domain "+d.Name+" to post-copy", func() error {
+			return c.l.DomainMigrateStartPostCopy(d.raw(), 0)
+		})
+		var refusal *Error
+		if err == nil || !errors.As(err, &refusal) {
+			return err
+		}
+		select {
+		case <-time.After(startPause):
+		case <-ctx.Done():
+			return errors.Join(err, context.Cause(ctx))
+		}
+	}
 }
