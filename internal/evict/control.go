@@ -150,6 +150,7 @@ const (
 	ToOffer  Purpose = iota + 1 // a VM
 	ToResume                    // an eviction, after the link or an engine failed
 	ToAsk                       // something that touches no VM
+	ToRelay                     // a stream of QEMU's between two QEMUs
 )
 
 // Request is a session whose peer has said what it wants. The caller must hand it to a Destination,
@@ -158,7 +159,7 @@ type Request struct {
 	*attachment
 	Purpose  Purpose
 	Eviction ID // to offer or to resume
-	// to offer: the VM's name at the source, which the peer chooses freely; may be empty
+	// to offer, to relay: the VM's name at the source, which the peer chooses freely; may be empty
 	VM       string
 	Question json.RawMessage // to ask
 
@@ -171,6 +172,9 @@ func (r *Request) Domain() bool { return r.offer.Domain != nil }
 
 // Forced reports whether an operator wants the VM here although this host keeps VMs off.
 func (r *Request) Forced() bool { return r.offer.Forced }
+
+// Carried reports whether the VM to offer is a domain that libvirt moves by itself.
+func (r *Request) Carried() bool { return r.offer.Carried != nil }
 
 // requestTime is how long a peer may take to say what it wants.
 const requestTime = 10 * time.Second
@@ -195,7 +199,7 @@ func readRequest(all context.Context, s *link.Session, soon, offer time.Duration
 			r.end()
 		}
 	}()
-	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk, msgFill, msgProve)
+	f, err := r.control.await(ctx, msgOffer, msgResume, msgAsk, msgRelay, msgFill, msgProve)
 	if err == nil && f.kind == msgProve {
 		if err := r.answerProof(ctx, f.payload); err != nil {
 			return nil, err
@@ -229,6 +233,10 @@ func readRequest(all context.Context, s *link.Session, soon, offer time.Duration
 			err = fmt.Errorf("%w: an eviction that is both committed and resumed at the source",
 				errFrame)
 		}
+	case msgRelay:
+		var what relayed
+		err = decode(f.payload, &what)
+		r.Purpose, r.VM = ToRelay, what.VM
 	case msgAsk:
 		r.Purpose = ToAsk
 		if r.Question = f.payload; !json.Valid(f.payload) {

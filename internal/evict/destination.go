@@ -29,6 +29,8 @@ type Destination struct {
 	QMP string
 	// Libvirt is set on a host that takes domains of libvirt, instead of QMP.
 	Libvirt *Libvirt
+	// Carried is set to take a domain that libvirt itself moves, instead of QMP.
+	Carried *Carried
 	// ThroughQEMU makes QEMU load all pages itself. By default the engine places them in QEMU's
 	// memory directly if this process may, which is several times faster.
 	ThroughQEMU bool
@@ -116,6 +118,7 @@ type destination struct {
 	placer    *placer
 	recovery  recovery // of QEMU's stream
 	mark      Mark     // the last durable one
+	hungUp    bool     // the source ended the last session itself, or its process ended
 	committed bool     // the source has said in the present session that it committed
 	// the same for the session in which the VM came
 	heardCommit atomic.Bool
@@ -167,6 +170,10 @@ func (d Destination) engine(first State) *destination {
 	}
 	if e.Libvirt != nil {
 		e.owner = newLibvirtTwin(e.Destination, e.runs)
+	} else if e.Carried != nil {
+		// QEMU's own list of what it has must be true, should libvirt resume the migration.
+		e.ThroughQEMU = true
+		e.owner = newCarriedTwin(e.Destination)
 	} else {
 		e.owner = newQEMUTwin(e.Destination, e.runs)
 	}
@@ -718,6 +725,9 @@ func (e *destination) kill() error {
 // killTime is how long a killed QEMU may take to end.
 const killTime = 5 * time.Second
 
+// domain is the name of a domain that libvirt moves.
+func (e *destination) domain() string { return e.owner.(*carriedTwin).domain.Name }
+
 // abort ends an attempt that never ran the VM. It kills the QEMU, so that it never will, and only
 // then says so.
 func (e *destination) abort(err error) error {
@@ -733,6 +743,10 @@ func (e *destination) abort(err error) error {
 		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
 	}
 	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
+	if e.Carried != nil {
+		return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
+			carriedRemedy(e.domain())}
+	}
 	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
 		"The VM never ran here, and the QEMU that waited for it was ended. The VM runs on at " +
 			"the source"}
@@ -741,6 +755,9 @@ func (e *destination) abort(err error) error {
 // lost ends an eviction that cannot complete although the VM ran here.
 func (e *destination) lost(err error, remedy string) error {
 	from := e.machine.current()
+	if e.Carried != nil {
+		remedy = carriedRemedy(e.domain())
+	}
 	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("cannot record in the journal that the VM is lost here", "error", noteErr)
 	}

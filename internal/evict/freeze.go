@@ -67,7 +67,7 @@ const switchTimeout = 20 * time.Second
 
 // makeHead makes the start of the stream, from its header to the footer of the RAM section's start.
 // It is like that of a QEMU that begins a migration with post-copy.
-func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
+func makeHead(machine string, section uint32, blocks []guestmem.Block) ([]byte, layout, error) {
 	sizes := uint64(0)
 	list := make([]migstream.Block, len(blocks))
 	for i, b := range blocks {
@@ -83,8 +83,8 @@ func makeHead(machine string, blocks []guestmem.Block) ([]byte, layout, error) {
 		migstream.Header{}, migstream.Configuration{Machine: machine},
 		migstream.Command{ID: migstream.CmdOpenReturnPath}, migstream.PingCommand(1),
 		migstream.AdviseCommand(sizes),
-		migstream.SectionStart{ID: ramSection, Name: "ram", Version: migstream.RAMVersion},
-		migstream.MemSize{Blocks: list}, migstream.EOS{}, migstream.Footer{ID: ramSection},
+		migstream.SectionStart{ID: section, Name: "ram", Version: migstream.RAMVersion},
+		migstream.MemSize{Blocks: list}, migstream.EOS{}, migstream.Footer{ID: section},
 	} {
 		head = item.Append(head)
 	}

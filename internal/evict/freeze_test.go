@@ -25,7 +25,7 @@ func Freeze(ctx context.Context, socket string) (head, load []byte, facts hostFa
 	if err != nil {
 		return nil, nil, facts, err
 	}
-	head, _, err = makeHead(o.Machine, mem.Blocks())
+	head, _, err = makeHead(o.Machine, ramSection, mem.Blocks())
 	if err != nil {
 		return nil, nil, facts, err
 	}

@@ -40,7 +40,7 @@ func TestHead(t *testing.T) {
 			}
 			want = item.Append(want)
 		}
-		head, l, err := makeHead(machine, blocks)
+		head, l, err := makeHead(machine, ramSection, blocks)
 		if err != nil || !bytes.Equal(head, want) {
 			t.Errorf("%s: %v; made\n% x, QEMU\n% x", name, err, head, want)
 		}
@@ -49,7 +49,7 @@ func TestHead(t *testing.T) {
 			t.Errorf("%s: %v of %v, section %#x, %v", name, again, l, r.SectionID(), err)
 		}
 	}
-	if _, _, err := makeHead("pc",
+	if _, _, err := makeHead("pc", ramSection,
 		[]guestmem.Block{{Name: "huge", Size: 1 << 30, PageSize: 1 << 30}}); err == nil {
 		t.Error("a page of 1 GiB is taken")
 	}

@@ -182,6 +182,11 @@ func (o *libvirtTwin) meet(ctx context.Context, offered offer) (err error) {
 	if o.domain, err = o.conn.Find(ctx, o.facts.Name); err != nil {
 		return err
 	}
+	return o.find(ctx, offered, offered.Domain.Totals)
+}
+
+// find finds the QEMU of the domain, and its memory. totals is how much each block may grow to.
+func (o *libvirtTwin) find(ctx context.Context, offered offer, totals []uint64) (err error) {
 	if o.found.process, err = o.conn.Process(o.domain); err != nil {
 		return err
 	}
@@ -190,7 +195,7 @@ func (o *libvirtTwin) meet(ctx context.Context, offered offer) (err error) {
 	}
 	extents := make([]guestmem.Extent, len(offered.Blocks))
 	for i, b := range offered.Blocks {
-		extents[i] = guestmem.Extent{Name: b.Name, Size: b.Size, Total: offered.Domain.Totals[i],
+		extents[i] = guestmem.Extent{Name: b.Name, Size: b.Size, Total: totals[i],
 			PageSize: b.PageSize}
 	}
 	blocks, err := guestmem.Find(ctx, o.found.process.PID, extents)

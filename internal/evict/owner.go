@@ -65,6 +65,8 @@ type described struct {
 	mem    *guestmem.Memory
 	disks  fit.Disks
 	flash  []string // blocks that QEMU reads when it is told to run the VM
+	// the number of the RAM section, if QEMU's own stream may follow that of the engine
+	section uint32
 }
 
 // errNotOpen is the error for a QEMU to which no engine has connected yet.

@@ -235,6 +235,10 @@ func (o offer) check() error {
 	if err := o.Domain.check(); err != nil {
 		return err
 	}
+	if c := o.Carried; c != nil && (c.Name == "" || c.Name != o.VM || o.Domain != nil) {
+		return fmt.Errorf("%w: libvirt moves a domain named %.40q as VM %.40q", errFrame, c.Name,
+			o.VM)
+	}
 	if o.Stands != "" && !fit.Standing(o.Stands) {
 		return fmt.Errorf("%w: a VM that stands in the state %.40q", errFrame, o.Stands)
 	}

@@ -138,6 +138,9 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		}
 		pause = min(max(2*pause, firstPause), lastPause)
 		a, st, err := e.inquire(left, resume{Eviction: e.Eviction, Committed: true})
+		if err != nil && e.Carried != nil && time.Since(since) > CarriedPatience {
+			return true, e.lost(errors.Join(why, err), "")
+		}
 		if err != nil {
 			e.Log.Debug("cannot ask the destination", "error", err)
 			e.noteApart(err.Error())

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"slices"
@@ -31,6 +32,11 @@ func (e *destination) serve(left context.Context) error {
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
+		if e.Carried != nil {
+			if err := e.carriedOver(); err != nil {
+				return e.lost(err, "")
+			}
+		}
 		now := e.signals()
 		select {
 		case <-now.whole:
@@ -212,6 +218,8 @@ func (e *destination) detach(why error) {
 	a.Fail(why)
 	a.end()
 	e.forget(a)
+	e.hungUp = errors.Is(why, io.EOF) || errors.Is(why, io.ErrUnexpectedEOF) ||
+		errors.Is(why, unix.ECONNRESET) || errors.Is(why, unix.EPIPE)
 	if e.machine.current() == Running {
 		if err := e.machine.enter(CutOff); err != nil {
 			e.Log.Error("state", "error", err)

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,8 @@ type Source struct {
 	QMP  string // path of the QMP socket of the VM's QEMU
 	// Libvirt is set for a VM that is a domain of this host's libvirt, instead of QMP.
 	Libvirt *Libvirt
+	// Carried is set for a domain that libvirt itself moves, instead of QMP.
+	Carried *Carried
 	// Process is the QEMU. If Resume and Decide find another one, started since, they conclude that
 	// this one ended. Zero: any.
 	Process process.Process
@@ -108,6 +111,8 @@ func (s Source) engine(first State) *source {
 	e.owner = &qemuSource{path: e.QMP, vm: e.VM, expect: e.Process}
 	if e.Libvirt != nil {
 		e.owner = newLibvirtSource(e.Source)
+	} else if e.Carried != nil {
+		e.owner = newCarriedSource(e.Source)
 	}
 	if e.LoadTimeout == 0 {
 		e.LoadTimeout = 5 * time.Second
@@ -335,7 +340,8 @@ func (e *source) meet(ctx context.Context) error {
 	if !e.first.Running {
 		e.offer.Stands = e.first.Status
 	}
-	e.head, e.layout, err = makeHead(e.offer.Machine, e.mem.Blocks())
+	e.head, e.layout, err = makeHead(e.offer.Machine, cmp.Or(d.section, ramSection),
+		e.mem.Blocks())
 	return err
 }
 
@@ -418,6 +424,10 @@ func (e *source) open(ctx context.Context) error {
 	e.tasks.Go(func() {
 		select {
 		case <-e.owner.gone():
+			if e.Carried != nil {
+				e.die(errGivenUp)
+				return
+			}
 			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.owner.monitor().Err()))
 		case <-e.life.Done():
 		}
@@ -442,6 +452,9 @@ func (e *source) watch() {
 		}
 	})
 }
+
+// errGivenUp: libvirt's own migration has failed.
+var errGivenUp = errors.New("libvirt has given up its migration")
 
 var errQEMUGone = errors.New("the source's QEMU has ended")
 
@@ -707,6 +720,9 @@ func (e *source) refuse(err error) error {
 // lost ends an eviction for which this engine can do nothing more.
 func (e *source) lost(err error, remedy string) error {
 	from := e.machine.current()
+	if e.Carried != nil {
+		remedy = carriedRemedy(e.Carried.Domain)
+	}
 	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("cannot record in the journal what became of the VM", "error", noteErr)
 	}
@@ -767,6 +783,9 @@ func (e *source) rollBack(cause error) error {
 				"error", err)
 		}
 		remedy := fmt.Sprintf("Try %s", e.owner.byHand(e.qemu))
+		if e.Carried != nil {
+			return e.lost(errors.Join(cause, err), "")
+		}
 		if e.Journal != nil {
 			remedy = e.remedies()
 		}

@@ -144,6 +144,13 @@ func (m *machine) at(s State) time.Time {
 	return m.first[s]
 }
 
+// lasted returns how long the machine has been in its state.
+func (m *machine) lasted() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Since(m.history[len(m.history)-1].at)
+}
+
 // spent returns how long the machine was in a state, over all periods.
 func (m *machine) spent(s State) time.Duration {
 	m.mu.Lock()

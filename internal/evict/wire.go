@@ -27,7 +27,9 @@ const (
 	msgCommit uint8 = 4
 	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
 	// the caller's JSON: a question that touches no VM, in place of an offer
-	msgAsk   uint8 = 6
+	msgAsk uint8 = 6
+	// relayed: QEMU's own recovery of a migration, in place of an offer
+	msgRelay uint8 = 11
 	msgFill  uint8 = 8  // zeroes, ahead of msgAsk: only their time matters
 	msgOpen  uint8 = 10 // filler, after an accepted offer: see openWindow
 	msgHeard uint8 = 7  // empty: the source knows that the eviction is complete
@@ -51,7 +53,9 @@ const (
 	// farewell, once the VM runs: why pages find no memory there; empty if they do again
 	msgShort uint8 = 28
 	// both ways
-	msgProve uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
+	// raw: bytes of a stream that is relayed; none: it has ended
+	msgRelayed uint8 = 12
+	msgProve   uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
 	// farewell: the sender gave the eviction up, and the VM never ran on the destination
 	msgAbort uint8 = 32
 )
@@ -127,6 +131,8 @@ type offer struct {
 	Disks   fit.Disks    `json:"disks"`
 	// Domain is set for a VM that is a domain of libvirt.
 	Domain *domainOffer `json:"domain,omitempty"`
+	// Carried is set for a domain that libvirt itself moves.
+	Carried *carriedOffer `json:"carried,omitempty"`
 	// LoadTimeout is the source's, in milliseconds. The destination gives up if that much time has
 	// passed since the device state came, without a commit. Its QEMU may hold the locks of the
 	// disks, and without those the source cannot resume the VM.
@@ -146,6 +152,11 @@ type blockOffer struct {
 	Name     string `json:"name"`
 	Size     uint64 `json:"size"`      // in bytes
 	PageSize uint64 `json:"page_size"` // in bytes
+}
+
+// relayed is what a relayed stream is for.
+type relayed struct {
+	VM string `json:"vm"`
 }
 
 // resume is the first message of a source that continues an eviction.

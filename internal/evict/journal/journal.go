@@ -114,6 +114,8 @@ type Record struct {
 	QMP      string `json:"qmp,omitempty"`       // path of the QMP socket of the QEMU here
 	// Libvirt is the URI of this host's libvirt, for a VM that is a domain of it.
 	Libvirt string `json:"libvirt,omitempty"`
+	// Carried says that libvirt moves the domain by itself, and decides what becomes of it.
+	Carried bool `json:"carried,omitempty"`
 
 	// PID and StartTime identify that QEMU: /proc/PID/stat, field 22, in ticks since the host
 	// booted.
