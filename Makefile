@@ -3,9 +3,10 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
-# with ; between), REFUSALS, KVM, MOVES and STOPS (rounds), PARTS (of a night), OUT (for results:
-# .lab), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for vacate-lab bench),
-# JOBS (packages tested at a time), LINTED=1 (test: lint has run), LIBVIRT=1 (demo).
+# with ; between), REFUSALS, KVM, MOVES, CARRIES, PLAIN and STOPS (rounds), PARTS (of a night), OUT
+# (for results: .lab), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for
+# vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test: lint has run), LIBVIRT=1
+# (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -18,6 +19,8 @@ GUEST    ?= linux
 REFUSALS ?= 50
 KVM      ?= 4
 MOVES    ?= 50
+CARRIES  ?= 20
+PLAIN    ?= 5
 STOPS    ?= 1000
 JOBS     ?= 1
 OUT      ?= .lab
@@ -29,7 +32,7 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 
 # No tests: TestRecord rewrites what others compare with; TestBrowser* need a browser, and the others
 # are campaigns, each with a target of its own.
-NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*|TestCarryCampaign|TestCarryResumed
 # What follows names tests, and the packages that have them: others must not have one of that name.
 
 # Cases with other QEMUs and kernels than Debian 12's, other servers, and much memory: `make variants`
@@ -63,7 +66,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign carrycampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -168,6 +171,10 @@ domainkinds: deps ## evict domains of libvirt that have huge pages, UEFI, a TPM,
 domaincampaign: deps ## evict domains under load, there and back, MOVES (50) times for libvirt of Debian 12, of 13, and from 12 to 13 (root; an hour)
 	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(abspath $(OUT))/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
 	@cat $(OUT)/moves.md
+
+carrycampaign: deps ## have libvirt itself move domains through the daemons, CARRIES (20) times for libvirt of Debian 12 and of 13, beside PLAIN (5) by its own post-copy; and have daemons die (root; an hour)
+	VACATE_REQUIRE=1 VACATE_MOVES=$(CARRIES) VACATE_PLAIN=$(PLAIN) VACATE_MOVES_RESULT=$(abspath $(OUT))/carried.md $(GO) test -count=1 -timeout 6h -run '^TestCarryResumed$$|^TestCarryCampaign$$' ./internal/host
+	@cat $(OUT)/carried.md
 
 uitest: ## the page of vacate ui in a Chromium: each button with real VMs, hostile names, 1,000 hosts (root; 2 minutes, and 100 MB once)
 	@scripts/deps browser

@@ -68,6 +68,7 @@ The configuration (TOML):
   networks  = ["default", "br0"]        # networks that they may be on; "user" is QEMU's own
   emulators = ["/usr/bin/qemu-system-x86_64"]  # QEMUs that they may have
   trust_disks = true                    # on your word other hosts have their disks; default: false
+  migrations = "/run/vacate/migrations" # sockets here, for libvirt's own migrations; default: none
   [fleet]                               # belong to a fleet; see vacate-fleet
   brains   = ["brain1", "brain2@10.0.0.2:7610"]  # members of its brain, by their names
   labels   = { rack = "r1" }            # what rules may name this host by

@@ -115,8 +115,8 @@ func (o *carriedSource) describe(ctx context.Context) (d described, err error) {
 	if err != nil {
 		return d, err
 	}
-	// QEMU 7.2 takes no other migration if one ends before all of its connections are made. They are
-	// when the head has come.
+	// QEMU 7.2 takes no other migration if one ends before all of its connections are made. They
+	// are when the head has come.
 	bounded := o.until(ctx)
 	err = o.coming.head()
 	bounded()

@@ -149,6 +149,9 @@ func TestCheck(t *testing.T) {
 		"emulators: ": func(c *Config) {
 			c.Libvirt = &Libvirt{URI: path("none"), Emulators: []string{path("qemu")}}
 		},
+		"migrations: " + path("file") + ": it is no directory": func(c *Config) {
+			c.Libvirt = &Libvirt{URI: path("none"), Migrations: path("file")}
+		},
 		"start libvirtd": func(c *Config) { c.Libvirt = &Libvirt{URI: path("none")} },
 	} {
 		c := good

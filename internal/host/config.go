@@ -53,6 +53,8 @@ import (
 //	                                      # QEMU's own; default: none
 //	trust_disks = true                    # on your word the disks of domains are the same on the
 //	                                      # other hosts; default: libvirt judges by the storage
+//	migrations = "/run/vacate/migrations" # libvirt's own migrations to hostb pass through
+//	                                      # unix:///run/vacate/migrations/hostb.sock; default: none
 //	emulators = ["/usr/bin/qemu-system-x86_64"]
 //	                                      # they may be run by these; default: those of Debian
 //	                                      # and Red Hat

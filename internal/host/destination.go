@@ -34,6 +34,11 @@ func (h *Host) request(r *evict.Request) {
 			h.metrics.offersRefused.Inc()
 			h.log.Warn("offer refused", "vm", r.VM, "peer", peer, "error", err)
 		}
+	case evict.ToRelay:
+		if err := h.relayed(r, peer); err != nil {
+			r.Refuse(fmt.Errorf("host %s: %w", h.name(), err))
+			h.log.Warn("a stream is not relayed", "vm", r.VM, "peer", peer, "error", err)
+		}
 	case evict.ToResume:
 		h.resumed(r, peer)
 	case evict.ToAsk:
@@ -55,6 +60,9 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	}
 	if err := hypervisor.CheckName(r.VM); err != nil {
 		return err
+	}
+	if r.Carried() {
+		return h.offeredCarried(r, peer)
 	}
 	vm, err := hypervisor.Find(h.config.VMs, r.VM)
 	uri := "" // of the libvirt that takes a domain
@@ -219,6 +227,10 @@ func (h *Host) resumed(r *evict.Request, peer string) {
 		r.Answer(evict.AnswerUnknown,
 			fmt.Sprintf("host %s knows of no such eviction from host %s", h.name(), peer), false,
 			nil)
+		return
+	}
+	if r.ResumedThere() && v.entry.Record().Carried {
+		v.giveUp(r)
 		return
 	}
 	if r.ResumedThere() {

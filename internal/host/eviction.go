@@ -242,10 +242,13 @@ func (v *eviction) abortable() bool {
 	return false
 }
 
-// unsettled reports whether a stop of the daemon may abort it.
+// unsettled reports whether a stop of the daemon may abort it, or make it fail.
 func (v *eviction) unsettled() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.entry.Record().Carried { // it would fail
+		return v.cancel != nil
+	}
 	switch v.state {
 	case evict.Preparing, evict.Switching, evict.Loading, evict.Committing, evict.RollingBack,
 		evict.Waiting, evict.Arming, evict.Prepared:

@@ -50,8 +50,9 @@ type Host struct {
 	started  time.Time
 	link     net.Listener // nil: no VM comes here
 	socket   net.Listener
-	tcp      net.Listener // the API over TLS, or nil
-	scrape   net.Listener // /metrics, or nil
+	tcp      net.Listener    // the API over TLS, or nil
+	scrape   net.Listener    // /metrics, or nil
+	carries  []carryListener // for libvirt's own migrations, to each peer
 
 	// onState, of tests, is told of each state of each engine, which waits for it.
 	onState func(journal.Role, journal.ID, evict.State)
@@ -62,6 +63,9 @@ type Host struct {
 
 	mu        sync.Mutex
 	evictions map[journal.ID]*eviction // guarded by mu
+	relays    map[string]int           // streams of domains that are relayed; guarded by mu
+	lines     map[int]*line            // of processes that connected to carries; guarded by mu
+	kept      map[string]net.Conn      // to twins whose migration libvirt resumes; guarded by mu
 	taken     map[string]bool          // VMs that an eviction is being set up for; guarded by mu
 	stopping  bool                     // guarded by mu
 
@@ -79,6 +83,7 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 	h := &Host{
 		config: c, version: version, log: log, started: time.Now(),
 		evictions: map[journal.ID]*eviction{}, taken: map[string]bool{},
+		relays: map[string]int{}, lines: map[int]*line{}, kept: map[string]net.Conn{},
 		paths: map[string]*evict.Path{},
 		known: map[string]knownQEMU{}, ahead: map[string]lookedAhead{},
 	}
@@ -127,6 +132,9 @@ func Open(c Config, version string, log *slog.Logger) (_ *Host, err error) {
 		if *l.ln, err = net.Listen("tcp", l.addr); err != nil {
 			return nil, err
 		}
+	}
+	if err := h.listenCarry(); err != nil {
+		return nil, err
 	}
 	for _, ln := range []*net.Listener{&h.tcp, &h.scrape} {
 		if *ln != nil {
@@ -279,6 +287,7 @@ func (h *Host) Run(ctx context.Context) error {
 	serve(h.tcp, api, true)
 	serve(h.scrape, h.metrics.handler(), false)
 	stopLink := h.serveLink(ctx, fail)
+	stopCarries := h.serveCarries()
 	var guard sync.WaitGroup
 	if h.config.Guard != nil {
 		guard.Go(func() { h.guard(ctx) })
@@ -299,6 +308,7 @@ func (h *Host) Run(ctx context.Context) error {
 	h.mu.Lock()
 	h.stopping = true
 	h.mu.Unlock()
+	stopCarries()
 	h.leave(evict.ErrLeave)
 	left := make(chan struct{})
 	go func() {
@@ -374,6 +384,9 @@ func (h *Host) close() {
 		if ln != nil {
 			ln.Close()
 		}
+	}
+	for _, ln := range h.carries {
+		ln.Close()
 	}
 	if h.journal != nil {
 		h.journal.Close()

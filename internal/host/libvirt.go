@@ -27,6 +27,8 @@ type Libvirt struct {
 	Emulators []string `toml:"emulators"`
 	// TrustDisks has libvirt not judge whether the other hosts reach a domain's disks.
 	TrustDisks bool `toml:"trust_disks"`
+	// Migrations is a directory of sockets for the streams of libvirt's own migrations; empty: none
+	Migrations string `toml:"migrations"`
 }
 
 // usualEmulators are those of distributions.
@@ -35,6 +37,10 @@ var usualEmulators = []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-
 func (l Libvirt) check() error {
 	if _, err := libvirt.ParseURI(l.URI); err != nil {
 		return err
+	}
+	if l.Migrations != "" && !filepath.IsAbs(l.Migrations) {
+		return fmt.Errorf("migrations = %q: want a path from the root, such as "+
+			"/run/vacate/migrations: libvirt at both hosts must name it", l.Migrations)
 	}
 	return l.policy().Valid()
 }
@@ -69,6 +75,14 @@ func (l Libvirt) look() (string, error) {
 		}
 		wrong("paths", path, err)
 	}
+	if l.Migrations != "" {
+		// The daemon makes the last two, as it does for its socket.
+		_, err := os.Stat(filepath.Dir(filepath.Dir(l.Migrations)))
+		if info, there := os.Stat(l.Migrations); there == nil && !info.IsDir() {
+			err = errors.New("it is no directory")
+		}
+		wrong("migrations", l.Migrations, err)
+	}
 	for _, program := range l.Emulators {
 		_, err := exec.LookPath(program)
 		wrong("emulators", program, err)
@@ -92,7 +106,12 @@ func (l Libvirt) look() (string, error) {
 	}
 	list, err := conn.List(ctx)
 	wrong("uri", l.uri(), err)
-	return fmt.Sprintf("%d domains of libvirt at %s", len(list), l.uri()), errors.Join(errs...)
+	carries := ""
+	if l.Migrations != "" {
+		carries = ", whose own migrations pass through " + l.Migrations
+	}
+	return fmt.Sprintf("%d domains of libvirt at %s%s", len(list), l.uri(), carries),
+		errors.Join(errs...)
 }
 
 // libvirtOf is the libvirt that has the VM of an eviction here; nil if none has.
@@ -198,30 +217,39 @@ type domainQuestion struct {
 	Inactive string `json:"inactive,omitempty"` // its definition; a transient domain has none
 }
 
-// domainAnswer is the peer's. Empty: it may.
+// domainAnswer is the peer's. Without a problem, it may.
 type domainAnswer struct {
 	Problem string `json:"problem,omitempty"`
 	Remedy  string `json:"remedy,omitempty"`
+	// Migrations is the peer's directory for libvirt's own migrations; empty: it has none.
+	Migrations string `json:"migrations,omitempty"`
 }
 
 // mayTake answers whether this host's libvirt would take a domain.
-func (h *Host) mayTake(ctx context.Context, q domainQuestion) domainAnswer {
+func (h *Host) mayTake(ctx context.Context, q domainQuestion) (a domainAnswer) {
 	if h.config.Libvirt == nil {
-		return domainAnswer{"its daemon knows no libvirt", "add [libvirt] to vacated.toml there"}
+		return domainAnswer{Problem: "its daemon knows no libvirt",
+			Remedy: "add [libvirt] to vacated.toml there"}
 	}
+	a.Migrations = h.config.Libvirt.Migrations
+	a.Problem, a.Remedy = h.mayTakeOne(ctx, q)
+	return a
+}
+
+func (h *Host) mayTakeOne(ctx context.Context, q domainQuestion) (problem, remedy string) {
 	policy := h.config.Libvirt.policy()
 	checked, err := policy.Check(q.XML)
 	if err == nil && q.Inactive != "" {
 		_, err = policy.Check(q.Inactive)
 	}
 	if err != nil {
-		return domainAnswer{err.Error(), "see [libvirt] in vacated.toml there"}
+		return err.Error(), "see [libvirt] in vacated.toml there"
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	conn, err := libvirt.Dial(ctx, h.config.Libvirt.URI)
 	if err != nil {
-		return domainAnswer{err.Error(), "`systemctl start libvirtd` there"}
+		return err.Error(), "`systemctl start libvirtd` there"
 	}
 	defer conn.Close()
 	user, version := "", ""
@@ -230,14 +258,11 @@ func (h *Host) mayTake(ctx context.Context, q domainQuestion) domainAnswer {
 	}
 	var unfit *libvirt.Unfit
 	if errors.As(err, &unfit) {
-		return domainAnswer{unfit.Problem, unfit.Remedy}
+		return unfit.Problem, unfit.Remedy
 	} else if err != nil {
-		return domainAnswer{err.Error(), "see what libvirt says there: `journalctl -u libvirtd`"}
+		return err.Error(), "see what libvirt says there: `journalctl -u libvirtd`"
 	}
-	if problem, remedy := doctor.MayUserfault(user, version); problem != "" {
-		return domainAnswer{problem, remedy}
-	}
-	return domainAnswer{}
+	return doctor.MayUserfault(user, version)
 }
 
 // examineDomain is examine for a domain of libvirt's. unknown is returned if there is none.
@@ -293,13 +318,35 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 		question{Domain: &asked},
 		&answer,
 	); err != nil {
-		answer = domainAnswer{err.Error(), "have the same version of vacated on both hosts"}
+		answer = domainAnswer{Problem: err.Error(),
+			Remedy: "have the same version of vacated on both hosts"}
 	}
 	f := doctor.Finding{Host: to, Check: "libvirt", Text: "its libvirt may take the domain"}
 	if answer.Problem != "" {
 		f.Level, f.Text, f.Remedy = doctor.Fatal, answer.Problem, answer.Remedy
 	}
-	return append(found, f), nil
+	found = append(found, f)
+	if h.config.Libvirt.Migrations == "" || answer.Problem != "" {
+		return found, nil
+	}
+	return append(found, h.lookAtMigrations(to, answer.Migrations)), nil
+}
+
+// lookAtMigrations finds whether libvirt's own migrations to a peer can be carried. theirs is the
+// peer's directory for them.
+func (h *Host) lookAtMigrations(to, theirs string) doctor.Finding {
+	c := h.config.Libvirt
+	f := doctor.Finding{Host: h.name(), Check: "migrations", Text: fmt.Sprintf(
+		"libvirt's own migrations pass through the daemons with `virsh migrate --live --p2p "+
+			"--postcopy --migrateuri unix://%s`", c.carrySocket(to))}
+	if filepath.Clean(theirs) != filepath.Clean(c.Migrations) {
+		f.Level = doctor.Warning
+		f.Text = fmt.Sprintf(
+			"libvirt's own migrations cannot pass through the daemons: migrations "+
+				"in vacated.toml is %q here and %q on host %s", c.Migrations, theirs, to)
+		f.Remedy = "name the same directory in [libvirt] on both hosts"
+	}
+	return f
 }
 
 // lookAtDomain examines a domain that runs here, and returns what another host is told of it.

@@ -43,9 +43,17 @@ func manage(of *libvirttest.Managed, transient bool) *managed {
 		h *libvirtlab.Host
 	}{{m.a, m.Hosts.A}, {m.b, m.Hosts.B}} {
 		x.s.configure(fmt.Sprintf("[libvirt]\nuri = %q\nnetworks = [\"user\", \"br0\"]\n"+
-			"trust_disks = true\nemulators = [%q]\npaths = %s\n", x.h.Socket,
-			m.Domain.VM.Spec.QEMU.Path, paths))
+			"trust_disks = true\nemulators = [%q]\npaths = %s\nmigrations = %q\n", x.h.Socket,
+			m.Domain.VM.Spec.QEMU.Path, paths, filepath.Join(x.h.Dir, "run/to")))
 	}
+	m.Cleanup(func() {
+		for _, h := range []*libvirtlab.Host{m.Hosts.A, m.Hosts.B} {
+			said, err := os.ReadFile(filepath.Join(h.Dir, "log/qemu/web1.log"))
+			if m.Failed() && err == nil {
+				m.Logf("QEMU of host %s: %s", h.Name, said[max(0, len(said)-1500):])
+			}
+		}
+	})
 	if !m.transient {
 		m.Virsh(m.Hosts.A, "autostart", m.Domain.Name)
 	}

@@ -33,6 +33,10 @@ func (h *Host) recover() {
 		r := entry.Record()
 		h.log.Info("eviction taken up", "eviction", r.ID, "vm", r.VM, "role", r.Role, "peer",
 			r.Peer, "mark", r.Mark)
+		if r.Carried {
+			v.dropCarried()
+			continue
+		}
 		var err error
 		if r.Role == journal.Source {
 			err = v.recoverSource()
