@@ -178,9 +178,12 @@ func (b gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 			if m, ok := m.(interface{ GetName() string }); ok {
 				log = log.With("name", m.GetName())
 			}
+			if m, ok := m.(interface{ GetDryRun() bool }); ok {
+				log = log.With("dry_run", m.GetDryRun())
+			}
 			switch m := m.(type) {
 			case *fleetv1.DrainRequest:
-				log = log.With("dry_run", m.DryRun, "reason", m.Reason)
+				log = log.With("reason", m.Reason)
 			case *fleetv1.ApproveRequest:
 				log = log.With("id", m.Id, "reject", m.Reject)
 			case *fleetv1.PutRuleRequest:
@@ -414,8 +417,9 @@ func unknown(format string, args ...any) error {
 // Status implements fleetv1.FleetHandler.
 func (b operators) Status(ctx context.Context, _ *connect.Request[fleetv1.StatusRequest]) (
 	*connect.Response[fleetv1.StatusResponse], error) {
+	name, _ := asker(ctx)
 	r := &fleetv1.StatusResponse{Member: b.config.Me, Version: b.config.Version,
-		Leader: b.who(ctx)}
+		Leader: b.who(ctx), Role: b.config.roleOf(name).String()}
 	t := b.leads()
 	if t == nil {
 		return connect.NewResponse(r), nil
@@ -500,6 +504,12 @@ func (b operators) ListHosts(ctx context.Context, _ *connect.Request[fleetv1.Lis
 		}
 		if x, ok := t.maintenance[name]; ok {
 			m.Maintenance, m.MaintenanceReason = string(x.Phase), x.Reason
+			m.MaintenanceWho, m.MaintenanceAskedAt = x.Who, timestamppb.New(x.Asked)
+			m.MaintenanceVms = uint32(len(x.Left))
+			if x.Takes != nil {
+				takes := x.Takes.Seconds()
+				m.MaintenanceTakesS = &takes
+			}
 			if !x.By.IsZero() {
 				m.MaintenanceBy = timestamppb.New(x.By)
 			}
@@ -586,6 +596,15 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		drains[i] = t.drainOf(h, req.Msg, who, now)
 	}
 	f := t.planner.Forecast(now, tick, names...)
+	for i, h := range picked {
+		if h.report != nil {
+			takes, ok := f.Empty[h.Name]
+			if !ok { // some stay: until the last has left that can
+				takes = f.Takes
+			}
+			drains[i].Takes = &takes
+		}
+	}
 	t.mu.Unlock()
 	r := forecast(f, names)
 	if known {
@@ -691,11 +710,13 @@ func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.Res
 	}
 	r := &fleetv1.RestoreResponse{}
 	for _, m := range restored {
-		if m.Phase == view.Restoring {
-			t.announce(m) // and nobody waits for that
-		}
-		if err := t.setMaintenance(ctx, m); err != nil {
-			return nil, connect.NewError(connect.CodeUnavailable, err)
+		if !req.Msg.DryRun {
+			if m.Phase == view.Restoring {
+				t.announce(m) // and nobody waits for that
+			}
+			if err := t.setMaintenance(ctx, m); err != nil {
+				return nil, connect.NewError(connect.CodeUnavailable, err)
+			}
 		}
 		r.Hosts, r.Vms = append(r.Hosts, m.Host), append(r.Vms, m.Left...)
 	}
@@ -851,7 +872,29 @@ func (b operators) ListRules(ctx context.Context, _ *connect.Request[fleetv1.Lis
 func (t *term) listRules() *connect.Response[fleetv1.ListRulesResponse] {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r := &fleetv1.ListRulesResponse{Troubles: troubles(t.planner.Troubles(time.Now()), "rules")}
+	return t.tellRules("")
+}
+
+// tryRule tells what the rules would be with one more, and what would be in the way of that.
+func (t *term) tryRule(x store.Rule) *connect.Response[fleetv1.ListRulesResponse] {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	before := t.rules
+	t.rules = maps.Clone(before)
+	t.rules[x.Name] = x
+	t.setRules()
+	r := t.tellRules(x.Name)
+	t.rules = before
+	t.setRules()
+	return r
+}
+
+// tellRules lists the rules, and what is in the way of them, or of one. It is called with mu held.
+func (t *term) tellRules(only string) *connect.Response[fleetv1.ListRulesResponse] {
+	all := slices.DeleteFunc(t.planner.Troubles(time.Now()), func(x place.Trouble) bool {
+		return only != "" && !strings.HasPrefix(x.Rule, only+": ")
+	})
+	r := &fleetv1.ListRulesResponse{Troubles: troubles(all, "rules")}
 	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
 		x := t.rules[name]
 		r.Rules = append(r.Rules, &fleetv1.Rule{Name: name, Rule: x.Text, By: x.By})
@@ -878,6 +921,9 @@ func (b operators) PutRule(ctx context.Context, req *connect.Request[fleetv1.Put
 	}
 	by, _ := asker(ctx)
 	x := store.Rule{Name: req.Msg.Name, Text: rule.String(), By: by}
+	if req.Msg.DryRun {
+		return t.tryRule(x), nil
+	}
 	t.writes.Lock()
 	err = t.write(func() error { return t.store.PutRule(ctx, t.Term, x) })
 	t.writes.Unlock()

@@ -345,7 +345,24 @@ func TestDrain(t *testing.T) {
 	if a.begun() != 0 {
 		t.Error("a dry run moves VMs")
 	}
+	apart := &fleetv1.PutRuleRequest{Name: "web", Rule: "vms name=web* must run apart",
+		DryRun: true}
+	if r, err := boss.PutRule(t.Context(), connect.NewRequest(apart)); err != nil ||
+		len(r.Msg.Troubles) == 0 || !strings.Contains(r.Msg.Troubles[0], "web") {
+		t.Errorf("a rule that is not kept, tried: %v, %v", r, err)
+	}
+	if r, err := boss.ListRules(t.Context(),
+		connect.NewRequest(&fleetv1.ListRulesRequest{})); err != nil || len(r.Msg.Rules) > 0 ||
+		len(r.Msg.Troubles) > 0 {
+		t.Errorf("a rule that was tried holds: %v, %v", r, err)
+	}
 	drain(false)
+	if r, err := boss.ListHosts(t.Context(),
+		connect.NewRequest(&fleetv1.ListHostsRequest{})); err != nil ||
+		r.Msg.Hosts[0].MaintenanceWho != "boss" || r.Msg.Hosts[0].MaintenanceVms != 2 ||
+		r.Msg.Hosts[0].GetMaintenanceTakesS() <= 0 {
+		t.Errorf("the drain is told as %v, %v", r, err)
+	}
 	s.until("both evictions begin", func() bool { return a.begun() == 2 })
 
 	// The leader ends. The next one knows of both, and orders neither again.
@@ -379,6 +396,10 @@ func TestDrain(t *testing.T) {
 		return r.Msg.Hosts[0].Maintenance
 	}
 	s.until("the host is drained", func() bool { return phase() == "drained" })
+	if r, err := boss.Restore(t.Context(), connect.NewRequest(&fleetv1.RestoreRequest{
+		Host: "hosta", DryRun: true})); err != nil || len(r.Msg.Vms) != 2 || phase() != "drained" {
+		t.Errorf("a restore, tried: %v, %v, and the host is %s", r, err, phase())
+	}
 	if _, err := boss.Restore(t.Context(),
 		connect.NewRequest(&fleetv1.RestoreRequest{Host: "hosta"})); err != nil {
 		t.Error(err)
@@ -501,6 +522,10 @@ func TestRoles(t *testing.T) {
 		}
 		stream.CloseRequest()
 		stream.CloseResponse()
+	}
+	if r, err := s.operator(one, "actor").Status(t.Context(),
+		connect.NewRequest(&fleetv1.StatusRequest{})); err != nil || r.Msg.Role != "act" {
+		t.Errorf("one who may act is told %v, %v", r, err)
 	}
 	// Without a certificate, not even TLS comes about.
 	bare := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{

@@ -114,6 +114,8 @@ type Rule struct {
 type Maintenance struct {
 	view.Maintenance
 	Who string `json:"who"` // the operator
+	// Takes is how long the drain would take, as was said when it was asked for; nil: not known.
+	Takes *time.Duration `json:"takes_ns,omitempty"`
 }
 
 // Settings are how the fleet decides.

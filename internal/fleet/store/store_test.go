@@ -68,8 +68,8 @@ func TestStore(t *testing.T) {
 	want := Everything{
 		Hosts: []Host{{Name: "hosta", Labels: map[string]string{"rack": "r1"}, Added: at}},
 		Rules: []Rule{{Name: "apart", Text: "vms db must run apart", By: "admin"}},
-		Maintenance: []Maintenance{{view.Maintenance{Host: "hosta", Phase: view.Draining, Asked: at,
-			Left: []string{"web1"}}, "admin"}},
+		Maintenance: []Maintenance{{Maintenance: view.Maintenance{Host: "hosta", Phase: view.Draining, Asked: at,
+			Left: []string{"web1"}}, Who: "admin"}},
 		Plans:    []Plan{p},
 		Settings: settings(view.Ask),
 	}
@@ -262,7 +262,7 @@ func TestUnreachable(t *testing.T) {
 
 func FuzzDecode(f *testing.F) {
 	for _, v := range []checker{&Host{Name: "a"}, &Rule{Name: "r", Text: "x"},
-		&Maintenance{view.Maintenance{Host: "a", Phase: view.Closed}, "admin"},
+		&Maintenance{Maintenance: view.Maintenance{Host: "a", Phase: view.Closed}, Who: "admin"},
 		new(settings(view.Ask)),
 		&Plan{ID: anID, Decision: decision(time.Unix(0, 0).UTC())},
 		&Decision{Plan: Plan{ID: anID, Decision: decision(time.Unix(0, 0).UTC())}}} {

@@ -1193,7 +1193,9 @@ type StatusResponse struct {
 	Moving  uint32 `protobuf:"varint,12,opt,name=moving,proto3" json:"moving,omitempty"`
 	Waiting uint32 `protobuf:"varint,13,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	// What is not as it should be, in sentences.
-	Troubles      []string `protobuf:"bytes,14,rep,name=troubles,proto3" json:"troubles,omitempty"`
+	Troubles []string `protobuf:"bytes,14,rep,name=troubles,proto3" json:"troubles,omitempty"`
+	// What the one who asks may do: view, act or admin.
+	Role          string `protobuf:"bytes,15,opt,name=role,proto3" json:"role,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1326,6 +1328,13 @@ func (x *StatusResponse) GetTroubles() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
 type ListHostsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1426,8 +1435,13 @@ type Host struct {
 	Staying []string `protobuf:"bytes,12,rep,name=staying,proto3" json:"staying,omitempty"`
 	// When a planned drain begins.
 	MaintenanceAt *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=maintenance_at,json=maintenanceAt,proto3" json:"maintenance_at,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Who asked for it and when, how many VMs were there, and how long it would take, as was said then. Not set: it was not known.
+	MaintenanceWho     string                 `protobuf:"bytes,14,opt,name=maintenance_who,json=maintenanceWho,proto3" json:"maintenance_who,omitempty"`
+	MaintenanceAskedAt *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=maintenance_asked_at,json=maintenanceAskedAt,proto3" json:"maintenance_asked_at,omitempty"`
+	MaintenanceVms     uint32                 `protobuf:"varint,16,opt,name=maintenance_vms,json=maintenanceVms,proto3" json:"maintenance_vms,omitempty"`
+	MaintenanceTakesS  *float64               `protobuf:"fixed64,17,opt,name=maintenance_takes_s,json=maintenanceTakesS,proto3,oneof" json:"maintenance_takes_s,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Host) Reset() {
@@ -1549,6 +1563,34 @@ func (x *Host) GetMaintenanceAt() *timestamppb.Timestamp {
 		return x.MaintenanceAt
 	}
 	return nil
+}
+
+func (x *Host) GetMaintenanceWho() string {
+	if x != nil {
+		return x.MaintenanceWho
+	}
+	return ""
+}
+
+func (x *Host) GetMaintenanceAskedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.MaintenanceAskedAt
+	}
+	return nil
+}
+
+func (x *Host) GetMaintenanceVms() uint32 {
+	if x != nil {
+		return x.MaintenanceVms
+	}
+	return 0
+}
+
+func (x *Host) GetMaintenanceTakesS() float64 {
+	if x != nil && x.MaintenanceTakesS != nil {
+		return *x.MaintenanceTakesS
+	}
+	return 0
 }
 
 type DrainRequest struct {
@@ -1845,6 +1887,7 @@ type RestoreRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in DrainRequest.
 	Host          string `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	DryRun        bool   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1884,6 +1927,13 @@ func (x *RestoreRequest) GetHost() string {
 		return x.Host
 	}
 	return ""
+}
+
+func (x *RestoreRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
 }
 
 type RestoreResponse struct {
@@ -2631,9 +2681,11 @@ func (x *Rule) GetBy() string {
 
 type PutRuleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Such as "vms app=db must run apart".
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Rule          string `protobuf:"bytes,2,opt,name=rule,proto3" json:"rule,omitempty"`
+	Rule string `protobuf:"bytes,2,opt,name=rule,proto3" json:"rule,omitempty"`
+	// Only say what the rules would be, and what would be in the way of this one.
+	DryRun        bool `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2680,6 +2732,13 @@ func (x *PutRuleRequest) GetRule() string {
 		return x.Rule
 	}
 	return ""
+}
+
+func (x *PutRuleRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
 }
 
 type RemoveRuleRequest struct {
@@ -3288,7 +3347,7 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\vincarnation\x18\x05 \x01(\tR\vincarnation\x12\x0e\n" +
 	"\x02to\x18\x06 \x01(\tR\x02to\x12\x12\n" +
 	"\x04rate\x18\a \x01(\x04R\x04rate\"\x0f\n" +
-	"\rStatusRequest\"\xf2\x02\n" +
+	"\rStatusRequest\"\x86\x03\n" +
 	"\x0eStatusResponse\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
@@ -3304,10 +3363,11 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\bstarving\x18\v \x01(\rR\bstarving\x12\x16\n" +
 	"\x06moving\x18\f \x01(\rR\x06moving\x12\x18\n" +
 	"\awaiting\x18\r \x01(\rR\awaiting\x12\x1a\n" +
-	"\btroubles\x18\x0e \x03(\tR\btroubles\"\x12\n" +
+	"\btroubles\x18\x0e \x03(\tR\btroubles\x12\x12\n" +
+	"\x04role\x18\x0f \x01(\tR\x04role\"\x12\n" +
 	"\x10ListHostsRequest\"@\n" +
 	"\x11ListHostsResponse\x12+\n" +
-	"\x05hosts\x18\x01 \x03(\v2\x15.vacate.fleet.v1.HostR\x05hosts\"\xe6\x03\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x15.vacate.fleet.v1.HostR\x05hosts\"\xd3\x05\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1e\n" +
@@ -3322,8 +3382,13 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\rmaintenanceBy\x12\x14\n" +
 	"\x05going\x18\v \x03(\tR\x05going\x12\x18\n" +
 	"\astaying\x18\f \x03(\tR\astaying\x12A\n" +
-	"\x0emaintenance_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\rmaintenanceAtB\v\n" +
-	"\t_silent_s\"\xbf\x01\n" +
+	"\x0emaintenance_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\rmaintenanceAt\x12'\n" +
+	"\x0fmaintenance_who\x18\x0e \x01(\tR\x0emaintenanceWho\x12L\n" +
+	"\x14maintenance_asked_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x12maintenanceAskedAt\x12'\n" +
+	"\x0fmaintenance_vms\x18\x10 \x01(\rR\x0emaintenanceVms\x123\n" +
+	"\x13maintenance_takes_s\x18\x11 \x01(\x01H\x01R\x11maintenanceTakesS\x88\x01\x01B\v\n" +
+	"\t_silent_sB\x16\n" +
+	"\x14_maintenance_takes_s\"\xbf\x01\n" +
 	"\fDrainRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12*\n" +
 	"\x02by\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02by\x12\x16\n" +
@@ -3347,9 +3412,10 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\aEmptied\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x1a\n" +
 	"\x06done_s\x18\x02 \x01(\x01H\x00R\x05doneS\x88\x01\x01B\t\n" +
-	"\a_done_s\"$\n" +
+	"\a_done_s\"=\n" +
 	"\x0eRestoreRequest\x12\x12\n" +
-	"\x04host\x18\x01 \x01(\tR\x04host\"9\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"9\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03vms\x18\x01 \x03(\tR\x03vms\x12\x14\n" +
 	"\x05hosts\x18\x02 \x03(\tR\x05hosts\"*\n" +
@@ -3412,10 +3478,11 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x04Rule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x0e\n" +
-	"\x02by\x18\x03 \x01(\tR\x02by\"8\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\"Q\n" +
 	"\x0ePutRuleRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04rule\x18\x02 \x01(\tR\x04rule\"'\n" +
+	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"'\n" +
 	"\x11RemoveRuleRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"$\n" +
 	"\x0eSetModeRequest\x12\x12\n" +
@@ -3556,54 +3623,55 @@ var file_internal_fleet_api_v1_fleet_proto_depIdxs = []int32{
 	5,  // 18: vacate.fleet.v1.Host.vms:type_name -> vacate.fleet.v1.VM
 	47, // 19: vacate.fleet.v1.Host.maintenance_by:type_name -> google.protobuf.Timestamp
 	47, // 20: vacate.fleet.v1.Host.maintenance_at:type_name -> google.protobuf.Timestamp
-	47, // 21: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
-	47, // 22: vacate.fleet.v1.DrainRequest.at:type_name -> google.protobuf.Timestamp
-	20, // 23: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
-	21, // 24: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
-	26, // 25: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
-	47, // 26: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	47, // 27: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
-	46, // 28: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
-	30, // 29: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
-	33, // 30: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
-	38, // 31: vacate.fleet.v1.SetPolicyRequest.policy:type_name -> vacate.fleet.v1.Policy
-	0,  // 32: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
-	13, // 33: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
-	15, // 34: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
-	18, // 35: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
-	22, // 36: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
-	24, // 37: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
-	27, // 38: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
-	28, // 39: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
-	31, // 40: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
-	34, // 41: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
-	35, // 42: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
-	36, // 43: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
-	37, // 44: vacate.fleet.v1.Fleet.GetPolicy:input_type -> vacate.fleet.v1.GetPolicyRequest
-	39, // 45: vacate.fleet.v1.Fleet.SetPolicy:input_type -> vacate.fleet.v1.SetPolicyRequest
-	40, // 46: vacate.fleet.v1.Fleet.Backup:input_type -> vacate.fleet.v1.BackupRequest
-	42, // 47: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
-	8,  // 48: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
-	14, // 49: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
-	16, // 50: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
-	19, // 51: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
-	23, // 52: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
-	25, // 53: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
-	26, // 54: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
-	29, // 55: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
-	32, // 56: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 57: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	32, // 58: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
-	14, // 59: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
-	38, // 60: vacate.fleet.v1.Fleet.GetPolicy:output_type -> vacate.fleet.v1.Policy
-	38, // 61: vacate.fleet.v1.Fleet.SetPolicy:output_type -> vacate.fleet.v1.Policy
-	41, // 62: vacate.fleet.v1.Fleet.Backup:output_type -> vacate.fleet.v1.BackupPart
-	43, // 63: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
-	48, // [48:64] is the sub-list for method output_type
-	32, // [32:48] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	47, // 21: vacate.fleet.v1.Host.maintenance_asked_at:type_name -> google.protobuf.Timestamp
+	47, // 22: vacate.fleet.v1.DrainRequest.by:type_name -> google.protobuf.Timestamp
+	47, // 23: vacate.fleet.v1.DrainRequest.at:type_name -> google.protobuf.Timestamp
+	20, // 24: vacate.fleet.v1.DrainResponse.steps:type_name -> vacate.fleet.v1.Step
+	21, // 25: vacate.fleet.v1.DrainResponse.hosts:type_name -> vacate.fleet.v1.Emptied
+	26, // 26: vacate.fleet.v1.ListDecisionsResponse.decisions:type_name -> vacate.fleet.v1.Decision
+	47, // 27: vacate.fleet.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	47, // 28: vacate.fleet.v1.Decision.ended_at:type_name -> google.protobuf.Timestamp
+	46, // 29: vacate.fleet.v1.PlaceRequest.labels:type_name -> vacate.fleet.v1.PlaceRequest.LabelsEntry
+	30, // 30: vacate.fleet.v1.PlaceResponse.choices:type_name -> vacate.fleet.v1.Choice
+	33, // 31: vacate.fleet.v1.ListRulesResponse.rules:type_name -> vacate.fleet.v1.Rule
+	38, // 32: vacate.fleet.v1.SetPolicyRequest.policy:type_name -> vacate.fleet.v1.Policy
+	0,  // 33: vacate.fleet.v1.Hosts.Join:input_type -> vacate.fleet.v1.HostSays
+	13, // 34: vacate.fleet.v1.Fleet.Status:input_type -> vacate.fleet.v1.StatusRequest
+	15, // 35: vacate.fleet.v1.Fleet.ListHosts:input_type -> vacate.fleet.v1.ListHostsRequest
+	18, // 36: vacate.fleet.v1.Fleet.Drain:input_type -> vacate.fleet.v1.DrainRequest
+	22, // 37: vacate.fleet.v1.Fleet.Restore:input_type -> vacate.fleet.v1.RestoreRequest
+	24, // 38: vacate.fleet.v1.Fleet.ListDecisions:input_type -> vacate.fleet.v1.ListDecisionsRequest
+	27, // 39: vacate.fleet.v1.Fleet.Approve:input_type -> vacate.fleet.v1.ApproveRequest
+	28, // 40: vacate.fleet.v1.Fleet.Place:input_type -> vacate.fleet.v1.PlaceRequest
+	31, // 41: vacate.fleet.v1.Fleet.ListRules:input_type -> vacate.fleet.v1.ListRulesRequest
+	34, // 42: vacate.fleet.v1.Fleet.PutRule:input_type -> vacate.fleet.v1.PutRuleRequest
+	35, // 43: vacate.fleet.v1.Fleet.RemoveRule:input_type -> vacate.fleet.v1.RemoveRuleRequest
+	36, // 44: vacate.fleet.v1.Fleet.SetMode:input_type -> vacate.fleet.v1.SetModeRequest
+	37, // 45: vacate.fleet.v1.Fleet.GetPolicy:input_type -> vacate.fleet.v1.GetPolicyRequest
+	39, // 46: vacate.fleet.v1.Fleet.SetPolicy:input_type -> vacate.fleet.v1.SetPolicyRequest
+	40, // 47: vacate.fleet.v1.Fleet.Backup:input_type -> vacate.fleet.v1.BackupRequest
+	42, // 48: vacate.fleet.v1.Fleet.Forget:input_type -> vacate.fleet.v1.ForgetRequest
+	8,  // 49: vacate.fleet.v1.Hosts.Join:output_type -> vacate.fleet.v1.LeaderSays
+	14, // 50: vacate.fleet.v1.Fleet.Status:output_type -> vacate.fleet.v1.StatusResponse
+	16, // 51: vacate.fleet.v1.Fleet.ListHosts:output_type -> vacate.fleet.v1.ListHostsResponse
+	19, // 52: vacate.fleet.v1.Fleet.Drain:output_type -> vacate.fleet.v1.DrainResponse
+	23, // 53: vacate.fleet.v1.Fleet.Restore:output_type -> vacate.fleet.v1.RestoreResponse
+	25, // 54: vacate.fleet.v1.Fleet.ListDecisions:output_type -> vacate.fleet.v1.ListDecisionsResponse
+	26, // 55: vacate.fleet.v1.Fleet.Approve:output_type -> vacate.fleet.v1.Decision
+	29, // 56: vacate.fleet.v1.Fleet.Place:output_type -> vacate.fleet.v1.PlaceResponse
+	32, // 57: vacate.fleet.v1.Fleet.ListRules:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 58: vacate.fleet.v1.Fleet.PutRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	32, // 59: vacate.fleet.v1.Fleet.RemoveRule:output_type -> vacate.fleet.v1.ListRulesResponse
+	14, // 60: vacate.fleet.v1.Fleet.SetMode:output_type -> vacate.fleet.v1.StatusResponse
+	38, // 61: vacate.fleet.v1.Fleet.GetPolicy:output_type -> vacate.fleet.v1.Policy
+	38, // 62: vacate.fleet.v1.Fleet.SetPolicy:output_type -> vacate.fleet.v1.Policy
+	41, // 63: vacate.fleet.v1.Fleet.Backup:output_type -> vacate.fleet.v1.BackupPart
+	43, // 64: vacate.fleet.v1.Fleet.Forget:output_type -> vacate.fleet.v1.ForgetResponse
+	49, // [49:65] is the sub-list for method output_type
+	33, // [33:49] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_internal_fleet_api_v1_fleet_proto_init() }
