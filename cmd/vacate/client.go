@@ -16,6 +16,7 @@ import (
 	"vacate/internal/evict"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/link/certs"
+	"vacate/internal/ui"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -36,6 +37,9 @@ type daemon struct {
 
 // apiPort is where a daemon is asked by operators from elsewhere, unless they say another.
 const apiPort = "7600"
+
+// idleTime is how long a connection stays that nothing is asked over.
+const idleTime = time.Minute
 
 // socketFlag gives a command the flags for the daemon that it asks.
 func socketFlag(c *cobra.Command, d *daemon) {
@@ -66,9 +70,10 @@ func (d *daemon) open() error {
 		return refused(
 			fmt.Errorf("%w: --host needs an operator's certificate, see --operator-certs", err))
 	}
-	transport := &http.Transport{TLSClientConfig: identity.Client(name),
+	transport := &http.Transport{TLSClientConfig: identity.Client(name), IdleConnTimeout: idleTime,
 		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
-	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "https://"+address)
+	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "https://"+address,
+		connect.WithReadMaxBytes(ui.MaxAnswer))
 	return nil
 }
 

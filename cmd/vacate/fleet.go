@@ -20,6 +20,7 @@ import (
 	"vacate/internal/fleet/view"
 	"vacate/internal/link/certs"
 	"vacate/internal/sys/units"
+	"vacate/internal/ui"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -47,9 +48,10 @@ func (b *brain) dial(identity *certs.Identity, member string) (fleetv1.FleetClie
 	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
 		return nil, refused(fmt.Errorf("--fleet %q: want NAME or NAME@HOST:PORT", member))
 	}
-	transport := &http.Transport{TLSClientConfig: identity.Client(name),
+	transport := &http.Transport{TLSClientConfig: identity.Client(name), IdleConnTimeout: idleTime,
 		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
-	return fleetv1.NewFleetClient(&http.Client{Transport: transport}, "https://"+address), nil
+	return fleetv1.NewFleetClient(&http.Client{Transport: transport}, "https://"+address,
+		connect.WithReadMaxBytes(ui.MaxAnswer)), nil
 }
 
 // open finds the member that leads.
@@ -93,14 +95,15 @@ func (b *brain) open(ctx context.Context) error {
 		errors.Join(errs...))
 }
 
+const fleetUsage = "members of the fleet's brain, `NAME[@HOST:PORT],...`; VACATE_FLEET sets the " +
+	"default (default port 7610)"
+
 // fleetAsk makes a command that asks the fleet's brain. With --json, the answer goes out as JSON.
 func fleetAsk(c *cobra.Command, ask func(ctx context.Context, b *brain, args []string,
 	w io.Writer) (proto.Message, error)) *cobra.Command {
 	var b brain
 	var asJSON bool
-	c.Flags().StringVar(&b.members, "fleet", os.Getenv("VACATE_FLEET"),
-		"members of the fleet's brain, `NAME[@HOST:PORT],...`; VACATE_FLEET sets the default "+
-			"(default port 7610)")
+	c.Flags().StringVar(&b.members, "fleet", os.Getenv("VACATE_FLEET"), fleetUsage)
 	c.Flags().StringVar(&b.certs, "operator-certs", "/etc/vacate/certs",
 		"directory of your certificate")
 	c.Flags().BoolVar(&asJSON, "json", false, "JSON on standard output (docs/json.md)")
@@ -223,14 +226,14 @@ take, and which VMs cannot leave.`,
 		q := &fleetv1.DrainRequest{Host: args[0], Reason: reason, DryRun: dry, Rate: uint64(rate)}
 		begin := time.Now()
 		if at != "" {
-			when, err := clockTime("--at", at, begin)
+			when, err := ui.ClockTime("--at", at, begin)
 			if err != nil {
 				return nil, err
 			}
 			begin, q.At = when, timestamppb.New(when)
 		}
 		if by != "" {
-			when, err := clockTime("--by", by, begin)
+			when, err := ui.ClockTime("--by", by, begin)
 			if err != nil {
 				return nil, err
 			}
@@ -251,19 +254,6 @@ take, and which VMs cannot leave.`,
 	return c
 }
 
-// clockTime is the next time at which a clock shows HH:MM.
-func clockTime(flag, text string, now time.Time) (time.Time, error) {
-	t, err := time.Parse("15:04", text)
-	if err != nil {
-		return t, fmt.Errorf("%s %q: want HH:MM", flag, text)
-	}
-	at := time.Date(now.Year(), now.Month(), now.Day(), t.Hour(), t.Minute(), 0, 0, now.Location())
-	if at.Before(now) {
-		at = at.AddDate(0, 0, 1)
-	}
-	return at, nil
-}
-
 func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, now time.Time) {
 	if q.At != nil {
 		fmt.Fprintf(w, "the drain begins %s; this is what it would come to now\n",
@@ -272,47 +262,35 @@ func writeDrain(w io.Writer, q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, 
 	for _, s := range r.Steps {
 		fmt.Fprintf(w, "%s goes to %s, within %.0f s\n", clean(s.Vm), clean(s.To), s.DoneS)
 	}
-	for _, h := range r.Hosts {
-		if len(r.Hosts) > 1 && h.DoneS != nil {
-			fmt.Fprintf(w, "%s is empty within %.0f s\n", clean(h.Host), *h.DoneS)
-		} else if len(r.Hosts) > 1 {
-			fmt.Fprintf(w, "%s does not get empty\n", clean(h.Host))
-		}
-	}
 	for _, s := range r.Staying {
 		fmt.Fprintf(w, "stays: %s\n", clean(s))
 	}
 	for _, s := range r.Warnings {
 		fmt.Fprintf(w, "warning: %s\n", clean(s))
 	}
-	if r.TakesS == nil {
-		fmt.Fprintf(w, "%s has not reported: it is not known how long it will take\n",
-			clean(q.Host))
-		return
-	}
-	takes := time.Duration(*r.TakesS * float64(time.Second))
-	fmt.Fprintf(w, "all that can leave %s will have left in %v\n", clean(q.Host),
-		takes.Round(time.Second))
-	if q.By != nil && now.Add(takes).After(q.By.AsTime()) {
-		fmt.Fprintf(w, "that is later than %s\n", q.By.AsTime().Local().Format("15:04"))
+	for _, s := range ui.DrainTakes(q, r, now) {
+		fmt.Fprintln(w, clean(s))
 	}
 }
 
 func fleetRestoreCommand() *cobra.Command {
-	return fleetAsk(&cobra.Command{
+	var dry bool
+	c := fleetAsk(&cobra.Command{
 		Use: "restore HOST", Short: "Have a host take VMs again after a drain",
 		Long: `Ends the drain of a host, or of all that a selector names. VMs that were there
 come back, each if that helps: its place there is better than where it is.`,
 		Args: cobra.ExactArgs(1),
 	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
-		r, err := b.Restore(ctx, connect.NewRequest(&fleetv1.RestoreRequest{Host: args[0]}))
+		r, err := b.Restore(ctx,
+			connect.NewRequest(&fleetv1.RestoreRequest{Host: args[0], DryRun: dry}))
 		if err != nil {
 			return nil, err
 		}
-		fmt.Fprintf(w, "%s: takes VMs again; %d that were there come back if that helps\n",
-			clean(strings.Join(r.Msg.Hosts, ", ")), len(r.Msg.Vms))
+		fmt.Fprintln(w, clean(ui.Restored(r.Msg)))
 		return r.Msg, nil
 	})
+	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing")
+	return c
 }
 
 func fleetDecisionsCommand() *cobra.Command {
@@ -404,6 +382,7 @@ func fleetPlaceCommand() *cobra.Command {
 
 func fleetRulesCommand() *cobra.Command {
 	var set, remove string
+	var dry bool
 	c := fleetAsk(&cobra.Command{
 		Use: "rules [RULE]", Short: "List rules, and what is in the way of them; set or remove one",
 		Long: `Lists the rules of the fleet, and which are not kept and why. With --set NAME,
@@ -422,9 +401,12 @@ between. The label name is a VM's or a host's name, and * stands for any text.`,
 		switch {
 		case set != "" && remove != "" || (set != "") != (len(args) == 1):
 			return nil, errors.New("--set NAME goes with a rule, --remove NAME stands alone")
+		case dry && set == "":
+			return nil, errors.New("--dry-run goes with --set NAME")
 		case set != "":
 			r, err = b.PutRule(ctx,
-				connect.NewRequest(&fleetv1.PutRuleRequest{Name: set, Rule: args[0]}))
+				connect.NewRequest(&fleetv1.PutRuleRequest{Name: set, Rule: args[0],
+					DryRun: dry}))
 		case remove != "":
 			r, err = b.RemoveRule(ctx,
 				connect.NewRequest(&fleetv1.RemoveRuleRequest{Name: remove}))
@@ -444,6 +426,8 @@ between. The label name is a VM's or a host's name, and * stands for any text.`,
 	})
 	c.Flags().StringVar(&set, "set", "", "make or replace the rule `NAME`")
 	c.Flags().StringVar(&remove, "remove", "", "remove the rule `NAME`")
+	c.Flags().BoolVar(&dry, "dry-run", false,
+		"change nothing; say what would be in the way of the rule")
 	return c
 }
 

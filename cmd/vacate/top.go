@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	fleetv1 "vacate/internal/fleet/api/v1"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/sys/units"
 	"vacate/internal/ui"
@@ -26,34 +27,31 @@ func topCommand() *cobra.Command {
 		Short: "Show hosts, VMs and evictions in a terminal as they go",
 		Long: `Shows in a terminal what vacate ui shows in a browser: this host and its peers, or
 the hosts that --host names, which VMs starve, and evictions as they go. It only
-looks; it says what to type for the VM that is chosen.
+looks; it says what to type for the VM that is chosen. With --fleet or
+VACATE_FLEET it shows a fleet: plans that wait for a yes, drains, and all hosts.
 
   ↑ ↓ PgUp PgDn  from line to line
   s              hosts that starve first
   v              with or without the VMs
   q, Ctrl-C      end`,
 		Example: `  vacate top
-  vacate top --host hosta --host hostb --operator-certs ~/.vacate`,
+  vacate top --host hosta --host hostb --operator-certs ~/.vacate
+  vacate top --fleet brain1,brain2,brain3`,
 		Args: cobra.NoArgs,
 	}
 	f.add(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		list, _, err := f.remotes(c.Context())
-		if err != nil {
-			return err
-		}
 		ctx, cancel := context.WithCancel(c.Context())
 		var polling sync.WaitGroup
 		defer polling.Wait()
 		defer cancel()
 		hub := ui.NewHub()
-		for _, r := range list {
-			hub.PutHost(&ui.Host{Key: r.Key, Name: r.Label, Error: "It was not asked yet"})
-			polling.Go(func() { hub.Poll(ctx, r, tellOf) })
+		if _, _, _, err := f.feed(ctx, hub, &polling); err != nil {
+			return err
 		}
 		changed, leave := hub.Attend()
 		defer leave()
-		_, err = tea.NewProgram(newTop(hub, changed), tea.WithAltScreen(),
+		_, err := tea.NewProgram(newTop(hub, changed), tea.WithAltScreen(),
 			tea.WithContext(ctx), tea.WithInput(c.InOrStdin()),
 			tea.WithOutput(c.OutOrStdout())).Run()
 		return err
@@ -67,6 +65,8 @@ type top struct {
 	changed <-chan struct{}
 
 	hosts     []*ui.Host
+	fleet     *ui.Fleet // nil: there is none
+	decisions []*fleetv1.Decision
 	evictions []*hostv1.Eviction
 	says      []string // of each eviction
 	now       time.Time
@@ -143,9 +143,15 @@ func (m *top) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	return m, nil
 }
 
+// manyHosts are so many that their VMs are left out at first.
+const manyHosts = 20
+
 // look takes what is known.
 func (m *top) look() {
-	m.hosts = m.hub.Hosts()
+	if m.hosts == nil && len(m.hub.Hosts()) > manyHosts {
+		m.compact = true
+	}
+	m.hosts, m.fleet, m.decisions = m.hub.Hosts(), m.hub.Fleet(), m.hub.Decisions()
 	if m.starving {
 		slices.SortStableFunc(m.hosts, func(a, b *ui.Host) int {
 			return cmp.Compare(b.Waiting, a.Waiting)
@@ -217,6 +223,7 @@ func (m *top) lines() (list []topLine) {
 		list = append(list, topLine{fmt.Sprintf(format, args...), hint})
 	}
 	wide := max(6, min(30, m.width-70))
+	m.fleetLines(add)
 	for i, e := range m.evictions {
 		p := e.GetProgress()
 		share := 0.0
@@ -259,15 +266,24 @@ func (m *top) lines() (list []topLine) {
 		switch {
 		case h.Error != "":
 			mood = sgrHot + clean(h.Error) + sgrOff
-		case since > 12*time.Second:
+		case h.State != "" && h.At == 0:
+			mood = sgrHot + "not heard yet" + sgrOff
+		case h.State == "late" || h.State == "" && since > 12*time.Second:
 			mood = fmt.Sprintf("%slate: last heard %v ago%s", sgrHot, since.Round(time.Second),
 				sgrOff)
 		case n > 0:
 			mood = fmt.Sprintf("%s%d starve%s", sgrHot, n, sgrOff)
 		}
 		where := clean(h.Name)
-		add("vacate relieve --dry-run     (on "+where+")",
-			"%s%s%s %s %5.2f of %.0f cores%s  %s of %s  %s", sgrBold, pad(h.Name, 16), sgrOff,
+		hint := "vacate relieve --dry-run     (on " + where + ")"
+		if m.fleet != nil {
+			hint = "vacate fleet drain " + where + " --dry-run"
+		}
+		if x := h.Maintenance; x != nil {
+			hint = "vacate fleet restore " + where
+			mood = sgrAccent + clean(x.Phase) + sgrOff + ", " + mood
+		}
+		add(hint, "%s%s%s %s %5.2f of %.0f cores%s  %s of %s  %s", sgrBold, pad(h.Name, 16), sgrOff,
 			topBar(wide, h.Cores, h.Waiting, h.CPUs*1.3), h.Cores, h.CPUs, wanted(h.Waiting),
 			units.Size(h.Memory-h.Available), units.Size(h.Memory), mood)
 		if m.compact {
@@ -278,6 +294,49 @@ func (m *top) lines() (list []topLine) {
 		}
 	}
 	return list
+}
+
+// fleetLines adds those of a fleet as a whole: its plans, its drains, and what is wrong.
+func (m *top) fleetLines(add func(hint, format string, args ...any)) {
+	if m.fleet == nil {
+		return
+	}
+	if m.fleet.Error != "" {
+		add("", "%s! what you see is old: %s%s", sgrHot, clean(m.fleet.Error), sgrOff)
+	}
+	told := map[string]bool{}
+	for _, e := range m.evictions {
+		told[e.Id] = true
+	}
+	for _, d := range m.decisions {
+		switch {
+		case d.State == "waits":
+			add("vacate fleet approve "+clean(d.Id), "%s? %s%s%s waits for your yes: %s → %s: %s",
+				sgrHot, sgrBold, pad(d.Vm, 14), sgrOff, clean(d.From), clean(d.To),
+				clean(strings.Join(d.Reasons, "; ")))
+		case d.State == "goes on" && !told[d.EvictionId]:
+			add("vacate fleet decisions", "%s▶ %s%s%s%s %s → %s", sgrMove, sgrOff, sgrBold,
+				pad(d.Vm, 14), sgrOff, clean(d.From), clean(d.To))
+		}
+	}
+	for _, h := range m.hosts {
+		x := h.Maintenance
+		if x == nil || x.Phase != "draining" {
+			continue
+		}
+		forecast := ""
+		if x.Takes != nil {
+			end := time.UnixMilli(max(x.Asked,
+				x.At)).Add(time.Duration(float64(*x.Takes) * float64(time.Second)))
+			forecast = ", empty at " + end.Format("15:04") + " by the forecast"
+		}
+		add("vacate fleet restore "+clean(h.Name), "%s↧ %s%s%s%s is being drained: %d to go, "+
+			"%d stay%s", sgrAccent, sgrOff, sgrBold, clean(h.Name), sgrOff, len(x.Going),
+			len(x.Staying), forecast)
+	}
+	for _, t := range m.fleet.Troubles[:min(len(m.fleet.Troubles), 5)] {
+		add("vacate fleet rules", "%s- %s%s", sgrSoft, clean(t), sgrOff)
+	}
 }
 
 func wanted(cores ui.Num) string {
@@ -308,8 +367,11 @@ func (m *top) vmLine(add func(hint, format string, args ...any), h *ui.Host, v u
 	if v.State != "running" {
 		state = clean(v.State)
 	}
-	add(fmt.Sprintf("vacate evict %s --to %s     (on %s)", clean(v.Name), to, clean(h.Name)),
-		"  %s %s %5.2f cores%s  %s  %s %s", pad(v.Name, 14),
+	hint := fmt.Sprintf("vacate evict %s --to %s     (on %s)", clean(v.Name), to, clean(h.Name))
+	if m.fleet != nil {
+		hint = ""
+	}
+	add(hint, "  %s %s %5.2f cores%s  %s  %s %s", pad(v.Name, 14),
 		topBar(wide, v.Cores, v.Waiting, h.CPUs*1.3), v.Cores, wanted(v.Waiting),
 		units.Size(v.Resident), steal, state)
 }
@@ -327,9 +389,20 @@ func (m *top) View() string {
 			}
 		}
 	}
-	head := fmt.Sprintf("%svacate top%s  %d hosts, %d VMs, %d starve, %d moving  %s%s%s", sgrBold,
-		sgrOff, len(m.hosts), vms, n, len(m.evictions), sgrSoft, m.now.Format(time.TimeOnly),
-		sgrOff)
+	moving, mode := len(m.evictions), ""
+	if m.fleet != nil {
+		moving = 0
+		for _, d := range m.decisions {
+			if d.State == "goes on" {
+				moving++
+			}
+		}
+		leader, _, _ := strings.Cut(m.fleet.Leader, "@")
+		mode = fmt.Sprintf(", mode %s, %s leads", clean(m.fleet.Mode), clean(leader))
+	}
+	head := cut(fmt.Sprintf("%svacate top%s  %d hosts, %d VMs, %d starve, %d moving%s  %s%s%s",
+		sgrBold, sgrOff, len(m.hosts), vms, n, moving, mode, sgrSoft,
+		m.now.Format(time.TimeOnly), sgrOff), m.width)
 	list := m.lines()
 	room := max(1, m.height-3)
 	m.at = max(0, min(m.at, len(list)-1))

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
 
+	fleetv1 "vacate/internal/fleet/api/v1"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/ui"
 
@@ -135,5 +137,52 @@ func TestTopEvictions(t *testing.T) {
 	}
 	if strings.Count(text, "▶") != 1 {
 		t.Errorf("the eviction is not there once:\n%s", text)
+	}
+}
+
+// Of a fleet, the screen has plans that wait for a yes, drains with their forecast, what is wrong,
+// and who leads; and what to type for each.
+func TestTopFleet(t *testing.T) {
+	hub := ui.NewHub()
+	now := time.Now()
+	takes := ui.Num(90)
+	hub.PutFleet(&ui.Fleet{Leader: "brain1@brain1:7610", Mode: "ask",
+		Troubles: []string{"db: d3 is in rack r1\x1b[31m"}})
+	hub.PutDecisions([]*fleetv1.Decision{
+		{Id: strings.Repeat("a", 32), State: "completed", Vm: "old"},
+		{Id: strings.Repeat("b", 32), State: "waits", Vm: "web1", From: "hosta", To: "hostb",
+			Reasons: []string{"VMs starve"}},
+		{Id: strings.Repeat("c", 32), State: "goes on", Vm: "web2", From: "hosta", To: "hostb"}})
+	for n := range 30 {
+		hub.PutHost(&ui.Host{Key: fmt.Sprint(n), Name: fmt.Sprintf("host%02d", n), CPUs: 2,
+			State: "reporting", At: now.UnixMilli(),
+			VMs: []ui.VM{{Name: "vm" + fmt.Sprint(n), State: "running"}}})
+	}
+	hub.PutHost(&ui.Host{Key: "x", Name: "hostx", CPUs: 2, State: "late",
+		At: now.Add(-time.Minute).UnixMilli(), Maintenance: &ui.Maintenance{Phase: "draining",
+			Asked: now.UnixMilli(), Takes: &takes, Going: []string{"a", "b"},
+			Staying: []string{"c: it is pinned"}}})
+	m := newTop(hub, nil)
+	m.Update(tea.WindowSizeMsg{Width: 140, Height: 60})
+	m.look()
+	m.Update(tickMsg(now))
+	text := shot(m)
+	for _, want := range []string{"31 hosts, 30 VMs, 0 starve, 1 moving, mode ask, brain1 leads",
+		"web1           waits for your yes: hosta → hostb: VMs starve",
+		"hostx is being drained: 2 to go, 1 stay, empty at ", "- db: d3 is in rack r1",
+		"▶ web2           hosta → hostb", "draining, late: last heard 1m0s ago",
+		"vacate fleet approve " + strings.Repeat("b", 32)} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in:\n%s", want, text)
+		}
+	}
+	for _, not := range []string{"\x1b", "old", "vm29", "vacate evict"} {
+		if strings.Contains(text, not) {
+			t.Errorf("%q is in:\n%s", not, text)
+		}
+	}
+	key(m, "down", "down", "down", "down")
+	if text := shot(m); !strings.Contains(text, "vacate fleet drain host00 --dry-run") {
+		t.Errorf("no hint in:\n%s", text)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"vacate/internal/evict"
+	fleetv1 "vacate/internal/fleet/api/v1"
 	hostv1 "vacate/internal/host/api/v1"
 	"vacate/internal/link/certs"
 	"vacate/internal/ui"
@@ -27,6 +28,7 @@ type hostsFlags struct {
 	socket string
 	hosts  []string
 	certs  string
+	fleet  string
 }
 
 func (f *hostsFlags) add(c *cobra.Command) {
@@ -37,7 +39,67 @@ func (f *hostsFlags) add(c *cobra.Command) {
 		"a host whose daemon is asked, `NAME[@HOST:PORT]`, in place of this one's; may be given "+
 			"several times")
 	c.Flags().StringVar(&f.certs, "operator-certs", "/etc/vacate/certs",
-		"directory of your certificate, for other hosts")
+		"directory of your certificate, for other hosts and a fleet")
+	c.Flags().StringVar(&f.fleet, "fleet", os.Getenv("VACATE_FLEET"), fleetUsage)
+	c.PreRun = func(c *cobra.Command, _ []string) {
+		// What somebody types is meant more than what is set for all commands.
+		if !c.Flags().Changed("fleet") &&
+			(c.Flags().Changed("host") || c.Flags().Changed("socket")) {
+			f.fleet = ""
+		}
+	}
+}
+
+// feed begins to keep a hub up to date about a fleet, or about hosts, until ctx is done. brain is
+// nil for no fleet.
+func (f *hostsFlags) feed(ctx context.Context, hub *ui.Hub, tasks *sync.WaitGroup) (
+	list []ui.Remote, brain *ui.Brain, who string, err error) {
+	if f.fleet != "" {
+		if brain, who, err = f.brain(ctx); err != nil {
+			return nil, nil, "", err
+		}
+		tasks.Go(func() { hub.PollFleet(ctx, brain, tellOf) })
+		return nil, brain, who, nil
+	}
+	if list, who, err = f.remotes(ctx); err != nil {
+		return nil, nil, "", err
+	}
+	for _, r := range list {
+		hub.PutHost(&ui.Host{Key: r.Key, Name: r.Label, Error: "It was not asked yet",
+			Peers: []string{}, VMs: []ui.VM{}})
+		tasks.Go(func() { hub.Poll(ctx, r, tellOf) })
+	}
+	return list, nil, who, nil
+}
+
+// brain is that of the fleet. Daemons of its hosts are asked by their names, or where --host says.
+func (f *hostsFlags) brain(ctx context.Context) (b *ui.Brain, who string, err error) {
+	b = &ui.Brain{
+		Find: func(ctx context.Context) (fleetv1.FleetClient, error) {
+			ask := brain{members: f.fleet, certs: f.certs}
+			err := ask.open(ctx)
+			return ask.FleetClient, err
+		},
+		Daemon: func(host string) (ui.Remote, error) {
+			at := host
+			for _, h := range f.hosts {
+				if name, _, _ := strings.Cut(h, "@"); name == host {
+					at = h
+				}
+			}
+			d := &daemon{host: at, certs: f.certs}
+			err := d.open()
+			return ui.Remote{HostClient: d, Key: host, Label: host, Explain: d.explain}, err
+		},
+	}
+	if _, err := b.Find(ctx); err != nil {
+		return nil, "", err
+	}
+	identity, err := certs.Load(f.certs, func(error) {})
+	if err != nil {
+		return nil, "", refused(err)
+	}
+	return b, identity.Info().Name, nil
 }
 
 // remotes are the daemons to ask, and who asks them. Without --host it is this host's and, where
@@ -117,6 +179,10 @@ starve, evictions as they go, and past ones with their reports. Its buttons do
 what evict, abort, relieve, evacuate, decide, start and stop do; each shows first
 what would come of it. The daemons' logs say that you asked.
 
+With --fleet or VACATE_FLEET it shows a fleet, with its decisions and drains. Its
+buttons then do what vacate fleet does. Daemons of hosts are asked only about
+evictions under way, by the hosts' names, or where --host says.
+
 The address opens the page once: then a new one is printed. Who has the page open
 acts as you, so keep it to yourself. To see it from another machine:
   ssh -L 7680:127.0.0.1:7680 HOST vacate ui --port 7680
@@ -124,7 +190,8 @@ acts as you, so keep it to yourself. To see it from another machine:
 Daemons of other hosts need api.listen in their configuration, and your name
 among api.operators. The page ends with the command.`,
 		Example: `  vacate ui
-  vacate ui --host hosta --host hostb --operator-certs ~/.vacate`,
+  vacate ui --host hosta --host hostb --operator-certs ~/.vacate
+  vacate ui --fleet brain1,brain2,brain3`,
 		Args: cobra.NoArgs,
 	}
 	f.add(c)
@@ -132,10 +199,6 @@ among api.operators. The page ends with the command.`,
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		ctx, stop := signal.NotifyContext(c.Context(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 		defer stop()
-		list, who, err := f.remotes(ctx)
-		if err != nil {
-			return err
-		}
 		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
 			return err
@@ -146,13 +209,12 @@ among api.operators. The page ends with the command.`,
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		hub := ui.NewHub()
-		for _, r := range list {
-			hub.PutHost(&ui.Host{Key: r.Key, Name: r.Label, Error: "It was not asked yet",
-				Peers: []string{}, VMs: []ui.VM{}})
-			polling.Go(func() { hub.Poll(ctx, r, tellOf) })
+		list, brain, who, err := f.feed(ctx, hub, &polling)
+		if err != nil {
+			return err
 		}
 		first := true
-		server := &ui.Server{Hub: hub, Remotes: list, Who: who,
+		server := &ui.Server{Hub: hub, Remotes: list, Brain: brain, Who: who,
 			Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 			Token: func(token string) {
 				if !first {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,7 +15,8 @@ import (
 
 // An order is what the page asks for: first what would come of it, then to do it.
 type order struct {
-	// Kind is evict, abort, relieve, evacuate, resume-here, discard, start or stop.
+	// Kind is evict, abort, relieve, evacuate, resume-here, discard, start or stop; or one of
+	// ofFleet.
 	Kind string `json:"kind"`
 	Host string `json:"host"` // key
 	VM   string `json:"vm"`
@@ -25,6 +27,15 @@ type order struct {
 	Except []string `json:"except"`
 	Force  bool     `json:"force"`
 	Fence  bool     `json:"fence"`
+	// Of orders to a fleet. ID is a decision's then.
+	At     string  `json:"at"` // HH:MM
+	By     string  `json:"by"` // HH:MM
+	Reason string  `json:"reason"`
+	Mode   string  `json:"mode"`
+	Name   string  `json:"name"`
+	Rule   string  `json:"rule"`
+	Memory uint64  `json:"memory_mib"`
+	CPU    float64 `json:"cpu"`
 	// Answers are to the questions, by field.
 	Answers map[string]string `json:"answers"`
 }
@@ -41,6 +52,10 @@ type preview struct {
 	Plan      *plan      `json:"plan"`
 	Questions []Question `json:"questions"`
 	CanFence  bool       `json:"can_fence"`
+	// Of a fleet: sentences, and of a drain, who leaves when, and who stays and why.
+	Lines   []string `json:"lines"`
+	Steps   []step   `json:"steps"`
+	Staying []string `json:"staying"`
 }
 
 type finding struct {
@@ -94,6 +109,9 @@ func (s *Server) planOf(ctx context.Context, d Remote, o order) (*hostv1.PlanRes
 
 // ask says what would come of an order, and touches nothing.
 func (s *Server) ask(ctx context.Context, o order) (any, error) {
+	if s.Brain != nil && slices.Contains(ofFleet, o.Kind) {
+		return s.askFleet(ctx, o)
+	}
 	d, err := s.remote(o.Host)
 	if err != nil {
 		return nil, err
@@ -249,6 +267,15 @@ func (s *Server) preview(p *preview, o order, host string, r *hostv1.PlanRespons
 
 // do does what an order asks for.
 func (s *Server) do(ctx context.Context, o order) (any, error) {
+	if s.Brain != nil && slices.Contains(ofFleet, o.Kind) {
+		said, err := s.doFleet(ctx, o)
+		s.Log.Info("the page orders", "kind", o.Kind, "host", o.Host, "decision", o.ID, "mode",
+			o.Mode, "rule", o.Name, "error", err)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]string{"said": said}, nil
+	}
 	d, err := s.remote(o.Host)
 	if err != nil {
 		return nil, err

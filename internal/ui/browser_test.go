@@ -24,15 +24,20 @@ import (
 // serve serves the page, and returns its address and one that opens it.
 func serve(t testing.TB, hub *Hub, remotes ...Remote) (address string, token func() string) {
 	t.Helper()
+	return serveFor(t, &Server{Hub: hub, Remotes: remotes, Who: "user tester"})
+}
+
+// serveFor does so with a server.
+func serveFor(t testing.TB, s *Server) (address string, token func() string) {
+	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	tokens := make(chan string, 100)
 	ctx, stop := context.WithCancel(t.Context())
-	s := &Server{Hub: hub, Remotes: remotes, Who: "user tester",
-		Token: func(token string) { tokens <- token },
-		Log:   slog.New(slog.DiscardHandler)}
+	s.Token = func(token string) { tokens <- token }
+	s.Log = slog.New(slog.DiscardHandler)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ctx, ln) }()
 	t.Cleanup(func() {

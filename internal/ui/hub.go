@@ -5,16 +5,20 @@ import (
 	"encoding/json"
 	"maps"
 	"math"
+	"reflect"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
 
+	fleetv1 "vacate/internal/fleet/api/v1"
 	hostv1 "vacate/internal/host/api/v1"
+
+	"google.golang.org/protobuf/proto"
 )
 
-// Host is a host as viewers see it. Poll feeds a Hub with those of daemons; a leader of many hosts
-// can feed one with all of them.
+// Host is a host as viewers see it. Poll feeds a Hub with those of daemons, PollFleet with those of
+// a fleet.
 type Host struct {
 	// Key tells the host from others, also before its name is known.
 	Key  string `json:"key"`
@@ -39,13 +43,22 @@ type Host struct {
 	Stalls   map[string]Num `json:"stalls,omitempty"`
 	VMs      []VM           `json:"vms"`
 	Problems []string       `json:"problems,omitempty"`
+
+	// What a fleet's leader says of it. State is reporting, late or new; empty: there is no fleet.
+	State       string            `json:"state,omitempty"`
+	Maintenance *Maintenance      `json:"maintenance,omitempty"`
+	Labels      map[string]string `json:"labels,omitempty"`
 }
 
-// Num is a number that is written with three decimals: pages of many hosts get many of them.
+// Num is a number that is written with three decimals: pages of many hosts get many of them. One
+// that JSON cannot have is 0.
 type Num float64
 
 // MarshalJSON implements json.Marshaler.
 func (n Num) MarshalJSON() ([]byte, error) {
+	if math.IsNaN(float64(n)) || math.Abs(float64(n)) > 1e15 {
+		return []byte("0"), nil
+	}
 	return strconv.AppendFloat(nil, math.Round(float64(n)*1000)/1000, 'f', -1, 64), nil
 }
 
@@ -110,6 +123,8 @@ type Hub struct {
 	evictions map[string]*Eviction
 	jobs      map[int]*Job
 	maps      map[string]Map
+	fleet     *Fleet
+	decisions []*fleetv1.Decision
 	viewers   map[*viewer]bool
 	looked    chan struct{} // closed when the first viewer comes
 }
@@ -121,6 +136,8 @@ type viewer struct {
 	evictions map[string]bool
 	jobs      map[int]bool
 	maps      map[string]bool
+	fleet     bool
+	decisions bool
 }
 
 // NewHub makes a hub that knows nothing.
@@ -160,6 +177,105 @@ func (h *Hub) Host(key string) *Host {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.hosts[key]
+}
+
+// PutHosts does so with several at once.
+func (h *Hub) PutHosts(list []*Host) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, host := range list {
+		h.hosts[host.Key] = host
+	}
+	h.changed(func(v *viewer) {
+		for _, host := range list {
+			v.hosts[host.Key] = true
+		}
+	})
+}
+
+// keep forgets all hosts but some.
+func (h *Hub) keep(there map[string]bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key := range h.hosts {
+		if !there[key] {
+			delete(h.hosts, key)
+			h.changed(func(v *viewer) { v.hosts[key] = true })
+		}
+	}
+}
+
+// dropEvictions forgets what a host said of evictions.
+func (h *Hub) dropEvictions(host string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key, e := range h.evictions {
+		if e.Host == host {
+			delete(h.evictions, key)
+			delete(h.maps, key)
+			h.changed(func(v *viewer) { v.evictions[key] = true })
+		}
+	}
+}
+
+// Fleet returns what is known of the fleet; nil for nothing.
+func (h *Hub) Fleet() *Fleet {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.fleet
+}
+
+// PutFleet replaces what is known of the fleet.
+func (h *Hub) PutFleet(f *Fleet) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if reflect.DeepEqual(f, h.fleet) {
+		return
+	}
+	h.fleet = f
+	h.changed(func(v *viewer) { v.fleet = true })
+}
+
+// PutDecisions replaces what is known of the fleet's decisions.
+func (h *Hub) PutDecisions(list []*fleetv1.Decision) {
+	list = slices.SortedFunc(slices.Values(list), byTime)
+	list = list[:min(len(list), mostDecisions)]
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if slices.EqualFunc(list, h.decisions, func(a, b *fleetv1.Decision) bool {
+		return proto.Equal(a, b)
+	}) {
+		return
+	}
+	h.decisions = list
+	h.changed(func(v *viewer) { v.decisions = true })
+}
+
+// Decisions returns what is known of the fleet's decisions.
+func (h *Hub) Decisions() []*fleetv1.Decision {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.decisions
+}
+
+// decision returns one; nil if there is none.
+func (h *Hub) decision(id string) *fleetv1.Decision {
+	for _, d := range h.Decisions() {
+		if d.Id == id {
+			return d
+		}
+	}
+	return nil
+}
+
+// waiting is how many decisions wait for an operator.
+func (h *Hub) waiting() (n int) {
+	for _, d := range h.Decisions() {
+		if d.State == "waits" {
+			n++
+		}
+	}
+	return n
 }
 
 // PutEviction replaces what a host says of an eviction.
@@ -205,7 +321,8 @@ func (h *Hub) putJob(j *Job, line string, ended bool) {
 func (h *Hub) look() *viewer {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	v := &viewer{wake: make(chan struct{}, 1), hosts: map[string]bool{},
+	v := &viewer{fleet: true, decisions: true, wake: make(chan struct{}, 1),
+		hosts:     map[string]bool{},
 		evictions: map[string]bool{}, jobs: map[int]bool{}, maps: map[string]bool{}}
 	for key := range h.hosts {
 		v.hosts[key] = true
@@ -257,11 +374,15 @@ type mapJSON struct {
 
 // change is what a viewer is told.
 type change struct {
-	Now       int64       `json:"now_ms"`
-	Hosts     []*Host     `json:"hosts,omitempty"`
-	Evictions []*Eviction `json:"evictions,omitempty"`
-	Jobs      []*Job      `json:"jobs,omitempty"`
-	Maps      []mapJSON   `json:"maps,omitempty"`
+	Now       int64              `json:"now_ms"`
+	Hosts     []*Host            `json:"hosts,omitempty"`
+	Evictions []*Eviction        `json:"evictions,omitempty"`
+	Jobs      []*Job             `json:"jobs,omitempty"`
+	Maps      []mapJSON          `json:"maps,omitempty"`
+	Fleet     *Fleet             `json:"fleet,omitempty"`
+	Decisions *[]json.RawMessage `json:"decisions,omitempty"`
+	// Gone are keys of hosts and evictions that there are no more.
+	Gone []string `json:"gone,omitempty"`
 }
 
 // take returns what has changed for a viewer since it last took.
@@ -270,11 +391,32 @@ func (h *Hub) take(v *viewer) change {
 	defer h.mu.Unlock()
 	c := change{Now: time.Now().UnixMilli()}
 	for _, key := range slices.Sorted(maps.Keys(v.hosts)) {
-		c.Hosts = append(c.Hosts, h.hosts[key])
+		if host := h.hosts[key]; host != nil {
+			c.Hosts = append(c.Hosts, host)
+		} else {
+			c.Gone = append(c.Gone, key)
+		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(v.evictions)) {
-		c.Evictions = append(c.Evictions, h.evictions[key])
+		if e := h.evictions[key]; e != nil {
+			c.Evictions = append(c.Evictions, e)
+		} else {
+			c.Gone = append(c.Gone, key)
+		}
 	}
+	if v.fleet {
+		c.Fleet = h.fleet
+	}
+	if v.decisions && h.fleet != nil {
+		list := make([]json.RawMessage, 0, len(h.decisions))
+		for _, d := range h.decisions {
+			if b := hostv1.JSON(d); len(b) <= mostOfOne {
+				list = append(list, b)
+			}
+		}
+		c.Decisions = &list
+	}
+	v.fleet, v.decisions = false, false
 	for _, id := range slices.Sorted(maps.Keys(v.jobs)) {
 		c.Jobs = append(c.Jobs, h.jobs[id])
 	}

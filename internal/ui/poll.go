@@ -2,6 +2,7 @@ package ui
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -58,6 +59,32 @@ type poller struct {
 
 	mu        sync.Mutex
 	following map[string]bool // by ID; guarded by mu
+	asking    bool            // by open; guarded by mu
+}
+
+// open asks for evictions that have not ended.
+func (p *poller) open() error {
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.asking = false
+	}()
+	ctx, cancel := context.WithTimeout(p.life, callLimit)
+	defer cancel()
+	r, err := p.d.ListEvictions(ctx,
+		connect.NewRequest(&hostv1.ListEvictionsRequest{OpenOnly: true}))
+	if err != nil {
+		return p.d.Explain(err)
+	}
+	p.list(r.Msg.Evictions)
+	return nil
+}
+
+// idle reports whether nothing is asked, and no eviction is followed.
+func (p *poller) idle() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.asking && len(p.following) == 0
 }
 
 // poll asks once.
@@ -107,7 +134,7 @@ func (p *poller) poll(ctx context.Context, all bool) {
 			kept := *was
 			host = &kept
 		}
-		host.Error = p.d.Explain(err).Error()
+		host.Error = brief(p.d.Explain(err).Error())
 		p.hub.PutHost(host)
 		return
 	}
@@ -117,26 +144,33 @@ func (p *poller) poll(ctx context.Context, all bool) {
 // newHost fills in what a daemon said of its host.
 func newHost(h *Host, s *hostv1.StatusResponse, vms *hostv1.ListVMsResponse,
 	load *hostv1.PressureResponse) *Host {
-	h.Name, h.Version, h.Guard, h.At = s.Host, s.Version, s.Guard, time.Now().UnixMilli()
-	for _, p := range s.Peers {
+	h.Name, h.Version, h.Guard = brief(s.Host), brief(s.Version), brief(s.Guard)
+	h.At = time.Now().UnixMilli()
+	for _, p := range s.Peers[:min(len(s.Peers), mostPeers)] {
 		if p.Address != "" {
-			h.Peers = append(h.Peers, p.Name)
+			h.Peers = append(h.Peers, brief(p.Name))
 		}
 	}
 	h.CPUs, h.Cores, h.Waiting = Num(load.Cpus), Num(load.CpuCores), Num(load.WaitingCores)
 	h.Memory, h.Available = load.MemoryBytes, load.AvailableBytes
-	h.Stalls, h.Problems = map[string]Num{}, append([]string{}, vms.Problems...)
+	h.Stalls, h.Problems = map[string]Num{}, briefs(vms.Problems)
 	for what, s := range load.Stalls {
-		h.Stalls[what] = Num(s.Some)
+		if len(h.Stalls) < mostStalls {
+			h.Stalls[brief(what)] = Num(s.Some)
+		}
 	}
 	fares := map[string]*hostv1.VMPressure{}
 	for _, v := range load.Vms {
 		fares[v.Name] = v
 	}
-	for _, v := range vms.Vms {
+	if n := len(vms.Vms) - mostVMs; n > 0 {
+		h.Problems = append(h.Problems, fmt.Sprintf("It tells of %d more VMs", n))
+	}
+	for _, v := range vms.Vms[:min(len(vms.Vms), mostVMs)] {
 		f := fares[v.Name]
-		vm := VM{Name: v.Name, State: v.State, Memory: v.MemoryBytes, VCPUs: v.Vcpus,
-			Eviction: v.EvictionId, Problem: v.Problem, Libvirt: v.Libvirt}
+		vm := VM{Name: brief(v.Name), State: brief(v.State), Memory: v.MemoryBytes,
+			VCPUs: v.Vcpus, Eviction: brief(v.EvictionId), Problem: brief(v.Problem),
+			Libvirt: v.Libvirt}
 		if f != nil {
 			vm.Cores, vm.Waiting, vm.Steal = Num(f.CpuCores), Num(f.WaitingCores), Num(f.Steal)
 			vm.Resident, vm.Swapped = f.ResidentBytes, f.SwappedBytes
@@ -148,10 +182,13 @@ func newHost(h *Host, s *hostv1.StatusResponse, vms *hostv1.ListVMsResponse,
 
 // list takes a list of evictions, and follows those that have not ended.
 func (p *poller) list(list []*hostv1.Eviction) {
-	for _, e := range list {
-		p.put(e)
+	for _, e := range list[max(0, len(list)-mostListed):] {
+		if !p.put(e) {
+			continue
+		}
 		p.mu.Lock()
-		follow := e.EndedAt == nil && e.Damage == "" && !p.following[e.Id]
+		follow := e.EndedAt == nil && e.Damage == "" && !p.following[e.Id] &&
+			len(p.following) < mostAtOnce
 		if follow {
 			p.following[e.Id] = true
 		}
@@ -166,20 +203,28 @@ func (p *poller) list(list []*hostv1.Eviction) {
 func NewEviction(host string, e *hostv1.Eviction, tell func(*hostv1.Eviction) string) *Eviction {
 	out := &Eviction{Host: host, id: e.Id, open: e.EndedAt == nil}
 	if r := e.Report; r != nil {
-		out.Down, out.Transfer, out.Total = r.DownTimeS, r.ExecutionTransferS, r.TotalS
+		out.Down, out.Transfer = finite(r.DownTimeS), finite(r.ExecutionTransferS)
+		out.Total = finite(r.TotalS)
 		out.Bytes, out.Fetches, out.Report = r.LinkBytes, r.GetPages().GetFetched(), true
 		e = proto.CloneOf(e)
 		e.Report = nil
 	}
 	if out.open {
-		out.Says = tell(e)
+		out.Says = brief(tell(e))
 	}
 	out.Of = hostv1.JSON(e)
 	return out
 }
 
-// put takes what a daemon says of an eviction.
-func (p *poller) put(e *hostv1.Eviction) { p.hub.PutEviction(NewEviction(p.d.Key, e, p.tell)) }
+// put takes what a daemon says of an eviction, unless that is more than any daemon says.
+func (p *poller) put(e *hostv1.Eviction) bool {
+	out := NewEviction(p.d.Key, e, p.tell)
+	if len(out.Of) > mostOfOne {
+		return false
+	}
+	p.hub.PutEviction(out)
+	return true
+}
 
 // follow keeps the hub up to date about an eviction until the daemon tells no more.
 func (p *poller) follow(e *hostv1.Eviction) {
@@ -212,7 +257,7 @@ func (p *poller) mapping(ctx context.Context, id string) {
 	for ctx.Err() == nil {
 		r, err := p.d.GetMap(ctx,
 			connect.NewRequest(&hostv1.GetMapRequest{Id: id, Parts: mapParts}))
-		if err == nil && ctx.Err() == nil {
+		if err == nil && ctx.Err() == nil && !odd(r.Msg) {
 			p.hub.PutMap(Map{p.d.Key, id, r.Msg})
 		}
 		select {

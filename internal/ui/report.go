@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"time"
 
@@ -38,6 +39,11 @@ func (s *Server) report(ctx context.Context, q reportOf) (any, error) {
 	var b bytes.Buffer
 	if err := htmlreport.Write(&b, p); err != nil {
 		return nil, err
+	}
+	if b.Len() > mostReport {
+		return nil,
+			fmt.Errorf("the report has %d MB: `vacate report --html` on that host writes it",
+				b.Len()>>20)
 	}
 	ticket := secret()
 	s.mu.Lock()

@@ -1,8 +1,9 @@
 // Package ui serves the page of `vacate ui`: hosts, their VMs, evictions, and buttons for what the
 // command line can do. It listens on 127.0.0.1 alone and acts with the operator's certificate.
 //
-//	daemons ── API ──► Poll ──► Hub ──► Server ── stream ──► page
-//	daemons ◄── API ────────────────── Server ◄── POST ───── page
+//	daemons ── API ──► Poll ──────► Hub ──► Server ── stream ──► page
+//	a fleet ── API ──► PollFleet ──► │        │
+//	both    ◄── API ──────────────────────────┘ ◄──── POST ───── page
 //
 // Other users of the machine can connect to it, and other sites in the operator's browser can make
 // that send requests. So:
@@ -49,6 +50,8 @@ var assets embed.FS
 type Server struct {
 	Hub     *Hub
 	Remotes []Remote
+	// Brain is that of a fleet; nil for none.
+	Brain *Brain
 	// Who is the operator, as the page names them.
 	Who string
 	// Token is told of each new token, for the operator alone.
@@ -62,6 +65,8 @@ type Server struct {
 	token    string              // good for one login; guarded by mu, as all below
 	sessions map[string]string   // keys, by cookie
 	reports  map[string]ticketed // by ticket
+	minute   time.Time           // since when refusals are counted
+	refusals int
 	jobs     sync.WaitGroup
 }
 
@@ -85,6 +90,9 @@ const (
 	keepAlive   = 15 * time.Second
 	ticketTime  = time.Minute
 	keyHeader   = "X-Vacate-Key"
+	bodyTime    = 10 * time.Second
+	// mostRefusals are logged in a minute.
+	mostRefusals = 20
 )
 
 // cookie is the name of this server's: browsers keep those of all ports together.
@@ -109,12 +117,24 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	s.sessions, s.reports = map[string]string{}, map[string]ticketed{}
 	s.renew()
 	server := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second,
-		MaxHeaderBytes: 32 << 10,
-		BaseContext:    func(net.Listener) context.Context { return ctx },
-		ErrorLog:       slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug)}
+		IdleTimeout: time.Minute, MaxHeaderBytes: 32 << 10,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog:    slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug)}
 	defer s.jobs.Wait()
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		// Pages are told that it ends, so that none looks for it where another one may listen then.
+		soon, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		server.Shutdown(soon)
+		server.Close()
+	})
+	defer func() {
+		if !stop() {
+			<-ended
+		}
+	}()
 	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
@@ -160,7 +180,7 @@ func (s *Server) handler() http.Handler {
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
 		h.Set("Cache-Control", "no-store")
 		if why := s.foreign(r); why != "" {
-			s.Log.Warn("refused a request to the page", "why", why, "path", r.URL.Path,
+			s.refused("refused a request to the page", "why", why, "path", r.URL.Path,
 				"from", r.RemoteAddr)
 			http.Error(w, why, http.StatusForbidden)
 			return
@@ -168,6 +188,24 @@ func (s *Server) handler() http.Handler {
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		mux.ServeHTTP(w, r)
 	})
+}
+
+// refused logs a refusal. Anybody on the machine can cause many: the operator's terminal has better
+// things to show.
+func (s *Server) refused(what string, args ...any) {
+	s.mu.Lock()
+	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
+		s.minute, s.refusals = now, 0
+	}
+	s.refusals++
+	n := s.refusals
+	s.mu.Unlock()
+	switch {
+	case n <= mostRefusals:
+		s.Log.Warn(what, args...)
+	case n == mostRefusals+1:
+		s.Log.Warn("refused many requests to the page: more are not logged for a minute")
+	}
 }
 
 // foreign says why a request is not the page's own, nor an operator's who opens it; empty if it may
@@ -221,7 +259,7 @@ func (s *Server) holds(r *http.Request, key bool) bool {
 // login hands out both secrets for the token.
 func (s *Server) login(w http.ResponseWriter, r *http.Request) {
 	var q struct{ Token string }
-	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+	if err := read(w, r, &q); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
@@ -233,7 +271,7 @@ func (s *Server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	s.mu.Unlock()
 	if !good {
-		s.Log.Warn("refused a login to the page", "from", r.RemoteAddr)
+		s.refused("refused a login to the page", "from", r.RemoteAddr)
 		http.Error(w, "this address was used already, or is of another run: see the last one "+
 			"that `vacate ui` printed", http.StatusUnauthorized)
 		return
@@ -250,6 +288,16 @@ func writeJSON(w http.ResponseWriter, v any) {
 	json.NewEncoder(w).Encode(v)
 }
 
+// read reads what is asked. It does not wait for it for long.
+func read(w http.ResponseWriter, r *http.Request, q any) error {
+	c := http.NewResponseController(w)
+	c.SetReadDeadline(time.Now().Add(bodyTime))
+	defer c.SetReadDeadline(time.Time{})
+	d := json.NewDecoder(r.Body)
+	d.DisallowUnknownFields()
+	return d.Decode(q)
+}
+
 // A failure is an answer that people read.
 type failure struct {
 	Error string `json:"error"`
@@ -259,9 +307,7 @@ type failure struct {
 func answer[Q any](f func(context.Context, Q) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var q Q
-		d := json.NewDecoder(r.Body)
-		d.DisallowUnknownFields()
-		if err := d.Decode(&q); err != nil {
+		if err := read(w, r, &q); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
@@ -269,7 +315,7 @@ func answer[Q any](f func(context.Context, Q) (any, error)) http.HandlerFunc {
 		if err != nil {
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(http.StatusConflict)
-			json.NewEncoder(w).Encode(failure{err.Error()})
+			json.NewEncoder(w).Encode(failure{brief(err.Error())})
 			return
 		}
 		writeJSON(w, a)
@@ -293,6 +339,11 @@ func (s *Server) stream(w http.ResponseWriter, r *http.Request) {
 	if send("hello", map[string]any{"who": s.Who}) != nil {
 		return
 	}
+	defer func() {
+		if s.life.Err() != nil {
+			send("bye", struct{}{})
+		}
+	}()
 	for {
 		select {
 		case <-v.wake:
@@ -320,6 +371,9 @@ func (s *Server) remote(key string) (Remote, error) {
 		if d.Key == key {
 			return d, nil
 		}
+	}
+	if s.Brain != nil && s.Hub.Host(key) != nil {
+		return s.Brain.daemon(key)
 	}
 	return Remote{}, fmt.Errorf("no host %q is known here", key)
 }

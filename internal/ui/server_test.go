@@ -3,11 +3,16 @@ package ui
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -89,10 +94,15 @@ func with(h map[string]string, more ...string) map[string]string {
 // operator's browser has the cookie sent, or not, but neither the key nor the origin.
 func TestSecrets(t *testing.T) {
 	address, token := serve(t, NewHub())
+	refusals(t, address, token, `{"kind": "nothing", "host": "a"}`, http.StatusConflict)
+}
+
+// refusals sends an order with and without secrets. The page itself gets a status for it.
+func refusals(t *testing.T, address string, token func() string, order string, status int) {
+	t.Helper()
 	first := token()
 	own := enter(t, address, first)
 	other := enter(t, address, token())
-	const order = `{"kind": "nothing", "host": "a"}`
 	post := func(path string, h map[string]string) request {
 		return request{method: "POST", path: path, body: order, header: h}
 	}
@@ -105,7 +115,7 @@ func TestSecrets(t *testing.T) {
 		request
 		want int
 	}{
-		"the page asks":  {post("/api/do", own), http.StatusConflict},
+		"the page asks":  {post("/api/do", own), status},
 		"the page looks": {request{method: "GET", path: "/api/stream", header: own}, http.StatusOK},
 		"no secret": {post("/api/do", map[string]string{"Origin": address}),
 			http.StatusUnauthorized},
@@ -152,9 +162,9 @@ func TestSecrets(t *testing.T) {
 		"a report without a ticket": {request{method: "GET", path: "/report/x", header: own},
 			http.StatusNotFound},
 	} {
-		status, body, h := send(t, address, c.request)
-		if status != c.want {
-			t.Errorf("%s: %d, not %d: %s", name, status, c.want, body)
+		got, body, h := send(t, address, c.request)
+		if got != c.want {
+			t.Errorf("%s: %d, not %d: %s", name, got, c.want, body)
 		}
 		if h.Get("Access-Control-Allow-Origin") != "" {
 			t.Errorf("%s: another site may read the answer", name)
@@ -203,6 +213,73 @@ type recorder struct {
 func (r *recorder) Header() http.Header         { return r.header }
 func (r *recorder) WriteHeader(status int)      { r.status = status }
 func (r *recorder) Write(b []byte) (int, error) { return r.body.Write(b) }
+
+// lines counts what is logged.
+type lines struct{ n atomic.Int32 }
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.n.Add(1)
+	return len(b), nil
+}
+
+// Others on the machine can have many requests refused, and do not flood the operator's terminal.
+func TestRefusalsAreFew(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	must(t, err)
+	var said lines
+	ctx, stop := context.WithCancel(t.Context())
+	s := &Server{Hub: NewHub(), Token: func(string) {},
+		Log: slog.New(slog.NewTextHandler(&said, nil))}
+	var serving sync.WaitGroup
+	serving.Go(func() { s.Serve(ctx, ln) })
+	defer serving.Wait()
+	defer stop()
+	address := "http://" + ln.Addr().String()
+	for range 100 {
+		send(t, address, request{method: "GET", path: "/", host: "evil.example"})
+		send(t, address, request{method: "POST", path: "/api/login", body: `{"token": "x"}`,
+			header: map[string]string{"Origin": address}})
+	}
+	if n := said.n.Load(); n != mostRefusals+1 {
+		t.Errorf("%d lines are logged", n)
+	}
+}
+
+// A page is told that the server ends, and so does not look for it again: another one may listen
+// there then.
+func TestBye(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	must(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	tokens := make(chan string, 2)
+	s := &Server{Hub: NewHub(), Token: func(token string) { tokens <- token },
+		Log: slog.New(slog.DiscardHandler)}
+	var serving sync.WaitGroup
+	serving.Go(func() { s.Serve(ctx, ln) })
+	defer serving.Wait()
+	address := "http://" + ln.Addr().String()
+	r, err := http.NewRequest("GET", address+"/api/stream", nil)
+	must(t, err)
+	for k, v := range enter(t, address, <-tokens) {
+		r.Header.Set(k, v)
+	}
+	a, err := http.DefaultTransport.RoundTrip(r)
+	must(t, err)
+	defer a.Body.Close()
+	in := bufio.NewScanner(a.Body)
+	said := ""
+	for in.Scan() {
+		if event, ok := strings.CutPrefix(in.Text(), "event: "); ok {
+			if said = event; event == "hello" {
+				stop()
+			}
+		}
+	}
+	if said != "bye" {
+		t.Errorf("the last event is %q", said)
+	}
+}
 
 // Nothing in the page's files needs what its policy forbids, nor anything from elsewhere.
 func TestAssets(t *testing.T) {

@@ -68,8 +68,9 @@ func TestStore(t *testing.T) {
 	want := Everything{
 		Hosts: []Host{{Name: "hosta", Labels: map[string]string{"rack": "r1"}, Added: at}},
 		Rules: []Rule{{Name: "apart", Text: "vms db must run apart", By: "admin"}},
-		Maintenance: []Maintenance{{Maintenance: view.Maintenance{Host: "hosta", Phase: view.Draining, Asked: at,
-			Left: []string{"web1"}}, Who: "admin"}},
+		Maintenance: []Maintenance{
+			{Maintenance: view.Maintenance{Host: "hosta", Phase: view.Draining, Asked: at,
+				Left: []string{"web1"}}, Who: "admin"}},
 		Plans:    []Plan{p},
 		Settings: settings(view.Ask),
 	}

@@ -2,6 +2,7 @@
 import { $, el, text, attr, toast } from "./dom.js";
 import * as hosts from "./hosts.js";
 import * as evictions from "./evictions.js";
+import * as fleet from "./fleet.js";
 import { close as closeDialog } from "./orders.js";
 
 export const state = {
@@ -9,6 +10,9 @@ export const state = {
   evictions: new Map(),  // by host/id
   jobs: new Map(),
   maps: new Map(),       // by host/id
+  fleet: null,           // null: these are single hosts
+  decisions: [],
+  who: "",
   look: 0,               // grows whenever pictures must be drawn anew
   skew: 0,               // what the server's clock is ahead, in ms
 };
@@ -89,27 +93,37 @@ function hear(block) {
   const data = block.indexOf("data: ");
   if (data < 0) return;
   const event = block.slice(7, block.indexOf("\n"));
+  if (event === "bye") {
+    // Another program may listen there from now on: it must not get the key.
+    key = "";
+    sessionStorage.removeItem(storeKey);
+    return locked("vacate ui has ended. Start it again, and open the address that it prints.");
+  }
   const c = JSON.parse(block.slice(data + 6));
-  if (event === "hello") { attr($("link"), "title", "You act as " + c.who); return; }
+  if (event === "hello") { state.who = c.who; attr($("link"), "title", "You act as " + c.who); return; }
   state.skew = c.now_ms - Date.now();
-  for (const h of c.hosts || []) state.hosts.set(h.key, h);
+  for (const k of c.gone || []) { state.hosts.delete(k); state.evictions.delete(k); state.maps.delete(k); }
+  for (const h of c.hosts || []) { hosts.count(h); state.hosts.set(h.key, h); }
+  if (c.fleet) state.fleet = c.fleet;
+  if (c.decisions) state.decisions = c.decisions;
   for (const e of c.evictions || []) state.evictions.set(e.host + "/" + e.of.id, e);
   for (const j of c.jobs || []) state.jobs.set(j.id, j);
   for (const m of c.maps || []) state.maps.set(m.key, m);
-  draw(c.hosts, c.evictions || c.maps || c.jobs);
+  draw(c.hosts || c.gone || c.fleet, c.evictions || c.maps || c.jobs || c.gone || c.decisions, c.decisions);
 }
 
 // draw draws what has changed, at most once for each frame.
-let pending = 0, forHosts = false, forEvictions = false;
-export function draw(h = true, e = true) {
-  forHosts ||= !!h; forEvictions ||= !!e;
+let pending = 0, forHosts = false, forEvictions = false, forDecisions = false;
+export function draw(h = true, e = true, d = true) {
+  forHosts ||= !!h; forEvictions ||= !!e; forDecisions ||= !!d;
   if (pending) return;
   const now = () => {
     pending = 0;
     const from = performance.now();
     if (forHosts || forEvictions) hosts.draw(state);
     if (forEvictions) evictions.draw(state);
-    forHosts = forEvictions = false;
+    if (forHosts || forDecisions) fleet.draw(forHosts, forDecisions);
+    forHosts = forEvictions = forDecisions = false;
     performance.measure("vacate-update", { start: from, end: performance.now() });
     if (performance.getEntriesByName("vacate-update").length > 500) performance.clearMeasures();
   };

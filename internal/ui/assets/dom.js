@@ -70,8 +70,13 @@ export function ago(ms) {
   return Math.round(s / 86400) + " days ago";
 }
 
-let counted = 0;
-export const unique = () => "e" + ++counted;
+// clock is the time of day, with the day if that is another one.
+export function clock(ms) {
+  const d = new Date(ms);
+  if (isNaN(d)) return "–";
+  const t = d.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+  return d.toDateString() === new Date().toDateString() ? t : t + " on " + d.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+}
 
 export function bytes(base64) {
   return base64 ? Uint8Array.from(atob(base64), c => c.charCodeAt(0)) : new Uint8Array(0);

@@ -31,13 +31,28 @@ function merge(state) {
   return [...by.values()].sort((a, b) => a.began - b.began);
 }
 
+// ordered are evictions of a fleet whose daemons have not told of them, as far as the leader knows.
+function ordered(state, all) {
+  const told = new Set(all.map(m => m.id));
+  return state.decisions.filter(d => d.state === "goes on" && !told.has(d.eviction_id)).map(d => {
+    const unheard = (state.fleet.unheard || {})[d.from];
+    const says = unheard ? "It goes on. What it does is not known here: " + unheard : d.eviction_id ? "It goes on." : "It is ordered, and its host has not begun yet.";
+    return { id: d.eviction_id || d.id, vm: d.vm, from: d.from, to: d.to, began: Date.parse(d.at), main: { host: d.from, says, of: {} }, sides: [], live: true, urgent: [] };
+  });
+}
+
+const mostLive = 12;
+
 export function draw(state) {
   const all = merge(state);
-  const urgent = all.filter(m => m.urgent.length), live = all.filter(m => m.live && !m.urgent.length), past = all.filter(m => m.ended && !m.urgent.length).reverse();
+  const urgent = all.filter(m => m.urgent.length), live = all.filter(m => m.live && !m.urgent.length).concat(ordered(state, all)), past = all.filter(m => m.ended && !m.urgent.length).reverse();
   $("urgent").hidden = !urgent.length;
   list($("urgent"), urgent.flatMap(m => m.urgent.map(s => ({ m, s }))), u => u.s.host + "/" + u.m.id, makeUrgent, (e, u) => updateUrgent(e, u, state));
   $("live").hidden = !live.length;
-  list($("live"), live, m => m.id, makeLive, (e, m) => updateLive(e, m, state));
+  attr($("live"), "class", live.length > (state.fleet ? 1 : 2) ? "many" : "");
+  const part = live.slice(0, mostLive);
+  if (live.length > mostLive) part.push({ id: "more", more: live.length - mostLive });
+  list($("live"), part, m => m.id, m => m.more ? el("p", { class: "soft" }) : makeLive(m), (e, m) => { if (m.more) text(e, "and " + m.more + " more go on"); else updateLive(e, m, state); });
   const jobs = [...state.jobs.values()].filter(j => !j.ended || !j.seen).slice(-4);
   $("jobs").hidden = !jobs.length;
   list($("jobs"), jobs, j => j.id, j => el("div", { class: "card job" }, el("h3"), el("ul"), el("button", { type: "button", class: "quiet", onclick: () => { state.jobs.get(j.id).seen = true; draw(state); } }, "Dismiss")), (e, j) => {
@@ -46,8 +61,8 @@ export function draw(state) {
     list(e.children[1], (j.lines || []).map((l, i) => [l, i]), x => x[1], () => el("li"), (li, x) => text(li, x[0]));
     e.children[2].hidden = !j.ended;
   });
-  $("past").hidden = !past.length;
-  drawPast(past, state);
+  $("past").hidden = !past.length || !!state.fleet; // a fleet's decisions have them
+  if (!$("past").hidden) drawPast(past, state);
 }
 
 function makeUrgent(u) {
@@ -88,6 +103,7 @@ function makeLive(m) {
 function updateLive(e, m, state) {
   const of = m.main.of, p = of.progress || {};
   e.dataset.host = m.main.host;
+  attr(e, "data-plain", m.sides.length ? null : "");
   const [head, stages, scene, bar] = e.children;
   text(head.children[0].firstChild, m.vm);
   text(head.children[0].lastChild, m.from + " → " + m.to);
@@ -125,7 +141,7 @@ const rgb = h => [1, 3, 5].map(i => parseInt(h.slice(i, i + 2), 16));
 function memory(canvas, key, map) {
   const came = bytes(map.came), why = bytes(map.why), cls = bytes(map.class);
   const n = came.length, box = canvas.clientWidth || 640, dpr = Math.min(2, devicePixelRatio || 1);
-  const columns = Math.max(24, Math.ceil(box / Math.max(6, Math.sqrt(box * 340 / Math.max(1, n))))); // so that it is not much higher than 340
+  const columns = Math.max(24, Math.ceil(box / Math.max(box < 500 ? 4 : 6, Math.sqrt(box * (box < 500 ? 150 : 340) / Math.max(1, n))))); // so that it is not much higher than that
   const cell = box / columns, rows = Math.ceil(n / columns), high = Math.ceil(rows * cell);
   const w = Math.round(box * dpr), h = Math.round(high * dpr);
   if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; styled(canvas, "height", high + "px"); }
@@ -187,7 +203,7 @@ let shown = 30;
 function drawPast(past, state) {
   const word = $("filter").value.trim().toLowerCase();
   if (word) past = past.filter(m => (m.vm + " " + m.from + " " + m.to + " " + m.main.of.outcome).toLowerCase().includes(word));
-  timeline($("line"), past, state);
+  timeline($("line"), past.map(m => ({ lane: m.from, kind: good.has(m.main.of.outcome) ? "good" : "bad", began: m.began, ended: m.ended })), state);
   const part = past.slice(0, shown).map(m => ({ m, k: m.id }));
   if (past.length > shown) part.push({ k: "more" });
   const longest = Math.max(0.001, ...part.map(r => r.m ? r.m.main.total_s || 0 : 0));
@@ -196,7 +212,7 @@ function drawPast(past, state) {
 
 function makePast(m) {
   return el("div", { class: "entry", role: "listitem" }, el("i", { class: "dot" }), el("span", { class: "name" }), el("span", { class: "way" }), el("span", { class: "when" }), el("span", { class: "came" }),
-    el("span", { class: "span", "aria-hidden": "true" }, el("i")), el("button", { type: "button", class: "report", "aria-label": "Report of " + m.vm, onclick: e => report(m, e.currentTarget) }, "Report"));
+    el("span", { class: "span", "aria-hidden": "true" }, el("i")), el("button", { type: "button", class: "report", "aria-label": "Report of " + m.vm, onclick: e => { const side = m.sides.find(s => s.report); if (side) showReport(side.host, m.id, m.vm, e.currentTarget); } }, "Report"));
 }
 
 function updatePast(e, m, longest, state) {
@@ -212,13 +228,12 @@ function updatePast(e, m, longest, state) {
   button.hidden = !m.sides.some(s => s.report);
 }
 
-async function report(m, button) {
-  const side = m.sides.find(s => s.report);
+export async function showReport(host, id, vm, button) {
   button.disabled = true;
   try {
-    const r = await call("report", { host: side.host, id: m.id });
+    const r = await call("report", { host, id });
     const d = $("dialog");
-    d.replaceChildren(el("iframe", { src: r.url, sandbox: "allow-scripts", title: "Report of the eviction of " + m.vm }), el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => d.close() }, "Close")));
+    d.replaceChildren(el("iframe", { src: r.url, sandbox: "allow-scripts", title: "Report of the eviction of " + vm }), el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => d.close() }, "Close")));
     d.className = "wide";
     d.onclose = () => { d.className = ""; d.replaceChildren(); button.focus(); };
     d.showModal();
@@ -226,13 +241,13 @@ async function report(m, button) {
   button.disabled = false;
 }
 
-// timeline draws when each eviction was, and between which hosts.
-function timeline(canvas, past, state) {
+// timeline draws when each of some things was, in lanes.
+export function timeline(canvas, past, state) {
   const w = canvas.clientWidth, dpr = Math.min(2, devicePixelRatio || 1);
   if (!w || !past.length) return;
   const now = Date.now() + state.skew, from = Math.max(now - 864e5, Math.min(...past.slice(-5000).map(m => m.began))) - 20000;
   const recent = past.filter(m => m.ended >= from);
-  const hosts = [...new Set(recent.map(m => m.from))].sort().slice(0, 8);
+  const hosts = [...new Set(recent.map(m => m.lane))].sort().slice(0, 8);
   const lane = 20, h = Math.max(1, hosts.length) * lane + 20;
   if (canvas.width !== Math.round(w * dpr) || canvas.height !== Math.round(h * dpr)) { canvas.width = Math.round(w * dpr); canvas.height = Math.round(h * dpr); styled(canvas, "height", h + "px"); }
   const c = canvas.getContext("2d"), styles = getComputedStyle(document.documentElement), get = n => styles.getPropertyValue(n);
@@ -252,9 +267,9 @@ function timeline(canvas, past, state) {
   c.textAlign = "left";
   hosts.forEach((n, i) => { c.fillStyle = get("--soft"); c.fillText(n, 0, i * lane + 14, left - 8); });
   for (const m of recent) {
-    const i = hosts.indexOf(m.from);
+    const i = hosts.indexOf(m.lane);
     if (i < 0) continue;
-    c.fillStyle = good.has(m.main.of.outcome) ? get("--good") : get("--bad");
+    c.fillStyle = get({ good: "--good", bad: "--bad", move: "--move", idle: "--soft" }[m.kind]);
     c.globalAlpha = 0.85;
     c.beginPath();
     c.roundRect(x(m.began), i * lane + 4, Math.max(3, x(m.ended) - x(m.began)), lane - 8, 2);

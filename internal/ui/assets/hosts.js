@@ -2,6 +2,7 @@
 // the memory. Few hosts are shown with all their VMs; many as tiles, and only those that can be seen are there at all.
 import { $, el, text, attr, styled, list, cores, percent, size, ago } from "./dom.js";
 import { order } from "./orders.js";
+import { may } from "./fleet.js";
 
 const few = 6;                        // as many hosts are shown in full
 const tile = { w: 148, h: 214, gap: 12 };
@@ -20,6 +21,15 @@ export function colour(name, light = "var(--vm-l)") {
   return c;
 }
 
+// count counts once what is shown of a host at several places.
+export function count(h) {
+  h.starved = h.stands = 0;
+  for (const v of h.vms) {
+    if (starving(v)) h.starved++;
+    if (v.state === "running" || v.state === "paused") h.stands++;
+  }
+}
+
 export const starving = v => v.steal >= starves && v.waiting_cores >= 0.05;
 const ratio = h => h.cpus ? (h.cpu_cores + h.waiting_cores) / h.cpus : 0;
 const natural = new Intl.Collator("en", { numeric: true }).compare;
@@ -35,7 +45,7 @@ function choose(state) {
     sortedBy = by;
   }
   shown = sorted.map(k => state.hosts.get(k));
-  if (word) shown = shown.filter(h => h.name.toLowerCase().includes(word) || h.vms.some(v => v.name.toLowerCase().includes(word)));
+  if (word) shown = shown.filter(h => h.name.toLowerCase().includes(word) || h.maintenance && h.maintenance.phase.includes(word) || Object.entries(h.labels || {}).some(l => l.join("=").toLowerCase().includes(word)) || h.vms.some(v => v.name.toLowerCase().includes(word)));
   if (hot) shown.sort((a, b) => b.waiting_cores - a.waiting_cores || ratio(b) - ratio(a));
 }
 
@@ -59,7 +69,8 @@ export function draw(state) {
     list(box, shown, h => "f" + h.key, makeCard, (e, h) => updateCard(e, h, state));
   } else tiles(state);
   const panel = $("panel");
-  if (panel.open && state.hosts.has(panel.dataset.host)) updateCard(panel.firstChild, state.hosts.get(panel.dataset.host), state);
+  if (panel.open && !state.hosts.has(panel.dataset.host)) panel.close();
+  if (panel.open) updateCard(panel.firstChild, state.hosts.get(panel.dataset.host), state);
 }
 
 // tiles places those tiles that can be seen.
@@ -89,22 +100,26 @@ export function scrolled(state) {
 }
 
 function tallies(state) {
-  let vms = 0, starved = 0, unwell = 0, used = 0, all = 0;
+  let vms = 0, starved = 0, unwell = 0, used = 0, all = 0, closed = 0;
   for (const h of state.hosts.values()) {
     if (trouble(h, state)) unwell++;
     used += h.cpu_cores; all += h.cpus;
-    for (const v of h.vms) {
-      if (v.state === "running" || v.state === "paused") vms++;
-      if (starving(v)) starved++;
-    }
+    vms += h.stands;
+    starved += h.starved;
+    if (h.maintenance) closed++;
   }
   const moving = new Set(), urgent = new Set();
   for (const e of state.evictions.values()) {
     if (e.of.state) moving.add(e.of.id);
     if (e.of.remedy.length || e.of.decidable && !e.of.state) urgent.add(e.of.id);
   }
+  // A fleet's leader knows of evictions that no daemon was asked about.
+  const under = state.fleet ? state.decisions.filter(d => d.state === "goes on").length : moving.size;
+  const waits = state.decisions.filter(d => d.state === "waits").length;
   const items = [["hosts", state.hosts.size, ""], ["VMs", vms, ""], ["of " + all.toFixed(0) + " cores in use", used.toFixed(used < 100 ? 1 : 0), ""],
-    ["starve", starved, starved ? "hot" : ""], ["moving", moving.size, moving.size ? "move" : ""]];
+    ["starve", starved, starved ? "hot" : ""], ["moving", under, under ? "move" : ""]];
+  if (waits) items.push([waits === 1 ? "waits for your yes" : "wait for your yes", waits, "warn"]);
+  if (closed) items.push(["in maintenance", closed, ""]);
   if (unwell) items.push(["late or silent", unwell, "warn"]);
   if (urgent.size) items.push(["need you", urgent.size, "bad"]);
   list($("tallies"), items, i => i[0].replace(/\d+/g, ""), () => el("span", { class: "tally" }, el("b"), el("i")), (e, [what, n, kind]) => {
@@ -116,6 +131,8 @@ function tallies(state) {
 
 // trouble says what is wrong with a host's word; empty for nothing.
 function trouble(h, state) {
+  if (h.state && h.state !== "reporting") return h.at_ms ? "late: " + ago(Date.now() + state.skew - h.at_ms) : "not heard yet";
+  if (h.state && !state.fleet.error) return "";
   if (h.error) return h.at_ms ? "last heard " + ago(Date.now() + state.skew - h.at_ms) : "not heard yet";
   const since = Date.now() + state.skew - h.at_ms;
   return h.at_ms && since > late ? "late: " + ago(since) : "";
@@ -180,14 +197,14 @@ function updateTower(e, h) {
 }
 
 function summary(h) {
-  const starved = h.vms.filter(starving).length;
+  const starved = h.starved;
   return h.name + ": " + cores(h.cpu_cores) + " of " + h.cpus + " cores in use, " + (h.waiting_cores > 0.05 ? cores(h.waiting_cores) + " more wanted, " : "") +
     (starved ? starved + " VMs starve, " : "") + size(h.available_bytes) + " of memory available";
 }
 
 function mood(h, state) {
   if (trouble(h, state)) return "late";
-  return h.vms.some(starving) ? "hot" : ratio(h) > 0.9 ? "warm" : "well";
+  return h.starved ? "hot" : ratio(h) > 0.9 ? "warm" : "well";
 }
 
 function makeTile(h) {
@@ -201,8 +218,9 @@ function updateTile(e, h, state, wide) {
   attr(e, "aria-label", summary(h));
   text(e.children[0], h.name);
   paint(e.children[1], h, state, wide - 26, tile.h - 72);
-  const starved = h.vms.filter(starving).length;
-  text(e.children[2], kind === "late" ? trouble(h, state) : starved ? starved + " of " + h.vms.length + " starve" : percent(ratio(h)) + " · " + h.vms.length + " VMs");
+  const starved = h.starved, m = h.maintenance;
+  attr(e, "data-phase", m ? m.phase : null);
+  text(e.children[2], kind === "late" ? trouble(h, state) : m ? m.phase + (m.going.length ? " · " + m.going.length + " to go" : m.staying.length ? " · " + m.staying.length + " stay" : "") : starved ? starved + " of " + h.vms.length + " starve" : percent(ratio(h)) + " · " + h.vms.length + " VMs");
 }
 
 let opener = null;
@@ -224,6 +242,9 @@ function makeCard(h) {
     el("div", { class: "body" }, makeTower(),
       el("div", { class: "vms" }, el("div", { class: "rows", role: "list" }), el("p", { class: "soft none", hidden: true }, "No VM here."))),
     el("p", { class: "trouble", hidden: true }), el("p", { class: "soft guard", hidden: true }),
+    h.state ? el("footer", {}, el("button", { type: "button", class: "drain", onclick: () => order({ kind: "drain", host }) }, "Drain…"),
+      el("button", { type: "button", class: "restore", onclick: () => order({ kind: "restore", host }) }, "Restore…"),
+      el("button", { type: "button", class: "forget danger", onclick: () => order({ kind: "forget", host }) }, "Forget…")) :
     el("footer", {}, el("button", { type: "button", class: "relieve", onclick: () => order({ kind: "relieve", host }) }, "Relieve…"),
       el("button", { type: "button", class: "evacuate", onclick: () => order({ kind: "evacuate", host }) }, "Evacuate…")));
 }
@@ -234,10 +255,10 @@ function updateCard(e, h, state) {
   attr(e, "data-is", kind);
   attr(e, "aria-label", summary(h));
   text(head.children[0], h.name);
-  const starved = h.vms.filter(starving).length;
-  text(head.children[1], { late: "late", hot: starved + (starved === 1 ? " VM starves" : " VMs starve"), warm: "busy", well: "well" }[kind]);
+  const starved = h.starved, m = h.maintenance;
+  text(head.children[1], m ? m.phase : { late: "late", hot: starved + (starved === 1 ? " VM starves" : " VMs starve"), warm: "busy", well: "well" }[kind]);
   text(head.children[2], cores(h.cpu_cores) + " of " + h.cpus + " cores" + (h.waiting_cores > 0.05 ? " + " + cores(h.waiting_cores) + " wanted" : "") + " · " + size(h.memory_bytes - h.available_bytes) + " of " + size(h.memory_bytes) +
-    (h.stalls && h.stalls.cpu > 0.01 ? " · CPU stalls " + percent(h.stalls.cpu) : ""));
+    (h.stalls && h.stalls.cpu > 0.01 ? " · CPU stalls " + percent(h.stalls.cpu) : "") + Object.entries(h.labels || {}).map(([k, v]) => " · " + k + " " + v).join(""));
   updateTower(body.children[0], h);
   const [rows, none] = body.children[1].children;
   // Those that are here come first.
@@ -250,6 +271,11 @@ function updateCard(e, h, state) {
   bad.hidden = !why; text(bad, why);
   guard.hidden = !h.guard; text(guard, "Guard: " + h.guard);
   for (const b of foot.children) b.disabled = !h.peers.length || !h.vms.some(here);
+  if (!h.state) return;
+  const [drain, restore, forget] = foot.children;
+  drain.hidden = m && m.phase !== "restoring" && m.phase !== "planned"; drain.disabled = !may("act");
+  restore.hidden = !m || m.phase === "restoring"; restore.disabled = !may("act");
+  forget.hidden = h.state === "reporting"; forget.disabled = !may("admin");
 }
 
 function makeVM(v, host) {
@@ -278,6 +304,7 @@ function updateVM(e, v, h) {
   text(figures, running ? cores(v.cpu_cores) + (v.waiting_cores > 0.02 ? " + " + cores(v.waiting_cores) : "") + " cores" + (v.steal > 0.02 ? " · steal " + percent(v.steal) : "") +
     (v.resident_bytes ? " · " + size(v.resident_bytes) : v.memory_bytes ? " · " + size(v.memory_bytes) : "") + (v.swapped_bytes > 2 ** 20 ? " · " + size(v.swapped_bytes) + " in swap" : "") : v.problem || "");
   const stands = v.state === "running" || v.state === "paused";
+  acts.hidden = !!h.state; // the fleet decides where VMs run
   acts.children[0].hidden = !stands || !!v.eviction_id || !h.peers.length;
   acts.children[1].hidden = v.state !== "none" || v.libvirt;
   acts.children[2].hidden = !stands || !!v.eviction_id || v.libvirt;
