@@ -169,15 +169,21 @@ func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
 			return got, Planned
 		}
 	}
-	for ; o.at < len(o.plan); o.at++ {
+	// One run after the other, as scattered pages are runs of few pages, or one: frames of so few
+	// would cost both hosts far more CPU time than the pages themselves.
+	for n := len(dst); o.at < len(o.plan) && limit > 0; o.at++ {
 		run := &o.plan[o.at]
-		got := o.take(dst, *run, limit, Planned)
-		if len(got) > len(dst) {
+		if len(dst) > n && run.Block != dst[n].Block {
+			break
+		}
+		before := o.total
+		dst = o.take(dst, *run, limit, Planned)
+		if limit -= before - o.total; limit == 0 {
 			// Nothing before the end of the last run is left.
-			end := got[len(got)-1].End()
+			end := dst[len(dst)-1].End()
 			run.Count -= int(end - run.First)
 			run.First = end
-			return got, Planned
+			break
 		}
 	}
 	return dst, Planned

@@ -369,3 +369,28 @@ func BenchmarkPlan(b *testing.B) {
 		}
 	})
 }
+
+// A plan of single pages is handed out as many pages at a time as one of long runs, in its order.
+func TestScatteredPlan(t *testing.T) {
+	o := New([]Block{{Pages: 100, PageSize: 4096}, {Pages: 100, PageSize: 4096}}, true)
+	var plan []pageset.Run
+	for _, r := range []pageset.Run{{Block: 0, First: 90}, {Block: 0, First: 10}, {Block: 0,
+		First: 50}, {Block: 1, First: 7}, {Block: 1, First: 5}} {
+		r.Count = 1
+		plan = append(plan, r)
+	}
+	plan = append(plan, pageset.Run{Block: 1, First: 20, Count: 10})
+	o.SetPlan(plan)
+	o.Take(pageset.Run{Block: 0, First: 10, Count: 1}, Early)
+	for _, want := range [][]pageset.Run{
+		{{Block: 0, First: 90, Count: 1}, {Block: 0, First: 50, Count: 1}}, // one block at a time
+		{{Block: 1, First: 7, Count: 1}, {Block: 1, First: 5, Count: 1},
+			{Block: 1, First: 20, Count: 3}},
+		{{Block: 1, First: 23, Count: 5}},
+	} {
+		got, why := o.Next(nil, 5)
+		if diff := cmp.Diff(want, got); diff != "" || why != Planned {
+			t.Errorf("%v, as %v: %s", got, why, diff)
+		}
+	}
+}
