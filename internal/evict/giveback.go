@@ -101,6 +101,13 @@ func (l *ledger) take() []pageset.Run {
 	return join(runs)
 }
 
+// beginGiveBack gives memory back in a session, if that was asked for. The VM must run there.
+func (e *source) beginGiveBack(a *attachment) {
+	if e.ledger != nil {
+		a.begin(func() error { return e.giveBack(a) })
+	}
+}
+
 // giveBack gives back memory that the destination has. It does so while a session lasts, and once
 // the VM has run there for long enough.
 func (e *source) giveBack(a *attachment) error {

@@ -1,14 +1,17 @@
 package evict
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"time"
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/evict/pushorder"
+	"vacate/internal/guest/linux"
 	"vacate/internal/link"
 	"vacate/internal/qemu/migstream"
+	"vacate/internal/sys/units"
 )
 
 // demandTime is how long a demand-only order pushes nothing. The guest may never touch some pages,
@@ -16,9 +19,14 @@ import (
 const demandTime = 20 * time.Second
 
 // sendEarly sends the pages that loading the devices touches, ahead of the device state. Otherwise
-// the destination's QEMU would fetch them one by one while the VM stands still.
+// the destination's QEMU would fetch them one by one while the VM stands still. On a long path the
+// pages that the vCPUs touch at once go with them: there, each costs more than finding them all.
 func (e *source) sendEarly(a *attachment) error {
-	wanted := e.frozen.runs(touchedByLoading(e.saved.load, e.frozen.readGuest))
+	addresses := touchedByLoading(e.saved.load, e.frozen.readGuest)
+	if e.far && e.mayLook() {
+		addresses = append(addresses, e.touchedAtOnce()...)
+	}
+	wanted := e.frozen.runs(addresses)
 	for _, name := range e.flash {
 		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.layout[i].Length <= maxFlash {
 			wanted = append(wanted, pageset.Run{Block: i, Count: e.frozen.layout[i].Pages})
@@ -26,6 +34,33 @@ func (e *source) sendEarly(a *attachment) error {
 	}
 	runs := e.departures.take(wanted, pushorder.Early)
 	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
+}
+
+const (
+	// farTrip is how long it takes on a long path to open TCP's window.
+	farTrip = 10 * time.Millisecond
+	// maxAtOnce bounds the pages that the vCPUs touch at once and that are sent ahead.
+	maxAtOnce = 128
+	// atOnceTime is how long QEMU may take to tell the registers, while the VM stands still.
+	atOnceTime = 100 * time.Millisecond
+)
+
+// touchedAtOnce returns guest-physical addresses that the frozen guest's vCPUs touch at once.
+func (e *source) touchedAtOnce() (addresses []uint64) {
+	ctx, cancel := context.WithTimeout(context.Background(), atOnceTime)
+	defer cancel()
+	live, err := linux.NewLive(e.mem, monitor{e})
+	var list []uint64
+	if err == nil {
+		list, err = linux.AtOnce(ctx, live)
+	}
+	if err != nil {
+		e.Log.Debug("what the vCPUs touch at once is not sent ahead", "error", err)
+	}
+	for _, page := range list[:min(len(list), maxAtOnce)] {
+		addresses = append(addresses, page*units.PageSize)
+	}
+	return addresses
 }
 
 // send sends pages on a lane, in as many frames f as they need. It calls note before it writes
@@ -46,7 +81,8 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 	return nil
 }
 
-// beginPush pushes in a session that already serves fetches.
+// beginPush pushes in a session that already serves fetches. The VM need not run there yet: pages
+// are only data.
 func (e *source) beginPush(a *attachment) {
 	e.ledger.begin()
 	e.sessions.beginPush(a, e.departures.sentPages())
@@ -54,9 +90,6 @@ func (e *source) beginPush(a *attachment) {
 		again: time.NewTimer(0)}
 	a.begin(p.readPlaced)
 	a.begin(p.run)
-	if e.ledger != nil {
-		a.begin(func() error { return e.giveBack(a) })
-	}
 }
 
 // pusher is the push of one session. Two goroutines send frames when there is room. The reader of

@@ -282,6 +282,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 			return err
 		}
 		e.beginPush(a)
+		e.beginGiveBack(a)
 		return nil
 	})
 	return again, nil

@@ -22,6 +22,7 @@ import (
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/process"
+	"vacate/internal/sys/units"
 )
 
 // Source moves a VM away from this host.
@@ -173,6 +174,7 @@ type source struct {
 	layout layout
 	flash  []string // blocks that QEMU reads when it is told to run the VM
 	warned []string // warnings to the operator about a VM that is moved all the same
+	far    bool     // the path to the destination is long
 	mark   Mark     // the last durable one
 	saved  saved
 	held   bool // the QEMU's process is stopped
@@ -215,15 +217,24 @@ type source struct {
 
 func (e *source) run(ctx context.Context) error {
 	if err := e.prepare(ctx); err != nil {
-		return e.refuse(err)
+		return e.refuse(because(ctx, err))
 	}
 	if err := e.machine.enter(Switching); err != nil {
 		return e.refuse(err)
 	}
 	if err := e.transfer(ctx); err != nil {
-		return e.rollBack(err)
+		return e.rollBack(because(ctx, err))
 	}
 	return e.commit(ctx)
+}
+
+// because returns why ctx has ended, in place of an error that only says that it has: what the
+// engine was about to do then is no reason.
+func because(ctx context.Context, err error) error {
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // bound returns a context that also ends with the QEMU, or after a time.
@@ -274,13 +285,16 @@ func (e *source) prepare(all context.Context) (err error) {
 		func() error {
 			// From here on the twin can take no other VM. If it cannot take the VM's memory, it
 			// says so now, while the VM runs.
-			if err := control.openWindow(ctx, e.flashBytes()); err != nil {
+			begun := time.Now()
+			err := control.openWindow(ctx, e.flashBytes()+maxAtOnce*units.PageSize)
+			if err != nil {
 				return err
 			}
+			e.far = time.Since(begun) >= farTrip
 			if err := control.Write(msgHead, e.head); err != nil {
 				return err
 			}
-			_, err := control.await(ctx, msgArmed)
+			_, err = control.await(ctx, msgArmed)
 			return err
 		})
 	if err != nil {
@@ -662,6 +676,11 @@ func (e *source) commit(ctx context.Context) error {
 		err = writeJSON(a.control.Conn, msgCommit, commitment{e.facts.Stood})
 	}
 	if err == nil {
+		// Pages that arrive while the destination loads the devices take the CPU that loading
+		// needs, so this comes no sooner. It comes no later, as the VM's first instructions need
+		// pages: one that QEMU's main thread or an interrupt of the VM waits for also holds up the
+		// answer.
+		e.beginPush(a)
 		_, err = a.control.await(await, msgRunning)
 	}
 	if errors.Is(err, errFarewell) {
@@ -675,9 +694,7 @@ func (e *source) commit(ctx context.Context) error {
 	}
 	e.ranThere = true
 	e.noteRan(0)
-	// This waits on purpose. Pages that arrive while the destination loads the devices take the CPU
-	// that loading needs.
-	e.beginPush(a)
+	e.beginGiveBack(a)
 	if err := e.machine.enter(Pushing); err != nil {
 		return e.lost(err, "")
 	}

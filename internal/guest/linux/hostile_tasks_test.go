@@ -2,6 +2,7 @@ package linux
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -205,7 +206,8 @@ func TestHostileProcesses(t *testing.T) {
 			sane(t, g, r)
 		}
 		list, _ := g.First(t.Context())
-		for _, pfn := range list {
+		atOnce, _ := AtOnce(t.Context(), p)
+		for _, pfn := range slices.Concat(list, atOnce) {
 			if pfn >= uint64(len(p.clean)) &&
 				inRAM(p.Extents(), Range{pfn * units.PageSize, units.PageSize}) < 0 {
 				t.Fatalf("page %#x is not RAM", pfn)

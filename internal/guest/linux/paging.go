@@ -105,6 +105,22 @@ func (s *space) translate(va uint64) (addr, left uint64, err error) {
 	return e.addr + va%units.PageSize, e.until - va, nil
 }
 
+// read fills dst with virtual memory, which must all be mapped RAM.
+func (s *space) read(dst []byte, va uint64) error {
+	for len(dst) > 0 {
+		addr, left, err := s.translate(va)
+		if err != nil {
+			return err
+		}
+		n := min(left, uint64(len(dst)))
+		if err := readPhys(s.mem, dst[:n], addr); err != nil {
+			return err
+		}
+		dst, va = dst[n:], va+n
+	}
+	return nil
+}
+
 func (s *space) walk(va uint64, e *tlbEntry) error {
 	top := 12 + 9*uint(s.levels)
 	if sign := int64(va) >> (top - 1); sign != 0 && sign != -1 {

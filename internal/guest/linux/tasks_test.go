@@ -232,6 +232,18 @@ func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
 		t.Fatal(err)
 	}
 	t.Logf("%d first pages in %v", len(list), time.Since(began))
+	began = time.Now()
+	atOnce, err := AtOnce(t.Context(), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d at once in %v", len(atOnce), time.Since(began))
+	for i, pfn := range atOnce {
+		if slices.Index(atOnce, pfn) != i || !slices.Contains(list, pfn) {
+			t.Errorf("page %#x of %d at once is twice there, or not among the first pages", pfn,
+				len(atOnce))
+		}
+	}
 	cpus, err := m.CPUs(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -257,7 +269,8 @@ func testFirst(t *testing.T, m *machine, g *Guest, r *Result) {
 				continue // it does not translate for this CPU
 			}
 			checked++
-			if !slices.Contains(list, gpa/units.PageSize) {
+			if !slices.Contains(list, gpa/units.PageSize) ||
+				!slices.Contains(atOnce, gpa/units.PageSize) {
 				t.Errorf("cpu %d's address %#x, at %#x, is not among the first pages", i, va, gpa)
 			}
 		}
