@@ -1,9 +1,15 @@
 package evict_test
 
 import (
+	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -64,4 +70,42 @@ func runQEMU(t *testing.T, args ...string) (monitor string) {
 	}
 	q.Close()
 	return monitor
+}
+
+// An abort while QEMU is being asked names who aborted, and not the question.
+func TestAbortWhileAsking(t *testing.T) {
+	asked, aborted := make(chan struct{}), make(chan struct{})
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "qmp"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	labtest.Serve(t, ln, func(c net.Conn) {
+		io.WriteString(c, qmpGreeting(7, 2))
+		for lines := bufio.NewScanner(c); lines.Scan(); {
+			if !strings.Contains(lines.Text(), "qmp_capabilities") {
+				close(asked)
+				<-aborted // and never answer
+				return
+			}
+			var command struct{ ID int }
+			json.Unmarshal(lines.Bytes(), &command)
+			fmt.Fprintf(c, `{"return": {}, "id": %d}`+"\r\n", command.ID)
+		}
+	})
+	ctx, cancel := context.WithCancelCause(labtest.Within(t, time.Minute))
+	go func() {
+		<-asked
+		cancel(fmt.Errorf("%w by an operator", evict.ErrAbort))
+		close(aborted)
+	}()
+	_, err = evict.Source{QMP: ln.Addr().String(),
+		Connect: func(ctx context.Context) (*link.Session, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}.Evict(ctx)
+	if !errors.Is(err, evict.ErrAborted) ||
+		!strings.Contains(err.Error(), "it was told to abort by an operator") ||
+		strings.Contains(err.Error(), "context canceled") {
+		t.Error(err)
+	}
 }

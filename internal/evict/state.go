@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -224,7 +225,7 @@ type Error struct {
 func (e *Error) Error() string {
 	s := fmt.Sprintf("%v while %s: %v", e.Outcome, e.State, e.Err)
 	if e.Remedy != "" {
-		s += ". " + e.Remedy
+		s = strings.TrimRight(s, ".?") + ". " + e.Remedy
 	}
 	return s
 }

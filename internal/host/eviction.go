@@ -44,9 +44,21 @@ func (h *Host) newEviction(entry *journal.Entry) *eviction {
 		changed: make(chan struct{})}
 	r := entry.Record()
 	if !r.Ended.IsZero() {
-		v.outcome, v.reason = outcomes[evict.Mark(r.Mark)], r.Reason
+		v.outcome, v.reason = outcomeOf(r), r.Reason
 	}
 	return v
+}
+
+// outcomeOf returns how an eviction ended, as its journal has it. A refusal has the mark of a
+// roll-back, as both leave the VM with the source. Only the report tells them apart.
+func outcomeOf(r journal.Record) string {
+	m := evict.Mark(r.Mark)
+	var report evict.Report
+	if m == evict.MarkRolledBack && json.Unmarshal(r.Report, &report) == nil &&
+		report.Outcome == string(evict.Refused) {
+		return report.Outcome
+	}
+	return outcomes[m]
 }
 
 // outcomes is what a mark that an eviction ended with says to people.

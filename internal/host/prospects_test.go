@@ -1,6 +1,8 @@
 package host
 
 import (
+	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -158,5 +160,49 @@ func TestDamagedIsNotGuessedAt(t *testing.T) {
 		if !strings.Contains(says, "damaged") || strings.Contains(says, "runs on") {
 			t.Errorf("it is said of a damaged eviction: %s", says)
 		}
+	}
+}
+
+// A refusal stays one when a daemon reads it again, beside roll-backs with the same mark.
+func TestRefusalIsReadAgain(t *testing.T) {
+	for outcome, report := range map[string]string{"refused": `{"outcome":"refused"}`,
+		"aborted": `{"outcome":"aborted"}`} {
+		h, _ := measured(t)
+		h.log = slog.New(slog.DiscardHandler)
+		entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: journal.Source,
+			VM: "web1", Peer: "hostb", Mark: string(evict.MarkBegun)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		v := h.newEviction(entry)
+		v.finish(evict.MarkRolledBack, evict.State(outcome), errors.New("why"), []byte(report))
+		again := h.newEviction(entry)
+		if v.outcome != outcome || again.outcome != outcome || again.reason != "why" {
+			t.Errorf("%s was %q, and is %q after a restart, as %q", outcome, v.outcome,
+				again.outcome, again.reason)
+		}
+		if says := again.undecidable(); !strings.Contains(says, "has ended: "+outcome) {
+			t.Errorf("%s: %s", outcome, says)
+		}
+	}
+}
+
+// While a twin is starting, nobody is told that the VM may run there.
+func TestAbortOfStartingTwin(t *testing.T) {
+	h, _ := measured(t)
+	entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: journal.Destination,
+		VM: "web1", Peer: "hosta", Mark: string(evict.MarkAccepted)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	says := h.newEviction(entry).unabortable()
+	for _, want := range []string{"VM web1 runs on host hosta", "just starting",
+		"`vacate abort " + entry.ID().String()[:8] + "` on host hosta"} {
+		if !strings.Contains(says, want) {
+			t.Errorf("nothing says %q: %s", want, says)
+		}
+	}
+	if strings.Contains(says, "may run") {
+		t.Error(says)
 	}
 }

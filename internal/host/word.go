@@ -197,7 +197,7 @@ func (v *eviction) undecidable() string {
 	case v.entry.Err() != nil:
 		return v.entry.Err().Error()
 	case v.ended():
-		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomes[m])
+		return fmt.Sprintf("the eviction of VM %s has ended: %s", r.VM, outcomeOf(r))
 	case m == evict.MarkResumedHere:
 		return fmt.Sprintf(
 			"an operator decided already that VM %s goes on on host %s, and vacated "+
@@ -228,6 +228,10 @@ func (v *eviction) unabortable() string {
 	switch {
 	case v.ended(), v.entry.Err() != nil:
 		return v.undecidable()
+	case evict.Mark(r.Mark) == evict.MarkAccepted && state == "":
+		return fmt.Sprintf("the eviction cannot be aborted on host %s yet: the VM's twin is just "+
+			"starting here, and VM %s runs on host %s. Run `vacate abort %.8v` on host %[3]s", here,
+			r.VM, r.Peer, r.ID)
 	case state == evict.CutOff:
 		where =
 			fmt.Sprintf("VM %s %s on host %s with the memory that has come, and host %s does "+
