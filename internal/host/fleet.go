@@ -325,6 +325,11 @@ func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 		r.Load.Closed = "its daemon is stopping"
 	}
 	m.mu.Unlock()
+	for _, v := range m.list() {
+		if v.entry.Err() == nil && !v.ended() {
+			r.Open++
+		}
+	}
 	if m.link == nil {
 		r.Load.Closed = "its daemon takes no VMs: listen is not set in its vacated.toml"
 	}

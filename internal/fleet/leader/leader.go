@@ -650,7 +650,8 @@ func (t *term) maintain(ctx context.Context) {
 		}
 		going, _ := t.planner.Remaining(now, name)
 		switch {
-		case m.Phase == view.Draining && len(h.told.VMs) == 0 && len(going) == 0:
+		case m.Phase == view.Draining && len(h.told.VMs) == 0 && len(going) == 0 &&
+			!t.busy(h):
 			m.Phase = view.Drained
 			next = append(next, m)
 		case m.Phase == view.Restoring && len(going) == 0:
@@ -665,6 +666,20 @@ func (t *term) maintain(ctx context.Context) {
 		}
 		t.announce(m)
 	}
+}
+
+// busy reports whether a host has a part in an eviction. A VM that runs elsewhere by now may still
+// need memory that only this host has.
+func (t *term) busy(h *hostState) bool {
+	if h.report.GetOpen() > 0 {
+		return true
+	}
+	for _, p := range t.plans {
+		if p.Decision.From == h.Name || p.Decision.To == h.Name {
+			return true
+		}
+	}
+	return false
 }
 
 // comeTo has maintenance come to its next phase, and reports whether it has.

@@ -183,7 +183,8 @@ type fake struct {
 	waits     float64 // cores that each VM waits for
 	odd       bool    // what it says of ends makes no sense
 	standing  *fleetv1.Standing
-	old       bool // it knows no Standing
+	old       bool   // it knows no Standing
+	open      uint32 // evictions that the fleet has not ordered
 	evictions []*fleetv1.OrderedEviction
 	refused   []string // orders, by why
 	stream    *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]
@@ -253,7 +254,7 @@ func (f *fake) tell(
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
-		Evictions: f.evictions, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
+		Evictions: f.evictions, Open: f.open, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
 			Available: 60 << 30, Rate: 1e9, Labels: f.labels,
 			Waiting: f.waits * float64(len(f.vms))}}
 	if f.waits > 0 {
@@ -987,6 +988,61 @@ func TestStanding(t *testing.T) {
 	if told(b) != nil {
 		t.Errorf("an older host is told %v", told(b))
 	}
+}
+
+// A host whose last VM runs elsewhere is not drained as long as it has memory of it: an operator
+// would switch it off.
+func TestDrainedAtTheEnd(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1"), s.host("hostb")
+	a.join(one)
+	b.join(one)
+	s.until("the eviction begins", func() bool {
+		boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
+		return a.begun() == 1
+	})
+	term := one.leads()
+	phase := func() view.Phase {
+		term.maintain(t.Context())
+		term.mu.Lock()
+		defer term.mu.Unlock()
+		return term.maintenance["hosta"].Phase
+	}
+	told := func(f func(*fleetv1.Report) bool) func() bool {
+		return func() bool {
+			term.mu.Lock()
+			defer term.mu.Unlock()
+			return f(term.hosts["hosta"].report)
+		}
+	}
+	// It runs at hostb, and its memory is still on its way.
+	a.mu.Lock()
+	delete(a.vms, "web1")
+	a.mu.Unlock()
+	s.until("the host tells of it no more",
+		told(func(r *fleetv1.Report) bool { return len(r.Vms) == 0 && len(r.Evictions) == 1 }))
+	if got := phase(); got != view.Draining {
+		t.Errorf("with an eviction under way that the fleet ordered it is %s", got)
+	}
+	a.mu.Lock()
+	a.open = 1 // another one, of an operator's
+	a.mu.Unlock()
+	a.end(b)
+	s.until("the plan has ended", func() bool {
+		got := decisions(t, boss)
+		return len(got) == 1 && got[0].State == "completed"
+	})
+	s.until("it tells of the other",
+		told(func(r *fleetv1.Report) bool { return len(r.Vms) == 0 && r.Open == 1 }))
+	if got := phase(); got != view.Draining {
+		t.Errorf("with an operator's eviction under way it is %s", got)
+	}
+	a.mu.Lock()
+	a.open = 0
+	a.mu.Unlock()
+	s.until("it is drained at the end", func() bool { return phase() == view.Drained })
 }
 
 // What a host says of the ends of evictions may be anything: the plans end, each of them.

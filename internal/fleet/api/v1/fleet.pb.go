@@ -244,7 +244,9 @@ type Report struct {
 	Load      *Load              `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
 	Vms       []*VM              `protobuf:"bytes,4,rep,name=vms,proto3" json:"vms,omitempty"`
 	// What its own guard makes of it, in a sentence. Empty: it has none.
-	Guard         string `protobuf:"bytes,5,opt,name=guard,proto3" json:"guard,omitempty"`
+	Guard string `protobuf:"bytes,5,opt,name=guard,proto3" json:"guard,omitempty"`
+	// Evictions from it and to it that have not ended, also those that nobody of the fleet ordered.
+	Open          uint32 `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -312,6 +314,13 @@ func (x *Report) GetGuard() string {
 		return x.Guard
 	}
 	return ""
+}
+
+func (x *Report) GetOpen() uint32 {
+	if x != nil {
+		return x.Open
+	}
+	return 0
 }
 
 type Load struct {
@@ -3260,13 +3269,14 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x0eheeds_standing\x18\x02 \x01(\bR\rheedsStanding\"0\n" +
 	"\x04Mark\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
-	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\xdb\x01\n" +
+	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\xef\x01\n" +
 	"\x06Report\x12)\n" +
 	"\x04mark\x18\x01 \x01(\v2\x15.vacate.fleet.v1.MarkR\x04mark\x12>\n" +
 	"\tevictions\x18\x02 \x03(\v2 .vacate.fleet.v1.OrderedEvictionR\tevictions\x12)\n" +
 	"\x04load\x18\x03 \x01(\v2\x15.vacate.fleet.v1.LoadR\x04load\x12%\n" +
 	"\x03vms\x18\x04 \x03(\v2\x13.vacate.fleet.v1.VMR\x03vms\x12\x14\n" +
-	"\x05guard\x18\x05 \x01(\tR\x05guard\"\xd1\x02\n" +
+	"\x05guard\x18\x05 \x01(\tR\x05guard\x12\x12\n" +
+	"\x04open\x18\x06 \x01(\rR\x04open\"\xd1\x02\n" +
 	"\x04Load\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\x01R\x04cpus\x12\x12\n" +
 	"\x04used\x18\x02 \x01(\x01R\x04used\x12\x18\n" +
