@@ -72,7 +72,8 @@ func TestFleetOrders(t *testing.T) {
 	var h *Host
 	begin := func(address string) (end func()) {
 		text := fmt.Sprintf("certs = \"hosta\"\nsocket = \"sock\"\njournal = \"journal\"\n"+
-			"vms = \"vms\"\n[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n", "brain1@"+address)
+			"vms = \"vms\"\n[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n"+
+			"[peers.hostb]\naddress = \"127.0.0.1:1\"\n", "brain1@"+address)
 		if err := os.WriteFile(path("vacated.toml"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -98,15 +99,24 @@ func TestFleetOrders(t *testing.T) {
 			Welcome: &fleetv1.Welcome{Epoch: epoch}}}
 	}
 	// order orders, and returns why that was refused.
-	order := func(epoch, plan uint64) string {
+	orderOf := func(vm string, epoch, plan uint64) string {
 		says <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Order{Order: &fleetv1.Order{
-			Epoch: epoch, Plan: plan, PlanId: fmt.Sprint(plan), Vm: "web1", To: "hostb"}}}
+			Epoch: epoch, Plan: plan, PlanId: fmt.Sprint(plan), Vm: vm, To: "hostb"}}}
 		for m := range said {
 			if a := m.GetAnswer(); a != nil && a.Plan == plan {
 				return a.Refused
 			}
 		}
 		return ""
+	}
+	order := func(epoch, plan uint64) string { return orderOf("web1", epoch, plan) }
+	if err := os.Mkdir(path("vms"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path("vms/pinned.toml"),
+		[]byte("pinned = true\ncommand = [\"/bin/qemu\", "+
+			"\"-qmp\", \"unix:{qmp}\"]\nqmp = \"/run/none\"\n"), 0o644); err != nil {
+		t.Fatal(err)
 	}
 	report := func() *fleetv1.Report {
 		for m := range said {
@@ -133,6 +143,7 @@ func TestFleetOrders(t *testing.T) {
 	is(order(10, 4), "told before")
 	is(order(9, 6), "a later leader")
 	is(order(10, 6), "web1")
+	is(orderOf("pinned", 10, 7), "VM pinned is pinned on host hosta")
 	standing := func(epoch uint64, phase string, rules ...string) {
 		says <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Standing{Standing: &fleetv1.Standing{
 			Epoch: epoch, Maintenance: phase, Reason: "new memory", Rules: rules}}}
@@ -167,7 +178,7 @@ func TestFleetOrders(t *testing.T) {
 	})
 	welcome(10)
 	is(order(10, 6), "told before")
-	is(order(11, 7), "web1")
+	is(order(11, 8), "web1")
 	said10 := func() int { return strings.Count(log.String(), "a later leader of the fleet was") }
 	before := said10()
 	standing(10, "")
@@ -179,9 +190,9 @@ func TestFleetOrders(t *testing.T) {
 	welcome(11)
 	standing(11, "")
 	until(t, "the present leader opens the host", func() bool { return off("web1", "") })
-	if r := report(); r.Mark.Epoch != 11 || r.Mark.Plan != 7 {
+	if r := report(); r.Mark.Epoch != 11 || r.Mark.Plan != 8 {
 		// One was on its way.
-		if r = report(); r.Mark.Epoch != 11 || r.Mark.Plan != 7 {
+		if r = report(); r.Mark.Epoch != 11 || r.Mark.Plan != 8 {
 			t.Errorf("it reports %v", r.Mark)
 		}
 	}
