@@ -73,7 +73,7 @@ const (
 )
 
 // copyState is what the QEMU of one side, as the journal identifies it, does.
-type copyState int
+type copyState uint8
 
 const (
 	copyGone     copyState = iota

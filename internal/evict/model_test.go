@@ -5,6 +5,7 @@ import (
 	"hash/maphash"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -272,7 +273,31 @@ type world struct {
 	lied    bool // the operator asserted that the destination is fenced, and it was not
 	gaveUp  bool // the operator gave up the copy here
 
-	bad string // what must never happen, and did
+	bad flaw // what must never happen, and did
+}
+
+// flaw is a text as its index in flaws. So a world has no pointers, and is quickly hashed.
+type flaw uint8
+
+var flaws = struct {
+	sync.Mutex
+	texts []string
+}{texts: []string{""}}
+
+func flawOf(text string) flaw {
+	flaws.Lock()
+	defer flaws.Unlock()
+	i := slices.Index(flaws.texts, text)
+	if i < 0 {
+		i, flaws.texts = len(flaws.texts), append(flaws.texts, text)
+	}
+	return flaw(i)
+}
+
+func (f flaw) String() string {
+	flaws.Lock()
+	defer flaws.Unlock()
+	return flaws.texts[f]
 }
 
 // edge is a step from one world to the next.
@@ -312,20 +337,20 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	w := &m.to
 	do(w)
 	switch there := w.d.twin == copyRunning || w.d.twin == copyComplete; {
-	case w.bad != "":
+	case w.bad != 0:
 	case there && w.s.guest == runsHere && !w.lied:
-		w.bad = "two copies run"
+		w.bad = flawOf("two copies run")
 	case (w.s.start == started || w.d.start == started) && (there || w.s.guest == runsHere) &&
 		!w.lied, w.s.start == started && w.d.start == started:
-		w.bad = "a VM was started that runs"
+		w.bad = flawOf("a VM was started that runs")
 	case there && w.aborted:
-		w.bad = "the twin runs after the operator was told that the eviction was aborted"
+		w.bad = flawOf("the twin runs after the operator was told that the eviction was aborted")
 	case w.s.guest == runsHere && w.s.given != 0:
-		w.bad = "the guest runs here without memory that was given back"
+		w.bad = flawOf("the guest runs here without memory that was given back")
 	case w.ran && w.s.guest == runsHere && !w.resumed:
-		w.bad = "the guest runs here from an older state than it had there, and nobody said so"
+		w.bad = flawOf("the guest runs here from an older state than it had there, and nobody said so")
 	case w.over && w.s.guest == runsHere && !w.unheard && !w.forgot:
-		w.bad = "the guest runs here, and it ended itself there"
+		w.bad = flawOf("the guest runs here, and it ended itself there")
 	}
 	// Forget what no longer makes a difference, to have fewer worlds.
 	if w.over && w.d.twin != copyComplete {
@@ -374,10 +399,10 @@ func (w *world) sayToD(what word) {
 
 func (w *world) sayToS(what word) {
 	if what == neverRan && w.d.twin != copyGone {
-		w.bad = "the destination says never ran while the twin lives"
+		w.bad = flawOf("the destination says never ran while the twin lives")
 	}
 	if what == lost && w.d.ended && !w.resumed {
-		w.bad = "the destination says lost, and heard that the guest ended itself"
+		w.bad = flawOf("the destination says lost, and heard that the guest ended itself")
 	}
 	if w.s.session {
 		w.toS.put(what)
@@ -481,7 +506,7 @@ func (m *model) sourceTakes(w *world, st step) {
 	case stepHold:
 		w.s.phase = holding
 		if w.s.guest != gone {
-			w.bad = "the source finds a contradiction"
+			w.bad = flawOf("the source finds a contradiction")
 		}
 	default:
 		w.s.phase = ended
@@ -532,7 +557,7 @@ func (m *model) source(w world) {
 				if w.s.sent&p == 0 && !(w.stands && p == leftOut) {
 					m.add(fmt.Sprintf("source sends page %d", p), false, func(w *world) {
 						if w.s.given&p&^w.d.placed != 0 && !w.over {
-							w.bad = "the source sends zeroes for a page that it gave back"
+							w.bad = flawOf("the source sends zeroes for a page that it gave back")
 						}
 						w.s.sent |= p
 						if w.d.session {
@@ -637,7 +662,7 @@ func (m *model) source(w world) {
 				if w.s.phase, w.aborted = ended, !w.resumed; !w.stands {
 					w.s.guest = runsHere
 				} else if m.imposing {
-					w.bad = "the source runs a guest that stood"
+					w.bad = flawOf("the source runs a guest that stood")
 				} else if w.s.guest == stopped || w.s.guest == kept {
 					w.s.guest = standing
 				}
@@ -656,7 +681,7 @@ func (m *model) source(w world) {
 	case quitting:
 		m.add("source ends its QEMU", false, func(w *world) {
 			if w.s.guest != gone && !w.whole && !w.gaveUp && !w.over {
-				w.bad = "the source ends its QEMU, and the twin lacks pages"
+				w.bad = flawOf("the source ends its QEMU, and the twin lacks pages")
 			}
 			w.s.phase, w.s.guest, w.s.auto = ended, gone, false
 			m.leaveS(w)
@@ -758,7 +783,7 @@ func (m *model) sourceHears(w *world, said word) {
 		case neverRan, unknown:
 			m.sourceTakes(w, m.sourceStep(MarkBegun, w.s.guest.state()))
 		default:
-			w.bad = "a source that did not commit hears that the twin may run"
+			w.bad = flawOf("a source that did not commit hears that the twin may run")
 		}
 	case committed, asking, pushing, holding:
 		a, ok := answers[said]
@@ -800,7 +825,7 @@ func (m *model) destinationTakes(w *world, st step) {
 	case stepLose:
 		w.d.phase = tellsLost
 	case stepHold:
-		w.bad = "the destination finds a contradiction"
+		w.bad = flawOf("the destination finds a contradiction")
 	default:
 		w.d.phase = ended
 	}
@@ -952,7 +977,7 @@ func (m *model) destination(w world) {
 	case kills:
 		m.add("destination kills the twin", false, func(w *world) {
 			if w.ran && !w.resumed {
-				w.bad = "the destination kills a twin that ran"
+				w.bad = flawOf("the destination kills a twin that ran")
 			}
 			if w.d.twin != copyGone && w.d.journal.mark() == MarkMayRun {
 				w.bereft = true // by what is on disk, it dies after it may have run
@@ -985,7 +1010,7 @@ func (m *model) destination(w world) {
 	case tellsLost:
 		do := func(w *world) {
 			if w.d.twin != copyGone && w.ran && !w.resumed {
-				w.bad = "the destination kills a twin that ran"
+				w.bad = flawOf("the destination kills a twin that ran")
 			}
 			w.d.twin, w.d.phase = copyGone, ended
 			w.sayToSIfAny(lost)
@@ -997,9 +1022,9 @@ func (m *model) destination(w world) {
 func (m *model) cont(w *world) {
 	switch {
 	case w.stands:
-		w.bad = "the destination runs a guest that stood"
+		w.bad = flawOf("the destination runs a guest that stood")
 	case w.d.ran:
-		w.bad = "the destination runs a guest that its operator paused"
+		w.bad = flawOf("the destination runs a guest that its operator paused")
 	}
 	w.d.phase = running
 	m.runs(w)
@@ -1009,10 +1034,10 @@ func (m *model) cont(w *world) {
 func (m *model) runs(w *world) {
 	w.d.twin, w.ran = copyRunning, true
 	if w.s.stale && !w.resumed {
-		w.bad = "the twin runs from an older state than the guest had here"
+		w.bad = flawOf("the twin runs from an older state than the guest had here")
 	}
 	if w.s.guest == gone && !w.died && !w.gaveUp {
-		w.bad = "the twin runs though its source was retired"
+		w.bad = flawOf("the twin runs though its source was retired")
 	}
 }
 
@@ -1124,7 +1149,7 @@ func (m *model) qemu(w world) {
 		m.add("the manager runs the twin", false, func(w *world) {
 			w.d.told = false
 			if w.d.ran {
-				w.bad = "the manager runs a guest that its operator paused"
+				w.bad = flawOf("the manager runs a guest that its operator paused")
 			}
 			m.runs(w)
 		})
@@ -1331,18 +1356,14 @@ func (x *worldIndex) note(slot uint64, n int32) {
 
 // explore tries everything, breadth first, so that its trace is one of the shortest.
 func explore(r rules, limit int) verdict {
-	type origin struct {
-		from int32
-		what string
-	}
 	var first world
 	first.s.phase, first.d.phase, first.s.guest = idle, idle, runsHere
 	first.s.auto = r.managed
 	m := &model{rules: r, texts: map[writing]string{}}
-	worlds, origins := []world{}, []origin{}
+	worlds, origins := []world{}, []int32{}
 	index := newWorldIndex()
 	// number returns a world's number, and whether it is new.
-	number := func(w *world, from origin) (n int32, isNew bool) {
+	number := func(w *world, from int32) (n int32, isNew bool) {
 		at, n := index.find(w, worlds)
 		if n >= 0 {
 			return n, false
@@ -1352,11 +1373,13 @@ func explore(r rules, limit int) verdict {
 		index.note(at, n)
 		return n, true
 	}
-	number(&first, origin{-1, ""})
+	number(&first, -1)
 	var v verdict
 	trace := func(i int32) (t []string) {
-		for ; i > 0; i = origins[i].from {
-			t = append(t, origins[i].what)
+		for ; i > 0; i = origins[i] {
+			edges := m.next(worlds[origins[i]])
+			t = append(t, edges[slices.IndexFunc(edges,
+				func(e edge) bool { return e.to == worlds[i] })].what)
 		}
 		slices.Reverse(t)
 		return t
@@ -1371,10 +1394,10 @@ func explore(r rules, limit int) verdict {
 				continue
 			}
 			v.steps++
-			n, isNew := number(&e.to, origin{i, e.what})
+			n, isNew := number(&e.to, i)
 			if isNew {
-				if e.to.bad != "" {
-					v.states, v.bad, v.trace = len(worlds), e.to.bad, trace(n)
+				if bad := e.to.bad; bad != 0 {
+					v.states, v.bad, v.trace = len(worlds), bad.String(), trace(n)
 					return v
 				}
 				if len(worlds) > limit {
