@@ -37,8 +37,8 @@ NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOth
 
 # Cases with other QEMUs and kernels than Debian 12's, other servers, and much memory: `make variants`
 # has these, and so has `make nightly`.
-VARYING = vacate/internal/evict vacate/lab
-VARIANTS = ^TestExport$$/^(newest|debian)|^TestAfterwards$$/^newest|^TestStanding$$/^(newest|debian)|^TestMatrix$$/^5_GB$$|^TestBackports$$|^TestAbortsBackports$$|^TestSwitchesDebian12$$|^TestMigrateBackports$$|^TestKernels$$/^(5.10|6.12|sid|backports)$$|^TestServers$$/^(redis|postgresql)$$
+VARYING = vacate/internal/evict vacate/internal/guest/linux vacate/lab
+VARIANTS = ^TestExport$$/^(newest|debian)|^TestAfterwards$$/^newest|^TestStanding$$/^(newest|debian)|^TestMatrix$$/^5_GB$$|^TestVariants$$/^5_GB$$|^TestBackports$$|^TestAbortsBackports$$|^TestSwitchesDebian12$$|^TestMigrateBackports$$|^TestKernels$$/^(5.10|6.12|sid|backports)$$|^TestServers$$/^(redis|postgresql)$$
 # $(call skip,|MORE TESTS)
 skip = -skip '^($(NOTESTS)$(if $(LINTED),|$(PROSE))$(1))$$|$(VARIANTS)'
 TEST = $(GO) test $(call skip) $(if $(LINTED),-vet=off) $(TESTFLAGS)

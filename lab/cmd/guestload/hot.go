@@ -105,10 +105,11 @@ func (h *hotSet) start(slow bool) {
 	}
 }
 
-// A slow worker rests for restTime after restAfter turns.
+// A slow worker rests for restTime after restAfter turns. Under emulation it costs as much to wake
+// up as some hundred turns do.
 const (
-	restAfter = 32
-	restTime  = 5 * time.Millisecond
+	restAfter = 64
+	restTime  = 40 * time.Millisecond
 )
 
 // run works until the set stops. One turn: pick a page; look up its

@@ -80,7 +80,7 @@ func run() error {
 			huge[i*4096%len(huge)]++
 			os.WriteFile("/tmp/changing", small[:(i%64)<<12], 0o644)
 			working.Unlock()
-			time.Sleep(time.Millisecond)
+			time.Sleep(5 * time.Millisecond)
 		}
 	}()
 	lines := bufio.NewScanner(port)
@@ -123,7 +123,7 @@ func fill(size, advice int) ([]byte, error) {
 func child() {
 	fill(4<<20, syscall.MADV_NOHUGEPAGE)
 	for {
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
