@@ -348,7 +348,8 @@ func (m *model) add(what string, fault bool, do func(w *world)) {
 	case w.s.guest == runsHere && w.s.given != 0:
 		w.bad = flawOf("the guest runs here without memory that was given back")
 	case w.ran && w.s.guest == runsHere && !w.resumed:
-		w.bad = flawOf("the guest runs here from an older state than it had there, and nobody said so")
+		w.bad =
+			flawOf("the guest runs here from an older state than it had there, and nobody said so")
 	case w.over && w.s.guest == runsHere && !w.unheard && !w.forgot:
 		w.bad = flawOf("the guest runs here, and it ended itself there")
 	}
