@@ -85,7 +85,7 @@ func (p *arrivals) claim(runs []pageRun, data []byte) (fresh []pageRun, kept []b
 	defer p.mu.Unlock()
 	twice := false
 	for _, r := range runs {
-		if first, n := p.received[r.Block].Next(r.First, 1); n > 0 && first < r.End() {
+		if _, n := p.received[r.Block].Next(r.First, r.End(), 1); n > 0 {
 			twice = true
 		}
 	}
@@ -135,17 +135,25 @@ func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, r := range runs {
-		for page := r.First; page < r.End(); page++ {
-			if !p.received[r.Block].Add(page) {
-				p.stats.Duplicate++
-			} else if _, ok := p.waiting[pageKey{r.Block, page}]; ok {
+		received, fresh := p.received[r.Block], 0
+		for at := r.First; ; {
+			first, n := received.NextGap(at, r.End(), r.Count)
+			if n == 0 {
+				break
+			}
+			received.AddRun(first, n)
+			p.skipped[r.Block].AddRun(first, n)
+			p.missing -= n
+			fresh += n
+			at = first + pageset.Page(n)
+			for _, page := range p.waitingIn(pageset.Run{Block: r.Block, First: first, Count: n}) {
+				p.skipped[r.Block].Remove(page)
+				p.missing++
 				wanted = append(wanted,
 					pageRun{pageset.Run{Block: r.Block, First: page, Count: 1}, true})
-			} else {
-				p.skipped[r.Block].Add(page)
-				p.missing--
 			}
 		}
+		p.stats.Duplicate += r.Count - fresh
 	}
 	p.stats.FreeTouched += len(wanted)
 	p.checkWhole()
@@ -159,17 +167,36 @@ func (p *arrivals) placed(runs []pageRun) {
 	now := time.Now()
 	for _, r := range runs {
 		p.missing -= r.Count
-		for page := r.First; page < r.End() && len(p.waiting) > 0; page++ {
-			if since, ok := p.waiting[pageKey{r.Block, page}]; ok {
-				delete(p.waiting, pageKey{r.Block, page})
-				p.stats.Fetches++
-				if len(p.delays) < maxDelays {
-					p.delays = append(p.delays, now.Sub(since).Seconds())
-				}
+		for _, page := range p.waitingIn(r.Run) {
+			since := p.waiting[pageKey{r.Block, page}]
+			delete(p.waiting, pageKey{r.Block, page})
+			p.stats.Fetches++
+			if len(p.delays) < maxDelays {
+				p.delays = append(p.delays, now.Sub(since).Seconds())
 			}
 		}
 	}
 	p.checkWhole()
+}
+
+// waitingIn returns the pages of a run that the guest waits for. The run may be long, while the
+// guest waits for few pages. The caller holds mu.
+func (p *arrivals) waitingIn(r pageset.Run) (pages []pageset.Page) {
+	if len(p.waiting) < r.Count {
+		for k := range p.waiting {
+			if k.block == r.Block && k.page >= r.First && k.page < r.End() {
+				pages = append(pages, k.page)
+			}
+		}
+		slices.Sort(pages)
+		return pages
+	}
+	for page := r.First; page < r.End(); page++ {
+		if _, ok := p.waiting[pageKey{r.Block, page}]; ok {
+			pages = append(pages, page)
+		}
+	}
+	return pages
 }
 
 // recount closes done after restock if no page is missing.
@@ -225,11 +252,10 @@ const freeAround = 128 << 10
 func (p *arrivals) takeSkipped(runs []pageRun, block int, at, end pageset.Page) []pageRun {
 	set := p.skipped[block]
 	for {
-		first, n := set.Next(at, int(end-at))
-		if n == 0 || first >= end {
+		first, n := set.Next(at, end, int(end-at))
+		if n == 0 {
 			return runs
 		}
-		n = min(n, int(end-first))
 		set.RemoveRun(first, n)
 		p.missing += n
 		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: n}, true})
@@ -264,7 +290,7 @@ func (p *arrivals) restock(count func() ([]*pageset.Set, error)) error {
 	p.missing, p.whole = 0, make(chan struct{})
 	for i, set := range placed {
 		for at := pageset.Page(0); ; {
-			first, n := p.skipped[i].Next(at, set.Size())
+			first, n := p.skipped[i].Next(at, set.End(), set.Size())
 			if n == 0 {
 				break
 			}
@@ -316,7 +342,7 @@ func (p *arrivals) discards() []byte {
 			}
 		}
 		for at := pageset.Page(0); ; {
-			first, n := set.NextGap(at, set.Size())
+			first, n := set.NextGap(at, set.End(), set.Size())
 			if n == 0 {
 				break
 			}

@@ -350,11 +350,11 @@ func appendPresent(b []byte, block int, first, count int, set *pageset.Set) []by
 	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
 	words := make([]uint64, (count+63)/64)
 	for p := pageset.Page(first); ; {
-		at, n := set.Next(p, set.Size())
-		if n == 0 || int(at) >= first+count {
+		at, n := set.Next(p, pageset.Page(first+count), count)
+		if n == 0 {
 			break
 		}
-		for ; n > 0 && int(at) < first+count; n, at = n-1, at+1 {
+		for ; n > 0; n, at = n-1, at+1 {
 			i := int(at) - first
 			words[i/64] |= 1 << (i % 64)
 		}

@@ -121,41 +121,43 @@ func (s *Set) change(first Page, n int, apply func(w *uint64, mask uint64) int, 
 	return changed
 }
 
-// Next returns the first run of pages in the set at or after from, at most limit pages
-// long. It returns a count of 0 when there is none.
-func (s *Set) Next(from Page, limit int) (first Page, count int) { return s.next(from, limit, 0) }
+// Next returns the first run of pages in the set from a page on and before end, at most limit pages
+// long. It returns a count of 0 when there is none. It looks at no page that the answer does not
+// depend on, so that its time does not grow with the block.
+func (s *Set) Next(from, end Page, limit int) (first Page, count int) {
+	return s.next(from, end, limit, 0)
+}
 
 // NextGap is Next for pages of the block that are not in the set.
-func (s *Set) NextGap(from Page, limit int) (first Page, count int) {
-	return s.next(from, limit, ^uint64(0))
+func (s *Set) NextGap(from, end Page, limit int) (first Page, count int) {
+	return s.next(from, end, limit, ^uint64(0))
 }
 
-func (s *Set) next(from Page, limit int, invert uint64) (first Page, count int) {
-	first = s.find(from, invert)
-	if first >= Page(s.size) {
+// End returns the page after the last of the block.
+func (s *Set) End() Page { return Page(s.size) }
+
+func (s *Set) next(from, end Page, limit int, invert uint64) (first Page, count int) {
+	end = min(end, s.End())
+	first = s.find(from, end, invert)
+	if first >= end || limit <= 0 {
 		return first, 0
 	}
-	end := s.find(first, ^invert)
-	if n := uint64(end - first); n < uint64(limit) {
-		return first, int(n)
-	}
-	return first, limit
+	return first, int(s.find(first, min(end-first, Page(limit))+first, ^invert) - first)
 }
 
-// find returns the first page at or after from whose bit, after XOR with invert, is set. If there
-// is none, it returns the size of the block.
-func (s *Set) find(from Page, invert uint64) Page {
-	if from >= Page(s.size) {
-		return Page(s.size)
+// find returns the first page from a page on whose bit, after XOR with invert, is set. If there is
+// none before end, it returns end. No page of the block lies behind end.
+func (s *Set) find(from, end Page, invert uint64) Page {
+	if from >= end {
+		return end
 	}
-	word := from / 64
+	word, last := from/64, (end-1)/64
 	w := (s.words[word] ^ invert) &^ (1<<(from%64) - 1)
 	for w == 0 {
-		word++
-		if word >= Page(len(s.words)) {
-			return Page(s.size)
+		if word++; word > last {
+			return end
 		}
 		w = s.words[word] ^ invert
 	}
-	return min(word*64+Page(bits.TrailingZeros64(w)), Page(s.size))
+	return min(word*64+Page(bits.TrailingZeros64(w)), end)
 }

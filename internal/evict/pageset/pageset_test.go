@@ -65,7 +65,7 @@ func TestSetAgainstMap(t *testing.T) {
 		limit := rapid.IntRange(1, 100).Draw(t, "limit")
 		seen := 0
 		for p := Page(0); ; {
-			first, n := set.Next(p, limit)
+			first, n := set.Next(p, set.End(), limit)
 			if n == 0 {
 				break
 			}
@@ -99,9 +99,39 @@ func TestNextGap(t *testing.T) {
 		}
 		from, limit := Page(rapid.IntRange(0, size).Draw(t, "from")), rapid.IntRange(1,
 			size).Draw(t, "limit")
-		first, n := set.NextGap(from, limit)
-		if wantFirst, want := rest.Next(from, limit); n != want || n > 0 && first != wantFirst {
+		end := Page(rapid.IntRange(0, size+70).Draw(t, "end"))
+		first, n := set.NextGap(from, end, limit)
+		wantFirst, want := rest.Next(from, end, limit)
+		if n != want || n > 0 && first != wantFirst {
 			t.Fatalf("%d pages from %d on, want %d from %d on", n, first, want, wantFirst)
 		}
+		if n > 0 && first+Page(n) > end {
+			t.Fatalf("%d pages from %d on, want none from %d on", n, first, end)
+		}
 	})
+}
+
+// What it takes to find pages must not grow with the block: the push and the arrivals look for
+// pages in every frame.
+func TestNextLooksNoFartherThanItMust(t *testing.T) {
+	for name, fill := range map[string]uint64{"empty": 0, "full": ^uint64(0)} {
+		// Looking behind the second word is a panic.
+		set := &Set{words: []uint64{fill, fill}, size: 1 << 20}
+		if first, n := set.Next(3, 128, 1<<20); fill != 0 && (first != 3 || n != 125) {
+			t.Errorf("%s: %d pages from %d on, want 125 from 3 on", name, n, first)
+		}
+		if first, n := set.NextGap(3, 128, 1<<20); fill == 0 && (first != 3 || n != 125) {
+			t.Errorf("%s: %d pages not there from %d on, want 125 from 3 on", name, n, first)
+		}
+		if fill == 0 {
+			_, n := set.NextGap(3, set.End(), 100)
+			if n != 100 {
+				t.Errorf("%s: %d pages not there, want 100", name, n)
+			}
+			continue
+		}
+		if _, n := set.Next(3, set.End(), 100); n != 100 {
+			t.Errorf("%s: %d pages, want 100", name, n)
+		}
+	}
 }

@@ -240,11 +240,10 @@ func (o *Order) take(dst []pageset.Run, run pageset.Run, limit int, why Reason) 
 	}
 	set := o.left[run.Block]
 	for p := run.First; limit > 0; {
-		first, n := set.Next(p, limit)
-		if n == 0 || first >= run.End() {
+		first, n := set.Next(p, run.End(), limit)
+		if n == 0 {
 			break
 		}
-		n = min(n, int(run.End()-first))
 		set.RemoveRun(first, n)
 		for i := range n {
 			o.why[run.Block][first+pageset.Page(i)] = uint8(why)
