@@ -42,11 +42,11 @@ func (d *departures) begin(l layout, policy pushorder.Policy, begun time.Time) {
 	}
 }
 
-// plan makes the push follow a plan.
-func (d *departures) plan(runs []pageset.Run) {
+// plan makes the push follow a plan, which it keeps.
+func (d *departures) plan(p pushorder.Plan) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.order.SetPlan(runs)
+	d.order.SetPlan(p)
 }
 
 // relate sets which pages are neighbours.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -44,9 +46,11 @@ const (
 type survey struct {
 	agent   string // the agent's socket; empty if it cannot be asked, for the reason in noAgent
 	noAgent error
-	guest   *linux.Guest      // nil if the engine cannot look into it
-	pages   *pageclass.Survey // nil until it is made
-	joined  bool              // the push follows it
+	// These two take many bytes a page, and are nil once the push follows what they say.
+	guest *linux.Guest      // nil if the engine cannot look into it, too
+	pages *pageclass.Survey // nil until it is made, too
+
+	classes [][]pageclass.Class // of each page, by block; nil unless the push follows the survey
 	report  Enlightening
 }
 
@@ -208,6 +212,19 @@ func (e *source) leaveOut(runs []pageset.Run, why pushorder.Reason) {
 	}
 }
 
+// leaveOutFree leaves out the free pages, a few at a time: fetches must not wait until all are
+// taken.
+func (e *source) leaveOutFree(runs iter.Seq[pageset.Run]) {
+	var some []pageset.Run
+	for r := range runs {
+		if some = append(some, r); len(some) == maxRuns {
+			e.leaveOut(some, pushorder.Skipped)
+			some = some[:0]
+		}
+	}
+	e.leaveOut(some, pushorder.Skipped)
+}
+
 // learn does enlighten's work.
 func (e *source) learn() {
 	ctx, cancel := e.bound(context.Background(), surveyLimit,
@@ -217,19 +234,22 @@ func (e *source) learn() {
 		e.lookInside(ctx)
 	}
 	start := time.Now()
-	survey := e.survey.pages
-	blocks, frames := e.frozen.layout.blocks(), e.frozen.frames()
+	survey, guest := e.survey.pages, e.survey.guest
+	e.survey.pages, e.survey.guest = nil, nil
+	frames := e.frozen.frames()
 	var first []pageset.Run
-	if e.survey.guest != nil && e.Order.Base == pushorder.Enlightened {
-		list, err := e.survey.guest.First(ctx)
+	if guest != nil && e.Order.Base == pushorder.Enlightened {
+		list, err := guest.First(ctx)
 		if err == nil { // else the survey says the same
-			first = pushorder.Locate(blocks, list, frames)
-			e.departures.plan(first)
+			first = pushorder.Locate(e.frozen.layout.blocks(), list, frames)
+			e.departures.plan(pushorder.PlanOf(first))
 			e.survey.report.First = e.sinceFreeze()
 		}
 	}
-	if e.survey.guest != nil {
-		r, err := e.survey.guest.Survey(ctx)
+	mayLeaveOut := guest != nil && !e.SendFree
+	if guest != nil {
+		r, err := guest.Survey(ctx)
+		guest = nil
 		if err != nil {
 			e.survey.doubt("the frozen guest has changed", err)
 			return
@@ -241,20 +261,26 @@ func (e *source) learn() {
 	if survey == nil {
 		return
 	}
-	plan := pushorder.NewPlan(e.Order, blocks, survey, frames)
-	plan = append(first, plan...)
-	var free []pageset.Run
-	if e.survey.guest != nil && !e.SendFree {
-		free = pushorder.Skippable(blocks, survey, frames)
-	}
-	e.departures.plan(plan)
-	e.survey.pages, e.survey.joined = survey, true
+	e.departures.plan(pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), survey, frames, first...))
 	e.survey.report.Survey = time.Since(start).Seconds()
 	e.survey.report.Known = e.sinceFreeze()
-	e.leaveOut(free, pushorder.Skipped)
-	if e.Map != nil {
-		e.departures.trace.learn(survey, frames)
+	e.keepKnown(survey, frames, mayLeaveOut)
+}
+
+// keepKnown keeps of the survey what the engine needs after the plan, and leaves out the free pages
+// if it may. The engine may be one of many on a host that is short of memory. So the survey's list
+// of pages, which is larger than all that is kept, goes before more is made of the rest of it.
+func (e *source) keepKnown(survey *pageclass.Survey, frames []pushorder.Frames, mayLeaveOut bool) {
+	blocks := e.frozen.layout.blocks()
+	if mayLeaveOut {
+		e.leaveOutFree(pushorder.Skippable(blocks, survey, frames))
 	}
+	e.survey.classes = e.frozen.layout.classes(survey.Pages, frames)
+	survey.Pages = nil
+	if e.Map != nil {
+		e.departures.trace.learn(e.survey.classes)
+	}
+	debug.FreeOSMemory()
 	// Until this is known, neighbours are those in physical memory.
 	e.departures.relate(pushorder.NewKinship(e.Order, blocks, survey, frames))
 }
@@ -352,11 +378,11 @@ type ClassCount struct {
 // account sums up by class. Nothing may be sent any more.
 func (e *source) account() Enlightening {
 	r := e.survey.report
-	if !e.survey.joined {
+	classes := e.survey.classes
+	if classes == nil {
 		r.Source = Off
 		return r
 	}
-	classes := e.classes()
 	var counts [pageclass.Classes]ClassCount
 	e.departures.each(e.frozen.layout,
 		func(i int, p pageset.Page, why pushorder.Reason, late bool) {
@@ -382,14 +408,13 @@ func (e *source) account() Enlightening {
 
 // classes returns the class of each page, by block. A huge page counts as the first class, in the
 // paper's order, of any page in it.
-func (e *source) classes() [][]pageclass.Class {
-	classes := make([][]pageclass.Class, len(e.frozen.layout))
-	for i, b := range e.frozen.layout {
+func (l layout) classes(surveyed []pageclass.Page, frames []pushorder.Frames) [][]pageclass.Class {
+	classes := make([][]pageclass.Class, len(l))
+	for i, b := range l {
 		classes[i] = make([]pageclass.Class, b.Pages)
 	}
-	surveyed := e.survey.pages.Pages
-	for _, f := range e.frozen.frames() {
-		each := e.frozen.layout[f.Run.Block].PageSize / migstream.TargetPageSize
+	for _, f := range frames {
+		each := l[f.Run.Block].PageSize / migstream.TargetPageSize
 		for i := range f.Run.Count {
 			from := min(f.First+uint64(i)*each, uint64(len(surveyed)))
 			class := pageclass.Unknown

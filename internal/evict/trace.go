@@ -10,7 +10,6 @@ import (
 	"vacate/internal/evict/pageset"
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/guest/pageclass"
-	"vacate/internal/qemu/migstream"
 )
 
 // Trace is what a source did, page by page and over time; a report draws it. Its size does not grow
@@ -139,31 +138,19 @@ func (t *Trace) cell(block int, p pageset.Page) int {
 	return t.Blocks[block].Cell + int(p)/t.PagesPerCell
 }
 
-// classOf is the class of a page of some frames. Of a page of several frames, the first one counts.
-func (t *Trace) classOf(s *pageclass.Survey, f pushorder.Frames, page int) pageclass.Class {
-	per := t.Blocks[f.Run.Block].PageSize / migstream.TargetPageSize
-	if n := f.First + uint64(page)*per; s != nil && n < uint64(len(s.Pages)) &&
-		s.Pages[n].Kind != pageclass.None {
-		return s.Pages[n].Class
-	}
-	return pageclass.Unknown
-}
-
-// classify fills in the class of each cell.
-func (t *Trace) classify(class []uint8, s *pageclass.Survey, frames []pushorder.Frames) {
-	for _, f := range frames {
-		for i := 0; i < f.Run.Count; i++ {
-			p := f.Run.First + pageset.Page(i)
-			if i == 0 || int(p)%t.PagesPerCell == 0 {
-				class[t.cell(f.Run.Block, p)] = uint8(t.classOf(s, f, i))
-			}
+// classify fills in the class of each cell, which is that of its first page. classes has that of
+// each page, by block; it may be nil.
+func (t *Trace) classify(class []uint8, classes [][]pageclass.Class) {
+	for i, of := range classes {
+		for p := 0; p < len(of); p += t.PagesPerCell {
+			class[t.cell(i, pageset.Page(p))] = uint8(of[p])
 		}
 	}
 }
 
 // learn sets the classes of the cells while pages are still noted. It takes the lock only for a
 // moment: the push needs that, too.
-func (t *tracer) learn(s *pageclass.Survey, frames []pushorder.Frames) {
+func (t *tracer) learn(classes [][]pageclass.Class) {
 	t.mu.Lock()
 	known := Trace{Blocks: t.trace.Blocks, PagesPerCell: t.trace.PagesPerCell}
 	class := make([]uint8, len(t.trace.Class))
@@ -171,14 +158,14 @@ func (t *tracer) learn(s *pageclass.Survey, frames []pushorder.Frames) {
 	if known.PagesPerCell == 0 {
 		return
 	}
-	known.classify(class, s, frames)
+	known.classify(class, classes)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.trace.Class = class
 }
 
-// result returns the trace, with the classes of a survey, which may be nil. No more may be noted.
-func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, bool) {
+// result returns the trace, with the classes of the pages, which may be nil. No more may be noted.
+func (t *tracer) result(classes [][]pageclass.Class) (Trace, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	tr := t.trace
@@ -191,7 +178,7 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	for c := range pageclass.Classes {
 		tr.Classes = append(tr.Classes, c.String())
 	}
-	tr.classify(tr.Class, s, frames)
+	tr.classify(tr.Class, classes)
 	tr.StepMS = int(t.step.Milliseconds())
 	tr.Pages, tr.Fetched = make([][]uint32, len(t.steps)), make([][]uint32, len(t.steps))
 	for i, by := range t.steps {
@@ -199,10 +186,8 @@ func (t *tracer) result(s *pageclass.Survey, frames []pushorder.Frames) (Trace, 
 	}
 	for _, f := range t.fetches {
 		c := pageclass.Unknown
-		for _, fr := range frames {
-			if fr.Run.Block == f.block && f.page >= fr.Run.First && f.page < fr.Run.End() {
-				c = tr.classOf(s, fr, int(f.page-fr.Run.First))
-			}
+		if classes != nil {
+			c = classes[f.block][f.page]
 		}
 		tr.Fetched[min(int(f.after/t.step), len(t.steps)-1)][c]++
 	}
@@ -230,11 +215,7 @@ func (e *source) keepTrace() {
 	if e.Journal == nil {
 		return
 	}
-	var frames []pushorder.Frames
-	if e.frozen != nil {
-		frames = e.frozen.frames()
-	}
-	t, ok := e.departures.trace.result(e.survey.pages, frames)
+	t, ok := e.departures.trace.result(e.survey.classes)
 	if !ok {
 		return
 	}

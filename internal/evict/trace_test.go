@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"slices"
 	"testing"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 func TestTrace(t *testing.T) {
 	var tr tracer
 	tr.note(pushorder.Planned, []pageset.Run{{Count: 1}}) // nothing is known about the pages yet
-	if _, ok := tr.result(nil, nil); ok {
+	if _, ok := tr.result(nil); ok {
 		t.Error("a trace of nothing")
 	}
 	l := layout{{Name: "ram", PageSize: 4096, Pages: 10}, {Name: "rom", PageSize: 4096, Pages: 3}}
@@ -26,11 +27,8 @@ func TestTrace(t *testing.T) {
 	tr.note(pushorder.Planned,
 		[]pageset.Run{{Block: 0, First: 3, Count: 4}, {Block: 1, First: 0, Count: 3},
 			{Block: 0, First: 9, Count: 0}})
-	s := &pageclass.Survey{Pages: make([]pageclass.Page, 100)}
-	for i := range s.Pages {
-		s.Pages[i] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
-	}
-	got, ok := tr.result(s, []pushorder.Frames{{First: 90, Run: pageset.Run{Block: 0, Count: 10}}})
+	got, ok := tr.result([][]pageclass.Class{
+		slices.Repeat([]pageclass.Class{pageclass.UserData}, 10), make([]pageclass.Class, 3)})
 	if !ok || got.PagesPerCell != 1 || len(got.When) != 13 || got.StepMS != 10 {
 		t.Fatalf("%+v", got)
 	}
@@ -89,7 +87,7 @@ func TestTraceIsBounded(t *testing.T) {
 		tr.note(pushorder.Fetched, []pageset.Run{{First: pages - 1, Count: 1}})
 	}
 	tr.note(pushorder.Skipped, []pageset.Run{{Count: pages}})
-	got, _ := tr.result(nil, []pushorder.Frames{{Run: pageset.Run{Count: pages}}})
+	got, _ := tr.result(nil)
 	if len(got.When) > maxCells || len(got.Pages) > maxSteps {
 		t.Errorf("%d cells, %d steps", len(got.When), len(got.Pages))
 	}
@@ -124,11 +122,8 @@ func TestMap(t *testing.T) {
 	tr.open(time.Now(), layout{{Name: "ram", PageSize: 4096, Pages: 16}})
 	tr.note(pushorder.Planned, []pageset.Run{{First: 0, Count: 3}})
 	tr.note(pushorder.Fetched, []pageset.Run{{First: 3, Count: 1}, {First: 8, Count: 2}})
-	s := &pageclass.Survey{Pages: make([]pageclass.Page, 16)}
-	for i := range s.Pages {
-		s.Pages[i] = pageclass.Page{Kind: pageclass.Anon, Class: pageclass.UserData}
-	}
-	tr.learn(s, []pushorder.Frames{{First: 0, Run: pageset.Run{Count: 8}}})
+	tr.learn([][]pageclass.Class{append(
+		slices.Repeat([]pageclass.Class{pageclass.UserData}, 8), make([]pageclass.Class, 8)...)})
 	got, ok := m.Squares(4)
 	unknown, data := uint8(pageclass.Unknown), uint8(pageclass.UserData)
 	want := Squares{Pages: 4, Came: []uint8{255, 0, 127, 0}, Reasons: got.Reasons,

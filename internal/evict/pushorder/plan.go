@@ -2,6 +2,7 @@ package pushorder
 
 import (
 	"cmp"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -19,31 +20,86 @@ type Frames struct {
 	Run   pageset.Run
 }
 
-// NewPlan returns the pages in the order of a policy. If the policy needs to know the pages, s
-// describes them, and frames says where they are; unknown pages come last. Otherwise s may be nil.
-func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
-	switch {
-	case p.Base == Reverse:
-		return reverse(blocks)
-	case p.Base == Random:
-		return shuffled(blocks)
-	case !p.Knows() || s == nil:
-		return nil
+// Plan is runs of pages, in the order in which they are pushed. In a guest whose memory is in small
+// pieces there are nearly as many runs as pages, so a run takes 8 bytes.
+type Plan []planned
+
+// planned is a run: its block, its first page, and the number of its pages, as bits.
+type planned uint64
+
+const (
+	firstBits, countBits = 34, 18
+	maxBlock             = 1<<(64-firstBits-countBits) - 1
+	maxFirst             = 1<<firstBits - 1
+	maxCount             = 1<<countBits - 1
+)
+
+// pack packs a run. It reports whether it fits. Runs that do not fit are left to the end of the
+// push: there are none in less than 64 TiB.
+func pack(r pageset.Run) (p planned, fits bool) {
+	if r.Block < 0 || r.Block > maxBlock || r.First > maxFirst || r.Count < 0 ||
+		r.Count > maxCount {
+		return 0, false
 	}
-	return byRank(newRanking(p.Base, s), blocks, s.Pages, frames)
+	return planned(uint64(r.Block)<<(firstBits+countBits) | uint64(r.First)<<countBits |
+		uint64(r.Count)), true
 }
 
-func reverse(blocks []Block) []pageset.Run {
-	var runs []pageset.Run
+func (p planned) run() pageset.Run {
+	return pageset.Run{Block: int(p >> (firstBits + countBits)),
+		First: pageset.Page(p >> countBits & maxFirst), Count: int(p & maxCount)}
+}
+
+// pieces calls found with a run, in pieces that fit.
+func pieces(r pageset.Run, found func(planned)) {
+	for r.Count > 0 {
+		piece := r
+		piece.Count = min(r.Count, maxCount)
+		if p, fits := pack(piece); fits {
+			found(p)
+		}
+		r.First, r.Count = piece.End(), r.Count-piece.Count
+	}
+}
+
+// PlanOf returns the plan that follows the given runs.
+func PlanOf(runs []pageset.Run) Plan {
+	p := make(Plan, 0, len(runs))
+	for _, r := range runs {
+		pieces(r, func(x planned) { p = append(p, x) })
+	}
+	return p
+}
+
+// NewPlan returns the pages in the order of a policy, behind those that come first. If the policy
+// needs to know the pages, s describes them, and frames says where they are; unknown pages come
+// last. Otherwise s may be nil.
+func NewPlan(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames,
+	first ...pageset.Run) Plan {
+	head := PlanOf(first)
+	switch {
+	case p.Base == Reverse:
+		return append(head, reverse(blocks)...)
+	case p.Base == Random:
+		return append(head, shuffled(blocks)...)
+	case !p.Knows() || s == nil:
+		return head
+	}
+	return byRank(newRanking(p.Base, s), blocks, s.Pages, frames, head)
+}
+
+func reverse(blocks []Block) Plan {
+	var runs Plan
 	for i := len(blocks) - 1; i >= 0; i-- {
 		for p := blocks[i].Pages - 1; p >= 0; p-- {
-			runs = append(runs, pageset.Run{Block: i, First: pageset.Page(p), Count: 1})
+			pieces(pageset.Run{Block: i, First: pageset.Page(p), Count: 1},
+				func(x planned) { runs = append(runs, x) })
 		}
 	}
 	return runs
 }
 
-func shuffled(blocks []Block) []pageset.Run {
+func shuffled(blocks []Block) Plan {
 	runs := reverse(blocks)
 	r := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- the order must be the same each time
 	r.Shuffle(len(runs), func(i, j int) { runs[i], runs[j] = runs[j], runs[i] })
@@ -185,18 +241,20 @@ func (r *ranking) tier(p pageclass.Page) uint16 {
 	return 15
 }
 
-// byRank sorts the pages by rank. Within a rank they stay in the order of addresses, so that they
-// make long runs. It looks at all pages twice instead of storing what it found: fresh memory would
-// cost more.
-func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames) []pageset.Run {
+// byRank sorts the pages by rank, behind head. Within a rank they stay in the order of addresses,
+// so that they make long runs. It looks at all pages twice instead of storing what it found: fresh
+// memory would cost more.
+func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames, head Plan) Plan {
 	// where the runs of a rank begin; at first, how many runs the rank before has
 	var at [ranks + 1]int
-	eachRun(r, blocks, pages, frames, func(rank uint16, _ pageset.Run) { at[rank+1]++ })
+	at[0] = len(head)
+	eachRun(r, blocks, pages, frames, func(rank uint16, _ planned) { at[rank+1]++ })
 	for i := range ranks {
 		at[i+1] += at[i]
 	}
-	sorted := make([]pageset.Run, at[ranks])
-	eachRun(r, blocks, pages, frames, func(rank uint16, run pageset.Run) {
+	sorted := make(Plan, at[ranks])
+	copy(sorted, head)
+	eachRun(r, blocks, pages, frames, func(rank uint16, run planned) {
 		sorted[at[rank]] = run
 		at[rank]++
 	})
@@ -205,7 +263,7 @@ func byRank(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames)
 
 // eachRun calls found for all runs of pages of one rank, in the order of frames.
 func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames,
-	found func(rank uint16, run pageset.Run)) {
+	found func(rank uint16, run planned)) {
 	// Neighbouring pages are mostly alike.
 	var like pageclass.Page
 	rankOfLike := r.rank(like)
@@ -213,10 +271,8 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 		each := uint64(blocks[f.Run.Block].PageSize / units.PageSize)
 		current, first := uint16(ranks), f.Run.First
 		end := func(at pageset.Page) {
-			if at > first {
-				found(current,
-					pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)})
-			}
+			pieces(pageset.Run{Block: f.Run.Block, First: first, Count: int(at - first)},
+				func(p planned) { found(current, p) })
 		}
 		known := pages[min(f.First, uint64(len(pages))):]
 		f.Run.Count = min(f.Run.Count, int((uint64(len(known))+each-1)/each))
@@ -241,32 +297,36 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 	}
 }
 
-// Skippable returns the pages whose frames are all free beyond doubt, by the survey.
-func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) []pageset.Run {
-	var runs []pageset.Run
-	for _, f := range frames {
-		each := uint64(blocks[f.Run.Block].PageSize / units.PageSize)
-		start := -1
-		for i := range f.Run.Count + 1 {
-			from := f.First + uint64(i)*each
-			free := i < f.Run.Count && from+each <= uint64(len(s.Pages))
-			if free {
-				for _, p := range s.Pages[from : from+each] {
-					free = free && p.Flags&pageclass.Skippable != 0
+// Skippable yields the pages whose frames are all free beyond doubt, by the survey. No run is so
+// long that who takes it holds up others for long.
+func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) iter.Seq[pageset.Run] {
+	return func(yield func(pageset.Run) bool) {
+		for _, f := range frames {
+			each := uint64(blocks[f.Run.Block].PageSize / units.PageSize)
+			run := pageset.Run{Block: f.Run.Block, First: f.Run.First}
+			for i := range f.Run.Count {
+				from := f.First + uint64(i)*each
+				free := from+each <= uint64(len(s.Pages))
+				if free {
+					for _, p := range s.Pages[from : from+each] {
+						free = free && p.Flags&pageclass.Skippable != 0
+					}
+				}
+				if free {
+					run.Count++
+				}
+				if !free || run.Count == maxCount {
+					if run.Count > 0 && !yield(run) {
+						return
+					}
+					run.First, run.Count = f.Run.First+pageset.Page(i)+1, 0
 				}
 			}
-			switch {
-			case free && start < 0:
-				start = i
-			case !free && start >= 0:
-				runs = append(runs,
-					pageset.Run{Block: f.Run.Block, First: f.Run.First + pageset.Page(start),
-						Count: i - start})
-				start = -1
+			if run.Count > 0 && !yield(run) {
+				return
 			}
 		}
 	}
-	return runs
 }
 
 // Locate returns the pages that page frames fill, in that order. It leaves out frames that it
@@ -328,12 +388,13 @@ type Kinship struct {
 
 const noPage = ^uint32(0)
 
-// NewKinship returns the kinship that a survey knows. It is nil if a policy does not use it.
+// NewKinship returns the kinship that a survey knows. It is nil if a policy does not use it. It
+// keeps the survey's Sequence, and changes it.
 func NewKinship(p Policy, blocks []Block, s *pageclass.Survey, frames []Frames) *Kinship {
 	if p.Base != Enlightened || !p.Near {
 		return nil
 	}
-	k := &Kinship{blocks: blocks, sequence: make([]uint32, 0, len(s.Sequence))}
+	k := &Kinship{blocks: blocks, sequence: s.Sequence[:0]}
 	n := uint64(0)
 	for _, b := range blocks {
 		if n+uint64(b.Pages) >= uint64(noPage) {

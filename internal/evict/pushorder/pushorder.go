@@ -60,8 +60,9 @@ type Order struct {
 	total  int
 
 	spans []span // of neighbours, the newest last
-	plan  []pageset.Run
-	at    int // first run of the plan that may still have pages
+	plan  Plan
+	at    int           // first run of the plan that may still have pages
+	rest  []pageset.Run // all pages, by address: behind the plan
 	kin   *Kinship
 
 	returned []pageset.Run // ahead of the plan
@@ -89,19 +90,15 @@ func New(blocks []Block, near bool) *Order {
 		o.radius = append(o.radius, pageset.Page(max(1, Neighbourhood/2/b.PageSize)))
 		o.why = append(o.why, make([]uint8, b.Pages))
 		o.total += b.Pages
+		o.rest = append(o.rest, pageset.Run{Block: len(o.rest), Count: b.Pages})
 	}
-	o.SetPlan(nil)
 	return o
 }
 
 // SetPlan replaces the order of the pages that no other queue holds. It may be called at any time,
-// and the plan may name any pages. Pages that it does not name come last, by address.
-func (o *Order) SetPlan(plan []pageset.Run) {
-	o.plan, o.at = slices.Clone(plan), 0
-	for i, set := range o.left {
-		o.plan = append(o.plan, pageset.Run{Block: i, Count: set.Size()})
-	}
-}
+// and the plan may name any pages. Pages that it does not name come last, by address. The order
+// keeps the plan, and changes it.
+func (o *Order) SetPlan(plan Plan) { o.plan, o.at = plan, 0 }
 
 // SetKinship makes neighbours those in the guest's address spaces, as far as these are known. It
 // may be called at any time.
@@ -171,19 +168,32 @@ func (o *Order) Next(dst []pageset.Run, limit int) ([]pageset.Run, Reason) {
 	}
 	// One run after the other, as scattered pages are runs of few pages, or one: frames of so few
 	// would cost both hosts far more CPU time than the pages themselves.
-	for n := len(dst); o.at < len(o.plan) && limit > 0; o.at++ {
-		run := &o.plan[o.at]
+	n, full := len(dst), false
+	more := func(run pageset.Run) (left pageset.Run) {
 		if len(dst) > n && run.Block != dst[n].Block {
-			break
+			full = true
+			return run
 		}
 		before := o.total
-		dst = o.take(dst, *run, limit, Planned)
-		if limit -= before - o.total; limit == 0 {
-			// Nothing before the end of the last run is left.
-			end := dst[len(dst)-1].End()
-			run.Count -= int(end - run.First)
-			run.First = end
-			break
+		dst = o.take(dst, run, limit, Planned)
+		if limit -= before - o.total; limit > 0 {
+			return pageset.Run{}
+		}
+		full = true
+		// Nothing before the end of the last run is left.
+		end := dst[len(dst)-1].End()
+		return pageset.Run{Block: run.Block, First: end, Count: run.Count - int(end-run.First)}
+	}
+	for ; o.at < len(o.plan); o.at++ {
+		if left := more(o.plan[o.at].run()); full {
+			o.plan[o.at], _ = pack(left)
+			return dst, Planned
+		}
+	}
+	for ; len(o.rest) > 0; o.rest = o.rest[1:] {
+		if left := more(o.rest[0]); full {
+			o.rest[0] = left
+			return dst, Planned
 		}
 	}
 	return dst, Planned
@@ -245,8 +255,9 @@ func (o *Order) take(dst []pageset.Run, run pageset.Run, limit int, why Reason) 
 			break
 		}
 		set.RemoveRun(first, n)
-		for i := range n {
-			o.why[run.Block][first+pageset.Page(i)] = uint8(why)
+		reasons := o.why[run.Block][first:][:n]
+		for i := range reasons {
+			reasons[i] = uint8(why)
 		}
 		o.total -= n
 		limit -= n

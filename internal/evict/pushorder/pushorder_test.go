@@ -2,6 +2,7 @@ package pushorder
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -86,16 +87,17 @@ func TestEachPageOnce(t *testing.T) {
 			case op == 1 && step < 200:
 				account(o.Take(run.Draw(t, "take"), Early))
 			case op == 2 && step < 200:
-				o.SetPlan(rapid.SliceOf(run).Draw(t, "plan"))
+				o.SetPlan(PlanOf(rapid.SliceOf(run).Draw(t, "plan")))
 			case op == 3 && step < 200:
 				policy := Policy{Base(rapid.IntRange(0, int(bases)-1).Draw(t, "base")), near}
 				s := survey(t, int(at))
-				o.SetPlan(NewPlan(policy, blocks, s, frames))
+				o.SetPlan(NewPlan(policy, blocks, s, frames,
+					rapid.SliceOf(run).Draw(t, "first")...))
 				if rapid.Bool().Draw(t, "kin") {
 					o.SetKinship(NewKinship(policy, blocks, s, frames))
 				}
 				if rapid.Bool().Draw(t, "skip") {
-					for _, r := range Skippable(blocks, s, frames) {
+					for r := range Skippable(blocks, s, frames) {
 						account(o.Take(r, Skipped))
 					}
 				}
@@ -150,7 +152,8 @@ func TestNeighboursOfTheLatestFetchComeFirst(t *testing.T) {
 
 func TestPlanIsFollowed(t *testing.T) {
 	o := New([]Block{{Pages: 100, PageSize: 4096}, {Pages: 10, PageSize: 2 << 20}}, true)
-	o.SetPlan([]pageset.Run{{Block: 1, First: 3, Count: 2}, {Block: 0, First: 90, Count: 50}})
+	o.SetPlan(PlanOf([]pageset.Run{{Block: 1, First: 3, Count: 2},
+		{Block: 0, First: 90, Count: 50}}))
 	var got []pageset.Run
 	for o.Left() > 0 {
 		got, _ = o.Next(got, 1000)
@@ -233,7 +236,7 @@ func TestPlans(t *testing.T) {
 		}
 	}
 	if diff := cmp.Diff([]pageset.Run{page(1, 0)},
-		Skippable(smallBlocks, smallSurvey(), smallFrames)); diff != "" {
+		slices.Collect(Skippable(smallBlocks, smallSurvey(), smallFrames))); diff != "" {
 		t.Error("skippable:", diff)
 	}
 }
@@ -249,7 +252,7 @@ func TestHugePages(t *testing.T) {
 	}
 	s.Pages[2*512+7] = pageclass.Page{Kind: pageclass.Slab, Class: pageclass.Kernel}
 	if diff := cmp.Diff([]pageset.Run{{First: 0, Count: 1}, {First: 2, Count: 1}},
-		Skippable(blocks, s, frames)); diff != "" {
+		slices.Collect(Skippable(blocks, s, frames))); diff != "" {
 		t.Error(diff)
 	}
 	o := New(blocks, false)
@@ -258,8 +261,40 @@ func TestHugePages(t *testing.T) {
 		t.Errorf("page %d comes first", got[0].First)
 	}
 	s.Pages = s.Pages[:4*512-1]
-	if got := Skippable(blocks, s, frames); pageset.Pages(got) != 1 {
+	if got := slices.Collect(Skippable(blocks, s, frames)); pageset.Pages(got) != 1 {
 		t.Errorf("%v: a page that is not known whole counts as free", got)
+	}
+}
+
+// Runs that are too long for one piece of a plan are pushed all the same, and so are runs that no
+// plan can name.
+func TestLongRuns(t *testing.T) {
+	blocks := []Block{{Pages: 3*maxCount + 7, PageSize: 4096}}
+	frames := []Frames{{5, pageset.Run{First: 2, Count: 3*maxCount + 1}}}
+	s := &pageclass.Survey{Pages: slices.Repeat([]pageclass.Page{{Kind: pageclass.FreeBuddy,
+		Class: pageclass.Free, Flags: pageclass.Skippable}}, 3*maxCount+6)}
+	pages := 0
+	for r := range Skippable(blocks, s, frames) {
+		if want := pageset.Page(2 + pages); r.First != want {
+			t.Errorf("a run begins with page %d, want %d", r.First, want)
+		}
+		pages += r.Count
+	}
+	if pages != 3*maxCount+1 {
+		t.Errorf("%d pages are skippable, want %d", pages, 3*maxCount+1)
+	}
+	p := NewPlan(Default, blocks, s, frames,
+		pageset.Run{First: maxFirst + 1, Count: 1}, pageset.Run{Block: maxBlock + 1, Count: 1})
+	if len(p) != 4 {
+		t.Errorf("%d pieces, want 4", len(p))
+	}
+	o := New(blocks, false)
+	o.SetPlan(p)
+	if got, _ := o.Next(nil, 1); got[0].First != 2 {
+		t.Errorf("page %d comes first, want 2", got[0].First)
+	}
+	if n := pageset.Pages(all(o)); n != blocks[0].Pages-1 {
+		t.Errorf("%d pages, want %d", n, blocks[0].Pages-1)
 	}
 }
 
@@ -365,7 +400,8 @@ func BenchmarkPlan(b *testing.B) {
 	})
 	b.Run("kinship", func(b *testing.B) {
 		for b.Loop() {
-			NewKinship(Default, blocks, s, frames)
+			NewKinship(Default, blocks, &pageclass.Survey{Sequence: slices.Clone(s.Sequence)},
+				frames)
 		}
 	})
 }
@@ -380,7 +416,7 @@ func TestScatteredPlan(t *testing.T) {
 		plan = append(plan, r)
 	}
 	plan = append(plan, pageset.Run{Block: 1, First: 20, Count: 10})
-	o.SetPlan(plan)
+	o.SetPlan(PlanOf(plan))
 	o.Take(pageset.Run{Block: 0, First: 10, Count: 1}, Early)
 	for _, want := range [][]pageset.Run{
 		{{Block: 0, First: 90, Count: 1}, {Block: 0, First: 50, Count: 1}}, // one block at a time
