@@ -72,8 +72,8 @@ func (g *Guest) freeLists(r *Result) error {
 			g.zones = append(g.zones, zone)
 		}
 	}
-	if p.heads-listed > maxDropped {
-		r.note("nothing is skipped: %d blocks look free but are on no list", p.heads-listed)
+	if dropped := len(p.heads) - listed; dropped > maxDropped {
+		r.note("nothing is skipped: %d blocks look free but are on no list", dropped)
 		p.distrust(0, p.highest)
 		for i := range g.zones {
 			g.zones[i].doubted = true
@@ -113,17 +113,19 @@ func (g *Guest) walkZone(z []byte, at uint64, zone *zone) (met int, err error) {
 				if off%descSize != 0 || pfn < zone.start || pfn >= zone.end || size > zone.end-pfn {
 					return met, fmt.Errorf("a list of order %d leads out of it", order)
 				}
-				d := p.desc(pfn, l.sectionPages)
-				// The kind is FreeBuddy only where classify found a block; that it is its head
-				// shows in the type. Being skippable already, it has been here before.
-				if d == nil || p.list[pfn].Kind != pageclass.FreeBuddy ||
-					p.list[pfn].Flags&pageclass.Skippable != 0 || !g.isBuddy(d) ||
-					d[l.private&7] != order {
+				h := p.head(pfn)
+				// Being skippable already, it has been here before.
+				if h == nil || p.list[pfn].Kind != pageclass.FreeBuddy ||
+					p.list[pfn].Flags&pageclass.Skippable != 0 || uint64(h.order) != order {
 					return met,
 						fmt.Errorf("a list of order %d holds page %#x, which is no such block",
 							order, pfn)
 				}
-				if d[(l.lru+1)&7] != prev {
+				back, err := g.follow(pfn, h.prev, 1)
+				if err != nil {
+					return met, err
+				}
+				if back != prev {
 					return met, fmt.Errorf("a list of order %d is broken at page %#x", order, pfn)
 				}
 				block := p.list[pfn : pfn+size]
@@ -136,7 +138,10 @@ func (g *Guest) walkZone(z []byte, at uint64, zone *zone) (met int, err error) {
 					block[i].Flags |= pageclass.Skippable
 				}
 				count++
-				prev, next = next, d[l.lru&7]
+				prev = next
+				if next, err = g.follow(pfn, h.next, 0); err != nil {
+					return met, err
+				}
 			}
 			if last != prev {
 				return met, fmt.Errorf("a list of order %d has another end backwards", order)
@@ -151,13 +156,14 @@ func (g *Guest) walkZone(z []byte, at uint64, zone *zone) (met int, err error) {
 	return met, nil
 }
 
-func (g *Guest) isBuddy(d *desc) bool {
-	l := &g.layout
-	m := uint32(d[l.counts&7] >> (l.mapShift & 63))
-	if l.byteTypes {
-		return m>>24 == l.buddy>>24
+// follow returns the address where a link of a free block's head leads, forwards (0) or backwards
+// (1). Those that lead elsewhere are few, so it reads them again.
+func (g *Guest) follow(pfn uint64, link uint32, word uint64) (uint64, error) {
+	lru := uint64(g.layout.lru) * 8
+	if link != elsewhere {
+		return g.pages.vmemmap + uint64(link)*descSize + lru, nil
 	}
-	return m == l.buddy
+	return g.readU64(g.pages.vmemmap + pfn*descSize + lru + word*8)
 }
 
 // distrust takes back what was marked as skippable.
@@ -265,14 +271,18 @@ func (g *Guest) walkPCP(s []byte, at uint64, z *zone) error {
 				pfn&(size-1) != 0 {
 				return fmt.Errorf("a list leads out of the zone")
 			}
-			d := p.desc(pfn, l.sectionPages)
-			if d == nil || d[(l.lru+1)&7] != prev {
+			words := p.words[:size*8]
+			if err := g.read(bytesOf(words), p.vmemmap+pfn*descSize); err != nil {
+				return err
+			}
+			d := (*desc)(words)
+			if d[(l.lru+1)&7] != prev {
 				return fmt.Errorf("a list is broken at page %#x", pfn)
 			}
 			block := p.list[pfn : pfn+size]
 			for i := range block {
-				t := p.desc(pfn+uint64(i), l.sectionPages)
-				if block[i].Kind != pageclass.Unreferenced || t == nil || t[l.counts&7] != free {
+				t := (*desc)(words[i*8:])
+				if block[i].Kind != pageclass.Unreferenced || t[l.counts&7] != free {
 					return fmt.Errorf("page %#x on a list is in use, or met before", pfn+uint64(i))
 				}
 				block[i].Kind = pageclass.FreePerCPU

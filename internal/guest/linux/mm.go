@@ -86,13 +86,17 @@ func (c *census) room(n uint64) []byte {
 }
 
 // prepareCensus does what can be done while the guest runs, so that takeCensus is quick. It learns
-// how tasks look, makes room, and touches that room, as fresh memory is slow. Where tasks cannot be
-// read, takeCensus says so.
+// how tasks look, and makes room. Where tasks cannot be read, takeCensus says so.
 func (g *Guest) prepareCensus(pages int) {
 	c := &g.census
-	if c.absent = g.learnTasks(); c.absent != nil {
-		return
+	if c.absent = g.learnTasks(); c.absent == nil {
+		g.makeRoom(pages)
 	}
+}
+
+// makeRoom makes room for a census of so many pages.
+func (g *Guest) makeRoom(pages int) {
+	c := &g.census
 	ram := 0
 	for _, e := range g.mem.Extents() {
 		ram += int(e.Len / units.PageSize)
@@ -104,11 +108,7 @@ func (g *Guest) prepareCensus(pages int) {
 	c.items, c.next = make([]item, 0, 4096), make([]item, 0, 4096)
 	c.ranges = make([]Range, 0, 1024)
 	c.room(64 << 10)
-	c.sequence = make([]uint32, ram)
-	for i := 0; i < len(c.sequence); i += units.PageSize / 4 {
-		c.sequence[i] = 1
-	}
-	c.sequence = c.sequence[:0]
+	c.sequence = make([]uint32, 0, ram)
 	c.fit(pages)
 	clear(c.arena)
 }

@@ -1,11 +1,13 @@
 package linux
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
 	"math/bits"
+	"slices"
 	"unsafe"
 
 	"vacate/internal/guest/pageclass"
@@ -15,24 +17,30 @@ import (
 // desc is a page descriptor, as words.
 type desc = [descSize / 8]uint64
 
-// A section is a piece of the guest's memory whose descriptors lie together.
-type section struct {
-	words []uint64 // of all of its descriptors; in the arena, or the guest's own memory
-	arena []uint64 // room for a copy
+// pages is what Survey fills. It lives as long as the Guest, so that a survey allocates
+// next to nothing. Of the descriptors, which take 1/64 of the guest's memory, it keeps no copy but
+// of those that head free blocks.
+type pages struct {
+	vmemmap  uint64 // address of the descriptor of page 0
+	sections []bool // by number: pieces of memory whose descriptors lie together, if there are any
+	list     []pageclass.Page
+	heads    []freeHead // by page number
+	headsAt  []uint32   // by block of 2 MiB: the first of heads that is in it, or behind it
+	words    []uint64   // room for a batch of descriptors
+	backing  []Range    // guest-physical memory of the descriptors
+	table    []byte     // a root of mem_section
+	highest  uint64     // page number, exclusive, that is looked at
+	beyond   bool       // there was more
 }
 
-// pages is what Survey fills. It lives as long as the Guest, so that a survey allocates
-// next to nothing.
-type pages struct {
-	vmemmap  uint64    // address of the descriptor of page 0
-	sections []section // by number
-	list     []pageclass.Page
-	backing  []Range // guest-physical memory of the descriptors
-	heads    int     // free blocks seen
-	table    []byte  // a root of mem_section
-	highest  uint64  // page number, exclusive, that is looked at
-	beyond   bool    // there was more
+// freeHead is the descriptor that heads a block of free pages. Links to other descriptors are page
+// numbers. Those that lead elsewhere, as at both ends of a list, are elsewhere.
+type freeHead struct {
+	pfn, next, prev uint32
+	order           uint8
 }
+
+const elsewhere = ^uint32(0)
 
 // sparseness bounds how much more page numbers than pages of RAM there may be: the index of
 // pages has room for each number. Holes of some GiB are usual.
@@ -43,9 +51,7 @@ const sparseness, usualHoles = 8, 16 << 30 / units.PageSize
 // its low bits and the address of the descriptors, as that of page 0.
 func (g *Guest) findSections() error {
 	l, p := &g.layout, &g.pages
-	for i := range p.sections {
-		p.sections[i].words = nil
-	}
+	clear(p.sections)
 	ram := uint64(0)
 	for _, e := range g.mem.Extents() {
 		ram += e.Len / units.PageSize
@@ -100,13 +106,9 @@ func (g *Guest) findSections() error {
 			}
 			p.highest = max(p.highest, (s+1)*l.sectionPages)
 			for uint64(len(p.sections)) <= s {
-				p.sections = append(p.sections, section{})
+				p.sections = append(p.sections, false)
 			}
-			sec := &p.sections[s]
-			if sec.arena == nil {
-				sec.arena = make([]uint64, l.sectionPages*descSize/8)
-			}
-			sec.words = sec.arena
+			p.sections[s] = true
 		}
 	}
 	if p.vmemmap == 0 {
@@ -114,17 +116,50 @@ func (g *Guest) findSections() error {
 	}
 	if uint64(len(p.list)) < p.highest {
 		p.list = make([]pageclass.Page, p.highest)
+		p.headsAt = make([]uint32, p.highest/blockPages+1)
+	}
+	if p.words == nil {
+		p.words = make([]uint64, batch*descSize/8)
 	}
 	return nil
 }
 
-// desc returns the descriptor of a page, or nil if there is none.
-func (p *pages) desc(pfn, perSection uint64) *desc {
-	s := pfn / perSection
-	if s >= uint64(len(p.sections)) || p.sections[s].words == nil {
+// link returns where a link of a descriptor leads, by its word.
+func (p *pages) link(word uint64, lru uint8) uint32 {
+	off := word - uint64(lru)*8 - p.vmemmap
+	if off%descSize != 0 || off/descSize >= uint64(elsewhere) {
+		return elsewhere
+	}
+	return uint32(off / descSize)
+}
+
+// head returns the descriptor of a page that heads a free block, or nil if it does not.
+func (p *pages) head(pfn uint64) *freeHead {
+	b := pfn / blockPages
+	if pfn >= p.highest {
 		return nil
 	}
-	return (*desc)(p.sections[s].words[pfn%perSection*8:])
+	heads := p.heads[p.headsAt[b]:]
+	if b+1 < uint64(len(p.headsAt)) {
+		heads = p.heads[p.headsAt[b]:p.headsAt[b+1]]
+	}
+	i, found := slices.BinarySearchFunc(heads, uint32(pfn),
+		func(h freeHead, pfn uint32) int { return cmp.Compare(h.pfn, pfn) })
+	if !found {
+		return nil
+	}
+	return &heads[i]
+}
+
+// indexHeads makes head work, once all heads are known.
+func (p *pages) indexHeads() {
+	at := 0
+	for b := range p.headsAt {
+		for at < len(p.heads) && uint64(p.heads[at].pfn) < uint64(b)*blockPages {
+			at++
+		}
+		p.headsAt[b] = uint32(at)
+	}
 }
 
 // online yields the pages of each section that there is, by the section's number.
@@ -132,7 +167,7 @@ func (g *Guest) online() iter.Seq2[uint64, []pageclass.Page] {
 	return func(yield func(uint64, []pageclass.Page) bool) {
 		per := g.layout.sectionPages
 		for s := range g.pages.sections {
-			if g.pages.sections[s].words != nil &&
+			if g.pages.sections[s] &&
 				!yield(uint64(s), g.pages.list[uint64(s)*per:][:per]) {
 				return
 			}
@@ -148,29 +183,30 @@ const batch = 4096
 func (g *Guest) scan(ctx context.Context) error {
 	l, p := &g.layout, &g.pages
 	clear(p.list)
-	p.backing, p.heads = p.backing[:0], 0
+	p.backing, p.heads = p.backing[:0], p.heads[:0]
 	for _, e := range g.mem.Extents() {
 		first, end := e.Addr/units.PageSize, min((e.Addr+e.Len)/units.PageSize, p.highest)
 		for first < end {
 			s := first / l.sectionPages
 			stop := min(end, (s+1)*l.sectionPages)
-			if s < uint64(len(p.sections)) && p.sections[s].words != nil {
+			if s < uint64(len(p.sections)) && p.sections[s] {
 				if err := ctx.Err(); err != nil {
 					return err
 				}
-				if err := g.scanSection(&p.sections[s], first, stop); err != nil {
+				if err := g.scanSection(first, stop); err != nil {
 					return err
 				}
 			}
 			first = stop
 		}
 	}
+	p.indexHeads()
 	return nil
 }
 
 // scanSection reads and classifies pages first to end, which lie in one section.
-func (g *Guest) scanSection(sec *section, first, end uint64) error {
-	l, p := &g.layout, &g.pages
+func (g *Guest) scanSection(first, end uint64) error {
+	p := &g.pages
 	viewer, _ := g.mem.(viewer)
 	for first < end {
 		addr, left, err := g.space.translate(p.vmemmap + first*descSize)
@@ -184,27 +220,24 @@ func (g *Guest) scanSection(sec *section, first, end uint64) error {
 			return errors.New("page descriptors are not aligned")
 		}
 		p.noteBacking(Range{addr, n * descSize})
-		at := first % l.sectionPages
-		if viewer != nil && at == 0 && n == l.sectionPages {
-			if view := viewer.View(addr, n*descSize); view != nil {
-				sec.words = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(view))),
-					n*descSize/8)
-				g.classify(sec.words, first, p.list[first:first+n])
-				first += n
-				continue
-			}
-		}
-		for done := uint64(0); done < n; {
+		for n > 0 {
 			// Up to the next border of a batch, so that no free block is cut.
-			part := min(n-done, batch-(first+done)%batch)
-			words := sec.words[(at+done)*8 : (at+done+part)*8]
-			if err := readPhys(g.mem, bytesOf(words), addr+done*descSize); err != nil {
-				return fmt.Errorf("read page descriptors: %w", err)
+			part := min(n, batch-first%batch)
+			var words []uint64
+			if viewer != nil {
+				if view := viewer.View(addr, part*descSize); view != nil {
+					words = unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(view))), part*8)
+				}
 			}
-			g.classify(words, first+done, p.list[first+done:first+done+part])
-			done += part
+			if words == nil {
+				words = p.words[:part*8]
+				if err := readPhys(g.mem, bytesOf(words), addr); err != nil {
+					return fmt.Errorf("read page descriptors: %w", err)
+				}
+			}
+			g.classify(words, first, p.list[first:first+part])
+			first, addr, n = first+part, addr+part*descSize, n-part
 		}
-		first += n
 	}
 	return nil
 }
@@ -326,7 +359,12 @@ func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 					i++
 					continue
 				}
-				p.heads++
+				if pfn := first + uint64(i); pfn < uint64(elsewhere) { // else no list may lead to it
+					p.heads = append(p.heads, freeHead{pfn: uint32(pfn),
+						next:  p.link(d[l.lru&7], l.lru),
+						prev:  p.link(d[(l.lru+1)&7], l.lru),
+						order: uint8(d[l.private&7])})
+				}
 				block := out[i : i+n]
 				for j := range block {
 					block[j] = pageclass.Page{Kind: pageclass.FreeBuddy, Class: pageclass.Free}

@@ -100,10 +100,10 @@ func (g *Guest) Rehearse(ctx context.Context) error {
 	if err := g.scan(ctx); err != nil && ctx.Err() != nil {
 		return err
 	}
-	for _, sec := range g.pages.sections {
-		for i := 0; i < len(sec.arena) && len(sec.words) > 0 &&
-			&sec.words[0] == &sec.arena[0]; i += units.PageSize / 8 {
-			sec.arena[i] = 0
+	if c := &g.census; c.absent == nil {
+		all := c.sequence[:cap(c.sequence)]
+		for i := 0; i < len(all); i += units.PageSize / 4 {
+			all[i] = 1
 		}
 	}
 	return nil
