@@ -66,7 +66,7 @@ alltests = $(if $(1),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign carrycampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign carrycampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench growth package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -212,6 +212,9 @@ nomemory: deps ## evict a VM to a host that lacks memory for 200 s (root; 15 min
 
 configurations: ## try every configuration of docs/configurations.md with QEMU=path, and print the table (minutes)
 	$(GO) test -count=1 -timeout 30m -run '^TestConfigurations$$' ./internal/evict -configurations -qemu $(QEMU)
+
+growth: ## what the engines' own work takes as a VM grows, from 1 to 64 GiB: see docs/results/growth.md (2 GiB of memory; minutes)
+	$(GO) test -count=1 -timeout 30m -run '^$$' -bench '^BenchmarkGrowth$$' -benchtime 1x ./internal/guest/linux ./internal/evict
 
 bench: deps build ## compare the ways to move a VM (root; see docs/bench.md)
 	bin/vacate-lab bench $(BENCHFLAGS)
