@@ -39,8 +39,21 @@ func Enlightenments() []Enlightenment { return []Enlightenment{Auto, Host, Agent
 // Limits of what a survey may take: the VM's host is overloaded, and its guest may be hostile.
 const (
 	lookLimit   = 5 * time.Second  // to find its kernel; the agent has a limit of its own
-	surveyLimit = 15 * time.Second // for all that runs beside the push
+	surveyLimit = 15 * time.Second // for all that runs beside the push, of a small VM
+	// surveyLimitGiB comes on top for each GiB of memory: more than twice the CPU time it takes
+	// (docs/results/growth.md).
+	surveyLimitGiB = 100 * time.Millisecond
 )
+
+// surveyLimit returns how long all may take that runs beside the push. With one limit for all VMs,
+// large ones would lose the survey, and their memory would go by address.
+func (l layout) surveyLimit() time.Duration {
+	size := uint64(0)
+	for _, b := range l {
+		size += b.Length
+	}
+	return surveyLimit + time.Duration(size>>30)*surveyLimitGiB
+}
 
 // survey is what is known about the guest's pages.
 type survey struct {
@@ -227,8 +240,9 @@ func (e *source) leaveOutFree(runs iter.Seq[pageset.Run]) {
 
 // learn does enlighten's work.
 func (e *source) learn() {
-	ctx, cancel := e.bound(context.Background(), surveyLimit,
-		fmt.Errorf("it took longer than %v", surveyLimit))
+	limit := e.frozen.layout.surveyLimit()
+	ctx, cancel := e.bound(context.Background(), limit,
+		fmt.Errorf("it took longer than %v", limit))
 	defer cancel()
 	if e.mayLook() && e.survey.agent == "" { // else look has done it
 		e.lookInside(ctx)
@@ -261,7 +275,8 @@ func (e *source) learn() {
 	if survey == nil {
 		return
 	}
-	e.departures.plan(pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), survey, frames, first...))
+	e.departures.plan(pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), survey, frames,
+		first...))
 	e.survey.report.Survey = time.Since(start).Seconds()
 	e.survey.report.Known = e.sinceFreeze()
 	e.keepKnown(survey, frames, mayLeaveOut)

@@ -27,7 +27,8 @@ func madeSurvey(pages int, shredded bool) *pageclass.Survey {
 		Processes: make([]pageclass.Process, 200), Sequence: make([]uint32, 0, pages)}
 	for i := range s.Processes {
 		s.Processes[i] = pageclass.Process{PID: 100 + i, Active: i < 50,
-			LastRun: time.Duration(i) * time.Second, Recent: time.Duration(200-i) * time.Millisecond}
+			LastRun: time.Duration(i) * time.Second,
+			Recent:  time.Duration(200-i) * time.Millisecond}
 	}
 	type piece struct{ first, count uint32 }
 	var mapped []piece
@@ -106,6 +107,17 @@ func TestMemoryOfTheSource(t *testing.T) {
 			runtime.KeepAlive(s)
 			runtime.KeepAlive(e)
 		})
+	}
+}
+
+// A survey takes some 150 ns a page. The engine must not give it up where it takes its time.
+func TestTimeForTheSurvey(t *testing.T) {
+	for _, gib := range []uint64{1, 1 << 10, 12 << 10} {
+		took := time.Duration(gib<<18) * 150
+		l := layout{{Length: gib << 30, PageSize: 4096, Pages: int(gib << 18)}}
+		if limit := l.surveyLimit(); limit < 2*took || limit > 4*took+surveyLimit {
+			t.Errorf("%d GiB: a survey of %v may take %v", gib, took, limit)
+		}
 	}
 }
 

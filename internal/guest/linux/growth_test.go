@@ -115,10 +115,10 @@ func madeTasks() taskLayout {
 
 const entry = present | canWrite | 4 | accessed
 
-// makeGuest makes up a guest's memory. 30 % of its memory is anonymous and in huge pages, 10 % in large free
-// blocks. The rest is in blocks of 1 to 32 pages: 35 % anonymous, 45 % of files, half of them
-// mapped, 15 % free, 5 % the kernel's. In a shredded guest each block of the rest is one page, and
-// there is nothing else.
+// makeGuest makes up a guest's memory. 30 % of its memory is anonymous and in huge pages, 10 % in
+// large free blocks. The rest is in blocks of 1 to 32 pages: 35 % anonymous, 45 % of files, half of
+// them mapped, 15 % free, 5 % the kernel's. In a shredded guest each block of the rest is one page,
+// and there is nothing else.
 func makeGuest(t testing.TB, size uint64, shredded bool) *made {
 	t.Helper()
 	data, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE,

@@ -359,7 +359,8 @@ func (g *Guest) classify(words []uint64, first uint64, out []pageclass.Page) {
 					i++
 					continue
 				}
-				if pfn := first + uint64(i); pfn < uint64(elsewhere) { // else no list may lead to it
+				if pfn := first + uint64(i); pfn < uint64(elsewhere) {
+					// else no list may lead to it
 					p.heads = append(p.heads, freeHead{pfn: uint32(pfn),
 						next:  p.link(d[l.lru&7], l.lru),
 						prev:  p.link(d[(l.lru+1)&7], l.lru),
