@@ -176,6 +176,27 @@ func (o *onlooker) reads(selector, text string) {
 		text)
 }
 
+// pictures takes some at three widths, dark and light, where they are wanted.
+func (o *onlooker) pictures(name string) {
+	o.Helper()
+	if os.Getenv("VACATE_UI_PICTURES") == "" {
+		return
+	}
+	for _, s := range []struct {
+		name          string
+		width, height int
+		dark          bool
+	}{{"", 1500, 1100, true}, {"-light", 900, 1200, false}, {"-phone", 390, 844, true}} {
+		must(o, o.p.Size(o.ctx, s.width, s.height))
+		must(o, o.p.Dark(o.ctx, s.dark))
+		must(o, o.p.Eval(o.ctx, "scrollTo(0, 0); new Promise(f => setTimeout(f, 700))",
+			nil))
+		o.picture(name + s.name + ".png")
+	}
+	must(o, o.p.Size(o.ctx, 1500, 1100))
+	must(o, o.p.Dark(o.ctx, true))
+}
+
 // shuts waits for the end of an order, and closes the host that is open.
 func (o *onlooker) shuts() {
 	o.Helper()
@@ -201,15 +222,36 @@ func (o *onlooker) picture(name string) {
 	}
 }
 
+// named are hosts whose VMs have names that people give.
+var named = fleethosts.Options{Hosts: 12, VMs: 6, Every: 500 * time.Millisecond, Rate: 3e8, Seed: 1,
+	VM: func(n int) string {
+		return fmt.Sprintf("%s%d", []string{"web", "db", "cache", "mail", "ci", "ml"}[n%6], n/6+1)
+	}}
+
+// audited expects the brain's log to say what boss asked for.
+func (e *ensemble) audited(all ...string) {
+	e.t.Helper()
+	for _, asked := range all {
+		found := slices.ContainsFunc(strings.Split(e.log.String(), "\n"), func(line string) bool {
+			return strings.Contains(line, "did what an operator asked") &&
+				strings.Contains(line, "operator=boss") && strings.Contains(line, "asks="+asked)
+		})
+		if !found {
+			e.t.Errorf("the brain's log does not say that boss asked for %s", asked)
+		}
+	}
+}
+
+// complaints are what pages complain about, but for answers that something is refused.
+func complaints(b *browser.Browser) []string {
+	return slices.DeleteFunc(b.Said(), func(s string) bool { return strings.Contains(s, "409") })
+}
+
 // Each button of a fleet's page does what `vacate fleet` does, in a real browser, with a real
 // vacate-fleet and made-up hosts: dry run first. The brain's log says who asked.
 func TestBrowserFleet(t *testing.T) {
 	b := chromium(t)
-	e := newEnsemble(t, fleethosts.Options{Hosts: 12, VMs: 6, Every: 500 * time.Millisecond,
-		Rate: 3e8, Seed: 1, VM: func(n int) string {
-			return fmt.Sprintf("%s%d", []string{"web", "db", "cache", "mail", "ci", "ml"}[n%6],
-				n/6+1)
-		}})
+	e := newEnsemble(t, named)
 	o := look(t, b, fleetPage(t, e.brain("boss"), "boss"), 8*time.Minute, 1500, 1100)
 	o.sees("document.querySelectorAll('.tile').length == 12")
 	o.reads("#leader", "brain1 leads")
@@ -268,7 +310,6 @@ func TestBrowserFleet(t *testing.T) {
 	o.reads(".drain .told", "forecast:")
 	o.reads(".live h2", names[4]+" →")
 	o.sees("document.querySelector('.live .key').textContent.includes('user data')")
-	o.picture("fleet-draining.png")
 	o.reads(".drain .told", "5 of 6 VMs have left")
 	o.reads(".drain .staying", "db5")
 	o.reads(".decision .came", "predicted")
@@ -286,7 +327,20 @@ func TestBrowserFleet(t *testing.T) {
 	o.sees("[...document.querySelectorAll('.drain .restore')].every(e => " +
 		"!e.getClientRects().length)")
 
-	// Mode ask: plans wait for a yes, or a no.
+	e.audited("Drain", "Restore", "PutRule", "RemoveRule")
+	if said := complaints(b); len(said) > 0 {
+		t.Errorf("the page says %s", said)
+	}
+}
+
+// In mode ask, plans wait for a yes, or a no. Hosts are late, and are forgotten when they are gone.
+// One who may only look gets no buttons; and when the brain is gone, the page says so.
+func TestBrowserFleetAsk(t *testing.T) {
+	b := chromium(t)
+	e := newEnsemble(t, named)
+	o := look(t, b, fleetPage(t, e.brain("boss"), "boss"), 8*time.Minute, 1500, 1100)
+	o.sees("document.querySelectorAll('.tile').length == 12")
+	names := e.Names()
 	o.clicks("#mode [data-mode=ask]")
 	o.reads("#dialog .what", "Each decision waits for an operator's yes")
 	o.clicks("#dialog .act")
@@ -294,15 +348,21 @@ func TestBrowserFleet(t *testing.T) {
 	e.Want(names[0], 1.3)
 	e.Want(names[1], 1.3)
 	o.reads("#asktitle", "2 plans wait for your yes")
-	o.picture("fleet-asks.png")
+	// A drain is carried out in each mode.
+	o.clicks(fmt.Sprintf(".tile[data-host=%q]", names[6]))
+	o.clicks("#panel .drain")
+	o.clicks("#dialog .act")
+	o.shuts()
+	o.reads(".live h2", names[6]+" →")
+	o.sees("document.querySelector('.live .key').textContent.includes('user data')")
+	o.pictures("fleet")
 	var id string
 	must(t, o.p.Eval(o.ctx, "document.querySelector('.asks').dataset.id", &id))
 	o.clicks(".asks .approve")
 	o.reads("#dialog .what", "leaves host")
 	o.reads("#dialog .command", "vacate fleet approve "+id)
 	o.clicks("#dialog .act")
-	o.sees("document.querySelector('.decision[data-id=\"%s\"][data-is=good]')", id)
-	o.reads(fmt.Sprintf(`.decision[data-id="%s"] .outcome`, id), "approved by boss")
+	o.reads(".decision[data-is=good] .outcome", "approved by boss")
 	o.clicks(".asks .reject")
 	o.reads("#dialog .command", "--reject")
 	must(t, o.p.Eval(o.ctx, "document.querySelector('#dialog .command').textContent.match("+
@@ -327,16 +387,7 @@ func TestBrowserFleet(t *testing.T) {
 	o.sees("document.querySelectorAll('.tile').length == 11 && " +
 		"!document.querySelector('#panel').open")
 
-	for _, asked := range []string{"Drain", "Restore", "SetMode", "Approve", "PutRule",
-		"RemoveRule", "Forget"} {
-		found := slices.ContainsFunc(strings.Split(e.log.String(), "\n"), func(line string) bool {
-			return strings.Contains(line, "did what an operator asked") &&
-				strings.Contains(line, "operator=boss") && strings.Contains(line, "asks="+asked)
-		})
-		if !found {
-			t.Errorf("the brain's log does not say that boss asked for %s", asked)
-		}
-	}
+	e.audited("Drain", "SetMode", "Approve", "Forget")
 
 	// One who may only look gets no buttons that do something, and is refused by the brain.
 	l := look(t, b, fleetPage(t, e.brain("looker"), "looker"), time.Minute, 1500, 1100)
@@ -349,10 +400,8 @@ func TestBrowserFleet(t *testing.T) {
 	// The brain is gone: what is shown is old, and the page says so.
 	e.stop()
 	o.reads("#silent", "What you see is old")
-	for _, s := range b.Said() {
-		if !strings.Contains(s, "409") { // answers that something is refused
-			t.Errorf("the page says %s", s)
-		}
+	if said := complaints(b); len(said) > 0 {
+		t.Errorf("the page says %s", said)
 	}
 }
 
