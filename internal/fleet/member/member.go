@@ -133,7 +133,8 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 	e.AdvertisePeerUrls = []url.URL{own}
 	e.ListenPeerUrls = nil
 	if len(c.Members) > 0 {
-		e.ListenPeerUrls = e.AdvertisePeerUrls
+		e.ListenPeerUrls = []url.URL{{Scheme: "https",
+			Host: net.JoinHostPort(listenAt(own.Hostname()), own.Port())}}
 		t := &e.PeerTLSInfo
 		t.CertFile = filepath.Join(c.Certs, "host.pem")
 		t.KeyFile = filepath.Join(c.Certs, "host.key")
@@ -166,6 +167,20 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 			log.Warn("waiting for a majority of the fleet's members", "since", waits)
 		}
 	}
+}
+
+// listenAt is the address on which a member of a name listens. etcd takes no names there, and the
+// machine's own idea of its name may be a loopback address: so all addresses.
+func listenAt(name string) string {
+	if net.ParseIP(name) != nil {
+		return name
+	}
+	ln, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		return "0.0.0.0" // there is no IPv6
+	}
+	ln.Close()
+	return "::"
 }
 
 // Close ends the member.

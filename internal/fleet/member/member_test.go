@@ -119,6 +119,39 @@ func TestThree(t *testing.T) {
 	}
 }
 
+// A member is known by a name, as its certificate has it, and etcd listens on addresses alone.
+func TestNamed(t *testing.T) {
+	dir := t.TempDir()
+	if err := certs.Init(filepath.Join(dir, "ca")); err != nil {
+		t.Fatal(err)
+	}
+	if err := certs.Issue(filepath.Join(dir, "ca"), "brain1", filepath.Join(dir, "certs"),
+		certs.DefaultDays, false); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	ln.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	m, err := Start(ctx, Config{Name: "brain1", Dir: dir, Certs: filepath.Join(dir, "certs"),
+		Members: []string{"brain1:" + port}}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	identity, err := certs.Load(filepath.Join(dir, "certs"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !greets(t, "127.0.0.1:"+port, identity.Client("brain1")) {
+		t.Error("it does not answer")
+	}
+}
+
 // greets reports whether a member answers a request after the handshake.
 func greets(t *testing.T, address string, c *tls.Config) bool {
 	t.Helper()
