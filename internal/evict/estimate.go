@@ -7,6 +7,7 @@ import (
 
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/guest/pageclass"
+	"vacate/internal/qemu/fit"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
@@ -18,6 +19,8 @@ type Estimate struct {
 	InUse int // pages to be sent with their content; pages of zeroes hardly count
 	// those of InUse that the guest works on; all of InUse if the engine cannot look into the guest
 	Hot int
+	// Held is why QEMU would not let go of the VM, in words. Empty: it would.
+	Held string
 }
 
 // estimateLimit bounds an estimate, as the VM's host is overloaded and its guest may be hostile.
@@ -30,12 +33,19 @@ func LookAhead(ctx context.Context, q *qmp.Client) (Estimate, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, estimateLimit,
 		fmt.Errorf("it took longer than %v", estimateLimit))
 	defer cancel()
+	var e Estimate
+	held, err := fit.Held(ctx, q)
+	if err != nil {
+		return e, err
+	}
+	if err := held.Err(); err != nil {
+		e.Held = err.Error()
+	}
 	mem, err := guestmem.Attach(ctx, q)
 	if err != nil {
-		return Estimate{}, err
+		return e, err
 	}
 	defer mem.Close()
-	var e Estimate
 	for _, b := range mem.Blocks() {
 		if b.Located {
 			e.Total += int(b.Size / migstream.TargetPageSize)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -298,6 +299,10 @@ func (h *Host) incarnation(vm string, p process.Process) string {
 // next.
 func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 	m.estimate(ctx)
+	// Ahead of the VMs: what comes later is kept off.
+	m.mu.Lock()
+	heeds, here := m.standing.Phase, slices.Collect(maps.Keys(m.taken))
+	m.mu.Unlock()
 	p, err := m.measure(ctx, cmp.Or(m.config.Interval, usualInterval))
 	if err != nil {
 		return nil, err
@@ -338,6 +343,16 @@ func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 			r.Vms = append(r.Vms, vm)
 		}
 	}
+	for _, v := range p.vms {
+		here = append(here, v.vm.Name)
+	}
+	for _, v := range m.list() {
+		if e := v.entry.Record(); e.Ended.IsZero() {
+			here = append(here, e.VM)
+		}
+	}
+	slices.Sort(here)
+	r.Heeds, r.Here = heeds, slices.Compact(here)
 	return r, nil
 }
 
@@ -373,12 +388,13 @@ func (m *fleetMember) tell(v portrait) *fleetv1.VM {
 	if out.Barred == "" {
 		out.Barred = v.problem
 	}
-	out.Barred = out.Barred[:min(len(out.Barred), 1000)]
 	m.mu.Lock()
 	if e, ok := m.ahead[v.vm.Name]; ok && e.process == v.process {
 		out.Memory, out.InUse, out.Hot = pageBytes(e.Total), pageBytes(e.InUse), pageBytes(e.Hot)
+		out.Barred = cmp.Or(out.Barred, e.Held)
 	}
 	m.mu.Unlock()
+	out.Barred = out.Barred[:min(len(out.Barred), 1000)]
 	if at := m.movedAt(v.vm.Name); !at.IsZero() {
 		out.MovedAt = timestamppb.New(at)
 	}

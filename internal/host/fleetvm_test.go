@@ -235,3 +235,63 @@ func TestFleet(t *testing.T) {
 	}
 	labtest.MustCheck(t, twin)
 }
+
+// A host says beforehand of a VM that it cannot be migrated, and why.
+func TestFleetHears(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	a, _ := sites(t, l)
+	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), lab.Spec{BareMetal: true, MemoryMiB: 64,
+		Load: lab.Load{Sleep: true}, Extra: []string{"-object",
+			"memory-backend-ram,id=shared,size=1M,share=on", "-device",
+			"ivshmem-plain,memdev=shared"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.describe("web1", vm.QMP, vm.Args)
+	dir := filepath.Dir(a.dir)
+	if err := certs.Issue(filepath.Join(dir, "ca"), "brain1", filepath.Join(dir, "brain1"),
+		certs.DefaultDays, false); err != nil {
+		t.Fatal(err)
+	}
+	identity, err := certs.Load(filepath.Join(dir, "brain1"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	brain := &script{make(chan *fleetv1.LeaderSays, 1), make(chan *fleetv1.HostSays, 1000)}
+	brain.says <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Welcome{
+		Welcome: &fleetv1.Welcome{Epoch: 1}}}
+	mux := http.NewServeMux()
+	mux.Handle(fleetv1.NewHostsHandler(brain))
+	var ln net.Listener
+	if err := l.A.Do(func() (err error) {
+		ln, err = net.Listen("tcp", net.JoinHostPort(l.A.Addr, "7610"))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: mux,
+		TLSConfig: identity.Web(func(string) error { return nil })}
+	go server.ServeTLS(ln, "", "")
+	t.Cleanup(func() { server.Close() })
+	file := filepath.Join(a.dir, "vacated.toml")
+	text, err := os.ReadFile(file)
+	if err == nil {
+		err = os.WriteFile(file, fmt.Appendf(text, "[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n",
+			"brain1@"+ln.Addr().String()), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	told := ""
+	for ctx := labtest.Within(t, 2*time.Minute); !strings.Contains(told, "ivshmem"); {
+		select {
+		case m := <-brain.said:
+			for _, v := range m.GetReport().GetVms() {
+				told = v.Barred
+			}
+		case <-ctx.Done():
+			t.Fatalf("the host says of the VM: %q", told)
+		}
+	}
+}

@@ -518,6 +518,12 @@ func (b operators) ListHosts(ctx context.Context, _ *connect.Request[fleetv1.Lis
 			}
 			var stay []place.Stay
 			m.Going, stay = t.planner.Remaining(now, name)
+			for _, vm := range h.report.GetHere() {
+				if x.Phase == view.Draining && !slices.Contains(m.Going, vm) &&
+					!slices.ContainsFunc(h.told.VMs, func(v view.VM) bool { return v.Name == vm }) {
+					m.Going = append(m.Going, vm)
+				}
+			}
 			m.Staying = staying(stay)
 		}
 		r.Hosts = append(r.Hosts, m)
@@ -595,7 +601,7 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		names[i], known = h.Name, known && h.report != nil
 		drains[i] = t.drainOf(h, req.Msg, who, now)
 	}
-	f := t.planner.Forecast(now, tick, names...)
+	f := t.planner.Forecast(now, tick, float64(req.Msg.Rate), names...)
 	for i, h := range picked {
 		if h.report != nil {
 			takes, ok := f.Empty[h.Name]

@@ -650,9 +650,12 @@ func (t *term) maintain(ctx context.Context) {
 		}
 		going, _ := t.planner.Remaining(now, name)
 		switch {
-		case m.Phase == view.Draining && len(h.told.VMs) == 0 && len(going) == 0 &&
-			!t.busy(h):
+		case m.Phase == view.Draining && h.empty() && len(going) == 0 && !t.busy(h):
 			m.Phase = view.Drained
+			next = append(next, m)
+		case m.Phase == view.Drained && len(h.told.VMs) > 0:
+			// Somebody has started a VM, or sent one all the same.
+			m.Phase = view.Draining
 			next = append(next, m)
 		case m.Phase == view.Restoring && len(going) == 0:
 			m.Phase = ""
@@ -680,6 +683,13 @@ func (t *term) busy(h *hostState) bool {
 		}
 	}
 	return false
+}
+
+// empty reports whether no VM needs the host: it said so, having looked after it heard that none
+// may come. One that heeds no Standing only tells which VMs run.
+func (h *hostState) empty() bool {
+	return h.session != nil && len(h.told.VMs) == 0 && len(h.report.Here) == 0 &&
+		(!h.session.heeds || h.report.Heeds == string(view.Draining))
 }
 
 // comeTo has maintenance come to its next phase, and reports whether it has.

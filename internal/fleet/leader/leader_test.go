@@ -257,6 +257,9 @@ func (f *fake) tell(
 		Evictions: f.evictions, Open: f.open, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
 			Available: 60 << 30, Rate: 1e9, Labels: f.labels,
 			Waiting: f.waits * float64(len(f.vms))}}
+	if !f.old {
+		r.Heeds = f.standing.GetMaintenance()
+	}
 	if f.waits > 0 {
 		r.Load.Used = r.Load.Cpus
 	}
@@ -407,6 +410,34 @@ func TestDrain(t *testing.T) {
 	}
 	if got := phase(); got == "drained" {
 		t.Error("it is not restored")
+	}
+}
+
+// A host is empty when it says so, having looked after it heard that no VM may come.
+func TestEmpty(t *testing.T) {
+	is := func(heeds bool, r *fleetv1.Report) bool {
+		h := &hostState{session: &session{heeds: heeds}, report: r, told: viewOf("hosta", r)}
+		return h.empty()
+	}
+	for what, c := range map[string]struct {
+		heeds bool
+		r     *fleetv1.Report
+		empty bool
+	}{
+		"nothing is there": {true, &fleetv1.Report{Heeds: "draining"}, true},
+		"a VM runs": {true, &fleetv1.Report{Heeds: "draining",
+			Vms: []*fleetv1.VM{{Name: "web1"}}}, false},
+		"a VM starts": {true,
+			&fleetv1.Report{Heeds: "draining", Here: []string{"web1"}}, false},
+		"it had not heard that":         {true, &fleetv1.Report{}, false},
+		"an older one hears none of it": {false, &fleetv1.Report{}, true},
+	} {
+		if is(c.heeds, c.r) != c.empty {
+			t.Errorf("%s: it is empty: %v", what, !c.empty)
+		}
+	}
+	if (&hostState{report: &fleetv1.Report{Heeds: "draining"}}).empty() {
+		t.Error("one that is not connected is empty")
 	}
 }
 

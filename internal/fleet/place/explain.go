@@ -170,8 +170,15 @@ func (p *Planner) Remaining(now time.Time, host string) (going []string, stay []
 	return going, stay
 }
 
-// remaining is the same of a host that is drained.
+// remaining is the same of a host that is drained. A VM that runs at its target already needs the
+// host until its move has ended.
 func (p *Planner) remaining(h *host) (going []string, stay []Stay) {
+	for _, m := range h.moves {
+		if is := func(v *vm) bool { return v.Name == m.VM }; m.from == h && m.ended.IsZero() &&
+			!slices.ContainsFunc(h.guests, is) {
+			going = append(going, m.VM)
+		}
+	}
 	for _, v := range leavers(h) {
 		if v.move != nil && v.move.from == h {
 			going = append(going, v.Name)

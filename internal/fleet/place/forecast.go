@@ -28,15 +28,16 @@ type ForecastStep struct {
 	Why   []string      `json:"why,omitempty"`
 }
 
-// Forecast tells what comes of draining these hosts together, without a change to anything. It has
-// a copy of the planner drain them in simulated time, with a round every so often: what it says is
-// what the planner would do.
-func (p *Planner) Forecast(now time.Time, every time.Duration, hosts ...string) Forecast {
+// Forecast tells what comes of draining these hosts together, with each eviction at a rate at most
+// (in bytes per second; 0: any), without a change to anything. It has a copy of the planner drain
+// them in simulated time, with a round every so often: what it says is what the planner would do.
+func (p *Planner) Forecast(now time.Time, every time.Duration, rate float64,
+	hosts ...string) Forecast {
 	q := p.clone(now)
 	f := Forecast{Empty: map[string]time.Duration{}}
 	for _, name := range hosts {
 		if h := q.hosts[name]; h != nil {
-			h.maintenance = view.Maintenance{Host: name, Phase: view.Draining}
+			h.maintenance = view.Maintenance{Host: name, Phase: view.Draining, Rate: rate}
 			q.weigh(h)
 		}
 	}
@@ -157,7 +158,8 @@ func (t *transfer) lasts() (time.Duration, bool) {
 }
 
 func (t *transfer) rate() float64 {
-	return min(t.from.Rate/float64(max(1, t.from.under)), t.to.Rate/float64(max(1, t.to.under)))
+	return t.from.limit(min(t.from.Rate/float64(max(1, t.from.under)),
+		t.to.Rate/float64(max(1, t.to.under))))
 }
 
 // pass has time go on, in which no move ends but at its end. It reports whether one has.

@@ -422,7 +422,7 @@ func six(t testing.TB) *fleet {
 
 func TestDrain(t *testing.T) {
 	f := six(t)
-	forecast := f.Forecast(f.now, time.Second, "a")
+	forecast := f.Forecast(f.now, time.Second, 0, "a")
 	why := map[string]string{}
 	for _, s := range forecast.Stay {
 		why[s.VM] = s.Why
@@ -440,6 +440,11 @@ func TestDrain(t *testing.T) {
 	// 39 GiB at 125 MB/s, some of it at half of the rate of c's link.
 	if want := 335 * time.Second; forecast.Takes < want || forecast.Takes > want+10*time.Second {
 		t.Errorf("%v, want %v: %+v", forecast.Takes, want, forecast)
+	}
+	// Two at a time, and each at what the operator allows.
+	slow := f.Forecast(f.now, time.Second, 10e6, "a")
+	if least := 39 * gib / 20e6; slow.Takes.Seconds() < least || slow.Takes.Seconds() > 2*least {
+		t.Errorf("at 10 MB/s each: %v", slow.Takes)
 	}
 	if len(f.moves) != 0 || f.hosts["a"].Available != 0 && f.under != 0 {
 		t.Error("the forecast has changed something")
@@ -482,7 +487,7 @@ func TestForecastIsWhatComes(t *testing.T) {
 		}
 	}
 	f.report()
-	forecast := f.Forecast(f.now, time.Second, "h0", "h1")
+	forecast := f.Forecast(f.now, time.Second, 0, "h0", "h1")
 	f.Maintain(view.Maintenance{Host: "h0", Phase: view.Draining})
 	f.Maintain(view.Maintenance{Host: "h1", Phase: view.Draining})
 	steps := map[string]string{}

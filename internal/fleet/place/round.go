@@ -157,7 +157,16 @@ const usualTransfer = 150 * time.Millisecond
 
 // rate is what goes from one host to another, whose links others share.
 func rate(from, to *host) float64 {
-	return min(from.Rate/float64(max(1, from.under+1)), to.Rate/float64(max(1, to.under+1)))
+	return from.limit(min(from.Rate/float64(max(1, from.under+1)),
+		to.Rate/float64(max(1, to.under+1))))
+}
+
+// limit bounds a rate by what the drain of the host was told.
+func (h *host) limit(rate float64) float64 {
+	if m := h.maintenance; m.Phase == view.Draining && m.Rate > 0 {
+		return min(rate, m.Rate)
+	}
+	return rate
 }
 
 // met reports whether a host is as it should be, once it is like this and so much memory is free

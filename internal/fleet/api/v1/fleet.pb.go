@@ -246,7 +246,11 @@ type Report struct {
 	// What its own guard makes of it, in a sentence. Empty: it has none.
 	Guard string `protobuf:"bytes,5,opt,name=guard,proto3" json:"guard,omitempty"`
 	// Evictions from it and to it that have not ended, also those that nobody of the fleet ordered.
-	Open          uint32 `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
+	Open uint32 `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
+	// VMs that need it: that run, start or come here, that are leaving until all of their memory has followed, or of which it does not know.
+	Here []string `protobuf:"bytes,7,rep,name=here,proto3" json:"here,omitempty"`
+	// The maintenance of Standing that it heeded before it looked.
+	Heeds         string `protobuf:"bytes,8,opt,name=heeds,proto3" json:"heeds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -321,6 +325,20 @@ func (x *Report) GetOpen() uint32 {
 		return x.Open
 	}
 	return 0
+}
+
+func (x *Report) GetHere() []string {
+	if x != nil {
+		return x.Here
+	}
+	return nil
+}
+
+func (x *Report) GetHeeds() string {
+	if x != nil {
+		return x.Heeds
+	}
+	return ""
 }
 
 type Load struct {
@@ -1439,7 +1457,7 @@ type Host struct {
 	Maintenance       string                 `protobuf:"bytes,8,opt,name=maintenance,proto3" json:"maintenance,omitempty"`
 	MaintenanceReason string                 `protobuf:"bytes,9,opt,name=maintenance_reason,json=maintenanceReason,proto3" json:"maintenance_reason,omitempty"`
 	MaintenanceBy     *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=maintenance_by,json=maintenanceBy,proto3" json:"maintenance_by,omitempty"`
-	// VMs that have yet to leave, or to come back; and those that will not, with the reason.
+	// VMs that have yet to leave, all of their memory included, or to come back; and those that will not, with the reason.
 	Going   []string `protobuf:"bytes,11,rep,name=going,proto3" json:"going,omitempty"`
 	Staying []string `protobuf:"bytes,12,rep,name=staying,proto3" json:"staying,omitempty"`
 	// When a planned drain begins.
@@ -3269,14 +3287,16 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x0eheeds_standing\x18\x02 \x01(\bR\rheedsStanding\"0\n" +
 	"\x04Mark\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
-	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\xef\x01\n" +
+	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\x99\x02\n" +
 	"\x06Report\x12)\n" +
 	"\x04mark\x18\x01 \x01(\v2\x15.vacate.fleet.v1.MarkR\x04mark\x12>\n" +
 	"\tevictions\x18\x02 \x03(\v2 .vacate.fleet.v1.OrderedEvictionR\tevictions\x12)\n" +
 	"\x04load\x18\x03 \x01(\v2\x15.vacate.fleet.v1.LoadR\x04load\x12%\n" +
 	"\x03vms\x18\x04 \x03(\v2\x13.vacate.fleet.v1.VMR\x03vms\x12\x14\n" +
 	"\x05guard\x18\x05 \x01(\tR\x05guard\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\rR\x04open\"\xd1\x02\n" +
+	"\x04open\x18\x06 \x01(\rR\x04open\x12\x12\n" +
+	"\x04here\x18\a \x03(\tR\x04here\x12\x14\n" +
+	"\x05heeds\x18\b \x01(\tR\x05heeds\"\xd1\x02\n" +
 	"\x04Load\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\x01R\x04cpus\x12\x12\n" +
 	"\x04used\x18\x02 \x01(\x01R\x04used\x12\x18\n" +
