@@ -49,6 +49,9 @@ type Options struct {
 	// BootOnce has one guest of each kind boot, ever. VMs start from a file with that, in a
 	// fraction of the time, each with a load of its own. Labs of package labtest do.
 	BootOnce bool
+	// More are names of further hosts, which are not pinned. Each has a link of its own to the
+	// bridge of the client's host, shaped as that between a and b is.
+	More []string
 	// Log takes progress, such as downloads; default none.
 	Log *slog.Logger
 }
@@ -60,6 +63,7 @@ type Lab struct {
 	// Client is a third host, not pinned and beside a on its bridge, for the clients of
 	// guests. What it says to a guest on b crosses the link.
 	Client *Host
+	More   []*Host // by Options.More
 
 	dir   string // absolute
 	run   string // run directory
@@ -119,8 +123,18 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 	if _, err := plug(l.A, "client", l.Client, "eth0"); err != nil {
 		return nil, fmt.Errorf("link the lab's client: %w", err)
 	}
-	if l.link, err = newLink(l.A, l.B, opts.Rate); err != nil {
+	if l.link, err = newLink(l.A, "eth0", l.B, "eth0", opts.Rate); err != nil {
 		return nil, fmt.Errorf("link the lab's hosts: %w", err)
+	}
+	for i, name := range opts.More {
+		h, err := newHost(l, name, byte(4+i), -1)
+		if err != nil {
+			return nil, err
+		}
+		l.More = append(l.More, h)
+		if _, err := newLink(l.Client, fmt.Sprint("to", i), h, "eth0", opts.Rate); err != nil {
+			return nil, fmt.Errorf("link host %s: %w", name, err)
+		}
 	}
 	return l, ctx.Err()
 }
@@ -236,7 +250,7 @@ func (l *Lab) Close() error {
 		vm.Kill()
 	}
 	// The network goes with the hosts.
-	for _, h := range []*Host{l.A, l.B, l.Client} {
+	for _, h := range append([]*Host{l.A, l.B, l.Client}, l.More...) {
 		if h != nil {
 			h.close()
 		}

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"fmt"
+	"net"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -45,9 +46,8 @@ type linkEnd struct {
 	losing bool
 }
 
-func newLink(a, b *Host, rate uint64) (*link, error) {
-	const name = "eth0"
-	ends, err := plug(a, name, b, name)
+func newLink(a *Host, aName string, b *Host, bName string, rate uint64) (*link, error) {
+	ends, err := plug(a, aName, b, bName)
 	if err != nil {
 		return nil, err
 	}
@@ -120,6 +120,23 @@ func (l *Lab) SetLink(aToB, bToA bool) error {
 	defer l.link.mu.Unlock()
 	l.link.ends[0].down, l.link.ends[1].down = !aToB, !bToA
 	return l.link.apply()
+}
+
+// Part has neither of two hosts reach the other, or again: others reach both. What they send is
+// dropped where it is sent, and nobody is told, as by a broken table of a switch.
+func Part(a, b *Host, apart bool) error {
+	for _, way := range [][2]*Host{{a, b}, {b, a}} {
+		route := &netlink.Route{Type: unix.RTN_BLACKHOLE, Dst: &net.IPNet{
+			IP: net.ParseIP(way[1].Addr).To4(), Mask: net.CIDRMask(32, 32)}}
+		change := way[0].nl.RouteReplace
+		if !apart {
+			change = way[0].nl.RouteDel
+		}
+		if err := change(route); err != nil && (apart || err != unix.ESRCH) {
+			return fmt.Errorf("part host %s from %s: %w", way[0].Name, way[1].Name, err)
+		}
+	}
+	return nil
 }
 
 // LoseLarge has each direction of the link drop packets of more than 1,400 bytes, or pass all of

@@ -171,3 +171,34 @@ func TestLoseLarge(t *testing.T) {
 		t.Error("large packets do not arrive after the link was mended")
 	}
 }
+
+// Hosts beyond a and b reach each other and all others, but for those that they are parted from.
+func TestMoreHosts(t *testing.T) {
+	l := newTestLab(t, Options{More: []string{"c", "d"}, Rate: 1e9})
+	c, d := l.More[0], l.More[1]
+	for _, ends := range [][2]*Host{{c, d}, {d, l.A}, {l.B, c}} {
+		near, far := connect(t, ends[0], ends[1])
+		if !arrives(t, near, far, "here", 10*time.Second) {
+			t.Fatalf("%s does not reach %s", ends[0].Name, ends[1].Name)
+		}
+	}
+	near, far := connect(t, c, d)
+	if err := Part(c, d, true); err != nil {
+		t.Fatal(err)
+	}
+	if arrives(t, near, far, "lost", time.Second) || arrives(t, far, near, "lost", time.Second) {
+		t.Error("they reach each other, and are parted")
+	}
+	if n, f := connect(t, c, l.B); !arrives(t, n, f, "here", 10*time.Second) {
+		t.Error("one that is parted from another does not reach a third")
+	}
+	if err := Part(c, d, false); err != nil {
+		t.Fatal(err)
+	}
+	if !comes(t, far, "lost", 30*time.Second) || !comes(t, near, "lost", 30*time.Second) {
+		t.Error("what was sent does not come when they are joined again")
+	}
+	if err := Part(c, d, false); err != nil {
+		t.Errorf("joined twice: %v", err)
+	}
+}

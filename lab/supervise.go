@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -21,7 +23,7 @@ import (
 // lab.json in the lab directory.
 type State struct {
 	PID   int         `json:"pid"`   // of the supervisor
-	Hosts []HostState `json:"hosts"` // a, b
+	Hosts []HostState `json:"hosts"` // a, b; of a fleet all
 	VMs   []VMState   `json:"vms"`
 	Guest GuestState  `json:"guest"`
 }
@@ -64,31 +66,67 @@ var ErrNoLab = errors.New("no lab is up")
 
 // Supervise makes a lab with one guest on host a, and a VM that waits for it on host b. It calls
 // ready, and keeps the lab until ctx is done. There is at most one supervisor per lab directory.
-func Supervise(ctx context.Context, opts Options, spec Spec, ready func(State)) error {
-	dir, err := absDir(opts.Dir)
+func Supervise(ctx context.Context, opts Options, spec Spec, ready func(State)) (err error) {
+	file, unlock, err := openState(ctx, opts.Dir)
 	if err != nil {
 		return err
 	}
-	// Not at once: Status holds the lock for a moment.
-	short, cancel := context.WithTimeout(ctx, time.Second)
-	unlock, err := lockFile(short, filepath.Join(dir, stateLock))
-	cancel()
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("a lab is up already in %s: take it down first", dir)
-	} else if err != nil {
-		return err
-	}
-	defer unlock()
-	file := filepath.Join(dir, stateFile)
-	if err := os.RemoveAll(file); err != nil { // a killed supervisor's
-		return err
-	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	l, err := New(ctx, opts)
 	if err != nil {
 		return err
 	}
-	err = l.supervise(ctx, spec, file, ready)
-	return errors.Join(err, os.RemoveAll(file), l.Close())
+	return errors.Join(l.supervise(ctx, spec, file, ready), l.Close())
+}
+
+// openState takes a lab directory for one lab that is up, and returns the file for its state.
+// unlock removes that.
+func openState(ctx context.Context, dir string) (file string, unlock func() error, err error) {
+	if dir, err = absDir(dir); err != nil {
+		return "", nil, err
+	}
+	// Not at once: Status holds the lock for a moment.
+	short, cancel := context.WithTimeout(ctx, time.Second)
+	free, err := lockFile(short, filepath.Join(dir, stateLock))
+	cancel()
+	if errors.Is(err, context.DeadlineExceeded) {
+		return "", nil, fmt.Errorf("a lab is up already in %s: take it down first", dir)
+	} else if err != nil {
+		return "", nil, err
+	}
+	file = filepath.Join(dir, stateFile)
+	if err := os.RemoveAll(file); err != nil { // a killed supervisor's
+		free()
+		return "", nil, err
+	}
+	return file, func() error {
+		defer free()
+		return os.RemoveAll(file)
+	}, nil
+}
+
+// Publish has Exec and Down know of the lab, until unpublish is called. A signal to this process
+// must end the lab.
+func (l *Lab) Publish(ctx context.Context) (unpublish func() error, err error) {
+	file, unlock, err := openState(ctx, l.dir)
+	if err != nil {
+		return nil, err
+	}
+	data, err := json.Marshal(State{PID: os.Getpid(), Hosts: l.hostStates()})
+	if err == nil {
+		err = writeFile(file, append(data, '\n'))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("write the lab's state: %w", err), unlock())
+	}
+	return unlock, nil
+}
+
+func (l *Lab) hostStates() (list []HostState) {
+	for _, h := range slices.Concat([]*Host{l.A, l.B}, l.More, []*Host{l.Client}) {
+		list = append(list, HostState{h.Name, h.Addr, h.NetNS(), h.Core})
+	}
+	return list
 }
 
 func (l *Lab) supervise(ctx context.Context, spec Spec, file string, ready func(State)) error {
@@ -100,10 +138,7 @@ func (l *Lab) supervise(ctx context.Context, spec Spec, file string, ready func(
 	if err != nil {
 		return err
 	}
-	state := State{PID: os.Getpid()}
-	for _, h := range []*Host{l.A, l.B} {
-		state.Hosts = append(state.Hosts, HostState{h.Name, h.Addr, h.NetNS(), h.Core})
-	}
+	state := State{PID: os.Getpid(), Hosts: l.hostStates()[:2]}
 	for _, vm := range []*VM{source, dest} {
 		state.VMs = append(state.VMs,
 			VMState{Name: vm.Name, Host: vm.Host.Name, PID: vm.PID(), QMP: vm.QMP,
@@ -271,5 +306,9 @@ func Exec(dir, host string, argv []string) error {
 		}
 		return fmt.Errorf("run %s: %w", path, syscall.Exec(path, argv, os.Environ()))
 	}
-	return fmt.Errorf("the lab has no host %q: want a or b", host)
+	var names []string
+	for _, h := range s.Hosts {
+		names = append(names, h.Name)
+	}
+	return fmt.Errorf("the lab has no host %q: want one of %s", host, strings.Join(names, ", "))
 }
