@@ -3,10 +3,10 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
-# with ; between), REFUSALS, KVM, MOVES, CARRIES, PLAIN and STOPS (rounds), PARTS (of a night), OUT
-# (for results: .lab), VACATE_SEED (of tests with chance; a failure prints it), BENCHFLAGS (for
-# vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test: lint has run), LIBVIRT=1
-# (demo).
+# with ; between), REFUSALS, KVM, MOVES, CARRIES, PLAIN, STOPS and RUNS (rounds), PARTS (of a
+# night), OUT (for results: .lab), VACATE_SEED (of tests with chance; a failure prints it),
+# BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test: lint has run),
+# LIBVIRT=1, FLEET=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go
@@ -22,6 +22,7 @@ MOVES    ?= 50
 CARRIES  ?= 20
 PLAIN    ?= 5
 STOPS    ?= 1000
+RUNS     ?= 23
 JOBS     ?= 1
 OUT      ?= .lab
 
@@ -95,8 +96,8 @@ variants: deps ## the cases that `make test` leaves out: other QEMUs and guest k
 unit: ## the tests that need neither root nor QEMU (seconds)
 	$(TEST) -short $(PKG)
 
-demo: deps build ## evict a real VM on this machine, and compare; with LIBVIRT=1 a domain of libvirt's (root; under 5 minutes)
-	@bin/vacate-lab demo $(if $(LIBVIRT),--libvirt)
+demo: deps build ## evict a real VM on this machine, and compare; with LIBVIRT=1 a domain of libvirt's, with FLEET=1 a fleet of five hosts (root; under 6 minutes)
+	@bin/vacate-lab demo $(if $(LIBVIRT),--libvirt) $(if $(FLEET),--fleet)
 
 deps: ## install the Debian packages that are missing
 	@scripts/deps $(if $(RACE),race) $(if $(LIBVIRT),libvirt)
@@ -195,6 +196,18 @@ fleetsim: build ## simulate fleets of 100, 1,000 and 10,000 hosts, and compare b
 	bin/vacate-lab fleetsim --hosts 1000 >.lab/fleetsim/1000.md
 	bin/vacate-lab fleetsim --hosts 10000 --step 30s >.lab/fleetsim/10000.md
 	@cat .lab/fleetsim/*.md
+
+.PHONY: fleetfaults fleetdrain
+fleetfaults: deps build ## have leaders, members, disks, clocks and daemons of a fleet fail while it moves VMs, RUNS (23) times, WORKERS (2) fleets at a time (root; 10 minutes)
+	@scripts/deps strace
+	@mkdir -p $(OUT)
+	bin/vacate-lab fleetfaults --runs $(RUNS) --workers $(if $(filter command environment,$(origin WORKERS)),$(WORKERS),2) --log $(OUT)/fleetfaults.json >$(OUT)/fleetfaults.md || { cat $(OUT)/fleetfaults.md; false; }
+	@cat $(OUT)/fleetfaults.md
+
+fleetdrain: deps build ## drain a host of six VMs, three times, and compare what came with the forecast (root; 5 minutes)
+	@mkdir -p $(OUT)
+	bin/vacate-lab fleetdrain >$(OUT)/fleetdrain.md
+	@cat $(OUT)/fleetdrain.md
 
 nightly: deps ## what takes a night, with new turns of chance: variants, fuzzing, faults, campaigns; PARTS (all) are targets; results in .lab/nightly (root)
 	scripts/nightly $(PARTS)

@@ -28,7 +28,7 @@ import (
 
 func demoCommand() *cobra.Command {
 	var dir, file string
-	var domains bool
+	var domains, fleet bool
 	c := &cobra.Command{
 		Use:   "demo",
 		Short: "show VMs that starve each other, and relief; then measure it",
@@ -40,13 +40,18 @@ own post-copy, and compares them. Takes about three minutes. vacate and vacated
 must be in the same directory as this program.
 
 With --libvirt each host has a libvirt of its own, the VMs are its domains, and
-what virsh says at both ends is shown in place of the comparison.`,
+what virsh says at both ends is shown in place of the comparison.
+
+With --fleet there are five hosts, whose brain relieves one by itself, and empties
+another by a deadline while no VM is stopped. Takes about four minutes.`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
 	c.Flags().StringVar(&file, "html", "",
 		"`FILE` for the page (default demo.html in the lab's directory)")
 	c.Flags().BoolVar(&domains, "libvirt", false, "VMs are domains of libvirt's, one on each host")
+	c.Flags().BoolVar(&fleet, "fleet", false, "a fleet of five hosts")
+	c.MarkFlagsMutuallyExclusive("fleet", "libvirt")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		plain := &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "error" {
@@ -60,6 +65,9 @@ what virsh says at both ends is shown in place of the comparison.`,
 			page:    cmp.Or(file, filepath.Join(dir, "demo.html")),
 			opts: lab.Options{Dir: dir, Rate: 1e9,
 				Log: slog.New(slog.NewTextHandler(os.Stderr, plain))},
+		}
+		if fleet {
+			return d.showFleet(c.Context())
 		}
 		if err := d.show(c.Context()); err != nil || domains {
 			return err

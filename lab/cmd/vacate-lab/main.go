@@ -52,7 +52,9 @@ qemu-system-x86 from Debian; the guest's kernel is downloaded once.`,
 		untilSignal(statusCommand()),
 		execCommand(), untilSignal(downCommand()), untilSignal(benchCommand()),
 		untilSignal(demoCommand()), untilSignal(paperCommand()),
-		untilSignal(fleetsimCommand()), untilSignal(fetchesCommand()))
+		untilSignal(fleetsimCommand()), untilSignal(fleetfaultsCommand()),
+		untilSignal(fleetdrainCommand()),
+		untilSignal(fleetCommand()), untilSignal(fetchesCommand()))
 	return c
 }
 

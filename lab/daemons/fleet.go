@@ -1,0 +1,335 @@
+package daemons
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	fleetv1 "vacate/internal/fleet/api/v1"
+	hostv1 "vacate/internal/host/api/v1"
+	"vacate/internal/link/certs"
+	"vacate/lab"
+
+	"connectrpc.com/connect"
+)
+
+// Ports of a fleet: where a brain is asked, where etcd's members find each other, and where a
+// host's daemon is asked from elsewhere.
+const (
+	brainPort = 7610
+	etcdPort  = 7611
+	apiPort   = 7602
+)
+
+// askTime is how long a member may take to answer the operator.
+const askTime = 20 * time.Second
+
+// Operator is the name in the certificate of who may do all.
+const Operator = "admin"
+
+// FleetOptions say how a fleet is set up.
+type FleetOptions struct {
+	Vacate   string        // the program; vacated and vacate-fleet are beside it
+	Rate     uint64        // that hosts tell of their links, in Mbit/s
+	Interval time.Duration // of reports; default vacated's
+	// DiskBytes is the size of a disk that each brain's etcd has for itself. 0: it has none.
+	DiskBytes uint64
+}
+
+// Fleet is a fleet of a lab's hosts: a daemon on each, and three members of its brain, each on a
+// host of its own.
+type Fleet struct {
+	*Site
+	Hosts  []*lab.Host
+	Brains []*Brain
+
+	identity *certs.Identity // the operator's
+	opts     FleetOptions
+}
+
+// Brain is one member.
+type Brain struct {
+	Name string
+	Host *lab.Host
+	Disk *lab.SmallDisk // nil: none of its own
+
+	fleet  *Fleet
+	client fleetv1.FleetClient
+}
+
+// BrainNames are the hosts of the brain's members, for lab.Options.More.
+var BrainNames = []string{"brain1", "brain2", "brain3"}
+
+// NewFleet makes a fleet of all hosts of a lab but its client and those with names of brains.
+// [Fleet.Begin] starts it. Close it before the lab.
+func NewFleet(ctx context.Context, l *lab.Lab, opts FleetOptions) (_ *Fleet, err error) {
+	f := &Fleet{Hosts: []*lab.Host{l.A, l.B}, opts: opts}
+	for _, h := range l.More {
+		if strings.HasPrefix(h.Name, "brain") {
+			f.Brains = append(f.Brains, &Brain{Name: h.Name, Host: h, fleet: f})
+		} else {
+			f.Hosts = append(f.Hosts, h)
+		}
+	}
+	if f.Site, err = newSite(ctx, l, opts.Vacate, nil, f.Hosts); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	if err := f.issue(ctx, Operator); err != nil {
+		return nil, err
+	}
+	if f.identity, err = certs.Load(f.OperatorCerts(), nil); err != nil {
+		return nil, err
+	}
+	var names, hosts, members []string
+	for _, b := range f.Brains {
+		names = append(names, b.Member())
+		members = append(members, fmt.Sprintf("%s:%d", b.Name, etcdPort))
+		hosts = append(hosts, b.Host.Addr+" "+b.Name+"\n")
+		b.client = fleetv1.NewFleetClient(f.transport(l.Client, b.Name), "https://"+b.address())
+	}
+	f.more = fmt.Sprintf(`
+[api]
+listen    = ":%d"
+operators = [%q]
+
+[fleet]
+brains = %s
+rate   = %d
+`, apiPort, Operator, list(names), opts.Rate)
+	if opts.Interval > 0 {
+		f.more += fmt.Sprintf("interval = %q\n", opts.Interval)
+	}
+	// Where members find one another by name, as etcd has it.
+	if err := os.WriteFile(f.hostsFile(), []byte("127.0.0.1 localhost\n"+strings.Join(hosts, "")),
+		0o644); err != nil {
+		return nil, err
+	}
+	for _, b := range f.Brains {
+		if err := b.setUp(ctx, l, members); err != nil {
+			return nil, err
+		}
+	}
+	return f, nil
+}
+
+// list is a list of strings in TOML.
+func list(all []string) string {
+	var quoted []string
+	for _, s := range all {
+		quoted = append(quoted, fmt.Sprintf("%q", s))
+	}
+	return "[" + strings.Join(quoted, ", ") + "]"
+}
+
+// Dir has a directory for each daemon.
+func (f *Fleet) Dir() string { return f.dir }
+
+func (f *Fleet) hostsFile() string { return filepath.Join(f.dir, "hosts") }
+
+// OperatorCerts is the directory with the operator's certificate.
+func (f *Fleet) OperatorCerts() string { return filepath.Join(f.dir, Operator, "certs") }
+
+// Members are the brain's, as `vacate fleet --fleet` has them.
+func (f *Fleet) Members() string {
+	var all []string
+	for _, b := range f.Brains {
+		all = append(all, b.Member())
+	}
+	return strings.Join(all, ",")
+}
+
+// APIs are the hosts' daemons, as `vacate ui --host` has them.
+func (f *Fleet) APIs() (all []string) {
+	for _, h := range f.Hosts {
+		all = append(all, fmt.Sprintf("%s@%s:%d", name(h), h.Addr, apiPort))
+	}
+	return all
+}
+
+// transport is a client over which the operator asks, from a host.
+func (f *Fleet) transport(from *lab.Host, who string) *http.Client {
+	return &http.Client{Timeout: askTime,
+		Transport: &http.Transport{TLSClientConfig: f.identity.Client(who),
+			DialContext: from.Dial, TLSHandshakeTimeout: 5 * time.Second}}
+}
+
+// Host is a client of a host's daemon.
+func (f *Fleet) Host(h *lab.Host) hostv1.HostClient { return hostv1.Dial(f.Socket(h)) }
+
+func (b *Brain) address() string { return fmt.Sprintf("%s:%d", b.Host.Addr, brainPort) }
+
+// Member is NAME@HOST:PORT.
+func (b *Brain) Member() string { return b.Name + "@" + b.address() }
+
+func (b *Brain) dir() string { return filepath.Join(b.fleet.dir, b.Name) }
+
+// Data is the directory with etcd's files.
+func (b *Brain) Data() string {
+	if b.Disk != nil {
+		return b.Disk.Dir
+	}
+	return filepath.Join(b.dir(), "data")
+}
+
+// Certs is the directory with the member's certificate.
+func (b *Brain) Certs() string { return filepath.Join(b.dir(), "certs") }
+
+func (b *Brain) setUp(ctx context.Context, l *lab.Lab, members []string) (err error) {
+	if err := b.fleet.issue(ctx, b.Name); err != nil {
+		return err
+	}
+	if n := b.fleet.opts.DiskBytes; n > 0 {
+		if b.Disk, err = l.SmallDisk(n); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(filepath.Join(b.dir(), "vacate-fleet.toml"), fmt.Appendf(nil,
+		`certs   = "certs"
+listen  = "%[1]s"
+address = "%[1]s"
+data    = %[2]q
+members = %[3]s
+hosts   = ["host*"]
+
+[operators]
+admin = [%[4]q]
+`, b.address(), b.Data(), list(members), Operator), 0o644)
+}
+
+// Start starts the member. It does not wait until it serves, as that takes a majority.
+func (b *Brain) Start() error {
+	program := filepath.Join(filepath.Dir(b.fleet.vacate), "vacate-fleet")
+	// Members look for each other by name, and this machine has no such names.
+	cmd := exec.Command("sh", "-c", `mount --bind "$1" /etc/hosts && shift && exec "$@"`, "sh",
+		b.fleet.hostsFile(), program, "--config", filepath.Join(b.dir(), "vacate-fleet.toml"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	_, err := b.fleet.run(b.Host, b.Name, cmd)
+	return err
+}
+
+// Kill kills the member, if it runs.
+func (b *Brain) Kill() { b.fleet.kill(b.Name) }
+
+// PID returns the member's process; 0 if it does not run.
+func (b *Brain) PID() int { return b.fleet.pid(b.Name) }
+
+// Said is the end of what the member wrote to its log.
+func (b *Brain) Said() string { return b.fleet.said(b.Name) }
+
+// Log is the file with what the member wrote.
+func (b *Brain) Log() string { return b.fleet.Log(b.Name) }
+
+// Status asks the member how the fleet is.
+func (b *Brain) Status(ctx context.Context) (*fleetv1.StatusResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	r, err := b.client.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	return r.Msg, nil
+}
+
+// Begin starts all, and waits until a member leads whom all hosts have told of themselves.
+func (f *Fleet) Begin(ctx context.Context) error {
+	for _, b := range f.Brains {
+		if err := b.Start(); err != nil {
+			return err
+		}
+	}
+	for _, h := range f.Hosts {
+		if err := f.Start(ctx, h); err != nil {
+			return err
+		}
+	}
+	_, err := f.Leader(ctx, true)
+	return err
+}
+
+// Leader waits until a member leads, and returns it; with reports, one whom all hosts have told of
+// themselves. It looks at those that say they lead for the one with the highest epoch.
+func (f *Fleet) Leader(ctx context.Context, reports bool) (*Brain, error) {
+	for {
+		if b, s := f.Leads(ctx); b != nil && (!reports || int(s.Hosts) == len(f.Hosts) &&
+			s.Late == 0) {
+			return b, nil
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			said := ""
+			for _, b := range f.Brains {
+				said += fmt.Sprintf("\n%s said: %s", b.Name, b.Said())
+			}
+			return nil, fmt.Errorf("nobody leads the fleet: %w%s", context.Cause(ctx), said)
+		}
+	}
+}
+
+// Leads returns the member that says it leads, the last elected of several; nil if none does.
+func (f *Fleet) Leads(ctx context.Context) (leader *Brain, status *fleetv1.StatusResponse) {
+	for _, b := range f.Brains {
+		if b.PID() == 0 {
+			continue
+		}
+		if s, err := b.Status(ctx); err == nil && s.Leads &&
+			(status == nil || s.Epoch > status.Epoch) {
+			leader, status = b, s
+		}
+	}
+	return leader, status
+}
+
+// Ask has the leader asked, and again for as long as another one comes to lead, or none does.
+func (f *Fleet) Ask(ctx context.Context, ask func(fleetv1.FleetClient) error) error {
+	for {
+		b, err := f.Leader(ctx, false)
+		if err != nil {
+			return err
+		}
+		err = ask(b.client)
+		switch connect.CodeOf(err) {
+		case connect.CodeUnavailable, connect.CodeFailedPrecondition,
+			connect.CodeDeadlineExceeded, connect.CodeUnknown:
+		default:
+			return err
+		}
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// Vacate is vacate fleet, as the operator runs it on the client's host.
+func (f *Fleet) Vacate(ctx context.Context, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, f.vacate, append([]string{"fleet"}, args...)...)
+	c.Env = append(os.Environ(), "VACATE_FLEET="+f.Members())
+	c.Args = append(c.Args, "--operator-certs", f.OperatorCerts())
+	return c
+}
+
+// OnClient runs a command on the client's host.
+func (f *Fleet) OnClient(c *exec.Cmd) error { return f.lab.Client.Run(c) }
+
+// Dial reaches an address from the client's host.
+func (f *Fleet) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return f.lab.Client.Dial(ctx, network, address)
+}
