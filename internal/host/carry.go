@@ -487,6 +487,8 @@ func (h *Host) keepReady(vm string) {
 			cancel()
 		}
 	})
+	var ready net.Conn
+	defer func() { h.dropKept(vm, ready) }()
 	for range changed {
 		conn, err := dial(ctx)
 		for try := 0; errors.Is(err, errNotListening) && try < listenTries; try++ {
@@ -498,11 +500,12 @@ func (h *Host) keepReady(vm string) {
 			continue
 		}
 		h.log.Info("libvirt resumes a migration to here", "vm", vm)
+		h.dropKept(vm, ready)
 		h.mu.Lock()
 		h.kept[vm] = conn
 		h.mu.Unlock()
+		ready = conn
 		time.AfterFunc(helloTime, func() { h.dropKept(vm, conn) })
-		defer h.dropKept(vm, conn)
 	}
 }
 
@@ -521,11 +524,11 @@ func (h *Host) takeKept(vm string) net.Conn {
 	return conn
 }
 
-// dropKept closes a connection that nobody took.
+// dropKept closes a connection that nobody took; nil: none.
 func (h *Host) dropKept(vm string, conn net.Conn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.kept[vm] == conn {
+	if conn != nil && h.kept[vm] == conn {
 		delete(h.kept, vm)
 		conn.Close()
 	}
