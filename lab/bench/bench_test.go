@@ -179,6 +179,7 @@ func checkRun(t *testing.T, r *Run) {
 	missing("work lost", r.WorkLost == nil)
 	missing("bytes", r.LinkBytes == nil || *r.LinkBytes < 1<<20)
 	missing("series", len(r.Throughput) < 20 || r.Throughput[0][0] != -2)
+	missing("engines' CPU time", r.Strategy == "vacate" && r.EngineCPU == nil)
 	missing("fetches", r.Strategy == "vacate" && r.Fetch == nil)
 	missing("engine's report", (r.Strategy == "vacate") != (r.Engine != nil))
 	if moved {

@@ -77,6 +77,8 @@ type Run struct {
 	Down      *float64 `json:"down_time_s"`
 	Total     *float64 `json:"total_s"`
 	LinkBytes *uint64  `json:"link_bytes"` // both ways, headers included
+	// EngineCPU is what the engines used, from their start to their end.
+	EngineCPU *EngineCPU `json:"engine_cpu_s"`
 
 	Pages    *Pages     `json:"pages"`
 	Stall    *Quantiles `json:"stall_s"`
@@ -92,6 +94,12 @@ type Run struct {
 	Engine json.RawMessage `json:"engine"`
 	// Fetches are those that the kernel's events showed, if Options.Trace asks for them.
 	Fetches []Fetch `json:"-"`
+}
+
+// EngineCPU is seconds of CPU, the kernel's work for the engine included.
+type EngineCPU struct {
+	Source      float64 `json:"source"`
+	Destination float64 `json:"destination"`
 }
 
 // Pages counts pages of 4096 bytes.

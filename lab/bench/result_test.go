@@ -40,7 +40,7 @@ func sample() *Result {
 		}
 	}
 	engine := moved("vacate", 1, 0.05, 4.4, 120000)
-	engine.Prepare = ptr(0.016)
+	engine.Prepare, engine.EngineCPU = ptr(0.016), &EngineCPU{0.42, 0.37}
 	engine.Fetch, engine.Pages.Skipped = quantiles(1), ptr(uint64(7))
 	engine.Engine = json.RawMessage(`{"outcome":"completed"}`)
 	given := moved("qemu-precopy", 1, 0, 15, 250000)

@@ -103,6 +103,7 @@ type trial struct {
 	start    time.Time
 	end      time.Time
 	receiver *exec.Cmd          // nil before and after it runs
+	used     float64            // seconds of CPU, by the source's engine
 	received *bytes.Buffer      // what it wrote on standard error; read it after its end
 	domain   *libvirtlab.Domain // nil: no libvirt has the VM
 	tasks    sync.WaitGroup
@@ -187,6 +188,11 @@ func (t *trial) evict(ctx context.Context, flags []string) error {
 	return t.waitReceiver()
 }
 
+// cpuTime returns how many seconds of CPU a process that has ended used.
+func cpuTime(cmd *exec.Cmd) float64 {
+	return (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()
+}
+
 // exit returns a channel that gets the time at which the source's QEMU ends.
 func (t *trial) exit() <-chan time.Time {
 	gone := make(chan time.Time, 1)
@@ -221,6 +227,7 @@ func (t *trial) runEngine(ctx context.Context, cmd *exec.Cmd) error {
 	}
 	report, err := readReport(bufio.NewScanner(out))
 	err = errors.Join(err, cmd.Wait())
+	t.used = cpuTime(cmd)
 	if report != nil {
 		t.run.Engine = report
 		var r engineReport
@@ -258,6 +265,9 @@ func (t *trial) begunAt(at time.Time) {
 // waitReceiver waits for the end of vacate receive.
 func (t *trial) waitReceiver() error {
 	err := t.receiver.Wait()
+	if t.run.Engine != nil && err == nil {
+		t.run.EngineCPU = &EngineCPU{round(t.used), round(cpuTime(t.receiver))}
+	}
 	t.receiver = nil
 	if err != nil {
 		return fmt.Errorf("vacate receive: %w; it said %s", err, t.received)

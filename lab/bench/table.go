@@ -57,6 +57,14 @@ func ofPages(f func(*Pages) *uint64) func(*Run) *float64 {
 	}
 }
 
+// engineCPU is the CPU time of both engines for each 10⁹ bytes on the link.
+func engineCPU(r *Run) *float64 {
+	if r.EngineCPU == nil || r.LinkBytes == nil || *r.LinkBytes == 0 {
+		return nil
+	}
+	return ptr((r.EngineCPU.Source + r.EngineCPU.Destination) / (float64(*r.LinkBytes) / 1e9))
+}
+
 func stallCount(r *Run) *float64 {
 	if r.Stall == nil {
 		return nil
@@ -74,6 +82,7 @@ var (
 		{"down", "ms", ms, func(r *Run) *float64 { return r.Down }, true},
 		{"total", "s", secs, func(r *Run) *float64 { return r.Total }, true},
 		{"link", "MiB", mib, func(r *Run) *float64 { return number(r.LinkBytes) }, true},
+		{"engines", "CPU s/GB", secs, engineCPU, true},
 		{"recovery 90", "s", secs, func(r *Run) *float64 { return r.Recovery }, true},
 		{"work lost", "s", secs, func(r *Run) *float64 { return r.WorkLost }, true},
 		{"bad", "pages", whole, func(r *Run) *float64 { return number(r.Bad) }, false},
