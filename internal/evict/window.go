@@ -3,6 +3,7 @@ package evict
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -24,6 +25,8 @@ import (
 type Path struct {
 	// Limit is the limit of all evictions together.
 	Limit Limit
+
+	fetched atomic.Int64 // when a fetch of any was answered last, as UnixNano
 
 	mu      sync.Mutex // guards what follows, and the windows
 	windows []*window
@@ -294,16 +297,30 @@ func (w *window) pay(now time.Time, n int) {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// batch returns how many bytes one frame should hold: somewhat more than half of what may queue, so
-// that two frames fill a short path. While one is placed and reported, the other goes through the
-// narrowest place. Smaller ones would cost both hosts more CPU time. A window's first frame on an
-// empty path is one page, which measures it.
+// burst is how many bytes of pages the kernel hands to the network in one piece: 64 KiB, less the
+// headers, in whole segments of any usual size. A frame that is a little longer costs both hosts
+// one more packet, one more acknowledgement, and the destination one more wake-up.
+const burst = 60 << 10
+
+// quietTime is how long after a fetch frames may become larger than half of maxBatch.
+const quietTime = 50 * time.Millisecond
+
+// batch returns how many bytes one frame should hold: about half of what may queue, so that two
+// frames fill a short path. While one is placed and reported, the other goes through the narrowest
+// place. Smaller ones would cost both hosts more CPU time. A window's first frame on an empty path
+// is one page, which measures it.
 func (w *window) batch() int {
 	if !w.measured() {
 		return w.page
 	}
-	queued := int(w.target() * allowedQueue.Seconds() * 3 / 5)
-	return min(max(queued, w.page), max(maxBatch, w.page))
+	queued, most := int(w.target()*allowedQueue.Seconds()*3/5), maxBatch
+	if w.path.now().UnixNano()-w.path.fetched.Load() < int64(quietTime) {
+		most /= 2
+	}
+	if queued = min(queued, most); queued > burst {
+		queued -= queued % burst
+	}
+	return max(queued, w.page)
 }
 
 // send notes that a frame of n bytes is about to be sent.
@@ -330,6 +347,7 @@ func (w *window) send(n int) {
 // limits, so pushed bytes wait longer.
 func (w *window) fetched(n int) {
 	now := w.path.now()
+	w.path.fetched.Store(now.UnixNano())
 	w.path.Limit.take(now, n)
 	w.limit.take(now, n)
 }

@@ -510,7 +510,7 @@ func TestLimit(t *testing.T) {
 		s.run(t, 2*time.Second)
 		rates, _ := s.rates(t, 2*time.Second)
 		for i, want := range []float64{first, second} {
-			if frame := maxBatch / 4 / 2.; math.Abs(rates[i]-want) > 0.05*want+frame {
+			if frame := float64(32 << 10); math.Abs(rates[i]-want) > 0.05*want+frame {
 				t.Errorf("rate %.2f MB/s, not %.2f", rates[i]/1e6, want/1e6)
 			}
 		}
@@ -682,4 +682,30 @@ func TestYield(t *testing.T) {
 			}
 		}
 	}
+}
+
+// On a fast path frames are whole pieces of what the kernel sends at once. They become smaller when
+// the guest fetches, and larger again soon after.
+func TestFrames(t *testing.T) {
+	s := newSimulation(2e9, 200*time.Microsecond)
+	p := s.peers[0]
+	s.run(t, time.Second)
+	check := func(when string, want int) {
+		t.Helper()
+		s.run(t, 100*time.Millisecond)
+		if p.frame != want {
+			t.Errorf("%s: the largest frame has %d bytes, want %d", when, p.frame, want)
+		}
+	}
+	check("without fetches", 8*burst)
+	s.others = append(s.others, &fetches{w: p.w, at: s.now})
+	s.run(t, 10*time.Millisecond)
+	check("with fetches", 4*burst)
+	s.others = nil
+	s.run(t, quietTime)
+	check("after fetches", 8*burst)
+
+	s.rate = 125e6 // 0.6 ms of it are 73 KiB
+	s.run(t, 3*time.Second)
+	check("on a slower path", burst)
 }

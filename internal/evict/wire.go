@@ -80,7 +80,7 @@ const (
 	maxFill    = 16 << 20 // bytes of all frames ahead of a question
 	maxControl = migstream.MaxPackage
 	// maxBatch is the number of bytes of pages in one frame, unless a single page is larger.
-	maxBatch = 256 << 10
+	maxBatch = 8 * burst
 	// maxRuns is the number of runs of pages in one frame.
 	maxRuns = 512
 	// maxZeroPages bounds the zero pages in one frame: each costs the destination about a
