@@ -77,7 +77,8 @@ type Run struct {
 	Down      *float64 `json:"down_time_s"`
 	Total     *float64 `json:"total_s"`
 	LinkBytes *uint64  `json:"link_bytes"` // both ways, headers included
-	// EngineCPU is what the engines used, from their start to their end.
+	// EngineCPU is what the engines used, from their start to their end. It is nil where daemons
+	// evict, as they do more than that.
 	EngineCPU *EngineCPU `json:"engine_cpu_s"`
 
 	Pages    *Pages     `json:"pages"`
