@@ -676,11 +676,11 @@ func (e *source) commit(ctx context.Context) error {
 		err = writeJSON(a.control.Conn, msgCommit, commitment{e.facts.Stood})
 	}
 	if err == nil {
-		// Pages that arrive while the destination loads the devices take the CPU that loading
-		// needs, so this comes no sooner. It comes no later, as the VM's first instructions need
-		// pages: one that QEMU's main thread or an interrupt of the VM waits for also holds up the
-		// answer.
-		e.beginPush(a)
+		// On a long path the VM's first instructions need pages before the answer can be here. One
+		// that QEMU's main thread or an interrupt of the VM waits for would also hold it up.
+		if e.far {
+			e.beginPush(a)
+		}
 		_, err = a.control.await(await, msgRunning)
 	}
 	if errors.Is(err, errFarewell) {
@@ -694,6 +694,11 @@ func (e *source) commit(ctx context.Context) error {
 	}
 	e.ranThere = true
 	e.noteRan(0)
+	if !e.far {
+		// This waits on purpose. Pages that arrive while the twin gets ready take the CPU that it
+		// needs.
+		e.beginPush(a)
+	}
 	e.beginGiveBack(a)
 	if err := e.machine.enter(Pushing); err != nil {
 		return e.lost(err, "")
