@@ -46,7 +46,6 @@ type carriedSource struct {
 	stream net.Conn
 	coming carriedStream // what QEMU sends in it
 	early  bool          // QEMU may be told of success before it has sent all
-	given  chan struct{} // closed when libvirt has given the migration up
 }
 
 func newCarriedSource(s Source) *carriedSource {
@@ -59,36 +58,30 @@ func newCarriedSource(s Source) *carriedSource {
 				_, err := s.Carried.Stream.Write(migstream.Message{Type: migstream.MsgPong,
 					Value: v}.Append(nil))
 				return err
-			}}, given: make(chan struct{})}
+			}}}
 }
 
 // lookTime is how often libvirt is asked whether it has given the migration up.
 const lookTime = time.Second
 
-// open also begins to watch what libvirt makes of the migration. QEMU's stream does not show that
-// it has ended, as nothing is read from it.
-func (o *carriedSource) open(ctx context.Context) error {
-	if err := o.libvirtSource.open(ctx); err != nil {
-		return err
-	}
-	go func() {
-		for {
-			select {
-			case <-time.After(lookTime):
-			case <-o.life.Done():
-				return
-			}
-			s, err := o.conn.State(o.life, o.domain)
-			if err == nil && s.State == libvirt.Paused && s.Reason == libvirt.PausedPostcopyFailed {
-				close(o.given)
-				return
-			}
-		}
-	}()
-	return nil
-}
+// errGivenUp: libvirt's own migration has failed.
+var errGivenUp = errors.New("libvirt has given up its migration")
 
-func (o *carriedSource) gone() <-chan struct{} { return o.given }
+// ended watches what libvirt makes of the migration. QEMU's stream does not show that it has ended,
+// as nothing is read from it.
+func (o *carriedSource) ended(ctx context.Context) error {
+	for {
+		select {
+		case <-time.After(lookTime):
+		case <-ctx.Done():
+			return nil
+		}
+		s, err := o.conn.State(ctx, o.domain)
+		if err == nil && s.State == libvirt.Paused && s.Reason == libvirt.PausedPostcopyFailed {
+			return errGivenUp
+		}
+	}
+}
 
 // unfitCapabilities are those of a migration whose stream cannot be carried, with what to do.
 var unfitCapabilities = map[string]string{
@@ -268,7 +261,7 @@ func (o *carriedSource) drop() error {
 	return err
 }
 
-func (o *carriedSource) byHand(process.Process) string { return carriedRemedy(o.domain.Name) }
+func (o *carriedSource) ownRemedy() string { return carriedRemedy(o.Domain) }
 
 // carriedRemedy says what an operator does about a migration that was not carried to its end.
 func carriedRemedy(domain string) string {

@@ -113,6 +113,8 @@ func (o *carriedTwin) kill(ctx context.Context) error {
 	return nil
 }
 
+func (o *carriedTwin) ownRemedy() string { return carriedRemedy(o.domain.Name) }
+
 func (o *carriedTwin) record(*twin) {}
 
 func (o *carriedTwin) recall(twin) error { return errNotKept }

@@ -1,6 +1,7 @@
 package evict
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -725,9 +726,6 @@ func (e *destination) kill() error {
 // killTime is how long a killed QEMU may take to end.
 const killTime = 5 * time.Second
 
-// domain is the name of a domain that libvirt moves.
-func (e *destination) domain() string { return e.owner.(*carriedTwin).domain.Name }
-
 // abort ends an attempt that never ran the VM. It kills the QEMU, so that it never will, and only
 // then says so.
 func (e *destination) abort(err error) error {
@@ -743,21 +741,14 @@ func (e *destination) abort(err error) error {
 		writeJSON(a.control.Conn, msgAbort, farewell{e.named(err).Error(), true})
 	}
 	e.answerRejoin(AnswerNeverRan, e.named(err).Error(), true)
-	if e.Carried != nil {
-		return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
-			carriedRemedy(e.domain())}
-	}
 	return &Error{ErrAborted, from, errors.Join(err, e.machine.enter(Aborted)),
-		"The VM never ran here, and the QEMU that waited for it was ended. The VM runs on at " +
-			"the source"}
+		cmp.Or(e.owner.ownRemedy(), "The VM never ran here, and the QEMU that waited for it was "+
+			"ended. The VM runs on at the source")}
 }
 
 // lost ends an eviction that cannot complete although the VM ran here.
 func (e *destination) lost(err error, remedy string) error {
 	from := e.machine.current()
-	if e.Carried != nil {
-		remedy = carriedRemedy(e.domain())
-	}
 	if noteErr := note(e.Journal, MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("cannot record in the journal that the VM is lost here", "error", noteErr)
 	}
@@ -766,7 +757,8 @@ func (e *destination) lost(err error, remedy string) error {
 		writeJSON(a.control.Conn, msgFailed, farewell{e.named(err).Error(), dead})
 	}
 	e.answerRejoin(AnswerLost, e.named(err).Error(), dead)
-	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)),
+		cmp.Or(e.owner.ownRemedy(), remedy)}
 }
 
 // answerRejoin answers a source that comes back after the end. Without a journal nobody remembers

@@ -103,8 +103,8 @@ func (o *libvirtSource) dial(ctx context.Context) error {
 	return err
 }
 
-// gone is nil: when libvirt ends, its domains do not.
-func (o *libvirtSource) gone() <-chan struct{} { return nil }
+// ended returns at once: when libvirt ends, its domains do not.
+func (o *libvirtSource) ended(context.Context) error { return nil }
 
 func (o *libvirtSource) describe(ctx context.Context) (d described, err error) {
 	info, err := o.conn.Info(ctx, o.domain)

@@ -563,6 +563,8 @@ func (o *libvirtTwin) kill(ctx context.Context) error {
 	return o.forget()
 }
 
+func (o *libvirtTwin) ownRemedy() string { return "" }
+
 // forget makes libvirt forget a domain whose QEMU here has ended for good.
 func (o *libvirtTwin) forget() error {
 	if o.facts == nil {

@@ -17,10 +17,11 @@ import (
 //
 // An owner decides nothing. The engine asks it to freeze, to resume or to discard when the rules
 // allow that (docs/protocol.md). The engine does not trust it either: a frozen guest cannot run
-// because its process is stopped, which needs nobody's cooperation.
+// because its process is stopped, which needs nobody's cooperation. The exception is libvirt where
+// it moves a domain by itself: see Carried.
 
 // sourceOwner owns the VM's QEMU at the source. Only one of its methods runs at a time, except
-// monitor and gone.
+// monitor and ended.
 type sourceOwner interface {
 	// open connects to the VM's QEMU. It may be called again until it succeeds. It fails with
 	// errAnother for a QEMU that is not the eviction's. notThere holds for its error if there is no
@@ -28,9 +29,9 @@ type sourceOwner interface {
 	open(ctx context.Context) error
 	// monitor answers questions about the VM. It is nil before open, and safe for concurrent use.
 	monitor() *qmp.Client
-	// gone is closed when the VM must have ended, as QEMU closed its monitor. It is nil if the
-	// monitor does not show that.
-	gone() <-chan struct{}
+	// ended waits until the owner shows that the eviction cannot go on, and returns why: QEMU has
+	// closed its monitor, or a manager has given up. It returns nil when ctx ends.
+	ended(ctx context.Context) error
 	// describe makes sure that the VM can be evicted, without touching it, and describes it.
 	describe(ctx context.Context) (described, error)
 	// arm gets ready to freeze the VM. The guest does not notice.
@@ -55,6 +56,9 @@ type sourceOwner interface {
 	discard(ctx context.Context, qemu process.Process) error
 	// byHand says what an operator types to resume the frozen VM without a journal.
 	byHand(qemu process.Process) string
+	// ownRemedy says what an operator does after a failure if the owner decides what becomes of the
+	// VM. Else it is empty: the engine knows.
+	ownRemedy() string
 	close()
 }
 
@@ -118,6 +122,8 @@ type twinOwner interface {
 	quit(ctx context.Context) error
 	// kill ends the twin, and returns when it has ended.
 	kill(ctx context.Context) error
+	// ownRemedy is that of sourceOwner.
+	ownRemedy() string
 	// record adds what another engine needs to know. That engine passes it to recall.
 	record(t *twin)
 	recall(t twin) error

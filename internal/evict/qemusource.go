@@ -31,7 +31,15 @@ type qemuSource struct {
 
 func (o *qemuSource) monitor() *qmp.Client { return o.q }
 
-func (o *qemuSource) gone() <-chan struct{} { return o.q.Done() }
+func (o *qemuSource) ended(ctx context.Context) error {
+	q := o.q
+	select {
+	case <-q.Done():
+		return fmt.Errorf("the source's QEMU is gone: %w", q.Err())
+	case <-ctx.Done():
+		return nil
+	}
+}
 
 func (o *qemuSource) open(ctx context.Context) error {
 	q, err := qmp.Dial(ctx, o.path)
@@ -246,6 +254,8 @@ func (o *qemuSource) discard(ctx context.Context, qemu process.Process) error {
 func (o *qemuSource) byHand(qemu process.Process) string {
 	return fmt.Sprintf("`kill -CONT %d`, then `cont` on its QMP socket", qemu.PID)
 }
+
+func (o *qemuSource) ownRemedy() string { return "" }
 
 func (o *qemuSource) close() {
 	if o.freezer != nil {

@@ -365,6 +365,8 @@ func (o *qemuTwin) quit(ctx context.Context) error {
 
 func (o *qemuTwin) kill(ctx context.Context) error { return o.found.process.Kill(ctx) }
 
+func (o *qemuTwin) ownRemedy() string { return "" }
+
 func (o *qemuTwin) record(t *twin) { t.Changed = o.changed }
 
 func (o *qemuTwin) recall(t twin) error {

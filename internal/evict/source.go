@@ -436,14 +436,8 @@ func (e *source) open(ctx context.Context) error {
 		return err
 	}
 	e.tasks.Go(func() {
-		select {
-		case <-e.owner.gone():
-			if e.Carried != nil {
-				e.die(errGivenUp)
-				return
-			}
-			e.die(fmt.Errorf("the source's QEMU is gone: %w", e.owner.monitor().Err()))
-		case <-e.life.Done():
+		if err := e.owner.ended(e.life); err != nil {
+			e.die(err)
 		}
 	})
 	return nil
@@ -466,9 +460,6 @@ func (e *source) watch() {
 		}
 	})
 }
-
-// errGivenUp: libvirt's own migration has failed.
-var errGivenUp = errors.New("libvirt has given up its migration")
 
 var errQEMUGone = errors.New("the source's QEMU has ended")
 
@@ -742,13 +733,11 @@ func (e *source) refuse(err error) error {
 // lost ends an eviction for which this engine can do nothing more.
 func (e *source) lost(err error, remedy string) error {
 	from := e.machine.current()
-	if e.Carried != nil {
-		remedy = carriedRemedy(e.Carried.Domain)
-	}
 	if noteErr := e.note(MarkLost, err.Error()); noteErr != nil {
 		e.Log.Warn("cannot record in the journal what became of the VM", "error", noteErr)
 	}
-	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)), remedy}
+	return &Error{ErrLost, from, errors.Join(err, e.machine.enter(Lost)),
+		cmp.Or(e.owner.ownRemedy(), remedy)}
 }
 
 // rollBack resumes the guest here. It may be called only while the destination cannot run it:
@@ -805,9 +794,6 @@ func (e *source) rollBack(cause error) error {
 				"error", err)
 		}
 		remedy := fmt.Sprintf("Try %s", e.owner.byHand(e.qemu))
-		if e.Carried != nil {
-			return e.lost(errors.Join(cause, err), "")
-		}
 		if e.Journal != nil {
 			remedy = e.remedies()
 		}
