@@ -99,7 +99,7 @@ func (o *carriedSource) describe(ctx context.Context) (d described, err error) {
 	if err := recent(v); err != nil {
 		return d, err
 	}
-	if v.Major > newest.Major || v.Major == newest.Major && v.Minor > newest.Minor {
+	if v.AtLeast(newest.Major, newest.Minor+1) {
 		return d, fmt.Errorf("QEMU %v begins post-copy in another way than QEMU up to %d.%d, and "+
 			"its migration cannot be carried: leave --migrateuri out, or `vacate evict %s`", v,
 			newest.Major, newest.Minor, o.domain.Name)
@@ -144,7 +144,7 @@ func (o *carriedSource) describe(ctx context.Context) (d described, err error) {
 			return d, err
 		}
 	}
-	o.early = v.Major > 8 || v.Major == 8 && v.Minor >= 2
+	o.early = v.AtLeast(8, 2)
 	d.section = o.coming.r.SectionID() // of what QEMU sends when libvirt resumes the migration
 	d.offer.QEMU, d.offer.Machine = v.String(), o.coming.machine
 	offer := &carriedOffer{Name: o.domain.Name, UUID: o.domain.UUID,

@@ -10,7 +10,8 @@ import (
 	"vacate/internal/qemu/libvirt"
 )
 
-// carriedTwin is a twin that libvirt has started for a migration of its own. libvirt runs it.
+// carriedTwin is a twin that libvirt has started for a migration of its own. libvirt runs it. There
+// are no domainFacts of it: no other engine can go on with it.
 type carriedTwin struct {
 	libvirtTwin
 	dial func(context.Context) (net.Conn, error)
@@ -36,22 +37,19 @@ func (o *carriedTwin) accept(ctx context.Context, offered offer) (err error) {
 		return fmt.Errorf("%w: %d blocks of memory, and how much %d may grow to", errFrame,
 			len(offered.Blocks), len(c.Totals))
 	}
-	if o.domain, err = o.conn.Find(ctx, c.Name); err != nil {
+	named := domainFacts{Name: c.Name, UUID: c.UUID}
+	if o.domain, err = named.find(ctx, o.conn); err != nil {
 		return err
-	}
-	if o.domain.UUID != c.UUID {
-		return fmt.Errorf("%w: another one is named %s", libvirt.ErrNoDomain, c.Name)
 	}
 	o.preempt = c.Preempt
 	return o.find(ctx, offered, c.Totals)
 }
 
-func (o *carriedTwin) decline(context.Context) {
-	for _, c := range []net.Conn{o.stream, o.second} {
-		if c != nil {
-			c.Close()
-		}
+func (o *carriedTwin) decline(ctx context.Context) {
+	if o.second != nil {
+		o.second.Close()
 	}
+	o.libvirtTwin.decline(ctx)
 }
 
 func (o *carriedTwin) connect(ctx context.Context) (net.Conn, error) {
@@ -94,19 +92,6 @@ func (o *carriedTwin) run(ctx context.Context) error {
 	}
 }
 
-func (o *carriedTwin) lastWords() (guest, host string) {
-	o.ending.wait()
-	o.ending.mu.Lock()
-	defer o.ending.mu.Unlock()
-	return o.ending.guest, o.ending.host
-}
-
-func (o *carriedTwin) renew(context.Context, []byte) (renewed, error) {
-	return renewed{}, errNotKept
-}
-
-func (o *carriedTwin) letGo(context.Context, bool) {}
-
 // kill ends the stream. What follows is decided by libvirt.
 func (o *carriedTwin) kill(ctx context.Context) error {
 	o.decline(ctx)
@@ -115,14 +100,9 @@ func (o *carriedTwin) kill(ctx context.Context) error {
 
 func (o *carriedTwin) ownRemedy() string { return carriedRemedy(o.domain.Name) }
 
-func (o *carriedTwin) record(*twin) {}
-
-func (o *carriedTwin) recall(twin) error { return errNotKept }
-
 func (o *carriedTwin) close() {
 	o.decline(context.Background())
-	o.stop()
-	o.hangUp()
+	o.libvirtTwin.close()
 }
 
 // CarriedPatience is how long a migration of libvirt's waits for the link. QEMU's own connection
