@@ -44,7 +44,7 @@ func (r *Request) Relay(ctx context.Context, conn net.Conn) error {
 	return r.relay(ctx, conn)
 }
 
-// relay returns when the connection or the session has ended.
+// relay returns when the connection or the session has ended. The caller then closes both.
 func (a *attachment) relay(ctx context.Context, conn net.Conn) error {
 	a.tasks.Go(func() {
 		b := make([]byte, maxBatch)
@@ -63,7 +63,6 @@ func (a *attachment) relay(ctx context.Context, conn net.Conn) error {
 			}
 		}
 	})
-	defer conn.Close()
 	for {
 		f, err := a.control.await(ctx, msgRelayed)
 		if err != nil {
