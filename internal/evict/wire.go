@@ -27,12 +27,11 @@ const (
 	msgCommit uint8 = 4
 	msgResume uint8 = 5 // resume: goes on with an eviction, in a new session, in place of an offer
 	// the caller's JSON: a question that touches no VM, in place of an offer
-	msgAsk uint8 = 6
-	// relayed: QEMU's own recovery of a migration, in place of an offer
-	msgRelay uint8 = 11
+	msgAsk   uint8 = 6
 	msgFill  uint8 = 8  // zeroes, ahead of msgAsk: only their time matters
 	msgOpen  uint8 = 10 // filler, after an accepted offer: see openWindow
 	msgHeard uint8 = 7  // empty: the source knows that the eviction is complete
+	msgRelay uint8 = 11 // relayed: QEMU's own recovery of a migration, in place of an offer
 	// destination to source
 	msgAccepted uint8 = 16 // empty: the offer fits; QEMU waits for the stream
 	msgArmed    uint8 = 25 // empty: QEMU took the head
@@ -53,9 +52,9 @@ const (
 	// farewell, once the VM runs: why pages find no memory there; empty if they do again
 	msgShort uint8 = 28
 	// both ways
-	// raw: bytes of a stream that is relayed; none: it has ended
+	msgProve uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
+	// raw, after an accepted msgRelay: bytes of QEMU's stream; empty: it has ended
 	msgRelayed uint8 = 12
-	msgProve   uint8 = 9 // filler, ahead of an offer, and its answer: the path carries large frames
 	// farewell: the sender gave the eviction up, and the VM never ran on the destination
 	msgAbort uint8 = 32
 )
