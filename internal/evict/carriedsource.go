@@ -61,7 +61,7 @@ func newCarriedSource(s Source) *carriedSource {
 			}}}
 }
 
-// lookTime is how often libvirt is asked whether it has given the migration up.
+// lookTime is how often the engine asks libvirt whether it has given the migration up.
 const lookTime = time.Second
 
 // errGivenUp: libvirt's own migration has failed.
@@ -116,7 +116,7 @@ func (o *carriedSource) describe(ctx context.Context) (d described, err error) {
 	for name, remedy := range unfitCapabilities {
 		if caps[name] {
 			return d, fmt.Errorf("the migration has QEMU's capability %s, and cannot be carried: "+
-				"have virsh migrate run again, and %s", name, remedy)
+				"run `virsh migrate` again, and %s", name, remedy)
 		}
 	}
 	if err != nil {

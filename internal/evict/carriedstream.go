@@ -19,7 +19,7 @@ type carriedStream struct {
 
 // errNoPostcopy: the migration was begun without it.
 var errNoPostcopy = errors.New("the migration may not go to post-copy, and cannot be carried: " +
-	"have virsh migrate run again with --postcopy")
+	"run `virsh migrate` again with --postcopy")
 
 // head reads what QEMU sends ahead of the first page.
 func (s *carriedStream) head() error {

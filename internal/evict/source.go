@@ -56,7 +56,7 @@ type Source struct {
 	// TrustDisks names disks, with their cache modes, whose images at the destination the operator
 	// asserts to be the same; see fit.Drive.Name.
 	TrustDisks []string
-	// Forced has the destination take the VM although it keeps VMs off, as an operator wants it.
+	// Forced makes the destination take the VM although it keeps VMs off: an operator wants that.
 	Forced bool
 	// Limit is the most bytes per second to send; nil for no limit. Fetched pages count but never
 	// wait.

@@ -298,7 +298,7 @@ func eachRun(r *ranking, blocks []Block, pages []pageclass.Page, frames []Frames
 }
 
 // Skippable yields the pages whose frames are all free beyond doubt, by the survey. No run is so
-// long that who takes it holds up others for long.
+// long that taking it holds up others for long.
 func Skippable(blocks []Block, s *pageclass.Survey, frames []Frames) iter.Seq[pageset.Run] {
 	return func(yield func(pageset.Run) bool) {
 		for _, f := range frames {

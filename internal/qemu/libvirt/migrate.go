@@ -206,10 +206,10 @@ func PlainCookie(cookie []byte) ([]byte, error) {
 	return append([]byte(b.String()), cookie[len(text):]...), nil
 }
 
-// startPause is how often a migration is told to go to post-copy that is not ready for it.
+// startPause is the time between two attempts to take a migration to post-copy.
 const startPause = 5 * time.Millisecond
 
-// StartPostcopy has a migration under way go to post-copy, as soon as that is possible.
+// StartPostcopy makes a migration under way go to post-copy. It tries until libvirt does not refuse.
 func (c *Conn) StartPostcopy(ctx context.Context, d Domain) error {
 	for {
 		err := do(ctx, c, "take the migration of the domain "+d.Name+" to post-copy", func() error {
