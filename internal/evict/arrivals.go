@@ -136,16 +136,11 @@ func (p *arrivals) skip(runs []pageRun) (wanted []pageRun) {
 	defer p.mu.Unlock()
 	for _, r := range runs {
 		received, fresh := p.received[r.Block], 0
-		for at := r.First; ; {
-			first, n := received.NextGap(at, r.End(), r.Count)
-			if n == 0 {
-				break
-			}
+		for first, n := range received.Gaps(r.First, r.End()) {
 			received.AddRun(first, n)
 			p.skipped[r.Block].AddRun(first, n)
 			p.missing -= n
 			fresh += n
-			at = first + pageset.Page(n)
 			for _, page := range p.waitingIn(pageset.Run{Block: r.Block, First: first, Count: n}) {
 				p.skipped[r.Block].Remove(page)
 				p.missing++
@@ -251,16 +246,12 @@ const freeAround = 128 << 10
 // The caller holds mu.
 func (p *arrivals) takeSkipped(runs []pageRun, block int, at, end pageset.Page) []pageRun {
 	set := p.skipped[block]
-	for {
-		first, n := set.Next(at, end, int(end-at))
-		if n == 0 {
-			return runs
-		}
+	for first, n := range set.Runs(at, end) {
 		set.RemoveRun(first, n)
 		p.missing += n
 		runs = append(runs, pageRun{pageset.Run{Block: block, First: first, Count: n}, true})
-		at = first + pageset.Page(n)
 	}
+	return runs
 }
 
 // takeAllSkipped returns all pages that were left out, in runs of at most maxZeroPages. They count
@@ -289,13 +280,8 @@ func (p *arrivals) restock(count func() ([]*pageset.Set, error)) error {
 	}
 	p.missing, p.whole = 0, make(chan struct{})
 	for i, set := range placed {
-		for at := pageset.Page(0); ; {
-			first, n := p.skipped[i].Next(at, set.End(), set.Size())
-			if n == 0 {
-				break
-			}
+		for first, n := range p.skipped[i].Runs(0, set.End()) {
 			set.AddRun(first, n)
-			at = first + pageset.Page(n)
 		}
 		p.received[i] = set
 		p.missing += set.Size() - set.Count()
@@ -341,17 +327,12 @@ func (p *arrivals) discards() []byte {
 				ranges = nil
 			}
 		}
-		for at := pageset.Page(0); ; {
-			first, n := set.NextGap(at, set.End(), set.Size())
-			if n == 0 {
-				break
-			}
+		for first, n := range set.Gaps(0, set.End()) {
 			ranges = append(ranges,
 				migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
 			if len(ranges) == migstream.MaxDiscardRanges {
 				flush()
 			}
-			at = first + pageset.Page(n)
 		}
 		flush()
 	}

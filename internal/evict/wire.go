@@ -348,16 +348,10 @@ func (l layout) parseRequest(b []byte) (pageset.Run, error) {
 func appendPresent(b []byte, block int, first, count int, set *pageset.Set) []byte {
 	b = appendRequest(b, pageset.Run{Block: block, First: pageset.Page(first), Count: count})
 	words := make([]uint64, (count+63)/64)
-	for p := pageset.Page(first); ; {
-		at, n := set.Next(p, pageset.Page(first+count), count)
-		if n == 0 {
-			break
-		}
-		for ; n > 0; n, at = n-1, at+1 {
-			i := int(at) - first
+	for at, n := range set.Runs(pageset.Page(first), pageset.Page(first+count)) {
+		for i := int(at) - first; n > 0; n, i = n-1, i+1 {
 			words[i/64] |= 1 << (i % 64)
 		}
-		p = at
 	}
 	for _, w := range words {
 		b = binary.LittleEndian.AppendUint64(b, w)

@@ -6,7 +6,10 @@
 // instructions.
 package pageset
 
-import "math/bits"
+import (
+	"iter"
+	"math/bits"
+)
 
 // Page is the index of a page in its block.
 type Page uint64
@@ -128,9 +131,23 @@ func (s *Set) Next(from, end Page, limit int) (first Page, count int) {
 	return s.next(from, end, limit, 0)
 }
 
-// NextGap is Next for pages of the block that are not in the set.
-func (s *Set) NextGap(from, end Page, limit int) (first Page, count int) {
-	return s.next(from, end, limit, ^uint64(0))
+// Runs yields all runs of pages in the set from a page on and before end: the first page, and how
+// many. The loop may change what it was given.
+func (s *Set) Runs(from, end Page) iter.Seq2[Page, int] { return s.runs(from, end, 0) }
+
+// Gaps is Runs for pages of the block that are not in the set.
+func (s *Set) Gaps(from, end Page) iter.Seq2[Page, int] { return s.runs(from, end, ^uint64(0)) }
+
+func (s *Set) runs(from, end Page, invert uint64) iter.Seq2[Page, int] {
+	return func(yield func(Page, int) bool) {
+		for {
+			first, n := s.next(from, end, s.size, invert)
+			if n == 0 || !yield(first, n) {
+				return
+			}
+			from = first + Page(n)
+		}
+	}
 }
 
 // End returns the page after the last of the block.

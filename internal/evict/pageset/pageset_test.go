@@ -86,6 +86,8 @@ func TestSetAgainstMap(t *testing.T) {
 	})
 }
 
+const gaps = ^uint64(0)
+
 // The gaps of a set are the runs of its complement.
 func TestNextGap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -100,13 +102,48 @@ func TestNextGap(t *testing.T) {
 		from, limit := Page(rapid.IntRange(0, size).Draw(t, "from")), rapid.IntRange(1,
 			size).Draw(t, "limit")
 		end := Page(rapid.IntRange(0, size+70).Draw(t, "end"))
-		first, n := set.NextGap(from, end, limit)
+		first, n := set.next(from, end, limit, gaps)
 		wantFirst, want := rest.Next(from, end, limit)
 		if n != want || n > 0 && first != wantFirst {
 			t.Fatalf("%d pages from %d on, want %d from %d on", n, first, want, wantFirst)
 		}
 		if n > 0 && first+Page(n) > end {
 			t.Fatalf("%d pages from %d on, want none from %d on", n, first, end)
+		}
+	})
+}
+
+// Runs yields the pages of the set in a part of the block, and Gaps the others. A loop may change
+// what it was given.
+func TestRunsAndGaps(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		size := rapid.IntRange(1, 300).Draw(t, "size")
+		set, was := New(size), New(size)
+		for range rapid.IntRange(0, 8).Draw(t, "runs") {
+			first, n := Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1,
+				130).Draw(t, "n")
+			set.AddRun(first, n)
+			was.AddRun(first, n)
+		}
+		from := Page(rapid.IntRange(0, size).Draw(t, "from"))
+		end := Page(rapid.IntRange(0, size+70).Draw(t, "end"))
+		gaps := New(size)
+		for first, n := range set.Gaps(from, end) {
+			if set.AddRun(first, n) != n || gaps.AddRun(first, n) != n {
+				t.Fatalf("%d pages from %d on are not all gaps", n, first)
+			}
+		}
+		for first, n := range set.Runs(from, end) {
+			if set.RemoveRun(first, n) != n {
+				t.Fatalf("%d pages from %d on are not all in the set", n, first)
+			}
+		}
+		for p := range Page(size) {
+			inside := p >= from && p < end
+			if gaps.Has(p) != (inside && !was.Has(p)) || set.Has(p) != (!inside && was.Has(p)) {
+				t.Fatalf("page %d of [%d, %d), in the set before: %t, a gap: %t, left: %t", p, from,
+					end, was.Has(p), gaps.Has(p), set.Has(p))
+			}
 		}
 	})
 }
@@ -120,11 +157,11 @@ func TestNextLooksNoFartherThanItMust(t *testing.T) {
 		if first, n := set.Next(3, 128, 1<<20); fill != 0 && (first != 3 || n != 125) {
 			t.Errorf("%s: %d pages from %d on, want 125 from 3 on", name, n, first)
 		}
-		if first, n := set.NextGap(3, 128, 1<<20); fill == 0 && (first != 3 || n != 125) {
+		if first, n := set.next(3, 128, 1<<20, gaps); fill == 0 && (first != 3 || n != 125) {
 			t.Errorf("%s: %d pages not there from %d on, want 125 from 3 on", name, n, first)
 		}
 		if fill == 0 {
-			_, n := set.NextGap(3, set.End(), 100)
+			_, n := set.next(3, set.End(), 100, gaps)
 			if n != 100 {
 				t.Errorf("%s: %d pages not there, want 100", name, n)
 			}
