@@ -24,7 +24,11 @@ const demandTime = 20 * time.Second
 func (e *source) sendEarly(a *attachment) error {
 	addresses := touchedByLoading(e.saved.load, e.frozen.readGuest)
 	if e.far && e.mayLook() {
-		addresses = append(addresses, e.touchedAtOnce()...)
+		atOnce, err := e.touchedAtOnce()
+		if err != nil {
+			e.Log.Debug("what the vCPUs touch at once is not sent ahead", "error", err)
+		}
+		addresses = append(addresses, atOnce...)
 	}
 	wanted := e.frozen.runs(addresses)
 	for _, name := range e.flash {
@@ -47,21 +51,21 @@ const (
 )
 
 // touchedAtOnce returns guest-physical addresses that the frozen guest's vCPUs touch at once.
-func (e *source) touchedAtOnce() (addresses []uint64) {
+func (e *source) touchedAtOnce() (addresses []uint64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), atOnceTime)
 	defer cancel()
-	live, err := linux.NewLive(e.mem, monitor{e})
-	var list []uint64
-	if err == nil {
-		list, err = linux.AtOnce(ctx, live)
+	if err := e.readRegisters(ctx); err != nil {
+		return nil, err
 	}
+	live, err := linux.NewLive(e.mem, e.facts.Registers)
 	if err != nil {
-		e.Log.Debug("what the vCPUs touch at once is not sent ahead", "error", err)
+		return nil, err
 	}
+	list, err := linux.AtOnce(ctx, live)
 	for _, page := range list[:min(len(list), maxAtOnce)] {
 		addresses = append(addresses, page*units.PageSize)
 	}
-	return addresses
+	return addresses, err
 }
 
 // send sends pages on a lane, in as many frames f as they need. It calls note before it writes

@@ -596,9 +596,7 @@ func (e *source) hold(ctx context.Context) error {
 			if !e.mayLook() {
 				return nil
 			}
-			text, err := e.owner.monitor().HMP(ctx, registersCommand)
-			e.facts.Registers = registers(text)
-			return err
+			return e.readRegisters(ctx)
 		})
 	if err != nil {
 		return err
@@ -609,6 +607,16 @@ func (e *source) hold(ctx context.Context) error {
 	e.held = true
 	e.registers.Store(&e.facts.Registers)
 	return nil
+}
+
+// readRegisters reads the registers of the frozen guest's vCPUs, if they are not known yet.
+func (e *source) readRegisters(ctx context.Context) error {
+	if e.facts.Registers != "" {
+		return nil
+	}
+	text, err := e.owner.monitor().HMP(ctx, registersCommand)
+	e.facts.Registers = registers(text)
+	return err
 }
 
 // layOut gets ready to send the pages of a layout.
