@@ -25,7 +25,7 @@ type pages struct {
 	sections []bool // by number: pieces of memory whose descriptors lie together, if there are any
 	list     []pageclass.Page
 	heads    []freeHead // by page number
-	headsAt  []uint32   // by block of 2 MiB: the first of heads that is in it, or behind it
+	headsAt  []uint32   // by block of 2 MiB, and one more: the first head in it, or behind it
 	words    []uint64   // room for a batch of descriptors
 	backing  []Range    // guest-physical memory of the descriptors
 	table    []byte     // a root of mem_section
@@ -116,7 +116,7 @@ func (g *Guest) findSections() error {
 	}
 	if uint64(len(p.list)) < p.highest {
 		p.list = make([]pageclass.Page, p.highest)
-		p.headsAt = make([]uint32, p.highest/blockPages+1)
+		p.headsAt = make([]uint32, p.highest/blockPages+2)
 	}
 	if p.words == nil {
 		p.words = make([]uint64, batch*descSize/8)
@@ -139,10 +139,7 @@ func (p *pages) head(pfn uint64) *freeHead {
 	if pfn >= p.highest {
 		return nil
 	}
-	heads := p.heads[p.headsAt[b]:]
-	if b+1 < uint64(len(p.headsAt)) {
-		heads = p.heads[p.headsAt[b]:p.headsAt[b+1]]
-	}
+	heads := p.heads[p.headsAt[b]:p.headsAt[b+1]]
 	i, found := slices.BinarySearchFunc(heads, uint32(pfn),
 		func(h freeHead, pfn uint32) int { return cmp.Compare(h.pfn, pfn) })
 	if !found {
