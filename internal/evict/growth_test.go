@@ -14,8 +14,6 @@ import (
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/guest/pageclass"
 	"vacate/internal/qemu/migstream"
-
-	"golang.org/x/sys/unix"
 )
 
 // madeSurvey makes up what is known about a guest of some pages: 45 % are its processes', 30 % are
@@ -140,9 +138,10 @@ func measureGrowth(b *testing.B, pages int, shredded bool) {
 	lists := len(s.Pages)*6 + cap(s.Sequence)*4
 	base := heap() - lists
 	stage := func(name string, f func()) {
-		began := cpuTime()
+		before, _ := used()
 		f()
-		b.ReportMetric(float64((cpuTime()-began).Nanoseconds())/float64(pages), name+"-ns/page")
+		after, _ := used()
+		b.ReportMetric((after-before)*1e9/float64(pages), name+"-ns/page")
 	}
 	var e *source
 	var frames []pushorder.Frames
@@ -197,15 +196,6 @@ func measureGrowth(b *testing.B, pages int, shredded bool) {
 		b.Fatalf("%d pages left, %d gone", at.left(), gone)
 	}
 	b.ReportMetric(0, "ns/op")
-}
-
-// cpuTime returns the CPU time of this process.
-func cpuTime() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &t); err != nil {
-		panic(err)
-	}
-	return time.Duration(t.Nano())
 }
 
 // resetPeak makes the kernel forget the most memory that this process had.

@@ -209,7 +209,8 @@ func PlainCookie(cookie []byte) ([]byte, error) {
 // startPause is the time between two attempts to take a migration to post-copy.
 const startPause = 5 * time.Millisecond
 
-// StartPostcopy makes a migration under way go to post-copy. It tries until libvirt does not refuse.
+// StartPostcopy makes a migration under way go to post-copy. It tries until libvirt does not
+// refuse.
 func (c *Conn) StartPostcopy(ctx context.Context, d Domain) error {
 	for {
 		err := do(ctx, c, "take the migration of the domain "+d.Name+" to post-copy", func() error {
