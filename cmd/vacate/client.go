@@ -58,23 +58,38 @@ func (d *daemon) open() error {
 		d.HostClient = hostv1.Dial(d.socket)
 		return nil
 	}
-	name, address, given := strings.Cut(d.host, "@")
-	if !given {
-		address = net.JoinHostPort(name, apiPort)
-	}
-	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
-		return refused(fmt.Errorf("--host %q: want NAME or NAME@HOST:PORT", d.host))
+	name, address, err := splitName("--host", d.host, apiPort)
+	if err != nil {
+		return err
 	}
 	identity, err := certs.Load(d.certs, func(error) {})
 	if err != nil {
 		return refused(
 			fmt.Errorf("%w: --host needs an operator's certificate, see --operator-certs", err))
 	}
-	transport := &http.Transport{TLSClientConfig: identity.Client(name), IdleConnTimeout: idleTime,
-		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
-	d.HostClient = hostv1.NewHostClient(&http.Client{Transport: transport}, "https://"+address,
+	d.HostClient = hostv1.NewHostClient(overTLS(identity, name), "https://"+address,
 		connect.WithReadMaxBytes(ui.MaxAnswer))
 	return nil
+}
+
+// overTLS is a client of one server alone, the one whose certificate has this name.
+func overTLS(identity *certs.Identity, name string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		TLSClientConfig: identity.Client(name), IdleConnTimeout: idleTime,
+		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}}
+}
+
+// splitName parts what a flag names: NAME, or NAME@HOST:PORT. Without an address it is at the
+// usual port of the host NAME.
+func splitName(flag, text, usualPort string) (name, address string, err error) {
+	name, address, given := strings.Cut(text, "@")
+	if !given {
+		address = net.JoinHostPort(name, usualPort)
+	}
+	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
+		return "", "", refused(fmt.Errorf("%s %q: want NAME or NAME@HOST:PORT", flag, text))
+	}
+	return name, address, nil
 }
 
 // where says which daemon is asked.

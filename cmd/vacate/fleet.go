@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
-	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -41,16 +39,11 @@ type brain struct {
 
 // dial makes a client of one member.
 func (b *brain) dial(identity *certs.Identity, member string) (fleetv1.FleetClient, error) {
-	name, address, given := strings.Cut(member, "@")
-	if !given {
-		address = net.JoinHostPort(name, fleetPort)
+	name, address, err := splitName("--fleet", member, fleetPort)
+	if err != nil {
+		return nil, err
 	}
-	if _, _, err := net.SplitHostPort(address); err != nil || name == "" {
-		return nil, refused(fmt.Errorf("--fleet %q: want NAME or NAME@HOST:PORT", member))
-	}
-	transport := &http.Transport{TLSClientConfig: identity.Client(name), IdleConnTimeout: idleTime,
-		DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}
-	return fleetv1.NewFleetClient(&http.Client{Transport: transport}, "https://"+address,
+	return fleetv1.NewFleetClient(overTLS(identity, name), "https://"+address,
 		connect.WithReadMaxBytes(ui.MaxAnswer)), nil
 }
 
@@ -548,7 +541,7 @@ not be connected. One that joins again belongs to the fleet again.`,
 }
 
 func fleetBackupCommand() *cobra.Command {
-	c := fleetAsk(&cobra.Command{
+	return fleetAsk(&cobra.Command{
 		Use: "backup FILE", Short: "Copy what the fleet remembers to a file",
 		Args: cobra.ExactArgs(1),
 		Long: `Writes a snapshot of the fleet's etcd to a new file. vacate-fleet --restore makes
@@ -567,7 +560,6 @@ a store of it; docs/fleet-setup.md says how.`,
 		fmt.Fprintf(w, "%s has the fleet's store: %s\n", clean(args[0]), units.Size(uint64(n)))
 		return nil, nil
 	})
-	return c
 }
 
 // writeBackup writes a backup to a new file, which is there as a whole or not at all.
