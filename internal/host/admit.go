@@ -1,7 +1,6 @@
 package host
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"path/filepath"
@@ -55,23 +54,23 @@ func (m *fleetMember) heed(told *fleetv1.Standing) error {
 	return err
 }
 
+// keptOff is why a VM may not come to a host, by the word of its fleet.
+type keptOff struct {
+	Problem string `json:"problem"`
+	Remedy  string `json:"remedy"`
+}
+
+func (k *keptOff) Error() string { return k.Problem + ". " + k.Remedy }
+
 // admit says why a VM may not come to this host, by the word of its fleet: the host is in
 // maintenance, or a rule that the host can hold by itself forbids it. Nobody else is asked. With no
 // name, only maintenance counts.
-func (h *Host) admit(ctx context.Context, name string) error {
-	if h.fleet == nil {
-		return nil
-	}
-	h.mu.Lock()
-	s := h.fleet.standing
-	h.mu.Unlock()
-	if m := (view.Maintenance{Phase: view.Phase(s.Phase)}); !m.Open() {
-		why := ""
-		if s.Reason != "" {
-			why = fmt.Sprintf(" (%s)", s.Reason)
-		}
-		return fmt.Errorf("host %s is %s%s, and takes no VM: `vacate fleet restore %[1]s` ends "+
-			"that, and --force of vacate evict sends one all the same", h.name(), s.Phase, why)
+func (h *Host) admit(ctx context.Context, name string) *keptOff {
+	s := h.told()
+	if m := maintained(s); m != "" {
+		return &keptOff{fmt.Sprintf("host %s is %s, and takes no VM", h.name(), m),
+			fmt.Sprintf("`vacate fleet restore %s` ends that, and --force of vacate evict sends "+
+				"one all the same", h.name())}
 	}
 	var rules []view.Rule
 	for _, text := range s.Rules {
@@ -101,22 +100,29 @@ func (h *Host) admit(ctx context.Context, name string) error {
 	policy := view.DefaultPolicy()
 	policy.Reserve = 0
 	if why := place.Admit(here.Seen, here, guest, nil, rules, policy); why != "" {
-		return fmt.Errorf("host %s does not take VM %s: %s. --force of vacate evict sends it all "+
-			"the same", h.name(), name, why)
+		return &keptOff{fmt.Sprintf("host %s does not take VM %s: %s", h.name(), name, why),
+			"--force of vacate evict sends it all the same"}
 	}
 	return nil
 }
 
-// keepsOff is why no VM at all may come now; empty: some may.
-func (h *Host) keepsOff() string {
+// told is what the fleet has told of this host; nothing without a fleet.
+func (h *Host) told() orders.Standing {
 	if h.fleet == nil {
-		return ""
+		return orders.Standing{}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	s := h.fleet.standing
-	if m := (view.Maintenance{Phase: view.Phase(s.Phase)}); m.Open() {
+	return h.fleet.standing
+}
+
+// maintained is the maintenance that keeps all VMs off a host, and its reason; empty: some may come.
+func maintained(s orders.Standing) string {
+	if (view.Maintenance{Phase: view.Phase(s.Phase)}).Open() {
 		return ""
 	}
-	return fmt.Sprintf("it is %s (%s)", s.Phase, cmp.Or(s.Reason, "no reason is given"))
+	if s.Reason == "" {
+		return s.Phase
+	}
+	return fmt.Sprintf("%s (%s)", s.Phase, s.Reason)
 }

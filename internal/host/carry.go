@@ -655,8 +655,8 @@ func (h *Host) offeredCarried(r *evict.Request, peer string) error {
 		return err
 	}
 	defer release()
-	if err := h.admit(h.life, r.VM); err != nil {
-		return err
+	if off := h.admit(h.life, r.VM); off != nil {
+		return off
 	}
 	if n := h.incoming(); n >= maxIncoming {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)

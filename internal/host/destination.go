@@ -79,12 +79,12 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 		return err
 	}
 	defer release()
-	if err := h.admit(h.life, r.VM); err != nil {
+	if off := h.admit(h.life, r.VM); off != nil {
 		if !r.Forced() {
-			return err
+			return off
 		}
 		h.log.Warn("an operator forces a VM upon this host", "vm", r.VM, "peer", peer, "against",
-			err)
+			off)
 	}
 	if n := h.incoming(); n >= maxIncoming {
 		return fmt.Errorf("%d VMs are coming in already: try again later", n)

@@ -42,8 +42,8 @@ type factsQuestion struct {
 type facts struct {
 	Host json.RawMessage `json:"host"`           // doctor.HostFacts
 	Twin json.RawMessage `json:"twin,omitempty"` // doctor.TwinFacts
-	// KeptOff is why the fleet keeps the VM off the host; empty: it does not.
-	KeptOff string `json:"kept_off,omitempty"`
+	// KeptOff is why the fleet keeps the VM off the host; nil: it does not.
+	KeptOff *keptOff `json:"kept_off,omitempty"`
 }
 
 // The link is measured with so many bytes, and if it took no longer than a moment with more.
@@ -81,7 +81,9 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 			return nil, err
 		}
 		a := p.answer(h.arriving(p.vms))
-		a.Closed = h.keepsOff()
+		if m := maintained(h.told()); m != "" {
+			a.Closed = "it is " + m
+		}
 		return a, nil
 	case q.Domain != nil:
 		if err := h.config.mayCome(peer, h.name()); err != nil {
@@ -99,9 +101,7 @@ func (h *Host) asked(r *evict.Request, peer string) (any, error) {
 		if f.Host, err = json.Marshal(h.facts(ctx)); err == nil && q.Facts.VM != "" {
 			f.Twin, err = json.Marshal(h.twinFacts(ctx, q.Facts.VM))
 		}
-		if off := h.admit(ctx, q.Facts.VM); off != nil {
-			f.KeptOff = off.Error()
-		}
+		f.KeptOff = h.admit(ctx, q.Facts.VM)
 		return f, err
 	}
 	return nil, errors.New("an empty question")
@@ -287,9 +287,10 @@ func (h *Host) ask(ctx context.Context,
 	}
 	link.Plain = h.identity == nil
 	link.ClockOffset = there.Time.Sub(arrived.Add(-link.RoundTrip / 2))
-	if f.KeptOff != "" {
+	if k := f.KeptOff; k != nil {
 		off = append(off, doctor.Finding{Host: to, Check: doctor.Fleet, Level: doctor.Fatal,
-			Text: f.KeptOff[:min(len(f.KeptOff), mostClosed)]})
+			Text:   k.Problem[:min(len(k.Problem), mostClosed)],
+			Remedy: k.Remedy[:min(len(k.Remedy), mostClosed)]})
 	}
 	return there, twin, link, off, nil
 }

@@ -163,7 +163,7 @@ func TestFleetOrders(t *testing.T) {
 	until(t, "maintenance keeps VMs off", func() bool {
 		return off("web1", "draining (new memory), and takes no VM")
 	})
-	if h.keepsOff() == "" {
+	if maintained(h.told()) == "" {
 		t.Error("it does not tell others that it takes no VM")
 	}
 	end()

@@ -190,6 +190,9 @@ func TestFleet(t *testing.T) {
 		_, last = b.evictWith("web1", "hosta", &hostv1.EvictOptions{})
 		return last != nil && strings.Contains(last.Error(), "is drained, and takes no VM")
 	})
+	if !strings.Contains(last.Error(), "remedy: `vacate fleet restore hosta`") {
+		t.Errorf("it is refused with %v", last)
+	}
 	unchecked, err := b.evict("web1", "hosta")
 	if err == nil {
 		unchecked, err = b.watch(unchecked.Id, time.Minute)
