@@ -330,25 +330,21 @@ func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 		r.Load.Closed = "its daemon is stopping"
 	}
 	m.mu.Unlock()
-	for _, v := range m.list() {
-		if v.entry.Err() == nil && !v.ended() {
-			r.Open++
-		}
-	}
 	if m.link == nil {
 		r.Load.Closed = "its daemon takes no VMs: listen is not set in its vacated.toml"
 	}
 	for _, v := range p.vms {
+		here = append(here, v.vm.Name)
 		if vm := m.tell(v); vm != nil {
 			r.Vms = append(r.Vms, vm)
 		}
 	}
-	for _, v := range p.vms {
-		here = append(here, v.vm.Name)
-	}
 	for _, v := range m.list() {
 		if e := v.entry.Record(); e.Ended.IsZero() {
 			here = append(here, e.VM)
+			if v.entry.Err() == nil {
+				r.Open++
+			}
 		}
 	}
 	slices.Sort(here)
@@ -385,9 +381,7 @@ func (m *fleetMember) tell(v portrait) *fleetv1.VM {
 	if out.Barred == "" && v.vm.Unfit != nil {
 		out.Barred = v.vm.Unfit.Error()
 	}
-	if out.Barred == "" {
-		out.Barred = v.problem
-	}
+	out.Barred = cmp.Or(out.Barred, v.problem)
 	m.mu.Lock()
 	if e, ok := m.ahead[v.vm.Name]; ok && e.process == v.process {
 		out.Memory, out.InUse, out.Hot = pageBytes(e.Total), pageBytes(e.InUse), pageBytes(e.Hot)
