@@ -360,9 +360,7 @@ func (h api) Abort(ctx context.Context,
 	if req.Msg.Reason != "" {
 		cause = fmt.Errorf("%w: %s", cause, req.Msg.Reason)
 	}
-	v.mu.Lock()
-	cancel, idle := v.cancel, v.idle
-	v.mu.Unlock()
+	cancel, idle := v.engine()
 	if cancel != nil {
 		cancel(cause)
 	}

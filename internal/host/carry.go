@@ -345,9 +345,7 @@ func (h *Host) settle(domain string) {
 	if v == nil {
 		return
 	}
-	v.mu.Lock()
-	idle := v.idle
-	v.mu.Unlock()
+	_, idle := v.engine()
 	select {
 	case <-idle:
 	case <-h.life.Done():

@@ -237,10 +237,8 @@ func (h *Host) resumed(r *evict.Request, peer string) {
 		v.overrule(r)
 		return
 	}
-	v.mu.Lock()
-	working, idle := v.cancel != nil, v.idle
-	v.mu.Unlock()
-	if !working {
+	cancel, idle := v.engine()
+	if cancel == nil {
 		v.answer(r)
 		return
 	}

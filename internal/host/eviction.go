@@ -180,11 +180,16 @@ func (v *eviction) start(resume bool, work func(ctx context.Context, resumed boo
 // retryPause is how long an eviction is left alone that could not be taken up.
 const retryPause = 2 * time.Second
 
+// engine returns what ends the engine, nil if none is at work, and what is closed when none is.
+func (v *eviction) engine() (cancel context.CancelCauseFunc, idle <-chan struct{}) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.cancel, v.idle
+}
+
 // stop has the engine leave the eviction, and waits until it has.
 func (v *eviction) stop(ctx context.Context) error {
-	v.mu.Lock()
-	cancel, idle := v.cancel, v.idle
-	v.mu.Unlock()
+	cancel, idle := v.engine()
 	if cancel != nil {
 		cancel(evict.ErrLeave)
 	}

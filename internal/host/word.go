@@ -466,9 +466,7 @@ func (v *eviction) endTwin(why error) error {
 	}
 	// An engine notices, and comes to an end by itself; one that cannot take the eviction up leaves
 	// it.
-	v.mu.Lock()
-	idle := v.idle
-	v.mu.Unlock()
+	_, idle := v.engine()
 	select {
 	case <-idle:
 	case <-time.After(endTime):
