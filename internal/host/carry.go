@@ -39,7 +39,7 @@ func (l Libvirt) carrySocket(to string) string { return filepath.Join(l.Migratio
 
 // listenCarry listens for the QEMUs of migrations to each peer.
 func (h *Host) listenCarry() error {
-	if h.config.Libvirt == nil || h.config.Libvirt.Migrations == "" {
+	if !h.config.Libvirt.carries() {
 		return nil
 	}
 	dir := h.config.Libvirt.Migrations
@@ -402,8 +402,7 @@ func (h *Host) relayed(r *evict.Request, peer string) error {
 	if err := h.config.mayCome(peer, h.name()); err != nil {
 		return err
 	}
-	c := h.config.Libvirt
-	if c == nil || c.Migrations == "" {
+	if !h.config.Libvirt.carries() {
 		return errNoMigrations
 	}
 	conn := h.takeKept(r.VM)
@@ -459,6 +458,11 @@ func (h *Host) waitingTwin(ctx context.Context, vm string) (qemu process.Process
 		}
 		return conn, err
 	}, err
+}
+
+// expectResume has the twin of a migration to here that has failed kept ready.
+func (v *eviction) expectResume() {
+	v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
 }
 
 // keepReady connects to a twin as soon as libvirt has it listen to resume a migration that was
@@ -645,20 +649,14 @@ func (v *eviction) carriedAway(report json.RawMessage, err error) {
 // offeredCarried takes a domain that libvirt moves here.
 func (h *Host) offeredCarried(r *evict.Request, peer string) error {
 	c := h.config.Libvirt
-	if c == nil || c.Migrations == "" {
+	if !c.carries() {
 		return errNoMigrations
 	}
-	release, err := h.take(r.VM)
+	release, err := h.reserve(r, peer)
 	if err != nil {
 		return err
 	}
 	defer release()
-	if off := h.admit(h.life, r.VM); off != nil {
-		return off
-	}
-	if n := h.incoming(); n >= maxIncoming {
-		return fmt.Errorf("%d VMs are coming in already: try again later", n)
-	}
 	entry, err := h.journal.Create(journal.Record{ID: r.Eviction, Role: journal.Destination,
 		VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), Libvirt: c.uri(), Carried: true,
 		Mark: string(evict.MarkAccepted)})
@@ -691,10 +689,10 @@ func (v *eviction) carriedHere(report json.RawMessage, err error) {
 	case errors.Is(err, evict.ErrRefused):
 		v.finish(evict.MarkNeverRan, evict.Aborted, err, nil)
 	case errors.Is(err, evict.ErrAborted): // libvirt may have run the domain all the same
-		v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
+		v.expectResume()
 		v.finish(evict.MarkNeverRan, evict.Aborted, err, nil)
 	default:
-		v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
+		v.expectResume()
 		v.finish(evict.MarkLost, evict.Lost, err, nil)
 	}
 }
@@ -703,28 +701,31 @@ func (v *eviction) carriedHere(report json.RawMessage, err error) {
 func (v *eviction) dropCarried() {
 	r := v.entry.Record()
 	if r.Role == journal.Destination {
-		v.host.tasks.Go(func() { v.host.keepReady(r.VM) })
+		v.expectResume()
 	}
 	v.finish(evict.MarkLost, evict.Lost, errCarried, nil)
-	if r.Role == journal.Destination {
-		return
+	if r.Role == journal.Source {
+		v.host.tasks.Go(func() { v.giveUpThere(r.At) })
 	}
-	v.host.tasks.Go(func() {
-		for {
-			s, err := v.source()
-			if err == nil {
-				err = s.GiveUp(v.host.life)
-			}
-			if err == nil || time.Since(r.At) > evict.CarriedPatience {
-				return
-			}
-			select {
-			case <-time.After(retryPause):
-			case <-v.host.life.Done():
-				return
-			}
+}
+
+// giveUpThere has the peer end a migration from here that was carried until then, unless it has
+// lost patience by itself.
+func (v *eviction) giveUpThere(then time.Time) {
+	for {
+		s, err := v.source()
+		if err == nil {
+			err = s.GiveUp(v.host.life)
 		}
-	})
+		if err == nil || time.Since(then) > evict.CarriedPatience {
+			return
+		}
+		select {
+		case <-time.After(retryPause):
+		case <-v.host.life.Done():
+			return
+		}
+	}
 }
 
 // giveUp ends a migration to here whose source does not carry it any more.
@@ -734,7 +735,7 @@ func (v *eviction) giveUp(r *evict.Request) {
 		return
 	}
 	if !v.ended() {
-		v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
+		v.expectResume()
 		v.finish(evict.MarkLost, evict.Lost, fmt.Errorf("host %s: %w", v.entry.Record().Peer,
 			errCarried), nil)
 	}

@@ -74,21 +74,11 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	if err != nil {
 		return err
 	}
-	release, err := h.take(r.VM)
+	release, err := h.reserve(r, peer)
 	if err != nil {
 		return err
 	}
 	defer release()
-	if off := h.admit(h.life, r.VM); off != nil {
-		if !r.Forced() {
-			return off
-		}
-		h.log.Warn("an operator forces a VM upon this host", "vm", r.VM, "peer", peer, "against",
-			off)
-	}
-	if n := h.incoming(); n >= maxIncoming {
-		return fmt.Errorf("%d VMs are coming in already: try again later", n)
-	}
 	// Ahead of the record: a daemon that finds it after our death ends all that looks like the
 	// twin, and so does a VM that came here once.
 	if r.Domain() {
@@ -118,6 +108,26 @@ func (h *Host) offered(r *evict.Request, peer string) error {
 	v.requests <- r
 	v.receive(false)
 	return nil
+}
+
+// reserve reserves an offered VM until what it returns is called, if it may come to this host now.
+func (h *Host) reserve(r *evict.Request, peer string) (release func(), err error) {
+	release, err = h.take(r.VM)
+	if err != nil {
+		return nil, err
+	}
+	if off := h.admit(h.life, r.VM); off != nil && !r.Forced() {
+		release()
+		return nil, off
+	} else if off != nil {
+		h.log.Warn("an operator forces a VM upon this host", "vm", r.VM, "peer", peer, "against",
+			off)
+	}
+	if n := h.incoming(); n >= maxIncoming {
+		release()
+		return nil, fmt.Errorf("%d VMs are coming in already: try again later", n)
+	}
+	return release, nil
 }
 
 // startTwin starts the QEMU that takes an offered VM, and writes down which it is.

@@ -34,6 +34,9 @@ type Libvirt struct {
 // usualEmulators are those of distributions.
 var usualEmulators = []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"}
 
+// carries reports whether libvirt's own migrations pass through the daemon.
+func (l *Libvirt) carries() bool { return l != nil && l.Migrations != "" }
+
 func (l Libvirt) check() error {
 	if _, err := libvirt.ParseURI(l.URI); err != nil {
 		return err
