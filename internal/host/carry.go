@@ -100,13 +100,7 @@ func (h *Host) serveCarries() (stop func()) {
 				}
 				l, first := h.line(int(cred.Pid))
 				h.tasks.Go(func() {
-					var err error
-					if first {
-						err = h.carry(ln.peer, conn, cred, l)
-					} else {
-						err = h.carryMore(ln.peer, conn, cred, l)
-					}
-					if err != nil {
+					if err := h.carry(ln.peer, conn, cred, l, first); err != nil {
 						conn.Close()
 						h.log.Error("libvirt's migration is not carried", "to", ln.peer, "error",
 							err)
@@ -162,8 +156,13 @@ func (h *Host) hangUp(pid int, l *line) {
 	l.is(nil)
 }
 
-// carryMore takes a connection of a process that has another one.
-func (h *Host) carryMore(peer string, conn *net.UnixConn, cred *unix.Ucred, l *line) error {
+// carry takes a connection of a process, the first one of a line or another, by which libvirt moves
+// a domain to a peer. The connection is taken over unless there is an error.
+func (h *Host) carry(peer string, conn *net.UnixConn, cred *unix.Ucred, l *line,
+	first bool) error {
+	if first {
+		return h.carryFirst(peer, conn, cred, l)
+	}
 	select {
 	case <-l.known:
 	case <-h.life.Done():
@@ -178,18 +177,15 @@ func (h *Host) carryMore(peer string, conn *net.UnixConn, cred *unix.Ucred, l *l
 // carryAgain takes a connection that has nothing to do with the one before.
 func (h *Host) carryAgain(peer string, conn *net.UnixConn, cred *unix.Ucred) error {
 	l, first := h.line(int(cred.Pid))
-	if first {
-		return h.carry(peer, conn, cred, l)
-	}
-	return h.carryMore(peer, conn, cred, l)
+	return h.carry(peer, conn, cred, l, first)
 }
 
 // helloTime is how long a QEMU may take to begin its stream.
 const helloTime = 30 * time.Second
 
-// carry takes the first connection of a process, by which libvirt moves a domain to a peer. The
-// connection is taken over unless there is an error.
-func (h *Host) carry(peer string, conn *net.UnixConn, cred *unix.Ucred, l *line) (err error) {
+// carryFirst is carry for the first connection of a line.
+func (h *Host) carryFirst(peer string, conn *net.UnixConn, cred *unix.Ucred,
+	l *line) (err error) {
 	pid := int(cred.Pid)
 	hangUp := func() { h.hangUp(pid, l) }
 	defer func() {
@@ -220,27 +216,19 @@ func (h *Host) carry(peer string, conn *net.UnixConn, cred *unix.Ucred, l *line)
 	conn.SetReadDeadline(time.Time{})
 	if own < 0 {
 		hangUp() // libvirt connects for other domains as well
-		path := h.config.Libvirt.carrySocket(peer)
 		own = slices.IndexFunc(domains, func(d qemuOf) bool {
-			if first != resumes && h.carrying(d.Name) != nil || h.relaying(d.Name) {
-				return false
-			}
-			is, err := d.qemu.Connected(path)
-			if err != nil {
-				h.log.Debug("cannot tell whose migration it is", "domain", d.Name, "error", err)
-			}
-			return is
+			return h.mayMove(d, peer, first == resumes)
 		})
 	}
 	if own < 0 {
 		return fmt.Errorf("no domain's QEMU has the connection that process %d made", cred.Pid)
 	}
 	d := domains[own]
-	switch {
-	case first == resumes:
+	switch first {
+	case resumes:
 		defer hangUp()
 		return h.resume(d.Name, peer, stream, l)
-	case first == several:
+	case several:
 		// The first of them is refused. QEMU 7.2 takes no other migration once one of these has
 		// ended before that.
 		hangUp()
@@ -265,6 +253,19 @@ func (h *Host) carry(peer string, conn *net.UnixConn, cred *unix.Ucred, l *line)
 		return nil
 	})
 	return nil
+}
+
+// mayMove reports whether a domain's QEMU has a connection to a peer's socket that nobody serves
+// yet.
+func (h *Host) mayMove(d qemuOf, peer string, resuming bool) bool {
+	if !resuming && h.carrying(d.Name) != nil || h.relaying(d.Name) {
+		return false
+	}
+	is, err := d.qemu.Connected(h.config.Libvirt.carrySocket(peer))
+	if err != nil {
+		h.log.Debug("cannot tell whose migration it is", "domain", d.Name, "error", err)
+	}
+	return is
 }
 
 // resume passes a stream on by which libvirt resumes a migration.
