@@ -83,6 +83,9 @@ type carryListener struct {
 	peer string
 }
 
+// acceptPause is how long a listener is left alone that could take no connection.
+const acceptPause = 100 * time.Millisecond
+
 // serveCarries takes streams of migrations until what it returns is called.
 func (h *Host) serveCarries() (stop func()) {
 	var all sync.WaitGroup
@@ -90,8 +93,13 @@ func (h *Host) serveCarries() (stop func()) {
 		all.Go(func() {
 			for {
 				conn, err := ln.AcceptUnix()
-				if err != nil {
+				if errors.Is(err, net.ErrClosed) {
 					return
+				} else if err != nil { // out of descriptors, say: that may pass
+					h.log.Error("cannot take a connection for libvirt's migration", "to", ln.peer,
+						"error", err)
+					time.Sleep(acceptPause)
+					continue
 				}
 				cred, err := process.PeerOf(conn)
 				if err != nil {
