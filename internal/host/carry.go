@@ -3,7 +3,6 @@ package host
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,9 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"vacate/internal/evict"
-	"vacate/internal/evict/journal"
-	"vacate/internal/host/hypervisor"
 	"vacate/internal/qemu/libvirt"
 	"vacate/internal/sys/process"
 
@@ -27,12 +23,6 @@ import (
 // Managers that move a domain by libvirt alone name a socket for the stream of the migration. With
 // libvirt.migrations set, that socket is this daemon's at the source: DIR/PEER.sock. The twin at
 // the destination listens at the same path there, and this daemon's counterpart connects to it.
-
-// errCarried is why a daemon does not go on with a migration that it carried.
-var errCarried = errors.New(
-	"the daemon ended while it carried libvirt's own migration. Where the " +
-		"domain runs is libvirt's to say: `virsh domstate --reason`. Where that says \"post-copy " +
-		"failed\", the same `virsh migrate` with --postcopy-resume goes on with it")
 
 // carrySocket is where the stream of a migration to a host passes, on both hosts.
 func (l Libvirt) carrySocket(to string) string { return filepath.Join(l.Migrations, to+".sock") }
@@ -276,15 +266,6 @@ func (h *Host) mayMove(d qemuOf, peer string, resuming bool) bool {
 	return is
 }
 
-// resume passes a stream on by which libvirt resumes a migration.
-func (h *Host) resume(domain, peer string, stream net.Conn, l *line) error {
-	h.settle(domain)
-	return h.relay(domain, peer, stream, func() {
-		// With postcopy-preempt QEMU makes one more, for pages that it is asked for.
-		l.is(func(conn *net.UnixConn) error { return h.relay(domain, peer, conn, nil) })
-	})
-}
-
 // hungUp reports whether the other side has closed a connection from which nothing is read.
 func hungUp(conn *net.UnixConn) (is bool) {
 	raw, err := conn.SyscallConn()
@@ -335,32 +316,6 @@ func (h *Host) domains(ctx context.Context) (active []qemuOf, err error) {
 	return active, nil
 }
 
-// carrying is the migration from here of a domain that an engine carries, or nil.
-func (h *Host) carrying(domain string) *eviction {
-	v := h.openFor(domain)
-	if v == nil {
-		return nil
-	}
-	if r := v.entry.Record(); !r.Carried || r.Role != journal.Source {
-		return nil
-	}
-	return v
-}
-
-// settle waits until no engine carries the migration of a domain. It has failed, which the engine
-// is about to notice.
-func (h *Host) settle(domain string) {
-	v := h.carrying(domain)
-	if v == nil {
-		return
-	}
-	_, idle := v.engine()
-	select {
-	case <-idle:
-	case <-h.life.Done():
-	}
-}
-
 // resumes is how a stream begins by which QEMU resumes a post-copy: a command that asks which pages
 // are there.
 var resumes = [4]byte{8, 0, 10, 0}
@@ -374,209 +329,6 @@ func begin(conn *net.UnixConn) (first [4]byte, _ *begunConn, err error) {
 	return first, &begunConn{UnixConn: conn,
 		r: io.MultiReader(bytes.NewReader(first[:]), conn)}, err
 }
-
-// relaying reports whether a stream of a domain is relayed.
-func (h *Host) relaying(domain string) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.relays[domain] > 0
-}
-
-// relay passes the stream by which libvirt resumes a migration on to a peer, and back. It calls
-// taken, if it is not nil, as soon as the twin there has it.
-func (h *Host) relay(domain, peer string, stream net.Conn, taken func()) error {
-	count := func(n int) {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.relays[domain] += n
-	}
-	count(1)
-	defer count(-1)
-	d, err := h.dialer(peer)
-	if err != nil {
-		return err
-	}
-	s, err := d.Session(h.life)
-	if err != nil {
-		return err
-	}
-	h.log.Info("relaying libvirt's recovery of its migration", "vm", domain, "to", peer)
-	err = evict.Relay(h.life, s, domain, stream, taken)
-	h.log.Info("the relayed stream has ended", "vm", domain, "to", peer, "error", err)
-	return nil
-}
-
-// relayed passes the stream by which libvirt resumes a migration on to the twin here, and back.
-func (h *Host) relayed(r *evict.Request, peer string) error {
-	if err := h.config.mayCome(peer, h.name()); err != nil {
-		return err
-	}
-	if !h.config.Libvirt.carries() {
-		return errNoMigrations
-	}
-	conn := h.takeKept(r.VM)
-	if conn == nil {
-		ctx, cancel := context.WithTimeout(h.life, helloTime)
-		defer cancel()
-		_, dial, err := h.waitingTwin(ctx, r.VM)
-		if err == nil {
-			conn, err = dial(ctx)
-		}
-		if err != nil {
-			return fmt.Errorf("connect to the QEMU of the domain %.40q: %w", r.VM, err)
-		}
-	}
-	h.log.Info("taking libvirt's recovery of its migration", "vm", r.VM, "peer", peer)
-	err := r.Relay(h.life, conn)
-	h.log.Info("the relayed stream has ended", "vm", r.VM, "peer", peer, "error", err)
-	return nil
-}
-
-// errNotListening is the error for a QEMU that does not wait for a stream.
-var errNotListening = errors.New("it does not listen")
-
-// fixedRecovery is the version of QEMU, as libvirt writes it, from which on a twin survives a
-// stream that breaks before the migration was resumed.
-const fixedRecovery = 8_002_000
-
-// waitingTwin is the QEMU of a domain here, and how to connect to it.
-func (h *Host) waitingTwin(ctx context.Context, vm string) (qemu process.Process,
-	dial func(context.Context) (net.Conn, error), err error) {
-	l, err := libvirt.Dial(ctx, h.config.Libvirt.uri())
-	if err != nil {
-		return qemu, nil, err
-	}
-	defer l.Close()
-	d, err := l.Find(ctx, vm)
-	if err != nil {
-		return qemu, nil, err
-	}
-	if qemu, err = l.Process(d); err != nil {
-		return qemu, nil, err
-	}
-	version, err := l.QEMUVersion(ctx)
-	path := h.config.Libvirt.carrySocket(h.name())
-	return qemu, func(ctx context.Context) (net.Conn, error) {
-		// Another QEMU must not take the connection for that of its own migration.
-		if is, err := qemu.Listens(filepath.Base(path)); err != nil || !is {
-			return nil, errors.Join(errNotListening, err)
-		}
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
-		if err == nil && version < fixedRecovery {
-			conn = evict.Resuming(conn)
-		}
-		return conn, err
-	}, err
-}
-
-// expectResume has the twin of a migration to here that has failed kept ready.
-func (v *eviction) expectResume() {
-	v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
-}
-
-// keepReady connects to a twin as soon as libvirt has it listen to resume a migration that was
-// carried to here. libvirt before 11.1 looks at once whether the twin has a stream. If it has none
-// yet, libvirt reports a failure, though the migration goes on a moment later.
-func (h *Host) keepReady(vm string) {
-	ctx, cancel := context.WithCancel(h.life)
-	defer cancel()
-	changed, err := watchDirectory(ctx, h.config.Libvirt.Migrations)
-	var qemu process.Process
-	var dial func(context.Context) (net.Conn, error)
-	if err == nil {
-		qemu, dial, err = h.waitingTwin(ctx, vm)
-	}
-	if errors.Is(err, libvirt.ErrNoDomain) {
-		return
-	} else if err != nil {
-		h.log.Warn("cannot notice when libvirt resumes a migration to here: it may report a "+
-			"failure, though the migration goes on", "vm", vm, "error", err)
-		return
-	}
-	h.tasks.Go(func() {
-		if qemu.Wait(ctx) == nil {
-			cancel()
-		}
-	})
-	var ready net.Conn
-	defer func() { h.dropKept(vm, ready) }()
-	for range changed {
-		conn, err := dial(ctx)
-		for try := 0; errors.Is(err, errNotListening) && try < listenTries; try++ {
-			time.Sleep(listenPause) // it is about to, or it is another QEMU's
-			conn, err = dial(ctx)
-		}
-		if err != nil {
-			h.log.Debug("the twin does not wait", "vm", vm, "error", err)
-			continue
-		}
-		h.log.Info("libvirt resumes a migration to here", "vm", vm)
-		h.dropKept(vm, ready)
-		h.mu.Lock()
-		h.kept[vm] = conn
-		h.mu.Unlock()
-		ready = conn
-		time.AfterFunc(helloTime, func() { h.dropKept(vm, conn) })
-	}
-}
-
-// A QEMU's socket is there a moment before it listens.
-const (
-	listenTries = 5
-	listenPause = 2 * time.Millisecond
-)
-
-// takeKept returns the connection that keepReady made, or nil.
-func (h *Host) takeKept(vm string) net.Conn {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	conn := h.kept[vm]
-	delete(h.kept, vm)
-	return conn
-}
-
-// dropKept closes a connection that nobody took; nil: none.
-func (h *Host) dropKept(vm string, conn net.Conn) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if conn != nil && h.kept[vm] == conn {
-		delete(h.kept, vm)
-		conn.Close()
-	}
-}
-
-// watchDirectory returns a channel that gets something when a file was made in a directory. It is
-// closed when ctx has ended.
-func watchDirectory(ctx context.Context, dir string) (<-chan struct{}, error) {
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		return nil, os.NewSyscallError("inotify_init1", err)
-	}
-	f := os.NewFile(uintptr(fd), "changes in "+dir) // #nosec G115 -- a descriptor
-	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CREATE|unix.IN_MOVED_TO); err != nil {
-		f.Close()
-		return nil, os.NewSyscallError("inotify_add_watch", err)
-	}
-	context.AfterFunc(ctx, func() { f.Close() })
-	changed := make(chan struct{}, 1)
-	go func() {
-		defer close(changed)
-		for b := make([]byte, 4<<10); ; {
-			if _, err := f.Read(b); err != nil {
-				return
-			}
-			select {
-			case changed <- struct{}{}:
-			default:
-			}
-		}
-	}()
-	return changed, nil
-}
-
-var errNoMigrations = errors.New(
-	"libvirt moves the domain, and [libvirt] in vacated.toml there has " +
-		"no migrations: add it")
 
 // known returns an error if a stream begins as none that can be carried.
 func known(first [4]byte) error {
@@ -605,148 +357,4 @@ func (c *begunConn) Close() error {
 		c.over()
 	}
 	return c.UnixConn.Close()
-}
-
-// carryAway has an engine carry a migration from here.
-func (h *Host) carryAway(d libvirt.Domain, qemu process.Process, peer string,
-	stream net.Conn) error {
-	if err := hypervisor.CheckName(d.Name); err != nil {
-		return err
-	}
-	release, err := h.takeSoon(h.life, d.Name)
-	if err != nil {
-		return err
-	}
-	defer release()
-	h.leaveHuge(d.Name)
-	entry, err := h.journal.Create(journal.Record{ID: journal.NewID(), Role: journal.Source,
-		VM: d.Name, Peer: peer, PeerAddr: h.config.Peers[peer].Address,
-		Libvirt: h.config.Libvirt.uri(), Carried: true, PID: qemu.PID, StartTime: qemu.StartTime,
-		Mark: string(evict.MarkBegun)})
-	if err != nil {
-		return err
-	}
-	v := h.newEviction(entry)
-	h.add(v)
-	h.log.Info("carrying libvirt's migration", "eviction", entry.ID(), "vm", d.Name, "to", peer)
-	v.start(false, func(ctx context.Context, resumed bool) (any, error) {
-		if resumed {
-			return nil, errCarried
-		}
-		s, err := v.source()
-		if err != nil {
-			stream.Close()
-			return nil, &evict.Error{Outcome: evict.ErrRefused, State: evict.Preparing, Err: err}
-		}
-		// The journal is not the engine's: no other engine can go on.
-		s.Libvirt, s.Journal, s.LoadTimeout = nil, nil, maxLoadTimeout
-		s.Carried = &evict.Carried{URI: v.entry.Record().Libvirt, Domain: d.Name, Stream: stream}
-		return s.Evict(ctx)
-	}, v.carriedAway)
-	return nil
-}
-
-// carriedAway notes the end of a migration from here.
-func (v *eviction) carriedAway(report json.RawMessage, err error) {
-	if err == nil || errors.Is(err, evict.ErrRefused) || errors.Is(err, evict.ErrAborted) {
-		v.sent(report, err)
-		return
-	}
-	v.finish(evict.MarkLost, evict.Lost, err, report)
-}
-
-// offeredCarried takes a domain that libvirt moves here.
-func (h *Host) offeredCarried(r *evict.Request, peer string) error {
-	c := h.config.Libvirt
-	if !c.carries() {
-		return errNoMigrations
-	}
-	release, err := h.reserve(r, peer)
-	if err != nil {
-		return err
-	}
-	defer release()
-	entry, err := h.journal.Create(journal.Record{ID: r.Eviction, Role: journal.Destination,
-		VM: r.VM, Peer: peer, PeerAddr: r.Session.Peer(), Libvirt: c.uri(), Carried: true,
-		Mark: string(evict.MarkAccepted)})
-	if err != nil {
-		return err
-	}
-	v := h.newEviction(entry)
-	h.add(v)
-	h.log.Info("taking libvirt's migration", "eviction", entry.ID(), "vm", r.VM, "peer", peer)
-	v.requests <- r
-	v.start(false, func(ctx context.Context, resumed bool) (any, error) {
-		if resumed {
-			return nil, errCarried
-		}
-		d := v.destination()
-		d.Libvirt, d.Journal, d.Started = nil, nil, nil
-		d.Carried = &evict.Carried{URI: c.uri(), Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", c.carrySocket(h.name()))
-		}}
-		return d.Receive(ctx, v.requests)
-	}, v.carriedHere)
-	return nil
-}
-
-// carriedHere notes the end of a migration to here.
-func (v *eviction) carriedHere(report json.RawMessage, err error) {
-	switch {
-	case err == nil:
-		v.taken(report, nil)
-	case errors.Is(err, evict.ErrRefused):
-		v.finish(evict.MarkNeverRan, evict.Aborted, err, nil)
-	case errors.Is(err, evict.ErrAborted): // libvirt may have run the domain all the same
-		v.expectResume()
-		v.finish(evict.MarkNeverRan, evict.Aborted, err, nil)
-	default:
-		v.expectResume()
-		v.finish(evict.MarkLost, evict.Lost, err, nil)
-	}
-}
-
-// dropCarried ends a migration that another daemon carried. Its end has closed the stream here.
-func (v *eviction) dropCarried() {
-	r := v.entry.Record()
-	if r.Role == journal.Destination {
-		v.expectResume()
-	}
-	v.finish(evict.MarkLost, evict.Lost, errCarried, nil)
-	if r.Role == journal.Source {
-		v.host.tasks.Go(func() { v.giveUpThere(r.At) })
-	}
-}
-
-// giveUpThere has the peer end a migration from here that was carried until then, unless it has
-// lost patience by itself.
-func (v *eviction) giveUpThere(then time.Time) {
-	for {
-		s, err := v.source()
-		if err == nil {
-			err = s.GiveUp(v.host.life)
-		}
-		if err == nil || time.Since(then) > evict.CarriedPatience {
-			return
-		}
-		select {
-		case <-time.After(retryPause):
-		case <-v.host.life.Done():
-			return
-		}
-	}
-}
-
-// giveUp ends a migration to here whose source does not carry it any more.
-func (v *eviction) giveUp(r *evict.Request) {
-	if err := v.stop(v.host.life); err != nil {
-		r.Refuse(err)
-		return
-	}
-	if !v.ended() {
-		v.expectResume()
-		v.finish(evict.MarkLost, evict.Lost, fmt.Errorf("host %s: %w", v.entry.Record().Peer,
-			errCarried), nil)
-	}
-	r.Answer(evict.AnswerLost, v.describe(), false, nil)
 }
