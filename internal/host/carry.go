@@ -80,38 +80,40 @@ const acceptPause = 100 * time.Millisecond
 func (h *Host) serveCarries() (stop func()) {
 	var all sync.WaitGroup
 	for _, ln := range h.carries {
-		all.Go(func() {
-			for {
-				conn, err := ln.AcceptUnix()
-				if errors.Is(err, net.ErrClosed) {
-					return
-				} else if err != nil { // out of descriptors, say: that may pass
-					h.log.Error("cannot take a connection for libvirt's migration", "to", ln.peer,
-						"error", err)
-					time.Sleep(acceptPause)
-					continue
-				}
-				cred, err := process.PeerOf(conn)
-				if err != nil {
-					conn.Close()
-					continue
-				}
-				l, first := h.line(int(cred.Pid))
-				h.tasks.Go(func() {
-					if err := h.carry(ln.peer, conn, cred, l, first); err != nil {
-						conn.Close()
-						h.log.Error("libvirt's migration is not carried", "to", ln.peer, "error",
-							err)
-					}
-				})
-			}
-		})
+		all.Go(func() { h.acceptCarries(ln) })
 	}
 	return func() {
 		for _, ln := range h.carries {
 			ln.Close()
 		}
 		all.Wait()
+	}
+}
+
+// acceptCarries takes those to one peer until the listener is closed.
+func (h *Host) acceptCarries(ln carryListener) {
+	for {
+		conn, err := ln.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		} else if err != nil { // out of descriptors, say: that may pass
+			h.log.Error("cannot take a connection for libvirt's migration", "to", ln.peer, "error",
+				err)
+			time.Sleep(acceptPause)
+			continue
+		}
+		cred, err := process.PeerOf(conn)
+		if err != nil {
+			conn.Close()
+			continue
+		}
+		l, first := h.line(int(cred.Pid))
+		h.tasks.Go(func() {
+			if err := h.carry(ln.peer, conn, cred, l, first); err != nil {
+				conn.Close()
+				h.log.Error("libvirt's migration is not carried", "to", ln.peer, "error", err)
+			}
+		})
 	}
 }
 
