@@ -50,6 +50,37 @@ func (d *deposed) Join(_ context.Context,
 	return nil
 }
 
+// fleetConfig is what a daemon's configuration says of a fleet, but for its brain.
+const fleetConfig = "[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n"
+
+// listenForFleet listens on the first host where a brain does.
+func listenForFleet(t *testing.T, l *lab.Lab) (ln net.Listener) {
+	t.Helper()
+	if err := l.A.Do(func() (err error) {
+		ln, err = net.Listen("tcp", net.JoinHostPort(l.A.Addr, "7610"))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return ln
+}
+
+// identify has the CA of a site and its peers give somebody a certificate.
+func identify(s *site, name string) *certs.Identity {
+	s.t.Helper()
+	dir := filepath.Dir(s.dir)
+	err := certs.Issue(filepath.Join(dir, "ca"), name, filepath.Join(dir, name), certs.DefaultDays,
+		false)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	i, err := certs.Load(filepath.Join(dir, name), nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return i
+}
+
 // A fleet with real daemons drains a host of a real VM, while the host's daemon dies in the midst
 // of the order. A brain whose epoch is over orders nothing.
 func TestFleet(t *testing.T) {
@@ -59,29 +90,9 @@ func TestFleet(t *testing.T) {
 	a.describe("web1", vm.QMP, vm.Args)
 	there := b.expect("web1", vm)
 
-	dir := filepath.Dir(a.dir)
-	for _, name := range []string{"brain1", "boss"} {
-		if err := certs.Issue(filepath.Join(dir, "ca"), name, filepath.Join(dir, name),
-			certs.DefaultDays, false); err != nil {
-			t.Fatal(err)
-		}
-	}
-	identity := func(name string) *certs.Identity {
-		i, err := certs.Load(filepath.Join(dir, name), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return i
-	}
-	address := net.JoinHostPort(l.A.Addr, "7610")
-	var ln net.Listener
-	if err := l.A.Do(func() (err error) {
-		ln, err = net.Listen("tcp", address)
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	etcd, err := member.Start(t.Context(), member.Config{Name: "brain1", Dir: dir},
+	ln := listenForFleet(t, l)
+	address := ln.Addr().String()
+	etcd, err := member.Start(t.Context(), member.Config{Name: "brain1", Dir: filepath.Dir(a.dir)},
 		slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -109,7 +120,7 @@ func TestFleet(t *testing.T) {
 	server := &http.Server{ConnContext: leader.WithConn,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			handler.Load().(http.Handler).ServeHTTP(w, r)
-		}), TLSConfig: identity("brain1").Web(func(string) error { return nil })}
+		}), TLSConfig: identify(a, "brain1").Web(func(string) error { return nil })}
 	ctx, end := context.WithCancel(t.Context())
 	led := make(chan struct{})
 	go func() {
@@ -123,20 +134,11 @@ func TestFleet(t *testing.T) {
 		<-led
 	})
 	for _, s := range []*site{a, b} {
-		file := filepath.Join(s.dir, "vacated.toml")
-		text, err := os.ReadFile(file)
-		if err == nil {
-			err = os.WriteFile(file, fmt.Appendf(text, "[fleet]\nbrains = [%q]\ninterval = "+
-				"\"500ms\"\n", "brain1@"+address), 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		s.configure(fmt.Sprintf(fleetConfig, "brain1@"+address))
+		s.start()
 	}
-	a.start()
-	b.start()
 	boss := fleetv1.NewFleetClient(&http.Client{Transport: &http.Transport{
-		TLSClientConfig: identity("boss").Client("brain1"), DialContext: l.A.Dial}},
+		TLSClientConfig: identify(a, "boss").Client("brain1"), DialContext: l.A.Dial}},
 		"https://"+address)
 	drain := func(dry bool) *fleetv1.DrainResponse {
 		r, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
@@ -251,40 +253,17 @@ func TestFleetHears(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.describe("web1", vm.QMP, vm.Args)
-	dir := filepath.Dir(a.dir)
-	if err := certs.Issue(filepath.Join(dir, "ca"), "brain1", filepath.Join(dir, "brain1"),
-		certs.DefaultDays, false); err != nil {
-		t.Fatal(err)
-	}
-	identity, err := certs.Load(filepath.Join(dir, "brain1"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	brain := &script{make(chan *fleetv1.LeaderSays, 1), make(chan *fleetv1.HostSays, 1000)}
 	brain.says <- &fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Welcome{
 		Welcome: &fleetv1.Welcome{Epoch: 1}}}
 	mux := http.NewServeMux()
 	mux.Handle(fleetv1.NewHostsHandler(brain))
-	var ln net.Listener
-	if err := l.A.Do(func() (err error) {
-		ln, err = net.Listen("tcp", net.JoinHostPort(l.A.Addr, "7610"))
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	ln := listenForFleet(t, l)
 	server := &http.Server{Handler: mux,
-		TLSConfig: identity.Web(func(string) error { return nil })}
+		TLSConfig: identify(a, "brain1").Web(func(string) error { return nil })}
 	go server.ServeTLS(ln, "", "")
 	t.Cleanup(func() { server.Close() })
-	file := filepath.Join(a.dir, "vacated.toml")
-	text, err := os.ReadFile(file)
-	if err == nil {
-		err = os.WriteFile(file, fmt.Appendf(text, "[fleet]\nbrains = [%q]\ninterval = \"500ms\"\n",
-			"brain1@"+ln.Addr().String()), 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	a.configure(fmt.Sprintf(fleetConfig, "brain1@"+ln.Addr().String()))
 	a.start()
 	told := ""
 	for ctx := labtest.Within(t, 2*time.Minute); !strings.Contains(told, "ivshmem"); {
