@@ -2,9 +2,7 @@ package host
 
 import (
 	"fmt"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,16 +31,7 @@ type carryRow struct {
 // TestCarryCampaign is "make carrycampaign": VACATE_MOVES migrations by libvirt itself that the
 // daemons carry, and VACATE_PLAIN by post-copy as QEMU does it, of domains under load.
 func TestCarryCampaign(t *testing.T) {
-	number := func(name string, n int) int {
-		if s := os.Getenv(name); s != "" {
-			var err error
-			if n, err = strconv.Atoi(s); err != nil {
-				t.Fatal(err)
-			}
-		}
-		return n
-	}
-	moves, plain := number("VACATE_MOVES", 2), number("VACATE_PLAIN", 1)
+	moves, plain := int(setting("VACATE_MOVES", 2)), int(setting("VACATE_PLAIN", 1))
 	var rows []*carryRow
 	for _, c := range []struct{ name, release string }{{"12", "bookworm"}, {"13", "trixie"}} {
 		for _, w := range []struct {
@@ -173,10 +162,5 @@ func writeCarryRows(t *testing.T, rows []*carryRow) {
 			r.name, r.way, r.moves, r.guests, r.lost, r.pages, r.bad, ms(r.down), median(r.total),
 			ms(r.p50), ms(r.p99), longest, ms(r.sums))
 	}
-	t.Log("\n" + b.String())
-	if file := os.Getenv("VACATE_MOVES_RESULT"); file != "" {
-		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
-			t.Error(err)
-		}
-	}
+	writeMoves(t, b.String())
 }

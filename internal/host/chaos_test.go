@@ -176,11 +176,15 @@ func TestChaos(t *testing.T) {
 	c.run(t, names)
 }
 
-// setting reads a number from the environment.
+// setting reads a number from the environment, which need not have it.
 func setting(name string, otherwise uint64) uint64 {
-	n, err := strconv.ParseUint(os.Getenv(name), 10, 64)
-	if err != nil {
+	text := os.Getenv(name)
+	if text == "" {
 		return otherwise
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		panic(fmt.Sprintf("%s=%s: %v", name, text, err))
 	}
 	return n
 }

@@ -5,7 +5,6 @@ import (
 	"math"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -32,13 +31,7 @@ type domainRow struct {
 // TestDomainCampaign is "make domaincampaign": VACATE_MOVES evictions of domains under load, there
 // and back, for each two of Debian's releases.
 func TestDomainCampaign(t *testing.T) {
-	n := 2
-	if s := os.Getenv("VACATE_MOVES"); s != "" {
-		var err error
-		if n, err = strconv.Atoi(s); err != nil {
-			t.Fatal(err)
-		}
-	}
+	n := int(setting("VACATE_MOVES", 2))
 	var rows []*domainRow
 	for _, c := range []struct{ name, a, b string }{
 		{"12 to 12", "bookworm", "bookworm"},
@@ -134,9 +127,16 @@ func writeDomainRows(t *testing.T, rows []*domainRow) {
 			r.evictions, r.guests, r.pages, r.bad, r.migrations, 1e3*median(r.down),
 			1e3*slices.Max(append([]float64{0}, r.down...)), median(r.total))
 	}
-	t.Log("\n" + b.String())
+	writeMoves(t, b.String())
+}
+
+// writeMoves tells what a campaign of moves found, and writes it to the file that
+// VACATE_MOVES_RESULT names.
+func writeMoves(t *testing.T, text string) {
+	t.Helper()
+	t.Log("\n" + text)
 	if file := os.Getenv("VACATE_MOVES_RESULT"); file != "" {
-		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 			t.Error(err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -78,22 +79,29 @@ func (m *managed) mustMove(e *hostv1.Eviction) {
 	if err != nil || end.Outcome != string(evict.Completed) {
 		m.Fatalf("%v, %v", end, err)
 	}
-	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
-		m.Errorf("a still has %q", out)
-	}
 	// The destination's end may come later.
 	if there, err := m.b.watch(e.Id, time.Minute); err != nil ||
 		there.Outcome != string(evict.Completed) {
 		m.Errorf("at b: %v, %v", there, err)
-	}
-	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", m.Domain.Name); s != "running (migrated)" {
-		m.Errorf("at b: %s", s)
 	}
 	if now := m.Virsh(m.Hosts.B, "dumpxml", "--inactive", m.Domain.Name); now != m.inactive {
 		m.Errorf("the domain is defined as\n%s\nand was\n%s", now, m.inactive)
 	}
 	if !m.transient && !m.starts(m.Hosts.B) {
 		m.Error("the domain does not start with host b")
+	}
+	m.mustBeThere("running (migrated)")
+}
+
+// mustBeThere checks that the domain is whole at b, in one of these states, and only there.
+func (m *managed) mustBeThere(states ...string) {
+	m.Helper()
+	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
+		m.Errorf("a still has %q", out)
+	}
+	if s := m.Virsh(m.Hosts.B, "domstate", "--reason",
+		m.Domain.Name); !slices.Contains(states, s) {
+		m.Errorf("at b: %s", s)
 	}
 	vm, err := m.Domain.Came(labtest.Within(m.T, time.Minute))
 	m.Check(err)
