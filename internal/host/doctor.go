@@ -184,11 +184,15 @@ func (h *Host) examine(ctx context.Context, name, to string) ([]doctor.Finding, 
 	}
 	if vm == nil {
 		found := append(doctor.Inspect(here, nil), doctor.Inspect(there, nil)...)
-		return append(append(found, off...), doctor.Finding{Host: to, Check: "link",
-			Level: doctor.OK, Text: fmt.Sprintf("it answers in %v",
-				link.RoundTrip.Round(10*time.Microsecond))}), nil
+		return append(append(found, off...), answers(to, link)), nil
 	}
 	return append(doctor.Compare(here, *vm, there, twin, link), off...), nil
+}
+
+// answers is the finding of a host that can be asked.
+func answers(host string, link doctor.LinkFacts) doctor.Finding {
+	return doctor.Finding{Host: host, Check: "link", Level: doctor.OK,
+		Text: fmt.Sprintf("it answers in %v", link.RoundTrip.Round(10*time.Microsecond))}
 }
 
 // silent is the finding of a host that cannot be asked.

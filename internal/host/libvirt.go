@@ -307,8 +307,7 @@ func (h *Host) examineDomain(ctx context.Context, name, to string,
 		return append(found, h.silent(to, err)), nil
 	}
 	found = append(append(found, doctor.Inspect(there, nil)...), off...)
-	found = append(found, doctor.Finding{Host: to, Check: "link", Level: doctor.OK,
-		Text: fmt.Sprintf("it answers in %v", way.RoundTrip.Round(10*time.Microsecond))})
+	found = append(found, answers(to, way))
 	dialer, err := h.dialer(to)
 	if err != nil {
 		return nil, err
