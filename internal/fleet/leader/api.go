@@ -742,7 +742,7 @@ func (b operators) ListDecisions(ctx context.Context,
 	defer t.mu.Unlock()
 	r := &fleetv1.ListDecisionsResponse{}
 	for _, w := range t.waiting {
-		m := message(store.Plan{ID: w.id, Epoch: t.Epoch, Mode: view.Ask, Decision: w.decision})
+		m := message(w.Plan)
 		m.State = "waits"
 		r.Decisions = append(r.Decisions, m)
 	}
@@ -809,18 +809,19 @@ func (b operators) Approve(ctx context.Context, req *connect.Request[fleetv1.App
 			req.Msg.Id)
 	}
 	if req.Msg.Reject {
-		t.reject(w.id, name+" said no", now)
-		m := message(store.Plan{ID: w.id, Epoch: t.Epoch, Mode: view.Ask, Decision: w.decision})
+		t.reject(w.ID, name+" said no", now)
+		m := message(w.Plan)
 		m.State = "rejected"
 		t.mu.Unlock()
 		return connect.NewResponse(m), nil
 	}
-	delete(t.waiting, w.id)
+	delete(t.waiting, w.ID)
 	t.mu.Unlock()
-	p, err := t.begin(ctx, w.decision, view.Ask, name)
+	w.By = name
+	p, err := t.begin(ctx, w.Plan)
 	if err != nil {
 		t.mu.Lock()
-		t.planner.Ended(w.decision.VM, now, err.Error())
+		t.planner.Ended(w.Decision.VM, now, err.Error())
 		t.mu.Unlock()
 		return nil, connect.NewError(connect.CodeUnavailable, err)
 	}

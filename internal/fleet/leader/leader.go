@@ -197,9 +197,8 @@ type plan struct {
 
 // waiting is a decision that an operator has to approve.
 type waiting struct {
-	id       string
-	decision view.Decision
-	until    time.Time
+	store.Plan // that it becomes
+	until      time.Time
 }
 
 func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
@@ -354,33 +353,32 @@ func (t *term) round(ctx context.Context) {
 	}
 	list := t.planner.Round(now)
 	mode := t.policy.Mode
-	var act []view.Decision
+	var act []store.Plan
 	for _, d := range list {
+		p := store.Plan{ID: newID(), Epoch: t.Epoch, Mode: mode, Decision: d}
 		// An operator has asked for these.
 		asked := d.Cause == view.Drain || d.Cause == view.Restore
 		switch {
 		case asked || mode == view.Auto:
-			act = append(act, d)
+			act = append(act, p)
 		case mode == view.Ask:
-			w := &waiting{newID(), d, now.Add(askTime)}
-			t.waiting[w.id] = w
+			t.waiting[p.ID] = &waiting{p, now.Add(askTime)}
 			t.planner.Began(d.Move)
-			t.log.Info("a decision waits for an operator", "id", w.id, "vm", d.VM, "from", d.From,
+			t.log.Info("a decision waits for an operator", "id", p.ID, "vm", d.VM, "from", d.From,
 				"to", d.To, "reasons", d.Reasons)
 		default:
 			t.log.Info("a VM would be evicted in mode auto", "vm", d.VM, "from", d.From, "to", d.To,
 				"reasons", d.Reasons)
 			t.planner.Ended(d.VM, now, "")
-			t.note(store.Decision{Plan: store.Plan{ID: newID(), Epoch: t.Epoch, Mode: mode,
-				Decision: d}, Outcome: "watched", Ended: now})
+			t.note(store.Decision{Plan: p, Outcome: "watched", Ended: now})
 		}
 	}
 	t.mu.Unlock()
-	for _, d := range act {
-		if _, err := t.begin(ctx, d, mode, ""); err != nil {
-			t.log.Error("a decision is not carried out", "vm", d.VM, "error", err)
+	for _, p := range act {
+		if _, err := t.begin(ctx, p); err != nil {
+			t.log.Error("a decision is not carried out", "vm", p.Decision.VM, "error", err)
 			t.mu.Lock()
-			t.planner.Ended(d.VM, now, err.Error())
+			t.planner.Ended(p.Decision.VM, now, err.Error())
 			t.mu.Unlock()
 		}
 	}
@@ -407,9 +405,8 @@ func (t *term) note(d store.Decision) {
 func (t *term) reject(id, why string, now time.Time) {
 	w := t.waiting[id]
 	delete(t.waiting, id)
-	t.planner.Ended(w.decision.VM, now, why)
-	t.note(store.Decision{Plan: store.Plan{ID: id, Epoch: t.Epoch, Mode: view.Ask,
-		Decision: w.decision}, Outcome: "rejected", Reason: why, Ended: now})
+	t.planner.Ended(w.Decision.VM, now, why)
+	t.note(store.Decision{Plan: w.Plan, Outcome: "rejected", Reason: why, Ended: now})
 }
 
 func newID() string {
@@ -419,12 +416,11 @@ func newID() string {
 }
 
 // begin writes a plan, then sends its order.
-func (t *term) begin(ctx context.Context, d view.Decision, mode view.Mode,
-	by string) (store.Plan, error) {
+func (t *term) begin(ctx context.Context, p store.Plan) (store.Plan, error) {
 	t.writes.Lock()
 	defer t.writes.Unlock()
-	d.Move.Began = time.Now()
-	p := store.Plan{ID: newID(), Mode: mode, By: by, Decision: d}
+	p.Decision.Move.Began = time.Now()
+	d := p.Decision
 	t.mu.Lock()
 	if m, ok := t.maintenance[d.From]; ok && d.Cause == view.Drain {
 		p.Rate = uint64(m.Rate)
@@ -443,7 +439,7 @@ func (t *term) begin(ctx context.Context, d view.Decision, mode view.Mode,
 	t.plans[p.ID] = open
 	t.planner.Began(d.Move)
 	t.log.Info("a VM will be evicted", "plan", p.Number, "id", p.ID, "vm", d.VM, "from", d.From,
-		"to", d.To, "cause", d.Cause, "by", by, "reasons", d.Reasons)
+		"to", d.To, "cause", d.Cause, "by", p.By, "reasons", d.Reasons)
 	t.order(open)
 	return p, nil
 }

@@ -493,9 +493,9 @@ func TestDeposed(t *testing.T) {
 		t.Fatal(r, err)
 	}
 	s.leads(two)
-	if p, err := old.begin(t.Context(), view.Decision{VM: "web1", Incarnation: "web1/0",
-		From: "hosta", To: "hostb"}, view.Auto, ""); !errors.Is(err,
-		store.ErrDeposed) {
+	if p, err := old.begin(t.Context(), store.Plan{ID: newID(), Mode: view.Auto,
+		Decision: view.Decision{VM: "web1", Incarnation: "web1/0", From: "hosta",
+			To: "hostb"}}); !errors.Is(err, store.ErrDeposed) {
 		t.Errorf("the deposed leader wrote %+v, %v", p, err)
 	}
 	a.join(two)
@@ -1127,4 +1127,44 @@ func TestWatched(t *testing.T) {
 	if len(got) < len(before) || len(numbers) != len(got) || got[len(got)-1].State != "watched" {
 		t.Errorf("the next leader knows of %v, the one before of %v", got, before)
 	}
+}
+
+// A decision that an operator approves keeps its ID as a plan, and to its end.
+func TestApprove(t *testing.T) {
+	s := newSite(t)
+	s.settings(func(p *view.Policy) { p.Sustain, p.Mode = 0, view.Ask })
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a, b := s.host("hosta", "web1", "web2"), s.host("hostb")
+	a.waits = 4
+	a.join(one)
+	b.join(one)
+	var id string
+	s.until("a decision waits", func() bool {
+		got := decisions(t, boss)
+		if len(got) == 0 || got[0].State != "waits" {
+			return false
+		}
+		id = got[0].Id
+		return true
+	})
+	if a.begun() != 0 {
+		t.Error("a fleet that asks moves a VM unasked")
+	}
+	r, err := boss.Approve(t.Context(), connect.NewRequest(&fleetv1.ApproveRequest{Id: id}))
+	if err != nil || r.Msg.Id != id || r.Msg.State != "goes on" || r.Msg.By != "boss" ||
+		r.Msg.Mode != string(view.Ask) {
+		t.Fatalf("approved: %v, %v", r, err)
+	}
+	if _, err := boss.Approve(t.Context(), connect.NewRequest(
+		&fleetv1.ApproveRequest{Id: id})); connect.CodeOf(err) != connect.CodeNotFound {
+		t.Errorf("approved again: %v", err)
+	}
+	s.until("the eviction begins", func() bool { return a.begun() == 1 })
+	a.end(b)
+	s.until("it has ended under its ID", func() bool {
+		return slices.ContainsFunc(decisions(t, boss), func(d *fleetv1.Decision) bool {
+			return d.Id == id && d.State == "completed"
+		})
+	})
 }
