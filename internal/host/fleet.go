@@ -342,9 +342,6 @@ func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 	for _, v := range m.list() {
 		if e := v.entry.Record(); e.Ended.IsZero() {
 			here = append(here, e.VM)
-			if v.entry.Err() == nil {
-				r.Open++
-			}
 		}
 	}
 	slices.Sort(here)

@@ -646,7 +646,7 @@ func (t *term) maintain(ctx context.Context) {
 		}
 		going, _ := t.planner.Remaining(now, name)
 		switch {
-		case m.Phase == view.Draining && h.empty() && len(going) == 0 && !t.busy(h):
+		case m.Phase == view.Draining && h.empty() && len(going) == 0 && !t.ordered(h):
 			m.Phase = view.Drained
 			next = append(next, m)
 		case m.Phase == view.Drained && len(h.told.VMs) > 0:
@@ -667,12 +667,8 @@ func (t *term) maintain(ctx context.Context) {
 	}
 }
 
-// busy reports whether a host has a part in an eviction. A VM that runs elsewhere by now may still
-// need memory that only this host has.
-func (t *term) busy(h *hostState) bool {
-	if h.report.GetOpen() > 0 {
-		return true
-	}
+// ordered reports whether a host has a part in a plan that goes on.
+func (t *term) ordered(h *hostState) bool {
 	for _, p := range t.plans {
 		if p.Decision.From == h.Name || p.Decision.To == h.Name {
 			return true
@@ -682,7 +678,8 @@ func (t *term) busy(h *hostState) bool {
 }
 
 // empty reports whether no VM needs the host: it said so, having looked after it heard that none
-// may come. One that heeds no Standing only tells which VMs run.
+// may come. A VM that runs elsewhere by now may still need memory that only this host has. A host
+// that heeds no Standing only tells which VMs run.
 func (h *hostState) empty() bool {
 	return h.session != nil && len(h.told.VMs) == 0 && len(h.report.Here) == 0 &&
 		(!h.session.heeds || h.report.Heeds == string(view.Draining))

@@ -183,8 +183,8 @@ type fake struct {
 	waits     float64 // cores that each VM waits for
 	odd       bool    // what it says of ends makes no sense
 	standing  *fleetv1.Standing
-	old       bool   // it knows no Standing
-	open      uint32 // evictions that the fleet has not ordered
+	old       bool     // it knows no Standing
+	here      []string // VMs that need it and do not run there
 	evictions []*fleetv1.OrderedEviction
 	refused   []string // orders, by why
 	stream    *connect.BidiStreamForClient[fleetv1.HostSays, fleetv1.LeaderSays]
@@ -254,7 +254,7 @@ func (f *fake) tell(
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r := &fleetv1.Report{Mark: &fleetv1.Mark{Epoch: f.mark.Epoch, Plan: f.mark.Plan},
-		Evictions: f.evictions, Open: f.open, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
+		Evictions: f.evictions, Here: f.here, Load: &fleetv1.Load{Cpus: 8, Used: 1, Total: 64 << 30,
 			Available: 60 << 30, Rate: 1e9, Labels: f.labels,
 			Waiting: f.waits * float64(len(f.vms))}}
 	if !f.old {
@@ -1058,7 +1058,7 @@ func TestDrainedAtTheEnd(t *testing.T) {
 		t.Errorf("with an eviction under way that the fleet ordered it is %s", got)
 	}
 	a.mu.Lock()
-	a.open = 1 // another one, of an operator's
+	a.here = []string{"web9"} // that an operator evicts
 	a.mu.Unlock()
 	a.end(b)
 	s.until("the plan has ended", func() bool {
@@ -1066,12 +1066,12 @@ func TestDrainedAtTheEnd(t *testing.T) {
 		return len(got) == 1 && got[0].State == "completed"
 	})
 	s.until("it tells of the other",
-		told(func(r *fleetv1.Report) bool { return len(r.Vms) == 0 && r.Open == 1 }))
+		told(func(r *fleetv1.Report) bool { return len(r.Vms) == 0 && len(r.Here) == 1 }))
 	if got := phase(); got != view.Draining {
 		t.Errorf("with an operator's eviction under way it is %s", got)
 	}
 	a.mu.Lock()
-	a.open = 0
+	a.here = nil
 	a.mu.Unlock()
 	s.until("it is drained at the end", func() bool { return phase() == view.Drained })
 }

@@ -245,12 +245,10 @@ type Report struct {
 	Vms       []*VM              `protobuf:"bytes,4,rep,name=vms,proto3" json:"vms,omitempty"`
 	// What its own guard makes of it, in a sentence. Empty: it has none.
 	Guard string `protobuf:"bytes,5,opt,name=guard,proto3" json:"guard,omitempty"`
-	// Evictions from it and to it that have not ended, also those that nobody of the fleet ordered.
-	Open uint32 `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`
 	// VMs that need it: that run, start or come here, that are leaving until all of their memory has followed, or of which it does not know.
-	Here []string `protobuf:"bytes,7,rep,name=here,proto3" json:"here,omitempty"`
+	Here []string `protobuf:"bytes,6,rep,name=here,proto3" json:"here,omitempty"`
 	// The maintenance of Standing that it heeded before it looked.
-	Heeds         string `protobuf:"bytes,8,opt,name=heeds,proto3" json:"heeds,omitempty"`
+	Heeds         string `protobuf:"bytes,7,opt,name=heeds,proto3" json:"heeds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -318,13 +316,6 @@ func (x *Report) GetGuard() string {
 		return x.Guard
 	}
 	return ""
-}
-
-func (x *Report) GetOpen() uint32 {
-	if x != nil {
-		return x.Open
-	}
-	return 0
 }
 
 func (x *Report) GetHere() []string {
@@ -3287,16 +3278,15 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x0eheeds_standing\x18\x02 \x01(\bR\rheedsStanding\"0\n" +
 	"\x04Mark\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
-	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\x99\x02\n" +
+	"\x04plan\x18\x02 \x01(\x04R\x04plan\"\x85\x02\n" +
 	"\x06Report\x12)\n" +
 	"\x04mark\x18\x01 \x01(\v2\x15.vacate.fleet.v1.MarkR\x04mark\x12>\n" +
 	"\tevictions\x18\x02 \x03(\v2 .vacate.fleet.v1.OrderedEvictionR\tevictions\x12)\n" +
 	"\x04load\x18\x03 \x01(\v2\x15.vacate.fleet.v1.LoadR\x04load\x12%\n" +
 	"\x03vms\x18\x04 \x03(\v2\x13.vacate.fleet.v1.VMR\x03vms\x12\x14\n" +
 	"\x05guard\x18\x05 \x01(\tR\x05guard\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\rR\x04open\x12\x12\n" +
-	"\x04here\x18\a \x03(\tR\x04here\x12\x14\n" +
-	"\x05heeds\x18\b \x01(\tR\x05heeds\"\xd1\x02\n" +
+	"\x04here\x18\x06 \x03(\tR\x04here\x12\x14\n" +
+	"\x05heeds\x18\a \x01(\tR\x05heeds\"\xd1\x02\n" +
 	"\x04Load\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\x01R\x04cpus\x12\x12\n" +
 	"\x04used\x18\x02 \x01(\x01R\x04used\x12\x18\n" +
