@@ -404,6 +404,14 @@ func TestDrain(t *testing.T) {
 		Host: "hosta", DryRun: true})); err != nil || len(r.Msg.Vms) != 2 || phase() != "drained" {
 		t.Errorf("a restore, tried: %v, %v, and the host is %s", r, err, phase())
 	}
+	// Somebody starts a VM there: it has to leave, too.
+	a.mu.Lock()
+	a.vms["web3"] = "web3/0"
+	a.mu.Unlock()
+	s.until("it is drained again", func() bool { return phase() == "draining" })
+	s.until("the VM leaves", func() bool { return a.begun() == 3 })
+	a.end(b)
+	s.until("the host is empty again", func() bool { return phase() == "drained" })
 	if _, err := boss.Restore(t.Context(),
 		connect.NewRequest(&fleetv1.RestoreRequest{Host: "hosta"})); err != nil {
 		t.Error(err)
