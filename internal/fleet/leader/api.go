@@ -889,10 +889,10 @@ func (t *term) tryRule(x store.Rule) *connect.Response[fleetv1.ListRulesResponse
 	before := t.rules
 	t.rules = maps.Clone(before)
 	t.rules[x.Name] = x
-	t.setRules()
+	t.planner.SetRules(t.parseRules(t.rules))
 	r := t.tellRules(x.Name)
 	t.rules = before
-	t.setRules()
+	t.planner.SetRules(t.parseRules(t.rules))
 	return r
 }
 

@@ -167,6 +167,7 @@ type term struct {
 	planner     *place.Planner
 	policy      view.Policy
 	rules       map[string]store.Rule
+	standing    []string // the rules that hosts hold by themselves
 	maintenance map[string]store.Maintenance
 	hosts       map[string]*hostState
 	plans       map[string]*plan
@@ -231,12 +232,11 @@ func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
 	return t
 }
 
-// setRules gives the rules to the planner. It logs one that it does not understand any more, and
-// leaves it out.
-func (t *term) setRules() {
-	var rules []view.Rule
-	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
-		r, err := view.ParseRule(t.rules[name].Text)
+// parseRules parses rules, in order of their names. It logs one that it does not understand any
+// more, and leaves it out.
+func (t *term) parseRules(texts map[string]store.Rule) (rules []view.Rule) {
+	for _, name := range slices.Sorted(maps.Keys(texts)) {
+		r, err := view.ParseRule(texts[name].Text)
 		if err != nil {
 			t.log.Error("a rule of the fleet is not heeded", "rule", name, "error", err)
 			continue
@@ -244,14 +244,32 @@ func (t *term) setRules() {
 		r.Name = name
 		rules = append(rules, r)
 	}
-	t.planner.SetRules(rules)
-	for _, h := range t.hosts {
-		t.tellStanding(h)
-	}
+	return rules
 }
 
 // mostStanding bounds the rules that a host is told, in bytes.
 const mostStanding = 256 << 10
+
+// setRules gives the rules to the planner, and to hosts those that they hold by themselves.
+func (t *term) setRules() {
+	rules := t.parseRules(t.rules)
+	t.planner.SetRules(rules)
+	t.standing = nil
+	size := 0
+	for _, r := range rules {
+		if r.Force == view.Should || r.Relation != view.Apart && r.Relation != view.On {
+			continue
+		}
+		text := r.String()
+		if size += len(text); size > mostStanding {
+			break
+		}
+		t.standing = append(t.standing, text)
+	}
+	for _, h := range t.hosts {
+		t.tellStanding(h)
+	}
+}
 
 // tellStanding tells a host what it goes by itself when a VM shall come (F6).
 func (t *term) tellStanding(h *hostState) {
@@ -259,23 +277,9 @@ func (t *term) tellStanding(h *hostState) {
 		return
 	}
 	m := t.maintenance[h.Name]
-	s := &fleetv1.Standing{Epoch: uint64(t.Epoch)}
+	s := &fleetv1.Standing{Epoch: uint64(t.Epoch), Rules: t.standing}
 	if !m.Open() {
 		s.Maintenance, s.Reason = string(m.Phase), m.Reason
-	}
-	size := 0
-	for _, name := range slices.Sorted(maps.Keys(t.rules)) {
-		r, err := view.ParseRule(t.rules[name].Text)
-		if err != nil || r.Force == view.Should ||
-			r.Relation != view.Apart && r.Relation != view.On {
-			continue
-		}
-		r.Name = name
-		text := r.String()
-		if size += len(text); size > mostStanding {
-			break
-		}
-		s.Rules = append(s.Rules, text)
 	}
 	h.session.say(&fleetv1.LeaderSays{What: &fleetv1.LeaderSays_Standing{Standing: s}})
 }

@@ -183,6 +183,7 @@ type fake struct {
 	waits     float64 // cores that each VM waits for
 	odd       bool    // what it says of ends makes no sense
 	standing  *fleetv1.Standing
+	ruled     []string // all rules that it was ever told
 	old       bool     // it knows no Standing
 	here      []string // VMs that need it and do not run there
 	evictions []*fleetv1.OrderedEviction
@@ -240,7 +241,7 @@ func (f *fake) join(b *server) {
 			}
 			if s := m.GetStanding(); s != nil {
 				f.mu.Lock()
-				f.standing = s
+				f.standing, f.ruled = s, append(f.ruled, s.Rules...)
 				f.mu.Unlock()
 				continue
 			}
@@ -1019,11 +1020,20 @@ func TestStanding(t *testing.T) {
 	s.until("it is told the rule that it can hold", func() bool {
 		return slices.Equal(told(a).Rules, []string{"db: vms name=db* must run apart"})
 	})
+	if _, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{
+		Name: "tried", Rule: "vms name=t* must run apart", DryRun: true})); err != nil {
+		t.Fatal(err)
+	}
 	s.until("it is told of its drain", func() bool {
 		_, err := boss.Drain(t.Context(), connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
 			Reason: "new memory"}))
 		return err == nil && told(a).Maintenance != "" && told(a).Reason == "new memory"
 	})
+	a.mu.Lock()
+	if slices.ContainsFunc(a.ruled, func(r string) bool { return strings.Contains(r, "tried") }) {
+		t.Errorf("a rule that was only tried is told to hosts: %q", a.ruled)
+	}
+	a.mu.Unlock()
 	if told(b) != nil {
 		t.Errorf("an older host is told %v", told(b))
 	}
