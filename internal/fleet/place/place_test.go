@@ -174,6 +174,9 @@ func TestRelieve(t *testing.T) {
 	f := starved(t)
 	f.report()
 	f.want(f.round(), "") // not for long enough
+	if all := f.Troubles(f.now); len(all) != 1 || all[0].Why != "VMs starve: not for 30s yet" {
+		t.Errorf("what is in the way is told as %+v", all)
+	}
 	f.due()
 	list := f.round()
 	f.want(list, "small:a>c")

@@ -370,7 +370,7 @@ func (p *Planner) waits(h *host) string {
 	case p.full(h):
 		return fmt.Sprintf("%d evictions from it or to it are under way", h.under)
 	case p.now.Sub(h.missed) < p.policy.Sustain:
-		return fmt.Sprintf("its VMs starve, not for %v yet", p.policy.Sustain)
+		return fmt.Sprintf("not for %v yet", p.policy.Sustain)
 	case h.under == 0 && !h.quiet.IsZero() && p.now.Sub(h.quiet) < p.policy.Settle:
 		return fmt.Sprintf("an eviction has ended less than %v ago", p.policy.Settle)
 	case !h.futile.IsZero() && p.now.Sub(h.futile) < p.policy.Settle:
