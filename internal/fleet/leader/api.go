@@ -430,19 +430,9 @@ func (b operators) Status(ctx context.Context, _ *connect.Request[fleetv1.Status
 	r.Leads, r.Epoch, r.Since = true, uint64(t.Epoch), timestamppb.New(t.since)
 	r.Mode, r.Moving, r.Waiting = string(t.policy.Mode), uint32(len(t.plans)),
 		uint32(len(t.waiting))
-	for _, name := range slices.Sorted(maps.Keys(t.hosts)) {
-		h := t.hosts[name]
-		r.Hosts++
-		if state := t.state(h, now); state != "reporting" {
-			r.Late++
-		}
-		for _, v := range h.told.VMs {
-			r.Vms++
-			if v.Steal() > 1-t.policy.Starving {
-				r.Starving++
-			}
-		}
-	}
+	states, vms, starving := t.count(now)
+	r.Hosts, r.Late = uint32(len(t.hosts)), uint32(len(t.hosts)-states["reporting"])
+	r.Vms, r.Starving = uint32(vms), uint32(starving)
 	r.Troubles = troubles(t.planner.Troubles(now), "")
 	return connect.NewResponse(r), nil
 }
@@ -481,6 +471,21 @@ func (t *term) state(h *hostState, now time.Time) string {
 		return "late"
 	}
 	return "reporting"
+}
+
+// count tells how many hosts there are in each state, how many VMs, and how many of these starve.
+func (t *term) count(now time.Time) (states map[string]int, vms, starving int) {
+	states = map[string]int{"reporting": 0, "late": 0, "new": 0}
+	for _, h := range t.hosts {
+		states[t.state(h, now)]++
+		vms += len(h.told.VMs)
+		for _, v := range h.told.VMs {
+			if v.Steal() > 1-t.policy.Starving {
+				starving++
+			}
+		}
+	}
+	return states, vms, starving
 }
 
 // ListHosts implements fleetv1.FleetHandler.

@@ -138,19 +138,10 @@ func (s state) Collect(out chan<- prometheus.Metric) {
 	now := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	hosts := map[string]int{"reporting": 0, "late": 0, "new": 0}
+	states, vms, starving := t.count(now)
 	phases := map[view.Phase]int{view.Planned: 0, view.Draining: 0, view.Drained: 0,
 		view.Restoring: 0}
-	vms, starving, staying := 0, 0, 0
-	for _, h := range t.hosts {
-		hosts[t.state(h, now)]++
-		for _, v := range h.told.VMs {
-			vms++
-			if v.Steal() > 1-t.policy.Starving {
-				starving++
-			}
-		}
-	}
+	staying := 0
 	for name, m := range t.maintenance {
 		phases[m.Phase]++
 		if m.Phase == view.Draining {
@@ -160,7 +151,7 @@ func (s state) Collect(out chan<- prometheus.Metric) {
 	}
 	gauge(leadsDesc, 1)
 	gauge(epochDesc, float64(t.Epoch))
-	for state, n := range hosts {
+	for state, n := range states {
 		gauge(hostsDesc, float64(n), state)
 	}
 	gauge(vmsDesc, float64(vms))
