@@ -122,10 +122,8 @@ func (c config) check() error {
 		if err := store.CheckName(name); err != nil {
 			return fmt.Errorf("members: %q: %w", m, err)
 		}
-		for _, other := range c.Members[:i] {
-			if before, _, _ := net.SplitHostPort(other); before == name {
-				return fmt.Errorf("members: %s is there twice", name)
-			}
+		if slices.Contains(c.member("").Names()[:i], name) {
+			return fmt.Errorf("members: %s is there twice", name)
 		}
 	}
 	for what, names := range map[string][]string{"brains": c.Brains,
@@ -162,11 +160,7 @@ func (c config) check() error {
 
 // names are all members of the brain.
 func (c config) names(own string) []string {
-	list := append(slices.Clone(c.Brains), own)
-	for _, m := range c.Members {
-		name, _, _ := net.SplitHostPort(m)
-		list = append(list, name)
-	}
+	list := slices.Concat(c.Brains, []string{own}, c.member(own).Names())
 	slices.Sort(list)
 	return slices.Compact(list)
 }
@@ -186,15 +180,9 @@ func (c config) look() (string, error) {
 	if _, err := os.Stat(filepath.Dir(c.Data)); c.Etcd == nil && err != nil {
 		return "", fmt.Errorf("data: %w: make the directory, or name another", err)
 	}
-	if len(c.Members) > 0 {
-		found := slices.ContainsFunc(c.Members, func(m string) bool {
-			name, _, _ := net.SplitHostPort(m)
-			return name == info.Name
-		})
-		if !found {
-			return "", fmt.Errorf("this host's certificate is %s's, which is not among members",
-				info.Name)
-		}
+	if len(c.Members) > 0 && !slices.Contains(c.member(info.Name).Names(), info.Name) {
+		return "", fmt.Errorf("this host's certificate is %s's, which is not among members",
+			info.Name)
 	}
 	if c.Etcd != nil {
 		if _, err := c.Etcd.tls(); err != nil {

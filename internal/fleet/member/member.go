@@ -50,8 +50,8 @@ type Member struct {
 // data is where etcd's files are.
 func (c Config) data() string { return filepath.Join(c.Dir, "etcd") }
 
-// names are those of all members.
-func (c Config) names() (names []string) {
+// Names are those of all members.
+func (c Config) Names() (names []string) {
 	for _, address := range c.Members {
 		name, _, _ := net.SplitHostPort(address)
 		names = append(names, name)
@@ -79,7 +79,7 @@ func (c Config) cluster() (own url.URL, all string, err error) {
 	}
 	if own.Host == "" {
 		return own, "", fmt.Errorf("this member, %s, is not among the fleet's: %s", c.Name,
-			strings.Join(c.names(), ", "))
+			strings.Join(c.Names(), ", "))
 	}
 	return own, strings.Join(list, ","), nil
 }
@@ -140,7 +140,7 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 		t.KeyFile = filepath.Join(c.Certs, "host.key")
 		t.TrustedCAFile = filepath.Join(c.Certs, "ca.pem")
 		// Hosts and operators have certificates of the same CA, and are no members.
-		t.ClientCertAuth, t.AllowedHostnames = true, c.names()
+		t.ClientCertAuth, t.AllowedHostnames = true, c.Names()
 		t.SkipClientSANVerify = true // members are known by name, not by where they come from
 	}
 	if c.Joins {
