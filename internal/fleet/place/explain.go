@@ -174,8 +174,8 @@ func (p *Planner) Remaining(now time.Time, host string) (going []string, stay []
 // host until its move has ended.
 func (p *Planner) remaining(h *host) (going []string, stay []Stay) {
 	for _, m := range h.moves {
-		if is := func(v *vm) bool { return v.Name == m.VM }; m.from == h && m.ended.IsZero() &&
-			!slices.ContainsFunc(h.guests, is) {
+		here := slices.ContainsFunc(h.guests, func(v *vm) bool { return v.Name == m.VM })
+		if m.from == h && m.ended.IsZero() && !here {
 			going = append(going, m.VM)
 		}
 	}

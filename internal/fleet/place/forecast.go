@@ -90,7 +90,7 @@ func (s *simulation) run() {
 		if m.ended.IsZero() {
 			took := s.q.now.Sub(m.Began)
 			s.under = append(s.under, &transfer{move: m, begin: m.Began, left: max(0,
-				float64(m.InUse)-took.Seconds()*rate(m.from, m.to))})
+				float64(m.InUse)-took.Seconds()*rate(m.from, m.to, 1))})
 		}
 	}
 	slices.SortFunc(s.under, func(a, b *transfer) int { return byName(a.from, b.From) })
@@ -158,8 +158,7 @@ func (t *transfer) lasts() (time.Duration, bool) {
 }
 
 func (t *transfer) rate() float64 {
-	return t.from.limit(min(t.from.Rate/float64(max(1, t.from.under)),
-		t.to.Rate/float64(max(1, t.to.under))))
+	return rate(t.from, t.to, 0)
 }
 
 // pass has time go on, in which no move ends but at its end. It reports whether one has.

@@ -143,7 +143,7 @@ func (p *Planner) predict(v *vm, to *host, cause view.Cause) candidate {
 		transfer = usualTransfer
 	}
 	c.out = predict.Move{VM: v.predicted(), From: from.after, To: to.after,
-		Stay: max(0, from.stay-v.predicted().Likely()), Rate: rate(from, to),
+		Stay: max(0, from.stay-v.predicted().Likely()), Rate: rate(from, to, 1),
 		Transfer: transfer}.Outcome()
 	c.broken, _, _ = v.broken(to, cause)
 	if cause == view.Relieve {
@@ -155,18 +155,14 @@ func (p *Planner) predict(v *vm, to *host, cause view.Cause) candidate {
 // usualTransfer is how long execution transfer takes where it is not known.
 const usualTransfer = 150 * time.Millisecond
 
-// rate is what goes from one host to another, whose links others share.
-func rate(from, to *host) float64 {
-	return from.limit(min(from.Rate/float64(max(1, from.under+1)),
-		to.Rate/float64(max(1, to.under+1))))
-}
-
-// limit bounds a rate by what the drain of the host was told.
-func (h *host) limit(rate float64) float64 {
-	if m := h.maintenance; m.Phase == view.Draining && m.Rate > 0 {
-		return min(rate, m.Rate)
+// rate is what goes from one host to another, at most what its drain allows. The moves under way
+// share the hosts' links, and so many more.
+func rate(from, to *host, more int) float64 {
+	r := min(from.Rate/float64(max(1, from.under+more)), to.Rate/float64(max(1, to.under+more)))
+	if m := from.maintenance; m.Phase == view.Draining && m.Rate > 0 {
+		r = min(r, m.Rate)
 	}
-	return rate
+	return r
 }
 
 // met reports whether a host is as it should be, once it is like this and so much memory is free
