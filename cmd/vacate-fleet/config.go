@@ -45,7 +45,7 @@ type operators struct {
 	Admin []string `toml:"admin"`
 }
 
-// hook is whom the leader tells of drains.
+// hook says whom the leader tells of drains.
 type hook struct {
 	URL  string        `toml:"url"`
 	Time time.Duration `toml:"time"`

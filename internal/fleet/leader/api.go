@@ -600,8 +600,8 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		if m := t.maintenance[h.Name]; req.Msg.At != nil && !m.Open() {
 			t.mu.Unlock()
 			return nil, connect.NewError(connect.CodeFailedPrecondition,
-				fmt.Errorf("host %s is %s "+
-					"already: `vacate fleet restore %[1]s` first", h.Name, m.Phase))
+				fmt.Errorf("host %s is %s already: `vacate fleet restore %[1]s` first", h.Name,
+					m.Phase))
 		}
 		names[i], known = h.Name, known && h.report != nil
 		drains[i] = t.drainOf(h, req.Msg, who, now)
@@ -993,7 +993,7 @@ func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.Set
 	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
 }
 
-// setPolicy has another policy hold from now on.
+// setPolicy changes the policy, which holds from now on.
 func (t *term) setPolicy(ctx context.Context, policy view.Policy) error {
 	if err := policy.Check(); err != nil {
 		return invalid(err)

@@ -13,7 +13,7 @@ import (
 	"vacate/internal/fleet/view"
 )
 
-// Hooks are whom the leader tells of drains, by a call of HTTP.
+// Hooks say whom the leader tells of drains, by a call of HTTP.
 type Hooks struct {
 	URL  string        // empty: nobody
 	Time time.Duration // that a call may take

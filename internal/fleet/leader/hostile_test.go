@@ -151,9 +151,7 @@ func TestIdlers(t *testing.T) {
 		r, err := s.transport(one, "boss").Do(q)
 		if err == nil {
 			r.Body.Close()
-			if r.StatusCode == http.StatusOK {
-				err = nil
-			} else {
+			if r.StatusCode != http.StatusOK {
 				err = fmt.Errorf("%s", r.Status)
 			}
 		}

@@ -396,8 +396,8 @@ func (t *term) closed(d store.Decision) {
 	}
 }
 
-// note has a decision written that never became a plan. If there are more than the store keeps,
-// the earliest are dropped.
+// note keeps a decision that never became a plan, for settle to write. If there are more than the
+// store keeps, it drops the earliest.
 func (t *term) note(d store.Decision) {
 	t.noted = append(t.noted, d)
 	if n := len(t.noted) - store.KeepDecisions; n > 0 {
@@ -520,7 +520,8 @@ func (t *term) answered(h *hostState, a *fleetv1.Answer) {
 	// The next report says that it is over; until then the plan stays.
 }
 
-// finish has the end of a plan written. What the host says of it may be anything.
+// finish ends a plan, and keeps the end for settle to write. What the host says of it may be
+// anything.
 func (t *term) finish(p *plan, outcome, reason string) {
 	p.ending = true
 	d := store.Decision{Plan: p.Plan, Number: p.Number, Outcome: clip(outcome, maxWord),
@@ -634,7 +635,7 @@ func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bo
 	return true
 }
 
-// maintain has maintenance come to its next phase.
+// maintain takes maintenance to its next phase where that is due.
 func (t *term) maintain(ctx context.Context) {
 	now := time.Now()
 	t.mu.Lock()
@@ -689,7 +690,7 @@ func (h *hostState) empty() bool {
 		(!h.session.heeds || h.report.Heeds == string(view.Draining))
 }
 
-// comeTo has maintenance come to its next phase, and reports whether it has.
+// comeTo writes the next phase of maintenance, and reports whether it is written.
 func (t *term) comeTo(ctx context.Context, m store.Maintenance) bool {
 	if err := t.setMaintenance(ctx, m); err != nil {
 		t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
@@ -699,7 +700,8 @@ func (t *term) comeTo(ctx context.Context, m store.Maintenance) bool {
 	return true
 }
 
-// beginDrain has a planned drain begin, once the hook was told, unless it is called off meanwhile.
+// beginDrain begins a planned drain once the hook was told, unless an operator calls it off
+// meanwhile.
 func (t *term) beginDrain(h *hostState, m store.Maintenance) {
 	if t.beginning[h.Name] {
 		return
@@ -722,7 +724,7 @@ func (t *term) beginDrain(h *hostState, m store.Maintenance) {
 	})
 }
 
-// drainNow has a drain begin, and notes which VMs are on the host.
+// drainNow is a drain as it begins: it notes which VMs are on the host.
 func (t *term) drainNow(h *hostState, m store.Maintenance) store.Maintenance {
 	m.Phase, m.Left = view.Draining, slices.Clone(m.Left)
 	for _, v := range h.told.VMs {

@@ -26,8 +26,8 @@ const (
 	pingTime    = 15 * time.Second
 )
 
-// Serve serves hosts and operators until ctx is done. Who has no certificate of the CA gets no
-// answer; who has one is known by its name.
+// Serve serves hosts and operators until ctx is done. It answers nobody without a certificate of
+// the CA, and knows all others by their names.
 func (b *Brain) Serve(ctx context.Context, ln net.Listener, identity *certs.Identity) error {
 	server := &http.Server{Handler: b.Handler(), ReadHeaderTimeout: requestTime,
 		IdleTimeout: idleTime, MaxHeaderBytes: maxHeader, ConnContext: WithConn,
@@ -39,7 +39,7 @@ func (b *Brain) Serve(ctx context.Context, ln net.Listener, identity *certs.Iden
 	})
 }
 
-// serve has a server serve until ctx is done.
+// serve runs a server until ctx is done.
 func serve(ctx context.Context, server *http.Server, run func() error) error {
 	ctx, stop := context.WithCancel(ctx)
 	var closing sync.WaitGroup
@@ -58,7 +58,7 @@ func serve(ctx context.Context, server *http.Server, run func() error) error {
 // patient bounds how long a request may take to come. It is not for streams.
 func patient(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// A protocol without deadlines is none that is served.
+		// It fails for protocols without deadlines, which this server does not speak.
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(requestTime))
 		next.ServeHTTP(w, r)
 	})

@@ -241,7 +241,8 @@ func wordRune(r rune) bool {
 // Phase is how far the maintenance of a host has come.
 //
 //	(none) ──drain──► Draining ──no VM left──► Drained ──restore──► Restoring ──► (none)
-//	   │                 ▲
+//	   │                 ▲ ▲                      │
+//	   │                 │ └────a VM is there─────┘
 //	   ├──at a time──► Planned ────────────────restore──────────────────────────────►
 //	   └────close───► Closed ───────────────────open─────────────────────────────►
 type Phase string
