@@ -52,7 +52,7 @@ PROSE = TestDocs(Links|Style|States|Tour|Picture)|TestCommentStyle|TestCodeColum
 UNRACED = internal/guest/inspect internal/guest/linux internal/guest/pageclass internal/host/relief internal/fleet/place lab/churn lab/fleetsim lab/loadproto
 race = $(if $(RACE),-race $(UNRACED:%=-gcflags=vacate/%=-race=false))
 # Of them, these have no VMs, and are tested without it, beside the others.
-PLAIN = vacate/internal/guest/inspect vacate/internal/guest/pageclass vacate/internal/host/relief vacate/internal/fleet/place vacate/lab/fleetsim vacate/lab/loadproto
+LIGHT = vacate/internal/guest/inspect vacate/internal/guest/pageclass vacate/internal/host/relief vacate/internal/fleet/place vacate/lab/fleetsim vacate/lab/loadproto
 # So do these tests: the checks of models, paths in simulated time, and what takes turns of chance.
 COMPUTERS = vacate/internal/evict vacate/internal/fleet/orders
 COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp|TestSkip|TestPlacer
@@ -82,8 +82,8 @@ test: deps ## all tests but variants, those with real VMs included (root; minute
 	$(eval LONGEST := $(filter vacate/internal/evict,$(PACKAGES)) $(filter vacate/internal/host,$(PACKAGES)))
 	@mkdir -p .lab
 	{ renice -n 19 $$BASHPID >/dev/null; $(or $(call alltests,$(filter $(COMPUTERS),$(PACKAGES)),-run '^($(COMPUTING))$$'),true) && \
-		$(or $(call alltests,$(filter $(PLAIN),$(PACKAGES))),true); } >.lab/computing.log 2>&1 & computing=$$!; \
-	$(or $(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(QUIET) $(PLAIN),$(PACKAGES)),$(race) $(call skip,|$(MEASURING)|$(COMPUTING)),$(JOBS)),true); status=$$?; \
+		$(or $(call alltests,$(filter $(LIGHT),$(PACKAGES))),true); } >.lab/computing.log 2>&1 & computing=$$!; \
+	$(or $(call alltests,$(LONGEST) $(filter-out $(LONGEST) $(QUIET) $(LIGHT),$(PACKAGES)),$(race) $(call skip,|$(MEASURING)|$(COMPUTING)),$(JOBS)),true); status=$$?; \
 	wait $$computing || status=1; cat .lab/computing.log; exit $$status
 	$(call alltests,$(filter $(QUIET),$(PACKAGES)),$(race))
 	$(call alltests,$(filter $(MEASURERS),$(PACKAGES)),$(race) -run '^($(MEASURING))$$')

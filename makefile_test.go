@@ -56,3 +56,22 @@ func TestMakefileNames(t *testing.T) {
 		}
 	}
 }
+
+// Each variable of the Makefile is set once: a second value would replace the first unseen.
+func TestMakefileVariables(t *testing.T) {
+	makefile, err := os.ReadFile("Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^(\w+) *[:?]?=`).FindAllSubmatch(makefile, -1) {
+		if name := string(m[1]); seen[name] {
+			t.Errorf("%s is set twice", name)
+		} else {
+			seen[name] = true
+		}
+	}
+	if len(seen) == 0 {
+		t.Error("the Makefile has no variables")
+	}
+}
