@@ -62,7 +62,7 @@ func newSite(ctx context.Context, l *lab.Lab, vacate string, libvirt *libvirtlab
 	err = s.certs(ctx, "init", "--dir", s.ca())
 	for _, h := range hosts {
 		if err == nil {
-			err = s.issue(ctx, name(h))
+			err = s.issue(ctx, Name(h))
 		}
 	}
 	if err != nil {
@@ -88,10 +88,10 @@ func (s *Site) certs(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// name is what a host's daemon is called.
-func name(h *lab.Host) string { return "host" + h.Name }
+// Name is what a host's daemon is called.
+func Name(h *lab.Host) string { return "host" + h.Name }
 
-func (s *Site) home(h *lab.Host) string { return filepath.Join(s.dir, name(h)) }
+func (s *Site) home(h *lab.Host) string { return filepath.Join(s.dir, Name(h)) }
 
 // Config is the file with the configuration of a host's daemon.
 func (s *Site) Config(h *lab.Host) string { return filepath.Join(s.home(h), "vacated.toml") }
@@ -156,7 +156,7 @@ listen  = "%s:%d"
 [peers.%s]
 address  = "%s:%d"
 may_send = true
-`, name(peer), peer.Addr, port)
+`, Name(peer), peer.Addr, port)
 		}
 	}
 	if s.libvirt != nil {
@@ -169,7 +169,7 @@ may_send = true
 	if err := os.WriteFile(s.Config(h), []byte(config), 0o644); err != nil {
 		return err
 	}
-	d, err := s.run(h, name(h), exec.Command(filepath.Join(filepath.Dir(s.vacate), "vacated"),
+	d, err := s.run(h, Name(h), exec.Command(filepath.Join(filepath.Dir(s.vacate), "vacated"),
 		"--config", s.Config(h)))
 	if err != nil {
 		return err
@@ -213,7 +213,7 @@ func (s *Site) run(h *lab.Host, name string, cmd *exec.Cmd) (*daemon, error) {
 }
 
 // Kill kills a host's daemon, if it runs.
-func (s *Site) Kill(h *lab.Host) { s.kill(name(h)) }
+func (s *Site) Kill(h *lab.Host) { s.kill(Name(h)) }
 
 func (s *Site) kill(name string) {
 	s.mu.Lock()
@@ -227,7 +227,7 @@ func (s *Site) kill(name string) {
 }
 
 // PID returns the process of a host's daemon; 0 if it does not run.
-func (s *Site) PID(h *lab.Host) int { return s.pid(name(h)) }
+func (s *Site) PID(h *lab.Host) int { return s.pid(Name(h)) }
 
 func (s *Site) pid(name string) int {
 	s.mu.Lock()
@@ -245,7 +245,7 @@ func (s *Site) pid(name string) int {
 }
 
 // Said is the end of what a host's daemon wrote to its log.
-func (s *Site) Said(h *lab.Host) string { return s.said(name(h)) }
+func (s *Site) Said(h *lab.Host) string { return s.said(Name(h)) }
 
 func (s *Site) said(name string) string {
 	b, _ := os.ReadFile(s.Log(name))

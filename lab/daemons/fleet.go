@@ -98,7 +98,7 @@ func NewFleet(ctx context.Context, l *lab.Lab, opts FleetOptions) (_ *Fleet, err
 		names = append(names, b.Member())
 		members = append(members, fmt.Sprintf("%s:%d", b.Name, etcdPort))
 		hosts = append(hosts, b.Host.Addr+" "+b.Name+"\n")
-		b.client = fleetv1.NewFleetClient(f.transport(l.Client, b.Name), "https://"+b.address())
+		b.client = fleetv1.NewFleetClient(f.transport(l.Client, b.Name), "https://"+b.Address())
 	}
 	f.more = fmt.Sprintf(`
 [api]
@@ -154,7 +154,7 @@ func (f *Fleet) Members() string {
 // APIs are the hosts' daemons, as `vacate ui --host` has them.
 func (f *Fleet) APIs() (all []string) {
 	for _, h := range f.Hosts {
-		all = append(all, fmt.Sprintf("%s@%s:%d", name(h), h.Addr, apiPort))
+		all = append(all, fmt.Sprintf("%s@%s:%d", Name(h), h.Addr, apiPort))
 	}
 	return all
 }
@@ -169,10 +169,11 @@ func (f *Fleet) transport(from *lab.Host, who string) *http.Client {
 // Host is a client of a host's daemon.
 func (f *Fleet) Host(h *lab.Host) hostv1.HostClient { return hostv1.Dial(f.Socket(h)) }
 
-func (b *Brain) address() string { return fmt.Sprintf("%s:%d", b.Host.Addr, brainPort) }
+// Address is where the member is asked, HOST:PORT.
+func (b *Brain) Address() string { return fmt.Sprintf("%s:%d", b.Host.Addr, brainPort) }
 
 // Member is NAME@HOST:PORT.
-func (b *Brain) Member() string { return b.Name + "@" + b.address() }
+func (b *Brain) Member() string { return b.Name + "@" + b.Address() }
 
 func (b *Brain) dir() string { return filepath.Join(b.fleet.dir, b.Name) }
 
@@ -206,7 +207,7 @@ hosts   = ["host*"]
 
 [operators]
 admin = [%[4]q]
-`, b.address(), b.Data(), list(members), Operator), 0o644)
+`, b.Address(), b.Data(), list(members), Operator), 0o644)
 }
 
 // Start starts the member. It does not wait until it serves, as that takes a majority.
@@ -293,29 +294,45 @@ func (f *Fleet) Leads(ctx context.Context) (leader *Brain, status *fleetv1.Statu
 	return leader, status
 }
 
-// Ask has the leader asked, and again for as long as another one comes to lead, or none does.
-func (f *Fleet) Ask(ctx context.Context, ask func(fleetv1.FleetClient) error) error {
+// Ask calls a method of [fleetv1.FleetClient] at the leader, and again for as long as another
+// member comes to lead, or none does.
+func Ask[Q, R any](ctx context.Context, f *Fleet, call func(fleetv1.FleetClient, context.Context,
+	*connect.Request[Q]) (*connect.Response[R], error), q *Q) (*R, error) {
 	for {
 		b, err := f.Leader(ctx, false)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		err = ask(b.client)
+		r, err := call(b.client, ctx, connect.NewRequest(q))
+		if err == nil {
+			return r.Msg, nil
+		}
 		switch connect.CodeOf(err) {
 		case connect.CodeUnavailable, connect.CodeFailedPrecondition,
 			connect.CodeDeadlineExceeded, connect.CodeUnknown:
 		default:
-			return err
-		}
-		if err == nil {
-			return nil
+			return nil, err
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
 	}
+}
+
+// Told is what the leader says of a host.
+func (f *Fleet) Told(ctx context.Context, host string) (*fleetv1.Host, error) {
+	list, err := Ask(ctx, f, fleetv1.FleetClient.ListHosts, &fleetv1.ListHostsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range list.Hosts {
+		if h.Name == host {
+			return h, nil
+		}
+	}
+	return nil, fmt.Errorf("the fleet has no host %s", host)
 }
 
 // Vacate is vacate fleet, as the operator runs it on the client's host.

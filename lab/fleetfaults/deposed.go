@@ -11,6 +11,7 @@ import (
 
 	fleetv1 "vacate/internal/fleet/api/v1"
 	"vacate/internal/link/certs"
+	"vacate/lab/daemons"
 
 	"connectrpc.com/connect"
 )
@@ -75,7 +76,7 @@ func (r *run) talksOn(ctx context.Context) error {
 		d.vms = append(d.vms, v.Name)
 	}
 	for _, h := range r.Hosts {
-		d.to = append(d.to, "host"+h.Name)
+		d.to = append(d.to, daemons.Name(h))
 	}
 	identity, err := certs.Load(old.Certs(), nil)
 	if err != nil {
@@ -83,7 +84,7 @@ func (r *run) talksOn(ctx context.Context) error {
 	}
 	var ln net.Listener
 	if err := old.Host.Do(func() (err error) {
-		ln, err = net.Listen("tcp", old.Host.Addr+":7610")
+		ln, err = net.Listen("tcp", old.Address())
 		return err
 	}); err != nil {
 		return err

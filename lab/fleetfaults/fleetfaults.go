@@ -149,13 +149,10 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 		return err
 	}
 	// What others do on this machine must not matter: no host is too busy or too full.
-	if err := f.Ask(short, func(c fleetv1.FleetClient) error {
-		_, err := c.SetPolicy(short, connect.NewRequest(&fleetv1.SetPolicyRequest{
-			Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10, Overcommit: 10, LateS: 60},
-			Fields: []string{"starving", "max_load", "reserve", "overcommit", "late_s",
-				"settle_s"}}))
-		return err
-	}); err != nil {
+	if _, err := daemons.Ask(short, f, fleetv1.FleetClient.SetPolicy, &fleetv1.SetPolicyRequest{
+		Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10, Overcommit: 10, LateS: 60},
+		Fields: []string{"starving", "max_load", "reserve", "overcommit", "late_s",
+			"settle_s"}}); err != nil {
 		return err
 	}
 	keep := newKeeper(f)
@@ -183,7 +180,7 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 				result.Notes = append(result.Notes, b.Name+" said: "+b.Said())
 			}
 			for _, h := range f.Hosts {
-				result.Notes = append(result.Notes, "host"+h.Name+" said: "+f.Said(h))
+				result.Notes = append(result.Notes, daemons.Name(h)+" said: "+f.Said(h))
 			}
 		}
 		done(result)
@@ -236,11 +233,8 @@ func (r *run) try(ctx context.Context, fault Fault) (result Result, err error) {
 	r.drained = busy[r.random.IntN(len(busy))]
 	before := r.samples()
 	begun, known := time.Now(), r.evictions(limit)
-	if err := r.Ask(limit, func(c fleetv1.FleetClient) error {
-		_, err := c.Drain(limit, connect.NewRequest(&fleetv1.DrainRequest{
-			Host: "host" + r.drained.Name, Rate: 12e6, Reason: fault.Name}))
-		return err
-	}); err != nil {
+	if _, err := daemons.Ask(limit, r.Fleet, fleetv1.FleetClient.Drain, &fleetv1.DrainRequest{
+		Host: daemons.Name(r.drained), Rate: 12e6, Reason: fault.Name}); err != nil {
 		return result, err
 	}
 	// Most faults come when the order is being carried out, some ahead of it.
@@ -288,11 +282,8 @@ func (r *run) try(ctx context.Context, fault Fault) (result Result, err error) {
 	if err := r.judge(limit, known, before); err != nil {
 		return result, err
 	}
-	if err := r.Ask(limit, func(c fleetv1.FleetClient) error {
-		_, err := c.Restore(limit, connect.NewRequest(&fleetv1.RestoreRequest{
-			Host: "host" + r.drained.Name}))
-		return err
-	}); err != nil {
+	if _, err := daemons.Ask(limit, r.Fleet, fleetv1.FleetClient.Restore,
+		&fleetv1.RestoreRequest{Host: daemons.Name(r.drained)}); err != nil {
 		return result, err
 	}
 	if _, err := r.rest(limit); err != nil {
@@ -378,18 +369,16 @@ func (r *run) rests(ctx context.Context) (done bool, text string, stay []string)
 	if int(s.Hosts) != len(r.Hosts) || s.Late > 0 || s.Moving > 0 {
 		return false, fmt.Sprintf("%d hosts, %d late, %d plans", s.Hosts, s.Late, s.Moving), nil
 	}
-	var list *connect.Response[fleetv1.ListHostsResponse]
-	if err := r.Ask(short, func(c fleetv1.FleetClient) (err error) {
-		list, err = c.ListHosts(short, connect.NewRequest(&fleetv1.ListHostsRequest{}))
-		return err
-	}); err != nil {
+	list, err := daemons.Ask(short, r.Fleet, fleetv1.FleetClient.ListHosts,
+		&fleetv1.ListHostsRequest{})
+	if err != nil {
 		return false, err.Error(), nil
 	}
-	for _, h := range list.Msg.Hosts {
+	for _, h := range list.Hosts {
 		if h.State != "reporting" {
 			return false, h.Name + " is " + h.State, nil
 		}
-		if h.Name == "host"+r.drained.Name {
+		if h.Name == daemons.Name(r.drained) {
 			r.phase = h.Maintenance
 		}
 		switch h.Maintenance {
@@ -445,15 +434,12 @@ func (r *run) judge(ctx context.Context, known map[string]*hostv1.Eviction, befo
 			return fmt.Errorf("%s has met %d bad pages", v.Name, last.Bad)
 		}
 	}
-	var decided *connect.Response[fleetv1.ListDecisionsResponse]
-	if err := r.Ask(ctx, func(c fleetv1.FleetClient) (err error) {
-		decided, err = c.ListDecisions(ctx,
-			connect.NewRequest(&fleetv1.ListDecisionsRequest{Most: 1000}))
-		return err
-	}); err != nil {
+	decided, err := daemons.Ask(ctx, r.Fleet, fleetv1.FleetClient.ListDecisions,
+		&fleetv1.ListDecisionsRequest{Most: 1000})
+	if err != nil {
 		return err
 	}
-	return orderly(decided.Msg.Decisions, evictions, r.clocks)
+	return orderly(decided.Decisions, evictions, r.clocks)
 }
 
 // runs says whether a VM runs, on one QEMU.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
-	"slices"
 	"strings"
 	"time"
 
@@ -13,8 +12,6 @@ import (
 	"vacate/lab"
 	"vacate/lab/bench"
 	"vacate/lab/daemons"
-
-	"connectrpc.com/connect"
 )
 
 // fleetDemo is what the demo of a fleet has.
@@ -128,14 +125,12 @@ tenths of a core can answer, and check each answer. There is one core for both.`
 func (d *fleetDemo) ended(ctx context.Context, cause string, limit time.Duration) (
 	*fleetv1.Decision, error) {
 	for end := time.Now().Add(limit); time.Now().Before(end); {
-		var list *connect.Response[fleetv1.ListDecisionsResponse]
-		if err := d.fleet.Ask(ctx, func(c fleetv1.FleetClient) (err error) {
-			list, err = c.ListDecisions(ctx, connect.NewRequest(&fleetv1.ListDecisionsRequest{}))
-			return err
-		}); err != nil {
+		list, err := daemons.Ask(ctx, d.fleet, fleetv1.FleetClient.ListDecisions,
+			&fleetv1.ListDecisionsRequest{})
+		if err != nil {
 			return nil, err
 		}
-		for _, x := range list.Msg.Decisions {
+		for _, x := range list.Decisions {
 			if x.Cause == cause && x.State == "completed" {
 				return x, nil
 			}
@@ -221,29 +216,18 @@ func (d *fleetDemo) phase(ctx context.Context, host, phase string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	for {
-		var is string
-		var stay []string
-		if err := d.fleet.Ask(ctx, func(c fleetv1.FleetClient) error {
-			list, err := c.ListHosts(ctx, connect.NewRequest(&fleetv1.ListHostsRequest{}))
-			if err != nil {
-				return err
-			}
-			i := slices.IndexFunc(list.Msg.Hosts,
-				func(h *fleetv1.Host) bool { return h.Name == host })
-			if i >= 0 {
-				is, stay = list.Msg.Hosts[i].Maintenance, list.Msg.Hosts[i].Staying
-			}
-			return nil
-		}); err != nil {
+		h, err := d.fleet.Told(ctx, host)
+		if err != nil {
 			return err
 		}
-		if is == phase {
+		if h.Maintenance == phase {
 			return nil
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("%s is %q for minutes, not %q: %v", host, is, phase, stay)
+			return fmt.Errorf("%s is %q for minutes, not %q: %v", host, h.Maintenance, phase,
+				h.Staying)
 		}
 	}
 }

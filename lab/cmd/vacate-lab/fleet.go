@@ -64,7 +64,7 @@ vacate-fleet must be in the same directory as this program.`,
 			if _, err := f.Boot(ctx, f.Hosts[i%n], name, restingVM(i)); err != nil {
 				return err
 			}
-			log.Info("a VM runs", "vm", name, "host", "host"+f.Hosts[i%n].Name)
+			log.Info("a VM runs", "vm", name, "host", daemons.Name(f.Hosts[i%n]))
 		}
 		stop, err := servePage(ctx, l, f, page)
 		if err != nil {

@@ -16,7 +16,6 @@ import (
 	"vacate/lab/bench"
 	"vacate/lab/daemons"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 )
 
@@ -73,19 +72,17 @@ func drainSix(ctx context.Context, opts lab.Options, seed uint64) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close(), l.Close()) }()
 	// Whatever else keeps this machine busy must not matter.
-	if err := f.Ask(ctx, func(c fleetv1.FleetClient) error {
-		_, err := c.SetPolicy(ctx, connect.NewRequest(&fleetv1.SetPolicyRequest{
-			Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10},
-			Fields: []string{"starving", "max_load"}}))
-		if err == nil {
-			_, err = c.PutRule(ctx, connect.NewRequest(&fleetv1.PutRuleRequest{Name: "away",
-				Rule: "vms name=web5 never run on hosts name=hostb"}))
-		}
-		if err == nil {
-			_, err = c.Drain(ctx, connect.NewRequest(&fleetv1.DrainRequest{Host: "hostc"}))
-		}
+	if _, err := daemons.Ask(ctx, f, fleetv1.FleetClient.SetPolicy, &fleetv1.SetPolicyRequest{
+		Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10},
+		Fields: []string{"starving", "max_load"}}); err != nil {
 		return err
-	}); err != nil {
+	}
+	if _, err := daemons.Ask(ctx, f, fleetv1.FleetClient.PutRule, &fleetv1.PutRuleRequest{
+		Name: "away", Rule: "vms name=web5 never run on hosts name=hostb"}); err != nil {
+		return err
+	}
+	if _, err := daemons.Ask(ctx, f, fleetv1.FleetClient.Drain,
+		&fleetv1.DrainRequest{Host: "hostc"}); err != nil {
 		return err
 	}
 	vms := map[string]*daemons.VM{}
@@ -110,10 +107,8 @@ func drainSix(ctx context.Context, opts lab.Options, seed uint64) (err error) {
 		return err
 	}
 	begun := time.Now()
-	if err := f.Ask(ctx, func(c fleetv1.FleetClient) error {
-		_, err := c.Drain(ctx, connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
-		return err
-	}); err != nil {
+	if _, err := daemons.Ask(ctx, f, fleetv1.FleetClient.Drain,
+		&fleetv1.DrainRequest{Host: "hosta"}); err != nil {
 		return err
 	}
 	came, host, err := followDrain(ctx, f, begun)
@@ -131,15 +126,9 @@ func foresee(ctx context.Context, f *daemons.Fleet) (*fleetv1.DrainResponse, err
 	// What VMs use of their memory is looked up for one after the other.
 	pause, known := time.Second, false
 	for {
-		var r *fleetv1.DrainResponse
-		if err := f.Ask(ctx, func(c fleetv1.FleetClient) error {
-			a, err := c.Drain(ctx, connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta",
-				DryRun: true}))
-			if err == nil {
-				r = a.Msg
-			}
-			return err
-		}); err != nil {
+		r, err := daemons.Ask(ctx, f, fleetv1.FleetClient.Drain,
+			&fleetv1.DrainRequest{Host: "hosta", DryRun: true})
+		if err != nil {
 			return nil, err
 		}
 		if all := len(r.Steps) == 4 && len(r.Staying) == 2; all && known {
@@ -164,31 +153,20 @@ func followDrain(ctx context.Context, f *daemons.Fleet, begun time.Time) (
 	defer cancel()
 	came = map[string]float64{}
 	for {
-		var going int
-		if err := f.Ask(ctx, func(c fleetv1.FleetClient) error {
-			decisions, err := c.ListDecisions(ctx,
-				connect.NewRequest(&fleetv1.ListDecisionsRequest{}))
-			if err != nil {
-				return err
-			}
-			hosts, err := c.ListHosts(ctx, connect.NewRequest(&fleetv1.ListHostsRequest{}))
-			if err != nil {
-				return err
-			}
-			for _, d := range decisions.Msg.Decisions {
-				if d.State == "completed" && came[d.Vm] == 0 {
-					came[d.Vm] = time.Since(begun).Seconds()
-				}
-			}
-			i := slices.IndexFunc(hosts.Msg.Hosts,
-				func(h *fleetv1.Host) bool { return h.Name == "hosta" })
-			host = hosts.Msg.Hosts[i]
-			going = len(host.Going)
-			return nil
-		}); err != nil {
+		list, err := daemons.Ask(ctx, f, fleetv1.FleetClient.ListDecisions,
+			&fleetv1.ListDecisionsRequest{})
+		if err != nil {
 			return nil, nil, err
 		}
-		if going == 0 && len(came) > 0 {
+		if host, err = f.Told(ctx, "hosta"); err != nil {
+			return nil, nil, err
+		}
+		for _, d := range list.Decisions {
+			if d.State == "completed" && came[d.Vm] == 0 {
+				came[d.Vm] = time.Since(begun).Seconds()
+			}
+		}
+		if len(host.Going) == 0 && len(came) > 0 {
 			return came, host, nil
 		}
 		select {
