@@ -84,6 +84,20 @@ func (v *VM) Only(ctx context.Context) (*lab.VM, error) {
 	}
 }
 
+// Check lets the guest check all of its memory, and returns how many pages that is. A bad page is an
+// error.
+func (v *VM) Check(ctx context.Context) (pages uint64, err error) {
+	vm, err := v.Only(ctx)
+	if err != nil {
+		return 0, err
+	}
+	c, err := v.Guest.Check(ctx, vm)
+	if err == nil && (c.Bad != 0 || c.Pages == 0) {
+		err = fmt.Errorf("%s has %d bad pages of %d", v.Name, c.Bad, c.Pages)
+	}
+	return c.Pages, err
+}
+
 // Kill ends all QEMUs of the VM.
 func (v *VM) Kill() {
 	for _, vm := range v.Alive() {

@@ -275,18 +275,11 @@ func (d *fleetDemo) check(ctx context.Context) error {
 	}
 	pages := uint64(0)
 	for _, v := range d.all {
-		vm, err := v.Only(ctx)
+		n, err := v.Check(ctx)
 		if err != nil {
 			return err
 		}
-		check, err := v.Guest.Check(ctx, vm)
-		if err != nil {
-			return err
-		}
-		if check.Bad != 0 || check.Pages == 0 {
-			return bench.ErrBadPages
-		}
-		pages += check.Pages
+		pages += n
 	}
 	d.say(`No client had a wrong answer, and none of their connections broke. The VMs have now
 checked each of the %d pages whose content they know: 0 bad pages.
