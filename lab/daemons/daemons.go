@@ -191,8 +191,7 @@ may_send = true
 
 // run starts a program on a host, whose log goes to the file of a name.
 func (s *Site) run(h *lab.Host, name string, cmd *exec.Cmd) (*daemon, error) {
-	log, err := os.OpenFile(filepath.Join(s.dir, name, "log"),
-		os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	log, err := os.OpenFile(s.log(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -248,12 +247,12 @@ func (s *Site) pid(name string) int {
 func (s *Site) Said(h *lab.Host) string { return s.said(Name(h)) }
 
 func (s *Site) said(name string) string {
-	b, _ := os.ReadFile(s.Log(name))
+	b, _ := os.ReadFile(s.log(name))
 	return string(b[max(0, len(b)-5000):])
 }
 
-// Log is the file with what a daemon wrote.
-func (s *Site) Log(name string) string { return filepath.Join(s.dir, name, "log") }
+// log is the file with what a daemon wrote.
+func (s *Site) log(name string) string { return filepath.Join(s.dir, name, "log") }
 
 // Command is vacate, as an operator on a host runs it.
 func (s *Site) Command(ctx context.Context, h *lab.Host, args ...string) *exec.Cmd {

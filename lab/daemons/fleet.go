@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -37,17 +37,19 @@ const Operator = "admin"
 
 // FleetOptions say how a fleet is set up.
 type FleetOptions struct {
+	Lab      lab.Options   // More is the fleet's. Hosts tell its Rate of their links
+	Hosts    int           // from 2 to MostHosts
 	Vacate   string        // the program; vacated and vacate-fleet are beside it
-	Rate     uint64        // that hosts tell of their links, in Mbit/s
 	Interval time.Duration // of reports; default vacated's
 	// DiskBytes is the size of a disk that each brain's etcd has for itself. 0: it has none.
 	DiskBytes uint64
 }
 
-// Fleet is a fleet of a lab's hosts: a daemon on each, and three members of its brain, each on a
-// host of its own.
+// Fleet is a lab with a fleet of its hosts: a daemon on each, and three members of its brain, each on
+// a host of its own.
 type Fleet struct {
 	*Site
+	Lab    *lab.Lab
 	Hosts  []*lab.Host
 	Brains []*Brain
 
@@ -65,22 +67,27 @@ type Brain struct {
 	client fleetv1.FleetClient
 }
 
-// BrainNames are the hosts of the brain's members, for lab.Options.More.
-var BrainNames = []string{"brain1", "brain2", "brain3"}
+// hostNames are those of hosts beyond a and b, and of these.
+const hostNames = "abcdefghij"
 
-// NewFleet makes a fleet of all hosts of a lab but its client and those with names of brains.
-// [Fleet.Begin] starts it. Close it before the lab.
-func NewFleet(ctx context.Context, l *lab.Lab, opts FleetOptions) (_ *Fleet, err error) {
-	f := &Fleet{Hosts: []*lab.Host{l.A, l.B}, opts: opts}
-	for _, h := range l.More {
-		if strings.HasPrefix(h.Name, "brain") {
-			f.Brains = append(f.Brains, &Brain{Name: h.Name, Host: h, fleet: f})
-		} else {
-			f.Hosts = append(f.Hosts, h)
-		}
+// MostHosts is how many hosts a fleet may have.
+const MostHosts = len(hostNames)
+
+// NewFleet makes a lab with a fleet. [Fleet.Begin] starts the fleet.
+func NewFleet(ctx context.Context, opts FleetOptions) (_ *Fleet, err error) {
+	opts.Lab.More = append(strings.Split(hostNames[2:opts.Hosts], ""), "brain1", "brain2",
+		"brain3")
+	l, err := lab.New(ctx, opts.Lab)
+	if err != nil {
+		return nil, err
+	}
+	more := l.More[:opts.Hosts-2]
+	f := &Fleet{Lab: l, Hosts: slices.Concat([]*lab.Host{l.A, l.B}, more), opts: opts}
+	for _, h := range l.More[len(more):] {
+		f.Brains = append(f.Brains, &Brain{Name: h.Name, Host: h, fleet: f})
 	}
 	if f.Site, err = newSite(ctx, l, opts.Vacate, nil, f.Hosts); err != nil {
-		return nil, err
+		return nil, errors.Join(err, l.Close())
 	}
 	defer func() {
 		if err != nil {
@@ -98,7 +105,7 @@ func NewFleet(ctx context.Context, l *lab.Lab, opts FleetOptions) (_ *Fleet, err
 		names = append(names, b.Member())
 		members = append(members, fmt.Sprintf("%s:%d", b.Name, etcdPort))
 		hosts = append(hosts, b.Host.Addr+" "+b.Name+"\n")
-		b.client = fleetv1.NewFleetClient(f.transport(l.Client, b.Name), "https://"+b.Address())
+		b.client = fleetv1.NewFleetClient(f.transport(b.Name), "https://"+b.Address())
 	}
 	f.more = fmt.Sprintf(`
 [api]
@@ -108,7 +115,7 @@ operators = [%q]
 [fleet]
 brains = %s
 rate   = %d
-`, apiPort, Operator, list(names), opts.Rate)
+`, apiPort, Operator, list(names), opts.Lab.Rate/1e6)
 	if opts.Interval > 0 {
 		f.more += fmt.Sprintf("interval = %q\n", opts.Interval)
 	}
@@ -118,7 +125,7 @@ rate   = %d
 		return nil, err
 	}
 	for _, b := range f.Brains {
-		if err := b.setUp(ctx, l, members); err != nil {
+		if err := b.setUp(ctx, members); err != nil {
 			return nil, err
 		}
 	}
@@ -159,11 +166,11 @@ func (f *Fleet) APIs() (all []string) {
 	return all
 }
 
-// transport is a client over which the operator asks, from a host.
-func (f *Fleet) transport(from *lab.Host, who string) *http.Client {
+// transport is a client over which the operator asks a member, from the client's host.
+func (f *Fleet) transport(who string) *http.Client {
 	return &http.Client{Timeout: askTime,
 		Transport: &http.Transport{TLSClientConfig: f.identity.Client(who),
-			DialContext: from.Dial, TLSHandshakeTimeout: 5 * time.Second}}
+			DialContext: f.Lab.Client.Dial, TLSHandshakeTimeout: 5 * time.Second}}
 }
 
 // Host is a client of a host's daemon.
@@ -188,12 +195,12 @@ func (b *Brain) Data() string {
 // Certs is the directory with the member's certificate.
 func (b *Brain) Certs() string { return filepath.Join(b.dir(), "certs") }
 
-func (b *Brain) setUp(ctx context.Context, l *lab.Lab, members []string) (err error) {
+func (b *Brain) setUp(ctx context.Context, members []string) (err error) {
 	if err := b.fleet.issue(ctx, b.Name); err != nil {
 		return err
 	}
 	if n := b.fleet.opts.DiskBytes; n > 0 {
-		if b.Disk, err = l.SmallDisk(n); err != nil {
+		if b.Disk, err = b.fleet.Lab.SmallDisk(n); err != nil {
 			return err
 		}
 	}
@@ -229,9 +236,6 @@ func (b *Brain) PID() int { return b.fleet.pid(b.Name) }
 
 // Said is the end of what the member wrote to its log.
 func (b *Brain) Said() string { return b.fleet.said(b.Name) }
-
-// Log is the file with what the member wrote.
-func (b *Brain) Log() string { return b.fleet.Log(b.Name) }
 
 // Status asks the member how the fleet is.
 func (b *Brain) Status(ctx context.Context) (*fleetv1.StatusResponse, error) {
@@ -343,10 +347,5 @@ func (f *Fleet) Vacate(ctx context.Context, args ...string) *exec.Cmd {
 	return c
 }
 
-// OnClient runs a command on the client's host.
-func (f *Fleet) OnClient(c *exec.Cmd) error { return f.lab.Client.Run(c) }
-
-// Dial reaches an address from the client's host.
-func (f *Fleet) Dial(ctx context.Context, network, address string) (net.Conn, error) {
-	return f.lab.Client.Dial(ctx, network, address)
-}
+// Close stops the fleet, and closes its lab.
+func (f *Fleet) Close() error { return errors.Join(f.Site.Close(), f.Lab.Close()) }

@@ -97,10 +97,3 @@ func (v *VM) Check(ctx context.Context) (pages uint64, err error) {
 	}
 	return c.Pages, err
 }
-
-// Kill ends all QEMUs of the VM.
-func (v *VM) Kill() {
-	for _, vm := range v.Alive() {
-		vm.Kill()
-	}
-}

@@ -131,13 +131,8 @@ func (r *run) note(format string, args ...any) {
 func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done func(Result)) (
 	err error) {
 	opts := o.Lab
-	opts.Rate, opts.NoPin, opts.More = 1e9, true, append([]string{"c"}, daemons.BrainNames...)
-	l, err := lab.New(ctx, opts)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, l.Close()) }()
-	f, err := daemons.NewFleet(ctx, l, daemons.FleetOptions{Vacate: o.Vacate, Rate: 1000,
+	opts.Rate, opts.NoPin = 1e9, true
+	f, err := daemons.NewFleet(ctx, daemons.FleetOptions{Lab: opts, Hosts: 3, Vacate: o.Vacate,
 		Interval: time.Second, DiskBytes: 256 << 20})
 	if err != nil {
 		return err

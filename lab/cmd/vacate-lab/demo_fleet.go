@@ -9,7 +9,6 @@ import (
 	"time"
 
 	fleetv1 "vacate/internal/fleet/api/v1"
-	"vacate/lab"
 	"vacate/lab/bench"
 	"vacate/lab/daemons"
 )
@@ -37,11 +36,11 @@ func (d *demo) showFleet(ctx context.Context) (err error) {
 are pinned to one core each. The fleet's brain has three members, vacate-fleet, in
 namespaces of their own. Each keeps a copy of the store, etcd; one leads. Each host has a
 certificate and a daemon, vacated, that joins the leader:`)
-	l, f, err := newFleet(ctx, d.opts, 5)
+	f, err := newFleet(ctx, d.opts, 5)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close(), l.Close()) }()
+	defer func() { err = errors.Join(err, f.Close()) }()
 	s := &fleetDemo{demo: d, fleet: f}
 	defer func() {
 		for _, v := range s.all {
@@ -53,10 +52,8 @@ certificate and a daemon, vacated, that joins the leader:`)
 	if err := s.vacate(ctx, "status"); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context) error{
-		func(ctx context.Context) error { return s.boot(ctx, l) },
-		s.relieve, s.drain, s.restore, s.check,
-	} {
+	for _, step := range []func(context.Context) error{s.boot, s.relieve, s.drain, s.restore,
+		s.check} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -69,7 +66,7 @@ func (d *fleetDemo) vacate(ctx context.Context, args ...string) error {
 	c := d.fleet.Vacate(ctx, args...)
 	var said strings.Builder
 	c.Stdout, c.Stderr = &said, &said
-	if err := d.fleet.OnClient(c); err != nil {
+	if err := d.fleet.Lab.Client.Run(c); err != nil {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) {
 			return fmt.Errorf("vacate fleet %s: %s", args[0], said.String())
@@ -86,7 +83,7 @@ func (d *fleetDemo) vacate(ctx context.Context, args ...string) error {
 }
 
 // boot boots VMs: two on host a that want more than its core, and three that rest on host c.
-func (d *fleetDemo) boot(ctx context.Context, l *lab.Lab) error {
+func (d *fleetDemo) boot(ctx context.Context) error {
 	for _, v := range demoVMs() {
 		vm, err := d.fleet.Boot(ctx, d.fleet.Hosts[0], v.name, v.spec)
 		if err != nil {
@@ -96,7 +93,7 @@ func (d *fleetDemo) boot(ctx context.Context, l *lab.Lab) error {
 		if err != nil {
 			return err
 		}
-		client, err := bench.Load(ctx, l, here, bench.UsualClients)
+		client, err := bench.Load(ctx, d.fleet.Lab, here, bench.UsualClients)
 		if err != nil {
 			return err
 		}

@@ -43,18 +43,18 @@ vacate-fleet must be in the same directory as this program.`,
 	c.Flags().IntVar(&vms, "vms", 6, "how many VMs")
 	c.Flags().Uint16Var(&page, "ui-port", usualUIPort, "`PORT` on 127.0.0.1 for the page")
 	c.RunE = func(c *cobra.Command, _ []string) (err error) {
-		if n < 2 || n > len(hostNames) || vms < 0 || vms > 4*n {
+		if n < 2 || n > daemons.MostHosts || vms < 0 || vms > 4*n {
 			return fmt.Errorf("--hosts: from 2 to %d; --vms: 4 for each host at most",
-				len(hostNames))
+				daemons.MostHosts)
 		}
 		ctx := c.Context()
 		log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-		l, f, err := newFleet(ctx, lab.Options{Dir: dir, Rate: 1e9, NoPin: true, Log: log}, n)
+		f, err := newFleet(ctx, lab.Options{Dir: dir, Rate: 1e9, NoPin: true, Log: log}, n)
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, f.Close(), l.Close()) }()
-		unpublish, err := l.Publish(ctx)
+		defer func() { err = errors.Join(err, f.Close()) }()
+		unpublish, err := f.Lab.Publish(ctx)
 		if err != nil {
 			return err
 		}
@@ -66,7 +66,7 @@ vacate-fleet must be in the same directory as this program.`,
 			}
 			log.Info("a VM runs", "vm", name, "host", daemons.Name(f.Hosts[i%n]))
 		}
-		stop, err := servePage(ctx, l, f, page)
+		stop, err := servePage(ctx, f, page)
 		if err != nil {
 			return err
 		}
@@ -78,33 +78,21 @@ vacate-fleet must be in the same directory as this program.`,
 	return c
 }
 
-// hostNames are those of hosts beyond a and b, and of these.
-const hostNames = "abcdefghij"
-
 // newFleet makes a lab with a fleet of so many hosts, and starts it.
-func newFleet(ctx context.Context, opts lab.Options, n int) (_ *lab.Lab, _ *daemons.Fleet,
-	err error) {
+func newFleet(ctx context.Context, opts lab.Options, n int) (*daemons.Fleet, error) {
 	program, err := lab.Program("vacate")
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	for _, name := range hostNames[2:n] {
-		opts.More = append(opts.More, string(name))
-	}
-	opts.More = append(opts.More, daemons.BrainNames...)
-	l, err := lab.New(ctx, opts)
+	f, err := daemons.NewFleet(ctx, daemons.FleetOptions{Lab: opts, Hosts: n, Vacate: program,
+		Interval: time.Second})
 	if err != nil {
-		return nil, nil, err
-	}
-	f, err := daemons.NewFleet(ctx, l, daemons.FleetOptions{Vacate: program,
-		Rate: opts.Rate / 1e6, Interval: time.Second})
-	if err != nil {
-		return nil, nil, errors.Join(err, l.Close())
+		return nil, err
 	}
 	if err := f.Begin(ctx); err != nil {
-		return nil, nil, errors.Join(err, f.Close(), l.Close())
+		return nil, errors.Join(err, f.Close())
 	}
-	return l, f, nil
+	return f, nil
 }
 
 // restingVM is a small VM that rests most of the time, of one of some sizes.
@@ -114,7 +102,7 @@ func restingVM(i int) lab.Spec {
 }
 
 // servePage has the page of all hosts served in the lab's network, and here.
-func servePage(ctx context.Context, l *lab.Lab, f *daemons.Fleet, port uint16) (stop func(),
+func servePage(ctx context.Context, f *daemons.Fleet, port uint16) (stop func(),
 	err error) {
 	program, err := lab.Program("vacate")
 	if err != nil {
@@ -126,7 +114,7 @@ func servePage(ctx context.Context, l *lab.Lab, f *daemons.Fleet, port uint16) (
 		return nil, err
 	}
 	relay := lab.NewRelay(ln, func() (net.Conn, error) {
-		return f.Dial(ctx, "tcp4", address)
+		return f.Lab.Client.Dial(ctx, "tcp4", address)
 	}, 0)
 	args := []string{"ui", "--port", fmt.Sprint(port), "--operator-certs", f.OperatorCerts()}
 	for _, h := range f.APIs() {
@@ -135,7 +123,7 @@ func servePage(ctx context.Context, l *lab.Lab, f *daemons.Fleet, port uint16) (
 	fmt.Print("The page is at ")
 	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	if err := l.Client.Start(cmd); err != nil {
+	if err := f.Lab.Client.Start(cmd); err != nil {
 		relay.Close()
 		return nil, err
 	}

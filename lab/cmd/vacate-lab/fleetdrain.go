@@ -65,11 +65,11 @@ var six = []struct {
 }
 
 func drainSix(ctx context.Context, opts lab.Options, seed uint64) (err error) {
-	l, f, err := newFleet(ctx, opts, 3)
+	f, err := newFleet(ctx, opts, 3)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close(), l.Close()) }()
+	defer func() { err = errors.Join(err, f.Close()) }()
 	// Whatever else keeps this machine busy must not matter.
 	if _, err := daemons.Ask(ctx, f, fleetv1.FleetClient.SetPolicy, &fleetv1.SetPolicyRequest{
 		Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10},
