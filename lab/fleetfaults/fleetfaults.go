@@ -74,38 +74,35 @@ func Run(ctx context.Context, o Options) ([]Result, error) {
 		}
 	}
 	todo = todo[:o.Runs]
-	each := (o.Runs + max(1, o.Workers) - 1) / max(1, o.Workers)
+	workers := max(1, o.Workers)
+	each := (o.Runs + workers - 1) / workers
 	batches := slices.Collect(slices.Chunk(todo, min(each, runsEach)))
 	var mu sync.Mutex
 	var results []Result
 	var errs []error
-	var workers sync.WaitGroup
-	for w := range max(1, o.Workers) {
-		workers.Go(func() {
-			for i := w; i < len(batches); i += max(1, o.Workers) {
-				todo := batches[i]
-				for len(todo) > 0 {
-					// Where a run went bad, what follows has another fleet.
-					err := batch(ctx, o, todo, o.Seed+uint64(i), func(r Result) {
-						mu.Lock()
-						defer mu.Unlock()
-						results = append(results, r)
-						if o.Done != nil {
-							o.Done(r)
-						}
-						todo = todo[min(1, len(todo)):]
-					})
-					if err != nil {
-						mu.Lock()
-						errs = append(errs, err)
-						mu.Unlock()
-						return
-					}
+	done := func(r Result) {
+		mu.Lock()
+		defer mu.Unlock()
+		results = append(results, r)
+		if o.Done != nil {
+			o.Done(r)
+		}
+	}
+	var working sync.WaitGroup
+	for w := range workers {
+		working.Go(func() {
+			var err error
+			for i := w; i < len(batches) && err == nil; i += workers {
+				for left := batches[i]; len(left) > 0 && err == nil; {
+					left, err = batch(ctx, o, left, o.Seed+uint64(i), done)
 				}
 			}
+			mu.Lock()
+			defer mu.Unlock()
+			errs = append(errs, err)
 		})
 	}
-	workers.Wait()
+	working.Wait()
 	return results, errors.Join(errs...)
 }
 
@@ -127,28 +124,28 @@ func (r *run) note(format string, args ...any) {
 	r.notes = append(r.notes, fmt.Sprintf(format, args...))
 }
 
-// batch has some runs in one fleet.
+// batch tries faults in one fleet. Where a run goes bad, those that are left need another fleet.
 func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done func(Result)) (
-	err error) {
+	left []Fault, err error) {
 	opts := o.Lab
 	opts.Rate, opts.NoPin = 1e9, true
 	f, err := daemons.NewFleet(ctx, daemons.FleetOptions{Lab: opts, Hosts: 3, Vacate: o.Vacate,
 		Interval: time.Second, DiskBytes: 256 << 20})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	short, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	if err := f.Begin(short); err != nil {
-		return err
+		return nil, err
 	}
 	// What others do on this machine must not matter: no host is too busy or too full.
 	if _, err := daemons.Ask(short, f, fleetv1.FleetClient.SetPolicy, &fleetv1.SetPolicyRequest{
 		Policy: &fleetv1.Policy{Starving: 0.01, MaxLoad: 10, Overcommit: 10, LateS: 60},
 		Fields: []string{"starving", "max_load", "reserve", "overcommit", "late_s",
 			"settle_s"}}); err != nil {
-		return err
+		return nil, err
 	}
 	keep := newKeeper(f)
 	defer keep.stop()
@@ -159,15 +156,15 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 			BareMetal: true, MemoryMiB: 128,
 			Load: lab.Load{HotMiB: 8, IdleMiB: 40, Slow: true, Seed: seed + uint64(i)}})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		machines = append(machines, v)
 	}
-	for _, fault := range faults {
+	for i, fault := range faults {
 		r := &run{Fleet: f, keep: keep, vms: machines, random: random}
 		result, err := r.try(ctx, fault)
 		if err != nil && ctx.Err() != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		if err != nil {
 			result.Bad = err.Error()
@@ -180,7 +177,7 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 		}
 		done(result)
 		if err != nil {
-			return nil
+			return faults[i+1:], nil
 		}
 	}
 	// Each page of each guest, in the end.
@@ -192,7 +189,7 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 			done(Result{Fault: "all of these", Bad: err.Error()})
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // try is one run: a host is drained, something happens, and all comes to rest.
