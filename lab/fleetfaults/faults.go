@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os/exec"
 	"strconv"
 	"syscall"
@@ -241,7 +240,7 @@ func (r *run) restart(ctx context.Context, hosts ...*lab.Host) (err error) {
 	for _, h := range hosts {
 		r.Kill(h)
 	}
-	err = wait(ctx, time.Duration(rand.IntN(1000))*time.Millisecond)
+	err = wait(ctx, time.Duration(r.random.IntN(1000))*time.Millisecond)
 	for _, h := range hosts {
 		err = errors.Join(err, r.Start(ctx, h))
 	}
