@@ -18,9 +18,9 @@ func fleetfaultsCommand() *cobra.Command {
 	var dir, log string
 	c := &cobra.Command{
 		Use:   "fleetfaults",
-		Short: "have things happen to a fleet while it empties a host, and judge what came of it",
+		Short: "disturb fleets while they empty a host, and judge what came of it",
 		Long: `Makes fleets of three hosts and three members of the brain, with real daemons and
-two VMs each. Again and again a host is drained, and something happens in the midst
+a VM each. Again and again a fleet drains a host, and something happens in the midst
 of it: a leader is killed, or cut off and goes on talking; members, or a majority,
 are lost; clocks jump; etcd's disk is slow, or full; daemons of hosts die. Then
 each VM must run, and run once; no two leaders may have moved it; and nobody may
