@@ -1,14 +1,13 @@
 package ui
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"math"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -228,10 +227,7 @@ func (p *fleetPoller) leading(ctx context.Context) (fleetv1.FleetClient, *fleetv
 
 func newFleet(s *fleetv1.StatusResponse, r *fleetv1.ListRulesResponse) *Fleet {
 	f := &Fleet{Leader: brief(s.Leader), Version: brief(s.Version), Mode: brief(s.Mode),
-		Role: s.Role, Troubles: []string{}, Rules: []Rule{}}
-	if s.Since != nil {
-		f.Since = s.Since.AsTime().UnixMilli()
-	}
+		Role: s.Role, Since: s.Since.AsTime().UnixMilli(), Troubles: []string{}, Rules: []Rule{}}
 	seen := map[string]bool{}
 	for _, t := range slices.Concat(briefs(s.Troubles), briefs(r.Troubles)) {
 		if !seen[t] {
@@ -265,7 +261,7 @@ func (p *fleetPoller) hosts(ctx context.Context, list []*fleetv1.Host) error {
 	p.hub.keep(there)
 	part := len(changed)
 	if !first {
-		part = max(1, min((len(changed)+7)/8, int(hostsPerSec*spread/time.Second)))
+		part = min((part+7)/8, int(hostsPerSec*spread/time.Second))
 	}
 	for i, list := range slices.Collect(slices.Chunk(changed, max(1, part))) {
 		if i > 0 {
@@ -285,9 +281,7 @@ func (h *Host) same(o *Host) bool {
 	if h == nil || h.State != o.State || math.Abs(float64(h.At-o.At)) > 300 {
 		return false
 	}
-	was, _ := json.Marshal(h.Maintenance)
-	is, _ := json.Marshal(o.Maintenance)
-	return bytes.Equal(was, is)
+	return reflect.DeepEqual(h.Maintenance, o.Maintenance)
 }
 
 // fleetHost is a host as the leader tells.
@@ -322,16 +316,8 @@ func fleetHost(m *fleetv1.Host) *Host {
 	}
 	x := &Maintenance{Phase: brief(m.Maintenance), Reason: brief(m.MaintenanceReason),
 		Who: brief(m.MaintenanceWho), VMs: m.MaintenanceVms, Going: briefs(m.Going),
-		Staying: briefs(m.Staying)}
-	if m.MaintenanceAskedAt != nil {
-		x.Asked = m.MaintenanceAskedAt.AsTime().UnixMilli()
-	}
-	if m.MaintenanceAt != nil {
-		x.At = m.MaintenanceAt.AsTime().UnixMilli()
-	}
-	if m.MaintenanceBy != nil {
-		x.By = m.MaintenanceBy.AsTime().UnixMilli()
-	}
+		Staying: briefs(m.Staying), Asked: m.MaintenanceAskedAt.AsTime().UnixMilli(),
+		At: m.MaintenanceAt.AsTime().UnixMilli(), By: m.MaintenanceBy.AsTime().UnixMilli()}
 	if m.MaintenanceTakesS != nil {
 		x.Takes = new(Num(*m.MaintenanceTakesS))
 	}
@@ -650,7 +636,7 @@ var ofFleet = []string{"drain", "restore", "forget", "approve", "reject", "mode"
 // byTime has decisions that wait first, then those that go on, then the latest.
 func byTime(a, b *fleetv1.Decision) int {
 	rank := func(d *fleetv1.Decision) int {
-		return cmp.Or(slices.Index([]string{"goes on", "waits"}, d.State)+1, 0)
+		return slices.Index([]string{"goes on", "waits"}, d.State)
 	}
 	return cmp.Or(cmp.Compare(rank(b), rank(a)), b.At.AsTime().Compare(a.At.AsTime()),
 		cmp.Compare(a.Id, b.Id))

@@ -165,12 +165,7 @@ func (h *Hub) changed(mark func(*viewer)) {
 }
 
 // PutHost replaces what is known of a host.
-func (h *Hub) PutHost(host *Host) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.hosts[host.Key] = host
-	h.changed(func(v *viewer) { v.hosts[host.Key] = true })
-}
+func (h *Hub) PutHost(host *Host) { h.PutHosts([]*Host{host}) }
 
 // Host returns what is known of a host; nil for nothing.
 func (h *Hub) Host(key string) *Host {

@@ -122,7 +122,7 @@ export function draw(h = true, e = true, d = true) {
     const from = performance.now();
     if (forHosts || forEvictions) hosts.draw(state);
     if (forEvictions) evictions.draw(state);
-    if (forHosts || forDecisions) fleet.draw(forHosts, forDecisions);
+    if (forHosts || forDecisions) fleet.draw(forDecisions);
     forHosts = forEvictions = forDecisions = false;
     performance.measure("vacate-update", { start: from, end: performance.now() });
     if (performance.getEntriesByName("vacate-update").length > 500) performance.clearMeasures();

@@ -13,7 +13,7 @@ const now = () => Date.now() + state.skew;
 const idle = new Set(["watched", "rejected", "never began"]);
 const kindOf = d => d.state === "completed" ? "good" : d.state === "goes on" ? "move" : d.state === "waits" ? "wait" : idle.has(d.state) ? "idle" : "bad";
 
-export function draw(hosts, decisions) {
+export function draw(decisions) {
   const f = state.fleet;
   if (!f) return;
   document.body.classList.add("fleet");
