@@ -27,7 +27,7 @@ func serve(t testing.TB, hub *Hub, remotes ...Remote) (address string, token fun
 	return serveFor(t, &Server{Hub: hub, Remotes: remotes, Who: "user tester"})
 }
 
-// serveFor does so with a server.
+// serveFor does so with a server, which logs nothing unless it has a log.
 func serveFor(t testing.TB, s *Server) (address string, token func() string) {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -37,7 +37,9 @@ func serveFor(t testing.TB, s *Server) (address string, token func() string) {
 	tokens := make(chan string, 100)
 	ctx, stop := context.WithCancel(t.Context())
 	s.Token = func(token string) { tokens <- token }
-	s.Log = slog.New(slog.DiscardHandler)
+	if s.Log == nil {
+		s.Log = slog.New(slog.DiscardHandler)
+	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ctx, ln) }()
 	t.Cleanup(func() {

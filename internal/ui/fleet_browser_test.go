@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -117,28 +116,10 @@ func (e *ensemble) brain(operator string) *Brain {
 // fleetPage serves the page of a fleet, and returns the address that opens it.
 func fleetPage(t testing.TB, b *Brain, who string) string {
 	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	must(t, err)
-	ctx, stop := context.WithCancel(t.Context())
-	hub, tokens := NewHub(), make(chan string, 100)
-	s := &Server{Hub: hub, Brain: b, Who: who, Token: func(token string) { tokens <- token },
-		Log: slog.New(slog.DiscardHandler)}
-	var tasks sync.WaitGroup
-	tasks.Go(func() {
-		hub.PollFleet(ctx, b, func(e *hostv1.Eviction) string {
-			return fmt.Sprintf("%s is %s", e.Vm, e.State)
-		})
-	})
-	tasks.Go(func() {
-		if err := s.Serve(ctx, ln); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(func() {
-		stop()
-		tasks.Wait()
-	})
-	return fmt.Sprintf("http://%s/#token=%s", ln.Addr(), <-tokens)
+	hub := NewHub()
+	address, token := serveFor(t, &Server{Hub: hub, Brain: b, Who: who})
+	pollFleet(t, hub, b)
+	return address + "/#token=" + token()
 }
 
 // onlooker is a person in front of the page.

@@ -88,16 +88,23 @@ func feed(t *testing.T, b *Brain) (*Hub, *viewer) {
 	t.Helper()
 	hub := NewHub()
 	v := hub.look()
+	pollFleet(t, hub, b)
+	return hub, v
+}
+
+// pollFleet keeps a hub up to date about a fleet while somebody looks.
+func pollFleet(t testing.TB, hub *Hub, b *Brain) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var task sync.WaitGroup
 	task.Go(func() {
-		hub.PollFleet(ctx, b, func(*hostv1.Eviction) string { return "" })
+		hub.PollFleet(ctx, b, func(e *hostv1.Eviction) string {
+			return fmt.Sprintf("%s is %s", e.Vm, e.State)
+		})
 	})
 	t.Cleanup(func() {
 		cancel()
 		task.Wait()
 	})
-	return hub, v
 }
 
 // until waits for a condition.

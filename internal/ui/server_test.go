@@ -224,17 +224,9 @@ func (l *lines) Write(b []byte) (int, error) {
 
 // Others on the machine can have many requests refused, and do not flood the operator's terminal.
 func TestRefusalsAreFew(t *testing.T) {
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	must(t, err)
 	var said lines
-	ctx, stop := context.WithCancel(t.Context())
-	s := &Server{Hub: NewHub(), Token: func(string) {},
-		Log: slog.New(slog.NewTextHandler(&said, nil))}
-	var serving sync.WaitGroup
-	serving.Go(func() { s.Serve(ctx, ln) })
-	defer serving.Wait()
-	defer stop()
-	address := "http://" + ln.Addr().String()
+	address, _ := serveFor(t, &Server{Hub: NewHub(),
+		Log: slog.New(slog.NewTextHandler(&said, nil))})
 	for range 100 {
 		send(t, address, request{method: "GET", path: "/", host: "evil.example"})
 		send(t, address, request{method: "POST", path: "/api/login", body: `{"token": "x"}`,
