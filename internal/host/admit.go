@@ -116,7 +116,8 @@ func (h *Host) told() orders.Standing {
 	return h.fleet.standing
 }
 
-// maintained is the maintenance that keeps all VMs off a host, and its reason; empty: some may come.
+// maintained is the maintenance that keeps all VMs off a host, and its reason; empty: some may
+// come.
 func maintained(s orders.Standing) string {
 	if (view.Maintenance{Phase: view.Phase(s.Phase)}).Open() {
 		return ""

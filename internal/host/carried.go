@@ -51,7 +51,7 @@ func (h *Host) settle(domain string) {
 	}
 }
 
-// carryAway has an engine carry a migration from here.
+// carryAway starts an engine that carries a migration from here.
 func (h *Host) carryAway(d libvirt.Domain, qemu process.Process, peer string,
 	stream net.Conn) error {
 	if err := hypervisor.CheckName(d.Name); err != nil {
@@ -162,7 +162,7 @@ func (v *eviction) dropCarried() {
 	}
 }
 
-// giveUpThere has the peer end a migration from here that was carried until then, unless it has
+// giveUpThere makes the peer end a migration from here that was carried until then, unless it has
 // lost patience by itself.
 func (v *eviction) giveUpThere(then time.Time) {
 	for {

@@ -119,12 +119,12 @@ func (h *Host) waitingTwin(ctx context.Context, vm string) (qemu process.Process
 	}, err
 }
 
-// expectResume has the twin of a migration to here that has failed kept ready.
+// expectResume keeps the twin of a migration to here that has failed ready.
 func (v *eviction) expectResume() {
 	v.host.tasks.Go(func() { v.host.keepReady(v.entry.Record().VM) })
 }
 
-// keepReady connects to a twin as soon as libvirt has it listen to resume a migration that was
+// keepReady connects to a twin as soon as it listens, for libvirt, to resume a migration that was
 // carried to here. libvirt before 11.1 looks at once whether the twin has a stream. If it has none
 // yet, libvirt reports a failure, though the migration goes on a moment later.
 func (h *Host) keepReady(vm string) {

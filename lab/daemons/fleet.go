@@ -45,8 +45,8 @@ type FleetOptions struct {
 	DiskBytes uint64
 }
 
-// Fleet is a lab with a fleet of its hosts: a daemon on each, and three members of its brain, each on
-// a host of its own.
+// Fleet is a lab with a fleet of its hosts: a daemon on each, and three members of its brain, each
+// on a host of its own.
 type Fleet struct {
 	*Site
 	Lab    *lab.Lab

@@ -84,8 +84,8 @@ func (v *VM) Only(ctx context.Context) (*lab.VM, error) {
 	}
 }
 
-// Check lets the guest check all of its memory, and returns how many pages that is. A bad page is an
-// error.
+// Check lets the guest check all of its memory, and returns how many pages that is. A bad page is
+// an error.
 func (v *VM) Check(ctx context.Context) (pages uint64, err error) {
 	vm, err := v.Only(ctx)
 	if err != nil {

@@ -122,7 +122,8 @@ func parse(t testing.TB, file string) (prose []string, blocks []Block) {
 func Check(t *testing.T, program string, root func() *cobra.Command) {
 	t.Helper()
 	total := 0
-	begins := regexp.MustCompile(`^(\$ )?(sudo )?` + regexp.QuoteMeta(program) + ` `)
+	// A row of a table has more than one space behind the name.
+	begins := regexp.MustCompile(`^(\$ )?(sudo )?` + regexp.QuoteMeta(program) + ` \S`)
 	inline := regexp.MustCompile("`(" + regexp.QuoteMeta(program) + " [^`]+)`")
 	for _, file := range Documents(t) {
 		prose, blocks := parse(t, file)
