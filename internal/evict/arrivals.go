@@ -313,32 +313,6 @@ func (p *arrivals) appendPresent(b []byte, block, first, n int) []byte {
 	return appendPresent(b, block, first, n, p.received[block])
 }
 
-// discards encodes commands that make QEMU drop all pages but those received.
-func (p *arrivals) discards() []byte {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var b []byte
-	for i, set := range p.received {
-		size := p.layout[i].PageSize
-		var ranges []migstream.Range
-		flush := func() {
-			if len(ranges) > 0 {
-				b = migstream.DiscardCommand(p.layout[i].Name, ranges).Append(b)
-				ranges = nil
-			}
-		}
-		for first, n := range set.Gaps(0, set.End()) {
-			ranges = append(ranges,
-				migstream.Range{Start: uint64(first) * size, Length: uint64(n) * size})
-			if len(ranges) == migstream.MaxDiscardRanges {
-				flush()
-			}
-		}
-		flush()
-	}
-	return b
-}
-
 // summary sums up what was received.
 func (p *arrivals) summary() Received {
 	p.mu.Lock()

@@ -33,6 +33,24 @@ type standing struct {
 	list []string // guarded by mu
 
 	commit, ran *evict.Progress // the first of these states at the source
+	before      int             // of the twin's memory that is in use when it begins, in KiB
+	peak        int             // the most of it until the devices are loaded, in KiB
+}
+
+// showTwin notes how much memory the twin takes until the devices are loaded.
+func (s *standing) showTwin(p evict.Progress) {
+	if p.State == evict.Prepared {
+		s.peak = statusOf(s.pid, "VmHWM")
+	}
+}
+
+// statusOf returns a figure of /proc/PID/status.
+func statusOf(pid int, name string) (kib int) {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if _, after, ok := strings.Cut(string(text), name+":"); ok {
+		fmt.Sscan(after, &kib)
+	}
+	return kib
 }
 
 // show notes what the source has sent when it commits, and when it hears that the VM runs.
@@ -191,11 +209,13 @@ func loadOver(t *testing.T, l *lab.Lab, q lab.QEMU, k kind, delay time.Duration)
 		t.Fatal(err)
 	}
 	t.Cleanup(path.Close)
-	heard := &standing{Handler: slog.DiscardHandler, pid: twin.PID()}
+	heard := &standing{Handler: slog.DiscardHandler, pid: twin.PID(),
+		before: statusOf(twin.PID(), "VmRSS")}
 	received := make(chan error, 1)
 	ctx := labtest.Within(t, 2*time.Minute)
 	go func() {
-		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(heard)}, ln)
+		received <- receiveOn(ctx, evict.Destination{QMP: twin.QMP, Log: slog.New(heard),
+			Show: heard.showTwin}, ln)
 	}()
 	report, err := evict.Source{QMP: vm.QMP, Connect: connectTo(l.A, path.Addr()),
 		Show: heard.show}.Evict(ctx)
@@ -214,6 +234,7 @@ func loadOver(t *testing.T, l *lab.Lab, q lab.QEMU, k kind, delay time.Duration)
 // instructions need is on its way by then. If an interrupt waited for that, so would the answer
 // that the VM runs.
 func TestNothingFetchedStanding(t *testing.T) {
+	const most = 4 << 10 // KiB
 	l := labtest.New(t, lab.Options{})
 	for _, k := range kinds(t)[:2] {
 		t.Run(k.name, func(t *testing.T) {
@@ -221,6 +242,10 @@ func TestNothingFetchedStanding(t *testing.T) {
 			if list := heard.heldUp(); len(list) > 0 {
 				t.Errorf("the VM stood still for %d pages:\n%s", len(list),
 					strings.Join(list, "\n"))
+			}
+			// A huge page around each page that comes ahead would have to be cleared first.
+			if took := heard.peak - heard.before; heard.peak == 0 || took > most {
+				t.Errorf("the twin took %d KiB until its devices were loaded", took)
 			}
 			if heard.commit == nil || heard.ran == nil {
 				t.Fatal("the source showed no commit, or no push")

@@ -68,8 +68,7 @@ func parseHead(head []byte) (l layout, r *migstream.Reader, err error) {
 }
 
 // receivePackage receives the pages ahead of the device state, and the device state, and passes
-// them to QEMU. In between it makes QEMU drop all other pages: QEMU wrote ROMs into them when it
-// started.
+// them to QEMU, which has dropped all of its memory before.
 func (e *destination) receivePackage(ctx context.Context) error {
 	control := e.at.Load().control
 	for {
@@ -87,7 +86,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return e.placer.raw(append(e.pages.discards(), load...))
+		return e.placer.raw(load)
 	}
 }
 

@@ -276,6 +276,19 @@ func (l layout) find(name string) int {
 	return -1
 }
 
+// discards encodes commands that make QEMU drop all of the memory: QEMU wrote ROMs into it when it
+// started. From the first of them on, QEMU takes no huge pages for it (postcopy_ram_prepare_discard
+// in QEMU's migration/postcopy-ram.c).
+func (l layout) discards() (b []byte) {
+	for _, block := range l {
+		if block.Pages > 0 {
+			b = migstream.DiscardCommand(block.Name,
+				[]migstream.Range{{Length: uint64(block.Pages) * block.PageSize}}).Append(b)
+		}
+	}
+	return b
+}
+
 // check returns an error if the run does not lie within its block.
 func (l layout) check(r pageset.Run) error {
 	if r.Block < 0 || r.Block >= len(l) || r.Count <= 0 ||
