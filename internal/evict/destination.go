@@ -551,8 +551,9 @@ func (e *destination) arm(ctx context.Context) error {
 	e.tasks.Go(func() { e.kept <- e.keep() })
 	s := e.recovery.stream()
 	e.follow(s, migstream.NewReturnReader(s.conn, 0))
-	// The twin drops its memory while the VM still runs. If it did so behind the pages that are sent
-	// ahead, each of those would make it clear a huge page, and the VM would stand still for that.
+	// The twin drops its memory while the VM still runs. If it did so behind the pages that are
+	// sent ahead, each of those would make it clear a huge page, and the VM would stand still for
+	// that.
 	first := slices.Concat(e.head, e.layout.discards())
 	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(first)); err != nil {
 		return err
