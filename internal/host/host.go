@@ -295,6 +295,9 @@ func (h *Host) Run(ctx context.Context) error {
 	if h.fleet != nil {
 		guard.Go(func() { h.fleet.run(ctx) })
 	}
+	if h.config.Libvirt != nil {
+		h.tasks.Go(h.askEarly)
+	}
 	if !hypervisor.Scoped() {
 		h.log.Info("no systemd runs here: VMs that this daemon starts share its control group, " +
 			"its weight and its limits")

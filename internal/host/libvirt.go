@@ -214,6 +214,19 @@ func (h *Host) described(ctx context.Context, name, virsh string) (hypervisor.VM
 	return vm, err
 }
 
+// askEarly asks libvirt what a peer's question will make this host ask it. libvirt then starts each
+// QEMU that is new to it, once, which takes seconds: an operator need not wait for that.
+func (h *Host) askEarly() {
+	conn, err := libvirt.Dial(h.life, h.config.Libvirt.uri())
+	if err == nil {
+		defer conn.Close()
+		_, _, err = conn.Runner(h.life)
+	}
+	if err != nil {
+		h.log.Debug("libvirt does not say yet what its QEMUs can", "error", err)
+	}
+}
+
 // domainQuestion asks a peer whether a domain may come there.
 type domainQuestion struct {
 	XML      string `json:"xml"`                // its migratable description

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -137,4 +138,43 @@ func define(t *testing.T, like *libvirtlab.Domain, name string) string {
 		t.Fatal(err)
 	}
 	return file
+}
+
+// libvirt looks at each of its QEMUs when it is first asked what they can, which takes seconds. The
+// daemon has it do so as soon as it starts. An eviction need not wait for that.
+func TestAsksLibvirtEarly(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	labtest.Need(t, libvirtlab.Probe())
+	hosts, err := libvirtlab.New(labtest.Within(t, 4*time.Minute), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(hosts.Close)
+	// This libvirt has been asked before, and has told a file.
+	hosts.A.Kill()
+	known := filepath.Join(hosts.A.Dir, "cache/qemu/capabilities")
+	if err := errors.Join(os.RemoveAll(known), os.Mkdir(known, 0o755),
+		hosts.A.Start()); err != nil {
+		t.Fatal(err)
+	}
+	for ctx := labtest.Within(t, time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := hosts.A.Virsh(ctx, "uri"); err == nil {
+			break
+		} else if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+	a, _ := sites(t, l)
+	a.configure(fmt.Sprintf("[libvirt]\nuri = %q\n", hosts.A.Socket))
+	a.start()
+	for ctx := labtest.Within(t, time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if files, err := os.ReadDir(known); err != nil {
+			t.Fatal(err)
+		} else if len(files) > 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatal("libvirt was not asked")
+		}
+	}
 }

@@ -70,6 +70,7 @@ type Host struct {
 	Dir    string // has its directories: run, lib, log, cache, etc
 	Socket string // of its daemon
 	URI    string // of its daemon, for virsh
+	Remote string // the same over the lab's link, for the other host's daemon
 
 	lab    *lab.Lab
 	setup  Setup
@@ -161,7 +162,7 @@ if [ "$lockd" = true ]; then
 	setpriv --pdeathsig KILL virtlockd --timeout 0 &
 	while [ ! -S /run/libvirt/virtlockd-sock ]; do sleep 0.1; done
 fi
-exec libvirtd --timeout 0
+exec libvirtd --listen --timeout 0
 `
 
 // files are those of the daemon's configuration.
@@ -186,6 +187,9 @@ hugetlbfs_mount = "/dev/hugepages"
 	}
 	return map[string]string{
 		"libvirtd.conf": fmt.Sprintf(`auth_unix_rw = "none"
+auth_tcp = "none"
+listen_tcp = 1
+listen_tls = 0
 unix_sock_group = "root"
 log_level = 3
 host_uuid = "%[1]d%[1]d%[1]d%[1]d1111-1111-4111-8111-111111111111"
@@ -200,6 +204,7 @@ func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) 
 		Socket: filepath.Join(dir, "run/libvirt-sock"),
 		output: filepath.Join(dir, "daemon.log")}
 	h.URI = "qemu+unix:///system?socket=" + h.Socket
+	h.Remote = "qemu+tcp://" + of.Addr + "/system"
 	if r := setup.Release; r != "" {
 		var err error
 		if h.root, err = lab.Release(ctx, l.Dir(), r, append(more[r], fetch...)...); err != nil {
@@ -218,7 +223,11 @@ func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) 
 			return nil, err
 		}
 	}
-	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(h.cache())); errors.Is(err,
+	cache, err := h.cache()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.CopyFS(filepath.Join(dir, "cache"), os.DirFS(cache)); errors.Is(err,
 		os.ErrNotExist) {
 		err = os.MkdirAll(filepath.Join(dir, "cache"), 0o755)
 		if err != nil {
@@ -258,9 +267,23 @@ func newHost(ctx context.Context, l *lab.Lab, of *lab.Host, n int, setup Setup) 
 }
 
 // cache is where what the daemon finds out of QEMU is kept for later labs, as that takes seconds.
-func (h *Host) cache() string {
-	kind := strings.Trim(h.setup.Release+"-"+h.setup.User, "-")
-	return strings.TrimSuffix(filepath.Join(h.lab.Dir(), "libvirt-cache-"+kind), "-")
+// The daemon believes none of it once either program has changed.
+func (h *Host) cache() (string, error) {
+	name := "libvirt-cache"
+	for _, of := range []string{h.setup.Release, h.setup.User} {
+		if of != "" {
+			name += "-" + of
+		}
+	}
+	changed := int64(0)
+	for _, file := range []string{"/usr/bin/qemu-system-x86_64", "/usr/sbin/libvirtd"} {
+		info, err := os.Stat(filepath.Join(h.root, file))
+		if err != nil {
+			return "", err
+		}
+		changed = max(changed, info.Sys().(*syscall.Stat_t).Ctim.Sec)
+	}
+	return filepath.Join(h.lab.Dir(), fmt.Sprintf("%s-%d", name, changed)), nil
 }
 
 // Start starts the daemon again after Kill or Stop.
@@ -346,8 +369,16 @@ func (h *Host) ready(ctx context.Context) error {
 			return fmt.Errorf("%w: %w\n%s", ctx.Err(), err, said[max(0, len(said)-2000):])
 		}
 	}
-	if _, err := os.Stat(h.cache()); err == nil {
+	cache, err := h.cache()
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(cache); err == nil {
 		return nil
+	}
+	// A host that has been in use knows each of its QEMUs, not only the one for domains' own CPUs.
+	if _, err := h.Virsh(ctx, "capabilities"); err != nil {
+		return err
 	}
 	tmp, err := os.MkdirTemp(h.lab.Dir(), "libvirt-cache-")
 	if err != nil {
@@ -358,7 +389,7 @@ func (h *Host) ready(ctx context.Context) error {
 		os.DirFS(filepath.Join(h.Dir, "cache/qemu"))); err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, h.cache()); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Rename(tmp, cache); err != nil && !errors.Is(err, os.ErrExist) {
 		return err // else another lab was first
 	}
 	return nil
