@@ -3,6 +3,8 @@ package lab
 import (
 	"fmt"
 	"net"
+	"os"
+	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -179,4 +181,24 @@ func (l *Lab) LinkBytes() (uint64, error) {
 		sum += dev.Attrs().Statistics.TxBytes
 	}
 	return sum, nil
+}
+
+// UseCubic has TCP on both hosts use Linux's default congestion control, where the kernel has and
+// allows it. It returns what is in force. Some machines are set to BBR, which now and then takes a
+// busy core for a slow link, and then is slow itself for many seconds.
+func (l *Lab) UseCubic() (now string, err error) {
+	for _, h := range []*Host{l.A, l.B} {
+		err := h.Do(func() error {
+			const file = "/proc/sys/net/ipv4/tcp_congestion_control" // of this thread's namespace
+			// what is in force is told below
+			os.WriteFile(file, []byte("cubic"), 0)
+			text, err := os.ReadFile(file)
+			now = strings.TrimSpace(string(text))
+			return err
+		})
+		if err != nil {
+			return "", fmt.Errorf("TCP's congestion control on host %s: %w", h.Name, err)
+		}
+	}
+	return now, nil
 }

@@ -124,7 +124,7 @@ func Measure(ctx context.Context, opts Options) (Result, error) {
 	result := Result{Version: Version, Runs: []Run{}}
 	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core
 	if err = b.chooseGuest(ctx); err == nil {
-		result.Machine.Congestion, err = useCubic(l)
+		result.Machine.Congestion, err = l.UseCubic()
 	}
 	if err == nil && opts.Libvirt {
 		err = b.startLibvirt(ctx)
@@ -184,27 +184,6 @@ func fitsBare(s *lab.Spec) error {
 			"that was used before: choose a load such as hot, zipf or uniform")
 	}
 	return nil
-}
-
-// useCubic has TCP on both hosts use Linux's default congestion control, where
-// the kernel has and allows it. Some machines are set to BBR, which now and then takes a
-// busy core for a slow link, and then is slow itself for many seconds.
-func useCubic(l *lab.Lab) (string, error) {
-	var now string
-	for _, h := range []*lab.Host{l.A, l.B} {
-		err := h.Do(func() error {
-			const file = "/proc/sys/net/ipv4/tcp_congestion_control" // of this thread's namespace
-			// what is in force is told below
-			os.WriteFile(file, []byte("cubic"), 0)
-			text, err := os.ReadFile(file)
-			now = strings.TrimSpace(string(text))
-			return err
-		})
-		if err != nil {
-			return "", fmt.Errorf("TCP's congestion control on host %s: %w", h.Name, err)
-		}
-	}
-	return now, nil
 }
 
 func (b *bench) measure(ctx context.Context, chosen []strategy, result *Result) error {

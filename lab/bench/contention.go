@@ -145,7 +145,7 @@ func contendOn(ctx context.Context, opts ContentionOptions, server lab.Server, c
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	if result.Machine.Congestion, err = useCubic(l); err != nil {
+	if result.Machine.Congestion, err = l.UseCubic(); err != nil {
 		return err
 	}
 	result.Machine.Pinned = l.A.Core >= 0 && l.A.Core != l.B.Core

@@ -30,6 +30,8 @@ const domainBaseline = "virsh-postcopy"
 // domainStrategies move a domain of libvirt's. Those of virsh are made with [virsh].
 var domainStrategies = []strategy{
 	{name: "vacate", move: evictDomain()},
+	{name: "vacate-carried", move: virsh(migration{carried: true}, "--postcopy", "--p2p",
+		"--migrateuri", "unix:///run/libvirt/to/hostb.sock")},
 	{name: domainBaseline, move: virsh(migration{switched: true}, "--postcopy")},
 	{name: "virsh-postcopy-after-precopy",
 		move: virsh(migration{}, "--postcopy", "--postcopy-after-precopy")},
@@ -221,6 +223,7 @@ func evictDomain(flags ...string) mover {
 
 // migration is what an operator does besides typing virsh migrate.
 type migration struct {
+	carried  bool // by the daemons, through which the stream passes
 	switched bool // to post-copy as soon as QEMU migrates
 	bounded  bool // given up after the bound of pre-copy
 }
@@ -242,11 +245,15 @@ func (t *trial) virsh(ctx context.Context, m migration, flags []string) error {
 	for i := range args {
 		args[i] = strings.ReplaceAll(args[i], "{to}", to.Addr)
 	}
+	dest := to.URI
+	if m.carried {
+		dest = to.Remote // host a's daemon connects
+	}
 	gone := t.exit()
 	over := make(chan error, 1)
 	running, ended := context.WithCancelCause(ctx)
 	t.tasks.Go(func() {
-		_, err := from.Virsh(ctx, append(args, name, to.URI)...)
+		_, err := from.Virsh(ctx, append(args, name, dest)...)
 		over <- err
 		ended(cmp.Or(err, errors.New("the migration completed before QEMU was in post-copy")))
 	})

@@ -138,8 +138,10 @@ uri         = %q
 paths       = %s
 networks    = ["user", %q]
 emulators   = [%q]
+migrations  = %q
 trust_disks = true
-`, of.Socket, strings.ReplaceAll(string(paths), ",", ", "), lab.Bridge, emulator.Path), nil
+`, of.Socket, strings.ReplaceAll(string(paths), ",", ", "), lab.Bridge, emulator.Path,
+		filepath.Join(of.Dir, "run/to")), nil
 }
 
 // Start starts a host's daemon, and waits until it serves.
