@@ -3,7 +3,7 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
-# with ; between), REFUSALS, KVM, MOVES, CARRIES, PLAIN, STOPS and RUNS (rounds), PARTS (of a
+# with ; between), REFUSALS, KVM, MOVES, CARRIES, STOPS and RUNS (rounds), PARTS (of a
 # night), OUT (for results: .lab), VACATE_SEED (of tests with chance; a failure prints it),
 # BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test: lint has run),
 # LIBVIRT=1, FLEET=1 (demo).
@@ -20,7 +20,7 @@ REFUSALS ?= 50
 KVM      ?= 4
 MOVES    ?= 50
 CARRIES  ?= 20
-PLAIN    ?= 5
+RELEASES ?= 12 13
 STOPS    ?= 1000
 RUNS     ?= 23
 JOBS     ?= 1
@@ -33,7 +33,7 @@ export GOFLAGS := -buildvcs=$(shell git rev-parse HEAD >/dev/null 2>&1 && echo a
 
 # No tests: TestRecord rewrites what others compare with; TestBrowser* need a browser, and the others
 # are campaigns, each with a target of its own.
-NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*|TestCarryCampaign|TestCarryResumed
+NOTESTS = TestRecord|TestKVM|TestKVMSpeed|TestEvictDomainMoreKinds|TestDomainOtherCPU|TestDomainCampaign|TestBrowser.*|TestCarryCampaign|TestCarryResumed|TestCarryOverCut
 # What follows names tests, and the packages that have them: others must not have one of that name.
 
 # Cases with other QEMUs and kernels than Debian 12's, other servers, and much memory: `make variants`
@@ -67,7 +67,7 @@ alltests = $(if $(strip $(1)),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2)
 
 QEMU = qemu-system-x86_64
 
-.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign carrycampaign domainbench uitest nightly overwrite churn nomemory variants configurations bench growth package package-test clean
+.PHONY: help build test unit demo deps fuzz lint alerts generate chaos domains refusals kvm kvmspeed kvmbench domainkinds domaincampaign carrycampaign carryresumed domainbench carrybench uitest nightly overwrite churn nomemory variants configurations bench growth package package-test clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -173,9 +173,14 @@ domaincampaign: deps ## evict domains under load, there and back, MOVES (50) tim
 	VACATE_REQUIRE=1 VACATE_MOVES=$(MOVES) VACATE_MOVES_RESULT=$(abspath $(OUT))/moves.md $(GO) test -count=1 -timeout 6h -run '^TestDomainCampaign$$' ./internal/host
 	@cat $(OUT)/moves.md
 
-carrycampaign: deps ## have libvirt itself move domains through the daemons, CARRIES (20) times for libvirt of Debian 12 and of 13, beside PLAIN (5) by its own post-copy; and have daemons die (root; an hour)
-	VACATE_REQUIRE=1 VACATE_MOVES=$(CARRIES) VACATE_PLAIN=$(PLAIN) VACATE_MOVES_RESULT=$(abspath $(OUT))/carried.md $(GO) test -count=1 -timeout 6h -run '^TestCarryResumed$$|^TestCarryCampaign$$' ./internal/host
+carrycampaign: deps ## have libvirt itself move domains through the daemons, CARRIES (20) times for libvirt of each of RELEASES (12 13) (root; an hour)
+	@scripts/deps libvirt
+	VACATE_REQUIRE=1 VACATE_MOVES=$(CARRIES) VACATE_RELEASES="$(RELEASES)" VACATE_MOVES_RESULT=$(abspath $(OUT))/carried.md $(GO) test -count=1 -timeout 6h -run '^TestCarryCampaign$$' -v ./internal/host >$(OUT)/carried.txt 2>&1 || { grep -E '^ *--- FAIL' $(OUT)/carried.txt; false; }
 	@cat $(OUT)/carried.md
+
+carryresumed: deps ## have daemons die and the link fail while libvirt's own migration passes, for libvirt of Debian 12 and of 13, and resume it (root; half an hour)
+	@scripts/deps libvirt
+	VACATE_REQUIRE=1 $(GO) test -count=1 -timeout 2h -run '^TestCarry(Resumed|OverCut)$$' -v ./internal/host
 
 uitest: ## the page of vacate ui in a Chromium: each button with real VMs, hostile names, 1,000 hosts (root; 2 minutes, and 100 MB once)
 	@scripts/deps browser
@@ -187,6 +192,10 @@ kvmbench: deps build ## compare ways to move the bare guest under KVM, and write
 domainbench: deps build ## compare ways to move a domain of libvirt, and write docs/results/domain-bench.md (root; an hour on a machine that does nothing else)
 	@scripts/deps libvirt
 	scripts/domain-bench docs/results/domain-bench.md
+
+carrybench: deps build ## compare the stalls of a domain that the daemons carry with those of libvirt's own post-copy, and write docs/results/carry-bench.md (root; half an hour on a machine that does nothing else)
+	@scripts/deps libvirt
+	scripts/carry-bench docs/results/carry-bench.md
 
 .PHONY: fleetsim
 fleetsim: build ## simulate fleets of 100, 1,000 and 10,000 hosts, and compare balancers; results in .lab/fleetsim (an hour of CPU)

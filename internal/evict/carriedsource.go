@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"syscall"
 	"time"
 
 	"vacate/internal/qemu/guestmem"
@@ -14,6 +15,8 @@ import (
 	"vacate/internal/qemu/migstream"
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/process"
+
+	"golang.org/x/sys/unix"
 )
 
 // Carried says that libvirt moves the domain by itself, and that the engines carry the stream of
@@ -24,7 +27,8 @@ import (
 type Carried struct {
 	URI    string // of this host's libvirt; empty: qemu:///system
 	Domain string // its name
-	// Stream is what QEMU at the source has connected to. Nothing of it has been read.
+	// Stream is what QEMU at the source has connected to. Nothing of it has been read. It has a
+	// descriptor (syscall.Conn).
 	Stream net.Conn
 	// Dial, at the destination, connects to the twin, which listens. Each call makes a connection.
 	Dial func(context.Context) (net.Conn, error)
@@ -61,14 +65,15 @@ func newCarriedSource(s Source) *carriedSource {
 			}}}
 }
 
-// lookTime is how often the engine asks libvirt whether it has given the migration up.
+// lookTime is how often the engine looks whether QEMU has ended its stream.
 const lookTime = time.Second
 
-// errGivenUp: libvirt's own migration has failed.
-var errGivenUp = errors.New("libvirt has given up its migration")
+// errGivenUp: QEMU's own migration has failed.
+var errGivenUp = errors.New("QEMU's own migration has failed")
 
-// ended watches what libvirt makes of the migration. QEMU's stream does not show that it has ended,
-// as nothing is read from it.
+// ended watches QEMU's stream, from which nothing is read. That libvirt says "post-copy failed" is
+// not enough. It says so where it has lost its own connection to the other host, and QEMU goes on.
+// libvirt takes notice when QEMU is done.
 func (o *carriedSource) ended(ctx context.Context) error {
 	for {
 		select {
@@ -76,11 +81,27 @@ func (o *carriedSource) ended(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
+		if !HungUp(o.stream) {
+			continue
+		}
 		s, err := o.conn.State(ctx, o.domain)
 		if err == nil && s.State == libvirt.Paused && s.Reason == libvirt.PausedPostcopyFailed {
 			return errGivenUp
 		}
 	}
+}
+
+// HungUp reports whether the other side has closed a connection from which nothing is read.
+func HungUp(conn net.Conn) (is bool) {
+	raw, err := conn.(syscall.Conn).SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}} // #nosec G115 -- a descriptor
+			_, err := unix.Poll(fds, 0)
+			is = err == nil && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP) != 0
+		})
+	}
+	return is || err != nil // closed here
 }
 
 // unfitCapabilities are those of a migration whose stream cannot be carried, with what to do.

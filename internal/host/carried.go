@@ -97,6 +97,8 @@ func (v *eviction) carriedAway(report json.RawMessage, err error) {
 		return
 	}
 	v.finish(evict.MarkLost, evict.Lost, err, report)
+	// The peer may not have heard: the link may be away.
+	v.host.tasks.Go(func() { v.giveUpThere(time.Now()) })
 }
 
 // offeredCarried takes a domain that libvirt moves here.

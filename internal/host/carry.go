@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"vacate/internal/evict"
 	"vacate/internal/qemu/libvirt"
 	"vacate/internal/sys/process"
 
@@ -243,7 +244,7 @@ func (h *Host) carryFirst(peer string, conn *net.UnixConn, cred *unix.Ucred,
 		return err
 	}
 	l.is(func(conn *net.UnixConn) error {
-		if hungUp(stream.UnixConn) {
+		if evict.HungUp(stream) {
 			// libvirt resumes a migration that has failed, which the engine is about to notice.
 			h.settle(d.Name)
 			return h.carryAgain(peer, conn, cred)
@@ -266,19 +267,6 @@ func (h *Host) mayMove(d qemuOf, peer string, resuming bool) bool {
 		h.log.Debug("cannot tell whose migration it is", "domain", d.Name, "error", err)
 	}
 	return is
-}
-
-// hungUp reports whether the other side has closed a connection from which nothing is read.
-func hungUp(conn *net.UnixConn) (is bool) {
-	raw, err := conn.SyscallConn()
-	if err == nil {
-		err = raw.Control(func(fd uintptr) {
-			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}} // #nosec G115 -- a descriptor
-			_, err := unix.Poll(fds, 0)
-			is = err == nil && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP) != 0
-		})
-	}
-	return is || err != nil // closed here
 }
 
 // drain drops what comes by a connection, until QEMU closes it.
