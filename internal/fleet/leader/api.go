@@ -295,7 +295,7 @@ func receiveSoon(stream *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays
 // join has a host be part of the fleet for as long as its stream lasts.
 func (t *term) join(ctx context.Context, name string, hello *fleetv1.Hello,
 	stream *connect.BidiStream[fleetv1.HostSays, fleetv1.LeaderSays]) error {
-	if err := t.enrol(ctx, name); err != nil {
+	if err := t.enrol(name); err != nil {
 		return connect.NewError(connect.CodeUnavailable, err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -375,7 +375,7 @@ func (t *term) hear(h *hostState, s *session, m *fleetv1.HostSays) error {
 }
 
 // enrol has the store know a host.
-func (t *term) enrol(ctx context.Context, name string) error {
+func (t *term) enrol(name string) error {
 	t.writes.Lock()
 	defer t.writes.Unlock()
 	t.mu.Lock()
@@ -385,7 +385,9 @@ func (t *term) enrol(ctx context.Context, name string) error {
 		return nil
 	}
 	h := store.Host{Name: name, Added: time.Now().UTC()}
-	if err := t.write(func() error { return t.store.PutHost(ctx, t.Term, h) }); err != nil {
+	if err := t.write(func(ctx context.Context) error {
+		return t.store.PutHost(ctx, t.Term, h)
+	}); err != nil {
 		return err
 	}
 	t.mu.Lock()
@@ -625,7 +627,7 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 	if !req.Msg.DryRun {
 		r.Warnings = t.tellHooks(drains)
 		for _, m := range drains {
-			if err := t.setMaintenance(ctx, m); err != nil {
+			if err := t.setMaintenance(m); err != nil {
 				return nil, connect.NewError(connect.CodeUnavailable, err)
 			}
 		}
@@ -725,7 +727,7 @@ func (b operators) Restore(ctx context.Context, req *connect.Request[fleetv1.Res
 			if m.Phase == view.Restoring {
 				t.announce(m) // and nobody waits for that
 			}
-			if err := t.setMaintenance(ctx, m); err != nil {
+			if err := t.setMaintenance(m); err != nil {
 				return nil, connect.NewError(connect.CodeUnavailable, err)
 			}
 		}
@@ -823,7 +825,7 @@ func (b operators) Approve(ctx context.Context, req *connect.Request[fleetv1.App
 	delete(t.waiting, w.ID)
 	t.mu.Unlock()
 	w.By = name
-	p, err := t.begin(ctx, w.Plan)
+	p, err := t.begin(w.Plan)
 	if err != nil {
 		t.mu.Lock()
 		t.planner.Ended(w.Decision.VM, now, err.Error())
@@ -937,7 +939,7 @@ func (b operators) PutRule(ctx context.Context, req *connect.Request[fleetv1.Put
 		return t.tryRule(x), nil
 	}
 	t.writes.Lock()
-	err = t.write(func() error { return t.store.PutRule(ctx, t.Term, x) })
+	err = t.write(func(ctx context.Context) error { return t.store.PutRule(ctx, t.Term, x) })
 	t.writes.Unlock()
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)
@@ -964,7 +966,9 @@ func (b operators) RemoveRule(ctx context.Context,
 		return nil, unknown("there is no rule %q", req.Msg.Name)
 	}
 	t.writes.Lock()
-	err = t.write(func() error { return t.store.RemoveRule(ctx, t.Term, req.Msg.Name) })
+	err = t.write(func(ctx context.Context) error {
+		return t.store.RemoveRule(ctx, t.Term, req.Msg.Name)
+	})
 	t.writes.Unlock()
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)
@@ -987,19 +991,19 @@ func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.Set
 	policy := t.policy
 	t.mu.Unlock()
 	policy.Mode = view.Mode(req.Msg.Mode)
-	if err := t.setPolicy(ctx, policy); err != nil {
+	if err := t.setPolicy(policy); err != nil {
 		return nil, err
 	}
 	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
 }
 
 // setPolicy changes the policy, which holds from now on.
-func (t *term) setPolicy(ctx context.Context, policy view.Policy) error {
+func (t *term) setPolicy(policy view.Policy) error {
 	if err := policy.Check(); err != nil {
 		return invalid(err)
 	}
 	t.writes.Lock()
-	err := t.write(func() error {
+	err := t.write(func(ctx context.Context) error {
 		return t.store.PutSettings(ctx, t.Term, store.Settings{Policy: &policy})
 	})
 	t.writes.Unlock()
@@ -1056,7 +1060,7 @@ func (b operators) SetPolicy(ctx context.Context, req *connect.Request[fleetv1.S
 	if policy, err = policyOf(m); err != nil {
 		return nil, invalid(err)
 	}
-	if err := t.setPolicy(ctx, policy); err != nil {
+	if err := t.setPolicy(policy); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(policyMessage(policy)), nil
@@ -1153,10 +1157,12 @@ func (b operators) Forget(ctx context.Context, req *connect.Request[fleetv1.Forg
 			"connected: remove [fleet] from its vacated.toml, and restart vacated there, first",
 			h.Name))
 	}
-	if err := t.write(func() error { return t.store.RemoveHost(ctx, t.Term, h.Name) }); err != nil {
+	if err := t.write(func(ctx context.Context) error {
+		return t.store.RemoveHost(ctx, t.Term, h.Name)
+	}); err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)
 	}
-	if err := t.write(func() error {
+	if err := t.write(func(ctx context.Context) error {
 		return t.store.RemoveMaintenance(ctx, t.Term, h.Name)
 	}); err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)

@@ -297,10 +297,11 @@ func (t *term) close() {
 
 var errElsewhere = errors.New("this member does not lead the fleet any more")
 
-// write writes to the store. A member that does not know whether it did leads no longer.
-func (t *term) write(f func() error) error {
+// write writes to the store. A member that does not know whether it did leads no longer. So a write
+// goes on when the one who asked for it is gone: an operator who gives up must not depose the leader.
+func (t *term) write(f func(context.Context) error) error {
 	start := time.Now()
-	err := f()
+	err := f(t.life)
 	t.metrics.writes.WithLabelValues(strconv.FormatBool(err == nil)).Observe(
 		time.Since(start).Seconds())
 	if errors.Is(err, store.ErrUnclear) || errors.Is(err, store.ErrDeposed) {
@@ -315,11 +316,11 @@ func (t *term) run(ctx context.Context) error {
 	for {
 		select {
 		case <-ticks.C:
-			t.settle(ctx)
-			t.round(ctx)
-			t.maintain(ctx)
+			t.settle()
+			t.round()
+			t.maintain()
 		case <-t.wake:
-			t.settle(ctx)
+			t.settle()
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -343,7 +344,7 @@ func (t *term) ready(now time.Time) bool {
 }
 
 // round asks the planner for decisions, and does with them what the mode says.
-func (t *term) round(ctx context.Context) {
+func (t *term) round() {
 	now := time.Now()
 	t.mu.Lock()
 	if !t.ready(now) {
@@ -379,7 +380,7 @@ func (t *term) round(ctx context.Context) {
 	}
 	t.mu.Unlock()
 	for _, p := range act {
-		if _, err := t.begin(ctx, p); err != nil {
+		if _, err := t.begin(p); err != nil {
 			t.log.Error("a decision is not carried out", "vm", p.Decision.VM, "error", err)
 			t.mu.Lock()
 			t.planner.Ended(p.Decision.VM, now, err.Error())
@@ -420,7 +421,7 @@ func newID() string {
 }
 
 // begin writes a plan, then sends its order.
-func (t *term) begin(ctx context.Context, p store.Plan) (store.Plan, error) {
+func (t *term) begin(p store.Plan) (store.Plan, error) {
 	t.writes.Lock()
 	defer t.writes.Unlock()
 	p.Decision.Move.Began = time.Now()
@@ -430,7 +431,7 @@ func (t *term) begin(ctx context.Context, p store.Plan) (store.Plan, error) {
 		p.Rate = uint64(m.Rate)
 	}
 	t.mu.Unlock()
-	err := t.write(func() (err error) {
+	err := t.write(func(ctx context.Context) (err error) {
 		p, err = t.store.Begin(ctx, t.Term, p)
 		return err
 	})
@@ -561,7 +562,7 @@ func sensible(s *float64) *float64 {
 
 // settle writes what has ended: first what came of plans, then the others for as long as that takes
 // no longer than a tick. What could not be written is tried again at the next tick.
-func (t *term) settle(ctx context.Context) {
+func (t *term) settle() {
 	start := time.Now()
 	t.mu.Lock()
 	ending, noted := t.ending, t.noted
@@ -569,16 +570,16 @@ func (t *term) settle(ctx context.Context) {
 	t.mu.Unlock()
 	var again, later []store.Decision
 	for _, d := range ending {
-		if !t.settleOne(ctx, d, true) {
+		if !t.settleOne(d, true) {
 			again = append(again, d)
 		}
 	}
 	for i, d := range noted {
-		if time.Since(start) > tick || ctx.Err() != nil {
+		if time.Since(start) > tick || t.life.Err() != nil {
 			later = append(later, noted[i:]...)
 			break
 		}
-		if !t.settleOne(ctx, d, false) {
+		if !t.settleOne(d, false) {
 			later = append(later, d)
 		}
 	}
@@ -588,8 +589,8 @@ func (t *term) settle(ctx context.Context) {
 }
 
 // settleOne writes one decision that has ended, and reports whether it is written.
-func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bool {
-	if ctx.Err() != nil {
+func (t *term) settleOne(d store.Decision, planned bool) bool {
+	if t.life.Err() != nil {
 		return false
 	}
 	t.writes.Lock()
@@ -603,7 +604,7 @@ func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bo
 		before = t.decisions[n].Number
 	}
 	t.mu.Unlock()
-	err := t.write(func() error { return t.store.End(ctx, t.Term, d, before) })
+	err := t.write(func(ctx context.Context) error { return t.store.End(ctx, t.Term, d, before) })
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if err != nil {
@@ -636,7 +637,7 @@ func (t *term) settleOne(ctx context.Context, d store.Decision, planned bool) bo
 }
 
 // maintain takes maintenance to its next phase where that is due.
-func (t *term) maintain(ctx context.Context) {
+func (t *term) maintain() {
 	now := time.Now()
 	t.mu.Lock()
 	var next []store.Maintenance
@@ -665,7 +666,7 @@ func (t *term) maintain(ctx context.Context) {
 	}
 	t.mu.Unlock()
 	for _, m := range next {
-		if !t.comeTo(ctx, m) {
+		if !t.comeTo(m) {
 			return
 		}
 		t.announce(m)
@@ -691,8 +692,8 @@ func (h *hostState) empty() bool {
 }
 
 // comeTo writes the next phase of maintenance, and reports whether it is written.
-func (t *term) comeTo(ctx context.Context, m store.Maintenance) bool {
-	if err := t.setMaintenance(ctx, m); err != nil {
+func (t *term) comeTo(m store.Maintenance) bool {
+	if err := t.setMaintenance(m); err != nil {
 		t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
 		return false
 	}
@@ -716,7 +717,7 @@ func (t *term) beginDrain(h *hostState, m store.Maintenance) {
 		now = t.drainNow(h, now)
 		t.mu.Unlock()
 		if ok {
-			t.comeTo(t.life, now)
+			t.comeTo(now)
 		}
 		t.mu.Lock()
 		delete(t.beginning, h.Name)
@@ -736,10 +737,10 @@ func (t *term) drainNow(h *hostState, m store.Maintenance) store.Maintenance {
 }
 
 // setMaintenance writes a host's maintenance, or that it has none.
-func (t *term) setMaintenance(ctx context.Context, m store.Maintenance) error {
+func (t *term) setMaintenance(m store.Maintenance) error {
 	t.writes.Lock()
 	defer t.writes.Unlock()
-	err := t.write(func() error {
+	err := t.write(func(ctx context.Context) error {
 		if m.Phase == "" {
 			return t.store.RemoveMaintenance(ctx, t.Term, m.Host)
 		}

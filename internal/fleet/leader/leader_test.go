@@ -502,7 +502,7 @@ func TestDeposed(t *testing.T) {
 		t.Fatal(r, err)
 	}
 	s.leads(two)
-	if p, err := old.begin(t.Context(), store.Plan{ID: newID(), Mode: view.Auto,
+	if p, err := old.begin(store.Plan{ID: newID(), Mode: view.Auto,
 		Decision: view.Decision{VM: "web1", Incarnation: "web1/0", From: "hosta",
 			To: "hostb"}}); !errors.Is(err, store.ErrDeposed) {
 		t.Errorf("the deposed leader wrote %+v, %v", p, err)
@@ -513,6 +513,23 @@ func TestDeposed(t *testing.T) {
 	if a.begun() != 0 || len(a.refused) != 1 ||
 		!strings.Contains(a.refused[0], orders.ErrDeposed.Error()) {
 		t.Errorf("an order of the deposed leader: %d evictions, refused %v", a.begun(), a.refused)
+	}
+}
+
+// A request that ends before it was written does not depose the leader.
+func TestAskerIsGone(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	s.leads(one)
+	term := one.leads()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := (operators{one.Brain}).PutRule(gone, connect.NewRequest(&fleetv1.PutRuleRequest{
+		Name: "stays", Rule: "vms name=x must stay"})); err != nil {
+		t.Error(err)
+	}
+	if term.life.Err() != nil {
+		t.Errorf("the term is over: %v", context.Cause(term.life))
 	}
 }
 
@@ -1054,7 +1071,7 @@ func TestDrainedAtTheEnd(t *testing.T) {
 	})
 	term := one.leads()
 	phase := func() view.Phase {
-		term.maintain(t.Context())
+		term.maintain()
 		term.mu.Lock()
 		defer term.mu.Unlock()
 		return term.maintenance["hosta"].Phase
