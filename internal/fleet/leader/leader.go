@@ -85,7 +85,7 @@ func (b *Brain) lead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer c.Leave()
+	defer c.Leave(ctx)
 	ctx, end := context.WithCancelCause(ctx)
 	var watching sync.WaitGroup
 	defer watching.Wait()

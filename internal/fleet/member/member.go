@@ -41,6 +41,15 @@ type Config struct {
 // quota bounds the store, in bytes. A fleet of 10,000 hosts needs some 10 MiB.
 const quota = 512 << 20
 
+// Members share machines with VMs, and are late when those are busy, or their disks are. One that
+// hears nothing from the others for electionTime asks them to elect anew, and elections that come
+// too often keep a fleet from having a leader at all. etcd's own times, 100 ms and 1 s, are for
+// machines that do nothing else.
+const (
+	heartbeatTime = 500 * time.Millisecond
+	electionTime  = 5 * time.Second
+)
+
 // Member is one that runs.
 type Member struct {
 	etcd   *embed.Etcd
@@ -132,6 +141,10 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (*Member, error) {
 	e.InitialCluster = all
 	e.AdvertisePeerUrls = []url.URL{own}
 	e.ListenPeerUrls = nil
+	if len(c.Members) > 1 {
+		e.TickMs = uint(heartbeatTime.Milliseconds())
+		e.ElectionMs = uint(electionTime.Milliseconds())
+	}
 	if len(c.Members) > 0 {
 		e.ListenPeerUrls = []url.URL{{Scheme: "https",
 			Host: net.JoinHostPort(listenAt(own.Hostname()), own.Port())}}
@@ -190,26 +203,26 @@ func (m *Member) Close() {
 }
 
 // bridge is etcd's log as part of this program's. What etcd calls information is for those who
-// look after etcd itself.
+// look after etcd itself, but for whom the members elect.
 type bridge struct {
 	log    *slog.Logger
 	fields []zapcore.Field
 }
 
-func level(l zapcore.Level) slog.Level {
+func level(e zapcore.Entry) slog.Level {
 	switch {
-	case l >= zapcore.ErrorLevel:
+	case e.Level >= zapcore.ErrorLevel:
 		return slog.LevelError
-	case l >= zapcore.WarnLevel:
+	case e.Level >= zapcore.WarnLevel:
 		return slog.LevelWarn
+	case strings.HasPrefix(e.Message, "raft.node: "): // elected, changed or lost a leader
+		return slog.LevelInfo
 	}
 	return slog.LevelDebug
 }
 
-// Enabled implements zapcore.Core.
-func (b *bridge) Enabled(l zapcore.Level) bool {
-	return b.log.Enabled(context.Background(), level(l))
-}
+// Enabled implements zapcore.Core. Check knows what an entry says.
+func (b *bridge) Enabled(l zapcore.Level) bool { return l >= zapcore.InfoLevel }
 
 // With implements zapcore.Core.
 func (b *bridge) With(f []zapcore.Field) zapcore.Core {
@@ -218,7 +231,7 @@ func (b *bridge) With(f []zapcore.Field) zapcore.Core {
 
 // Check implements zapcore.Core.
 func (b *bridge) Check(e zapcore.Entry, c *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if b.Enabled(e.Level) {
+	if b.log.Enabled(context.Background(), level(e)) {
 		return c.AddCore(e, b)
 	}
 	return c
@@ -234,7 +247,7 @@ func (b *bridge) Write(e zapcore.Entry, f []zapcore.Field) error {
 	for k, v := range enc.Fields {
 		args = append(args, k, v)
 	}
-	b.log.Log(context.Background(), level(e.Level), e.Message, args...)
+	b.log.Log(context.Background(), level(e), e.Message, args...)
 	return nil
 }
 

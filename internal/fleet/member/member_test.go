@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"vacate/internal/fleet/store"
 	"vacate/internal/link/certs"
 )
 
@@ -116,6 +117,31 @@ func TestThree(t *testing.T) {
 		if err != nil || len(r.Kvs) != 1 || string(r.Kvs[0].Value) != "v" {
 			t.Errorf("member %d has %v, %v", i, r, err)
 		}
+	}
+
+	// One says who leads when the others do not answer.
+	led, err := store.New(started[0].Client, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := led.Campaign(ctx, "me"); err != nil {
+		t.Fatal(err)
+	}
+	last, err := store.New(started[2].Client, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for who := ""; who != "me"; time.Sleep(10 * time.Millisecond) {
+		if who, err = last.Leader(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 2 {
+		started[i].Close()
+		started[i] = nil
+	}
+	if who, err := last.Leader(ctx); who != "me" || err != nil {
+		t.Errorf("%q leads, %v", who, err)
 	}
 }
 

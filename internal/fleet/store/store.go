@@ -52,8 +52,9 @@ const (
 	// KeepDecisions is how many decisions stay.
 	KeepDecisions = 1_000
 
-	// writeTime is how long etcd may take for one request.
-	writeTime = 10 * time.Second
+	// writeTime is how long etcd may take for one request: longer than etcd itself tries within
+	// vacate-fleet, so that it can say what came of it.
+	writeTime = 20 * time.Second
 )
 
 // ErrDeposed: another member leads, or may.

@@ -13,6 +13,8 @@ import (
 	"vacate/internal/fleet/view"
 
 	"github.com/google/go-cmp/cmp"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // open starts an etcd of its own, with one member.
@@ -139,7 +141,7 @@ func TestElection(t *testing.T) {
 	if err := s.PutSettings(t.Context(), first.Term, settings(view.Auto)); err != nil {
 		t.Fatal(err)
 	}
-	first.Leave()
+	first.Leave(t.Context())
 	second := <-elected
 	if second == nil || second.Epoch <= first.Epoch {
 		t.Fatalf("%+v after %+v", second, first)
@@ -156,6 +158,77 @@ func TestElection(t *testing.T) {
 	case <-first.Over():
 	case <-time.After(time.Minute):
 		t.Error("the first does not hear that its term is over")
+	}
+}
+
+// A member that was killed and stands for election anew waits for nobody: what it began before is
+// over.
+func TestStandsAnew(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	first := campaign(t, s, "one") // whose lease is kept for as long as the test runs
+	defer first.Leave(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	second, err := s.Campaign(ctx, "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Leave(t.Context())
+	if err := s.PutHost(t.Context(), first.Term, Host{Name: "a"}); !errors.Is(err, ErrDeposed) {
+		t.Errorf("who it was before still writes: %v", err)
+	}
+	if err := s.PutHost(t.Context(), second.Term, Host{Name: "a"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// A leader that is told to end makes room for the next one.
+func TestLeaves(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	for range 5 {
+		ctx, cancel := context.WithCancel(t.Context())
+		c, err := s.Campaign(ctx, "one")
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Leave(ctx)
+		if who, err := s.Leader(t.Context()); who != "" || err != nil {
+			t.Fatalf("%q leads, %v", who, err)
+		}
+	}
+}
+
+// A candidate whose lease is gone does not wait on: others would wait for it in vain, or it for
+// them.
+func TestOverslept(t *testing.T) {
+	s, m := open(t, t.TempDir(), 0)
+	defer m.Close()
+	defer campaign(t, s, "one").Leave(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.Campaign(ctx, "two")
+		ended <- err
+	}()
+	var two *mvccpb.KeyValue
+	for two == nil && ctx.Err() == nil {
+		r, err := m.Client.Get(ctx, root+"leader/", clientv3.WithLastCreate()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(r.Kvs) > 0 && string(r.Kvs[0].Value) == "two" {
+			two = r.Kvs[0]
+		}
+	}
+	if _, err := m.Client.Revoke(ctx, clientv3.LeaseID(two.Lease)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, errOverslept) {
+		t.Errorf("a candidate without a lease: %v", err)
 	}
 }
 
