@@ -210,7 +210,7 @@ fleetsim: build ## simulate fleets of 100, 1,000 and 10,000 hosts, and compare b
 fleetfaults: deps build ## have leaders, members, disks, clocks and daemons of a fleet fail while it moves VMs, RUNS (23) times, WORKERS (2) fleets at a time (root; 10 minutes)
 	@scripts/deps strace
 	@mkdir -p $(OUT)
-	bin/vacate-lab fleetfaults --runs $(RUNS) --workers $(if $(filter command environment,$(origin WORKERS)),$(WORKERS),2) --log $(OUT)/fleetfaults.json >$(OUT)/fleetfaults.md || { cat $(OUT)/fleetfaults.md; false; }
+	bin/vacate-lab fleetfaults --runs $(RUNS) --workers $(if $(filter command environment,$(origin WORKERS)),$(WORKERS),2) --log $(OUT)/fleetfaults.json --logs $(OUT)/fleetfaults.logs >$(OUT)/fleetfaults.md || { cat $(OUT)/fleetfaults.md; false; }
 	@cat $(OUT)/fleetfaults.md
 
 fleetdrain: deps build ## drain a host of six VMs, three times, and compare what came with the forecast (root; 5 minutes)

@@ -253,6 +253,22 @@ func (s *Site) said(name string) string {
 	return string(b[max(0, len(b)-5000):])
 }
 
+// KeepLogs copies what all daemons wrote to a directory; empty: nowhere. Names of files begin with
+// a prefix.
+func (s *Site) KeepLogs(dir, prefix string) error {
+	if dir == "" {
+		return nil
+	}
+	all, err := filepath.Glob(s.log("*"))
+	err = errors.Join(err, os.MkdirAll(dir, 0o755))
+	for _, log := range all {
+		b, e := os.ReadFile(log)
+		name := prefix + filepath.Base(filepath.Dir(log))
+		err = errors.Join(err, e, os.WriteFile(filepath.Join(dir, name), b, 0o644))
+	}
+	return err
+}
+
 // log is the file with what a daemon wrote.
 func (s *Site) log(name string) string { return filepath.Join(s.dir, name, "log") }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -284,15 +285,20 @@ func (f *Fleet) Leader(ctx context.Context, reports bool) (*Brain, error) {
 	}
 }
 
-// Leads returns the member that says it leads, the last elected of several; nil if none does.
+// Leads returns the member that says it leads, the last elected of several; nil if none does. It
+// asks all at a time: one that does not answer must not keep it from another.
 func (f *Fleet) Leads(ctx context.Context) (leader *Brain, status *fleetv1.StatusResponse) {
-	for _, b := range f.Brains {
-		if b.PID() == 0 {
-			continue
+	said := make([]*fleetv1.StatusResponse, len(f.Brains))
+	var asking sync.WaitGroup
+	for i, b := range f.Brains {
+		if b.PID() != 0 {
+			asking.Go(func() { said[i], _ = b.Status(ctx) })
 		}
-		if s, err := b.Status(ctx); err == nil && s.Leads &&
-			(status == nil || s.Epoch > status.Epoch) {
-			leader, status = b, s
+	}
+	asking.Wait()
+	for i, s := range said {
+		if s.GetLeads() && s.Epoch > status.GetEpoch() {
+			leader, status = f.Brains[i], s
 		}
 	}
 	return leader, status

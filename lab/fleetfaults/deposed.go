@@ -65,7 +65,7 @@ func (r *run) talksOn(ctx context.Context) error {
 	r.keep.hold(old, true)
 	defer r.keep.hold(old, false)
 	old.Kill()
-	short, cancel := context.WithTimeout(ctx, time.Minute)
+	short, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	next, err := r.Leader(short, true)
 	if err != nil {

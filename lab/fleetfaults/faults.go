@@ -19,11 +19,19 @@ type Fault struct {
 	do   func(context.Context, *run) error
 }
 
-// How long faults last: longer than a leader's lease, which is 10 s.
+// How long faults last.
 const (
 	away  = 12 * time.Second
-	brief = time.Second // as systemd waits before it starts a daemon again
+	long  = 40 * time.Second // a leader's lease, 20 s, runs out, and another one leads
+	brief = time.Second      // as systemd waits before it starts a daemon again
 )
+
+// while is how long a member is out of reach: shorter than a leader's lease or longer.
+func (r *run) while() time.Duration {
+	d := []time.Duration{away, long}[r.random.IntN(2)]
+	r.note("for %v", d)
+	return d
+}
 
 // Faults are all.
 var Faults = []Fault{
@@ -33,20 +41,20 @@ var Faults = []Fault{
 	{"other member killed", func(ctx context.Context, r *run) error {
 		return r.down(ctx, brief, r.others()[0])
 	}},
-	{"leader lost for 12 s", func(ctx context.Context, r *run) error {
-		return r.down(ctx, away, r.leader)
+	{"leader lost for a while", func(ctx context.Context, r *run) error {
+		return r.down(ctx, r.while(), r.leader)
 	}},
-	{"other member lost for 12 s", func(ctx context.Context, r *run) error {
-		return r.down(ctx, away, r.others()[0])
+	{"other member lost for a while", func(ctx context.Context, r *run) error {
+		return r.down(ctx, r.while(), r.others()[0])
 	}},
-	{"majority lost for 12 s, with the leader", func(ctx context.Context, r *run) error {
-		return r.down(ctx, away, r.leader, r.others()[0])
+	{"majority lost for a while, with the leader", func(ctx context.Context, r *run) error {
+		return r.down(ctx, r.while(), r.leader, r.others()[0])
 	}},
-	{"majority lost for 12 s, but the leader", func(ctx context.Context, r *run) error {
-		return r.down(ctx, away, r.others()...)
+	{"majority lost for a while, but the leader", func(ctx context.Context, r *run) error {
+		return r.down(ctx, r.while(), r.others()...)
 	}},
-	{"all members lost for 12 s", func(ctx context.Context, r *run) error {
-		return r.down(ctx, away, r.Brains...)
+	{"all members lost for a while", func(ctx context.Context, r *run) error {
+		return r.down(ctx, r.while(), r.Brains...)
 	}},
 	{"leader cut off from all", func(ctx context.Context, r *run) error {
 		return r.part(ctx, r.leader, append(r.hostsOf(r.others()), r.Hosts...))
@@ -57,7 +65,7 @@ var Faults = []Fault{
 	{"leader cut off from hosts", func(ctx context.Context, r *run) error {
 		return r.part(ctx, r.leader, r.Hosts)
 	}},
-	{"leader stopped for 12 s, then goes on", func(ctx context.Context, r *run) error {
+	{"leader stopped for a while, then goes on", func(ctx context.Context, r *run) error {
 		return r.stopped(ctx, r.leader)
 	}},
 	{"deposed leader talks on", func(ctx context.Context, r *run) error {
@@ -154,7 +162,7 @@ func (r *run) down(ctx context.Context, d time.Duration, brains ...*daemons.Brai
 	return err
 }
 
-// part has a member reach none of some hosts for a time, nor they it.
+// part has a member reach none of some hosts for a while, nor they it.
 func (r *run) part(ctx context.Context, b *daemons.Brain, from []*lab.Host) error {
 	set := func(apart bool) (err error) {
 		for _, h := range from {
@@ -162,16 +170,16 @@ func (r *run) part(ctx context.Context, b *daemons.Brain, from []*lab.Host) erro
 		}
 		return err
 	}
-	return errors.Join(set(true), wait(ctx, away+3*time.Second), set(false))
+	return errors.Join(set(true), wait(ctx, r.while()), set(false))
 }
 
-// stopped has a member do nothing for a time, and not know of it.
+// stopped has a member do nothing for a while, and not know of it.
 func (r *run) stopped(ctx context.Context, b *daemons.Brain) error {
 	pid := b.PID()
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		return err
 	}
-	return errors.Join(wait(ctx, away), syscall.Kill(pid, syscall.SIGCONT))
+	return errors.Join(wait(ctx, r.while()), syscall.Kill(pid, syscall.SIGCONT))
 }
 
 // jump has clocks jump to and fro.

@@ -32,6 +32,7 @@ type Options struct {
 	Workers int      // fleets at a time
 	Seed    uint64   // of all that is random
 	Only    []string // words in the names of faults; empty: all
+	Logs    string   // directory for what daemons logged where a run went bad; empty: none
 	// Done is told of each run.
 	Done func(Result)
 }
@@ -173,6 +174,9 @@ func batch(ctx context.Context, o Options, faults []Fault, seed uint64, done fun
 			}
 			for _, h := range f.Hosts {
 				result.Notes = append(result.Notes, daemons.Name(h)+" said: "+f.Said(h))
+			}
+			if e := f.KeepLogs(o.Logs, fmt.Sprintf("%d-%d-", seed, i)); e != nil {
+				result.Notes = append(result.Notes, e.Error())
 			}
 		}
 		done(result)
@@ -643,6 +647,19 @@ func sorted(m map[string]int) (list []string) {
 	}
 	slices.SortFunc(list, func(a, b string) int { return m[b] - m[a] })
 	return list
+}
+
+// Read reads results that were written as lines.
+func Read(r io.Reader) (list []Result, err error) {
+	for d := json.NewDecoder(r); ; {
+		var x Result
+		if err := d.Decode(&x); errors.Is(err, io.EOF) {
+			return list, nil
+		} else if err != nil {
+			return nil, err
+		}
+		list = append(list, x)
+	}
 }
 
 // Line is a result as a line of JSON.

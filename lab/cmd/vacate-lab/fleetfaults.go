@@ -16,6 +16,7 @@ import (
 func fleetfaultsCommand() *cobra.Command {
 	o := fleetfaults.Options{Runs: 23, Workers: 2, Seed: uint64(time.Now().UnixNano())}
 	var dir, log string
+	var sum []string
 	c := &cobra.Command{
 		Use:   "fleetfaults",
 		Short: "disturb fleets while they empty a host, and judge what came of it",
@@ -26,7 +27,8 @@ are lost; clocks jump; etcd's disk is slow, or full; daemons of hosts die. Then
 each VM must run, and run once; no two leaders may have moved it; and nobody may
 have obeyed a leader that was deposed. Prints a table.`,
 		Example: `  vacate-lab fleetfaults --runs 300 --workers 3
-  vacate-lab fleetfaults --runs 5 --only clock`,
+  vacate-lab fleetfaults --runs 5 --only clock
+  vacate-lab fleetfaults --sum monday.json --sum tuesday.json`,
 		Args: cobra.NoArgs,
 	}
 	dirFlag(c, &dir)
@@ -37,7 +39,13 @@ have obeyed a leader that was deposed. Prints a table.`,
 	fl.Lookup("seed").DefValue = ""
 	fl.StringArrayVar(&o.Only, "only", nil, "only faults with this `TEXT` in their names")
 	fl.StringVar(&log, "log", "", "`FILE` for a line of JSON about each run, as it ends")
+	fl.StringVar(&o.Logs, "logs", "", "`DIR` for what daemons logged where a run went bad")
+	fl.StringArrayVar(&sum, "sum", nil,
+		"run nothing: print the table of all runs in this `FILE`, of --log, and others")
 	c.RunE = func(c *cobra.Command, _ []string) (err error) {
+		if len(sum) > 0 {
+			return sumUp(sum)
+		}
 		o.Lab = lab.Options{Dir: dir}
 		if o.Vacate, err = lab.Program("vacate"); err != nil {
 			return err
@@ -72,4 +80,22 @@ have obeyed a leader that was deposed. Prints a table.`,
 		return nil
 	}
 	return c
+}
+
+// sumUp prints the table of the runs in several logs.
+func sumUp(files []string) error {
+	var all []fleetfaults.Result
+	for _, name := range files {
+		f, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		results, err := fleetfaults.Read(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		all = append(all, results...)
+	}
+	fmt.Printf("%d runs.\n\n", len(all))
+	return fleetfaults.Write(os.Stdout, all)
 }
