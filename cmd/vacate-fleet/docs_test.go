@@ -57,6 +57,20 @@ func FuzzConfig(f *testing.F) {
 			f.Add([]byte(block.Text))
 		}
 	}
+	files, err := filepath.Glob("testdata/config/*.toml")
+	if err != nil || len(files) == 0 {
+		f.Fatal(files, err)
+	}
+	for _, file := range files {
+		if _, err := readConfig(file); err != nil {
+			f.Error(err)
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		file := filepath.Join(t.TempDir(), "vacate-fleet.toml")
 		if err := os.WriteFile(file, b, 0o600); err != nil {

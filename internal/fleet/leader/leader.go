@@ -298,7 +298,8 @@ func (t *term) close() {
 var errElsewhere = errors.New("this member does not lead the fleet any more")
 
 // write writes to the store. A member that does not know whether it did leads no longer. So a write
-// goes on when the one who asked for it is gone: an operator who gives up must not depose the leader.
+// goes on when the one who asked for it is gone: an operator who gives up must not depose the
+// leader.
 func (t *term) write(f func(context.Context) error) error {
 	start := time.Now()
 	err := f(t.life)

@@ -147,8 +147,8 @@ func (c *Candidacy) Leave(ctx context.Context) {
 }
 
 // Leader is what the member that leads has said of itself; empty if none does. It is what this
-// member of etcd knows, and may be old. Asking the others takes seconds where machines are busy, and
-// those who ask need a member that leads: they see for themselves whether it does.
+// member of etcd knows, and may be old. Asking the others takes seconds where machines are busy,
+// and those who ask need a member that leads: they see for themselves whether it does.
 func (s *Store) Leader(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, whoTime)
 	defer cancel()
