@@ -423,6 +423,8 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	vm.process = cmd.Process
 	vm.all.Go(func() {
 		vm.ended = cmd.Wait()
+		s := cmd.ProcessState
+		l.log.Info("QEMU ended", "vm", vm.Name, "cpu", s.UserTime()+s.SystemTime())
 		close(vm.done)
 	})
 	l.mu.Lock()

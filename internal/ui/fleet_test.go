@@ -320,7 +320,7 @@ func (hostile) WatchEviction(ctx context.Context, q *connect.Request[hostv1.Watc
 
 // A daemon that answers with rubbish, without end, or with too much, is one that cannot be asked,
 // or is cut short. The page of the others goes on.
-func TestHostileDaemon(t *testing.T) {
+func TestHostileHost(t *testing.T) {
 	well := madeUp(0, 0)
 	endless := func(kind string, status int) http.HandlerFunc {
 		chunk := bytes.Repeat([]byte("a"), 1<<20)
