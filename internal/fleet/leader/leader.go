@@ -37,8 +37,10 @@ const (
 	gatherTime = 15 * time.Second
 	// askTime is how long a decision waits for an operator.
 	askTime = 10 * time.Minute
-	// refusedTime is how long a VM is not sent again to a host after an order was refused.
-	refusedTime = 10 * time.Minute
+	// After an order was refused its VM is not sent again to that host for leastRefused, as the
+	// daemon there may just have been started anew; then for twice as long each time.
+	leastRefused = 15 * time.Second
+	mostRefused  = 10 * time.Minute
 	// retryTime is how long this member waits after a term, or an attempt to get one, has failed.
 	retryTime = time.Second
 	// sayTime is how long others that are asked who leads may believe what this member heard.
@@ -176,6 +178,7 @@ type term struct {
 	ending      []store.Decision // to be written: what came of plans
 	noted       []store.Decision // the same of decisions that never became plans
 	unwritten   map[string]bool  // IDs of those that could not be, which was logged
+	refusals    map[string]int   // by VM, since an order was last carried out
 	beginning   map[string]bool  // hosts whose planned drain begins once the hook was told
 }
 
@@ -209,7 +212,7 @@ func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
 		policy: view.DefaultPolicy(), rules: map[string]store.Rule{},
 		maintenance: map[string]store.Maintenance{}, hosts: map[string]*hostState{},
 		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions,
-		unwritten: map[string]bool{}, beginning: map[string]bool{}}
+		unwritten: map[string]bool{}, refusals: map[string]int{}, beginning: map[string]bool{}}
 	if all.Settings.Policy != nil {
 		t.policy = *all.Settings.Policy
 	}
@@ -630,7 +633,11 @@ func (t *term) settleOne(d store.Decision, planned bool) bool {
 	v := d.Plan.Decision
 	t.planner.Ended(v.VM, d.Ended, problem)
 	if d.Outcome == "refused" {
-		t.planner.Refused(v.VM, v.To, d.Reason, d.Ended.Add(refusedTime))
+		wait := min(leastRefused<<min(t.refusals[v.VM], 8), mostRefused)
+		t.refusals[v.VM]++
+		t.planner.Refused(v.VM, v.To, d.Reason, d.Ended.Add(wait))
+	} else {
+		delete(t.refusals, v.VM)
 	}
 	t.log.Info("a plan has ended", "plan", d.Number, "id", d.Plan.ID, "vm", v.VM, "from", v.From,
 		"to", v.To, "outcome", d.Outcome, "reason", d.Reason)

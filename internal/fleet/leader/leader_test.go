@@ -471,6 +471,11 @@ func TestRefusedOrder(t *testing.T) {
 	if a.begun() != 0 {
 		t.Error("it began")
 	}
+	// What was in the way may be gone soon.
+	a.mu.Lock()
+	a.refuse = ""
+	a.mu.Unlock()
+	s.until("it is tried again", func() bool { return a.begun() == 1 })
 }
 
 // A leader that is deposed, and does not know it, gets no plan written; the host that has heard a
