@@ -105,6 +105,10 @@ type fleetMember struct {
 	file   *orders.File
 
 	standing orders.Standing // guarded by Host.mu
+
+	// For report alone: the VMs of the last one, and the VM that it looked ahead for last.
+	pictured []portrait
+	looked   string
 }
 
 func (h *Host) openFleet() (*fleetMember, error) {
@@ -307,6 +311,7 @@ func (m *fleetMember) report(ctx context.Context) (*fleetv1.Report, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.pictured = p.vms
 	// No order is carried out between the mark, the evictions and the VMs.
 	m.orders.Lock()
 	defer m.orders.Unlock()
@@ -392,18 +397,23 @@ func (m *fleetMember) tell(v portrait) *fleetv1.VM {
 	return out
 }
 
-// estimate looks ahead for one VM that nothing is known about, or nothing new.
+// estimate looks ahead for one VM that nothing is known about, or nothing new. They take turns, as
+// a VM may be due each time.
 func (m *fleetMember) estimate(ctx context.Context) {
-	for _, p := range m.portraits(ctx) {
+	first := 1 + slices.IndexFunc(m.pictured,
+		func(v portrait) bool { return v.vm.Name == m.looked })
+	for i := range m.pictured {
+		v := m.pictured[(first+i)%len(m.pictured)]
 		m.mu.Lock()
-		last, ok := m.ahead[p.vm.Name]
+		last := m.ahead[v.vm.Name]
 		m.mu.Unlock()
-		if p.process.PID == 0 || p.evicting != "" || p.problem != "" || p.vm.Unfit != nil ||
-			ok && last.process == p.process && time.Since(last.at) < estimateFleetAge {
+		if v.process.PID == 0 || v.evicting != "" || v.problem != "" || v.vm.Unfit != nil ||
+			last.holds(v, estimateFleetAge) {
 			continue
 		}
-		if _, err := m.lookAhead(ctx, p.vm, p.process); err != nil {
-			m.log.Debug("cannot look ahead", "vm", p.vm.Name, "error", err)
+		m.looked = v.vm.Name
+		if _, err := m.lookAhead(ctx, v, estimateFleetAge); err != nil {
+			m.log.Debug("cannot look ahead", "vm", v.vm.Name, "error", err)
 		}
 		return
 	}

@@ -128,3 +128,33 @@ func TestBarred(t *testing.T) {
 		t.Errorf("the list lacks %v", want)
 	}
 }
+
+// What was known of a VM's memory does not hold any more once it has come to use more, as a VM that
+// boots does.
+func TestEstimateHolds(t *testing.T) {
+	p := process.Process{PID: 1234, StartTime: 5678}
+	at := func(resident uint64) portrait {
+		return portrait{process: p, load: pressure.VMLoad{Resident: resident}}
+	}
+	e := lookedAhead{process: p, resident: 80 << 20, at: time.Now()}
+	for what, x := range map[string]struct {
+		estimate lookedAhead
+		v        portrait
+		want     bool
+	}{
+		"the same":      {e, at(80 << 20), true},
+		"a little":      {e, at(89 << 20), true},
+		"it has grown":  {e, at(100 << 20), false},
+		"it has shrunk": {e, at(60 << 20), false},
+		"another QEMU": {e, portrait{process: process.Process{PID: 1235, StartTime: 5678},
+			load: pressure.VMLoad{Resident: 80 << 20}}, false},
+		"none": {lookedAhead{}, at(80 << 20), false},
+	} {
+		if got := x.estimate.holds(x.v, time.Hour); got != x.want {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
+	if e.at = e.at.Add(-time.Hour); e.holds(at(80<<20), time.Hour) {
+		t.Error("it holds for ever")
+	}
+}

@@ -290,7 +290,7 @@ func (h *Host) survey(ctx context.Context, over time.Duration, to string) (scene
 		case v.vm.Unfit != nil:
 			vm.Barred = v.vm.Unfit.Error()
 		default:
-			e, err := h.lookAhead(ctx, v.vm, v.process)
+			e, err := h.lookAhead(ctx, v, estimateAge)
 			if err != nil {
 				vm.Barred = err.Error()
 				break
@@ -420,23 +420,32 @@ func (h *Host) movedAt(vm string) time.Time {
 	return at
 }
 
-// lookedAhead is an estimate, of a process, at a time.
+// lookedAhead is an estimate, of a process that had so much memory, at a time.
 type lookedAhead struct {
 	evict.Estimate
-	process process.Process
-	at      time.Time
+	process  process.Process
+	resident uint64
+	at       time.Time
+}
+
+// holds reports whether the estimate still tells of a VM, at that age at most. A VM that has come
+// to use more memory or less, as one that boots does, is looked at anew.
+func (l lookedAhead) holds(v portrait, age time.Duration) bool {
+	has, had := v.load.Resident, l.resident
+	return l.process == v.process && time.Since(l.at) < age && max(has, had)-min(has, had) <= had/8
 }
 
 // estimateAge is how old an estimate may be.
 const estimateAge = time.Minute
 
-// lookAhead estimates what an eviction of a VM here would find.
-func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM,
-	p process.Process) (evict.Estimate, error) {
+// lookAhead estimates what an eviction of a VM here would find, if the last estimate is older.
+func (h *Host) lookAhead(ctx context.Context, v portrait, age time.Duration) (evict.Estimate,
+	error) {
+	vm := v.vm
 	h.mu.Lock()
-	last, ok := h.ahead[vm.Name]
+	last := h.ahead[vm.Name]
 	h.mu.Unlock()
-	if ok && last.process == p && time.Since(last.at) < estimateAge {
+	if last.holds(v, age) {
 		return last.Estimate, nil
 	}
 	release, err := h.take(vm.Name) // nobody else has its monitor meanwhile
@@ -457,7 +466,7 @@ func (h *Host) lookAhead(ctx context.Context, vm hypervisor.VM,
 		return e, fmt.Errorf("its memory cannot be looked at: %w", err)
 	}
 	h.mu.Lock()
-	h.ahead[vm.Name] = lookedAhead{e, p, time.Now()}
+	h.ahead[vm.Name] = lookedAhead{e, v.process, v.load.Resident, time.Now()}
 	h.mu.Unlock()
 	return e, nil
 }

@@ -403,6 +403,7 @@ func DrainTakes(q *fleetv1.DrainRequest, r *fleetv1.DrainResponse, now time.Time
 	takes := time.Duration(*r.TakesS * float64(time.Second))
 	list = append(list, fmt.Sprintf("all that can leave %s will have left in %v", q.Host,
 		takes.Round(time.Second)))
+	list = append(list, r.Pace...)
 	if q.By != nil && now.Add(takes).After(q.By.AsTime()) {
 		list = append(list, fmt.Sprintf("that is later than %s",
 			q.By.AsTime().Local().Format("15:04")))

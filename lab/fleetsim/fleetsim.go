@@ -537,7 +537,7 @@ func (w *world) drains() {
 		if m.late > w.step || m.lies > w.step || m.gone > w.step || m.under > 0 {
 			return
 		}
-		f := s.p.Forecast(w.now(), w.Step, 0, m.name)
+		f := s.p.Forecast(w.now(), place.Rounds{Every: w.Step}, 0, m.name)
 		*d = drain{host: host, began: w.step, forecast: f.Takes, vms: len(m.guests)}
 		s.p.Maintain(view.Maintenance{Host: m.name, Phase: view.Draining, Asked: w.now()})
 		s.left = nil

@@ -608,7 +608,9 @@ func (b operators) Drain(ctx context.Context, req *connect.Request[fleetv1.Drain
 		names[i], known = h.Name, known && h.report != nil
 		drains[i] = t.drainOf(h, req.Msg, who, now)
 	}
-	f := t.planner.Forecast(now, tick, float64(req.Msg.Rate), names...)
+	// The next round comes in half of the time between two, as the mean.
+	f := t.planner.Forecast(now, place.Rounds{First: t.apart / 2, Every: t.apart},
+		float64(req.Msg.Rate), names...)
 	for i, h := range picked {
 		if h.report != nil {
 			takes, ok := f.Empty[h.Name]
@@ -673,7 +675,7 @@ func (t *term) drainOf(h *hostState, q *fleetv1.DrainRequest, who string,
 
 // forecast is what comes of a drain as operators are told.
 func forecast(f place.Forecast, names []string) *fleetv1.DrainResponse {
-	r := &fleetv1.DrainResponse{Staying: staying(f.Stay)}
+	r := &fleetv1.DrainResponse{Staying: staying(f.Stay), Pace: f.Pace}
 	for _, s := range f.Steps {
 		r.Steps = append(r.Steps, &fleetv1.Step{Vm: s.VM, From: s.From, To: s.To,
 			DoneS: s.End.Seconds()})

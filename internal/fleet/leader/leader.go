@@ -180,6 +180,8 @@ type term struct {
 	unwritten   map[string]bool  // IDs of those that could not be, which was logged
 	refusals    map[string]int   // by VM, since an order was last carried out
 	beginning   map[string]bool  // hosts whose planned drain begins once the hook was told
+	asked       time.Time        // when the planner was last asked for decisions; zero: not yet
+	apart       time.Duration    // of rounds
 }
 
 // hostState is a host of the fleet, and what it has told this leader.
@@ -212,7 +214,8 @@ func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
 		policy: view.DefaultPolicy(), rules: map[string]store.Rule{},
 		maintenance: map[string]store.Maintenance{}, hosts: map[string]*hostState{},
 		plans: map[string]*plan{}, waiting: map[string]*waiting{}, decisions: all.Decisions,
-		unwritten: map[string]bool{}, refusals: map[string]int{}, beginning: map[string]bool{}}
+		unwritten: map[string]bool{}, refusals: map[string]int{}, beginning: map[string]bool{},
+		apart: tick}
 	if all.Settings.Policy != nil {
 		t.policy = *all.Settings.Policy
 	}
@@ -227,6 +230,9 @@ func newTerm(ctx context.Context, b *Brain, c store.Term, all store.Everything,
 	for _, m := range all.Maintenance {
 		t.maintenance[m.Host] = m
 		t.planner.Maintain(m.Maintenance)
+	}
+	for _, d := range all.Decisions {
+		t.learn(d)
 	}
 	for _, p := range all.Plans {
 		t.plans[p.ID] = &plan{Plan: p}
@@ -355,6 +361,10 @@ func (t *term) round() {
 		t.mu.Unlock()
 		return
 	}
+	if !t.asked.IsZero() {
+		t.apart += (now.Sub(t.asked) - t.apart) / 8
+	}
+	t.asked = now
 	for id, w := range t.waiting {
 		if now.After(w.until) {
 			t.reject(id, "no operator approved it in time", now)
@@ -399,6 +409,20 @@ func (t *term) closed(d store.Decision) {
 	if n := len(t.decisions) - store.KeepDecisions; n > 0 {
 		t.decisions = slices.Delete(t.decisions, 0, n)
 	}
+}
+
+// learn has forecasts go by what came of a decision.
+func (t *term) learn(d store.Decision) {
+	if d.Outcome != "completed" || d.TotalS == nil {
+		return
+	}
+	moving := *d.TotalS
+	if d.DownS != nil { // of a VM that was paused it is not known, and makes little of it
+		moving -= *d.DownS
+	}
+	m := d.Plan.Decision.Move
+	t.planner.Learn(view.Outcome{From: m.From, To: m.To, InUse: m.InUse, Ended: d.Ended,
+		Took: d.Ended.Sub(m.Began), Moving: seconds(moving), Limited: d.Plan.Rate > 0})
 }
 
 // note keeps a decision that never became a plan, for settle to write. If there are more than the
@@ -621,6 +645,7 @@ func (t *term) settleOne(d store.Decision, planned bool) bool {
 	}
 	delete(t.unwritten, d.Plan.ID)
 	t.closed(d)
+	t.learn(d)
 	t.metrics.closed(d)
 	if !planned {
 		return true

@@ -23,6 +23,7 @@ import (
 	fleetv1 "vacate/internal/fleet/api/v1"
 	"vacate/internal/fleet/member"
 	"vacate/internal/fleet/orders"
+	"vacate/internal/fleet/place"
 	"vacate/internal/fleet/store"
 	"vacate/internal/fleet/view"
 	"vacate/internal/link/certs"
@@ -301,8 +302,8 @@ func (f *fake) end(to *fake) {
 	defer f.mu.Unlock()
 	for _, e := range f.evictions {
 		if e.Outcome == "" {
-			total := 1.5
-			e.Outcome, e.EndedAt, e.TotalS = "completed", timestamppb.Now(), &total
+			down, total := 1.4, 1.5
+			e.Outcome, e.EndedAt, e.DownS, e.TotalS = "completed", timestamppb.Now(), &down, &total
 			if f.odd {
 				total = math.NaN()
 				e.EvictionId, e.Reason = strings.Repeat("x", 1<<16), strings.Repeat("y", 1<<16)
@@ -328,6 +329,40 @@ func decisions(t *testing.T, c fleetv1.FleetClient) []*fleetv1.Decision {
 		return nil
 	}
 	return r.Msg.Decisions
+}
+
+// A new leader has forecasts go by what came of evictions that earlier ones ordered.
+func TestTermLearns(t *testing.T) {
+	at := time.Unix(1e9, 0).UTC()
+	down, total := 0.5, 8.5
+	came := func(outcome string, took time.Duration, d, s *float64) store.Decision {
+		return store.Decision{Outcome: outcome, Ended: at.Add(took), DownS: d, TotalS: s,
+			Plan: store.Plan{Decision: view.Decision{Move: view.Move{VM: "web1", From: "hosta",
+				To: "hostb", Began: at, InUse: 4e8}}}}
+	}
+	b := New(Config{}, nil, slog.New(slog.DiscardHandler))
+	term := newTerm(t.Context(), b, store.Term{}, store.Everything{Decisions: []store.Decision{
+		came("completed", 10*time.Second, &down, &total),
+		came("completed", 12*time.Second, nil, &total), // it was paused
+		came("completed", time.Second, nil, nil),       // it is not known how long it took
+		came("completed", time.Second, &down, &total),  // by another clock
+		came("aborted", 100*time.Second, &down, &total),
+	}}, nil)
+	for i, name := range []string{"hosta", "hostb"} {
+		r := view.Report{Seen: at, Host: view.Host{Name: name, CPUs: 8, Rate: 1e8, Total: 1 << 36,
+			Available: 1 << 36}}
+		if i == 0 {
+			r.VMs = []view.VM{{Name: "web1", Memory: 1 << 30, InUse: 4e8}}
+		}
+		if err := term.planner.Report(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := term.planner.Forecast(at, place.Rounds{Every: tick}, 0, "hosta")
+	if len(f.Pace) != 1 || !strings.HasPrefix(f.Pace[0],
+		"as the last 2 evictions from hosta, each takes 2.8s besides its memory") {
+		t.Errorf("%+v", f)
+	}
 }
 
 // A drain is carried out, outlives a change of leader in the midst of its evictions, and is undone.
@@ -411,6 +446,11 @@ func TestDrain(t *testing.T) {
 	a.mu.Unlock()
 	s.until("it is drained again", func() bool { return phase() == "draining" })
 	s.until("the VM leaves", func() bool { return a.begun() == 3 })
+	// How long that takes is known from the two before.
+	if got := drain(true).Pace; len(got) != 1 ||
+		!strings.HasPrefix(got[0], "as the last 2 evictions from hosta, each takes ") {
+		t.Errorf("%q", got)
+	}
 	a.end(b)
 	s.until("the host is empty again", func() bool { return phase() == "drained" })
 	if _, err := boss.Restore(t.Context(),

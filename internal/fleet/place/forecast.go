@@ -16,6 +16,8 @@ type Forecast struct {
 	Stay  []Stay         `json:"stay,omitempty"`
 	// Empty says when each host that will be empty is, from now on.
 	Empty map[string]time.Duration `json:"empty_ns"`
+	// Pace says by what evictions from each of the hosts are that fast, in words.
+	Pace []string `json:"pace,omitempty"`
 }
 
 // ForecastStep is one VM that will have left.
@@ -28,11 +30,23 @@ type ForecastStep struct {
 	Why   []string      `json:"why,omitempty"`
 }
 
+// Rounds say when the planner will be asked for decisions: first, and then every so often.
+type Rounds struct{ First, Every time.Duration }
+
+// after is the first round at a time or later.
+func (r Rounds) after(at time.Duration) time.Duration {
+	if at <= r.First {
+		return r.First
+	}
+	every := max(r.Every, time.Millisecond)
+	return r.First + (at-r.First+every-1)/every*every
+}
+
 // Forecast tells what comes of draining these hosts together, with each eviction at a rate at most
 // (in bytes per second; 0: any), without a change to anything. It has a copy of the planner drain
-// them in simulated time, with a round every so often: what it says is what the planner would do.
-func (p *Planner) Forecast(now time.Time, every time.Duration, rate float64,
-	hosts ...string) Forecast {
+// them in simulated time: what it says is what the planner would do. How long that takes follows
+// from what came of earlier evictions: see pace.
+func (p *Planner) Forecast(now time.Time, rounds Rounds, rate float64, hosts ...string) Forecast {
 	q := p.clone(now)
 	f := Forecast{Empty: map[string]time.Duration{}}
 	for _, name := range hosts {
@@ -42,7 +56,8 @@ func (p *Planner) Forecast(now time.Time, every time.Duration, rate float64,
 		}
 	}
 	// Others that are being drained go on, and take room, too.
-	s := simulation{q: q, every: max(every, time.Millisecond), start: q.now, f: &f}
+	s := simulation{q: q, rounds: rounds, start: q.now, f: &f, paces: map[*host]pace{},
+		moving: map[*host]int{}}
 	s.run()
 	for _, name := range hosts {
 		h := q.hosts[name]
@@ -58,42 +73,60 @@ func (p *Planner) Forecast(now time.Time, every time.Duration, rate float64,
 	}
 	f.Steps = slices.DeleteFunc(f.Steps,
 		func(s ForecastStep) bool { return !slices.Contains(hosts, s.From) })
-	for _, s := range f.Steps {
-		f.Takes = max(f.Takes, s.End)
-		if at, ok := f.Empty[s.From]; ok {
-			f.Empty[s.From] = max(at, s.End)
+	for _, step := range f.Steps {
+		f.Takes = max(f.Takes, step.End)
+		if at, ok := f.Empty[step.From]; ok { // a round finds that
+			f.Empty[step.From] = max(at, rounds.after(step.End))
+		}
+		text := s.pace(q.hosts[step.From]).String()
+		if !slices.Contains(f.Pace, text) {
+			f.Pace = append(f.Pace, text)
 		}
 	}
 	return f
 }
 
-// simulation is a planner whose moves take as long as it is predicted, links being shared.
+// simulation is a planner whose moves are as fast as those before, links being shared.
 type simulation struct {
-	q     *Planner
-	every time.Duration
-	start time.Time
-	under []*transfer
-	f     *Forecast
+	q      *Planner
+	rounds Rounds
+	start  time.Time
+	under  []*transfer
+	f      *Forecast
+	paces  map[*host]pace
+	moving map[*host]int // how many move memory from it or to it
 }
 
 // transfer is a move in simulated time.
 type transfer struct {
 	*move
+	pace
 	begin time.Time
-	wait  time.Duration // until its memory goes
+	wait  time.Duration // until its memory moves
 	left  float64       // bytes
 	why   []string
+}
+
+func (s *simulation) pace(h *host) pace {
+	if _, ok := s.paces[h]; !ok {
+		s.paces[h] = s.q.pace(h)
+	}
+	return s.paces[h]
 }
 
 func (s *simulation) run() {
 	for _, m := range s.q.moves {
 		if m.ended.IsZero() {
+			t := &transfer{move: m, pace: s.pace(m.from), begin: m.Began}
 			took := s.q.now.Sub(m.Began)
-			s.under = append(s.under, &transfer{move: m, begin: m.Began, left: max(0,
-				float64(m.InUse)-took.Seconds()*rate(m.from, m.to, 1))})
+			t.wait = max(0, t.besides-took)
+			t.left = max(0, float64(m.InUse)-
+				max(0, took-t.besides).Seconds()*t.share*rate(m.from, m.to, 0))
+			s.under = append(s.under, t)
 		}
 	}
 	slices.SortFunc(s.under, func(a, b *transfer) int { return byName(a.from, b.From) })
+	s.reach(s.start.Add(s.rounds.First))
 	const most = 1 << 20 // steps: more than there can be
 	for range most {
 		r := round{Planner: s.q}
@@ -102,8 +135,10 @@ func (s *simulation) run() {
 		for _, d := range r.decisions {
 			m := s.q.moves[d.VM]
 			m.proposed = false
-			s.under = append(s.under, &transfer{move: m, begin: s.q.now,
-				wait: d.Predicted.Transfer, left: float64(m.InUse), why: d.Reasons})
+			t := &transfer{move: m, pace: s.pace(m.from), begin: s.q.now, left: float64(m.InUse),
+				why: d.Reasons}
+			t.wait = t.besides
+			s.under = append(s.under, t)
 		}
 		if len(s.under) == 0 {
 			return
@@ -117,58 +152,73 @@ func (s *simulation) run() {
 // step goes on to the first round after a move has ended.
 func (s *simulation) step() bool {
 	for {
-		next := time.Duration(-1)
-		for _, t := range s.under {
-			if d, ok := t.lasts(); ok && (next < 0 || d < next) {
-				next = d
-			}
-		}
-		if next < 0 {
+		next, ok := s.next()
+		if !ok {
 			return false // a link whose rate is not known
 		}
-		// The planner looks again only at its next round.
-		ahead := s.q.now.Add(next).Sub(s.start)
-		if over := ahead % s.every; over > 0 {
-			ahead += s.every - over
-		}
-		until := s.start.Add(ahead)
-		ended := s.pass(s.q.now.Add(next))
-		for s.q.now.Before(until) {
-			first := until
-			for _, t := range s.under {
-				if d, ok := t.lasts(); ok && s.q.now.Add(d).Before(first) {
-					first = s.q.now.Add(d)
-				}
-			}
-			ended = s.pass(first) || ended
-		}
-		if ended {
+		if s.reach(s.start.Add(s.rounds.after(next.Sub(s.start)))) {
 			return true
 		}
 	}
 }
 
-// lasts is how long a move takes from now on, with its present share of the links.
-func (t *transfer) lasts() (time.Duration, bool) {
-	r := t.rate()
-	if r <= 0 {
-		return 0, false
+// next is when a move comes to move memory, or has ended.
+func (s *simulation) next() (next time.Time, ok bool) {
+	clear(s.moving)
+	for _, t := range s.under {
+		if t.wait == 0 {
+			s.moving[t.from]++
+			s.moving[t.to]++
+		}
 	}
-	return t.wait + time.Duration(t.left/r*1e9) + 1, true
+	for _, t := range s.under {
+		at := s.q.now.Add(t.wait)
+		if t.wait == 0 {
+			r := s.rate(t)
+			if r <= 0 {
+				continue
+			}
+			at = at.Add(time.Duration(t.left/r*1e9) + 1)
+		}
+		if !ok || at.Before(next) {
+			next, ok = at, true
+		}
+	}
+	return next, ok
 }
 
-func (t *transfer) rate() float64 {
-	return rate(t.from, t.to, 0)
+// rate is what goes over the links of a move. Those that move memory share them.
+func (s *simulation) rate(t *transfer) float64 {
+	r := t.share * min(t.from.Rate/float64(max(1, s.moving[t.from])),
+		t.to.Rate/float64(max(1, s.moving[t.to])))
+	if m := t.from.maintenance; m.Phase == view.Draining && m.Rate > 0 {
+		r = min(r, m.Rate)
+	}
+	return r
 }
 
-// pass has time go on, in which no move ends but at its end. It reports whether one has.
+// reach has time go on until a moment. It reports whether a move has ended.
+func (s *simulation) reach(until time.Time) (ended bool) {
+	for s.q.now.Before(until) {
+		to := until
+		if next, ok := s.next(); ok && next.Before(to) {
+			to = next
+		}
+		ended = s.pass(to) || ended
+	}
+	return ended
+}
+
+// pass has time go on, in which nothing of next happens but at its end. It reports whether a move
+// has ended.
 func (s *simulation) pass(until time.Time) (ended bool) {
 	d := until.Sub(s.q.now)
 	for _, t := range s.under {
-		left := d
-		waited := min(t.wait, left)
-		t.wait, left = t.wait-waited, left-waited
-		t.left -= left.Seconds() * t.rate()
+		if t.wait > 0 {
+			t.wait -= d
+		} else {
+			t.left -= d.Seconds() * s.rate(t)
+		}
 	}
 	s.q.now = until
 	var done []*transfer
@@ -228,6 +278,7 @@ func (p *Planner) clone(now time.Time) *Planner {
 		q.names = append(q.names, &n)
 	}
 	maps.Copy(q.refused, p.refused)
+	q.past = p.past
 	for _, h := range p.names {
 		guests := make([]*vm, len(h.guests))
 		for i, v := range h.guests {

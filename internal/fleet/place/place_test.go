@@ -423,9 +423,12 @@ func six(t testing.TB) *fleet {
 	return f
 }
 
+// everySecond has the first round now.
+var everySecond = Rounds{Every: time.Second}
+
 func TestDrain(t *testing.T) {
 	f := six(t)
-	forecast := f.Forecast(f.now, time.Second, 0, "a")
+	forecast := f.Forecast(f.now, everySecond, 0, "a")
 	why := map[string]string{}
 	for _, s := range forecast.Stay {
 		why[s.VM] = s.Why
@@ -445,7 +448,7 @@ func TestDrain(t *testing.T) {
 		t.Errorf("%v, want %v: %+v", forecast.Takes, want, forecast)
 	}
 	// Two at a time, and each at what the operator allows.
-	slow := f.Forecast(f.now, time.Second, 10e6, "a")
+	slow := f.Forecast(f.now, everySecond, 10e6, "a")
 	if least := 39 * gib / 20e6; slow.Takes.Seconds() < least || slow.Takes.Seconds() > 2*least {
 		t.Errorf("at 10 MB/s each: %v", slow.Takes)
 	}
@@ -490,7 +493,7 @@ func TestForecastIsWhatComes(t *testing.T) {
 		}
 	}
 	f.report()
-	forecast := f.Forecast(f.now, time.Second, 0, "h0", "h1")
+	forecast := f.Forecast(f.now, everySecond, 0, "h0", "h1")
 	f.Maintain(view.Maintenance{Host: "h0", Phase: view.Draining})
 	f.Maintain(view.Maintenance{Host: "h1", Phase: view.Draining})
 	steps := map[string]string{}
@@ -512,6 +515,63 @@ func TestForecastIsWhatComes(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	}
+}
+
+// A forecast goes by what came of earlier evictions: the time that they took besides their memory,
+// and how much of their links they used. A host that had none goes by those of others.
+func TestForecastLearns(t *testing.T) {
+	f := newFleet(t)
+	for _, name := range []string{"a", "b", "c"} {
+		f.host(name, 8, 64*gib).Transfer = time.Second
+	}
+	for _, name := range []string{"v1", "v2", "v3", "v4"} {
+		f.vm(name, "a", 0.1, 5*gib/4).InUse = 1260e6
+	}
+	f.rules("vms name=v* must run on hosts name=a|b")
+	f.report()
+	f.pass(2 * time.Second) // how far reports are apart
+	half := Rounds{First: 500 * time.Millisecond, Every: time.Second}
+	want := func(what string, takes, empty float64, pace string) {
+		t.Helper()
+		x := f.Forecast(f.now, half, 0, "a")
+		if len(x.Steps) != 4 || math.Abs(x.Takes.Seconds()-takes) > 0.02 ||
+			math.Abs(x.Empty["a"].Seconds()-empty) > 0.02 || !slices.Equal(x.Pace, []string{pace}) {
+			t.Errorf("%s: %+v, want %v, %v, %q", what, x, takes, empty, pace)
+		}
+	}
+	// Two at a time, each with half of the link: 0.5 s until the first round, 2 s besides, 20.16 s
+	// of memory; the round at 23.5 s; the same again, and the round at 46.5 s.
+	want("nothing is known", 45.66, 46.5,
+		"no eviction has been measured: each is taken to need 2s "+
+			"besides its memory, and all of its links")
+	took := func(from string, besides, moving time.Duration, inUse uint64) {
+		f.Learn(view.Outcome{From: from, To: "b", InUse: inUse, Ended: f.now, Moving: moving,
+			Took: besides + moving})
+	}
+	// Two at once: 1 GB in 10 s, at 125 MB/s.
+	took("c", 3*time.Second, 10*time.Second, 5e8)
+	took("c", 3*time.Second, 10*time.Second, 5e8)
+	want("by another host's", 57.7, 58.5,
+		"as the last 2 evictions, each takes 3s besides its memory, and uses 80 % of its links")
+	// Of short ones, only the rest counts; so it does of those that had a rate of their own.
+	took("a", 5*time.Second, 100*time.Millisecond, 1)
+	f.Learn(view.Outcome{From: "a", To: "b", InUse: 1, Ended: f.now, Limited: true,
+		Moving: time.Minute, Took: time.Minute + 5*time.Second})
+	f.Learn(view.Outcome{From: "a", To: "b", Ended: f.now, Moving: time.Minute}) // no sense
+	want("by its own", 51.66, 52.5,
+		"as the last 2 evictions from a, each takes 5s besides its memory, and uses 100 % of its "+
+			"links")
+	for range 2 * mostPast {
+		f.now = f.now.Add(time.Minute)
+		took("a", time.Second, 10*time.Second, 1250e6)
+	}
+	f.report()
+	if n := len(f.past["a"]) + len(f.past[""]); n != 2*mostPast {
+		t.Errorf("it remembers %d", n)
+	}
+	want("by the latest", 43.66, 44.5,
+		"as the last 9 evictions from a, each takes 1s besides its memory, and uses 100 % of its "+
+			"links")
 }
 
 // VMs that must run together leave together, for where all have room.

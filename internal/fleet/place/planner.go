@@ -30,7 +30,9 @@ type Planner struct {
 	refused map[pair]refusal
 	// proposed are the last round's decisions.
 	proposed []*move
-	now      time.Time
+	// past has the latest moves from each host that completed; at "", of all hosts.
+	past map[string][]view.Outcome
+	now  time.Time
 }
 
 type pair struct{ vm, to string }
@@ -43,8 +45,9 @@ type refusal struct {
 // host is a host, and what the planner makes of it.
 type host struct {
 	view.Host
-	seen        time.Time // zero: only its maintenance is known
-	guests      []*vm     // by its word, in order of name
+	seen        time.Time     // zero: only its maintenance is known
+	every       time.Duration // that its reports are apart; 0: not known
+	guests      []*vm         // by its word, in order of name
 	maintenance view.Maintenance
 
 	moves []*move // from it or to it
@@ -89,7 +92,8 @@ type move struct {
 // New returns a planner that knows no host yet.
 func New(p view.Policy) *Planner {
 	return &Planner{policy: p, hosts: map[string]*host{}, vms: map[string]*vm{},
-		moves: map[string]*move{}, links: map[string]int{}, refused: map[pair]refusal{}}
+		moves: map[string]*move{}, links: map[string]int{}, refused: map[pair]refusal{},
+		past: map[string][]view.Outcome{}}
 }
 
 // SetPolicy has another policy hold from now on.
@@ -145,6 +149,10 @@ func (p *Planner) Report(r view.Report) error {
 		for _, v := range here {
 			p.enterRules(v)
 		}
+	}
+	if apart := r.Seen.Sub(h.seen); !h.seen.IsZero() && apart > 0 && apart <= p.policy.Late {
+		h.every = cmp.Or(h.every, apart)
+		h.every += (apart - h.every) / 8
 	}
 	h.Host, h.seen = r.Host, later(h.seen, r.Seen)
 	p.take(h, r.VMs)
@@ -266,6 +274,7 @@ func (p *Planner) Forget(name string) {
 	p.index.remove(h)
 	p.short.remove(h)
 	delete(p.hosts, name)
+	delete(p.past, name)
 	p.names = slices.DeleteFunc(p.names, func(o *host) bool { return o == h })
 	p.forgetLists()
 }

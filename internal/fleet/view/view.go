@@ -330,13 +330,13 @@ type Decision struct {
 	Move Move `json:"move"`
 }
 
-// Outcome is what came of a decision.
+// Outcome is what came of a move that completed.
 type Outcome struct {
-	Ended    time.Time     `json:"ended"`
-	Moved    bool          `json:"moved"` // the VM runs at the target, with all of its memory
-	Problem  string        `json:"problem,omitempty"`
-	Transfer time.Duration `json:"transfer_ns,omitempty"`
-	Back     time.Duration `json:"back_ns,omitempty"`
-	Total    time.Duration `json:"total_ns,omitempty"`
-	Gain     float64       `json:"gain,omitempty"`
+	From    string        `json:"from"`
+	To      string        `json:"to"`
+	InUse   uint64        `json:"in_use"`            // as Move has it
+	Ended   time.Time     `json:"ended"`             // when that was known
+	Took    time.Duration `json:"took_ns"`           // from the order until then
+	Moving  time.Duration `json:"moving_ns"`         // of that, for which memory followed the VM
+	Limited bool          `json:"limited,omitempty"` // it had a rate of its own
 }

@@ -1710,7 +1710,9 @@ type DrainResponse struct {
 	// The hosts, in the order in which they will be empty; last those that will not be.
 	Hosts []*Emptied `protobuf:"bytes,4,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	// What went wrong, and holds nothing up: the hook was not told.
-	Warnings      []string `protobuf:"bytes,5,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Warnings []string `protobuf:"bytes,5,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// By what evictions are taken to be that fast, a sentence for each host that differs.
+	Pace          []string `protobuf:"bytes,6,rep,name=pace,proto3" json:"pace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1776,6 +1778,13 @@ func (x *DrainResponse) GetHosts() []*Emptied {
 func (x *DrainResponse) GetWarnings() []string {
 	if x != nil {
 		return x.Warnings
+	}
+	return nil
+}
+
+func (x *DrainResponse) GetPace() []string {
+	if x != nil {
+		return x.Pace
 	}
 	return nil
 }
@@ -3415,13 +3424,14 @@ const file_internal_fleet_api_v1_fleet_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
 	"\adry_run\x18\x04 \x01(\bR\x06dryRun\x12\x12\n" +
 	"\x04rate\x18\x05 \x01(\x04R\x04rate\x12*\n" +
-	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xcc\x01\n" +
+	"\x02at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xe0\x01\n" +
 	"\rDrainResponse\x12\x1c\n" +
 	"\atakes_s\x18\x01 \x01(\x01H\x00R\x06takesS\x88\x01\x01\x12+\n" +
 	"\x05steps\x18\x02 \x03(\v2\x15.vacate.fleet.v1.StepR\x05steps\x12\x18\n" +
 	"\astaying\x18\x03 \x03(\tR\astaying\x12.\n" +
 	"\x05hosts\x18\x04 \x03(\v2\x18.vacate.fleet.v1.EmptiedR\x05hosts\x12\x1a\n" +
-	"\bwarnings\x18\x05 \x03(\tR\bwarningsB\n" +
+	"\bwarnings\x18\x05 \x03(\tR\bwarnings\x12\x12\n" +
+	"\x04pace\x18\x06 \x03(\tR\x04paceB\n" +
 	"\n" +
 	"\b_takes_s\"Q\n" +
 	"\x04Step\x12\x0e\n" +
