@@ -246,6 +246,10 @@ func refusal(at string) bool { return strings.HasSuffix(at, "/refused") }
 var late = []string{"destination/completing", "destination/completed", "source/retiring",
 	"source/completed"}
 
+// reachTime is how long an eviction may take to a state, on a busy machine. A guest that powers
+// itself off meanwhile needs its pages for that.
+const reachTime = 2 * time.Minute
+
 // load is what the VMs do: a little, so that several evictions may run side by side.
 var load = lab.Load{HotMiB: 16, IdleMiB: 48, Slow: true}
 
@@ -318,13 +322,13 @@ func disturb(t *testing.T, l *lab.Lab, saved *lab.Saved, c cell, delay time.Dura
 	}
 	r.eviction = e.Id
 	if detour {
-		if !r.at(w.at).reach(w.at, 30*time.Second) {
+		if !r.at(w.at).reach(w.at, reachTime) {
 			t.Fatalf("the eviction did not come to %s", w.at)
 		}
 		w.do(r)
 		r.at(w.at).release(w.at)
 	}
-	if !at.reach(c.at, 30*time.Second) {
+	if !at.reach(c.at, reachTime) {
 		t.Fatalf("the eviction did not come to %s", c.at)
 	}
 	c.fault.do(r)

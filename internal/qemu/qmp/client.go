@@ -170,11 +170,19 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, greetingLimit)
 	defer cancel()
 	c, err := dial(ctx, path)
+	// A QEMU that was too busy for an earlier client may carry out that client's qmp_capabilities
+	// in this session. Then it refuses ours. In another session it does not.
+	for try := 1; try < maxSessions && errors.Is(err, ErrCommandNotFound); try++ {
+		c, err = dial(ctx, path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connect to QMP monitor %s: %w", path, err)
 	}
 	return c, nil
 }
+
+// maxSessions is how often Dial begins. Each time QEMU has at most one command left.
+const maxSessions = 4
 
 // NewClient is Dial for a connection that is there: one that somebody made who speaks for QEMU,
 // such as package libvirt. So PeerPID is the process that runs the virtual CPUs. It closes conn

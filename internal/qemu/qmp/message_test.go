@@ -4,11 +4,15 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -272,6 +276,54 @@ func TestStaleReplies(t *testing.T) {
 		g, err := readGreeting(bufio.NewReader(strings.NewReader(strings.Repeat(stale, n) + hello)))
 		if ok != (err == nil && g != nil) || !ok && !errors.Is(err, ErrNotQMP) {
 			t.Errorf("greeting behind %d stale replies: %+v, %v", 2*n, g, err)
+		}
+	}
+}
+
+// An earlier client's qmp_capabilities is carried out in this client's session, so that its own is
+// refused. The client begins anew, and not without end.
+func TestNegotiatedByAnother(t *testing.T) {
+	const refusal = `{"error": {"class": "CommandNotFound", "desc": "already complete"}, "id": %v}`
+	for refused, ok := range map[int]bool{1: true, maxSessions - 1: true, maxSessions: false} {
+		path := filepath.Join(t.TempDir(), "qmp")
+		ln, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var sessions int
+		var serving sync.WaitGroup
+		serving.Go(func() {
+			for {
+				conn, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				sessions++
+				answer := `{"return": {}, "id": %v}`
+				if sessions <= refused {
+					answer = refusal
+				}
+				io.WriteString(conn, hello)
+				var said struct{ ID any }
+				d := json.NewDecoder(conn)
+				d.UseNumber()
+				d.Decode(&said)
+				fmt.Fprintf(conn, answer+"\n", said.ID)
+				io.Copy(io.Discard, conn)
+				conn.Close()
+			}
+		})
+		c, err := Dial(t.Context(), path)
+		if ok != (err == nil) || !ok && !errors.Is(err, ErrCommandNotFound) {
+			t.Errorf("%d sessions refused: %v", refused, err)
+		}
+		if err == nil {
+			c.Close()
+		}
+		ln.Close()
+		serving.Wait()
+		if want := min(refused+1, maxSessions); sessions != want {
+			t.Errorf("%d sessions refused: %d were begun, want %d", refused, sessions, want)
 		}
 	}
 }
