@@ -371,6 +371,12 @@ func (e *source) movable() (err error) {
 	if e.qemu, err = process.Find(e.mem.PID()); err != nil {
 		return fmt.Errorf("hold on to QEMU's process %d: %w", e.mem.PID(), err)
 	}
+	if keeper, name, _ := e.qemu.Keeper(); keeper != 0 {
+		e.Log.Warn("the VM's QEMU is a job of another process: if that ends before the eviction "+
+			"does, the kernel ends this QEMU, and the VM may be lost. Let it go on until then, "+
+			"and start QEMUs by setsid, -daemonize or a unit", "qemu", e.qemu.PID, "job_of",
+			keeper, "name", name)
+	}
 	return e.qemu.MayStop()
 }
 
