@@ -44,8 +44,13 @@ func (p pace) String() string {
 	if p.host != "" {
 		from = " from " + p.host
 	}
-	return fmt.Sprintf("as the last %d evictions%s, each takes %v besides its memory, and uses "+
-		"%.0f %% of its links", p.by, from, p.besides.Round(100*time.Millisecond), 100*p.share)
+	last := "as the last eviction"
+	if p.by > 1 {
+		last = fmt.Sprintf("as the last %d evictions", p.by)
+	}
+	return fmt.Sprintf("%s%s, each takes %v besides its memory, and uses %.0f %% of its links",
+		last,
+		from, p.besides.Round(100*time.Millisecond), 100*p.share)
 }
 
 // Learn is told what came of each move that completed, in the order in which they did.

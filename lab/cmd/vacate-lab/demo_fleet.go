@@ -181,7 +181,13 @@ and what came:`)
 			perSecond(v.client, now.Add(-2*time.Second), now),
 			perSecond(v.client, began.Add(-2*time.Second), began))
 	}
-	d.say("Each has a core for itself:%s", text)
+	if x.From == daemons.Name(d.fleet.Hosts[0]) {
+		d.say("Each has a core for itself:%s", text)
+	} else { // the hosts share the machine's few cores
+		d.say("That relieved %s, where VMs starved as well. Those of host a still share its "+
+			"core:%s",
+			x.From, text)
+	}
 	return nil
 }
 
