@@ -889,6 +889,33 @@ func (w *anything) step(t *rapid.T) {
 	}
 }
 
+// A VM has arrived by its new host's word. Its old host does not report for a while. It is where it
+// arrived, for rules as well.
+func TestArrivedBeforeReport(t *testing.T) {
+	f := newFleet(t)
+	for _, name := range []string{"a", "b", "c"} {
+		f.host(name, 4, 32*gib)
+	}
+	f.vm("v0", "c", 1, gib, "app=db")
+	f.vm("v1", "a", 1, gib, "app=db")
+	f.rules("db: vms app=db must run apart")
+	f.report()
+	f.Began(view.Move{VM: "v1", From: "a", To: "b"})
+	f.now = f.now.Add(time.Second)
+	f.at["v1"] = "b"
+	f.Ended("v1", f.now, "")
+	f.now = f.now.Add(time.Second)
+	f.report("b", "c")
+	f.Round(f.now)
+	if v1 := f.Planner.vms["v1"]; v1.host != f.Planner.hosts["b"] || v1.move != nil {
+		t.Errorf("v1 is on %s, %+v", v1.host.Name, v1.move)
+	}
+	why := f.fit(f.Planner.vms["v0"], f.Planner.hosts["b"], view.Restore, 1)
+	if why.kind != byRule || why.who != "v1" {
+		t.Errorf("v0 on b: %+v", why)
+	}
+}
+
 // TestOptimum compares with the best that there is, in small fleets: how much CPU VMs lack so as
 // not to starve, once nothing moves any more, and wherever each VM might be.
 func TestOptimum(t *testing.T) {

@@ -242,6 +242,11 @@ func (p *Planner) locate(v *vm) {
 			}
 		}
 	}
+	p.put(v, at)
+}
+
+// put notes which host a VM runs on; nil: it runs nowhere any more.
+func (p *Planner) put(v *vm, at *host) {
 	if at == v.host && at != nil {
 		return
 	}
@@ -364,7 +369,10 @@ func (p *Planner) settle(m *move) {
 	if m.ended.IsZero() || !m.to.seen.After(m.ended) {
 		return
 	}
-	if slices.Contains(m.vm.claims, m.to) || p.now.Sub(m.ended) > 2*p.policy.Late {
+	if slices.Contains(m.vm.claims, m.to) {
+		p.put(m.vm, m.to) // though the host that it left may not have reported since
+		p.drop(m)
+	} else if p.now.Sub(m.ended) > 2*p.policy.Late {
 		p.drop(m)
 	}
 }
