@@ -170,9 +170,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, greetingLimit)
 	defer cancel()
 	c, err := dial(ctx, path)
-	// A QEMU that was too busy for an earlier client may carry out that client's qmp_capabilities
-	// in this session. Then it refuses ours. In another session it does not.
-	for try := 1; try < maxSessions && errors.Is(err, ErrCommandNotFound); try++ {
+	for try := 1; try < maxSessions && mixed(err); try++ {
 		c, err = dial(ctx, path)
 	}
 	if err != nil {
@@ -181,8 +179,17 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	return c, nil
 }
 
-// maxSessions is how often Dial begins. Each time QEMU has at most one command left.
+// maxSessions is how often Dial begins. Each time QEMU has less left of earlier sessions.
 const maxSessions = 4
+
+var errGreetedAgain = errors.New("second greeting")
+
+// mixed reports whether QEMU goes on with an earlier client's session in this one. One that was too
+// busy for that client may carry out its qmp_capabilities now, and refuse ours. Or it greets it
+// now, when it has greeted us. In another session it does not.
+func mixed(err error) bool {
+	return errors.Is(err, ErrCommandNotFound) || errors.Is(err, errGreetedAgain)
+}
 
 // NewClient is Dial for a connection that is there: one that somebody made who speaks for QEMU,
 // such as package libvirt. So PeerPID is the process that runs the virtual CPUs. It closes conn
@@ -755,7 +762,7 @@ func (c *Client) route(line []byte) error {
 	defer c.mu.Unlock()
 	switch {
 	case m.QMP != nil:
-		return errors.New("second greeting")
+		return errGreetedAgain
 	case m.Event != "":
 		for _, s := range c.subs {
 			select {

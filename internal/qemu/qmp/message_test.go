@@ -281,9 +281,15 @@ func TestStaleReplies(t *testing.T) {
 }
 
 // An earlier client's qmp_capabilities is carried out in this client's session, so that its own is
-// refused. The client begins anew, and not without end.
-func TestNegotiatedByAnother(t *testing.T) {
+// refused. Or the earlier one is greeted in it. The client begins anew, and not without end.
+func TestMixedSessions(t *testing.T) {
 	const refusal = `{"error": {"class": "CommandNotFound", "desc": "already complete"}, "id": %v}`
+	t.Run("negotiated", func(t *testing.T) { mixedSessions(t, refusal, ErrCommandNotFound) })
+	t.Run("greeted", func(t *testing.T) { mixedSessions(t, hello+"%.0v", errGreetedAgain) })
+}
+
+// mixedSessions has sessions begin with an answer that is the earlier client's.
+func mixedSessions(t *testing.T, refusal string, want error) {
 	for refused, ok := range map[int]bool{1: true, maxSessions - 1: true, maxSessions: false} {
 		path := filepath.Join(t.TempDir(), "qmp")
 		ln, err := net.Listen("unix", path)
@@ -314,7 +320,7 @@ func TestNegotiatedByAnother(t *testing.T) {
 			}
 		})
 		c, err := Dial(t.Context(), path)
-		if ok != (err == nil) || !ok && !errors.Is(err, ErrCommandNotFound) {
+		if ok != (err == nil) || !ok && !errors.Is(err, want) {
 			t.Errorf("%d sessions refused: %v", refused, err)
 		}
 		if err == nil {
