@@ -424,7 +424,7 @@ func (h *Host) launch(ctx context.Context, spec Spec, guest *Guest, extra ...str
 	vm.all.Go(func() {
 		vm.ended = cmd.Wait()
 		s := cmd.ProcessState
-		l.log.Info("QEMU ended", "vm", vm.Name, "cpu", s.UserTime()+s.SystemTime())
+		l.log.Debug("QEMU ended", "vm", vm.Name, "cpu", s.UserTime()+s.SystemTime())
 		close(vm.done)
 	})
 	l.mu.Lock()
