@@ -1,12 +1,6 @@
 package process
 
-import (
-	"bytes"
-	"errors"
-	"fmt"
-	"os"
-	"strconv"
-)
+import "github.com/prometheus/procfs"
 
 // Keeper returns the number and the name of a process whose end may end this one, if it is stopped
 // by then; 0 if there is none. When a process group with a stopped process becomes orphaned, the
@@ -15,55 +9,31 @@ import (
 //
 // The list of processes may change meanwhile. So the answer is good for a warning alone.
 func (p Process) Keeper() (pid int, name string, err error) {
-	own, err := relationsOf(p.PID)
+	own, err := statOf(p.PID)
 	if err != nil {
 		return 0, "", err
 	}
-	dirs, err := os.ReadDir("/proc")
+	all, err := procfs.AllProcs()
 	if err != nil {
 		return 0, "", err
 	}
-	for _, d := range dirs {
-		n, err := strconv.Atoi(d.Name())
-		if err != nil {
+	for _, one := range all {
+		member, err := one.Stat()
+		if err != nil || member.PGRP != own.PGRP {
 			continue
 		}
-		member, err := relationsOf(n)
-		if err != nil || member.group != own.group {
-			continue
-		}
-		parent, err := relationsOf(member.parent)
-		if err == nil && parent.session == own.session && parent.group != own.group {
-			return member.parent, parent.name, nil
+		parent, err := statOf(member.PPID)
+		if err == nil && parent.Session == own.Session && parent.PGRP != own.PGRP {
+			return parent.PID, parent.Comm, nil
 		}
 	}
 	return 0, "", nil
 }
 
-// relations are what /proc/PID/stat says of a process (proc(5), fields 2 and 4 to 6).
-type relations struct {
-	name                   string
-	parent, group, session int
-}
-
-func relationsOf(pid int) (relations, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+func statOf(pid int) (procfs.ProcStat, error) {
+	p, err := procfs.NewProc(pid)
 	if err != nil {
-		return relations{}, err
+		return procfs.ProcStat{}, err
 	}
-	return parseRelations(b)
-}
-
-func parseRelations(b []byte) (r relations, err error) {
-	begin, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
-	fields := bytes.Fields(b[end+1:])
-	if begin < 0 || end < begin || len(fields) < 4 {
-		return r, fmt.Errorf("not what the kernel tells of a process: %.100q", b)
-	}
-	r.name = string(b[begin+1 : end])
-	var errs [3]error
-	r.parent, errs[0] = strconv.Atoi(string(fields[1]))
-	r.group, errs[1] = strconv.Atoi(string(fields[2]))
-	r.session, errs[2] = strconv.Atoi(string(fields[3]))
-	return r, errors.Join(errs[:]...)
+	return p.Stat()
 }

@@ -1,11 +1,11 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -33,9 +33,9 @@ func sleeper(t *testing.T, attr *syscall.SysProcAttr) Process {
 // A process in a group of its own hangs on its parent. One in a session of its own does not.
 func TestKeeper(t *testing.T) {
 	pid, name, err := sleeper(t, &syscall.SysProcAttr{Setpgid: true}).Keeper()
-	if own, _ := relationsOf(os.Getpid()); err != nil || pid != os.Getpid() || name != own.name {
+	if own, _ := statOf(os.Getpid()); err != nil || pid != os.Getpid() || name != own.Comm {
 		t.Errorf("a job's keeper is %d (%s), %v: want %d (%s)", pid, name, err, os.Getpid(),
-			own.name)
+			own.Comm)
 	}
 	pid, name, err = sleeper(t, &syscall.SysProcAttr{Setsid: true}).Keeper()
 	if err != nil || pid != 0 {
@@ -70,16 +70,17 @@ func TestKeeperEnds(t *testing.T) {
 		}
 		// It is not there before it has its session.
 		for name := ""; name != "sleep"; {
-			r, err := relationsOf(pid)
+			is, err := statOf(pid)
 			if err != nil {
 				t.Fatal(err)
 			}
-			name = strings.TrimSpace(r.name)
+			name = is.Comm
 		}
 		p, err := Find(pid)
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { p.Kill(context.Background()) })
 		if err := p.Stop(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -92,25 +93,12 @@ func TestKeeperEnds(t *testing.T) {
 			if stopped, err := p.Stopped(); !stopped || err != nil {
 				t.Errorf("%q: it is stopped: %t, %v", option, stopped, err)
 			}
-			p.Kill(t.Context())
 			continue
 		}
 		for limit := time.Now().Add(time.Minute); p.Alive(); time.Sleep(time.Millisecond) {
 			if time.Now().After(limit) {
-				t.Errorf("%q: it outlived its keeper", option)
-				p.Kill(t.Context())
+				t.Fatalf("%q: it outlived its keeper", option)
 			}
 		}
 	}
-}
-
-func FuzzRelations(f *testing.F) {
-	own, err := os.ReadFile("/proc/self/stat")
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(own)
-	f.Add([]byte("7 (a) S (b) S 1 2 3 0"))
-	f.Add([]byte(")("))
-	f.Fuzz(func(t *testing.T, b []byte) { parseRelations(b) })
 }
