@@ -3,10 +3,10 @@
 # Variables: RACE=1 (race detector), TESTFLAGS (more flags for go test), PKG (packages to
 # test), FUZZTIME (per fuzz target), CHAOS and DOMAINS (rounds), WORKERS (at a time), GUEST (of chaos:
 # linux, or kvm: the bare guest under KVM), ONLY (of domains: words in names of states and events,
-# with ; between), REFUSALS, KVM, MOVES, CARRIES, STOPS and RUNS (rounds), PARTS (of a
-# night), OUT (for results: .lab), VACATE_SEED (of tests with chance; a failure prints it),
-# BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test: lint has run),
-# LIBVIRT=1, FLEET=1 (demo).
+# with ; between), REFUSALS, KVM, MOVES, CARRIES, STOPS and RUNS (rounds), RELEASES (of Debian:
+# 12 13), PARTS (of a night), OUT (for results: .lab), VACATE_SEED (of tests with chance; a failure
+# prints it), BENCHFLAGS (for vacate-lab bench), JOBS (packages tested at a time), LINTED=1 (test:
+# lint has run), LIBVIRT=1, FLEET=1 (demo).
 
 SHELL    := /bin/bash
 GO       ?= go

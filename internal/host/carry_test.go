@@ -173,7 +173,7 @@ func TestCarryResumed(t *testing.T) {
 	}
 }
 
-// startPush has libvirt move the domain slowly, and returns a moment after an engine came to a
+// startPush makes libvirt move the domain slowly, and returns a moment after an engine came to a
 // state. What virsh says will be in moved.
 func startPush(t *testing.T, release, state string) (m *managed, moved chan error) {
 	t.Helper()
@@ -195,9 +195,9 @@ func startPush(t *testing.T, release, state string) (m *managed, moved chan erro
 	return m, moved
 }
 
-// resume has libvirt go on with a migration that has failed. On Debian 13 that does not work, with
-// and without vacate: libvirt 11.3 ends on the destination as soon as it is asked. Then an operator
-// tells both QEMUs.
+// resume tells libvirt to go on with a migration that has failed. On Debian 13 that does not work,
+// with and without vacate: libvirt 11.3 ends on the destination as soon as it is asked. Then an
+// operator tells both QEMUs.
 func (m *managed) resume() {
 	m.Helper()
 	err := m.move("--postcopy", "--postcopy-resume")

@@ -40,13 +40,9 @@ func TestCarryCampaign(t *testing.T) {
 		row := &carryRow{name: c.name}
 		rows = append(rows, row)
 		t.Run(c.name, func(t *testing.T) {
-			for before := -1; before < row.moves && row.moves < moves && !t.Failed(); {
-				before = row.moves // where none is added, the guest was skipped
-				t.Run(fmt.Sprintf("guest %d", row.guests+1), func(t *testing.T) {
-					row.run(t, min(perGuest, moves-row.moves),
-						libvirtlab.Setup{Release: c.codename})
-				})
-			}
+			inGuests(t, moves, &row.moves, func(t *testing.T, n int) {
+				row.run(t, n, libvirtlab.Setup{Release: c.codename})
+			})
 		})
 		writeCarryRows(t, rows)
 	}

@@ -141,7 +141,7 @@ func define(t *testing.T, like *libvirtlab.Domain, name string) string {
 }
 
 // libvirt looks at each of its QEMUs when it is first asked what they can, which takes seconds. The
-// daemon has it do so as soon as it starts. An eviction need not wait for that.
+// daemon asks as soon as it starts. An eviction need not wait for that.
 func TestAsksLibvirtEarly(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	labtest.Need(t, libvirtlab.Probe())

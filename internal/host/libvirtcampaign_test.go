@@ -41,15 +41,22 @@ func TestDomainCampaign(t *testing.T) {
 		row := &domainRow{name: c.name}
 		rows = append(rows, row)
 		t.Run(c.name, func(t *testing.T) {
-			for before := -1; before < row.evictions && row.evictions < n && !t.Failed(); {
-				before = row.evictions // where none is added, the guest was skipped
-				t.Run(fmt.Sprintf("guest %d", row.guests+1), func(t *testing.T) {
-					row.run(t, min(perGuest, n-row.evictions), libvirtlab.Setup{Release: c.a},
-						libvirtlab.Setup{Release: c.b})
-				})
-			}
+			inGuests(t, n, &row.evictions, func(t *testing.T, n int) {
+				row.run(t, n, libvirtlab.Setup{Release: c.a}, libvirtlab.Setup{Release: c.b})
+			})
 		})
 		writeDomainRows(t, rows)
+	}
+}
+
+// inGuests calls run, which counts moves, until n of them were made: perGuest at most in a guest.
+func inGuests(t *testing.T, n int, moves *int, run func(t *testing.T, n int)) {
+	before := -1
+	for guest := 1; before < *moves && *moves < n && !t.Failed(); guest++ {
+		before = *moves // where none is added, the guest was skipped
+		t.Run(fmt.Sprintf("guest %d", guest), func(t *testing.T) {
+			run(t, min(perGuest, n-*moves))
+		})
 	}
 }
 

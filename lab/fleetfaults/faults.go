@@ -173,7 +173,7 @@ func (r *run) part(ctx context.Context, b *daemons.Brain, from []*lab.Host) erro
 	return errors.Join(set(true), wait(ctx, r.while()), set(false))
 }
 
-// stopped has a member do nothing for a while, and not know of it.
+// stopped stops a member for a while, which does not know of it.
 func (r *run) stopped(ctx context.Context, b *daemons.Brain) error {
 	pid := b.PID()
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {

@@ -72,7 +72,8 @@ func New(t testing.TB, opts lab.Options) *lab.Lab {
 	}
 	Need(t, lab.Probe())
 	opts.Dir, opts.BootOnce = Dir(t), true
-	opts.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
+	opts.Log = slog.New(slog.NewTextHandler(t.Output(),
+		&slog.HandlerOptions{Level: slog.LevelDebug}))
 	l, err := lab.New(t.Context(), opts)
 	if err != nil {
 		t.Fatal(err)

@@ -86,6 +86,13 @@ func TestSetAgainstMap(t *testing.T) {
 	})
 }
 
+// drawRuns draws runs of pages in a block.
+func drawRuns(t *rapid.T, size int, each func(first Page, n int)) {
+	for range rapid.IntRange(0, 8).Draw(t, "runs") {
+		each(Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1, 130).Draw(t, "n"))
+	}
+}
+
 const gaps = ^uint64(0)
 
 // The gaps of a set are the runs of its complement.
@@ -93,12 +100,10 @@ func TestNextGap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		size := rapid.IntRange(1, 300).Draw(t, "size")
 		set, rest := New(size), Full(size)
-		for range rapid.IntRange(0, 8).Draw(t, "runs") {
-			first, n := Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1,
-				130).Draw(t, "n")
+		drawRuns(t, size, func(first Page, n int) {
 			set.AddRun(first, n)
 			rest.RemoveRun(first, n)
-		}
+		})
 		from, limit := Page(rapid.IntRange(0, size).Draw(t, "from")), rapid.IntRange(1,
 			size).Draw(t, "limit")
 		end := Page(rapid.IntRange(0, size+70).Draw(t, "end"))
@@ -119,12 +124,10 @@ func TestRunsAndGaps(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		size := rapid.IntRange(1, 300).Draw(t, "size")
 		set, was := New(size), New(size)
-		for range rapid.IntRange(0, 8).Draw(t, "runs") {
-			first, n := Page(rapid.IntRange(0, size-1).Draw(t, "first")), rapid.IntRange(1,
-				130).Draw(t, "n")
+		drawRuns(t, size, func(first Page, n int) {
 			set.AddRun(first, n)
 			was.AddRun(first, n)
-		}
+		})
 		from := Page(rapid.IntRange(0, size).Draw(t, "from"))
 		end := Page(rapid.IntRange(0, size+70).Draw(t, "end"))
 		gaps := New(size)

@@ -411,7 +411,7 @@ func (t *term) closed(d store.Decision) {
 	}
 }
 
-// learn has forecasts go by what came of a decision.
+// learn tells the planner, for its forecasts, what came of a decision.
 func (t *term) learn(d store.Decision) {
 	if d.Outcome != "completed" || d.TotalS == nil {
 		return

@@ -331,7 +331,7 @@ func decisions(t *testing.T, c fleetv1.FleetClient) []*fleetv1.Decision {
 	return r.Msg.Decisions
 }
 
-// A new leader has forecasts go by what came of evictions that earlier ones ordered.
+// A new leader's forecasts go by what came of evictions that earlier ones ordered.
 func TestTermLearns(t *testing.T) {
 	at := time.Unix(1e9, 0).UTC()
 	down, total := 0.5, 8.5
