@@ -22,7 +22,10 @@
 // so that it is at x once p = 1 - (1÷x - 1) ÷ fetchCost; and hot memory goes first.
 package predict
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // VM is a VM that may be evicted.
 type VM struct {
@@ -84,6 +87,17 @@ type Outcome struct {
 	LoadHere, LoadThere float64
 	// What takes so long, from the decision on. Back and Total are 0 if the rate is not known.
 	Transfer, Back, Total time.Duration
+}
+
+// loadOfTwice is the load of the other host that weighs as much as twice the time until all are
+// back. Its unit is what is wanted for each core.
+const loadOfTwice = 0.25
+
+// Cost orders the moves that relieve a host: the least is the best. It weighs the time until all
+// are back against the load of the other host, so that noise in one does not outweigh a plain
+// difference in the other. It has no unit.
+func (o Outcome) Cost() float64 {
+	return math.Log2(max(o.Back, time.Millisecond).Seconds()) + o.LoadThere/loadOfTwice
 }
 
 // Outcome tells what comes of a move.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"time"
 
@@ -194,17 +193,21 @@ func less(a, b candidate, cause view.Cause) (int, criterion) {
 		return c, byPriority
 	}
 	if a.meets {
-		if c := cmp.Compare(octave(a.out.Back), octave(b.out.Back)); c != 0 {
-			return c, byBack
+		if c := cmp.Compare(a.out.Cost(), b.out.Cost()); c != 0 {
+			alone := a.out // would the time alone decide so?
+			alone.LoadThere = b.out.LoadThere
+			if cmp.Compare(alone.Cost(), b.out.Cost()) == c {
+				return c, byBack
+			}
+			return c, byLoadThere
 		}
-	} else if c := cmp.Compare(a.out.LoadHere, b.out.LoadHere); c != 0 {
-		return c, byLoadHere
-	}
-	if c := cmp.Compare(a.out.LoadThere, b.out.LoadThere); c != 0 {
-		return c, byLoadThere
-	}
-	if c := cmp.Compare(a.out.Back, b.out.Back); c != 0 {
-		return c, byBack
+	} else {
+		if c := cmp.Compare(a.out.LoadHere, b.out.LoadHere); c != 0 {
+			return c, byLoadHere
+		}
+		if c := cmp.Compare(a.out.LoadThere, b.out.LoadThere); c != 0 {
+			return c, byLoadThere
+		}
 	}
 	return cmp.Or(cmp.Compare(a.vm.Name, b.vm.Name), cmp.Compare(a.to.Name, b.to.Name)), byOrder
 }
@@ -221,12 +224,6 @@ const (
 	byLoadThere
 	byOrder
 )
-
-// octave is the power of two that a time is nearest to: as well as it can be predicted, one of the
-// same is as good.
-func octave(d time.Duration) float64 {
-	return math.Round(math.Log2(max(d, time.Millisecond).Seconds()))
-}
 
 // beaten says why a candidate is not the one.
 func beaten(c, best candidate, cause view.Cause) string {

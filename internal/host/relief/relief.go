@@ -9,7 +9,6 @@ package relief
 import (
 	"cmp"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -99,12 +98,13 @@ type Candidate struct {
 	Beyond string
 
 	priority int
+	cost     float64 // predict.Outcome.Cost
 }
 
 // Choose returns every pair of a VM and another host, the best first. Pairs that are allowed and
-// reach the goal come first, of these the VMs of the least priority, and of these the pair that has
-// all VMs back the soonest. Of pairs that take about as long, the one that leaves the other host
-// the least loaded comes first. Where none reaches the goal, the one that comes the nearest to it.
+// reach the goal come first, of these the VMs of the least priority, and of these the pair of the
+// least cost: all VMs are back soon, and the other host is not loaded much (predict.Outcome.Cost).
+// Where none reaches the goal, the one that comes the nearest to it.
 // The others follow with their reasons. If the goal is met already, all are refused. Only the first
 // is checked with its VM's Check, and those that were refused by that.
 func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
@@ -139,8 +139,7 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 			return c
 		}
 		if a.Meets {
-			return cmp.Or(cmp.Compare(octave(a.Back), octave(b.Back)),
-				cmp.Compare(a.LoadThere, b.LoadThere), cmp.Compare(a.Back, b.Back))
+			return cmp.Compare(a.cost, b.cost)
 		}
 		return cmp.Or(cmp.Compare(nearest(a), nearest(b)), cmp.Compare(a.Back, b.Back),
 			cmp.Compare(a.LoadThere, b.LoadThere))
@@ -157,12 +156,6 @@ func Choose(here Host, vms []VM, others []Host, g Goal, l Limits) []Candidate {
 		list = append(list[1:], best)
 	}
 	return list
-}
-
-// octave is the power of two that a time is nearest to: as well as it can be predicted, one of the
-// same is as good.
-func octave(d time.Duration) float64 {
-	return math.Round(math.Log2(max(d, time.Millisecond).Seconds()))
 }
 
 // leastGain is how much an eviction for the sake of CPU must gain, in cores: less is noise.
@@ -184,7 +177,7 @@ func candidate(here Host, v VM, to Host, all []VM, l Limits) Candidate {
 	o := predict.Move{VM: v.forecast(), From: here.forecast(), To: to.forecast(), Rate: to.Rate,
 		Transfer: l.Transfer, Stay: stay(all, v.Name)}.Outcome()
 	c.Gain, c.LoadHere, c.LoadThere = o.Gain, o.LoadHere, o.LoadThere
-	c.Transfer, c.Back, c.Total = o.Transfer, o.Back, o.Total
+	c.Transfer, c.Back, c.Total, c.cost = o.Transfer, o.Back, o.Total, o.Cost()
 	room := float64(to.Available) - float64(to.Incoming) - l.Reserve*float64(to.Total)
 	switch {
 	case v.Pinned:

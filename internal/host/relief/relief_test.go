@@ -54,6 +54,22 @@ func TestChoose(t *testing.T) {
 		c.Back < 4*time.Second || c.Back > 4500*time.Millisecond {
 		t.Errorf("%+v: half of its memory is hot", c)
 	}
+	// Noise in the loads must not send the larger VM (the figures of a real run). Both times are
+	// within a factor of two.
+	noisy := []VM{
+		{Name: "big", CPU: 0.421, Waiting: 0.547, InUse: 187 << 20, Memory: gib / 4, Hot: gib / 8},
+		{Name: "small", CPU: 0.422, Waiting: 0.564, InUse: 110 << 20, Memory: gib / 4,
+			Hot: gib / 16},
+	}
+	near := []Host{{Name: "b", CPUs: 1, Used: 0.05, Total: 16 * gib, Available: 15 * gib,
+		Rate: 75e6}}
+	busy := Host{Name: "a", CPUs: 1, Used: 0.967, Waiting: 1.075, Total: 16 * gib,
+		Available: 8 * gib}
+	if list := Choose(busy, noisy, near, DefaultGoal, DefaultLimits); !list[1].Meets ||
+		list[0].VM != "small" || list[0].LoadThere <= list[1].LoadThere ||
+		list[1].Back > 2*list[0].Back {
+		t.Errorf("%+v", list)
+	}
 	here, vms, _ = pair()
 	// One that is a tenth of all need not be waited for.
 	vms[1].CPU, vms[1].Waiting = 0.05, 0.05
