@@ -117,7 +117,7 @@ const daemonPatience = 15 * time.Second
 // another stream.
 func (e *destination) carriedOver() error {
 	patience, what := CarriedPatience, "was not connected"
-	if e.hungUp {
+	if e.said.hungUp {
 		patience, what = daemonPatience, "has closed the connection, and was not back"
 	}
 	switch {

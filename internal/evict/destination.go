@@ -106,43 +106,58 @@ type destination struct {
 	messages process.Messages
 	process  process.Process // the QEMU
 	mem      *guestmem.Memory
-	promised *room.Claim                // memory for the VM
-	kills    room.Kills                 // when the QEMU was found
 	at       atomic.Pointer[attachment] // nil while the source is not there
 	rejoin   chan *Request              // capacity 1: the source came back
 
-	head      []byte
-	reader    *migstream.Reader // of the head
-	layout    layout
-	pages     arrivals
-	units     hugeUnits
-	placer    *placer
-	recovery  recovery // of QEMU's stream
-	mark      Mark     // the last durable one
-	hungUp    bool     // the source ended the last session itself, or its process ended
-	committed bool     // the source has said in the present session that it committed
+	incoming incoming
+	pages    arrivals
+	units    hugeUnits
+	placer   *placer
+	supply   supply
+	recovery recovery // of QEMU's stream
+	mark     Mark     // the last durable one
+	said     said
+	vm       vmHere
+	kept     chan error // gets nil once everything needed is stored, or an error
+	tasks    sync.WaitGroup
+	shown    sync.Mutex // held while Show is called
+}
+
+// incoming is the start of the stream, by which the memory of the VM is known. It does not change
+// once it has been adopted.
+type incoming struct {
+	head   []byte
+	reader *migstream.Reader // of the head
+	layout layout
+}
+
+// said is what the source said. The task that serves it owns what is not atomic.
+type said struct {
+	hungUp    bool // it ended the last session itself, or its process ended
+	committed bool // it has said in the present session that it committed
 	// the same for the session in which the VM came
-	heardCommit atomic.Bool
-	// QEMU's word for the state that the VM stood in at the source; empty: it ran. Written under mu
-	stands string
+	heard atomic.Bool
+}
+
+// vmHere is what the VM does at the destination. The task that serves the source writes it.
+type vmHere struct {
+	stands text // QEMU's word for the state that it stood in at the source; empty: it ran
 	// ranSince is when this engine told the QEMU to run the VM; zero if another engine did.
 	ranSince time.Time
 	running  atomic.Bool  // the QEMU has answered that it runs the VM
 	hasRun   atomic.Bool  // the VM ran at some time, as this engine or another one found
+	told     atomic.Bool  // the source knows that the VM runs here
 	cont     <-chan error // how the QEMU answers when that takes long
-	kept     chan error   // gets nil once everything needed is stored, or an error
-	tasks    sync.WaitGroup
-	ran      atomic.Bool // the source knows that the VM runs here
-	// QEMU has asked another engine for pages, and does not ask again
-	unasked atomic.Bool
-	telling sync.Mutex // held while the engine tells the source whether pages find memory
+	shutDown text         // why the guest ended itself here; empty if it did not
+}
 
-	held heldPages // found no memory yet
-
-	shown       sync.Mutex // serialises Show
-	mu          sync.Mutex
-	short       string // why pages find no memory; "" if they do; guarded by mu
-	shutDownWhy string // why the guest ended itself here; "" if it did not; guarded by mu
+// supply is the memory of this host for the VM's pages.
+type supply struct {
+	promised *room.Claim // for the VM
+	kills    room.Kills  // when the QEMU was found
+	held     heldPages   // found no memory yet
+	short    text        // why pages find no memory; empty if they do
+	telling  sync.Mutex  // held while the engine tells the source whether they do
 }
 
 // maxLoadTimeout is the longest time for which a source may make us wait with the devices loaded.
@@ -186,10 +201,7 @@ func (d Destination) engine(first State) *destination {
 
 // report logs a state that was entered, and shows the progress.
 func (e *destination) report(st State) {
-	e.mu.Lock()
-	stands := e.stands
-	e.mu.Unlock()
-	e.Log.Info("state", "state", st, "stands", stands)
+	e.Log.Info("state", "state", st, "stands", e.vm.stands.get())
 	e.show(st)
 }
 
@@ -204,10 +216,8 @@ func (e *destination) show(st State) {
 	}
 	p := Progress{State: st, Elapsed: time.Since(e.started)}
 	p.Pages, p.Total, p.Fetches = e.pages.progress()
-	e.mu.Lock()
-	p.Stands = e.stands
-	p.Short = shortText("this host", e.short)
-	e.mu.Unlock()
+	p.Stands = e.vm.stands.get()
+	p.Short = shortText("this host", e.supply.short.get())
 	e.Show(p)
 }
 
@@ -256,7 +266,7 @@ var errTwinGone = errors.New("the destination's QEMU ended")
 // lookAfter begins to watch the QEMU.
 func (e *destination) lookAfter() {
 	var err error
-	if e.kills, err = room.ReadKills(e.process.PID); err != nil {
+	if e.supply.kills, err = room.ReadKills(e.process.PID); err != nil {
 		e.Log.Debug("cannot watch whether the kernel ends the QEMU for lack of memory", "error",
 			err)
 	}
@@ -277,7 +287,7 @@ func (e *destination) watch() {
 	if host != "" {
 		said = append(said, "its monitor said "+host)
 	}
-	if oom := e.kills.Since(); oom != "" {
+	if oom := e.supply.kills.Since(); oom != "" {
 		said = append(said, oom)
 	}
 	said = append(said, e.messages.Last())
@@ -424,8 +434,8 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err == nil {
 		err = <-e.kept
 	}
-	if err == nil && e.stands != "" {
-		err = keep(e.Journal, keptStands, []byte(e.stands))
+	if stands := e.vm.stands.get(); err == nil && stands != "" {
+		err = keep(e.Journal, keptStands, []byte(stands))
 	}
 	if err == nil {
 		err = note(e.Journal, MarkMayRun, "")
@@ -442,8 +452,8 @@ func (e *destination) take(ctx context.Context, loadTimeout time.Duration) error
 	if err := control.Write(msgRunning); err != nil {
 		e.at.Load().Fail(err)
 	}
-	e.ran.Store(true)
-	if e.isShort() {
+	e.vm.told.Store(true)
+	if e.supply.short.get() != "" {
 		e.passOn()
 	}
 	return e.serve(left)
@@ -463,12 +473,10 @@ func (e *destination) hearCommit(ctx context.Context) error {
 		if !fit.Standing(c.Stands) {
 			return fmt.Errorf("%w: a VM that stands in the state %.40q", errFrame, c.Stands)
 		}
-		e.mu.Lock()
-		e.stands = c.Stands
-		e.mu.Unlock()
+		e.vm.stands.set(c.Stands)
 	}
-	e.committed = true
-	e.heardCommit.Store(true)
+	e.said.committed = true
+	e.said.heard.Store(true)
 	return nil
 }
 
@@ -480,16 +488,16 @@ const contTime = time.Second
 // that is durable. The VM may touch a missing page at once. QEMU then cannot answer until the page
 // has come. If the session is lost then, only serve can get that page, so serve awaits the answer.
 func (e *destination) run(left context.Context) error {
-	if !mayCont(e.mark, e.committed) {
+	if !mayCont(e.mark, e.said.committed) {
 		return e.abort(fmt.Errorf("bug: told to run the VM here at the mark %q, committed %v",
-			e.mark, e.committed))
+			e.mark, e.said.committed))
 	}
 	if err := e.machine.enter(Running); err != nil {
 		return e.abort(err)
 	}
-	e.recovery.pending, e.ranSince = false, time.Now()
-	if e.stands != "" { // from now on the VM's operator decides whether it runs
-		e.running.Store(true)
+	e.recovery.pending, e.vm.ranSince = false, time.Now()
+	if e.vm.stands.get() != "" { // from now on the VM's operator decides whether it runs
+		e.vm.running.Store(true)
 		return nil
 	}
 	answer := make(chan error, 1)
@@ -497,9 +505,9 @@ func (e *destination) run(left context.Context) error {
 		ctx, cancel := e.bound(context.Background())
 		defer cancel(nil)
 		err := e.owner.run(ctx)
-		e.running.Store(err == nil)
+		e.vm.running.Store(err == nil)
 		if err == nil {
-			e.hasRun.Store(true)
+			e.vm.hasRun.Store(true)
 		}
 		answer <- err
 		if err != nil {
@@ -515,7 +523,7 @@ func (e *destination) run(left context.Context) error {
 	case err := <-answer:
 		return e.continued(left, err)
 	case <-time.After(contTime):
-		e.cont = answer
+		e.vm.cont = answer
 		return nil
 	}
 }
@@ -554,7 +562,7 @@ func (e *destination) arm(ctx context.Context) error {
 	// The twin drops its memory while the VM still runs. If it did so behind the pages that are
 	// sent ahead, each of those would make it clear a huge page, and the VM would stand still for
 	// that.
-	first := slices.Concat(e.head, e.layout.discards())
+	first := slices.Concat(e.incoming.head, e.incoming.layout.discards())
 	if err := e.placer.raw(migstream.PingCommand(pingHead).Append(first)); err != nil {
 		return err
 	}
@@ -573,7 +581,7 @@ func (e *destination) keep() error {
 	if err != nil {
 		return fmt.Errorf("encode the facts about the destination's QEMU: %w", err)
 	}
-	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.head))
+	return errors.Join(e.Journal.Keep(keptMemory, b), e.Journal.Keep(keptHead, e.incoming.head))
 }
 
 // follow reads QEMU's return path of a stream, and drops the stream when that path ends.
@@ -629,7 +637,7 @@ var errNotDirect = errors.New("pages of a domain of libvirt must be placed in it
 // placesAll reports whether no page goes through QEMU's stream.
 func (e *destination) placesAll() bool {
 	d := e.placer.direct.Load()
-	for i := range e.layout {
+	for i := range e.incoming.layout {
 		if d == nil || !d.places(i) {
 			return false
 		}
@@ -642,7 +650,7 @@ func (e *destination) placeDirectly() {
 	if e.ThroughQEMU {
 		return
 	}
-	d, err := openDirect(e.process, e.mem, e.layout)
+	d, err := openDirect(e.process, e.mem, e.incoming.layout)
 	if err != nil {
 		e.Log.Info("pages go through QEMU's stream", "reason", err)
 		return
@@ -804,7 +812,7 @@ func (e *destination) close() {
 			d.close()
 		}
 	}
-	e.promised.Release()
+	e.supply.promised.Release()
 	if e.mem != nil {
 		e.mem.Close()
 	}

@@ -36,6 +36,6 @@ func (e *source) warnOfBitmaps(d fit.Disks) {
 	text :=
 		"dirty bitmaps in QEMU's memory do not move, so the next backups of these disks must be " +
 			"full ones: " + names
-	e.warned = append(e.warned, text)
+	e.proposal.warned = append(e.proposal.warned, text)
 	e.Log.Warn(text)
 }

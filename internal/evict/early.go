@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/qmp"
 	"vacate/internal/sys/units"
 )
@@ -225,9 +226,9 @@ func sections(load []byte, suffix string, most int) (states [][]byte) {
 }
 
 // flashBytes returns how many bytes the blocks have that writableFlash named.
-func (e *source) flashBytes() (n uint64) {
-	for _, b := range e.mem.Blocks() {
-		if b.Located && b.Size <= maxFlash && slices.Contains(e.flash, b.Name) {
+func (p *proposal) flashBytes(blocks []guestmem.Block) (n uint64) {
+	for _, b := range blocks {
+		if b.Located && b.Size <= maxFlash && slices.Contains(p.flash, b.Name) {
 			n += b.Size
 		}
 	}

@@ -99,7 +99,7 @@ var errStrayCont = errors.New("somebody made the destination's QEMU run the VM b
 func (e *destination) untold() bool {
 	switch e.machine.current() {
 	case Waiting, Arming, Loading, Prepared:
-		return !e.heardCommit.Load()
+		return !e.said.heard.Load()
 	}
 	return false
 }
@@ -215,9 +215,7 @@ func (e *destination) shutDown(left context.Context, why string) error {
 				"The VM was shut down here. Another engine can go on with the eviction"}
 		}
 	}
-	e.mu.Lock()
-	e.shutDownWhy = why
-	e.mu.Unlock()
+	e.vm.shutDown.set(why)
 	e.say(msgShutDown, farewell{Reason: why})
 	if err := e.quit(); err != nil {
 		e.Log.Warn("the QEMU here does not end: end it by hand", "pid", e.process.PID, "error", err)

@@ -151,7 +151,7 @@ type monitor struct{ *source }
 
 // HMP implements linux.Monitor.
 func (m monitor) HMP(ctx context.Context, line string) (string, error) {
-	if r := m.registers.Load(); r != nil {
+	if r := m.image.registers.Load(); r != nil {
 		return r.HMP(ctx, line)
 	}
 	return m.owner.monitor().HMP(ctx, line)
@@ -197,10 +197,10 @@ const unusedStep = 64 << 20
 // (a balloon's, virtio-mem's). Otherwise they would be sent as zeroes, and a shared memory file at
 // the destination would then have memory for them. Reading them would cost time, too.
 func (e *source) leaveOutUnused() {
-	for i, b := range e.frozen.layout {
+	for i, b := range e.image.frozen.layout {
 		step := int(max(1, unusedStep/b.PageSize))
 		for first := 0; first < b.Pages; first += step {
-			_, unused, err := e.frozen.split(pageset.Run{Block: i, First: pageset.Page(first),
+			_, unused, err := e.image.frozen.split(pageset.Run{Block: i, First: pageset.Page(first),
 				Count: min(step, b.Pages-first)})
 			if errors.Is(err, guestmem.ErrGone) {
 				return // the eviction is over
@@ -211,7 +211,7 @@ func (e *source) leaveOutUnused() {
 			e.leaveOut(unused, pushorder.Unused)
 		}
 	}
-	e.unusedKnown.Store(true)
+	e.image.unusedKnown.Store(true)
 }
 
 // leaveOut leaves out the given pages that were not sent yet, and tells the destination.
@@ -240,7 +240,7 @@ func (e *source) leaveOutFree(runs iter.Seq[pageset.Run]) {
 
 // learn does enlighten's work.
 func (e *source) learn() {
-	limit := e.frozen.layout.surveyLimit()
+	limit := e.image.frozen.layout.surveyLimit()
 	ctx, cancel := e.bound(context.Background(), limit,
 		fmt.Errorf("it took longer than %v", limit))
 	defer cancel()
@@ -250,14 +250,14 @@ func (e *source) learn() {
 	start := time.Now()
 	survey, guest := e.survey.pages, e.survey.guest
 	e.survey.pages, e.survey.guest = nil, nil
-	frames := e.frozen.frames()
+	frames := e.image.frozen.frames()
 	var first []pageset.Run
 	if guest != nil && e.Order.Base == pushorder.Enlightened {
 		list, err := guest.First(ctx)
 		if err == nil { // else the survey says the same
-			first = pushorder.Locate(e.frozen.layout.blocks(), list, frames)
+			first = pushorder.Locate(e.image.frozen.layout.blocks(), list, frames)
 			e.departures.plan(pushorder.PlanOf(first))
-			e.survey.report.First = e.sinceFreeze()
+			e.survey.report.First = e.halted.since()
 		}
 	}
 	mayLeaveOut := guest != nil && !e.SendFree
@@ -275,10 +275,10 @@ func (e *source) learn() {
 	if survey == nil {
 		return
 	}
-	e.departures.plan(pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), survey, frames,
+	e.departures.plan(pushorder.NewPlan(e.Order, e.image.frozen.layout.blocks(), survey, frames,
 		first...))
 	e.survey.report.Survey = time.Since(start).Seconds()
-	e.survey.report.Known = e.sinceFreeze()
+	e.survey.report.Known = e.halted.since()
 	e.keepKnown(survey, frames, mayLeaveOut)
 }
 
@@ -286,11 +286,11 @@ func (e *source) learn() {
 // if it may. The engine may be one of many on a host that is short of memory. So the survey's list
 // of pages, which is larger than all that is kept, goes before more is made of the rest of it.
 func (e *source) keepKnown(survey *pageclass.Survey, frames []pushorder.Frames, mayLeaveOut bool) {
-	blocks := e.frozen.layout.blocks()
+	blocks := e.image.frozen.layout.blocks()
 	if mayLeaveOut {
 		e.leaveOutFree(pushorder.Skippable(blocks, survey, frames))
 	}
-	e.survey.classes = e.frozen.layout.classes(survey.Pages, frames)
+	e.survey.classes = e.image.frozen.layout.classes(survey.Pages, frames)
 	survey.Pages = nil
 	if e.Map != nil {
 		e.departures.trace.learn(e.survey.classes)
@@ -298,11 +298,6 @@ func (e *source) keepKnown(survey *pageclass.Survey, frames []pushorder.Frames, 
 	debug.FreeOSMemory()
 	// Until this is known, neighbours are those in physical memory.
 	e.departures.relate(pushorder.NewKinship(e.Order, blocks, survey, frames))
-}
-
-// sinceFreeze returns how long the guest has been frozen here, in seconds.
-func (e *source) sinceFreeze() float64 {
-	return time.Since(*e.frozenAt.Load()).Seconds()
 }
 
 // frames returns which guest page frames fill which pages of the blocks. It leaves out blocks that
@@ -399,7 +394,7 @@ func (e *source) account() Enlightening {
 		return r
 	}
 	var counts [pageclass.Classes]ClassCount
-	e.departures.each(e.frozen.layout,
+	e.departures.each(e.image.frozen.layout,
 		func(i int, p pageset.Page, why pushorder.Reason, late bool) {
 			c := &counts[classes[i][p]]
 			c.add(why)
@@ -407,10 +402,10 @@ func (e *source) account() Enlightening {
 				c.Late++
 			}
 			switch {
-			case e.pushed.wasZero(i, p) || e.fetched.wasZero(i, p):
+			case e.image.pushed.wasZero(i, p) || e.image.fetched.wasZero(i, p):
 				c.Zero++
 			case why != pushorder.Left && why != pushorder.Skipped && why != pushorder.Unused:
-				c.Bytes += e.frozen.layout[i].PageSize
+				c.Bytes += e.image.frozen.layout[i].PageSize
 			}
 		})
 	for c, count := range counts {

@@ -13,7 +13,7 @@ func (e *source) retire() error { return e.finish(MarkCompleted, "", Completed) 
 // bury ends the QEMU here, as the guest ended itself at the destination. It wrote its disks last
 // there.
 func (e *source) bury(why error) error {
-	e.shutDown = why.Error()
+	e.heard.shutDown = why.Error()
 	return e.finish(MarkShutDown, why.Error(), ShutDown)
 }
 
@@ -55,7 +55,7 @@ func (e *source) kill() <-chan struct{} {
 
 // frozenRemedy says what an operator can do with a VM that is frozen here.
 func (e *source) frozenRemedy() string {
-	if e.gaveBack.Load() {
+	if e.giving.begun.Load() {
 		return fmt.Sprintf(
 			"The copy here is of no use, as memory of it was given back. Find out on the "+
 				"destination what became of the VM; `vacate decide %s discard --confirm %s` "+
@@ -113,7 +113,7 @@ func (e *source) lostHere(err error) (done bool, _ error) {
 			f, heard = a.control.await(ctx, msgPresent, msgReady, msgShort, msgComplete)
 		}
 		if heard == nil {
-			heard = decode(f.payload, &e.summary)
+			heard = decode(f.payload, &e.heard.summary)
 		}
 		switch {
 		case heard == nil:

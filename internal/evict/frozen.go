@@ -3,12 +3,55 @@ package evict
 import (
 	"fmt"
 	"slices"
+	"sync/atomic"
 
 	"vacate/internal/evict/pageset"
+	"vacate/internal/evict/pushorder"
 	"vacate/internal/link"
 	"vacate/internal/qemu/guestmem"
 	"vacate/internal/qemu/migstream"
 )
+
+// image is the frozen VM as the engine reads it, and what it sends with. It is empty until the
+// layout of the VM's memory is known.
+type image struct {
+	frozen  *frozen
+	pushed  *frame // of the push lane; before the push, of the control lane
+	fetched *frame // of the fetch lane
+	// registers are those of the frozen guest, once its QEMU cannot answer any more.
+	registers atomic.Pointer[registers]
+	// by block, which units are huge pages; nil until that is known
+	huge atomic.Pointer[[][]bool]
+	// leaveOutUnused has come to all pages
+	unusedKnown atomic.Bool
+}
+
+// open gets ready to send the pages of a layout.
+func (i *image) open(mem *guestmem.Memory, l layout) (err error) {
+	if i.frozen, err = newFrozen(mem, l); err != nil {
+		return err
+	}
+	i.pushed.f, i.fetched.f = i.frozen, i.frozen
+	return nil
+}
+
+// zeroPages returns how many of the sent pages went as a mark only. Each counts once, however often
+// it was sent. Nothing may be sent any more.
+func (i *image) zeroPages(d *departures) (n int) {
+	if i.frozen == nil {
+		return 0
+	}
+	d.each(i.frozen.layout, func(block int, p pageset.Page, why pushorder.Reason, _ bool) {
+		switch why {
+		case pushorder.Left, pushorder.Skipped, pushorder.Unused, pushorder.Before:
+		default:
+			if i.pushed.wasZero(block, p) || i.fetched.wasZero(block, p) {
+				n++
+			}
+		}
+	})
+	return n
+}
 
 // frozen is the memory of the VM on the source. Its blocks have the numbers that they have on the
 // link. Several goroutines may read it at once.

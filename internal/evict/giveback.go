@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"vacate/internal/evict/pageset"
@@ -101,9 +102,15 @@ func (l *ledger) take() []pageset.Run {
 	return join(runs)
 }
 
+// giving is the memory that goes back to the source's host while the VM's other pages follow.
+type giving struct {
+	ledger *ledger     // nil if no memory is given back early
+	begun  atomic.Bool // this engine or an earlier one gave some back: the copy here is not whole
+}
+
 // beginGiveBack gives memory back in a session, if that was asked for. The VM must run there.
 func (e *source) beginGiveBack(a *attachment) {
-	if e.ledger != nil {
+	if e.giving.ledger != nil {
 		a.begin(func() error { return e.giveBack(a) })
 	}
 }
@@ -111,7 +118,7 @@ func (e *source) beginGiveBack(a *attachment) {
 // giveBack gives back memory that the destination has. It does so while a session lasts, and once
 // the VM has run there for long enough.
 func (e *source) giveBack(a *attachment) error {
-	timer := time.NewTimer(time.Until(e.ranSince.Add(e.GiveBack)))
+	timer := time.NewTimer(time.Until(e.heard.ranSince.Add(e.GiveBack)))
 	defer timer.Stop()
 	for {
 		select {
@@ -119,7 +126,7 @@ func (e *source) giveBack(a *attachment) error {
 			return nil
 		case <-timer.C:
 		}
-		if runs := e.ledger.take(); len(runs) > 0 {
+		if runs := e.giving.ledger.take(); len(runs) > 0 {
 			if err := e.release(runs); err != nil {
 				e.Log.Warn("no more of the frozen VM's memory is given back before the end",
 					"error", err)
@@ -134,18 +141,18 @@ func (e *source) giveBack(a *attachment) error {
 // copy here is not whole from now on.
 func (e *source) release(runs []pageset.Run) error {
 	runs = slices.DeleteFunc(runs,
-		func(r pageset.Run) bool { return !e.frozen.releasable(r.Block) })
+		func(r pageset.Run) bool { return !e.image.frozen.releasable(r.Block) })
 	if len(runs) == 0 {
 		return nil
 	}
-	if !e.gaveBack.Load() {
+	if !e.giving.begun.Load() {
 		if err := e.Journal.Keep(keptGivenBack, nil); err != nil {
 			return err
 		}
-		e.gaveBack.Store(true)
+		e.giving.begun.Store(true)
 	}
 	for _, r := range runs {
-		if err := e.frozen.release(r); err != nil {
+		if err := e.image.frozen.release(r); err != nil {
 			return err
 		}
 		e.departures.given.Add(int64(r.Count))

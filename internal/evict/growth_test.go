@@ -72,9 +72,9 @@ func madeSurvey(pages int, shredded bool) *pageclass.Survey {
 // madeSource is a source that has frozen a VM of some pages.
 func madeSource(pages int) (*source, []pushorder.Frames) {
 	e := &source{Source: Source{Order: pushorder.Default, Map: &Map{}}}
-	e.frozen = &frozen{layout: layout{{Name: "pc.ram", Length: uint64(pages) * 4096,
+	e.image.frozen = &frozen{layout: layout{{Name: "pc.ram", Length: uint64(pages) * 4096,
 		PageSize: migstream.TargetPageSize, Pages: pages}}}
-	e.departures.begin(e.frozen.layout, e.Order, time.Now())
+	e.departures.begin(e.image.frozen.layout, e.Order, time.Now())
 	return e, []pushorder.Frames{{Run: pageset.Run{Count: pages}}}
 }
 
@@ -95,7 +95,7 @@ func TestMemoryOfTheSource(t *testing.T) {
 			before := heap()
 			e, frames := madeSource(size / 4096)
 			s := madeSurvey(size/4096, shredded)
-			e.departures.plan(pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), s, frames))
+			e.departures.plan(pushorder.NewPlan(e.Order, e.image.frozen.layout.blocks(), s, frames))
 			e.keepKnown(s, frames, true)
 			took := heap() - before
 			t.Logf("%.1f MiB, %.1f bytes a page", float64(took)/(1<<20), float64(took)/(size/4096))
@@ -149,7 +149,7 @@ func measureGrowth(b *testing.B, pages int, shredded bool) {
 	resident := peak() - lists
 	stage("begin", func() { e, frames = madeSource(pages) })
 	stage("plan", func() {
-		p := pushorder.NewPlan(e.Order, e.frozen.layout.blocks(), s, frames)
+		p := pushorder.NewPlan(e.Order, e.image.frozen.layout.blocks(), s, frames)
 		b.ReportMetric(float64(len(p))/float64(pages), "runs/page")
 		e.departures.plan(p)
 	})
@@ -157,7 +157,7 @@ func measureGrowth(b *testing.B, pages int, shredded bool) {
 	b.ReportMetric(float64(peak()-resident)/float64(pages), "peak-B/page")
 	b.ReportMetric(float64(heap()-base)/float64(pages), "heap-B/page")
 	var at arrivals
-	at.begin(e.frozen.layout)
+	at.begin(e.image.frozen.layout)
 	// What left the source arrives at the destination in the same frames.
 	flown := make([]pageRun, 0, 64)
 	gone := 0
@@ -184,9 +184,9 @@ func measureGrowth(b *testing.B, pages int, shredded bool) {
 		}
 	})
 	stage("sum-up", func() {
-		e.pushed, e.fetched = &frame{f: e.frozen}, &frame{f: e.frozen}
+		e.image.pushed, e.image.fetched = &frame{f: e.image.frozen}, &frame{f: e.image.frozen}
 		e.account()
-		e.zeroPages()
+		e.image.zeroPages(&e.departures)
 		t, _ := e.departures.trace.result(e.survey.classes)
 		if _, err := t.encode(); err != nil {
 			b.Fatal(err)

@@ -65,9 +65,9 @@ func TestCompleteIsHeard(t *testing.T) {
 			report, err := s.done(c.end(s))
 			<-told
 			if err != nil || report.Outcome != string(Completed) ||
-				!slices.Equal(ours.marks, []Mark{MarkCompleted}) || s.summary.Fetches != 7 {
+				!slices.Equal(ours.marks, []Mark{MarkCompleted}) || s.heard.summary.Fetches != 7 {
 				t.Errorf("the source ends as %q, %v, with marks %q and %+v", report.Outcome, err,
-					ours.marks, s.summary)
+					ours.marks, s.heard.summary)
 			}
 			if _, err := theirs.Kept(KeptHeard); err != nil {
 				t.Errorf("the destination does not keep it that the source knows: %v", err)

@@ -113,14 +113,14 @@ func (h *heldPages) bytes() (sum int) {
 // settle places pages, or holds them until there is memory. It reports whether they are held: then
 // the caller must not reuse their data.
 func (e *destination) settle(f parcel) (held bool, err error) {
-	if f.push != nil && e.held.behind(f) {
+	if f.push != nil && e.supply.held.behind(f) {
 		return true, nil
 	}
 	rest, why := e.put(f)
 	if rest == nil {
 		return false, why
 	}
-	if e.held.park(*rest) {
+	if e.supply.held.park(*rest) {
 		e.tasks.Go(func() { e.retry(why) })
 	}
 	return true, nil
@@ -135,7 +135,7 @@ func (e *destination) put(f parcel) (rest *parcel, err error) {
 	held, done, err := e.placer.place(f.runs, f.data, f.urgent)
 	if errors.Is(err, errNoMemory) && e.mayHold() {
 		e.pages.placed(done)
-		f.runs, f.data = without(e.layout, f.runs, f.data, done)
+		f.runs, f.data = without(e.incoming.layout, f.runs, f.data, done)
 		return &f, err
 	} else if err != nil {
 		return nil, err
@@ -172,8 +172,8 @@ func (e *destination) mayHold() bool {
 }
 
 // mayRead waits until few enough pages are held to read on, or the session ends.
-func (e *destination) mayRead(a *attachment) {
-	for a.Err() == nil && e.held.bytes() >= maxHeld {
+func (h *heldPages) mayRead(a *attachment) {
+	for a.Err() == nil && h.bytes() >= maxHeld {
 		select {
 		case <-time.After(retryMemory):
 		case <-a.Done():
@@ -191,16 +191,16 @@ func (e *destination) retry(why error) {
 		case <-e.ended:
 			return
 		}
-		e.held.Lock()
-		e.held.parcels = e.placeHeld(e.held.parcels)
-		none := len(e.held.parcels) == 0
-		e.held.Unlock()
+		e.supply.held.Lock()
+		e.supply.held.parcels = e.placeHeld(e.supply.held.parcels)
+		none := len(e.supply.held.parcels) == 0
+		e.supply.held.Unlock()
 		if !none || e.at.Load() == nil && e.tight() != "" {
 			// pages of a session that ended are no longer held
 			continue
 		}
 		e.tellShort("")
-		if e.held.done() {
+		if e.supply.held.done() {
 			return
 		}
 		e.tellShort(e.shortage(why))
@@ -272,10 +272,10 @@ func (e *destination) failed(a *attachment, err error) {
 // forget drops held pages of a session that has ended: the source will send them again. With nil it
 // drops all held pages, before the engine finds out which pages are here.
 func (e *destination) forget(a *attachment) {
-	e.held.Lock()
-	defer e.held.Unlock()
+	e.supply.held.Lock()
+	defer e.supply.held.Unlock()
 	var left []parcel
-	for _, f := range e.held.parcels {
+	for _, f := range e.supply.held.parcels {
 		if a != nil && f.a != a {
 			left = append(left, f)
 			continue
@@ -283,7 +283,7 @@ func (e *destination) forget(a *attachment) {
 		// without a session: pages that were left out, for which the guest asked
 		e.pages.disclaim(f.runs, f.a == nil)
 	}
-	e.held.parcels = left
+	e.supply.held.parcels = left
 }
 
 // tellShort tells the user and the source that pages find no memory here, and why; "" if they do
@@ -295,35 +295,24 @@ func (e *destination) tellShort(why string) {
 	} else {
 		e.Log.Info("this host has memory again for the VM's pages")
 	}
-	e.mu.Lock()
-	e.short = why
-	e.mu.Unlock()
+	e.supply.short.set(why)
 	e.show("")
 	e.passOn()
 }
 
 // passOn tells the source, if it is connected, whether pages find memory here.
 func (e *destination) passOn() {
-	e.telling.Lock()
-	defer e.telling.Unlock()
+	e.supply.telling.Lock()
+	defer e.supply.telling.Unlock()
 	a := e.at.Load()
-	if a == nil || !e.ran.Load() {
+	if a == nil || !e.vm.told.Load() {
 		return // it hears it when it connects
 	}
-	e.mu.Lock()
-	why := e.short
-	e.mu.Unlock()
+	why := e.supply.short.get()
 	if err := writeJSON(a.control.Conn, msgShort,
 		farewell{Reason: why[:min(len(why), maxReason)]}); err != nil {
 		a.FailSoon(err)
 	}
-}
-
-// isShort reports whether pages find no memory here.
-func (e *destination) isShort() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.short != ""
 }
 
 // maxReason bounds the reason for which pages find no memory, as sent to the source, in bytes.

@@ -65,16 +65,17 @@ func equalRuns(a, b []pageRun) bool {
 // only once.
 func TestForget(t *testing.T) {
 	l := layout{{Name: "ram", Length: 64 << 12, PageSize: 1 << 12, Pages: 64}}
-	e := &destination{layout: l}
+	e := &destination{incoming: incoming{layout: l}}
 	e.pages.begin(l)
 	e.pages.claim([]pageRun{{pageset.Run{Count: 64}, true}}, nil)
 	run := func(first int) []pageRun {
 		return []pageRun{{pageset.Run{First: pageset.Page(first), Count: 2}, true}}
 	}
-	e.held.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
+	held := &e.supply.held
+	held.parcels = []parcel{{runs: run(4), urgent: true}, {runs: run(8), a: &attachment{}}}
 	e.forget(nil)
-	if len(e.held.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
-		t.Errorf("%d parcels, %v are waited for, %d received", len(e.held.parcels), e.pages.waiting,
+	if len(held.parcels) != 0 || len(e.pages.waiting) != 2 || e.pages.received[0].Count() != 60 {
+		t.Errorf("%d parcels, %v are waited for, %d received", len(held.parcels), e.pages.waiting,
 			e.pages.received[0].Count())
 	}
 	for _, p := range []pageset.Page{4, 5} {

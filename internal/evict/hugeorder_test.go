@@ -52,7 +52,7 @@ func TestHugeFrames(t *testing.T) {
 // The task restores units in the order in which they came. Units that did not come are last.
 func TestHugeOrder(t *testing.T) {
 	e := Destination{}.engine(Running)
-	e.layout = hugeLayout
+	e.incoming.layout = hugeLayout
 	e.units.begin(hugeLayout)
 	e.units.huge[0] = make([]bool, 100)
 	for _, u := range []int{3, 4, 5, 9, 50} {

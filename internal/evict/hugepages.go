@@ -37,10 +37,10 @@ const unitPages = guestmem.HugePage / units.PageSize
 // tellHuge finds out which units of the frozen VM's memory are huge pages, and tells the
 // destination.
 func (e *source) tellHuge() {
-	huge := make([][]bool, len(e.frozen.layout))
+	huge := make([][]bool, len(e.image.frozen.layout))
 	for i := range huge {
 		var err error
-		if huge[i], err = e.frozen.mem.Huge(e.frozen.index[i]); err != nil {
+		if huge[i], err = e.image.frozen.mem.Huge(e.image.frozen.index[i]); err != nil {
 			if !errors.Is(err, guestmem.ErrGone) {
 				e.Log.Info("cannot tell the destination which memory is in huge pages",
 					"reason", err)
@@ -48,25 +48,25 @@ func (e *source) tellHuge() {
 			return
 		}
 	}
-	e.huge.Store(&huge)
+	e.image.huge.Store(&huge)
 	if a := e.at.Load(); a != nil { // else it is told when it comes back
-		if err := e.sendHuge(a); err != nil {
+		if err := e.image.sendHuge(a); err != nil {
 			a.FailSoon(err)
 		}
 	}
 }
 
 // sendHuge tells the destination which units are huge pages, if that is known yet.
-func (e *source) sendHuge(a *attachment) error {
-	huge := e.huge.Load()
+func (i *image) sendHuge(a *attachment) error {
+	huge := i.huge.Load()
 	if huge == nil {
 		return nil
 	}
-	for i, h := range *huge {
+	for block, h := range *huge {
 		if !slices.Contains(h, true) {
 			continue
 		}
-		if err := a.Lane(link.Push).Write(frameHuge, appendHuge(nil, i, h)); err != nil {
+		if err := a.Lane(link.Push).Write(frameHuge, appendHuge(nil, block, h)); err != nil {
 			return err
 		}
 	}
@@ -154,7 +154,7 @@ func (u *hugeUnits) arrived(runs []pageRun) {
 
 // takeHuge stores what the source reports about huge pages.
 func (e *destination) takeHuge(payload []byte) error {
-	block, huge, err := e.layout.parseHuge(payload)
+	block, huge, err := e.incoming.layout.parseHuge(payload)
 	if err != nil {
 		return err
 	}
@@ -194,7 +194,7 @@ func (e *destination) hugePagesIn(blocks []guestmem.Block) *HugePages {
 	}
 	var order []ranked
 	for i, huge := range e.units.huge {
-		name := e.layout[i].Name
+		name := e.incoming.layout[i].Name
 		at := slices.IndexFunc(h.Blocks, func(b guestmem.Block) bool { return b.Name == name })
 		if at < 0 || !slices.Contains(huge, true) {
 			continue

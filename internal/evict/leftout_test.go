@@ -75,7 +75,7 @@ func TestFillLeftOut(t *testing.T) {
 	e := Destination{QMP: socket}.engine(CutOff)
 	l := layout{{Name: "pc.ram", Length: pages * migstream.TargetPageSize,
 		PageSize: migstream.TargetPageSize, Pages: pages}}
-	e.layout = l
+	e.incoming.layout = l
 	e.pages.begin(l)
 	e.placer = newPlacer(nil, testSection, l)
 	e.placer.direct.Store(d)

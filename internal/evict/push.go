@@ -22,22 +22,23 @@ const demandTime = 20 * time.Second
 // the destination's QEMU would fetch them one by one while the VM stands still. On a long path the
 // pages that the vCPUs touch at once go with them: there, each costs more than finding them all.
 func (e *source) sendEarly(a *attachment) error {
-	addresses := touchedByLoading(e.saved.load, e.frozen.readGuest)
-	if e.far && e.mayLook() {
+	addresses := touchedByLoading(e.halted.saved.load, e.image.frozen.readGuest)
+	if e.proposal.far && e.mayLook() {
 		atOnce, err := e.touchedAtOnce()
 		if err != nil {
 			e.Log.Debug("what the vCPUs touch at once is not sent ahead", "error", err)
 		}
 		addresses = append(addresses, atOnce...)
 	}
-	wanted := e.frozen.runs(addresses)
-	for _, name := range e.flash {
-		if i := e.frozen.layout.find(name); i >= 0 && e.frozen.layout[i].Length <= maxFlash {
-			wanted = append(wanted, pageset.Run{Block: i, Count: e.frozen.layout[i].Pages})
+	wanted := e.image.frozen.runs(addresses)
+	l := e.image.frozen.layout
+	for _, name := range e.proposal.flash {
+		if i := l.find(name); i >= 0 && l[i].Length <= maxFlash {
+			wanted = append(wanted, pageset.Run{Block: i, Count: l[i].Pages})
 		}
 	}
 	runs := e.departures.take(wanted, pushorder.Early)
-	return e.send(a.control.Conn, e.pushed, pushorder.Early, runs, func() {})
+	return e.send(a.control.Conn, e.image.pushed, pushorder.Early, runs, func() {})
 }
 
 const (
@@ -89,7 +90,7 @@ func (e *source) send(lane *link.Conn, f *frame, why pushorder.Reason, runs []pa
 // beginPush pushes in a session that already serves fetches. The VM need not run there yet: pages
 // are only data.
 func (e *source) beginPush(a *attachment) {
-	e.ledger.begin()
+	e.giving.ledger.begin()
 	e.sessions.beginPush(a, e.departures.sentPages())
 	p := &pusher{source: e, a: a, held: e.Order.Base == pushorder.DemandOnly && e.facts.Stood == "",
 		again: time.NewTimer(0)}
@@ -154,9 +155,9 @@ func (p *pusher) push() (over bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		err = p.send(p.a.Lane(link.Push), p.pushed, reason, runs, func() {
-			window.send(p.pushed.size())
-			p.ledger.add(p.pushed.size(), p.pushed.runs)
+		err = p.send(p.a.Lane(link.Push), p.image.pushed, reason, runs, func() {
+			window.send(p.image.pushed.size())
+			p.giving.ledger.add(p.image.pushed.size(), p.image.pushed.runs)
 		})
 		if err != nil {
 			return false, err
@@ -168,12 +169,12 @@ func (p *pusher) push() (over bool, err error) {
 // withMemory returns those of the pages for which QEMU has memory, and leaves out the others. The
 // push may come to pages before leaveOutUnused does, which gives way to everybody.
 func (p *pusher) withMemory(runs []pageset.Run) ([]pageset.Run, error) {
-	if p.unusedKnown.Load() {
+	if p.image.unusedKnown.Load() {
 		return runs, nil
 	}
 	var used, unused []pageset.Run
 	for _, r := range runs {
-		with, without, err := p.frozen.split(r)
+		with, without, err := p.image.frozen.split(r)
 		if err != nil {
 			return runs, nil // leaveOutUnused says so
 		}
@@ -188,7 +189,7 @@ func (p *pusher) withMemory(runs []pageset.Run) ([]pageset.Run, error) {
 
 // serveFetches answers the destination's requests until the lane ends.
 func (e *source) serveFetches(a *attachment) error {
-	lane, f := a.Lane(link.Fetch), e.fetched
+	lane, f := a.Lane(link.Fetch), e.image.fetched
 	var buf []byte
 	for {
 		kind, payload, err := lane.Read(buf, runSize)
@@ -199,7 +200,7 @@ func (e *source) serveFetches(a *attachment) error {
 		if kind != frameRequest {
 			return fmt.Errorf("%w: type %d on the fetch lane", errFrame, kind)
 		}
-		run, err := e.frozen.layout.parseRequest(payload)
+		run, err := e.image.frozen.layout.parseRequest(payload)
 		if err != nil {
 			return err
 		}
@@ -236,7 +237,7 @@ func (p *pusher) readPlaced() error {
 		if !p.a.window.report(placed) {
 			return fmt.Errorf("%w: report of pages that were not sent", errFrame)
 		}
-		p.ledger.report(placed, held)
+		p.giving.ledger.report(placed, held)
 		if _, err := p.push(); err != nil {
 			return err
 		}

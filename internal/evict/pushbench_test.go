@@ -230,12 +230,12 @@ func (p push) send() error {
 		Log: slog.New(slog.DiscardHandler)}}
 	e.sessions.now = &e.at
 	e.departures.begin(l, e.Order, time.Now())
-	if e.frozen, err = newFrozen(mem, l); err != nil {
+	if e.image.frozen, err = newFrozen(mem, l); err != nil {
 		return err
 	}
-	e.pushed, e.fetched = newFrame(mem), newFrame(mem)
-	e.pushed.f, e.fetched.f = e.frozen, e.frozen
-	e.unusedKnown.Store(true)
+	e.image.pushed, e.image.fetched = newFrame(mem), newFrame(mem)
+	e.image.pushed.f, e.image.fetched.f = e.image.frozen, e.image.frozen
+	e.image.unusedKnown.Store(true)
 	s, err := link.Dialer{Addr: p.Addr}.Session(context.Background())
 	if err != nil {
 		return err
@@ -268,7 +268,7 @@ func (p push) receive() error {
 		return err
 	}
 	l := p.layout()
-	e := &destination{layout: l, machine: newMachine(Running, func(State) {}),
+	e := &destination{incoming: incoming{layout: l}, machine: newMachine(Running, func(State) {}),
 		Destination: Destination{Log: slog.New(slog.DiscardHandler)}, ended: make(chan struct{})}
 	e.pages.begin(l)
 	e.units.begin(l)

@@ -28,7 +28,7 @@ func (e *destination) takeHead(head []byte) error {
 
 // adopt sets a layout. No page has been received yet.
 func (e *destination) adopt(head []byte, l layout, r *migstream.Reader) {
-	e.head, e.layout, e.reader = head, l, r
+	e.incoming.head, e.incoming.layout, e.incoming.reader = head, l, r
 	e.pages.begin(l)
 	e.units.begin(l)
 	if s := e.recovery.stream(); s != nil {
@@ -82,7 +82,7 @@ func (e *destination) receivePackage(ctx context.Context) error {
 			}
 			continue
 		}
-		load, err := checkLoad(e.reader.Resume(bytes.NewReader(f.payload)))
+		load, err := checkLoad(e.incoming.reader.Resume(bytes.NewReader(f.payload)))
 		if err != nil {
 			return err
 		}
@@ -162,7 +162,7 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 		}
 		if held {
 			buf = nil
-			e.mayRead(a)
+			e.supply.held.mayRead(a)
 		}
 	}
 }
@@ -170,7 +170,7 @@ func (e *destination) receivePages(a *attachment, l link.Lane) error {
 // receive takes a frame of pages, and passes those to QEMU that QEMU lacks; as says how they came.
 // It reports whether they are held: then the payload is held, too.
 func (e *destination) receive(as parcel, payload []byte) (held bool, err error) {
-	runs, data, err := e.layout.parsePages(nil, payload)
+	runs, data, err := e.incoming.layout.parsePages(nil, payload)
 	if err != nil {
 		return false, err
 	}
@@ -183,7 +183,7 @@ func (e *destination) receive(as parcel, payload []byte) (held bool, err error) 
 // skip notes pages that never come. They read as zero, since QEMU dropped all that did not come
 // ahead of the device state. It places those that the guest waits for now.
 func (e *destination) skip(payload []byte) error {
-	runs, _, err := e.layout.parsePages(nil, payload)
+	runs, _, err := e.incoming.layout.parsePages(nil, payload)
 	if err != nil {
 		return err
 	}
@@ -191,7 +191,7 @@ func (e *destination) skip(payload []byte) error {
 		return fmt.Errorf("%w: pages that are left out, with data", errFrame)
 	}
 	wanted := e.pages.skip(runs)
-	if e.unasked.Load() { // the guest may wait for any of them
+	if e.recovery.unasked.Load() { // the guest may wait for any of them
 		wanted = append(wanted, e.pages.takeAllSkipped()...)
 	}
 	_, err = e.settle(parcel{runs: wanted, urgent: true})
@@ -228,21 +228,21 @@ func (e *destination) readReturnPath(s *stream, r *migstream.ReturnReader) error
 // fetch gets the pages that QEMU requests. Those that were left out it places at once, and it
 // requests the others from the source.
 func (e *destination) fetch(m migstream.Message) error {
-	i := e.layout.find(m.Block)
+	i := e.incoming.layout.find(m.Block)
 	if i < 0 {
 		return fmt.Errorf("QEMU requested a page of unknown memory %q", m.Block)
 	}
-	size := e.layout[i].PageSize
+	size := e.incoming.layout[i].PageSize
 	run := pageset.Run{Block: i, First: pageset.Page(m.Start / size),
 		Count: int((uint64(m.Length) + size - 1) / size)}
-	if err := e.layout.check(run); err != nil {
+	if err := e.incoming.layout.check(run); err != nil {
 		return fmt.Errorf("QEMU requested pages outside of its memory: %w", err)
 	}
 	missing, free := e.pages.want(run)
 	if _, err := e.settle(parcel{runs: free, urgent: true}); err != nil || !missing {
 		return err
 	}
-	if st := e.machine.current(); st != Running || !e.running.Load() {
+	if st := e.machine.current(); st != Running || !e.vm.running.Load() {
 		// While the VM stands still, each of these adds a round trip to its down time.
 		e.Log.Debug("fetch", "state", st, "block", m.Block, "offset", m.Start, "length", m.Length)
 	}

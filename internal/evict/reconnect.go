@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"strings"
 	"syscall"
 	"time"
-	"unicode"
 
 	"vacate/internal/evict/pageset"
 	"vacate/internal/qemu/migstream"
@@ -71,7 +69,7 @@ func (e *source) await(left context.Context) (done bool, err error) {
 					continue
 				}
 			} else if err == nil {
-				err = decode(f.payload, &e.summary)
+				err = decode(f.payload, &e.heard.summary)
 			}
 			switch {
 			case err == nil:
@@ -110,7 +108,7 @@ func (e *source) hearShort(a *attachment, payload []byte) error {
 	} else {
 		e.Log.Warn("the VM waits at the destination", "reason", text)
 	}
-	e.short.Store(&text)
+	e.heard.short.set(text)
 	e.show("")
 	return nil
 }
@@ -120,7 +118,7 @@ func (e *source) hearShort(a *attachment, payload []byte) error {
 func (e *source) reach(left context.Context, why error) (done bool, err error) {
 	since := time.Now()
 	again := 0
-	e.apart.Store(nil)
+	e.heard.apart.set("")
 	defer func() {
 		if !errors.Is(err, ErrLeft) {
 			e.sessions.gap(Gap{since.Sub(e.started).Seconds(), time.Since(since).Seconds(), again,
@@ -143,14 +141,14 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 		}
 		if err != nil {
 			e.Log.Debug("cannot ask the destination", "error", err)
-			e.noteApart(err.Error())
+			e.heard.noteApart(err.Error())
 			continue
 		}
 		here := copyPaused
 		if e.life.Err() != nil {
 			here = copyGone
 		}
-		switch next := sourceOnAnswer(here, e.ranThere, st.Answer); next {
+		switch next := sourceOnAnswer(here, e.heard.ran, st.Answer); next {
 		case stepPush:
 			if again, err = e.rejoin(a, time.Duration(st.Ran)*time.Millisecond); err != nil {
 				a.Fail(err)
@@ -163,7 +161,7 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			return false, nil
 		case stepRetire:
 			if st.Summary != nil {
-				e.summary = *st.Summary
+				e.heard.summary = *st.Summary
 			}
 			e.at.Store(a) // by this session the destination is told that the source has heard
 			return true, e.retire()
@@ -195,25 +193,9 @@ func (e *source) reach(left context.Context, why error) (done bool, err error) {
 			e.end(a)
 			e.Log.Warn("the destination does not know what became of the VM; it stays frozen here",
 				"answer", st.Answer, "reason", st.Reason)
-			e.noteApart(st.Reason)
+			e.heard.noteApart(st.Reason)
 			pause = lastPause
 		}
-	}
-}
-
-// noteApart notes why the destination could not be asked, for people who follow. A reason that
-// differs in numbers alone, such as the port of a connection, is still the same.
-func (e *source) noteApart(why string) {
-	letters := func(s string) string {
-		return strings.Map(func(r rune) rune {
-			if unicode.IsDigit(r) {
-				return -1
-			}
-			return r
-		}, s)
-	}
-	if was := e.apart.Load(); was == nil || letters(*was) != letters(why) {
-		e.apart.Store(&why)
 	}
 }
 
@@ -254,7 +236,7 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 	ctx, cancel := context.WithTimeoutCause(context.Background(), answerTime,
 		errors.New("the destination does not say which pages it has"))
 	defer cancel()
-	l := e.frozen.layout
+	l := e.image.frozen.layout
 	has := make([]*pageset.Set, len(l))
 	for i, b := range l {
 		has[i] = pageset.New(b.Pages)
@@ -272,13 +254,13 @@ func (e *source) rejoin(a *attachment, ran time.Duration) (again int, err error)
 		}
 	}
 	skipped, again := e.departures.rejoin(has)
-	e.ranThere = true
-	e.noteRan(ran)
+	e.heard.ran = true
+	e.heard.noteRan(ran, e.machine)
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
 	e.at.Store(a)
 	a.begin(func() error { return e.serveFetches(a) })
 	a.begin(func() error {
-		if err := errors.Join(sendSkipped(a, join(skipped)), e.sendHuge(a)); err != nil {
+		if err := errors.Join(sendSkipped(a, join(skipped)), e.image.sendHuge(a)); err != nil {
 			return err
 		}
 		e.beginPush(a)
@@ -303,7 +285,7 @@ func join(runs []pageset.Run) []pageset.Run {
 
 // drop ends the present session.
 func (e *source) drop(why error) {
-	e.short.Store(nil) // the destination says it anew
+	e.heard.short.set("") // the destination says it anew
 	if a := e.at.Load(); a != nil {
 		a.Fail(why)
 		e.end(a)
@@ -314,21 +296,6 @@ func (e *source) drop(why error) {
 func (e *source) end(a *attachment) {
 	a.end()
 	e.sessions.end(a)
-}
-
-// noteRan notes for how long the VM has run, by the destination's own word. The VM cannot have run
-// before it was told to.
-func (e *source) noteRan(ran time.Duration) {
-	if !e.ranSince.IsZero() {
-		return
-	}
-	now := time.Now()
-	e.ranSince = now.Add(-ran)
-	if told := e.machine.at(Committing); told.IsZero() {
-		e.ranSince = now // another engine told it to run
-	} else if e.ranSince.Before(told) {
-		e.ranSince = told
-	}
 }
 
 // notThere reports whether an error of reaching a QEMU says that it has ended.

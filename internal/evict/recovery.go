@@ -49,6 +49,8 @@ type recovery struct {
 	starved bool                   // QEMU's own loader found no memory
 	pending bool                   // the twin was not told to run the VM yet
 	mending <-chan mended          // serve's: gets mend's result; nil while mend does not work
+	// QEMU has asked another engine for pages, and does not ask again.
+	unasked atomic.Bool
 }
 
 // stream returns the present stream; nil while it is broken.

@@ -36,13 +36,13 @@ func (e *source) takeUp(ctx context.Context, m Mark) error {
 	if err := e.whole(); err != nil && !errors.Is(err, ErrGivenBack) {
 		return &Error{ErrLeft, e.machine.current(), err, "Nothing was touched"}
 	}
-	e.ranThere = e.gaveBack.Load() // the engine gives nothing back before that
+	e.heard.ran = e.giving.begun.Load() // the engine gives nothing back before that
 	if m == MarkShutDown {
-		e.shutDown = errShutDown.Error()
+		e.heard.shutDown = errShutDown.Error()
 	}
 	switch sourceStep(m, here) {
 	case stepRollBack:
-		if e.gaveBack.Load() {
+		if e.giving.begun.Load() {
 			return e.lost(fmt.Errorf("%w; and it runs", ErrGivenBack),
 				"Pause it, and find out whether the VM is on the destination")
 		}
@@ -90,7 +90,7 @@ func (e *source) whole() error {
 		return nil
 	}
 	err := Whole(e.Journal)
-	e.gaveBack.Store(errors.Is(err, ErrGivenBack))
+	e.giving.begun.Store(errors.Is(err, ErrGivenBack))
 	return err
 }
 
@@ -100,7 +100,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 	b, err := e.kept(keptFacts)
 	if err == nil {
 		e.facts, err = parseFacts(b)
-		e.stands.Store(new(e.facts.Stood))
+		e.halted.stands.set(e.facts.Stood)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // without facts the VM was not touched yet
 		return copyGone, err
@@ -109,7 +109,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 		e.qemu = e.facts.Process
 	}
 	if e.qemu != (process.Process{}) {
-		switch e.held, err = e.qemu.Stopped(); {
+		switch e.halted.held, err = e.qemu.Stopped(); {
 		case errors.Is(err, process.ErrGone):
 			e.die(errQEMUGone)
 			return copyGone, nil
@@ -117,7 +117,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 			return copyGone, err
 		}
 		e.watch()
-		if e.held {
+		if e.halted.held {
 			return copyPaused, nil
 		}
 	}
@@ -139,7 +139,7 @@ func (e *source) find(ctx context.Context) (copyState, error) {
 	// Otherwise somebody may have let the stopped process continue.
 	stop := e.mark == MarkMayRun || e.mark == MarkLost
 	here, err := e.owner.catch(ctx, e.qemu, stop)
-	e.held = stop && here == copyPaused
+	e.halted.held = stop && here == copyPaused
 	return here, err
 }
 
@@ -148,8 +148,8 @@ func (e *source) reopen() error {
 	if _, err := e.recall(); err != nil {
 		return err
 	}
-	e.frozenAt.Store(&e.started)
-	if e.gaveBack.Load() {
+	e.halted.at.Store(&e.started)
+	if e.giving.begun.Load() {
 		return nil // the rest of the guest does not show what its pages are used for
 	}
 	e.survey.noAgent = errors.New("the guest stands still")
@@ -159,8 +159,8 @@ func (e *source) reopen() error {
 
 // recall reads from the journal what describes the frozen VM, and returns the head of its stream.
 func (e *source) recall() (head []byte, err error) {
-	e.offer.Machine, e.offer.QEMU = e.facts.Machine, e.facts.QEMU
-	e.registers.Store(&e.facts.Registers)
+	e.proposal.offer.Machine, e.proposal.offer.QEMU = e.facts.Machine, e.facts.QEMU
+	e.image.registers.Store(&e.facts.Registers)
 	if e.mem, err = guestmem.Reopen(e.facts.Process.PID, e.facts.Blocks); err != nil {
 		return nil, err
 	}
@@ -175,7 +175,7 @@ func (e *source) recall() (head []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	e.image.pushed, e.image.fetched = newFrame(e.mem), newFrame(e.mem)
 	return head, e.layOut(l)
 }
 

@@ -51,8 +51,8 @@ func (e *destination) hasRoom() error {
 	if err := errors.Join(errs...); err != nil {
 		e.Log.Warn("cannot read some of the limits on the VM's memory here", "error", err)
 	}
-	e.promised.Release()
-	if e.promised, err = e.Room.Take(e.process, limits, memory); err != nil {
+	e.supply.promised.Release()
+	if e.supply.promised, err = e.Room.Take(e.process, limits, memory); err != nil {
 		return fmt.Errorf("no room for the VM: %w", err)
 	}
 	return nil

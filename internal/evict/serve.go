@@ -60,8 +60,8 @@ func (e *destination) serve(left context.Context) error {
 			if err := e.attach(left, r); err != nil {
 				return err
 			}
-		case err := <-e.cont:
-			e.cont = nil
+		case err := <-e.vm.cont:
+			e.vm.cont = nil
 			if err := e.continued(left, err); err != nil {
 				return err
 			}
@@ -122,7 +122,7 @@ func (e *destination) mend() {
 	e.recovery.mending = result
 	e.tasks.Go(func() {
 		e.awaitRoom()
-		result <- e.recovery.mend(e.life, e.layout)
+		result <- e.recovery.mend(e.life, e.incoming.layout)
 	})
 }
 
@@ -218,7 +218,7 @@ func (e *destination) detach(why error) {
 	a.Fail(why)
 	a.end()
 	e.forget(a)
-	e.hungUp = errors.Is(why, io.EOF) || errors.Is(why, io.ErrUnexpectedEOF) ||
+	e.said.hungUp = errors.Is(why, io.EOF) || errors.Is(why, io.ErrUnexpectedEOF) ||
 		errors.Is(why, unix.ECONNRESET) || errors.Is(why, unix.EPIPE)
 	if e.machine.current() == Running {
 		if err := e.machine.enter(CutOff); err != nil {
@@ -244,7 +244,7 @@ func (e *destination) dropStream(why error) {
 func (e *destination) attach(left context.Context, r *Request) error {
 	e.detach(errors.New("the source has made a new session"))
 	if e.recovery.pending {
-		if e.committed = r.resume.Committed; !e.committed {
+		if e.said.committed = r.resume.Committed; !e.said.committed {
 			// only a source that goes on needs to hear it; the others may hear it, too
 			e.tasks.Go(func() {
 				r.Answer(AnswerPaused, "the VM was not told to run yet", false, nil)
@@ -275,8 +275,8 @@ func (e *destination) attach(left context.Context, r *Request) error {
 	e.Log.Info("the source is back", "source", a.Session.Peer())
 	e.receiveLanes(a)
 	e.at.Store(a)
-	e.ran.Store(true)
-	if e.isShort() {
+	e.vm.told.Store(true)
+	if e.supply.short.get() != "" {
 		e.passOn()
 	}
 	if e.machine.current() == CutOff {
@@ -296,13 +296,13 @@ func (e *destination) attach(left context.Context, r *Request) error {
 // tellPresent tells the source that the VM runs, and which pages are here or need not come.
 func (e *destination) tellPresent(a *attachment) error {
 	st := status{Answer: AnswerRunning}
-	if !e.ranSince.IsZero() {
-		st.Ran = uint32(min(time.Since(e.ranSince).Milliseconds(), math.MaxUint32))
+	if !e.vm.ranSince.IsZero() {
+		st.Ran = uint32(min(time.Since(e.vm.ranSince).Milliseconds(), math.MaxUint32))
 	}
 	if err := writeJSON(a.control.Conn, msgStatus, st); err != nil {
 		return err
 	}
-	for i, b := range e.layout {
+	for i, b := range e.incoming.layout {
 		for first := 0; first < b.Pages; first += maxPresent {
 			frame := e.pages.appendPresent(nil, i, first, min(maxPresent, b.Pages-first))
 			if err := a.control.Write(msgPresent, frame); err != nil {
@@ -421,9 +421,7 @@ func (e *destination) awaitHeard(over <-chan struct{}, answer func(*Request) (he
 // summary summarises what was received.
 func (e *destination) summary() Received {
 	stats := e.pages.summary()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	stats.ShutDown = e.shutDownWhy
+	stats.ShutDown = e.vm.shutDown.get()
 	return stats
 }
 
@@ -534,10 +532,10 @@ func (e *destination) find() error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("whether the VM must run: %w", err)
 	}
-	e.stands = string(stands)
+	e.vm.stands.set(string(stands))
 	switch _, err := e.Journal.Kept(keptRan); {
 	case err == nil:
-		e.hasRun.Store(true)
+		e.vm.hasRun.Store(true)
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("whether the VM ran here: %w", err)
 	}
@@ -558,7 +556,7 @@ func (e *destination) find() error {
 	if err != nil {
 		e.Log.Warn("cannot read some of the limits on the VM's memory here", "error", err)
 	}
-	e.promised = e.Room.Note(e.process, limits, memory)
+	e.supply.promised = e.Room.Note(e.process, limits, memory)
 	e.placer = newPlacer(nil, r.SectionID(), l)
 	e.placeDirectly()
 	return e.takeStock(nil)
@@ -573,7 +571,7 @@ func (e *destination) takeStock(bitmaps map[string][]byte) error {
 // each one that is there was placed. For blocks at an unknown address only QEMU knows, by a bitmap
 // for each. Without that bitmap none of their pages counts as missing.
 func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set, err error) {
-	for _, b := range e.layout {
+	for _, b := range e.incoming.layout {
 		set, per := pageset.New(b.Pages), int(b.PageSize/migstream.TargetPageSize)
 		frames := b.Pages * per
 		words := make([]uint64, (frames+63)/64)
@@ -613,21 +611,21 @@ func (e *destination) present(bitmaps map[string][]byte) (placed []*pageset.Set,
 func (e *destination) useStream(m mended) error {
 	e.detach(errors.New("QEMU has a new stream"))
 	e.forget(nil)
-	e.recovery.pending = m.pending && e.stands == "" && !e.hasRun.Load()
-	e.unasked.Store(m.same)
+	e.recovery.pending = m.pending && e.vm.stands.get() == "" && !e.vm.hasRun.Load()
+	e.recovery.unasked.Store(m.same)
 	s := newStream(m.conn)
 	e.recovery.present.Store(s)
-	e.held.Lock()
+	e.supply.held.Lock()
 	old := e.placer
 	d := old.direct.Load()
-	e.placer = newPlacer(m.conn, e.reader.SectionID(), e.layout)
+	e.placer = newPlacer(m.conn, e.incoming.reader.SectionID(), e.incoming.layout)
 	if d != nil {
 		e.placer.gate = old.gate
 		e.placer.direct.Store(d)
 	} else {
 		e.placeDirectly()
 	}
-	e.held.Unlock()
+	e.supply.held.Unlock()
 	if err := e.takeStock(m.bitmaps); err != nil {
 		s.fail(err)
 		e.recovery.present.Store(nil)

@@ -22,7 +22,7 @@ func TestSkip(t *testing.T) {
 			{Name: "large", Length: 4 << 14, PageSize: 16 << 10, Pages: 4},
 		}
 		out := &sink{}
-		e := &destination{layout: l, placer: newPlacer(out, testSection, l)}
+		e := &destination{incoming: incoming{layout: l}, placer: newPlacer(out, testSection, l)}
 		e.pages.begin(l)
 		e.units.begin(l)
 		free := map[pageKey]bool{}  // left out
@@ -95,7 +95,7 @@ func TestSkip(t *testing.T) {
 func TestSkipRefusesData(t *testing.T) {
 	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize,
 		PageSize: migstream.TargetPageSize, Pages: 4}}
-	e := &destination{layout: l}
+	e := &destination{incoming: incoming{layout: l}}
 	r := []pageRun{{pageset.Run{Count: 1}, false}}
 	if err := e.skip(append(appendPages(nil, r), pageData(l, r)...)); !errors.Is(err,
 		link.ErrPeer) {
@@ -108,7 +108,7 @@ func TestSkipRefusesData(t *testing.T) {
 func TestSkippedInFlight(t *testing.T) {
 	l := layout{{Name: "pc.ram", Length: 4 * migstream.TargetPageSize,
 		PageSize: migstream.TargetPageSize, Pages: 4}}
-	e := &destination{layout: l}
+	e := &destination{incoming: incoming{layout: l}}
 	e.pages.begin(l)
 	e.units.begin(l)
 	whole := func() bool {

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"vacate/internal/evict/journal"
-	"vacate/internal/evict/pageset"
 	"vacate/internal/evict/pushorder"
 	"vacate/internal/link"
 	"vacate/internal/qemu/fit"
@@ -164,55 +163,57 @@ type source struct {
 	life context.Context
 	die  context.CancelCauseFunc
 
-	owner  sourceOwner     // of the VM's QEMU
-	qemu   process.Process // the QEMU; zero until it is known
-	facts  hostFacts       // empty until the freeze is about to begin
-	first  qmp.Status      // what the VM did at the first check
-	mem    *guestmem.Memory
-	offer  offer
-	head   []byte // of the stream; like layout, nil until it is made
-	layout layout
-	flash  []string // blocks that QEMU reads when it is told to run the VM
-	warned []string // warnings to the operator about a VM that is moved all the same
-	far    bool     // the path to the destination is long
-	mark   Mark     // the last durable one
-	saved  saved
-	held   bool // the QEMU's process is stopped
-	// registers are those of the frozen guest, once its QEMU cannot answer any more.
-	registers atomic.Pointer[registers]
-	frozen    *frozen
-	// by block, which units are huge pages; nil until that is known
-	huge    atomic.Pointer[[][]bool]
-	pushed  *frame // of the push lane; before the push, of the control lane
-	fetched *frame // of the fetch lane
-
-	awaits   atomic.Pointer[awaited] // nil for nothing
-	stands   atomic.Pointer[string]  // facts.Stood, to show; nil before that is known
-	frozenAt atomic.Pointer[time.Time]
-	ranThere bool        // the destination said that the VM runs there
-	ranSince time.Time   // when it said so first
-	ledger   *ledger     // nil if no memory is given back early
-	gaveBack atomic.Bool // this engine or an earlier one gave some back: the copy here is not whole
-	summary  Received
-	shutDown string // why the VM ended on the destination; empty if it did not
-	// why pages find no memory at the destination; nil or empty if they do
-	short atomic.Pointer[string]
-	apart atomic.Pointer[string] // Progress.Apart; nil if it is empty
+	owner    sourceOwner     // of the VM's QEMU
+	qemu     process.Process // the QEMU; zero until it is known
+	facts    hostFacts       // empty until the freeze is about to begin
+	mem      *guestmem.Memory
+	proposal proposal
+	mark     Mark // the last durable one
+	halted   halted
+	image    image
+	heard    heard
+	giving   giving
 
 	at       atomic.Pointer[attachment] // nil while there is no session
 	sessions sessions
 
 	departures departures
 	// used by prepare, then by the task that enlightens, then by report: never by two at once
-	survey survey
-	// leaveOutUnused has come to all pages
-	unusedKnown atomic.Bool
-
+	survey  survey
 	touched chan struct{} // capacity 1: something was fetched; nil if nothing waits for that
 
-	shown   sync.Mutex // held while Show is called
-	highest int        // pages shown, which only grow; guarded by shown
+	display display
 	tasks   sync.WaitGroup
+}
+
+// proposal is what the source tells the destination of the VM before it is frozen. prepare makes
+// it, or a resumed engine recalls it. It does not change afterwards.
+type proposal struct {
+	first  qmp.Status // what the VM did at the first check
+	offer  offer
+	head   []byte // of the stream; like layout, nil until it is made
+	layout layout
+	flash  []string // blocks that QEMU reads when it is told to run the VM
+	warned []string // warnings to the operator about a VM that is moved all the same
+	far    bool     // the path to the destination is long
+}
+
+// halted is how the VM was frozen. The task that runs the eviction writes it.
+type halted struct {
+	saved  saved
+	held   bool                      // the QEMU's process is stopped
+	stands text                      // facts.Stood, to show
+	at     atomic.Pointer[time.Time] // when the guest stopped; nil until it has
+}
+
+// since returns how long the guest has been frozen here, in seconds.
+func (h *halted) since() float64 { return time.Since(*h.at.Load()).Seconds() }
+
+// display is what progress needs beside the eviction's own state.
+type display struct {
+	mu      sync.Mutex              // held while Show is called
+	highest int                     // pages shown, which only grow; guarded by mu
+	awaits  atomic.Pointer[awaited] // what the offer waits for; nil for nothing
 }
 
 func (e *source) run(ctx context.Context) error {
@@ -264,7 +265,7 @@ func (e *source) prepare(all context.Context) (err error) {
 	err = together(
 		func() error { return e.owner.arm(ctx, e.mem) },
 		func() error {
-			if err := writeJSON(control.Conn, msgOffer, e.offer); err != nil {
+			if err := writeJSON(control.Conn, msgOffer, e.proposal.offer); err != nil {
 				return err
 			}
 			return e.awaitTaken(all, control, prepareTimeout)
@@ -275,10 +276,10 @@ func (e *source) prepare(all context.Context) (err error) {
 	}
 	ctx, cancel = e.bound(all, prepareTimeout, errLongPreparation)
 	defer cancel()
-	e.pushed, e.fetched = newFrame(e.mem), newFrame(e.mem)
+	e.image.pushed, e.image.fetched = newFrame(e.mem), newFrame(e.mem)
 	e.facts = hostFacts{
 		Process: e.qemu, Blocks: e.mem.Blocks(), Mappings: e.mem.Mappings(),
-		Machine: e.offer.Machine, QEMU: e.offer.QEMU,
+		Machine: e.proposal.offer.Machine, QEMU: e.proposal.offer.QEMU,
 	}
 	err = together(
 		func() error { return e.keepFacts() },
@@ -286,12 +287,13 @@ func (e *source) prepare(all context.Context) (err error) {
 			// From here on the twin can take no other VM. If it cannot take the VM's memory, it
 			// says so now, while the VM runs.
 			begun := time.Now()
-			err := control.openWindow(ctx, e.flashBytes()+maxAtOnce*units.PageSize)
+			flash := e.proposal.flashBytes(e.mem.Blocks())
+			err := control.openWindow(ctx, flash+maxAtOnce*units.PageSize)
 			if err != nil {
 				return err
 			}
-			e.far = time.Since(begun) >= farTrip
-			if err := control.Write(msgHead, e.head); err != nil {
+			e.proposal.far = time.Since(begun) >= farTrip
+			if err := control.Write(msgHead, e.proposal.head); err != nil {
 				return err
 			}
 			_, err = control.await(ctx, msgArmed)
@@ -302,8 +304,8 @@ func (e *source) prepare(all context.Context) (err error) {
 	}
 	// This comes late on purpose. If an operator pauses the VM before the freeze, it stays paused,
 	// whatever happens to this engine.
-	if e.facts.Ran = e.first.Running; !e.facts.Ran {
-		e.facts.Stood = e.first.Status
+	if e.facts.Ran = e.proposal.first.Running; !e.facts.Ran {
+		e.facts.Stood = e.proposal.first.Status
 	}
 	return e.keepFacts()
 }
@@ -330,9 +332,10 @@ func (e *source) meet(ctx context.Context) error {
 			e.at.Store(a)
 			return a.prove(ctx)
 		})
-	e.offer, e.mem, e.flash, e.first = d.offer, d.mem, d.flash, d.status
-	if e.first.Status != "" && !e.first.Running {
-		e.stands.Store(&e.first.Status)
+	p := &e.proposal
+	p.offer, e.mem, p.flash, p.first = d.offer, d.mem, d.flash, d.status
+	if p.first.Status != "" && !p.first.Running {
+		e.halted.stands.set(p.first.Status)
 	}
 	if err != nil {
 		return err
@@ -346,15 +349,15 @@ func (e *source) meet(ctx context.Context) error {
 		return err
 	}
 	e.warnOfBitmaps(d.disks)
-	e.offer.Disks = d.disks
-	e.offer = e.offer.withMemory(e.mem)
-	e.offer.Eviction, e.offer.VM, e.offer.LoadTimeout = e.Eviction, e.VM,
+	p.offer.Disks = d.disks
+	p.offer = p.offer.withMemory(e.mem)
+	p.offer.Eviction, p.offer.VM, p.offer.LoadTimeout = e.Eviction, e.VM,
 		e.LoadTimeout.Milliseconds()
-	e.offer.Forced = e.Forced
-	if !e.first.Running {
-		e.offer.Stands = e.first.Status
+	p.offer.Forced = e.Forced
+	if !p.first.Running {
+		p.offer.Stands = p.first.Status
 	}
-	e.head, e.layout, err = makeHead(e.offer.Machine, cmp.Or(d.section, ramSection),
+	p.head, p.layout, err = makeHead(p.offer.Machine, cmp.Or(d.section, ramSection),
 		e.mem.Blocks())
 	return err
 }
@@ -362,7 +365,7 @@ func (e *source) meet(ctx context.Context) error {
 // movable makes sure that no device holds the VM on this host, that its memory can be read, and
 // that its QEMU can be stopped.
 func (e *source) movable() (err error) {
-	if err := e.offer.Devices.Held().Err(); err != nil {
+	if err := e.proposal.offer.Devices.Held().Err(); err != nil {
 		return err
 	}
 	if err := e.mem.Missing(); err != nil {
@@ -394,7 +397,7 @@ func (e *source) awaitTaken(ctx context.Context, control *controlLane,
 	patience time.Duration) error {
 	ctx, cancel := e.bound(ctx, maxTaking, fmt.Errorf("it took longer than %v", maxTaking))
 	defer cancel()
-	defer e.awaits.Store(nil)
+	defer e.display.awaits.Store(nil)
 	for {
 		bounded, stop := context.WithTimeoutCause(ctx, patience,
 			fmt.Errorf("it has said nothing for %v", patience))
@@ -414,9 +417,9 @@ func (e *source) awaitTaken(ctx context.Context, control *controlLane,
 			return err
 		}
 		w.What = w.What[:min(len(w.What), maxWhat)]
-		if was := e.awaits.Load(); was == nil || was.what != w.What {
+		if was := e.display.awaits.Load(); was == nil || was.what != w.What {
 			e.Log.Info("the destination is not ready to accept the offer yet", "what", w.What)
-			e.awaits.Store(&awaited{w.What, time.Now()})
+			e.display.awaits.Store(&awaited{w.What, time.Now()})
 		}
 	}
 }
@@ -515,7 +518,7 @@ func (e *source) transfer(ctx context.Context) error {
 	if err := e.sendEarly(a); err != nil {
 		return err
 	}
-	if err := a.control.Write(msgLoad, e.saved.load); err != nil {
+	if err := a.control.Write(msgLoad, e.halted.saved.load); err != nil {
 		return err
 	}
 	a.window = e.Path.join(migstream.TargetPageSize, e.Limit, e.Yield)
@@ -558,29 +561,29 @@ func (e *source) freeze() error {
 		errors.New("saving the devices took too long"))
 	defer cancel()
 	var err error
-	e.saved, err = e.owner.freeze(ctx, e.facts.Ran)
+	e.halted.saved, err = e.owner.freeze(ctx, e.facts.Ran)
 	if errors.Is(err, errRuns) {
 		e.facts.Ran, e.facts.Stood = true, ""
 		if err = e.keepFacts(); err == nil {
-			e.saved, err = e.owner.freeze(ctx, true)
+			e.halted.saved, err = e.owner.freeze(ctx, true)
 		}
 	}
-	at := byOurClock(e.saved.at, e.started)
-	e.frozenAt.Store(&at)
+	at := byOurClock(e.halted.saved.at, e.started)
+	e.halted.at.Store(&at)
 	// QEMU itself makes it stand in save-vm, as for a dump, and then runs it again.
-	if was := e.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" &&
+	if was := e.halted.saved.was; !was.Running && was.Status != "" && was.Status != "save-vm" &&
 		was.Status != e.facts.Stood {
 		e.facts.Ran, e.facts.Stood = false, was.Status // this holds whatever fails after it
 		err = errors.Join(err, e.keepFacts())
 	}
-	e.stands.Store(new(e.facts.Stood))
+	e.halted.stands.set(e.facts.Stood)
 	if err != nil {
 		return fmt.Errorf("freeze the VM: %w", err)
 	}
-	if e.facts.Stood == "suspended" && e.offer.Stands != "suspended" {
+	if e.facts.Stood == "suspended" && e.proposal.offer.Stands != "suspended" {
 		return errors.New("the VM was suspended since it was offered: try again")
 	}
-	return e.layOut(e.layout)
+	return e.layOut(e.proposal.layout)
 }
 
 // byOurClock makes a time of a QEMU's event, which is of this host's wall clock, one that keeps its
@@ -610,8 +613,8 @@ func (e *source) hold(ctx context.Context) error {
 	if err := e.owner.hold(ctx, e.qemu); err != nil {
 		return err
 	}
-	e.held = true
-	e.registers.Store(&e.facts.Registers)
+	e.halted.held = true
+	e.image.registers.Store(&e.facts.Registers)
 	return nil
 }
 
@@ -626,13 +629,12 @@ func (e *source) readRegisters(ctx context.Context) error {
 }
 
 // layOut gets ready to send the pages of a layout.
-func (e *source) layOut(l layout) (err error) {
-	if e.frozen, err = newFrozen(e.mem, l); err != nil {
+func (e *source) layOut(l layout) error {
+	if err := e.image.open(e.mem, l); err != nil {
 		return err
 	}
-	e.pushed.f, e.fetched.f = e.frozen, e.frozen
-	if e.GiveBack > 0 && e.Journal != nil && e.frozen.anyReleasable() {
-		e.ledger = &ledger{}
+	if e.GiveBack > 0 && e.Journal != nil && e.image.frozen.anyReleasable() {
+		e.giving.ledger = &ledger{}
 	}
 	begun := e.machine.at(Switching)
 	if begun.IsZero() { // it is not known if another engine began
@@ -645,8 +647,8 @@ func (e *source) layOut(l layout) (err error) {
 // keep stores what another engine needs to go on. Last comes the mark without which the commit must
 // not be sent.
 func (e *source) keep() error {
-	if err := errors.Join(keep(e.Journal, keptHead, e.head),
-		keep(e.Journal, keptLoad, e.saved.load), e.keepFacts()); err != nil {
+	if err := errors.Join(keep(e.Journal, keptHead, e.proposal.head),
+		keep(e.Journal, keptLoad, e.halted.saved.load), e.keepFacts()); err != nil {
 		return err
 	}
 	return e.note(MarkMayRun, "")
@@ -664,8 +666,8 @@ func (e *source) note(m Mark, reason string) error {
 // commit tells the destination to run the VM. From here on, only the destination's answer allows a
 // roll-back.
 func (e *source) commit(ctx context.Context) error {
-	if !mayCommit(e.mark, e.held) {
-		return e.rollBack(fmt.Errorf("bug: a commit at the mark %q, QEMU held %v", e.mark, e.held))
+	if !mayCommit(e.mark, e.halted.held) {
+		return e.rollBack(fmt.Errorf("bug: a commit at the mark %q, QEMU held %v", e.mark, e.halted.held))
 	}
 	if err := e.machine.enter(Committing); err != nil {
 		return e.rollBack(err)
@@ -683,7 +685,7 @@ func (e *source) commit(ctx context.Context) error {
 	if err == nil {
 		// On a long path the VM's first instructions need pages before the answer can be here. One
 		// that QEMU's main thread or an interrupt of the VM waits for would also hold it up.
-		if e.far {
+		if e.proposal.far {
 			e.beginPush(a)
 		}
 		_, err = a.control.await(await, msgRunning)
@@ -697,9 +699,9 @@ func (e *source) commit(ctx context.Context) error {
 		}
 		return e.seeThrough(ctx, err)
 	}
-	e.ranThere = true
-	e.noteRan(0)
-	if !e.far {
+	e.heard.ran = true
+	e.heard.noteRan(0, e.machine)
+	if !e.proposal.far {
 		// This waits on purpose. Pages that arrive while the twin gets ready take the CPU that it
 		// needs.
 		e.beginPush(a)
@@ -838,7 +840,7 @@ func (e *source) gone() bool {
 // run a VM that stood, but gives its disks back. It may be called only while the destination cannot
 // run the VM, or the twin is known or asserted to be dead.
 func (e *source) resume(ctx context.Context) (qmp.Status, error) {
-	if e.gaveBack.Load() {
+	if e.giving.begun.Load() {
 		return qmp.Status{}, ErrGivenBack
 	}
 	// This also covers a process that was only about to be stopped.
@@ -847,7 +849,7 @@ func (e *source) resume(ctx context.Context) (qmp.Status, error) {
 			return qmp.Status{}, err
 		}
 	}
-	e.held = false
+	e.halted.held = false
 	for e.owner.monitor() == nil {
 		// QEMU first serves clients that came while its process was stopped, even those that have
 		// left.
@@ -888,11 +890,12 @@ func (e *source) close() {
 
 // report sums the eviction up.
 func (e *source) report(err error) Report {
-	r := Report{Outcome: "completed", Machine: e.offer.Machine, QEMU: e.offer.QEMU,
-		Phases: e.machine.phases(), Warnings: e.warned}
+	o := &e.proposal.offer
+	r := Report{Outcome: "completed", Machine: o.Machine, QEMU: o.QEMU,
+		Phases: e.machine.phases(), Warnings: e.proposal.warned}
 	var failed *Error
-	if e.shutDown != "" {
-		r.Outcome, r.Reason = string(ShutDown), e.shutDown
+	if e.heard.shutDown != "" {
+		r.Outcome, r.Reason = string(ShutDown), e.heard.shutDown
 	}
 	if errors.As(err, &failed) {
 		r.Outcome, r.Reason = failed.Outcome.Error(), err.Error()
@@ -911,49 +914,30 @@ func (e *source) report(err error) Report {
 	if over.IsZero() {
 		over = e.machine.at(ShutDown)
 	}
-	r.Prepare, r.Transfer, r.Total = since(e.started, begun), since(begun, e.ranSince), since(begun,
-		over)
+	r.Prepare, r.Total = since(e.started, begun), since(begun, over)
+	r.Transfer = since(begun, e.heard.ranSince)
 	// If another engine froze the VM, the time is not known.
-	if at := e.frozenAt.Load(); at != nil && !begun.IsZero() && e.facts.Stood == "" {
-		r.Down = since(*at, e.ranSince)
+	if at := e.halted.at.Load(); at != nil && !begun.IsZero() && e.facts.Stood == "" {
+		r.Down = since(*at, e.heard.ranSince)
 	}
 	r.Stood = e.facts.Stood
 	d := &e.departures
 	r.Pages = PageCounts{
-		Total: int(d.total.Load()), Early: d.pages(pushorder.Early), Zero: e.zeroPages(),
-		Duplicate: e.summary.Duplicate,
+		Total: int(d.total.Load()), Early: d.pages(pushorder.Early), Zero: e.image.zeroPages(d),
+		Duplicate: e.heard.summary.Duplicate,
 		Pushed:    d.pages(pushorder.Planned), Near: d.pages(pushorder.Near),
 		Fetched: d.pages(pushorder.Fetched),
 		Skipped: d.pages(pushorder.Skipped), Unused: d.pages(pushorder.Unused),
-		SkippedTouched: e.summary.FreeTouched, Before: d.pages(pushorder.Before),
+		SkippedTouched: e.heard.summary.FreeTouched, Before: d.pages(pushorder.Before),
 		GivenBack: int(d.given.Load()),
 	}
 	r.Order, r.Enlightenment = e.Order.String(), e.account()
-	r.Fetch = quantiles(e.summary.FetchDelays)
+	r.Fetch = quantiles(e.heard.summary.FetchDelays)
 	if r.Fetch != nil {
-		r.Fetch.Count = e.summary.Fetches
+		r.Fetch.Count = e.heard.summary.Fetches
 	}
 	e.sessions.account(&r, e.machine.spent(Pushing))
 	return r
-}
-
-// zeroPages returns how many of the sent pages went as a mark only. Each counts once, however often
-// it was sent. Nothing may be sent any more.
-func (e *source) zeroPages() (n int) {
-	if e.frozen == nil {
-		return 0
-	}
-	e.departures.each(e.frozen.layout,
-		func(block int, p pageset.Page, why pushorder.Reason, _ bool) {
-			switch why {
-			case pushorder.Left, pushorder.Skipped, pushorder.Unused, pushorder.Before:
-			default:
-				if e.pushed.wasZero(block, p) || e.fetched.wasZero(block, p) {
-					n++
-				}
-			}
-		})
-	return n
 }
 
 // tick shows the progress every 100 ms.
@@ -975,32 +959,27 @@ func (e *source) show(st State) {
 	if e.Show == nil {
 		return
 	}
-	e.shown.Lock()
-	defer e.shown.Unlock()
+	e.display.mu.Lock()
+	defer e.display.mu.Unlock()
 	if st == "" { // the lock comes first, so that the state never seems to go backwards
 		st = e.machine.current()
 	}
 	// After a lost link, some pages that were on their way are sent once more.
 	d := &e.departures
-	e.highest = max(e.highest, d.settled())
-	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.highest,
+	e.display.highest = max(e.display.highest, d.settled())
+	p := Progress{State: st, Elapsed: time.Since(e.started), Pages: e.display.highest,
 		Total: int(d.total.Load()), Fetches: int(d.asked.Load())}
 	if p.Total > 0 {
 		p.Bytes, _ = e.sessions.bytes()
 	}
-	if stands := e.stands.Load(); stands != nil {
-		p.Stands = *stands
-	}
-	if w := e.awaits.Load(); w != nil && st == Preparing {
+	p.Stands, p.Short = e.halted.stands.get(), e.heard.short.get()
+	if w := e.display.awaits.Load(); w != nil && st == Preparing {
 		p.Awaits, p.AwaitedFor = w.what, time.Since(w.since)
 	}
-	if short := e.short.Load(); short != nil {
-		p.Short = *short
+	if st == Reconnecting || st == InDoubt {
+		p.Apart = e.heard.apart.get()
 	}
-	if apart := e.apart.Load(); apart != nil && (st == Reconnecting || st == InDoubt) {
-		p.Apart = *apart
-	}
-	frozen, ran := e.frozenAt.Load(), e.machine.at(Pushing)
+	frozen, ran := e.halted.at.Load(), e.machine.at(Pushing)
 	if frozen != nil && !ran.IsZero() && !e.machine.at(Switching).IsZero() && p.Stands == "" {
 		p.Down = ran.Sub(*frozen)
 	}

@@ -158,14 +158,14 @@ func TestMachineAgain(t *testing.T) {
 // destination says about the time before cannot be true of a time before the commit.
 func TestReportOfResumed(t *testing.T) {
 	e := Source{}.engine(InDoubt)
-	e.frozenAt.Store(&e.started)
-	e.noteRan(time.Hour)
+	e.halted.at.Store(&e.started)
+	e.heard.noteRan(time.Hour, e.machine)
 	r, _ := e.done(nil)
 	if r.Down != nil || r.Transfer != nil || r.Begun != nil || r.Total != nil {
 		t.Errorf("%+v", r)
 	}
-	if e.ranSince.Before(e.started) {
-		t.Errorf("it ran since %v, before %v", e.ranSince, e.started)
+	if e.heard.ranSince.Before(e.started) {
+		t.Errorf("it ran since %v, before %v", e.heard.ranSince, e.started)
 	}
 	e = Source{}.engine(Preparing)
 	for _, s := range []State{Switching, Loading, Committing} {
@@ -174,12 +174,12 @@ func TestReportOfResumed(t *testing.T) {
 		}
 	}
 	told := e.machine.at(Committing)
-	e.noteRan(time.Hour)
-	if !e.ranSince.Equal(told) {
-		t.Errorf("it ran since %v, and was told to at %v", e.ranSince, told)
+	e.heard.noteRan(time.Hour, e.machine)
+	if !e.heard.ranSince.Equal(told) {
+		t.Errorf("it ran since %v, and was told to at %v", e.heard.ranSince, told)
 	}
-	e.noteRan(0)
-	if !e.ranSince.Equal(told) {
+	e.heard.noteRan(0, e.machine)
+	if !e.heard.ranSince.Equal(told) {
 		t.Error("a later word counts")
 	}
 	e.done(nil)
@@ -244,14 +244,14 @@ func TestByOurClock(t *testing.T) {
 
 // A reason that stays is told once, whatever port each attempt to connect had.
 func TestNoteApart(t *testing.T) {
-	e := &source{}
+	var h heard
 	const first = "read tcp 10.0.0.1:4711->10.0.0.2:7601: reset"
 	for _, test := range []struct{ why, told string }{
 		{first, first}, {"read tcp 10.0.0.1:52->10.0.0.2:7601: reset", first},
 		{"no such eviction", "no such eviction"},
 	} {
-		if e.noteApart(test.why); *e.apart.Load() != test.told {
-			t.Errorf("%q is told as %q", test.why, *e.apart.Load())
+		if h.noteApart(test.why); h.apart.get() != test.told {
+			t.Errorf("%q is told as %q", test.why, h.apart.get())
 		}
 	}
 }

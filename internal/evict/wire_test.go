@@ -282,17 +282,17 @@ func TestHeadAndLoad(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if e.pages.left() != e.layout.pages() || len(e.layout) != len(blocks) ||
+		if e.pages.left() != e.incoming.layout.pages() || len(e.incoming.layout) != len(blocks) ||
 			len(e.pages.received) != len(blocks) || e.placer == nil {
-			t.Errorf("%s: %d pages of %+v", name, e.pages.left(), e.layout)
+			t.Errorf("%s: %d pages of %+v", name, e.pages.left(), e.incoming.layout)
 		}
-		got, err := checkLoad(e.reader.Resume(bytes.NewReader(load)))
+		got, err := checkLoad(e.incoming.reader.Resume(bytes.NewReader(load)))
 		if err != nil || !bytes.Equal(got, load) {
 			t.Errorf("%s: %d bytes of load became %d, %v", name, len(load), len(got), err)
 		}
 		for _, bad := range [][]byte{nil, load[:len(load)-1], append(bytes.Clone(load), 0),
 			append(bytes.Clone(load), load...), head} {
-			if _, err := checkLoad(e.reader.Resume(bytes.NewReader(bad))); err == nil {
+			if _, err := checkLoad(e.incoming.reader.Resume(bytes.NewReader(bad))); err == nil {
 				t.Errorf("%s: a load of %d bytes was taken for one of %d", name, len(bad),
 					len(load))
 			}
@@ -341,10 +341,10 @@ func FuzzHead(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if e.reader.Offset() != int64(len(b)) || len(e.layout) == 0 ||
-			e.pages.left() < len(e.layout) || e.pages.left() > most {
-			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.reader.Offset(), len(b),
-				e.pages.left(), e.layout)
+		if e.incoming.reader.Offset() != int64(len(b)) || len(e.incoming.layout) == 0 ||
+			e.pages.left() < len(e.incoming.layout) || e.pages.left() > most {
+			t.Fatalf("took %d of %d bytes, %d pages of %+v", e.incoming.reader.Offset(), len(b),
+				e.pages.left(), e.incoming.layout)
 		}
 	})
 }
@@ -367,7 +367,7 @@ func FuzzLoad(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		load, err := checkLoad(e.reader.Resume(bytes.NewReader(b)))
+		load, err := checkLoad(e.incoming.reader.Resume(bytes.NewReader(b)))
 		if err == nil && !bytes.Equal(load, b) {
 			t.Fatalf("%x was understood as %x", b, load)
 		}

@@ -25,8 +25,8 @@ var excluded = []string{
 	// conversions of integers: lengths and page numbers are bounded when they are read, which fuzz
 	// tests try
 	"G115",
-	// commands and files by variables: an operator's own, or of the host's own descriptions, never a
-	// peer's
+	// commands and files by variables: an operator's own, or of the host's own descriptions, never
+	// a peer's
 	"G204", "G304",
 }
 
