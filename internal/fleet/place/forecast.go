@@ -30,6 +30,9 @@ type ForecastStep struct {
 	Why   []string      `json:"why,omitempty"`
 }
 
+// farthest is how far a forecast looks. What takes longer does not come to its end in it.
+const farthest = 10 * 365 * 24 * time.Hour
+
 // Rounds say when the planner will be asked for decisions: first, and then every so often.
 type Rounds struct{ First, Every time.Duration }
 
@@ -154,7 +157,7 @@ func (s *simulation) step() bool {
 	for {
 		next, ok := s.next()
 		if !ok {
-			return false // a link whose rate is not known
+			return false // links whose rate is not known, or that are too slow
 		}
 		if s.reach(s.start.Add(s.rounds.after(next.Sub(s.start)))) {
 			return true
@@ -174,11 +177,11 @@ func (s *simulation) next() (next time.Time, ok bool) {
 	for _, t := range s.under {
 		at := s.q.now.Add(t.wait)
 		if t.wait == 0 {
-			r := s.rate(t)
-			if r <= 0 {
+			takes := t.left / s.rate(t) // not a number, or too many, if the rate is not known
+			if !(s.q.now.Sub(s.start).Seconds()+takes < farthest.Seconds()) {
 				continue
 			}
-			at = at.Add(time.Duration(t.left/r*1e9) + 1)
+			at = at.Add(time.Duration(takes*1e9) + 1)
 		}
 		if !ok || at.Before(next) {
 			next, ok = at, true

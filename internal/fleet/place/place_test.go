@@ -481,6 +481,33 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// An operator may ask for any rate, and a host may tell any. A forecast comes to its end all the
+// same.
+func TestForecastOfSlowLinks(t *testing.T) {
+	for name, rates := range map[string]struct{ link, asked float64 }{
+		"the drain's": {125e6, 1}, "the host's": {1e-300, 0}, "none": {0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t)
+			f.host("a", 16, 128*gib).Rate = rates.link
+			f.host("b", 16, 128*gib)
+			f.vm("v1", "a", 1, 32*gib)
+			f.vm("v2", "a", 1, gib)
+			f.report()
+			done := make(chan Forecast, 1)
+			go func() { done <- f.Forecast(f.now, everySecond, rates.asked, "a") }()
+			select {
+			case x := <-done:
+				if x.Takes < 0 || x.Takes > farthest || len(x.Empty) > 0 {
+					t.Errorf("%+v", x)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("it goes on and on")
+			}
+		})
+	}
+}
+
 // A forecast and what the planner does take the same steps.
 func TestForecastIsWhatComes(t *testing.T) {
 	f := newFleet(t)
