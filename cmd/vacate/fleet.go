@@ -29,6 +29,9 @@ import (
 // fleetPort is where a member of a fleet's brain is asked, unless an operator says another.
 const fleetPort = "7610"
 
+// memberTime is how long a member may take to say who leads. One may be stopped, or its machine.
+const memberTime = 10 * time.Second
+
 // brain is a fleet's, as a command asks it.
 type brain struct {
 	fleetv1.FleetClient
@@ -61,6 +64,7 @@ func (b *brain) open(ctx context.Context) error {
 				err))
 	}
 	var errs []error
+	denied := false
 	todo := strings.Split(b.members, ",")
 	for tried := map[string]bool{}; len(todo) > 0; todo = todo[1:] {
 		if tried[todo[0]] {
@@ -71,21 +75,40 @@ func (b *brain) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		r, err := client.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+		r, err := statusOf(ctx, client)
+		denied = denied || connect.CodeOf(err) == connect.CodePermissionDenied
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("%s: %w", todo[0], err))
-		case r.Msg.Leads:
-			b.FleetClient, b.status = client, r.Msg
+		case r.Leads:
+			b.FleetClient, b.status = client, r
 			return nil
-		case r.Msg.Leader != "":
-			todo = append(todo, r.Msg.Leader)
-		default:
+		case r.Leader == "":
 			errs = append(errs, fmt.Errorf("%s: no member leads the fleet at the moment", todo[0]))
+		case tried[r.Leader]:
+			errs = append(errs, fmt.Errorf("%s: %s leads, as far as it has heard", todo[0],
+				r.Leader))
+		default:
+			todo = append(todo, r.Leader)
 		}
+	}
+	if denied {
+		return fmt.Errorf("the fleet's brain refuses that: %w", errors.Join(errs...))
 	}
 	return fmt.Errorf("the fleet's brain does not answer; hosts go on by themselves: %w",
 		errors.Join(errs...))
+}
+
+// statusOf asks a member for the status, and waits not for long.
+func statusOf(ctx context.Context, member fleetv1.FleetClient) (*fleetv1.StatusResponse, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, memberTime,
+		fmt.Errorf("it has not answered for %v", memberTime))
+	defer cancel()
+	r, err := member.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
+	if err != nil {
+		return nil, cmp.Or(context.Cause(ctx), err)
+	}
+	return r.Msg, nil
 }
 
 const fleetUsage = "members of the fleet's brain, `NAME[@HOST:PORT],...`; VACATE_FLEET sets the " +
@@ -203,7 +226,7 @@ func fleetDrainCommand() *cobra.Command {
 	var at, by, reason string
 	var dry bool
 	var rate cli.Rate
-	c := fleetAsk(&cobra.Command{
+	c := &cobra.Command{
 		Use: "drain HOST", Short: "Empty a host, and keep it empty", Args: cobra.ExactArgs(1),
 		Long: `Has all VMs of a host evicted to others, and keeps VMs off it until vacate fleet
 restore. HOST is a name, or a selector such as rack=r1 for all hosts with these
@@ -215,17 +238,19 @@ take, and which VMs cannot leave.`,
   vacate fleet drain rack=r1 --dry-run
   vacate fleet drain hosta --by 22:00 --reason "new memory"
   vacate fleet drain hosta --at 02:00`,
-	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+	}
+	fleetAsk(c, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message,
+		error) {
 		q := &fleetv1.DrainRequest{Host: args[0], Reason: reason, DryRun: dry, Rate: uint64(rate)}
 		begin := time.Now()
-		if at != "" {
+		if c.Flags().Changed("at") {
 			when, err := ui.ClockTime("--at", at, begin)
 			if err != nil {
 				return nil, err
 			}
 			begin, q.At = when, timestamppb.New(when)
 		}
-		if by != "" {
+		if c.Flags().Changed("by") {
 			when, err := ui.ClockTime("--by", by, begin)
 			if err != nil {
 				return nil, err
@@ -376,7 +401,7 @@ func fleetPlaceCommand() *cobra.Command {
 func fleetRulesCommand() *cobra.Command {
 	var set, remove string
 	var dry bool
-	c := fleetAsk(&cobra.Command{
+	c := &cobra.Command{
 		Use: "rules [RULE]", Short: "List rules, and what is in the way of them; set or remove one",
 		Long: `Lists the rules of the fleet, and which are not kept and why. With --set NAME,
 makes or replaces a rule; with --remove NAME, removes it. A rule is one of
@@ -388,19 +413,22 @@ between. The label name is a VM's or a host's name, and * stands for any text.`,
 		Example: `  vacate fleet rules --set db "vms name=db* must run apart"
   vacate fleet rules --remove db`,
 		Args: cobra.MaximumNArgs(1),
-	}, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message, error) {
+	}
+	fleetAsk(c, func(ctx context.Context, b *brain, args []string, w io.Writer) (proto.Message,
+		error) {
 		var r *connect.Response[fleetv1.ListRulesResponse]
 		var err error
+		sets, removes := c.Flags().Changed("set"), c.Flags().Changed("remove")
 		switch {
-		case set != "" && remove != "" || (set != "") != (len(args) == 1):
+		case sets && removes || sets != (len(args) == 1):
 			return nil, errors.New("--set NAME goes with a rule, --remove NAME stands alone")
-		case dry && set == "":
+		case dry && !sets:
 			return nil, errors.New("--dry-run goes with --set NAME")
-		case set != "":
+		case sets:
 			r, err = b.PutRule(ctx,
 				connect.NewRequest(&fleetv1.PutRuleRequest{Name: set, Rule: args[0],
 					DryRun: dry}))
-		case remove != "":
+		case removes:
 			r, err = b.RemoveRule(ctx,
 				connect.NewRequest(&fleetv1.RemoveRuleRequest{Name: remove}))
 		default:
