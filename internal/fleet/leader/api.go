@@ -941,8 +941,8 @@ func (b operators) PutRule(ctx context.Context, req *connect.Request[fleetv1.Put
 		return t.tryRule(x), nil
 	}
 	t.writes.Lock()
+	defer t.writes.Unlock() // what is in memory changes in the same order as what is written
 	err = t.write(func(ctx context.Context) error { return t.store.PutRule(ctx, t.Term, x) })
-	t.writes.Unlock()
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)
 	}
@@ -968,10 +968,10 @@ func (b operators) RemoveRule(ctx context.Context,
 		return nil, unknown("there is no rule %q", req.Msg.Name)
 	}
 	t.writes.Lock()
+	defer t.writes.Unlock()
 	err = t.write(func(ctx context.Context) error {
 		return t.store.RemoveRule(ctx, t.Term, req.Msg.Name)
 	})
-	t.writes.Unlock()
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)
 	}
@@ -989,28 +989,33 @@ func (b operators) SetMode(ctx context.Context, req *connect.Request[fleetv1.Set
 	if err != nil {
 		return nil, err
 	}
-	t.mu.Lock()
-	policy := t.policy
-	t.mu.Unlock()
-	policy.Mode = view.Mode(req.Msg.Mode)
-	if err := t.setPolicy(policy); err != nil {
+	if _, err := t.setPolicy(func(p view.Policy) (view.Policy, error) {
+		p.Mode = view.Mode(req.Msg.Mode)
+		return p, nil
+	}); err != nil {
 		return nil, err
 	}
 	return b.Status(ctx, connect.NewRequest(&fleetv1.StatusRequest{}))
 }
 
-// setPolicy changes the policy, which holds from now on.
-func (t *term) setPolicy(policy view.Policy) error {
-	if err := policy.Check(); err != nil {
-		return invalid(err)
-	}
+// setPolicy changes the policy, which holds from now on. What others change meanwhile holds, too.
+func (t *term) setPolicy(change func(view.Policy) (view.Policy, error)) (view.Policy, error) {
 	t.writes.Lock()
-	err := t.write(func(ctx context.Context) error {
-		return t.store.PutSettings(ctx, t.Term, store.Settings{Policy: &policy})
-	})
-	t.writes.Unlock()
+	defer t.writes.Unlock()
+	t.mu.Lock()
+	policy := t.policy
+	t.mu.Unlock()
+	policy, err := change(policy)
+	if err == nil {
+		err = policy.Check()
+	}
 	if err != nil {
-		return connect.NewError(connect.CodeUnavailable, err)
+		return policy, invalid(err)
+	}
+	if err := t.write(func(ctx context.Context) error {
+		return t.store.PutSettings(ctx, t.Term, store.Settings{Policy: &policy})
+	}); err != nil {
+		return policy, connect.NewError(connect.CodeUnavailable, err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -1021,7 +1026,7 @@ func (t *term) setPolicy(policy view.Policy) error {
 			t.reject(id, "the fleet does not ask any more", time.Now())
 		}
 	}
-	return nil
+	return policy, nil
 }
 
 // GetPolicy implements fleetv1.FleetHandler.
@@ -1043,26 +1048,23 @@ func (b operators) SetPolicy(ctx context.Context, req *connect.Request[fleetv1.S
 	if err != nil {
 		return nil, err
 	}
-	t.mu.Lock()
-	policy := t.policy
-	t.mu.Unlock()
-	m := policyMessage(policy)
-	from, to := req.Msg.GetPolicy().ProtoReflect(), m.ProtoReflect()
-	for _, name := range req.Msg.Fields {
-		f := to.Descriptor().Fields().ByName(protoreflect.Name(name))
-		if f == nil {
-			return nil, invalid(fmt.Errorf("a policy has no field %.40q", name))
+	policy, err := t.setPolicy(func(p view.Policy) (view.Policy, error) {
+		m := policyMessage(p)
+		from, to := req.Msg.GetPolicy().ProtoReflect(), m.ProtoReflect()
+		for _, name := range req.Msg.Fields {
+			f := to.Descriptor().Fields().ByName(protoreflect.Name(name))
+			if f == nil {
+				return p, fmt.Errorf("a policy has no field %.40q", name)
+			}
+			if from.Has(f) {
+				to.Set(f, from.Get(f))
+			} else {
+				to.Clear(f)
+			}
 		}
-		if from.Has(f) {
-			to.Set(f, from.Get(f))
-		} else {
-			to.Clear(f)
-		}
-	}
-	if policy, err = policyOf(m); err != nil {
-		return nil, invalid(err)
-	}
-	if err := t.setPolicy(policy); err != nil {
+		return policyOf(m)
+	})
+	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(policyMessage(policy)), nil

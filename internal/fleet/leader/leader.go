@@ -673,9 +673,10 @@ func (t *term) settleOne(d store.Decision, planned bool) bool {
 func (t *term) maintain() {
 	now := time.Now()
 	t.mu.Lock()
-	var next []store.Maintenance
+	type step struct{ from, to store.Maintenance }
+	var next []step
 	for name, m := range t.maintenance {
-		h := t.hosts[name]
+		h, from := t.hosts[name], m
 		if h != nil && m.Phase == view.Planned && !now.Before(m.From) {
 			t.beginDrain(h, m)
 			continue
@@ -687,22 +688,21 @@ func (t *term) maintain() {
 		switch {
 		case m.Phase == view.Draining && h.empty() && len(going) == 0 && !t.ordered(h):
 			m.Phase = view.Drained
-			next = append(next, m)
+			next = append(next, step{from, m})
 		case m.Phase == view.Drained && len(h.told.VMs) > 0:
 			// Somebody has started a VM, or sent one all the same.
 			m.Phase = view.Draining
-			next = append(next, m)
+			next = append(next, step{from, m})
 		case m.Phase == view.Restoring && len(going) == 0:
 			m.Phase = ""
-			next = append(next, m)
+			next = append(next, step{from, m})
 		}
 	}
 	t.mu.Unlock()
-	for _, m := range next {
-		if !t.comeTo(m) {
-			return
+	for _, s := range next {
+		if t.comeTo(s.from, s.to) {
+			t.announce(s.to)
 		}
-		t.announce(m)
 	}
 }
 
@@ -724,9 +724,18 @@ func (h *hostState) empty() bool {
 		(!h.session.heeds || h.report.Heeds == string(view.Draining))
 }
 
-// comeTo writes the next phase of maintenance, and reports whether it is written.
-func (t *term) comeTo(m store.Maintenance) bool {
-	if err := t.setMaintenance(m); err != nil {
+// comeTo writes the next phase of maintenance, and reports whether it is written. It is not if an
+// operator has asked for something else since it was in the phase from.
+func (t *term) comeTo(from, m store.Maintenance) bool {
+	t.writes.Lock()
+	defer t.writes.Unlock()
+	t.mu.Lock()
+	now := t.maintenance[m.Host]
+	t.mu.Unlock()
+	if now.Phase != from.Phase || !now.Asked.Equal(from.Asked) {
+		return false
+	}
+	if err := t.writeMaintenance(m); err != nil {
 		t.log.Error("maintenance does not go on", "host", m.Host, "error", err)
 		return false
 	}
@@ -745,13 +754,9 @@ func (t *term) beginDrain(h *hostState, m store.Maintenance) {
 	t.calls.Go(func() {
 		t.tellHook(t.life, notice)
 		t.mu.Lock()
-		now, ok := t.maintenance[h.Name]
-		ok = ok && now.Phase == view.Planned && now.Asked.Equal(m.Asked)
-		now = t.drainNow(h, now)
+		begun := t.drainNow(h, m)
 		t.mu.Unlock()
-		if ok {
-			t.comeTo(now)
-		}
+		t.comeTo(m, begun)
 		t.mu.Lock()
 		delete(t.beginning, h.Name)
 		t.mu.Unlock()
@@ -773,6 +778,11 @@ func (t *term) drainNow(h *hostState, m store.Maintenance) store.Maintenance {
 func (t *term) setMaintenance(m store.Maintenance) error {
 	t.writes.Lock()
 	defer t.writes.Unlock()
+	return t.writeMaintenance(m)
+}
+
+// writeMaintenance is setMaintenance, called with writes held.
+func (t *term) writeMaintenance(m store.Maintenance) error {
 	err := t.write(func(ctx context.Context) error {
 		if m.Phase == "" {
 			return t.store.RemoveMaintenance(ctx, t.Term, m.Host)

@@ -788,6 +788,37 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// Two operators change the policy at once, and both changes hold.
+func TestPolicyOfTwo(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	term := one.leads()
+	term.writes.Lock() // the store is slow
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, err := boss.SetMode(t.Context(),
+			connect.NewRequest(&fleetv1.SetModeRequest{Mode: "ask"}))
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	both.Go(func() {
+		_, err := boss.SetPolicy(t.Context(), connect.NewRequest(&fleetv1.SetPolicyRequest{
+			Policy: &fleetv1.Policy{MinGain: 0.5}, Fields: []string{"min_gain"}}))
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	time.Sleep(300 * time.Millisecond)
+	term.writes.Unlock()
+	both.Wait()
+	r, err := boss.GetPolicy(t.Context(), connect.NewRequest(&fleetv1.GetPolicyRequest{}))
+	if err != nil || r.Msg.Mode != "ask" || r.Msg.MinGain != 0.5 {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
 // A drain begins when its time has come, and not if it was called off.
 func TestPlannedDrain(t *testing.T) {
 	s := newSite(t)
@@ -1154,6 +1185,52 @@ func TestDrainedAtTheEnd(t *testing.T) {
 	a.here = nil
 	a.mu.Unlock()
 	s.until("it is drained at the end", func() bool { return phase() == view.Drained })
+}
+
+// What an operator asks for while the next phase of maintenance waits to be written holds.
+func TestOperatorOvertakesMaintenance(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	a := s.host("hosta")
+	a.join(one)
+	term := one.leads()
+	phase := func() view.Phase {
+		term.mu.Lock()
+		defer term.mu.Unlock()
+		return term.maintenance["hosta"].Phase
+	}
+	s.until("it is known", func() bool {
+		_, err := boss.Drain(t.Context(),
+			connect.NewRequest(&fleetv1.DrainRequest{Host: "hosta"}))
+		return err == nil
+	})
+	s.until("it is drained", func() bool { return phase() == view.Drained })
+	term.writes.Lock() // the store is slow
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, err := boss.Restore(t.Context(),
+			connect.NewRequest(&fleetv1.RestoreRequest{Host: "hosta"}))
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	time.Sleep(300 * time.Millisecond) // it waits for the store first
+	a.mu.Lock()
+	a.vms["web1"] = "web1/0" // somebody starts it there: so the drain would go on
+	a.mu.Unlock()
+	s.until("it is told of", func() bool {
+		term.mu.Lock()
+		defer term.mu.Unlock()
+		return len(term.hosts["hosta"].told.VMs) == 1
+	})
+	both.Go(term.maintain)
+	time.Sleep(300 * time.Millisecond)
+	term.writes.Unlock()
+	both.Wait()
+	if got := phase(); got == view.Draining {
+		t.Error("it is drained anew, although an operator has restored it")
+	}
 }
 
 // What a host says of the ends of evictions may be anything: the plans end, each of them.
