@@ -937,11 +937,19 @@ func (b operators) PutRule(ctx context.Context, req *connect.Request[fleetv1.Put
 	}
 	by, _ := asker(ctx)
 	x := store.Rule{Name: req.Msg.Name, Text: rule.String(), By: by}
+	t.writes.Lock()
+	defer t.writes.Unlock() // what is in memory changes in the same order as what is written
+	t.mu.Lock()
+	_, known := t.rules[x.Name]
+	full := !known && len(t.rules) >= store.MaxRules
+	t.mu.Unlock()
+	if full {
+		return nil, connect.NewError(connect.CodeFailedPrecondition,
+			fmt.Errorf("there are %d rules, and no more can be kept", store.MaxRules))
+	}
 	if req.Msg.DryRun {
 		return t.tryRule(x), nil
 	}
-	t.writes.Lock()
-	defer t.writes.Unlock() // what is in memory changes in the same order as what is written
 	err = t.write(func(ctx context.Context) error { return t.store.PutRule(ctx, t.Term, x) })
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnavailable, err)

@@ -788,6 +788,28 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// A rule that the next leader would not read is not taken.
+func TestMostRules(t *testing.T) {
+	s := newSite(t)
+	one := s.serve("brain1")
+	boss := s.leads(one)
+	term := one.leads()
+	term.mu.Lock()
+	for i := range store.MaxRules {
+		name := fmt.Sprint("r", i)
+		term.rules[name] = store.Rule{Name: name, Text: "vms app=" + name + " must stay"}
+	}
+	term.mu.Unlock()
+	for name, want := range map[string]connect.Code{"r1": 0,
+		"more": connect.CodeFailedPrecondition} {
+		_, err := boss.PutRule(t.Context(), connect.NewRequest(&fleetv1.PutRuleRequest{Name: name,
+			Rule: "vms app=db must run apart"}))
+		if err == nil && want != 0 || err != nil && connect.CodeOf(err) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // Two operators change the policy at once, and both changes hold.
 func TestPolicyOfTwo(t *testing.T) {
 	s := newSite(t)

@@ -45,9 +45,11 @@ const (
 	maxText   = 4096     // bytes of a text in a value
 	maxList   = 4096     // entries of a list in a value
 	maxHosts  = 20_000
-	maxRules  = 1_000
 	maxPlans  = 10_000
 	maxLabels = 64
+
+	// MaxRules is how many rules are read: a leader takes no more.
+	MaxRules = 1_000
 
 	// KeepDecisions is how many decisions stay.
 	KeepDecisions = 1_000
@@ -332,7 +334,7 @@ func (s *Store) ReadAll(ctx context.Context) (e Everything, err error) {
 		func(h *Host, _ *mvccpb.KeyValue) string { return h.Name }); err != nil {
 		return e, err
 	}
-	if e.Rules, problems[1], err = list(ctx, s, "rules/", maxRules,
+	if e.Rules, problems[1], err = list(ctx, s, "rules/", MaxRules,
 		func(r *Rule, _ *mvccpb.KeyValue) string { return r.Name }); err != nil {
 		return e, err
 	}

@@ -81,7 +81,8 @@ func (p Policy) Check() error {
 	case !(p.Overcommit > 0 && p.Overcommit <= 10):
 		return fmt.Errorf("policy: overcommit is %g: want more than 0, at most 10", p.Overcommit)
 	case !within(p.MinGain, mostCores):
-		return fmt.Errorf("policy: min_gain is %g: want cores, from 0", p.MinGain)
+		return fmt.Errorf("policy: min_gain is %g: want cores, from 0 to %d", p.MinGain,
+			mostCores)
 	case min(p.PerHost, p.PerLink, p.InAll) < 0:
 		return fmt.Errorf("policy: per_host, per_link and in_all are from 0")
 	case min(p.Sustain, p.Settle, p.CoolDown) < 0:
