@@ -142,7 +142,7 @@ func (m *managed) mustStay(e *hostv1.Eviction) {
 	m.Check(m.Domain.VM.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
 }
 
-var managedSpec = libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
+var managedSpec = libvirtlab.Spec{Once: true, VM: lab.Spec{MemoryMiB: 256,
 	Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}, Devices: lab.Full}}
 
 // Two daemons evict a domain of libvirt's. The one at the source is killed when the guest is

@@ -208,7 +208,7 @@ func TestGuardVMs(t *testing.T) {
 // stays. Then the guard evicts one of them, and the operator the other one.
 func TestRelieveDomains(t *testing.T) {
 	spec := func(hot, idle int) libvirtlab.Spec {
-		return libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
+		return libvirtlab.Spec{Once: true, VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
 			Load: lab.Load{HotMiB: hot, IdleMiB: idle, Seed: uint64(hot)}}}
 	}
 	m := startManaged(t, spec(32, 16))
