@@ -61,7 +61,7 @@ COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWind
 QUIET = vacate/internal/sys/pressure
 # So do these.
 MEASURERS = vacate/internal/host
-MEASURING = TestRelieveVMs|TestRelieveDomains|TestGuardVMs|TestFleet
+MEASURING = TestRelieveVMs|TestRelieveDomains|TestGuardVMs
 
 # $(call alltests,PACKAGES,FLAGS,PACKAGES AT A TIME)
 alltests = $(if $(strip $(1)),$(TEST) -count=1 -p $(or $(3),1) -timeout 60m $(2) $(1))

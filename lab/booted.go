@@ -57,14 +57,25 @@ func (h *Host) launchBooted(ctx context.Context, spec Spec) (*VM, error) {
 		}
 	}
 	if err == nil {
-		err = vm.command(fmt.Sprintf("%s %d %d%s", loadproto.CommandBegin, time.Now().UnixNano(),
-			rand.Uint64(), vm.Spec.loadParameters()))
+		err = vm.Begin()
 	}
 	if err != nil {
 		vm.Kill()
 		return nil, err
 	}
 	return vm, nil
+}
+
+// Begin gives a guest that has booted, and runs, the time, chance and the parameters of its load.
+func (vm *VM) Begin() error {
+	return vm.command(fmt.Sprintf("%s %d %d%s", loadproto.CommandBegin, time.Now().UnixNano(),
+		rand.Uint64(), vm.Spec.loadParameters()))
+}
+
+// Waits waits until the guest has booted that vm boots, and waits for its parameters.
+func (vm *VM) Waits(ctx context.Context) error {
+	return vm.Guest.wait(ctx, "the guest to boot", vm.done,
+		func() bool { return vm.Guest.ready })
 }
 
 // booted returns the file with a guest of a VM's kind, whose process 1 waits for its parameters.
@@ -81,7 +92,28 @@ func (h *Host) booted(ctx context.Context, spec Spec) (string, error) {
 	// of a QEMU its version.
 	kind := strings.NewReplacer(l.run, "", p.name, "").Replace(strings.Join(p.args, "\n")) +
 		spec.QEMU.Version
-	if info, err := os.Stat(p.args[slices.Index(p.args, "-kernel")+1]); err == nil {
+	return l.BootedOnce(ctx, kind, p.args[slices.Index(p.args, "-kernel")+1],
+		func(file string) error {
+			vm, err := h.launch(ctx, spec, newGuest())
+			if err != nil {
+				return err
+			}
+			defer vm.Kill()
+			if err = vm.Waits(ctx); err == nil {
+				err = vm.saveTo(ctx, file)
+			}
+			if err != nil {
+				return vm.explain(err)
+			}
+			return dropZeroes(file)
+		})
+}
+
+// BootedOnce returns the file with a guest of a kind that has booted. If there is none, save writes
+// it. To each kind belong the size and the age of the kernel.
+func (l *Lab) BootedOnce(ctx context.Context, kind, kernel string,
+	save func(file string) error) (string, error) {
+	if info, err := os.Stat(kernel); err == nil {
 		kind += fmt.Sprint(info.Size(), info.ModTime().Unix())
 	}
 	dir := filepath.Join(l.dir, bootedDir)
@@ -100,20 +132,8 @@ func (h *Host) booted(ctx context.Context, spec Spec) (string, error) {
 	}
 	removeOld(dir, now.Add(-bootedFor))
 	l.log.Info("a guest boots, for others of its kind to start from", "kind", filepath.Base(file))
-	vm, err := h.launch(ctx, spec, newGuest())
-	if err != nil {
-		return "", err
-	}
-	defer vm.Kill()
-	err = vm.Guest.wait(ctx, "the guest to boot", vm.done, func() bool { return vm.Guest.ready })
-	if err == nil {
-		err = vm.saveTo(ctx, file+".new")
-	}
-	if err != nil {
-		return "", vm.explain(err)
-	}
 	defer os.Remove(file + ".new")
-	if err := dropZeroes(file + ".new"); err != nil {
+	if err := save(file + ".new"); err != nil {
 		return "", err
 	}
 	return file, os.Rename(file+".new", file)

@@ -55,6 +55,13 @@ func (h *Host) ExpectBoot(ctx context.Context, spec Spec) (*Expected, error) {
 	return h.expect(ctx, spec, newGuest())
 }
 
+// ExpectWaiting is [Host.ExpectBoot] for guests that wait for their parameters once they have
+// booted: see [VM.Waits] and [VM.Begin].
+func (h *Host) ExpectWaiting(ctx context.Context, spec Spec) (*Expected, error) {
+	spec.waits, spec.Disk, spec.Load = true, "", Load{}
+	return h.ExpectBoot(ctx, spec)
+}
+
 func (h *Host) expect(ctx context.Context, spec Spec, guest *Guest) (*Expected, error) {
 	p, err := h.prepare(ctx, spec, guest)
 	if err != nil {

@@ -27,18 +27,26 @@ const (
 	ramFlags    = 0xfff
 )
 
-// dropZeroes removes the pages of zeroes from a file with a migration stream. QEMU would read each
-// before it writes none, and the VM would have memory that its guest never touched.
+// dropZeroes removes the pages of zeroes from a file with a migration stream.
 func dropZeroes(file string) error {
 	data, err := os.ReadFile(file)
-	if err != nil {
-		return err
+	if err == nil {
+		data, err = WithoutZeroes(data)
 	}
+	if err != nil {
+		return fmt.Errorf("migration stream %s: %w", file, err)
+	}
+	return os.WriteFile(file, data, 0o600)
+}
+
+// WithoutZeroes returns a migration stream without its pages of zeroes. QEMU would read each before
+// it writes none, and the VM would have memory that its guest never touched.
+func WithoutZeroes(data []byte) ([]byte, error) {
 	s := stream{in: data, out: bytes.NewBuffer(make([]byte, 0, len(data)))}
 	if err := s.copy(); err != nil {
-		return fmt.Errorf("migration stream %s, at byte %d: %w", file, s.at, err)
+		return nil, fmt.Errorf("at byte %d: %w", s.at, err)
 	}
-	return os.WriteFile(file, s.out.Bytes(), 0o600)
+	return s.out.Bytes(), nil
 }
 
 type stream struct {

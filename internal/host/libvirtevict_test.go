@@ -142,7 +142,7 @@ func (m *managed) mustStay(e *hostv1.Eviction) {
 	m.Check(m.Domain.VM.Guest.WaitOps(labtest.Within(m.T, time.Minute), 100))
 }
 
-var managedSpec = libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256,
+var managedSpec = libvirtlab.Spec{Once: true, VM: lab.Spec{MemoryMiB: 256,
 	Load: lab.Load{HotMiB: 24, IdleMiB: 24, Slow: true}, Devices: lab.Full}}
 
 // Two daemons evict a domain of libvirt's. The one at the source is killed when the guest is
@@ -209,38 +209,59 @@ func TestEvictDomainThroughDeaths(t *testing.T) {
 	m.mustMove(e)
 }
 
+// of returns the domain as a test has it that begins or goes on.
+func (m *managed) of(t *testing.T) *managed {
+	sub, lab := *m, *m.Managed
+	lab.T, m.a.t, m.b.t = t, t, t
+	sub.Managed = &lab
+	return &sub
+}
+
 // A daemon dies in a state, and is started again. What has not been committed is rolled back, and
-// all else comes to its end.
+// all else comes to its end. A domain that stays is there for the next state.
 func TestEvictDomainInEachState(t *testing.T) {
-	for _, c := range []struct {
+	for name, states := range map[string][]struct {
 		at    string
 		moves bool
 	}{
-		{"destination/prepared", false},
-		{"destination/running", true}, // libvirt was not told yet
-		{"destination/completing", true},
-		{"source/committing", false}, // the commit was not sent: the destination never ran it
-		{"source/retiring", true},
+		"moves at last": {
+			{"destination/prepared", false},
+			{"source/committing", false},  // the commit was not sent: the destination never ran it
+			{"destination/running", true}, // libvirt was not told yet
+		},
+		"moves": {{"destination/completing", true}},
+		"left":  {{"source/retiring", true}},
 	} {
-		t.Run(c.at, func(t *testing.T) {
+		t.Run(name, func(t *testing.T) {
 			m := startManaged(t, managedSpec)
-			s := m.b
-			if strings.HasPrefix(c.at, "source") {
-				s = m.a
+			for _, c := range states {
+				if !t.Run(c.at, func(t *testing.T) { m.of(t).dies(c.at, c.moves) }) {
+					break
+				}
+				m.of(t)
 			}
-			s.kill()
-			s.start(c.at)
-			e := m.evict(0)
-			if !s.reach(c.at, time.Minute) {
-				t.Fatal("it does not come to that")
-			}
-			s.kill()
-			s.start()
-			if c.moves {
-				m.mustMove(e)
-				return
-			}
-			m.mustStay(e)
 		})
 	}
+}
+
+// dies has a daemon die in a state of an eviction, and start again.
+func (m *managed) dies(at string, moves bool) {
+	m.Helper()
+	s := m.b
+	if strings.HasPrefix(at, "source") {
+		s = m.a
+	}
+	s.kill()
+	s.start(at)
+	e := m.evict(0)
+	if !s.reach(at, time.Minute) {
+		m.Fatal("it does not come to that")
+	}
+	s.kill()
+	s.start()
+	if moves {
+		m.mustMove(e)
+		return
+	}
+	m.mustStay(e)
 }

@@ -30,8 +30,20 @@ func contend(t *testing.T, l *lab.Lab,
 		*v.vm = bootBusy(t, l.A, lab.Spec{MemoryMiB: 256, Load: v.load})
 		a.describe(v.name, (*v.vm).QMP, (*v.vm).Args)
 		there[v.name] = b.expect(v.name, *v.vm)
+		if v.vm == &small { // it leaves the core to the other one until that has begun, too
+			execute(t, small, "stop")
+		}
 	}
+	execute(t, small, "cont")
 	return small, big, there
+}
+
+// execute has a VM's QEMU do a command.
+func execute(t *testing.T, vm *lab.VM, command string) {
+	t.Helper()
+	if err := vm.Execute(labtest.Within(t, 20*time.Second), command, nil, nil); err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
 }
 
 func (s *site) pressure() *hostv1.PressureResponse {
@@ -194,7 +206,8 @@ func TestGuardVMs(t *testing.T) {
 		end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
-	time.Sleep(5 * time.Second) // in which nothing is to happen
+	// Nothing is to happen for longer than the guard would wait for (sustain, settle, interval).
+	time.Sleep(3 * time.Second)
 	if n := len(evictions()); n != 1 {
 		t.Errorf("%d evictions: %v", n, evictions())
 	}
@@ -204,17 +217,51 @@ func TestGuardVMs(t *testing.T) {
 	}
 }
 
-// Two domains of libvirt's starve each other on one core. The operator is told of both, and why one
-// stays. Then the guard evicts one of them, and the operator the other one.
-func TestRelieveDomains(t *testing.T) {
+// twoDomains starts two domains of libvirt's on a host, web1 and web2, which is the larger one.
+func twoDomains(t *testing.T, slow bool) (*managed, map[string]*libvirtlab.Domain) {
+	t.Helper()
 	spec := func(hot, idle int) libvirtlab.Spec {
-		return libvirtlab.Spec{VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
-			Load: lab.Load{HotMiB: hot, IdleMiB: idle, Seed: uint64(hot)}}}
+		return libvirtlab.Spec{Once: true, VM: lab.Spec{MemoryMiB: 256, Devices: lab.Full,
+			Load: lab.Load{HotMiB: hot, IdleMiB: idle, Slow: slow, Seed: uint64(hot)}}}
 	}
 	m := startManaged(t, spec(32, 16))
+	// It leaves the core to the other one until that has begun, too.
+	m.Virsh(m.Hosts.A, "suspend", "web1")
 	web2, err := m.Hosts.Start(labtest.Within(t, 3*time.Minute), "web2", spec(80, 40))
 	m.Check(err)
-	domains := map[string]*libvirtlab.Domain{"web1": m.Domain, "web2": web2}
+	m.Virsh(m.Hosts.A, "resume", "web1")
+	return m, map[string]*libvirtlab.Domain{"web1": m.Domain, "web2": web2}
+}
+
+// refused returns why a VM stays, by a plan.
+func refused(plan *hostv1.PlanResponse, vm string) string {
+	for _, c := range plan.Candidates {
+		if c.Vm == vm {
+			return c.Refused
+		}
+	}
+	return "it is not in the plan"
+}
+
+// mustBeAtB checks that a domain that left host a has come, and that its memory is right.
+func (m *managed) mustBeAtB(d *libvirtlab.Domain) {
+	m.Helper()
+	if end, err := m.b.watch(m.a.last(d.Name).Id, time.Minute); err != nil ||
+		end.Outcome != "completed" {
+		m.Errorf("%s at b: %v, %v", d.Name, end, err)
+	}
+	if s := m.Virsh(m.Hosts.B, "domstate", "--reason", d.Name); s != "running (migrated)" {
+		m.Errorf("%s at b: %s", d.Name, s)
+	}
+	vm, err := d.Came(labtest.Within(m.T, time.Minute))
+	m.Check(err)
+	labtest.MustCheck(m.T, vm)
+}
+
+// Two domains of libvirt's starve each other on one core. The operator is told of both, and why one
+// stays. Then the guard evicts one of them.
+func TestRelieveDomains(t *testing.T) {
+	m, domains := twoDomains(t, false)
 	a, b := m.a, m.b
 
 	a.starves()
@@ -228,69 +275,16 @@ func TestRelieveDomains(t *testing.T) {
 		best.GainCores < 0.5 {
 		t.Errorf("%v", best)
 	}
-	// refused returns why a domain stays, by a plan.
-	refused := func(plan *hostv1.PlanResponse, name string) string {
-		for _, c := range plan.Candidates {
-			if c.Vm == name {
-				return c.Refused
-			}
-		}
-		return "it is not in the plan"
-	}
 	all := a.plan("", true) // the other host has one core, too
 	if refused(all, "web1") != "" || !strings.Contains(refused(all, "web2"), "starve") {
 		t.Errorf("%v", all)
 	}
-	// planned waits for a plan that is as it should be. What else this machine does may be in the
-	// way for a while.
-	planned := func(what string, ok func(*hostv1.PlanResponse) bool) {
-		var plan *hostv1.PlanResponse
-		for range 30 {
-			if plan = a.plan("", false); len(plan.Candidates) == 2 && ok(plan) {
-				return
-			}
-			time.Sleep(time.Second)
-		}
-		t.Errorf("%s: %v", what, plan)
-	}
-	set := func(element string) {
-		m.Virsh(m.Hosts.A, "metadata", "web1", "urn:vacate:domain:1", "--key", "vacate", "--live",
-			"--config", "--set", element)
-	}
-	for element, why := range map[string]string{
-		`<vm pinned="yes"/>`:  "the VM is pinned",
-		`<vm pinned="sure"/>`: "want yes or no",
-	} {
-		set(element)
-		planned(element, func(plan *hostv1.PlanResponse) bool {
-			return strings.Contains(refused(plan, "web1"), why) && refused(plan, "web2") == ""
-		})
-	}
-	for priority, first := range map[int]string{1: "web2", -1: "web1"} {
-		set(fmt.Sprintf(`<vm priority="%d"/>`, priority))
-		planned("the least goes first", func(plan *hostv1.PlanResponse) bool {
-			return plan.Candidates[0].Vm == first && plan.Candidates[1].Refused == ""
-		})
-	}
-	m.Virsh(m.Hosts.A, "suspend", "web1")
-	if why := refused(a.plan("", true), "web1"); !strings.Contains(why, "paused (user)") {
-		t.Errorf("it is paused, and stays as %q", why)
-	}
-	m.Virsh(m.Hosts.A, "resume", "web1")
 
-	file := filepath.Join(a.dir, "vacated.toml")
-	unguarded, err := os.ReadFile(file)
-	m.Check(err)
 	a.stop()
 	a.configure("[guard]\nsustain = \"1s\"\nsettle = \"500ms\"\ninterval = \"500ms\"\n" +
 		"max_load = 1.5\n")
 	a.start()
 	first := a.evictions(1)[0]
-	// Which of the two depends on how loaded this machine is just then.
-	moved, stayed := "web2", "web1"
-	if first.Vm == stayed {
-		moved, stayed = stayed, moved
-	}
 	if end, err := a.watch(first.Id, 2*time.Minute); err != nil || end.Outcome != "completed" {
 		t.Fatalf("%v, %v", end, err)
 	}
@@ -304,34 +298,94 @@ func TestRelieveDomains(t *testing.T) {
 			t.Errorf("%s: %v", s.name, p)
 		}
 	}
-	a.stop() // else the guard may be ahead
-	m.Check(os.WriteFile(file, unguarded, 0o600))
-	a.start()
-	r, err := a.api.Plan(labtest.Within(t, time.Minute),
-		connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 500, Force: true}))
-	if err != nil || len(r.Msg.Candidates) != 1 || r.Msg.Candidates[0].Vm != stayed ||
-		r.Msg.Candidates[0].Refused != "" {
-		t.Fatalf("%v, %v", r, err)
+	// Which of the two depends on how loaded this machine is just then.
+	m.mustBeAtB(domains[first.Vm])
+}
+
+// A domain says in its metadata what plans do with it, and one that is paused stays. The operator
+// evicts one after the other. What else this machine does is in no way of that.
+func TestPlanDomains(t *testing.T) {
+	m, domains := twoDomains(t, true)
+	a := m.a
+	evacuation := func() *hostv1.PlanResponse {
+		t.Helper()
+		r, err := a.api.Plan(labtest.Within(t, time.Minute),
+			connect.NewRequest(&hostv1.PlanRequest{All: true, OverMs: 200, Force: true}))
+		m.Check(err)
+		return r.Msg
 	}
-	e, err := a.evict(stayed, "hostb")
-	m.Check(err)
-	if end, err := a.watch(e.Id, 2*time.Minute); err != nil || end.Outcome != "completed" {
-		t.Fatalf("%v, %v", end, err)
+	set := func(element string) {
+		m.Virsh(m.Hosts.A, "metadata", "web1", "urn:vacate:domain:1", "--key", "vacate", "--live",
+			"--config", "--set", element)
+	}
+	// never is a goal that nothing meets, so loads decide of nothing but whether the other host
+	// would starve.
+	never := func() *hostv1.PlanResponse {
+		t.Helper()
+		r, err := a.api.Plan(labtest.Within(t, time.Minute),
+			connect.NewRequest(&hostv1.PlanRequest{Goal: "free 1000GiB", OverMs: 200}))
+		m.Check(err)
+		return r.Msg
+	}
+	for element, why := range map[string]string{
+		`<vm pinned="yes"/>`:  "the VM is pinned",
+		`<vm pinned="sure"/>`: "want yes or no",
+	} {
+		set(element)
+		if plan := evacuation(); len(plan.Candidates) != 2 ||
+			!strings.Contains(refused(plan, "web1"), why) || refused(plan, "web2") != "" {
+			t.Errorf("%s: %v", element, plan)
+		}
+		plan := never()
+		stays := refused(plan, "web2")
+		if plan.Met || len(plan.Candidates) != 2 || !strings.Contains(refused(plan, "web1"), why) ||
+			stays != "" && !strings.Contains(stays, "starve") {
+			t.Errorf("%s, for a goal: %v", element, plan)
+		}
+	}
+	for priority, first := range map[int]string{1: "web2", -1: "web1"} {
+		set(fmt.Sprintf(`<vm priority="%d"/>`, priority))
+		if plan := evacuation(); len(plan.Candidates) != 2 || plan.Candidates[0].Vm != first ||
+			plan.Candidates[0].Refused != "" || plan.Candidates[1].Refused != "" {
+			t.Errorf("the least goes first: %v", plan)
+		}
+		// Where the other host would starve by one of them alone, that one is last.
+		for range 30 {
+			plan := never()
+			if len(plan.Candidates) != 2 {
+				t.Fatalf("%v", plan)
+			}
+			one, two := plan.Candidates[0], plan.Candidates[1]
+			if (one.Refused == "") != (two.Refused == "") {
+				continue
+			}
+			if one.Vm != first {
+				t.Errorf("the least goes first, for a goal: %v", plan)
+			}
+			break
+		}
+	}
+	m.Virsh(m.Hosts.A, "suspend", "web1")
+	if why := refused(a.plan("", true), "web1"); !strings.Contains(why, "paused (user)") {
+		t.Errorf("it is paused, and stays as %q", why)
+	}
+	m.Virsh(m.Hosts.A, "resume", "web1")
+
+	for i, name := range []string{"web1", "web2"} {
+		if plan := evacuation(); len(plan.Candidates) != 2-i || refused(plan, name) != "" {
+			t.Fatalf("%v", plan)
+		}
+		e, err := a.evict(name, "hostb")
+		m.Check(err)
+		if end, err := a.watch(e.Id, 2*time.Minute); err != nil || end.Outcome != "completed" {
+			t.Fatalf("%v, %v", end, err)
+		}
 	}
 	if out := m.Virsh(m.Hosts.A, "list", "--all", "--name"); out != "" {
 		t.Errorf("a still has %q", out)
 	}
-	for _, name := range []string{moved, stayed} {
-		if end, err := b.watch(a.last(name).Id, time.Minute); err != nil ||
-			end.Outcome != "completed" {
-			t.Errorf("%s at b: %v, %v", name, end, err)
-		}
-		if s := m.Virsh(m.Hosts.B, "domstate", "--reason", name); s != "running (migrated)" {
-			t.Errorf("%s at b: %s", name, s)
-		}
-		vm, err := domains[name].Came(labtest.Within(t, time.Minute))
-		m.Check(err)
-		labtest.MustCheck(t, vm)
+	for _, d := range domains {
+		m.mustBeAtB(d)
 	}
 }
 
