@@ -572,8 +572,8 @@ func isPointer(w uint64) bool { return w>>56 == 0xff && w < ^uint64(units.PageSi
 func TestHostileKernels(t *testing.T) {
 	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 192,
-		Load: lab.Load{HotMiB: 16, IdleMiB: 24, OtherMiB: 16, Others: 2, FileMiB: 4}})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 256,
+		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	descriptors := func(f func(d []uint64)) func(*victim) {
 		return func(v *victim) {
 			v.change(func(page []uint64) {
