@@ -54,9 +54,9 @@ race = $(if $(RACE),-race $(UNRACED:%=-gcflags=vacate/%=-race=false))
 # Of them, these have no VMs, and are tested without it, beside the others.
 LIGHT = vacate/internal/guest/inspect vacate/internal/guest/pageclass vacate/internal/host/relief vacate/internal/fleet/place vacate/lab/fleetsim vacate/lab/loadproto
 # So do these tests: the checks of models, paths in simulated time, what takes turns of chance, and
-# peers that say gigabytes.
+# peers and VMs of gigabytes.
 COMPUTERS = vacate/internal/evict vacate/internal/fleet/orders vacate/internal/ui
-COMPUTING = TestModel|TestModelMutants|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp|TestSkip|TestPlacer|TestHostileBrain|TestHostileHost
+COMPUTING = TestModel|TestModelMutants|TestMemoryOfTheSource|TestYield|TestWindowFindsThePath|TestWindowOpens|TestPathIsShared|TestPathIsNotHeldUp|TestSkip|TestPlacer|TestHostileBrain|TestHostileHost
 # This measures how busy the machine is: nothing else may run meanwhile.
 QUIET = vacate/internal/sys/pressure
 # So do these.

@@ -172,7 +172,7 @@ func TestSwitchesDebian12(t *testing.T) {
 func testAborts(t *testing.T, q lab.QEMU, attempts []attempt) {
 	l := labtest.New(t, lab.Options{Rate: 2e9})
 	vm := boot(t, l, lab.Spec{QEMU: q, Devices: lab.Full,
-		Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, CacheMiB: 20}})
+		Load: lab.Load{HotMiB: 40, IdleMiB: 40, OtherMiB: 20, CacheMiB: 20}})
 	for _, a := range attempts {
 		t.Run(a.name, func(t *testing.T) { a.run(t, l, vm) })
 		if err := vm.Guest.WaitOps(labtest.Within(t, 20*time.Second), 1000); err != nil {

@@ -1,6 +1,7 @@
 package evict_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -44,7 +45,7 @@ func (c bareCase) String() string {
 func (c bareCase) spec(q lab.QEMU) lab.Spec {
 	s := lab.Spec{
 		QEMU: q, BareMetal: true, Machine: c.machine, VCPUs: c.vcpus, Memfd: c.memfd,
-		MemoryMiB: max(c.mib, 256),
+		MemoryMiB: cmp.Or(c.mib, 256),
 		Load:      lab.Load{Zipf: c.vcpus%2 == 0, Mixed: c.memfd},
 	}
 	s.Load.HotMiB, s.Load.IdleMiB, s.Load.OtherMiB = s.MemoryMiB/4, s.MemoryMiB/4, s.MemoryMiB/8
@@ -182,6 +183,7 @@ func TestBareGuest(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 2e9})
 	for _, c := range bareCases {
 		t.Run(c.String(), func(t *testing.T) {
+			c.mib = 96 // under emulation all of it is slow
 			_, accel := evictBare(t, l, c.spec(lab.QEMU{}))
 			t.Log("under", accel)
 		})
@@ -197,7 +199,7 @@ func TestBareGuestAgent(t *testing.T) {
 	for i, machine := range []string{"pc", "q35"} {
 		t.Run(machine, func(t *testing.T) {
 			vm := boot(t, l, lab.Spec{BareMetal: true, Agent: true, Machine: machine, VCPUs: 1 + i,
-				MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 60, OtherMiB: 80, Mixed: true}})
+				MemoryMiB: 128, Load: lab.Load{HotMiB: 20, IdleMiB: 30, OtherMiB: 40, Mixed: true}})
 			defer vm.Kill()
 			t.Log("under", vm.Spec.Accel)
 			tellsPages(t, vm)

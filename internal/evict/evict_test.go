@@ -1,6 +1,7 @@
 package evict_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -14,8 +15,8 @@ import (
 	"vacate/lab/labtest"
 )
 
-// boot starts a guest on host a and waits until it works.
-// boot starts a VM that works at an easy pace, so that tests share the machine.
+// boot starts a VM on host a that works at an easy pace, so that tests share the machine, and waits
+// until it works. It has little memory unless the test wants more: engines go through all of it.
 func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 	t.Helper()
 	spec.Load.Slow = true
@@ -25,6 +26,7 @@ func boot(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 // bootBusy starts a VM that works all the time.
 func bootBusy(t testing.TB, l *lab.Lab, spec lab.Spec) *lab.VM {
 	t.Helper()
+	spec.MemoryMiB = cmp.Or(spec.MemoryMiB, 256)
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute), spec)
 	if err != nil {
 		t.Fatal(err)
@@ -160,7 +162,7 @@ func (r result) mustComplete(t testing.TB) {
 func TestEvict(t *testing.T) {
 	l := labtest.New(t, lab.Options{Rate: 1e9})
 	vm := bootBusy(t, l,
-		lab.Spec{Load: lab.Load{HotMiB: 100, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}})
+		lab.Spec{Load: lab.Load{HotMiB: 50, IdleMiB: 50, OtherMiB: 20, FileMiB: 4}})
 	twin := incoming(t, l, vm)
 	r := evictVM(labtest.Within(t, time.Minute), t, l, vm, twin)
 	t.Logf("%+v", r.report)

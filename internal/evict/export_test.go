@@ -22,7 +22,7 @@ import (
 // A VM that was frozen, and whose QEMU is gone, runs on from its exported file.
 func TestExport(t *testing.T) {
 	t.Parallel()
-	load := lab.Load{HotMiB: 60, IdleMiB: 100, OtherMiB: 20, FileMiB: 4}
+	load := lab.Load{HotMiB: 40, IdleMiB: 60, OtherMiB: 20, FileMiB: 4}
 	stock, trixie, bookworm := lab.StockQEMU, cached(t, lab.BackportsQEMU), cached(t,
 		lab.Backports12QEMU)
 	const exec, file = "exec:cat 'FILE'", "file:FILE"
@@ -49,10 +49,10 @@ func TestExport(t *testing.T) {
 			c.spec.QEMU, err = c.find(labtest.Within(t, 5*time.Minute))
 			labtest.Need(t, err)
 			if strings.Contains(c.name, "huge pages") {
-				reserveHugePages(t, 512)
-				c.spec.Machine, c.spec.MemoryMiB = "pc,memory-backend=huge", 1024
+				reserveHugePages(t, 128)
+				c.spec.Machine, c.spec.MemoryMiB = "pc,memory-backend=huge", 256
 				c.spec.Extra = []string{"-object",
-					"memory-backend-memfd,id=huge,hugetlb=on,hugetlbsize=2M,size=1024M"}
+					"memory-backend-memfd,id=huge,hugetlb=on,hugetlbsize=2M,size=256M"}
 			}
 			exportVM(t, l, c.spec, c.from)
 		})
@@ -141,6 +141,7 @@ func compare(t *testing.T, name string, mem *guestmem.Memory) {
 		want[b.Name] = func(dst []byte, offset uint64) error { return mem.Read(dst, i, offset) }
 	}
 	left := 0
+	var page, zero [4096]byte
 	r := migstream.NewReader(f)
 	for {
 		item, err := r.Next()
@@ -157,7 +158,6 @@ func compare(t *testing.T, name string, mem *guestmem.Memory) {
 			}
 		case migstream.Page:
 			left--
-			var page, zero [4096]byte
 			if err := want[it.Block](page[:], it.Offset); err != nil {
 				t.Fatal(err)
 			}

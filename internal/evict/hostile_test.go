@@ -115,8 +115,8 @@ var complaint = regexp.MustCompile(
 func TestHostileAgents(t *testing.T) {
 	dice.seed(t)
 	l := labtest.New(t, lab.Options{})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 256, Agent: true,
-		Load: lab.Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, Others: 2, FileMiB: 4}})
+	vm := boot(t, l, lab.Spec{MemoryMiB: 192, Agent: true,
+		Load: lab.Load{HotMiB: 16, IdleMiB: 24, OtherMiB: 16, Others: 2, FileMiB: 4}})
 	answers(t, vm)
 	const late = "in time"
 	for _, a := range []struct {

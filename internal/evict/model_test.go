@@ -1317,30 +1317,49 @@ type worldIndex struct {
 	// the number of a world, plus one, and above that the upper half of its hash; 0: none
 	slots  []uint64
 	hashes []uint64 // of the worlds
-	hash   uint64   // of the last one that was looked for
+	found  uint64   // what fetch read, so that it does read
 }
 
 func newWorldIndex() *worldIndex {
 	return &worldIndex{seed: maphash.MakeSeed(), slots: make([]uint64, 1<<16)}
 }
 
-// find returns a world's number, or -1 and the slot to note it in.
-func (x *worldIndex) find(w *world, worlds []world) (slot uint64, n int32) {
-	x.hash = maphash.Comparable(x.seed, *w)
+// fetch hashes the worlds of all edges, and reads what find will read of each: the CPU waits for
+// many of these reads at once, and for those of find one by one.
+func (x *worldIndex) fetch(edges []edge, worlds []world, hashes []uint64) []uint64 {
+	hashes = hashes[:0]
+	for i := range edges {
+		hashes = append(hashes, maphash.Comparable(x.seed, edges[i].to))
+	}
+	mask, found := uint64(len(x.slots)-1), uint64(0)
+	for _, hash := range hashes {
+		found += x.slots[hash&mask]
+	}
+	for _, hash := range hashes {
+		if s := x.slots[hash&mask]; s>>32 == hash>>32 {
+			found += uint64(worlds[uint32(s)-1].s.phase)
+		}
+	}
+	x.found += found
+	return hashes
+}
+
+// find returns the number of a world with a hash, or -1 and the slot to note it in.
+func (x *worldIndex) find(w *world, hash uint64, worlds []world) (slot uint64, n int32) {
 	mask := uint64(len(x.slots) - 1)
-	for slot = x.hash & mask; x.slots[slot] != 0; slot = (slot + 1) & mask {
+	for slot = hash & mask; x.slots[slot] != 0; slot = (slot + 1) & mask {
 		s := x.slots[slot]
-		if n := int32(uint32(s)) - 1; s>>32 == x.hash>>32 && worlds[n] == *w {
+		if n := int32(uint32(s)) - 1; s>>32 == hash>>32 && worlds[n] == *w {
 			return slot, n
 		}
 	}
 	return slot, -1
 }
 
-// note notes the number of the world that was looked for last, which follows the last one.
-func (x *worldIndex) note(slot uint64, n int32) {
-	x.slots[slot] = x.hash>>32<<32 | uint64(n+1)
-	x.hashes = append(x.hashes, x.hash)
+// note notes the number of a new world, which follows the last one.
+func (x *worldIndex) note(slot, hash uint64, n int32) {
+	x.slots[slot] = hash>>32<<32 | uint64(n+1)
+	x.hashes = append(x.hashes, hash)
 	if len(x.hashes) < len(x.slots)/2 {
 		return
 	}
@@ -1364,17 +1383,17 @@ func explore(r rules, limit int) verdict {
 	worlds, origins := []world{}, []int32{}
 	index := newWorldIndex()
 	// number returns a world's number, and whether it is new.
-	number := func(w *world, from int32) (n int32, isNew bool) {
-		at, n := index.find(w, worlds)
+	number := func(w *world, hash uint64, from int32) (n int32, isNew bool) {
+		at, n := index.find(w, hash, worlds)
 		if n >= 0 {
 			return n, false
 		}
 		n = int32(len(worlds))
 		worlds, origins = append(worlds, *w), append(origins, from)
-		index.note(at, n)
+		index.note(at, hash, n)
 		return n, true
 	}
-	number(&first, -1)
+	number(&first, maphash.Comparable(index.seed, first), -1)
 	var v verdict
 	trace := func(i int32) (t []string) {
 		for ; i > 0; i = origins[i] {
@@ -1387,15 +1406,17 @@ func explore(r rules, limit int) verdict {
 	}
 	type arc struct{ from, to int32 }
 	var arcs []arc // those that need no fault
+	var hashes []uint64
 	for i := int32(0); int(i) < len(worlds); i++ {
 		edges := m.next(worlds[i])
+		hashes = index.fetch(edges, worlds, hashes)
 		for j := range edges {
 			e := &edges[j]
 			if r.calm && e.to.rare() {
 				continue
 			}
 			v.steps++
-			n, isNew := number(&e.to, i)
+			n, isNew := number(&e.to, hashes[j], i)
 			if isNew {
 				if bad := e.to.bad; bad != 0 {
 					v.states, v.bad, v.trace = len(worlds), bad.String(), trace(n)

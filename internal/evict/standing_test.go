@@ -415,8 +415,8 @@ func TestPausedWhilePreparing(t *testing.T) {
 func TestStandingGoesOn(t *testing.T) {
 	t.Parallel()
 	l := labtest.New(t, lab.Options{Rate: 1e9})
-	vm := boot(t, l, lab.Spec{MemoryMiB: 384, Devices: lab.Full,
-		Load: lab.Load{HotMiB: 60, IdleMiB: 100, CacheMiB: 10}})
+	vm := boot(t, l, lab.Spec{Devices: lab.Full,
+		Load: lab.Load{HotMiB: 40, IdleMiB: 70, CacheMiB: 10}})
 	twin := incoming(t, l, vm)
 	if err := vm.Execute(labtest.Within(t, 20*time.Second), "stop", nil, nil); err != nil {
 		t.Fatal(err)

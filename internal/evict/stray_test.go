@@ -26,7 +26,7 @@ func TestStrayCont(t *testing.T) {
 			// the push takes seconds, in which a second copy would report
 			l := labtest.New(t, lab.Options{Rate: 3e8})
 			vm := boot(t, l, lab.Spec{Devices: devices,
-				Load: lab.Load{HotMiB: 60, IdleMiB: 60, OtherMiB: 20}})
+				Load: lab.Load{HotMiB: 50, IdleMiB: 50, OtherMiB: 20}})
 			told := make(chan error, 1)
 			cont := func() {
 				asked := make(chan struct{})

@@ -20,7 +20,7 @@ func TestTwenty(t *testing.T) {
 	const legs = 5
 	for range *journeysFlag {
 		vm := bootBusy(t, l, lab.Spec{
-			Load: lab.Load{HotMiB: 80, IdleMiB: 80, OtherMiB: 20, FileMiB: 4}})
+			Load: lab.Load{HotMiB: 50, IdleMiB: 50, OtherMiB: 20, FileMiB: 4}})
 		from, to := l.A, l.B
 		for range legs {
 			twin, err := to.Incoming(labtest.Within(t, time.Minute), vm, lab.IncomingOptions{})

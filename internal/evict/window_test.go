@@ -645,7 +645,7 @@ func TestYield(t *testing.T) {
 				},
 			} {
 				t.Run(name+" "+trip.String()+" "+buffer.String(), func(t *testing.T) {
-					const d = 20 * time.Second
+					const d = 8 * time.Second
 					measure := func(s *simulation, c traffic) (theirs, ours float64) {
 						s.run(t, time.Second)
 						theirs = -c.done()
