@@ -18,9 +18,10 @@ func TestBootOnce(t *testing.T) {
 	l := newTestLab(t, Options{BootOnce: true})
 	var file string
 	for _, s := range []Spec{
-		{MemoryMiB: 320, Memfd: true, Devices: Full, Load: Load{HotMiB: 8, CacheMiB: 16, Seed: 1}},
 		{MemoryMiB: 320, Memfd: true, Devices: Full,
-			Load: Load{HotMiB: 16, IdleMiB: 8, CacheMiB: 4, Seed: 2}},
+			Load: Load{HotMiB: 8, CacheMiB: 16, Slow: true, Seed: 1}},
+		{MemoryMiB: 320, Memfd: true, Devices: Full,
+			Load: Load{HotMiB: 16, IdleMiB: 8, CacheMiB: 4, Slow: true, Seed: 2}},
 	} {
 		vm, err := l.A.Boot(deadline(t, 3*time.Minute), s)
 		if err != nil {

@@ -25,7 +25,8 @@ func startAsDaemon(e *Expected) (*exec.Cmd, error) {
 func TestExpect(t *testing.T) {
 	l := newTestLab(t, Options{Rate: 1e9})
 	src, err := l.A.Boot(deadline(t, 3*time.Minute),
-		Spec{MemoryMiB: 192, Devices: Full, Tap: true, Load: Load{HotMiB: 16, IdleMiB: 16}})
+		Spec{MemoryMiB: 192, Devices: Full, Tap: true,
+			Load: Load{HotMiB: 16, IdleMiB: 16, Slow: true}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +78,7 @@ func TestExpect(t *testing.T) {
 		t.Fatal(err)
 	}
 	src.Kill()
-	if err := dst.Guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+	if err := dst.Guest.WaitOps(deadline(t, time.Minute), 1000); err != nil {
 		t.Fatal(err)
 	}
 	samples := dst.Guest.Samples()

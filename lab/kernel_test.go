@@ -18,7 +18,7 @@ func TestKernels(t *testing.T) {
 		t.Run(k.Name, func(t *testing.T) {
 			start := time.Now()
 			vm, err := l.A.Boot(deadline(t, 5*time.Minute),
-				Spec{Kernel: k, Devices: Full, Load: Load{HotMiB: 16, CacheMiB: 4}})
+				Spec{Kernel: k, Devices: Full, Load: Load{HotMiB: 16, CacheMiB: 4, Slow: true}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -52,7 +52,7 @@ func TestPrograms(t *testing.T) {
 		spec Spec
 		says string
 	}{
-		{Spec{Run: []string{"guestload"}, Cmdline: "quiet"},
+		{Spec{Run: []string{"guestload"}, Cmdline: "quiet", Load: Load{Slow: true}},
 			"runs as process 1 of a lab guest only"},
 		{Spec{Init: guestAgent, Cmdline: "quiet"}, guestAgent + ": "},
 	} {
@@ -90,7 +90,7 @@ func TestAgent(t *testing.T) {
 	l := newTestLab(t, Options{})
 	for _, d := range []Devices{Bare, Full} {
 		vm, err := l.A.Boot(deadline(t, 2*time.Minute),
-			Spec{Agent: true, Devices: d, Load: Load{HotMiB: 16}})
+			Spec{Agent: true, Devices: d, Load: Load{HotMiB: 16, Slow: true}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -84,19 +84,19 @@ func TestBootAndCheck(t *testing.T) {
 	l := newTestLab(t, Options{})
 	start := time.Now()
 	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
-		Spec{Load: Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 16, FileMiB: 4}})
+		Spec{MemoryMiB: 256, Load: Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 8, FileMiB: 4}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("booted in %v under %s", time.Since(start), vm.Spec.Accel)
-	if err := vm.Guest.WaitOps(deadline(t, time.Minute), 100_000); err != nil {
+	if err := vm.Guest.WaitOps(deadline(t, time.Minute), 20_000); err != nil {
 		t.Fatal(err)
 	}
 	s := vm.Guest.Samples()
 	last := s[len(s)-1].At
 	t.Logf("rate %v, stalls %+v", vm.Guest.Throughput(s[0].At, last, 100*time.Millisecond),
 		vm.Guest.Stalls(s[0].At, last))
-	mustCheck(t, vm.Guest, vm, (64+64+16+4)*pagesPerMiB)
+	mustCheck(t, vm.Guest, vm, (32+32+8+4)*pagesPerMiB)
 	if n := vm.Guest.Torn(); n != 0 {
 		t.Errorf("%d torn lines without an eviction", n)
 	}
@@ -119,38 +119,39 @@ func TestBootAndCheck(t *testing.T) {
 // The memory of several processes lies mixed, and one works on some pages more
 // than on others.
 func TestMixedLoad(t *testing.T) {
-	l := newTestLab(t, Options{BootOnce: true})
+	l := newTestLab(t, Options{})
 	start := time.Now()
-	load := Load{HotMiB: 64, OtherMiB: 90, Others: 4, CacheMiB: 32, Zipf: true, Mixed: true,
-		Seed: 3}
-	vm, err := l.A.Boot(deadline(t, 2*time.Minute), Spec{VCPUs: 2, Devices: Full, Load: load})
+	load := Load{HotMiB: 24, OtherMiB: 42, Others: 4, CacheMiB: 16, Zipf: true, Mixed: true,
+		Slow: true, Seed: 3}
+	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
+		Spec{MemoryMiB: 256, VCPUs: 2, Devices: Full, Load: load})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("booted in %v", time.Since(start))
-	if err := vm.Guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+	if err := vm.Guest.WaitOps(deadline(t, time.Minute), 2000); err != nil {
 		t.Fatal(err)
 	}
 	var page loadproto.Page
-	page.Fill(loadproto.Base(loadproto.SetSeed(load.Seed, loadproto.SetOther), 80*pagesPerMiB, 0))
+	page.Fill(loadproto.Base(loadproto.SetSeed(load.Seed, loadproto.SetOther), 40*pagesPerMiB, 0))
 	corrupt(t, vm, &page)
 	check, err := vm.Guest.Check(deadline(t, time.Minute), vm)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if check.Pages != (64+90+32)*pagesPerMiB || check.Bad != 1 || len(check.Sets) != 6 {
-		t.Errorf("%d MiB in 6 sets, one page of which was changed: %+v", 64+90+32, check)
+	if check.Pages != (24+42+16)*pagesPerMiB || check.Bad != 1 || len(check.Sets) != 6 {
+		t.Errorf("%d MiB in 6 sets, one page of which was changed: %+v", 24+42+16, check)
 	}
 	if len(check.Words) != 1 || check.Words[0].Set != loadproto.SetOther ||
-		check.Words[0].Page != 80*pagesPerMiB {
-		t.Errorf("page %d of the other processes was changed: %+v", 80*pagesPerMiB, check.Words)
+		check.Words[0].Page != 40*pagesPerMiB {
+		t.Errorf("page %d of the other processes was changed: %+v", 40*pagesPerMiB, check.Words)
 	}
 }
 
 // A guest of every set and every device moves with QEMU's own post-copy over
 // the shaped link, and finds all of its memory as it was.
 func TestMigrate(t *testing.T) {
-	l := newTestLab(t, Options{BootOnce: true, Rate: 1e9})
+	l := newTestLab(t, Options{Rate: 1e9})
 	q, err := StockQEMU(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -170,9 +171,10 @@ func TestMigrateBackports(t *testing.T) {
 }
 
 func testMigrate(t *testing.T, l *Lab, q QEMU) {
-	load := Load{HotMiB: 64, IdleMiB: 64, OtherMiB: 32, CacheMiB: 16, FileMiB: 8}
+	load := Load{HotMiB: 32, IdleMiB: 32, OtherMiB: 16, CacheMiB: 8, FileMiB: 4, Slow: true}
 	src, err := l.A.Boot(deadline(t, 2*time.Minute),
-		Spec{QEMU: q, Machine: "q35", Devices: Full, Memfd: true, VCPUs: 2, Load: load})
+		Spec{QEMU: q, Machine: "q35", MemoryMiB: 320, Devices: Full, Memfd: true, VCPUs: 2,
+			Load: load})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +188,7 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+	if err := guest.WaitOps(deadline(t, time.Minute), 2000); err != nil {
 		t.Fatal(err)
 	}
 	before, err := l.LinkBytes()
@@ -204,7 +206,7 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	}
 	// All that the load wrote has to cross, and no more than all memory with
 	// what its pages cost in headers.
-	least, most := uint64(64+64+32+16+8)<<20, uint64(src.Spec.MemoryMiB+32)<<20*11/10
+	least, most := uint64(32+32+16+8+4)<<20, uint64(src.Spec.MemoryMiB+32)<<20*11/10
 	if n := after - before; n < least || n > most {
 		t.Errorf("%d bytes crossed the link, want %d to %d", n, least, most)
 	}
@@ -212,7 +214,7 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 		t.Errorf("the destination is %q, %v", s, err)
 	}
 	src.Kill()
-	if err := guest.WaitOps(deadline(t, time.Minute), 10_000); err != nil {
+	if err := guest.WaitOps(deadline(t, time.Minute), 2000); err != nil {
 		t.Fatal(err)
 	}
 	samples := guest.Samples()
@@ -222,7 +224,7 @@ func testMigrate(t *testing.T, l *Lab, q QEMU) {
 	t.Logf("moved %d MiB in %v; torn lines %d; before %v, after %v", (after-before)>>20, took,
 		guest.Torn(),
 		guest.Stalls(start.Add(-took), start), guest.Stalls(start, time.Now()))
-	mustCheck(t, guest, dst, (64+64+32+16+8)*pagesPerMiB)
+	mustCheck(t, guest, dst, (32+32+16+8+4)*pagesPerMiB)
 }
 
 // Two labs in one directory do not know of each other.
@@ -255,7 +257,8 @@ func TestCorruptionIsFound(t *testing.T) {
 	l := newTestLab(t, Options{BootOnce: true})
 	const seed = 7
 	vm, err := l.A.Boot(deadline(t, 2*time.Minute),
-		Spec{Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Seed: seed}})
+		Spec{MemoryMiB: 256,
+			Load: Load{HotMiB: 16, IdleMiB: 16, OtherMiB: 4, FileMiB: 4, Slow: true, Seed: seed}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -507,8 +510,8 @@ func TestMain(m *testing.M) {
 		stop() // signals are for the tests as they are
 		os.Exit(m.Run())
 	}
-	err := Supervise(ctx, Options{Dir: dir}, Spec{MemoryMiB: 256},
-		func(State) { fmt.Println("ready") })
+	err := Supervise(ctx, Options{Dir: dir, BootOnce: true},
+		Spec{MemoryMiB: 256, Load: Load{Slow: true}}, func(State) { fmt.Println("ready") })
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

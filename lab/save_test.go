@@ -7,9 +7,9 @@ import (
 
 // A saved VM starts on either host, each time with the memory that it had, and works on by itself.
 func TestSave(t *testing.T) {
-	l := newTestLab(t, Options{})
+	l := newTestLab(t, Options{BootOnce: true})
 	ctx := deadline(t, 3*time.Minute)
-	vm, err := l.A.Boot(ctx, Spec{MemoryMiB: 192, Load: Load{HotMiB: 8, IdleMiB: 8, Slow: true}})
+	vm, err := l.A.Boot(ctx, Spec{MemoryMiB: 256, Load: Load{HotMiB: 8, IdleMiB: 8, Slow: true}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ func clientOf(t *testing.T, l *Lab, vm *VM) client {
 				Rows: vm.Spec.ServerMiB << 20 / ItemBytes})
 	} else {
 		c, err = memclient.Start(ctx,
-			memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Items: 2000, Rate: 500,
+			memclient.Options{Addr: vm.ServerAddr(), Dial: l.Client.Dial, Items: 2000, Rate: 100,
 				Redis: vm.Spec.Server == Redis})
 	}
 	if err != nil {
@@ -62,12 +62,12 @@ func TestServers(t *testing.T) {
 func serverMoves(t *testing.T, l *Lab, kind Server) {
 	src, err := l.A.Boot(deadline(t, 5*time.Minute),
 		Spec{MemoryMiB: 768, Devices: Full, Tap: true, Server: kind, ServerMiB: 64,
-			Load: Load{HotMiB: 4}})
+			Load: Load{HotMiB: 4, Slow: true}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := clientOf(t, l, src)
-	more(deadline(t, time.Minute), t, c, 1000)
+	more(deadline(t, time.Minute), t, c, 200)
 	dst, err := l.B.Incoming(deadline(t, time.Minute), src, IncomingOptions{Running: true})
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +75,7 @@ func serverMoves(t *testing.T, l *Lab, kind Server) {
 	postcopy(deadline(t, 2*time.Minute), t, l, src, dst)
 	src.Kill()
 	t.Cleanup(dst.Kill)
-	s := more(deadline(t, time.Minute), t, c, 1000)
+	s := more(deadline(t, time.Minute), t, c, 200)
 	t.Logf("%d answers, silent for %v", s.Requests, s.Silence)
 
 	// Nothing answers over the cut link, from a guest on host b, nor does a connection break.

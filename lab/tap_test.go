@@ -38,7 +38,7 @@ func pings(t *testing.T, l *Lab, addr string) {
 // reaches each wherever it is.
 func TestTap(t *testing.T) {
 	l := newTestLab(t, Options{Rate: 1e9})
-	spec := Spec{MemoryMiB: 192, Devices: Full, Tap: true, Load: Load{HotMiB: 4}}
+	spec := Spec{MemoryMiB: 192, Devices: Full, Tap: true, Load: Load{HotMiB: 4, Slow: true}}
 	other, err := l.B.Boot(deadline(t, 3*time.Minute), spec)
 	if err != nil {
 		t.Fatal(err)

@@ -236,12 +236,14 @@ func (m *machine) marks() map[uint32][2]uint64 {
 // the processes' pages bear marks, which are read from the guest's memory.
 func TestGuest(t *testing.T) {
 	t.Parallel()
-	memory := 768 // MiB, below 3 GiB: there the file is the guest's memory in one piece
+	memory := 512 // MiB, below 3 GiB: there the file is the guest's memory in one piece
 	if n, err := strconv.Atoi(os.Getenv("VACATE_GUEST_MIB")); err == nil {
 		memory = n
 	}
 	m := boot(t, memory)
 	mib := memory / 16 // of each process
+	// Less than the default, which dial_test.go of package agent has, saves waiting.
+	const active = 6 * time.Second
 	t.Log(m.do("run /vacate-guest --print"))
 	for _, role := range []string{"idle", "huge", "hot"} {
 		if got := m.do(fmt.Sprint("spawn ", role, " ", mib)); got != "ready "+role {
@@ -269,14 +271,18 @@ func TestGuest(t *testing.T) {
 		t.Errorf("found %s, want %s", path, m.agent)
 	}
 	a := m.dial()
-	time.Sleep(17 * time.Second) // until idle processes are not active
+	time.Sleep(active + time.Second) // until idle processes are not active
 	st, err := a.Prepare(t.Context(), agent.Options{Deadline: patience})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("prepare: %+v", st)
 	time.Sleep(3 * time.Second)
-	s, st := m.ask(a)
+	s, st, err := a.Ask(t.Context(), agent.Options{Frames: m.frames, Deadline: patience,
+		ActiveWithin: active})
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Logf("ask: %+v; %.0f bytes/GiB", st, float64(st.Bytes)/float64(m.frames)*(1<<18))
 	t.Logf("classes %v", s.Counts())
 	for i, p := range s.Processes {

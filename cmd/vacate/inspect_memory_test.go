@@ -116,8 +116,8 @@ func FuzzEscape(f *testing.F) {
 	})
 }
 
-// spinning starts a QEMU whose VM does nothing, and a second monitor to look at it.
-func spinning(t *testing.T) (path string, other *qmp.Client, qemu *os.Process) {
+// halting starts a QEMU whose VM does nothing, and a second monitor to look at it.
+func halting(t *testing.T) (path string, other *qmp.Client, qemu *os.Process) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("short: starts QEMU")
@@ -131,7 +131,7 @@ func spinning(t *testing.T) (path string, other *qmp.Client, qemu *os.Process) {
 	}
 	dir := t.TempDir()
 	bios := filepath.Join(dir, "bios")
-	if err := os.WriteFile(bios, make([]byte, 64<<10), 0o644); err != nil {
+	if err := os.WriteFile(bios, haltingBIOS, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	path = filepath.Join(dir, "1")
@@ -159,7 +159,7 @@ func spinning(t *testing.T) (path string, other *qmp.Client, qemu *os.Process) {
 // The VM stands still when it is looked at, and runs after that, come what may; one that
 // was paused stays paused.
 func TestStill(t *testing.T) {
-	path, other, process := spinning(t)
+	path, other, process := halting(t)
 	ctx := labtest.Within(t, 2*time.Minute)
 	running := func() bool {
 		t.Helper()
@@ -287,7 +287,8 @@ func TestStill(t *testing.T) {
 func TestInspectMemory(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute),
-		lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8}})
+		lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 30, OtherMiB: 10, FileMiB: 8,
+			Slow: true}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -225,10 +225,10 @@ func TestVM(t *testing.T) {
 			defer signal.Stop(waited)
 		}
 	}
-	l := labtest.New(t, lab.Options{Rate: 5e8})
+	l := labtest.New(t, lab.Options{Rate: 3e8})
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute),
-		lab.Spec{MemoryMiB: 384,
-			Load: lab.Load{HotMiB: 80, IdleMiB: 100, OtherMiB: 10, FileMiB: 4, Slow: true}})
+		lab.Spec{MemoryMiB: 256,
+			Load: lab.Load{HotMiB: 40, IdleMiB: 60, OtherMiB: 10, FileMiB: 4, Slow: true}})
 	if err != nil {
 		t.Fatal(err)
 	}

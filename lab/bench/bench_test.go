@@ -3,6 +3,7 @@ package bench
 import (
 	"encoding/json"
 	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -22,17 +23,37 @@ func needLab(t *testing.T) {
 	labtest.Need(t, lab.Probe())
 }
 
-// buildVacate returns the program vacate. Those of this project that are named are beside it.
+// programs is the directory of those that tests have built.
+var programs string
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if programs != "" {
+		os.RemoveAll(programs)
+	}
+	os.Exit(code)
+}
+
+// buildVacate returns the program vacate, which is built once. Those of this project that are named
+// are beside it.
 func buildVacate(t *testing.T, more ...string) string {
 	t.Helper()
-	dir := t.TempDir()
+	var err error
+	if programs == "" {
+		if programs, err = os.MkdirTemp("", "vacate-bench"); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, name := range append(more, "vacate") {
-		if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", dir,
+		if _, err := os.Stat(filepath.Join(programs, name)); err == nil {
+			continue
+		}
+		if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", programs,
 			"vacate/cmd/"+name).CombinedOutput(); err != nil {
 			t.Fatalf("build %s: %v\n%s", name, err, out)
 		}
 	}
-	return filepath.Join(dir, "vacate")
+	return filepath.Join(programs, "vacate")
 }
 
 // Every strategy moves a guest, and is measured.
@@ -43,9 +64,9 @@ func TestMeasure(t *testing.T) {
 		Strategies: Strategies(), Load: "hot", Repeat: 1, PrecopyBound: 2 * time.Second,
 		Vacate: buildVacate(t),
 		Spec:   lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
-		Lab:    lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
-		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
-		Done:   func(r Run) { done = append(done, r.Strategy) },
+		Lab:    lab.Options{Dir: labtest.Dir(t), Rate: 500e6, BootOnce: true}, Hasty: true,
+		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Done: func(r Run) { done = append(done, r.Strategy) },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -76,8 +97,8 @@ func TestMeasureDomains(t *testing.T) {
 		Libvirt: true, Strategies: strategies, Load: "hot", Repeat: 1,
 		PrecopyBound: 2 * time.Second, Vacate: buildVacate(t, "vacated"),
 		Spec: lab.Spec{MemoryMiB: 256, Load: lab.Load{HotMiB: 40, IdleMiB: 20, Seed: 1}},
-		Lab:  lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
-		Log:  slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Lab:  lab.Options{Dir: labtest.Dir(t), Rate: 500e6}, Hasty: true,
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -229,7 +250,7 @@ func TestChain(t *testing.T) {
 	result, err := Measure(t.Context(), Options{
 		Strategies: strategies, Load: "zipf", Repeat: 2, PrecopyBound: time.Second,
 		Vacate: buildVacate(t), Chain: true,
-		Spec: spec, Lab: lab.Options{Dir: labtest.Dir(t), Rate: 500e6},
+		Spec: spec, Lab: lab.Options{Dir: labtest.Dir(t), Rate: 500e6, BootOnce: true}, Hasty: true,
 		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {

@@ -1,9 +1,11 @@
 package churn
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,17 +27,58 @@ var (
 	plainFlag = flag.Bool("plain", false,
 		"TestOverwrite: all guests alike: one CPU, no slab checks, no single steps, no free "+
 			"page reporting")
-	snapsFlag   = flag.Int("snapshots", 3, "TestCompare: snapshots per kernel")
+	snapsFlag   = flag.Int("snapshots", 2, "TestCompare: snapshots per kernel")
 	trialsFlag  = flag.Int("trials", 1, "TestSensitivity: trials per target")
 	pagesFlag   = flag.Int("pages", 8, "TestSensitivity: pages overwritten per trial")
 	targetsFlag = flag.String("targets", "(none),anonymous,file,page table",
 		"TestSensitivity: targets, with commas between, or \"all\"")
-	waitFlag = flag.Duration("wait", 4*time.Second,
+	waitFlag = flag.Duration("wait", 2*time.Second,
 		"TestSensitivity: how long somebody may take to notice")
 	outFlag = flag.String("out", "", "directory that takes tables of the results")
 )
 
-func newLab(t *testing.T) *lab.Lab { return labtest.New(t, lab.Options{NoPin: true}) }
+// shared is the lab of all tests, and parked is a guest that one has left there: another that wants
+// one like it need not boot its own. It stands still meanwhile.
+var (
+	shared *lab.Lab
+	parked *Guest
+	asked  Config    // the parked guest's
+	booted time.Time // when the last guest had
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv("VACATE_SEED") == "" { // of all tests: they share guests
+		os.Setenv("VACATE_SEED", fmt.Sprint(time.Now().UnixNano()))
+	}
+	code := m.Run()
+	if parked != nil {
+		parked.Close()
+	}
+	if shared != nil {
+		if err := shared.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+func newLab(t *testing.T) *lab.Lab {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("short: boots VMs")
+	}
+	labtest.Need(t, lab.Probe())
+	if shared == nil {
+		var err error
+		if shared, err = lab.New(context.Background(), lab.Options{Dir: labtest.Dir(t), NoPin: true,
+			Log: slog.New(slog.NewTextHandler(os.Stderr,
+				&slog.HandlerOptions{Level: slog.LevelDebug}))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return shared
+}
 
 // eachKernel runs f as a subtest for each kernel asked for.
 func eachKernel(t *testing.T, f func(t *testing.T, k lab.Kernel)) {
@@ -48,13 +91,29 @@ func eachKernel(t *testing.T, f func(t *testing.T, k lab.Kernel)) {
 	}
 }
 
+// start returns a guest that is attached, and whose load has filled memory.
 func start(t *testing.T, l *lab.Lab, c Config) *Guest {
 	t.Helper()
+	g := parked
+	parked = nil
+	if g != nil && asked != c {
+		g.Close()
+		g = nil
+	}
+	if g != nil {
+		t.Cleanup(func() { park(t, g, c) })
+		if err := g.Cont(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		g.forget() // how long it stood still
+		return g
+	}
 	g, err := Boot(t.Context(), l, c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { g.Close() })
+	booted = time.Now()
+	t.Cleanup(func() { park(t, g, c) })
 	for _, what := range g.Hello.Lacks {
 		t.Errorf("kernel %s lacks %s", g.Hello.Release, what)
 	}
@@ -67,6 +126,15 @@ func start(t *testing.T, l *lab.Lab, c Config) *Guest {
 		t.Fatal(err)
 	}
 	return g
+}
+
+// park leaves a guest that is well to other tests, and ends another.
+func park(t *testing.T, g *Guest, c Config) {
+	if t.Failed() || g.Stop(context.Background()) != nil || len(g.Problems()) > 0 {
+		g.Close()
+		return
+	}
+	parked, asked = g, c
 }
 
 // write has f write a table into the log, and into a file if results are wanted.
@@ -84,6 +152,82 @@ func write(t *testing.T, name string, f func(io.Writer)) {
 	if err := os.WriteFile(filepath.Join(*outFlag, name), []byte(b.String()), 0o644); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestCompare: what the guest's kernel says is in use must not be skippable, what it says is
+// free should be.
+func TestCompare(t *testing.T) {
+	l := newLab(t)
+	eachKernel(t, func(t *testing.T, k lab.Kernel) {
+		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
+		var c Comparison
+		for range *snapsFlag {
+			if err := Compare(t.Context(), g, &c); err != nil {
+				t.Fatal(err)
+			}
+			if p := g.Problems(); len(p) > 0 {
+				t.Fatal(p)
+			}
+			time.Sleep(200 * time.Millisecond)
+		}
+		write(t, "compare-"+k.Name+".md",
+			func(w io.Writer) { WriteComparison(w, g.Hello.Release, &c) })
+		if len(c.Wrong) > 0 {
+			t.Errorf("%d pages in use were called skippable, such as: %s", len(c.Wrong), c.Wrong[0])
+		}
+		if c.Found*100 < c.Free*98 {
+			t.Errorf("only %d of %d free pages are skippable", c.Found, c.Free)
+		}
+		if a := c.Agreement(); a < 0.99 {
+			t.Errorf("kinds agree on %.2f %% of the pages", a*100)
+		}
+	})
+}
+
+// TestSensitivity: what TestOverwrite relies on being noticed is noticed, and nothing is
+// where nothing was done.
+func TestSensitivity(t *testing.T) {
+	l := newLab(t)
+	var targets []Target
+	for _, target := range Targets {
+		if *targetsFlag == "all" || strings.Contains(","+*targetsFlag+",", ","+target.Name+",") {
+			targets = append(targets, target)
+		}
+	}
+	if len(targets) == 0 {
+		t.Fatalf("no target %q", *targetsFlag)
+	}
+	eachKernel(t, func(t *testing.T, k lab.Kernel) {
+		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
+		defer g.vm.Kill() // what was overwritten may show later
+		time.Sleep(time.Until(booted.Add(9 * time.Second)))
+		var trials []Trial
+		tables := func() {
+			write(t, fmt.Sprintf("sensitivity-%s-%d.md", k.Name, *pagesFlag),
+				func(w io.Writer) { WriteTrials(w, trials) })
+		}
+		err := Sensitivity(t.Context(), g, targets, *trialsFlag, *pagesFlag, *waitFlag,
+			func(r Trial) {
+				trials = append(trials, r)
+				t.Logf("%s: %d pages, noticed by %q after %v: %s", r.Target, r.Pages, r.Noticed,
+					r.After.Round(time.Millisecond), oneLine(r.Text))
+				if r.Target == "(none)" && r.Noticed != "" {
+					t.Errorf("noticed, though nothing was overwritten: %s", r.Text)
+				}
+				if r.Target == targets[len(targets)-1].Name {
+					// a campaign that is cut short has shown something, too
+					tables()
+				}
+			})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range trials {
+			if r.Target == "anonymous" && r.Noticed == "" && *pagesFlag >= 8 {
+				t.Error("overwritten anonymous memory was not noticed")
+			}
+		}
+	})
 }
 
 // TestOverwrite: nothing must notice that what is skippable is overwritten, and the guest's own
@@ -137,81 +281,6 @@ func TestOverwrite(t *testing.T) {
 			})
 			write(t, "overwrite-"+k.Name+".md",
 				func(w io.Writer) { WriteOverwrites(w, names, results) })
-		}
-	})
-}
-
-// TestCompare: what the guest's kernel says is in use must not be skippable, what it says is
-// free should be.
-func TestCompare(t *testing.T) {
-	l := newLab(t)
-	eachKernel(t, func(t *testing.T, k lab.Kernel) {
-		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
-		var c Comparison
-		for range *snapsFlag {
-			if err := Compare(t.Context(), g, &c); err != nil {
-				t.Fatal(err)
-			}
-			if p := g.Problems(); len(p) > 0 {
-				t.Fatal(p)
-			}
-			time.Sleep(200 * time.Millisecond)
-		}
-		write(t, "compare-"+k.Name+".md",
-			func(w io.Writer) { WriteComparison(w, g.Hello.Release, &c) })
-		if len(c.Wrong) > 0 {
-			t.Errorf("%d pages in use were called skippable, such as: %s", len(c.Wrong), c.Wrong[0])
-		}
-		if c.Found*100 < c.Free*98 {
-			t.Errorf("only %d of %d free pages are skippable", c.Found, c.Free)
-		}
-		if a := c.Agreement(); a < 0.99 {
-			t.Errorf("kinds agree on %.2f %% of the pages", a*100)
-		}
-	})
-}
-
-// TestSensitivity: what TestOverwrite relies on being noticed is noticed, and nothing is
-// where nothing was done.
-func TestSensitivity(t *testing.T) {
-	l := newLab(t)
-	var targets []Target
-	for _, target := range Targets {
-		if *targetsFlag == "all" || strings.Contains(","+*targetsFlag+",", ","+target.Name+",") {
-			targets = append(targets, target)
-		}
-	}
-	if len(targets) == 0 {
-		t.Fatalf("no target %q", *targetsFlag)
-	}
-	eachKernel(t, func(t *testing.T, k lab.Kernel) {
-		g := start(t, l, Config{Kernel: k, Seed: labtest.Seed(t)})
-		time.Sleep(5 * time.Second)
-		var trials []Trial
-		tables := func() {
-			write(t, fmt.Sprintf("sensitivity-%s-%d.md", k.Name, *pagesFlag),
-				func(w io.Writer) { WriteTrials(w, trials) })
-		}
-		err := Sensitivity(t.Context(), g, targets, *trialsFlag, *pagesFlag, *waitFlag,
-			func(r Trial) {
-				trials = append(trials, r)
-				t.Logf("%s: %d pages, noticed by %q after %v: %s", r.Target, r.Pages, r.Noticed,
-					r.After.Round(time.Millisecond), oneLine(r.Text))
-				if r.Target == "(none)" && r.Noticed != "" {
-					t.Errorf("noticed, though nothing was overwritten: %s", r.Text)
-				}
-				if r.Target == targets[len(targets)-1].Name {
-					// a campaign that is cut short has shown something, too
-					tables()
-				}
-			})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, r := range trials {
-			if r.Target == "anonymous" && r.Noticed == "" && *pagesFlag >= 8 {
-				t.Error("overwritten anonymous memory was not noticed")
-			}
 		}
 	})
 }

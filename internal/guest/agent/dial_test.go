@@ -76,7 +76,12 @@ func TestAnswers(t *testing.T) {
 		want     error // or that a survey comes
 		text     string
 	}{
-		"good": {long, func(c net.Conn, r Request) { c.Write(good(r.ID)) }, nil, ""},
+		"good": {long, func(c net.Conn, r Request) {
+			if r.ActiveWithin != DefaultActiveWithin {
+				c.Write(AppendRefusal(nil, r.ID, "not the default"))
+			}
+			c.Write(good(r.ID))
+		}, nil, ""},
 		"in pieces": {long, func(c net.Conn, r Request) {
 			for _, b := range good(r.ID) {
 				c.Write([]byte{b})

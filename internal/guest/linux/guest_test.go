@@ -201,19 +201,24 @@ func (m *machine) cont(t testing.TB) {
 	}
 }
 
+// program is testdata/guest, once it is built.
+var program []byte
+
 // initramfs has testdata/guest as its only program.
 func initramfs(t testing.TB) []byte {
 	t.Helper()
-	out := filepath.Join(t.TempDir(), "init")
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out,
-		"./testdata/guest")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if b, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build the guest load: %v\n%s", err, b)
-	}
-	data, err := os.ReadFile(out)
-	if err != nil {
-		t.Fatal(err)
+	if program == nil {
+		out := filepath.Join(t.TempDir(), "init")
+		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w",
+			"-o", out, "./testdata/guest")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if b, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("build the guest load: %v\n%s", err, b)
+		}
+		var err error
+		if program, err = os.ReadFile(out); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var b bytes.Buffer
 	add := func(name string, mode int, data []byte) { // "newc"
@@ -224,7 +229,7 @@ func initramfs(t testing.TB) []byte {
 		b.Write(make([]byte, -b.Len()&3))
 	}
 	add("dev", 0o40755, nil)
-	add("init", 0o100755, data)
+	add("init", 0o100755, program)
 	add("TRAILER!!!", 0, nil)
 	return b.Bytes()
 }

@@ -70,13 +70,14 @@ func TestSurvey(t *testing.T) {
 			t.Fatal(err)
 		}
 		total := tally{}
+		before := m.kpageflags(t)
 		for i := range 5 {
 			if i == 3 {
 				total.check(t, true)
 				total = tally{}
 				m.ask(t, "rest")
+				before = m.kpageflags(t)
 			}
-			before := m.kpageflags(t)
 			m.stop(t)
 			r, err := g.Survey(t.Context())
 			if err != nil {
@@ -88,6 +89,7 @@ func TestSurvey(t *testing.T) {
 				t.Log(describe(r))
 			}
 			total.add(before, after, r)
+			before = after
 			if len(r.Notes) > 0 {
 				t.Logf("notes: %q", r.Notes)
 			}
@@ -252,15 +254,17 @@ func TestVariants(t *testing.T) {
 				t.Fatal(err)
 			}
 			total := tally{}
+			before := m.kpageflags(t)
 			for range 2 {
-				before := m.kpageflags(t)
 				m.stop(t)
 				r, err := g.Survey(t.Context())
 				if err != nil {
 					t.Fatal(err)
 				}
 				m.cont(t)
-				total.add(before, m.kpageflags(t), r)
+				after := m.kpageflags(t)
+				total.add(before, after, r)
+				before = after
 				t.Log(describe(r))
 				if r.Skippable*100 < r.Free*98 {
 					t.Errorf("of %d free pages only %d are skippable", r.Free, r.Skippable)

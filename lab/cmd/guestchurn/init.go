@@ -274,7 +274,7 @@ func (c *control) checkAll() error {
 		if waiting == nil {
 			return nil
 		}
-		if time.Since(began) > time.Minute {
+		if time.Since(began) > 100*time.Second {
 			return fmt.Errorf("these workers do not come to an end of verifying: %s",
 				strings.Join(waiting, "; "))
 		}

@@ -48,7 +48,7 @@ func work(role string) {
 			for at := 32; at < len(mem); at += 4096 {
 				mem[at]++
 			}
-			time.Sleep(20 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond) // it rests most of the time
 		}
 	case "idle":
 		fill(2, mib, noHuge)
