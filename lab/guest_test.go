@@ -106,7 +106,7 @@ func TestGuestFollowsAnything(t *testing.T) {
 
 func TestDefaultCPU(t *testing.T) {
 	for _, c := range [][3]string{
-		{"kvm", "6.1.0-56-cloud-amd64", "host"},
+		{"kvm", "6.1.0-56-cloud-amd64", "host,arch-capabilities=off"},
 		{"tcg", "6.1.0-56-cloud-amd64", "max,-erms,-fsrm"},
 		{"tcg", "6.12.48+deb13-cloud-amd64", "max,-erms,-fsrm,-cx16"},
 		{"tcg", "7.3.1-cloud-amd64", "max,-erms,-fsrm,-cx16"},

@@ -561,12 +561,13 @@ func (l *Lab) newGuestAddr() (string, error) {
 }
 
 // DefaultCPU is the CPU model for an accelerator ("kvm" or "tcg") and a guest kernel of some
-// release: all features but those that hurt under emulation. Clearing memory with "rep stosb" takes
-// a turn per byte (erms; Linux 6.1 hangs if it then still has fsrm). QEMU 7.2's cmpxchg16b fails in
-// Linux 6.12 and later (cx16).
+// release: all features but those that hurt. Under emulation, clearing memory with "rep stosb"
+// takes a turn per byte (erms; Linux 6.1 hangs if it then still has fsrm), and QEMU 7.2's
+// cmpxchg16b fails in Linux 6.12 and later (cx16). A KVM that itself runs in a VM on an AMD CPU may
+// offer Intel's arch-capabilities and then refuse them, which makes QEMU abort.
 func DefaultCPU(accel, release string) string {
 	if accel == "kvm" {
-		return "host"
+		return "host,arch-capabilities=off"
 	}
 	cpu := "max,-erms,-fsrm"
 	var major, minor int
