@@ -6,7 +6,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,7 +16,21 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"vacate": main})
+	testscript.Main(attentive{m}, map[string]func(){"vacate": main})
+}
+
+// attentive runs tests that ignore no signal, and so neither do the processes that they start.
+// SIGHUP is ignored under nohup, and SIGINT in the background of a script. A command that runs in
+// this process would bring that back at its end, if nobody else waited for these signals.
+type attentive struct{ *testing.M }
+
+func (a attentive) Run() int {
+	for _, s := range []os.Signal{os.Interrupt, syscall.SIGHUP} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
+	return a.M.Run()
 }
 
 // haltingBIOS is a BIOS that does nothing: a VM with it runs, and takes no CPU time.

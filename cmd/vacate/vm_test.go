@@ -7,7 +7,6 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -216,15 +215,6 @@ func readReport(t testing.TB, name string) evict.Report {
 // nobody reading what it says; then not at all, as a Ctrl-C comes in time; then to a QEMU
 // that dies.
 func TestVM(t *testing.T) {
-	// SIGHUP is ignored under nohup, and SIGINT in the background of a script. Processes inherit
-	// that, but not of a signal that is waited for.
-	for _, ignored := range []os.Signal{syscall.SIGHUP, os.Interrupt} {
-		if signal.Ignored(ignored) {
-			waited := make(chan os.Signal, 1)
-			signal.Notify(waited, ignored)
-			defer signal.Stop(waited)
-		}
-	}
 	l := labtest.New(t, lab.Options{Rate: 3e8})
 	vm, err := l.A.Boot(labtest.Within(t, 3*time.Minute),
 		lab.Spec{MemoryMiB: 256,

@@ -17,7 +17,8 @@ type balancer interface {
 	report(r view.Report)
 	round(now time.Time) []view.Move
 	began(m view.Move)
-	ended(m view.Move, at time.Time, problem string)
+	// ended tells of a move's end; over is for how long that was so before anybody could know.
+	ended(m view.Move, at time.Time, over time.Duration, problem string)
 	// memory is how much it has in use. It is asked last.
 	memory() uint64
 }
@@ -31,7 +32,7 @@ func newBalancer(w *world) (balancer, error) {
 	case "greedy":
 		return &rival{w: w, decide: greedy}, nil
 	case "vacate":
-		s := &steal{p: place.New(fleetPolicy(w.Step)), w: w}
+		s := &steal{p: place.New(fleetPolicy(w.Step)), w: w, under: map[string]view.Move{}}
 		s.p.SetRules(w.rules)
 		return s, nil
 	}
@@ -45,6 +46,7 @@ type steal struct {
 	left []string // who left the host that is drained
 	// maintained counts decisions for it, and for hosts that are back.
 	maintained int
+	under      map[string]view.Move // by VM
 }
 
 func (s *steal) report(r view.Report) {
@@ -64,13 +66,22 @@ func (s *steal) round(now time.Time) (all []view.Move) {
 	return all
 }
 
-func (s *steal) began(m view.Move) { s.p.Began(m) }
+func (s *steal) began(m view.Move) {
+	s.under[m.VM] = m
+	s.p.Began(m)
+}
 
-func (s *steal) ended(m view.Move, at time.Time, problem string) {
+func (s *steal) ended(m view.Move, at time.Time, over time.Duration, problem string) {
 	if problem == "the host refused" {
 		s.p.Refused(m.VM, m.To, problem, at.Add(5*time.Minute))
 	}
 	s.p.Ended(m.VM, at, problem)
+	began := s.under[m.VM]
+	delete(s.under, m.VM)
+	if took := at.Sub(began.Began); problem == "" && took >= transfer {
+		s.p.Learn(view.Outcome{From: began.From, To: began.To, InUse: began.InUse, Ended: at,
+			Took: took, Moving: max(0, took-over-transfer)})
+	}
 }
 
 func (s *steal) memory() uint64 {
@@ -93,10 +104,10 @@ type rival struct {
 	high   map[int]int // how many rounds a cluster was out of balance
 }
 
-func (r *rival) report(view.Report)                 {} // it reads what hosts told last
-func (r *rival) began(view.Move)                    {}
-func (r *rival) memory() uint64                     { return 0 }
-func (r *rival) ended(view.Move, time.Time, string) {}
+func (r *rival) report(view.Report)                                {} // it reads what hosts told last
+func (r *rival) began(view.Move)                                   {}
+func (r *rival) memory() uint64                                    { return 0 }
+func (r *rival) ended(view.Move, time.Time, time.Duration, string) {}
 
 func (r *rival) round(now time.Time) []view.Move { return r.decide(r, now) }
 

@@ -346,7 +346,7 @@ func (w *world) order(m view.Move) {
 	source := &w.machines[g.host]
 	refuse := func() {
 		w.result.Refused++
-		w.b.ended(m, w.now(), "the host refused")
+		w.b.ended(m, w.now(), 0, "the host refused")
 	}
 	if source.name != m.From || g.to >= 0 || target.gone > w.step || source.gone > w.step ||
 		to == g.host || g.pinned {
@@ -439,7 +439,7 @@ func (w *world) move() {
 		if failed {
 			w.result.Failed++
 			g.to = -1
-			w.b.ended(m, w.now(), "a host is gone")
+			w.b.ended(m, w.now(), 0, "a host is gone")
 			return true
 		}
 		// Until its hot memory is there, it does half of what it would.
@@ -452,7 +452,7 @@ func (w *world) move() {
 		target.used += g.size
 		g.host, g.to = g.to, -1
 		g.incarnation++
-		w.b.ended(m, w.now(), "")
+		w.b.ended(m, w.now(), time.Duration(-g.left/rate*1e9), "")
 		return true
 	})
 }
@@ -537,7 +537,8 @@ func (w *world) drains() {
 		if m.late > w.step || m.lies > w.step || m.gone > w.step || m.under > 0 {
 			return
 		}
-		f := s.p.Forecast(w.now(), place.Rounds{Every: w.Step}, 0, m.name)
+		// A round comes with the reports that tell of ends, so nothing waits for one after them.
+		f := s.p.Forecast(w.now(), place.Rounds{}, 0, m.name)
 		*d = drain{host: host, began: w.step, forecast: f.Takes, vms: len(m.guests)}
 		s.p.Maintain(view.Maintenance{Host: m.name, Phase: view.Draining, Asked: w.now()})
 		s.left = nil
