@@ -121,6 +121,7 @@ lint: ## gofmt, go vet, staticcheck, gosec, length of lines, and of prose: links
 	if [ -n "$$files" ]; then echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	@mkdir -p .lab
 	$(GO) -C tools build -o ../.lab/gosec ./gosec
 	.lab/gosec $$($(GO) list -f '{{.Dir}}' ./... | grep -vE '/(lab|bench|testdata|cmd/guest)')
 	$(GO) test -count=1 -run '^($(PROSE))$$' .
