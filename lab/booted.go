@@ -72,7 +72,7 @@ func (vm *VM) Begin() error {
 		rand.Uint64(), vm.Spec.loadParameters()))
 }
 
-// Waits waits until the guest has booted that vm boots, and waits for its parameters.
+// Waits waits until the VM's guest has booted, and expects its parameters.
 func (vm *VM) Waits(ctx context.Context) error {
 	return vm.Guest.wait(ctx, "the guest to boot", vm.done,
 		func() bool { return vm.Guest.ready })
@@ -110,7 +110,7 @@ func (h *Host) booted(ctx context.Context, spec Spec) (string, error) {
 }
 
 // BootedOnce returns the file with a guest of a kind that has booted. If there is none, save writes
-// it. To each kind belong the size and the age of the kernel.
+// it. The kernel's size and age are part of the kind.
 func (l *Lab) BootedOnce(ctx context.Context, kind, kernel string,
 	save func(file string) error) (string, error) {
 	if info, err := os.Stat(kernel); err == nil {

@@ -99,7 +99,7 @@ func (b *brain) open(ctx context.Context) error {
 		errors.Join(errs...))
 }
 
-// statusOf asks a member for the status, and waits not for long.
+// statusOf asks a member for its status, and waits for memberTime at most.
 func statusOf(ctx context.Context, member fleetv1.FleetClient) (*fleetv1.StatusResponse, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, memberTime,
 		fmt.Errorf("it has not answered for %v", memberTime))

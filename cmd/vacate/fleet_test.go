@@ -69,7 +69,7 @@ func (m *members) listen() (net.Listener, string) {
 	return ln, name
 }
 
-// serve has a member answer.
+// serve makes a member answer.
 func (m *members) serve(ln net.Listener, s standIn) {
 	identity, err := certs.Load(m.certs, func(error) {})
 	if err != nil {

@@ -38,7 +38,7 @@ func contend(t *testing.T, l *lab.Lab,
 	return small, big, there
 }
 
-// execute has a VM's QEMU do a command.
+// execute gives a command to a VM's QEMU.
 func execute(t *testing.T, vm *lab.VM, command string) {
 	t.Helper()
 	if err := vm.Execute(labtest.Within(t, 20*time.Second), command, nil, nil); err != nil {
@@ -332,7 +332,7 @@ func TestRelieveDomains(t *testing.T) {
 }
 
 // A domain says in its metadata what plans do with it, and one that is paused stays. The operator
-// evicts one after the other. What else this machine does is in no way of that.
+// evicts one after the other. No load of this machine changes that.
 func TestPlanDomains(t *testing.T) {
 	m, domains := twoDomains(t, true)
 	a := m.a

@@ -17,7 +17,7 @@ type balancer interface {
 	report(r view.Report)
 	round(now time.Time) []view.Move
 	began(m view.Move)
-	// ended tells of a move's end; over is for how long that was so before anybody could know.
+	// ended tells of a move's end. The move was over that long before anybody could know.
 	ended(m view.Move, at time.Time, over time.Duration, problem string)
 	// memory is how much it has in use. It is asked last.
 	memory() uint64
